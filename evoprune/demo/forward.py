@@ -1,0 +1,107 @@
+"""The model's forward pass, rewritten for training on a CPU; same weights, same logits as the Hugging Face class.
+
+All clips of a batch share one frame size, so windows batch into a few reshapes instead of a loop, and attention is spelled
+out, because the backward pass of the fused kernel is slow on CPUs.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+
+@lru_cache(maxsize=32)
+def window_buckets(height: int, width: int, side: int = 4) -> list[torch.Tensor]:
+    """Windows of a grid of height x width units by their number of units: int64 `[windows, units]` of raster indices."""
+    index = torch.arange(height * width).view(height, width)
+    windows = [
+        index[y : y + side, x : x + side].flatten() for y in range(0, height, side) for x in range(0, width, side)
+    ]
+    sizes = sorted({len(w) for w in windows})
+    return [torch.stack([w for w in windows if len(w) == n]) for n in sizes]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * sin.to(x.dtype)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
+
+
+def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The vision tower on G grids of height x width units.
+
+    Args:
+        visual: `model.model.visual`.
+        patches: `[G * height * width * 4, 1176]`, Hugging Face's order.
+
+    Returns:
+        Merged features `[G, units, D]` and the last layer's patches `[G, units, 4 * hidden]`, raster order.
+    """
+    units = height * width
+    x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1)).float()  # the residual stream stays in float32
+    grids = x.shape[0] // (units * 4)
+    x = x.view(grids, units * 4, -1)
+    y, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    inner = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    where = torch.stack(
+        [(y.flatten()[:, None] * 2 + inner[0]).flatten(), (xs.flatten()[:, None] * 2 + inner[1]).flatten()]
+    )
+    freqs = (where[..., None].float() * visual.rotary_pos_emb.inv_freq).transpose(0, 1).flatten(1)
+    cos, sin = (f(freqs).repeat(1, 2)[None, :, None] for f in (torch.cos, torch.sin))
+    buckets = window_buckets(height, width)
+    back = torch.cat([b.flatten() for b in buckets]).argsort()
+    for layer, block in enumerate(visual.blocks):
+        heads = block.attn.num_heads
+        q, k, v = block.attn.qkv(block.norm1(x)).view(grids, units * 4, 3, heads, -1).unbind(2)
+        qkv = torch.stack([rotate(q, cos, sin), rotate(k, cos, sin), v.to(q.dtype)])
+        if layer in visual.fullatt_block_indexes:
+            out = attend(*qkv.transpose(2, 3)).transpose(1, 2)
+        else:
+            by_unit = qkv.view(3, grids, units, 4, heads, -1)
+            parts = []
+            for bucket in buckets:
+                windows, size = bucket.shape
+                part = by_unit[:, :, bucket.flatten()].view(3, grids * windows, size * 4, heads, -1)
+                part = attend(*part.transpose(2, 3)).transpose(1, 2)
+                parts.append(part.reshape(grids, windows * size, 4, heads, -1))
+            out = torch.cat(parts, 1)[:, back]
+        x = x + block.attn.proj(out.reshape(grids, units * 4, -1).to(x.dtype))
+        x = x + block.mlp(block.norm2(x))
+    flat = visual.merger.ln_q(x).view(grids, units, -1)
+    return visual.merger.mlp(flat), flat
+
+
+def language(
+    text, embeds: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, section: list[int]
+) -> torch.Tensor:
+    """The language model without a cache.
+
+    Args:
+        text: `model.model.language_model`.
+        embeds: `[B, L, D]`.
+        positions: int64 `[3, B, L]`, M-RoPE.
+        bias: `[B, 1, L, L]`, zero where attention is allowed and a large negative number elsewhere.
+
+    Returns:
+        Normalised hidden states `[B, L, D]`.
+    """
+    freqs = positions[..., None].float() * text.rotary_emb.inv_freq
+    freqs = torch.cat([part[i % 3] for i, part in enumerate(freqs.split(section, dim=-1))], dim=-1)
+    cos, sin = (f(freqs).repeat(1, 1, 2)[:, None] for f in (torch.cos, torch.sin))
+    x = embeds
+    batch, length, _ = x.shape
+    for layer in text.layers:
+        h, att = layer.input_layernorm(x), layer.self_attn
+        q, k, v = (
+            p(h).view(batch, length, -1, att.head_dim).transpose(1, 2) for p in (att.q_proj, att.k_proj, att.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (t.repeat_interleave(att.num_key_value_groups, dim=1) for t in (k, v))
+        out = attend(q, k, v, bias).transpose(1, 2).reshape(batch, length, -1)
+        x = x + att.o_proj(out.to(x.dtype))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return text.norm(x)

@@ -1,0 +1,1 @@
+"""From visual tokens and a question to an answer: prompt, positions, prefill and streamed decoding."""

@@ -1,0 +1,113 @@
+"""What a pruning method is: a small frozen dataclass whose fields are its settings and whose hooks do nothing by default.
+
+A method may act `inside` the encoder (`rows`, `match`) and `after` it (`select`). It says in `needs` what it wants to be given and
+gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal
+
+import torch
+
+from evoprune.errors import UsageError
+from evoprune.pruning.schedule import TowerShape
+from evoprune.vision.layout import Geometry
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Groups of rows (windows or grids) that are to lose some, side by side; padding at the end of a group is not `valid`.
+
+    Attributes:
+        features: float32 `[B, n, D]`, what the method asked for in `features`.
+        attention: float32 `[B, n]`, attention received, or None if not asked for.
+        place: int64 `[B, n]`, raster index in the grid.
+        size: int64 `[B, n]`, units each row stands for.
+        valid: bool `[B, n]`.
+        grid_width: units a row of the grid.
+    """
+
+    features: torch.Tensor
+    attention: torch.Tensor | None
+    place: torch.Tensor
+    size: torch.Tensor
+    valid: torch.Tensor
+    grid_width: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What leaves the encoder, before the language model reads it.
+
+    Attributes:
+        features: `[N, D]`, one token a row, ordered by `unit`.
+        unit: int64 `[N]`, the place of each among all units of the video, ascending.
+        grid: (T, H, W) in units.
+        seconds_per_grid: time from one grid to the next.
+        seed: for methods that draw lots.
+    """
+
+    features: torch.Tensor
+    unit: torch.Tensor
+    grid: tuple[int, int, int]
+    seconds_per_grid: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """Keeps everything; the base of all methods.
+
+    Class attributes:
+        name: what it is selected by.
+        acts: where; for tables and help.
+        needs: any of "keys", "attention": what `match` is given.
+    """
+
+    name: ClassVar[str] = "none"
+    acts: ClassVar[Literal["none", "input", "inside", "after"]] = "none"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def rows(self, tower: TowerShape, geometry: Geometry, keep: int) -> list[int]:
+        """Rows of one grid after each layer of the tower, when `keep` of its units are to be left (at least one)."""
+        return [geometry.units] * tower.depth
+
+    def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
+        """Where each row of each group goes: int64 `[B, n]`, itself if it stays.
+
+        `remove` (int64 `[B]`) rows of each group should go, at least one where any should; the encoder calls again for the rest.
+        """
+        raise TypeError(f"{self.name} does not merge")
+
+    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
+        """Which tokens the language model reads: int64 `[keep]`, ascending indices into `tokens`."""
+        raise TypeError(f"{self.name} does not select")
+
+    @classmethod
+    def from_args(cls, args: dict[str, str]) -> "Method":
+        """Makes the method from texts, as given on a command line.
+
+        Raises:
+            UsageError: a name the method does not have, or a value that is not of its type.
+        """
+        known = {f.name: f for f in fields(cls)}
+        values = {}
+        for name, text in args.items():
+            if name not in known:
+                has = ", ".join(f"{f.name}={f.default}" for f in known.values()) or "none"
+                raise UsageError(f"method {cls.name} has no argument {name!r}", f"its arguments and defaults: {has}")
+            values[name] = _parse(cls.name, known[name], text)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise UsageError(f"method {cls.name}: {error}") from None
+
+
+def _parse(method: str, field_: field, text: str):
+    kind = type(field_.default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise UsageError(f"method {method}: {field_.name}={text!r} is not {kind.__name__}") from None

@@ -1,0 +1,89 @@
+"""EvoPrune (arXiv 2603.03681) for Qwen2.5-VL: merging between the encoder's layers, each grid on its own.
+
+Of the paper: training-free merging of token pairs across two disjoint sets, by a score made of similarity, diversity and attention;
+a critical share of the most attended tokens that is not merged away; the six allocations over layers, `skip` the best.
+Ours, because the paper covers a tower with global attention: merge units instead of patches, windows first and grids where
+the tower attends to grids, hard counts, and the exact form of the score.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from evoprune.methods.base import Candidates, Method
+from evoprune.pruning.merge import SPLITS, SURVIVORS, match, split_sources, survive_attended
+from evoprune.pruning.schedule import TowerShape, layer_weights, rows_after_layers
+from evoprune.pruning.score import composite_score, local_density, relative_attention, similarity
+from evoprune.vision.layout import Geometry
+
+FEATURES = ("keys", "keys_rotary", "hidden")
+
+
+@dataclass(frozen=True)
+class EvoPrunePaper(Method):
+    """Fields:
+
+    allocation, first, last: which layers reduce and how much, `first` and `last` in relative depth (pruning/schedule.py).
+    diversity, attention: weights of the score's two penalties.
+    critical: share of each group, the most attended, that is absorbed only when nothing else is left.
+    neighbours: how many nearest rows make the density.
+    features: what similarity is measured on: the layer's keys, keys after rotary, or hidden states.
+    split: how a group is cut in two: alternate rows, or a checkerboard of places.
+    survivor: whose place a merged row takes: the destination's, or the most attended one's.
+    size_bias: whether attention counts a merged row as often as the units it stands for.
+    """
+
+    name: ClassVar[str] = "evoprune-paper"
+    acts: ClassVar[Literal["inside"]] = "inside"
+
+    allocation: str = "skip"
+    first: float = 0.1
+    last: float = 0.5
+    diversity: float = 0.1
+    attention: float = 0.1
+    critical: float = 0.1
+    neighbours: int = 4
+    features: str = "keys"
+    split: str = "alternate"
+    survivor: str = "destination"
+    size_bias: bool = True
+
+    def __post_init__(self):
+        layer_weights(8, self.allocation, self.first, self.last)
+        for name, value, known in (
+            ("features", self.features, FEATURES),
+            ("split", self.split, SPLITS),
+            ("survivor", self.survivor, SURVIVORS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
+        if not 0 <= self.critical <= 1 or self.neighbours < 1:
+            raise ValueError("critical is a share from 0 to 1, neighbours at least 1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        attended = self.attention or self.critical or self.survivor == "attended"
+        return frozenset({self.features, "attention"} if attended else {self.features})
+
+    def rows(self, tower: TowerShape, geometry: Geometry, keep: int) -> list[int]:
+        weights = layer_weights(tower.depth, self.allocation, self.first, self.last)
+        return rows_after_layers(tower, geometry.units, geometry.windows, keep, weights)
+
+    def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
+        c = candidates
+        cosine = similarity(c.features)
+        density = local_density(cosine, c.valid, self.neighbours) if self.diversity else None
+        attention = relative_attention(c.attention, c.valid) if c.attention is not None else None
+        score = composite_score(cosine, density, attention, self.diversity, self.attention)
+        source = split_sources(c.place, c.valid, c.grid_width, self.split)
+        into = match(score, source, c.valid, self._critical(attention, c.valid), remove)
+        return survive_attended(into, attention) if self.survivor == "attended" else into
+
+    def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
+        """bool `[B, n]`: the `critical` share of each group that is most attended, rounded up; ties by index."""
+        if not self.critical:
+            return torch.zeros_like(valid)
+        order = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+        return valid & (rank < (valid.sum(1, keepdim=True) * self.critical).ceil())

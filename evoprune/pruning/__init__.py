@@ -1,0 +1,1 @@
+"""What pruning is made of: budgets, schedules, scores, merging. Plain functions over tensors."""

@@ -1,0 +1,98 @@
+"""Merging rows in pairs: bipartite matching inside groups, and the size-weighted mean (ToMe, arXiv 2210.09461, section 3)."""
+
+import torch
+
+SPLITS = ("alternate", "checkerboard")
+SURVIVORS = ("destination", "attended")
+
+
+def split_sources(place: torch.Tensor, valid: torch.Tensor, width: int, split: str) -> torch.Tensor:
+    """Which rows may be absorbed this round; the others are where they can go.
+
+    Args:
+        place: int64 `[B, n]`, raster place of each row in its grid.
+        valid: bool `[B, n]`, valid rows first.
+        width: units a grid row.
+        split: `alternate`: every second row of the group; `checkerboard`: every second place of the grid, where both colours
+            are left, else `alternate`.
+
+    Returns:
+        bool `[B, n]`.
+    """
+    odd = torch.arange(place.shape[1]) % 2 == 1
+    source = odd & valid
+    if split == "checkerboard":
+        dark = ((place // width + place % width) % 2 == 1) & valid
+        both = dark.any(1) & (~dark & valid).any(1)
+        source = torch.where(both[:, None], dark, source)
+    return source
+
+
+def match(
+    score: torch.Tensor, source: torch.Tensor, valid: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
+) -> torch.Tensor:
+    """Pairs each source with its best destination and merges the best `remove` pairs of each group.
+
+    Args:
+        score: `[B, n, n]`.
+        source, valid: bool `[B, n]`.
+        last: bool `[B, n]`, critical rows: absorbed only after all other sources.
+        remove: int64 `[B]`; more than there are sources means all of them.
+
+    Returns:
+        int64 `[B, n]`: where each row goes, itself if it stays. Ties go to the lower index.
+    """
+    b, n = source.shape
+    allowed = source[:, :, None] & (valid & ~source)[:, None, :]
+    best, partner = score.masked_fill(~allowed, -torch.inf).max(2)
+    # Among sources, by score; critical ones after all others, rows that are no source never. `max` and the stable sort both
+    # give ties to the lower index.
+    order = best.argsort(dim=1, descending=True, stable=True)
+    late = (last & source).gather(1, order).to(torch.int8) + 2 * (~source).gather(1, order).to(torch.int8)
+    order = order.gather(1, late.argsort(dim=1, stable=True))
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n).expand(b, n))
+    goes = source & (rank < torch.minimum(remove, source.sum(1))[:, None])
+    return torch.where(goes, partner, torch.arange(n))
+
+
+def survive_attended(into: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """Turns merges round so that of all rows that become one, the most attended stays in place (ties: lower index).
+
+    Args:
+        into: int64 `[B, n]`.
+        attention: `[B, n]`.
+    """
+    n = into.shape[1]
+    index = torch.arange(n).expand_as(into)
+    top = torch.full_like(attention, -torch.inf).scatter_reduce(1, into, attention, "amax")
+    wins = attention == top.gather(1, into)
+    winner = torch.full_like(into, n).scatter_reduce(1, into, torch.where(wins, index, n), "amin")
+    return winner.gather(1, into)
+
+
+def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """The size-weighted mean of what goes into each row that stays.
+
+    Args:
+        x: `[R, ...]`, any float dtype; summed in float32.
+        size: int64 `[R]`, units that each row stands for.
+        into: int64 `[R]`.
+
+    Returns:
+        `[rows that stay, ...]`, dtype of `x`; rows that nothing went into are passed on untouched.
+    """
+    moved = into != torch.arange(len(into))
+    stays = ~moved
+    out = x[stays]
+    number = stays.cumsum(0) - 1
+    target, touched = number[into[moved]], torch.zeros(len(out), dtype=torch.bool)
+    touched[target] = True
+    if not len(target):
+        return out
+    weight = size.float().view(-1, *[1] * (x.ndim - 1))
+    total = torch.zeros(out.shape, dtype=torch.float32)
+    total[touched] = (out[touched].float()) * weight[stays][touched]
+    total.index_add_(0, target, x[moved].float() * weight[moved])
+    sizes = size[stays].clone().index_add_(0, target, size[moved])
+    out[touched] = (total[touched] / sizes[touched].view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+    return out

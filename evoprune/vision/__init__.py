@@ -1,0 +1,1 @@
+"""From frames to visual tokens: preprocessing, and the vision tower with pruning inside."""

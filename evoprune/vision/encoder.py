@@ -1,0 +1,267 @@
+"""The vision tower, run on the weights of a loaded Hugging Face model, with rows merged between its layers.
+
+Video comes in as patches, grid after grid, and is encoded in chunks of whole grids: no layer of the tower looks across grids, so
+memory stays constant and the result does not depend on the chunk size. Without pruning the output is Hugging Face's.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.methods.base import Candidates, Method, Tokens
+from evoprune.pruning.budget import spread
+from evoprune.pruning.merge import merge_rows
+from evoprune.pruning.schedule import TowerShape, share_by_size
+from evoprune.pruning.score import unit_features
+from evoprune.vision.attention import PATCHES, Bucket, attention_received, buckets, grouped_attention
+from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, full_layout, geometry, merged_layout
+
+# Units encoded at a time, at least one grid. 8,192 rows of patches keep matrix products at full speed; more only cost memory.
+CHUNK_UNITS = 2048
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A video as the language model will read it.
+
+    Attributes:
+        features: `[K, D]`, the tokens.
+        kept: int64 `[K]`, the unit at whose place each token sits, Hugging Face's order, ascending.
+        rows: `[E, D]`, what the encoder ended with, ordered by place.
+        owner: int64 `[N]`, which of `rows` stands for each unit, -1 for none.
+        grid: (T, H, W) in units.
+        layers: (layer, rows that entered it, rows that left it), over the whole video.
+        prune_seconds: time spent on scores, merging and selection, part of the encoding time.
+    """
+
+    features: torch.Tensor
+    kept: torch.Tensor
+    rows: torch.Tensor
+    owner: torch.Tensor
+    grid: tuple[int, int, int]
+    layers: list[tuple[int, int, int]]
+    prune_seconds: float
+
+    @property
+    def live_share(self) -> float:
+        """Mean over the layers of the rows computed, as a share of all units: what the tower's time follows."""
+        return sum(entered for _, entered, _ in self.layers) / len(self.layers) / len(self.owner)
+
+    @property
+    def kept_per_grid(self) -> list[int]:
+        return torch.bincount(self.kept // (self.grid[1] * self.grid[2]), minlength=self.grid[0]).tolist()
+
+
+def tower_shape(visual) -> TowerShape:
+    """What schedules need to know of `model.model.visual`."""
+    return TowerShape(len(visual.blocks), tuple(visual.fullatt_block_indexes))
+
+
+def in_grids(patches: Iterable[torch.Tensor], rows_per_grid: int, grids: int) -> Iterator[torch.Tensor]:
+    """Re-cuts a stream of patch rows into pieces of `grids` whole grids; the last may be shorter."""
+    held, size = [], rows_per_grid * grids
+    for piece in patches:
+        held.append(piece)
+        while (have := sum(map(len, held))) >= size:
+            joined = torch.cat(held) if len(held) > 1 else held[0]
+            yield joined[:size]
+            held = [joined[size:]] if have > size else []
+    if held:
+        yield torch.cat(held)
+
+
+@torch.inference_mode()
+def encode(
+    visual,
+    patches: Iterable[torch.Tensor],
+    grid: tuple[int, int, int],
+    method: Method,
+    keep: int,
+    *,
+    seconds_per_grid: float = 1.0,
+    seed: int = 0,
+    chunk_units: int = CHUNK_UNITS,
+) -> Encoded:
+    """Encodes one video so that about `keep` of its units reach the language model.
+
+    Args:
+        visual: a Hugging Face `Qwen2_5_VisionTransformerPretrainedModel`.
+        patches: pieces of `[rows, 1176]` in Hugging Face's order that add up to the whole video.
+        grid: (T, H, W) in merge units (2x2 patches).
+        method: the pruning method.
+        keep: K, from 1 to T*H*W. Exactly K tokens come out, all T*H*W if the method prunes nothing.
+        seconds_per_grid, seed: passed on to the method.
+        chunk_units: units to encode at a time, rounded down to whole grids but at least one. Bounds the memory.
+
+    Raises:
+        ValueError: `patches` do not add up to the grid.
+    """
+    count, height, width = grid
+    geo = geometry(height, width, visual.window_size // visual.patch_size // visual.spatial_merge_size)
+    tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
+    shares = spread(keep, count)
+    inside = method.acts == "inside" and keep < geo.units * count
+    plans = {s: method.rows(tower, geo, max(1, s)) if inside else [geo.units] * tower.depth for s in set(shares)}
+    done, pruning, rows, owners, homes, base = 0, 0.0, [], [], [], 0
+    entered, left = [0] * tower.depth, [0] * tower.depth
+    for chunk in in_grids(patches, geo.units * PATCHES, max(1, chunk_units // geo.units)):
+        grids, rest = divmod(len(chunk), geo.units * PATCHES)
+        if rest or done + grids > count:
+            raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
+        plan = [[plans[s][layer] for s in shares[done : done + grids]] for layer in range(tower.depth)]
+        x, layout, seconds = _run_tower(visual, tower, chunk.to(weight), full_layout(geo, grids), plan, method)
+        for layer in range(tower.depth):
+            entered[layer] += sum(plan[layer - 1]) if layer else grids * geo.units
+            left[layer] += sum(plan[layer])
+        order = layout.home.argsort()
+        number = torch.empty_like(order)
+        number[order] = torch.arange(len(order))
+        rows.append(visual.merger(x[order].flatten(0, 1)))
+        owners.append(number[layout.owner] + base)
+        homes.append(layout.home[order] + done * geo.units)
+        base, done, pruning = base + len(order), done + grids, pruning + seconds
+    if done != count:
+        raise ValueError(f"patches end after {done} of {count} grids")
+    start = time.perf_counter()
+    rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
+    chosen = torch.arange(len(home))
+    if method.acts == "after":
+        chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep)
+    elif inside and len(home) > keep:
+        chosen = _largest(torch.bincount(owner, minlength=len(home)), keep)
+    pruning += time.perf_counter() - start
+    layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
+    return Encoded(rows[chosen], home[chosen], rows, owner, grid, layers, pruning)
+
+
+def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
+    """The `keep` rows that stand for most units, ascending. Among equals those that lie evenly through the video.
+
+    This is the last resort for a count below one row a grid, which no merging inside grids can reach.
+    """
+    order = torch.arange(len(size))
+    even = order * keep // len(size)  # a new value wherever an even choice would take the next row
+    first = torch.cat([torch.ones(1, dtype=torch.bool), even[1:] != even[:-1]])
+    rank = (size * 2 + first).argsort(descending=True, stable=True)
+    return rank[:keep].sort().values
+
+
+def _rotary(visual, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[units, 4, head_dim]` in float32, by raster place."""
+    merge = visual.spatial_merge_size
+    y, x = torch.meshgrid(torch.arange(geo.height), torch.arange(geo.width), indexing="ij")
+    dy, dx = torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij")
+    at = torch.stack([(y.flatten()[:, None] * merge + dy.flatten()), (x.flatten()[:, None] * merge + dx.flatten())], -1)
+    angle = (at[..., None].float() * visual.rotary_pos_emb.inv_freq.float().cpu()).flatten(2).repeat(1, 1, 2)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in float32, as Hugging Face has it: x `[R, 4, heads, d]`, cos and sin `[R, 4, 1, d]`."""
+    a, b = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+def _run_tower(
+    visual, tower: TowerShape, patches: torch.Tensor, layout: TokenLayout, plan: list[list[int]], method: Method
+) -> tuple[torch.Tensor, TokenLayout, float]:
+    """All layers on one chunk; `plan[layer][grid]` rows are left after each.
+
+    Returns:
+        Rows `[R, 4, hidden]` in window order, the layout they ended in, and the seconds that pruning took.
+    """
+    geo = layout.geometry
+    weight = visual.patch_embed.proj.weight.flatten(1)
+    x = torch.nn.functional.linear(patches.view(-1, PATCHES, weight.shape[1])[layout.home], weight)
+    table = _rotary(visual, geo)
+    cos, sin = (t[layout.place].unsqueeze(2) for t in table)
+    size_bias = getattr(method, "size_bias", False)
+    groups: dict[Scope, list[Bucket]] = {}
+    rows, pruning = [geo.units] * layout.grids, 0.0
+    for layer, block in enumerate(visual.blocks):
+        scope = tower.scope(layer)
+        if scope not in groups:
+            groups[scope] = buckets(attention_groups(layout, scope))
+        heads = block.attn.num_heads
+        hidden = block.norm1(x)
+        q, k, v = block.attn.qkv(hidden).view(*x.shape[:2], 3, heads, -1).unbind(2)
+        plain_keys = k
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        # Log of one is zero: no bias before anything was merged.
+        bias = size_bias and layout.reach is not None
+        x = x + block.attn.proj(grouped_attention(q, k, v, groups[scope], bias).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+        if plan[layer] != rows:
+            start = time.perf_counter()
+            attention = attention_received(q, k, groups[scope], bias) if "attention" in method.needs else None
+            features = (
+                x.flatten(1).float() if "hidden" in method.needs
+                else unit_features(plain_keys if "keys" in method.needs else k)
+            )  # fmt: skip
+            x, layout = reduce_rows(x, layout, scope, plan[layer], features, attention, method)
+            cos, sin = (t[layout.place].unsqueeze(2) for t in table)
+            groups, rows = {}, plan[layer]
+            pruning += time.perf_counter() - start
+    return x, layout, pruning
+
+
+def reduce_rows(
+    x: torch.Tensor,
+    layout: TokenLayout,
+    scope: Scope,
+    target: list[int],
+    features: torch.Tensor,
+    attention: torch.Tensor | None,
+    method: Method,
+) -> tuple[torch.Tensor, TokenLayout]:
+    """Merges rows inside windows or grids until each grid has its target, in as many rounds as the method needs.
+
+    Args:
+        x: `[R, 4, hidden]`.
+        target: rows to be left in each grid.
+        features: float32 `[R, D]`, attention: float32 `[R]` or None: what the method compares. A merged row has the mean of the
+            features and the sum of the attention of what went into it.
+
+    Raises:
+        RuntimeError: the method merged nothing though it was asked to.
+    """
+    rows_in = torch.bincount(layout.group_of(layout.home, scope), minlength=layout.group_count(scope)).tolist()
+    per_grid = len(rows_in) // layout.grids
+    wanted = torch.tensor(
+        [
+            share
+            for g, total in enumerate(target)
+            for share in share_by_size(rows_in[g * per_grid : (g + 1) * per_grid], total)
+        ]
+    )
+    while True:
+        group = layout.group_of(layout.home, scope)
+        length = torch.bincount(group, minlength=len(wanted))
+        busy = (length > wanted).nonzero().flatten()
+        if not len(busy):
+            return x, layout
+        start = length.cumsum(0) - length
+        step = torch.arange(int(length[busy].max()))
+        valid = step < length[busy][:, None]
+        row = start[busy][:, None] + torch.minimum(step, length[busy][:, None] - 1)
+        candidates = Candidates(
+            features[row],
+            None if attention is None else attention[row],
+            layout.place[row],
+            layout.size[row],
+            valid,
+            layout.geometry.width,
+        )
+        local = method.match(candidates, length[busy] - wanted[busy])
+        into = torch.arange(layout.rows)
+        into[row[valid]] = row.gather(1, local)[valid]
+        if (into == torch.arange(len(into))).all():
+            raise RuntimeError(f"method {method.name} merged nothing in a {scope} that must lose rows")
+        size = layout.size
+        x, features = merge_rows(x, size, into), merge_rows(features, size, into)
+        if attention is not None:
+            stays = into == torch.arange(len(into))
+            attention = torch.zeros_like(attention).index_add_(0, into, attention)[stays]
+        layout = merged_layout(layout, into, scope)

@@ -1,0 +1,75 @@
+"""Frames to normalised patches: the one resize, and Hugging Face's patch order.
+
+A *grid* is two frames. Its patches lie so that each merge unit's 2x2 patches are four consecutive rows, units in raster
+order; a row holds channel, frame, y, x. This is what `Qwen2VLImageProcessor` makes, without needing torchvision.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
+    """The frame size that Qwen2.5-VL sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
+
+    The area wins over the ratio (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
+
+    Raises:
+        ValueError: a side is not positive, or one is more than 200 times the other.
+    """
+    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+        raise ValueError(f"cannot resize {width}x{height}: sides must be positive and within a ratio of 200")
+    rows, cols = round(height / factor), round(width / factor)
+    if rows * cols * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        cols = max(1, math.floor(width / shrink / factor))
+    elif rows * cols * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, cols = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+    return rows * factor, cols * factor
+
+
+def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Antialiased bicubic on bytes, as PIL does it (equal within one level).
+
+    Args:
+        frames: uint8 `[F, H, W, 3]`.
+
+    Returns:
+        uint8 `[F, height, width, 3]`; `frames` itself if the size is already right.
+    """
+    if frames.shape[1:3] == (height, width):
+        return frames
+    planes = frames.permute(0, 3, 1, 2)
+    return F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+
+
+def patchify(
+    frames: torch.Tensor,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+    patch: int = 14,
+    temporal: int = 2,
+    merge: int = 2,
+) -> torch.Tensor:
+    """Cuts frames of the final size into normalised patches.
+
+    Args:
+        frames: uint8 `[F, H, W, 3]`, F a multiple of `temporal`, H and W multiples of `patch * merge`.
+
+    Returns:
+        float32 `[F/temporal * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
+    """
+    f, h, w, c = frames.shape
+    unit = patch * merge
+    x = frames.reshape(f // temporal, temporal, h // unit, merge, patch, w // unit, merge, patch, c)
+    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous().float()  # grid, unit y, x, patch y, x, channel, frame, y, x
+    shape = (c, 1, 1, 1)
+    x -= 255 * torch.tensor(mean).view(shape)
+    x /= 255 * torch.tensor(std).view(shape)
+    return x.view(-1, c * temporal * patch * patch)
