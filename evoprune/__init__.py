@@ -1,3 +1,45 @@
-"""evoprune: ask Qwen2.5-VL about videos, with visual tokens pruned inside the vision encoder."""
+"""evoprune: ask Qwen2.5-VL about videos, with visual tokens pruned inside the vision encoder.
+
+Names are imported when they are first used, so that `import evoprune` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from evoprune import methods
+    from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
+    from evoprune.pipeline import EncodedVideo, VideoQA
+    from evoprune.report import Report
+
+_HOMES = {
+    "EncodedVideo": "evoprune.pipeline",
+    "EvopruneError": "evoprune.errors",
+    "ModelError": "evoprune.errors",
+    "OutOfMemory": "evoprune.errors",
+    "Report": "evoprune.report",
+    "UsageError": "evoprune.errors",
+    "VideoError": "evoprune.errors",
+    "VideoQA": "evoprune.pipeline",
+}
+__all__ = [
+    "EncodedVideo",
+    "EvopruneError",
+    "ModelError",
+    "OutOfMemory",
+    "Report",
+    "UsageError",
+    "VideoError",
+    "VideoQA",
+    "methods",
+]
+
+
+def __getattr__(name: str):
+    if name == "methods":
+        return import_module("evoprune.methods")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'evoprune' has no attribute {name!r}")

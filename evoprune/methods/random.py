@@ -18,9 +18,9 @@ class Random(Method):
 
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
         grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        generator = torch.Generator().manual_seed(tokens.seed)
+        generator = torch.Generator("cpu").manual_seed(tokens.seed)  # the same draw on every device
         chosen = [
-            torch.randperm(per_grid, generator=generator)[:share].sort().values + grid * per_grid
+            torch.randperm(per_grid, generator=generator, device="cpu")[:share].sort().values + grid * per_grid
             for grid, share in enumerate(spread(keep, grids))
         ]
         return torch.cat(chosen)

@@ -99,8 +99,9 @@ def encode(
         ValueError: `patches` do not add up to the grid.
     """
     count, height, width = grid
-    geo = geometry(height, width, visual.window_size // visual.patch_size // visual.spatial_merge_size)
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
+    side = visual.window_size // visual.patch_size // visual.spatial_merge_size
+    geo = geometry(height, width, side, str(weight.device))
     shares = spread(keep, count)
     inside = method.acts == "inside" and keep < geo.units * count
     plans = {s: method.rows(tower, geo, max(1, s)) if inside else [geo.units] * tower.depth for s in set(shares)}
@@ -111,13 +112,13 @@ def encode(
         if rest or done + grids > count:
             raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
         plan = [[plans[s][layer] for s in shares[done : done + grids]] for layer in range(tower.depth)]
-        x, layout, seconds = _run_tower(visual, tower, chunk.to(weight), full_layout(geo, grids), plan, method)
+        with weight.device:  # all bookkeeping lives beside the features
+            x, layout, seconds = _run_tower(visual, tower, chunk.to(weight), full_layout(geo, grids), plan, method)
         for layer in range(tower.depth):
             entered[layer] += sum(plan[layer - 1]) if layer else grids * geo.units
             left[layer] += sum(plan[layer])
         order = layout.home.argsort()
-        number = torch.empty_like(order)
-        number[order] = torch.arange(len(order))
+        number = order.argsort()  # where each row comes to lie
         rows.append(visual.merger(x[order].flatten(0, 1)))
         owners.append(number[layout.owner] + base)
         homes.append(layout.home[order] + done * geo.units)
@@ -126,11 +127,12 @@ def encode(
         raise ValueError(f"patches end after {done} of {count} grids")
     start = time.perf_counter()
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
-    chosen = torch.arange(len(home))
-    if method.acts == "after":
-        chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep)
-    elif inside and len(home) > keep:
-        chosen = _largest(torch.bincount(owner, minlength=len(home)), keep)
+    with weight.device:
+        chosen = torch.arange(len(home))
+        if method.acts == "after":
+            chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep).to(home.device)
+        elif inside and len(home) > keep:
+            chosen = _largest(torch.bincount(owner, minlength=len(home)), keep)
     pruning += time.perf_counter() - start
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
     return Encoded(rows[chosen], home[chosen], rows, owner, grid, layers, pruning)
@@ -154,7 +156,7 @@ def _rotary(visual, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
     y, x = torch.meshgrid(torch.arange(geo.height), torch.arange(geo.width), indexing="ij")
     dy, dx = torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij")
     at = torch.stack([(y.flatten()[:, None] * merge + dy.flatten()), (x.flatten()[:, None] * merge + dx.flatten())], -1)
-    angle = (at[..., None].float() * visual.rotary_pos_emb.inv_freq.float().cpu()).flatten(2).repeat(1, 1, 2)
+    angle = (at[..., None].float() * visual.rotary_pos_emb.inv_freq.float()).flatten(2).repeat(1, 1, 2)
     return angle.cos(), angle.sin()
 
 

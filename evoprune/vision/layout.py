@@ -47,7 +47,8 @@ class Geometry:
 
 
 @lru_cache(maxsize=64)
-def geometry(height: int, width: int, side: int = 4) -> Geometry:
+def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geometry:
+    """The geometry of a grid of height x width units, made once a device; its tensors live on torch's default device."""
     return Geometry(height, width, side)
 
 

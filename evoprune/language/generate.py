@@ -1,0 +1,233 @@
+"""From visual features to words: prompt embeddings, prefill, decoding token by token, text as it arrives.
+
+Works on the language model of a Hugging Face `Qwen2_5_VLForConditionalGeneration`, with the positions of `positions.py`.
+transformers takes them as `[4, 1, L]`: rows 1-3 are time, height and width, row 0 is the place in the sequence. Row 0 must
+have no gaps, even where columns were pruned: without a mask, a gap is read as the border between packed sequences.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an answer is decoded.
+
+    Attributes:
+        max_new_tokens: at most so many tokens, at least 1.
+        temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn.
+        top_p: draw only among the most probable tokens that together reach this probability, in (0, 1].
+        seed: of the draw; the same seed gives the same answer.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "ask for at least one token")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}", "0 is greedy, 1 samples as the model was trained")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}", "top_p is a probability above 0, and 1 keeps every token")
+
+
+@dataclass
+class PrefillState:
+    """What decoding starts from.
+
+    Attributes:
+        cache: transformers' `DynamicCache` with the keys and values of the prompt; decoding extends it in place.
+        logits: float32 `[vocabulary]`, of the prompt's last column.
+        next_position: M-RoPE position of the first generated token, the same in time, height and width.
+    """
+
+    cache: object
+    logits: torch.Tensor
+    next_position: int
+
+
+def embed_prompt(
+    model, input_ids: torch.Tensor, features: torch.Tensor, video_start: int, visual_tokens: int, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeds a prompt in which only some of the visual tokens are left.
+
+    Args:
+        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration`.
+        input_ids: int64 `[L]`, the unpruned prompt.
+        features: `[K, hidden]`, what stands at the visual tokens that are left.
+        video_start: index of the first video placeholder.
+        visual_tokens: N, the unpruned number of placeholders.
+        kept: int64 `[K]`, which of the N are left, ascending.
+
+    Returns:
+        Embeddings `[1, L - N + K, hidden]` in the model's dtype, and which columns of the unpruned prompt they are, int64
+        `[L - N + K]` on the CPU: `positions[:, columns]` are their positions, never renumbered.
+
+    Raises:
+        ValueError: `kept` and `features` differ in length, or `kept` is not ascending within `0..N-1`.
+    """
+    kept = kept.cpu()
+    if len(kept) != len(features):
+        raise ValueError(f"{len(features)} features for {len(kept)} visual tokens")
+    if len(kept) and (kept[0] < 0 or kept[-1] >= visual_tokens or bool((kept.diff() <= 0).any())):
+        raise ValueError(f"kept visual tokens must ascend within 0..{visual_tokens - 1}")
+    video_end = video_start + visual_tokens
+    columns = torch.cat([torch.arange(video_start), video_start + kept, torch.arange(video_end, len(input_ids))])
+    embed = model.get_input_embeddings()
+    with torch.inference_mode():
+        before, after = (
+            embed(part.to(embed.weight.device)) for part in (input_ids[:video_start], input_ids[video_end:])
+        )
+        return torch.cat([before, features.to(before), after])[None], columns
+
+
+@torch.inference_mode()
+def prefill(
+    model, inputs_embeds: torch.Tensor, positions: torch.Tensor, next_position: int, cache=None
+) -> PrefillState:
+    """Reads a prompt, or goes on reading one.
+
+    Args:
+        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration`.
+        inputs_embeds: `[1, L, hidden]`.
+        positions: int64 `[3, L]`, M-RoPE positions (time, height, width).
+        next_position: where the first generated token will sit, by Qwen's rule the *unpruned* prompt's largest position
+            plus one. Only decoding reads it.
+        cache: of an earlier call whose prompt this one continues; it is extended in place.
+
+    Returns:
+        The state after the last column.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.text_config) if cache is None else cache
+    return PrefillState(cache, _forward(model, inputs_embeds, positions, cache), next_position)
+
+
+def _forward(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache) -> torch.Tensor:
+    """Logits float32 `[vocabulary]` of the last of the columns that this adds to the cache."""
+    start = cache.get_seq_length()
+    sequence = torch.arange(start, start + inputs_embeds.shape[1])
+    hidden = model.model.language_model(
+        inputs_embeds=inputs_embeds,
+        position_ids=torch.cat([sequence[None], positions.cpu()])[:, None].to(inputs_embeds.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    # The vocabulary is the widest layer there is, and only one column of a prompt needs it.
+    return model.lm_head(hidden[0, -1]).float()
+
+
+class TokenStream(Iterator[int]):
+    """Generated token ids, one forward pass at a time. Ends of sequence are not yielded.
+
+    Attributes:
+        finish_reason: None while tokens may come, then "stop" (the model ended its turn) or "length".
+        tokens: how many were yielded.
+    """
+
+    def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]):
+        self.finish_reason: str | None = None
+        self.tokens = 0
+        self._model, self._state, self._settings = model, state, settings
+        self._eos_ids = frozenset(eos_ids)
+        # Drawn on the CPU, so that a seed means the same on every device.
+        self._random = torch.Generator().manual_seed(settings.seed)
+        self._last: int | None = None
+
+    @torch.inference_mode()
+    def __next__(self) -> int:
+        if self.finish_reason is None and self.tokens == self._settings.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            raise StopIteration
+        # The pass after a token runs only once another token is wanted.
+        logits = self._state.logits if self._last is None else self._step(self._last)
+        token = choose(logits, self._settings, self._random)
+        if token in self._eos_ids:
+            self.finish_reason = "stop"
+            raise StopIteration
+        self._last = token
+        self.tokens += 1
+        return token
+
+    def _step(self, token: int) -> torch.Tensor:
+        embed = self._model.get_input_embeddings()
+        position = self._state.next_position + self.tokens - 1
+        column = embed(torch.tensor([[token]], device=embed.weight.device))
+        return _forward(self._model, column, torch.full((3, 1), position), self._state.cache)
+
+
+def stream(model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]) -> TokenStream:
+    """Decodes from `state`, lazily: each token is computed when it is asked for.
+
+    Args:
+        model: the model that made `state`.
+        state: of `prefill`; its cache grows by the tokens decoded, so a state serves one answer.
+        settings: length and sampling.
+        eos_ids: token ids that end the answer.
+
+    Returns:
+        An iterator of token ids, with `finish_reason` once it is exhausted.
+    """
+    return TokenStream(model, state, settings, eos_ids)
+
+
+def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Generator) -> int:
+    """The next token id: the most probable one, or a draw (nucleus sampling, arXiv 1904.09751).
+
+    Args:
+        logits: float32 `[vocabulary]`.
+        settings: temperature and top_p.
+        random: a CPU generator, advanced by a draw.
+    """
+    if settings.temperature == 0:
+        return int(logits.argmax())
+    # From the largest logit down, so that a tiny temperature cannot overflow.
+    logits = logits.cpu().double()
+    probabilities = ((logits - logits.max()) / settings.temperature).softmax(-1)
+    if settings.top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        # A token stays if those before it have not reached top_p yet; so the first always stays.
+        ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
+    return int(torch.multinomial(probabilities, 1, generator=random))
+
+
+def stream_text(tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text of token ids as they come, in pieces that are final once yielded.
+
+    A byte-level token may end in the middle of a character; such an end is held back until the rest of it has come.
+    Special tokens are left out. The pieces joined are `tokenizer.decode` of all ids.
+
+    Args:
+        tokenizer: a byte-level Hugging Face tokenizer, as Qwen's is.
+        ids: token ids, consumed one at a time.
+    """
+    pending, yielded = [], 0
+
+    def text() -> str:
+        return tokenizer.decode(pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    for token in ids:
+        pending.append(token)
+        piece = text()
+        # Unfinished bytes decode to one replacement character, always the last; what stands before it is settled.
+        settled = piece.removesuffix("\ufffd")
+        if len(settled) > yielded:
+            yield settled[yielded:]
+            yielded = len(settled)
+        if settled == piece:
+            pending, yielded = [], 0
+    if rest := text()[yielded:]:
+        yield rest

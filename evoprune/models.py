@@ -1,0 +1,477 @@
+"""Loading a model: the bundled demo, a folder, a hub id, or true dimensions with random weights for benchmarks.
+
+What can be wrong with a model is found before its weights are read, as far as it can be, and each has an error with a
+hint. Only safetensors are read, and no code that comes with a model is ever run.
+"""
+
+import contextlib
+import json
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evoprune.errors import ModelError, OutOfMemory, UsageError
+
+DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
+# The published dimensions (config.json of the two repositories), so that benchmarks need no network.
+BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HUB_SECONDS = 5.0
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
+_HINT_MODEL = "evoprune runs Qwen2.5-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and the bundled demo"
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """How a model wants its video: which frames, how large, normalised how. The defaults are Qwen2.5-VL's for video.
+
+    Attributes:
+        min_pixels, max_pixels: area of one frame after resizing.
+        fps: frames a second to take.
+        min_frames, max_frames: bounds on their number.
+        image_mean, image_std: of the red, green and blue channel, values in 0..1.
+        patch_size: side of a patch in pixels.
+        temporal_patch_size: frames in a grid.
+        merge_size: side of a merge unit in patches.
+    """
+
+    min_pixels: int = 128 * 28 * 28
+    max_pixels: int = 768 * 28 * 28
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+
+
+@dataclass
+class LoadedModel:
+    """A model that is ready to answer.
+
+    Attributes:
+        model: Hugging Face `Qwen2_5_VLForConditionalGeneration`, eval mode, sdpa attention, on `device` in `dtype`.
+        tokenizer: Hugging Face fast tokenizer with a chat template. None only where random weights have no tokenizer files
+            beside them; their answers would mean nothing anyway.
+        video: see `VideoLimits`.
+        eos_ids: token ids that end an answer.
+        id: "demo", or the folder or hub id as it was asked for.
+        revision: commit on the hub, None for anything local.
+        dtype: "bf16", "fp16" or "fp32".
+        device: torch's name of the device.
+        is_demo: whether this is the bundled demo model with its trained weights.
+        load_format: "auto" or "dummy" (random weights).
+        weights_bytes: size of all weights, tied ones counted once.
+    """
+
+    model: Any
+    tokenizer: Any
+    video: VideoLimits
+    eos_ids: tuple[int, ...]
+    id: str
+    revision: str | None
+    dtype: str
+    device: str
+    is_demo: bool
+    load_format: str
+    weights_bytes: int
+
+
+def load_model(
+    name: str = "demo",
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offline: bool = False,
+    load_format: str = "auto",
+) -> LoadedModel:
+    """Loads a Qwen2.5-VL model.
+
+    Args:
+        name: "demo" for the bundled one, a folder in the hub's file layout, or a hub id `org/name`, tried in this order.
+        revision: branch, tag or commit of a hub id.
+        device: "auto" (CUDA if there is any, else CPU) or any torch device.
+        dtype: "bf16", "fp16", "fp32", or "auto": fp32 for the demo; else bf16 on CUDA and on CPUs with bf16 instructions,
+            fp32 elsewhere.
+        offline: use nothing but the hub's cache on this machine.
+        load_format: "auto" reads the weights, "dummy" takes the dimensions from a folder, from "demo" or from a bundled
+            config (`BUNDLED_CONFIGS`) and fills in seeded random weights, without any network. `tokenizer` is None where
+            there are no tokenizer files, so always with a bundled config.
+
+    Raises:
+        UsageError: unknown or absent device, unknown dtype or load format, a revision of something local.
+        ModelError: the model is missing, of another kind, damaged, or out of reach.
+        OutOfMemory: the weights do not fit.
+    """
+    if load_format not in ("auto", "dummy"):
+        raise UsageError(f"unknown load format {load_format!r}", "use auto or dummy")
+    place = _device(device)
+    dummy = load_format == "dummy"
+    if dummy and name in BUNDLED_CONFIGS and not Path(name).is_dir():
+        folder, commit, config = None, None, _read_config(BUNDLED_CONFIGS[name])
+    else:
+        folder, commit = _locate(name, revision, offline, download=not dummy)
+        config = _read_config(folder / "config.json")
+    is_demo = folder is not None and folder.resolve() == DEMO_FOLDER.resolve()
+    dtype = _dtype(dtype, place, is_demo)
+
+    tokenizer = None
+    if folder is not None and (_has_tokenizer(folder) or not dummy):
+        tokenizer = _load_tokenizer(folder)
+    if not dummy:
+        _check_weights(folder)
+    try:
+        with _quiet():
+            how = (DTYPES[dtype], place)
+            model = _random_model(config, *how) if dummy else _load_weights(config, folder, *how)
+    except (MemoryError, RuntimeError) as problem:
+        if not _out_of_memory(problem):
+            raise
+        hint = "use a smaller model, or bf16 weights" if dtype == "fp32" else "use a smaller model"
+        raise OutOfMemory(f"the weights of {name} do not fit into memory ({place})", hint, stage="load") from problem
+    model.eval().requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        video=_video_limits(folder, config.vision_config),
+        eos_ids=_eos_ids(folder, config, tokenizer),
+        id=name,
+        revision=commit,
+        dtype=dtype,
+        device=str(place),
+        is_demo=is_demo and not dummy,
+        load_format=load_format,
+        weights_bytes=sum(weight.nbytes for weight in model.parameters()),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
+        reason = _first_line(problem)
+        raise UsageError(
+            f"device {name!r} cannot be used here: {reason}", "cpu always works, auto finds a GPU"
+        ) from problem
+    return device
+
+
+def _dtype(name: str, device: torch.device, is_demo: bool) -> str:
+    if name == "auto":
+        bf16 = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bf16())
+        return "bf16" if bf16 and not is_demo else "fp32"
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", f"use auto, {', '.join(DTYPES)}")
+    return name
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; without, bf16 is slower than fp32."""
+    if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
+        found = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return bool(found & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
+
+
+def _locate(name: str, revision: str | None, offline: bool, *, download: bool) -> tuple[Path, str | None]:
+    """The folder that holds a model, and its commit if it came from the hub."""
+    folder = DEMO_FOLDER if name == "demo" else Path(name).expanduser()
+    if name == "demo" and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"the bundled demo model is missing: {folder}", "install evoprune again, or name another model"
+        )
+    if folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
+        return folder, None
+    if folder.exists():
+        raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        raise ModelError(f"{name!r} is neither a folder here nor a hub id", f"a hub id is org/name; {_HINT_MODEL}")
+    if not download:
+        known = " and ".join(BUNDLED_CONFIGS)
+        raise ModelError(f"no bundled config for {name}", f"random weights need a local folder, demo, or {known}")
+    return _download(name, revision, offline)
+
+
+def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:
+    """A hub model's folder in the hub's own cache, downloaded as far as needed and possible, and its commit."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    unreachable = "the hub may not be asked (offline)" if offline else None
+    if not offline:
+        # One request without retries settles whether hub and model are there; the library's own calls try for minutes.
+        url = hub.hf_hub_url(name, "config.json", revision=revision)
+        try:
+            _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
+        except errors.RevisionNotFoundError as problem:
+            raise ModelError(f"{name} has no revision {revision!r} on the hub", "leave the revision out") from problem
+        except errors.RepositoryNotFoundError as problem:  # also: private, or gated
+            hint = f"check the spelling, or log in with `hf auth login` if it is private or gated; {_HINT_MODEL}"
+            raise ModelError(f"there is no folder {name} here, and no such model on the hub for you", hint) from problem
+        except errors.EntryNotFoundError as problem:
+            raise ModelError(f"{name} has no config.json on the hub", _HINT_MODEL) from problem
+        except Exception as problem:  # the HTTP library below differs from version to version
+            unreachable = f"the hub cannot be reached ({_first_line(problem)})"
+
+    def fetch(*patterns: str) -> Path:
+        local = unreachable is not None
+        try:
+            return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
+        except Exception as problem:
+            if local:
+                hint = (
+                    "download it once with network access, or give the folder of a copy; the bundled demo needs neither"
+                )
+                raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
+            raise ModelError(
+                f"the download of {name} broke off: {_first_line(problem)}", "run it again to go on"
+            ) from problem
+
+    # Before gigabytes are fetched: is it a model that can run?
+    _read_config(fetch("config.json") / "config.json")
+    folder = fetch(*_FILES)
+    return folder, folder.name
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """`work()`, or TimeoutError. HTTP timeouts leave out name resolution, which alone can take half a minute."""
+    answer = queue.SimpleQueue()
+
+    def run():
+        try:
+            answer.put((work(), None))
+        except BaseException as problem:
+            answer.put((None, problem))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, problem = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if problem is not None:
+        raise problem
+    return result
+
+
+def _read_config(path: Path):
+    """The checked `Qwen2_5_VLConfig` in a config.json."""
+    if not path.is_file():
+        raise ModelError(
+            f"{path.parent} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name"
+        )
+    content = _json(path)
+    if (kind := content.get("model_type")) != "qwen2_5_vl":
+        raise ModelError(f"{path.parent} is a model of type {kind!r}, not qwen2_5_vl", _HINT_MODEL)
+    if "quantization_config" in content:
+        raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
+    from transformers import Qwen2_5_VLConfig
+
+    try:
+        with _quiet():
+            return Qwen2_5_VLConfig.from_dict(content)
+    except Exception as problem:  # strict field checks raise types of their own
+        raise ModelError(
+            f"{path} is no valid Qwen2.5-VL config: {_first_line(problem)}", "get the file again"
+        ) from problem
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{path} cannot be read: {_first_line(problem)}", "get the file again") from problem
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object", "get the file again")
+    return content
+
+
+def _check_weights(folder: Path) -> None:
+    """All safetensors files are there and whole; reads their headers only."""
+    from safetensors import SafetensorError, safe_open
+
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        files = [folder / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
+    else:
+        files = []
+    if not files:
+        hint = (
+            "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not read"
+        )
+        raise ModelError(f"{folder} holds no safetensors weights", hint)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as problem:
+            what = "damaged or incomplete" if file.is_file() else "missing"
+            raise ModelError(
+                f"weights file {file} is {what}: {_first_line(problem)}", "get the file again"
+            ) from problem
+
+
+def _load_weights(config, folder: Path, dtype: torch.dtype, device: torch.device):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    try:
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as problem:
+        if _out_of_memory(problem):
+            raise
+        hint = "config.json and the weights must belong together; get the model again"
+        raise ModelError(f"the weights in {folder} cannot be loaded: {_first_line(problem)}", hint) from problem
+    if missing := sorted(report["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise ModelError(
+            f"the weights in {folder} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
+        )
+    return model.to(device)
+
+
+def _random_model(config, dtype: torch.dtype, device: torch.device):
+    """Seeded random weights at true size, in seconds where ordinary initialisation takes half a minute."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.to_empty(device=device)
+    model.tie_weights()
+    # Rotary frequencies follow from the config, and are noise after `to_empty`.
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if hasattr(child, "inv_freq"):
+                setattr(parent, name, type(child)(child.config).to(device))
+
+    # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are alike.
+    random = torch.Generator().manual_seed(0)
+    block = torch.randn(1_048_573, generator=random).mul_(0.02).to(device, dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(0 if name.endswith("bias") else 1)
+                continue
+            noise = block.roll(int(torch.randint(len(block), (), generator=random)))
+            for part in weight.view(-1).split(len(noise)):
+                part.copy_(noise[: len(part)])
+    return model
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+
+
+def _load_tokenizer(folder: Path):
+    if not _has_tokenizer(folder):
+        raise ModelError(
+            f"{folder} holds no tokenizer", "copy tokenizer.json and tokenizer_config.json from the original model"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as problem:  # the Rust parser raises plain Exceptions
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(problem)}", "get its files again"
+        ) from problem
+    # Where the hub's older repositories keep the template of the processor, the one that knows about video.
+    template = folder / "chat_template.json"
+    if template.is_file() and not template.with_suffix(".jinja").is_file():
+        tokenizer.chat_template = _json(template).get("chat_template")
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"the tokenizer in {folder} has no chat template", "copy chat_template.json from the original model"
+        )
+    return tokenizer
+
+
+def _eos_ids(folder: Path | None, config, tokenizer) -> tuple[int, ...]:
+    path = folder / "generation_config.json" if folder else None
+    ids = _json(path).get("eos_token_id") if path and path.is_file() else None
+    if ids is None:
+        ids = config.text_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id if tokenizer is not None else None
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _video_limits(folder: Path | None, vision_config) -> VideoLimits:
+    """Limits from a model folder's processor settings, patch sizes from its config: those are the shape of the weights.
+
+    `preprocessor_config.json` is the image processor's, so only its mean and std are used. It allows 12.8 million pixels,
+    meant for a single picture: 16,000 tokens, for every two frames of a video. Qwen's own code limits the frames of a video
+    apart and far lower; those limits are the defaults here.
+    """
+    files = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+    image, video, joint = (_json(folder / name) if folder and (folder / name).is_file() else {} for name in files)
+    video = joint.get("video_processor") or video  # where transformers 5 saves it
+    image = joint.get("image_processor") or image
+    size = video.get("size") or {}
+    found = {
+        "image_mean": video.get("image_mean") or image.get("image_mean"),
+        "image_std": video.get("image_std") or image.get("image_std"),
+        "min_pixels": video.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": video.get("max_pixels") or size.get("longest_edge"),
+        **{name: video.get(name) for name in ("fps", "min_frames", "max_frames")},
+    }
+    limits = VideoLimits(
+        patch_size=vision_config.patch_size,
+        temporal_patch_size=vision_config.temporal_patch_size,
+        merge_size=vision_config.spatial_merge_size,
+    )
+    return replace(limits, **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if v is not None})
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no chatter from transformers: stderr belongs to the caller."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _out_of_memory(problem: BaseException) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -1,0 +1,416 @@
+"""The stages strung together: read, preprocess, encode, prefill, generate; each timed, each with its counts.
+
+qa = VideoQA.load("demo", budget=0.25)
+video = qa.encode("clip.mp4")
+for piece in video.ask("What colour is the square?"):
+    print(piece, end="")
+video.report
+"""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from copy import deepcopy
+from dataclasses import asdict
+from typing import TypeVar
+
+import torch
+import transformers
+
+import evoprune
+from evoprune import methods
+from evoprune.errors import OutOfMemory, UsageError, VideoError
+from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream, stream_text
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.prompt import build_prompt
+from evoprune.models import LoadedModel, load_model
+from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
+from evoprune.report import Environment, Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
+from evoprune.video.decode import read_frames
+from evoprune.video.probe import VideoInfo, probe
+from evoprune.video.sampling import SamplingPlan, plan_sampling
+from evoprune.vision.encoder import CHUNK_UNITS, Encoded, encode
+from evoprune.vision.preprocess import patchify, resize, smart_resize
+
+T = TypeVar("T")
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Clock:
+    """Adds up the time each stage is busy, in seconds."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = {}
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()  # kernels run on after Python has gone ahead
+        return time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a block; running out of memory in it becomes an error that names the stage."""
+        start = self.now()
+        try:
+            with memory_guard(name):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+
+    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """Passes items on, timing only the making of them."""
+        source = iter(items)
+        while True:
+            with self.stage(name):
+                item = next(source, None)
+            if item is None:
+                return
+            yield item
+
+
+@contextmanager
+def memory_guard(stage: str) -> Iterator[None]:
+    """Turns running out of memory, on host or device, into an error that names the stage."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as problem:
+        raise _out_of_memory(stage) from problem
+    except RuntimeError as problem:
+        if "can't allocate memory" not in str(problem):  # what PyTorch's CPU allocator raises
+            raise
+        raise _out_of_memory(stage) from problem
+
+
+def _out_of_memory(stage: str) -> OutOfMemory:
+    return OutOfMemory(f"out of memory in {stage}", "take fewer frames (--frames) or a lower budget (-b)", stage=stage)
+
+
+class VideoQA:
+    """A loaded model with a pruning method and a budget, ready for videos.
+
+    Args:
+        loaded: from `models.load_model`.
+        budget: share of visual tokens kept, a number in (0, 1] or a preset's name.
+        method: name of a pruning method, `method_args` its settings as texts.
+        seed: of everything random.
+
+    Raises:
+        UsageError: a bad budget or method, or a model without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        budget: float | str = DEFAULT,
+        method: str = methods.DEFAULT,
+        method_args: dict[str, str] | None = None,
+        seed: int = 0,
+        load_seconds: float | None = None,
+    ):
+        self.loaded = loaded
+        self.budget = parse_budget(budget)
+        self.method_name, self.method = method, methods.get(method, method_args)
+        self.seed = seed
+        self.load_seconds = load_seconds
+        if loaded.tokenizer is None:
+            raise UsageError(f"{loaded.id} with random weights has no tokenizer", "ask needs a real checkpoint")
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "demo",
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        offline: bool = False,
+        load_format: str = "auto",
+        **settings,
+    ) -> "VideoQA":
+        """Loads a model and wraps it; `settings` are the constructor's. Raises what `load_model` raises."""
+        start = time.perf_counter()
+        parse_budget(settings.get("budget", DEFAULT))  # settings are checked before any weights are read
+        methods.get(settings.get("method", methods.DEFAULT), settings.get("method_args"))
+        loaded = load_model(
+            model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format
+        )
+        return cls(loaded, load_seconds=time.perf_counter() - start, **settings)
+
+    def encode(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fps: float | None = None,
+        frames: int | None = None,
+        start_s: float = 0.0,
+        end_s: float | None = None,
+        decoder: str = "auto",
+        progress: Progress | None = None,
+    ) -> "EncodedVideo":
+        """Reads, preprocesses and encodes a video, chunk by chunk.
+
+        Args:
+            path: the file.
+            fps: frames a second; default: what the model's processor asks for. `frames`: how many in all, instead.
+            start_s, end_s: the part to look at, in seconds.
+            decoder: how to read it, see `video.decode.read_frames`.
+            progress: called with "encode", frames done and frames in all, after every chunk.
+
+        Raises:
+            VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory.
+        """
+        limits, visual = self.loaded.video, self.loaded.model.model.visual
+        clock = Clock(visual.patch_embed.proj.weight.device)
+        begun = clock.now()
+        with clock.stage("read"):
+            info = probe(path)
+            if info.duration_s is None:
+                raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
+            plan = plan_sampling(
+                info.duration_s,
+                fps=fps or limits.fps,
+                frames=frames,
+                start_s=start_s,
+                end_s=end_s,
+                min_frames=limits.min_frames,
+                max_frames=limits.max_frames,
+            )
+        unit = limits.patch_size * limits.merge_size
+        try:
+            height, width = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, unit)
+        except ValueError as problem:
+            raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
+        grid = (plan.frames // limits.temporal_patch_size, height // unit, width // unit)
+        keep = keep_count(self.budget, grid[0] * grid[1] * grid[2])
+
+        def patches() -> Iterator[torch.Tensor]:
+            with closing(read_frames(info, plan.times_s, decoder=decoder)) as chunks:
+                for chunk in clock.each("read", chunks):
+                    with clock.stage("preprocess"):
+                        small = resize(torch.from_numpy(chunk.frames), height, width)
+                        piece = patchify(
+                            small,
+                            limits.image_mean,
+                            limits.image_std,
+                            limits.patch_size,
+                            limits.temporal_patch_size,
+                            limits.merge_size,
+                        )
+                    yield piece
+                    if progress:
+                        progress("encode", chunk.first + len(chunk.frames), plan.frames)
+
+        start = clock.now()
+        before = sum(clock.seconds.values())
+        with memory_guard("encode"), closing(patches()) as pieces:
+            encoded = encode(
+                visual,
+                pieces,
+                grid,
+                self.method,
+                keep,
+                seconds_per_grid=plan.seconds_per_grid(limits.temporal_patch_size),
+                seed=self.seed,
+                chunk_units=CHUNK_UNITS,
+            )
+        done = clock.now()
+        clock.seconds["encode"] = done - start - (sum(clock.seconds.values()) - before)
+        return EncodedVideo(self, info, plan, (height, width), encoded, clock, done - begun)
+
+
+class EncodedVideo:
+    """A video that was encoded once and can be asked about. `report` describes the latest question (or none yet)."""
+
+    def __init__(
+        self,
+        qa: VideoQA,
+        info: VideoInfo,
+        plan: SamplingPlan,
+        resized: tuple[int, int],
+        encoded: Encoded,
+        clock: Clock,
+        wall_seconds: float,
+    ):
+        self.qa, self.info, self.plan, self.encoded = qa, info, plan, encoded
+        self._clock, self._wall = clock, wall_seconds
+        self.report = self._blank_report(resized)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> Iterator[str]:
+        """The answer in pieces, as they are generated. `report` is up to date after each piece and complete after the last.
+
+        Args:
+            question: taken literally.
+            system: a system prompt; None for the model's own.
+            max_new_tokens, temperature, top_p: see `GenerationSettings`; the seed is the VideoQA's.
+
+        Raises:
+            UsageError: settings out of range, or an empty question.
+        """
+        if not question.strip():
+            raise UsageError("the question is empty", 'put it in quotes: evoprune ask video.mp4 "What happens?"')
+        settings = GenerationSettings(max_new_tokens, temperature, top_p, self.qa.seed)
+        return self._answer(question, system, settings)
+
+    def _answer(self, question: str, system: str | None, settings: GenerationSettings) -> Iterator[str]:
+        loaded, encoded, clock = self.qa.loaded, self.encoded, self._clock
+        clock.seconds.pop("prefill", None), clock.seconds.pop("generate", None)
+        report = self.report = self._next_report(question, settings)
+        start = clock.now()
+        with clock.stage("prefill"):
+            model = loaded.model
+            n = len(encoded.owner)
+            prompt = build_prompt(loaded.tokenizer, question, n, system=system)
+            seconds = self.plan.seconds_per_grid(loaded.video.temporal_patch_size)
+            span = VideoSpan(prompt.video_start, encoded.grid, seconds)
+            positions = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
+            embeds, columns = embed_prompt(
+                model, prompt.input_ids, encoded.features, prompt.video_start, n, encoded.kept
+            )
+            state = prefill(model, embeds, positions[:, columns], int(positions.max()) + 1)
+            tokens = stream(model, state, settings, loaded.eos_ids)
+        report.tokens = TokenCounts(prompt.text_tokens, len(encoded.kept), len(columns), 0)
+        report.time_ms.ttft_wall = (self._wall + clock.now() - start) * 1000
+        report.answer = ""
+
+        def update() -> None:
+            report.tokens.new, report.finish_reason = tokens.tokens, tokens.finish_reason
+            self._fill_times(report, self._wall + clock.now() - start)
+
+        update()
+        try:
+            for piece in clock.each("generate", stream_text(loaded.tokenizer, tokens)):
+                report.answer += piece
+                update()
+                yield piece
+            update()
+        except GeneratorExit:  # whoever reads stopped early
+            update()
+            report.finish_reason = report.finish_reason or "interrupt"
+            raise
+
+    def _fill_times(self, report: Report, total: float) -> None:
+        seconds = self._clock.seconds
+        times = report.time_ms
+        for stage, spent in seconds.items():
+            setattr(times, stage, spent * 1000)
+        times.total = total * 1000
+        times.ttft_model = None if times.prefill is None else times.encode + times.prefill
+        report.rate = Rate(report.tokens.new / seconds["generate"] if seconds.get("generate") else None)
+        report.memory.peak_bytes = peak_memory(self.qa.loaded.device)
+
+    def _next_report(self, question: str, settings: GenerationSettings) -> Report:
+        report = deepcopy(self._blank)
+        fresh = Report()
+        report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
+        report.generation = asdict(settings)
+        return report
+
+    def _blank_report(self, resized: tuple[int, int]) -> Report:
+        qa, info, plan, encoded, loaded = self.qa, self.info, self.plan, self.encoded, self.qa.loaded
+        merge = loaded.video.merge_size
+        t, h, w = encoded.grid
+        report = Report(
+            video=VideoFacts(
+                path=info.path,
+                duration_s=info.duration_s,
+                width=info.width,
+                height=info.height,
+                rotation_deg=info.rotation_deg,
+                codec=info.codec,
+                fps=info.fps,
+                variable_rate=info.variable_rate,
+                frames_total=info.frames_total,
+                decoder="pyav",
+            ),
+            sampling=Sampling(
+                start_s=plan.start_s,
+                end_s=plan.end_s,
+                frames=plan.frames,
+                timestamps_s=list(plan.times_s),
+                resized_hw=list(resized),
+                grid_thw=[t, h * merge, w * merge],
+                seconds_per_grid=plan.seconds_per_grid(loaded.video.temporal_patch_size),
+            ),
+            pruning=Pruning(
+                method=qa.method_name,
+                args=asdict(qa.method),
+                budget=qa.budget,
+                encoder_budget=None,
+                kept_ratio=len(encoded.kept) / len(encoded.owner),
+                visual_tokens_in=len(encoded.owner),
+                visual_tokens_kept=len(encoded.kept),
+                encoder_rows=len(encoded.rows),
+                encoder_live_share=encoded.live_share,
+                layers=[[layer, entered] for layer, entered, _ in encoded.layers],
+                kept_per_grid=encoded.kept_per_grid,
+                positions="qwen",
+            ),
+            memory=Memory(weights_bytes=loaded.weights_bytes),
+            model=ModelFacts(
+                id=loaded.id,
+                revision=loaded.revision,
+                dtype=loaded.dtype,
+                quantize="none",
+                device=loaded.device,
+                load_format=loaded.load_format,
+            ),
+            env=environment(loaded.device),
+        )
+        report.time_ms.load = None if qa.load_seconds is None else qa.load_seconds * 1000
+        report.time_ms.encode_prune = encoded.prune_seconds * 1000
+        if loaded.is_demo and not is_demo_clip(info):
+            report.warnings.append("demo_model")
+        self._blank = report
+        made = deepcopy(report)
+        self._fill_times(made, self._wall)
+        return made
+
+
+def is_demo_clip(info: VideoInfo) -> bool:
+    """Whether the demo model's own generator made this file: it tags its clips."""
+    from evoprune.demo.clips import VIDEO_TAG
+
+    return any(key.lower() == "comment" and value == VIDEO_TAG for key, value in info.tags.items())
+
+
+def environment(device: str) -> Environment:
+    """Versions, device and threads."""
+    return Environment(
+        evoprune=evoprune.__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        device_name=torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far; None where unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,169 @@
+"""What one question to one video measured: plain dataclasses, to JSON and back (schema `evoprune/answer@1`).
+
+Unknown values are None. Fields are only ever added. Times are milliseconds, sizes bytes.
+"""
+
+import json
+import uuid
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+SCHEMA = "evoprune/answer@1"
+STAGES = ("read", "preprocess", "encode", "prefill", "generate")
+
+
+@dataclass
+class VideoFacts:
+    path: str | None = None
+    duration_s: float | None = None
+    width: int | None = None
+    height: int | None = None
+    rotation_deg: int | None = None
+    codec: str | None = None
+    fps: float | None = None
+    variable_rate: bool | None = None
+    frames_total: int | None = None
+    decoder: str | None = None
+
+
+@dataclass
+class Sampling:
+    start_s: float | None = None
+    end_s: float | None = None
+    frames: int | None = None
+    timestamps_s: list[float] | None = None
+    resized_hw: list[int] | None = None
+    grid_thw: list[int] | None = None  # in patches, as Hugging Face counts
+    seconds_per_grid: float | None = None
+
+
+@dataclass
+class Pruning:
+    """`layers`: for every layer of the tower, its number and the rows it computed; `encoder_rows`: what the last one left."""
+
+    method: str | None = None
+    args: dict[str, Any] | None = None
+    budget: float | None = None
+    encoder_budget: float | None = None
+    kept_ratio: float | None = None
+    visual_tokens_in: int | None = None
+    visual_tokens_kept: int | None = None
+    encoder_rows: int | None = None
+    encoder_live_share: float | None = None
+    layers: list[list[int]] | None = None
+    kept_per_grid: list[int] | None = None
+    positions: str | None = None
+
+
+@dataclass
+class TokenCounts:
+    text: int | None = None
+    visual: int | None = None
+    prompt: int | None = None
+    new: int | None = None
+
+
+@dataclass
+class Times:
+    """Milliseconds. `ttft_model` is encode + prefill; `ttft_wall` from the start of reading to the first token, load apart."""
+
+    load: float | None = None
+    read: float | None = None
+    preprocess: float | None = None
+    encode: float | None = None
+    encode_prune: float | None = None
+    prefill: float | None = None
+    generate: float | None = None
+    total: float | None = None
+    ttft_model: float | None = None
+    ttft_wall: float | None = None
+
+
+@dataclass
+class Rate:
+    generate_tok_s: float | None = None
+
+
+@dataclass
+class Memory:
+    weights_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass
+class ModelFacts:
+    id: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    device: str | None = None
+    load_format: str | None = None
+
+
+@dataclass
+class Environment:
+    evoprune: str | None = None
+    torch: str | None = None
+    transformers: str | None = None
+    device_name: str | None = None
+    threads: int | None = None
+
+
+@dataclass
+class Report:
+    """One record: a question, its answer (or error), and everything that was measured on the way."""
+
+    schema: str = SCHEMA
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created_utc: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    question: str | None = None
+    answer: str | None = None
+    finish_reason: str | None = None
+    video: VideoFacts = field(default_factory=VideoFacts)
+    sampling: Sampling = field(default_factory=Sampling)
+    pruning: Pruning = field(default_factory=Pruning)
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+    time_ms: Times = field(default_factory=Times)
+    rate: Rate = field(default_factory=Rate)
+    memory: Memory = field(default_factory=Memory)
+    model: ModelFacts = field(default_factory=ModelFacts)
+    generation: dict[str, Any] = field(default_factory=dict)
+    env: Environment = field(default_factory=Environment)
+    warnings: list[str] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """One compact line."""
+        return json.dumps(_rounded(asdict(self)), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The report that `to_json` wrote; fields of later versions are ignored.
+
+        Raises:
+            ValueError: not JSON, or not a record of this schema.
+        """
+        record = json.loads(text)
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise ValueError(f"not a record of {SCHEMA}")
+        made = cls()
+        for name, value in record.items():
+            current = getattr(made, name, None)
+            if hasattr(current, "__dataclass_fields__"):
+                known = {k: v for k, v in value.items() if k in current.__dataclass_fields__}
+                setattr(made, name, type(current)(**known))
+            elif name in cls.__dataclass_fields__:
+                setattr(made, name, value)
+        return made
+
+
+def _rounded(value):
+    """Floats to six decimals: a microsecond in seconds, a nanosecond in milliseconds."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return value

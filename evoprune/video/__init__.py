@@ -1,0 +1,1 @@
+"""Reading videos: what a file holds (`probe`), which moments to look at (`sampling`), and their frames (`decode`)."""

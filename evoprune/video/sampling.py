@@ -1,0 +1,118 @@
+"""Which moments of a video to look at: pure functions on numbers, no files.
+
+All times are seconds from the video's first frame.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from evoprune.errors import UsageError, VideoError
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The moments at which frames are taken.
+
+    Attributes:
+        start_s, end_s: the part of the video that is covered, in seconds.
+        times_s: the moments in seconds, ascending, each in the middle of its equal share of the part.
+    """
+
+    start_s: float
+    end_s: float
+    times_s: tuple[float, ...]
+
+    @property
+    def frames(self) -> int:
+        """Number of frames, always even."""
+        return len(self.times_s)
+
+    @property
+    def seconds_per_frame(self) -> float:
+        """Time from one frame to the next."""
+        return (self.end_s - self.start_s) / self.frames
+
+    def seconds_per_grid(self, temporal_patch: int = 2) -> float:
+        """Time from one grid, which joins `temporal_patch` frames, to the next."""
+        return temporal_patch * self.seconds_per_frame
+
+
+def plan_sampling(
+    duration_s: float,
+    *,
+    fps: float | None = 2.0,
+    frames: int | None = None,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    min_frames: int = 4,
+    max_frames: int = 768,
+) -> SamplingPlan:
+    """Spread an even number of frames over a video, or over a part of it: t_i = start + (i + 0.5) * span / n.
+
+    Args:
+        duration_s: the video's length in seconds.
+        fps: frames to take per second of video; the count is rounded to the nearest even number, at least 2, and kept
+            within `min_frames` and `max_frames`. Ignored when `frames` is given.
+        frames: exact number of frames; an odd one is rounded up, and only `max_frames` limits it.
+        start_s, end_s: the part to look at, in seconds; `end_s` beyond the video's end, or None, means its end.
+        min_frames, max_frames: limits of the count; an odd `min_frames` is rounded up, an odd `max_frames` down, and
+            where they contradict each other `max_frames` wins.
+
+    Raises:
+        UsageError: a number that makes no sense (nan, infinite, negative, no frames at all).
+        VideoError: the part is empty.
+    """
+    _check("start", start_s, least=0)
+    _check("end", end_s, least=0)
+    _check("max_frames", max_frames, least=2)
+    _check("min_frames", min_frames, least=0)
+    if frames is None and fps is None:
+        raise UsageError("neither fps nor frames is given", "give one of the two")
+
+    if not 0 < duration_s < math.inf:
+        raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
+    end = duration_s if end_s is None else min(end_s, duration_s)
+    if start_s >= duration_s:
+        raise VideoError(
+            f"start {start_s:g} s lies beyond the video, which is {duration_s:g} s long", "choose an earlier start"
+        )
+    if end <= start_s:
+        raise VideoError(
+            f"nothing between start {start_s:g} s and end {end_s:g} s of the video, which is {duration_s:g} s long",
+            "choose an end after the start",
+        )
+
+    span, most = end - start_s, max_frames - max_frames % 2
+    if frames is not None:
+        _check("frames", frames, least=1)
+        count = min(frames + frames % 2, most)
+    else:
+        _check("fps", fps, least=0)
+        if fps == 0:
+            raise UsageError("fps is 0", "give a number above 0")
+        nearest = 2 * math.floor(min(span * fps, most) / 2 + 0.5)
+        count = min(max(nearest, 2, min_frames + min_frames % 2), most)
+    return SamplingPlan(start_s, end, tuple(start_s + (i + 0.5) * span / count for i in range(count)))
+
+
+def parse_time(text: str) -> float:
+    """Seconds from `90`, `90.5`, `1:30`, `01:30:00` or `1:02:03.5`.
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    match = re.fullmatch(r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)", text.strip())
+    if match:
+        hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        total = hours * 3600 + minutes * 60 + seconds
+        # The leading part may be any number (90:00 is an hour and a half), those after it stop at 60.
+        whole = (minutes < 60 or not match[1]) and (seconds < 60 or not match[2])
+        if whole and math.isfinite(total):
+            return total
+    raise UsageError(f"{text!r} is not a time", "write seconds (90.5), minutes (1:30) or hours (1:02:03)")
+
+
+def _check(name: str, value: float | None, *, least: float) -> None:
+    if value is not None and not least <= value < math.inf:
+        raise UsageError(f"{name} is {value}", f"give a finite number, {least} or more")

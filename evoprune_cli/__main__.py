@@ -1,0 +1,3 @@
+from evoprune_cli.main import run
+
+run()

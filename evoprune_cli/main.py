@@ -1,0 +1,103 @@
+"""The `evoprune` command: its subcommands, and what every one of them does about errors, signals and closed pipes."""
+
+import os
+import signal
+import sys
+import traceback
+
+import typer
+
+import evoprune
+from evoprune.errors import EvopruneError
+from evoprune_cli.ask import ask
+from evoprune_cli.render import print_error
+
+# What the parser raises. Typer carries click inside in some versions and beside it in others, so ask the class it exports.
+ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="evoprune",
+    help="Ask Qwen2.5-VL about videos; visual tokens are pruned inside the vision encoder.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 video, 4 model, 5 out of memory, 130 interrupted, 143 terminated.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evoprune {evoprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+app.command()(ask)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that what there is gets printed and files get closed."""
+
+
+def _terminate(*_) -> None:
+    raise Terminated
+
+
+def run() -> None:
+    """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
+    signal.signal(signal.SIGTERM, _terminate)
+    code = 1
+    try:
+        # Not "standalone": then click would print errors its own way. Commands return their exit code.
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 0  # whoever read the answer has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds a reader
+    except typer.Exit as done:
+        code = done.exit_code
+    except ParserError as problem:
+        code = 2
+        if type(problem).__name__ == "NoArgsIsHelpError":
+            typer.echo(problem.ctx.get_help(), err=True)
+        else:
+            print_error(_sentence(problem), _hint(problem))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Terminated:
+        code = 143
+    except EvopruneError as problem:
+        code = problem.exit_code
+        if debugging():
+            traceback.print_exc()
+        print_error(problem.message, problem.hint)
+    except Exception as problem:
+        if debugging():
+            traceback.print_exc()
+        what = str(problem).splitlines()[0] if str(problem) else "no message"
+        print_error(
+            f"{type(problem).__name__}: {what}", "this is a bug; run again with --debug and report what it prints"
+        )
+    sys.exit(code)
+
+
+def debugging() -> bool:
+    return "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0")
+
+
+def _sentence(problem: Exception) -> str:
+    return " ".join(problem.format_message().split()).rstrip(".")
+
+
+def _hint(problem: Exception) -> str:
+    if "unexpected extra argument" in problem.format_message():
+        return 'quote the question: evoprune ask video.mp4 "What happens?"'
+    context = getattr(problem, "ctx", None)
+    return f"see {context.command_path if context else 'evoprune'} --help"

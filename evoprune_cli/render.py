@@ -1,0 +1,161 @@
+"""What a person reads on stderr: errors, warnings, the stats block. Plain text first; colour only on a terminal."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from evoprune.report import STAGES, Report
+
+WIDTH = 80
+BAR = 12
+WARNINGS = {
+    "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
+    "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
+}
+
+
+def colourful() -> bool:
+    """Colour on stderr: a terminal that wants it (https://no-color.org)."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _paint(text: str, code: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if colourful() else text
+
+
+def printable(text: str) -> str:
+    """Text as one line that stderr can take, whatever is in it: no control characters, nothing outside its encoding."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    encoding = sys.stderr.encoding or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def note(text: str = "") -> None:
+    """One line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_error(message: str, hint: str | None) -> None:
+    """The two lines of an error."""
+    note(f"{_paint('error:', '31;1')} {printable(message)}")
+    if hint:
+        note(f"{_paint('hint:', '36')} {printable(hint)}")
+
+
+def print_warning(name: str) -> None:
+    note(f"{_paint('warning:', '33;1')} {printable(WARNINGS.get(name, name))}")
+
+
+def clock(seconds: float | None) -> str:
+    """1:02:03.5, 2:31.4 or 0:06.0."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds * 10), 600)
+    hours, minutes = divmod(minutes, 60)
+    tail = f"{rest // 10:02d}.{rest % 10}"
+    return f"{hours}:{minutes:02d}:{tail}" if hours else f"{minutes}:{tail}"
+
+
+def shorten(text: str, width: int) -> str:
+    """The middle left out where the text is too long."""
+    if len(text) <= width:
+        return text
+    head = max(0, (width - 3) // 2)
+    return text[:head] + "..." + text[len(text) - (width - 3 - head) :]
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> list[str]:
+    """The stats of one question, one line a stage: time, bar, and what goes in and comes out."""
+    model, video, pruning, sampling, times = report.model, report.video, report.pruning, report.sampling, report.time_ms
+    threads = f" ({report.env.threads} threads)" if (model.device or "").startswith("cpu") else ""
+    kept = 100 * (pruning.kept_ratio or 0)
+    fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
+    grids, rows, columns = sampling.grid_thw
+    facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
+    lines = [
+        f"model      {shorten(model.id, width - 40)}  {model.dtype}  {model.device}{threads}",
+        f"pruning    {pruning.method} -b {pruning.budget:g}: {kept:.1f}% kept, {100 - kept:.1f}% pruned",
+        f"video      {shorten(os.path.basename(os.path.abspath(video.path)), width - 13 - len(facts))}  {facts}",
+        f"{'stage':<11}{'ms':>8}",
+    ]
+    total = f"{video.frames_total:,} frames -> " if video.frames_total else "-> "
+    through = f"{pruning.visual_tokens_in:,} units"
+    if pruning.encoder_rows != pruning.visual_tokens_in:
+        through += f" -> {pruning.encoder_rows:,} encoded (live share {pruning.encoder_live_share:.2f})"
+    speed = f", {report.rate.generate_tok_s:.1f} tok/s" if report.rate.generate_tok_s else ""
+    said = {
+        "read": f"{total}{sampling.frames}",
+        "preprocess": f"{sampling.frames} frames {sampling.resized_hw[0]}x{sampling.resized_hw[1]}"
+        f" -> {grids} grids of {rows}x{columns} patches",
+        "encode": f"{through} -> {pruning.visual_tokens_kept:,} tokens",
+        "prefill": f"{report.tokens.prompt or 0:,} tokens = {report.tokens.visual or 0:,} visual + {report.tokens.text or 0} text",
+        "generate": f"{report.tokens.new or 0} tokens{speed}",
+    }
+    longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
+    bar = BAR if width >= 72 else 0
+    for stage in STAGES:
+        spent = getattr(times, stage) or 0
+        marks = "#" * (round(bar * spent / longest) if longest else 0)
+        lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{said[stage]}")
+        if stage == "encode" and times.encode_prune:
+            lines.append(f"{'  pruning':<11}{times.encode_prune:>8,.0f}")
+    first = f"(model alone {times.ttft_model:,.0f})" if times.ttft_model is not None else ""
+    load = f"load {times.load:,.0f} apart" if times.load is not None else ""
+    lines.append(f"first token{times.ttft_wall or 0:>8,.0f}  {first}  total {times.total:,.0f}  {load}".rstrip())
+    lines.append(f"memory     peak {size(report.memory.peak_bytes)}, weights {size(report.memory.weights_bytes)}")
+    if verbose:
+        lines += _verbose(report)
+    return lines
+
+
+def _verbose(report: Report) -> list[str]:
+    """Rows of every layer, tokens of every grid, versions."""
+    env = report.env
+    return [
+        *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in report.pruning.layers]),
+        *_wrapped("kept", [f"{n:,}" for n in report.pruning.kept_per_grid]),
+        *_wrapped("settings", [f"{k}={v}" for k, v in report.pruning.args.items()] or ["none"]),
+        *_wrapped("versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]),
+        f"{'device':<11}{env.device_name}",
+    ]
+
+
+def _wrapped(title: str, words: list[str]) -> list[str]:
+    lines, line = [], f"{title:<10}"
+    for word in words:
+        if len(line) + 1 + len(word) > WIDTH:
+            lines.append(line)
+            line = " " * 10
+        line += f" {word}"
+    return [*lines, line]
+
+
+def print_stats(report: Report, verbose: bool = False) -> None:
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if sys.stderr.isatty() else WIDTH
+    for line in stats_block(report, width, verbose):
+        note(_paint(printable(line), "2"))
+
+
+@contextmanager
+def progress(active: bool) -> Iterator:
+    """A line of progress on stderr while a block runs, on a terminal only: yields `show(what, done, total)`."""
+    if not active or not sys.stderr.isatty():
+        yield lambda what, done=0, total=0: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("loading", spinner="line") as status:
+
+        def show(what: str, done: int = 0, total: int = 0) -> None:
+            status.update(f"{what} {done:,}/{total:,} frames" if total else what)
+
+        yield show

@@ -1,0 +1,251 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evoprune.errors import UsageError
+from evoprune.language.generate import (
+    GenerationSettings,
+    choose,
+    embed_prompt,
+    prefill,
+    stream,
+    stream_text,
+)
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.prompt import build_prompt
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TOKENS = 32
+# (T, H, W) in merge units, seconds per grid: short, long in time, fractional, a single grid, wide.
+CLIPS = [((3, 4, 6), 0.5), ((12, 2, 2), 3.3), ((2, 3, 3), 1.0), ((1, 2, 5), 0.7), ((4, 2, 5), 11.25)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+class Clip:
+    """A random video, asked about: pixels, features, the full prompt and its positions."""
+
+    def __init__(self, model, grid, seconds, question="How many red squares are there?"):
+        t, h, w = grid
+        self.grid_thw = torch.tensor([[t, 2 * h, 2 * w]])
+        self.pixels = torch.randn(t * h * w * 4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(t + h))
+        with torch.no_grad():
+            self.features = model.model.visual(self.pixels, grid_thw=self.grid_thw).pooler_output
+        self.prompt = build_prompt(tiny_tokenizer(), question, t * h * w)
+        span = VideoSpan(self.prompt.video_start, grid, seconds)
+        self.positions = prompt_positions(len(self.prompt.input_ids), [span], 2)
+        self.next_position = int(self.positions.max()) + 1
+
+    def embed(self, model, kept):
+        return embed_prompt(
+            model, self.prompt.input_ids, self.features[kept], self.prompt.video_start, self.prompt.visual_tokens, kept
+        )
+
+    def prefill(self, model, kept=None):
+        kept = torch.arange(self.prompt.visual_tokens) if kept is None else kept
+        embeds, columns = self.embed(model, kept)
+        return prefill(model, embeds, self.positions[:, columns], self.next_position)
+
+
+def greedy(model, state, tokens=TOKENS):
+    return list(stream(model, state, GenerationSettings(max_new_tokens=tokens), []))
+
+
+@pytest.mark.parametrize(("grid", "seconds"), CLIPS)
+def test_all_tokens_kept_gives_the_tokens_of_transformers(model, grid, seconds):
+    clip = Clip(model, grid, seconds)
+    length = len(clip.prompt.input_ids)
+    expected = model.generate(
+        input_ids=clip.prompt.input_ids[None],
+        pixel_values_videos=clip.pixels,
+        video_grid_thw=clip.grid_thw,
+        position_ids=torch.cat([torch.arange(length)[None], clip.positions])[:, None],
+        do_sample=False,
+        max_new_tokens=TOKENS,
+        eos_token_id=-1,
+    )[0, length:]
+    # A model stuck on one token would agree with anything.
+    assert len(expected) == TOKENS
+    assert len(set(expected.tolist())) > TOKENS // 2
+    assert greedy(model, clip.prefill(model)) == expected.tolist()
+
+
+@pytest.mark.parametrize(("grid", "seconds"), CLIPS)
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_decoding_on_a_pruned_cache_is_one_forward_pass_without_cache(model, grid, seconds, share):
+    clip = Clip(model, grid, seconds)
+    n = clip.prompt.visual_tokens
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(1))[: max(1, round(share * n))]
+    kept = chosen.sort().values
+    embeds, columns = clip.embed(model, kept)
+    state = clip.prefill(model, kept)
+    first_logits = state.logits.clone()
+    tokens = greedy(model, state)
+
+    answer = model.get_input_embeddings()(torch.tensor([tokens]))
+    after = torch.arange(clip.next_position, clip.next_position + TOKENS).expand(3, -1)
+    positions = torch.cat([clip.positions[:, columns], after], dim=1)
+    with torch.no_grad():
+        hidden = model.model.language_model(
+            inputs_embeds=torch.cat([embeds, answer], dim=1),
+            position_ids=torch.cat([torch.arange(positions.shape[1])[None], positions])[:, None],
+            use_cache=False,
+        ).last_hidden_state
+        logits = model.lm_head(hidden[0, len(columns) - 1 : -1])
+    torch.testing.assert_close(first_logits, logits[0], atol=1e-4, rtol=1e-4)
+    assert logits.argmax(-1).tolist() == tokens
+    assert len(set(tokens)) > TOKENS // 4
+
+
+def test_positions_reach_the_model(model):
+    clip = Clip(model, *CLIPS[0])
+    kept = torch.arange(0, clip.prompt.visual_tokens, 5)
+    embeds, columns = clip.embed(model, kept)
+    right = prefill(model, embeds, clip.positions[:, columns], clip.next_position)
+    renumbered = prefill(model, embeds, torch.arange(len(columns)).expand(3, -1), len(columns))
+    assert not torch.allclose(right.logits, renumbered.logits, atol=1e-2)
+
+
+def test_a_prompt_read_in_two_parts_is_the_prompt_read_at_once(model):
+    clip = Clip(model, *CLIPS[1])
+    embeds, columns = clip.embed(model, torch.arange(0, clip.prompt.visual_tokens, 3))
+    positions = clip.positions[:, columns]
+    cut = len(columns) - (len(clip.prompt.input_ids) - clip.prompt.prefix_length)
+    prefix = prefill(model, embeds[:, :cut], positions[:, :cut], 0)
+    state = prefill(model, embeds[:, cut:], positions[:, cut:], clip.next_position, prefix.cache)
+    at_once = prefill(model, embeds, positions, clip.next_position)
+    torch.testing.assert_close(state.logits, at_once.logits, atol=1e-4, rtol=1e-4)
+    assert greedy(model, state) == greedy(model, at_once)
+
+
+def test_prefill_keeps_the_last_logits_only(model):
+    clip = Clip(model, *CLIPS[0])
+    state = clip.prefill(model, torch.tensor([0, 4]))
+    assert state.logits.shape == (model.config.text_config.vocab_size,)
+    assert state.logits.dtype == torch.float32
+    assert state.cache.get_seq_length() == clip.prompt.text_tokens + 2
+
+
+def test_embedding_a_pruned_prompt(model):
+    clip = Clip(model, *CLIPS[0])
+    kept, start, n = torch.tensor([0, 3, 71]), clip.prompt.video_start, clip.prompt.visual_tokens
+    embeds, columns = clip.embed(model, kept)
+    length = len(clip.prompt.input_ids)
+    assert columns.tolist() == [*range(start), start, start + 3, start + 71, *range(start + n, length)]
+    assert embeds.shape == (1, length - n + 3, 64)
+    text = model.get_input_embeddings()(clip.prompt.input_ids)
+    assert torch.equal(embeds[0, :start], text[:start])
+    assert torch.equal(embeds[0, start : start + 3], clip.features[kept])
+    assert torch.equal(embeds[0, start + 3 :], text[start + n :])
+
+
+@pytest.mark.parametrize("kept", [[2, 1], [1, 1], [-1, 0], [0, 72], [0, 1, 2]])
+def test_impossible_selections_are_refused(model, kept):
+    clip = Clip(model, *CLIPS[0])
+    with pytest.raises(ValueError, match="visual tokens"):
+        embed_prompt(model, clip.prompt.input_ids, clip.features[:2], clip.prompt.video_start, 72, torch.tensor(kept))
+
+
+def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
+    clip = Clip(model, *CLIPS[0])
+    tokens = greedy(model, clip.prefill(model))
+    end = tokens[9]
+    answer = stream(model, clip.prefill(model), GenerationSettings(max_new_tokens=TOKENS), [end, 10**6])
+    assert answer.finish_reason is None
+    assert list(answer) == tokens[: tokens.index(end)]
+    assert (answer.finish_reason, answer.tokens) == ("stop", tokens.index(end))
+    assert next(answer, None) is None
+
+    answer = stream(model, clip.prefill(model), GenerationSettings(max_new_tokens=3), [])
+    assert list(answer) == tokens[:3]
+    assert answer.finish_reason == "length"
+
+
+def test_no_forward_pass_runs_for_a_token_nobody_asked_for(model):
+    state = Clip(model, *CLIPS[3]).prefill(model)
+    length = state.cache.get_seq_length()
+    answer = stream(model, state, GenerationSettings(max_new_tokens=4), [])
+    next(answer)
+    assert state.cache.get_seq_length() == length
+    list(answer)
+    assert state.cache.get_seq_length() == length + 3
+
+
+def test_sampling_depends_on_the_seed_alone(model):
+    clip = Clip(model, *CLIPS[0])
+
+    def sample(seed):
+        settings = GenerationSettings(max_new_tokens=TOKENS, temperature=1.0, top_p=0.9, seed=seed)
+        return list(stream(model, clip.prefill(model), settings, []))
+
+    assert sample(1) == sample(1)
+    assert len({tuple(sample(seed)) for seed in range(4)}) == 4
+
+
+def test_sampling_next_to_zero_is_greedy(model):
+    clip = Clip(model, *CLIPS[0])
+    expected = greedy(model, clip.prefill(model), 8)
+    for close in (
+        GenerationSettings(max_new_tokens=8, temperature=1e-6),
+        GenerationSettings(max_new_tokens=8, temperature=1.0, top_p=1e-6),
+    ):
+        assert list(stream(model, clip.prefill(model), close, [])) == expected
+
+
+def test_draws_follow_temperature_and_nucleus():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    def shares(**settings):
+        random = torch.Generator().manual_seed(0)
+        settings = GenerationSettings(**settings)
+        return torch.tensor([choose(logits, settings, random) for _ in range(2000)]).bincount(minlength=4) / 2000
+
+    torch.testing.assert_close(shares(temperature=1.0), logits.exp(), atol=0.03, rtol=0)
+    torch.testing.assert_close(shares(temperature=0.5), logits.mul(2).softmax(-1), atol=0.03, rtol=0)
+    # 0.5 + 0.3 reach 0.8, so the third token is out.
+    torch.testing.assert_close(
+        shares(temperature=1.0, top_p=0.79), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}],
+)
+def test_settings_out_of_range_are_usage_errors(settings):
+    with pytest.raises(UsageError):
+        GenerationSettings(**settings)
+
+
+@pytest.mark.parametrize("text", ["Yes.", " naïve 你好, 世界 👩‍👩‍👧 fin", "🎬", "\n\n a  b\t", "", "real \ufffd mark"])
+def test_text_arrives_in_whole_characters(text):
+    tokenizer = tiny_tokenizer()
+    pieces = list(stream_text(tokenizer, iter(tokenizer(text)["input_ids"])))
+    assert "".join(pieces) == text
+    assert all(pieces)
+    assert "\ufffd" in text or "\ufffd" not in "".join(pieces)
+
+
+def test_text_arrives_as_soon_as_it_is_certain():
+    tokenizer = tiny_tokenizer()
+    ids, read = tokenizer("ab é c")["input_ids"], []
+    pieces = stream_text(tokenizer, (read.append(token) or token for token in ids))
+    assert tokenizer.decode(ids).startswith(next(pieces))
+    assert len(read) == 1
+
+
+def test_special_tokens_are_left_out_of_the_text():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("Yes<|im_end|>.<|vision_start|>")["input_ids"]
+    assert "".join(stream_text(tokenizer, ids)) == "Yes."
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 413), max_size=40))
+def test_pieces_join_to_the_text_of_all_tokens(ids):
+    tokenizer = tiny_tokenizer()
+    assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)

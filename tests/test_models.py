@@ -1,0 +1,522 @@
+import hashlib
+import json
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from evoprune import models
+from evoprune.errors import ModelError, OutOfMemory, UsageError
+from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream, stream_text
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.prompt import build_prompt
+from evoprune.models import BUNDLED_CONFIGS, VideoLimits, load_model
+from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(saved, tmp_path / "tiny")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def error_of(name, **options):
+    with pytest.raises(ModelError) as caught:
+        load_model(str(name), **options)
+    assert caught.value.exit_code == 4
+    assert caught.value.stage == "load"
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+# --- what loads ---
+
+
+def test_a_saved_folder_loads_as_it_was(saved, capfd):
+    loaded = load_model(str(saved), dtype="fp32", device="cpu")
+    expected = tiny_model().state_dict()
+    assert expected.keys() == loaded.model.state_dict().keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
+    assert not loaded.model.training
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert (loaded.id, loaded.revision, loaded.dtype, loaded.device) == (str(saved), None, "fp32", "cpu")
+    assert (loaded.is_demo, loaded.load_format) == (False, "auto")
+    assert loaded.weights_bytes == sum(weight.nbytes for weight in expected.values())
+    assert len(loaded.eos_ids) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_weights_come_in_the_dtype_asked_for(saved, dtype):
+    loaded = load_model(str(saved), dtype=dtype)
+    assert {weight.dtype for weight in loaded.model.parameters()} == {models.DTYPES[dtype]}
+    # Rotary frequencies would lose positions in less than float32.
+    assert {buffer.dtype for buffer in loaded.model.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_dtype_follows_the_hardware_and_the_demo_is_exact(saved, monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(models, "_cpu_has_bf16", lambda: has_bf16)
+    assert load_model(str(saved), device="cpu").dtype == expected
+    monkeypatch.setattr(models, "DEMO_FOLDER", saved)
+    demo = load_model("demo", device="cpu")
+    assert (demo.dtype, demo.is_demo, demo.id) == ("fp32", True, "demo")
+    assert load_model("demo", device="cpu", dtype="bf16").dtype == "bf16"
+
+
+def test_a_loaded_model_answers(saved):
+    loaded = load_model(str(saved), dtype="fp32")
+    prompt = build_prompt(loaded.tokenizer, "What happens?", 12)
+    pixels = torch.randn(48, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = loaded.model.model.visual(pixels, grid_thw=torch.tensor([[2, 4, 6]])).pooler_output
+    kept = torch.tensor([0, 5, 7])
+    span = VideoSpan(prompt.video_start, (2, 2, 3), 1.0)
+    positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
+    embeds, columns = embed_prompt(loaded.model, prompt.input_ids, features[kept], prompt.video_start, 12, kept)
+    state = prefill(loaded.model, embeds, positions[:, columns], int(positions.max()) + 1)
+    answer = stream(loaded.model, state, GenerationSettings(max_new_tokens=8), loaded.eos_ids)
+    assert "".join(stream_text(loaded.tokenizer, answer))
+    assert answer.finish_reason in ("stop", "length")
+
+
+def test_shards_load_as_one(folder):
+    tiny_model().save_pretrained(folder / "shards", max_shard_size="300KB")
+    (folder / "model.safetensors").unlink()
+    for file in (folder / "shards").glob("*.safetensors*"):
+        file.rename(folder / file.name)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    loaded = load_model(str(folder), dtype="fp32")
+    assert torch.equal(loaded.model.lm_head.weight, tiny_model().lm_head.weight)
+
+
+def test_importing_the_module_leaves_transformers_alone():
+    code = "import sys, evoprune.models; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- processor and generation settings ---
+
+
+def test_video_limits_are_the_folders_own(saved):
+    limits = load_model(str(saved)).video
+    assert (limits.min_pixels, limits.max_pixels) == (12544, 50176)
+    assert (limits.fps, limits.min_frames, limits.max_frames) == (2.0, 2, 32)
+
+
+def test_image_limits_are_not_used_for_video(folder):
+    (folder / "video_preprocessor_config.json").unlink()
+    edit(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    limits = load_model(str(folder)).video
+    assert (limits.min_pixels, limits.max_pixels) == (128 * 28 * 28, 768 * 28 * 28)
+    assert limits.image_mean == (0.5, 0.5, 0.5)
+
+
+def test_without_any_processor_settings_the_limits_are_qwens(folder):
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        (folder / name).unlink()
+    assert load_model(str(folder)).video == VideoLimits()
+
+
+def test_older_and_newer_ways_to_write_video_limits(folder):
+    edit(folder / "video_preprocessor_config.json", min_pixels=784, max_pixels=7840, fps=None)
+    limits = load_model(str(folder)).video
+    assert (limits.min_pixels, limits.max_pixels, limits.fps) == (784, 7840, 2.0)
+    joint = {"video_processor": {"size": {"shortest_edge": 1568, "longest_edge": 15680}, "max_frames": 8}}
+    (folder / "processor_config.json").write_text(json.dumps(joint))
+    limits = load_model(str(folder)).video
+    assert (limits.min_pixels, limits.max_pixels, limits.max_frames) == (1568, 15680, 8)
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(7, (7,)), ([7, 8], (7, 8)), (None, (400,))])
+def test_end_tokens(folder, setting, expected):
+    edit(folder / "generation_config.json", eos_token_id=setting)
+    assert load_model(str(folder)).eos_ids == expected
+
+
+def test_chat_template_of_the_hubs_older_layout(folder):
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    assert load_model(str(folder)).tokenizer.chat_template == CHAT_TEMPLATE
+
+
+# --- what does not load ---
+
+
+def drop(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def config(**changes):
+    return lambda folder: edit(folder / "config.json", **changes)
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def tear_header(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 100) + b"no json")
+
+
+def lose_a_shard(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lose_a_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "lm_head.weight"}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def other_architecture_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    edit(folder / "config.json", model_type="llava")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop("config.json"), "holds no config.json"),
+        (write("config.json", "{"), "cannot be read"),
+        (write("config.json", "[]"), "not a JSON object"),
+        (config(model_type="qwen2_vl"), "of type 'qwen2_vl', not qwen2_5_vl"),
+        (other_architecture_without_weights, "of type 'llava'"),
+        (config(image_token_id="many"), "no valid Qwen2.5-VL config"),
+        (config(quantization_config={"quant_method": "awq"}), "quantized"),
+        (drop("model.safetensors"), "no safetensors weights"),
+        (pickle_only, "no safetensors weights"),
+        (truncate, "damaged or incomplete"),
+        (tear_header, "damaged or incomplete"),
+        (lose_a_shard, "00002.safetensors is missing"),
+        (lose_a_tensor, "lack 1 tensors, first lm_head.weight"),
+        (drop("tokenizer.json"), "holds no tokenizer"),
+        (write("tokenizer.json", "{}"), "tokenizer .* cannot be loaded"),
+        (drop("chat_template.jinja"), "no chat template"),
+    ],
+)
+def test_damaged_folders_say_what_is_wrong(folder, damage, message, capfd):
+    damage(folder)
+    assert re.search(message, error_of(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_of_other_dimensions_are_refused(folder):
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"]["intermediate_size"] = 64
+    (folder / "config.json").write_text(json.dumps(content))
+    assert "cannot be loaded" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "./no/such", "/no/such", "a/b/c", "a b/c", "org/", "../x", "o--x/y", "o/..x"]
+)
+def test_names_that_are_neither_folder_nor_hub_id(name):
+    assert "neither a folder here nor a hub id" in error_of(name)
+
+
+def test_a_file_is_not_a_model(saved):
+    assert "is a file" in error_of(saved / "model.safetensors")
+
+
+def test_a_missing_demo_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "DEMO_FOLDER", tmp_path / "gone")
+    assert "bundled demo model is missing" in error_of("demo")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "toaster"},
+        {"device": "cuda:99"},
+        {"dtype": "int3"},
+        {"load_format": "gguf"},
+        {"revision": "main"},
+    ],
+)
+def test_options_that_make_no_sense_are_usage_errors(saved, options):
+    with pytest.raises(UsageError) as caught:
+        load_model(str(saved), **options)
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+def test_running_out_of_memory_has_its_own_error(saved, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(models, "_load_weights", full)
+    with pytest.raises(OutOfMemory, match="do not fit") as caught:
+        load_model(str(saved))
+    assert (caught.value.exit_code, caught.value.stage) == (5, "load")
+
+
+# --- random weights ---
+
+
+@pytest.fixture(scope="module")
+def dimensions_only(saved, tmp_path_factory):
+    """A folder with nothing but config.json, embeddings tied as in the 3B model."""
+    folder = tmp_path_factory.mktemp("dimensions")
+    shutil.copy(saved / "config.json", folder)
+    edit(folder / "config.json", tie_word_embeddings=True)
+    return str(folder)
+
+
+def test_random_weights_need_dimensions_only(dimensions_only, capfd):
+    loaded = load_model(dimensions_only, load_format="dummy", dtype="bf16")
+    assert loaded.tokenizer is None
+    assert (loaded.load_format, loaded.is_demo, loaded.dtype) == ("dummy", False, "bf16")
+    assert loaded.eos_ids == (400,)
+    weights = dict(loaded.model.named_parameters())
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    for name, weight in weights.items():
+        if weight.ndim == 1:
+            assert weight.unique().tolist() == [0.0 if name.endswith("bias") else 1.0]
+        else:
+            assert weight.float().std() == pytest.approx(0.02, rel=0.1)
+            assert len(weight.flatten(1).unique(dim=0)) == len(weight)
+    assert loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight
+    assert "lm_head.weight" not in weights
+    assert capfd.readouterr() == ("", "")
+
+
+def test_random_weights_are_the_same_every_time(dimensions_only):
+    one, two = (load_model(dimensions_only, load_format="dummy").model.state_dict() for _ in range(2))
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def test_rotary_frequencies_of_random_weights_are_right(dimensions_only):
+    buffers = dict(load_model(dimensions_only, load_format="dummy", dtype="bf16").model.named_buffers())
+    expected = dict(tiny_model().named_buffers())
+    assert buffers.keys() == expected.keys()
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in buffers.items())
+
+
+def test_random_weights_compute_finite_numbers(dimensions_only):
+    model = load_model(dimensions_only, load_format="dummy", dtype="fp32").model
+    state = prefill(model, model.get_input_embeddings()(torch.arange(9))[None], torch.arange(9).expand(3, -1), 9)
+    assert state.logits.isfinite().all()
+    assert state.logits.std() > 0
+
+
+def test_random_weights_keep_the_folders_tokenizer(saved):
+    assert load_model(str(saved), load_format="dummy").tokenizer is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("Qwen/Qwen2.5-VL-3B-Instruct", 3.754622976), ("Qwen/Qwen2.5-VL-7B-Instruct", 8.292166656)]
+)
+def test_bundled_configs_have_the_published_size(name, billions, monkeypatch):
+    assert set(BUNDLED_CONFIGS) >= {name}
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    # On the meta device weights have a shape and no memory.
+    loaded = load_model(name, load_format="dummy", device="meta", dtype="bf16")
+    assert sum(weight.numel() for weight in loaded.model.parameters()) == round(billions * 1e9)
+    assert loaded.weights_bytes == round(billions * 2e9)
+    assert loaded.eos_ids == (151645,)
+    assert loaded.video == VideoLimits()
+
+
+def test_random_weights_of_unknown_hub_ids_are_refused():
+    assert "no bundled config" in error_of("Qwen/Qwen2-VL-2B-Instruct", load_format="dummy")
+
+
+# --- the hub ---
+
+
+def no_network(*_):
+    raise AssertionError("the network was used")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as a download needs, serving one folder as org/tiny."""
+
+    protocol_version = "HTTP/1.1"
+    folder = None
+    requests = ()
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        files = {file.name: file.read_bytes() for file in self.folder.iterdir()}
+        parts = self.path.split("?")[0].split("/")
+        if "org/tiny" not in self.path:
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif "/tree/" in self.path:
+            self.answer_json([{"type": "file", "path": k, "size": len(v), "oid": k} for k, v in files.items()])
+        elif "/api/models/" in self.path:
+            self.answer_json({"id": "org/tiny", "sha": COMMIT, "siblings": []})
+        elif parts[4] not in ("main", COMMIT):
+            self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif parts[-1] not in files:
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        else:
+            body = files[parts[-1]]
+            self.answer(200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT})
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer_json(self, content):
+        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def answer(self, status, body, headers):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def move_hub(monkeypatch, port):
+    """Points the hub's client at a port of this machine."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    template = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's cache on this machine, empty."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return tmp_path / "cache" / "models--org--tiny"
+
+
+@pytest.fixture
+def hub(folder, cache, monkeypatch):
+    handler = type("Handler", (Hub,), {"folder": folder, "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    move_hub(monkeypatch, server.server_port)
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def dead_hub(cache, monkeypatch):
+    move_hub(monkeypatch, 1)
+
+
+def fill_cache(cache, saved):
+    shutil.copytree(saved, cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+
+
+def test_a_hub_model_is_downloaded_once(hub, monkeypatch):
+    loaded = load_model("org/tiny", dtype="fp32")
+    assert (loaded.id, loaded.revision) == ("org/tiny", COMMIT)
+    assert torch.equal(loaded.model.lm_head.weight, tiny_model().lm_head.weight)
+    hub.requests.clear()
+    assert load_model("org/tiny", revision=COMMIT).revision == COMMIT
+    assert not any("safetensors" in path for path in hub.requests)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    assert load_model("org/tiny", offline=True).revision == COMMIT
+
+
+def test_weights_of_an_unsupported_model_are_not_downloaded(hub):
+    edit(hub.folder / "config.json", model_type="llava")
+    assert "of type 'llava'" in error_of("org/tiny")
+    assert not any("safetensors" in path for path in hub.requests)
+
+
+def test_a_hub_model_without_config(hub):
+    (hub.folder / "config.json").unlink()
+    assert "no config.json on the hub" in error_of("org/tiny")
+
+
+def test_an_unknown_hub_model(hub):
+    assert "no such model on the hub" in error_of("org/other")
+
+
+def test_an_unknown_revision(hub):
+    assert "no revision 'v9'" in error_of("org/tiny", revision="v9")
+
+
+def test_an_unreachable_hub_fails_at_once(dead_hub):
+    began = time.monotonic()
+    assert "the hub cannot be reached" in error_of("org/tiny")
+    assert time.monotonic() - began < 3
+
+
+def test_the_hubs_own_offline_switch_is_respected(cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    assert "offline mode" in error_of("org/tiny")
+
+
+def test_a_silent_hub_fails_soon(cache, monkeypatch):
+    monkeypatch.setattr(models, "HUB_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        move_hub(monkeypatch, silent.getsockname()[1])
+        began = time.monotonic()
+        assert "the hub cannot be reached" in error_of("org/tiny")
+        assert time.monotonic() - began < 3
+
+
+def test_stuck_name_resolution_fails_soon(cache, monkeypatch):
+    monkeypatch.setattr(models, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
+    began = time.monotonic()
+    assert "no answer within 0.3 s" in error_of("org/tiny")
+    assert time.monotonic() - began < 1.5
+
+
+def test_without_the_hub_the_cache_serves(dead_hub, cache, saved):
+    fill_cache(cache, saved)
+    assert load_model("org/tiny").revision == COMMIT
+
+
+def test_offline_uses_the_cache_and_no_network(cache, saved, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    assert "(offline)" in error_of("org/tiny", offline=True)
+    fill_cache(cache, saved)
+    loaded = load_model("org/tiny", offline=True)
+    assert loaded.revision == COMMIT
+    assert loaded.tokenizer is not None
+
+
+def test_an_incomplete_cache_is_an_error(dead_hub, cache, saved):
+    fill_cache(cache, saved)
+    (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
+    assert "no safetensors weights" in error_of("org/tiny")

@@ -1,0 +1,147 @@
+"""A Qwen2.5-VL small enough for tests: seeded random weights, a byte-level tokenizer, the hub's file layout."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
+CHAT_TEMPLATE = """\
+{%- if messages[0].role != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{{ '<|vision_start|><|video_pad|><|vision_end|>' if part.type == 'video' else part.text }}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+_WORDS = """system user assistant You are a helpful assistant. What happens after the man opens the door?
+How many red squares are there in the video? Which one moves to the left, and when does it stop?
+The green circle stays in the middle. Yes. No. One, two, three, four. Das größte Rad dreht sich, 你好世界."""
+
+
+@cache
+def tiny_tokenizer():
+    """Byte-level BPE with a few merges and Qwen's special tokens; not to be changed by a test."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(
+        [_WORDS], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL_TOKENS[1:],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_config():
+    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur."""
+    from transformers import Qwen2_5_VLConfig
+
+    tokenizer = tiny_tokenizer()
+    special = tokenizer.convert_tokens_to_ids
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "bos_token_id": special("<|endoftext|>"),
+            "eos_token_id": special("<|im_end|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 4,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 64,
+            "tokens_per_second": 2,
+        },
+        image_token_id=special("<|image_pad|>"),
+        video_token_id=special("<|video_pad|>"),
+        vision_start_token_id=special("<|vision_start|>"),
+        vision_end_token_id=special("<|vision_end|>"),
+    )
+
+
+def tiny_model(seed: int = 0):
+    """A fresh random model, float32, eval, sdpa. Weights are wide enough that its logits depend on what it reads."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration._from_config(
+        tiny_config(), dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                wide = 1.0 if "embed_tokens" in name else weight[0].numel() ** -0.5
+                weight.normal_(0, wide, generator=random)
+            elif name.endswith("bias"):
+                weight.normal_(0, 0.1, generator=random)
+    return model
+
+
+def save_tiny(folder: str | Path, seed: int = 0) -> Path:
+    """Writes model, tokenizer and processor settings as a hub repository holds them; returns the folder."""
+    folder = Path(folder)
+    tiny_model(seed).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    normal = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    for name, content in {
+        "generation_config.json": {"eos_token_id": ends, "do_sample": True, "temperature": 1e-6},
+        "preprocessor_config.json": normal | {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14},
+        "video_preprocessor_config.json": normal
+        | {"size": {"shortest_edge": 12544, "longest_edge": 50176}, "fps": 2.0, "min_frames": 2, "max_frames": 32},
+    }.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder

@@ -1,0 +1,83 @@
+"""Video files made on the spot, with frames that carry their own number."""
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+BITS = 8
+CLOCK = Fraction(1, 1000)
+
+
+def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 `[height, width, 3]`: `number` (0..255) as vertical stripes, the highest bit on the left."""
+    bits = np.array([(number >> bit) & 1 for bit in reversed(range(BITS))], np.uint8)
+    row = bits[np.arange(width) * BITS // width] * 180 + 40
+    return np.broadcast_to(row[:, None], (height, width, 3)).astype(np.uint8)
+
+
+def number_of(rgb: np.ndarray) -> int:
+    """The number in a frame made by `numbered_frame`, after any lossy encoding."""
+    middles = (2 * np.arange(BITS) + 1) * rgb.shape[1] // (2 * BITS)
+    return int("".join("1" if rgb[:, x].mean() > 128 else "0" for x in middles), 2)
+
+
+def numbered_frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
+    return [numbered_frame(i, height, width) for i in range(count)]
+
+
+def write_video(
+    path: Path | str,
+    frames: Iterable[np.ndarray],
+    *,
+    fps: int = 10,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    rotation: int = 0,
+    mirrored: bool = False,
+    pts: Sequence[float] | None = None,
+    start: float = 0.0,
+    gop: int = 10,
+    options: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
+    audio_s: float = 0.0,
+    container_options: dict[str, str] | None = None,
+) -> Path:
+    """Encode RGB frames into a file whose container follows from its ending.
+
+    Args:
+        codec, options: FFmpeg's name of the encoder, and its options.
+        rotation, mirrored: how players turn the frames: flipped left to right first, then so many degrees clockwise.
+        pts: when each frame is shown, in seconds; evenly by `fps` from `start` by default.
+        gop: longest distance between keyframes.
+        audio_s: length of a silent audio track; 0 for none.
+        container_options: such as `{"movflags": "faststart"}`.
+    """
+    frames = list(frames)
+    times = [start + i / fps for i in range(len(frames))] if pts is None else pts
+    with av.open(str(path), "w", container_options=container_options or {}) as out:
+        out.metadata.update(metadata or {})
+        stream = out.add_stream(codec, rate=fps, options=options or {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.gop_size = gop
+        if pts is not None or start:
+            stream.codec_context.time_base = CLOCK
+        if rotation or mirrored:
+            # FFmpeg's flip comes after its (anticlockwise) rotation, so it undoes a turn of the opposite direction.
+            stream.set_display_rotation(rotation if mirrored else -rotation, hflip=mirrored)
+        sound = out.add_stream("aac", rate=8000, layout="mono") if audio_s else None
+        for rgb, time in zip(frames, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=pix_fmt)
+            frame.pts, frame.time_base = round(time / CLOCK), CLOCK
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        if sound is not None:
+            for at in range(0, int(audio_s * 8000), 1024):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                silence.sample_rate, silence.pts = 8000, at
+                out.mux(sound.encode(silence))
+            out.mux(sound.encode(None))
+    return Path(path)

@@ -1,0 +1,156 @@
+import os
+
+import av
+import numpy as np
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.video.probe import probe
+from tests.video.files import numbered_frames, write_video
+
+FRAMES = numbered_frames(30)
+FILES = {
+    "plain.mp4": ({}, {"codec": "h264", "variable_rate": False, "frames_total": 30, "pix_fmt": "yuv420p"}),
+    "plain.mov": ({}, {"codec": "h264", "variable_rate": False}),
+    "plain.mkv": ({}, {"codec": "h264", "variable_rate": None, "frames_total": None}),
+    "plain.webm": ({"codec": "libvpx-vp9"}, {"codec": "vp9", "container": "matroska,webm"}),
+    "plain.ts": ({}, {"container": "mpegts"}),
+    "plain.avi": ({}, {"frames_total": 30}),
+    "plain.flv": ({}, {}),
+    "plain.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, {"codec": "gif"}),
+    "av1.mkv": ({"codec": "libsvtav1"}, {"codec": "av1"}),
+    "ten_bit.mp4": ({"pix_fmt": "yuv420p10le"}, {"pix_fmt": "yuv420p10le"}),
+    "late.mp4": ({"start": 5.0}, {"start_s": 5.0}),
+    "late.mkv": ({"start": 5.0}, {"start_s": 5.0}),
+    "late.ts": ({"start": 5.0}, {"start_s": 5.0}),
+    "long_audio.mp4": ({"audio_s": 9.0}, {}),
+    "long_audio.mkv": ({"audio_s": 9.0}, {}),
+    "fragments.mp4": ({"container_options": {"movflags": "frag_keyframe+empty_moov"}}, {}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_facts(name, tmp_path):
+    how, expected = FILES[name]
+    info = probe(write_video(tmp_path / name, FRAMES, **how))
+    assert info.duration_s == pytest.approx(3.0, abs=1e-6)
+    assert info.fps == 10
+    assert (info.width, info.height, info.rotation_deg, info.mirrored) == (64, 48, 0, False)
+    assert info.path == str(tmp_path / name)
+    assert {fact: getattr(info, fact) for fact in expected} == expected
+
+
+def test_a_raw_stream_has_its_frames_counted(tmp_path):
+    info = probe(write_video(tmp_path / "raw.h264", FRAMES))
+    assert info.duration_s == pytest.approx(30 / 25)  # it states no rate, and 25 is what FFmpeg assumes
+    assert info.start_s == 0
+
+
+def test_a_live_recording_without_length_is_read_to_its_end(tmp_path):
+    info = probe(write_video(tmp_path / "live.mkv", FRAMES, container_options={"live": "1"}))
+    assert info.duration_s == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("one.mp4", {}), ("one.webm", {"codec": "libvpx-vp9"}), ("one.gif", {"codec": "gif", "pix_fmt": "rgb8"})],
+)
+def test_a_single_frame_lasts_as_long_as_it_is_shown(name, how, tmp_path):
+    assert probe(write_video(tmp_path / name, FRAMES[:1], **how)).duration_s == pytest.approx(0.1)
+
+
+def test_a_variable_rate_is_noticed_but_rounded_times_are_not(tmp_path):
+    vary = [0.01 * i * i for i in range(30)]
+    assert probe(write_video(tmp_path / "vary.mp4", FRAMES, pts=vary)).variable_rate is True
+    rounded = [i / 30 for i in range(30)]  # 33 or 34 milliseconds apart
+    assert probe(write_video(tmp_path / "rounded.mp4", FRAMES, pts=rounded)).variable_rate is False
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_orientation(rotation, mirrored, tmp_path):
+    info = probe(write_video(tmp_path / "turned.mp4", FRAMES[:2], rotation=rotation, mirrored=mirrored))
+    assert (info.rotation_deg, info.mirrored) == (rotation, mirrored)
+    assert (info.width, info.height) == ((64, 48) if rotation in (0, 180) else (48, 64))
+
+
+def test_tags(tmp_path):
+    assert probe(write_video(tmp_path / "a.mp4", FRAMES[:2], metadata={"comment": "hello"})).tags["comment"] == "hello"
+
+
+def test_a_cut_file_is_as_long_as_what_is_left(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", FRAMES, container_options={"movflags": "faststart"})
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
+    assert 0.1 < probe(cut).duration_s < 2.9
+
+
+def test_names_that_look_like_protocols(tmp_path, monkeypatch):
+    write_video(tmp_path / "plain.mp4", FRAMES[:2]).rename(tmp_path / "http:12:30.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert probe("http:12:30.mp4").path == "http:12:30.mp4"
+
+
+def refused(path, *words):
+    with pytest.raises(VideoError) as caught:
+        probe(path)
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+    for word in words:
+        assert word in caught.value.message + caught.value.hint
+
+
+def test_urls_are_refused():
+    refused("https://example.org/a.mp4", "yt-dlp")
+
+
+def test_what_is_not_a_file_is_refused(tmp_path):
+    refused(tmp_path / "missing.mp4", "no such file")
+    refused(tmp_path, "folder")
+    refused("nul\0byte.mp4")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        refused(tmp_path / "pipe", "not a regular file")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(5000), b"hello\n" * 500, np.random.default_rng(0).bytes(5000)])
+@pytest.mark.parametrize("name", ["a.mp4", "a.txt", "a.mkv", "a.ts"])
+def test_what_is_not_a_video_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name)
+
+
+def test_audio_alone_is_refused(tmp_path):
+    write_sound(tmp_path / "sound.m4a")
+    refused(tmp_path / "sound.m4a", "no video stream")
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    write_sound(tmp_path / "cover.mp3", cover=True)
+    refused(tmp_path / "cover.mp3", "cover picture")
+
+
+def test_a_video_of_which_nothing_can_be_decoded_is_refused(tmp_path):
+    path = write_video(tmp_path / "blank.mp4", FRAMES)
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"mdat") + 4
+    content[begin : content.index(b"moov") - 4] = bytes(content.index(b"moov") - 4 - begin)
+    path.write_bytes(content)
+    refused(path)
+
+
+def write_sound(path, cover=False):
+    with av.open(str(path), "w") as out:
+        sound = out.add_stream("mp3" if path.suffix == ".mp3" else "aac", rate=44100, layout="mono")
+        if cover:
+            picture = out.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+        for at in range(0, 44100, 1152):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, at
+            out.mux(sound.encode(frame))
+        out.mux(sound.encode(None))
+        if cover:
+            out.mux(picture.encode(av.VideoFrame.from_ndarray(FRAMES[0], format="rgb24").reformat(format="yuvj420p")))
+            out.mux(picture.encode(None))
