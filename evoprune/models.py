@@ -362,6 +362,20 @@ def _random_model(config, dtype: torch.dtype, device: torch.device):
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return _fill_randomly(model, dtype, device)
+
+
+def random_tower(name: str, dtype: torch.dtype, device: str = "cpu"):
+    """The vision tower alone, at the dimensions of one of `BUNDLED_CONFIGS`, with seeded random weights."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    config = _read_config(BUNDLED_CONFIGS[name]).vision_config
+    with torch.device("meta"):
+        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return _fill_randomly(tower, dtype, torch.device(device)).eval().requires_grad_(False)
+
+
+def _fill_randomly(model, dtype: torch.dtype, device: torch.device):
     model.to_empty(device=device)
     model.tie_weights()
     # Rotary frequencies follow from the config, and are noise after `to_empty`.

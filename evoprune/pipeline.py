@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from copy import deepcopy
@@ -28,6 +29,7 @@ from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.models import LoadedModel, load_model
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
+from evoprune.pruning.merge import EqualScores
 from evoprune.report import Environment, Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import VideoInfo, probe
@@ -207,7 +209,8 @@ class VideoQA:
 
         start = clock.now()
         before = sum(clock.seconds.values())
-        with memory_guard("encode"), closing(patches()) as pieces:
+        with memory_guard("encode"), closing(patches()) as pieces, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", EqualScores)
             encoded = encode(
                 visual,
                 pieces,
@@ -220,7 +223,10 @@ class VideoQA:
             )
         done = clock.now()
         clock.seconds["encode"] = done - start - (sum(clock.seconds.values()) - before)
-        return EncodedVideo(self, info, plan, (height, width), encoded, clock, done - begun)
+        video = EncodedVideo(self, info, plan, (height, width), encoded, clock, done - begun)
+        if any(issubclass(warning.category, EqualScores) for warning in caught):
+            video.warn("equal_scores")
+        return video
 
 
 class EncodedVideo:
@@ -239,6 +245,11 @@ class EncodedVideo:
         self.qa, self.info, self.plan, self.encoded = qa, info, plan, encoded
         self._clock, self._wall = clock, wall_seconds
         self.report = self._blank_report(resized)
+
+    def warn(self, name: str) -> None:
+        """Adds a warning to this and all later reports."""
+        self._blank.warnings.append(name)
+        self.report.warnings.append(name)
 
     def ask(
         self,

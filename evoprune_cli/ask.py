@@ -19,9 +19,7 @@ def ask(
     video: Annotated[str, typer.Argument(help="The video file.", show_default=False)],
     question: Annotated[
         str | None,
-        typer.Argument(
-            help="The question, quoted; without it, read from stdin.", show_default=False
-        ),
+        typer.Argument(help="The question, quoted; without it, read from stdin.", show_default=False),
     ] = None,
     model: Annotated[
         str,

@@ -1,5 +1,6 @@
 """The `evoprune` command: its subcommands, and what every one of them does about errors, signals and closed pipes."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,7 +20,6 @@ app = typer.Typer(
     name="evoprune",
     help="Ask Qwen2.5-VL about videos; visual tokens are pruned inside the vision encoder.",
     epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 video, 4 model, 5 out of memory, 130 interrupted, 143 terminated.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
@@ -32,11 +32,15 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        with contextlib.redirect_stdout(sys.stderr):  # with rich, help is printed as it is made
+            sys.stderr.write(context.get_help())
+        raise typer.Exit(2)
 
 
 app.command()(ask)
@@ -56,7 +60,7 @@ def run() -> None:
     code = 1
     try:
         # Not "standalone": then click would print errors its own way. Commands return their exit code.
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, prog_name="evoprune") or 0
         sys.stdout.flush()
     except BrokenPipeError:
         code = 0  # whoever read the answer has had enough
@@ -65,10 +69,7 @@ def run() -> None:
         code = done.exit_code
     except ParserError as problem:
         code = 2
-        if type(problem).__name__ == "NoArgsIsHelpError":
-            typer.echo(problem.ctx.get_help(), err=True)
-        else:
-            print_error(_sentence(problem), _hint(problem))
+        print_error(_sentence(problem), _hint(problem))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Terminated:

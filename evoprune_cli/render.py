@@ -11,6 +11,7 @@ from evoprune.report import STAGES, Report
 WIDTH = 80
 BAR = 12
 WARNINGS = {
+    "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged says nothing",
     "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
     "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
 }

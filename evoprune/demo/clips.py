@@ -143,9 +143,12 @@ def _place(rng, kind, colour, height, width, seconds, step, fates, others) -> Th
     start, end = 0.0, float("inf")
     event = rng.choice(["stays", "appears", "vanishes", "flashes"], p=fates)
     if seconds / step >= 3:
-        if event == "flashes":  # one grid to one and a half: two or three of the sampled frames
-            start = float(rng.uniform(0.15, 0.85) * seconds - step / 2)
-            end = start + float(rng.uniform(1.05, 1.6)) * step
+        if (
+            event == "flashes"
+        ):  # two or three of the sampled frames, which are half a grid apart; never the first or the last
+            length = float(rng.uniform(1.05, 1.45)) * step
+            start = float(rng.uniform(0.3 * step, seconds - 0.3 * step - length))
+            end = start + length
         elif event == "appears":
             start = float(rng.uniform(0.25, 0.75) * seconds)
         elif event == "vanishes":

@@ -1,16 +1,22 @@
 """Trains the bundled demo model from scratch on procedural clips: `python -m evoprune.demo.train OUT`.
 
-Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids; then tower and
-language model learn to answer questions together, several questions packed behind each clip. Seeded; writes a checkpoint
-every few minutes and goes on from it when run again; `OUT/log.jsonl` holds the curve. OUT ends up in the hub's layout.
+Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the language
+model learns to answer questions, several packed behind each clip: at first with the tower frozen, so that what it looks at
+holds still, and on short clips, where things are quickly found; in the end together with the tower on clips of all sizes.
+
+Seeded; writes a checkpoint every few minutes and goes on from it when run again; `OUT/log.jsonl` holds the curve. OUT ends up
+in the hub's layout.
 """
 
 import argparse
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read by torch; the default forgets shapes too soon
 
 import numpy as np
 import torch
@@ -56,28 +62,23 @@ class Recipe:
 
     seed: int = 0
     vision_steps: int = 700
-    steps: int = 3000
+    steps: int = 3600
+    short_steps: int = 1000  # of the second stage, on short clips and small frames
+    frozen_steps: int = 3000  # of the second stage, with the tower as it is
     vision_batch: int = 96  # grids of 4x6 units
     units: int = 2304  # merge units a batch of clips, about
     questions: int = 8  # a clip
     muon_lr: float = 2.5e-3
     adam_lr: float = 1.5e-3
-    tower_factor: float = 0.4  # the tower's learning rate in the second stage, lest it forget digits
+    tower_factor: float = 0.2  # the tower's learning rate in the second stage, lest it forget what it has learned
     warmup: int = 100
     decay: float = 0.45  # the last part of each stage, along a cosine
 
 
 # (height, width) in units and how often
-SIZES_IN_UNITS = (
-    ((4, 6), 5.0),
-    ((6, 4), 1.0),
-    ((4, 4), 0.7),
-    ((5, 7), 1.0),
-    ((6, 8), 1.6),
-    ((8, 8), 0.5),
-    ((8, 12), 0.4),
-)
-LENGTHS = ((1, 0.6), (2, 0.8), (3, 1.2), (4, 1.5), (5, 1.5), (6, 2.5), (7, 1.0), (8, 1.2), (10, 0.5), (12, 0.4))
+SIZES_IN_UNITS = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.0), ((6, 8), 1.6), ((8, 12), 0.5))
+SHORT = 3  # grids, at most, during `short_steps`; and the frame is one of the first three sizes
+LENGTHS = ((1, 0.8), (2, 1.0), (3, 1.5), (4, 2.0), (6, 3.0), (8, 1.5), (12, 0.6))
 
 
 def build_config():
@@ -188,12 +189,13 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
         while True:
             height, width = sizes[rng.choice(len(sizes), p=np.array(size_odds) / sum(size_odds))]
             grids = int(rng.choice(lengths, p=np.array(length_odds) / sum(length_odds)))
-            if grids * height * width <= 480:
+            small = grids <= SHORT and (height, width) in sizes[:3]
+            if small or (step >= recipe.short_steps and grids * height * width <= 480):
                 break
         pace = float(rng.choice([1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0]))  # seconds a grid
         n = grids * height * width
         items = []
-        for _ in range(min(32, max(4, round(recipe.units / n)))):
+        for _ in range(min(24, max(4, round(recipe.units / n)))):
             clip = make_clip("train", int(rng.integers(2**62)), height * 28, width * 28, grids * pace, grids)
             times = frame_times(clip.seconds, 2 * grids)
             items.append(
@@ -212,7 +214,8 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
                 segment += [number + 1] * (len(asked) + len(said))
                 target += [-100] * (len(asked) - 1) + said + [-100]
             rows.append((tokens, place, segment, target))
-        longest = max(max(len(r[0]) for r in rows), 1)
+        # Few different lengths: matrix kernels are made anew for every shape, which costs more than padding.
+        longest = -(-max(len(r[0]) for r in rows) // 64) * 64
 
         def pad(column: int, fill: int) -> torch.Tensor:
             return torch.tensor([[*r[column], *[fill] * (longest - len(r[column]))] for r in rows])  # noqa: B023
@@ -292,10 +295,16 @@ def init_weights(model: nn.Module, generator: torch.Generator) -> None:
         p.data.normal_(0, std, generator=generator)
 
 
-def joint_loss(model, head: Head, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Loss on the answers, loss of the head, and the share of answer tokens that are right."""
+def joint_loss(model, head: Head, batch: dict, frozen: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Loss on the answers, loss of the head, and the share of answers of which every token is right.
+
+    `frozen`: the tower learns nothing, only the merger's projection does.
+    """
     grids, height, width = batch["grid"]
-    merged, flat = tower(model.model.visual, patchify(batch["frames"]), height, width)
+    visual = model.model.visual
+    with torch.set_grad_enabled(not frozen):
+        _, flat = tower(visual, patchify(batch["frames"]), height, width)
+    merged = visual.merger.mlp(flat)
     aux, _ = head(flat, batch["labels"].view(flat.shape[0], height * width, -1), height, width)
     clips, longest = batch["tokens"].shape
     text = model.model.language_model
@@ -315,7 +324,14 @@ def joint_loss(model, head: Head, batch: dict) -> tuple[torch.Tensor, torch.Tens
     held = batch["target"] >= 0
     logits = F.linear(hidden[:, shared:][held], text.embed_tokens.weight).float()
     target = batch["target"][held]
-    return F.cross_entropy(logits, target), aux, {"token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
+    each = F.cross_entropy(logits, target, reduction="none")
+    # One number an answer. Long answers count for more than short ones, but not in proportion to their length.
+    number = (torch.arange(clips)[:, None] * 64 + batch["segment"])[held]
+    _, answer = number.unique(return_inverse=True)
+    length = torch.bincount(answer)
+    weight = length.float().rsqrt()[answer]
+    wrong = torch.zeros(len(length)).index_add_(0, answer, (logits.argmax(-1) != target).float())
+    return (each * weight).sum() / weight.sum(), aux, {"right": (wrong == 0).float().mean().item()}
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -380,8 +396,9 @@ class Run:
             "modules": [m.state_dict() for m in modules],
             "optimizers": [o.state_dict() for o in opts],
         }
-        torch.save(state, self.checkpoint.with_suffix(".tmp"))
-        self.checkpoint.with_suffix(".tmp").replace(self.checkpoint)
+        unfinished = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(self.checkpoint)
         self.saved = time.monotonic()
 
 
@@ -406,7 +423,8 @@ def train(folder: Path, recipe: Recipe) -> None:
         if state and state["stage"] > stage:
             continue
         groups = [(visual, 1.0), (head, 1.0)] if stage == 1 else [
-            (visual, recipe.tower_factor), (model.model.language_model, 1.0), (head, 1.0),
+            (visual.blocks, recipe.tower_factor), (visual.patch_embed, recipe.tower_factor),
+            (visual.merger, 1.0), (model.model.language_model, 1.0), (head, 1.0),
         ]  # fmt: skip
         opts = optimizers(recipe, groups)
         if state and state["stage"] == stage:
@@ -432,8 +450,8 @@ def train(folder: Path, recipe: Recipe) -> None:
                     loss, report = head(flat, labels, height, width)
                     report = {"loss": loss.item(), **report}
                 else:
-                    answers, aux, report = joint_loss(model, head, batch)
-                    loss = answers + aux * (1.0 if step < steps / 3 else 0.3)
+                    answers, aux, report = joint_loss(model, head, batch, step < recipe.frozen_steps)
+                    loss = answers + aux * 0.5
                     report = {"loss": answers.item(), "head": aux.item(), **report}
             for optimizer in opts:
                 optimizer.zero_grad(set_to_none=True)

@@ -4,7 +4,7 @@ A method may act `inside` the encoder (`rows`, `match`) and `after` it (`select`
 gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -94,20 +94,24 @@ class Method:
         values = {}
         for name, text in args.items():
             if name not in known:
-                has = ", ".join(f"{f.name}={f.default}" for f in known.values()) or "none"
-                raise UsageError(f"method {cls.name} has no argument {name!r}", f"its arguments and defaults: {has}")
-            values[name] = _parse(cls.name, known[name], text)
+                raise UsageError(f"method {cls.name} has no argument {name!r}", _settings(cls))
+            values[name] = _parse(cls, known[name], text)
         try:
             return cls(**values)
         except ValueError as error:
-            raise UsageError(f"method {cls.name}: {error}") from None
+            raise UsageError(f"method {cls.name}: {error}", _settings(cls)) from None
 
 
-def _parse(method: str, field_: field, text: str):
+def _settings(method: type[Method]) -> str:
+    return "its arguments and defaults: " + (", ".join(f"{f.name}={f.default}" for f in fields(method)) or "none")
+
+
+def _parse(method: type[Method], field_: Field, text: str):
     kind = type(field_.default)
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return kind(text)
     except (KeyError, ValueError):
-        raise UsageError(f"method {method}: {field_.name}={text!r} is not {kind.__name__}") from None
+        problem = f"method {method.name}: {field_.name}={text!r} is not {kind.__name__}"
+        raise UsageError(problem, _settings(method)) from None

@@ -88,18 +88,25 @@ def share_by_size(sizes: Sequence[int], total: int) -> list[int]:
 
     Returns:
         Counts with `count <= size` that sum to `total`; ties by index.
+
+    Raises:
+        ValueError: `total` is out of that range.
     """
     whole = sum(sizes)
-    exact = [total * s / whole for s in sizes]
-    counts = [min(s, max(1 if s else 0, math.floor(e))) for s, e in zip(sizes, exact, strict=True)]
+    if not sum(map(bool, sizes)) <= total <= whole:
+        raise ValueError(f"cannot keep {total} of {whole} rows in {sum(map(bool, sizes))} groups")
+    counts = [max(1, total * size // whole) if size else 0 for size in sizes]
     missing = total - sum(counts)
-    order = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
-    while missing:
-        for i in order if missing > 0 else reversed(order):
-            if missing > 0 and counts[i] < sizes[i]:
+    # Who got least, or most, of what is due to it; in whole numbers, so that ties are ties.
+    excess = [count * whole - total * size for count, size in zip(counts, sizes, strict=True)]
+    order = sorted(range(len(sizes)), key=lambda i: (excess[i], i))
+    while missing > 0:
+        for i in order:
+            if missing and counts[i] < sizes[i]:
                 counts[i], missing = counts[i] + 1, missing - 1
-            elif missing < 0 and counts[i] > 1:
+    order.sort(key=lambda i: (-excess[i], i))
+    while missing < 0:
+        for i in order:
+            if missing and counts[i] > 1:
                 counts[i], missing = counts[i] - 1, missing + 1
-            if not missing:
-                break
     return counts

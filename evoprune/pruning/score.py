@@ -68,3 +68,12 @@ def composite_score(
     if attention_weight:
         score = score - attention_weight * torch.maximum(attention[:, :, None], attention[:, None, :])
     return score
+
+
+def settle(score: torch.Tensor) -> torch.Tensor:
+    """Rounds scores to 1/16384, far below any difference that means something and far above rounding noise.
+
+    Equal rows have cosines that differ in the last bits, and not the same way in batches of another size. Without this, such
+    bits would decide between equals, and the answer would depend on the chunk size; so they are ties, which go by index.
+    """
+    return (score * 16384).round() / 16384

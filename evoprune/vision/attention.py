@@ -116,7 +116,7 @@ def grouped_attention(
         answer = F.scaled_dot_product_attention(*parts, attn_mask=key_bias(bucket, size_bias, q.dtype))
         answer = answer.transpose(1, 2).reshape(batch, -1, PATCHES, heads, dim)
         if bucket.query is None:
-            return answer.view(q.shape)
+            return answer.reshape(q.shape)
         if bucket.query_valid is None:
             out[bucket.query.flatten()] = answer.flatten(0, 1)
         else:

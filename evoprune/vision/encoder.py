@@ -63,11 +63,13 @@ def in_grids(patches: Iterable[torch.Tensor], rows_per_grid: int, grids: int) ->
     """Re-cuts a stream of patch rows into pieces of `grids` whole grids; the last may be shorter."""
     held, size = [], rows_per_grid * grids
     for piece in patches:
+        if not len(piece):
+            continue
         held.append(piece)
         while (have := sum(map(len, held))) >= size:
             joined = torch.cat(held) if len(held) > 1 else held[0]
             yield joined[:size]
-            held = [joined[size:]] if have > size else []
+            held = [joined[size:]] if have > size else []  # never an empty piece
     if held:
         yield torch.cat(held)
 

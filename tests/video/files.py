@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from evoprune.video.decode import read_frames
+
 BITS = 8
 CLOCK = Fraction(1, 1000)
 
@@ -81,3 +83,51 @@ def write_video(
                 out.mux(sound.encode(silence))
             out.mux(sound.encode(None))
     return Path(path)
+
+
+def quarters():
+    """Four different colours: red and green above, blue and white below."""
+    rgb = np.zeros((48, 64, 3), np.uint8)
+    rgb[:24, :32, 0] = rgb[:24, 32:, 1] = rgb[24:, :32, 2] = 255
+    rgb[24:, 32:] = 255
+    return rgb
+
+
+def spoil(path, out, packets):
+    """A copy of the file with the contents of some packets overwritten."""
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        for i, packet in enumerate(container.demux(video=0)):
+            if packet.size and i in packets:
+                content[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
+    out.write_bytes(content)
+    return out
+
+
+def write_image(path: Path | str, rgb: np.ndarray) -> Path:
+    """Encode a picture into a JPEG, PNG, WebP or BMP file, by its ending."""
+    codec, pix_fmt = {
+        ".jpg": ("mjpeg", "yuvj444p"),
+        ".jpeg": ("mjpeg", "yuvj444p"),
+        ".png": ("png", "rgb24"),
+        ".webp": ("libwebp", "bgra"),
+        ".bmp": ("bmp", "bgr24"),
+    }[Path(path).suffix.lower()]
+    encoder = av.CodecContext.create(codec, "w")
+    (encoder.height, encoder.width), encoder.pix_fmt, encoder.time_base = rgb.shape[:2], pix_fmt, CLOCK
+    packets = [
+        *encoder.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=pix_fmt)),
+        *encoder.encode(None),
+    ]
+    Path(path).write_bytes(b"".join(bytes(packet) for packet in packets))
+    return Path(path)
+
+
+def pixels(chunks):
+    """All frames of some chunks: uint8 `[n, H, W, 3]`."""
+    return np.concatenate([chunk.frames for chunk in chunks])
+
+
+def numbers(info, times, **how):
+    """The numbers in the frames that are read."""
+    return [number_of(rgb) for chunk in read_frames(info, times, **how) for rgb in chunk.frames]

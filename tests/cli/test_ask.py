@@ -1,0 +1,168 @@
+"""`evoprune ask` from end to end on the bundled model: the answer on stdout, everything else on stderr."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evoprune.report import Report
+from evoprune_cli import render
+from tests.video.files import write_video
+
+CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
+ROOT = Path(__file__).parents[2]
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "evoprune_cli", *args]
+
+
+def test_answer_alone_on_stdout(cli):
+    result = cli("ask", CLIP, QUESTION)
+    assert (result.code, result.out) == (0, f"{ANSWER}\n")
+    for stage in ("read", "preprocess", "encode", "prefill", "generate", "first token", "memory"):
+        assert f"\n{stage}" in result.err
+    assert "144 units" in result.err and "50.0% kept, 50.0% pruned" in result.err
+    assert all(len(line) <= 80 for line in result.err.splitlines())
+    assert result.err.isascii() and "\x1b" not in result.err and "warning" not in result.err
+
+
+def test_question_from_stdin(cli):
+    assert cli("ask", CLIP, stdin=f"{QUESTION}\n").out == f"{ANSWER}\n"
+
+
+def test_quiet_is_quiet(cli):
+    result = cli("ask", CLIP, QUESTION, "-q")
+    assert (result.code, result.out, result.err) == (0, f"{ANSWER}\n", "")
+
+
+def test_verbose_shows_rows_of_every_layer(cli):
+    err = cli("ask", CLIP, QUESTION, "-v").err
+    assert "0:144 1:144 2:" in err and "transformers" in err and all(len(line) <= 80 for line in err.splitlines())
+
+
+def test_json_record_holds_the_schema(cli):
+    result = cli("ask", CLIP, QUESTION, "--json", "-b", "0.25")
+    record = result.record
+    assert result.code == 0 and result.err == ""
+    assert record["schema"] == "evoprune/answer@1" and record["error"] is None and record["warnings"] == []
+    assert record["answer"] and record["finish_reason"] == "stop" and record["question"] == QUESTION
+    assert record["video"] | {"duration_s": 6.0, "width": 168, "height": 112, "codec": "h264"} == record["video"]
+    assert record["sampling"]["grid_thw"] == [6, 8, 12] and record["sampling"]["frames"] == 12
+    assert record["sampling"]["seconds_per_grid"] == 1.0 and record["sampling"]["resized_hw"] == [112, 168]
+    pruning = record["pruning"]
+    assert (pruning["visual_tokens_in"], pruning["visual_tokens_kept"], pruning["encoder_rows"]) == (144, 36, 36)
+    assert sum(pruning["kept_per_grid"]) == 36 and pruning["positions"] == "qwen" and pruning["kept_ratio"] == 0.25
+    rows = [row for _, row in pruning["layers"]]
+    assert rows == sorted(rows, reverse=True) and rows[0] == 144 and rows[-1] == 36
+    assert pruning["encoder_live_share"] == pytest.approx(sum(rows) / len(rows) / 144, abs=1e-6)
+    tokens = record["tokens"]
+    assert tokens["visual"] == 36 and tokens["prompt"] == tokens["text"] + 36 and tokens["new"] >= 1
+    times = record["time_ms"]
+    assert all(times[name] > 0 for name in times)
+    assert times["ttft_model"] == pytest.approx(times["encode"] + times["prefill"], abs=1e-3)
+    assert times["ttft_model"] < times["ttft_wall"] < times["total"] + 1
+    assert Report.from_json(result.out).to_json() == result.out.strip()
+
+
+def test_the_same_seed_gives_the_same_answer(cli):
+    args = ("ask", CLIP, "Describe the video.", "-t", "1", "--seed", "3", "-q", "-b", "fast")
+    assert cli(*args).out == cli(*args).out
+
+
+def test_answer_is_cut_at_the_limit(cli):
+    record = cli("ask", CLIP, "Describe the video.", "-n", "2", "--json").record
+    assert record["finish_reason"] == "length" and record["tokens"]["new"] == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "kept", "rows"), [("none", 144, 144), ("random", 36, 144), ("evoprune-paper", 36, 36)]
+)
+def test_methods(cli, method, kept, rows):
+    pruning = cli("ask", CLIP, QUESTION, "--method", method, "-b", "balanced", "--json").record["pruning"]
+    assert (pruning["visual_tokens_kept"], pruning["encoder_rows"], pruning["method"]) == (kept, rows, method)
+
+
+def test_part_of_a_video(cli):
+    sampling = cli("ask", CLIP, QUESTION, "--start", "0:01", "--end", "3", "--frames", "3", "--json").record["sampling"]
+    assert (sampling["start_s"], sampling["end_s"], sampling["frames"]) == (1.0, 3.0, 4)
+    assert sampling["timestamps_s"] == [1.25, 1.75, 2.25, 2.75]
+
+
+def test_a_folder_in_the_hubs_layout_is_a_model(cli, tiny_folder):
+    record = cli("ask", CLIP, QUESTION, "-m", tiny_folder, "-n", "3", "--json").record
+    assert record["model"]["id"] == str(tiny_folder) and record["tokens"]["new"] <= 3 and record["warnings"] == []
+
+
+def test_model_and_budget_from_the_environment(cli, tiny_folder, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_MODEL", str(tiny_folder))
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
+    record = cli("ask", CLIP, QUESTION, "-n", "1", "--json").record
+    assert record["model"]["id"] == str(tiny_folder) and record["pruning"]["budget"] == 0.1
+    assert cli("ask", CLIP, QUESTION, "-m", "demo", "-b", "1", "--json").record["pruning"]["budget"] == 1.0
+
+
+def test_the_demo_model_warns_on_foreign_clips(cli, tmp_path):
+    path = tmp_path / "foreign.mp4"
+    write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    result = cli("ask", path, QUESTION, "-q")
+    assert result.code == 0 and result.err.startswith("warning:") and len(result.err.splitlines()) == 1
+    assert cli("ask", path, QUESTION, "--json").record["warnings"] == ["demo_model"]
+
+
+def test_help_and_version_import_no_torch():
+    for args in (["--help"], ["--version"], ["ask", "--help"]):
+        code = f"""
+import sys
+sys.argv = ["evoprune", *{args}]
+from evoprune_cli.main import run
+try:
+    run()
+except SystemExit as stop:
+    assert not stop.code
+heavy = {{"torch", "transformers", "av", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_redirected_answer_holds_the_answer_alone(tmp_path):
+    with open(tmp_path / "answer.txt", "wb") as out:
+        subprocess.run(command("ask", CLIP, QUESTION), stdout=out, stderr=subprocess.DEVNULL, check=True, cwd=ROOT)
+    assert (tmp_path / "answer.txt").read_text() == f"{ANSWER}\n"
+
+
+def test_a_closed_pipe_ends_quietly():
+    process = subprocess.Popen(
+        command("ask", CLIP, "Describe the video.", "-q"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    assert (process.wait(120), process.stderr.read()) == (0, b"")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_print_what_there_is(tiny_folder, number, code):
+    process = subprocess.Popen(
+        command("ask", CLIP, QUESTION, "-m", str(tiny_folder), "-n", "100000", "-t", "1", "--seed", "5"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "EVOPRUNE_MODEL"},
+    )  # fmt: skip
+    assert process.stdout.read(1)  # the answer has begun
+    time.sleep(0.2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and out.endswith(b"\n")
+    assert b"generate" in err and b"Traceback" not in err
+
+
+def test_stats_block_fits_narrow_terminals(cli):
+    report = Report.from_json(cli("ask", CLIP, QUESTION, "--json").out)
+    assert not any("#" in line for line in render.stats_block(report, width=60))
+    report.video.path = "/a/" + "long" * 40 + ".mp4"
+    report.model.id = "/b/" + "long" * 40
+    assert all(len(line) <= 80 for line in render.stats_block(report))

@@ -1,0 +1,229 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evoprune.demo.clips import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    VIDEO_TAG,
+    Clip,
+    Thing,
+    dense_grid,
+    digit_mask,
+    frame_times,
+    make_clip,
+    render,
+    shape_mask,
+    write_video,
+)
+
+SETTINGS = [{}, {"height": 224, "width": 336}, {"height": 112, "width": 112, "seconds": 3.0, "grids": 3}]
+
+
+def clips(count, split="validation", **how):
+    return [make_clip(split, seed, **how) for seed in range(count)]
+
+
+def sampled(clip: Clip, grids: int) -> list[float]:
+    return frame_times(clip.seconds, 2 * grids)
+
+
+def painted(clip: Clip, thing: Thing, t: float) -> np.ndarray:
+    """bool `[height, width]`: the pixels that this thing alone changes at time t."""
+    with_it, without = (render(replace(clip, things=things), [t])[0].astype(int) for things in ((thing,), ()))
+    return (with_it != without).any(-1)
+
+
+# --- what a clip is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+def test_a_clip_is_a_function_of_split_and_seed(how):
+    assert clips(10, **how) == clips(10, **how)
+    one = make_clip("train", 3, **how)
+    assert np.array_equal(render(one, [0.2, 1.0]), render(make_clip("train", 3, **how), [0.2, 1.0]))
+
+
+def test_splits_never_share_a_clip():
+    made = {(split, seed): make_clip(split, seed) for split in SPLITS for seed in range(60)}
+    assert len({clip.seed for clip in made.values()}) == len(made)
+    assert len({clip.things for clip in made.values() if clip.things}) == sum(bool(c.things) for c in made.values())
+    backgrounds = {render(replace(make_clip(split, 5), things=(), noise=0.0), [0.0]).tobytes() for split in SPLITS}
+    assert len(backgrounds) == len(SPLITS)
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+def test_things_stay_on_the_frame_and_clear_of_each_other(how):
+    for clip in clips(60, **how):
+        boxes = [thing.box(clip.seconds) for thing in clip.things]
+        for at, (x0, y0, x1, y1) in enumerate(boxes):
+            assert x0 >= 0 and y0 >= 0 and x1 <= clip.width and y1 <= clip.height
+            for a0, b0, a1, b1 in boxes[:at]:
+                assert a1 < x0 or x1 < a0 or b1 < y0 or y1 < b0
+
+
+def test_things_are_what_they_say():
+    seen = set()
+    for clip in clips(150):
+        names = [thing.name for thing in clip.shapes]
+        assert len(set(names)) == len(names) and sum(thing.is_digit for thing in clip.things) <= 1
+        assert len(names) <= 4
+        for thing in clip.things:
+            seen |= {thing.kind, thing.colour, thing.motion, thing.size, thing.event(clip.seconds)}
+            assert max(abs(a - b) for a, b in zip(thing.rgb, COLOURS[thing.colour], strict=True)) <= 12
+            if thing.is_digit:
+                assert thing.motion == "still" and thing.radius == 7
+            else:
+                assert SIZES[thing.size][0] <= thing.radius <= SIZES[thing.size][1]
+            (x0, y0), (x1, y1) = thing.centre(0), thing.centre(clip.seconds)
+            way = {(0, 0): "still", (-1, 0): "left", (1, 0): "right", (0, -1): "up", (0, 1): "down"}
+            assert way[int(np.sign(x1 - x0)), int(np.sign(y1 - y0))] == thing.motion
+            if thing.motion != "still":
+                assert abs(x1 - x0) + abs(y1 - y0) > 20  # far enough to be seen
+    assert seen >= {*SHAPES, *COLOURS, *MOTIONS, *SIZES, *"0123456789", "stays", "appears", "vanishes", "flashes"}
+
+
+def test_dense_grids_show_everything_at_once():
+    for seed in range(5):
+        clip = dense_grid(np.random.default_rng(seed), 112, 168, 14)
+        assert 5 <= len(clip.things) <= 14
+        assert all(thing.visible(t) for thing in clip.things for t in frame_times(1.0, 2))
+        assert len({tuple(map(round, thing.centre(0))) for thing in clip.things}) == len(clip.things)
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grids", [3, 4, 6, 12])
+def test_flashes_last_two_or_three_sampled_frames(grids):
+    lengths = [
+        sum(thing.visible(t) for t in sampled(clip, grids))
+        for clip in clips(800, seconds=float(grids), grids=grids)
+        for thing in clip.things
+        if thing.event(clip.seconds) == "flashes"
+    ]
+    assert len(lengths) > 100
+    assert set(lengths) == {2, 3}
+
+
+@pytest.mark.parametrize("grids", [3, 4, 6, 12])
+@pytest.mark.parametrize(
+    ("event", "first", "last"),
+    [("stays", True, True), ("appears", False, True), ("vanishes", True, False), ("flashes", False, False)],
+)
+def test_events_can_be_seen_in_the_sampled_frames(grids, event, first, last):
+    wrong, seen = [], 0
+    for clip in clips(200, seconds=float(grids), grids=grids):
+        shown = sampled(clip, grids)
+        for thing in clip.things:
+            if thing.event(clip.seconds) == event:
+                seen += 1
+                assert any(thing.visible(t) for t in shown)
+                if (thing.visible(shown[0]), thing.visible(shown[-1])) != (first, last):
+                    wrong.append((clip.seed, thing.name, thing.start, thing.end))
+    assert seen > 20
+    assert not wrong, f"{len(wrong)} of {seen}, such as {wrong[0]}"
+
+
+@pytest.mark.parametrize("grids", [1, 2])
+def test_nothing_comes_or_goes_in_the_shortest_clips(grids):
+    for clip in clips(60, seconds=float(grids), grids=grids):
+        assert all(thing.event(clip.seconds) == "stays" for thing in clip.things)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "event"), [(0, 9, "stays"), (1, 9, "appears"), (0, 3, "vanishes"), (1, 3, "flashes")]
+)
+def test_event_follows_from_start_and_end(start, end, event):
+    thing = Thing("circle", "red", (225, 40, 40), "small", 6, 20.0, 20.0, "still", 0.0, float(start), float(end))
+    assert thing.event(6.0) == event
+    shown = [t / 2 for t in range(12) if thing.visible(t / 2)]
+    assert shown == [t / 2 for t in range(12) if start <= t / 2 < end]
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+def test_things_are_drawn_where_centre_says_and_only_while_visible(how):
+    moments = 0
+    for clip in clips(12, **how):
+        for thing in clip.things:
+            for t in (0.1, 0.5 * clip.seconds, 0.95 * clip.seconds):
+                changed = painted(clip, thing, t)
+                if not thing.visible(t):
+                    assert not changed.any()
+                    continue
+                moments += 1
+                rows, columns = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
+                x, y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+                assert thing.centre(t) == pytest.approx((x, y), abs=1.6)
+                reach = max(columns[-1] - columns[0], rows[-1] - rows[0]) + 1
+                assert 2 * thing.radius - 4 <= reach <= 2 * thing.radius
+    assert moments > 30
+
+
+def test_things_are_drawn_in_their_colour():
+    for kind in (*SHAPES, "8"):
+        thing = Thing(kind, "cyan", (50, 215, 225), "large", 7 if kind == "8" else 12, 50.0, 60.0, "right", 5.0)
+        clip = Clip((0, 1), 112, 168, 6.0, (thing,), noise=0.0)
+        frame = render(clip, [2.0])[0]
+        mask = digit_mask(8) if thing.is_digit else shape_mask(kind, 12)
+        h, w = mask.shape
+        area = frame[60 - h // 2 :, 60 - w // 2 :][:h, :w]  # it has moved ten pixels
+        assert (area[mask == 1] == thing.rgb).all()
+        assert (area[mask == 0] != thing.rgb).any(-1).all()
+
+
+def test_background_stands_still_and_noise_does_not():
+    clip = replace(make_clip("train", 1), things=())
+    first, second = render(clip, [0.0, 1.0]).astype(int)
+    assert not np.array_equal(first, second)
+    assert abs(first - second).mean() < 3 * clip.noise and abs(first - second).max() < 13 * clip.noise
+    quiet = render(replace(clip, noise=0.0), [0.0, 1.0])
+    assert np.array_equal(quiet[0], quiet[1])
+
+
+def test_a_frame_does_not_depend_on_the_frame_rate_but_for_its_noise():
+    clip = replace(make_clip("validation", 2), noise=0.0)
+    fine = render(clip, [i / 12 for i in range(72)])
+    coarse = render(clip, [i / 2 for i in range(12)])
+    assert np.array_equal(fine[::6], coarse)
+
+
+def test_frame_times_are_the_middles_of_equal_spans():
+    assert frame_times(6.0, 4) == [0.75, 2.25, 3.75, 5.25]
+    assert frame_times(1.0, 1) == [0.5]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("radius", [6, 9, 13])
+def test_shape_masks_fill_their_square(kind, radius):
+    mask = shape_mask(kind, radius)
+    assert mask.shape == (2 * radius, 2 * radius) and 0 <= mask.min() < 0.1 and mask.max() == 1
+    assert np.array_equal(mask, mask[:, ::-1])  # every shape is its own mirror image
+    others = [shape_mask(other, radius) for other in SHAPES if other != kind]
+    assert min(abs(mask - other).mean() for other in others) > 0.05
+
+
+def test_digits_differ():
+    masks = [digit_mask(digit) for digit in range(10)]
+    assert all(mask.shape == (14, 10) and set(mask.flatten()) == {0, 1} for mask in masks)
+    assert min(abs(a - b).sum() for i, a in enumerate(masks) for b in masks[:i]) >= 8
+
+
+def test_a_written_video_shows_the_clip_and_says_where_it_is_from(tmp_path):
+    import av
+
+    clip = make_clip("samples", 0, seconds=1.0, grids=1)
+    write_video(clip, tmp_path / "clip.mp4", fps=6)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.metadata["comment"] == VIDEO_TAG
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    drawn = render(clip, [i / 6 for i in range(6)])
+    assert len(frames) == 6
+    assert abs(np.stack(frames).astype(int) - drawn).mean() < 8

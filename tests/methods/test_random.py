@@ -1,0 +1,52 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evoprune.methods.base import Tokens
+from evoprune.methods.random import Random
+from evoprune.pruning.budget import spread
+
+
+def select(grid, keep, seed=0):
+    n = grid[0] * grid[1] * grid[2]
+    return Random().select(Tokens(torch.zeros(n, 2), torch.arange(n), grid, 1.0, seed), keep)
+
+
+@settings(deadline=None)
+@given(st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5)), st.data(), st.integers(0, 2**63 - 1))
+def test_the_count_is_exact_and_spread_over_the_grids(grid, data, seed):
+    n = grid[0] * grid[1] * grid[2]
+    keep = data.draw(st.integers(1, n))
+    chosen = select(grid, keep, seed)
+    assert chosen.dtype == torch.int64 and len(chosen) == keep
+    assert (chosen.diff() > 0).all() and chosen[0] >= 0 and chosen[-1] < n
+    assert torch.bincount(chosen // (grid[1] * grid[2]), minlength=grid[0]).tolist() == spread(keep, grid[0])
+
+
+def test_a_seed_gives_one_draw_and_another_seed_another():
+    assert torch.equal(select((3, 5, 6), 20, 7), select((3, 5, 6), 20, 7))
+    assert len({tuple(select((3, 5, 6), 20, seed).tolist()) for seed in range(20)}) == 20
+
+
+def test_the_draw_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = select((3, 5, 6), 20, 7)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(first, select((3, 5, 6), 20, 7))
+
+
+@pytest.mark.parametrize("keep", [6, 12])
+def test_every_unit_is_as_likely_as_any_other(keep):
+    draws = 600
+    counts = torch.bincount(torch.cat([select((2, 3, 4), keep, seed) for seed in range(draws)]), minlength=24)
+    expected = draws * keep / 24
+    assert ((counts - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_grids_do_not_repeat_each_others_draw():
+    chosen = select((2, 10, 10), 50, 3)
+    first, second = chosen[:25].tolist(), (chosen[25:] - 100).tolist()
+    assert first != second

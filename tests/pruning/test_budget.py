@@ -1,0 +1,72 @@
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evoprune.errors import UsageError
+from evoprune.pruning.budget import DEFAULT, PRESETS, keep_count, parse_budget, spread
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("full", 1.0),
+        ("high", 0.5),
+        ("balanced", 0.25),
+        ("fast", 0.1),
+        ("1", 1.0),
+        ("0.3", 0.3),
+        ("1e-6", 1e-6),
+        (0.7, 0.7),
+    ],
+)
+def test_parse_budget(text, value):
+    assert parse_budget(text) == value
+
+
+def test_the_default_is_a_preset():
+    assert DEFAULT in PRESETS
+    assert list(PRESETS.values()) == sorted(PRESETS.values(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-0.1", "1.0001", "25", "25%", "nan", "inf", "", "Fast", "half", 0, 1.5, math.nan]
+)
+def test_other_budgets_are_refused_with_the_way_out(text):
+    with pytest.raises(UsageError) as caught:
+        parse_budget(text)
+    assert repr(text) in caught.value.message
+    assert all(name in caught.value.hint for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("budget", "units", "keep"),
+    [(1.0, 7, 7), (0.5, 4, 2), (0.5, 5, 3), (0.5, 1, 1), (0.1, 4, 1), (1e-9, 1000, 1), (0.25, 6, 2), (0.24, 6, 1)],
+)
+def test_keep_count_rounds_halves_up_and_keeps_at_least_one(budget, units, keep):
+    assert keep_count(budget, units) == keep
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 100_000))
+def test_keep_count_is_the_nearest_count(budget, units):
+    keep = keep_count(budget, units)
+    assert 1 <= keep <= units
+    assert keep == 1 or abs(keep - budget * units) <= 0.5 + 1e-9
+    assert keep_count(1.0, units) == units
+
+
+@given(st.integers(1, 500), st.integers(0, 2000))
+def test_spread_is_even_over_every_stretch_of_time(grids, keep):
+    shares = spread(keep, grids)
+    assert len(shares) == grids and sum(shares) == keep
+    for length in (1, 2, 3, grids // 2):
+        mean = Fraction(keep * length, grids)
+        for at in range(0, grids - length + 1):
+            assert math.floor(mean) <= sum(shares[at : at + length]) <= math.ceil(mean)
+
+
+def test_spread_below_one_a_grid():
+    assert spread(3, 9) == [0, 0, 1] * 3
+    assert spread(0, 4) == [0] * 4

@@ -1,0 +1,105 @@
+"""The kinds of files that the tests go through, and what each decoder is to make of them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.video.files import numbered_frames, write_video
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to write a file, and why decord refuses it (a part of its message), or None if it does not.
+
+    `hidden`: some of the frames are there but never shown.
+    """
+
+    how: dict[str, Any] = field(default_factory=dict)
+    decord_refuses: str | None = None
+    frames: int = 40
+    size: tuple[int, int] = (48, 64)
+    hidden: int = 0
+
+
+HEVC = {"codec": "libx265", "options": {"x265-params": "log-level=none"}}
+VP9 = {"codec": "libvpx-vp9"}
+AV1 = {"codec": "libsvtav1"}
+OPEN_GOP = {"options": {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal"}}
+VARY = {"pts": [0.01 * i * i for i in range(40)]}
+NO_TIMES = "does not know when"
+UNRELIABLE = "reliably"
+
+KINDS = {
+    "h264.mp4": Kind(),
+    "h264.mov": Kind(),
+    "h264.mkv": Kind(),
+    "h264.flv": Kind(),
+    "h264.ts": Kind(decord_refuses=UNRELIABLE),
+    "h264.avi": Kind(decord_refuses=NO_TIMES),
+    "h264.h264": Kind(decord_refuses=UNRELIABLE),
+    "hevc.mp4": Kind(HEVC),
+    "hevc.mkv": Kind(HEVC),
+    "hevc.ts": Kind(HEVC, decord_refuses=UNRELIABLE),
+    "vp8.webm": Kind({"codec": "libvpx"}),
+    "vp9.webm": Kind(VP9),
+    "av1.mkv": Kind(AV1, decord_refuses="no decoder for AV1"),
+    "av1.mp4": Kind(AV1, decord_refuses="no decoder for AV1"),
+    "picture.gif": Kind({"codec": "gif", "pix_fmt": "rgb8"}, decord_refuses=UNRELIABLE),
+    "mjpeg.avi": Kind({"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
+    "mpeg4.avi": Kind({"codec": "mpeg4"}),
+    "mpeg4.mp4": Kind({"codec": "mpeg4"}),
+    "mpeg2.mpg": Kind({"codec": "mpeg2video", "fps": 25}, decord_refuses=UNRELIABLE),
+    "wmv2.wmv": Kind({"codec": "wmv2"}, decord_refuses=UNRELIABLE),
+    "prores.mov": Kind({"codec": "prores_ks", "pix_fmt": "yuv422p10le"}),
+    "h264_10.mp4": Kind({"pix_fmt": "yuv420p10le"}),
+    "hevc_10.mkv": Kind(HEVC | {"pix_fmt": "yuv420p10le"}),
+    "av1_10.mkv": Kind(AV1 | {"pix_fmt": "yuv420p10le"}, decord_refuses="no decoder for AV1"),
+    "late.mp4": Kind({"start": 5.0}),
+    "late.mkv": Kind({"start": 5.0}),
+    "late.ts": Kind({"start": 5.0}, decord_refuses=UNRELIABLE),
+    "negative.mkv": Kind({"start": -0.5}),
+    "negative.mp4": Kind({"start": -0.5}, decord_refuses=NO_TIMES, hidden=5),
+    "vary.mp4": Kind(VARY),
+    "vary.mkv": Kind(VARY),
+    "vary.webm": Kind(VARY | VP9),
+    "vary.ts": Kind(VARY, decord_refuses=UNRELIABLE),
+    "open_gop.mp4": Kind(OPEN_GOP),
+    "open_gop.mkv": Kind(OPEN_GOP),
+    "refresh.mp4": Kind({"options": {"x264-params": "intra-refresh=1"}}),
+    "one_group.mp4": Kind({"gop": 1000}),
+    "fragments.mp4": Kind({"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
+    "no_length.mkv": Kind({"container_options": {"live": "1"}}, decord_refuses="does not open"),
+    "odd.mp4": Kind({"pix_fmt": "yuv444p"}, size=(47, 63)),
+    "odd.webm": Kind(VP9, size=(47, 63)),
+    "turned.mp4": Kind({"rotation": 90}),
+    "turned_back.mov": Kind({"rotation": 270}),
+    "upside_down.mp4": Kind({"rotation": 180}),
+    "turned.mkv": Kind({"rotation": 90}),
+    "mirrored.mp4": Kind({"rotation": 90, "mirrored": True}, decord_refuses="mirrored"),
+    "mirrored.mkv": Kind({"rotation": 90, "mirrored": True}),
+    "one.mp4": Kind(frames=1),
+    "one.mkv": Kind(frames=1),
+    "one.webm": Kind(VP9, frames=1),
+    "one.gif": Kind({"codec": "gif", "pix_fmt": "rgb8"}, frames=1, decord_refuses=UNRELIABLE),
+    "short.mp4": Kind(frames=3),
+    "short.mkv": Kind(frames=3, decord_refuses=NO_TIMES),
+    "short.webm": Kind(VP9, frames=3),
+}
+
+
+def write_kind(folder: Path, name: str) -> Path:
+    """The file of that kind, whose frames are numbered from 0; written once."""
+    path, kind = folder / f"kind_{name}", KINDS[name]
+    if not path.exists():
+        write_video(path, _upright(kind), **kind.how)
+    return path
+
+
+def _upright(kind: Kind) -> list[np.ndarray]:
+    """Frames that show their numbers upright when they are displayed."""
+    turns, mirrored = kind.how.get("rotation", 0) // 90, kind.how.get("mirrored", False)
+    shown = kind.size if turns % 2 == 0 else kind.size[::-1]
+    frames = [np.rot90(rgb, turns) for rgb in numbered_frames(kind.frames, *shown)]
+    return [np.ascontiguousarray(rgb[:, ::-1] if mirrored else rgb) for rgb in frames]

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.video.decode import read_frames
+from evoprune.video.probe import probe
+from tests.video.files import number_of, numbers, pixels
+from tests.video.kinds import KINDS, write_kind
+
+
+def moments_in(info):
+    return sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), 99.0])
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.decord_refuses])
+def test_both_decoders_show_the_same_frames(name, folder):
+    info = probe(write_kind(folder, name))
+    right, got = (list(read_frames(info, moments_in(info), decoder=d)) for d in ("pyav", "decord"))
+    times = [[t for chunk in chunks for t in chunk.times_s] for chunks in (right, got)]
+    assert times[1] == pytest.approx(times[0], abs=1e-6)
+    assert [number_of(rgb) for rgb in pixels(got)] == [number_of(rgb) for rgb in pixels(right)]
+    difference = np.abs(pixels(got).astype(int) - pixels(right))
+    # Half-covered pixels of colour at odd edges, and more than 8 bits, are rounded differently.
+    assert difference.max() <= 2 or (name == "odd.webm" or ("_10" in name and difference.mean() < 2))
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_answered_or_refused(name, decoder, folder):
+    kind, info = KINDS[name], probe(write_kind(folder, name))
+    moments = [0.0, info.duration_s / 2, info.duration_s]
+    reason = kind.decord_refuses if decoder == "decord" else None
+    if reason:
+        with pytest.raises(VideoError) as caught:
+            list(read_frames(info, moments, decoder=decoder))
+        assert caught.value.exit_code == 3
+        assert reason in caught.value.message and info.path in caught.value.message
+        assert caught.value.hint == "use --decoder pyav"
+    else:
+        first, middle, last = numbers(info, moments, decoder=decoder)
+        assert (first, last) == (kind.hidden, kind.frames - 1)
+        assert first <= middle <= last

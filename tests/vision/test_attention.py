@@ -1,0 +1,170 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from evoprune.vision.attention import attention_received, buckets, grouped_attention
+from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout
+from tests.vision.tower import groups_by_hand, random_layout
+
+HEADS, DIM = 2, 8
+LAYOUTS = [  # (grids, height, width), merges so far, scope of the layer
+    ((1, 1, 1), [], "window"),
+    ((2, 4, 8), [], "window"),
+    ((2, 5, 7), [], "window"),
+    ((3, 4, 4), [], "grid"),
+    ((2, 5, 7), ["window"], "window"),
+    ((3, 4, 8), ["window"], "grid"),
+    ((2, 9, 13), ["window", "window"], "window"),  # many lengths: groups share buckets
+    ((2, 5, 7), ["grid"], "grid"),
+    ((2, 5, 7), ["window", "grid"], "window"),
+    ((2, 9, 13), ["grid", "window"], "window"),
+]
+
+
+def rows_of(layout, seed=0):
+    """Queries, keys and values `[R, 4, heads, d]`."""
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(layout.rows, 4, HEADS, DIM, generator=random) * 1.5 for _ in range(3)]
+
+
+def plan_of(layout, scope):
+    return buckets(attention_groups(layout, scope))
+
+
+def by_hand(q, k, v, layout, scope, size_bias):
+    """Output and attention received, one group, head and query patch at a time."""
+    out, received = torch.zeros_like(q), torch.zeros(len(q))
+    for rows, counts in groups_by_hand(layout, scope):
+        keys = sorted(counts)
+        bias = torch.tensor([counts[row] for row in keys]).log() if size_bias else torch.zeros(len(keys))
+        for row in rows:
+            for patch in range(4):
+                for head in range(HEADS):
+                    scores = torch.einsum("d,kpd->kp", q[row, patch, head], k[keys][:, :, head]) / DIM**0.5
+                    share = (scores + bias[:, None]).flatten().softmax(0).view(len(keys), 4)
+                    out[row, patch, head] = torch.einsum("kp,kpd->d", share, v[keys][:, :, head])
+                    received[keys] += share.sum(1) / (len(rows) * 4 * HEADS)
+    return out, received
+
+
+@pytest.mark.parametrize("size_bias", [False, True])
+@pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
+def test_both_against_loops(shape, merges, scope, size_bias):
+    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
+    q, k, v = rows_of(layout)
+    plan = plan_of(layout, scope)
+    out, received = by_hand(q, k, v, layout, scope, size_bias)
+    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias), out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6)),
+    st.lists(st.sampled_from(["window", "grid"]), min_size=1, max_size=3),
+    st.sampled_from(["window", "grid"]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_both_against_loops_on_any_layout(shape, merges, scope, size_bias, seed):
+    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed)
+    q, k, v = rows_of(layout, seed)
+    plan = plan_of(layout, scope)
+    out, received = by_hand(q, k, v, layout, scope, size_bias)
+    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias), out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size_bias", [False, True])
+@pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
+def test_attention_received_does_not_depend_on_how_much_is_held_at_a_time(shape, merges, scope, size_bias):
+    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=2)
+    q, k, _ = rows_of(layout)
+    plan = plan_of(layout, scope)
+    whole = attention_received(q, k, plan, size_bias)
+    for budget in (1, 1000, 5000):
+        torch.testing.assert_close(attention_received(q, k, plan, size_bias, budget), whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
+def test_each_group_hands_out_attention_of_one(shape, merges, scope):
+    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=5)
+    q, k, _ = rows_of(layout)
+    groups = attention_groups(layout, scope)
+    received = attention_received(q, k, buckets(groups))
+    torch.testing.assert_close(received.sum(), torch.tensor(float(len(groups.length))), atol=1e-4, rtol=0)
+    if groups.consecutive:
+        per_group = torch.stack([part.sum() for part in received.split(groups.length.tolist())])
+        torch.testing.assert_close(per_group, torch.ones(len(per_group)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size_bias", [False, True])
+def test_a_merged_row_weighs_as_much_as_the_equal_rows_it_stands_for_only_with_the_bias(size_bias):
+    layout = full_layout(geometry(4, 8), 1)
+    into = torch.arange(32)
+    into[[3, 9, 20, 30]] = torch.tensor([1, 1, 1, 25])
+    q, k, v = rows_of(layout)
+    k, v = k[into], v[into]
+    stays = into == torch.arange(32)
+    merged = merged_layout(layout, into, "grid")
+    for scope in ("window", "grid"):
+        before = grouped_attention(q, k, v, plan_of(layout, scope))[stays]
+        after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope), size_bias)
+        assert torch.allclose(before, after, atol=2e-6) == size_bias
+
+
+@pytest.mark.parametrize("size_bias", [False, True])
+def test_groups_do_not_see_each_other(size_bias):
+    layout = random_layout(geometry(5, 7), 2, ["window"], seed=4)
+    q, k, v = rows_of(layout)
+    for scope in ("window", "grid"):
+        plan = plan_of(layout, scope)
+        before = grouped_attention(q, k, v, plan, size_bias)
+        group = layout.group_of(layout.home, scope)
+        changed = group == group[0]
+        k2, v2 = k.clone(), v.clone()
+        k2[changed] += 1.0
+        v2[changed] -= 1.0
+        after = grouped_attention(q, k2, v2, plan, size_bias)
+        assert torch.equal(before[~changed], after[~changed])
+        assert not torch.isclose(before[changed], after[changed]).any(-1).all()
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+@pytest.mark.parametrize(("shape", "merges", "scope"), [LAYOUTS[1], LAYOUTS[4], LAYOUTS[9]])
+def test_every_backend_of_torch_gives_the_same(shape, merges, scope, backend):
+    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
+    q, k, v = rows_of(layout)
+    plan = plan_of(layout, scope)
+    expected, _ = by_hand(q, k, v, layout, scope, True)
+    with sdpa_kernel(backend):
+        torch.testing.assert_close(grouped_attention(q, k, v, plan, True), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_equal_groups_of_neighbours_are_one_view_without_mask():
+    for layout, scope, shape in (
+        (full_layout(geometry(8, 4), 3), "window", (6, 16)),
+        (full_layout(geometry(5, 3), 2), "grid", (2, 15)),
+    ):
+        (bucket,) = plan_of(layout, scope)
+        assert bucket.shape == shape
+        assert bucket.query is None and bucket.key is None and bucket.query_valid is None and not bucket.padded
+        x = torch.randn(layout.rows, 4, 2)
+        assert bucket.gather(x, "query").data_ptr() == x.data_ptr()
+
+
+def test_groups_of_much_different_length_do_not_pad_each_other():
+    layout = random_layout(geometry(9, 13), 3, ["window"], seed=1)
+    groups = attention_groups(layout, "window")
+    assert len(groups.length.unique()) > 4
+    plan = buckets(groups)
+    seen = []
+    for bucket in plan:
+        lengths = (bucket.key_count > 0).sum(1)
+        assert lengths.min() > 0.75 * lengths.max() or len(lengths.unique()) == 1
+        valid = torch.ones_like(bucket.query, dtype=torch.bool) if bucket.query_valid is None else bucket.query_valid
+        seen += bucket.query[valid].tolist()
+    assert sorted(seen) == list(range(layout.rows))
+    assert len(plan) < len(groups.length.unique())

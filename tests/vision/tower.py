@@ -1,0 +1,100 @@
+"""A vision tower small enough for loops in Python, and layouts that were merged at random."""
+
+from functools import cache
+
+import torch
+
+from evoprune.vision.layout import Geometry, TokenLayout, full_layout, merged_layout
+
+PATCH_WIDTH = 1176
+
+
+@cache
+def tiny_tower(full_layers: tuple[int, ...] = (1, 3), depth: int = 4, seed: int = 0):
+    """Hugging Face's class in float32, hidden 32 in two heads; not to be changed by a test.
+
+    Weights are wide enough that attention is far from uniform and every layer changes what it reads.
+    """
+    from transformers import Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": depth,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 24,
+            "fullatt_block_indexes": list(full_layers),
+            "window_size": 112,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        }
+    ).vision_config
+    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in tower.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, weight[0].numel() ** -0.5, generator=random)
+            else:
+                weight.normal_(0.0 if name.endswith("bias") else 1.0, 0.1, generator=random)
+    return tower.eval()
+
+
+def random_patches(grid: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
+    """Patches of a video of noise, `[rows, 1176]`."""
+    t, h, w = grid
+    return torch.randn(t * h * w * 4, PATCH_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def merge_at_random(layout: TokenLayout, scope: str, seed: int, share: float = 0.6) -> tuple[TokenLayout, torch.Tensor]:
+    """Sends about `share` of the rows of each window or grid into others of it; also returns where each row went."""
+    random = torch.Generator().manual_seed(seed)
+    group = layout.group_of(layout.home, scope)
+    into = torch.arange(layout.rows)
+    for g in group.unique():
+        members = (group == g).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=random)]
+        going = min(len(members) - 1, round(len(members) * share * float(torch.rand(1, generator=random)) * 2))
+        if going > 0:
+            staying = members[going:]
+            into[members[:going]] = staying[torch.randint(len(staying), (going,), generator=random)]
+    return merged_layout(layout, into, scope), into
+
+
+def random_layout(geo: Geometry, grids: int, scopes: list[str], seed: int = 0, share: float = 0.6) -> TokenLayout:
+    """A full layout after one round of random merges for each of `scopes`."""
+    layout = full_layout(geo, grids)
+    for step, scope in enumerate(scopes):
+        layout, _ = merge_at_random(layout, scope, seed * 31 + step, share)
+    return layout
+
+
+def place_key(geo: Geometry, unit: int) -> tuple[int, int, int, int, int]:
+    """Grid, window row, window column, row, column: sorts units into window order."""
+    grid, place = divmod(unit, geo.units)
+    y, x = divmod(place, geo.width)
+    return grid, y // geo.side, x // geo.side, y, x
+
+
+def group_key(geo: Geometry, unit: int, scope: str) -> tuple[int, ...]:
+    """Names the grid or window in which a unit lies."""
+    return place_key(geo, unit)[: 1 if scope == "grid" else 3]
+
+
+def groups_by_hand(layout: TokenLayout, scope: str) -> list[tuple[list[int], dict[int, int]]]:
+    """Of every group with query rows: those rows, and how many of the group's units each key row stands for."""
+    geo = layout.geometry
+    groups: dict[tuple, tuple[list[int], dict[int, int]]] = {}
+    for row, home in enumerate(layout.home.tolist()):
+        groups.setdefault(group_key(geo, home, scope), ([], {}))[0].append(row)
+    for unit, row in enumerate(layout.owner.tolist()):
+        key = group_key(geo, unit, scope)
+        if row >= 0 and key in groups:
+            counts = groups[key][1]
+            counts[row] = counts.get(row, 0) + 1
+    return [groups[key] for key in sorted(groups)]
