@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
+    from evoprune.huggingface import encode
     from evoprune.pipeline import EncodedVideo, VideoQA
     from evoprune.report import Report
 
@@ -23,6 +24,7 @@ _HOMES = {
     "UsageError": "evoprune.errors",
     "VideoError": "evoprune.errors",
     "VideoQA": "evoprune.pipeline",
+    "encode": "evoprune.huggingface",
 }
 __all__ = [
     "EncodedVideo",
@@ -33,6 +35,7 @@ __all__ = [
     "UsageError",
     "VideoError",
     "VideoQA",
+    "encode",
     "methods",
 ]
 

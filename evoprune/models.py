@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from evoprune.errors import ModelError, OutOfMemory, UsageError
+from evoprune.plan import VideoLimits
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
@@ -29,32 +30,6 @@ _FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 _HINT_MODEL = "evoprune runs Qwen2.5-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and the bundled demo"
 
 
-@dataclass(frozen=True)
-class VideoLimits:
-    """How a model wants its video: which frames, how large, normalised how. The defaults are Qwen2.5-VL's for video.
-
-    Attributes:
-        min_pixels, max_pixels: area of one frame after resizing.
-        fps: frames a second to take.
-        min_frames, max_frames: bounds on their number.
-        image_mean, image_std: of the red, green and blue channel, values in 0..1.
-        patch_size: side of a patch in pixels.
-        temporal_patch_size: frames in a grid.
-        merge_size: side of a merge unit in patches.
-    """
-
-    min_pixels: int = 128 * 28 * 28
-    max_pixels: int = 768 * 28 * 28
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-
-
 @dataclass
 class LoadedModel:
     """A model that is ready to answer.
@@ -63,7 +38,7 @@ class LoadedModel:
         model: Hugging Face `Qwen2_5_VLForConditionalGeneration`, eval mode, sdpa attention, on `device` in `dtype`.
         tokenizer: Hugging Face fast tokenizer with a chat template. None only where random weights have no tokenizer files
             beside them; their answers would mean nothing anyway.
-        video: see `VideoLimits`.
+        video: see `plan.VideoLimits`.
         eos_ids: token ids that end an answer.
         id: "demo", or the folder or hub id as it was asked for.
         revision: commit on the hub, None for anything local.
@@ -156,6 +131,25 @@ def load_model(
     )
 
 
+def describe_model(
+    name: str = "demo", *, revision: str | None = None, offline: bool = False
+) -> tuple[Any, VideoLimits]:
+    """A model's config and what it wants of a video, without its weights; for a bundled config without the hub.
+
+    Returns:
+        Hugging Face's `Qwen2_5_VLConfig`, and the limits.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    if name in BUNDLED_CONFIGS and not Path(name).is_dir():
+        config = _read_config(BUNDLED_CONFIGS[name])
+        return config, _video_limits(None, config.vision_config)
+    folder, _ = _locate(name, revision, offline, download=False)
+    config = _read_config(folder / "config.json")
+    return config, _video_limits(folder, config.vision_config)
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,14 +166,14 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device, is_demo: bool) -> str:
     if name == "auto":
-        bf16 = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bf16())
+        bf16 = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
         return "bf16" if bf16 and not is_demo else "fp32"
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}", f"use auto, {', '.join(DTYPES)}")
     return name
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware; without, bf16 is slower than fp32."""
     if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
         found = {name for name, value in torch.cpu.get_capabilities().items() if value}

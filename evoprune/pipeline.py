@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TypeVar
 
 import torch
@@ -23,19 +23,27 @@ import transformers
 
 import evoprune
 from evoprune import methods
-from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream, stream_text
+from evoprune.cost import estimate_first_token
+from evoprune.errors import OutOfMemory, UsageError
+from evoprune.language.generate import (
+    GenerationSettings,
+    TokenStream,
+    embed_prompt,
+    prefill,
+    stream,
+    stream_text,
+)
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.models import LoadedModel, load_model
+from evoprune.plan import MAX_VISUAL_TOKENS, MAX_VISUAL_TOKENS_CPU, Plan, make_plan
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.pruning.merge import EqualScores
 from evoprune.report import Environment, Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
-from evoprune.video.decode import read_frames
+from evoprune.video.decode import choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
-from evoprune.video.sampling import SamplingPlan, plan_sampling
-from evoprune.vision.encoder import CHUNK_UNITS, Encoded, encode
-from evoprune.vision.preprocess import patchify, resize, smart_resize
+from evoprune.vision.encoder import CHUNK_UNITS, Encoded, encode, tower_geometry, tower_shape
+from evoprune.vision.preprocess import patchify, resize
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -143,6 +151,27 @@ class VideoQA:
         )
         return cls(loaded, load_seconds=time.perf_counter() - start, **settings)
 
+    @property
+    def default_max_visual_tokens(self) -> int:
+        """A real model on a CPU would be at it for many minutes, so it gets less to look at."""
+        cpu = self.loaded.device == "cpu" and not self.loaded.is_demo
+        return MAX_VISUAL_TOKENS_CPU if cpu else MAX_VISUAL_TOKENS
+
+    def estimate_first_token(self, plan: Plan, text_tokens: int = 40) -> float | None:
+        """Seconds until the first token, roughly; None where nobody has to wait for it (CUDA, the demo model)."""
+        if self.loaded.device != "cpu" or self.loaded.is_demo:
+            return None
+        model = self.loaded.model
+        tower = tower_shape(model.model.visual)
+        count, height, width = plan.grid
+        geo = tower_geometry(model.model.visual, height, width)
+        keep = keep_count(self.budget, plan.visual_tokens)
+        rows = [geo.units] * (tower.depth + 1)
+        if self.method.acts == "inside" and keep < plan.visual_tokens:
+            rows = [geo.units, *self.method.rows(tower, geo, max(1, keep // count))]
+        rows = [count * n for n in rows]
+        return estimate_first_token(model, rows, count, geo.windows, keep + text_tokens)
+
     def encode(
         self,
         path: str | os.PathLike[str],
@@ -151,8 +180,12 @@ class VideoQA:
         frames: int | None = None,
         start_s: float = 0.0,
         end_s: float | None = None,
+        max_frames: int | None = None,
+        max_visual_tokens: int | None = None,
         decoder: str = "auto",
+        name: str | None = None,
         progress: Progress | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
     ) -> "EncodedVideo":
         """Reads, preprocesses and encodes a video, chunk by chunk.
 
@@ -160,8 +193,12 @@ class VideoQA:
             path: the file.
             fps: frames a second; default: what the model's processor asks for. `frames`: how many in all, instead.
             start_s, end_s: the part to look at, in seconds.
+            max_frames: instead of the model's own limit.
+            max_visual_tokens: limit before pruning; default: `default_max_visual_tokens`.
             decoder: how to read it, see `video.decode.read_frames`.
+            name: what reports call the video; default: its path.
             progress: called with "encode", frames done and frames in all, after every chunk.
+            on_plan: called with the plan before the first frame is read.
 
         Raises:
             VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory.
@@ -171,30 +208,27 @@ class VideoQA:
         begun = clock.now()
         with clock.stage("read"):
             info = probe(path)
-            if info.duration_s is None:
-                raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
-            plan = plan_sampling(
-                info.duration_s,
-                fps=fps or limits.fps,
+            decoder = choose_decoder(decoder, info)
+            plan = make_plan(
+                info,
+                limits,
+                fps=fps,
                 frames=frames,
                 start_s=start_s,
                 end_s=end_s,
-                min_frames=limits.min_frames,
-                max_frames=limits.max_frames,
+                max_frames=max_frames,
+                max_visual_tokens=self.default_max_visual_tokens if max_visual_tokens is None else max_visual_tokens,
             )
-        unit = limits.patch_size * limits.merge_size
-        try:
-            height, width = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, unit)
-        except ValueError as problem:
-            raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
-        grid = (plan.frames // limits.temporal_patch_size, height // unit, width // unit)
-        keep = keep_count(self.budget, grid[0] * grid[1] * grid[2])
+        if on_plan:
+            on_plan(plan)
+        keep = keep_count(self.budget, plan.visual_tokens)
+        seconds_per_grid = plan.sampling.seconds_per_grid(limits.temporal_patch_size)
 
         def patches() -> Iterator[torch.Tensor]:
-            with closing(read_frames(info, plan.times_s, decoder=decoder)) as chunks:
+            with closing(read_frames(info, plan.sampling.times_s, decoder=decoder)) as chunks:
                 for chunk in clock.each("read", chunks):
                     with clock.stage("preprocess"):
-                        small = resize(torch.from_numpy(chunk.frames), height, width)
+                        small = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
                         piece = patchify(
                             small,
                             limits.image_mean,
@@ -205,7 +239,7 @@ class VideoQA:
                         )
                     yield piece
                     if progress:
-                        progress("encode", chunk.first + len(chunk.frames), plan.frames)
+                        progress("encode", chunk.first + len(chunk.frames), plan.sampling.frames)
 
         start = clock.now()
         before = sum(clock.seconds.values())
@@ -214,16 +248,16 @@ class VideoQA:
             encoded = encode(
                 visual,
                 pieces,
-                grid,
+                plan.grid,
                 self.method,
                 keep,
-                seconds_per_grid=plan.seconds_per_grid(limits.temporal_patch_size),
+                seconds_per_grid=seconds_per_grid,
                 seed=self.seed,
                 chunk_units=CHUNK_UNITS,
             )
         done = clock.now()
         clock.seconds["encode"] = done - start - (sum(clock.seconds.values()) - before)
-        video = EncodedVideo(self, info, plan, (height, width), encoded, clock, done - begun)
+        video = EncodedVideo(self, replace(info, path=name or info.path), decoder, plan, encoded, clock, done - begun)
         if any(issubclass(warning.category, EqualScores) for warning in caught):
             video.warn("equal_scores")
         return video
@@ -236,15 +270,19 @@ class EncodedVideo:
         self,
         qa: VideoQA,
         info: VideoInfo,
-        plan: SamplingPlan,
-        resized: tuple[int, int],
+        decoder: str,
+        plan: Plan,
         encoded: Encoded,
         clock: Clock,
         wall_seconds: float,
     ):
-        self.qa, self.info, self.plan, self.encoded = qa, info, plan, encoded
+        self.qa, self.info, self.decoder, self.plan, self.encoded = qa, info, decoder, plan, encoded
         self._clock, self._wall = clock, wall_seconds
-        self.report = self._blank_report(resized)
+        self._prefix: tuple[str | None, object, int] | None = (
+            None  # system prompt, cache, columns that no question changes
+        )
+        self._turn = 0
+        self.report = self._blank_report()
 
     def warn(self, name: str) -> None:
         """Adds a warning to this and all later reports."""
@@ -277,22 +315,17 @@ class EncodedVideo:
 
     def _answer(self, question: str, system: str | None, settings: GenerationSettings) -> Iterator[str]:
         loaded, encoded, clock = self.qa.loaded, self.encoded, self._clock
-        clock.seconds.pop("prefill", None), clock.seconds.pop("generate", None)
         report = self.report = self._next_report(question, settings)
+        if self._turn:  # the video was paid for by the first question
+            clock.seconds, self._wall = dict.fromkeys(clock.seconds, 0.0), 0.0
+            report.time_ms.encode_prune = 0.0
+        clock.seconds.pop("prefill", None), clock.seconds.pop("generate", None)
+        self._turn += 1
+        turn = self._turn
         start = clock.now()
         with clock.stage("prefill"):
-            model = loaded.model
-            n = len(encoded.owner)
-            prompt = build_prompt(loaded.tokenizer, question, n, system=system)
-            seconds = self.plan.seconds_per_grid(loaded.video.temporal_patch_size)
-            span = VideoSpan(prompt.video_start, encoded.grid, seconds)
-            positions = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
-            embeds, columns = embed_prompt(
-                model, prompt.input_ids, encoded.features, prompt.video_start, n, encoded.kept
-            )
-            state = prefill(model, embeds, positions[:, columns], int(positions.max()) + 1)
-            tokens = stream(model, state, settings, loaded.eos_ids)
-        report.tokens = TokenCounts(prompt.text_tokens, len(encoded.kept), len(columns), 0)
+            tokens = self._prefill(question, system, settings)
+        report.tokens = TokenCounts(self._text_tokens, len(encoded.kept), self._text_tokens + len(encoded.kept), 0)
         report.time_ms.ttft_wall = (self._wall + clock.now() - start) * 1000
         report.answer = ""
 
@@ -306,11 +339,40 @@ class EncodedVideo:
                 report.answer += piece
                 update()
                 yield piece
+                if turn != self._turn:
+                    raise UsageError(
+                        "another question was asked meanwhile", "finish one answer before the next question"
+                    )
             update()
         except GeneratorExit:  # whoever reads stopped early
             update()
             report.finish_reason = report.finish_reason or "interrupt"
             raise
+
+    def _prefill(self, question: str, system: str | None, settings: GenerationSettings) -> TokenStream:
+        """Reads the prompt, or, for a later question under the same system prompt, only what follows the video.
+
+        Attention is causal: the keys and values of what comes before the question do not depend on it, so the cache is cut
+        back to there and used again.
+        """
+        loaded, encoded = self.qa.loaded, self.encoded
+        model, n = loaded.model, len(encoded.owner)
+        prompt = build_prompt(loaded.tokenizer, question, n, system=system)
+        seconds = self.plan.sampling.seconds_per_grid(loaded.video.temporal_patch_size)
+        span = VideoSpan(prompt.video_start, self.plan.grid, seconds)
+        positions = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
+        following = int(positions.max()) + 1
+        embeds, columns = embed_prompt(model, prompt.input_ids, encoded.features, prompt.video_start, n, encoded.kept)
+        positions = positions[:, columns]
+        cache, known = None, 0
+        if self._prefix and self._prefix[0] == system:
+            _, cache, known = self._prefix
+            if cache.get_seq_length() > known:
+                cache.crop(known - cache.get_seq_length())  # a negative number: so many columns off the end
+        state = prefill(model, embeds[:, known:], positions[:, known:], following, cache)
+        self._prefix = system, state.cache, prompt.prefix_length - n + len(encoded.kept)
+        self._text_tokens = prompt.text_tokens
+        return stream(model, state, settings, loaded.eos_ids)
 
     def _fill_times(self, report: Report, total: float) -> None:
         seconds = self._clock.seconds
@@ -329,10 +391,10 @@ class EncodedVideo:
         report.generation = asdict(settings)
         return report
 
-    def _blank_report(self, resized: tuple[int, int]) -> Report:
+    def _blank_report(self) -> Report:
         qa, info, plan, encoded, loaded = self.qa, self.info, self.plan, self.encoded, self.qa.loaded
         merge = loaded.video.merge_size
-        t, h, w = encoded.grid
+        t, h, w = plan.grid
         report = Report(
             video=VideoFacts(
                 path=info.path,
@@ -344,16 +406,16 @@ class EncodedVideo:
                 fps=info.fps,
                 variable_rate=info.variable_rate,
                 frames_total=info.frames_total,
-                decoder="pyav",
+                decoder=self.decoder,
             ),
             sampling=Sampling(
-                start_s=plan.start_s,
-                end_s=plan.end_s,
-                frames=plan.frames,
-                timestamps_s=list(plan.times_s),
-                resized_hw=list(resized),
+                start_s=plan.sampling.start_s,
+                end_s=plan.sampling.end_s,
+                frames=plan.sampling.frames,
+                timestamps_s=list(plan.sampling.times_s),
+                resized_hw=[plan.height, plan.width],
                 grid_thw=[t, h * merge, w * merge],
-                seconds_per_grid=plan.seconds_per_grid(loaded.video.temporal_patch_size),
+                seconds_per_grid=plan.sampling.seconds_per_grid(loaded.video.temporal_patch_size),
             ),
             pruning=Pruning(
                 method=qa.method_name,
@@ -403,12 +465,12 @@ def environment(device: str) -> Environment:
         evoprune=evoprune.__version__,
         torch=torch.__version__,
         transformers=transformers.__version__,
-        device_name=torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),
+        device_name=torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
         threads=torch.get_num_threads(),
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as f:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))

@@ -11,6 +11,7 @@ import typer
 import evoprune
 from evoprune.errors import EvopruneError
 from evoprune_cli.ask import ask
+from evoprune_cli.inspect import inspect
 from evoprune_cli.render import print_error
 
 # What the parser raises. Typer carries click inside in some versions and beside it in others, so ask the class it exports.
@@ -44,6 +45,7 @@ def main(
 
 
 app.command()(ask)
+app.command()(inspect)
 
 
 class Terminated(BaseException):

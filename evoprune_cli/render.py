@@ -104,6 +104,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     bar = BAR if width >= 72 else 0
     for stage in STAGES:
         spent = getattr(times, stage) or 0
+        if not spent and stage not in ("prefill", "generate"):
+            continue  # a later question: the video was paid for by the first one
         marks = "#" * (round(bar * spent / longest) if longest else 0)
         lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{said[stage]}")
         if stage == "encode" and times.encode_prune:

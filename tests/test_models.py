@@ -78,7 +78,7 @@ def test_weights_come_in_the_dtype_asked_for(saved, dtype):
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_dtype_follows_the_hardware_and_the_demo_is_exact(saved, monkeypatch, has_bf16, expected):
-    monkeypatch.setattr(models, "_cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(models, "cpu_has_bf16", lambda: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setattr(models, "DEMO_FOLDER", saved)
     demo = load_model("demo", device="cpu")

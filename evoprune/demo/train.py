@@ -62,9 +62,9 @@ class Recipe:
 
     seed: int = 0
     vision_steps: int = 700
-    steps: int = 3600
-    short_steps: int = 1000  # of the second stage, on short clips and small frames
-    frozen_steps: int = 3000  # of the second stage, with the tower as it is
+    steps: int = 4200
+    short_steps: int = 600  # of the second stage, on short clips and small frames
+    frozen_steps: int = 3700  # of the second stage, with the tower as it is
     vision_batch: int = 96  # grids of 4x6 units
     units: int = 2304  # merge units a batch of clips, about
     questions: int = 8  # a clip

@@ -14,7 +14,7 @@ import numpy as np
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video import pyav
-from evoprune.video.container import TOLERANCE_S
+from evoprune.video.container import TOLERANCE_S, reading
 from evoprune.video.info import VideoInfo
 from evoprune.video.pixels import turned
 
@@ -66,8 +66,11 @@ def read(info: VideoInfo, times_s: Sequence[float]) -> Iterator[tuple[float, np.
     """
     check(info)
     decord = load()
-    with _refusing(info):
-        reader = decord.VideoReader(os.path.abspath(info.path))  # absolute, or a:b would be a protocol
+    with reading(info.path), open(info.path, "rb") as file, _refusing(info):
+        # By number where the system can, because its FFmpeg would take some names for patterns; else by absolute path,
+        # because it would take what stands before a colon for a protocol.
+        numbered = f"/dev/fd/{file.fileno()}"
+        reader = decord.VideoReader(numbered if os.path.exists(numbered) else os.path.abspath(info.path))
         stamps = _stamps(info, reader)
         # Half a step more, because decord rounds its times to 32 bits.
         begins = stamps - np.spacing(stamps) - TOLERANCE_S

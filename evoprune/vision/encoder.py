@@ -7,6 +7,7 @@ memory stays constant and the result does not depend on the chunk size. Without 
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -24,15 +25,15 @@ CHUNK_UNITS = 2048
 
 @dataclass(frozen=True)
 class Encoded:
-    """A video as the language model will read it.
+    """A video, or several one after another, as the language model will read them.
 
     Attributes:
         features: `[K, D]`, the tokens.
         kept: int64 `[K]`, the unit at whose place each token sits, Hugging Face's order, ascending.
         rows: `[E, D]`, what the encoder ended with, ordered by place.
         owner: int64 `[N]`, which of `rows` stands for each unit, -1 for none.
-        grid: (T, H, W) in units.
-        layers: (layer, rows that entered it, rows that left it), over the whole video.
+        grids: (T, H, W) in units, of each video.
+        layers: (layer, rows that entered it, rows that left it), over all of the video.
         prune_seconds: time spent on scores, merging and selection, part of the encoding time.
     """
 
@@ -40,7 +41,7 @@ class Encoded:
     kept: torch.Tensor
     rows: torch.Tensor
     owner: torch.Tensor
-    grid: tuple[int, int, int]
+    grids: tuple[tuple[int, int, int], ...]
     layers: list[tuple[int, int, int]]
     prune_seconds: float
 
@@ -51,12 +52,41 @@ class Encoded:
 
     @property
     def kept_per_grid(self) -> list[int]:
-        return torch.bincount(self.kept // (self.grid[1] * self.grid[2]), minlength=self.grid[0]).tolist()
+        """Tokens of each grid, video after video."""
+        edges = [h * w for t, h, w in self.grids for _ in range(t)]
+        grid = torch.arange(len(edges)).repeat_interleave(torch.tensor(edges))
+        return torch.bincount(grid[self.kept.cpu()], minlength=len(edges)).tolist()
+
+
+def joined(videos: list[Encoded]) -> Encoded:
+    """Several videos as one: units and rows numbered on from video to video."""
+    if len(videos) == 1:
+        return videos[0]
+    units = [0, *accumulate(len(v.owner) for v in videos)]
+    rows = [0, *accumulate(len(v.rows) for v in videos)]
+    return Encoded(
+        torch.cat([v.features for v in videos]),
+        torch.cat([v.kept + first for v, first in zip(videos, units, strict=False)]),
+        torch.cat([v.rows for v in videos]),
+        torch.cat([torch.where(v.owner >= 0, v.owner + first, -1) for v, first in zip(videos, rows, strict=False)]),
+        sum((v.grids for v in videos), ()),
+        [
+            (layers[0][0], sum(n for _, n, _ in layers), sum(n for _, _, n in layers))
+            for layers in zip(*(v.layers for v in videos), strict=True)
+        ],
+        sum(v.prune_seconds for v in videos),
+    )
 
 
 def tower_shape(visual) -> TowerShape:
     """What schedules need to know of `model.model.visual`."""
     return TowerShape(len(visual.blocks), tuple(visual.fullatt_block_indexes))
+
+
+def tower_geometry(visual, height: int, width: int) -> Geometry:
+    """Units and windows of a grid of height x width units, as this tower cuts it."""
+    side = visual.window_size // visual.patch_size // visual.spatial_merge_size
+    return geometry(height, width, side, str(visual.patch_embed.proj.weight.device))
 
 
 def in_grids(patches: Iterable[torch.Tensor], rows_per_grid: int, grids: int) -> Iterator[torch.Tensor]:
@@ -102,8 +132,7 @@ def encode(
     """
     count, height, width = grid
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
-    side = visual.window_size // visual.patch_size // visual.spatial_merge_size
-    geo = geometry(height, width, side, str(weight.device))
+    geo = tower_geometry(visual, height, width)
     shares = spread(keep, count)
     inside = method.acts == "inside" and keep < geo.units * count
     plans = {s: method.rows(tower, geo, max(1, s)) if inside else [geo.units] * tower.depth for s in set(shares)}
@@ -137,7 +166,7 @@ def encode(
             chosen = _largest(torch.bincount(owner, minlength=len(home)), keep)
     pruning += time.perf_counter() - start
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Encoded(rows[chosen], home[chosen], rows, owner, grid, layers, pruning)
+    return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, pruning)
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:

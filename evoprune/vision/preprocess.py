@@ -4,34 +4,11 @@ A *grid* is two frames. Its patches lie so that each merge unit's 2x2 patches ar
 order; a row holds channel, frame, y, x. This is what `Qwen2VLImageProcessor` makes, without needing torchvision.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
-    """The frame size that Qwen2.5-VL sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
-
-    The area wins over the ratio (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
-
-    Raises:
-        ValueError: a side is not positive, or one is more than 200 times the other.
-    """
-    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise ValueError(f"cannot resize {width}x{height}: sides must be positive and within a ratio of 200")
-    rows, cols = round(height / factor), round(width / factor)
-    if rows * cols * factor**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows = max(1, math.floor(height / shrink / factor))
-        cols = max(1, math.floor(width / shrink / factor))
-    elif rows * cols * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, cols = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
-    return rows * factor, cols * factor
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """`evoprune ask` from end to end on the bundled model: the answer on stdout, everything else on stderr."""
 
+import json
 import os
 import signal
 import subprocess
@@ -73,6 +74,37 @@ def test_json_record_holds_the_schema(cli):
 def test_the_same_seed_gives_the_same_answer(cli):
     args = ("ask", CLIP, "Describe the video.", "-t", "1", "--seed", "3", "-q", "-b", "fast")
     assert cli(*args).out == cli(*args).out
+
+
+def test_several_questions_share_one_encoding(cli):
+    asked = [QUESTION, "What digit is it?", "Which way does the square move?"]
+    alone = [cli("ask", CLIP, question, "-q").out for question in asked]
+    together = cli("ask", CLIP, asked[0], "-Q", asked[1], "-Q", asked[2])
+    assert together.out == "".join(alone)
+    assert together.err.count("\nencode") == 1 and together.err.count("\nprefill") == 3
+    lines = cli("ask", CLIP, *(part for question in asked for part in ("-Q", question)), "--json").out.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["question"] for r in records] == asked and [r["answer"] + "\n" for r in records] == alone
+    assert records[0]["time_ms"]["encode"] > 0 and records[1]["time_ms"]["encode"] == 0
+    assert len({r["id"] for r in records}) == 3
+
+
+def test_video_from_stdin():
+    with open(ROOT / CLIP, "rb") as video:
+        done = subprocess.run(
+            command("ask", "-", QUESTION, "-q"), stdin=video, capture_output=True, cwd=ROOT, check=True
+        )
+    assert (done.stdout, done.stderr) == (f"{ANSWER}\n".encode(), b"")
+
+
+def test_both_decoders_give_the_same_answer(cli):
+    record = cli("ask", CLIP, QUESTION, "--decoder", "decord", "--json").record
+    assert record["video"]["decoder"] == "decord" and record["answer"] == ANSWER
+
+
+def test_token_cap_is_told(cli):
+    result = cli("ask", CLIP, QUESTION, "--max-visual-tokens", "50")
+    assert "--max-visual-tokens allows more" in result.err and "48 units" in result.err
 
 
 def test_answer_is_cut_at_the_limit(cli):

@@ -1,3 +1,4 @@
+import av  # noqa: F401  before decord, whose older codec libraries would replace those of PyAV
 import pytest
 
 

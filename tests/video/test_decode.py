@@ -29,15 +29,19 @@ def long_file(folder):
     return write_video(folder / "long.mp4", numbered_frames(256))
 
 
-def everything(path):
+def everything(info):
     """Decode the whole file: a list of (seconds from the first frame, RGB), in the order of display."""
-    with av.open(str(path)) as container:
+    with av.open(info.path) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
-        frames = [(frame.pts, frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
-        if frames[0][0] is None or path.endswith("avi"):  # files that do not say when frames are shown
+        frames = [(frame.pts, turned(frame.to_ndarray(format="rgb24"), info)) for frame in container.decode(stream)]
+        if frames[0][0] is None or info.path.endswith("avi"):  # files that do not say when frames are shown
             return [(float(i / rate), rgb) for i, (_, rgb) in enumerate(frames)]
         return [(float((pts - frames[0][0]) * stream.time_base), rgb) for pts, rgb in frames]
+
+
+def turned(rgb, info):
+    return np.rot90(np.fliplr(rgb) if info.mirrored else rgb, -info.rotation_deg // 90)
 
 
 def expected(frames, moment):
@@ -46,7 +50,7 @@ def expected(frames, moment):
 
 
 def test_the_frame_on_screen_is_read(info):
-    frames = everything(info.path)
+    frames = everything(info)
     moments = sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), *(t for t, _ in frames[::3]), 99.0])
     chunks = list(read_frames(info, moments))
     shown = [expected(frames, moment) for moment in moments]
@@ -55,7 +59,7 @@ def test_the_frame_on_screen_is_read(info):
 
 
 def test_frames_come_in_the_order_they_were_written(info):
-    moments = [t + 0.001 for t, _ in everything(info.path)]
+    moments = [t + 0.001 for t, _ in everything(info)]
     assert numbers(info, moments) == list(range(40))
 
 

@@ -28,7 +28,7 @@ def encode_noise(grid, method, keep, full_layers=(1, 3), seed=0, **how):
 def check_books(encoded, grid):
     """What holds for every result, whatever the method."""
     n = units(grid)
-    assert encoded.owner.shape == (n,) and encoded.grid == grid
+    assert encoded.owner.shape == (n,) and encoded.grids == (grid,)
     assert ((encoded.owner >= 0) & (encoded.owner < len(encoded.rows))).all()
     assert encoded.owner.unique().numel() == len(encoded.rows)  # every row stands for something
     assert (encoded.kept.diff() > 0).all()

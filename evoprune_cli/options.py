@@ -1,0 +1,139 @@
+"""Options that several commands share, declared once."""
+
+from typing import Annotated
+
+import typer
+
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.pruning.budget import PRESETS
+
+_PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())
+
+
+def _option(panel: str, *names: str, **settings):
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+_MODEL, _PRUNING, _SAMPLING, _GENERATION, _OUTPUT = "Model", "Pruning", "Sampling", "Generation", "Output"
+
+Model = Annotated[
+    str,
+    _option(
+        _MODEL,
+        "-m",
+        "--model",
+        envvar="EVOPRUNE_MODEL",
+        metavar="ID|DIR|demo",
+        help="Hub id, local folder, or demo: the bundled tiny model.",
+    ),
+]
+Revision = Annotated[
+    str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub id.", show_default=False)
+]
+Device = Annotated[str, _option(_MODEL, "--device", metavar="auto|cpu|cuda[:N]", help="Where to run.")]
+Dtype = Annotated[
+    str,
+    _option(
+        _MODEL,
+        "--dtype",
+        metavar="auto|bf16|fp16|fp32",
+        help="auto: bf16 where the hardware has it; the demo fp32.",
+    ),
+]
+Offline = Annotated[bool, _option(_MODEL, "--offline", help="Never use the network.")]
+
+Budget = Annotated[
+    str,
+    _option(
+        _PRUNING,
+        "-b",
+        "--budget",
+        envvar="EVOPRUNE_BUDGET",
+        metavar="SHARE|PRESET",
+        help=f"Share of visual tokens kept, in (0, 1], or {_PRESETS}. -b full for the exact answer.",
+    ),
+]
+MethodName = Annotated[
+    str,
+    _option(_PRUNING, "--method", metavar="NAME", help=f"How tokens are pruned: {', '.join(methods.available())}."),
+]
+MethodArg = Annotated[
+    list[str] | None,
+    _option(
+        _PRUNING,
+        "--method-arg",
+        metavar="NAME=VALUE",
+        help="A setting of the method; repeatable.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[int, _option(_PRUNING, "--seed", help="Of everything random.", min=0)]
+
+Fps = Annotated[
+    float | None,
+    _option(
+        _SAMPLING, "--fps", help="Frames a second to look at; default: what the model asks for.", show_default=False
+    ),
+]
+Frames = Annotated[
+    int | None,
+    _option(_SAMPLING, "--frames", help="How many frames to look at instead; odd rounds up.", show_default=False),
+]
+MaxFrames = Annotated[
+    int | None,
+    _option(_SAMPLING, "--max-frames", help="At most so many; default: the model's limit.", show_default=False),
+]
+MaxVisualTokens = Annotated[
+    int | None,
+    _option(
+        _SAMPLING,
+        "--max-visual-tokens",
+        help="Limit before pruning, by smaller, then fewer frames; default: 24576, for real models on a CPU 4096.",
+        show_default=False,
+    ),
+]
+Start = Annotated[str, _option(_SAMPLING, "--start", metavar="TIME", help="Where to start: 90, 1:30 or 01:30:00.")]
+End = Annotated[
+    str | None,
+    _option(_SAMPLING, "--end", metavar="TIME", help="Where to stop; default: the end.", show_default=False),
+]
+Decoder = Annotated[
+    str, _option(_SAMPLING, "--decoder", metavar="auto|pyav|decord", help="What reads the video; auto is pyav.")
+]
+
+MaxNewTokens = Annotated[int, _option(_GENERATION, "-n", "--max-new-tokens", help="Longest answer.")]
+Temperature = Annotated[float, _option(_GENERATION, "-t", "--temperature", help="0 is greedy.")]
+TopP = Annotated[float, _option(_GENERATION, "--top-p", help="Nucleus sampling.")]
+System = Annotated[
+    str | None, _option(_GENERATION, "-s", "--system", metavar="TEXT", help="A system prompt.", show_default=False)
+]
+
+Json = Annotated[bool, _option(_OUTPUT, "--json", help="One JSON line a question on stdout, instead of text.")]
+Stats = Annotated[
+    bool | None,
+    _option(
+        _OUTPUT,
+        "--stats/--no-stats",
+        help="Stage times and token counts on stderr; default: unless --json or -q.",
+        show_default=False,
+    ),
+]
+Quiet = Annotated[bool, _option(_OUTPUT, "-q", "--quiet", help="No progress, no stats.")]
+Verbose = Annotated[bool, _option(_OUTPUT, "-v", "--verbose", help="Also rows of every layer, settings, versions.")]
+Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Tracebacks. [env var: EVOPRUNE_DEBUG]")]
+
+
+def pairs(texts: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE texts as a dict.
+
+    Raises:
+        UsageError: a text without an equals sign or a name.
+    """
+    made = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg allocation=mean")
+        made[name] = value
+    return made

@@ -1,0 +1,38 @@
+import numpy as np
+
+from evoprune.video import benchmark
+from evoprune.video.pyav import SEEK_AHEAD_S
+
+
+def test_tables(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CLIP_S", 1)
+    monkeypatch.setattr(benchmark, "CLIP_SIZE", (96, 128))
+    monkeypatch.setattr(benchmark, "LONG_SIZE", (48, 64))
+    monkeypatch.setattr("sys.argv", ["benchmark", "--minutes", "0.1", "--repeat", "1"])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+    assert sum("MPEG-4" in line for line in rows) == 2
+    assert sum("cheaper" in line for line in lines) == 2
+    from evoprune.video import pyav
+
+    assert pyav.SEEK_AHEAD_S == SEEK_AHEAD_S
+
+
+def test_sides_alternate_and_the_first_round_does_not_count():
+    calls = []
+    sides = [lambda: calls.append("a"), lambda: calls.append("b")]
+    assert all(spent >= 0 for spent in benchmark.medians(sides, 2))
+    assert calls == list("ababab")
+
+
+def test_crossover():
+    assert "every 3.0 s, or 1.33%" in benchmark.crossover([(4.0, 0.5), (2.0, 1.5)])
+    assert benchmark.crossover([(4.0, 0.5), (2.0, 0.9)]) == "Jumps are cheaper throughout."
+    assert benchmark.crossover([(4.0, 1.5), (2.0, 1.9)]) == "One pass is cheaper throughout."
+
+
+def test_neighbouring_pictures_differ():
+    first, second = benchmark.moving_pictures(2, 64, 96)
+    assert np.abs(first.astype(int) - second).mean() > benchmark.OTHER_FRAME

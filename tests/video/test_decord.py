@@ -1,0 +1,161 @@
+import sys
+from itertools import pairwise
+
+import decord
+import numpy as np
+import pytest
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.video import decord as backend
+from evoprune.video.decode import DECODERS, choose_decoder, read_frames
+from evoprune.video.probe import probe
+from tests.video.files import number_of, numbered_frames, numbers, pixels, spoil, write_video
+from tests.video.kinds import HEVC, OPEN_GOP
+
+
+def test_auto_is_pyav():
+    assert DECODERS == ("auto", "pyav", "decord")
+    assert [choose_decoder(name) for name in DECODERS] == ["pyav", "pyav", "decord"]
+
+
+@pytest.mark.parametrize(
+    "problem", [None, "raise OSError('libdecord.so: not found')", "raise RuntimeError('no files')"]
+)
+def test_without_decord_pyav_is_offered(problem, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "decord")
+    if problem:
+        (tmp_path / "decord.py").write_text(problem)
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setitem(sys.modules, "decord", None)  # how Python marks a module that cannot be imported
+    with pytest.raises(UsageError, match="decord cannot be loaded") as caught:
+        choose_decoder("decord")
+    assert "--decoder pyav" in caught.value.hint
+    assert choose_decoder("auto") == "pyav"
+
+
+def test_a_video_that_decord_cannot_read_is_refused_before_it_is_opened(folder):
+    info = probe(write_video(folder / "refused.mkv", numbered_frames(2), codec="libsvtav1"))
+    with pytest.raises(VideoError, match="AV1"):
+        choose_decoder("decord", info)
+    with pytest.raises(VideoError, match="AV1"):
+        read_frames(info, [0.0], decoder="decord")
+
+
+def smooth_frames(height, width):
+    y, x = np.mgrid[0:height, 0:width]
+    for i in range(6):
+        rgb = [40 + 150 * x / width + 4 * i, 60 + 120 * y / height, 200 - 100 * (x + y) / (width + height)]
+        yield np.stack(rgb, -1).astype(np.uint8)
+
+
+SMOOTH = {
+    "smooth.mp4": {},
+    "smooth_444.mp4": {"pix_fmt": "yuv444p"},
+    "smooth_full.mp4": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "smooth_hd.mp4": {"options": {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709"}},
+    "smooth_10.mp4": {"pix_fmt": "yuv420p10le"},
+    "smooth_hevc_10.mkv": HEVC | {"pix_fmt": "yuv420p10le"},
+    "smooth_hdr.mp4": {"pix_fmt": "yuv420p10le", "options": {"colorspace": "bt2020nc", "color_trc": "smpte2084"}},
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_colours_agree(name, folder):
+    info = probe(write_video(folder / name, smooth_frames(96, 128), **SMOOTH[name]))
+    moments = [0.05 + 0.1 * i for i in range(6)]
+    right, got = (pixels(read_frames(info, moments, decoder=d)).astype(int) for d in ("pyav", "decord"))
+    difference = np.abs(got - right)
+    assert difference.mean() < 2 if "10" in info.pix_fmt else difference.max() <= 2
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("size", [(48, 64), (64, 48), (20, 16), (182, 322)])
+def test_padding_of_turned_frames_is_cut_off(size, rotation, folder):
+    info = probe(write_video(folder / "padded.mp4", smooth_frames(*size), rotation=rotation))
+    right, got = (pixels(read_frames(info, [0.0, 0.3], decoder=d)).astype(int) for d in ("pyav", "decord"))
+    assert np.abs(got - right).max() <= 2
+
+
+def test_why_frames_are_read_in_sequence(folder):
+    path = write_video(folder / "jumped.mkv", numbered_frames(60), **HEVC)
+    wanted = list(range(3, 60, 7))
+    jumped = decord.VideoReader(str(path)).get_batch(wanted).asnumpy()
+    assert [number_of(rgb) for rgb in jumped] != wanted
+    assert numbers(probe(path), [i / 10 for i in wanted], decoder="decord") == wanted
+
+
+def test_times_of_hours_are_not_off_by_rounding(folder):
+    shown = [0.0, 1234.567, 5000.003, 9999.987, 20000.017]
+    info = probe(write_video(folder / "hours.mkv", numbered_frames(5), pts=shown))
+    assert numbers(info, shown, decoder="decord") == numbers(info, shown) == [0, 1, 2, 3, 4]
+    between = [(a + b) / 2 for a, b in pairwise(shown)]
+    assert numbers(info, between, decoder="decord") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["intra.mp4", "groups.mp4"])
+def test_damage_is_refused_with_a_way_out(name, folder, capfd):
+    whole = write_video(folder / f"whole_{name}", numbered_frames(30), gop=1 if name == "intra.mp4" else 10)
+    info = probe(spoil(whole, folder / f"damaged_{name}", {4, 11}))
+    moments = [0.05 + 0.1 * i for i in range(30)]
+    assert len(numbers(info, moments)) == 30
+    with pytest.raises(VideoError, match="stops at damage") as caught:
+        numbers(info, moments, decoder="decord")
+    assert (caught.value.exit_code, caught.value.hint) == (3, "use --decoder pyav")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_frames_than_pyavs_are_refused(folder, monkeypatch):
+    info = probe(write_video(folder / "other.mp4", numbered_frames(10)))
+    monkeypatch.setattr(backend, "pyav", FakePyAV)
+    with pytest.raises(VideoError, match="does not begin with the first frame"):
+        numbers(info, [0.5], decoder="decord")
+
+
+class FakePyAV:
+    @staticmethod
+    def read(info, times_s):
+        yield 0.0, numbered_frames(10)[9]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Counts how many frames decord hands out."""
+    count, original = [0], decord.VideoReader.next
+
+    def counting(self):
+        count[0] += 1
+        return original(self)
+
+    monkeypatch.setattr(decord.VideoReader, "next", counting)
+    return count
+
+
+def test_frames_are_taken_as_they_are_needed_and_once(folder, taken):
+    info = probe(write_video(folder / "taken.mp4", numbered_frames(100)))
+    chunks = read_frames(info, [0.05, 0.25, 0.25, 0.26, 5.05, 5.06, 99.0], decoder="decord", chunk_bytes=1)
+    assert taken[0] == 0
+    assert [number_of(rgb) for rgb in next(chunks).frames] == [0, 2]
+    assert taken[0] == 3
+    assert [number_of(rgb) for rgb in pixels(chunks)] == [2, 2, 50, 50, 99]
+    assert taken[0] == 100
+
+
+def test_pixels_are_arrays_whatever_bridge_the_host_has_set(folder):
+    info = probe(write_video(folder / "bridge.mp4", numbered_frames(10), **OPEN_GOP))
+    decord.bridge.set_bridge("torch")
+    try:
+        assert numbers(info, [0.05, 0.75], decoder="decord") == [0, 7]
+    finally:
+        decord.bridge.reset_bridge()
+
+
+def test_a_file_that_vanished_or_changed_is_an_error(folder):
+    path = write_video(folder / "vanishing.mp4", numbered_frames(3))
+    info = probe(path)
+    write_video(path, numbered_frames(3, 96, 128))
+    with pytest.raises(VideoError, match="change their size"):
+        numbers(info, [0.0], decoder="decord")
+    path.unlink()
+    with pytest.raises(VideoError, match=r"cannot read .*vanishing.mp4: No such file"):
+        numbers(info, [0.0], decoder="decord")

@@ -1,0 +1,230 @@
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.video import folder as backend
+from evoprune.video.decode import choose_decoder, read_frames
+from evoprune.video.folder import FOLDER_FPS
+from evoprune.video.probe import probe
+from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, quarters, write_image
+
+
+def write_images(folder, count, name="frame{}.png"):
+    for i, rgb in enumerate(numbered_frames(count)):
+        write_image(folder / name.format(i), rgb)
+    return folder
+
+
+def test_facts(tmp_path):
+    info = probe(write_images(tmp_path, 12))
+    assert (info.codec, info.container, info.pix_fmt) == ("png", "folder", "rgb24")
+    assert (info.fps, info.frames_total, info.duration_s, info.start_s) == (FOLDER_FPS, 12, 12 / FOLDER_FPS, 0.0)
+    assert (info.width, info.height, info.rotation_deg, info.mirrored, info.variable_rate) == (64, 48, 0, False, False)
+    assert info.path == str(tmp_path)
+    assert pickle.loads(pickle.dumps(info)) == info
+
+
+def test_images_come_in_the_natural_order_of_their_names(tmp_path):
+    info = probe(write_images(tmp_path, 12))  # frame2 before frame10
+    assert numbers(info, [i / info.fps for i in range(12)]) == list(range(12))
+
+
+def test_natural_order():
+    names = [
+        "Shot1_frame10",
+        "a",
+        "a1",
+        "a1b",
+        "a02",
+        "a2",
+        "a10",
+        "b",
+        "shot1_frame9",
+        "shot02_frame1",
+        "1",
+        "010",
+        "9",
+    ]
+    ordered = [
+        "1",
+        "9",
+        "010",
+        "a",
+        "a1",
+        "a1b",
+        "a02",
+        "a2",
+        "a10",
+        "b",
+        "shot1_frame9",
+        "Shot1_frame10",
+        "shot02_frame1",
+    ]
+    assert sorted(names, key=backend._natural) == ordered
+
+
+def test_a_rate_of_ones_own(tmp_path):
+    info = probe(write_images(tmp_path, 10), folder_fps=5)
+    assert (info.fps, info.duration_s) == (5, 2.0)
+    chunks = list(read_frames(info, [-1.0, 0.0, 0.19, 0.2, 1.0, 1.99, 50.0]))
+    assert [number_of(rgb) for rgb in pixels(chunks)] == [0, 0, 0, 1, 5, 9, 9]
+    assert [t for chunk in chunks for t in chunk.times_s] == [0.0, 0.0, 0.0, 0.2, 1.0, 1.8, 1.8]
+    for fps in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="images per second"):
+            probe(tmp_path, folder_fps=fps)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "bmp", "JPG", "Png"])
+def test_formats(ending, tmp_path):
+    path = write_image(tmp_path / f"picture.{ending}", quarters())
+    got = next(read_frames(probe(tmp_path), [0.0])).frames[0]
+    with Image.open(path) as image:
+        right = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(got - right).mean() < 4  # hard edges of colour are smoothed in more than one way
+    assert np.abs(got.astype(int) - quarters()).mean() < 8
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
+def test_all_kinds_of_pixels_become_rgb(mode, tmp_path):
+    image = Image.fromarray(numbered_frame(77)).convert(mode)
+    image.save(tmp_path / "a.png")
+    info = probe(tmp_path)
+    assert numbers(info, [0.0]) == [77]
+    got = next(read_frames(info, [0.0])).frames[0].astype(int)
+    assert np.abs(got - np.asarray(image.convert("RGB"))).max() <= 2
+
+
+@pytest.mark.parametrize(("tag", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])  # turns: quarters anticlockwise
+def test_each_image_is_turned_by_its_own_exif_data(tag, turns, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    stored = np.ascontiguousarray(np.rot90(numbered_frame(77), -turns))
+    Image.fromarray(stored).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    write_image(tmp_path / "b.png", numbered_frame(78))
+    info = probe(tmp_path)
+    assert (info.width, info.height) == (64, 48)
+    assert numbers(info, [0.0, 0.5]) == [77, 78]
+
+
+def test_other_sizes_are_scaled_to_the_first(tmp_path):
+    write_image(tmp_path / "1.png", numbered_frame(1))
+    write_image(tmp_path / "2.jpg", numbered_frame(2, 96, 128))
+    write_image(tmp_path / "3.bmp", numbered_frame(3, 31, 47))
+    info = probe(tmp_path)
+    assert (info.width, info.height) == (64, 48)
+    assert numbers(info, [0.0, 0.5, 1.0]) == [1, 2, 3]
+
+
+def test_whatever_is_no_image_is_ignored(tmp_path):
+    write_images(tmp_path, 2)
+    (tmp_path / "frame0.txt").write_text("hello")
+    (tmp_path / "frame00.mp4").write_bytes(b"hello")
+    (tmp_path / "._frame0.png").write_bytes(b"hidden by macOS")
+    (tmp_path / "frame3.png").mkdir()
+    assert probe(tmp_path).frames_total == 2
+
+
+def test_names_that_look_like_patterns(tmp_path):
+    for i, name in enumerate(["f%d.png", "f%03d.png", "file:f.png", "g*.png", "h\n?.png", "-.png"]):
+        write_image(tmp_path / name, numbered_frame(i))
+    write_image(tmp_path / "f1.png", numbered_frame(99))
+    order = sorted(os.listdir(tmp_path), key=backend._natural)
+    info = probe(tmp_path)
+    assert sorted(numbers(info, [i / info.fps for i in range(len(order))])) == [0, 1, 2, 3, 4, 5, 99]
+
+
+def test_no_images_is_an_error(tmp_path):
+    with pytest.raises(VideoError, match="no images in the folder") as caught:
+        probe(tmp_path)
+    assert ".webp" in caught.value.hint
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(VideoError, match="no images"):
+        probe(tmp_path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "bmp"])
+def test_the_image_before_a_damaged_one_stays_on_screen(ending, tmp_path):
+    write_images(tmp_path, 10, "f{}." + ending)
+    for i in (0, 4, 5, 9):
+        cut(tmp_path / f"f{i}.{ending}")
+    (tmp_path / f"f7.{ending}").write_bytes(b"")
+    info = probe(tmp_path)
+    assert info.duration_s == 5.0
+    moments = [i / 2 for i in range(10)]
+    chunks = list(read_frames(info, moments))
+    assert [number_of(rgb) for rgb in pixels(chunks)] == [1, 1, 2, 3, 3, 3, 6, 6, 8, 8]
+    assert chunks[0].times_s == (0.5, 0.5, 1.0, 1.5, 1.5, 1.5, 3.0, 3.0, 4.0, 4.0)
+    assert numbers(info, [2.5, 4.5]) == [3, 8]
+
+
+def test_all_images_damaged_is_an_error(tmp_path):
+    info = probe(write_images(tmp_path, 3))
+    for i in range(3):
+        cut(tmp_path / f"frame{i}.png")
+    with pytest.raises(VideoError, match=r"no image in the folder .* can be decoded"):
+        probe(tmp_path)
+    with pytest.raises(VideoError, match=r"no image in the folder .* can be decoded"):
+        numbers(info, [0.5])
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the images that are opened, in order."""
+    names, original = [], backend.decode_image
+    monkeypatch.setattr(backend, "decode_image", lambda path: names.append(os.path.basename(path)) or original(path))
+    return names
+
+
+def test_only_images_that_are_shown_are_opened_one_by_one(tmp_path, opened):
+    write_images(tmp_path, 30)
+    cut(tmp_path / "frame20.png")
+    info = probe(tmp_path)
+    assert opened == ["frame0.png"]
+    opened.clear()
+    chunks = read_frames(info, [1.0, 1.1, 5.0, 5.0, 10.0, 10.1, 10.5, 10.6], chunk_bytes=1)
+    assert [number_of(rgb) for rgb in next(chunks).frames] == [2, 2]
+    assert opened == ["frame2.png"]
+    assert [number_of(rgb) for rgb in pixels(chunks)] == [10, 10, 19, 19, 21, 21]
+    assert opened == [f"frame{i}.png" for i in (2, 10, 20, 19, 21)]
+
+
+def test_decord_reads_no_folders(tmp_path):
+    info = probe(write_images(tmp_path, 2))
+    assert choose_decoder("auto", info) == "pyav"
+    with pytest.raises(VideoError) as caught:
+        read_frames(info, [0.0], decoder="decord")
+    assert (caught.value.exit_code, caught.value.hint) == (3, "use --decoder pyav")
+
+
+def test_a_folder_that_vanished_is_an_error(tmp_path):
+    info = probe(write_images(tmp_path, 2))
+    for name in os.listdir(tmp_path):
+        (tmp_path / name).unlink()
+    with pytest.raises(VideoError, match="no images"):
+        numbers(info, [0.0])
+    tmp_path.rmdir()
+    with pytest.raises(VideoError, match="cannot read the folder"):
+        numbers(info, [0.0])
+
+
+def test_exif_data_in_a_video_do_not_disturb(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    (tmp_path / "camera.mjpeg").write_bytes(b"".join(jpeg(i, exif) for i in range(8)))
+    info = probe(tmp_path / "camera.mjpeg")
+    assert numbers(info, [0.0, 99.0]) == [0, 7]
+
+
+def jpeg(number, exif):
+    out = io.BytesIO()
+    Image.fromarray(numbered_frame(number)).save(out, "JPEG", exif=exif)
+    return out.getvalue()

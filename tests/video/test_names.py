@@ -1,0 +1,141 @@
+import os
+import socket
+import threading
+
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.video.decode import read_frames
+from evoprune.video.probe import probe
+from evoprune.video.scan import scan
+from tests.video.files import numbered_frames, numbers, write_video
+
+NAMES = [
+    "-",
+    "-i.mp4",
+    "--help",
+    "two words .mp4",
+    'it\'s "so".mp4',
+    "new\nline.mp4",
+    "Überraschung 视频 🎬.mp4",
+    "100%.mp4",
+    "f%d.mp4",
+    "f%03d.png",
+    "*?[a]{b}.mp4",
+    "$HOME `ls`;.mp4",
+    "back\\slash.mp4",
+    "12:30:00.mp4",
+    "file:a.mp4",
+    "concat:a.mp4|b.mp4",
+    "pipe:1",
+    "pipe:",
+    "http:/a.mp4",
+    "http:a.mp4",
+    "subfile,,start,0,end,9,,:a.mp4",
+    "data:video;base64,AAAA",
+    "crypto:a",
+    "a.m3u8",
+    "a.ffconcat",
+    "a.sdp",
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
+def test_a_name_is_nothing_but_a_name(name, decoder, here):
+    video = write_video(here / "plain.mp4", numbered_frames(9)[3:6])
+    write_video(here / "f1.mp4", numbered_frames(2))  # what a pattern would find
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    video.rename(here / name)
+    for path in (name, str(here / name)):
+        info = probe(path)
+        assert info.path == path
+        assert numbers(info, [0.05, 0.25], decoder=decoder) == [3, 5]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows names are text")
+def test_a_name_that_is_no_text(here):
+    video = write_video(here / "plain.mp4", numbered_frames(3))
+    name = os.fsdecode(b"\xff\xfe.mp4")
+    try:
+        video.rename(here / name)
+    except OSError:
+        pytest.skip("this file system wants text")
+    info = probe(name)
+    for decoder in ("pyav", "decord"):
+        assert numbers(info, [0.25], decoder=decoder) == [2]
+
+
+@pytest.mark.parametrize(
+    "name", ["https://example.org/a.mp4", "rtsp://a/b", "file:///a.mp4", "pipe:1", "http:/a.mp4", "concat:a|b"]
+)
+def test_what_is_not_there_is_not_fetched(name, here):
+    with pytest.raises(VideoError, match="URL" if "://" in name else "no such file"):
+        probe(name)
+
+
+@pytest.fixture
+def server():
+    """The port of a server, and a list of who called."""
+    calls = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            while True:
+                try:
+                    calls.append(listening.accept()[0].close())
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1], calls
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+PLAYLISTS = {
+    "m3u8": "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{target}\n#EXT-X-ENDLIST\n",
+    "ffconcat": "ffconcat version 1.0\nfile '{target}'\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {port} RTP/AVP 96\n"
+    "a=rtpmap:96 H264/90000\n",
+    "mpd": '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+    'mediaPresentationDuration="PT4S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period><AdaptationSet '
+    'mimeType="video/mp4"><Representation id="1" bandwidth="9"><BaseURL>{target}</BaseURL></Representation>'
+    "</AdaptationSet></Period></MPD>\n",
+}
+
+
+@pytest.mark.parametrize("ending", ["own", "mp4"])
+@pytest.mark.parametrize(
+    "target", ["secret.ts", "{here}/secret.ts", "file:{here}/secret.ts", "http://127.0.0.1:{port}/a.ts"]
+)
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_playlists_are_not_followed(kind, target, ending, here, server):
+    port, calls = server
+    write_video(here / "secret.ts", numbered_frames(3))
+    path = here / f"list.{kind if ending == 'own' else ending}"
+    path.write_text(PLAYLISTS[kind].format(target=target.format(here=here, port=port), port=port))
+    for use in (probe, scan):
+        with pytest.raises(VideoError) as caught:
+            use(path)
+        assert (caught.value.exit_code, bool(caught.value.hint)) == (3, True)
+    assert not calls
+
+
+def test_a_video_replaced_by_a_playlist_is_not_followed(here):
+    path = write_video(here / "a.mp4", numbered_frames(3))
+    info = probe(path)
+    write_video(here / "secret.ts", numbered_frames(3), options={"bf": "0"})
+    path.write_text(PLAYLISTS["m3u8"].format(target="secret.ts"))
+    with pytest.raises(VideoError):
+        list(read_frames(info, [0.0]))
+    with pytest.raises(VideoError):
+        list(read_frames(info, [0.0], decoder="decord"))
