@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-PATCHES = 4  # a unit
+from evoprune.vision.attention import PATCHES
+
 # Of a plain matrix product's rate, what a whole forward pass reaches; only for telling a user how long to wait.
 REACHED = 0.5
 

@@ -49,3 +49,18 @@ class OutOfMemory(EvopruneError):
 
     exit_code = 5
     type = "out_of_memory"
+
+
+def error_record(problem: BaseException) -> dict:
+    """A failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
+    if not isinstance(problem, EvopruneError):
+        what = str(problem).splitlines()[0] if str(problem) else "no message"
+        hint = "this is a bug; run again with --debug and report what it prints"
+        problem = EvopruneError(f"{type(problem).__name__}: {what}", hint)
+    return {
+        "code": problem.exit_code,
+        "type": problem.type,
+        "stage": problem.stage,
+        "message": problem.message,
+        "hint": problem.hint,
+    }

@@ -27,6 +27,7 @@ HUB_SECONDS = 5.0
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
+_SETTINGS = ["config.json", "*processor_config.json"]
 _HINT_MODEL = "evoprune runs Qwen2.5-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and the bundled demo"
 
 
@@ -96,7 +97,7 @@ def load_model(
     if dummy and name in BUNDLED_CONFIGS and not Path(name).is_dir():
         folder, commit, config = None, None, _read_config(BUNDLED_CONFIGS[name])
     else:
-        folder, commit = _locate(name, revision, offline, download=not dummy)
+        folder, commit = _locate(name, revision, offline, files=None if dummy else _FILES)
         config = _read_config(folder / "config.json")
     is_demo = folder is not None and folder.resolve() == DEMO_FOLDER.resolve()
     dtype = _dtype(dtype, place, is_demo)
@@ -111,7 +112,7 @@ def load_model(
             how = (DTYPES[dtype], place)
             model = _random_model(config, *how) if dummy else _load_weights(config, folder, *how)
     except (MemoryError, RuntimeError) as problem:
-        if not _out_of_memory(problem):
+        if not is_out_of_memory(problem):
             raise
         hint = "use a smaller model, or bf16 weights" if dtype == "fp32" else "use a smaller model"
         raise OutOfMemory(f"the weights of {name} do not fit into memory ({place})", hint, stage="load") from problem
@@ -142,17 +143,21 @@ def describe_model(
     Raises:
         ModelError: as `load_model`.
     """
-    if name in BUNDLED_CONFIGS and not Path(name).is_dir():
+    if name in BUNDLED_CONFIGS and revision is None and not Path(name).is_dir():
         config = _read_config(BUNDLED_CONFIGS[name])
         return config, _video_limits(None, config.vision_config)
-    folder, _ = _locate(name, revision, offline, download=False)
+    folder, _ = _locate(name, revision, offline, files=_SETTINGS)
     config = _read_config(folder / "config.json")
     return config, _video_limits(folder, config.vision_config)
 
 
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if has_cuda() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -183,8 +188,8 @@ def cpu_has_bf16() -> bool:
     return bool(found & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
 
 
-def _locate(name: str, revision: str | None, offline: bool, *, download: bool) -> tuple[Path, str | None]:
-    """The folder that holds a model, and its commit if it came from the hub."""
+def _locate(name: str, revision: str | None, offline: bool, *, files: list[str] | None) -> tuple[Path, str | None]:
+    """The folder that holds a model, and its commit if it came from the hub, which is asked for `files` if at all."""
     folder = DEMO_FOLDER if name == "demo" else Path(name).expanduser()
     if name == "demo" and not (folder / "config.json").is_file():
         raise ModelError(
@@ -198,13 +203,13 @@ def _locate(name: str, revision: str | None, offline: bool, *, download: bool) -
         raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
         raise ModelError(f"{name!r} is neither a folder here nor a hub id", f"a hub id is org/name; {_HINT_MODEL}")
-    if not download:
+    if files is None:
         known = " and ".join(BUNDLED_CONFIGS)
         raise ModelError(f"no bundled config for {name}", f"random weights need a local folder, demo, or {known}")
-    return _download(name, revision, offline)
+    return _download(name, revision, offline, files)
 
 
-def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:
+def _download(name: str, revision: str | None, offline: bool, files: list[str]) -> tuple[Path, str]:
     """A hub model's folder in the hub's own cache, downloaded as far as needed and possible, and its commit."""
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -241,7 +246,7 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
 
     # Before gigabytes are fetched: is it a model that can run?
     _read_config(fetch("config.json") / "config.json")
-    folder = fetch(*_FILES)
+    folder = fetch(*files)
     return folder, folder.name
 
 
@@ -338,7 +343,7 @@ def _load_weights(config, folder: Path, dtype: torch.dtype, device: torch.device
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as problem:
-        if _out_of_memory(problem):
+        if is_out_of_memory(problem):
             raise
         hint = "config.json and the weights must belong together; get the model again"
         raise ModelError(f"the weights in {folder} cannot be loaded: {_first_line(problem)}", hint) from problem
@@ -476,8 +481,8 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _out_of_memory(problem: BaseException) -> bool:
-    # On the CPU torch raises a plain RuntimeError.
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether a host or a device ran out of memory; on the CPU torch raises a plain RuntimeError."""
     return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)
 
 

@@ -11,7 +11,6 @@ import os
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from copy import deepcopy
@@ -35,10 +34,9 @@ from evoprune.language.generate import (
 )
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
-from evoprune.models import LoadedModel, load_model
-from evoprune.plan import MAX_VISUAL_TOKENS, MAX_VISUAL_TOKENS_CPU, Plan, make_plan
+from evoprune.models import LoadedModel, is_out_of_memory, load_model
+from evoprune.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
-from evoprune.pruning.merge import EqualScores
 from evoprune.report import Environment, Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
 from evoprune.video.decode import choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
@@ -46,6 +44,7 @@ from evoprune.vision.encoder import CHUNK_UNITS, Encoded, encode, tower_geometry
 from evoprune.vision.preprocess import patchify, resize
 
 T = TypeVar("T")
+CHUNK_BYTES = 64 * 2**20  # frames as decoded, held at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -54,11 +53,11 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
-        self._cuda = device.type == "cuda"
+        self._device = device
 
     def now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()  # kernels run on after Python has gone ahead
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # kernels run on after Python has gone ahead
         return time.perf_counter()
 
     @contextmanager
@@ -87,16 +86,11 @@ def memory_guard(stage: str) -> Iterator[None]:
     """Turns running out of memory, on host or device, into an error that names the stage."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as problem:
-        raise _out_of_memory(stage) from problem
-    except RuntimeError as problem:
-        if "can't allocate memory" not in str(problem):  # what PyTorch's CPU allocator raises
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
             raise
-        raise _out_of_memory(stage) from problem
-
-
-def _out_of_memory(stage: str) -> OutOfMemory:
-    return OutOfMemory(f"out of memory in {stage}", "take fewer frames (--frames) or a lower budget (-b)", stage=stage)
+        hint = "take fewer frames (--frames) or a lower budget (-b)"
+        raise OutOfMemory(f"out of memory in {stage}", hint, stage=stage) from problem
 
 
 class VideoQA:
@@ -153,9 +147,8 @@ class VideoQA:
 
     @property
     def default_max_visual_tokens(self) -> int:
-        """A real model on a CPU would be at it for many minutes, so it gets less to look at."""
-        cpu = self.loaded.device == "cpu" and not self.loaded.is_demo
-        return MAX_VISUAL_TOKENS_CPU if cpu else MAX_VISUAL_TOKENS
+        """Limit before pruning where none is given."""
+        return default_max_visual_tokens(on_cpu=self.loaded.device == "cpu", is_demo=self.loaded.is_demo)
 
     def estimate_first_token(self, plan: Plan, text_tokens: int = 40) -> float | None:
         """Seconds until the first token, roughly; None where nobody has to wait for it (CUDA, the demo model)."""
@@ -168,7 +161,7 @@ class VideoQA:
         keep = keep_count(self.budget, plan.visual_tokens)
         rows = [geo.units] * (tower.depth + 1)
         if self.method.acts == "inside" and keep < plan.visual_tokens:
-            rows = [geo.units, *self.method.rows(tower, geo, max(1, keep // count))]
+            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, max(1, keep // count))]
         rows = [count * n for n in rows]
         return estimate_first_token(model, rows, count, geo.windows, keep + text_tokens)
 
@@ -220,12 +213,18 @@ class VideoQA:
                 max_visual_tokens=self.default_max_visual_tokens if max_visual_tokens is None else max_visual_tokens,
             )
         if on_plan:
+            asked = clock.now()
             on_plan(plan)
+            begun += clock.now() - asked  # what the caller does then is no part of the work
         keep = keep_count(self.budget, plan.visual_tokens)
         seconds_per_grid = plan.sampling.seconds_per_grid(limits.temporal_patch_size)
 
+        # No more frames at a time than the encoder takes, and no more bytes than a few large frames.
+        grids = max(1, CHUNK_UNITS // (plan.grid[1] * plan.grid[2]))
+        chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * info.width * info.height * 3)
+
         def patches() -> Iterator[torch.Tensor]:
-            with closing(read_frames(info, plan.sampling.times_s, decoder=decoder)) as chunks:
+            with closing(read_frames(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes)) as chunks:
                 for chunk in clock.each("read", chunks):
                     with clock.stage("preprocess"):
                         small = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
@@ -243,8 +242,7 @@ class VideoQA:
 
         start = clock.now()
         before = sum(clock.seconds.values())
-        with memory_guard("encode"), closing(patches()) as pieces, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", EqualScores)
+        with memory_guard("encode"), closing(patches()) as pieces:
             encoded = encode(
                 visual,
                 pieces,
@@ -258,8 +256,6 @@ class VideoQA:
         done = clock.now()
         clock.seconds["encode"] = done - start - (sum(clock.seconds.values()) - before)
         video = EncodedVideo(self, replace(info, path=name or info.path), decoder, plan, encoded, clock, done - begun)
-        if any(issubclass(warning.category, EqualScores) for warning in caught):
-            video.warn("equal_scores")
         return video
 
 
@@ -283,11 +279,6 @@ class EncodedVideo:
         )
         self._turn = 0
         self.report = self._blank_report()
-
-    def warn(self, name: str) -> None:
-        """Adds a warning to this and all later reports."""
-        self._blank.warnings.append(name)
-        self.report.warnings.append(name)
 
     def ask(
         self,
@@ -320,11 +311,12 @@ class EncodedVideo:
             clock.seconds, self._wall = dict.fromkeys(clock.seconds, 0.0), 0.0
             report.time_ms.encode_prune = 0.0
         clock.seconds.pop("prefill", None), clock.seconds.pop("generate", None)
-        self._turn += 1
-        turn = self._turn
+        self._fill_times(report, self._wall)
         start = clock.now()
         with clock.stage("prefill"):
             tokens = self._prefill(question, system, settings)
+        self._turn += 1
+        turn = self._turn
         report.tokens = TokenCounts(self._text_tokens, len(encoded.kept), self._text_tokens + len(encoded.kept), 0)
         report.time_ms.ttft_wall = (self._wall + clock.now() - start) * 1000
         report.answer = ""
@@ -364,11 +356,17 @@ class EncodedVideo:
         following = int(positions.max()) + 1
         embeds, columns = embed_prompt(model, prompt.input_ids, encoded.features, prompt.video_start, n, encoded.kept)
         positions = positions[:, columns]
+        # Out of reach until all has gone well: a pass that breaks off leaves layers of different lengths.
+        prefix, self._prefix = self._prefix, None
         cache, known = None, 0
-        if self._prefix and self._prefix[0] == system:
-            _, cache, known = self._prefix
-            if cache.get_seq_length() > known:
-                cache.crop(known - cache.get_seq_length())  # a negative number: so many columns off the end
+        if (
+            prefix
+            and prefix[0] == system
+            and len(lengths := {layer.get_seq_length() for layer in prefix[1].layers}) == 1
+        ):
+            _, cache, known = prefix
+            if extra := lengths.pop() - known:
+                cache.crop(-extra)  # so many columns off the end
         state = prefill(model, embeds[:, known:], positions[:, known:], following, cache)
         self._prefix = system, state.cache, prompt.prefix_length - n + len(encoded.kept)
         self._text_tokens = prompt.text_tokens
@@ -381,7 +379,9 @@ class EncodedVideo:
             setattr(times, stage, spent * 1000)
         times.total = total * 1000
         times.ttft_model = None if times.prefill is None else times.encode + times.prefill
-        report.rate = Rate(report.tokens.new / seconds["generate"] if seconds.get("generate") else None)
+        # The first token falls out of the prefill; the rate is that of the passes after it.
+        passes = max(0, (report.tokens.new or 0) - 1)
+        report.rate = Rate(passes / seconds["generate"] if passes and seconds.get("generate") else None)
         report.memory.peak_bytes = peak_memory(self.qa.loaded.device)
 
     def _next_report(self, question: str, settings: GenerationSettings) -> Report:
@@ -446,6 +446,8 @@ class EncodedVideo:
         report.time_ms.encode_prune = encoded.prune_seconds * 1000
         if loaded.is_demo and not is_demo_clip(info):
             report.warnings.append("demo_model")
+        if encoded.flat:
+            report.warnings.append("equal_scores")
         self._blank = report
         made = deepcopy(report)
         self._fill_times(made, self._wall)

@@ -12,6 +12,11 @@ MAX_VISUAL_TOKENS = 24_576
 MAX_VISUAL_TOKENS_CPU = 4_096
 
 
+def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
+    """A real model on a CPU would be at it for many minutes, so it gets less to look at."""
+    return MAX_VISUAL_TOKENS_CPU if on_cpu and not is_demo else MAX_VISUAL_TOKENS
+
+
 @dataclass(frozen=True)
 class VideoLimits:
     """How a model wants its video: which frames, how large, normalised how. The defaults are Qwen2.5-VL's own for video.

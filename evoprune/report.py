@@ -133,9 +133,9 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
 
-    def to_json(self) -> str:
-        """One compact line."""
-        return json.dumps(_rounded(asdict(self)), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    def to_json(self, ascii_only: bool = False) -> str:
+        """One compact line; `ascii_only` spells everything else as JSON escapes."""
+        return json.dumps(_rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -151,6 +151,8 @@ class Report:
         for name, value in record.items():
             current = getattr(made, name, None)
             if hasattr(current, "__dataclass_fields__"):
+                if not isinstance(value, dict):
+                    raise ValueError(f"{name} is not an object")
                 known = {k: v for k, v in value.items() if k in current.__dataclass_fields__}
                 setattr(made, name, type(current)(**known))
             elif name in cls.__dataclass_fields__:

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from evoprune import methods
-from evoprune.errors import EvopruneError, UsageError
+from evoprune.errors import UsageError, error_record
 from evoprune.pruning.budget import DEFAULT, parse_budget
 from evoprune.report import Report, VideoFacts
 from evoprune_cli import options as opt
-from evoprune_cli.render import note, print_stats, print_warning, progress
+from evoprune_cli.render import encodable, note, print_json, print_stats, print_warning, progress
 
 # Below this nobody needs to be told how long it will take, in seconds.
 LONG_WAIT_S = 5.0
@@ -71,15 +71,13 @@ def ask(
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
     show_stats = bool(stats or verbose or (stats is None and not json and not quiet))
-    session, asked = None, question
+    questions, answered, session = [question or ""], 0, None
     with ExitStack() as cleanup:
         try:
-            questions = _questions(question, more, from_pipe=video == "-")
-            asked = questions[0]
+            questions = _questions(question, more, system, from_pipe=video == "-")
+            sampling = _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens)
             path = cleanup.enter_context(_local(video))
-            sampling = _check_before_loading(
-                path, budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens
-            )
+            _check_video(path, decoder, sampling)
             with progress(not quiet) as show:
                 from evoprune.language.generate import GenerationSettings
                 from evoprune.pipeline import VideoQA
@@ -100,21 +98,31 @@ def ask(
             for turn, asked in enumerate(questions):
                 pieces = first if turn == 0 else _begin(session, asked, system, max_new_tokens, temperature, top_p)
                 _print_answer(*pieces, silent=json)
-                _finish(session.report, json, show_stats, verbose, last=turn == len(questions) - 1)
-        except EvopruneError as problem:
-            if json:
-                print(_failure(video, asked, problem).to_json(), flush=True)
-            raise
-        except BaseException as stop:
-            # Interrupted or terminated: what there is has been printed, or is printed now.
-            if session is not None and session.report.question and not isinstance(stop, Exception):
-                session.report.finish_reason = "interrupt"
-                _finish(session.report, json, show_stats, verbose, last=True)
+                answered += 1  # before it is printed: an interrupted record is better lost than there twice
+                _finish(session.report, json, show_stats, verbose, last=answered == len(questions))
+        except BaseException as problem:
+            _break_off(problem, video, questions[answered:], session, json, show_stats, verbose)
             raise
     return 0
 
 
-def _questions(question: str | None, more: list[str] | None, from_pipe: bool) -> list[str]:
+def _break_off(problem: BaseException, video, unanswered, session, json, show_stats, verbose) -> None:
+    """What there is when something went wrong: the stats so far, and for `--json` a line for every question not answered."""
+    if isinstance(problem, BrokenPipeError | SystemExit):
+        return
+    interrupted = not isinstance(problem, Exception)
+    begun = session is not None and bool(unanswered) and session.report.question == unanswered[0]
+    if interrupted and begun:
+        session.report.finish_reason = "interrupt"
+        _finish(session.report, json, show_stats, verbose, last=True)
+        unanswered = unanswered[1:]
+    if json:
+        for question in unanswered:
+            print_json(_failure(video, question, problem, interrupted))
+        problem.told = True
+
+
+def _questions(question: str | None, more: list[str] | None, system: str | None, from_pipe: bool) -> list[str]:
     """All questions in order; from stdin only if there is none and the video does not come from there."""
     questions = [*([question] if question is not None else []), *(more or [])]
     if not questions:
@@ -123,6 +131,8 @@ def _questions(question: str | None, more: list[str] | None, from_pipe: bool) ->
         questions = [_question_from_stdin()]
     if not all(q.strip() for q in questions):
         raise UsageError("the question is empty", USAGE)
+    if any("\ud800" <= character <= "\udfff" for text in (*questions, system or "") for character in text):
+        raise UsageError("the question or the system prompt is not valid text", "write it in UTF-8")
     return questions
 
 
@@ -144,24 +154,16 @@ def _local(video: str):
     return local_file(video)
 
 
-def _check_before_loading(
-    video, budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens
-) -> dict:
-    """All that can be wrong with flags and files, found out in milliseconds, before torch is imported or weights are read.
+def _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens) -> dict:
+    """All that can be wrong with flags alone; what `VideoQA.encode` wants to know of sampling."""
+    from evoprune.video.decode import choose_decoder
+    from evoprune.video.sampling import parse_time
 
-    Returns:
-        What `VideoQA.encode` wants to know of sampling.
-    """
     parse_budget(budget)
     if method not in methods.available():
         raise UsageError(f"no pruning method {method!r}", f"one of {', '.join(methods.available())}")
-    from evoprune.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
-    from evoprune.video.decode import choose_decoder
-    from evoprune.video.probe import probe
-    from evoprune.video.sampling import parse_time
-
     choose_decoder(decoder)
-    sampling = {
+    return {
         "fps": fps,
         "frames": frames,
         "start_s": parse_time(start),
@@ -169,11 +171,18 @@ def _check_before_loading(
         "max_frames": max_frames,
         "max_visual_tokens": max_visual_tokens,
     }
-    limit = MAX_VISUAL_TOKENS if max_visual_tokens is None else max_visual_tokens
-    info = probe(video)
+
+
+def _check_video(path: str, decoder: str, sampling: dict) -> None:
+    """All that can be wrong with the video, found out in milliseconds, before torch is imported or weights are read."""
+    from evoprune.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
+    from evoprune.video.decode import choose_decoder
+    from evoprune.video.probe import probe
+
+    info = probe(path)
     choose_decoder(decoder, info)
-    make_plan(info, VideoLimits(), **(sampling | {"max_visual_tokens": limit}))
-    return sampling
+    limit = sampling["max_visual_tokens"]
+    make_plan(info, VideoLimits(), **(sampling | {"max_visual_tokens": MAX_VISUAL_TOKENS if limit is None else limit}))
 
 
 def _foretell(qa, plan, quiet: bool) -> None:
@@ -204,22 +213,16 @@ def _print_answer(first: str, rest, silent: bool) -> None:
             pass
         return
     try:
-        print(_encodable(first), end="", flush=True)
+        print(encodable(first, sys.stdout), end="", flush=True)
         for piece in rest:
-            print(_encodable(piece), end="", flush=True)
+            print(encodable(piece, sys.stdout), end="", flush=True)
     finally:
         print(flush=True)
 
 
-def _encodable(text: str) -> str:
-    """What stdout can take: characters outside its encoding become escapes instead of an error."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
 def _finish(report: Report, json: bool, show_stats: bool, verbose: bool, last: bool) -> None:
     if json:
-        print(_encodable(report.to_json()), flush=True)
+        print_json(report)
     if last:  # the warnings are about the video, the same for every question
         for name in report.warnings:
             print_warning(name)
@@ -228,13 +231,11 @@ def _finish(report: Report, json: bool, show_stats: bool, verbose: bool, last: b
         print_stats(report, verbose)
 
 
-def _failure(video: str, question: str | None, problem: EvopruneError) -> Report:
-    report = Report(question=question, finish_reason="error", video=VideoFacts(path=video))
-    report.error = {
-        "code": problem.exit_code,
-        "type": problem.type,
-        "stage": problem.stage,
-        "message": problem.message,
-        "hint": problem.hint,
-    }
+def _failure(video: str, question: str, problem: BaseException, interrupted: bool) -> Report:
+    """The record of a question that has no answer."""
+    report = Report(question=question, video=VideoFacts(path=video), finish_reason="error", error=error_record(problem))
+    if interrupted:
+        code, kind = (130, "interrupted") if isinstance(problem, KeyboardInterrupt) else (143, "terminated")
+        report.finish_reason = "interrupt"
+        report.error |= {"code": code, "type": kind, "message": kind, "hint": None}
     return report

@@ -1,6 +1,7 @@
 """`evoprune inspect`: this machine, or a video and what a model would look at in it."""
 
 import json as jsonlib
+import sys
 from typing import Annotated
 
 import typer
@@ -51,7 +52,7 @@ def inspect(
     from dataclasses import asdict
 
     from evoprune.inspection import plan_facts, video_facts
-    from evoprune.plan import MAX_VISUAL_TOKENS, make_plan
+    from evoprune.plan import default_max_visual_tokens, make_plan
     from evoprune.video.probe import probe
     from evoprune.video.sampling import parse_time
 
@@ -61,7 +62,7 @@ def inspect(
         from evoprune.video.scan import scan as scan_video
 
         facts["scan"] = asdict(scan_video(video))
-    from evoprune.models import describe_model
+    from evoprune.models import describe_model, has_cuda
 
     config, limits = describe_model(model, revision=revision, offline=offline)
     plan = make_plan(
@@ -72,7 +73,9 @@ def inspect(
         start_s=parse_time(start),
         end_s=parse_time(end) if end else None,
         max_frames=max_frames,
-        max_visual_tokens=MAX_VISUAL_TOKENS if max_visual_tokens is None else max_visual_tokens,
+        max_visual_tokens=default_max_visual_tokens(on_cpu=not has_cuda(), is_demo=model == "demo")
+        if max_visual_tokens is None
+        else max_visual_tokens,
     )
     facts["plan"] = {"model": model, **plan_facts(plan, config)}
     _show(facts, json)
@@ -81,10 +84,10 @@ def inspect(
 
 def _show(facts: dict, json: bool) -> None:
     if json:
-        print(jsonlib.dumps(facts, ensure_ascii=False, separators=(",", ":")), flush=True)
+        print(jsonlib.dumps(facts, separators=(",", ":")), flush=True)
         return
     for line in lines(facts):
-        print(printable(line))
+        print(printable(line, sys.stdout))
 
 
 def lines(facts: dict, indent: int = 0) -> list[str]:

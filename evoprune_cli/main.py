@@ -9,10 +9,10 @@ import traceback
 import typer
 
 import evoprune
-from evoprune.errors import EvopruneError
+from evoprune.errors import UsageError, error_record
 from evoprune_cli.ask import ask
 from evoprune_cli.inspect import inspect
-from evoprune_cli.render import print_error
+from evoprune_cli.render import print_error, print_json
 
 # What the parser raises. Typer carries click inside in some versions and beside it in others, so ask the class it exports.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -59,36 +59,59 @@ def _terminate(*_) -> None:
 def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
     signal.signal(signal.SIGTERM, _terminate)
-    code = 1
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with the stream closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
+    streams = sys.stdout, sys.stderr
     try:
         # Not "standalone": then click would print errors its own way. Commands return their exit code.
         code = app(standalone_mode=False, prog_name="evoprune") or 0
         sys.stdout.flush()
     except BrokenPipeError:
-        code = 0  # whoever read the answer has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds a reader
+        code = _nobody_reads(streams)
+    except SystemExit as stop:
+        # Typer's way with a closed pipe: it replaces the streams and exits with 1.
+        code = stop.code if (sys.stdout, sys.stderr) == streams else _nobody_reads(streams)
     except typer.Exit as done:
         code = done.exit_code
-    except ParserError as problem:
-        code = 2
-        print_error(_sentence(problem), _hint(problem))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Terminated:
         code = 143
-    except EvopruneError as problem:
-        code = problem.exit_code
-        if debugging():
-            traceback.print_exc()
-        print_error(problem.message, problem.hint)
-    except Exception as problem:
-        if debugging():
-            traceback.print_exc()
-        what = str(problem).splitlines()[0] if str(problem) else "no message"
-        print_error(
-            f"{type(problem).__name__}: {what}", "this is a bug; run again with --debug and report what it prints"
-        )
+    except (Exception, ParserError) as problem:
+        try:
+            code = _report(problem)
+        except BrokenPipeError:
+            code = _nobody_reads(streams)
     sys.exit(code)
+
+
+def _nobody_reads(streams) -> int:
+    """Whoever read has had enough: that is no error. What is still buffered goes nowhere, or the last flush would fail."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(sink, stream.fileno())
+    return 0
+
+
+def _report(problem: Exception) -> int:
+    """The two lines of an error, and for `--json` a line on stdout unless the command has written it; the exit code."""
+    if debugging():
+        traceback.print_exception(problem)
+    told = getattr(problem, "told", False)
+    if isinstance(problem, ParserError):
+        problem = UsageError(_sentence(problem), _hint(problem))
+    error = error_record(problem)
+    if "--json" in sys.argv[1:] and not told:
+        from evoprune.report import Report
+
+        print_json(Report(finish_reason="error", error=error))
+    print_error(error["message"], error["hint"])
+    return error["code"]
 
 
 def debugging() -> bool:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,16 +27,33 @@ def _paint(text: str, code: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if colourful() else text
 
 
-def printable(text: str) -> str:
-    """Text as one line that stderr can take, whatever is in it: no control characters, nothing outside its encoding."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    encoding = sys.stderr.encoding or "ascii"
+def encodable(text: str, stream=None) -> str:
+    """What a stream (default: stderr) can take: characters outside its encoding become escapes instead of an error."""
+    encoding = (stream or sys.stderr).encoding or "ascii"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def printable(text: str, stream=None) -> str:
+    """Text as one line without control characters, within the stream's encoding."""
+    return encodable("".join(c if c.isprintable() else "?" for c in text), stream)
+
+
 def note(text: str = "") -> None:
-    """One line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line to stderr; if nobody reads that, nobody needs to know."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+
+
+def print_json(report: Report) -> None:
+    """A report as one line on stdout; in plain ASCII where stdout, or the text itself, is not proper Unicode."""
+    text = report.to_json()
+    try:
+        proper = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
+    except UnicodeEncodeError:  # a path of stray bytes
+        proper = False
+    print(text if proper else report.to_json(ascii_only=True), flush=True)
 
 
 def print_error(message: str, hint: str | None) -> None:
@@ -90,7 +108,7 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     total = f"{video.frames_total:,} frames -> " if video.frames_total else "-> "
     through = f"{pruning.visual_tokens_in:,} units"
     if pruning.encoder_rows != pruning.visual_tokens_in:
-        through += f" -> {pruning.encoder_rows:,} encoded (live share {pruning.encoder_live_share:.2f})"
+        through += f" -> {pruning.encoder_rows:,} rows (live share {pruning.encoder_live_share:.2f})"
     speed = f", {report.rate.generate_tok_s:.1f} tok/s" if report.rate.generate_tok_s else ""
     said = {
         "read": f"{total}{sampling.frames}",
@@ -101,7 +119,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
         "generate": f"{report.tokens.new or 0} tokens{speed}",
     }
     longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
-    bar = BAR if width >= 72 else 0
+    room = width - 21 - max(map(len, said.values()))  # what the bars can have
+    bar = min(BAR, room - 2) if room >= 6 else 0
     for stage in STAGES:
         spent = getattr(times, stage) or 0
         if not spent and stage not in ("prefill", "generate"):
@@ -112,11 +131,18 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
             lines.append(f"{'  pruning':<11}{times.encode_prune:>8,.0f}")
     first = f"(model alone {times.ttft_model:,.0f})" if times.ttft_model is not None else ""
     load = f"load {times.load:,.0f} apart" if times.load is not None else ""
-    lines.append(f"first token{times.ttft_wall or 0:>8,.0f}  {first}  total {times.total:,.0f}  {load}".rstrip())
+    lines.append(f"first token{times.ttft_wall or 0:>8,.0f}  {first}  total {times.total or 0:,.0f}  {load}".rstrip())
     lines.append(f"memory     peak {size(report.memory.peak_bytes)}, weights {size(report.memory.weights_bytes)}")
     if verbose:
         lines += _verbose(report)
-    return lines
+    return [part for line in lines for part in _folded(line, width)]
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """The line in pieces that fit, cut between words, the later ones set in."""
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, max(width, 30), subsequent_indent=" " * 11, drop_whitespace=True) or [line]
 
 
 def _verbose(report: Report) -> list[str]:

@@ -11,7 +11,6 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.pruning.schedule import TowerShape
-from evoprune.vision.layout import Geometry
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,18 @@ class Method:
     Class attributes:
         name: what it is selected by.
         acts: where; for tables and help.
-        needs: any of "keys", "attention": what `match` is given.
+        needs: what `match` is given: "attention", and one of "keys", "keys_rotary" and "hidden" as features.
+        size_bias: whether attention counts a merged row as often as the units it stands for.
     """
 
     name: ClassVar[str] = "none"
     acts: ClassVar[Literal["none", "input", "inside", "after"]] = "none"
     needs: ClassVar[frozenset[str]] = frozenset()
+    size_bias: ClassVar[bool] = False
 
-    def rows(self, tower: TowerShape, geometry: Geometry, keep: int) -> list[int]:
-        """Rows of one grid after each layer of the tower, when `keep` of its units are to be left (at least one)."""
-        return [geometry.units] * tower.depth
+    def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
+        """Rows of one grid after each layer of the tower, when `keep` of its `units` are to be left (at least one)."""
+        return [units] * tower.depth
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         """Where each row of each group goes: int64 `[B, n]`, itself if it stays.

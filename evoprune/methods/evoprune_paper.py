@@ -15,8 +15,13 @@ import torch
 from evoprune.methods.base import Candidates, Method
 from evoprune.pruning.merge import SPLITS, SURVIVORS, match, split_sources, survive_attended
 from evoprune.pruning.schedule import TowerShape, layer_weights, rows_after_layers
-from evoprune.pruning.score import composite_score, local_density, relative_attention, settle, similarity
-from evoprune.vision.layout import Geometry
+from evoprune.pruning.score import (
+    composite_score,
+    local_density,
+    relative_attention,
+    settle,
+    similarity,
+)
 
 FEATURES = ("keys", "keys_rotary", "hidden")
 
@@ -69,9 +74,9 @@ class EvoPrunePaper(Method):
         attended = self.attention or self.critical or self.survivor == "attended"
         return frozenset({self.features, "attention"} if attended else {self.features})
 
-    def rows(self, tower: TowerShape, geometry: Geometry, keep: int) -> list[int]:
+    def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
         weights = layer_weights(tower.depth, self.allocation, self.first, self.last)
-        return rows_after_layers(tower, geometry.units, geometry.windows, keep, weights)
+        return rows_after_layers(tower, units, windows, keep, weights)
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         c = candidates

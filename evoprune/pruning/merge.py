@@ -1,13 +1,6 @@
 """Merging rows in pairs: bipartite matching inside groups, and the size-weighted mean (ToMe, arXiv 2210.09461, section 3)."""
 
-import warnings
-
 import torch
-
-
-class EqualScores(UserWarning):
-    """All candidates look the same (a black video, say): what is merged follows from their order alone."""
-
 
 SPLITS = ("alternate", "checkerboard")
 SURVIVORS = ("destination", "attended")
@@ -52,9 +45,6 @@ def match(
     b, n = source.shape
     allowed = source[:, :, None] & (valid & ~source)[:, None, :]
     best, partner = score.masked_fill(~allowed, -torch.inf).max(2)
-    wishes = best[source]
-    if len(wishes) > 1 and wishes.min() == wishes.max():
-        warnings.warn("all scores are equal", EqualScores, stacklevel=2)
     # Among sources, by score; critical ones after all others, rows that are no source never. `max` and the stable sort both
     # give ties to the lower index.
     order = best.argsort(dim=1, descending=True, stable=True)

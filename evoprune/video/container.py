@@ -55,12 +55,16 @@ def open_video(path: str) -> Iterator[InputContainer]:
         yield container
 
 
+# Tags that are no text are no reason to refuse a video. PyAV 19 sees to that by itself.
+_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 def open_bytes(file: BinaryIO) -> InputContainer:
     """Open what a seekable binary file holds; PyAV raises its own errors."""
     # By bytes, because a name can be more than a name to FFmpeg: what stands before a colon is taken for a protocol,
     # %d for a pattern. The whitelist that allows nothing keeps playlists in the file from reaching other files, or the
     # network.
-    return av.open(_Nameless(file), options={"protocol_whitelist": "none"}, metadata_errors="replace")
+    return av.open(_Nameless(file), options={"protocol_whitelist": "none"}, **_TAGS)
 
 
 class _Nameless:

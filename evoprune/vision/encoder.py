@@ -35,6 +35,7 @@ class Encoded:
         grids: (T, H, W) in units, of each video.
         layers: (layer, rows that entered it, rows that left it), over all of the video.
         prune_seconds: time spent on scores, merging and selection, part of the encoding time.
+        flat: whether every grid was one even colour, so that no unit differs from another and what was merged says nothing.
     """
 
     features: torch.Tensor
@@ -44,6 +45,7 @@ class Encoded:
     grids: tuple[tuple[int, int, int], ...]
     layers: list[tuple[int, int, int]]
     prune_seconds: float
+    flat: bool = False
 
     @property
     def live_share(self) -> float:
@@ -75,6 +77,7 @@ def joined(videos: list[Encoded]) -> Encoded:
             for layers in zip(*(v.layers for v in videos), strict=True)
         ],
         sum(v.prune_seconds for v in videos),
+        all(v.flat for v in videos),
     )
 
 
@@ -135,13 +138,17 @@ def encode(
     geo = tower_geometry(visual, height, width)
     shares = spread(keep, count)
     inside = method.acts == "inside" and keep < geo.units * count
-    plans = {s: method.rows(tower, geo, max(1, s)) if inside else [geo.units] * tower.depth for s in set(shares)}
+    plans = {
+        s: method.rows(tower, geo.units, geo.windows, max(1, s)) if inside else [geo.units] * tower.depth
+        for s in set(shares)
+    }
     done, pruning, rows, owners, homes, base = 0, 0.0, [], [], [], 0
-    entered, left = [0] * tower.depth, [0] * tower.depth
+    entered, left, flat = [0] * tower.depth, [0] * tower.depth, inside
     for chunk in in_grids(patches, geo.units * PATCHES, max(1, chunk_units // geo.units)):
         grids, rest = divmod(len(chunk), geo.units * PATCHES)
         if rest or done + grids > count:
             raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
+        flat = flat and _is_flat(chunk.view(grids, -1, chunk.shape[1]))
         plan = [[plans[s][layer] for s in shares[done : done + grids]] for layer in range(tower.depth)]
         with weight.device:  # all bookkeeping lives beside the features
             x, layout, seconds = _run_tower(visual, tower, chunk.to(weight), full_layout(geo, grids), plan, method)
@@ -156,7 +163,7 @@ def encode(
         base, done, pruning = base + len(order), done + grids, pruning + seconds
     if done != count:
         raise ValueError(f"patches end after {done} of {count} grids")
-    start = time.perf_counter()
+    start = _now(weight.device)
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
     with weight.device:
         chosen = torch.arange(len(home))
@@ -164,9 +171,21 @@ def encode(
             chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep).to(home.device)
         elif inside and len(home) > keep:
             chosen = _largest(torch.bincount(owner, minlength=len(home)), keep)
-    pruning += time.perf_counter() - start
+    pruning += _now(weight.device) - start
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, pruning)
+    return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, pruning, flat)
+
+
+def _is_flat(grids: torch.Tensor) -> bool:
+    """Whether all patches of each grid `[T, patches, 1176]` are the same but for less than a level of 255."""
+    return bool((grids.amax(1) - grids.amin(1)).max() < 1 / 255)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds. On CUDA only once what was asked for is done, or waiting for the layers would count as pruning."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
@@ -210,7 +229,7 @@ def _run_tower(
     x = torch.nn.functional.linear(patches.view(-1, PATCHES, weight.shape[1])[layout.home], weight)
     table = _rotary(visual, geo)
     cos, sin = (t[layout.place].unsqueeze(2) for t in table)
-    size_bias = getattr(method, "size_bias", False)
+    size_bias = method.size_bias
     groups: dict[Scope, list[Bucket]] = {}
     rows, pruning = [geo.units] * layout.grids, 0.0
     for layer, block in enumerate(visual.blocks):
@@ -227,7 +246,7 @@ def _run_tower(
         x = x + block.attn.proj(grouped_attention(q, k, v, groups[scope], bias).flatten(2))
         x = x + block.mlp(block.norm2(x))
         if plan[layer] != rows:
-            start = time.perf_counter()
+            start = _now(x.device)
             attention = attention_received(q, k, groups[scope], bias) if "attention" in method.needs else None
             features = (
                 x.flatten(1).float() if "hidden" in method.needs
@@ -236,7 +255,7 @@ def _run_tower(
             x, layout = reduce_rows(x, layout, scope, plan[layer], features, attention, method)
             cos, sin = (t[layout.place].unsqueeze(2) for t in table)
             groups, rows = {}, plan[layer]
-            pruning += time.perf_counter() - start
+            pruning += _now(x.device) - start
     return x, layout, pruning
 
 

@@ -7,8 +7,9 @@ order; a row holds channel, frame, y, x. This is what `Qwen2VLImageProcessor` ma
 import torch
 import torch.nn.functional as F
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from evoprune.plan import VideoLimits
+
+CLIP_MEAN, CLIP_STD = VideoLimits.image_mean, VideoLimits.image_std
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:

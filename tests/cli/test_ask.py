@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,9 +193,56 @@ def test_signals_print_what_there_is(tiny_folder, number, code):
     assert b"generate" in err and b"Traceback" not in err
 
 
-def test_stats_block_fits_narrow_terminals(cli):
+def test_interrupted_before_there_is_an_answer():
+    process = subprocess.Popen(
+        command("ask", CLIP, QUESTION, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    time.sleep(1.5)  # it is importing, or loading
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("this machine is too fast for this test")
+    record = json.loads(out)
+    assert process.returncode == 130 and b"Traceback" not in err
+    assert record["finish_reason"] == "interrupt" and record["question"] == QUESTION
+
+
+def test_json_has_a_line_for_every_question_that_fails(cli):
+    lines = cli("ask", "no/such.mp4", "-Q", "One?", "-Q", "Two?", "--json").out.splitlines()
+    assert [json.loads(line)["question"] for line in lines] == ["One?", "Two?"]
+    assert cli("ask", CLIP, "One?", "--fpss", "2", "--json").record["error"]["code"] == 2
+    assert cli("inspect", "no/such.mp4", "--json").record["error"]["code"] == 3
+
+
+def test_json_of_a_name_that_is_no_text(cli, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    shutil.copy(ROOT / CLIP, path)
+    result = cli("ask", path, QUESTION, "--json")
+    assert result.record["video"]["path"] == path and result.out.isascii()
+
+
+def test_nobody_reads_the_errors():
+    process = subprocess.Popen(
+        command("ask", "no/such.mp4", QUESTION), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stderr.close()
+    assert (process.wait(60), process.stdout.read()) == (3, b"")
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_help_into_a_closed_pipe(flag):
+    process = subprocess.Popen(command(flag), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_stats_block_fits_the_terminal(cli, width):
     report = Report.from_json(cli("ask", CLIP, QUESTION, "--json").out)
-    assert not any("#" in line for line in render.stats_block(report, width=60))
+    assert all(len(line) <= width for line in render.stats_block(report, width))
+    report.pruning.visual_tokens_in, report.pruning.encoder_rows, report.pruning.visual_tokens_kept = 24576, 12288, 6144
+    report.tokens.visual, report.tokens.prompt, report.video.frames_total = 6144, 6190, 1234567
+    assert all(len(line) <= width for line in render.stats_block(report, width))
     report.video.path = "/a/" + "long" * 40 + ".mp4"
     report.model.id = "/b/" + "long" * 40
     assert all(len(line) <= 80 for line in render.stats_block(report))

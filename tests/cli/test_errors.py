@@ -88,6 +88,6 @@ def test_debug_shows_the_traceback(cli):
 
 
 def test_a_bug_is_reported_as_one(cli, monkeypatch):
-    monkeypatch.setattr("evoprune_cli.ask._check_before_loading", lambda *_: 1 / 0)
+    monkeypatch.setattr("evoprune_cli.ask._check_flags", lambda *_: 1 / 0)
     result = cli("ask", CLIP, "What?")
     assert result.code == 1 and "ZeroDivisionError" in result.err and "Traceback" not in result.err

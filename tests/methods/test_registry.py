@@ -10,7 +10,6 @@ from evoprune.errors import UsageError
 from evoprune.methods.base import Candidates, Method, Tokens
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning.schedule import TowerShape
-from evoprune.vision.layout import geometry
 
 TOWER = TowerShape(8, (1, 3, 5, 7))
 
@@ -109,7 +108,7 @@ def test_weights_are_finite(argument, text):
 def test_the_base_keeps_everything():
     method = methods.get("none")
     assert method.acts == "none" and not method.needs
-    assert method.rows(TOWER, geometry(5, 6), 3) == [30] * 8
+    assert method.rows(TOWER, 30, 4, 3) == [30] * 8
     with pytest.raises(TypeError, match="none does not merge"):
         method.match(None, torch.tensor([1]))
     with pytest.raises(TypeError, match="none does not select"):

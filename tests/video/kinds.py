@@ -103,3 +103,16 @@ def _upright(kind: Kind) -> list[np.ndarray]:
     shown = kind.size if turns % 2 == 0 else kind.size[::-1]
     frames = [np.rot90(rgb, turns) for rgb in numbered_frames(kind.frames, *shown)]
     return [np.ascontiguousarray(rgb[:, ::-1] if mirrored else rgb) for rgb in frames]
+
+
+def table() -> str:
+    """The kinds and what becomes of them, as in `docs/video.md`."""
+    lines = ["| file | pyav | decord |", "|---|---|---|"]
+    for name, kind in KINDS.items():
+        refused = f"refused, exit 3: {kind.decord_refuses}" if kind.decord_refuses else "answered"
+        lines.append(f"| {name} | answered | {refused} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from evoprune.errors import VideoError
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
 from tests.video.files import number_of, numbers, pixels
-from tests.video.kinds import KINDS, write_kind
+from tests.video.kinds import KINDS, table, write_kind
 
 
 def moments_in(info):
@@ -43,3 +45,8 @@ def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
         assert (first, last) == (kind.hidden, kind.frames - 1)
         assert first <= middle <= last
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_docs_hold_this_table():
+    docs = Path(__file__).parents[2] / "docs" / "video.md"
+    assert table() in docs.read_text(encoding="utf-8")

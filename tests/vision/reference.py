@@ -36,7 +36,7 @@ def encode_slowly(visual, patches, grid, method, keep) -> tuple[list[int], list[
     count, height, width = grid
     geo = geometry(height, width, 4)
     tower = TowerShape(len(visual.blocks), tuple(visual.fullatt_block_indexes))
-    plans = [method.rows(tower, geo, max(1, share)) for share in spread(keep, count)]
+    plans = [method.rows(tower, geo.units, geo.windows, max(1, share)) for share in spread(keep, count)]
     embedding = visual.patch_embed.proj.weight.double().flatten(1)
     pixels = patches.double().view(count * geo.units, 4, -1)
     rows = [Row(unit, [unit], pixels[unit] @ embedding.T) for unit in range(count * geo.units)]

@@ -46,7 +46,7 @@ def check_layers(encoded, grid, method, keep, full_layers):
     """Rows in and out of each layer are those of the schedule, added up over the grids."""
     shape = tower_shape(tiny_tower(full_layers))
     geo = geometry(grid[1], grid[2])
-    plans = [method.rows(shape, geo, max(1, share)) for share in spread(keep, grid[0])]
+    plans = [method.rows(shape, geo.units, geo.windows, max(1, share)) for share in spread(keep, grid[0])]
     left = [sum(column) for column in zip(*plans, strict=True)]
     entered = [units(grid), *left[:-1]]
     assert encoded.layers == list(zip(range(shape.depth), entered, left, strict=True))

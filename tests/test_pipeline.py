@@ -1,0 +1,176 @@
+"""The stages strung together, on sample clips: equal to Hugging Face at full budget, whatever was asked before."""
+
+import numpy as np
+import pytest
+import torch
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.prompt import build_prompt
+from evoprune.models import load_model
+from evoprune.pipeline import VideoQA
+from evoprune.report import Report
+from evoprune.video.decode import read_frames
+from evoprune.vision.preprocess import patchify, resize
+from tests.tiny import save_tiny
+from tests.video.files import write_video
+
+CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return load_model(str(save_tiny(tmp_path_factory.mktemp("tiny") / "model")), dtype="fp32")
+
+
+def answer(video, question="What happens?", n=24, **settings):
+    return "".join(video.ask(question, max_new_tokens=n, **settings))
+
+
+@pytest.mark.parametrize("clip", [CLIP, LONG])
+@pytest.mark.parametrize("model", ["tiny", "demo"])
+def test_full_budget_is_hugging_faces_generate(loaded, model, clip):
+    loaded = load_model("demo") if model == "demo" else loaded
+    video = VideoQA(loaded, budget=1.0).encode(clip)
+    mine = answer(video, "Describe the video.")
+    plan, model = video.plan, loaded.model
+    chunks = read_frames(video.info, plan.sampling.times_s)
+    frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
+    patches = patchify(resize(frames, plan.height, plan.width))
+    t, h, w = plan.grid
+    prompt = build_prompt(loaded.tokenizer, "Describe the video.", t * h * w)
+    span = VideoSpan(prompt.video_start, plan.grid, plan.sampling.seconds_per_grid())
+    rope = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
+    sequence = torch.arange(len(prompt.input_ids))[None]
+    ids = model.generate(
+        prompt.input_ids[None],
+        attention_mask=torch.ones_like(prompt.input_ids)[None],
+        position_ids=torch.cat([sequence, rope])[:, None],
+        pixel_values_videos=patches,
+        video_grid_thw=torch.tensor([[t, 2 * h, 2 * w]]),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=list(loaded.eos_ids),
+    )[0, len(prompt.input_ids) :]
+    expected = loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert mine == expected and video.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, budget):
+    qa = VideoQA(loaded, budget=budget)
+    questions = ["What happens?", "How many red squares are there in the video?", "What happens?"]
+    fresh = [answer(qa.encode(CLIP), q) for q in questions]
+    video = qa.encode(CLIP)
+    assert [answer(video, q) for q in questions] == fresh
+    # another system prompt in between, and answers that nobody read to the end
+    assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(CLIP), questions[0], system="Be brief.")
+    next(iter(video.ask(questions[1], max_new_tokens=9)))
+    assert answer(video, questions[0]) == fresh[0]
+
+
+def test_answers_must_not_be_mixed(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    next(first)
+    next(video.ask("And then?", max_new_tokens=50, temperature=1.0))
+    with pytest.raises(UsageError, match="another question"):
+        list(first)
+
+
+def test_report_of_an_answer_that_was_cut_short(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    pieces = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    said = next(pieces)
+    pieces.close()
+    assert video.report.finish_reason == "interrupt" and video.report.answer == said
+
+
+@pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
+def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
+    qa = VideoQA(loaded, budget=0.25)
+    fresh = answer(qa.encode(CLIP))
+    video = qa.encode(CLIP)
+    answer(video, "And then?")
+    passes = []
+
+    def stop(*_):
+        passes.append(1)
+        if len(passes) == (1 if when == "reading the prompt" else 3):
+            raise KeyboardInterrupt
+
+    hook = loaded.model.model.language_model.layers[-1].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        answer(video, "What happens now?")
+    hook.remove()
+    assert answer(video) == fresh
+
+
+def test_the_video_is_paid_for_by_the_first_answer_that_comes(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    hook = loaded.model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answer(video)
+    hook.remove()
+    answer(video)
+    assert video.report.time_ms.encode > 0
+
+
+def test_one_token_has_no_rate(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    answer(video, n=1)
+    assert video.report.tokens.new == 1 and video.report.rate.generate_tok_s is None
+
+
+def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
+    """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
+    write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
+    done = []
+    monkeypatch.setattr("evoprune.pipeline.CHUNK_UNITS", 8 * 25)
+    VideoQA(loaded).encode(tmp_path / "small.mp4", frames=120, progress=lambda stage, now, total: done.append(now))
+    assert done[0] <= 16 and done[-1] == 120
+
+
+def test_times_add_up(loaded):
+    video = VideoQA(loaded, budget=0.25).encode(CLIP)
+    answer(video)
+    times = video.report.time_ms
+    busy = times.read + times.preprocess + times.encode + times.prefill + times.generate
+    assert busy <= times.total + 1 and times.ttft_wall <= times.total
+    assert times.encode_prune < times.encode and times.ttft_model == times.encode + times.prefill
+    answer(video, "And then?")
+    again = video.report.time_ms
+    assert again.read == again.encode == again.encode_prune == 0 and again.ttft_model == again.prefill > 0
+
+
+def test_settings_are_checked_before_weights_are_read():
+    for settings in ({"budget": 2}, {"method": "magic"}, {"method_args": {"speed": "1"}}):
+        with pytest.raises(UsageError):
+            VideoQA.load("no/such", **settings)
+
+
+def test_questions_are_checked(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    for question, settings in ((" ", {}), ("What?", {"max_new_tokens": 0}), ("What?", {"top_p": 0})):
+        with pytest.raises(UsageError):
+            video.ask(question, **settings)
+
+
+def test_a_black_video_is_a_video(loaded, tmp_path):
+    write_video(tmp_path / "black.mp4", np.zeros((8, 112, 112, 3), np.uint8), fps=4)
+    video = VideoQA(loaded, budget=0.25).encode(tmp_path / "black.mp4")
+    assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
+    answer(video)
+    assert video.report.warnings == ["equal_scores"]
+
+
+def test_extreme_shapes(loaded, tmp_path):
+    write_video(tmp_path / "flat.mp4", np.zeros((4, 2, 1000, 3), np.uint8), fps=4)
+    with pytest.raises(VideoError, match="ratio"):
+        VideoQA(loaded).encode(tmp_path / "flat.mp4")
+
+
+def test_blank_report_before_any_question(loaded):
+    report = VideoQA(loaded).encode(CLIP).report
+    assert report.question is None and report.time_ms.encode > 0 and report.time_ms.prefill is None
+    assert Report.from_json(report.to_json()).sampling == report.sampling
