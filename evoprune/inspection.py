@@ -20,8 +20,8 @@ def environment_facts() -> dict:
     from huggingface_hub import constants
 
     from evoprune import methods
+    from evoprune.environment import cpu_name
     from evoprune.models import BUNDLED_CONFIGS, DEMO_FOLDER, cpu_has_bf16
-    from evoprune.pipeline import cpu_name
     from evoprune.video import decord
 
     decoders = {"pyav": "works"}

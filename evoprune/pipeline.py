@@ -8,22 +8,19 @@ video.report
 """
 
 import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, replace
-from typing import TypeVar
 
 import torch
-import transformers
 
-import evoprune
 from evoprune import methods
+from evoprune.clock import Clock, memory_guard
 from evoprune.cost import estimate_first_token
-from evoprune.errors import OutOfMemory, UsageError
+from evoprune.environment import environment, peak_memory
+from evoprune.errors import UsageError
 from evoprune.language.generate import (
     GenerationSettings,
     TokenStream,
@@ -34,63 +31,17 @@ from evoprune.language.generate import (
 )
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
-from evoprune.models import LoadedModel, is_out_of_memory, load_model
+from evoprune.models import LoadedModel, load_model
 from evoprune.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
-from evoprune.report import Environment, Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
+from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
 from evoprune.video.decode import choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
 from evoprune.vision.encoder import CHUNK_UNITS, Encoded, encode, tower_geometry, tower_shape
 from evoprune.vision.preprocess import patchify, resize
 
-T = TypeVar("T")
 CHUNK_BYTES = 64 * 2**20  # frames as decoded, held at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-class Clock:
-    """Adds up the time each stage is busy, in seconds."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
-        self._device = device
-
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # kernels run on after Python has gone ahead
-        return time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a block; running out of memory in it becomes an error that names the stage."""
-        start = self.now()
-        try:
-            with memory_guard(name):
-                yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
-
-    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Passes items on, timing only the making of them."""
-        source = iter(items)
-        while True:
-            with self.stage(name):
-                item = next(source, None)
-            if item is None:
-                return
-            yield item
-
-
-@contextmanager
-def memory_guard(stage: str) -> Iterator[None]:
-    """Turns running out of memory, on host or device, into an error that names the stage."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as problem:
-        if not is_out_of_memory(problem):
-            raise
-        hint = "take fewer frames (--frames) or a lower budget (-b)"
-        raise OutOfMemory(f"out of memory in {stage}", hint, stage=stage) from problem
 
 
 class VideoQA:
@@ -255,8 +206,7 @@ class VideoQA:
             )
         done = clock.now()
         clock.seconds["encode"] = done - start - (sum(clock.seconds.values()) - before)
-        video = EncodedVideo(self, replace(info, path=name or info.path), decoder, plan, encoded, clock, done - begun)
-        return video
+        return EncodedVideo(self, replace(info, path=name or info.path), decoder, plan, encoded, clock, done - begun)
 
 
 class EncodedVideo:
@@ -274,9 +224,8 @@ class EncodedVideo:
     ):
         self.qa, self.info, self.decoder, self.plan, self.encoded = qa, info, decoder, plan, encoded
         self._clock, self._wall = clock, wall_seconds
-        self._prefix: tuple[str | None, object, int] | None = (
-            None  # system prompt, cache, columns that no question changes
-        )
+        # The system prompt, the cache, and how many of its columns no question changes.
+        self._prefix: tuple[str | None, object, int] | None = None
         self._turn = 0
         self.report = self._blank_report()
 
@@ -356,21 +305,27 @@ class EncodedVideo:
         following = int(positions.max()) + 1
         embeds, columns = embed_prompt(model, prompt.input_ids, encoded.features, prompt.video_start, n, encoded.kept)
         positions = positions[:, columns]
-        # Out of reach until all has gone well: a pass that breaks off leaves layers of different lengths.
-        prefix, self._prefix = self._prefix, None
-        cache, known = None, 0
-        if (
-            prefix
-            and prefix[0] == system
-            and len(lengths := {layer.get_seq_length() for layer in prefix[1].layers}) == 1
-        ):
-            _, cache, known = prefix
-            if extra := lengths.pop() - known:
-                cache.crop(-extra)  # so many columns off the end
+        cache, known = self._take_prefix(system)
         state = prefill(model, embeds[:, known:], positions[:, known:], following, cache)
         self._prefix = system, state.cache, prompt.prefix_length - n + len(encoded.kept)
         self._text_tokens = prompt.text_tokens
         return stream(model, state, settings, loaded.eos_ids)
+
+    def _take_prefix(self, system: str | None) -> tuple[object | None, int]:
+        """The cache up to the question, and its columns; nothing where there is none for this system prompt.
+
+        It is out of reach until the next prompt has been read: a pass that breaks off leaves layers of different lengths.
+        """
+        prefix, self._prefix = self._prefix, None
+        if prefix is None or prefix[0] != system:
+            return None, 0
+        _, cache, known = prefix
+        lengths = {layer.get_seq_length() for layer in cache.layers}
+        if len(lengths) > 1:
+            return None, 0
+        if extra := lengths.pop() - known:
+            cache.crop(-extra)  # so many columns off the end
+        return cache, known
 
     def _fill_times(self, report: Report, total: float) -> None:
         seconds = self._clock.seconds
@@ -459,33 +414,3 @@ def is_demo_clip(info: VideoInfo) -> bool:
     from evoprune.demo.clips import VIDEO_TAG
 
     return any(key.lower() == "comment" and value == VIDEO_TAG for key, value in info.tags.items())
-
-
-def environment(device: str) -> Environment:
-    """Versions, device and threads."""
-    return Environment(
-        evoprune=evoprune.__version__,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        device_name=torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
-        threads=torch.get_num_threads(),
-    )
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def peak_memory(device: str) -> int | None:
-    """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far; None where unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,8 +3,8 @@ from functools import cache
 import pytest
 import torch
 
+from evoprune.demo.build import build_config, init_weights
 from evoprune.demo.forward import attend, language, tower, window_buckets
-from evoprune.demo.train import build_config, init_weights
 from evoprune.vision.layout import geometry
 
 

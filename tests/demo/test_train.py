@@ -3,8 +3,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from evoprune.demo.batches import ATTRIBUTES, Recipe, unit_labels
 from evoprune.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, frame_times, make_clip
-from evoprune.demo.train import ATTRIBUTES, Recipe, rate, unit_labels
+from evoprune.demo.train import rate
 
 
 def expected_label(thing) -> list[int]:
