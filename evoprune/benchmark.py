@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from evoprune import methods
-from evoprune.models import BUNDLED_CONFIGS, DTYPES, random_tower
+from evoprune.dummy import random_tower
+from evoprune.models import BUNDLED_CONFIGS, DTYPES, describe_model
 from evoprune.pruning.budget import keep_count
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("-r", "--rounds", type=int, default=5)
     args = parser.parse_args()
     height, width = map(int, args.size.split("x"))
-    visual = random_tower(args.model, DTYPES[args.dtype])
+    visual = random_tower(describe_model(args.model)[0].vision_config, DTYPES[args.dtype])
     frames = torch.randint(
         0, 256, (args.frames, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

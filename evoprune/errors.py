@@ -54,9 +54,8 @@ class OutOfMemory(EvopruneError):
 def error_record(problem: BaseException) -> dict:
     """A failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
     if not isinstance(problem, EvopruneError):
-        what = str(problem).splitlines()[0] if str(problem) else "no message"
         hint = "this is a bug; run again with --debug and report what it prints"
-        problem = EvopruneError(f"{type(problem).__name__}: {what}", hint)
+        problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
     return {
         "code": problem.exit_code,
         "type": problem.type,
@@ -64,3 +63,8 @@ def error_record(problem: BaseException) -> dict:
         "message": problem.message,
         "hint": problem.hint,
     }
+
+
+def first_line(problem: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

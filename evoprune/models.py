@@ -6,29 +6,23 @@ hint. Only safetensors are read, and no code that comes with a model is ever run
 
 import contextlib
 import json
-import queue
-import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evoprune.errors import ModelError, OutOfMemory, UsageError
+from evoprune import hub
+from evoprune.dummy import random_model
+from evoprune.errors import ModelError, OutOfMemory, UsageError, first_line
+from evoprune.hub import MODEL_HINT
 from evoprune.plan import VideoLimits
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HUB_SECONDS = 5.0
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
-_SETTINGS = ["config.json", "*processor_config.json"]
-_HINT_MODEL = "evoprune runs Qwen2.5-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and the bundled demo"
 
 
 @dataclass
@@ -97,7 +91,7 @@ def load_model(
     if dummy and name in BUNDLED_CONFIGS and not Path(name).is_dir():
         folder, commit, config = None, None, _read_config(BUNDLED_CONFIGS[name])
     else:
-        folder, commit = _locate(name, revision, offline, files=None if dummy else _FILES)
+        folder, commit = _locate(name, revision, offline, files=None if dummy else hub.FILES)
         config = _read_config(folder / "config.json")
     is_demo = folder is not None and folder.resolve() == DEMO_FOLDER.resolve()
     dtype = _dtype(dtype, place, is_demo)
@@ -110,7 +104,7 @@ def load_model(
     try:
         with _quiet():
             how = (DTYPES[dtype], place)
-            model = _random_model(config, *how) if dummy else _load_weights(config, folder, *how)
+            model = random_model(config, *how) if dummy else _load_weights(config, folder, *how)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
@@ -146,7 +140,7 @@ def describe_model(
     if name in BUNDLED_CONFIGS and revision is None and not Path(name).is_dir():
         config = _read_config(BUNDLED_CONFIGS[name])
         return config, _video_limits(None, config.vision_config)
-    folder, _ = _locate(name, revision, offline, files=_SETTINGS)
+    folder, _ = _locate(name, revision, offline, files=hub.SETTINGS)
     config = _read_config(folder / "config.json")
     return config, _video_limits(folder, config.vision_config)
 
@@ -162,7 +156,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        reason = _first_line(problem)
+        reason = first_line(problem)
         raise UsageError(
             f"device {name!r} cannot be used here: {reason}", "cpu always works, auto finds a GPU"
         ) from problem
@@ -201,73 +195,12 @@ def _locate(name: str, revision: str | None, offline: bool, *, files: list[str] 
         return folder, None
     if folder.exists():
         raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
-    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise ModelError(f"{name!r} is neither a folder here nor a hub id", f"a hub id is org/name; {_HINT_MODEL}")
+    if not hub.is_id(name):
+        raise ModelError(f"{name!r} is neither a folder here nor a hub id", f"a hub id is org/name; {MODEL_HINT}")
     if files is None:
         known = " and ".join(BUNDLED_CONFIGS)
         raise ModelError(f"no bundled config for {name}", f"random weights need a local folder, demo, or {known}")
-    return _download(name, revision, offline, files)
-
-
-def _download(name: str, revision: str | None, offline: bool, files: list[str]) -> tuple[Path, str]:
-    """A hub model's folder in the hub's own cache, downloaded as far as needed and possible, and its commit."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    unreachable = "the hub may not be asked (offline)" if offline else None
-    if not offline:
-        # One request without retries settles whether hub and model are there; the library's own calls try for minutes.
-        url = hub.hf_hub_url(name, "config.json", revision=revision)
-        try:
-            _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
-        except errors.RevisionNotFoundError as problem:
-            raise ModelError(f"{name} has no revision {revision!r} on the hub", "leave the revision out") from problem
-        except errors.RepositoryNotFoundError as problem:  # also: private, or gated
-            hint = f"check the spelling, or log in with `hf auth login` if it is private or gated; {_HINT_MODEL}"
-            raise ModelError(f"there is no folder {name} here, and no such model on the hub for you", hint) from problem
-        except errors.EntryNotFoundError as problem:
-            raise ModelError(f"{name} has no config.json on the hub", _HINT_MODEL) from problem
-        except Exception as problem:  # the HTTP library below differs from version to version
-            unreachable = f"the hub cannot be reached ({_first_line(problem)})"
-
-    def fetch(*patterns: str) -> Path:
-        local = unreachable is not None
-        try:
-            return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
-        except Exception as problem:
-            if local:
-                hint = (
-                    "download it once with network access, or give the folder of a copy; the bundled demo needs neither"
-                )
-                raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
-            raise ModelError(
-                f"the download of {name} broke off: {_first_line(problem)}", "run it again to go on"
-            ) from problem
-
-    # Before gigabytes are fetched: is it a model that can run?
-    _read_config(fetch("config.json") / "config.json")
-    folder = fetch(*files)
-    return folder, folder.name
-
-
-def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """`work()`, or TimeoutError. HTTP timeouts leave out name resolution, which alone can take half a minute."""
-    answer = queue.SimpleQueue()
-
-    def run():
-        try:
-            answer.put((work(), None))
-        except BaseException as problem:
-            answer.put((None, problem))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, problem = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if problem is not None:
-        raise problem
-    return result
+    return hub.download(name, revision, offline, files, check=_read_config)
 
 
 def _read_config(path: Path):
@@ -278,7 +211,7 @@ def _read_config(path: Path):
         )
     content = _json(path)
     if (kind := content.get("model_type")) != "qwen2_5_vl":
-        raise ModelError(f"{path.parent} is a model of type {kind!r}, not qwen2_5_vl", _HINT_MODEL)
+        raise ModelError(f"{path.parent} is a model of type {kind!r}, not qwen2_5_vl", MODEL_HINT)
     if "quantization_config" in content:
         raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
     from transformers import Qwen2_5_VLConfig
@@ -288,7 +221,7 @@ def _read_config(path: Path):
             return Qwen2_5_VLConfig.from_dict(content)
     except Exception as problem:  # strict field checks raise types of their own
         raise ModelError(
-            f"{path} is no valid Qwen2.5-VL config: {_first_line(problem)}", "get the file again"
+            f"{path} is no valid Qwen2.5-VL config: {first_line(problem)}", "get the file again"
         ) from problem
 
 
@@ -296,7 +229,7 @@ def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
-        raise ModelError(f"{path} cannot be read: {_first_line(problem)}", "get the file again") from problem
+        raise ModelError(f"{path} cannot be read: {first_line(problem)}", "get the file again") from problem
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object", "get the file again")
     return content
@@ -324,9 +257,7 @@ def _check_weights(folder: Path) -> None:
                 pass
         except (OSError, SafetensorError) as problem:
             what = "damaged or incomplete" if file.is_file() else "missing"
-            raise ModelError(
-                f"weights file {file} is {what}: {_first_line(problem)}", "get the file again"
-            ) from problem
+            raise ModelError(f"weights file {file} is {what}: {first_line(problem)}", "get the file again") from problem
 
 
 def _load_weights(config, folder: Path, dtype: torch.dtype, device: torch.device):
@@ -346,55 +277,13 @@ def _load_weights(config, folder: Path, dtype: torch.dtype, device: torch.device
         if is_out_of_memory(problem):
             raise
         hint = "config.json and the weights must belong together; get the model again"
-        raise ModelError(f"the weights in {folder} cannot be loaded: {_first_line(problem)}", hint) from problem
+        raise ModelError(f"the weights in {folder} cannot be loaded: {first_line(problem)}", hint) from problem
     if missing := sorted(report["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelError(
             f"the weights in {folder} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
         )
     return model.to(device)
-
-
-def _random_model(config, dtype: torch.dtype, device: torch.device):
-    """Seeded random weights at true size, in seconds where ordinary initialisation takes half a minute."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return _fill_randomly(model, dtype, device)
-
-
-def random_tower(name: str, dtype: torch.dtype, device: str = "cpu"):
-    """The vision tower alone, at the dimensions of one of `BUNDLED_CONFIGS`, with seeded random weights."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-    config = _read_config(BUNDLED_CONFIGS[name]).vision_config
-    with torch.device("meta"):
-        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return _fill_randomly(tower, dtype, torch.device(device)).eval().requires_grad_(False)
-
-
-def _fill_randomly(model, dtype: torch.dtype, device: torch.device):
-    model.to_empty(device=device)
-    model.tie_weights()
-    # Rotary frequencies follow from the config, and are noise after `to_empty`.
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if hasattr(child, "inv_freq"):
-                setattr(parent, name, type(child)(child.config).to(device))
-
-    # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are alike.
-    random = torch.Generator().manual_seed(0)
-    block = torch.randn(1_048_573, generator=random).mul_(0.02).to(device, dtype)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(0 if name.endswith("bias") else 1)
-                continue
-            noise = block.roll(int(torch.randint(len(block), (), generator=random)))
-            for part in weight.view(-1).split(len(noise)):
-                part.copy_(noise[: len(part)])
-    return model
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -415,7 +304,7 @@ def _load_tokenizer(folder: Path):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as problem:  # the Rust parser raises plain Exceptions
         raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded: {_first_line(problem)}", "get its files again"
+            f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}", "get its files again"
         ) from problem
     # Where the hub's older repositories keep the template of the processor, the one that knows about video.
     template = folder / "chat_template.json"
@@ -484,7 +373,3 @@ def _quiet() -> Iterator[None]:
 def is_out_of_memory(problem: BaseException) -> bool:
     """Whether a host or a device ran out of memory; on the CPU torch raises a plain RuntimeError."""
     return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

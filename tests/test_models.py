@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evoprune import hub as hub_module
 from evoprune import models
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream, stream_text
@@ -486,7 +487,7 @@ def test_the_hubs_own_offline_switch_is_respected(cache, monkeypatch):
 
 
 def test_a_silent_hub_fails_soon(cache, monkeypatch):
-    monkeypatch.setattr(models, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(hub_module, "HUB_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         move_hub(monkeypatch, silent.getsockname()[1])
         began = time.monotonic()
@@ -495,7 +496,7 @@ def test_a_silent_hub_fails_soon(cache, monkeypatch):
 
 
 def test_stuck_name_resolution_fails_soon(cache, monkeypatch):
-    monkeypatch.setattr(models, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(hub_module, "HUB_SECONDS", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
     began = time.monotonic()
     assert "no answer within 0.3 s" in error_of("org/tiny")
