@@ -27,9 +27,9 @@ class Recipe:
 
     seed: int = 0
     vision_steps: int = 700
-    steps: int = 5400
+    steps: int = 6300
     short_steps: int = 600  # of the second stage, on short clips and small frames
-    frozen_steps: int = 5100  # of the second stage, with the tower as it is
+    frozen_steps: int = 6300  # of the second stage, with the tower as it is
     vision_batch: int = 96  # grids of 4x6 units
     units: int = 2304  # merge units a batch of clips, about
     questions: int = 8  # a clip
