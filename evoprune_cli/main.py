@@ -69,9 +69,8 @@ def run() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _nobody_reads(streams)
-    except SystemExit as stop:
-        # Typer's way with a closed pipe: it replaces the streams and exits with 1.
-        code = stop.code if (sys.stdout, sys.stderr) == streams else _nobody_reads(streams)
+    except SystemExit:  # Typer's and rich's way with a closed pipe; nothing here exits like that
+        code = _nobody_reads(streams)
     except typer.Exit as done:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):

@@ -90,7 +90,7 @@ def test_a_terminal_that_knows_only_ascii(tmp_path):
     shutil.copy(ROOT / CLIP, path)
     code, stdout, stderr = run("ask", str(path), QUESTION, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     assert (code, stdout) == (0, f"{ANSWER}\n".encode())
-    assert stderr.isascii() and b"gr\\xfcn.mp4" in stderr
+    assert stderr.isascii() and b"gr??n.mp4" in stderr
 
 
 def readme_blocks() -> list[str]:
