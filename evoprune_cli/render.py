@@ -116,7 +116,7 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
         f" -> {grids} grids of {rows}x{columns} patches",
         "encode": f"{through} -> {pruning.visual_tokens_kept:,} tokens",
         "prefill": f"{report.tokens.prompt or 0:,} tokens = {report.tokens.visual or 0:,} visual + {report.tokens.text or 0} text",
-        "generate": f"{report.tokens.new or 0} tokens{speed}",
+        "generate": f"{_tokens(report.tokens.new or 0)}{speed}",
     }
     longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
     room = width - 21 - max(map(len, said.values()))  # what the bars can have
@@ -165,6 +165,10 @@ def _wrapped(title: str, words: list[str]) -> list[str]:
             line = " " * 10
         line += f" {word}"
     return [*lines, line]
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 def print_stats(report: Report, verbose: bool = False) -> None:
