@@ -6,12 +6,13 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
+import evoprune
 from evoprune.errors import EvopruneError
 from evoprune.plan import Plan
 from evoprune.pruning.budget import PRESETS, keep_count
 from evoprune.video.probe import VideoInfo
 
-PACKAGES = ("evoprune", "torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
 
 
 def environment_facts() -> dict:
@@ -37,7 +38,7 @@ def environment_facts() -> dict:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
         "devices": devices,
         "decoders": decoders,
         "methods": methods.available(),

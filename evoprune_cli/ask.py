@@ -24,7 +24,7 @@ def ask(
     ],
     question: Annotated[
         str | None,
-        typer.Argument(help="The question, quoted; without it, read from stdin.", show_default=False),
+        typer.Argument(help="The question, quoted; without it, all of stdin is the question.", show_default=False),
     ] = None,
     more: Annotated[
         list[str] | None,
@@ -90,7 +90,7 @@ def ask(
                 )  # fmt: skip
                 show("reading video")
                 session = qa.encode(
-                    path, name=video, decoder=decoder, on_plan=lambda plan: _foretell(qa, plan, quiet),
+                    path, name=video, decoder=decoder, on_plan=lambda plan: _foretell(qa, plan, frames, quiet),
                     progress=lambda stage, done, total: show("encoding", done, total), **sampling,
                 )  # fmt: skip
                 show("reading prompt")
@@ -185,14 +185,16 @@ def _check_video(path: str, decoder: str, sampling: dict) -> None:
     make_plan(info, VideoLimits(), **(sampling | {"max_visual_tokens": MAX_VISUAL_TOKENS if limit is None else limit}))
 
 
-def _foretell(qa, plan, quiet: bool) -> None:
+def _foretell(qa, plan, asked_frames: int | None, quiet: bool) -> None:
     """What a user should know before a long wait."""
     if quiet:
         return
     wait = qa.estimate_first_token(plan)
     if wait is not None and wait > LONG_WAIT_S:
         note(f"estimated first token ~{float(f'{wait:.1g}'):.0f} s")
-    if plan.capped:
+    if asked_frames and plan.sampling.frames < asked_frames:
+        note(f"looking at {plan.sampling.frames} frames, the most this model takes: --max-frames allows more")
+    elif plan.capped:
         t, h, w = plan.grid
         note(
             f"looking at {plan.sampling.frames} frames of {plan.width}x{plan.height}, {t * h * w:,} visual tokens: "

@@ -124,5 +124,7 @@ def _sentence(problem: Exception) -> str:
 def _hint(problem: Exception) -> str:
     if "unexpected extra argument" in problem.format_message():
         return 'quote the question: evoprune ask video.mp4 "What happens?"'
+    if "No such command" in problem.format_message() and os.path.exists(problem.format_message().split("'")[1]):
+        return 'to ask about a video: evoprune ask video.mp4 "What happens?"'
     context = getattr(problem, "ctx", None)
     return f"see {context.command_path if context else 'evoprune'} --help"

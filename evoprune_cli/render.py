@@ -97,12 +97,13 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     threads = f" ({report.env.threads} threads)" if (model.device or "").startswith("cpu") else ""
     kept = 100 * (pruning.kept_ratio or 0)
     fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
+    budget = "" if pruning.method == "none" else f" -b {pruning.budget:g}"
     grids, rows, columns = sampling.grid_thw
     facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
     lines = [
-        f"model      {shorten(model.id, width - 40)}  {model.dtype}  {model.device}{threads}",
-        f"pruning    {pruning.method} -b {pruning.budget:g}: {kept:.1f}% kept, {100 - kept:.1f}% pruned",
-        f"video      {shorten(os.path.basename(os.path.abspath(video.path)), width - 13 - len(facts))}  {facts}",
+        f"model      {shorten(model.id, max(24, width - 40))}  {model.dtype}  {model.device}{threads}",
+        f"pruning    {pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned",
+        f"video      {shorten(os.path.basename(os.path.abspath(video.path)), max(20, width - 13 - len(facts)))}  {facts}",
         f"{'stage':<11}{'ms':>8}",
     ]
     total = f"{video.frames_total:,} frames -> " if video.frames_total else "-> "
@@ -113,8 +114,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     said = {
         "read": f"{total}{sampling.frames}",
         "preprocess": f"{sampling.frames} frames {sampling.resized_hw[0]}x{sampling.resized_hw[1]}"
-        f" -> {grids} grids of {rows}x{columns} patches",
-        "encode": f"{through} -> {pruning.visual_tokens_kept:,} tokens",
+        f" -> {grids} grid{'' if grids == 1 else 's'} of {rows}x{columns} patches",
+        "encode": f"{through} -> {_tokens(pruning.visual_tokens_kept)}",
         "prefill": f"{report.tokens.prompt or 0:,} tokens = {report.tokens.visual or 0:,} visual + {report.tokens.text or 0} text",
         "generate": f"{_tokens(report.tokens.new or 0)}{speed}",
     }

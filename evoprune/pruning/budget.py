@@ -23,7 +23,7 @@ def parse_budget(text: str | float) -> float:
     if not 0 < value <= 1:
         raise UsageError(
             f"budget {text!r} is not a share of tokens to keep",
-            f"give a number above 0 and up to 1, or one of {', '.join(PRESETS)}",
+            f"give a number above 0 and up to 1 (0.25 for a quarter), or one of {', '.join(PRESETS)}",
         )
     return value
 

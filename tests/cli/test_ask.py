@@ -179,9 +179,13 @@ def test_a_closed_pipe_ends_quietly():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_print_what_there_is(tiny_folder, number, code):
+def test_signals_print_what_there_is(tiny_folder, tmp_path, number, code):
+    endless = tmp_path / "endless"  # a model that never ends its turn: no token has the number that would
+    shutil.copytree(tiny_folder, endless)
+    settings = json.loads((endless / "generation_config.json").read_text()) | {"eos_token_id": 999_999}
+    (endless / "generation_config.json").write_text(json.dumps(settings))
     process = subprocess.Popen(
-        command("ask", CLIP, QUESTION, "-m", str(tiny_folder), "-n", "100000", "-t", "1", "--seed", "5"),
+        command("ask", CLIP, QUESTION, "-m", str(endless), "-n", "100000", "-t", "1", "--seed", "5"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "EVOPRUNE_MODEL"},
     )  # fmt: skip
