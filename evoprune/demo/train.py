@@ -1,8 +1,9 @@
 """Trains the bundled demo model from scratch on procedural clips: `python -m evoprune.demo.train OUT`.
 
 Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the language
-model learns to answer questions, several packed behind each clip: at first with the tower frozen, so that what it looks at
-holds still, and on short clips, where things are quickly found; in the end together with the tower on clips of all sizes.
+model learns to answer questions, several packed behind each clip: with the tower frozen, so that what it looks at holds
+still, and at first on short clips, where things are quickly found. A recipe with fewer `frozen_steps` than `steps` trains the
+tower along in the end; the one that stands does not.
 
 Seeded; writes a checkpoint every few minutes and goes on from it when run again; `OUT/log.jsonl` holds the curve. OUT ends up
 in the hub's layout.
