@@ -1,13 +1,17 @@
 """Facts about this machine and process that belong beside every measurement."""
 
 import platform
+import re
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
-import transformers
 
 import evoprune
 from evoprune.report import Environment
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of this process, seen from inside a container
 
 
 def environment(device: str) -> Environment:
@@ -15,7 +19,7 @@ def environment(device: str) -> Environment:
     return Environment(
         evoprune=evoprune.__version__,
         torch=torch.__version__,
-        transformers=transformers.__version__,
+        transformers=version("transformers"),
         device_name=torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
         threads=torch.get_num_threads(),
     )
@@ -44,3 +48,34 @@ def peak_memory(device: str) -> int | None:
     except ImportError:  # not a Unix
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory(device: str) -> bool:
+    """Lets `peak_memory` count from now on; False where the system cannot."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes that a process could have now without swapping: free ones on CUDA, else what Linux and its control group allow;
+    None where unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.M)
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return free
+    return min(free, limit - used + int(cached[1] if cached else 0))

@@ -38,7 +38,7 @@ def encode(
     """
     share, rule = parse_budget(budget), methods.get(method, method_args)
     visual = model.model.visual
-    merge = visual.spatial_merge_size
+    merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
     if sum(sizes) != len(pixel_values_videos) or not sizes:

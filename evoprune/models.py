@@ -4,20 +4,20 @@ What can be wrong with a model is found before its weights are read, as far as i
 hint. Only safetensors are read, and no code that comes with a model is ever run.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from evoprune import hub
+from evoprune.config import Config, VisionConfig, parse_config
 from evoprune.dummy import random_model
 from evoprune.errors import ModelError, OutOfMemory, UsageError, first_line
 from evoprune.hub import MODEL_HINT
+from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.plan import VideoLimits
+from evoprune.qwen import QwenVL, empty, name_in_memory
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
@@ -30,9 +30,9 @@ class LoadedModel:
     """A model that is ready to answer.
 
     Attributes:
-        model: Hugging Face `Qwen2_5_VLForConditionalGeneration`, eval mode, sdpa attention, on `device` in `dtype`.
-        tokenizer: Hugging Face fast tokenizer with a chat template. None only where random weights have no tokenizer files
-            beside them; their answers would mean nothing anyway.
+        model: the weights, on `device` in `dtype`, and their config.
+        tokenizer: with a chat template. None only where random weights have no tokenizer files beside them; their answers
+            would mean nothing anyway.
         video: see `plan.VideoLimits`.
         eos_ids: token ids that end an answer.
         id: "demo", or the folder or hub id as it was asked for.
@@ -44,8 +44,8 @@ class LoadedModel:
         weights_bytes: size of all weights, tied ones counted once.
     """
 
-    model: Any
-    tokenizer: Any
+    model: QwenVL
+    tokenizer: Tokenizer | None
     video: VideoLimits
     eos_ids: tuple[int, ...]
     id: str
@@ -97,20 +97,17 @@ def load_model(
     dtype = _dtype(dtype, place, is_demo)
 
     tokenizer = None
-    if folder is not None and (_has_tokenizer(folder) or not dummy):
-        tokenizer = _load_tokenizer(folder)
-    if not dummy:
-        _check_weights(folder)
+    if folder is not None and (has_tokenizer(folder) or not dummy):
+        tokenizer = load_tokenizer(folder)
+    files = [] if dummy else _weight_files(folder)
     try:
-        with _quiet():
-            how = (DTYPES[dtype], place)
-            model = random_model(config, *how) if dummy else _load_weights(config, folder, *how)
+        how = (DTYPES[dtype], place)
+        model = random_model(config, *how) if dummy else _load_weights(config, files, *how)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
         hint = "use a smaller model, or bf16 weights" if dtype == "fp32" else "use a smaller model"
         raise OutOfMemory(f"the weights of {name} do not fit into memory ({place})", hint, stage="load") from problem
-    model.eval().requires_grad_(False)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -128,11 +125,11 @@ def load_model(
 
 def describe_model(
     name: str = "demo", *, revision: str | None = None, offline: bool = False
-) -> tuple[Any, VideoLimits]:
+) -> tuple[Config, VideoLimits]:
     """A model's config and what it wants of a video, without its weights; for a bundled config without the hub.
 
     Returns:
-        Hugging Face's `Qwen2_5_VLConfig`, and the limits.
+        The config, and the limits.
 
     Raises:
         ModelError: as `load_model`.
@@ -203,8 +200,8 @@ def _locate(name: str, revision: str | None, offline: bool, *, files: list[str] 
     return hub.download(name, revision, offline, files, check=_read_config)
 
 
-def _read_config(path: Path):
-    """The checked `Qwen2_5_VLConfig` in a config.json."""
+def _read_config(path: Path) -> Config:
+    """The checked config in a config.json."""
     if not path.is_file():
         raise ModelError(
             f"{path.parent} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name"
@@ -214,12 +211,9 @@ def _read_config(path: Path):
         raise ModelError(f"{path.parent} is a model of type {kind!r}, not qwen2_5_vl", MODEL_HINT)
     if "quantization_config" in content:
         raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
-    from transformers import Qwen2_5_VLConfig
-
     try:
-        with _quiet():
-            return Qwen2_5_VLConfig.from_dict(content)
-    except Exception as problem:  # strict field checks raise types of their own
+        return parse_config(content)
+    except (ValueError, TypeError, AttributeError) as problem:  # a text where an object should be has no `get`
         raise ModelError(
             f"{path} is no valid Qwen2.5-VL config: {first_line(problem)}", "get the file again"
         ) from problem
@@ -235,8 +229,8 @@ def _json(path: Path) -> dict:
     return content
 
 
-def _check_weights(folder: Path) -> None:
-    """All safetensors files are there and whole; reads their headers only."""
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, all there and whole as far as their headers tell."""
     from safetensors import SafetensorError, safe_open
 
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -258,76 +252,52 @@ def _check_weights(folder: Path) -> None:
         except (OSError, SafetensorError) as problem:
             what = "damaged or incomplete" if file.is_file() else "missing"
             raise ModelError(f"weights file {file} is {what}: {first_line(problem)}", "get the file again") from problem
+    return files
 
 
-def _load_weights(config, folder: Path, dtype: torch.dtype, device: torch.device):
-    from transformers import Qwen2_5_VLForConditionalGeneration
+def _load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> QwenVL:
+    """Weights stay memory-mapped where they can be used as they lie in the file: on the CPU, in its own dtype."""
+    from safetensors import safe_open
 
-    try:
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as problem:
-        if is_out_of_memory(problem):
-            raise
-        hint = "config.json and the weights must belong together; get the model again"
-        raise ModelError(f"the weights in {folder} cannot be loaded: {first_line(problem)}", hint) from problem
-    if missing := sorted(report["missing_keys"]):
-        # transformers would go on with random numbers in their place.
+    model = empty(config)
+    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for stored in content.keys():  # noqa: SIM118 (not a dict)
+                name = name_in_memory(stored)
+                if name not in wanted:
+                    continue
+                weight = content.get_tensor(stored)
+                if weight.shape != wanted[name] or not weight.is_floating_point():
+                    what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
+                    hint = "config.json and the weights must belong together; get the model again"
+                    raise ModelError(
+                        f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", ""), hint
+                    )
+                found[name] = weight.to(device, dtype)
+    if missing := sorted(wanted.keys() - found.keys()):
         raise ModelError(
-            f"the weights in {folder} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
+            f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
         )
-    return model.to(device)
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie()
+    return model.requires_grad_(False)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
-
-
-def _load_tokenizer(folder: Path):
-    if not _has_tokenizer(folder):
-        raise ModelError(
-            f"{folder} holds no tokenizer", "copy tokenizer.json and tokenizer_config.json from the original model"
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as problem:  # the Rust parser raises plain Exceptions
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}", "get its files again"
-        ) from problem
-    # Where the hub's older repositories keep the template of the processor, the one that knows about video.
-    template = folder / "chat_template.json"
-    if template.is_file() and not template.with_suffix(".jinja").is_file():
-        tokenizer.chat_template = _json(template).get("chat_template")
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"the tokenizer in {folder} has no chat template", "copy chat_template.json from the original model"
-        )
-    return tokenizer
-
-
-def _eos_ids(folder: Path | None, config, tokenizer) -> tuple[int, ...]:
+def _eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     path = folder / "generation_config.json" if folder else None
     ids = _json(path).get("eos_token_id") if path and path.is_file() else None
     if ids is None:
         ids = config.text_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id if tokenizer is not None else None
+    if ids is None and tokenizer is not None:
+        ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
     return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def _video_limits(folder: Path | None, vision_config) -> VideoLimits:
+def _video_limits(folder: Path | None, vision_config: VisionConfig) -> VideoLimits:
     """Limits from a model folder's processor settings, patch sizes from its config: those are the shape of the weights.
 
     `preprocessor_config.json` is the image processor's, so only its mean and std are used. It allows 12.8 million pixels,
@@ -352,22 +322,6 @@ def _video_limits(folder: Path | None, vision_config) -> VideoLimits:
         merge_size=vision_config.spatial_merge_size,
     )
     return replace(limits, **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if v is not None})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no chatter from transformers: stderr belongs to the caller."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

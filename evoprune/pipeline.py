@@ -21,6 +21,7 @@ from evoprune.clock import Clock, memory_guard
 from evoprune.cost import estimate_first_token
 from evoprune.environment import environment, peak_memory
 from evoprune.errors import UsageError
+from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     GenerationSettings,
     TokenStream,
@@ -225,8 +226,8 @@ class EncodedVideo:
         self.qa, self.info, self.decoder, self.plan, self.encoded = qa, info, decoder, plan, encoded
         self._clock, self._wall = clock, wall_seconds
         # The system prompt, the cache, and how many of its columns no question changes.
-        self._prefix: tuple[str | None, object, int] | None = None
-        self._turn = 0
+        self._prefix: tuple[str | None, KVCache, int] | None = None
+        self._turn, self._paid = 0, False
         self.report = self._blank_report()
 
     def ask(
@@ -256,7 +257,9 @@ class EncodedVideo:
     def _answer(self, question: str, system: str | None, settings: GenerationSettings) -> Iterator[str]:
         loaded, encoded, clock = self.qa.loaded, self.encoded, self._clock
         report = self.report = self._next_report(question, settings)
-        if self._turn:  # the video was paid for by the first question
+        self._turn += 1
+        turn = self._turn
+        if self._paid:  # the video's time was counted with the first question that was read
             clock.seconds, self._wall = dict.fromkeys(clock.seconds, 0.0), 0.0
             report.time_ms.encode_prune = 0.0
         clock.seconds.pop("prefill", None), clock.seconds.pop("generate", None)
@@ -264,8 +267,7 @@ class EncodedVideo:
         start = clock.now()
         with clock.stage("prefill"):
             tokens = self._prefill(question, system, settings)
-        self._turn += 1
-        turn = self._turn
+        self._paid = True
         report.tokens = TokenCounts(self._text_tokens, len(encoded.kept), self._text_tokens + len(encoded.kept), 0)
         report.time_ms.ttft_wall = (self._wall + clock.now() - start) * 1000
         report.answer = ""
@@ -306,25 +308,18 @@ class EncodedVideo:
         embeds, columns = embed_prompt(model, prompt.input_ids, encoded.features, prompt.video_start, n, encoded.kept)
         positions = positions[:, columns]
         cache, known = self._take_prefix(system)
-        state = prefill(model, embeds[:, known:], positions[:, known:], following, cache)
+        state = prefill(model, embeds[known:], positions[:, known:], following, cache)
         self._prefix = system, state.cache, prompt.prefix_length - n + len(encoded.kept)
         self._text_tokens = prompt.text_tokens
         return stream(model, state, settings, loaded.eos_ids)
 
-    def _take_prefix(self, system: str | None) -> tuple[object | None, int]:
-        """The cache up to the question, and its columns; nothing where there is none for this system prompt.
-
-        It is out of reach until the next prompt has been read: a pass that breaks off leaves layers of different lengths.
-        """
-        prefix, self._prefix = self._prefix, None
-        if prefix is None or prefix[0] != system:
+    def _take_prefix(self, system: str | None) -> tuple[KVCache | None, int]:
+        """The cache up to the question, and its columns; nothing where there is none for this system prompt."""
+        if self._prefix is None or self._prefix[0] != system:
+            self._prefix = None  # its memory goes before the next one is made
             return None, 0
-        _, cache, known = prefix
-        lengths = {layer.get_seq_length() for layer in cache.layers}
-        if len(lengths) > 1:
-            return None, 0
-        if extra := lengths.pop() - known:
-            cache.crop(-extra)  # so many columns off the end
+        _, cache, known = self._prefix
+        cache.crop(known)
         return cache, known
 
     def _fill_times(self, report: Report, total: float) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from evoprune.baseline import hugging_face_model
 from evoprune.errors import UsageError, VideoError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
@@ -33,7 +34,7 @@ def test_full_budget_is_hugging_faces_generate(loaded, model, clip):
     loaded = load_model("demo") if model == "demo" else loaded
     video = VideoQA(loaded, budget=1.0).encode(clip)
     mine = answer(video, "Describe the video.")
-    plan, model = video.plan, loaded.model
+    plan, model = video.plan, hugging_face_model(loaded.model)
     chunks = read_frames(video.info, plan.sampling.times_s)
     frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
     patches = patchify(resize(frames, plan.height, plan.width))
@@ -42,6 +43,7 @@ def test_full_budget_is_hugging_faces_generate(loaded, model, clip):
     span = VideoSpan(prompt.video_start, plan.grid, plan.sampling.seconds_per_grid())
     rope = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
     sequence = torch.arange(len(prompt.input_ids))[None]
+    model.config.video_token_id = loaded.tokenizer.specials()["<|video_pad|>"]
     ids = model.generate(
         prompt.input_ids[None],
         attention_mask=torch.ones_like(prompt.input_ids)[None],
@@ -52,7 +54,7 @@ def test_full_budget_is_hugging_faces_generate(loaded, model, clip):
         do_sample=False,
         eos_token_id=list(loaded.eos_ids),
     )[0, len(prompt.input_ids) :]
-    expected = loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    expected = loaded.tokenizer.decode(ids.tolist())
     assert mine == expected and video.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
 
 
@@ -78,6 +80,18 @@ def test_answers_must_not_be_mixed(loaded):
         list(first)
 
 
+def test_an_answer_does_not_go_on_after_another_question_broke_off(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    next(first)
+    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(video.ask("And then?"))
+    hook.remove()
+    with pytest.raises(UsageError, match="another question"):
+        list(first)
+
+
 def test_report_of_an_answer_that_was_cut_short(loaded):
     video = VideoQA(loaded).encode(CLIP)
     pieces = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
@@ -99,7 +113,7 @@ def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
         if len(passes) == (1 if when == "reading the prompt" else 3):
             raise KeyboardInterrupt
 
-    hook = loaded.model.model.language_model.layers[-1].mlp.register_forward_pre_hook(stop)
+    hook = loaded.model.model.language_model.layers[-1].mlp.gate_proj.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         answer(video, "What happens now?")
     hook.remove()
@@ -108,7 +122,7 @@ def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
 
 def test_the_video_is_paid_for_by_the_first_answer_that_comes(loaded):
     video = VideoQA(loaded).encode(CLIP)
-    hook = loaded.model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         answer(video)
     hook.remove()

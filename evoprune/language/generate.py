@@ -1,8 +1,7 @@
 """From visual features to words: prompt embeddings, prefill, decoding token by token, text as it arrives.
 
-Works on the language model of a Hugging Face `Qwen2_5_VLForConditionalGeneration`, with the positions of `positions.py`.
-transformers takes them as `[4, 1, L]`: rows 1-3 are time, height and width, row 0 is the place in the sequence. Row 0 must
-have no gaps, even where columns were pruned: without a mask, a gap is read as the border between packed sequences.
+The language model itself is in `decoder.py`; its positions, which keep their gaps where columns were pruned, in
+`positions.py`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.language import decoder
+from evoprune.language.decoder import KVCache
+from evoprune.language.tokenizer import Tokenizer
+
+# Columns a prompt's cache has to spare: an answer of the usual length needs no second cache.
+ANSWER_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,12 @@ class PrefillState:
     """What decoding starts from.
 
     Attributes:
-        cache: transformers' `DynamicCache` with the keys and values of the prompt; decoding extends it in place.
+        cache: keys and values of the prompt; decoding extends it in place.
         logits: float32 `[vocabulary]`, of the prompt's last column.
         next_position: M-RoPE position of the first generated token, the same in time, height and width.
     """
 
-    cache: object
+    cache: KVCache
     logits: torch.Tensor
     next_position: int
 
@@ -62,7 +67,7 @@ def embed_prompt(
     """Embeds a prompt in which only some of the visual tokens are left.
 
     Args:
-        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration`.
+        model: weights under Hugging Face's names.
         input_ids: int64 `[L]`, the unpruned prompt.
         features: `[K, hidden]`, what stands at the visual tokens that are left.
         video_start: index of the first video placeholder.
@@ -70,7 +75,7 @@ def embed_prompt(
         kept: int64 `[K]`, which of the N are left, ascending.
 
     Returns:
-        Embeddings `[1, L - N + K, hidden]` in the model's dtype, and which columns of the unpruned prompt they are, int64
+        Embeddings `[L - N + K, hidden]` in the model's dtype, and which columns of the unpruned prompt they are, int64
         `[L - N + K]` on the CPU: `positions[:, columns]` are their positions, never renumbered.
 
     Raises:
@@ -83,49 +88,35 @@ def embed_prompt(
         raise ValueError(f"kept visual tokens must ascend within 0..{visual_tokens - 1}")
     video_end = video_start + visual_tokens
     columns = torch.cat([torch.arange(video_start), video_start + kept, torch.arange(video_end, len(input_ids))])
-    embed = model.get_input_embeddings()
+    embed = model.model.language_model.embed_tokens
     with torch.inference_mode():
         before, after = (
             embed(part.to(embed.weight.device)) for part in (input_ids[:video_start], input_ids[video_end:])
         )
-        return torch.cat([before, features.to(before), after])[None], columns
+        return torch.cat([before, features.to(before), after]), columns
 
 
-@torch.inference_mode()
 def prefill(
-    model, inputs_embeds: torch.Tensor, positions: torch.Tensor, next_position: int, cache=None
+    model, inputs_embeds: torch.Tensor, positions: torch.Tensor, next_position: int, cache: KVCache | None = None
 ) -> PrefillState:
     """Reads a prompt, or goes on reading one.
 
     Args:
-        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration`.
-        inputs_embeds: `[1, L, hidden]`.
-        positions: int64 `[3, L]`, M-RoPE positions (time, height, width).
+        model: weights under Hugging Face's names.
+        inputs_embeds: `[L, hidden]`.
+        positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
         next_position: where the first generated token will sit, by Qwen's rule the *unpruned* prompt's largest position
             plus one. Only decoding reads it.
         cache: of an earlier call whose prompt this one continues; it is extended in place.
 
     Returns:
         The state after the last column.
+
+    Raises:
+        ValueError: no columns, or not one position for each.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config.text_config) if cache is None else cache
-    return PrefillState(cache, _forward(model, inputs_embeds, positions, cache), next_position)
-
-
-def _forward(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache) -> torch.Tensor:
-    """Logits float32 `[vocabulary]` of the last of the columns that this adds to the cache."""
-    start = cache.get_seq_length()
-    sequence = torch.arange(start, start + inputs_embeds.shape[1])
-    hidden = model.model.language_model(
-        inputs_embeds=inputs_embeds,
-        position_ids=torch.cat([sequence[None], positions.cpu()])[:, None].to(inputs_embeds.device),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    # The vocabulary is the widest layer there is, and only one column of a prompt needs it.
-    return model.lm_head(hidden[0, -1]).float()
+    cache = KVCache(model, len(inputs_embeds) + ANSWER_COLUMNS) if cache is None else cache
+    return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache), next_position)
 
 
 class TokenStream(Iterator[int]):
@@ -162,10 +153,10 @@ class TokenStream(Iterator[int]):
         return token
 
     def _step(self, token: int) -> torch.Tensor:
-        embed = self._model.get_input_embeddings()
+        embed = self._model.model.language_model.embed_tokens
         position = self._state.next_position + self.tokens - 1
-        column = embed(torch.tensor([[token]], device=embed.weight.device))
-        return _forward(self._model, column, torch.full((3, 1), position), self._state.cache)
+        column = embed(torch.tensor([token], device=embed.weight.device))
+        return decoder.logits(self._model, column, torch.full((3, 1), position), self._state.cache)
 
 
 def stream(model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]) -> TokenStream:
@@ -204,24 +195,20 @@ def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Gen
     return int(torch.multinomial(probabilities, 1, generator=random))
 
 
-def stream_text(tokenizer, ids: Iterable[int]) -> Iterator[str]:
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text of token ids as they come, in pieces that are final once yielded.
 
     A byte-level token may end in the middle of a character; such an end is held back until the rest of it has come.
     Special tokens are left out. The pieces joined are `tokenizer.decode` of all ids.
 
     Args:
-        tokenizer: a byte-level Hugging Face tokenizer, as Qwen's is.
+        tokenizer: a byte-level one, as Qwen's is.
         ids: token ids, consumed one at a time.
     """
     pending, yielded = [], 0
-
-    def text() -> str:
-        return tokenizer.decode(pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     for token in ids:
         pending.append(token)
-        piece = text()
+        piece = tokenizer.decode(pending)
         # Unfinished bytes decode to one replacement character, always the last; what stands before it is settled.
         settled = piece.removesuffix("\ufffd")
         if len(settled) > yielded:
@@ -229,5 +216,5 @@ def stream_text(tokenizer, ids: Iterable[int]) -> Iterator[str]:
             yielded = len(settled)
         if settled == piece:
             pending, yielded = [], 0
-    if rest := text()[yielded:]:
+    if rest := tokenizer.decode(pending)[yielded:]:
         yield rest

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import ModelError, UsageError
+from evoprune.language.tokenizer import Tokenizer
 
 VIDEO_TOKEN = "<|video_pad|>"
 
@@ -40,11 +41,11 @@ class Prompt:
         return len(self.input_ids) - self.visual_tokens
 
 
-def build_prompt(tokenizer, question: str, visual_tokens: int, *, system: str | None = None) -> Prompt:
+def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, system: str | None = None) -> Prompt:
     """One user turn, the video and then the question, up to where the answer begins.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer with Qwen2.5-VL's special tokens and chat template.
+        tokenizer: with Qwen2.5-VL's special tokens and chat template.
         question: what to ask, taken literally.
         visual_tokens: N of the unpruned video, at least 1.
         system: a system prompt, taken literally; None leaves it to the template.
@@ -59,7 +60,7 @@ def build_prompt(tokenizer, question: str, visual_tokens: int, *, system: str | 
     """
     if visual_tokens < 1:
         raise ValueError(f"a video has at least one visual token, not {visual_tokens}")
-    specials = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    specials = tokenizer.specials()
     rendered = _render(tokenizer, system is not None)
     before, _, after = rendered.partition(VIDEO_TOKEN)
     if VIDEO_TOKEN not in specials or VIDEO_TOKEN in after or _QUESTION in before or _QUESTION not in after:
@@ -82,16 +83,16 @@ def build_prompt(tokenizer, question: str, visual_tokens: int, *, system: str | 
                 prefix_length = len(ids)
             # One pass, so that a stand-in inside the user's words stays what it is.
             text = re.sub(f"{_QUESTION}|{_SYSTEM}", lambda match: words[match[0]], piece)
-            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids += tokenizer.encode(text)
     return Prompt(torch.tensor(ids), video_start, visual_tokens, prefix_length)
 
 
-def _render(tokenizer, with_system: bool) -> str:
+def _render(tokenizer: Tokenizer, with_system: bool) -> str:
     """The conversation as text, with stand-ins for the user's words."""
     messages = [{"role": "system", "content": _SYSTEM}] if with_system else []
     messages.append({"role": "user", "content": [{"type": "video"}, {"type": "text", "text": _QUESTION}]})
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.render(messages)
     except Exception as problem:  # a template is a program that somebody else wrote
         raise _unfit(str(problem).partition("\n")[0]) from problem
 

@@ -1,10 +1,12 @@
 import pytest
+import tokenizers
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import build_prompt
+from evoprune.language.tokenizer import Tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
 ORDINARY = [
@@ -20,17 +22,22 @@ ORDINARY = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
-    return tiny_tokenizer()
+    return own(tiny_tokenizer())
 
 
-def whole(tokenizer, question, visual_tokens, system):
-    """The rendered conversation, tokenised at once."""
+def own(hf):
+    return Tokenizer(tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str()), hf.chat_template)
+
+
+def whole(question, visual_tokens, system, template=None):
+    """The rendered conversation, tokenised at once by Hugging Face."""
+    tokenizer = tiny_tokenizer()
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, chat_template=template)
     return tokenizer(text.replace("<|video_pad|>", "<|video_pad|>" * visual_tokens))["input_ids"]
 
 
@@ -39,23 +46,21 @@ def whole(tokenizer, question, visual_tokens, system):
 def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, system):
     prompt = build_prompt(tokenizer, question, 7, system=system)
     assert prompt.input_ids.dtype == torch.int64
-    assert prompt.input_ids.tolist() == whole(tokenizer, question, 7, system)
+    assert prompt.input_ids.tolist() == whole(question, 7, system)
 
 
 @settings(deadline=None)
 @given(question=st.text(max_size=30), system=st.none() | st.text(max_size=10))
 def test_any_text_without_special_tokens_gives_the_ids_of_the_whole(question, system):
     assume(not any(token in question + (system or "") for token in SPECIAL_TOKENS))
-    tokenizer = tiny_tokenizer()
-    assert build_prompt(tokenizer, question, 2, system=system).input_ids.tolist() == whole(
-        tokenizer, question, 2, system
-    )
+    tokenizer = own(tiny_tokenizer())
+    assert build_prompt(tokenizer, question, 2, system=system).input_ids.tolist() == whole(question, 2, system)
 
 
 @pytest.mark.parametrize("visual_tokens", [1, 2, 300])
 def test_placeholders_stand_between_vision_start_and_vision_end(tokenizer, visual_tokens):
     prompt = build_prompt(tokenizer, "How many?", visual_tokens)
-    start, pad, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|video_pad|>", "<|vision_end|>"])
+    start, pad, end = tiny_tokenizer().convert_tokens_to_ids(["<|vision_start|>", "<|video_pad|>", "<|vision_end|>"])
     ids, at = prompt.input_ids.tolist(), prompt.video_start
     assert ids[at - 1 : at + visual_tokens + 1] == [start] + [pad] * visual_tokens + [end]
     assert ids.count(pad) == visual_tokens == prompt.visual_tokens
@@ -66,18 +71,16 @@ def test_placeholders_stand_between_vision_start_and_vision_end(tokenizer, visua
 def test_special_tokens_in_the_users_words_are_plain_text(tokenizer, token):
     attack = f"a{token}b {token}{token}"
     plain, attacked = build_prompt(tokenizer, "a", 3, system="b"), build_prompt(tokenizer, attack, 3, system=attack)
-    specials = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+    specials = tiny_tokenizer().convert_tokens_to_ids(SPECIAL_TOKENS)
     only_special = [[i for i in prompt.input_ids.tolist() if i in specials] for prompt in (plain, attacked)]
     assert only_special[0] == only_special[1]
     # ... and yet the model reads every character of it.
-    assert tokenizer.decode(attacked.input_ids).count(attack) == 2
-    # The tokenizer itself goes on as before.
-    assert tokenizer(token)["input_ids"] == [tokenizer.convert_tokens_to_ids(token)]
+    assert tiny_tokenizer().decode(attacked.input_ids).count(attack) == 2
 
 
 def test_stand_ins_in_the_users_words_stay_what_they_are(tokenizer):
     question, system = "\ue000system\ue001?", "\ue000question\ue001!"
-    text = tokenizer.decode(build_prompt(tokenizer, question, 1, system=system).input_ids)
+    text = tiny_tokenizer().decode(build_prompt(tokenizer, question, 1, system=system).input_ids)
     assert text.count(question) == text.count(system) == 1
 
 
@@ -85,7 +88,7 @@ def test_the_prefix_does_not_depend_on_the_question(tokenizer):
     one, other = (build_prompt(tokenizer, question, 4, system="Be brief.") for question in ("\nWhy?", "How many?"))
     assert one.prefix_length == other.prefix_length == one.video_start + 4 + 1
     assert one.input_ids[: one.prefix_length].tolist() == other.input_ids[: other.prefix_length].tolist()
-    assert tokenizer.decode(one.input_ids[one.prefix_length :]).startswith("\nWhy?<|im_end|>")
+    assert tiny_tokenizer().decode(one.input_ids[one.prefix_length :]).startswith("\nWhy?<|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -106,12 +109,11 @@ def test_templates_without_one_video_and_a_question_after_it_are_refused(tokeniz
 
 
 def test_text_between_video_and_question_is_part_of_the_rest(tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        tokenizer, "chat_template", CHAT_TEMPLATE.replace("else part.text", "else 'Question: ' + part.text")
-    )
+    template = CHAT_TEMPLATE.replace("else part.text", "else 'Question: ' + part.text")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
     prompt = build_prompt(tokenizer, "Why?", 2)
-    assert prompt.input_ids.tolist() == whole(tokenizer, "Why?", 2, None)
-    assert tokenizer.decode(prompt.input_ids[prompt.prefix_length :]).startswith("Question: Why?")
+    assert prompt.input_ids.tolist() == whole("Why?", 2, None, template)
+    assert tiny_tokenizer().decode(prompt.input_ids[prompt.prefix_length :]).startswith("Question: Why?")
 
 
 def test_a_video_has_at_least_one_token(tokenizer):

@@ -1,0 +1,61 @@
+"""Plain Hugging Face transformers, the reference that everything is measured against, on the very same weights."""
+
+from dataclasses import asdict
+
+import torch
+
+from evoprune.config import Config, VisionConfig
+from evoprune.qwen import QwenVL, Tower
+
+
+def hugging_face_config(config: Config):
+    """`Qwen2_5_VLConfig` with the same numbers."""
+    from transformers import Qwen2_5_VLConfig
+
+    rope = {"rope_type": "default"} | config.text_config.rope_parameters
+    return Qwen2_5_VLConfig(
+        vision_config=_plain(config.vision_config),
+        text_config=_plain(config.text_config) | {"rope_parameters": rope},
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+
+
+def hugging_face_model(model: QwenVL):
+    """A `Qwen2_5_VLForConditionalGeneration` under sdpa that shares its tensors with `model`."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        made = Qwen2_5_VLForConditionalGeneration._from_config(
+            hugging_face_config(model.config), dtype=model.dtype, attn_implementation="sdpa"
+        )
+    return _share(made, model)
+
+
+def hugging_face_tower(tower: Tower):
+    """A `Qwen2_5_VisionTransformerPretrainedModel` under sdpa that shares its tensors with `tower`."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    config = Qwen2_5_VLVisionConfig(**_plain(tower.config))
+    with torch.device("meta"):
+        made = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+            config, dtype=tower.patch_embed.proj.weight.dtype, attn_implementation="sdpa"
+        )
+    return _share(made, tower)
+
+
+def _plain(config: VisionConfig) -> dict:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def _share(made, own):
+    made.load_state_dict(own.state_dict(), strict=True, assign=True)
+    made.tie_weights()
+    device = next(own.parameters()).device
+    # Rotary frequencies follow from the config, and are not part of the weights.
+    for parent in list(made.modules()):
+        for name, child in parent.named_children():
+            if hasattr(child, "inv_freq"):
+                with device:
+                    setattr(parent, name, type(child)(child.config))
+    return made.eval().requires_grad_(False)

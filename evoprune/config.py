@@ -1,0 +1,124 @@
+"""The numbers in a Qwen2.5-VL `config.json`, under Hugging Face's names; no torch, no transformers.
+
+Published checkpoints keep the language model's numbers at the top level, newer ones in `text_config`; both are read. What this
+program could not run faithfully is refused here, before any weights are read.
+"""
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower; sizes in pixels, patches or features."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    window_size: int = 112
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+    tokens_per_second: int | float = 4
+    hidden_act: str = "silu"
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model. `rope_parameters` holds `rope_theta` and `mrope_section`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_parameters: dict[str, Any]
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    use_sliding_window: bool = False
+    eos_token_id: int | list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Both, and whether input and output embeddings are one matrix."""
+
+    vision_config: VisionConfig
+    text_config: TextConfig
+    tie_word_embeddings: bool = False
+
+
+def parse_config(content: dict) -> Config:
+    """Reads the content of a `config.json`.
+
+    Raises:
+        ValueError: a number is missing or makes no sense, or the model needs something that this program does not have.
+    """
+    text, vision = content.get("text_config") or content, content.get("vision_config") or {}
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", text.get("rope_theta", 1e6))
+    rope.setdefault("mrope_section", [16, 24, 24])
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    heads = text.get("num_attention_heads")
+    text = text | {"rope_parameters": rope, "num_key_value_heads": text.get("num_key_value_heads") or heads}
+    vision = {"in_channels": vision.get("in_chans", 3)} | vision
+    tied = bool(content.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    config = Config(_pick(VisionConfig, vision, "vision_config"), _pick(TextConfig, text, "text_config"), tied)
+    v, t = config.vision_config, config.text_config
+
+    def check(right: bool, what: str) -> None:
+        if not right:
+            raise ValueError(what)
+
+    check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen2.5-VL's own")
+    check(not t.use_sliding_window, "sliding window attention is not supported")
+    check(
+        v.hidden_act == t.hidden_act == "silu", f"activation {v.hidden_act}/{t.hidden_act} is not supported, only silu"
+    )
+    check(v.spatial_merge_size == 2, f"spatial_merge_size {v.spatial_merge_size} is not supported, only 2")
+    check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
+    check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
+    check(
+        all(0 <= i < v.depth for i in v.fullatt_block_indexes), "fullatt_block_indexes names layers that are not there"
+    )
+    check(v.out_hidden_size == t.hidden_size, "tower and language model differ in size")
+    check(t.hidden_size % (2 * t.num_attention_heads) == 0, "hidden_size does not divide into heads")
+    check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
+    section = rope["mrope_section"]
+    parts = isinstance(section, list) and len(section) == 3 and all(isinstance(n, int) and n >= 0 for n in section)
+    check(parts and 2 * sum(section) == t.hidden_size // t.num_attention_heads, "mrope_section does not fit the heads")
+    check(_is_number(rope["rope_theta"]) and rope["rope_theta"] > 0, "rope_theta is not a positive number")
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _pick(cls: type[T], content: dict, where: str) -> T:
+    """The fields of `cls` out of `content`, each of its declared type; sizes are at least one."""
+    found = {}
+    for f in fields(cls):
+        value = content.get(f.name)
+        if value is None:
+            if f.default is MISSING:
+                raise ValueError(f"{where} has no {f.name}")
+            continue
+        number = f.type in (int, float, int | float)
+        if f.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{where}.{f.name} is {value!r}, not a whole number above zero")
+        if number and not (_is_number(value) and value > 0):
+            raise ValueError(f"{where}.{f.name} is {value!r}, not a positive number")
+        if f.name == "fullatt_block_indexes":
+            if not isinstance(value, list) or not all(isinstance(i, int) for i in value):
+                raise ValueError(f"{where}.{f.name} is {value!r}, not a list of layers")
+            value = tuple(value)
+        found[f.name] = value
+    return cls(**found)

@@ -1,0 +1,175 @@
+"""Qwen2.5's decoder: a pass of the language model over new columns of a prompt, or over one generated token.
+
+Runs on the weights alone, under Hugging Face's names, so on a `Qwen2_5_VLForConditionalGeneration` as well as on
+`qwen.QwenVL`. Queries and keys are turned by three positions at once (M-RoPE, arXiv 2409.12191, section 2.1), heads share
+keys and values in groups (arXiv 2305.13245). Numbers are rounded where Hugging Face rounds them.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.linear import linear
+
+
+class KVCache:
+    """Keys and values of every layer for the columns read so far.
+
+    Args:
+        model: whose passes it serves; dtype and device are those of its embeddings.
+        capacity: columns to make room for, at least 1. More is made as it is needed, half as much again at a time.
+
+    Attributes:
+        length: columns that count. Those behind them are a pass's own until it is done, so one that breaks off leaves the
+            cache as it was.
+    """
+
+    def __init__(self, model, capacity: int):
+        config = model.config.text_config
+        weight = model.model.language_model.embed_tokens.weight
+        shape = (1, config.num_key_value_heads, capacity, config.hidden_size // config.num_attention_heads)
+        self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.num_hidden_layers)]
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Columns there is room for in every layer."""
+        return min(keys.shape[2] for keys, _ in self._layers)
+
+    def crop(self, length: int) -> None:
+        """Forgets all but the first `length` columns.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"the cache holds {self.length} columns, not {length}")
+        self.length = length
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes a layer's new columns behind those that count, which they do not do themselves yet.
+
+        Args:
+            layer: which.
+            keys, values: `[1, kv_heads, L, head_dim]`.
+
+        Returns:
+            All its keys and values `[1, kv_heads, length + L, head_dim]`, views.
+        """
+        columns = keys.shape[2]
+        end = self.length + columns
+        stored = self._layers[layer]
+        if end > stored[0].shape[2]:
+            # Layer by layer, so that no more than one is there twice.
+            stored = self._layers[layer] = self._widened(stored[0], end), self._widened(stored[1], end)
+        stored[0].narrow(2, self.length, columns).copy_(keys)
+        stored[1].narrow(2, self.length, columns).copy_(values)
+        return stored[0].narrow(2, 0, end), stored[1].narrow(2, 0, end)
+
+    def _widened(self, tensor: torch.Tensor, needed: int) -> torch.Tensor:
+        one, heads, capacity, dim = tensor.shape
+        wide = tensor.new_empty(one, heads, max(needed, capacity * 3 // 2), dim)
+        wide[:, :, : self.length] = tensor[:, :, : self.length]
+        return wide
+
+
+@torch.inference_mode()
+def forward(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Reads new columns behind those in the cache, and puts them there.
+
+    Args:
+        model: weights under Hugging Face's names; only its linear layers are called.
+        inputs_embeds: `[L, hidden]`, on the device of the weights, L at least 1.
+        positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
+        cache: of the columns before; L longer afterwards, or unchanged if this raises.
+
+    Returns:
+        The last column after the final norm, `[hidden]`.
+
+    Raises:
+        ValueError: no columns, or not one position for each.
+    """
+    columns = len(inputs_embeds)
+    if not columns or positions.shape != (3, columns):
+        raise ValueError(f"positions {list(positions.shape)} for {columns} columns")
+    config, text = model.config.text_config, model.model.language_model
+    eps, dim, last = config.rms_norm_eps, config.hidden_size // config.num_attention_heads, len(text.layers) - 1
+    x = inputs_embeds
+    cos, sin = _rotation(config, positions, x)
+    mask = None
+    if columns > 1 and cache.length:
+        mask = torch.ones(columns, cache.length + columns, dtype=torch.bool, device=x.device).tril(cache.length)
+    for i, layer in enumerate(text.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        h = _norm(x, layer.input_layernorm.weight, eps)
+        keys = _rotate(attention.k_proj(h).view(1, columns, -1, dim), cos, sin).transpose(1, 2)
+        values = attention.v_proj(h).view(1, columns, -1, dim).transpose(1, 2)
+        keys, values = cache.put(i, keys, values)
+        if i == last:  # nobody reads what the columns before the last one would become
+            x, h, cos, sin, mask = x[-1:], h[-1:], cos[-1:], sin[-1:], None
+        queries = _rotate(attention.q_proj(h).view(1, len(h), -1, dim), cos, sin)
+        x = linear(attention.o_proj, _attend(queries, keys, values, mask), plus=x)
+        h = _norm(x, layer.post_attention_layernorm.weight, eps)
+        x = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
+    hidden = _norm(x, text.norm.weight, eps)[0]
+    cache.length += columns
+    return hidden
+
+
+@torch.inference_mode()
+def logits(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """`forward`, and what the last column foretells: logits float32 `[vocabulary]`."""
+    # The vocabulary is the widest layer there is, and only one column of a prompt needs it.
+    return model.lm_head(forward(model, inputs_embeds, positions, cache)[None])[0].float()
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm in float32, rounded before it is scaled, as Hugging Face has it; given the weight, torch would not."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+
+
+@lru_cache
+def _frequencies(theta: float, sections: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each pair of features: radians a position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
+    dim = 2 * sum(sections)
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    return frequencies, torch.tensor([axis for axis, size in enumerate(sections) for _ in range(size)], device="cpu")
+
+
+def _rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines `[L, 1, head_dim]` in dtype and on the device of `like`; the sines' first half is negated."""
+    rope = config.rope_parameters
+    frequencies, axis = _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]))
+    angles = (positions[axis].T * frequencies).to(like.device)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns each feature of `[1, L, heads, head_dim]` with the one half a head away (arXiv 2104.09864)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of the last L columns, each to all up to itself.
+
+    Args:
+        queries: `[1, L, heads, head_dim]`; neighbouring heads share keys and values.
+        keys, values: `[1, kv_heads, n, head_dim]`.
+        mask: bool `[L, n]`, what a column may look at; None where L is 1, or n.
+
+    Returns:
+        `[L, heads * head_dim]`.
+    """
+    _, columns, heads, dim = queries.shape
+    kv_heads = keys.shape[1]
+    if columns == 1:
+        # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
+        return F.scaled_dot_product_attention(queries.view(1, kv_heads, -1, dim), keys, values).reshape(1, -1)
+    # Key/value heads become the batch, so that keys need not be repeated, nor any kernel know of groups.
+    group = heads // kv_heads
+    queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
+    keys, values = (t.transpose(0, 1).expand(-1, group, -1, -1) for t in (keys, values))
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
+    return out.permute(2, 0, 1, 3).reshape(columns, -1)

@@ -1,0 +1,124 @@
+"""Text to token ids and back, and the model's own chat template.
+
+On the `tokenizers` library directly: transformers' wrapper round it takes longer to import than a short answer to compute.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evoprune.errors import ModelError, first_line
+
+
+@dataclass
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    Attributes:
+        backend: a `tokenizers.Tokenizer`.
+        chat_template: Jinja source.
+        named: what the tokenizer's settings call its tokens, "eos_token" and the like; templates may use them.
+    """
+
+    backend: Any
+    chat_template: str
+    named: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.backend.encode_special_tokens = True  # special tokens in what a user writes are words
+
+    def specials(self) -> dict[str, int]:
+        """The special tokens and their ids."""
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, in which special tokens are spelled out like any other words."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens left out; unfinished bytes come out as U+FFFD."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def render(self, messages: list[dict]) -> str:
+        """A conversation as the model was trained to see it, up to where its answer begins.
+
+        The template is a program that somebody else wrote: it runs in Jinja's sandbox.
+
+        Raises:
+            jinja2.TemplateError: the template is broken, or refuses the messages.
+        """
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        # As transformers has it, so that a template's line breaks come out the same.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+        environment.globals["raise_exception"] = refuse
+        template = environment.from_string(self.chat_template)
+        return template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.named)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds tokenizer files."""
+    return (folder / "tokenizer.json").is_file() or all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ModelError: missing, damaged, or without a chat template.
+    """
+    if not has_tokenizer(folder):
+        raise ModelError(
+            f"{folder} holds no tokenizer", "copy tokenizer.json and tokenizer_config.json from the original model"
+        )
+    try:
+        backend = _backend(folder)
+        settings = _settings(folder / "tokenizer_config.json")
+        template = _template(folder, settings)
+    except Exception as problem:  # the Rust parser raises plain Exceptions
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}", "get its files again"
+        ) from problem
+    if not template:
+        raise ModelError(
+            f"the tokenizer in {folder} has no chat template", "copy chat_template.json from the original model"
+        )
+    # Either plain text or {"content": text, ...}.
+    tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
+    return Tokenizer(backend, template, {k: v for k, v in tokens.items() if isinstance(v, str)})
+
+
+def _backend(folder: Path):
+    if (folder / "tokenizer.json").is_file():
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # vocab.json and merges.txt alone: transformers knows what Qwen puts round them.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+
+
+def _settings(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _template(folder: Path, settings: dict) -> str | None:
+    """The chat template: a file of its own, or where the hub's older repositories keep it, of which the processor's comes
+    first, because it is the one that knows about video."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = _settings(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(found, list):  # several templates by name
+        found = {each["name"]: each["template"] for each in found}.get("default")
+    return found

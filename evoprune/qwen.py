@@ -1,0 +1,124 @@
+"""The weights of a Qwen2.5-VL, under Hugging Face's names, and nothing else.
+
+`vision/encoder.py` and `language/decoder.py` run on the weights alone. They run as well on a model that somebody loaded with
+transformers, because the names are the same; but that library takes longer to import than a short answer takes, so a model
+loaded here does without it.
+"""
+
+import torch
+from torch import nn
+
+from evoprune.config import Config, TextConfig, VisionConfig
+
+
+class Part(nn.Module):
+    """Named modules side by side."""
+
+    def __init__(self, **parts: nn.Module):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+class Norm(nn.Module):
+    """The scale of an RMS norm, `[size]`."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+def _mlp(hidden: int, inner: int, bias: bool) -> Part:
+    return Part(
+        gate_proj=nn.Linear(hidden, inner, bias=bias),
+        up_proj=nn.Linear(hidden, inner, bias=bias),
+        down_proj=nn.Linear(inner, hidden, bias=bias),
+    )
+
+
+class Tower(Part):
+    """The vision tower's weights. `config`: `VisionConfig`."""
+
+    def __init__(self, config: VisionConfig):
+        wide, patch = config.hidden_size, (config.temporal_patch_size, config.patch_size, config.patch_size)
+        joined = wide * config.spatial_merge_size**2
+        super().__init__(
+            patch_embed=Part(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=False)),
+            blocks=nn.ModuleList(
+                Part(
+                    norm1=Norm(wide),
+                    norm2=Norm(wide),
+                    attn=Part(qkv=nn.Linear(wide, 3 * wide), proj=nn.Linear(wide, wide)),
+                    mlp=_mlp(wide, config.intermediate_size, bias=True),
+                )
+                for _ in range(config.depth)
+            ),
+            merger=Part(
+                ln_q=Norm(wide),
+                mlp=nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.out_hidden_size)),
+            ),
+        )
+        self.config = config
+
+
+class LanguageModel(Part):
+    """The decoder's weights. `config`: `TextConfig`."""
+
+    def __init__(self, config: TextConfig):
+        wide, heads = config.hidden_size, config.num_attention_heads
+        narrow = wide // heads * config.num_key_value_heads
+        super().__init__(
+            embed_tokens=nn.Embedding.from_pretrained(torch.empty(config.vocab_size, wide)),
+            layers=nn.ModuleList(
+                Part(
+                    input_layernorm=Norm(wide),
+                    post_attention_layernorm=Norm(wide),
+                    self_attn=Part(
+                        q_proj=nn.Linear(wide, wide),
+                        k_proj=nn.Linear(wide, narrow),
+                        v_proj=nn.Linear(wide, narrow),
+                        o_proj=nn.Linear(wide, wide, bias=False),
+                    ),
+                    mlp=_mlp(wide, config.intermediate_size, bias=False),
+                )
+                for _ in range(config.num_hidden_layers)
+            ),
+            norm=Norm(wide),
+        )
+        self.config = config
+
+
+class QwenVL(Part):
+    """All weights of a Qwen2.5-VL: `model.visual`, `model.language_model`, `lm_head`. `config`: `Config`."""
+
+    def __init__(self, config: Config):
+        super().__init__(
+            model=Part(visual=Tower(config.vision_config), language_model=LanguageModel(config.text_config)),
+            lm_head=nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False),
+        )
+        self.config = config
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes input and output embeddings one, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+
+def empty(config: Config) -> QwenVL:
+    """A model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return QwenVL(config).eval().requires_grad_(False)
+
+
+def name_in_memory(name: str) -> str:
+    """Where a tensor of a checkpoint belongs: published ones keep tower and language model under older names."""
+    if name.startswith("visual."):
+        return "model." + name
+    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+        return "model.language_model." + name.removeprefix("model.")
+    return name

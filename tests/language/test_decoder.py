@@ -1,0 +1,279 @@
+"""The decoder against Hugging Face's, against arithmetic written out, and against itself in other portions."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evoprune.config import parse_config
+from evoprune.language import decoder
+from evoprune.language.decoder import KVCache
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.qwen import QwenVL
+from tests.tiny import tiny_config, tiny_model
+
+LENGTH = 60
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def columns(length=LENGTH, seed=0):
+    """Embeddings `[L, 64]` and positions `[3, L]` of a prompt with a pruned video in it."""
+    positions = prompt_positions(90, [VideoSpan(5, (5, 3, 4), 1.5)], 2)
+    random = torch.Generator().manual_seed(seed)
+    kept = torch.randperm(90, generator=random)[:length].sort().values
+    return torch.randn(length, 64, generator=random), positions[:, kept]
+
+
+def fresh(model, embeds, positions):
+    return decoder.logits(model, embeds, positions, KVCache(model, len(embeds)))
+
+
+def hugging_face(model, embeds, positions):
+    """Final hidden state `[hidden]` and logits `[vocabulary]` of the last column."""
+    with torch.no_grad():
+        hidden = model.model.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=torch.cat([torch.arange(len(embeds))[None], positions])[:, None],
+            use_cache=False,
+        ).last_hidden_state[0, -1]
+        return hidden, model.lm_head(hidden).float()
+
+
+def assert_close(mine, expected, tolerance=1e-5):
+    torch.testing.assert_close(mine, expected, atol=tolerance, rtol=tolerance)
+
+
+# --- the same numbers ---
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, LENGTH])
+def test_a_pass_is_hugging_faces(model, length):
+    embeds, positions = columns(length)
+    hidden, logits = hugging_face(model, embeds, positions)
+    assert_close(decoder.forward(model, embeds, positions, KVCache(model, 1)), hidden)
+    assert_close(fresh(model, embeds, positions), logits)
+    # A model that heeds no position would agree with anything.
+    assert not torch.allclose(fresh(model, embeds, positions * 2), logits, atol=1e-2) or length == 1
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_other_groups_of_heads(kv_heads):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    config = tiny_config()
+    config.text_config.num_key_value_heads = kv_heads
+    other = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in other.model.language_model.parameters():
+            weight.normal_(0, 0.2, generator=random)
+    embeds, positions = columns()
+    expected = hugging_face(other, embeds, positions)[1]
+    assert_close(fresh(other, embeds, positions), expected)
+    cache = KVCache(other, LENGTH)
+    for start, end in ((0, 20), (20, LENGTH - 1), (LENGTH - 1, LENGTH)):
+        logits = decoder.logits(other, embeds[start:end], positions[:, start:end], cache)
+    assert_close(logits, expected)
+
+
+def test_the_skeleton_computes_what_hugging_faces_model_computes(model):
+    skeleton = QwenVL(parse_config(tiny_config().to_dict()))
+    skeleton.load_state_dict(model.state_dict())
+    embeds, positions = columns()
+    assert torch.equal(fresh(skeleton, embeds, positions), fresh(model, embeds, positions))
+
+
+def test_half_precision_is_as_close_as_its_rounding():
+    exact, half = tiny_model(), tiny_model().bfloat16()
+    embeds, positions = columns()
+    expected = hugging_face(exact, embeds, positions)[1]
+    theirs = hugging_face(half, embeds.bfloat16(), positions)[1]
+    cache = KVCache(half, 1)
+    decoder.logits(half, embeds[:-1].bfloat16(), positions[:, :-1], cache)
+    after_others = decoder.logits(half, embeds[-1:].bfloat16(), positions[:, -1:], cache)
+    for mine in (fresh(half, embeds.bfloat16(), positions), after_others):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).abs().max() < 0.03  # logits reach 3, where neighbours in bfloat16 are 0.016 apart
+        assert (mine - expected).norm() < 1.2 * (theirs - expected).norm()
+
+
+def written_out(model, embeds, positions):
+    """All of it in float64, one column and one head at a time. Returns logits of the last column."""
+    config = model.config.text_config
+    dim = config.hidden_size // config.num_attention_heads
+    group = config.num_attention_heads // config.num_key_value_heads
+    rope = config.rope_parameters
+    axes = [axis for axis, size in enumerate(rope["mrope_section"]) for _ in range(size)]
+    weights = {name: weight.double() for name, weight in model.state_dict().items()}
+
+    def linear(name, x):
+        y = weights[f"{name}.weight"] @ x
+        return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
+
+    def norm(name, x):
+        return x / math.sqrt(float(x @ x) / len(x) + config.rms_norm_eps) * weights[f"{name}.weight"]
+
+    def turn(x, column):
+        turned = x.clone()
+        for pair, axis in enumerate(axes):
+            angle = float(positions[axis, column]) * rope["rope_theta"] ** (-2 * pair / dim)
+            a, b = float(x[pair]), float(x[pair + dim // 2])
+            turned[pair] = a * math.cos(angle) - b * math.sin(angle)
+            turned[pair + dim // 2] = b * math.cos(angle) + a * math.sin(angle)
+        return turned
+
+    xs = [embed.double() for embed in embeds]
+    for layer in range(config.num_hidden_layers):
+        at = f"model.language_model.layers.{layer}"
+        normed = [norm(f"{at}.input_layernorm", x) for x in xs]
+        q, k, v = ([linear(f"{at}.self_attn.{p}_proj", x).split(dim) for x in normed] for p in "qkv")
+        for column in range(len(xs)):
+            heads = []
+            for head in range(config.num_attention_heads):
+                query, shared = turn(q[column][head], column), head // group
+                scores = [math.exp(query @ turn(k[c][shared], c) / math.sqrt(dim)) for c in range(column + 1)]
+                heads.append(sum(score * v[c][shared] for c, score in enumerate(scores)) / sum(scores))
+            x = xs[column] + linear(f"{at}.self_attn.o_proj", torch.cat(heads))
+            h = norm(f"{at}.post_attention_layernorm", x)
+            gate = linear(f"{at}.mlp.gate_proj", h)
+            xs[column] = x + linear(f"{at}.mlp.down_proj", gate / (1 + (-gate).exp()) * linear(f"{at}.mlp.up_proj", h))
+    return linear("lm_head", norm("model.language_model.norm", xs[-1]))
+
+
+def test_a_pass_is_the_arithmetic_written_out(model):
+    embeds, positions = columns(9)
+    assert len({tuple(row) for row in positions.tolist()}) == 3  # time, height and width differ
+    expected = written_out(model, embeds, positions).float()
+    assert_close(fresh(model, embeds, positions), expected)
+    cache = KVCache(model, 9)
+    for start, end in ((0, 4), (4, 8), (8, 9)):
+        logits = decoder.logits(model, embeds[start:end], positions[:, start:end], cache)
+    assert_close(logits, expected)
+
+
+# --- the cache ---
+
+
+@settings(deadline=None, max_examples=20)
+@given(cuts=st.sets(st.integers(1, LENGTH - 1), max_size=8), capacity=st.integers(1, LENGTH))
+def test_portions_and_capacity_make_no_difference(model, cuts, capacity):
+    embeds, positions = columns()
+    cache = KVCache(model, capacity)
+    ends = [*sorted(cuts), LENGTH]
+    for start, end in zip([0, *ends], ends, strict=False):
+        logits = decoder.logits(model, embeds[start:end], positions[:, start:end], cache)
+        assert cache.length == end <= cache.capacity
+    assert_close(logits, fresh(model, embeds, positions))
+
+
+def test_a_prefix_serves_again_after_a_crop(model):
+    embeds, positions = columns()
+    expected = fresh(model, embeds, positions)
+    cache = KVCache(model, 40)
+    decoder.forward(model, embeds[:30], positions[:, :30], cache)
+    for seed in (1, 2):
+        others, places = columns(25, seed)
+        after = decoder.logits(model, others, places + 50, cache)
+        joined = torch.cat([embeds[:30], others]), torch.cat([positions[:, :30], places + 50], 1)
+        assert_close(after, fresh(model, *joined))
+        cache.crop(30)
+        assert cache.length == 30
+    assert_close(decoder.logits(model, embeds[30:], positions[:, 30:], cache), expected)
+    cache.crop(0)
+    assert_close(decoder.logits(model, embeds, positions, cache), expected)
+
+
+def test_room_grows_by_half_and_never_shrinks(model):
+    embeds, positions = columns()
+    cache, sizes = KVCache(model, 8), []
+    for column in range(LENGTH):
+        decoder.forward(model, embeds[column : column + 1], positions[:, column : column + 1], cache)
+        sizes.append(cache.capacity)
+    assert list(dict.fromkeys(sizes)) == [8, 12, 18, 27, 40, 60]
+    cache.crop(3)
+    assert cache.capacity == 60
+
+
+@pytest.mark.parametrize("capacity", [4, 200])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.down_proj"])
+def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was(model, capacity, layer, part):
+    embeds, positions = columns()
+    cache = KVCache(model, capacity)
+    decoder.forward(model, embeds[:20], positions[:, :20], cache)
+    hook = model.model.language_model.layers[layer].get_submodule(part).register_forward_pre_hook(lambda *_: 1 / 0)
+    for end in (21, LENGTH):
+        with pytest.raises(ZeroDivisionError):
+            decoder.forward(model, torch.ones(end - 20, 64), positions[:, 20:end], cache)
+        assert cache.length == 20
+    hook.remove()
+    logits = decoder.logits(model, embeds[20:], positions[:, 20:], cache)
+    assert_close(logits, fresh(model, embeds, positions))
+
+
+def test_a_cache_holds_no_more_than_it_has(model):
+    cache = KVCache(model, 8)
+    for length in (1, -1):
+        with pytest.raises(ValueError, match="holds 0 columns"):
+            cache.crop(length)
+
+
+# --- what it does and leaves undone ---
+
+
+def test_the_last_layer_goes_on_with_the_last_column_only(model):
+    embeds, positions = columns()
+    rows, hooks = {}, []
+    for name, module in model.model.language_model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            note = lambda _, inputs, name=name: rows.setdefault(name, []).append(len(inputs[0]))  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(note))
+    cache = KVCache(model, LENGTH)
+    decoder.forward(model, embeds[:-9], positions[:, :-9], cache)
+    decoder.forward(model, embeds[-9:], positions[:, -9:], cache)
+    for hook in hooks:
+        hook.remove()
+    assert len(rows) == 14
+    for name, seen in rows.items():
+        every = name.startswith("0.") or name.endswith(("k_proj", "v_proj"))
+        assert seen == ([LENGTH - 9, 9] if every else [1, 1]), name
+
+
+def test_what_comes_in_stays_as_it_was(model):
+    embeds, positions = columns()
+    before = embeds.clone(), positions.clone()
+    fresh(model, embeds, positions)
+    assert torch.equal(embeds, before[0])
+    assert torch.equal(positions, before[1])
+
+
+@pytest.mark.parametrize(("count", "shape"), [(3, (3, 2)), (3, (4, 3)), (3, (3,)), (0, (3, 0))])
+def test_every_column_has_its_position(model, count, shape):
+    cache = KVCache(model, 8)
+    with pytest.raises(ValueError, match="positions"):
+        decoder.forward(model, torch.zeros(count, 64), torch.zeros(shape, dtype=torch.int64), cache)
+    assert cache.length == 0
+
+
+def test_neither_prefill_nor_decoding_needs_transformers():
+    code = "import sys, evoprune.language.generate; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_computes_the_same(model, dtype):
+    there = tiny_model().to("cuda", dtype)
+    embeds, positions = columns()
+    expected, cache = fresh(model, embeds, positions), KVCache(there, 4)
+    for start, end in ((0, 20), (20, LENGTH - 1), (LENGTH - 1, LENGTH)):
+        logits = decoder.logits(there, embeds[start:end].to("cuda", dtype), positions[:, start:end], cache)
+    assert_close(logits.cpu(), expected, 1e-4 if dtype == torch.float32 else 0.1)

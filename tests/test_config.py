@@ -1,0 +1,90 @@
+import copy
+import json
+
+import pytest
+
+from evoprune.baseline import hugging_face_config
+from evoprune.config import parse_config
+from evoprune.models import BUNDLED_CONFIGS, DEMO_FOLDER
+
+NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
+
+
+def older(content):
+    """The same numbers as the checkpoints on the hub write them: flat, under older names."""
+    text, vision = dict(content["text_config"]), dict(content["vision_config"])
+    rope = text.pop("rope_parameters")
+    vision["in_chans"] = vision.pop("in_channels")
+    flat = {k: v for k, v in content.items() if k not in ("text_config", "vision_config")}
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    return (
+        flat
+        | text
+        | {"model_type": "qwen2_5_vl", "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        | {"vision_config": vision}
+    )
+
+
+def test_both_ways_to_write_it_mean_the_same():
+    new, old = parse_config(NEW), parse_config(older(NEW))
+    assert old.vision_config == new.vision_config
+    assert old.tie_word_embeddings is new.tie_word_embeddings is True
+    assert old.text_config.rope_parameters["rope_theta"] == new.text_config.rope_parameters["rope_theta"]
+    assert old.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
+    for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "vocab_size"):
+        assert getattr(old.text_config, name) == getattr(new.text_config, name)
+
+
+@pytest.mark.parametrize("path", [*BUNDLED_CONFIGS.values(), DEMO_FOLDER / "config.json"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("form", [lambda content: content, older], ids=["new", "old"])
+def test_numbers_are_those_that_transformers_reads(path, form):
+    from transformers import Qwen2_5_VLConfig
+
+    content = form(json.loads(path.read_text()))
+    config, theirs = parse_config(content), Qwen2_5_VLConfig.from_dict(copy.deepcopy(content))
+    for part in ("vision_config", "text_config"):
+        for name, value in vars(getattr(config, part)).items():
+            expected = getattr(getattr(theirs, part), name)
+            if isinstance(value, dict):
+                value, expected = ({k: d[k] for k in ("rope_theta", "mrope_section")} for d in (value, expected))
+            assert expected == (list(value) if isinstance(value, tuple) else value), name
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    back = hugging_face_config(config)
+    assert back.vision_config.to_dict() == {k: v for k, v in theirs.vision_config.to_dict().items() if k != "in_chans"}
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        ("text_config", "hidden_size", None, "has no hidden_size"),
+        ("text_config", "hidden_size", 0, "not a whole number"),
+        ("text_config", "hidden_size", True, "not a whole number"),
+        ("text_config", "vocab_size", 1.5, "not a whole number"),
+        ("text_config", "rms_norm_eps", "small", "not a positive number"),
+        ("text_config", "num_key_value_heads", 3, "key/value heads"),
+        ("text_config", "use_sliding_window", True, "sliding window"),
+        ("text_config", "hidden_act", "gelu", "activation"),
+        ("text_config", "rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn'"),
+        ("text_config", "rope_parameters", {"mrope_section": [1, 2, 3]}, "mrope_section"),
+        ("text_config", "rope_parameters", {"rope_theta": -1}, "rope_theta"),
+        ("vision_config", "spatial_merge_size", 3, "spatial_merge_size 3"),
+        ("vision_config", "out_hidden_size", 5, "differ in size"),
+        ("vision_config", "fullatt_block_indexes", [32], "layers that are not there"),
+        ("vision_config", "fullatt_block_indexes", 7, "not a list of layers"),
+        ("vision_config", "window_size", 100, "no whole number of units"),
+        ("vision_config", "num_heads", 7, "divide into heads"),
+    ],
+)
+def test_what_cannot_run_is_refused(where, name, value, message):
+    content = copy.deepcopy(NEW)
+    content[where][name] = value
+    with pytest.raises(ValueError, match=message):
+        parse_config(content)
+
+
+def test_parsing_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, evoprune.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
