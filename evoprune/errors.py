@@ -53,7 +53,9 @@ class OutOfMemory(EvopruneError):
 
 def error_record(problem: BaseException) -> dict:
     """A failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
-    if not isinstance(problem, EvopruneError):
+    if isinstance(problem, MemoryError):  # outside of any stage
+        problem = OutOfMemory("out of memory", "close other programs, or take fewer frames (--frames)")
+    elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; run again with --debug and report what it prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
     return {

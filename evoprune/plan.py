@@ -56,6 +56,8 @@ class Plan:
         sampling: the moments.
         height, width: of the frames after resizing, in pixels.
         grid: (T, H, W) in merge units.
+        frame_limit: the most frames that the model, or the caller instead, allows; more may be `sampling.wanted`.
+        token_limit: the most visual tokens.
         capped: whether the token limit made frames smaller or fewer than the model's own limits ask for.
     """
 
@@ -63,6 +65,8 @@ class Plan:
     height: int
     width: int
     grid: tuple[int, int, int]
+    frame_limit: int
+    token_limit: int
     capped: bool
 
     @property
@@ -139,7 +143,8 @@ def make_plan(
         )
 
     unit, pair = limits.unit, limits.temporal_patch_size
-    sampling = wanted = sample(limits.max_frames if max_frames is None else max_frames)
+    most_frames = limits.max_frames if max_frames is None else max_frames
+    sampling = free = sample(most_frames)
     try:
         wished = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, unit)
         height, width = wished
@@ -157,7 +162,8 @@ def make_plan(
     except ValueError as problem:
         raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
     grid = (sampling.frames // pair, height // unit, width // unit)
-    return Plan(sampling, height, width, grid, capped=(height, width) != wished or sampling is not wanted)
+    capped = (height, width) != wished or sampling is not free
+    return Plan(sampling, height, width, grid, most_frames, max_visual_tokens, capped)
 
 
 def _units(size: tuple[int, int], unit: int) -> int:

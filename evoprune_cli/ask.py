@@ -1,5 +1,6 @@
 """`evoprune ask`: one video, one question or several, the answers on stdout."""
 
+import os
 import sys
 from contextlib import ExitStack
 from typing import Annotated
@@ -7,11 +8,12 @@ from typing import Annotated
 import typer
 
 from evoprune import methods
-from evoprune.errors import UsageError, error_record
+from evoprune.errors import UsageError, VideoError
 from evoprune.pruning.budget import DEFAULT, parse_budget
 from evoprune.report import Report, VideoFacts
 from evoprune_cli import options as opt
-from evoprune_cli.render import encodable, note, print_json, print_stats, print_warning, progress
+from evoprune_cli.failures import failure
+from evoprune_cli.render import encodable, note, print_json, print_stats, print_warning, progress, roughly
 
 # Below this nobody needs to be told how long it will take, in seconds.
 LONG_WAIT_S = 5.0
@@ -20,11 +22,16 @@ USAGE = 'evoprune ask video.mp4 "What happens?"'
 
 def ask(
     video: Annotated[
-        str, typer.Argument(help="The video file, a folder of frames, or - for stdin.", show_default=False)
+        str,
+        typer.Argument(metavar="VIDEO", help="The video file, a folder of frames, or - for stdin.", show_default=False),
     ],
     question: Annotated[
         str | None,
-        typer.Argument(help="The question, quoted; without it, all of stdin is the question.", show_default=False),
+        typer.Argument(
+            metavar="QUESTION",
+            help="The question, quoted. If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
+            show_default=False,
+        ),
     ] = None,
     more: Annotated[
         list[str] | None,
@@ -64,19 +71,19 @@ def ask(
 ) -> int:
     """Ask a question about a video. The answer goes to stdout, everything else to stderr.
 
+    \b
     evoprune ask clip.mp4 "What happens?"
-
-    evoprune ask clip.mp4 -Q "Who is there?" -Q "What do they do?" -m Qwen/Qwen2.5-VL-3B-Instruct -b fast
-
+    evoprune ask clip.mp4 "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct
+    evoprune ask clip.mp4 -Q "Who is there?" -Q "What do they do?" -b fast
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
     show_stats = bool(stats or verbose or (stats is None and not json and not quiet))
-    questions, answered, session = [question or ""], 0, None
+    questions, answered, session = _asked(question, more) or [""], 0, None
     with ExitStack() as cleanup:
         try:
             questions = _questions(question, more, system, from_pipe=video == "-")
             sampling = _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens)
-            path = cleanup.enter_context(_local(video))
+            path = cleanup.enter_context(_local(video, question))
             _check_video(path, decoder, sampling)
             with progress(not quiet) as show:
                 from evoprune.language.generate import GenerationSettings
@@ -90,7 +97,7 @@ def ask(
                 )  # fmt: skip
                 show("reading video")
                 session = qa.encode(
-                    path, name=video, decoder=decoder, on_plan=lambda plan: _foretell(qa, plan, frames, quiet),
+                    path, name=video, decoder=decoder, on_plan=lambda plan: _foretell(qa, plan, sampling, quiet),
                     progress=lambda stage, done, total: show("encoding", done, total), **sampling,
                 )  # fmt: skip
                 show("reading prompt")
@@ -122,9 +129,13 @@ def _break_off(problem: BaseException, video, unanswered, session, json, show_st
         problem.told = True
 
 
+def _asked(question: str | None, more: list[str] | None) -> list[str]:
+    return [*([question] if question is not None else []), *(more or [])]
+
+
 def _questions(question: str | None, more: list[str] | None, system: str | None, from_pipe: bool) -> list[str]:
     """All questions in order; from stdin only if there is none and the video does not come from there."""
-    questions = [*([question] if question is not None else []), *(more or [])]
+    questions = _asked(question, more)
     if not questions:
         if from_pipe:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
@@ -148,9 +159,11 @@ def _question_from_stdin() -> str:
     return question
 
 
-def _local(video: str):
+def _local(video: str, question: str | None):
     from evoprune.video.source import local_file
 
+    if question and os.path.isfile(question) and not os.path.exists(video) and video != "-":
+        raise VideoError(f"no such file: {video}", f"the video comes first: {USAGE}")
     return local_file(video)
 
 
@@ -185,21 +198,22 @@ def _check_video(path: str, decoder: str, sampling: dict) -> None:
     make_plan(info, VideoLimits(), **(sampling | {"max_visual_tokens": MAX_VISUAL_TOKENS if limit is None else limit}))
 
 
-def _foretell(qa, plan, asked_frames: int | None, quiet: bool) -> None:
-    """What a user should know before a long wait."""
+def _foretell(qa, plan, sampling: dict, quiet: bool) -> None:
+    """What a user should know before a long wait: how long, and that it is less than was asked for that is looked at."""
     if quiet:
         return
     wait = qa.estimate_first_token(plan)
     if wait is not None and wait > LONG_WAIT_S:
-        note(f"estimated first token ~{float(f'{wait:.1g}'):.0f} s")
-    if asked_frames and plan.sampling.frames < asked_frames:
-        note(f"looking at {plan.sampling.frames} frames, the most this model takes: --max-frames allows more")
-    elif plan.capped:
-        t, h, w = plan.grid
-        note(
-            f"looking at {plan.sampling.frames} frames of {plan.width}x{plan.height}, {t * h * w:,} visual tokens: "
-            "--max-visual-tokens allows more"
-        )
+        note(f"estimated first token {roughly(wait)}")
+    asked = sampling["frames"] is not None or sampling["fps"] is not None
+    if asked and sampling["max_frames"] is None and plan.sampling.wanted > plan.frame_limit:
+        note(f"{plan.sampling.wanted:,} frames asked for; this model takes {plan.frame_limit:,} (--max-frames)")
+    if plan.capped:
+        from evoprune.plan import MAX_VISUAL_TOKENS
+
+        where = " on a CPU" if sampling["max_visual_tokens"] is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
+        seen = f"{plan.sampling.frames} frames of {plan.width}x{plan.height}"
+        note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen}")
 
 
 def _begin(session, question: str, system, max_new_tokens, temperature, top_p):
@@ -235,9 +249,5 @@ def _finish(report: Report, json: bool, show_stats: bool, verbose: bool, last: b
 
 def _failure(video: str, question: str, problem: BaseException, interrupted: bool) -> Report:
     """The record of a question that has no answer."""
-    report = Report(question=question, video=VideoFacts(path=video), finish_reason="error", error=error_record(problem))
-    if interrupted:
-        code, kind = (130, "interrupted") if isinstance(problem, KeyboardInterrupt) else (143, "terminated")
-        report.finish_reason = "interrupt"
-        report.error |= {"code": code, "type": kind, "message": kind, "hint": None}
-    return report
+    reason = "interrupt" if interrupted else "error"
+    return Report(question=question, video=VideoFacts(path=video), finish_reason=reason, error=failure(problem))

@@ -2,20 +2,27 @@
 
 import json as jsonlib
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
 
 from evoprune.errors import UsageError
 from evoprune_cli import options as opt
+from evoprune_cli.failures import failure
 from evoprune_cli.render import clock, printable, size
+
+SCHEMA = "evoprune/inspect@1"
 
 
 def inspect(
     video: Annotated[
         str | None,
         typer.Argument(
-            help="A video file or folder of frames; without it, a report on this machine.", show_default=False
+            metavar="VIDEO",
+            help="A video file, a folder of frames, or - for stdin; without it, a report on this machine.",
+            show_default=False,
         ),
     ] = None,
     model: opt.Model = "demo",
@@ -34,60 +41,72 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")] = False,
     debug: opt.Debug = False,
 ) -> int:
-    """Show versions and devices; or what a video holds and what a model would look at in it. Loads no weights.
+    """Show what is installed, or what is in a video.
 
+    With a video also what a model would look at in it. Loads no weights.
+
+    \b
     evoprune inspect
-
     evoprune inspect clip.mp4 --scan
-
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
     """
-    if video is None:
-        if scan:
-            raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
-        from evoprune.inspection import environment_facts
+    facts = {} if video is None else {"video": {"path": video}}
+    try:
+        if video is None:
+            if scan:
+                raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
+            from evoprune.inspection import environment_facts
 
-        _show(environment_facts(), json)
-        return 0
-    from dataclasses import asdict
+            facts |= environment_facts()
+        else:
+            sampling = {"fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens}
+            for found in _about(video, model, revision, offline, sampling, start, end, scan):
+                facts |= found
+    except BaseException as problem:
+        if json and not isinstance(problem, BrokenPipeError | SystemExit):
+            print_failure(facts, problem)
+            problem.told = True
+        raise
+    if json:
+        _print_json(facts, None)
+    else:
+        for line in lines(facts):
+            print(printable(line, sys.stdout))
+    return 0
 
+
+def _about(video, model, revision, offline, sampling, start, end, scan) -> Iterator[dict]:
+    """What a video holds, what a scan tells, what a model would look at: each as soon as it is known."""
     from evoprune.inspection import plan_facts, video_facts
     from evoprune.plan import default_max_visual_tokens, make_plan
     from evoprune.video.probe import probe
     from evoprune.video.sampling import parse_time
+    from evoprune.video.source import local_file
 
-    info = probe(video)
-    facts = {"video": video_facts(info)}
-    if scan:
-        from evoprune.video.scan import scan as scan_video
+    part = {"start_s": parse_time(start), "end_s": parse_time(end) if end else None}
+    with local_file(video) as path:
+        info = replace(probe(path), path=video)
+        yield {"video": video_facts(info)}
+        if scan:
+            from evoprune.video.scan import scan as scan_video
 
-        facts["scan"] = asdict(scan_video(video))
+            yield {"scan": asdict(scan_video(path))}
     from evoprune.models import describe_model, has_cuda
 
     config, limits = describe_model(model, revision=revision, offline=offline)
-    plan = make_plan(
-        info,
-        limits,
-        fps=fps,
-        frames=frames,
-        start_s=parse_time(start),
-        end_s=parse_time(end) if end else None,
-        max_frames=max_frames,
-        max_visual_tokens=default_max_visual_tokens(on_cpu=not has_cuda(), is_demo=model == "demo")
-        if max_visual_tokens is None
-        else max_visual_tokens,
-    )
-    facts["plan"] = {"model": model, **plan_facts(plan, config)}
-    _show(facts, json)
-    return 0
+    if sampling["max_visual_tokens"] is None:
+        most = default_max_visual_tokens(on_cpu=not has_cuda(), is_demo=model == "demo")
+        sampling = sampling | {"max_visual_tokens": most}
+    yield {"plan": {"model": model, **plan_facts(make_plan(info, limits, **sampling, **part), config)}}
 
 
-def _show(facts: dict, json: bool) -> None:
-    if json:
-        print(jsonlib.dumps(facts, separators=(",", ":")), flush=True)
-        return
-    for line in lines(facts):
-        print(printable(line, sys.stdout))
+def print_failure(facts: dict, problem: BaseException) -> None:
+    """The JSON line of an inspection that failed, with what was found before it did."""
+    _print_json(facts, failure(problem))
+
+
+def _print_json(facts: dict, error: dict | None) -> None:
+    print(jsonlib.dumps({"schema": SCHEMA, **facts, "error": error}, separators=(",", ":")), flush=True)
 
 
 def lines(facts: dict, indent: int = 0) -> list[str]:

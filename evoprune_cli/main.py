@@ -1,7 +1,10 @@
 """The `evoprune` command: its subcommands, and what every one of them does about errors, signals and closed pipes."""
 
 import contextlib
+import errno
 import os
+import re
+import shutil
 import signal
 import sys
 import traceback
@@ -10,20 +13,27 @@ import typer
 
 import evoprune
 from evoprune.errors import UsageError, error_record
-from evoprune_cli.ask import ask
-from evoprune_cli.inspect import inspect
-from evoprune_cli.render import print_error, print_json
+from evoprune_cli.ask import USAGE, ask
+from evoprune_cli.failures import Terminated
+from evoprune_cli.help import Command
+from evoprune_cli.inspect import inspect, print_failure
+from evoprune_cli.render import WIDTH, print_error, print_json
 
 # What the parser raises. Typer carries click inside in some versions and beside it in others, so ask the class it exports.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
+# Files that are read name themselves in the error; what is left is the redirected output.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
 app = typer.Typer(
     name="evoprune",
-    help="Ask Qwen2.5-VL about videos; visual tokens are pruned inside the vision encoder.",
+    help="Ask Qwen2.5-VL about videos; visual tokens are pruned inside the vision encoder.\n\n"
+    '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
     epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 video, 4 model, 5 out of memory, 130 interrupted, 143 terminated.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -39,17 +49,12 @@ def main(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     if context.invoked_subcommand is None:
-        with contextlib.redirect_stdout(sys.stderr):  # with rich, help is printed as it is made
-            sys.stderr.write(context.get_help())
+        typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
 
 
-app.command()(ask)
-app.command()(inspect)
-
-
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that what there is gets printed and files get closed."""
+app.command(cls=Command)(ask)
+app.command(cls=Command)(inspect)
 
 
 def _terminate(*_) -> None:
@@ -65,7 +70,8 @@ def run() -> None:
     streams = sys.stdout, sys.stderr
     try:
         # Not "standalone": then click would print errors its own way. Commands return their exit code.
-        code = app(standalone_mode=False, prog_name="evoprune") or 0
+        columns = min(shutil.get_terminal_size().columns, WIDTH)
+        code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         code = _nobody_reads(streams)
@@ -101,14 +107,21 @@ def _report(problem: Exception) -> int:
     """The two lines of an error, and for `--json` a line on stdout unless the command has written it; the exit code."""
     if debugging():
         traceback.print_exception(problem)
+    if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
+        _nobody_reads([sys.stdout])
+        print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
+        return 1
     told = getattr(problem, "told", False)
     if isinstance(problem, ParserError):
         problem = UsageError(_sentence(problem), _hint(problem))
     error = error_record(problem)
     if "--json" in sys.argv[1:] and not told:
-        from evoprune.report import Report
+        if _command() == "inspect":
+            print_failure({}, problem)
+        else:
+            from evoprune.report import Report
 
-        print_json(Report(finish_reason="error", error=error))
+            print_json(Report(finish_reason="error", error=error))
     print_error(error["message"], error["hint"])
     return error["code"]
 
@@ -117,14 +130,28 @@ def debugging() -> bool:
     return "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0")
 
 
+def _command() -> str | None:
+    """The subcommand that was typed; no option that comes before it takes a value."""
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+
+
 def _sentence(problem: Exception) -> str:
-    return " ".join(problem.format_message().split()).rstrip(".")
+    text = " ".join(problem.format_message().split()).rstrip(".")
+    return re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
 
 
 def _hint(problem: Exception) -> str:
-    if "unexpected extra argument" in problem.format_message():
-        return 'quote the question: evoprune ask video.mp4 "What happens?"'
-    if "No such command" in problem.format_message() and os.path.exists(problem.format_message().split("'")[1]):
-        return 'to ask about a video: evoprune ask video.mp4 "What happens?"'
-    context = getattr(problem, "ctx", None)
-    return f"see {context.command_path if context else 'evoprune'} --help"
+    text = problem.format_message()
+    dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
+    if dashed and "--" not in sys.argv:
+        return f"a file whose name begins with a dash is ./{dashed[0]}"
+    if "unexpected extra argument" in text and "--" in sys.argv:
+        return "what follows -- is no option: put options before it"
+    if _command() == "ask" and "unexpected extra argument" in text:
+        return f"quote the question: {USAGE}"
+    if _command() == "ask" and "Missing argument" in text:
+        return USAGE
+    if "No such command" in text and os.path.exists(text.split("'")[1]):
+        return f"to ask about a video: {USAGE}"
+    known = {command.callback.__name__ for command in app.registered_commands}
+    return f"see evoprune {_command()} --help" if _command() in known else "see evoprune --help"

@@ -68,7 +68,7 @@ MethodArg = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, _option(_PRUNING, "--seed", help="Of everything random.", min=0)]
+Seed = Annotated[int, _option(_PRUNING, "--seed", metavar="<int>", help="Of everything random.", min=0)]
 
 Fps = Annotated[
     float | None,
@@ -119,9 +119,9 @@ Stats = Annotated[
         show_default=False,
     ),
 ]
-Quiet = Annotated[bool, _option(_OUTPUT, "-q", "--quiet", help="No progress, no stats.")]
+Quiet = Annotated[bool, _option(_OUTPUT, "-q", "--quiet", help="No progress, notes or stats; warnings remain.")]
 Verbose = Annotated[bool, _option(_OUTPUT, "-v", "--verbose", help="Also rows of every layer, settings, versions.")]
-Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Tracebacks. [env var: EVOPRUNE_DEBUG]")]
+Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
 
 
 def pairs(texts: list[str] | None) -> dict[str, str]:
@@ -137,3 +137,8 @@ def pairs(texts: list[str] | None) -> dict[str, str]:
             raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg allocation=mean")
         made[name] = value
     return made
+
+
+def listed(texts: list[str] | None) -> list[str]:
+    """A list given by commas or by repeating the option."""
+    return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]

@@ -1,7 +1,6 @@
 """What a person reads on stderr: errors, warnings, the stats block. Plain text first; colour only on a terminal."""
 
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -23,6 +22,18 @@ def colourful() -> bool:
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def columns() -> int:
+    """Columns of stderr: those of the terminal, but no more than 80."""
+    if not sys.stderr.isatty():
+        return WIDTH
+    stated = os.environ.get("COLUMNS", "")
+    try:
+        found = int(stated) if stated.isdigit() else os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        found = 0
+    return min(WIDTH, found) if found > 0 else WIDTH
+
+
 def _paint(text: str, code: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if colourful() else text
 
@@ -39,10 +50,10 @@ def printable(text: str, stream=None) -> str:
 
 
 def note(text: str = "") -> None:
-    """One line to stderr; if nobody reads that, nobody needs to know."""
+    """One line to stderr; if nobody reads that, or it cannot be written, nobody needs to know."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except BrokenPipeError:
+    except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
 
 
@@ -64,7 +75,12 @@ def print_error(message: str, hint: str | None) -> None:
 
 
 def print_warning(name: str) -> None:
-    note(f"{_paint('warning:', '33;1')} {printable(WARNINGS.get(name, name))}")
+    first, *rest = textwrap.wrap(
+        f"warning: {printable(WARNINGS.get(name, name))}", max(columns(), 30), subsequent_indent=" " * 9
+    )
+    note(_paint("warning:", "33;1") + first.removeprefix("warning:"))
+    for line in rest:
+        note(line)
 
 
 def clock(seconds: float | None) -> str:
@@ -75,6 +91,11 @@ def clock(seconds: float | None) -> str:
     hours, minutes = divmod(minutes, 60)
     tail = f"{rest // 10:02d}.{rest % 10}"
     return f"{hours}:{minutes:02d}:{tail}" if hours else f"{minutes}:{tail}"
+
+
+def roughly(seconds: float) -> str:
+    """~40 s or ~12 min: an estimate, no more exact than it is."""
+    return f"~{seconds / 60:,.0f} min" if seconds >= 95 else f"~{float(f'{seconds:.1g}'):.0f} s"
 
 
 def shorten(text: str, width: int) -> str:
@@ -100,19 +121,21 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     budget = "" if pruning.method == "none" else f" -b {pruning.budget:g}"
     grids, rows, columns = sampling.grid_thw
     facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
+    name = printable(os.path.basename(os.path.abspath(video.path)))
     lines = [
         f"model      {shorten(model.id, max(24, width - 40))}  {model.dtype}  {model.device}{threads}",
         f"pruning    {pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned",
-        f"video      {shorten(os.path.basename(os.path.abspath(video.path)), max(20, width - 13 - len(facts)))}  {facts}",
+        f"video      {shorten(name, max(20, width - 13 - len(facts)))}  {facts}",
         f"{'stage':<11}{'ms':>8}",
     ]
-    total = f"{video.frames_total:,} frames -> " if video.frames_total else "-> "
     through = f"{pruning.visual_tokens_in:,} units"
     if pruning.encoder_rows != pruning.visual_tokens_in:
         through += f" -> {pruning.encoder_rows:,} rows (live share {pruning.encoder_live_share:.2f})"
     speed = f", {report.rate.generate_tok_s:.1f} tok/s" if report.rate.generate_tok_s else ""
     said = {
-        "read": f"{total}{sampling.frames}",
+        "read": f"{video.frames_total:,} frames -> {sampling.frames}"
+        if video.frames_total
+        else f"{sampling.frames} frames",
         "preprocess": f"{sampling.frames} frames {sampling.resized_hw[0]}x{sampling.resized_hw[1]}"
         f" -> {grids} grid{'' if grids == 1 else 's'} of {rows}x{columns} patches",
         "encode": f"{through} -> {_tokens(pruning.visual_tokens_kept)}",
@@ -173,8 +196,7 @@ def _tokens(count: int) -> str:
 
 
 def print_stats(report: Report, verbose: bool = False) -> None:
-    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if sys.stderr.isatty() else WIDTH
-    for line in stats_block(report, width, verbose):
+    for line in stats_block(report, columns(), verbose):
         note(_paint(printable(line), "2"))
 
 

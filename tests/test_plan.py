@@ -67,6 +67,13 @@ def test_max_frames():
     assert make_plan(video(), VideoLimits(), max_frames=7).sampling.frames == 6
 
 
+def test_a_plan_names_its_limits():
+    plan = make_plan(video(), VideoLimits(max_frames=50), fps=1.0, max_visual_tokens=5000)
+    assert (plan.sampling.wanted, plan.sampling.frames, plan.frame_limit, plan.token_limit) == (60, 50, 50, 5000)
+    plan = make_plan(video(), VideoLimits(max_frames=50), fps=1.0, max_frames=60, max_visual_tokens=5)
+    assert (plan.sampling.wanted, plan.sampling.frames, plan.frame_limit, plan.capped) == (60, 2, 60, True)
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "error"),
     [

@@ -23,10 +23,13 @@ TOLERANCE_S = 0.0006
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turn what PyAV and the file system raise about the file into `VideoError`."""
+    """Turn what PyAV and the file system raise about the file into `VideoError`.
+
+    That FFmpeg has no memory is the file's fault (a damaged one may ask for any amount); that numpy has none is not.
+    """
     try:
         yield
-    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(
             f"cannot read {path}: {reason}", "is it a complete video file, and not a playlist? try to play it"
@@ -43,10 +46,10 @@ def open_video(path: str) -> Iterator[InputContainer]:
     if "://" in path and not os.path.exists(path):
         raise VideoError(f"{path} is a URL, not a file", "download it first, e.g. with yt-dlp")
     if not os.path.exists(path):
-        raise VideoError(f"no such file: {path}", "check the path")
+        raise VideoError(f"no such file: {path or repr(path)}", "check the path")
     if not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "not a regular file"
-        raise VideoError(f"{path} is {kind}", "give a video file")
+        raise VideoError(f"{path} is {kind}", "give a video file; - reads one from standard input")
     if os.path.getsize(path) == 0:
         raise VideoError(f"{path} is empty", "was it copied or downloaded to its end?")
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:

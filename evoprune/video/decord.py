@@ -95,7 +95,7 @@ def _refusal(info: VideoInfo, problem: str) -> VideoError:
 def _refusing(info: VideoInfo) -> Iterator[None]:
     try:
         yield
-    except VideoError:
+    except (VideoError, MemoryError):
         raise
     except Exception as error:  # decord raises whatever comes along: its own errors, AssertionError, StopIteration
         raise _refusal(info, "it does not open it, or stops at damage") from error

@@ -13,6 +13,7 @@ from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.container import TOLERANCE_S, first_frame, open_bytes
+from evoprune.video.exif import exif_orientation
 from evoprune.video.info import VideoInfo
 from evoprune.video.pixels import orientation, to_rgb
 
@@ -55,9 +56,9 @@ def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
             break
     else:
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
-    codec, frame = decoded
+    codec, frame, (rotation, _) = decoded
     size = frame.width, frame.height
-    width, height = size if orientation(frame)[0] % 180 == 0 else size[::-1]
+    width, height = size if rotation % 180 == 0 else size[::-1]
     return VideoInfo(
         path=folder,
         duration_s=len(images) / fps,
@@ -93,8 +94,8 @@ def read(info: VideoInfo, times_s: Sequence[float]) -> Iterator[tuple[float, np.
         for i in candidates:
             decoded = decode_image(images[i])
             if decoded is not None:
-                frame = decoded[1]
-                shown, rgb = i, to_rgb(frame, info.width, info.height, *orientation(frame), reformatter)
+                _, frame, turn = decoded
+                shown, rgb = i, to_rgb(frame, info.width, info.height, *turn, reformatter)
                 break
         done = max(done, wanted, shown)
         if rgb is None:
@@ -102,14 +103,18 @@ def read(info: VideoInfo, times_s: Sequence[float]) -> Iterator[tuple[float, np.
         yield shown / info.fps, rgb
 
 
-def decode_image(path: str) -> tuple[str, VideoFrame] | None:
-    """Name of the codec and the stored pixels of an image; None if it is damaged."""
+def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
+    """Name of the codec, the stored pixels and their orientation (see `pixels`) of an image; None if it is damaged."""
     try:
-        with open(path, "rb") as file, open_bytes(io.BytesIO(file.read())) as container:
+        with open(path, "rb") as file:
+            content = file.read()
+        with open_bytes(io.BytesIO(content)) as container:
             stream = container.streams.video[0]
             stream.codec_context.options = {"err_detect": "explode"}  # else half a JPEG passes for a grey-bottomed one
             frame = first_frame(container, stream)
-            return None if frame is None else (stream.codec_context.codec.canonical_name, frame)
+            if frame is None:
+                return None
+            return stream.codec_context.codec.canonical_name, frame, exif_orientation(content) or orientation(frame)
     except (av.error.FFmpegError, OSError, ValueError, IndexError):
         return None
 

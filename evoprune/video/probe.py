@@ -13,6 +13,7 @@ from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.video.container import FALLBACK_FPS, first_frame, frame_time, open_video, reading, video_stream
+from evoprune.video.exif import exif_orientation
 from evoprune.video.folder import FOLDER_FPS, probe_folder
 from evoprune.video.info import VideoInfo
 from evoprune.video.pixels import orientation
@@ -52,7 +53,7 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
     first = first_frame(container, stream)
     if first is None:
         raise VideoError(f"no frame of {path} can be decoded", "the file is damaged or incomplete")
-    rotation, mirrored = orientation(first)
+    rotation, mirrored = _picture_orientation(path, container) or orientation(first)
     size = first.width, first.height
     width, height = size if rotation % 180 == 0 else size[::-1]
     rate = stream.average_rate or stream.guessed_rate
@@ -72,6 +73,14 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
         tags=dict(container.metadata),
         mirrored=mirrored,
     )
+
+
+def _picture_orientation(path: str, container: InputContainer) -> tuple[int, bool] | None:
+    """What the EXIF data say, where the video is a single picture (FFmpeg calls their formats `jpeg_pipe` and so on)."""
+    if not container.format.name.endswith("_pipe"):
+        return None
+    with open(path, "rb") as file:
+        return exif_orientation(file.read())
 
 
 def _duration(path: str, container: InputContainer, stream: VideoStream, first: VideoFrame) -> float | None:

@@ -5,6 +5,7 @@ All times are seconds from the video's first frame.
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 
 from evoprune.errors import UsageError, VideoError
@@ -17,11 +18,13 @@ class SamplingPlan:
     Attributes:
         start_s, end_s: the part of the video that is covered, in seconds.
         times_s: the moments in seconds, ascending, each in the middle of its equal share of the part.
+        wanted: how many moments were called for before `max_frames` limited them.
     """
 
     start_s: float
     end_s: float
     times_s: tuple[float, ...]
+    wanted: int
 
     @property
     def frames(self) -> int:
@@ -86,14 +89,15 @@ def plan_sampling(
     span, most = end - start_s, max_frames - max_frames % 2
     if frames is not None:
         _check("frames", frames, least=1)
-        count = min(frames + frames % 2, most)
+        wanted = frames + frames % 2
     else:
         _check("fps", fps, least=0)
         if fps == 0:
             raise UsageError("fps is 0", "give a number above 0")
-        nearest = 2 * math.floor(min(span * fps, most) / 2 + 0.5)
-        count = min(max(nearest, 2, min_frames + min_frames % 2), most)
-    return SamplingPlan(start_s, end, tuple(start_s + (i + 0.5) * span / count for i in range(count)))
+        nearest = 2 * math.floor(min(span * fps, sys.maxsize) / 2 + 0.5)
+        wanted = max(nearest, 2, min_frames + min_frames % 2)
+    count = min(wanted, most)
+    return SamplingPlan(start_s, end, tuple(start_s + (i + 0.5) * span / count for i in range(count)), wanted)
 
 
 def parse_time(text: str) -> float:

@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
 import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from evoprune_cli.main import run
+from tests.cli.screen import Screen
 from tests.tiny import save_tiny
 
 
@@ -27,9 +30,11 @@ class Result:
 class Stdin(io.StringIO):
     """Standard input that is, or is not, a terminal; fails the test if it is read though it must not be."""
 
-    def __init__(self, text: str | None, terminal: bool):
-        super().__init__(text or "")
-        self.readable_text, self.terminal = text is not None, terminal
+    def __init__(self, content: str | bytes | None, terminal: bool):
+        super().__init__(content if isinstance(content, str) else "")
+        self.readable_text, self.terminal = isinstance(content, str), terminal
+        if isinstance(content, bytes):
+            self.buffer = io.BytesIO(content)
 
     def isatty(self) -> bool:
         return self.terminal
@@ -41,20 +46,45 @@ class Stdin(io.StringIO):
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """`cli("ask", ..., stdin="text")`: exit code, stdout, stderr. Without `stdin`, reading it fails the test."""
-    for name in ("EVOPRUNE_MODEL", "EVOPRUNE_BUDGET", "EVOPRUNE_DEBUG", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
+    """`cli("ask", ..., stdin="text")`: exit code, stdout, stderr. Without `stdin`, reading it fails the test.
 
-    def call(*args: str, stdin: str | None = None, terminal: bool = False) -> Result:
-        monkeypatch.setattr(sys, "argv", ["evoprune", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", Stdin(stdin, terminal))
+    `terminal`: stdin is one. `columns`: stderr is a terminal that wide. `encoding`: of stdout and stderr.
+    """
+    for name in ("EVOPRUNE_MODEL", "EVOPRUNE_BUDGET", "EVOPRUNE_DEBUG", "NO_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny; where other processes are busy too, threads wait for each other
+
+    def call(
+        *args: str,
+        stdin: str | bytes | None = None,
+        terminal: bool = False,
+        columns: int | None = None,
+        encoding: str = "utf-8",
+    ) -> Result:
+        screen = Screen(columns) if columns else None
         capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run()
+        with (
+            monkeypatch.context() as patch,
+            open(1, "w", encoding=encoding, closefd=False) as out,
+            open(screen.end if screen else os.dup(2), "w", encoding=encoding, errors="backslashreplace") as err,
+        ):
+            patch.setattr(sys, "argv", ["evoprune", *map(str, args)])
+            patch.setattr(sys, "stdin", Stdin(stdin, terminal))
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            with pytest.raises(SystemExit) as stop:
+                run()
+        written = screen.finish() if screen else None
         out, err = capfd.readouterr()
+        if screen:
+            assert err == ""
+            err = written
         return Result(stop.value.code or 0, out, err)
 
-    return call
+    yield call
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,32 +18,17 @@ CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "gr
 ROOT = Path(__file__).parents[2]
 
 
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "evoprune_cli", *args]
-
-
-def test_answer_alone_on_stdout(cli):
+def test_stats(cli):
     result = cli("ask", CLIP, QUESTION)
-    assert (result.code, result.out) == (0, f"{ANSWER}\n")
     for stage in ("read", "preprocess", "encode", "prefill", "generate", "first token", "memory"):
         assert f"\n{stage}" in result.err
     assert "144 units" in result.err and "50.0% kept, 50.0% pruned" in result.err
-    assert all(len(line) <= 80 for line in result.err.splitlines())
-    assert result.err.isascii() and "\x1b" not in result.err and "warning" not in result.err
-
-
-def test_question_from_stdin(cli):
-    assert cli("ask", CLIP, stdin=f"{QUESTION}\n").out == f"{ANSWER}\n"
-
-
-def test_quiet_is_quiet(cli):
-    result = cli("ask", CLIP, QUESTION, "-q")
-    assert (result.code, result.out, result.err) == (0, f"{ANSWER}\n", "")
+    assert result.err.isascii() and "warning" not in result.err
 
 
 def test_verbose_shows_rows_of_every_layer(cli):
     err = cli("ask", CLIP, QUESTION, "-v").err
-    assert "0:144 1:144 2:" in err and "transformers" in err and all(len(line) <= 80 for line in err.splitlines())
+    assert "0:144 1:144 2:" in err and "transformers" in err
 
 
 def test_json_record_holds_the_schema(cli):
@@ -90,22 +73,9 @@ def test_several_questions_share_one_encoding(cli):
     assert len({r["id"] for r in records}) == 3
 
 
-def test_video_from_stdin():
-    with open(ROOT / CLIP, "rb") as video:
-        done = subprocess.run(
-            command("ask", "-", QUESTION, "-q"), stdin=video, capture_output=True, cwd=ROOT, check=True
-        )
-    assert (done.stdout, done.stderr) == (f"{ANSWER}\n".encode(), b"")
-
-
 def test_both_decoders_give_the_same_answer(cli):
     record = cli("ask", CLIP, QUESTION, "--decoder", "decord", "--json").record
     assert record["video"]["decoder"] == "decord" and record["answer"] == ANSWER
-
-
-def test_token_cap_is_told(cli):
-    result = cli("ask", CLIP, QUESTION, "--max-visual-tokens", "50")
-    assert "--max-visual-tokens allows more" in result.err and "48 units" in result.err
 
 
 def test_answer_is_cut_at_the_limit(cli):
@@ -140,11 +110,9 @@ def test_model_and_budget_from_the_environment(cli, tiny_folder, monkeypatch):
     assert cli("ask", CLIP, QUESTION, "-m", "demo", "-b", "1", "--json").record["pruning"]["budget"] == 1.0
 
 
-def test_the_demo_model_warns_on_foreign_clips(cli, tmp_path):
+def test_records_hold_the_warning_about_foreign_clips(cli, tmp_path):
     path = tmp_path / "foreign.mp4"
     write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
-    result = cli("ask", path, QUESTION, "-q")
-    assert result.code == 0 and result.err.startswith("warning:") and len(result.err.splitlines()) == 1
     assert cli("ask", path, QUESTION, "--json").record["warnings"] == ["demo_model"]
 
 
@@ -164,80 +132,23 @@ assert not heavy, heavy
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
-def test_redirected_answer_holds_the_answer_alone(tmp_path):
-    with open(tmp_path / "answer.txt", "wb") as out:
-        subprocess.run(command("ask", CLIP, QUESTION), stdout=out, stderr=subprocess.DEVNULL, check=True, cwd=ROOT)
-    assert (tmp_path / "answer.txt").read_text() == f"{ANSWER}\n"
-
-
-def test_a_closed_pipe_ends_quietly():
-    process = subprocess.Popen(
-        command("ask", CLIP, "Describe the video.", "-q"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
-    process.stdout.close()
-    assert (process.wait(120), process.stderr.read()) == (0, b"")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_print_what_there_is(tiny_folder, tmp_path, number, code):
-    endless = tmp_path / "endless"  # a model that never ends its turn: no token has the number that would
-    shutil.copytree(tiny_folder, endless)
-    settings = json.loads((endless / "generation_config.json").read_text()) | {"eos_token_id": 999_999}
-    (endless / "generation_config.json").write_text(json.dumps(settings))
-    process = subprocess.Popen(
-        command("ask", CLIP, QUESTION, "-m", str(endless), "-n", "100000", "-t", "1", "--seed", "5"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "EVOPRUNE_MODEL"},
-    )  # fmt: skip
-    assert process.stdout.read(1)  # the answer has begun
-    time.sleep(0.2)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code and out.endswith(b"\n")
-    assert b"generate" in err and b"Traceback" not in err
-
-
-def test_interrupted_before_there_is_an_answer():
-    process = subprocess.Popen(
-        command("ask", CLIP, QUESTION, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
-    time.sleep(1.5)  # it is importing, or loading
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("this machine is too fast for this test")
-    record = json.loads(out)
-    assert process.returncode == 130 and b"Traceback" not in err
-    assert record["finish_reason"] == "interrupt" and record["question"] == QUESTION
-
-
-def test_json_has_a_line_for_every_question_that_fails(cli):
-    lines = cli("ask", "no/such.mp4", "-Q", "One?", "-Q", "Two?", "--json").out.splitlines()
-    assert [json.loads(line)["question"] for line in lines] == ["One?", "Two?"]
-    assert cli("ask", CLIP, "One?", "--fpss", "2", "--json").record["error"]["code"] == 2
-    assert cli("inspect", "no/such.mp4", "--json").record["error"]["code"] == 3
-
-
-def test_json_of_a_name_that_is_no_text(cli, tmp_path):
+def test_records_hold_a_path_that_is_no_text(cli, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
     shutil.copy(ROOT / CLIP, path)
     result = cli("ask", path, QUESTION, "--json")
     assert result.record["video"]["path"] == path and result.out.isascii()
 
 
-def test_nobody_reads_the_errors():
-    process = subprocess.Popen(
-        command("ask", "no/such.mp4", QUESTION), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
-    process.stderr.close()
-    assert (process.wait(60), process.stdout.read()) == (3, b"")
+def test_help_says_what_becomes_of_stdin(cli):
+    text = " ".join(cli("ask", "--help").out.split())
+    assert "If there is none, and no -Q, it is read from stdin; otherwise stdin is not read." in text
 
 
-@pytest.mark.parametrize("flag", ["--version", "--help"])
-def test_help_into_a_closed_pipe(flag):
-    process = subprocess.Popen(command(flag), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    process.stdout.close()
-    assert (process.wait(60), process.stderr.read()) == (0, b"")
+def test_help_keeps_names_of_options_whole_on_narrow_terminals(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = cli("ask", "--help").out
+    assert "--max-visual-tokens <int>\n" in out
+    assert all(len(line) <= 40 for line in out.splitlines() if not line.startswith(("  evoprune", "  echo")))
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])

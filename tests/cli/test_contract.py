@@ -1,115 +1,372 @@
-"""The contract of a command line in real processes: what goes to stdout, what to stderr, with and without a terminal."""
+"""The contract of the command line: exit code, what is on stdout and on stderr, with and without a terminal.
 
+`CASES` run inside this process, each in every way that it can be looked at; `PROCESSES` need a process of their own.
+"""
+
+import fcntl
+import json
 import os
-import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import termios
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from evoprune_cli.failures import Terminated
+from tests.cli.screen import Screen, visible
+from tests.video.files import write_video
 
 ROOT = Path(__file__).parents[2]
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
-ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+ASK = ("ask", CLIP, QUESTION)
 
 
-def run(*args: str, columns: int | None = None, **env: str) -> tuple[int, bytes, bytes]:
-    """Exit code, stdout and stderr; with `columns`, stderr is a terminal that wide."""
-    settings = {k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_") and k != "NO_COLOR"} | env
-    command = [sys.executable, "-m", "evoprune_cli", *args]
-    if columns is None:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd=ROOT, env=settings)
-        return done.returncode, done.stdout, done.stderr
-    ours, theirs = pty.openpty()
-    settings |= {"COLUMNS": str(columns), "TERM": settings.get("TERM", "xterm")}
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs, cwd=ROOT, env=settings
-    )
-    os.close(theirs)
-    seen = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # Linux says so when the other end is closed
-            break
-        if not part:
-            break
-        seen += part
-    os.close(ours)
-    out = process.stdout.read()
-    return process.wait(), out, seen
+@dataclass(frozen=True)
+class Case:
+    """A command and what must come of it.
+
+    Attributes:
+        args: the command line.
+        code: its exit code.
+        says: what stderr must hold; if the command fails, as part of its two lines. "" for a stderr that stays empty.
+        out: what stdout must be if it does not fail; None for anything.
+        stdin: what is piped in; None if stdin must not be read. `at_terminal`: it is a terminal instead.
+        env: variables to set. `encoding`: of stdout and stderr.
+        breaks: a function, and what it raises instead of doing its work.
+        stage: that the JSON error names.
+        lines: of JSON, where that is asked for.
+        ways: ways to run it, of `pipe`, `terminal` (stderr is one), `narrow` (with 50 columns) and `json` (with --json).
+    """
+
+    args: tuple[str, ...]
+    code: int = 0
+    says: str = ""
+    out: str | None = f"{ANSWER}\n"
+    stdin: str | None = None
+    at_terminal: bool = False
+    env: dict[str, str] = field(default_factory=dict)
+    encoding: str = "utf-8"
+    breaks: tuple[str, BaseException] | None = None
+    stage: str | None = None
+    lines: int = 1
+    ways: tuple[str, ...] = ("pipe", "terminal", "json")
 
 
-@pytest.mark.parametrize(
-    ("flags", "columns", "out", "err"),
-    [
-        ((), None, f"{ANSWER}\n", "first token"),
-        (("-q",), None, f"{ANSWER}\n", None),
-        (("--no-stats",), None, f"{ANSWER}\n", None),
-        (("--json",), None, '"answer":"green"', None),
-        (("--json", "--stats"), None, '"answer":"green"', "first token"),
-        ((), 100, f"{ANSWER}\n", "first token"),
-        (("-q",), 100, f"{ANSWER}\n", None),
-    ],
-)
-def test_streams(flags, columns, out, err):
-    code, stdout, stderr = run("ask", CLIP, QUESTION, *flags, columns=columns)
-    assert code == 0 and out in stdout.decode()
-    assert stdout.count(b"\n") == 1 and not ESCAPE.search(stdout)
-    if err is None:
-        assert ESCAPE.sub(b"", stderr).strip() == b""
+def fails(code: int, says: str, *args: str, **more) -> Case:
+    return Case(args, code, says, **more)
+
+
+def out_of_memory(stage: str, function: str, problem: BaseException, says: str | None = None) -> Case:
+    return Case(ASK, 5, says or f"out of memory in {stage}", breaks=(function, problem), stage=stage)
+
+
+PIPE, SCREEN = ("pipe",), ("terminal", "narrow")
+CUDA_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ...")
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
+CASES = {
+    # 0: done
+    "answer and stats": Case(ASK, says="first token", ways=("pipe", "terminal", "narrow")),
+    "quiet": Case((*ASK, "-q")),
+    "no stats": Case((*ASK, "--no-stats"), ways=PIPE),
+    "stats beside JSON": Case((*ASK, "--json", "--stats"), says="first token", out=None, ways=("pipe", "narrow")),
+    "everything": Case((*ASK, "-v"), says="versions", ways=("pipe", "narrow")),
+    "several questions": Case((*ASK, "-Q", QUESTION, "-q"), out=f"{ANSWER}\n" * 2, lines=2),
+    "question from stdin": Case(("ask", CLIP, "-q"), stdin=f"{QUESTION}\n"),
+    "stdin stays unread beside -Q": Case(("ask", CLIP, "-Q", QUESTION, "-q")),
+    "no colour": Case(ASK, says="first token", env={"NO_COLOR": "1"}, ways=SCREEN),
+    "dumb terminal": Case(ASK, says="first token", env={"TERM": "dumb"}, ways=("terminal",)),
+    "columns by the environment": Case(ASK, says="first token", env={"COLUMNS": "44"}, ways=("terminal",)),
+    "ASCII": Case(("ask", "{tmp}/grün.mp4", QUESTION), says="gr\\xfcn.mp4", encoding="ascii"),
+    "warning": Case(("ask", "{tmp}/foreign.mp4", QUESTION, "-q"), says="warning: the demo model", out=None),
+    "warning in ASCII": Case(
+        ("ask", "{tmp}/foreign.mp4", QUESTION, "-q"), says="warning:", out=None, encoding="ascii", ways=SCREEN
+    ),
+    "newline in a name": Case(("ask", "{tmp}/new\nline.mp4", QUESTION), says="new?line.mp4", ways=("pipe", "narrow")),
+    "spaces and quotes in a name": Case(("ask", '{tmp}/it\'s "a" clip.mp4', QUESTION), says='it\'s "a" clip.mp4'),
+    "a name that is no text": Case(("ask", "{tmp}/caf\udce9.mp4", QUESTION, "-q")),
+    "machine": Case(("inspect",), out=None),
+    "video": Case(("inspect", CLIP, "--scan"), out=None),
+    "help": Case(("--help",), out=None, ways=("pipe", "narrow")),
+    "help of ask": Case(("ask", "-h"), out=None, ways=("pipe", "narrow")),
+    "help of inspect": Case(("inspect", "--help"), out=None, ways=("pipe", "narrow")),
+    "version": Case(("--version",), out=None, ways=PIPE),
+    # 1: a bug
+    "bug": Case(ASK, 1, "ZeroDivisionError", breaks=("evoprune_cli.ask._check_flags", ZeroDivisionError("1/0"))),
+    "bug in inspect": Case(("inspect", CLIP), 1, "KeyError", breaks=("evoprune.inspection.video_facts", KeyError(1))),
+    # 2: usage
+    "unknown command": fails(2, "what", "what"),
+    "almost a command": fails(2, "Did you mean 'ask'", "aks", CLIP, QUESTION),
+    "a video for a command": fails(2, "to ask about a video: evoprune ask", CLIP, QUESTION),
+    "no video": fails(2, "VIDEO", "ask"),
+    "unknown flag": fails(2, "--fpss", "ask", CLIP, QUESTION, "--fpss", "2"),
+    "unknown flag of inspect": fails(2, "see evoprune inspect --help", "inspect", CLIP, "--fpss", "2"),
+    "flag without its value": fails(2, "see evoprune ask --help", "ask", CLIP, "-Q", ways=("pipe", "terminal")),
+    "question not quoted": fails(2, "quote the question", "ask", CLIP, "What", "happens?"),
+    "too many videos to inspect": fails(2, "unexpected extra words: b.mp4", "inspect", CLIP, "b.mp4"),
+    "options after --": fails(2, "put options before it", "ask", "--", CLIP, QUESTION, "-q", ways=PIPE),
+    "empty question": fails(2, "empty", "ask", CLIP, "  "),
+    "empty further question": fails(2, "empty", *ASK, "-Q", "", lines=2),
+    "question is no text": fails(2, "UTF-8", "ask", CLIP, "caf\udce9"),
+    "no question at a terminal": fails(2, "no question", "ask", CLIP, at_terminal=True),
+    "no question in stdin": fails(2, "stdin is empty", "ask", CLIP, stdin="\n"),
+    "video from stdin, and no question": fails(2, "stdin is the video", "ask", "-"),
+    "budget zero": fails(2, "budget '0'", *ASK, "-b", "0"),
+    "budget word": fails(2, "budget 'tiny'", *ASK, "-b", "tiny"),
+    "budget nan": fails(2, "budget 'nan'", *ASK, "-b", "nan"),
+    "budget of the environment": fails(2, "budget '7'", *ASK, env={"EVOPRUNE_BUDGET": "7"}),
+    "unknown method": fails(2, "magic", *ASK, "--method", "magic"),
+    "method argument without value": fails(2, "NAME=VALUE", *ASK, "--method-arg", "first"),
+    "unknown method argument": fails(2, "speed", *ASK, "--method-arg", "speed=1"),
+    "bad method argument": fails(2, "first", *ASK, "--method-arg", "first=x"),
+    "impossible method argument": fails(2, "allocation", *ASK, "--method-arg", "allocation=x"),
+    "fps and frames": fails(2, "fps and frames", *ASK, "--fps", "1", "--frames", "2"),
+    "fps is no number": fails(2, "--fps", *ASK, "--fps", "many"),
+    "zero frames": fails(2, "frames", *ASK, "--frames", "0"),
+    "negative fps": fails(2, "fps", *ASK, "--fps", "-1"),
+    "bad time": fails(2, "soon", *ASK, "--start", "soon"),
+    "bad time to inspect": fails(2, "soon", "inspect", CLIP, "--end", "soon"),
+    "no tokens allowed": fails(2, "visual tokens", *ASK, "--max-visual-tokens", "0"),
+    "unknown decoder": fails(2, "vlc", *ASK, "--decoder", "vlc"),
+    "no new tokens": fails(2, "max_new_tokens", *ASK, "-n", "0"),
+    "negative temperature": fails(2, "temperature", *ASK, "-t", "-1"),
+    "unknown device": fails(2, "abacus", *ASK, "--device", "abacus"),
+    "unknown dtype": fails(2, "fp1", *ASK, "--dtype", "fp1"),
+    "scan of nothing": fails(2, "--scan", "inspect", "--scan"),
+    # 3: video
+    "missing video": fails(3, "no such file: no/such.mp4", "ask", "no/such.mp4", QUESTION, stage="read"),
+    "missing video, several questions": fails(3, "no/such", "ask", "no/such.mp4", "-Q", "a", "-Q", "b", lines=2),
+    "missing video to inspect": fails(3, "no such file: no/such.mp4", "inspect", "no/such.mp4", stage="read"),
+    "question before video": fails(3, "the video comes first", "ask", QUESTION, CLIP),
+    "nothing for a video": fails(3, "no such file: ''", "ask", "", QUESTION),
+    "not a video": fails(3, "LICENSE", "ask", "LICENSE", QUESTION),
+    "empty file": fails(3, "is empty", "ask", "{tmp}/empty.mp4", QUESTION),
+    "folder without images": fails(3, "no images", "ask", "tests/cli", QUESTION),
+    "a device": fails(3, "- reads one from standard input", "ask", "/dev/null", QUESTION),
+    "a url": fails(3, "yt-dlp", "ask", "https://example.org/a.mp4", QUESTION),
+    "start beyond the end": fails(3, "6 s", *ASK, "--start", "1:00"),
+    "end before start": fails(3, "start 3", *ASK, "--start", "3", "--end", "2"),
+    "control characters": fails(
+        3, "no such file: no?[31m?such.mp4", "ask", "no\x1b[31m\nsuch.mp4", QUESTION, ways=("pipe", "terminal")
+    ),
+    "missing video in ASCII": fails(3, "gr\\xfcn", "ask", "no/grün.mp4", QUESTION, encoding="ascii"),
+    # 4: model
+    "no such model": fails(4, "no/such model", *ASK, "-m", "no/such model", stage="load"),
+    "model of the environment": fails(4, "no/such model", *ASK, env={"EVOPRUNE_MODEL": "no/such model"}),
+    "folder without a model": fails(4, "config.json", *ASK, "-m", "samples"),
+    "folder without a model to inspect for": fails(4, "config.json", "inspect", CLIP, "-m", "samples", stage="load"),
+    "model not in the cache": fails(4, "nobody/nothing", *ASK, "-m", "nobody/nothing", "--offline"),
+    # 5: out of memory
+    "weights do not fit": out_of_memory("load", "evoprune.models._load_weights", CPU_FULL, says="the weights of demo"),
+    "frames do not fit": out_of_memory("read", "evoprune.video.pyav.to_rgb", MemoryError()),
+    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patchify", CPU_FULL),
+    "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encode", CUDA_FULL),
+    "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prefill", CUDA_FULL),
+    "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
+    # stopped from outside
+    "interrupted while loading": Case(ASK, 130, "", breaks=("evoprune.models._load_weights", KeyboardInterrupt())),
+    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.pyav.to_rgb", Terminated())),
+    "interrupted scan": Case(
+        ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.scan.scan", KeyboardInterrupt())
+    ),
+}
+WAYS = [pytest.param(case, way, id=f"{name}-{way}") for name, case in CASES.items() for way in case.ways]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of clips with difficult names."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name in ("grün", "new\nline", 'it\'s "a" clip', "caf\udce9"):
+        shutil.copy(ROOT / CLIP, folder / f"{name}.mp4")
+    (folder / "empty.mp4").touch()
+    write_video(folder / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    return folder
+
+
+@pytest.mark.parametrize(("case", "way"), WAYS)
+def test_contract(cli, clips, monkeypatch, case, way):
+    for name, value in case.env.items():
+        monkeypatch.setenv(name, value)
+    if case.breaks:
+        monkeypatch.setattr(case.breaks[0], _raiser(case.breaks[1]))
+    columns = {"terminal": 100, "narrow": 50}.get(way)
+    args = [*(word.replace("{tmp}", str(clips)) for word in case.args), *(["--json"] if way == "json" else [])]
+    result = cli(*args, stdin=case.stdin, terminal=case.at_terminal, columns=columns, encoding=case.encoding)
+    shown = visible(result.err) if columns else result.err.splitlines()
+
+    assert result.code == case.code, result.err
+    assert "Traceback" not in result.err and "\x1b" not in result.out
+    if columns is None or case.env.get("TERM") == "dumb":
+        assert "\x1b" not in result.err
+    elif shown:  # errors and warnings are coloured, stats dim
+        assert bool(re.search(r"\x1b\[(3\d|2m)", result.err)) == ("NO_COLOR" not in case.env)
+    if case.encoding == "ascii":
+        assert result.out.isascii() and result.err.isascii()
+    widest = min(columns or 80, int(case.env.get("COLUMNS", 80)), 80)
+    loose = ("error:", "hint:")  # two lines, whatever they hold
+    assert all(len(line) <= widest for line in shown if not line.startswith(loose)), shown
+    if way == "json":
+        _check_json(case, result)
+    elif case.code:
+        assert result.out == ""
+    elif case.out is not None:
+        assert result.out == case.out
+    if case.code in (130, 143):
+        assert shown == []
+    elif case.code:
+        assert len(shown) == 2 and shown[0].startswith("error: ") and shown[1].startswith("hint: "), shown
+        assert case.says in "\n".join(shown)
+    elif way == "json" and not case.says.startswith("warning"):
+        assert shown == []
     else:
-        assert err in stderr.decode()
-    if columns is None:
-        assert not ESCAPE.search(stderr)
+        assert case.says in "\n".join(shown) if case.says else shown == []
 
 
-@pytest.mark.parametrize(("args", "code"), [(("ask", "no/such.mp4", QUESTION), 3), (("ask", CLIP, "a", "b"), 2)])
-def test_errors_on_a_terminal(args, code):
-    got, stdout, stderr = run(*args, columns=100)
-    assert (got, stdout) == (code, b"") and ESCAPE.sub(b"", stderr).startswith(b"error:")
+def _raiser(problem: BaseException):
+    def broken(*_, **__):
+        raise problem.with_traceback(None)
+
+    return broken
 
 
-def test_colour_only_where_it_is_wanted():
-    args = ("ask", "no/such.mp4", QUESTION)
-    assert b"\x1b[31" in run(*args, columns=80)[2]
-    assert not ESCAPE.search(run(*args, columns=80, NO_COLOR="1")[2])
-    assert not ESCAPE.search(run(*args, columns=80, TERM="dumb")[2])
+def _check_json(case: Case, result) -> None:
+    """One line for every question, whatever comes of it; or for an inspection."""
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert result.out.endswith("\n") and len(records) == case.lines
+    for record in records:
+        if case.args[0] == "inspect":
+            assert record["schema"] == "evoprune/inspect@1" and "question" not in record and "answer" not in record
+        else:
+            assert record["schema"] == "evoprune/answer@1"
+            assert record["finish_reason"] == {0: "stop", 130: "interrupt", 143: "interrupt"}.get(case.code, "error")
+        if case.code == 0:
+            assert record["error"] is None
+            continue
+        assert record.get("answer") is None
+        assert record["error"].keys() == {"code", "type", "stage", "message", "hint"}
+        assert record["error"]["code"] == case.code
+        assert case.stage in (None, record["error"]["stage"])
+        if case.encoding == "utf-8":  # in JSON characters are escaped otherwise
+            assert case.says in f"{record['error']['message']}\n{record['error']['hint']}"
 
 
-def test_narrow_terminal():
-    _, _, stderr = run("ask", CLIP, QUESTION, columns=50, NO_COLOR="1")
-    block = ESCAPE.sub(b"", stderr).decode().replace("\r", "")
-    assert "first token" in block and "####" not in block
+@pytest.mark.parametrize("code", [1, 3])
+def test_a_traceback_only_where_it_is_asked_for(cli, monkeypatch, code):
+    if code == 1:
+        monkeypatch.setattr("evoprune_cli.ask._check_flags", _raiser(ZeroDivisionError("1/0")))
+    args = ASK if code == 1 else ("ask", "no/such.mp4", QUESTION)
+    by_flag = cli(*args, "--debug")
+    monkeypatch.setenv("EVOPRUNE_DEBUG", "1")
+    for result in (by_flag, cli(*args)):
+        assert result.code == code and result.out == ""
+        assert result.err.startswith("Traceback") and result.err.splitlines()[-2].startswith("error: ")
+    monkeypatch.setenv("EVOPRUNE_DEBUG", "0")
+    assert "Traceback" not in cli(*args).err
 
 
-def test_a_terminal_that_knows_only_ascii(tmp_path):
-    path = tmp_path / "grün.mp4"
-    shutil.copy(ROOT / CLIP, path)
-    code, stdout, stderr = run("ask", str(path), QUESTION, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
-    assert (code, stdout) == (0, f"{ANSWER}\n".encode())
-    assert stderr.isascii() and b"gr??n.mp4" in stderr
+def test_no_command_is_answered_with_the_help_as_an_error(cli):
+    result = cli()
+    assert (result.code, result.out) == (2, "") and result.err.startswith("Usage: evoprune")
+    assert result.err == cli("--help").out
 
 
-def readme_blocks() -> list[str]:
-    return re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+def test_what_was_found_before_an_inspection_failed(cli):
+    record = cli("inspect", CLIP, "-m", "samples", "--json").record
+    assert record["video"]["codec"] == "h264" and "plan" not in record
 
 
-@pytest.mark.parametrize("number", range(2, len(readme_blocks())))
-def test_loops_of_the_readme(tmp_path, number):
-    """Every shell block after the two that install, run as it stands in a folder that looks like an installed clone."""
-    block = readme_blocks()[number]
-    if "jq" in block and not shutil.which("jq"):
-        pytest.skip("jq is not installed")
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    script = tmp_path / ".venv" / "bin" / "evoprune"
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m evoprune_cli "$@"\n')
-    script.chmod(0o755)
-    (tmp_path / "samples").symlink_to(ROOT / "samples")
-    done = subprocess.run(["bash", "-e", "-o", "pipefail", "-c", block], cwd=tmp_path, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
-    written = "".join(path.read_text() for path in tmp_path.glob("*.jsonl")) + done.stdout.decode()
-    clips = len(list((ROOT / "samples").glob("*.webm" if "webm" in block else "*.mp4")))
-    assert len(written.splitlines()) == clips
+@dataclass(frozen=True)
+class Process:
+    """A command in a process of its own, what happens to it there, and what must come of it."""
+
+    args: tuple[str, ...]
+    code: int
+    out: str = ""
+    err: str = ""
+    event: str | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+
+ENDLESS = ("ask", CLIP, QUESTION, "-m", "{endless}", "-n", "100000", "-t", "1", "--seed", "5")
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+PROCESSES = {
+    "video from stdin": Process(("ask", "-", QUESTION, "-q"), 0, f"{ANSWER}\n"),
+    "C locale": Process(("ask", "{grün}", QUESTION), 0, f"{ANSWER}\n", "first token", env=C_LOCALE),
+    "Ctrl-C while it answers": Process(ENDLESS, 130, "\n", "generate", "ctrl-c"),
+    "terminated while it answers": Process(ENDLESS, 143, "\n", "generate", "terminate"),
+    "interrupted early": Process((*ENDLESS, "--json"), 130, '"finish_reason":"interrupt"', "", "interrupt"),
+    "reader of the answer gone": Process(("ask", CLIP, "Describe the video.", "-q"), 0, event="close stdout"),
+    "disk full": Process(("inspect", CLIP, "--json"), 1, "", "error: cannot write the output: No space", "full"),
+    "reader of the help gone": Process(("--help",), 0, event="close stdout"),
+    "reader of the version gone": Process(("--version",), 0, event="close stdout"),
+    "reader of the errors gone": Process(("ask", "no/such.mp4", QUESTION), 3, event="close stderr"),
+}
+
+
+@pytest.fixture(scope="module")
+def endless(tiny_folder, tmp_path_factory):
+    """A model that never ends its turn: no token has the number that would."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(tiny_folder, folder)
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": 999_999}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("case", PROCESSES.values(), ids=PROCESSES)
+def test_processes(case, clips, endless):
+    names = {"{endless}": str(endless), "{grün}": str(clips / "grün.mp4")}
+    screen = Screen(100) if case.event == "ctrl-c" else None
+    with (
+        open(ROOT / CLIP if "-" in case.args else os.devnull, "rb") as stdin,
+        open("/dev/full" if case.event == "full" else os.devnull, "wb") as full,
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "evoprune_cli", *(names.get(word, word) for word in case.args)],
+            stdin=screen.end if screen else stdin,
+            stdout=full if case.event == "full" else subprocess.PIPE,
+            stderr=screen.end if screen else subprocess.PIPE,
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")}
+            | {"OMP_NUM_THREADS": "1"}
+            | case.env,
+            start_new_session=True,
+            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if screen else None,  # or Ctrl-C is a mere letter
+        )
+    match case.event:
+        case "interrupt":
+            time.sleep(1.5)  # it is importing, or loading, or at it
+            process.send_signal(signal.SIGINT)
+        case "terminate":
+            assert process.stdout.read(1)  # the answer has begun
+            process.terminate()
+        case "ctrl-c":
+            assert process.stdout.read(1)
+            screen.press(b"\x03")
+        case "close stdout":
+            process.stdout.close()
+        case "close stderr":
+            process.stderr.close()
+    if screen:
+        os.close(screen.end)
+        out, err = process.stdout.read(), "\n".join(visible(screen.finish())).encode()
+    else:
+        out, err = (
+            b"" if stream is None or stream.closed else stream.read() for stream in (process.stdout, process.stderr)
+        )
+    code = process.wait(120)
+    assert code == case.code, err.decode()
+    assert b"Traceback" not in err and b"\x1b" not in out + err and (err.isascii() or not case.env)
+    assert case.err.encode() in err and (case.err or not err)
+    if code == 0:
+        assert out.decode() == case.out
+    else:  # an answer that was cut short, the JSON record, or nothing
+        assert case.out in out.decode() and out[-1:] in (b"", b"\n")

@@ -35,10 +35,10 @@ def test_text_is_for_people(cli):
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
-def test_errors(cli):
-    assert cli("inspect", "no/such.mp4").code == 3
-    assert cli("inspect", "--scan").code == 2
-    assert cli("inspect", CLIP, "-m", "samples").code == 4
+def test_video_from_stdin(cli):
+    with open(CLIP, "rb") as file:
+        record = cli("inspect", "-", "--scan", "--json", stdin=file.read()).record
+    assert record["video"]["path"] == "-" and record["scan"]["frames"] == 72 and record["plan"]["frames"] == 12
 
 
 def test_reading_a_folder_of_frames(cli, tmp_path):

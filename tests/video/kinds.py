@@ -13,7 +13,8 @@ from tests.video.files import numbered_frames, write_video
 class Kind:
     """How to write a file, and why decord refuses it (a part of its message), or None if it does not.
 
-    `hidden`: some of the frames are there but never shown.
+    `hidden`: some of the frames are there but never shown. `stored`: the file lies in `data/`, because the
+    encoders in PyAV's wheels cannot write its like.
     """
 
     how: dict[str, Any] = field(default_factory=dict)
@@ -21,8 +22,12 @@ class Kind:
     frames: int = 40
     size: tuple[int, int] = (48, 64)
     hidden: int = 0
+    stored: bool = False
 
 
+# Written by vpxenc 1.12: --kf-max-dist=10 --end-usage=q --cq-level=30 --cpu-used=1, and for the 10-bit one
+# --profile=2 --bit-depth=10 --input-bit-depth=10 --auto-alt-ref=0.
+DATA = Path(__file__).parent / "data"
 HEVC = {"codec": "libx265", "options": {"x265-params": "log-level=none"}}
 VP9 = {"codec": "libvpx-vp9"}
 AV1 = {"codec": "libsvtav1"}
@@ -44,6 +49,7 @@ KINDS = {
     "hevc.ts": Kind(HEVC, decord_refuses=UNRELIABLE),
     "vp8.webm": Kind({"codec": "libvpx"}),
     "vp9.webm": Kind(VP9),
+    "vp9_hidden.webm": Kind(stored=True, decord_refuses="stops at damage"),  # hidden reference frames, as most have
     "av1.mkv": Kind(AV1, decord_refuses="no decoder for AV1"),
     "av1.mp4": Kind(AV1, decord_refuses="no decoder for AV1"),
     "picture.gif": Kind({"codec": "gif", "pix_fmt": "rgb8"}, decord_refuses=UNRELIABLE),
@@ -54,6 +60,7 @@ KINDS = {
     "wmv2.wmv": Kind({"codec": "wmv2"}, decord_refuses=UNRELIABLE),
     "prores.mov": Kind({"codec": "prores_ks", "pix_fmt": "yuv422p10le"}),
     "h264_10.mp4": Kind({"pix_fmt": "yuv420p10le"}),
+    "vp9_10.webm": Kind(stored=True),
     "hevc_10.mkv": Kind(HEVC | {"pix_fmt": "yuv420p10le"}),
     "av1_10.mkv": Kind(AV1 | {"pix_fmt": "yuv420p10le"}, decord_refuses="no decoder for AV1"),
     "late.mp4": Kind({"start": 5.0}),
@@ -90,8 +97,10 @@ KINDS = {
 
 
 def write_kind(folder: Path, name: str) -> Path:
-    """The file of that kind, whose frames are numbered from 0; written once."""
+    """The file of that kind, whose frames are numbered from 0; written once, where it is not kept."""
     path, kind = folder / f"kind_{name}", KINDS[name]
+    if kind.stored:
+        return DATA / name
     if not path.exists():
         write_video(path, _upright(kind), **kind.how)
     return path

@@ -1,14 +1,16 @@
 import io
 import os
 import pickle
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video import folder as backend
 from evoprune.video.decode import choose_decoder, read_frames
+from evoprune.video.exif import exif_orientation
 from evoprune.video.folder import FOLDER_FPS
 from evoprune.video.probe import probe
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, quarters, write_image
@@ -99,16 +101,48 @@ def test_all_kinds_of_pixels_become_rgb(mode, tmp_path):
     assert np.abs(got - np.asarray(image.convert("RGB"))).max() <= 2
 
 
-@pytest.mark.parametrize(("tag", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])  # turns: quarters anticlockwise
-def test_each_image_is_turned_by_its_own_exif_data(tag, turns, tmp_path):
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_each_image_is_turned_by_its_own_exif_data(tag, ending, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = tag
-    stored = np.ascontiguousarray(np.rot90(numbered_frame(77), -turns))
-    Image.fromarray(stored).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    write_image(tmp_path / "b.png", numbered_frame(78))
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(quarters()).save(path, exif=exif, quality=95, lossless=True)
+    with Image.open(path) as image:
+        right = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
+    for info in (probe(tmp_path), probe(path)):  # a picture of its own is a video of one frame
+        assert (info.height, info.width) == right.shape[:2] == ((48, 64) if tag < 5 else (64, 48))
+        got = next(read_frames(info, [0.0])).frames[0]
+        assert np.abs(got - right).mean() < 4  # hard edges of colour; the wrong way up it is above 80
+
+
+def test_images_that_are_turned_differently(tmp_path):
+    for i, (tag, turns) in enumerate([(1, 0), (3, 2), (6, 3), (8, 1)]):  # turns: quarters anticlockwise
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        stored = np.ascontiguousarray(np.rot90(numbered_frame(70 + i), -turns))
+        Image.fromarray(stored).save(tmp_path / f"{i}.jpg", exif=exif, quality=95)
+    write_image(tmp_path / "4.png", numbered_frame(74))
     info = probe(tmp_path)
     assert (info.width, info.height) == (64, 48)
-    assert numbers(info, [0.0, 0.5]) == [77, 78]
+    assert numbers(info, [i / 2 for i in range(5)]) == [70, 71, 72, 73, 74]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_exif_of_either_byte_order_whole_or_cut_off(order):
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    entries = struct.pack(order + "HHHII", 2, 0x010F, 2, 1, 0) + struct.pack(order + "HHIHH", 0x0112, 3, 1, 5, 0)
+    tiff = mark + struct.pack(order + "I", 8) + entries
+    block = b"Exif\0\0" + tiff
+    before = b"\xff\xe1" + struct.pack(">H", 2 + 9) + b"http://ns"  # XMP comes as APP1 too
+    picture = b"\xff\xd8" + before + b"\xff\xe1" + struct.pack(">H", 2 + len(block)) + block + b"\xff\xda\0\2"
+    assert exif_orientation(picture) == (270, True)
+    for length in range(len(picture) - 8):
+        assert exif_orientation(picture[:length]) is None
+    tag = struct.pack(order + "IHH", 1, 5, 0)
+    for value in (0, 9, 77):
+        assert exif_orientation(picture.replace(tag, struct.pack(order + "IHH", 1, value, 0))) is None
+    assert exif_orientation(b"") is None
 
 
 def test_other_sizes_are_scaled_to_the_first(tmp_path):

@@ -1,4 +1,5 @@
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -50,6 +51,22 @@ def test_a_plan_by_hand():
         3.0,
         6.0,
     )
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted", "frames"),
+    [
+        ({"fps": 2.0}, 120, 64),
+        ({"fps": 0.5}, 30, 30),
+        ({"frames": 99}, 100, 64),
+        ({"frames": 10}, 10, 10),
+        ({"fps": 0.01}, 4, 4),
+        ({"fps": 1e308}, pytest.approx(sys.maxsize), 64),
+    ],
+)
+def test_a_plan_knows_how_many_were_wanted(how, wanted, frames):
+    plan = plan_sampling(60.0, max_frames=64, **how)
+    assert (plan.wanted, plan.frames) == (wanted, frames)
 
 
 def test_an_end_beyond_the_video_is_its_end():

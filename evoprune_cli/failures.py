@@ -1,0 +1,16 @@
+"""How a command ends that does not end well: as JSON records name it, with its exit code."""
+
+from evoprune.errors import error_record
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that what there is gets printed and files get closed."""
+
+
+def failure(problem: BaseException) -> dict:
+    """`errors.error_record`, which knows nothing of signals, for everything that can end a command."""
+    stops = {KeyboardInterrupt: (130, "interrupted"), Terminated: (143, "terminated")}
+    if type(problem) not in stops:
+        return error_record(problem)
+    code, kind = stops[type(problem)]
+    return {"code": code, "type": kind, "stage": None, "message": kind, "hint": None}

@@ -1,0 +1,101 @@
+"""What is said before the first frame is read: how long it will take, and which limits apply."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.plan import MAX_VISUAL_TOKENS_CPU
+from evoprune.video import pyav
+from tests.video.files import write_video
+
+CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
+
+
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory):
+    """150 s of 224x224, two frames a second."""
+    pictures = np.random.default_rng(0).integers(0, 255, (4, 224, 224, 3), np.uint8)
+    frames = (pictures[i % 4] for i in range(300))
+    return write_video(tmp_path_factory.mktemp("long") / "long.mp4", frames, fps=2, options={"preset": "ultrafast"})
+
+
+@pytest.fixture
+def told(cli, tiny_folder, monkeypatch):
+    """`told(clip, flags...)`: the lines on stderr before the first frame is read, by default from a model that is not the demo.
+
+    With `whole` the command then runs to its end, and nothing of this may be told again; else it stops there.
+    """
+
+    def call(clip, *flags: str, model=tiny_folder, whole: bool = False) -> list[str]:
+        def announced(info, times):
+            print("READING", file=sys.stderr)
+            if whole:
+                return read(info, times)
+            raise VideoError("enough", "for this test")
+
+        with monkeypatch.context() as patch:
+            read = pyav.read
+            patch.setattr(pyav, "read", announced)
+            result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
+        assert result.code == (0 if whole else 3), result.err
+        before, after = result.err.split("READING\n")
+        assert not any(word in after for word in ("estimated", "asked for", "at most"))
+        assert all(len(line) <= 80 for line in before.splitlines())
+        return before.splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize(("rate", "says"), [(1e6, " min"), (2e7, " s"), (1e15, None)])
+def test_a_long_wait_is_told_before_it_begins(told, monkeypatch, rate, says):
+    monkeypatch.setattr("evoprune.cost.matmul_rate", lambda *_: rate)
+    lines = told(CLIP, whole=True)
+    if says is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and lines[0].startswith("estimated first token ~") and lines[0].endswith(says)
+
+
+def test_not_told_where_nobody_wants_to_know(told, monkeypatch):
+    monkeypatch.setattr("evoprune.cost.matmul_rate", lambda *_: 1e6)
+    assert told(CLIP, "-q") == []
+    assert told(CLIP, model="demo") == []  # nobody has to wait for that
+
+
+def test_the_token_limit_of_a_cpu_is_told(told, long_clip):
+    flags = ("--max-frames", "300", "-b", "fast")
+    assert MAX_VISUAL_TOKENS_CPU == 4096
+    (line,) = told(long_clip, *flags)
+    assert line == "at most 4,096 tokens on a CPU (--max-visual-tokens): 300 frames of 140x140"
+    assert told(long_clip, *flags, "-q") == []
+
+
+def test_a_token_limit_of_ones_own_is_told(told):
+    assert told(CLIP, "--max-visual-tokens", "50", model="demo") == [
+        "at most 50 tokens (--max-visual-tokens): 8 frames of 112x84"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ((), None),  # it is the model's own rate that asks for more
+        (("--fps", "0.2"), None),
+        (("--fps", "2"), 300),
+        (("--fps", "1", "--end", "1:00"), 60),
+        (("--fps", "2", "--max-frames", "16"), None),  # whoever sets the limit knows
+        (("--frames", "32"), None),
+        (("--frames", "33"), 34),
+        (("--frames", "4000"), 4000),
+    ],
+)
+def test_the_frame_limit_of_the_model_is_told_to_those_who_asked_for_more(told, long_clip, flags, asked):
+    says = [f"{asked:,} frames asked for; this model takes 32 (--max-frames)"] if asked else []
+    assert told(long_clip, "-b", "fast", *flags) == says
+
+
+def test_both_limits(told, long_clip):
+    lines = told(long_clip, "--frames", "64", "--max-visual-tokens", "100")
+    assert [line.split("(")[1].split(")")[0] for line in lines] == ["--max-frames", "--max-visual-tokens"]
