@@ -15,7 +15,7 @@ def hugging_face_config(config: Config):
     rope = {"rope_type": "default"} | config.text_config.rope_parameters
     return Qwen2_5_VLConfig(
         vision_config=_plain(config.vision_config),
-        text_config=_plain(config.text_config) | {"rope_parameters": rope},
+        text_config=_plain(config.text_config) | {"rope_parameters": rope, "bos_token_id": None},
         tie_word_embeddings=config.tie_word_embeddings,
     )
 

@@ -41,16 +41,32 @@ def prefill_flop(config, length: int) -> float:
     return config.num_hidden_layers * layer + 2 * h * config.vocab_size
 
 
-def matmul_rate(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.1) -> float:
-    """Operations a second of a plain matrix product on this machine, the best of several."""
-    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
-    a @ b
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+def matmul_rate(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seconds: float = 0.1,
+    shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024),),
+) -> float:
+    """Operations a second of a plain matrix product on this machine, the best of several.
+
+    Args:
+        seconds: how long to try each of `shapes`: rows, inner size and columns.
+    """
+    best = 0.0
+    for rows, inner, columns in shapes:
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
         a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+        end = _now(device) + seconds
+        while (start := _now(device)) < end:
+            a @ b
+            best = max(best, 2 * rows * inner * columns / (_now(device) - start))
+    return best
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)  # kernels run on after Python has gone ahead
+    return time.perf_counter()
 
 
 def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, prompt: int) -> float:

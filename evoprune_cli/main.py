@@ -17,6 +17,7 @@ from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.failures import Terminated
 from evoprune_cli.help import Command
 from evoprune_cli.inspect import inspect, print_failure
+from evoprune_cli.profile import profile
 from evoprune_cli.render import WIDTH, print_error, print_json
 
 # What the parser raises. Typer carries click inside in some versions and beside it in others, so ask the class it exports.
@@ -29,7 +30,8 @@ app = typer.Typer(
     name="evoprune",
     help="Ask Qwen2.5-VL about videos; visual tokens are pruned inside the vision encoder.\n\n"
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
-    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 video, 4 model, 5 out of memory, 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 video, 4 model, 5 out of memory, 6 some items failed, "
+    "130 interrupted, 143 terminated.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -55,6 +57,7 @@ def main(
 
 app.command(cls=Command)(ask)
 app.command(cls=Command)(inspect)
+app.command(cls=Command)(profile)
 
 
 def _terminate(*_) -> None:

@@ -204,10 +204,10 @@ def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMS norm in float32, rounded before it is scaled, as Hugging Face has it. F.rms_norm takes three times as long on CPUs."""
-    wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
-    return (wide * scale).to(x.dtype).mul_(weight)
+    """RMS norm in float32, rounded before it is scaled, as Hugging Face has it; in fewer passes than F.rms_norm on CPUs."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = length.square_().div_(x.shape[-1]).add_(1e-6).rsqrt_()
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 
 def _rotary(config, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:

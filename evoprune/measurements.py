@@ -1,0 +1,306 @@
+"""What a benchmark measured: rows of raw samples, and the figures made of them (schema `evoprune/profile@1`). No torch.
+
+All sides of a round run one after another, so ratios are taken round by round, and the median of those is told: a drift of the
+machine's speed then cancels. Times are seconds here and milliseconds in the document; unknown values are None.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+from evoprune.report import Environment, ModelFacts
+
+SCHEMA = "evoprune/profile@1"
+# What a row is: plain transformers, our own pipeline without pruning, what a post-encoder method could reach at best, a method.
+HUGGING_FACE, FULL, BOUND, METHOD = "hugging_face", "full", "post_encoder_bound", "method"
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """What is looked at: so many frames of height x width pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One side's turn in one round, in seconds.
+
+    Attributes:
+        encode: the tower; `prune`, scores, merging and choice inside it, is part of that.
+        prefill: reading the prompt, up to the logits of its last column.
+        generate: all new tokens, the first of which needs no pass of its own.
+        peak_bytes: the most memory that was in use, weights included.
+    """
+
+    encode: float
+    prune: float
+    prefill: float
+    generate: float
+    peak_bytes: int | None = None
+
+    @property
+    def first_token(self) -> float:
+        """`ttft_model`: encode + prefill."""
+        return self.encode + self.prefill
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much work a side has, the same in every round.
+
+    Attributes:
+        units: merge units of the clip, N.
+        encoder_rows: rows that the tower ended with; `live_share`: mean over its layers of rows / N.
+        layers: (layer, rows that it computed).
+        tokens: visual tokens that the language model reads, K; `prompt`: those and the text around them.
+        tower_flop: floating-point operations of the tower.
+    """
+
+    units: int
+    encoder_rows: int
+    live_share: float
+    layers: tuple[tuple[int, int], ...]
+    tokens: int
+    prompt: int
+    tower_flop: float
+
+
+@dataclass
+class Row:
+    """One side at one case. `kind`: see above; `samples`: one a measured round; none where it failed, with an `error`."""
+
+    kind: str
+    case: Case
+    budget: float = 1.0
+    method: str | None = None
+    counts: Counts | None = None
+    samples: list[Sample] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        fixed = {HUGGING_FACE: "Hugging Face", FULL: "budget 1.0"}
+        return fixed.get(self.kind) or f"{'bound' if self.kind == BOUND else self.method} -b {self.budget:g}"
+
+    def seconds(self, stage: str) -> list[float]:
+        """Of every round; `stage` is a field of Sample, or `first_token`."""
+        return [getattr(sample, stage) for sample in self.samples]
+
+
+class Spread(NamedTuple):
+    """The median of several rounds, and how far they lie apart."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(median(values), min(values), max(values))
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the rounds' own ratios."""
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def bound_of(full: Row, method: Row) -> Row:
+    """The best that a method which acts after the encoder can do with as many tokens as `method` keeps, or why it is unknown.
+
+    Not run but put together, round by round: our own tower without pruning, a choice that costs nothing, and prefill and
+    generation of these tokens as `method` took them.
+    """
+    bound = Row(BOUND, method.case, method.budget)
+    bound.error = full.error or method.error
+    if bound.error or full.counts is None or method.counts is None:
+        return bound
+    tokens, prompt = method.counts.tokens, method.counts.prompt
+    f = full.counts
+    bound.counts = Counts(f.units, f.encoder_rows, f.live_share, f.layers, tokens, prompt, f.tower_flop)
+    bound.samples = [
+        Sample(tower.encode, 0.0, rest.prefill, rest.generate)
+        for tower, rest in zip(full.samples, method.samples, strict=True)
+    ]
+    return bound
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is told of a row: medians over the rounds in seconds, ratios as medians of the rounds' own.
+
+    Attributes:
+        generate_tok_s: tokens a second over the passes after the first token.
+        prune_share: of encode.
+        vs_hf, vs_bound: how many times faster the first token is than plain transformers', than the bound at this budget.
+        encode_vs_hf: how many times faster the tower is.
+        matmul_share: of the machine's rate in plain matrix products, what the tower reached.
+        peak_bytes: the highest.
+    """
+
+    encode: Spread
+    prefill: Spread
+    generate: Spread
+    first_token: Spread
+    generate_tok_s: float | None
+    prune_share: float
+    vs_hf: float | None
+    vs_bound: float | None
+    encode_vs_hf: float | None
+    matmul_share: float | None
+    peak_bytes: int | None
+
+
+@dataclass
+class Results:
+    """Everything a benchmark found.
+
+    Attributes:
+        settings: what was asked for.
+        machine: facts beyond `env`.
+        rows: case after case: Hugging Face, budget 1.0, then for each budget the bound and the methods.
+        matmul_rates: floating-point operations a second in plain matrix products, one figure a measured round.
+        warmups, rounds: how many were really run; `warmup_seconds`, `seconds`: how long the former and all of it took.
+        notes: what is special about this run.
+        interrupted: whether it was stopped before it was done.
+    """
+
+    model: ModelFacts
+    weights_bytes: int
+    env: Environment
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    matmul_rates: list[float] = field(default_factory=list)
+    warmups: int = 0
+    rounds: int = 0
+    warmup_seconds: float = 0.0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must know: the notes, and why there are fewer rounds than were asked for."""
+        wanted, limit = self.settings["repetitions"], self.settings["time_limit_s"]
+        said = list(self.notes)
+        if self.interrupted:
+            said.append(f"interrupted: {self.rounds} of {wanted} rounds were finished")
+        elif self.rounds < wanted:
+            said.append(f"{self.rounds} of {wanted} rounds: another would not have ended within {limit:g} s")
+        if self.warmup_seconds > limit:
+            said.append(f"the warm-up alone took {self.warmup_seconds:.0f} s, more than the time limit of {limit:g} s")
+        return said
+
+    @property
+    def cases(self) -> list[Case]:
+        return list(dict.fromkeys(row.case for row in self.rows))
+
+    def of(self, case: Case) -> list[Row]:
+        """The rows of a case."""
+        return [row for row in self.rows if row.case == case]
+
+    def peer(self, row: Row, kind: str) -> Row | None:
+        """The row of this kind that `row` is held against, if it has samples."""
+        peers = (r for r in self.of(row.case) if r.kind == kind and (kind != BOUND or r.budget == row.budget))
+        return next((r for r in peers if r.samples), None)
+
+    def figures(self, row: Row) -> Figures | None:
+        """None where the row has no samples."""
+        if not row.samples:
+            return None
+        encode, first, generate = row.seconds("encode"), row.seconds("first_token"), row.seconds("generate")
+        hugging_face = self.peer(row, HUGGING_FACE)
+        bound = self.peer(row, BOUND) if row.kind == METHOD else None
+        passes, flop = self.settings["new_tokens"] - 1, row.counts.tower_flop
+        reached = [flop / spent / rate for spent, rate in zip(encode, self.matmul_rates, strict=True)]
+        peaks = [sample.peak_bytes for sample in row.samples if sample.peak_bytes is not None]
+        return Figures(
+            encode=Spread.of(encode),
+            prefill=Spread.of(row.seconds("prefill")),
+            generate=Spread.of(generate),
+            first_token=Spread.of(first),
+            generate_tok_s=median(passes / spent for spent in generate) if passes else None,
+            prune_share=median_ratio(row.seconds("prune"), encode),
+            vs_hf=median_ratio(hugging_face.seconds("first_token"), first) if hugging_face else None,
+            vs_bound=median_ratio(bound.seconds("first_token"), first) if bound else None,
+            encode_vs_hf=median_ratio(hugging_face.seconds("encode"), encode) if hugging_face else None,
+            matmul_share=None if row.kind == BOUND else median(reached),
+            peak_bytes=max(peaks, default=None),
+        )
+
+    def document(self) -> dict[str, Any]:
+        """All of it as plain data for JSON: times in milliseconds, sizes in bytes."""
+        return {
+            "schema": SCHEMA,
+            "model": asdict(self.model),
+            "env": asdict(self.env),
+            "machine": self.machine,
+            "settings": self.settings,
+            "rounds": {
+                "warmup": self.warmups,
+                "measured": self.rounds,
+                "seconds": round(self.seconds, 3),
+                "interrupted": self.interrupted,
+            },
+            "memory": {"weights_bytes": self.weights_bytes},
+            "matmul": {
+                "flop_per_s": round(median(self.matmul_rates)) if self.matmul_rates else None,
+                "samples": [round(rate) for rate in self.matmul_rates],
+            },
+            "rows": [self._row_document(row) for row in self.rows],
+            "notes": self.remarks,
+        }
+
+    def _row_document(self, row: Row) -> dict[str, Any]:
+        f = self.figures(row)
+        return {
+            "row": row.kind,
+            "name": row.name,
+            "method": row.method,
+            "budget": row.budget,
+            **asdict(row.case),
+            "counts": asdict(row.counts) if row.counts else None,
+            "time_ms": {
+                "encode": f and _ms(f.encode.median),
+                "encode_prune": f and _ms(median(row.seconds("prune"))),
+                "prefill": f and _ms(f.prefill.median),
+                "generate": f and _ms(f.generate.median),
+                "ttft_model": f and _ms(f.first_token.median),
+            },
+            "rate": {"generate_tok_s": f and _short(f.generate_tok_s)},
+            "ratio": {
+                "first_token_to_hugging_face": f and _short(f.vs_hf),
+                "first_token_to_bound": f and _short(f.vs_bound),
+                "encode_to_hugging_face": f and _short(f.encode_vs_hf),
+                "prune_of_encode": f and _short(f.prune_share),
+                "tower_of_matmul": f and _short(f.matmul_share),
+            },
+            "memory": {"peak_bytes": f and f.peak_bytes},
+            "samples": [
+                {
+                    "encode": _ms(s.encode),
+                    "encode_prune": _ms(s.prune),
+                    "prefill": _ms(s.prefill),
+                    "generate": _ms(s.generate),
+                    "ttft_model": _ms(s.first_token),
+                    "peak_bytes": s.peak_bytes,
+                }
+                for s in row.samples
+            ],
+            "error": row.error,
+        }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

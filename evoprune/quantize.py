@@ -1,0 +1,154 @@
+"""Weight-only quantisation of the language model, so that decoding on a CPU, which reads every weight for every token, reads less.
+
+int8: one scale for each output feature. The product runs in integers, as the CPU's dot-product instructions want it; so that
+nothing but the weights is rounded, activations go in as 16-bit integers, in two bytes that are two rows of the same product.
+int4: a scale and a zero for every 32 weights, through PyTorch's own kernel.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from evoprune.errors import UsageError
+from evoprune.linear import PackedLinear, can_pack
+
+KINDS = ("none", "int8", "int4")
+GROUP = 32  # int4 weights that share a scale
+# From this many rows on, the product is bound by arithmetic rather than by reading weights, and bf16 is the faster one.
+MANY_ROWS = 16
+
+
+class Bytes:
+    """Activations as 16-bit integers in two bytes. Layers that read the same activations share one, and the work."""
+
+    def __init__(self):
+        self._of = self._made = None
+
+    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows `[R, K]` as uint8 `[2R, K]`, all low bytes and then all high ones, zero at 32,768; and their steps `[R, 1]`."""
+        if rows is not self._of:
+            step = torch.linalg.vector_norm(rows, float("inf"), 1, True, dtype=torch.float32).clamp_(min=1e-30) / 32767
+            whole = (rows / step).add_(32768.5).to(torch.int32)  # cut, so rounded; 1 to 65,535
+            both = whole.view(torch.uint8).view(*rows.shape, 4)[..., :2].permute(2, 0, 1).reshape(-1, rows.shape[1])
+            self._of, self._made = rows, (both, step)
+        return self._made
+
+
+class Int8Linear(nn.Module):
+    """`x @ W.T + bias` with int8 weights.
+
+    Args:
+        layer: what to quantise, on the CPU.
+        wide: the same layer unquantised, for prompts; None to use the int8 weights for them too.
+        to_bytes: shared with the layers that read the same input.
+    """
+
+    def __init__(self, layer: nn.Linear, wide: nn.Module | None = None, to_bytes: Bytes | None = None):
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        self.wide, self.to_bytes = wide, to_bytes or Bytes()
+        self.bias = None if layer.bias is None else layer.bias.float()
+        scales, wholes, sums = [], [], []
+        for rows in layer.weight.split(1024):  # what a cache holds
+            rows = rows.float()
+            scales.append(rows.abs().amax(1).clamp_(min=1e-12) / 127)
+            rows = (rows / scales[-1][:, None]).round_()
+            sums.append(rows.sum(1))  # exact: whole numbers below 2^24
+            wholes.append(rows.to(torch.int8))
+        self.scale = torch.cat(scales)
+        self.packed = torch.ops.onednn.qlinear_prepack(torch.cat(wholes), None)
+        self.zero = torch.zeros(self.out_features, dtype=torch.int32)
+        # What 32,768, the zero of the activations, adds to low + 256 * high, taken off half in each of the two.
+        self.offset = (torch.cat(sums).double() * self.scale.double() * (-32768 / 257)).float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        if self.wide is not None and len(rows) >= MANY_ROWS:
+            return self.wide(x)
+        both, step = self.to_bytes(rows)
+        low, high = torch.ops.onednn.qlinear_pointwise(
+            both, 1.0, 0, self.packed, self.scale, self.zero, self.offset, 1.0, 0, torch.float32, "none", [], ""
+        ).view(2, len(rows), -1)
+        y = low.add_(high, alpha=256).mul_(step)
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class Int4Linear(nn.Module):
+    """`x @ W.T + bias` with int4 weights; arguments as `Int8Linear`."""
+
+    def __init__(self, layer: nn.Linear, wide: nn.Module | None = None):
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        self.wide, self.bias, dtype = wide, layer.bias, layer.weight.dtype
+        rows = -(-self.out_features // 16) * 16  # the kernel's own step; what is added comes out as zeros and is cut off
+        weight = nn.functional.pad(layer.weight.float(), (0, 0, 0, rows - self.out_features))
+        groups = weight.view(rows, -1, GROUP)
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        # Rounded as the kernel will read them, before anything is measured in them.
+        scale = ((high - low) / 15).clamp_(min=1e-8).to(dtype).float()
+        middle = (low + 8 * scale).to(dtype).float()  # what 8, the kernel's zero, stands for
+        whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+        self.scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.wide is not None and len(rows) >= MANY_ROWS:
+            return self.wide(x)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
+        y = y[:, : self.out_features]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def check(kind: str, device: torch.device) -> None:
+    """Raises:
+    UsageError: no such kind, or not on this device or with this PyTorch.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(KINDS)}")
+    needs = {"int8": ("onednn", "qlinear_pointwise"), "int4": ("aten", "_weight_int4pack_mm_for_cpu")}
+    if kind == "none":
+        return
+    if device.type != "cpu":
+        raise UsageError(f"--quantize {kind} works on the CPU, not on {device}", "leave --quantize out")
+    space, name = needs[kind]
+    if not hasattr(getattr(torch.ops, space), name) or not can_pack(torch.empty(1)):
+        raise UsageError(f"this PyTorch has no {kind} products for this CPU", "leave --quantize out")
+
+
+def quantize(
+    model: nn.Module, kind: str, *, keep_wide: bool, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Quantises the linear layers of a language model and its output layer, one at a time.
+
+    Args:
+        model: with `model.language_model` and `lm_head`.
+        kind: "int8" or "int4".
+        keep_wide: keep the unquantised layers as well, packed, for prompts: faster there, and three times the memory.
+        progress: called with layers done and layers in all.
+    """
+    to_bytes = Bytes()
+    places = [
+        (parent, name)
+        for parent in [*model.model.language_model.modules(), model]
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear) and child.in_features % GROUP == 0
+    ]
+
+    def make(parent: nn.Module, name: str) -> None:
+        layer = getattr(parent, name)
+        # Only ever one row of the output layer is asked for.
+        wide = PackedLinear(layer) if keep_wide and name != "lm_head" else None
+        made = Int8Linear(layer, wide, to_bytes) if kind == "int8" else Int4Linear(layer, wide)
+        setattr(parent, name, made)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # much of it is not parallel in itself
+        for done, _ in enumerate(pool.map(make, *zip(*places, strict=True)), 1):
+            if progress:
+                progress(done, len(places))

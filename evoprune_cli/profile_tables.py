@@ -1,0 +1,242 @@
+"""What `evoprune profile` found, as text: a table for a terminal, Markdown, CSV or JSON."""
+
+import csv
+import io
+import json
+import textwrap
+from collections.abc import Callable
+from statistics import median
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from evoprune.measurements import BOUND, METHOD, Case, Figures, Results, Row, Spread
+from evoprune_cli.render import size
+
+Cell = Callable[[Row, Figures | None], str]
+
+LEGEND = (
+    "Hugging Face: plain transformers under sdpa, on the same weights; budget 1.0: evoprune, nothing pruned",
+    "bound: the best that pruning after the encoder can do, put together from the same round: encode of budget 1.0, a choice "
+    "that costs nothing, prefill and generation of as many tokens as the row below it keeps",
+    "vs HF, vs bound: how many times faster, the median of the rounds' own ratios; first token is encode + prefill",
+    "live: share of the rows that the tower computes, mean over its layers; matmul: of the machine's rate, what it reaches",
+)
+
+
+def render(results: Results, form: str, width: int = 80) -> str:
+    """The results as `table`, `md`, `csv` or `json`; `width` is that of a table, in columns."""
+    if form == "json":
+        return json.dumps(results.document(), separators=(",", ":"), ensure_ascii=True, allow_nan=False) + "\n"
+    return {"table": lambda r: _table(r, width), "md": _markdown, "csv": _csv}[form](results)
+
+
+# What stands in the cells.
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"
+
+
+def _near(spread: Spread) -> str:
+    """The median, and how far the farthest round is from it; nothing of the kind where there was but one."""
+    far = max(spread.high - spread.median, spread.median - spread.low)
+    return f"{_ms(spread.median)} ±{far / spread.median:.0%}" if far else _ms(spread.median)
+
+
+def _range(spread: Spread) -> str:
+    """The median, and within what bounds the rounds lie."""
+    apart = spread.low < spread.high
+    return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})" if apart else _ms(spread.median)
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _share(share: float | None, digits: int = 0) -> str:
+    return "" if share is None else f"{share:.{digits}%}"
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.2f}" if rate < 10 else f"{rate:,.0f}"
+
+
+def _of(show: Callable, name: str) -> Cell:
+    """A cell for a figure; a dash where the row has none."""
+    return lambda row, figures: show(getattr(figures, name)) if figures else "-"
+
+
+def _count(show: Callable, name: str) -> Cell:
+    return lambda row, figures: show(getattr(row.counts, name)) if row.counts else "-"
+
+
+def _pruning(row: Row, figures: Figures | None) -> str:
+    return _share(figures.prune_share, 1) if figures and row.kind == METHOD else "" if figures else "-"
+
+
+def _peak(row: Row, figures: Figures | None) -> str:
+    if figures is None:
+        return "-"
+    return "" if figures.peak_bytes is None else size(figures.peak_bytes)
+
+
+# The head: what was measured, and how.
+
+
+def source(results: Results) -> str:
+    """What the frames are of."""
+    settings = results.settings
+    return shown(settings.get("video") or f"synthetic {settings.get('synthetic', 'clip')}")
+
+
+def shown(name: str) -> str:
+    """A path as one line of proper text."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def device(results: Results) -> str:
+    """Where it ran."""
+    name = results.model.device
+    return f"{name} ({plural(results.env.threads, 'thread')})" if name.startswith("cpu") else name
+
+
+def _head(results: Results) -> list[str]:
+    model, env, asked = results.model, results.env, results.settings
+    weights = " (true dimensions, random weights)" if model.load_format == "dummy" else ""
+    return [
+        f"{shown(model.id)}{weights}, {model.dtype}",
+        f"{device(results)}: {env.device_name}, {median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
+        f"{source(results)}; {asked['text_tokens']} text tokens; {plural(asked['new_tokens'], 'new token')}",
+        f"{plural(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
+        f"evoprune {env.evoprune}, torch {env.torch}, transformers {env.transformers}",
+    ]
+
+
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _tail(results: Results) -> list[str]:
+    """Rows that failed, and what else a reader must know."""
+    failed = [f"{row.name}, {row.case}: {row.error}" for row in results.rows if row.error and row.kind != BOUND]
+    return [*failed, *results.remarks]
+
+
+def _caption(results: Results, case: Case) -> str:
+    units = next((row.counts.units for row in results.of(case) if row.counts), None)
+    return f"{case}" + (f": {units:,} units" if units else "")
+
+
+# For a terminal: what it took, and below it why. The later a column is named in `LEAST`, the longer it stays on a narrow one.
+
+TIMES: dict[str, Cell] = {
+    "encode ms": _of(_near, "encode"),
+    "prefill": _of(lambda spread: _ms(spread.median), "prefill"),
+    "first token": _of(_near, "first_token"),
+    "vs HF": _of(_times, "vs_hf"),
+    "vs bound": _of(_times, "vs_bound"),
+    "tok/s": _of(_rate, "generate_tok_s"),
+}
+WORK: dict[str, Cell] = {
+    "tokens": _count("{:,}".format, "tokens"),
+    "live": _count("{:.2f}".format, "live_share"),
+    "tower vs HF": _of(_times, "encode_vs_hf"),
+    "matmul": _of(_share, "matmul_share"),
+    "pruning": _pruning,
+    "peak": _peak,
+}
+LEAST = ("tok/s", "peak", "prefill", "pruning", "matmul", "encode ms", "tower vs HF", "vs bound")
+
+
+def _table(results: Results, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    lines = [part for line in _head(results) for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    for case in results.cases:
+        lines += ["", *textwrap.wrap(_caption(results, case), width)]
+        for columns in (TIMES, WORK):
+            table = _fitting(results, results.of(case), columns, console, width)
+            with console.capture() as captured:
+                console.print(table)
+            lines += ["", *(line.rstrip() for line in captured.get().splitlines())]
+    lines.append("")
+    for note in (*LEGEND, "±: the round that is farthest from the median", *_tail(results)):
+        lines += textwrap.wrap(note, width, subsequent_indent="  ")
+    return "\n".join(lines) + "\n"
+
+
+def _fitting(results: Results, rows: list[Row], columns: dict[str, Cell], console: Console, width: int) -> Table:
+    """A table of as many of the columns as there is room for."""
+    for drop in (None, *LEAST):
+        columns = {title: cell for title, cell in columns.items() if title != drop}
+        table = Table("", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
+        for title in columns:
+            table.add_column(title, justify="right")
+        for row in rows:
+            figures = results.figures(row)
+            table.add_row(row.name, *(cell(row, figures) for cell in columns.values()))
+        if Measurement.get(console, console.options.update(width=10_000), table).maximum <= width:
+            break
+    return table
+
+
+# For a page.
+
+MARKDOWN: dict[str, Cell] = {
+    "encode ms": _of(_range, "encode"),
+    "prefill ms": _of(_range, "prefill"),
+    "first token ms": _of(_range, "first_token"),
+    "vs HF": _of(_times, "vs_hf"),
+    "vs bound": _of(_times, "vs_bound"),
+    "tower vs HF": _of(_times, "encode_vs_hf"),
+    "tok/s": _of(_rate, "generate_tok_s"),
+    "tokens": _count("{:,}".format, "tokens"),
+    "prompt": _count("{:,}".format, "prompt"),
+    "rows": _count("{:,}".format, "encoder_rows"),
+    "live": _count("{:.2f}".format, "live_share"),
+    "pruning": _pruning,
+    "matmul": _of(_share, "matmul_share"),
+    "peak": _peak,
+}
+
+
+def _markdown(results: Results) -> str:
+    one = results.cases[0] if len(results.cases) == 1 else None
+    seen = _caption(results, one) if one else f"{len(results.cases)} sizes"
+    head = "; ".join([*_head(results)[:2], seen, *_head(results)[2:]]) + "."
+    titles = ["", *MARKDOWN] if one else ["frames", "size", "", *MARKDOWN]
+    lines = [head, "", _cells(titles), _cells("---" for _ in titles)]
+    for row in results.rows:
+        figures, case = results.figures(row), row.case
+        where = [] if one else [f"{case.frames:,}", f"{case.height}x{case.width}"]
+        lines.append(_cells([*where, row.name, *(cell(row, figures) for cell in MARKDOWN.values())]))
+    notes = (*LEGEND, "Times: the median (lowest-highest) of the rounds", *_tail(results))
+    return "\n".join([*lines, "", *(f"- {note[0].upper()}{note[1:]}." for note in notes)]) + "\n"
+
+
+def _cells(texts) -> str:
+    return f"| {' | '.join(text.replace('|', '/') for text in texts)} |"
+
+
+def _csv(results: Results) -> str:
+    """One line a row, each complete in itself; empty where a value is unknown."""
+    document, made = results.document(), []
+    common = {"rounds": results.rounds, "warmups": results.warmups, "new_tokens": results.settings["new_tokens"]}
+    common |= {"source": source(results), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
+    common |= {f"model_{name}": shown(document["model"][name]) for name in ("id", "dtype", "device", "load_format")}
+    common |= document["env"]
+    for facts in document["rows"]:
+        counts = facts["counts"] or {}
+        line = {name: facts[name] for name in ("row", "name", "method", "budget", "frames", "height", "width")}
+        line |= {n: counts.get(n) for n in ("units", "encoder_rows", "live_share", "tokens", "prompt", "tower_flop")}
+        for stage, median_ms in facts["time_ms"].items():
+            taken = [sample[stage] for sample in facts["samples"]]
+            line |= {f"{stage}_ms": median_ms}
+            line |= {f"{stage}_low_ms": min(taken, default=None), f"{stage}_high_ms": max(taken, default=None)}
+        made.append(line | facts["rate"] | facts["ratio"] | facts["memory"] | {"error": facts["error"]} | common)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, made[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(made)
+    return out.getvalue()

@@ -1,0 +1,278 @@
+"""`evoprune profile`: what it prints where, in which form, and what it refuses before any weights are read."""
+
+import csv
+import io
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from evoprune import benchmark
+from evoprune.errors import ModelError
+from evoprune.measurements import Case
+from tests.cli.screen import visible
+
+CLIP = "samples/square.mp4"
+ROWS = ["Hugging Face", "budget 1.0", "bound -b 0.5", "evoprune -b 0.5"]
+QUICK = ("-r", "1", "--size", "112x168", "--frames", "4", "-b", "0.5")
+
+
+@pytest.fixture(autouse=True)
+def quick_rate(monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_, **__: 1e11)
+
+
+@pytest.fixture
+def profile(cli, tiny_folder):
+    """`evoprune profile` on the tiny model, at a size that takes milliseconds unless `args` say otherwise."""
+
+    def call(*args, **settings):
+        return cli("profile", "-m", str(tiny_folder), *QUICK, *map(str, args), **settings)
+
+    return call
+
+
+def table_rows(text: str, title: str = "first token") -> list[str]:
+    """The lines of the table that has this column."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if title in line and ":" not in line) + 1
+    return lines[start : lines.index("", start)]
+
+
+def test_a_table_on_stdout_and_nothing_else(profile):
+    result = profile()
+    assert (result.code, result.err) == (0, "")
+    assert [line[: len(name)] for line, name in zip(table_rows(result.out), ROWS, strict=True)] == ROWS
+    assert [line[: len(name)] for line, name in zip(table_rows(result.out, "live"), ROWS, strict=True)] == ROWS
+    assert "4 frames of 112x168: 48 units" in result.out and "1 round after 1 of warm-up" in result.out
+    assert "random weights" not in result.out and "synthetic motion; 30 text tokens; 4 new tokens" in result.out
+    assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
+
+
+@pytest.mark.parametrize("columns", [100, 80, 60, 40])
+def test_a_narrow_terminal(profile, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = profile("-b", "0.25", "-r", "2")
+    assert max(map(len, result.out.splitlines())) <= min(columns, 80)
+    rows = table_rows(result.out)
+    assert len(rows) == 6 and all("%" in row and "x" in row for row in rows)
+    shown = {"encode ms": 60, "prefill": 80, "vs HF": 40, "tok/s": 80, "tower vs HF": 60, "peak": 80}
+    heads = [line for line in result.out.splitlines() if line.startswith("   ")]
+    for title, least in shown.items():
+        assert (title in " ".join(heads)) == (columns >= least), title
+
+
+def test_random_weights_are_told(profile):
+    assert "model (true dimensions, random weights)" in profile("--load-format", "dummy").out
+
+
+def test_markdown(profile):
+    out = profile("--format", "md", "--frames", "4,8").out
+    head, _, titles, rule, *rows = out.splitlines()
+    for fact in ("model, ", "cpu (1 thread)", "2 sizes", "torch 2.", "transformers 5", "1 round after"):
+        assert fact in head
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows[: rows.index("")]]
+    titles = [title.strip() for title in titles.strip("|").split("|")]
+    assert titles[:3] == ["frames", "size", ""] and set(rule) <= set("| -")
+    assert all(len(row) == len(titles) for row in cells)
+    assert [row[:3] for row in cells] == [[str(n), "112x168", name] for n in (4, 8) for name in ROWS]
+    assert out.count("\n- ") >= 4
+
+
+def test_csv(profile):
+    rows = list(csv.DictReader(io.StringIO(profile("--format", "csv", "-r", "2").out)))
+    assert [row["name"] for row in rows] == ROWS
+    assert [row["tokens"] for row in rows] == ["48", "48", "24", "24"]
+    for row in rows:
+        assert None not in row and None not in row.values()
+        assert float(row["encode_low_ms"]) <= float(row["encode_ms"]) <= float(row["encode_high_ms"])
+        assert float(row["ttft_model_ms"]) > 0 and row["error"] == "" and row["rounds"] == "2"
+
+
+def test_json(profile):
+    document = profile("--format", "json", "-n", "2", "--method", "random", "--method", "evoprune,random").record
+    assert document["schema"] == "evoprune/profile@1"
+    assert document["settings"]["methods"] == ["random", "evoprune"] and document["settings"]["new_tokens"] == 2
+    assert document["settings"]["synthetic"] == "motion" and document["settings"]["video"] is None
+    assert document["rounds"]["measured"] == 1 and document["env"]["threads"] == 1
+    assert [row["name"] for row in document["rows"]] == [*ROWS[:3], "random -b 0.5", "evoprune -b 0.5"]
+    assert document["rows"][-1]["counts"]["live_share"] == 0.75 and document["rows"][-1]["error"] is None
+
+
+@pytest.mark.parametrize("kind", ["static90", "noise"])
+def test_synthetic_clips(profile, kind):
+    assert profile("--synthetic", kind, "--format", "json").record["settings"]["synthetic"] == kind
+
+
+def test_a_sweep(profile):
+    document = profile("--frames", "3", "--frames", "4,6", "--size", "84x84,56x112", "--format", "json").record
+    cases = list(dict.fromkeys((row["frames"], row["height"], row["width"]) for row in document["rows"]))
+    sizes = [(112, 168), (84, 84), (56, 112)]
+    assert cases == [(n, *size) for n in (4, 6) for size in sizes]
+
+
+def test_a_video(cli, tiny_folder):
+    common = ("-m", str(tiny_folder), "-r", "1", "--frames", "4", "-b", "0.5", "--format", "json")
+    document = cli("profile", CLIP, *common).record
+    assert document["settings"]["video"] == CLIP and document["settings"]["synthetic"] is None
+    assert {(row["height"], row["width"]) for row in document["rows"]} == {(112, 168)}  # its own shape
+    document = cli("profile", CLIP, *common, "--size", "56x56").record
+    assert {row["counts"]["units"] for row in document["rows"]} == {8}
+
+
+def test_output_goes_to_a_file(profile, tmp_path):
+    result = profile("--format", "csv", "-o", tmp_path / "out.csv", "--chart", tmp_path / "chart.svg")
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert (tmp_path / "out.csv").read_text().startswith("row,name,")
+    words = [e.text for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("text")]
+    assert "live share: rows computed, mean over all layers" in words and "-b 0.5" in words
+
+
+@pytest.mark.parametrize(
+    ("sweep", "label"),
+    [(("--frames", "2,8"), "frames"), (("--size", "56x56"), "units (visual tokens before pruning)")],
+)
+def test_a_chart_of_a_sweep(profile, tmp_path, sweep, label):
+    profile(*sweep, "--chart", tmp_path / "chart.svg")
+    words = [e.text for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("text")]
+    assert words.count(label) == 2 and {"Encode", "First token (encode + prefill)", *ROWS} <= set(words)
+
+
+def test_what_was_measured_is_not_lost_with_the_disk(profile, tmp_path, monkeypatch):
+    path = tmp_path / "out.txt"
+    monkeypatch.setattr("evoprune_cli.profile._check_writable", lambda path: None)
+    path.mkdir()
+    result = profile("-o", path)
+    assert result.code == 2 and "cannot write" in result.err and table_rows(result.out)
+
+
+def test_ascii(profile):
+    out = profile("-r", "2", encoding="ascii").out
+    assert out.isascii() and " +-" in out
+
+
+def test_progress_on_a_terminal_only(profile):
+    result = profile(columns=50)
+    assert "round 1 of 1: evoprune -b 0.5, 4 frames of 112x168" in result.err
+    assert visible(result.err) == [] and "round 1 of 1" not in result.out
+    assert profile("-q", columns=50).err == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("-b", "2"), "budget '2'"),
+        (("-b", "0.5,tiny"), "budget 'tiny'"),
+        (("--method", "random,magic"), "--method 'magic'"),
+        (("--method-arg", "speed=1"), "speed"),
+        (("--method-arg", "speed"), "NAME=VALUE"),
+        (("--frames", "0"), "--frames '0'"),
+        (("--frames", "8,many"), "--frames 'many'"),
+        (("--size", "100x100"), "multiples of 28"),
+        (("--size", "0x28"), "multiples of 28"),
+        (("--size", "224"), "HEIGHTxWIDTH"),
+        (("--synthetic", "film"), "one of motion, static90, noise"),
+        ((CLIP, "--synthetic", "noise"), "exclude each other"),
+        (("--format", "xml"), "one of table, md, csv, json"),
+        (("--load-format", "magic"), "one of auto, dummy"),
+        (("--dtype", "fp1"), "fp1"),
+        (("--device", "abacus"), "abacus"),
+        (("-r", "0"), "--repeat"),
+        (("-w", "-1"), "--warmup"),
+        (("-n", "0"), "--new-tokens"),
+        (("--time-limit", "-1"), "--time-limit"),
+        (("-o", "samples"), "cannot write samples"),
+        (("-o", "no/such/file"), "cannot write no/such/file"),
+        (("--chart", "no/such/file.svg"), "cannot write no/such/file.svg"),
+        (("--tables",), "see evoprune profile --help"),
+    ],
+)
+def test_wrong_flags(profile, monkeypatch, args, says):
+    monkeypatch.setattr("evoprune.models._load_weights", lambda *_: pytest.fail("weights were read"))
+    result = profile(*args)
+    assert (result.code, result.out) == (2, "")
+    error, hint = result.err.splitlines()
+    assert error.startswith("error: ") and hint.startswith("hint: ") and says in result.err
+
+
+def test_other_failures(cli, profile, monkeypatch):
+    assert profile("no/such.mp4").code == 3
+    assert cli("profile", "-m", "samples", *QUICK).code == 4
+    monkeypatch.setattr(benchmark, "available_memory", lambda device: 1000)
+    result = profile()
+    assert result.code == 5 and "needs about" in result.err and "--frames, --size" in result.err and result.out == ""
+
+
+def test_a_row_without_memory_stays(profile, monkeypatch):
+    def run_ours(loaded, clip, method, *rest):
+        if method.name == "random":
+            raise benchmark.OutOfMemory("out of memory in encode")
+        return real(loaded, clip, method, *rest)
+
+    real = benchmark.run_ours
+    monkeypatch.setattr(benchmark, "run_ours", run_ours)
+    result = profile("--method", "evoprune,random")
+    assert (result.code, result.err) == (6, "")
+    assert table_rows(result.out)[-1].split() == ["random", "-b", "0.5", *"------"]
+    assert "random -b 0.5, 4 frames of 112x168: out of memory in encode" in result.out
+    rows = list(csv.DictReader(io.StringIO(profile("--method", "evoprune,random", "--format", "csv").out)))
+    assert rows[-1]["error"] == "out of memory in encode" and rows[-1]["encode_ms"] == ""
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch, finished):
+    turns = []
+
+    def run_ours(*args):
+        turns.append(args)
+        if len(turns) == 2 * (1 + finished) + 2:  # in the last turn of a round
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = benchmark.run_ours
+    monkeypatch.setattr(benchmark, "run_ours", run_ours)
+    result = profile("-r", "3", "--format", "json")
+    assert (result.code, result.err) == (130, "")
+    if not finished:
+        assert result.out == ""
+        return
+    assert result.record["rounds"]["interrupted"] and result.record["rounds"]["measured"] == 1
+    assert result.record["notes"] == ["interrupted: 1 of 3 rounds were finished"]
+    assert all(len(row["samples"]) == 1 for row in result.record["rows"])
+
+
+def test_defaults(cli, monkeypatch):
+    """The true dimensions of the 3B model, whatever EVOPRUNE_MODEL says; EVOPRUNE_BUDGET is heard."""
+    asked, settings = [], []
+
+    def load(name, cases, **more):
+        asked.append((name, cases, more["load_format"]))
+        raise ModelError("enough")
+
+    def record(**more):
+        settings.append(made(**more))
+        return settings[-1]
+
+    made = benchmark.Settings
+    monkeypatch.setattr(benchmark, "load", load)
+    monkeypatch.setattr(benchmark, "Settings", record)
+    monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
+    assert cli("profile").code == 4
+    assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], None)]
+    (s,) = settings
+    assert (s.budgets, s.methods, s.method_args, s.seed) == ((0.5, 0.25, 0.1), ("evoprune",), {}, 0)
+    assert (s.new_tokens, s.warmups, s.repetitions, s.time_limit_s) == (4, 1, 3, 150)
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
+    cli("profile")
+    assert settings[-1].budgets == (0.1,)
+
+
+def test_help_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys; from evoprune_cli.main import app\n"
+        "try: app(['profile', '--help'], standalone_mode=False)\n"
+        "finally: print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]" and "--synthetic" in out and "EVOPRUNE_BUDGET" in out
