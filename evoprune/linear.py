@@ -22,6 +22,11 @@ class PackedLinear(nn.Module):
         self.bias = layer.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds beside its parameters."""
+        return self.packed.numel() * self.packed.element_size()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
@@ -54,6 +59,13 @@ def linear(
     if times is not None:
         return y.mul_(times)
     return y if plus is None else y.add_(plus)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Size of all weights in the form in which the model holds them, shared ones counted once."""
+    return sum(weight.nbytes for weight in model.parameters()) + sum(
+        getattr(module, "nbytes", 0) for module in model.modules()
+    )
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -83,11 +83,13 @@ class Row:
     counts: Counts | None = None
     samples: list[Sample] = field(default_factory=list)
     error: str | None = None
+    quantize: str = "none"
 
     @property
     def name(self) -> str:
         fixed = {HUGGING_FACE: "Hugging Face", FULL: "budget 1.0"}
-        return fixed.get(self.kind) or f"{'bound' if self.kind == BOUND else self.method} -b {self.budget:g}"
+        weights = "" if self.quantize == "none" else f" {self.quantize}"
+        return fixed.get(self.kind) or f"{'bound' if self.kind == BOUND else self.method} -b {self.budget:g}{weights}"
 
     def seconds(self, stage: str) -> list[float]:
         """Of every round; `stage` is a field of Sample, or `first_token`."""
@@ -265,6 +267,7 @@ class Results:
             "name": row.name,
             "method": row.method,
             "budget": row.budget,
+            "quantize": row.quantize,
             **asdict(row.case),
             "counts": asdict(row.counts) if row.counts else None,
             "time_ms": {

@@ -5,6 +5,7 @@ hint. Only safetensors are read, and no code that comes with a model is ever run
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +14,16 @@ import torch
 from evoprune import hub
 from evoprune.config import Config, VisionConfig, parse_config
 from evoprune.dummy import random_model
+from evoprune.environment import available_memory
 from evoprune.errors import ModelError, OutOfMemory, UsageError, first_line
 from evoprune.hub import MODEL_HINT
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from evoprune.linear import pack as pack_layers
+from evoprune.linear import weights_bytes
 from evoprune.plan import VideoLimits
-from evoprune.qwen import QwenVL, empty, name_in_memory
+from evoprune.quantize import check as check_quantize
+from evoprune.quantize import quantize as quantize_layers
+from evoprune.qwen import QwenVL, empty, name_in_memory, shared
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
@@ -41,7 +47,8 @@ class LoadedModel:
         device: torch's name of the device.
         is_demo: whether this is the bundled demo model with its trained weights.
         load_format: "auto" or "dummy" (random weights).
-        weights_bytes: size of all weights, tied ones counted once.
+        quantize: "none", "int8" or "int4".
+        weights_bytes: size of all weights as they are held, tied ones counted once.
     """
 
     model: QwenVL
@@ -54,6 +61,7 @@ class LoadedModel:
     device: str
     is_demo: bool
     load_format: str
+    quantize: str
     weights_bytes: int
 
 
@@ -65,6 +73,9 @@ def load_model(
     dtype: str = "auto",
     offline: bool = False,
     load_format: str = "auto",
+    quantize: str = "none",
+    pack: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Loads a Qwen2.5-VL model.
 
@@ -78,15 +89,19 @@ def load_model(
         load_format: "auto" reads the weights, "dummy" takes the dimensions from a folder, from "demo" or from a bundled
             config (`BUNDLED_CONFIGS`) and fills in seeded random weights, without any network. `tokenizer` is None where
             there are no tokenizer files, so always with a bundled config.
+        quantize: "int8" or "int4" quantises the language model for decoding, see `evoprune.quantize`.
+        pack: on a CPU, rearrange the weights for speed if there is memory for it; they can then no longer be read.
+        progress: called with layers quantised and layers in all.
 
     Raises:
-        UsageError: unknown or absent device, unknown dtype or load format, a revision of something local.
+        UsageError: unknown or absent device, unknown dtype, load format or quantisation, a revision of something local.
         ModelError: the model is missing, of another kind, damaged, or out of reach.
         OutOfMemory: the weights do not fit.
     """
     if load_format not in ("auto", "dummy"):
         raise UsageError(f"unknown load format {load_format!r}", "use auto or dummy")
     place = _device(device)
+    check_quantize(quantize, place)
     dummy = load_format == "dummy"
     if dummy and name in BUNDLED_CONFIGS and not Path(name).is_dir():
         folder, commit, config = None, None, _read_config(BUNDLED_CONFIGS[name])
@@ -103,6 +118,7 @@ def load_model(
     try:
         how = (DTYPES[dtype], place)
         model = random_model(config, *how) if dummy else _load_weights(config, files, *how)
+        make_ready(model, quantize, pack=pack, progress=progress)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
@@ -119,8 +135,32 @@ def load_model(
         device=str(place),
         is_demo=is_demo and not dummy,
         load_format=load_format,
-        weights_bytes=sum(weight.nbytes for weight in model.parameters()),
+        quantize=quantize,
+        weights_bytes=weights_bytes(model),
     )
+
+
+def make_ready(
+    model: QwenVL, quantize: str, *, pack: bool = True, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Brings the linear layers of a model into the form in which they are fastest here, in place; arguments as `load_model`.
+
+    Where memory is short, layers stay as they are in the file, and a quantised model reads prompts through its quantised
+    layers, which is slower.
+    """
+    if model.device.type != "cpu":
+        return
+    linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
+    available = available_memory("cpu")
+    pack = pack and (available is None or available > 1.1 * linear_bytes)
+    if quantize != "none":
+        wide = None
+        if pack and (available is None or available > 1.7 * linear_bytes):
+            wide = shared(model)
+            pack_layers(wide.model.language_model)
+        quantize_layers(model, quantize, wide, progress)
+    if pack:
+        pack_layers(model)
 
 
 def describe_model(

@@ -38,7 +38,7 @@ from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
 from evoprune.video.decode import choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
-from evoprune.vision.encoder import CHUNK_UNITS, Encoded, encode, tower_geometry, tower_shape
+from evoprune.vision.encoder import Encoded, encode, tower_geometry, tower_shape, units_at_a_time
 from evoprune.vision.preprocess import patchify, resize
 
 CHUNK_BYTES = 64 * 2**20  # frames as decoded, held at a time
@@ -86,6 +86,8 @@ class VideoQA:
         dtype: str = "auto",
         offline: bool = False,
         load_format: str = "auto",
+        quantize: str = "none",
+        progress: Callable[[int, int], None] | None = None,
         **settings,
     ) -> "VideoQA":
         """Loads a model and wraps it; `settings` are the constructor's. Raises what `load_model` raises."""
@@ -93,8 +95,9 @@ class VideoQA:
         parse_budget(settings.get("budget", DEFAULT))  # settings are checked before any weights are read
         methods.get(settings.get("method", methods.DEFAULT), settings.get("method_args"))
         loaded = load_model(
-            model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format
-        )
+            model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format,
+            quantize=quantize, progress=progress,
+        )  # fmt: skip
         return cls(loaded, load_seconds=time.perf_counter() - start, **settings)
 
     @property
@@ -171,8 +174,9 @@ class VideoQA:
         keep = keep_count(self.budget, plan.visual_tokens)
         seconds_per_grid = plan.sampling.seconds_per_grid(limits.temporal_patch_size)
 
+        at_once = units_at_a_time(self.loaded.model.device)
         # No more frames at a time than the encoder takes, and no more bytes than a few large frames.
-        grids = max(1, CHUNK_UNITS // (plan.grid[1] * plan.grid[2]))
+        grids = max(1, at_once // (plan.grid[1] * plan.grid[2]))
         chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * info.width * info.height * 3)
 
         def patches() -> Iterator[torch.Tensor]:
@@ -203,7 +207,7 @@ class VideoQA:
                 keep,
                 seconds_per_grid=seconds_per_grid,
                 seed=self.seed,
-                chunk_units=CHUNK_UNITS,
+                chunk_units=at_once,
             )
         done = clock.now()
         clock.seconds["encode"] = done - start - (sum(clock.seconds.values()) - before)
@@ -386,7 +390,7 @@ class EncodedVideo:
                 id=loaded.id,
                 revision=loaded.revision,
                 dtype=loaded.dtype,
-                quantize="none",
+                quantize=loaded.quantize,
                 device=loaded.device,
                 load_format=loaded.load_format,
             ),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from evoprune.errors import UsageError
-from evoprune.linear import PackedLinear, can_pack
+from evoprune.linear import can_pack
 
 KINDS = ("none", "int8", "int4")
 GROUP = 32  # int4 weights that share a scale
@@ -63,6 +63,11 @@ class Int8Linear(nn.Module):
         # What 32,768, the zero of the activations, adds to low + 256 * high, taken off half in each of the two.
         self.offset = (torch.cat(sums).double() * self.scale.double() * (-32768 / 257)).float()
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds beside parameters and other modules."""
+        return self.packed.numel() + 12 * self.out_features
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if self.wide is not None and len(rows) >= MANY_ROWS:
@@ -84,7 +89,9 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.wide, self.bias, dtype = wide, layer.bias, layer.weight.dtype
-        rows = -(-self.out_features // 16) * 16  # the kernel's own step; what is added comes out as zeros and is cut off
+        rows = (
+            -(-self.out_features // 16) * 16
+        )  # the kernel's own step; what is added comes out as zeros and is cut off
         weight = nn.functional.pad(layer.weight.float(), (0, 0, 0, rows - self.out_features))
         groups = weight.view(rows, -1, GROUP)
         low, high = groups.aminmax(dim=-1, keepdim=True)
@@ -94,6 +101,11 @@ class Int4Linear(nn.Module):
         whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
         self.scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds beside parameters and other modules."""
+        return self.packed.nbytes + self.scales.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -123,32 +135,33 @@ def check(kind: str, device: torch.device) -> None:
 
 
 def quantize(
-    model: nn.Module, kind: str, *, keep_wide: bool, progress: Callable[[int, int], None] | None = None
+    model: nn.Module, kind: str, wide: nn.Module | None = None, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Quantises the linear layers of a language model and its output layer, one at a time.
 
     Args:
         model: with `model.language_model` and `lm_head`.
         kind: "int8" or "int4".
-        keep_wide: keep the unquantised layers as well, packed, for prompts: faster there, and three times the memory.
+        wide: the same model unquantised, whose layers are to be kept for prompts: faster there, at the price of memory.
         progress: called with layers done and layers in all.
     """
     to_bytes = Bytes()
     places = [
-        (parent, name)
-        for parent in [*model.model.language_model.modules(), model]
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear) and child.in_features % GROUP == 0
+        path
+        for path, layer in model.named_modules()
+        if path.startswith(("model.language_model.", "lm_head")) and type(layer) is nn.Linear
+        if layer.in_features % GROUP == 0
     ]
 
-    def make(parent: nn.Module, name: str) -> None:
-        layer = getattr(parent, name)
+    def make(path: str) -> None:
+        layer = model.get_submodule(path)
         # Only ever one row of the output layer is asked for.
-        wide = PackedLinear(layer) if keep_wide and name != "lm_head" else None
-        made = Int8Linear(layer, wide, to_bytes) if kind == "int8" else Int4Linear(layer, wide)
-        setattr(parent, name, made)
+        kept = None if wide is None or path == "lm_head" else wide.get_submodule(path)
+        made = Int8Linear(layer, kept, to_bytes) if kind == "int8" else Int4Linear(layer, kept)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, made)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # much of it is not parallel in itself
-        for done, _ in enumerate(pool.map(make, *zip(*places, strict=True)), 1):
+        for done, _ in enumerate(pool.map(make, places), 1):
             if progress:
                 progress(done, len(places))

@@ -106,13 +106,25 @@ class QwenVL(Part):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.model.language_model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.embed_tokens.weight.device
 
 
 def empty(config: Config) -> QwenVL:
     """A model on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
         return QwenVL(config).eval().requires_grad_(False)
+
+
+def shared(model: QwenVL) -> QwenVL:
+    """Another model on the same tensors, whose layers can be exchanged without touching those of the first."""
+    other = empty(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.tie()
+    return other.requires_grad_(False)
 
 
 def name_in_memory(name: str) -> str:

@@ -47,6 +47,7 @@ def ask(
     revision: opt.Revision = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = "none",
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
@@ -92,7 +93,8 @@ def ask(
                 GenerationSettings(max_new_tokens, temperature, top_p, seed)
                 show("loading model")
                 qa = VideoQA.load(
-                    model, revision=revision, device=device, dtype=dtype, offline=offline, budget=budget,
+                    model, revision=revision, device=device, dtype=dtype, offline=offline, quantize=quantize,
+                    progress=lambda done, total: show("quantizing", done, total), budget=budget,
                     method=method, method_args=opt.pairs(method_arg), seed=seed,
                 )  # fmt: skip
                 show("reading video")

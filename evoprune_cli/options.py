@@ -41,6 +41,16 @@ Dtype = Annotated[
         help="auto: bf16 where the hardware has it; the demo fp32.",
     ),
 ]
+QUANTIZE = ("none", "int8", "int4")
+Quantize = Annotated[
+    str,
+    _option(
+        _MODEL,
+        "--quantize",
+        metavar="|".join(QUANTIZE),
+        help="Weights of the language model while it generates, on a CPU: fewer bits are faster and less exact.",
+    ),
+]
 Offline = Annotated[bool, _option(_MODEL, "--offline", help="Never use the network.")]
 
 Budget = Annotated[

@@ -112,6 +112,16 @@ def profile(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     offline: opt.Offline = False,
+    quantize: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--quantize",
+            metavar="LIST",
+            help="Of none, int8, int4: forms of the language model's weights, CPU only; default: none.",
+            show_default=False,
+            rich_help_panel=_SWEEP,
+        ),
+    ] = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
     new_tokens: Annotated[
@@ -178,9 +188,10 @@ def profile(
         "budgets": tuple(dict.fromkeys(map(parse_budget, opt.listed(budget) or list(PRESETS)[1:]))),
         "methods": tuple(dict.fromkeys(opt.listed(method) or [methods.DEFAULT])),
         "method_args": opt.pairs(method_arg),
+        "quantize": tuple(dict.fromkeys(opt.listed(quantize) or ["none"])),
     }
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
-    _check_flags(sweep["methods"], form, load_format, synthetic, video)
+    _check_flags(sweep["methods"], sweep["quantize"], form, load_format, synthetic, video)
     for path in (output, chart):
         _check_writable(path)
     kind, results = synthetic or SYNTHETIC[0], None
@@ -238,9 +249,10 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
     return list(made)
 
 
-def _check_flags(names, form: str, load_format: str | None, synthetic: str | None, video: str | None) -> None:
+def _check_flags(names, kinds, form: str, load_format: str | None, synthetic: str | None, video: str | None) -> None:
     for option, value, known in (
         ("--method", next((name for name in names if name not in methods.available()), None), methods.available()),
+        ("--quantize", next((kind for kind in kinds if kind not in opt.QUANTIZE), None), opt.QUANTIZE),
         ("--format", form, FORMATS),
         ("--load-format", load_format, ("auto", "dummy")),
         ("--synthetic", synthetic, SYNTHETIC),

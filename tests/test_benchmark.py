@@ -107,11 +107,22 @@ def test_a_bound_is_made_of_the_same_round(results):
             assert (made.encode, made.prefill, made.generate) == (tower.encode, rest.prefill, rest.generate)
 
 
+def test_quantised_weights_have_rows_of_their_own(loaded):
+    settings = replace(SETTINGS, budgets=(0.5,), methods=("evoprune",), quantize=("none", "int8", "int4"))
+    found = last(loaded, [CASE], MOTION, settings)
+    names = ["evoprune -b 0.5", "evoprune -b 0.5 int8", "evoprune -b 0.5 int4"]
+    assert [row.name for row in found.rows if row.kind == METHOD] == names
+    assert [row.quantize for row in found.rows if row.kind == METHOD] == list(settings.quantize)
+    assert not any(row.error for row in found.rows)
+    # Transformers still runs on plain weights.
+    assert type(loaded.model.model.language_model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
 def test_sides_take_turns(loaded):
     said = []
     last(loaded, [CASE, OTHER], MOTION, SETTINGS, progress=said.append)
     sides = ["Hugging Face", "budget 1.0", *(f"{m} -b {b:g}" for b in SETTINGS.budgets for m in SETTINGS.methods)]
-    expected = ["preparing"]
+    expected = ["preparing", "packing weights"]
     for title in ("warm-up 1 of 1", "round 1 of 2", "round 2 of 2"):
         expected.append(f"{title}: matrix products")
         expected += [f"{title}: {side}, {case}" for case in (CASE, OTHER) for side in sides]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,9 +24,12 @@ from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream, stream_text
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
-from evoprune.models import BUNDLED_CONFIGS, VideoLimits, load_model
+from evoprune.linear import PackedLinear
+from evoprune.models import BUNDLED_CONFIGS, VideoLimits
 from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_model
 
+# Weights are compared with those in the file, so they must stay readable.
+load_model = partial(models.load_model, pack=False)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -129,6 +133,34 @@ def test_weights_in_their_own_dtype_stay_in_the_file(folder):
     ]
     at = loaded.model.model.language_model.layers[0].mlp.up_proj.weight.data_ptr()
     assert any(int(start, 16) <= at < int(end, 16) for start, end in mapped)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_forms_of_the_weights(saved, quantize, monkeypatch):
+    sizes = {}
+    for available in (None, 0):
+        monkeypatch.setattr(models, "available_memory", lambda _, available=available: available)
+        loaded = models.load_model(str(saved), dtype="fp32", quantize=quantize)
+        layer = loaded.model.model.language_model.layers[0].mlp.up_proj
+        assert loaded.quantize == quantize
+        assert isinstance(loaded.model.model.visual.blocks[0].attn.qkv, PackedLinear) == (available is None)
+        if quantize == "none":
+            assert isinstance(layer, PackedLinear) == (available is None)
+        else:
+            assert isinstance(layer.wide, PackedLinear) == (available is None)
+        sizes[available] = loaded.weights_bytes
+    plain = sum(weight.nbytes for weight in tiny_model().parameters())
+    if quantize == "none":
+        assert sizes[None] == sizes[0] == plain
+    else:
+        assert sizes[0] < plain and sizes[0] < sizes[None]
+
+
+def test_quantising_needs_a_cpu(saved):
+    with pytest.raises(UsageError, match="unknown quantisation"):
+        load_model(str(saved), quantize="int3")
+    with pytest.raises(UsageError, match="CPU"):
+        load_model(str(saved), quantize="int8", device="meta")
 
 
 def test_names_of_older_and_newer_checkpoints(folder):

@@ -1,5 +1,7 @@
 """The stages strung together, on sample clips: equal to Hugging Face at full budget, whatever was asked before."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from evoprune.baseline import hugging_face_model
 from evoprune.errors import UsageError, VideoError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
-from evoprune.models import load_model
+from evoprune.models import load_model, make_ready
 from evoprune.pipeline import VideoQA
+from evoprune.qwen import shared
 from evoprune.report import Report
 from evoprune.video.decode import read_frames
 from evoprune.vision.preprocess import patchify, resize
@@ -21,7 +24,7 @@ CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    return load_model(str(save_tiny(tmp_path_factory.mktemp("tiny") / "model")), dtype="fp32")
+    return load_model(str(save_tiny(tmp_path_factory.mktemp("tiny") / "model")), dtype="fp32", pack=False)
 
 
 def answer(video, question="What happens?", n=24, **settings):
@@ -30,9 +33,12 @@ def answer(video, question="What happens?", n=24, **settings):
 
 @pytest.mark.parametrize("clip", [CLIP, LONG])
 @pytest.mark.parametrize("model", ["tiny", "demo"])
-def test_full_budget_is_hugging_faces_generate(loaded, model, clip):
-    loaded = load_model("demo") if model == "demo" else loaded
-    video = VideoQA(loaded, budget=1.0).encode(clip)
+@pytest.mark.parametrize("pack", [True, False])
+def test_full_budget_is_hugging_faces_generate(loaded, model, clip, pack):
+    loaded = load_model("demo", pack=False) if model == "demo" else loaded
+    ours = replace(loaded, model=shared(loaded.model))
+    make_ready(ours.model, "none", pack=pack)
+    video = VideoQA(ours, budget=1.0).encode(clip)
     mine = answer(video, "Describe the video.")
     plan, model = video.plan, hugging_face_model(loaded.model)
     chunks = read_frames(video.info, plan.sampling.times_s)
@@ -140,7 +146,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.pipeline.CHUNK_UNITS", 8)
+    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda stage, now, total: done.append(now))
     assert done[0] <= 16 and done[-1] == 32
 
