@@ -5,6 +5,7 @@ a batch: its groups padded to a common length, with a mask where padding or uneq
 groups of neighbouring rows, is a view: no gather, no mask.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -93,8 +94,13 @@ def key_bias(bucket: Bucket, size_bias: bool, dtype: torch.dtype) -> torch.Tenso
 
 
 def grouped_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: list[Bucket], size_bias: bool = False
-) -> torch.Tensor:
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: list[Bucket],
+    size_bias: bool = False,
+    received: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, float]:
     """Softmax attention of every row to the key rows of its group.
 
     Args:
@@ -102,52 +108,92 @@ def grouped_attention(
         plan: from `buckets`.
         size_bias: adds the log of the number of units that a key stands for inside the group (ToMe, arXiv 2210.09461,
             section 3: proportional attention), so that a merged row weighs as much as what went into it.
+        received: float32 `[R]`, zeros: what `attention_received` returns is added to it, at little cost where the
+            probabilities are at hand anyway.
 
     Returns:
-        `[R, 4, heads, d]`.
+        `[R, 4, heads, d]`, and the seconds that `received` took.
     """
-    out = torch.empty_like(q)
+    out, spent = torch.empty_like(q), 0.0
     heads, dim = q.shape[2:]
     for bucket in plan:
         batch = bucket.shape[0]
-        parts = (
+        parts = [
             bucket.gather(x, which).reshape(batch, -1, heads, dim).transpose(1, 2)
             for x, which in ((q, "query"), (k, "key"), (v, "key"))
-        )
-        answer = _attend(*parts, key_bias(bucket, size_bias, q.dtype))
+        ]
+        bias = key_bias(bucket, size_bias, q.dtype)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            weight = None if received is None else _query_weight(bucket, heads)
+            answer, per_key, seconds = _attend_in_the_open(*parts, bias, weight)
+        else:
+            answer = F.scaled_dot_product_attention(*parts, attn_mask=bias)
+            start = now(q.device)
+            per_key = None if received is None else _received_by_keys(*parts[:2], bucket, size_bias)
+            seconds = now(q.device) - start
+        if received is not None:
+            _add_by_row(received, per_key, bucket)
+            spent += seconds
         answer = answer.transpose(1, 2).reshape(batch, -1, PATCHES, heads, dim)
         if bucket.query is None:
-            return answer.reshape(q.shape)
+            return answer.reshape(q.shape), spent
         if bucket.query_valid is None:
             out[bucket.query.flatten()] = answer.flatten(0, 1)
         else:
             out[bucket.query[bucket.query_valid]] = answer[bucket.query_valid]
-    return out
+    return out, spent
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Softmax attention: q `[B, heads, Q, d]`, k and v `[B, heads, K, d]`, bias `[B, 1, 1, K]` or None."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    # In bf16 on CPUs two plain products take half the time of the fused kernel, if the scores between them stay in the
-    # cache. Scores are rounded to bf16 on the way, as in Hugging Face's eager attention.
+def _attend_in_the_open(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """Attention as two plain products: in bf16 on CPUs they take half the time of the fused kernel, if the scores between
+    them stay in the cache. Scores are rounded to bf16 on the way, as in Hugging Face's eager attention.
+
+    Args:
+        q: `[B, heads, Q, d]`, k and v: `[B, heads, K, d]`, bias: `[B, 1, 1, K]` or None.
+        weight: float32 `[B, Q]`, of each query in what the keys receive; None if nobody asks.
+
+    Returns:
+        `[B, heads, Q, d]`; attention received, float32 `[B, K]` or None; and the seconds that took.
+    """
     batch, heads, queries, dim = q.shape
-    keys = k.shape[2]
+    keys, spent = k.shape[2], 0.0
     q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
-    if bias is None:
-        bias, beta = q.new_empty(1), 0
-    else:
-        bias, beta = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys), 1
+    if bias is not None:
+        bias = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys)
     out = torch.empty_like(q)
+    received = None if weight is None else torch.zeros(batch * heads, keys)
+    if weight is not None:
+        weight = weight.repeat_interleave(heads, 0)[:, :, None]
     rows = max(1, min(queries, SCORES // keys))
     groups = max(1, min(len(q), SCORES // (rows * keys)))
     for g in range(0, len(q), groups):
         of = slice(g, g + groups)
-        some = bias[of] if beta else bias
+        some, beta = (q.new_empty(1), 0) if bias is None else (bias[of], 1)
         for at in range(0, queries, rows):
-            scores = torch.baddbmm(some, q[of, at : at + rows], k[of].transpose(1, 2), beta=beta, alpha=dim**-0.5)
-            out[of, at : at + rows] = torch.bmm(scores.softmax(-1), v[of])
-    return out.view(batch, heads, queries, dim)
+            part = slice(at, at + rows)
+            scores = torch.baddbmm(some, q[of, part], k[of].transpose(1, 2), beta=beta, alpha=dim**-0.5).softmax(-1)
+            out[of, part] = torch.bmm(scores, v[of])
+            if received is not None:
+                start = now(q.device)
+                received[of] += (scores * weight[of, part]).sum(1)
+                spent += now(q.device) - start
+    out = out.view(batch, heads, queries, dim)
+    return out, None if received is None else received.view(batch, heads, keys).sum(1), spent
+
+
+def _query_weight(bucket: Bucket, heads: int) -> torch.Tensor:
+    """float32 `[B, Q*4]`: each query patch's share in the mean over the queries of its group and over heads, 0 at padding."""
+    valid = torch.ones(bucket.shape) if bucket.query_valid is None else bucket.query_valid.float()
+    return (valid / valid.sum(1, keepdim=True) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
+
+
+def now(device: torch.device) -> float:
+    """Seconds. On CUDA only once what was asked for is done, or waiting for the layers would count as pruning."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def attention_received(
@@ -166,21 +212,34 @@ def attention_received(
     received = torch.zeros(len(q))
     heads, dim = q.shape[2:]
     for bucket in plan:
-        batch, width = bucket.shape
-        queries = bucket.gather(q, "query").reshape(batch, -1, heads, dim).transpose(1, 2)
-        keys = bucket.gather(k, "key").reshape(batch, -1, heads, dim).transpose(1, 2)
-        bias = key_bias(bucket, size_bias, torch.float32)
-        valid = torch.ones(batch, width) if bucket.query_valid is None else bucket.query_valid.float()
-        weight = (valid / valid.sum(1, keepdim=True) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
-        total = torch.zeros(batch, keys.shape[2])
-        step = max(1, budget // (batch * heads * keys.shape[2]))
-        for at in range(0, queries.shape[2], step):
-            scores = (queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)
-            probs = (scores.float() if bias is None else scores.float() + bias).softmax(-1)
-            total += torch.einsum("bhqk,bq->bk", probs, weight[:, at : at + step])
-        per_row = total.view(batch, -1, PATCHES).sum(2)
-        index = bucket.key if bucket.key is not None else bucket.query
-        if index is None:
-            return per_row.flatten()
-        received.index_add_(0, index.flatten(), torch.where(bucket.key_count > 0, per_row, 0).flatten())
+        queries, keys = (
+            bucket.gather(x, which).reshape(bucket.shape[0], -1, heads, dim).transpose(1, 2)
+            for x, which in ((q, "query"), (k, "key"))
+        )
+        _add_by_row(received, _received_by_keys(queries, keys, bucket, size_bias, budget), bucket)
     return received
+
+
+def _received_by_keys(
+    queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool, budget: int = 1 << 24
+) -> torch.Tensor:
+    """Attention received by each key patch of a bucket, float32 `[B, K*4]`; queries and keys `[B, heads, Q*4 or K*4, d]`."""
+    batch, heads, _, dim = queries.shape
+    bias, weight = key_bias(bucket, size_bias, torch.float32), _query_weight(bucket, heads)
+    total = torch.zeros(batch, keys.shape[2])
+    step = max(1, budget // (batch * heads * keys.shape[2]))
+    for at in range(0, queries.shape[2], step):
+        scores = (queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)
+        probs = (scores.float() if bias is None else scores.float() + bias).softmax(-1)
+        total += torch.einsum("bhqk,bq->bk", probs, weight[:, at : at + step])
+    return total
+
+
+def _add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) -> None:
+    """Adds what the key patches of a bucket received `[B, K*4]` to their rows."""
+    per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
+    index = bucket.key if bucket.key is not None else bucket.query
+    if index is None:
+        received += per_row.flatten()
+    else:
+        received.index_add_(0, index.flatten(), torch.where(bucket.key_count > 0, per_row, 0).flatten())

@@ -4,7 +4,6 @@ Video comes in as patches, grid after grid, and is encoded in chunks of whole gr
 memory stays constant and the result does not depend on the chunk size. Without pruning the output is Hugging Face's.
 """
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,7 +17,7 @@ from evoprune.pruning.budget import spread
 from evoprune.pruning.merge import merge_rows
 from evoprune.pruning.schedule import TowerShape, share_by_size
 from evoprune.pruning.score import unit_features
-from evoprune.vision.attention import PATCHES, Bucket, attention_received, buckets, grouped_attention
+from evoprune.vision.attention import PATCHES, Bucket, buckets, grouped_attention, now
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, full_layout, geometry, merged_layout
 
 # Units encoded at a time, at least one grid. 2,048 rows of patches keep matrix products at full speed and what lies between
@@ -175,7 +174,7 @@ def encode(
         base, done, pruning = base + len(order), done + grids, pruning + seconds
     if done != count:
         raise ValueError(f"patches end after {done} of {count} grids")
-    start = _now(weight.device)
+    start = now(weight.device)
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
     with weight.device:
         chosen = torch.arange(len(home))
@@ -183,7 +182,7 @@ def encode(
             chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep).to(home.device)
         elif inside and len(home) > keep:
             chosen = _largest(torch.bincount(owner, minlength=len(home)), keep)
-    pruning += _now(weight.device) - start
+    pruning += now(weight.device) - start
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
     return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, pruning, flat)
 
@@ -191,13 +190,6 @@ def encode(
 def _is_flat(grids: torch.Tensor) -> bool:
     """Whether all patches of each grid `[T, patches, 1176]` are the same but for less than a level of 255."""
     return bool((grids.amax(1) - grids.amin(1)).max() < 1 / 255)
-
-
-def _now(device: torch.device) -> float:
-    """Seconds. On CUDA only once what was asked for is done, or waiting for the layers would count as pruning."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
@@ -263,13 +255,16 @@ def _run_tower(
         q, k = _rotate(qkv[:, :, :2], cos, sin).unbind(2)
         # Log of one is zero: no bias before anything was merged.
         bias = size_bias and layout.reach is not None
-        x = linear(block.attn.proj, grouped_attention(q, k, qkv[:, :, 2], groups[scope], bias).flatten(2), plus=x)
+        reduces = plan[layer] != rows
+        attention = torch.zeros(len(x)) if reduces and "attention" in method.needs else None
+        mixed, spent = grouped_attention(q, k, qkv[:, :, 2], groups[scope], bias, attention)
+        pruning += spent
+        x = linear(block.attn.proj, mixed.flatten(2), plus=x)
         hidden = _norm(x, block.norm2.weight)
         hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
         x = linear(block.mlp.down_proj, hidden, plus=x)
-        if plan[layer] != rows:
-            start = _now(x.device)
-            attention = attention_received(q, k, groups[scope], bias) if "attention" in method.needs else None
+        if reduces:
+            start = now(x.device)
             features = (
                 x.flatten(1).float() if "hidden" in method.needs
                 else unit_features(qkv[:, :, 1] if "keys" in method.needs else k)
@@ -277,7 +272,7 @@ def _run_tower(
             x, layout = reduce_rows(x, layout, scope, plan[layer], features, attention, method)
             cos, sin = (t[layout.place][:, :, None, None] for t in table)
             groups, rows = {}, plan[layer]
-            pruning += _now(x.device) - start
+            pruning += now(x.device) - start
     return x, layout, pruning
 
 

@@ -56,7 +56,7 @@ def test_both_against_loops(shape, merges, scope, size_bias):
     q, k, v = rows_of(layout)
     plan = plan_of(layout, scope)
     out, received = by_hand(q, k, v, layout, scope, size_bias)
-    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias), out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias)[0], out, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_both_against_loops_on_any_layout(shape, merges, scope, size_bias, seed)
     q, k, v = rows_of(layout, seed)
     plan = plan_of(layout, scope)
     out, received = by_hand(q, k, v, layout, scope, size_bias)
-    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias), out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias)[0], out, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
 
 
@@ -110,8 +110,8 @@ def test_a_merged_row_weighs_as_much_as_the_equal_rows_it_stands_for_only_with_t
     stays = into == torch.arange(32)
     merged = merged_layout(layout, into, "grid")
     for scope in ("window", "grid"):
-        before = grouped_attention(q, k, v, plan_of(layout, scope))[stays]
-        after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope), size_bias)
+        before = grouped_attention(q, k, v, plan_of(layout, scope))[0][stays]
+        after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope), size_bias)[0]
         assert torch.allclose(before, after, atol=2e-6) == size_bias
 
 
@@ -121,13 +121,13 @@ def test_groups_do_not_see_each_other(size_bias):
     q, k, v = rows_of(layout)
     for scope in ("window", "grid"):
         plan = plan_of(layout, scope)
-        before = grouped_attention(q, k, v, plan, size_bias)
+        before = grouped_attention(q, k, v, plan, size_bias)[0]
         group = layout.group_of(layout.home, scope)
         changed = group == group[0]
         k2, v2 = k.clone(), v.clone()
         k2[changed] += 1.0
         v2[changed] -= 1.0
-        after = grouped_attention(q, k2, v2, plan, size_bias)
+        after = grouped_attention(q, k2, v2, plan, size_bias)[0]
         assert torch.equal(before[~changed], after[~changed])
         assert not torch.isclose(before[changed], after[changed]).any(-1).all()
 
@@ -140,7 +140,7 @@ def test_every_backend_of_torch_gives_the_same(shape, merges, scope, backend):
     plan = plan_of(layout, scope)
     expected, _ = by_hand(q, k, v, layout, scope, True)
     with sdpa_kernel(backend):
-        torch.testing.assert_close(grouped_attention(q, k, v, plan, True), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(grouped_attention(q, k, v, plan, True)[0], expected, atol=2e-6, rtol=1e-5)
 
 
 def test_equal_groups_of_neighbours_are_one_view_without_mask():
@@ -168,3 +168,20 @@ def test_groups_of_much_different_length_do_not_pad_each_other():
         seen += bucket.query[valid].tolist()
     assert sorted(seen) == list(range(layout.rows))
     assert len(plan) < len(groups.length.unique())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size_bias", [False, True])
+@pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
+@pytest.mark.parametrize("scores", [1 << 23, 100])
+def test_what_is_received_comes_with_the_attention(shape, merges, scope, size_bias, dtype, scores, monkeypatch):
+    monkeypatch.setattr("evoprune.vision.attention.SCORES", scores)  # also in many small pieces
+    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
+    q, k, v = (x.to(dtype) for x in rows_of(layout))
+    plan, received = plan_of(layout, scope), torch.zeros(layout.rows)
+    out, seconds = grouped_attention(q, k, v, plan, size_bias, received)
+    exact, expected = by_hand(*(x.float() for x in (q, k, v)), layout, scope, size_bias)
+    near = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.08, "rtol": 0.02}
+    torch.testing.assert_close(out.float(), exact, **near)
+    torch.testing.assert_close(received, expected, **near)
+    assert seconds > 0 and grouped_attention(q, k, v, plan, size_bias)[1] == 0
