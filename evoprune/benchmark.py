@@ -324,6 +324,8 @@ def _forms(loaded: LoadedModel, kinds: Sequence[str], tell: Progress) -> tuple[d
     forms = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}
     for kind in kinds:
         if kind != "none":
+            if short := _shortage(language // {"int8": 2, "int4": 3}[kind] + 2**30, loaded.device):
+                raise OutOfMemory(f"{kind} weights beside the others {short}", "leave --quantize out", stage="load")
             model = shared(loaded.model)
             model.model.visual = ours.model.visual
             quantize(model, kind, ours, lambda done, total, kind=kind: tell(f"quantizing to {kind}: {done} of {total}"))

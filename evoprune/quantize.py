@@ -16,6 +16,7 @@ from evoprune.linear import can_pack
 
 KINDS = ("none", "int8", "int4")
 GROUP = 32  # int4 weights that share a scale
+ROWS = 1024  # of a weight quantised at a time: what a cache holds, and a multiple of all steps in which kernels arrange rows
 # From this many rows on, the product is bound by arithmetic rather than by reading weights, and bf16 is the faster one.
 MANY_ROWS = 16
 
@@ -51,7 +52,7 @@ class Int8Linear(nn.Module):
         self.wide, self.to_bytes = wide, to_bytes or Bytes()
         self.bias = None if layer.bias is None else layer.bias.float()
         scales, wholes, sums = [], [], []
-        for rows in layer.weight.split(1024):  # what a cache holds
+        for rows in layer.weight.split(ROWS):
             rows = rows.float()
             scales.append(rows.abs().amax(1).clamp_(min=1e-12) / 127)
             rows = (rows / scales[-1][:, None]).round_()
@@ -88,19 +89,23 @@ class Int4Linear(nn.Module):
     def __init__(self, layer: nn.Linear, wide: nn.Module | None = None):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        self.wide, self.bias, dtype = wide, layer.bias, layer.weight.dtype
-        rows = (
-            -(-self.out_features // 16) * 16
-        )  # the kernel's own step; what is added comes out as zeros and is cut off
-        weight = nn.functional.pad(layer.weight.float(), (0, 0, 0, rows - self.out_features))
-        groups = weight.view(rows, -1, GROUP)
+        self.wide, self.bias = wide, layer.bias
+        packed, scales = zip(*(self._pack(rows) for rows in layer.weight.split(ROWS)), strict=True)
+        self.packed, self.scales = torch.cat(packed), torch.cat(scales, 1)
+
+    @staticmethod
+    def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some rows of a weight, in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
+        # The kernel goes in steps of 16 rows; what is added comes out as zeros and is cut off.
+        rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
+        groups = rows.view(len(rows), -1, GROUP)
         low, high = groups.aminmax(dim=-1, keepdim=True)
         # Rounded as the kernel will read them, before anything is measured in them.
-        scale = ((high - low) / 15).clamp_(min=1e-8).to(dtype).float()
-        middle = (low + 8 * scale).to(dtype).float()  # what 8, the kernel's zero, stands for
+        scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
+        middle = (low + 8 * scale).to(weight.dtype).float()  # what 8, the kernel's zero, stands for
         whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
-        self.scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(dtype)
+        scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
 
     @property
     def nbytes(self) -> int:

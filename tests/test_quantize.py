@@ -110,3 +110,12 @@ def test_kinds_and_devices():
         check("int3", torch.device("cpu"))
     with pytest.raises(UsageError, match="works on the CPU"):
         check("int8", torch.device("meta"))
+
+
+@pytest.mark.parametrize("make", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("out", [100, 256, 330])
+def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
+    layer, x = layer_of(out=out), torch.randn(2, 96)
+    whole = make(layer)(x)
+    monkeypatch.setattr("evoprune.quantize.ROWS", 64)
+    assert torch.equal(make(layer)(x), whole)
