@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from evoprune.vision.layout import Groups
 
 PATCHES = 4  # rows of patches a unit
-SCORES = 1 << 23  # entries of a score matrix held at a time on the CPU: what its caches hold
+SCORES = 1 << 21  # entries of a score matrix held at a time on the CPU: what its caches hold
 
 
 @dataclass(frozen=True)
