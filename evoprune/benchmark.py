@@ -226,8 +226,12 @@ def measure(
     tell = progress or (lambda what: None)
     tell("preparing")
     reference, clips = hugging_face_model(loaded.model), {}
-    forms, notes = _forms(loaded, settings.quantize, tell)
     rows = [row for case in cases for row in _rows(case, settings)]
+    width = loaded.model.dtype.itemsize
+    working = max(working_memory(loaded.model.config, case_units(case, loaded.video), width) for case in cases)
+    forms, missing, notes = _forms(loaded, settings.quantize, working, tell)
+    for row in rows:
+        row.error = missing.get(row.quantize)
     for case in cases:
         needed = working_memory(loaded.model.config, case_units(case, loaded.video), loaded.model.dtype.itemsize)
         if short := _shortage(needed, loaded.device):
@@ -299,13 +303,24 @@ def _rows(case: Case, settings: Settings) -> list[Row]:
     pruned = [
         Row(METHOD, case, budget, method, quantize=kind)
         for budget, method, kind in product(settings.budgets, settings.methods, settings.quantize)
-        if kind != "none" or (budget < 1 and method != "none")
+        if budget < 1 and method != "none"
     ]
-    return [Row(HUGGING_FACE, case), Row(FULL, case, method="none"), *pruned]
+    full = 1.0 in settings.budgets or "none" in settings.methods
+    forms = [Row(METHOD, case, method="none", quantize=kind) for kind in settings.quantize if full and kind != "none"]
+    return [Row(HUGGING_FACE, case), Row(FULL, case, method="none"), *forms, *pruned]
 
 
-def _forms(loaded: LoadedModel, kinds: Sequence[str], tell: Progress) -> tuple[dict[str, LoadedModel], list[str]]:
-    """The model with its weights in each form, beside the plain ones that transformers runs on; and what is to be noted."""
+def _forms(
+    loaded: LoadedModel, kinds: Sequence[str], working: int, tell: Progress
+) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
+    """The model with its weights in each form, beside the plain ones that transformers runs on.
+
+    Args:
+        working: bytes that must stay free.
+
+    Returns:
+        The forms there is memory for, why the others are missing, and what is to be noted.
+    """
     for kind in kinds:
         check_quantize(kind, torch.device(loaded.device))
     ours, notes = shared(loaded.model), []
@@ -316,21 +331,24 @@ def _forms(loaded: LoadedModel, kinds: Sequence[str], tell: Progress) -> tuple[d
         tell("packing weights")
         free = available_memory(loaded.device)
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
-            if free is None or free > 1.1 * size:
+            if free is None or free > 1.1 * size + working:
                 pack(part)
                 break
         if not isinstance(ours.lm_head, PackedLinear):
             notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
-    forms = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}
+    forms, missing = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}, {}
     for kind in kinds:
         if kind != "none":
-            if short := _shortage(language // {"int8": 2, "int4": 3}[kind] + 2**30, loaded.device):
-                raise OutOfMemory(f"{kind} weights beside the others {short}", "leave --quantize out", stage="load")
+            if short := _shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
+                missing[kind] = f"not run: beside the other weights, {kind} {short}"
+                continue
             model = shared(loaded.model)
             model.model.visual = ours.model.visual
             quantize(model, kind, ours, lambda done, total, kind=kind: tell(f"quantizing to {kind}: {done} of {total}"))
             forms[kind] = replace(loaded, model=model, quantize=kind, weights_bytes=weights_bytes(model))
-    return forms, notes
+    if not loaded.device.startswith("cuda"):
+        notes.append("peak memory is the process's, with the weights of all sides in it")
+    return forms, missing, notes
 
 
 def _with_bounds(rows: list[Row]) -> list[Row]:
@@ -338,7 +356,7 @@ def _with_bounds(rows: list[Row]) -> list[Row]:
     made, seen, full = [], set(), None
     for row in rows:
         full = row if row.kind == FULL else full
-        if row.kind == METHOD and (row.case, row.budget) not in seen:
+        if row.kind == METHOD and row.method != "none" and (row.case, row.budget) not in seen:
             seen.add((row.case, row.budget))
             like = [r for r in rows if (r.kind, r.case, r.budget) == (METHOD, row.case, row.budget)]
             made.append(bound_of(full, next((r for r in like if not r.error), row)))

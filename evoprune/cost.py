@@ -18,7 +18,7 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
     """Operations of the vision tower.
 
     Args:
-        config: a `Qwen2_5_VLVisionConfig`.
+        config: a `VisionConfig`.
         rows: units that each layer computes, over the whole video, and after them the units that reach the merger.
         grids: T; `windows`: windows of one grid.
     """
@@ -34,7 +34,7 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
 
 
 def prefill_flop(config, length: int) -> float:
-    """Operations of reading a prompt of `length` tokens, logits of the last one alone; `config`: `Qwen2_5_VLTextConfig`."""
+    """Operations of reading a prompt of `length` tokens, logits of the last one alone; `config`: `TextConfig`."""
     h = config.hidden_size
     key_value = h // config.num_attention_heads * config.num_key_value_heads
     layer = 2 * length * (2 * h * h + 2 * h * key_value + 3 * h * config.intermediate_size) + 2 * length * length * h
@@ -73,7 +73,7 @@ def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, p
     """Seconds until the first token on a CPU, roughly.
 
     Args:
-        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration` on a CPU.
+        model: a `QwenVL` on a CPU.
         rows, grids, windows: see `tower_flop`.
         prompt: length of the prompt after pruning.
     """

@@ -1,31 +1,18 @@
 """Random weights at true size, for benchmarks: speed does not depend on what the weights are."""
 
 import torch
-from torch import nn
 
-from evoprune.config import Config, VisionConfig
-from evoprune.qwen import QwenVL, Tower, empty
+from evoprune.config import Config
+from evoprune.qwen import QwenVL, empty
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> QwenVL:
     """Seeded random weights at true size, in seconds where ordinary initialisation takes half a minute."""
-    return _fill_randomly(empty(config).to(dtype), device)
-
-
-def random_tower(config: VisionConfig, dtype: torch.dtype, device: str = "cpu") -> Tower:
-    """The vision tower alone."""
-    with torch.device("meta"):
-        tower = Tower(config).eval().requires_grad_(False).to(dtype)
-    return _fill_randomly(tower, torch.device(device))
-
-
-def _fill_randomly(model: nn.Module, device: torch.device) -> nn.Module:
-    model.to_empty(device=device)
-    if isinstance(model, QwenVL):
-        model.tie()
+    model = empty(config).to(dtype).to_empty(device=device)
+    model.tie()
     # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are alike.
     random = torch.Generator().manual_seed(0)
-    block = torch.randn(1_048_573, generator=random).mul_(0.02).to(device, next(model.parameters()).dtype)
+    block = torch.randn(1_048_573, generator=random).mul_(0.02).to(device, dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:

@@ -68,7 +68,7 @@ def plan_facts(plan: Plan, config) -> dict:
 
     Args:
         plan: from `plan.make_plan`.
-        config: the model's `Qwen2_5_VLConfig`.
+        config: the model's `Config`.
     """
     n = plan.visual_tokens
     return {

@@ -55,10 +55,10 @@ def linear(
         return layer(x)
     y = layer(x)
     if silu:
-        return F.silu(y, inplace=True)
+        return F.silu(y)
     if times is not None:
-        return y.mul_(times)
-    return y if plus is None else y.add_(plus)
+        return y * times
+    return y if plus is None else y + plus
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -71,6 +71,8 @@ def weights_bytes(model: nn.Module) -> int:
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether packing works and pays: on the CPU, in a dtype whose products it has in hardware, with this torch."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     return torch.backends.mkldnn.is_available() and all(
         hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")

@@ -104,6 +104,8 @@ def load_model(
     check_quantize(quantize, place)
     dummy = load_format == "dummy"
     if dummy and name in BUNDLED_CONFIGS and not Path(name).is_dir():
+        if revision is not None:
+            raise UsageError(f"the bundled config of {name} has no revision {revision!r}", "leave the revision out")
         folder, commit, config = None, None, _read_config(BUNDLED_CONFIGS[name])
     else:
         folder, commit = _locate(name, revision, offline, files=None if dummy else hub.FILES)
@@ -296,7 +298,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> QwenVL:
-    """Weights stay memory-mapped where they can be used as they lie in the file: on the CPU, in its own dtype."""
+    """Weights stay memory-mapped where they can be used as they lie in the file: on the CPU, in its own dtype. What is packed
+    later is copied then."""
     from safetensors import safe_open
 
     model = empty(config)

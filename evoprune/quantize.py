@@ -7,6 +7,7 @@ int4: a scale and a zero for every 32 weights, through PyTorch's own kernel.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -17,24 +18,24 @@ from evoprune.linear import can_pack
 KINDS = ("none", "int8", "int4")
 GROUP = 32  # int4 weights that share a scale
 ROWS = 1024  # of a weight quantised at a time: what a cache holds, and a multiple of all steps in which kernels arrange rows
-# From this many rows on, the product is bound by arithmetic rather than by reading weights, and bf16 is the faster one.
-MANY_ROWS = 16
 
 
 class Bytes:
     """Activations as 16-bit integers in two bytes. Layers that read the same activations share one, and the work."""
 
     def __init__(self):
-        self._of = self._made = None
+        self._last: tuple = (None, None)
 
     def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows `[R, K]` as uint8 `[2R, K]`, all low bytes and then all high ones, zero at 32,768; and their steps `[R, 1]`."""
-        if rows is not self._of:
-            step = torch.linalg.vector_norm(rows, float("inf"), 1, True, dtype=torch.float32).clamp_(min=1e-30) / 32767
-            whole = (rows / step).add_(32768.5).to(torch.int32)  # cut, so rounded; 1 to 65,535
-            both = whole.view(torch.uint8).view(*rows.shape, 4)[..., :2].permute(2, 0, 1).reshape(-1, rows.shape[1])
-            self._of, self._made = rows, (both, step)
-        return self._made
+        known, made = self._last  # read once: another thread may be at work on the same model
+        if rows is known:
+            return made
+        step = torch.linalg.vector_norm(rows, float("inf"), 1, True, dtype=torch.float32).clamp_(min=1e-30) / 32767
+        whole = (rows / step).add_(32768.5).to(torch.int32)  # cut, so rounded; 1 to 65,535
+        both = whole.view(torch.uint8).view(*rows.shape, 4)[..., :2].permute(2, 0, 1).reshape(-1, rows.shape[1])
+        self._last = rows, (both, step)
+        return both, step
 
 
 class Int8Linear(nn.Module):
@@ -42,7 +43,8 @@ class Int8Linear(nn.Module):
 
     Args:
         layer: what to quantise, on the CPU.
-        wide: the same layer unquantised, for prompts; None to use the int8 weights for them too.
+        wide: the same layer unquantised, for prompts, that is for more than one row; None to use the int8 weights for them
+            too.
         to_bytes: shared with the layers that read the same input.
     """
 
@@ -71,8 +73,13 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if self.wide is not None and len(rows) >= MANY_ROWS:
+        if self.wide is not None and len(rows) > 1:
             return self.wide(x)
+        # In pieces, for both bytes of many rows take much memory.
+        pieces = [self._product(piece) for piece in (rows.split(ROWS) if len(rows) > ROWS else [rows])]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:-1], -1)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
         both, step = self.to_bytes(rows)
         low, high = torch.ops.onednn.qlinear_pointwise(
             both, 1.0, 0, self.packed, self.scale, self.zero, self.offset, 1.0, 0, torch.float32, "none", [], ""
@@ -80,7 +87,7 @@ class Int8Linear(nn.Module):
         y = low.add_(high, alpha=256).mul_(step)
         if self.bias is not None:
             y += self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(rows.dtype)
 
 
 class Int4Linear(nn.Module):
@@ -114,7 +121,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if self.wide is not None and len(rows) >= MANY_ROWS:
+        if self.wide is not None and len(rows) > 1:
             return self.wide(x)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
         y = y[:, : self.out_features]
@@ -125,24 +132,35 @@ class Int4Linear(nn.Module):
 
 def check(kind: str, device: torch.device) -> None:
     """Raises:
-    UsageError: no such kind, or not on this device or with this PyTorch.
+    UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
     """
     if kind not in KINDS:
         raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(KINDS)}")
-    needs = {"int8": ("onednn", "qlinear_pointwise"), "int4": ("aten", "_weight_int4pack_mm_for_cpu")}
     if kind == "none":
         return
     if device.type != "cpu":
         raise UsageError(f"--quantize {kind} works on the CPU, not on {device}", "leave --quantize out")
-    space, name = needs[kind]
-    if not hasattr(getattr(torch.ops, space), name) or not can_pack(torch.empty(1)):
-        raise UsageError(f"this PyTorch has no {kind} products for this CPU", "leave --quantize out")
+    if not (_int8_is_exact() if kind == "int8" else hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")):
+        raise UsageError(f"this PyTorch has no exact {kind} products for this CPU", "leave --quantize out")
+
+
+@lru_cache
+def _int8_is_exact() -> bool:
+    """Whether products of bytes are there and exact: CPUs without dot-product instructions (VNNI) cut sums of pairs to 16 bits."""
+    if not can_pack(torch.empty(1)) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8), None)
+    found = torch.ops.onednn.qlinear_pointwise(
+        torch.full((2, 64), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(64), torch.zeros(64, dtype=torch.int32),
+        None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return bool((found == 64 * 255 * 127).all())
 
 
 def quantize(
     model: nn.Module, kind: str, wide: nn.Module | None = None, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Quantises the linear layers of a language model and its output layer, one at a time.
+    """Quantises the linear layers of a language model and its output layer, a few at a time.
 
     Args:
         model: with `model.language_model` and `lm_head`.

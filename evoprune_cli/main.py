@@ -121,7 +121,7 @@ def _report(problem: Exception) -> int:
     if "--json" in sys.argv[1:] and not told:
         if _command() == "inspect":
             print_failure({}, problem)
-        else:
+        elif _command() != "profile":  # which has no --json, but --format json
             from evoprune.report import Report
 
             print_json(Report(finish_reason="error", error=error))

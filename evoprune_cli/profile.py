@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Annotated
 
@@ -221,10 +221,11 @@ def profile(
                 about = {"video": video, "synthetic": None if info else kind}
                 for found in benchmark.measure(loaded, cases, source, settings, about=about, progress=show):
                     results = found
-        except BaseException:
+        except BaseException as problem:
             if results is not None:
-                results.interrupted = True
-                _deliver(results, form, output, chart)
+                results.interrupted = not isinstance(problem, Exception)
+                with suppress(UsageError):  # what went wrong first is what counts
+                    _deliver(results, form, output, chart)
             raise
     _deliver(results, form, output, chart)
     return SOME_FAILED if any(row.error for row in results.rows) else 0

@@ -228,7 +228,9 @@ def _csv(results: Results) -> str:
     common |= document["env"]
     for facts in document["rows"]:
         counts = facts["counts"] or {}
-        line = {name: facts[name] for name in ("row", "name", "method", "budget", "frames", "height", "width")}
+        line = {
+            name: facts[name] for name in ("row", "name", "method", "budget", "quantize", "frames", "height", "width")
+        }
         line |= {n: counts.get(n) for n in ("units", "encoder_rows", "live_share", "tokens", "prompt", "tower_flop")}
         for stage, median_ms in facts["time_ms"].items():
             taken = [sample[stage] for sample in facts["samples"]]

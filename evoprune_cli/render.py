@@ -212,6 +212,6 @@ def progress(active: bool) -> Iterator:
     with console.status("loading", spinner="line") as status:
 
         def show(what: str, done: int = 0, total: int = 0) -> None:
-            status.update(f"{what} {done:,}/{total:,} frames" if total else what)
+            status.update(f"{what} {done:,}/{total:,}" if total else what)
 
         yield show

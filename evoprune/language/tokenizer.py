@@ -27,6 +27,9 @@ class Tokenizer:
 
     def __post_init__(self):
         self.backend.encode_special_tokens = True  # special tokens in what a user writes are words
+        # A tokenizer that was saved after training may still hold the lengths of its batches.
+        self.backend.no_truncation()
+        self.backend.no_padding()
 
     def specials(self) -> dict[str, int]:
         """The special tokens and their ids."""

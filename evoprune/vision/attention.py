@@ -124,16 +124,21 @@ def grouped_attention(
         ]
         bias = key_bias(bucket, size_bias, q.dtype)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            start = now(q.device)
             weight = None if received is None else _query_weight(bucket, heads)
+            spent += now(q.device) - start if received is not None else 0.0
             answer, per_key, seconds = _attend_in_the_open(*parts, bias, weight)
         else:
             answer = F.scaled_dot_product_attention(*parts, attn_mask=bias)
-            start = now(q.device)
-            per_key = None if received is None else _received_by_keys(*parts[:2], bucket, size_bias)
-            seconds = now(q.device) - start
+            per_key, seconds = None, 0.0
+            if received is not None:
+                start = now(q.device)
+                per_key = _received_by_keys(*parts[:2], bucket, size_bias)
+                seconds = now(q.device) - start
         if received is not None:
+            start = now(q.device)
             _add_by_row(received, per_key, bucket)
-            spent += seconds
+            spent += seconds + now(q.device) - start
         answer = answer.transpose(1, 2).reshape(batch, -1, PATCHES, heads, dim)
         if bucket.query is None:
             return answer.reshape(q.shape), spent
@@ -162,10 +167,12 @@ def _attend_in_the_open(
     q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
     if bias is not None:
         bias = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys)
-    out = torch.empty_like(q)
-    received = None if weight is None else torch.zeros(batch * heads, keys)
+    out, received = torch.empty_like(q), None
     if weight is not None:
+        start = now(q.device)
+        received = torch.zeros(batch * heads, keys)
         weight = weight.repeat_interleave(heads, 0)[:, :, None]
+        spent = now(q.device) - start
     rows = max(1, min(queries, SCORES // keys))
     groups = max(1, min(len(q), SCORES // (rows * keys)))
     for g in range(0, len(q), groups):

@@ -1,7 +1,8 @@
 """The vision tower, run on a model's weights, with rows merged between its layers.
 
 Video comes in as patches, grid after grid, and is encoded in chunks of whole grids: no layer of the tower looks across grids, so
-memory stays constant and the result does not depend on the chunk size. Without pruning the output is Hugging Face's.
+memory stays constant and the result does not depend on the chunk size. Without pruning the output is Hugging Face's, up to
+rounding.
 """
 
 from collections.abc import Iterable, Iterator

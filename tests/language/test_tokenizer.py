@@ -35,6 +35,15 @@ def test_ids_and_text_are_those_of_transformers(text):
     assert own.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def test_lengths_left_over_from_training_do_not_cut_questions():
+    theirs = tiny_tokenizer()
+    backend = tokenizers.Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=40)
+    text = "What happens after the man opens the door?"
+    assert Tokenizer(backend, "").encode(text) == theirs(text)["input_ids"]
+
+
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Why?"}]},

@@ -183,5 +183,6 @@ def test_what_is_received_comes_with_the_attention(shape, merges, scope, size_bi
     exact, expected = by_hand(*(x.float() for x in (q, k, v)), layout, scope, size_bias)
     near = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.08, "rtol": 0.02}
     torch.testing.assert_close(out.float(), exact, **near)
-    torch.testing.assert_close(received, expected, **near)
+    close = near if dtype == torch.float32 else {"atol": 3e-3, "rtol": 0.03}
+    torch.testing.assert_close(received, expected, **close)
     assert seconds > 0 and grouped_attention(q, k, v, plan, size_bias)[1] == 0

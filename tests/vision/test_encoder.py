@@ -1,3 +1,4 @@
+from copy import deepcopy
 from itertools import product
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoprune.linear import pack
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
@@ -70,6 +72,23 @@ def test_budget_one_is_hugging_faces_tower(grid, full_layers):
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         assert torch.equal(ours.kept, torch.arange(units(grid))) and torch.equal(ours.owner, ours.kept)
         assert ours.live_share == 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("grid", [(2, 8, 12), (1, 5, 7)])
+def test_in_bf16_it_is_as_near_to_float32_as_hugging_faces(grid, packed):
+    exact, half, own = (deepcopy(tiny_tower()) for _ in range(3))
+    half.bfloat16(), own.bfloat16()
+    if packed:
+        pack(own)
+    patches, thw = random_patches(grid), torch.tensor([[grid[0], 2 * grid[1], 2 * grid[2]]])
+    units = grid[0] * grid[1] * grid[2]
+    with torch.inference_mode():
+        truth = exact(patches, grid_thw=thw).pooler_output
+        theirs = half(patches.bfloat16(), grid_thw=thw).pooler_output.float()
+    ours = encode(own, [patches.bfloat16()], grid, Nothing(), units).features.float()
+    error, usual = ((x - truth).norm() / truth.norm() for x in (ours, theirs))
+    assert 0 < error < 1.3 * usual
 
 
 def test_a_method_that_prunes_nothing_ignores_the_budget():
