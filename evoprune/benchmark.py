@@ -7,50 +7,29 @@ layer follows from the budget, and from the pixels, before the tower runs.
 
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 
-from evoprune import methods, synthetic
+from evoprune import methods
 from evoprune.baseline import hugging_face_model
 from evoprune.clock import Clock, memory_guard
-from evoprune.config import Config
-from evoprune.cost import matmul_rate, tower_flop
-from evoprune.environment import available_memory, environment, peak_memory, reset_peak_memory
-from evoprune.errors import OutOfMemory, UsageError
-from evoprune.inspection import kv_bytes
-from evoprune.language.generate import ANSWER_COLUMNS, GenerationSettings, embed_prompt, prefill, stream
-from evoprune.language.positions import VideoSpan, prompt_positions
-from evoprune.linear import PackedLinear, can_pack, pack, weights_bytes
+from evoprune.cost import matmul_rate
+from evoprune.environment import environment, peak_memory, reset_peak_memory
+from evoprune.errors import OutOfMemory
+from evoprune.forms import case_units, make_forms, shortage, working_memory
 from evoprune.measurements import FULL, HUGGING_FACE, METHOD, Case, Counts, Results, Row, Sample, bound_of
-from evoprune.methods.base import Method
-from evoprune.models import BUNDLED_CONFIGS, LoadedModel, cpu_has_bf16, describe_model, has_cuda, load_model
-from evoprune.plan import VideoLimits, make_plan
+from evoprune.models import LoadedModel
 from evoprune.pruning.budget import keep_count
-from evoprune.quantize import check as check_quantize
-from evoprune.quantize import quantize
-from evoprune.qwen import empty, shared
 from evoprune.report import ModelFacts
-from evoprune.video.decode import read_frames
-from evoprune.video.probe import VideoInfo
+from evoprune.sides import TEXT_AFTER, TEXT_BEFORE, Frames, Turn, prepare, run_hugging_face, run_ours
 from evoprune.vision.attention import PATCHES
-from evoprune.vision.encoder import encode, tower_geometry, units_at_a_time
-from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.encoder import units_at_a_time
 
-# Text tokens before and after the video, as many as a chat template and a short question have.
-TEXT_BEFORE, TEXT_AFTER = 15, 15
-SYNTHETIC_FPS = 2.0
-SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
-MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
-
-Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from one grid to the next
 Source = Callable[[Case], Frames]
 Progress = Callable[[str], None]
 
@@ -76,126 +55,6 @@ class Settings:
     warmups: int = 1
     repetitions: int = 3
     time_limit_s: float = 150.0
-
-
-def synthetic_frames(kind: str, case: Case) -> Frames:
-    """A clip made by formula, at Qwen's own frame rate."""
-    return torch.from_numpy(synthetic.clip(kind, case.frames, case.height, case.width)), 2 / SYNTHETIC_FPS
-
-
-def video_frames(info: VideoInfo, case: Case) -> Frames:
-    """Frames of a video, spread over all of it."""
-    plan = make_plan(info, VideoLimits(), frames=case.frames, max_frames=case.frames, max_visual_tokens=sys.maxsize)
-    with closing(read_frames(info, plan.sampling.times_s)) as chunks:
-        small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
-    return torch.cat(small), plan.sampling.seconds_per_grid()
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip that is ready for the tower, and the prompt around it.
-
-    Attributes:
-        patches: `[4 * N, 1176]` in Hugging Face's order, on the device and in the dtype of the weights.
-        grid: (T, H, W) in units. `seconds_per_grid`: from one grid to the next.
-        ids: int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video.
-        positions: int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token.
-    """
-
-    patches: torch.Tensor
-    grid: tuple[int, int, int]
-    seconds_per_grid: float
-    ids: torch.Tensor
-    positions: torch.Tensor
-    following: int
-
-    @property
-    def units(self) -> int:
-        return len(self.patches) // PATCHES
-
-
-def prepare(loaded: LoadedModel, frames: torch.Tensor, seconds_per_grid: float) -> Clip:
-    """Preprocesses a clip. Tokens of the text are drawn from the whole vocabulary, always the same ones."""
-    v, visual = loaded.video, loaded.model.model.visual
-    count, height, width, _ = frames.shape
-    grid = (count // v.temporal_patch_size, height // v.unit, width // v.unit)
-    patches = patchify(frames, v.image_mean, v.image_std, v.patch_size, v.temporal_patch_size, v.merge_size)
-    random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
-    text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random)
-    video = torch.zeros(len(patches) // PATCHES, dtype=torch.int64)
-    ids = torch.cat([text[:TEXT_BEFORE], video, text[TEXT_BEFORE:]])
-    span = VideoSpan(TEXT_BEFORE, grid, seconds_per_grid)
-    positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)
-    patches = patches.to(visual.patch_embed.proj.weight)
-    return Clip(patches, grid, seconds_per_grid, ids, positions, int(positions.max()) + 1)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What came of one run: the work it was, seconds of pruning in the tower, and the tokens generated."""
-
-    counts: Counts
-    prune: float
-    tokens: list[int]
-
-
-def run_ours(loaded: LoadedModel, clip: Clip, method: Method, keep: int, settings: Settings, clock: Clock) -> Turn:
-    """Our own pipeline from patches to new tokens, with `keep` tokens for the language model."""
-    model, visual = loaded.model, loaded.model.model.visual
-    with clock.stage("encode"):
-        encoded = encode(
-            visual, [clip.patches], clip.grid, method, keep, seconds_per_grid=clip.seconds_per_grid, seed=settings.seed
-        )
-    with clock.stage("prefill"):
-        embeds, columns = embed_prompt(model, clip.ids, encoded.features, TEXT_BEFORE, clip.units, encoded.kept)
-        state = prefill(model, embeds, clip.positions[:, columns], clip.following)
-    with clock.stage("generate"):
-        tokens = list(stream(model, state, GenerationSettings(settings.new_tokens), eos_ids=()))
-    layers = [(layer, entered) for layer, entered, _ in encoded.layers]
-    counts = _counts(visual, clip, layers, len(encoded.rows), len(encoded.kept))
-    return Turn(counts, encoded.prune_seconds, tokens)
-
-
-@torch.inference_mode()
-def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, settings: Settings, clock: Clock) -> Turn:
-    """Transformers' own tower, language model and cache, every token read, logits of the last column alone.
-
-    Args:
-        reference: the `Qwen2_5_VLForConditionalGeneration` that shares the weights of `loaded`. Its parts are called
-            one by one, without what its `generate` does around them, so that stages can be told apart.
-    """
-    from transformers import DynamicCache
-
-    text = reference.model.language_model
-    device, (time_, rows, columns) = clip.patches.device, clip.grid
-    grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], device=device)
-    # Row 0 says where a column is in the text, the others are the positions in time, height and width.
-    positions = torch.cat([torch.arange(len(clip.ids))[None], clip.positions])[:, None].to(device)
-    with clock.stage("encode"):
-        features = reference.model.visual(clip.patches, grid_thw=grid_thw).pooler_output
-    with clock.stage("prefill"):
-        embeds = text.embed_tokens(clip.ids.to(device))
-        embeds[TEXT_BEFORE : TEXT_BEFORE + clip.units] = features
-        cache = DynamicCache(config=reference.config.text_config)
-        hidden = text(inputs_embeds=embeds[None], position_ids=positions, past_key_values=cache, use_cache=True)
-        logits = reference.lm_head(hidden.last_hidden_state[:, -1])
-    with clock.stage("generate"):
-        tokens = [int(logits.argmax())]
-        while len(tokens) < settings.new_tokens:
-            embeds = text.embed_tokens(torch.tensor([tokens[-1:]], device=device))
-            position = torch.full((4, 1, 1), clip.following + len(tokens) - 1, device=device)
-            position[0] = len(clip.ids) + len(tokens) - 1
-            hidden = text(inputs_embeds=embeds, position_ids=position, past_key_values=cache, use_cache=True)
-            tokens.append(int(reference.lm_head(hidden.last_hidden_state[:, -1]).argmax()))
-    layers = [(layer, clip.units) for layer in range(len(reference.model.visual.blocks))]
-    return Turn(_counts(loaded.model.model.visual, clip, layers, clip.units, clip.units), 0.0, tokens)
-
-
-def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int) -> Counts:
-    windows = tower_geometry(visual, *clip.grid[1:]).windows
-    flop = tower_flop(visual.config, [*(entered for _, entered in layers), rows], clip.grid[0], windows)
-    share = sum(entered for _, entered in layers) / len(layers) / clip.units
-    return Counts(clip.units, rows, share, tuple(layers), tokens, len(clip.ids) - clip.units + tokens, flop)
 
 
 def measure(
@@ -227,14 +86,13 @@ def measure(
     tell("preparing")
     reference, clips = hugging_face_model(loaded.model), {}
     rows = [row for case in cases for row in _rows(case, settings)]
-    width = loaded.model.dtype.itemsize
-    working = max(working_memory(loaded.model.config, case_units(case, loaded.video), width) for case in cases)
-    forms, missing, notes = _forms(loaded, settings.quantize, working, tell)
+    model = loaded.model
+    needed = {c: working_memory(model.config, case_units(c, loaded.video), model.dtype.itemsize) for c in cases}
+    forms, missing, notes = make_forms(loaded, settings.quantize, max(needed.values()), tell)
     for row in rows:
         row.error = missing.get(row.quantize)
     for case in cases:
-        needed = working_memory(loaded.model.config, case_units(case, loaded.video), loaded.model.dtype.itemsize)
-        if short := _shortage(needed, loaded.device):
+        if short := shortage(needed[case], loaded.device):
             for row in rows:
                 row.error = f"not run: {short}" if row.case == case else row.error
         else:
@@ -247,9 +105,10 @@ def measure(
     def run(row: Row, clock: Clock) -> Turn:
         clip = clips[row.case]
         if row.kind == HUGGING_FACE:
-            return run_hugging_face(loaded, reference, clip, settings, clock)
+            return run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
         method = methods.get(row.method, settings.method_args if row.kind == METHOD else None)
-        return run_ours(forms[row.quantize], clip, method, keep_count(row.budget, clip.units), settings, clock)
+        keep = keep_count(row.budget, clip.units)
+        return run_ours(forms[row.quantize], clip, method, keep, settings.new_tokens, settings.seed, clock)
 
     def round_(title: str, measured: bool) -> None:
         tell(f"{title}: matrix products")
@@ -310,47 +169,6 @@ def _rows(case: Case, settings: Settings) -> list[Row]:
     return [Row(HUGGING_FACE, case), Row(FULL, case, method="none"), *forms, *pruned]
 
 
-def _forms(
-    loaded: LoadedModel, kinds: Sequence[str], working: int, tell: Progress
-) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """The model with its weights in each form, beside the plain ones that transformers runs on.
-
-    Args:
-        working: bytes that must stay free.
-
-    Returns:
-        The forms there is memory for, why the others are missing, and what is to be noted.
-    """
-    for kind in kinds:
-        check_quantize(kind, torch.device(loaded.device))
-    ours, notes = shared(loaded.model), []
-    tower, language = (
-        sum(p.nbytes for p in part.parameters()) for part in (ours.model.visual, ours.model.language_model)
-    )
-    if can_pack(next(ours.parameters())):
-        tell("packing weights")
-        free = available_memory(loaded.device)
-        for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
-            if free is None or free > 1.1 * size + working:
-                pack(part)
-                break
-        if not isinstance(ours.lm_head, PackedLinear):
-            notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
-    forms, missing = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}, {}
-    for kind in kinds:
-        if kind != "none":
-            if short := _shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
-                missing[kind] = f"not run: beside the other weights, {kind} {short}"
-                continue
-            model = shared(loaded.model)
-            model.model.visual = ours.model.visual
-            quantize(model, kind, ours, lambda done, total, kind=kind: tell(f"quantizing to {kind}: {done} of {total}"))
-            forms[kind] = replace(loaded, model=model, quantize=kind, weights_bytes=weights_bytes(model))
-    if not loaded.device.startswith("cuda"):
-        notes.append("peak memory is the process's, with the weights of all sides in it")
-    return forms, missing, notes
-
-
 def _with_bounds(rows: list[Row]) -> list[Row]:
     """The rows with a bound before the methods of each budget, made of the first of them that did not fail."""
     made, seen, full = [], set(), None
@@ -395,75 +213,3 @@ def _matmul_shapes(loaded: LoadedModel, units: list[int]) -> list[tuple[int, int
     at_once = min(units_at_a_time(loaded.model.device), max(units, default=1))
     rows, hidden = PATCHES * at_once, loaded.model.config.vision_config.hidden_size
     return [*((side, side, side) for side in squares), (rows, hidden, 3 * hidden)]
-
-
-def case_units(case: Case, limits: VideoLimits) -> int:
-    """N of a case.
-
-    Raises:
-        UsageError: its frames cannot be cut into merge units.
-    """
-    if case.height % limits.unit or case.width % limits.unit:
-        raise UsageError(
-            f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
-            f"height and width must be multiples of {limits.unit}, for example 224x336",
-        )
-    return case.frames // limits.temporal_patch_size * (case.height // limits.unit) * (case.width // limits.unit)
-
-
-def load(
-    name: str,
-    cases: Sequence[Case],
-    *,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offline: bool = False,
-    load_format: str | None = None,
-) -> LoadedModel:
-    """Loads a model after it has made sure that there is memory for it and for the smallest case; see `models.load_model`.
-
-    Args:
-        load_format: by default "dummy" where there is a bundled config of that name, else "auto".
-
-    Raises:
-        UsageError: a case that cannot be cut into merge units. OutOfMemory: there is not enough. What `load_model` raises.
-    """
-    load_format = load_format or ("dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto")
-    if load_format == "auto" or name in BUNDLED_CONFIGS or name == "demo" or Path(name).is_dir():
-        named = revision if load_format == "auto" else None
-        config, limits = describe_model(name, revision=named, offline=offline)
-        on_gpu = device.startswith("cuda") or (device == "auto" and has_cuda())
-        wide = dtype == "fp32" or (dtype == "auto" and not on_gpu and not cpu_has_bf16())
-        bytes_each = 4 if wide else 2
-        weights = sum(weight.numel() for weight in empty(config).parameters()) * bytes_each
-        working = min(working_memory(config, case_units(case, limits), bytes_each) for case in cases)
-        if short := _shortage(weights + working, "cuda" if device == "auto" and on_gpu else device):
-            raise OutOfMemory(f"{name} at {min(cases)} {short}", MEMORY_HINT, stage="load")
-    return load_model(
-        name, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format, pack=False
-    )  # fmt: skip
-
-
-def _shortage(needed: int, device: str) -> str | None:
-    """What is missing, in words, where so many bytes cannot be had."""
-    available = available_memory(device)
-    if available is None or needed <= available:
-        return None
-    return f"needs about {needed / 2**30:.1f} GiB of memory, and {available / 2**30:.1f} GiB are available"
-
-
-def working_memory(config: Config, units: int, bytes_each: int) -> int:
-    """Bytes that are in use at once beside the weights, at most: transformers' way, all units at a time, takes the most.
-
-    Args:
-        units: N. `bytes_each`: of a weight.
-    """
-    vision, text = config.vision_config, config.text_config
-    patches, prompt = units * PATCHES, units + TEXT_BEFORE + TEXT_AFTER
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    # A pass is widest at rotary embedding, in float32, and in the gated layer.
-    tower = patches * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
-    language = prompt * (8 * text.hidden_size * 4 + 3 * text.intermediate_size * bytes_each)
-    cache = kv_bytes(config, prompt + ANSWER_COLUMNS, bytes_each)
-    return SMALL_CHANGE + patches * pixels * (4 + bytes_each) + max(tower, language + cache)

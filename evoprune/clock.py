@@ -8,9 +8,15 @@ from typing import TypeVar
 import torch
 
 from evoprune.errors import OutOfMemory
-from evoprune.models import is_out_of_memory
 
 T = TypeVar("T")
+
+
+def now(device: torch.device) -> float:
+    """Seconds. On CUDA only once what was asked for is done: kernels run on after Python has gone ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Clock:
@@ -21,9 +27,7 @@ class Clock:
         self._device = device
 
     def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # kernels run on after Python has gone ahead
-        return time.perf_counter()
+        return now(self._device)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -56,3 +60,8 @@ def memory_guard(stage: str) -> Iterator[None]:
             raise
         hint = "take fewer frames (--frames) or a lower budget (-b)"
         raise OutOfMemory(f"out of memory in {stage}", hint, stage=stage) from problem
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether a host or a device ran out of memory; on the CPU torch raises a plain RuntimeError."""
+    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)

@@ -3,11 +3,11 @@
 Counts are multiply-adds times two, from the true rows of every layer and the true length of the prompt.
 """
 
-import time
 from collections.abc import Sequence
 
 import torch
 
+from evoprune.clock import now
 from evoprune.vision.attention import PATCHES
 
 # Of a plain matrix product's rate, what a whole forward pass reaches; only for telling a user how long to wait.
@@ -52,21 +52,15 @@ def matmul_rate(
     Args:
         seconds: how long to try each of `shapes`: rows, inner size and columns.
     """
-    best = 0.0
+    best, place = 0.0, torch.device(device)
     for rows, inner, columns in shapes:
         a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
         a @ b
-        end = _now(device) + seconds
-        while (start := _now(device)) < end:
+        end = now(place) + seconds
+        while (start := now(place)) < end:
             a @ b
-            best = max(best, 2 * rows * inner * columns / (_now(device) - start))
+            best = max(best, 2 * rows * inner * columns / (now(place) - start))
     return best
-
-
-def _now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)  # kernels run on after Python has gone ahead
-    return time.perf_counter()
 
 
 def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, prompt: int) -> float:

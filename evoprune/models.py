@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from evoprune import hub
+from evoprune.clock import is_out_of_memory
 from evoprune.config import Config, VisionConfig, parse_config
 from evoprune.dummy import random_model
 from evoprune.environment import available_memory
@@ -100,7 +101,7 @@ def load_model(
     """
     if load_format not in ("auto", "dummy"):
         raise UsageError(f"unknown load format {load_format!r}", "use auto or dummy")
-    place = _device(device)
+    place = pick_device(device)
     check_quantize(quantize, place)
     dummy = load_format == "dummy"
     if dummy and name in BUNDLED_CONFIGS and not Path(name).is_dir():
@@ -111,7 +112,7 @@ def load_model(
         folder, commit = _locate(name, revision, offline, files=None if dummy else hub.FILES)
         config = _read_config(folder / "config.json")
     is_demo = folder is not None and folder.resolve() == DEMO_FOLDER.resolve()
-    dtype = _dtype(dtype, place, is_demo)
+    dtype = pick_dtype(dtype, place, is_demo)
 
     tokenizer = None
     if folder is not None and (has_tokenizer(folder) or not dummy):
@@ -188,7 +189,8 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device that a name stands for; see `load_model`."""
     if name == "auto":
         name = "cuda" if has_cuda() else "cpu"
     try:
@@ -202,7 +204,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, is_demo: bool) -> str:
+def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
+    """The dtype, by its short name, that is meant on a device; see `load_model`."""
     if name == "auto":
         bf16 = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
         return "bf16" if bf16 and not is_demo else "fp32"
@@ -365,8 +368,3 @@ def _video_limits(folder: Path | None, vision_config: VisionConfig) -> VideoLimi
         merge_size=vision_config.spatial_merge_size,
     )
     return replace(limits, **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if v is not None})
-
-
-def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether a host or a device ran out of memory; on the CPU torch raises a plain RuntimeError."""
-    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)

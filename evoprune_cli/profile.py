@@ -201,7 +201,7 @@ def profile(
         try:
             with _progress(not quiet) as show:
                 show("loading libraries")
-                from evoprune import benchmark
+                from evoprune import benchmark, forms, sides
 
                 for name in sweep["methods"]:
                     methods.get(name, sweep["method_args"])
@@ -214,10 +214,10 @@ def profile(
                     time_limit_s=time_limit,
                 )
                 show("loading model")
-                loaded = benchmark.load(
+                loaded = forms.load(
                     model, cases, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format
                 )  # fmt: skip
-                source = partial(benchmark.video_frames, info) if info else partial(benchmark.synthetic_frames, kind)
+                source = partial(sides.video_frames, info) if info else partial(sides.synthetic_frames, kind)
                 about = {"video": video, "synthetic": None if info else kind}
                 for found in benchmark.measure(loaded, cases, source, settings, about=about, progress=show):
                     results = found

@@ -8,29 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune import benchmark, methods
+from evoprune import benchmark, forms, methods, sides
 from evoprune.baseline import hugging_face_model
-from evoprune.benchmark import Settings, measure, paced, run_hugging_face, run_ours
+from evoprune.benchmark import Settings, measure, paced
 from evoprune.clock import Clock
 from evoprune.environment import available_memory, peak_memory, reset_peak_memory
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.measurements import BOUND, FULL, HUGGING_FACE, METHOD, Case
 from evoprune.models import describe_model
+from evoprune.sides import run_hugging_face, run_ours
 from evoprune.video.probe import probe
-from tests.tiny import save_tiny
+from tests.threads import one_thread  # noqa: F401
 
 CASE, OTHER = Case(4, 112, 168), Case(8, 84, 84)
 SETTINGS = Settings(budgets=(0.5, 0.1), methods=("evoprune-paper", "random"), repetitions=2)
-MOTION = partial(benchmark.synthetic_frames, "motion")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are so small that a second thread only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+MOTION = partial(sides.synthetic_frames, "motion")
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +32,8 @@ def quick_rate(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("tiny") / "model"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return benchmark.load(folder, [CASE], dtype="fp32")
+def loaded(saved):
+    return forms.load(str(saved), [CASE], dtype="fp32")
 
 
 def last(*args, **settings):
@@ -137,22 +124,23 @@ def test_what_prunes_nothing_is_there_once(loaded):
 
 @pytest.mark.parametrize("case", [CASE, OTHER, Case(2, 28, 28)])
 def test_transformers_generates_what_budget_one_does(loaded, case):
-    clip = benchmark.prepare(loaded, *MOTION(case))
+    clip = sides.prepare(loaded, *MOTION(case))
     settings = replace(SETTINGS, new_tokens=12)
     clock, reference = Clock(torch.device("cpu")), hugging_face_model(loaded.model)
-    theirs = run_hugging_face(loaded, reference, clip, settings, clock)
-    ours = run_ours(loaded, clip, methods.get("none"), clip.units, settings, clock)
+    theirs = run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
+    ours = run_ours(loaded, clip, methods.get("none"), clip.units, settings.new_tokens, settings.seed, clock)
     assert len(theirs.tokens) == 12 and len(set(theirs.tokens)) > 1
     assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
 
 
 def test_generation_is_forced(loaded, monkeypatch):
     """An end of sequence does not end it."""
-    clip = benchmark.prepare(loaded, *MOTION(CASE))
-    run = partial(run_ours, loaded, clip, methods.get("none"), clip.units, clock=Clock(torch.device("cpu")))
-    first = run(settings=replace(SETTINGS, new_tokens=6)).tokens
+    clip = sides.prepare(loaded, *MOTION(CASE))
+    run = partial(run_ours, loaded, clip, methods.get("none"), clip.units, 6, 0)
+    first = run(Clock(torch.device("cpu"))).tokens
+    assert len(first) == 6
     monkeypatch.setattr(loaded, "eos_ids", tuple(first))
-    assert run(settings=replace(SETTINGS, new_tokens=6)).tokens == first
+    assert run(Clock(torch.device("cpu"))).tokens == first
 
 
 class Time:
@@ -197,11 +185,11 @@ def test_fewer_rounds_are_told(loaded):
     settings = replace(SETTINGS, budgets=(0.5,), methods=("random",), repetitions=3, time_limit_s=100)
     results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, now=now)
     assert (results.rounds, results.warmup_seconds, results.seconds) == (1, 40, 80)
-    assert results.remarks[1:] == ["1 of 3 rounds: another would not have ended within 100 s"]
+    assert results.remarks[-1] == "1 of 3 rounds: another would not have ended within 100 s"
     settings = replace(settings, time_limit_s=30, repetitions=1)
     ticks.clear()
     results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, now=now)
-    assert results.remarks[1:] == ["the warm-up alone took 40 s, more than the time limit of 30 s"]
+    assert results.remarks[-1] == "the warm-up alone took 40 s, more than the time limit of 30 s"
 
 
 def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
@@ -213,8 +201,8 @@ def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(visual, patches, grid, method, keep, **more)
 
-    real = benchmark.encode
-    monkeypatch.setattr(benchmark, "encode", encode)
+    real = sides.encode
+    monkeypatch.setattr(sides, "encode", encode)
     results = last(loaded, [CASE], MOTION, SETTINGS)
     failed = [row for row in results.rows if row.error]
     assert [(row.name, row.error, row.samples) for row in failed] == [
@@ -228,10 +216,10 @@ def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
 
 
 def test_no_bound_without_budget_one(loaded, monkeypatch):
-    def run(loaded, clip, method, keep, settings, clock):
+    def run(loaded, clip, method, *more):
         if method.name == "none":
             raise OutOfMemory("out of memory in prefill")
-        return run_ours(loaded, clip, method, keep, settings, clock)
+        return run_ours(loaded, clip, method, *more)
 
     monkeypatch.setattr(benchmark, "run_ours", run)
     results = last(loaded, [CASE], MOTION, replace(SETTINGS, budgets=(0.5,), methods=("random",)))
@@ -254,20 +242,20 @@ def test_an_interruption_leaves_the_finished_rounds(loaded):
     assert len(results.document()["rows"]) == 8
 
 
-def test_memory_is_checked_before_weights_are_read(folder, monkeypatch):
-    monkeypatch.setattr(benchmark, "load_model", lambda *_, **__: pytest.fail("weights were read"))
-    monkeypatch.setattr(benchmark, "available_memory", lambda device: 10**6)
+def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
+    monkeypatch.setattr(forms, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(forms, "available_memory", lambda device: 10**6)
     with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0.0 GiB are available") as problem:
-        benchmark.load("Qwen/Qwen2.5-VL-3B-Instruct", [CASE], dtype="bf16")
+        forms.load("Qwen/Qwen2.5-VL-3B-Instruct", [CASE], dtype="bf16")
     assert problem.value.exit_code == 5 and "--frames, --size" in problem.value.hint and "-m" in problem.value.hint
     with pytest.raises(OutOfMemory):
-        benchmark.load(folder, [CASE])
+        forms.load(str(saved), [CASE])
 
 
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
     large = Case(64, 560, 560)
-    enough = benchmark.working_memory(loaded.model.config, benchmark.case_units(CASE, loaded.video), 4)
-    monkeypatch.setattr(benchmark, "available_memory", lambda device: enough)
+    enough = forms.working_memory(loaded.model.config, forms.case_units(CASE, loaded.video), 4)
+    monkeypatch.setattr(forms, "available_memory", lambda device: enough)
 
     def source(case):
         assert case != large
@@ -281,29 +269,29 @@ def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
 
 def test_working_memory_grows_with_the_clip():
     config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
-    few, many = (benchmark.working_memory(config, units, 2) for units in (384, 3840))
+    few, many = (forms.working_memory(config, units, 2) for units in (384, 3840))
     assert 2**29 > few > 2**27 and 4 * few < many < 10 * few
 
 
-def test_frames_must_be_whole_units(folder):
+def test_frames_must_be_whole_units(saved):
     with pytest.raises(UsageError, match="120x168") as problem:
-        benchmark.load(folder, [Case(4, 120, 168)])
+        forms.load(str(saved), [Case(4, 120, 168)])
     assert "multiples of 28" in problem.value.hint
 
 
-def test_random_weights_are_the_default_of_a_bundled_config(folder, monkeypatch):
+def test_random_weights_are_the_default_of_a_bundled_config(saved, monkeypatch):
     asked = []
-    monkeypatch.setattr(benchmark, "load_model", lambda name, **more: asked.append(more["load_format"]))
-    for name, load_format in (("Qwen/Qwen2.5-VL-3B-Instruct", None), (folder, None), (folder, "dummy")):
-        benchmark.load(name, [CASE], load_format=load_format)
+    monkeypatch.setattr(forms, "load_model", lambda name, **more: asked.append(more["load_format"]))
+    for name, load_format in (("Qwen/Qwen2.5-VL-3B-Instruct", None), (str(saved), None), (str(saved), "dummy")):
+        forms.load(name, [CASE], load_format=load_format)
     assert asked == ["dummy", "auto", "dummy"]
     monkeypatch.undo()
     with pytest.raises(ModelError, match="no bundled config"):  # and the hub is not asked
-        benchmark.load("nobody/nothing", [CASE], load_format="dummy")
+        forms.load("nobody/nothing", [CASE], load_format="dummy")
 
 
 def test_the_prompt_is_the_same_every_time(loaded):
-    one, two = (benchmark.prepare(loaded, *MOTION(CASE)) for _ in range(2))
+    one, two = (sides.prepare(loaded, *MOTION(CASE)) for _ in range(2))
     assert torch.equal(one.ids, two.ids) and len(one.ids) == 48 + 30
     assert int(one.ids.max()) < loaded.model.config.text_config.vocab_size
     assert one.patches.shape == (192, 1176) and one.grid == (2, 4, 6) and one.following == int(one.positions.max()) + 1
@@ -312,7 +300,7 @@ def test_the_prompt_is_the_same_every_time(loaded):
 @pytest.mark.parametrize("frames", [4, 40])
 def test_frames_of_a_video(frames):
     info = probe("samples/square.mp4")  # six seconds
-    pictures, seconds_per_grid = benchmark.video_frames(info, Case(frames, 84, 112))
+    pictures, seconds_per_grid = sides.video_frames(info, Case(frames, 84, 112))
     assert pictures.shape == (frames, 84, 112, 3) and pictures.dtype == torch.uint8
     assert seconds_per_grid == pytest.approx(12 / frames) and len(np.unique(pictures)) > 10
 

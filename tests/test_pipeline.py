@@ -16,15 +16,14 @@ from evoprune.qwen import shared
 from evoprune.report import Report
 from evoprune.video.decode import read_frames
 from evoprune.vision.preprocess import patchify, resize
-from tests.tiny import save_tiny
 from tests.video.files import write_video
 
 CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return load_model(str(save_tiny(tmp_path_factory.mktemp("tiny") / "model")), dtype="fp32", pack=False)
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32", pack=False)
 
 
 def answer(video, question="What happens?", n=24, **settings):

@@ -5,16 +5,16 @@ a batch: its groups padded to a common length, with a mask where padding or uneq
 groups of neighbouring rows, is a view: no gather, no mask.
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from evoprune.clock import now
 from evoprune.vision.layout import Groups
 
 PATCHES = 4  # rows of patches a unit
-SCORES = 1 << 21  # entries of a score matrix held at a time on the CPU: what its caches hold
+SCORES = 1 << 21  # entries of a score matrix held at a time: what a CPU's caches hold
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,9 @@ def grouped_attention(
         plan: from `buckets`.
         size_bias: adds the log of the number of units that a key stands for inside the group (ToMe, arXiv 2210.09461,
             section 3: proportional attention), so that a merged row weighs as much as what went into it.
-        received: float32 `[R]`, zeros: what `attention_received` returns is added to it, at little cost where the
-            probabilities are at hand anyway.
+        received: float32 `[R]`, zeros, or None. How much attention each row gets is added to it: mean over heads and over
+            the queries of each group, summed over its 4 patches and over the groups that see it. Over the rows of a group
+            whose keys are its own rows it sums to one. It costs little where the probabilities are at hand anyway.
 
     Returns:
         `[R, 4, heads, d]`, and the seconds that `received` took.
@@ -196,45 +197,12 @@ def _query_weight(bucket: Bucket, heads: int) -> torch.Tensor:
     return (valid / valid.sum(1, keepdim=True) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
 
 
-def now(device: torch.device) -> float:
-    """Seconds. On CUDA only once what was asked for is done, or waiting for the layers would count as pruning."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def attention_received(
-    q: torch.Tensor, k: torch.Tensor, plan: list[Bucket], size_bias: bool = False, budget: int = 1 << 24
-) -> torch.Tensor:
-    """How much attention each row gets: mean over heads and over the queries of each group, summed over its 4 patches and over
-    the groups that see it.
-
-    Args:
-        q, k: `[R, 4, heads, d]`, rotary applied.
-        budget: score entries held at a time; longer groups are done a few queries at a time.
-
-    Returns:
-        float32 `[R]`. Over the rows of a group whose keys are its own rows it sums to one.
-    """
-    received = torch.zeros(len(q))
-    heads, dim = q.shape[2:]
-    for bucket in plan:
-        queries, keys = (
-            bucket.gather(x, which).reshape(bucket.shape[0], -1, heads, dim).transpose(1, 2)
-            for x, which in ((q, "query"), (k, "key"))
-        )
-        _add_by_row(received, _received_by_keys(queries, keys, bucket, size_bias, budget), bucket)
-    return received
-
-
-def _received_by_keys(
-    queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool, budget: int = 1 << 24
-) -> torch.Tensor:
+def _received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool) -> torch.Tensor:
     """Attention received by each key patch of a bucket, float32 `[B, K*4]`; queries and keys `[B, heads, Q*4 or K*4, d]`."""
     batch, heads, _, dim = queries.shape
     bias, weight = key_bias(bucket, size_bias, torch.float32), _query_weight(bucket, heads)
     total = torch.zeros(batch, keys.shape[2])
-    step = max(1, budget // (batch * heads * keys.shape[2]))
+    step = max(1, SCORES // (batch * heads * keys.shape[2]))
     for at in range(0, queries.shape[2], step):
         scores = (queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)
         probs = (scores.float() if bias is None else scores.float() + bias).softmax(-1)

@@ -12,13 +12,14 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
+from evoprune.clock import now
 from evoprune.linear import linear
 from evoprune.methods.base import Candidates, Method, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.merge import merge_rows
 from evoprune.pruning.schedule import TowerShape, share_by_size
 from evoprune.pruning.score import unit_features
-from evoprune.vision.attention import PATCHES, Bucket, buckets, grouped_attention, now
+from evoprune.vision.attention import PATCHES, Bucket, buckets, grouped_attention
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, full_layout, geometry, merged_layout
 
 # Units encoded at a time, at least one grid. 2,048 rows of patches keep matrix products at full speed and what lies between

@@ -7,10 +7,10 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from evoprune_cli.main import run
 from tests.cli.screen import Screen
+from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
 
 
@@ -53,8 +53,6 @@ def cli(monkeypatch, capfd):
     for name in ("EVOPRUNE_MODEL", "EVOPRUNE_BUDGET", "EVOPRUNE_DEBUG", "NO_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny; where other processes are busy too, threads wait for each other
 
     def call(
         *args: str,
@@ -83,8 +81,7 @@ def cli(monkeypatch, capfd):
             err = written
         return Result(stop.value.code or 0, out, err)
 
-    yield call
-    torch.set_num_threads(threads)
+    return call
 
 
 @pytest.fixture(scope="session")

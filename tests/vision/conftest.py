@@ -1,11 +1,1 @@
-import pytest
-import torch
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """The tensors are so small that a second thread only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.threads import one_thread  # noqa: F401

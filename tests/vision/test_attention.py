@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evoprune.vision.attention import attention_received, buckets, grouped_attention
+from evoprune.vision.attention import buckets, grouped_attention
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout
 from tests.vision.tower import groups_by_hand, random_layout
 
@@ -31,6 +31,12 @@ def rows_of(layout, seed=0):
 
 def plan_of(layout, scope):
     return buckets(attention_groups(layout, scope))
+
+
+def attention_received(q, k, plan, size_bias=False):
+    received = torch.zeros(len(q))
+    grouped_attention(q, k, torch.zeros_like(k), plan, size_bias, received)
+    return received
 
 
 def by_hand(q, k, v, layout, scope, size_bias):
@@ -79,13 +85,14 @@ def test_both_against_loops_on_any_layout(shape, merges, scope, size_bias, seed)
 
 @pytest.mark.parametrize("size_bias", [False, True])
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
-def test_attention_received_does_not_depend_on_how_much_is_held_at_a_time(shape, merges, scope, size_bias):
+def test_attention_received_does_not_depend_on_how_much_is_held_at_a_time(shape, merges, scope, size_bias, monkeypatch):
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=2)
     q, k, _ = rows_of(layout)
     plan = plan_of(layout, scope)
     whole = attention_received(q, k, plan, size_bias)
-    for budget in (1, 1000, 5000):
-        torch.testing.assert_close(attention_received(q, k, plan, size_bias, budget), whole, atol=1e-6, rtol=1e-5)
+    for scores in (1, 1000, 5000):
+        monkeypatch.setattr("evoprune.vision.attention.SCORES", scores)
+        torch.testing.assert_close(attention_received(q, k, plan, size_bias), whole, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
