@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -304,7 +305,7 @@ PROCESSES = {
     "terminated while it answers": Process(ENDLESS, 143, "\n", "generate", "terminate"),
     "interrupted early": Process((*ENDLESS, "--json"), 130, '"finish_reason":"interrupt"', "", "interrupt"),
     "reader of the answer gone": Process(("ask", CLIP, "Describe the video.", "-q"), 0, event="close stdout"),
-    "disk full": Process(("inspect", CLIP, "--json"), 1, "", "error: cannot write the output: No space", "full"),
+    "disk full": Process(("inspect", CLIP, "--json"), 2, "", "error: cannot write the output: No space", "full"),
     "reader of the help gone": Process(("--help",), 0, event="close stdout"),
     "reader of the version gone": Process(("--version",), 0, event="close stdout"),
     "reader of the errors gone": Process(("ask", "no/such.mp4", QUESTION), 3, event="close stderr"),
@@ -370,3 +371,19 @@ def test_processes(case, clips, endless):
         assert out.decode() == case.out
     else:  # an answer that was cut short, the JSON record, or nothing
         assert case.out in out.decode() and out[-1:] in (b"", b"\n")
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_interrupted_while_the_command_line_is_imported(tmp_path, way):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    module, _, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["evoprune"].partition(
+        ":"
+    )
+    script = f"from {module} import {name}; {name}()"  # as pip writes it
+    done = subprocess.run(
+        [sys.executable, *(["-m", "evoprune_cli"] if way == "module" else ["-c", script])],
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
