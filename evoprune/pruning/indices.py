@@ -13,7 +13,7 @@ def tally(index: torch.Tensor, bins: int) -> torch.Tensor:
 
 
 def true_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[count]`: where `mask` (bool `[n]`) is true, ascending; the first of them if there are more, zeros at the end if fewer."""
+    """int64 `[count]`: where `mask` (bool `[n]`) is true, ascending; the first if there are more, zeros at the end if fewer."""
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
     return slot.new_zeros(count + 1).scatter_(0, slot, torch.arange(len(mask)))[:count]
 

@@ -98,11 +98,11 @@ def merge_rows(
         torch.arange(moves) < goes.sum(), size[moved], 0
     )  # entries of `moved` that are padding weigh nothing
     after = before.index_add(0, to, added)
+    # Where several rows go into one, one of their places holds the sum: whichever comes last, they all start from the same.
+    place = torch.empty_like(before).scatter_(0, to, torch.arange(moves))[to]
+    grown = (after > before)[to]  # else it must pass through exactly
     one = (-1, *[1] * (x.ndim - 1))
-    # Of `total` only rows that something goes into are used; several entries of `to` may name one row and then say the same.
-    total = torch.empty(out.shape, dtype=torch.float32)
-    total[to] = out[to].float() * before[to].float().view(one)
-    total.index_add_(0, to, x[moved].float() * added.float().view(one))
-    mean = (total[to] / after[to].view(one)).to(x.dtype)
-    out[to] = torch.where((after > before)[to].view(one), mean, out[to])
+    total = out[to].float().mul_(torch.where(grown, before[to], 1).view(one))
+    total.index_add_(0, place, x[moved].float().mul_(added.view(one)))
+    out[to] = total.div_(torch.where(grown, after[to], 1).view(one)).to(x.dtype)[place]
     return out

@@ -21,8 +21,8 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     # Too few: who got least gets one more. One each is enough: what rounding down took is less than one from each group, and those
     # from which it took something have rows to spare.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
-    # Too many, where a floor of one gave more than was due: who got most gives first, one row in each turn, down to one row. After p
-    # turns a group has given min(p, spare) rows; `turns` is how many whole turns there are, the rest is one more for some.
+    # Too many, where a floor of one gave more than was due: who got most gives first, one row in each turn, down to one row.
+    # After p turns a group has given min(p, spare) rows; `turns` is how many whole turns there are, the rest is one more for some.
     spare, give = (counts - 1).clamp(min=0), -missing
     given = torch.minimum(torch.arange(longest)[:, None], spare[:, None]).sum(2)  # [B, longest]
     turns = ((given <= give).sum(1, keepdim=True) - 1).clamp(min=0)
@@ -32,7 +32,7 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 
 
 def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """bool `[B, G]`: the first `count` `[B, 1]` groups of `order` `[B, G]` among those that are `able`; none if `count` is negative."""
+    """bool `[B, G]`: the first `count` `[B, 1]` groups in `order` `[B, G]` that are `able`; none if `count` is negative."""
     queue = able.gather(1, order)
     chosen = queue & (queue.cumsum(1) <= count)
     return torch.zeros_like(able).scatter_(1, order, chosen)

@@ -86,8 +86,8 @@ class Packed:
             key, key_valid = runs(start, groups.key_length, most, len(groups.keys))
         units = torch.where(key_valid, groups.count[key], 0)
         row = torch.arange(self.rows)
-        group = torch.searchsorted(groups.start + groups.length, row, right=True)
-        back = group * longest + row - groups.start[group]
+        group = torch.searchsorted(groups.start + groups.length, row, right=True).clamp(max=count - 1)
+        back = (group * longest + row - groups.start[group]).clamp(max=count * longest - 1)
         keys = None if groups.consecutive else groups.keys[key]
         return Bucket((count, longest), query, keys, valid, units, True, back)
 

@@ -205,20 +205,23 @@ def encode(
             chosen = uploaded(chosen, home.device)
         elif inside and len(home) > keep:
             chosen = _largest(tally(owner, len(home)), keep)
-    encoded = Encoded(
-        rows[chosen],
-        home[chosen],
-        rows,
-        owner,
-        (grid,),
-        [(layer, entered[layer], left[layer]) for layer in range(tower.depth)],
-        # From here on the host waits for the device, for the first time.
-        watch.seconds(),
-        inside and bool(torch.stack(uniform).all()),
-    )
+    flat, seconds = _settled(method, uniform, wrong, watch)
+    layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
+    return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, seconds, flat)
+
+
+def _settled(
+    method: Method, uniform: list[torch.Tensor], wrong: list[torch.Tensor], watch: Stopwatch
+) -> tuple[bool, float]:
+    """Looks at all that was left to be looked at: whether the video is flat, and the seconds of pruning. The one place where the host
+    waits for a GPU.
+
+    Raises:
+        RuntimeError: some group did not lose the rows that it had to.
+    """
     if wrong and torch.stack(wrong).any():
         raise RuntimeError(f"method {method.name} did not remove as many rows as it was asked to")
-    return encoded
+    return bool(uniform) and bool(torch.stack(uniform).all()), watch.seconds()
 
 
 def _is_flat(grids: torch.Tensor) -> torch.Tensor:
