@@ -213,8 +213,9 @@ def encode(
 def _settled(
     method: Method, uniform: list[torch.Tensor], wrong: list[torch.Tensor], watch: Stopwatch
 ) -> tuple[bool, float]:
-    """Looks at all that was left to be looked at: whether the video is flat, and the seconds of pruning. The one place where the host
-    waits for a GPU.
+    """Looks at all that was left to be looked at: whether the video is flat, and the seconds of pruning.
+
+    The one place where the host waits for a GPU.
 
     Raises:
         RuntimeError: some group did not lose the rows that it had to.

@@ -10,7 +10,9 @@ from evoprune.pruning.shares import share_rows
 @st.composite
 def sizes_and_totals(draw):
     groups, most = draw(st.integers(1, 12)), draw(st.sampled_from([1, 2, 16, 100]))
-    sizes = draw(st.lists(st.lists(st.integers(0, most), min_size=groups, max_size=groups).filter(any), min_size=1, max_size=4))
+    sizes = draw(
+        st.lists(st.lists(st.integers(0, most), min_size=groups, max_size=groups).filter(any), min_size=1, max_size=4)
+    )
     return sizes, [draw(st.integers(sum(map(bool, row)), sum(row))) for row in sizes], most
 
 
@@ -23,7 +25,12 @@ def test_many_shares_at_once_are_the_shares_one_by_one(case, slack):
 
 
 def test_where_floors_take_several_turns():
-    for sizes, total in (([1, 1, 1, 97], 4), ([1] * 9 + [5, 6, 7], 13), ([1] * 30 + [16, 16], 33), ([0, 1, 2, 0, 15], 3)):
+    for sizes, total in (
+        ([1, 1, 1, 97], 4),
+        ([1] * 9 + [5, 6, 7], 13),
+        ([1] * 30 + [16, 16], 33),
+        ([0, 1, 2, 0, 15], 3),
+    ):
         made = share_rows(torch.tensor([sizes]), torch.tensor([total]), max(sizes))
         assert made[0].tolist() == share_by_size(sizes, total)
 
@@ -49,4 +56,4 @@ def test_runs(lengths, slack):
     assert table.shape == valid.shape == (len(lengths), max(lengths) + slack)
     assert valid.sum(1).tolist() == lengths and table[valid].tolist() == list(range(sum(lengths)))
     for row, n in zip(table.tolist(), lengths, strict=True):
-        assert 0 <= min(row) and max(row) < sum(lengths) and set(row[n:]) <= {row[max(n - 1, 0)]}
+        assert min(row) >= 0 and max(row) < sum(lengths) and set(row[n:]) <= {row[max(n - 1, 0)]}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
@@ -177,9 +177,7 @@ def test_nothing_waits_and_the_answer_is_the_cpus(grid, share, full_layers, kern
     list(product(["keys", "keys_rotary", "hidden"], ["alternate", "checkerboard"], ["destination", "attended"])),
 )
 def test_nor_with_other_settings(features, split, survivor, monkeypatch):
-    method = EvoPrunePaper(
-        allocation="mean", first=0.0, last=0.8, features=features, split=split, survivor=survivor
-    )
+    method = EvoPrunePaper(allocation="mean", first=0.0, last=0.8, features=features, split=split, survivor=survivor)
     both_ways(monkeypatch, (3, 5, 7), method, 16, True, (0, 3))  # several windows lose all rows but one in one layer
 
 
@@ -204,33 +202,20 @@ def test_nor_on_any_clip(monkeypatch, grid, share, method, full_layers, chunk_un
 
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("keep", [70, 35, 9, 2])
-def test_on_a_gpu_without_values_every_shape_is_known(keep, kernel, monkeypatch):
-    """PyTorch's fake CUDA tensors have no values: looking at one raises, and so does mixing devices."""
-    grid, visual = (2, 5, 7), deepcopy(tiny_tower((0, 2))).bfloat16()
+def test_on_a_device_without_values_every_shape_is_known(keep, kernel, monkeypatch):
+    """PyTorch's meta tensors have shapes but no values: looking at one raises, and so does mixing it with one on the CPU."""
+    grid, meta = (2, 5, 7), torch.device("meta")
 
     def answer(q, k, v, *_, scale):
         return torch.empty_like(q)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
-    monkeypatch.setattr(encoder, "uploaded", lambda x, device: x.to(device))  # pinned memory needs a driver
-    monkeypatch.setattr(encoder, "Stopwatch", lambda device: Stopwatch(torch.device("cpu")))  # and so do events
+    monkeypatch.setattr(encoder, "static_shapes", lambda device: device == meta)
     monkeypatch.setattr(encoder, "_settled", lambda *_: (False, 0.0))
-    geometry.cache_clear()
-    try:
-        fake = FakeTensorMode()
-        for module in visual.modules():
-            for name, weight in list(module._parameters.items()):
-                if weight is not None:
-                    weight = fake.from_tensor(weight.detach())
-                    with fake:
-                        module._parameters[name] = weight.to("cuda")
-        with fake:
-            patches = torch.randn(units(grid) * 4, 1176)
-            made = encode(visual, [patches], grid, EvoPrunePaper(first=0.0, last=1.0), keep)
-    finally:
-        geometry.cache_clear()
-    assert made.features.shape == (keep, 24) and made.features.is_cuda and made.features.dtype == torch.bfloat16
-    assert made.kept.shape == (keep,) and made.owner.shape == (70,) and made.owner.is_cuda
+    visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
+    made = encode(visual, [random_patches(grid)], grid, EvoPrunePaper(first=0.0, last=1.0), keep)
+    assert made.features.shape == (keep, 24) and made.features.is_meta and made.features.dtype == torch.bfloat16
+    assert made.kept.shape == (keep,) and made.owner.shape == (70,) and made.owner.is_meta
 
 
 def test_the_watchmen_see_what_they_should():
@@ -238,13 +223,15 @@ def test_the_watchmen_see_what_they_should():
     waits = [
         lambda: x.sum().item(), lambda: bool(mask.any()), lambda: mask.nonzero(), lambda: x[mask], lambda: x.unique(),
         lambda: torch.bincount(x), lambda: x.masked_select(mask), lambda: torch.equal(x, x), lambda: int(x.max()),
-        lambda: x.repeat_interleave(x), lambda: x.index_put_((mask,), x[:3]),
+        lambda: x.repeat_interleave(x),
     ]  # fmt: skip
-    for wait in waits:
+    for wait in (*waits, lambda: x.index_put_((mask,), x[:3])):
         with pytest.raises(AssertionError, match="waits"), NoWaiting():
             wait()
-    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
-        torch.ones(2, device="cuda").tolist()
+    x, mask = x.to("meta"), mask.to("meta")
+    for wait in (*waits, x.tolist, x.cpu, lambda: x + torch.arange(4)):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wait()
 
 
 # --- rounds ------------------------------------------------------------------------------------------------------------
