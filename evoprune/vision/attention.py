@@ -11,7 +11,7 @@ one bucket padded to the greatest length there can be.
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -254,7 +254,12 @@ def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: torch.Te
 
 
 def _attend_in_the_open(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor | None, watch
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    watch: AbstractContextManager,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention as two plain products: in bf16 on CPUs they take half the time of the fused kernel, if the scores between
     them stay in the cache. Scores are rounded to bf16 on the way, as in Hugging Face's eager attention.

@@ -9,7 +9,7 @@ result before it asks for the next one, and what has to be looked at is looked a
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -97,8 +97,10 @@ def units_at_a_time(device: torch.device) -> int:
 
 
 def static_shapes(device: torch.device) -> bool:
-    """Whether shapes may not depend on values: on a GPU the host would have to wait for them. On a CPU looking is free, and saves
-    padding and rounds that have nothing to do."""
+    """Whether shapes may not depend on values: on a GPU the host would have to wait for them.
+
+    On a CPU looking is free, and saves padding and rounds that have nothing to do.
+    """
     return device.type == "cuda"
 
 
@@ -352,7 +354,7 @@ def reduce_rows(
         Rows and layout; and, where shapes are static, whether some group did not lose what it had to (bool, no dimension).
 
     Raises:
-        RuntimeError: the method merged nothing though it was asked to; where shapes are not static.
+        RuntimeError: the method merged nothing though it was asked to, or too much; where shapes are not static.
     """
     static, moves = static_shapes(x.device), layout.rows - sum(target)
     total, longest = layout.group_count(scope), layout.longest(scope)
@@ -396,8 +398,12 @@ def reduce_rows(
         counts = tuple(target) if left == sum(target) else None
         layout = merged_layout(layout, into, scope, left, counts)
     if not static:
+        if layout.rows != sum(target):
+            raise RuntimeError(f"method {method.name} left {layout.rows} rows where {sum(target)} were planned")
         return x, layout, None
-    return x, layout, (tally(layout.group_of(layout.home, scope), total + 1)[:total] != wanted).any()
+    failed = (tally(layout.group_of(layout.home, scope), total + 1)[:total] != wanted).any()
+    # If it has merged too much there is still padding. Until that can be said, at the end, it must not lead out of the last grid.
+    return x, replace(layout, home=layout.home.clamp(max=len(layout.owner) - 1)), failed
 
 
 def most_rounds(layout: TokenLayout, scope: Scope, target: list[int], method: Method) -> int:

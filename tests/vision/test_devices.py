@@ -273,6 +273,20 @@ def test_a_method_that_merges_nothing_is_an_error_either_way(monkeypatch):
         encode(*args)
 
 
+@dataclass(frozen=True)
+class Greedy(EvoPrunePaper):
+    def match(self, candidates, remove):
+        return super().match(candidates, remove + 1)
+
+
+def test_nor_may_a_method_merge_more_than_it_was_asked_to(monkeypatch):
+    args = tiny_tower(), [random_patches((2, 5, 7))], (2, 5, 7), Greedy(), 30
+    with pytest.raises(RuntimeError, match="planned"):
+        encode(*args)
+    with take_gpu_route(monkeypatch, False), pytest.raises(RuntimeError, match="did not remove"):
+        encode(*args)
+
+
 # --- time --------------------------------------------------------------------------------------------------------------
 
 
