@@ -76,9 +76,15 @@ class Method:
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         """Where each row of each group goes: int64 `[B, n]`, itself if it stays.
 
-        `remove` (int64 `[B]`) rows of each group should go, at least one where any should; the encoder calls again for the rest.
+        `remove` (int64 `[B]`) rows of each group should go, at least one where any should and never more; it may be 0, and a
+        group may be empty. The encoder calls again for the rest. On a GPU it must not look at values: no `item`, `nonzero` or masks
+        as indices.
         """
         raise TypeError(f"{self.name} does not merge")
+
+    def rounds(self, rows: int, left: int) -> int:
+        """At most how many calls of `match` it takes from `rows` rows in a group to `left`, whatever they are."""
+        return rows - left
 
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
         """Which tokens the language model reads: int64 `[keep]`, ascending indices into `tokens`."""

@@ -88,6 +88,16 @@ class EvoPrunePaper(Method):
         into = match(score, source, c.valid, self._critical(attention, c.valid), remove)
         return survive_attended(into, attention) if self.survivor == "attended" else into
 
+    def rounds(self, rows: int, left: int) -> int:
+        if self.split == "checkerboard" and self.survivor == "attended":
+            return rows - left  # in each round there may be but one row of a colour
+        count = 0
+        if self.split == "checkerboard" and rows > left:
+            count, rows = 1, rows - 1  # the same in the first round; then one colour is left, and rows alternate
+        while rows > left:  # every second row may go
+            count, rows = count + 1, rows - min(rows - left, rows // 2)
+        return count
+
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
         """bool `[B, n]`: the `critical` share of each group that is most attended, rounded up; ties by index."""
         if not self.critical:

@@ -2,6 +2,8 @@
 
 import torch
 
+from evoprune.pruning.indices import true_indices
+
 SPLITS = ("alternate", "checkerboard")
 SURVIVORS = ("destination", "attended")
 
@@ -70,29 +72,37 @@ def survive_attended(into: torch.Tensor, attention: torch.Tensor) -> torch.Tenso
     return winner.gather(1, into)
 
 
-def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+def merge_rows(
+    x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int | None = None, moves: int | None = None
+) -> torch.Tensor:
     """The size-weighted mean of what goes into each row that stays.
 
     Args:
         x: `[R, ...]`, any float dtype; summed in float32.
         size: int64 `[R]`, units that each row stands for.
         into: int64 `[R]`.
+        rows: of the result; default: those that stay, which waits for the device. If it is more, the rest has no meaning.
+        moves: at most how many rows go into others; default `R - rows`.
 
     Returns:
-        `[rows that stay, ...]`, dtype of `x`; rows that nothing went into are passed on untouched.
+        `[rows, ...]`, dtype of `x`; rows that nothing went into are passed on untouched.
     """
-    moved = into != torch.arange(len(into))
-    stays = ~moved
-    out = x[stays]
-    number = stays.cumsum(0) - 1
-    target, touched = number[into[moved]], torch.zeros(len(out), dtype=torch.bool)
-    touched[target] = True
-    if not len(target):
-        return out
-    weight = size.float().view(-1, *[1] * (x.ndim - 1))
-    total = torch.zeros(out.shape, dtype=torch.float32)
-    total[touched] = (out[touched].float()) * weight[stays][touched]
-    total.index_add_(0, target, x[moved].float() * weight[moved])
-    sizes = size[stays].clone().index_add_(0, target, size[moved])
-    out[touched] = (total[touched] / sizes[touched].view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+    goes = into != torch.arange(len(into))
+    stays = ~goes
+    rows = int(stays.sum()) if rows is None else rows
+    moves = len(into) - rows if moves is None else moves
+    kept, moved = true_indices(stays, rows), true_indices(goes, moves)
+    out, before = x[kept], size[kept]
+    to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
+    added = torch.where(
+        torch.arange(moves) < goes.sum(), size[moved], 0
+    )  # entries of `moved` that are padding weigh nothing
+    after = before.index_add(0, to, added)
+    # Where several rows go into one, one of their places holds the sum: whichever comes last, they all start from the same.
+    place = torch.empty_like(before).scatter_(0, to, torch.arange(moves))[to]
+    grown = (after > before)[to]  # else it must pass through exactly
+    one = (-1, *[1] * (x.ndim - 1))
+    total = out[to].float().mul_(torch.where(grown, before[to], 1).view(one))
+    total.index_add_(0, place, x[moved].float().mul_(added.view(one)))
+    out[to] = total.div_(torch.where(grown, after[to], 1).view(one)).to(x.dtype)[place]
     return out

@@ -3,24 +3,29 @@
 Video comes in as patches, grid after grid, and is encoded in chunks of whole grids: no layer of the tower looks across grids, so
 memory stays constant and the result does not depend on the chunk size. Without pruning the output is Hugging Face's, up to
 rounding.
+
+How many rows each layer leaves is known before the tower runs. So on a GPU every shape is known too, the host never waits for a
+result before it asks for the next one, and what has to be looked at is looked at once, when all is encoded.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.clock import now
 from evoprune.linear import linear
 from evoprune.methods.base import Candidates, Method, Tokens
 from evoprune.pruning.budget import spread
+from evoprune.pruning.indices import runs, tally, true_indices
 from evoprune.pruning.merge import merge_rows
-from evoprune.pruning.schedule import TowerShape, share_by_size
+from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.score import unit_features
-from evoprune.vision.attention import PATCHES, Bucket, buckets, grouped_attention
+from evoprune.pruning.shares import share_rows
+from evoprune.vision.attention import PATCHES, Bucket, Packed, buckets, grouped_attention
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, full_layout, geometry, merged_layout
+from evoprune.vision.stopwatch import Stopwatch
 
 # Units encoded at a time, at least one grid. 2,048 rows of patches keep matrix products at full speed and what lies between
 # them in a CPU's caches (`python -m evoprune.parts`). A GPU wants more at once.
@@ -91,6 +96,21 @@ def units_at_a_time(device: torch.device) -> int:
     return CHUNK_UNITS if device.type == "cpu" else GPU_CHUNK_UNITS
 
 
+def static_shapes(device: torch.device) -> bool:
+    """Whether shapes may not depend on values: on a GPU the host would have to wait for them.
+
+    On a CPU looking is free, and saves padding and rounds that have nothing to do.
+    """
+    return device.type == "cuda"
+
+
+def uploaded(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` from the host, sent without waiting for what the device still has to do."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def tower_shape(visual) -> TowerShape:
     """What schedules need to know of `model.model.visual`."""
     return TowerShape(len(visual.blocks), tuple(visual.config.fullatt_block_indexes))
@@ -154,17 +174,20 @@ def encode(
         s: method.rows(tower, geo.units, geo.windows, max(1, s)) if inside else [geo.units] * tower.depth
         for s in set(shares)
     }
-    done, pruning, rows, owners, homes, base = 0, 0.0, [], [], [], 0
-    entered, left, flat = [0] * tower.depth, [0] * tower.depth, inside
+    done, rows, owners, homes, base = 0, [], [], [], 0
+    entered, left = [0] * tower.depth, [0] * tower.depth
+    watch, uniform, wrong = Stopwatch(weight.device), [], []
     chunk_units = chunk_units or units_at_a_time(weight.device)
     for chunk in in_grids(patches, geo.units * PATCHES, max(1, chunk_units // geo.units)):
         grids, rest = divmod(len(chunk), geo.units * PATCHES)
         if rest or done + grids > count:
             raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
-        flat = flat and _is_flat(chunk.view(grids, -1, chunk.shape[1]))
+        if inside and (not uniform or static_shapes(chunk.device) or uniform[-1]):
+            uniform.append(_is_flat(chunk.view(grids, -1, chunk.shape[1])))
         plan = [[plans[s][layer] for s in shares[done : done + grids]] for layer in range(tower.depth)]
         with weight.device:  # all bookkeeping lives beside the features
-            x, layout, seconds = _run_tower(visual, tower, chunk.to(weight), full_layout(geo, grids), plan, method)
+            chunk = uploaded(chunk.to(weight.dtype), weight.device)
+            x, layout = _run_tower(visual, tower, chunk, full_layout(geo, grids), plan, method, watch, wrong)
         for layer in range(tower.depth):
             entered[layer] += sum(plan[layer - 1]) if layer else grids * geo.units
             left[layer] += sum(plan[layer])
@@ -173,25 +196,40 @@ def encode(
         rows.append(visual.merger.mlp(_norm(x[order], visual.merger.ln_q.weight).flatten(1)))
         owners.append(number[layout.owner] + base)
         homes.append(layout.home[order] + done * geo.units)
-        base, done, pruning = base + len(order), done + grids, pruning + seconds
+        base, done = base + len(order), done + grids
     if done != count:
         raise ValueError(f"patches end after {done} of {count} grids")
-    start = now(weight.device)
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
-    with weight.device:
+    with weight.device, watch:
         chosen = torch.arange(len(home))
         if method.acts == "after":
-            chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep).to(home.device)
+            chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep)
+            chosen = uploaded(chosen, home.device)
         elif inside and len(home) > keep:
-            chosen = _largest(torch.bincount(owner, minlength=len(home)), keep)
-    pruning += now(weight.device) - start
+            chosen = _largest(tally(owner, len(home)), keep)
+    flat, seconds = _settled(method, uniform, wrong, watch)
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, pruning, flat)
+    return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, seconds, flat)
 
 
-def _is_flat(grids: torch.Tensor) -> bool:
-    """Whether all patches of each grid `[T, patches, 1176]` are the same but for less than a level of 255."""
-    return bool((grids.amax(1) - grids.amin(1)).max() < 1 / 255)
+def _settled(
+    method: Method, uniform: list[torch.Tensor], wrong: list[torch.Tensor], watch: Stopwatch
+) -> tuple[bool, float]:
+    """Looks at all that was left to be looked at: whether the video is flat, and the seconds of pruning.
+
+    The one place where the host waits for a GPU.
+
+    Raises:
+        RuntimeError: some group did not lose the rows that it had to.
+    """
+    if wrong and torch.stack(wrong).any():
+        raise RuntimeError(f"method {method.name} did not remove as many rows as it was asked to")
+    return bool(uniform) and bool(torch.stack(uniform).all()), watch.seconds()
+
+
+def _is_flat(grids: torch.Tensor) -> torch.Tensor:
+    """Whether all patches of each grid `[T, patches, 1176]` are the same but for less than a level of 255; bool, no dimension."""
+    return (grids.amax(1) - grids.amin(1)).max() < 1 / 255
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
@@ -234,12 +272,23 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def _run_tower(
-    visual, tower: TowerShape, patches: torch.Tensor, layout: TokenLayout, plan: list[list[int]], method: Method
-) -> tuple[torch.Tensor, TokenLayout, float]:
+    visual,
+    tower: TowerShape,
+    patches: torch.Tensor,
+    layout: TokenLayout,
+    plan: list[list[int]],
+    method: Method,
+    watch: Stopwatch,
+    wrong: list[torch.Tensor],
+) -> tuple[torch.Tensor, TokenLayout]:
     """All layers on one chunk; `plan[layer][grid]` rows are left after each.
 
+    Args:
+        watch: measures what pruning takes.
+        wrong: gets what `reduce_rows` could not check at once.
+
     Returns:
-        Rows `[R, 4, hidden]` in window order, the layout they ended in, and the seconds that pruning took.
+        Rows `[R, 4, hidden]` in window order, and the layout they ended in.
     """
     geo = layout.geometry
     weight = visual.patch_embed.proj.weight.flatten(1)
@@ -247,35 +296,38 @@ def _run_tower(
     table = _rotary(visual.config, geo)
     cos, sin = (t[layout.place][:, :, None, None] for t in table)
     size_bias, heads = method.size_bias, visual.config.num_heads
-    groups: dict[Scope, list[Bucket]] = {}
-    rows, pruning = [geo.units] * layout.grids, 0.0
+    groups: dict[Scope, list[Bucket] | Packed] = {}
+    rows = [geo.units] * layout.grids
     for layer, block in enumerate(visual.blocks):
         scope = tower.scope(layer)
         if scope not in groups:
-            groups[scope] = buckets(attention_groups(layout, scope))
+            groups[scope] = (
+                Packed(attention_groups(layout, scope, exact=False), layout.rows)
+                if static_shapes(x.device)
+                else buckets(attention_groups(layout, scope))
+            )
         qkv = linear(block.attn.qkv, _norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
         q, k = _rotate(qkv[:, :, :2], cos, sin).unbind(2)
         # Log of one is zero: no bias before anything was merged.
         bias = size_bias and layout.reach is not None
         reduces = plan[layer] != rows
         attention = torch.zeros(len(x)) if reduces and "attention" in method.needs else None
-        mixed, spent = grouped_attention(q, k, qkv[:, :, 2], groups[scope], bias, attention)
-        pruning += spent
+        mixed = grouped_attention(q, k, qkv[:, :, 2], groups[scope], bias, attention, watch)
         x = linear(block.attn.proj, mixed.flatten(2), plus=x)
         hidden = _norm(x, block.norm2.weight)
         hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
         x = linear(block.mlp.down_proj, hidden, plus=x)
         if reduces:
-            start = now(x.device)
-            features = (
-                x.flatten(1).float() if "hidden" in method.needs
-                else unit_features(qkv[:, :, 1] if "keys" in method.needs else k)
-            )  # fmt: skip
-            x, layout = reduce_rows(x, layout, scope, plan[layer], features, attention, method)
-            cos, sin = (t[layout.place][:, :, None, None] for t in table)
-            groups, rows = {}, plan[layer]
-            pruning += now(x.device) - start
-    return x, layout, pruning
+            with watch:
+                features = (
+                    x.flatten(1).float() if "hidden" in method.needs
+                    else unit_features(qkv[:, :, 1] if "keys" in method.needs else k)
+                )  # fmt: skip
+                x, layout, failed = reduce_rows(x, layout, scope, plan[layer], features, attention, method)
+                cos, sin = (t[layout.place][:, :, None, None] for t in table)
+                groups, rows = {}, plan[layer]
+                wrong += [] if failed is None else [failed]
+    return x, layout
 
 
 def reduce_rows(
@@ -286,8 +338,11 @@ def reduce_rows(
     features: torch.Tensor,
     attention: torch.Tensor | None,
     method: Method,
-) -> tuple[torch.Tensor, TokenLayout]:
+) -> tuple[torch.Tensor, TokenLayout, torch.Tensor | None]:
     """Merges rows inside windows or grids until each grid has its target, in as many rounds as the method needs.
+
+    Where shapes are static nobody looks whether a round is the last one that is needed: there are as many as it can take, and
+    until the last one rows that went are kept at the end as padding.
 
     Args:
         x: `[R, 4, hidden]`.
@@ -295,28 +350,28 @@ def reduce_rows(
         features: float32 `[R, D]`, attention: float32 `[R]` or None: what the method compares. A merged row has the mean of the
             features and the sum of the attention of what went into it.
 
+    Returns:
+        Rows and layout; and, where shapes are static, whether some group did not lose what it had to (bool, no dimension).
+
     Raises:
-        RuntimeError: the method merged nothing though it was asked to.
+        RuntimeError: the method merged nothing though it was asked to, or too much; where shapes are not static.
     """
-    rows_in = torch.bincount(layout.group_of(layout.home, scope), minlength=layout.group_count(scope)).tolist()
-    per_grid = len(rows_in) // layout.grids
-    wanted = torch.tensor(
-        [
-            share
-            for g, total in enumerate(target)
-            for share in share_by_size(rows_in[g * per_grid : (g + 1) * per_grid], total)
-        ]
-    )
-    while True:
-        group = layout.group_of(layout.home, scope)
-        length = torch.bincount(group, minlength=len(wanted))
-        busy = (length > wanted).nonzero().flatten()
-        if not len(busy):
-            return x, layout
-        start = length.cumsum(0) - length
-        step = torch.arange(int(length[busy].max()))
-        valid = step < length[busy][:, None]
-        row = start[busy][:, None] + torch.minimum(step, length[busy][:, None] - 1)
+    static, moves = static_shapes(x.device), layout.rows - sum(target)
+    total, longest = layout.group_count(scope), layout.longest(scope)
+    length = tally(layout.group_of(layout.home, scope), total)
+    goal = uploaded(torch.tensor(target, device="cpu"), x.device)
+    wanted = share_rows(length.view(layout.grids, -1), goal, longest).flatten()
+    rounds = most_rounds(layout, scope, target, method) if static else moves
+    for after in reversed(range(rounds)):
+        length = tally(layout.group_of(layout.home, scope), total + 1)[:total]  # padding is a group more
+        start, remove = length.cumsum(0) - length, length - wanted
+        if not static:
+            busy = (remove > 0).nonzero().flatten()
+            if not len(busy):
+                break
+            start, length, remove = start[busy], length[busy], remove[busy]
+            longest = int(length.max())
+        row, valid = runs(start, length, longest, layout.rows)
         candidates = Candidates(
             features[row],
             None if attention is None else attention[row],
@@ -325,14 +380,40 @@ def reduce_rows(
             valid,
             layout.geometry.width,
         )
-        local = method.match(candidates, length[busy] - wanted[busy])
-        into = torch.arange(layout.rows)
-        into[row[valid]] = row.gather(1, local)[valid]
-        if (into == torch.arange(len(into))).all():
-            raise RuntimeError(f"method {method.name} merged nothing in a {scope} that must lose rows")
+        local = method.match(candidates, remove)
+        into = torch.arange(layout.rows + 1)  # the last entry takes what padding says
+        into.scatter_(0, torch.where(valid, row, layout.rows).flatten(), row.gather(1, local).flatten())
+        into = into[:-1]
+        stays = into == torch.arange(layout.rows)
+        left = layout.rows if after else sum(target)
+        if not static:
+            left = int(stays.sum())
+            moves = layout.rows - left
+            if not moves:
+                raise RuntimeError(f"method {method.name} merged nothing in a {scope} that must lose rows")
         size = layout.size
-        x, features = merge_rows(x, size, into), merge_rows(features, size, into)
+        x, features = merge_rows(x, size, into, left, moves), merge_rows(features, size, into, left, moves)
         if attention is not None:
-            stays = into == torch.arange(len(into))
-            attention = torch.zeros_like(attention).index_add_(0, into, attention)[stays]
-        layout = merged_layout(layout, into, scope)
+            attention = torch.zeros_like(attention).index_add_(0, into, attention)[true_indices(stays, left)]
+        counts = tuple(target) if left == sum(target) else None
+        layout = merged_layout(layout, into, scope, left, counts)
+    if not static:
+        if layout.rows != sum(target):
+            raise RuntimeError(f"method {method.name} left {layout.rows} rows where {sum(target)} were planned")
+        return x, layout, None
+    failed = (tally(layout.group_of(layout.home, scope), total + 1)[:total] != wanted).any()
+    # If it has merged too much there is still padding. Until that can be said, at the end, it must not lead out of the last grid.
+    return x, replace(layout, home=layout.home.clamp(max=len(layout.owner) - 1)), failed
+
+
+def most_rounds(layout: TokenLayout, scope: Scope, target: list[int], method: Method) -> int:
+    """After how many rounds every group has lost what it must, whatever the rows are."""
+    worst = 0
+    for rows, left in set(zip(layout.per_grid, target, strict=True)):
+        if scope == "grid":
+            worst = max(worst, method.rounds(rows, left))
+        else:  # how many rows a window has and loses, only the device knows
+            longest = min(rows, layout.geometry.largest_window)
+            cases = ((n, max(1, n - (rows - left))) for n in range(1, longest + 1))
+            worst = max(worst, *(method.rounds(n, fewest) for n, fewest in cases))
+    return worst

@@ -9,11 +9,13 @@ Rows always lie in *window order*: by grid, then by 4x4-unit window, then in ras
 runs of neighbouring rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
+
+from evoprune.pruning.indices import tally, true_indices
 
 Scope = Literal["window", "grid"]
 
@@ -33,6 +35,11 @@ class Geometry:
     @property
     def windows(self) -> int:
         return -(-self.height // self.side) * -(-self.width // self.side)
+
+    @property
+    def largest_window(self) -> int:
+        """Units of the largest window."""
+        return min(self.height, self.side) * min(self.width, self.side)
 
     @cached_property
     def window(self) -> torch.Tensor:
@@ -63,6 +70,7 @@ class TokenLayout:
         owner: int64 `[N]`, the row that stands for each unit, or -1 for a dropped one.
         reach: how far apart a unit and its owner may be: `None` in the same place, "window" inside one window, "grid" inside
             one grid. Groups at least that wide contain all rows that matter to them.
+        counts: rows of each grid, where the host knows them.
     """
 
     geometry: Geometry
@@ -70,6 +78,7 @@ class TokenLayout:
     home: torch.Tensor
     owner: torch.Tensor
     reach: Scope | None = None
+    counts: tuple[int, ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -78,7 +87,18 @@ class TokenLayout:
     @cached_property
     def size(self) -> torch.Tensor:
         """int64 `[R]`: how many units each row stands for."""
-        return torch.bincount(self.owner[self.owner >= 0], minlength=self.rows)
+        units = torch.zeros(self.rows, dtype=torch.int64)
+        return units.scatter_add_(0, self.owner.clamp(min=0), (self.owner >= 0).long())
+
+    @cached_property
+    def per_grid(self) -> tuple[int, ...]:
+        """Rows of each grid; waits for the device only if `counts` does not say."""
+        return self.counts or tuple(tally(self.group_of(self.home, "grid"), self.grids).tolist())
+
+    def longest(self, scope: Scope) -> int:
+        """At most how many rows a group has, as far as the host knows."""
+        rows = max(self.per_grid)
+        return rows if scope == "grid" else min(rows, self.geometry.largest_window)
 
     @cached_property
     def place(self) -> torch.Tensor:
@@ -101,35 +121,49 @@ def full_layout(geo: Geometry, grids: int) -> TokenLayout:
     home = (torch.arange(grids)[:, None] * geo.units + geo.order).flatten()
     owner = torch.empty_like(home)
     owner[home] = torch.arange(len(home))
-    return TokenLayout(geo, grids, home, owner)
+    return TokenLayout(geo, grids, home, owner, None, (geo.units,) * grids)
 
 
-def merged_layout(layout: TokenLayout, into: torch.Tensor, scope: Scope) -> TokenLayout:
+def merged_layout(
+    layout: TokenLayout,
+    into: torch.Tensor,
+    scope: Scope,
+    rows: int | None = None,
+    counts: tuple[int, ...] | None = None,
+) -> TokenLayout:
     """The layout after every row r has gone into row `into[r]`; a row that stays has `into[r] == r`.
 
     Args:
         into: int64 `[R]`; where a row goes must itself stay.
         scope: the groups inside which rows were merged.
+        rows: how many the result has; default: those that stay, which waits for the device. If it is more, the rest is padding:
+            rows without units, whose `home` is the first unit after the last grid, so that they form a group of their own.
+        counts: rows of each grid, where known.
     """
     stays = into == torch.arange(len(into))
-    number = stays.cumsum(0) - 1
+    rows = int(stays.sum()) if rows is None else rows
+    number = (stays.cumsum(0) - 1).clamp(max=rows - 1)
     owner = torch.where(layout.owner >= 0, number[into[layout.owner.clamp(min=0)]], -1)
     reach = "grid" if "grid" in (scope, layout.reach) else "window"
-    return TokenLayout(layout.geometry, layout.grids, layout.home[stays], owner, reach)
+    home = torch.where(torch.arange(rows) < stays.sum(), layout.home[true_indices(stays, rows)], len(owner))
+    return TokenLayout(layout.geometry, layout.grids, home, owner, reach, counts)
 
 
 @dataclass(frozen=True)
 class Groups:
     """Windows or grids as attention sees them: each with its query rows and its list of key/value rows.
 
-    Only groups with query rows are listed. Query rows of a group are neighbours: `start[g] : start[g] + length[g]`.
+    Query rows of a group are neighbours: `start[g] : start[g] + length[g]`. A list that is not `exact` has what a device can
+    compute while the host goes ahead: also groups without rows, and unused keys after the last group's.
 
     Attributes:
         start, length: int64 `[G]`.
         consecutive: the keys are exactly the query rows (plain attention); then `keys` is simply all rows.
-        keys: int64 `[sum of key_length]`, rows, group after group: its own, and rows elsewhere that own some of its units.
+        keys: int64 `[sum of key_length, or more]`, rows, group after group: its own, and rows elsewhere that own some of its units.
         key_length: int64 `[G]`.
         count: int64, like `keys`: how many of the group's units each key row stands for.
+        longest: at most how many rows and how many keys a group has.
+        even: whether all groups are known to be of the first of these lengths.
     """
 
     start: torch.Tensor
@@ -138,27 +172,47 @@ class Groups:
     keys: torch.Tensor
     key_length: torch.Tensor
     count: torch.Tensor
+    longest: tuple[int, int]
+    even: bool
 
 
-def attention_groups(layout: TokenLayout, scope: Scope) -> Groups:
+def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> Groups:
     """Who attends to whom in a layer whose attention is limited to `scope`."""
-    total = layout.group_count(scope)
-    home = layout.group_of(layout.home, scope)
-    length = torch.bincount(home, minlength=total)
+    geo, total = layout.geometry, layout.group_count(scope)
+    length = tally(layout.group_of(layout.home, scope), total)
     start = length.cumsum(0) - length
+    longest = layout.longest(scope)
     if layout.reach is None or layout.reach == "window" or scope == "grid":
+        whole = layout.reach is None and geo.windows * geo.largest_window == geo.units
+        even = min(layout.per_grid) == longest if scope == "grid" else whole
         keys, key_length, count = torch.arange(layout.rows), length, layout.size
-        consecutive = True
+        groups = Groups(start, length, True, keys, key_length, count, (longest, longest), even)
     else:
         # Pairs (group, row that stands for some of its units), and how many units that are. A row whose own unit went
         # elsewhere cannot be: a row always owns its home, so its home group lists it.
-        held = layout.owner >= 0
-        group = layout.group_of(torch.arange(len(layout.owner))[held], scope)
-        pairs, count = torch.unique(group * layout.rows + layout.owner[held], return_counts=True)
-        keys, of = pairs % layout.rows, pairs // layout.rows
-        asked = length[of] > 0  # a group without query rows asks nothing
-        keys, count, of = keys[asked], count[asked], of[asked]
-        key_length = torch.bincount(of, minlength=total)
-        consecutive = False
-    used = length > 0
-    return Groups(start[used], length[used], consecutive, keys, key_length[used], count)
+        units = len(layout.owner)
+        group = layout.group_of(torch.arange(units), scope)
+        asked = (layout.owner >= 0) & (length[group] > 0)  # a group without query rows asks nothing
+        unused = total * layout.rows
+        pairs = torch.where(asked, group * layout.rows + layout.owner, unused).sort().values
+        new = torch.cat([torch.ones(1, dtype=torch.bool), pairs[1:] != pairs[:-1]])
+        slot = torch.where(pairs < unused, new.cumsum(0) - 1, units)
+        keys = torch.full((units + 1,), unused).scatter_(0, slot, pairs)[:units]
+        key_length = tally(keys // layout.rows, total + 1)[:total]
+        count = tally(slot, units + 1)[:units]
+        longest_keys = geo.largest_window
+        groups = Groups(start, length, False, keys % layout.rows, key_length, count, (longest, longest_keys), False)
+    return _trimmed(groups) if exact else groups
+
+
+def _trimmed(groups: Groups) -> Groups:
+    """Without empty groups and unused keys."""
+    used, keys = groups.length > 0, int(groups.key_length.sum())
+    return replace(
+        groups,
+        start=groups.start[used],
+        length=groups.length[used],
+        keys=groups.keys[:keys],
+        key_length=groups.key_length[used],
+        count=groups.count[:keys],
+    )

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evoprune.vision.attention import buckets, grouped_attention
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout
+from evoprune.vision.stopwatch import Stopwatch
 from tests.vision.tower import groups_by_hand, random_layout
 
 HEADS, DIM = 2, 8
@@ -62,7 +63,7 @@ def test_both_against_loops(shape, merges, scope, size_bias):
     q, k, v = rows_of(layout)
     plan = plan_of(layout, scope)
     out, received = by_hand(q, k, v, layout, scope, size_bias)
-    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias)[0], out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias), out, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
 
 
@@ -79,7 +80,7 @@ def test_both_against_loops_on_any_layout(shape, merges, scope, size_bias, seed)
     q, k, v = rows_of(layout, seed)
     plan = plan_of(layout, scope)
     out, received = by_hand(q, k, v, layout, scope, size_bias)
-    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias)[0], out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias), out, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
 
 
@@ -117,8 +118,8 @@ def test_a_merged_row_weighs_as_much_as_the_equal_rows_it_stands_for_only_with_t
     stays = into == torch.arange(32)
     merged = merged_layout(layout, into, "grid")
     for scope in ("window", "grid"):
-        before = grouped_attention(q, k, v, plan_of(layout, scope))[0][stays]
-        after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope), size_bias)[0]
+        before = grouped_attention(q, k, v, plan_of(layout, scope))[stays]
+        after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope), size_bias)
         assert torch.allclose(before, after, atol=2e-6) == size_bias
 
 
@@ -128,13 +129,13 @@ def test_groups_do_not_see_each_other(size_bias):
     q, k, v = rows_of(layout)
     for scope in ("window", "grid"):
         plan = plan_of(layout, scope)
-        before = grouped_attention(q, k, v, plan, size_bias)[0]
+        before = grouped_attention(q, k, v, plan, size_bias)
         group = layout.group_of(layout.home, scope)
         changed = group == group[0]
         k2, v2 = k.clone(), v.clone()
         k2[changed] += 1.0
         v2[changed] -= 1.0
-        after = grouped_attention(q, k2, v2, plan, size_bias)[0]
+        after = grouped_attention(q, k2, v2, plan, size_bias)
         assert torch.equal(before[~changed], after[~changed])
         assert not torch.isclose(before[changed], after[changed]).any(-1).all()
 
@@ -147,7 +148,7 @@ def test_every_backend_of_torch_gives_the_same(shape, merges, scope, backend):
     plan = plan_of(layout, scope)
     expected, _ = by_hand(q, k, v, layout, scope, True)
     with sdpa_kernel(backend):
-        torch.testing.assert_close(grouped_attention(q, k, v, plan, True)[0], expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(grouped_attention(q, k, v, plan, True), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_equal_groups_of_neighbours_are_one_view_without_mask():
@@ -186,10 +187,12 @@ def test_what_is_received_comes_with_the_attention(shape, merges, scope, size_bi
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = (x.to(dtype) for x in rows_of(layout))
     plan, received = plan_of(layout, scope), torch.zeros(layout.rows)
-    out, seconds = grouped_attention(q, k, v, plan, size_bias, received)
+    watch, unused = Stopwatch(q.device), Stopwatch(q.device)
+    out = grouped_attention(q, k, v, plan, size_bias, received, watch)
     exact, expected = by_hand(*(x.float() for x in (q, k, v)), layout, scope, size_bias)
     near = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.08, "rtol": 0.02}
     torch.testing.assert_close(out.float(), exact, **near)
     close = near if dtype == torch.float32 else {"atol": 3e-3, "rtol": 0.03}
     torch.testing.assert_close(received, expected, **close)
-    assert seconds > 0 and grouped_attention(q, k, v, plan, size_bias)[1] == 0
+    grouped_attention(q, k, v, plan, size_bias, watch=unused)
+    assert watch.seconds() > 0 and unused.seconds() == 0

@@ -1,0 +1,35 @@
+"""How long passages of the encoder take, without making the host wait for the device in between."""
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Adds up the time of the blocks it is the context of; on CUDA by events, which are read only in `seconds`."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device if device.type == "cuda" else None
+        self._marks = []
+
+    def __enter__(self) -> None:
+        self._marks.append(self._mark())
+
+    def __exit__(self, *_) -> None:
+        self._marks.append(self._mark())
+
+    def _mark(self):
+        if self._cuda is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._cuda))
+        return event
+
+    def seconds(self) -> float:
+        """The sum so far. On CUDA this waits for the last of the blocks."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        if self._cuda is None:
+            return sum(end - start for start, end in pairs)
+        if pairs:
+            pairs[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in pairs) / 1000

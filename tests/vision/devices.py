@@ -1,0 +1,70 @@
+"""The encoder's GPU route on a CPU: what it is given there, imitated, and whatever would make the host wait, forbidden."""
+
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evoprune.vision import attention, encoder
+
+# Operators whose result has a shape that depends on values, or is itself read by the host. On CUDA they wait for the device.
+WAITING = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "bincount", "histc",
+    "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
+}  # fmt: skip
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.allowed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        masks = name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if not self.allowed and (name in WAITING or masks or func == torch.ops.aten.repeat_interleave.Tensor):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def pause(self):
+        before, self.allowed = self.allowed, True
+        yield
+        self.allowed = before
+
+
+def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
+    """What `torch.nn.attention.varlen.varlen_attn` promises, and what flash kernels insist on."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and k.shape == v.shape
+    assert ends_q.dtype == ends_k.dtype == torch.int32 and ends_q.is_contiguous() and ends_k.is_contiguous()
+    assert all(x.stride(-1) == 1 for x in (q, k, v)) and ends_q.shape == ends_k.shape
+    ends_q, ends_k = ends_q.tolist(), ends_k.tolist()
+    assert ends_q[0] == ends_k[0] == 0 and ends_q[-1] == len(q) and ends_k[-1] <= len(k)
+    out = torch.zeros_like(q)
+    for g in range(len(ends_q) - 1):
+        asks, seen = slice(*ends_q[g : g + 2]), slice(*ends_k[g : g + 2])
+        assert 0 <= asks.stop - asks.start <= longest_q and 0 <= seen.stop - seen.start <= longest_k
+        scores = torch.einsum("qhd,khd->hqk", q[asks].double(), k[seen].double()) * scale
+        out[asks] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[seen].double()).to(q.dtype)
+    return out
+
+
+def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
+    """From now on the encoder treats the CPU as a GPU, with or without the kernel; what is returned is to be entered around it."""
+    mode, settled = NoWaiting(), encoder._settled
+
+    def at_the_end(*args):
+        with mode.pause():
+            return settled(*args)
+
+    def by_hand(*args, **how):
+        with mode.pause():
+            return varlen_by_hand(*args, **how)
+
+    monkeypatch.setattr(encoder, "static_shapes", lambda device: True)
+    monkeypatch.setattr(encoder, "_settled", at_the_end)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)
+    return mode
