@@ -7,6 +7,7 @@ what could stand in its place. On random weights of true dimensions, on the CPU,
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -153,7 +154,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def as_built(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention `[B, heads, rows, d]` as two plain products."""
-    return _attend_in_the_open(q, k, v, None, None)[0]
+    return _attend_in_the_open(q, k, v, None, None, nullcontext())[0]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
