@@ -14,10 +14,13 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from evoprune.pruning.indices import tally, true_indices
 
-Scope = Literal["window", "grid"]
+Scope = Literal["window", "grid", "block"]
+Reach = Literal["place", "window", "grid", "block", "clip"]
+WIDTH = {reach: width for width, reach in enumerate(("place", "window", "grid", "block", "clip"))}
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,21 @@ class TokenLayout:
         geometry: of one grid.
         grids: how many there are.
         home: int64 `[R]`, the unit at whose place each row sits; in window order.
-        owner: int64 `[N]`, the row that stands for each unit, or -1 for a dropped one.
-        reach: how far apart a unit and its owner may be: `None` in the same place, "window" inside one window, "grid" inside
-            one grid. Groups at least that wide contain all rows that matter to them.
-        counts: rows of each grid, where the host knows them.
+        owner: int64 `[N]`, the row that stands for each unit, or -1 for a dropped one. From R on it is a row of the grids before
+            these, of which only keys and values are left: R + p for the one that is the reference of place p.
+        reach: how far apart a unit and its owner may be: in the same place, in one window, grid or block, or anywhere before it in
+            the clip. Groups at least that wide contain all rows that matter to them.
+        counts: rows of each block, where the host knows them.
+        block: grids of a block, the widest that rows are merged in.
     """
 
     geometry: Geometry
     grids: int
     home: torch.Tensor
     owner: torch.Tensor
-    reach: Scope | None = None
+    reach: Reach = "place"
     counts: tuple[int, ...] | None = None
+    block: int = 1
 
     @property
     def rows(self) -> int:
@@ -86,19 +92,24 @@ class TokenLayout:
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: how many units each row stands for."""
-        units = torch.zeros(self.rows, dtype=torch.int64)
-        return units.scatter_add_(0, self.owner.clamp(min=0), (self.owner >= 0).long())
+        """int64 `[R]`: how many units of its own block each row stands for."""
+        sizes = torch.zeros(self.rows + 1, dtype=torch.int64)
+        row = torch.where(self.owner >= 0, self.owner, self.rows).clamp(max=self.rows)
+        if self.reach == "clip":
+            home = F.pad(self.group_of(self.home, "block"), (0, 1), value=-1)
+            near = home[row] == self.group_of(torch.arange(len(row)), "block")
+            row = torch.where(near, row, self.rows)
+        return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @cached_property
-    def per_grid(self) -> tuple[int, ...]:
-        """Rows of each grid; waits for the device only if `counts` does not say."""
-        return self.counts or tuple(tally(self.group_of(self.home, "grid"), self.grids).tolist())
+    def per_block(self) -> tuple[int, ...]:
+        """Rows of each block; waits for the device only if `counts` does not say."""
+        return self.counts or tuple(tally(self.group_of(self.home, "block"), self.group_count("block")).tolist())
 
     def longest(self, scope: Scope) -> int:
         """At most how many rows a group has, as far as the host knows."""
-        rows = max(self.per_grid)
-        return rows if scope == "grid" else min(rows, self.geometry.largest_window)
+        most = {"window": self.geometry.largest_window, "grid": self.geometry.units, "block": self.rows}
+        return min(max(self.per_block), most[scope])
 
     @cached_property
     def place(self) -> torch.Tensor:
@@ -106,22 +117,44 @@ class TokenLayout:
         return self.home % self.geometry.units
 
     def group_count(self, scope: Scope) -> int:
+        if scope == "block":
+            return -(-self.grids // self.block)
         return self.grids * (self.geometry.windows if scope == "window" else 1)
 
     def group_of(self, unit: torch.Tensor, scope: Scope) -> torch.Tensor:
-        """The window or grid in which each of `unit` (int64, any shape) lies, numbered over all grids."""
+        """The window, grid or block in which each of `unit` (int64, any shape) lies, numbered over all grids."""
         grid = unit // self.geometry.units
-        if scope == "grid":
-            return grid
-        return grid * self.geometry.windows + self.geometry.window[unit % self.geometry.units]
+        if scope == "window":
+            return grid * self.geometry.windows + self.geometry.window[unit % self.geometry.units]
+        return grid if scope == "grid" else grid // self.block
 
 
-def full_layout(geo: Geometry, grids: int) -> TokenLayout:
+def full_layout(geo: Geometry, grids: int, block: int = 1) -> TokenLayout:
     """Every unit is a row of its own."""
     home = (torch.arange(grids)[:, None] * geo.units + geo.order).flatten()
     owner = torch.empty_like(home)
     owner[home] = torch.arange(len(home))
-    return TokenLayout(geo, grids, home, owner, None, (geo.units,) * grids)
+    counts = tuple(geo.units * min(block, grids - first) for first in range(0, grids, block))
+    return TokenLayout(geo, grids, home, owner, "place", counts, block)
+
+
+def referring_layout(geo: Geometry, source: torch.Tensor, block: int = 1) -> TokenLayout:
+    """Some units are rows, the others have a row of the same place in an earlier grid as their owner.
+
+    Args:
+        source: int64 `[T, H*W]` on the CPU: the grid that has the row of each unit, its own number or a lower one; below 0 one of
+            the grids before these.
+    """
+    grids = len(source)
+    alive = source == torch.arange(grids)[:, None]
+    home = (torch.arange(grids)[:, None] * geo.units + geo.order)[alive[:, geo.order]]
+    rows = len(home)
+    number = torch.zeros(grids * geo.units, dtype=torch.int64)
+    number[home] = torch.arange(rows)
+    place = torch.arange(geo.units)
+    owner = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
+    counts = tuple(int(part.sum()) for part in alive.split(block))
+    return TokenLayout(geo, grids, home, owner, "place" if bool(alive.all()) else "clip", counts, block)
 
 
 def merged_layout(
@@ -138,15 +171,18 @@ def merged_layout(
         scope: the groups inside which rows were merged.
         rows: how many the result has; default: those that stay, which waits for the device. If it is more, the rest is padding:
             rows without units, whose `home` is the first unit after the last grid, so that they form a group of their own.
-        counts: rows of each grid, where known.
+        counts: rows of each block, where known.
     """
     stays = into == torch.arange(len(into))
     rows = int(stays.sum()) if rows is None else rows
     number = (stays.cumsum(0) - 1).clamp(max=rows - 1)
-    owner = torch.where(layout.owner >= 0, number[into[layout.owner.clamp(min=0)]], -1)
-    reach = "grid" if "grid" in (scope, layout.reach) else "window"
+    before = rows + torch.arange(layout.geometry.units)  # rows of earlier grids come after all of these
+    owner = torch.where(layout.owner >= 0, torch.cat([number[into], before])[layout.owner.clamp(min=0)], -1)
+    if scope == "block" and layout.block == 1:
+        scope = "grid"
+    reach = max(scope, layout.reach, key=WIDTH.get)
     home = torch.where(torch.arange(rows) < stays.sum(), layout.home[true_indices(stays, rows)], len(owner))
-    return TokenLayout(layout.geometry, layout.grids, home, owner, reach, counts)
+    return TokenLayout(layout.geometry, layout.grids, home, owner, reach, counts, layout.block)
 
 
 @dataclass(frozen=True)
@@ -182,26 +218,29 @@ def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> G
     length = tally(layout.group_of(layout.home, scope), total)
     start = length.cumsum(0) - length
     longest = layout.longest(scope)
-    if layout.reach is None or layout.reach == "window" or scope == "grid":
-        whole = layout.reach is None and geo.windows * geo.largest_window == geo.units
-        even = min(layout.per_grid) == longest if scope == "grid" else whole
+    if WIDTH[layout.reach] <= WIDTH[scope]:
+        if scope == "window":
+            even = layout.reach == "place" and geo.windows * geo.largest_window == geo.units
+        else:
+            even = layout.block == 1 and min(layout.per_block) == longest
+        even = even or layout.rows == len(layout.owner) and scope == "grid"
         keys, key_length, count = torch.arange(layout.rows), length, layout.size
         groups = Groups(start, length, True, keys, key_length, count, (longest, longest), even)
     else:
         # Pairs (group, row that stands for some of its units), and how many units that are. A row whose own unit went
         # elsewhere cannot be: a row always owns its home, so its home group lists it.
-        units = len(layout.owner)
+        units, rows = len(layout.owner), layout.rows + geo.units
         group = layout.group_of(torch.arange(units), scope)
         asked = (layout.owner >= 0) & (length[group] > 0)  # a group without query rows asks nothing
-        unused = total * layout.rows
-        pairs = torch.where(asked, group * layout.rows + layout.owner, unused).sort().values
+        unused = total * rows
+        pairs = torch.where(asked, group * rows + layout.owner, unused).sort().values
         new = torch.cat([torch.ones(1, dtype=torch.bool), pairs[1:] != pairs[:-1]])
         slot = torch.where(pairs < unused, new.cumsum(0) - 1, units)
         keys = torch.full((units + 1,), unused).scatter_(0, slot, pairs)[:units]
-        key_length = tally(keys // layout.rows, total + 1)[:total]
+        key_length = tally(keys // rows, total + 1)[:total]
         count = tally(slot, units + 1)[:units]
-        longest_keys = geo.largest_window
-        groups = Groups(start, length, False, keys % layout.rows, key_length, count, (longest, longest_keys), False)
+        longest_keys = geo.largest_window if scope == "window" else geo.units
+        groups = Groups(start, length, False, keys % rows, key_length, count, (longest, longest_keys), False)
     return _trimmed(groups) if exact else groups
 
 
