@@ -1,7 +1,7 @@
 """What a pruning method is: a small frozen dataclass whose fields are its settings and whose hooks do nothing by default.
 
-A method may act `inside` the encoder (`rows`, `match`) and `after` it (`select`). It says in `needs` what it wants to be given and
-gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
+A method may act on the `input` (`plan`), `inside` the encoder (`rows`, `match`) and `after` it (`select`). It says in `needs` what
+it wants to be given and gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
 """
 
 from dataclasses import Field, dataclass, fields
@@ -54,6 +54,28 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which tokens the language model reads, where some of them stand for others too.
+
+    Attributes:
+        kept: int64 `[K]`, ascending indices into the tokens; each goes on at its own place.
+        owner: int64 `[N]`, for every token the number in `kept` of the one whose mean it goes into, -1 for none. Every kept
+            token has at least one.
+    """
+
+    kept: torch.Tensor
+    owner: torch.Tensor
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[K, D]`: the mean of `tokens` (`[N, D]`) that each kept one stands for, made in float32."""
+        used = self.owner >= 0
+        total = torch.zeros(len(self.kept), tokens.shape[1], device=tokens.device)
+        total.index_add_(0, self.owner[used], tokens[used].float())
+        size = torch.bincount(self.owner[used], minlength=len(self.kept))
+        return (total / size[:, None]).to(tokens.dtype)
+
+
+@dataclass(frozen=True)
 class Method:
     """Keeps everything; the base of all methods.
 
@@ -62,12 +84,22 @@ class Method:
         acts: where; for tables and help.
         needs: what `match` is given: "attention", and one of "keys", "keys_rotary" and "hidden" as features.
         size_bias: whether attention counts a merged row as often as the units it stands for.
+        exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
+            its least.
     """
 
     name: ClassVar[str] = "none"
     acts: ClassVar[Literal["none", "input", "inside", "after"]] = "none"
     needs: ClassVar[frozenset[str]] = frozenset()
     size_bias: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+
+    def plan(self, grid: tuple[int, int, int], keep: int) -> tuple[int, int, int]:
+        """The grid, (T, H, W) in units, to look at instead of `grid` so that `keep` units are left; no side is longer.
+
+        Fewer T are fewer frames, spread over the same time; smaller H and W are frames of less resolution.
+        """
+        return grid
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
         """Rows of one grid after each layer of the tower, when `keep` of its `units` are to be left (at least one)."""
@@ -80,8 +112,8 @@ class Method:
         """
         raise TypeError(f"{self.name} does not merge")
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        """Which tokens the language model reads: int64 `[keep]`, ascending indices into `tokens`."""
+    def select(self, tokens: Tokens, keep: int) -> torch.Tensor | Selection:
+        """Which tokens the language model reads: int64 `[keep]`, ascending indices into `tokens`; or with means of several."""
         raise TypeError(f"{self.name} does not select")
 
     @classmethod

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from evoprune.clock import now
 from evoprune.linear import linear
-from evoprune.methods.base import Candidates, Method, Tokens
+from evoprune.methods.base import Candidates, Method, Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.merge import merge_rows
 from evoprune.pruning.schedule import TowerShape, share_by_size
@@ -137,7 +137,7 @@ def encode(
         patches: pieces of `[rows, 1176]` in Hugging Face's order that add up to the whole video.
         grid: (T, H, W) in merge units (2x2 patches).
         method: the pruning method.
-        keep: K, from 1 to T*H*W. Exactly K tokens come out, all T*H*W if the method prunes nothing.
+        keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here.
         seconds_per_grid, seed: passed on to the method.
         chunk_units: units to encode at a time, rounded down to whole grids but at least one; default: `units_at_a_time`.
             Bounds the memory.
@@ -181,12 +181,17 @@ def encode(
     with weight.device:
         chosen = torch.arange(len(home))
         if method.acts == "after":
-            chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep).to(home.device)
+            chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep)
         elif inside and len(home) > keep:
             chosen = _largest(torch.bincount(owner, minlength=len(home)), keep)
+    if isinstance(chosen, Selection):
+        chosen, features = chosen.kept, chosen.features(rows)
+    else:
+        chosen = chosen.to(home.device)
+        features = rows[chosen]
     pruning += now(weight.device) - start
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, pruning, flat)
+    return Encoded(features, home[chosen], rows, owner, (grid,), layers, pruning, flat)
 
 
 def _is_flat(grids: torch.Tensor) -> bool:

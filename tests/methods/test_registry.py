@@ -46,7 +46,7 @@ def test_settings_are_parsed_by_their_type():
         assert methods.get("evoprune-paper", {"size_bias": text}).size_bias is value
 
 
-@pytest.mark.parametrize("name", ["", "EvoPrune", "divprune", "evoprune_paper"])
+@pytest.mark.parametrize("name", ["", "EvoPrune", "magic", "evoprune_paper"])
 def test_an_unknown_method_is_refused_with_those_there_are(name):
     with pytest.raises(UsageError) as caught:
         methods.get(name)
