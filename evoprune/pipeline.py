@@ -36,7 +36,7 @@ from evoprune.models import LoadedModel, load_model
 from evoprune.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
-from evoprune.video.decode import choose_decoder, read_frames
+from evoprune.video.decode import FrameChunk, choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
 from evoprune.vision.encoder import Encoded, encode, tower_geometry, tower_shape, units_at_a_time
 from evoprune.vision.preprocess import patchify, resize
@@ -134,6 +134,7 @@ class VideoQA:
         name: str | None = None,
         progress: Progress | None = None,
         on_plan: Callable[[Plan], None] | None = None,
+        read: Callable[..., Iterator[FrameChunk]] = read_frames,
     ) -> "EncodedVideo":
         """Reads, preprocesses and encodes a video, chunk by chunk.
 
@@ -147,6 +148,7 @@ class VideoQA:
             name: what reports call the video; default: its path.
             progress: called with "encode", frames done and frames in all, after every chunk.
             on_plan: called with the plan, as it is without pruning, before the first frame is read.
+            read: what gives the frames; something else than `read_frames` shows something else than the video.
 
         Raises:
             VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory.
@@ -181,7 +183,7 @@ class VideoQA:
         chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * info.width * info.height * 3)
 
         def patches() -> Iterator[torch.Tensor]:
-            with closing(read_frames(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes)) as chunks:
+            with closing(read(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes)) as chunks:
                 for chunk in clock.each("read", chunks):
                     with clock.stage("preprocess"):
                         small = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
