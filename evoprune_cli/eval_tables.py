@@ -89,7 +89,7 @@ COSTS: dict[str, Cell] = {
     "prefill": lambda row: f"{row['tflop_3b_prefill']:,.3g}",
     "TFLOP": lambda row: f"{row['tflop_3b']:,.3g}",
 }
-LEAST = ("kept", "vs full", "of all", "prefill", "tower", "live")
+LEAST = ("kept", "vs full", "of all", "prefill", "tower", "live", "unparsed")
 
 
 def _fitting(rows: list[dict], columns: dict[str, Cell], console: Console, width: int) -> list[str]:
