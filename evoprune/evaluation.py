@@ -23,8 +23,9 @@ import numpy as np
 import evoprune
 from evoprune import methods
 from evoprune.cost import prefill_flop, stretched, tower_flop
+from evoprune.demo.items import BLOCK, demo_items
 from evoprune.environment import environment
-from evoprune.errors import OutOfMemory, VideoError, error_record
+from evoprune.errors import OutOfMemory, UsageError, VideoError, error_record
 from evoprune.items import Video
 from evoprune.models import LoadedModel, describe_model, load_model
 from evoprune.pipeline import EncodedVideo, VideoQA
@@ -115,7 +116,7 @@ class Evaluation:
         videos: of a file; None for the demo's clips.
 
     Raises:
-        UsageError: a method that is not there, or settings it does not have.
+        UsageError: a method that is not there, settings it does not have, or more clips than a block of the demo's holds.
     """
 
     def __init__(self, settings: Settings, videos: Sequence[Video] | None):
@@ -125,6 +126,10 @@ class Evaluation:
             methods.get(side.method, settings.method_args if side.kind == METHOD else None)
         limit = settings.limit
         self.total = len(videos[:limit]) if videos is not None else limit or DEMO_CLIPS
+        if videos is None and self.total > BLOCK:
+            raise UsageError(
+                f"a block of the demo's clips holds {BLOCK:,}", "lower --limit, or take several blocks (--seed)"
+            )
         self._videos = videos
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
@@ -168,8 +173,6 @@ class Evaluation:
     def _missing(self, done: set[str], cleanup: ExitStack) -> Iterable[Video]:
         if self._videos is not None:
             return [video for video in self._videos[: self.settings.limit] if video.name not in done]
-        from evoprune.demo.items import demo_items
-
         folder = Path(cleanup.enter_context(TemporaryDirectory(prefix="evoprune-eval-")))
         clips = demo_items(self.settings.split, self.settings.seed, self.total, folder, skip=done)
         cleanup.callback(clips.close)

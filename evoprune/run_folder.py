@@ -74,13 +74,13 @@ class RunFolder:
         self._write(RESULTS, results)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        self._replace(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        self._replace(name, json.dumps(content, indent=1) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
         """All of it or nothing."""
         new = self.path / f"{name}.new"
         try:
-            new.write_text(text, encoding="utf-8", errors="surrogateescape")
+            new.write_text(text, encoding="ascii")
             new.replace(self.path / name)
         except OSError as problem:
             raise _cannot_write(self.path / name, problem) from problem

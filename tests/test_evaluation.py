@@ -238,6 +238,23 @@ def test_wrong_methods_are_found_before_anything_is_loaded():
             Evaluation(replace(SETTINGS, **changes), videos())
 
 
+def test_blocks_do_not_meet():
+    with pytest.raises(UsageError, match="holds 100,000"):
+        Evaluation(replace(SETTINGS, data="demo", limit=100_001), None)
+
+
+def test_names_that_are_no_text(loaded, tmp_path):
+    """A file name of stray bytes comes through samples, settings and results."""
+    name = "caf\udce9.mp4"
+    shown = [Video(name, SAMPLES / "square.mp4", videos()[0].items)]
+    asked = replace(SETTINGS, data=name)
+    first = begun(loaded, asked, shown, tmp_path / "run")
+    first.run()
+    first.folder.finish(first.document())
+    again = begun(loaded, asked, shown, tmp_path / "run", resume=True)
+    assert {s["video"] for s in again.samples} == {name} and results(tmp_path / "run")["settings"]["data"] == name
+
+
 def test_the_demo_model_on_the_sample_questions():
     """Nine of the ten are right at full budget, as docs/demo-model.md says."""
     run = Evaluation(Settings("samples/questions.jsonl", (0.25,), ("none",)), load_items(SAMPLES / "questions.jsonl"))
