@@ -34,7 +34,10 @@ def table(document: dict, width: int = 80) -> str:
             notes.append("unparsed: answers that name none of the options; they count as wrong")
         for shown_here in (columns, COSTS):
             lines += ["", *_fitting(rows, shown_here, console, width)]
-        lines += _by_group(document["rows"], [row["name"] for row in rows], console, width)
+        names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
+        for title, typed in (("group", False), ("type", True)):
+            found = [row for row in rest if row["group"].startswith("type:") == typed]
+            lines += _by_group(title, found, names, console, width)
     lines.append("")
     failures = [f"failed: {failure['video']}: {failure['message']}" for failure in document["failures"]]
     if document["error"]:
@@ -102,12 +105,11 @@ def _fitting(rows: list[dict], columns: dict[str, Cell], console: Console, width
     return _lines(made, console)
 
 
-def _by_group(rows: list[dict], names: list[str], console: Console, width: int) -> list[str]:
-    """Accuracy of each group, a column a row of the table above; in several tables where they do not fit side by side."""
+def _by_group(title: str, rows: list[dict], names: list[str], console: Console, width: int) -> list[str]:
+    """Accuracy of each group in percent, a column a row of the table above; in several tables where one is too wide."""
     groups: dict[str, dict[str, dict]] = {}
     for row in rows:
-        if row["group"] != "all":
-            groups.setdefault(row["group"], {})[row["name"]] = row
+        groups.setdefault(row["group"], {})[row["name"]] = row
     lines, rest = [], names
     while rest and groups:
         for count in range(len(rest), 0, -1):
@@ -115,7 +117,7 @@ def _by_group(rows: list[dict], names: list[str], console: Console, width: int) 
                 [group.removeprefix("type:"), f"{found[names[0]]['n']:,}", *(_percent(found[n]["accuracy"]) for n in rest[:count])]
                 for group, found in groups.items()
             ]  # fmt: skip
-            made = _rich(["of these", "n", *rest[:count]], body)
+            made = _rich([title, "n", *rest[:count]], body)
             if _width(made, console) <= width:
                 break
         lines += ["", *_lines(made, console)]

@@ -81,7 +81,7 @@ def test_a_narrow_terminal(run, choices, monkeypatch, columns):
     assert ("vs full" in heads) == (columns >= 80) and ("kept" in heads) == (columns >= 80)
     assert ("unparsed" in heads) == (columns > 40)
     assert len(table_rows(result.out)) == 5 and heads.count("TFLOP") == 1
-    groups = [line for line in result.out.splitlines() if line.startswith("of these")]
+    groups = [line for line in result.out.splitlines() if line.startswith("group ")]
     assert [name for line in groups for name in line.split("  ") if name.strip() in (*NAMES, "blind")]
     assert sum(line.count("-b 0.5") for line in groups) == 3 and len(groups) == {100: 1, 80: 1, 60: 2, 40: 3}[columns]
 
@@ -199,7 +199,9 @@ def test_the_demo(cli):
     assert (result.code, result.err) == (0, "") and document["settings"]["split"] == "validation"
     assert document["rows"][0]["n"] == 6 and any("synthetic" in note for note in document["notes"])
     text = cli("eval", "--data", "demo", "--limit", "1", "-b", "0.25").out
-    assert "demo (heldout, block 0): 6 questions about 1 of 1 video" in text and "of these" in text
+    assert (
+        "demo (heldout, block 0): 6 questions about 1 of 1 video" in text and "\ngroup " in text and "\ntype " in text
+    )
 
 
 @pytest.mark.parametrize(
