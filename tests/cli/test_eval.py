@@ -1,8 +1,11 @@
 """`evoprune eval`: what it prints where, in which form, with which exit code, and what it refuses before any weights are read."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -294,3 +297,28 @@ def test_help_imports_neither_torch_nor_numpy():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]" and "--resume" in out and "EVOPRUNE_BUDGET" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_ctrl_c(tiny_folder, tmp_path):
+    """In a process of its own: what is finished is printed and kept."""
+    place = tmp_path / "run"
+    args = ["eval", "--data", "demo", "--split", "validation", "-m", tiny_folder, "-n", "2", "-o", place, "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evoprune_cli", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a test may run where it is ignored
+    )
+    samples = place / "samples.jsonl"
+    while process.poll() is None and not (samples.exists() and samples.read_bytes().count(b'"last"') >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    document = json.loads(out)
+    assert process.returncode == 130 and err.decode().startswith("to go on: ") and document["error"]["code"] == 130
+    assert 2 <= document["videos"]["shown"] < 100 and document["rows"][0]["n"] > 6
+    assert json.loads((place / "results.json").read_text()) == document
