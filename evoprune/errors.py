@@ -18,7 +18,7 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Flags or arguments that make no sense, alone or together."""
+    """Flags or arguments that make no sense, alone or together, or an output that cannot be written."""
 
     exit_code = 2
     type = "usage"

@@ -1,7 +1,7 @@
 """Linear layers with what follows them: on the CPU their weights are packed once, and activation, product or sum cost no pass.
 
-PyTorch's plain CPU product rearranges the whole weight matrix at every call. Rearranged once instead, the products of the 3B
-tower take 6% less time, and those of a single row, on which decoding spends its life, about a third less (docs/benchmarks.md).
+PyTorch's plain CPU product rearranges the whole weight matrix at every call. Rearranged once instead, products take less time,
+most of all those of a single row, on which decoding spends its life (`python -m evoprune.parts`).
 The operators are those that torch.compile generates code for; where this torch has none, layers stay as they are.
 """
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from evoprune import hub
+from evoprune.choices import LOAD_FORMATS
 from evoprune.clock import is_out_of_memory
 from evoprune.config import Config, VisionConfig, parse_config
 from evoprune.dummy import random_model
@@ -76,6 +77,7 @@ def load_model(
     load_format: str = "auto",
     quantize: str = "none",
     pack: bool = True,
+    to_answer: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Loads a Qwen2.5-VL model.
@@ -92,6 +94,7 @@ def load_model(
             there are no tokenizer files, so always with a bundled config.
         quantize: "int8" or "int4" quantises the language model for decoding, see `evoprune.quantize`.
         pack: on a CPU, rearrange the weights for speed if there is memory for it; they can then no longer be read.
+        to_answer: refuse a model that has no tokenizer, before there are weights.
         progress: called with layers quantised and layers in all.
 
     Raises:
@@ -99,8 +102,8 @@ def load_model(
         ModelError: the model is missing, of another kind, damaged, or out of reach.
         OutOfMemory: the weights do not fit.
     """
-    if load_format not in ("auto", "dummy"):
-        raise UsageError(f"unknown load format {load_format!r}", "use auto or dummy")
+    if load_format not in LOAD_FORMATS:
+        raise UsageError(f"unknown load format {load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
     place = pick_device(device)
     check_quantize(quantize, place)
     dummy = load_format == "dummy"
@@ -117,6 +120,8 @@ def load_model(
     tokenizer = None
     if folder is not None and (has_tokenizer(folder) or not dummy):
         tokenizer = load_tokenizer(folder)
+    if to_answer and tokenizer is None:
+        raise no_tokenizer(name)
     files = [] if dummy else _weight_files(folder)
     try:
         how = (DTYPES[dtype], place)
@@ -141,6 +146,12 @@ def load_model(
         quantize=quantize,
         weights_bytes=weights_bytes(model),
     )
+
+
+def no_tokenizer(name: str) -> ModelError:
+    """The error of whoever wants answers of a model that has dimensions only."""
+    hint = "name a folder that holds config.json and a tokenizer; to measure speed without one: evoprune profile"
+    return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)
 
 
 def make_ready(

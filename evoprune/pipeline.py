@@ -32,7 +32,7 @@ from evoprune.language.generate import (
 )
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
-from evoprune.models import LoadedModel, load_model
+from evoprune.models import LoadedModel, load_model, no_tokenizer
 from evoprune.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
@@ -55,7 +55,7 @@ class VideoQA:
         seed: of everything random.
 
     Raises:
-        UsageError: a bad budget or method, or a model without a tokenizer.
+        UsageError: a bad budget or method. ModelError: a model without a tokenizer.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class VideoQA:
         self.seed = seed
         self.load_seconds = load_seconds
         if loaded.tokenizer is None:
-            raise UsageError(f"{loaded.id} with random weights has no tokenizer", "ask needs a real checkpoint")
+            raise no_tokenizer(loaded.id)
 
     @classmethod
     def load(
@@ -96,7 +96,7 @@ class VideoQA:
         methods.get(settings.get("method", methods.DEFAULT), settings.get("method_args"))
         loaded = load_model(
             model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format,
-            quantize=quantize, progress=progress,
+            quantize=quantize, to_answer=True, progress=progress,
         )  # fmt: skip
         return cls(loaded, load_seconds=time.perf_counter() - start, **settings)
 
@@ -409,6 +409,8 @@ class EncodedVideo:
         report.time_ms.encode_prune = encoded.prune_seconds * 1000
         if loaded.is_demo and not is_demo_clip(info):
             report.warnings.append("demo_model")
+        if loaded.load_format == "dummy":
+            report.warnings.append("random_weights")
         if encoded.flat:
             report.warnings.append("equal_scores")
         self._blank = report

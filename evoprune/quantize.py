@@ -12,10 +12,10 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from evoprune.choices import QUANTIZE
 from evoprune.errors import UsageError
 from evoprune.linear import can_pack
 
-KINDS = ("none", "int8", "int4")
 GROUP = 32  # int4 weights that share a scale
 ROWS = 1024  # of a weight quantised at a time: what a cache holds, and a multiple of all steps in which kernels arrange rows
 
@@ -134,8 +134,8 @@ def check(kind: str, device: torch.device) -> None:
     """Raises:
     UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
     """
-    if kind not in KINDS:
-        raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(KINDS)}")
+    if kind not in QUANTIZE:
+        raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(QUANTIZE)}")
     if kind == "none":
         return
     if device.type != "cpu":

@@ -29,14 +29,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from evoprune.choices import SYNTHETIC
+
 UNIT, PAIR = 28, 2  # side of a merge unit in pixels, frames in a grid
-KINDS = ("motion", "static90", "noise")
 SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
 Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
 def clip(kind: str, frames: int, height: int, width: int) -> np.ndarray:
-    """A clip of one of `KINDS`.
+    """A clip of one of `choices.SYNTHETIC`.
 
     Args:
         frames: how many, even. `height`, `width`: multiples of 28.
@@ -47,8 +48,8 @@ def clip(kind: str, frames: int, height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: an unknown kind, or sizes that are not whole grids of whole units.
     """
-    if kind not in KINDS:
-        raise ValueError(f"no synthetic clip {kind!r}: one of {', '.join(KINDS)}")
+    if kind not in SYNTHETIC:
+        raise ValueError(f"no synthetic clip {kind!r}: one of {', '.join(SYNTHETIC)}")
     if min(frames, height, width) < 1 or frames % PAIR or height % UNIT or width % UNIT:
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
     draw = {"motion": _motion, "static90": _static, "noise": _noise}[kind](height, width)

@@ -48,6 +48,7 @@ def ask(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = "none",
+    load_format: opt.LoadFormat = "auto",
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
@@ -93,7 +94,8 @@ def ask(
                 GenerationSettings(max_new_tokens, temperature, top_p, seed)
                 show("loading model")
                 qa = VideoQA.load(
-                    model, revision=revision, device=device, dtype=dtype, offline=offline, quantize=quantize,
+                    model, revision=revision, device=device, dtype=dtype, offline=offline,
+                    load_format=load_format, quantize=quantize,
                     progress=lambda done, total: show("quantizing", done, total), budget=budget,
                     method=method, method_args=opt.pairs(method_arg), seed=seed,
                 )  # fmt: skip

@@ -31,8 +31,8 @@ app = typer.Typer(
     name="evoprune",
     help="Ask Qwen2.5-VL about videos; visual tokens are pruned inside the vision encoder.\n\n"
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
-    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 video, 4 model, 5 out of memory, 6 some items failed, "
-    "130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 usage or an output that cannot be written, 3 video, 4 model, 5 out of memory, "
+    "6 some items failed, 130 interrupted, 143 terminated.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -115,7 +115,7 @@ def _report(problem: Exception) -> int:
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
         _nobody_reads([sys.stdout])
         print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
-        return 1
+        return UsageError.exit_code
     told = getattr(problem, "told", False)
     if isinstance(problem, ParserError):
         problem = UsageError(_sentence(problem), _hint(problem))

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from evoprune import methods
+from evoprune.choices import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
 from evoprune.pruning.budget import PRESETS
 
@@ -41,7 +42,6 @@ Dtype = Annotated[
         help="auto: bf16 where the hardware has it; the demo fp32.",
     ),
 ]
-QUANTIZE = ("none", "int8", "int4")
 Quantize = Annotated[
     str,
     _option(
@@ -49,6 +49,16 @@ Quantize = Annotated[
         "--quantize",
         metavar="|".join(QUANTIZE),
         help="Weights of the language model while it generates, on a CPU: fewer bits are faster and less exact.",
+    ),
+]
+LoadFormat = Annotated[
+    str,
+    _option(
+        _MODEL,
+        "--load-format",
+        metavar="|".join(LOAD_FORMATS),
+        help="auto reads the weights; dummy takes random ones of the same dimensions, whose answers mean nothing: for times "
+        "and counts, given a folder with config.json and a tokenizer.",
     ),
 ]
 Offline = Annotated[bool, _option(_MODEL, "--offline", help="Never use the network.")]

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from evoprune import methods
+from evoprune.choices import LOAD_FORMATS, QUANTIZE, SYNTHETIC
 from evoprune.errors import UsageError
 from evoprune.measurements import Case
 from evoprune.pruning.budget import PRESETS, parse_budget
@@ -20,7 +21,6 @@ from evoprune_cli.render import WIDTH
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 FORMATS = ("table", "md", "csv", "json")
-SYNTHETIC = ("motion", "static90", "noise")
 SIZE = (224, 336)  # pixels of a frame, height and width
 SOME_FAILED = 6
 _SWEEP, _ROUNDS, _OUTPUT = "Sweep (lists by commas or repetition)", "Rounds", "Output"
@@ -101,7 +101,7 @@ def profile(
         str | None,
         typer.Option(
             "--load-format",
-            metavar="auto|dummy",
+            metavar="|".join(LOAD_FORMATS),
             help="auto reads the weights; dummy takes random ones of the same dimensions, which is as fast and needs no "
             "network; default: dummy for Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct, else auto.",
             show_default=False,
@@ -253,9 +253,9 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
 def _check_flags(names, kinds, form: str, load_format: str | None, synthetic: str | None, video: str | None) -> None:
     for option, value, known in (
         ("--method", next((name for name in names if name not in methods.available()), None), methods.available()),
-        ("--quantize", next((kind for kind in kinds if kind not in opt.QUANTIZE), None), opt.QUANTIZE),
+        ("--quantize", next((kind for kind in kinds if kind not in QUANTIZE), None), QUANTIZE),
         ("--format", form, FORMATS),
-        ("--load-format", load_format, ("auto", "dummy")),
+        ("--load-format", load_format, LOAD_FORMATS),
         ("--synthetic", synthetic, SYNTHETIC),
     ):
         if value is not None and value not in known:

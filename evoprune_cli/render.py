@@ -12,6 +12,7 @@ WIDTH = 80
 BAR = 12
 WARNINGS = {
     "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged says nothing",
+    "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
     "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
 }

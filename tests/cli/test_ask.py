@@ -102,6 +102,11 @@ def test_a_folder_in_the_hubs_layout_is_a_model(cli, tiny_folder):
     assert record["model"]["id"] == str(tiny_folder) and record["tokens"]["new"] <= 3 and record["warnings"] == []
 
 
+def test_random_weights_are_told(cli, tiny_folder):
+    record = cli("ask", CLIP, QUESTION, "-m", tiny_folder, "--load-format", "dummy", "-n", "3", "--json").record
+    assert record["model"]["load_format"] == "dummy" and record["warnings"] == ["random_weights"]
+
+
 def test_model_and_budget_from_the_environment(cli, tiny_folder, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_MODEL", str(tiny_folder))
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")

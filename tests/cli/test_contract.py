@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,6 +90,12 @@ CASES = {
     "warning in ASCII": Case(
         ("ask", "{tmp}/foreign.mp4", QUESTION, "-q"), says="warning:", out=None, encoding="ascii", ways=SCREEN
     ),
+    "random weights": Case(
+        (*ASK, "--load-format", "dummy", "-n", "2", "-q"),
+        says="warning: the weights are random",
+        out=None,
+        ways=("pipe", "terminal", "narrow"),
+    ),
     "newline in a name": Case(("ask", "{tmp}/new\nline.mp4", QUESTION), says="new?line.mp4", ways=("pipe", "narrow")),
     "spaces and quotes in a name": Case(("ask", '{tmp}/it\'s "a" clip.mp4', QUESTION), says='it\'s "a" clip.mp4'),
     "a name that is no text": Case(("ask", "{tmp}/caf\udce9.mp4", QUESTION, "-q")),
@@ -139,6 +146,7 @@ CASES = {
     "negative temperature": fails(2, "temperature", *ASK, "-t", "-1"),
     "unknown device": fails(2, "abacus", *ASK, "--device", "abacus"),
     "unknown dtype": fails(2, "fp1", *ASK, "--dtype", "fp1"),
+    "unknown load format": fails(2, "gguf", *ASK, "--load-format", "gguf"),
     "scan of nothing": fails(2, "--scan", "inspect", "--scan"),
     # 3: video
     "missing video": fails(3, "no such file: no/such.mp4", "ask", "no/such.mp4", QUESTION, stage="read"),
@@ -163,6 +171,20 @@ CASES = {
     "folder without a model": fails(4, "config.json", *ASK, "-m", "samples"),
     "folder without a model to inspect for": fails(4, "config.json", "inspect", CLIP, "-m", "samples", stage="load"),
     "model not in the cache": fails(4, "nobody/nothing", *ASK, "-m", "nobody/nothing", "--offline"),
+    "random weights without a tokenizer": fails(
+        4,
+        "evoprune profile",
+        *ASK,
+        "-m",
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "--load-format",
+        "dummy",
+        stage="load",
+        breaks=("evoprune.models.random_model", AssertionError("weights were made")),
+    ),
+    "random weights of unknown dimensions": fails(
+        4, "no bundled config for nobody/nothing", *ASK, "-m", "nobody/nothing", "--load-format", "dummy"
+    ),
     # 5: out of memory
     "weights do not fit": out_of_memory("load", "evoprune.models._load_weights", CPU_FULL, says="the weights of demo"),
     "frames do not fit": out_of_memory("read", "evoprune.video.pyav.to_rgb", MemoryError()),
@@ -304,7 +326,7 @@ PROCESSES = {
     "terminated while it answers": Process(ENDLESS, 143, "\n", "generate", "terminate"),
     "interrupted early": Process((*ENDLESS, "--json"), 130, '"finish_reason":"interrupt"', "", "interrupt"),
     "reader of the answer gone": Process(("ask", CLIP, "Describe the video.", "-q"), 0, event="close stdout"),
-    "disk full": Process(("inspect", CLIP, "--json"), 1, "", "error: cannot write the output: No space", "full"),
+    "disk full": Process(("inspect", CLIP, "--json"), 2, "", "error: cannot write the output: No space", "full"),
     "reader of the help gone": Process(("--help",), 0, event="close stdout"),
     "reader of the version gone": Process(("--version",), 0, event="close stdout"),
     "reader of the errors gone": Process(("ask", "no/such.mp4", QUESTION), 3, event="close stderr"),
@@ -370,3 +392,19 @@ def test_processes(case, clips, endless):
         assert out.decode() == case.out
     else:  # an answer that was cut short, the JSON record, or nothing
         assert case.out in out.decode() and out[-1:] in (b"", b"\n")
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_interrupted_while_the_command_line_is_imported(tmp_path, way):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    module, _, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["evoprune"].partition(
+        ":"
+    )
+    script = f"from {module} import {name}; {name}()"  # as pip writes it
+    done = subprocess.run(
+        [sys.executable, *(["-m", "evoprune_cli"] if way == "module" else ["-c", script])],
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

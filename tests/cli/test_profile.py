@@ -147,6 +147,14 @@ def test_what_was_measured_is_not_lost_with_the_disk(profile, tmp_path, monkeypa
     assert result.code == 2 and "cannot write" in result.err and table_rows(result.out)
 
 
+@pytest.mark.parametrize("option", ["-o", "--chart"])
+def test_a_full_disk(profile, option):
+    result = profile(option, "/dev/full")
+    error, hint = result.err.splitlines()
+    assert result.code == 2 and error == "error: cannot write /dev/full: No space left on device"
+    assert hint == "hint: choose another place" and table_rows(result.out)
+
+
 def test_ascii(profile):
     out = profile("-r", "2", encoding="ascii").out
     assert out.isascii() and " +-" in out
