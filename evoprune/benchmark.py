@@ -84,7 +84,7 @@ def measure(
     """
     tell = progress or (lambda what: None)
     tell("preparing")
-    reference, clips = hugging_face_model(loaded.model), {}
+    reference, clips, smaller = hugging_face_model(loaded.model), {}, {}
     rows = [row for case in cases for row in _rows(case, settings)]
     model = loaded.model
     needed = {c: working_memory(model.config, case_units(c, loaded.video), model.dtype.itemsize) for c in cases}
@@ -97,17 +97,24 @@ def measure(
                 row.error = f"not run: {short}" if row.case == case else row.error
         else:
             with memory_guard("preprocess"):
-                clips[case] = prepare(loaded, *source(case))
+                frames = source(case)
+                clips[case] = prepare(loaded, *frames)
+                for name, budget in {
+                    (row.method, row.budget) for row in rows if row.case == case and row.kind == METHOD
+                }:
+                    method = methods.get(name, settings.method_args)
+                    if method.acts == "input":
+                        smaller[case, name, budget] = prepare(loaded, *frames, method, budget)
     shapes, rates = _matmul_shapes(loaded, [clip.units for clip in clips.values()]), []
     results = _blank_results(loaded, settings, about or {})
     results.notes.extend(notes)
 
     def run(row: Row, clock: Clock) -> Turn:
-        clip = clips[row.case]
+        clip = smaller.get((row.case, row.method, row.budget), clips[row.case])
         if row.kind == HUGGING_FACE:
             return run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
         method = methods.get(row.method, settings.method_args if row.kind == METHOD else None)
-        keep = keep_count(row.budget, clip.units)
+        keep = keep_count(row.budget, clip.whole)
         return run_ours(forms[row.quantize], clip, method, keep, settings.new_tokens, settings.seed, clock)
 
     def round_(title: str, measured: bool) -> None:

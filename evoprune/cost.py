@@ -33,6 +33,11 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
     return total + 2 * rows[-1] * (wide * wide + wide * config.out_hidden_size)
 
 
+def stretched(rows: Sequence[int], depth: int) -> list[int]:
+    """Rows of each of `depth` layers, by relative depth, from those of a tower of another depth."""
+    return [rows[layer * len(rows) // depth] for layer in range(depth)]
+
+
 def prefill_flop(config, length: int) -> float:
     """Operations of reading a prompt of `length` tokens, logits of the last one alone; `config`: `TextConfig`."""
     h = config.hidden_size

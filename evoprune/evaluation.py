@@ -1,115 +1,292 @@
-"""Accuracy against budget on a file of questions: `python -m evoprune.evaluation samples/questions.jsonl`.
+"""Accuracy against budget: what `evoprune eval` runs.
 
-Each line of the file has `video` (relative to the file), `question` and `answer`. An answer is right if it is the same but for
-case, blanks at the ends and a final full stop. Every video is encoded once a budget, through the same pipeline as `evoprune ask`.
-`python -m evoprune.evaluation --clips 100` asks about procedural clips of the validation range instead.
+Every video is shown through the same pipeline as `evoprune ask`, once in full and once for every method and budget, and each time
+asked all its questions. What comes of it is a sample an answer, a plain dict, and of these the table in `scores.py`.
+
+Cost is told in operations at the dimensions of Qwen2.5-VL-3B: from the rows that the run's own tower computed in each layer, taken
+over to the 3B's 32 layers by relative depth (layer l of 32 stands for layer floor(l * depth / 32) of a tower with `depth` layers),
+and from the true length of the prompt. Scoring and merging, a few percent of the tower, are not in it.
 """
 
-import argparse
-import json
-from dataclasses import dataclass
-from itertools import groupby
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+from zlib import crc32
 
-from evoprune.errors import UsageError
-from evoprune.pipeline import VideoQA
-from evoprune.pruning.budget import parse_budget
+import numpy as np
+
+import evoprune
+from evoprune import methods
+from evoprune.cost import prefill_flop, stretched, tower_flop
+from evoprune.demo.items import BLOCK, demo_items
+from evoprune.environment import environment
+from evoprune.errors import OutOfMemory, UsageError, VideoError, error_record
+from evoprune.items import Video
+from evoprune.models import LoadedModel, describe_model, load_model
+from evoprune.pipeline import EncodedVideo, VideoQA
+from evoprune.report import ModelFacts, Report
+from evoprune.run_folder import RunFolder
+from evoprune.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
+from evoprune.video.decode import FrameChunk
+from evoprune.video.probe import VideoInfo
+from evoprune.vision.encoder import tower_geometry
+
+DEMO, DEMO_CLIPS = "demo", 100
+COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Item:
-    id: str
-    video: Path
-    question: str
-    answer: str
+class Settings:
+    """What is asked, and how; two runs with the same settings give the same results.
+
+    Attributes:
+        data: path of a file of questions, or "demo"; `digest`: of the file's content.
+        split, seed: which clips of the demo's generator; the seed is also that of methods that draw lots.
+        limit: at most so many videos; None for all of a file, and 100 clips of the demo's.
+        budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts.
+        blind: also ask without the video.
+        fps, frames, max_frames, max_visual_tokens: see `VideoQA.encode`.
+        max_new_tokens: of an answer.
+        model, revision, dtype, quantize: see `load_model`.
+        version: of this program.
+    """
+
+    data: str
+    budgets: tuple[float, ...]
+    methods: tuple[str, ...] = (methods.DEFAULT,)
+    method_args: dict[str, str] = field(default_factory=dict)
+    blind: bool = False
+    split: str = "heldout"
+    seed: int = 0
+    limit: int | None = None
+    fps: float | None = None
+    frames: int | None = None
+    max_frames: int | None = None
+    max_visual_tokens: int | None = None
+    max_new_tokens: int = 64
+    model: str = "demo"
+    revision: str | None = None
+    dtype: str = "auto"
+    quantize: str = "none"
+    digest: str | None = None
+    version: str = evoprune.__version__
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        names = ("fps", "frames", "max_frames", "max_visual_tokens")
+        return {name: getattr(self, name) for name in names}
 
 
-def load_items(path: Path) -> list[Item]:
-    """The questions of a JSONL file.
+@dataclass(frozen=True)
+class Side:
+    """One row of the table: the video in full, none of it, or a method at a budget."""
+
+    kind: str
+    method: str = "none"
+    budget: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return row_name(self.kind, self.method, self.budget)
+
+
+def digest(path: Path) -> str:
+    """What a file's content is recognised by."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sides(settings: Settings) -> list[Side]:
+    """Full budget first, then the blind row, then method after method. What prunes nothing is the full budget."""
+    pairs = dict.fromkeys(product(settings.methods, settings.budgets))
+    pruned = [Side(METHOD, method, budget) for method, budget in pairs if method != "none" and budget < 1]
+    return [Side(FULL), *([Side(BLIND)] if settings.blind else []), *pruned]
+
+
+class Evaluation:
+    """One run: made, checked, loaded, run; the document can be had at any time.
+
+    Args:
+        settings: what is asked.
+        videos: of a file; None for the demo's clips.
 
     Raises:
-        UsageError: a line that is not such an object, or no lines.
+        UsageError: a method that is not there, settings it does not have, or more clips than a block of the demo's holds.
     """
-    items = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"cannot read {path}: {problem}", "give a JSONL file of questions") from problem
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            items.append(Item(str(row.get("id", number)), path.parent / row["video"], row["question"], row["answer"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+
+    def __init__(self, settings: Settings, videos: Sequence[Video] | None):
+        self.settings, self.sides = settings, sides(settings)
+        self.folder: RunFolder | None = None
+        for side in self.sides:
+            methods.get(side.method, settings.method_args if side.kind == METHOD else None)
+        limit = settings.limit
+        self.total = len(videos[:limit]) if videos is not None else limit or DEMO_CLIPS
+        if videos is None and self.total > BLOCK:
             raise UsageError(
-                f"{path}, line {number} is not a question ({problem})", "a line has video, question and answer"
-            ) from problem
-    if not items:
-        raise UsageError(f"{path} holds no questions")
-    return items
+                f"a block of the demo's clips holds {BLOCK:,}", "lower --limit, or take several blocks (--seed)"
+            )
+        self._videos = videos
+        self.samples: list[dict] = []
+        self.loaded: LoadedModel | None = None
+
+    def load(self, *, device: str = "auto", offline: bool = False, progress: Callable | None = None) -> None:
+        """Raises what `load_model` raises."""
+        s = self.settings
+        self.loaded = load_model(
+            s.model, revision=s.revision, device=device, dtype=s.dtype, offline=offline, quantize=s.quantize,
+            progress=progress,
+        )  # fmt: skip
+
+    def keep_in(self, path: Path, resume: bool = False) -> None:
+        """Writes samples into a folder from now on; to `resume`, into that of a run cut short, whose samples it takes over.
+
+        Raises:
+            UsageError: it cannot be made, or there is no such run with the same settings.
+        """
+        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, asdict(self.settings))
+        self.samples = list(self.folder.samples)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a video failed."""
+        return any("error" in sample for sample in self.samples)
+
+    def run(self, tell: Progress = lambda what: None) -> None:
+        """Shows all videos that have no samples yet. One that cannot be read, or does not fit, is left out of all rows and counted.
+
+        Args:
+            tell: told, in words, what is about to happen.
+        """
+        done = {sample["video"] for sample in self.samples}
+        with ExitStack() as cleanup:
+            for number, video in enumerate(self._missing(done, cleanup), len(done) + 1):
+                made = self._shown(video, lambda what, at=number: tell(f"video {at} of {self.total}: {what}"))
+                if self.folder:
+                    self.folder.add(made)
+                self.samples += made
+
+    def _missing(self, done: set[str], cleanup: ExitStack) -> Iterable[Video]:
+        if self._videos is not None:
+            return [video for video in self._videos[: self.settings.limit] if video.name not in done]
+        folder = Path(cleanup.enter_context(TemporaryDirectory(prefix="evoprune-eval-")))
+        clips = demo_items(self.settings.split, self.settings.seed, self.total, folder, skip=done)
+        cleanup.callback(clips.close)
+        return clips
+
+    def _shown(self, video: Video, tell: Progress) -> list[dict]:
+        """The samples of a video, side after side; or of its failure, one a question."""
+        made = []
+        try:
+            for side in self.sides:
+                tell(side.name)
+                made += self._asked(side, video)
+        except (VideoError, OutOfMemory) as problem:
+            error = error_record(problem)
+            return [_about(video, i) | {"error": error} for i in range(len(video.items))]
+        return made
+
+    def _asked(self, side: Side, video: Video) -> Iterator[dict]:
+        settings, method = self.settings, side.kind == METHOD
+        qa = VideoQA(
+            self.loaded,
+            budget=side.budget,
+            method=side.method,
+            method_args=settings.method_args if method else None,
+            seed=((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63,
+        )
+        blind = {"read": grey_frames} if side.kind == BLIND else {}
+        encoded = qa.encode(video.path, name=video.name, **settings.sampling, **blind)
+        cost = Cost(encoded)
+        for number, item in enumerate(video.items):
+            said = "".join(encoded.ask(item.prompt, max_new_tokens=settings.max_new_tokens))
+            grade = item.grade(said)
+            yield _about(video, number) | {
+                "row": side.kind,
+                "method": side.method,
+                "budget": side.budget,
+                "question": item.question,
+                "expected": item.answer,
+                "answer": said,
+                "right": bool(grade),
+                "unparseable": grade is None,
+                "warnings": encoded.report.warnings,
+                **cost.of(encoded.report),
+            }
+
+    def document(self, error: dict | None = None) -> dict[str, Any]:
+        """The results so far, as plain data for JSON; `error` is what cut the run short."""
+        failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
+        good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
+        loaded, facts = self.loaded, None
+        if loaded:
+            facts = asdict(
+                ModelFacts(loaded.id, loaded.revision, loaded.dtype, loaded.quantize, loaded.device, loaded.load_format)
+            )
+        return {
+            "schema": SCHEMA,
+            "model": facts,
+            "env": asdict(environment(loaded.device)) if loaded else None,
+            "settings": asdict(self.settings),
+            "videos": {"wanted": self.total, "shown": len({s["video"] for s in good}), "failed": len(failed)},
+            "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},
+            "rows": score_rows(self.samples),
+            "failures": [{"video": name, "message": message} for name, message in sorted(failed.items())],
+            "notes": self._notes(),
+            "error": error,
+        }
+
+    def _notes(self) -> list[str]:
+        notes = [
+            f"operations: tower and prefill at the dimensions of {COST_MODEL.rpartition('/')[2]}, from the true rows of each "
+            "layer, by relative depth, and the true length of the prompt"
+        ]
+        if self.settings.data == DEMO:
+            notes.append("small synthetic clips: how methods rank on them, not what a real Qwen2.5-VL scores")
+        if any("demo_model" in s.get("warnings", ()) for s in self.samples):
+            notes.append("the demo model knows only its own clips; what it says about other videos means nothing")
+        return notes
 
 
-def validation_items(clips: int, folder: Path, questions: int = 6) -> list[Item]:
-    """Procedural clips of the validation range, written to `folder` as H.264, and what to ask about them."""
-    import numpy as np
+class Cost:
+    """What showing a video took: rows, tokens, and operations at 3B dimensions."""
 
-    from evoprune.demo.clips import make_clip, write_video
-    from evoprune.demo.questions import ask
+    def __init__(self, encoded: EncodedVideo):
+        config, _ = describe_model(COST_MODEL)
+        vision, (grids, height, width) = config.vision_config, encoded.plan.grid
+        windows = tower_geometry(encoded.qa.loaded.model.model.visual, height, width).windows
+        entered = [rows for _, rows in encoded.report.pruning.layers]
+        rows = [*stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
+        self._text = config.text_config
+        self._tower = tower_flop(vision, rows, grids, windows) / 1e12
 
-    items = []
-    for seed in range(clips):
-        clip, path = make_clip("validation", seed), folder / f"{seed}.mp4"
-        write_video(clip, path)
-        drawn = ask(clip, np.random.default_rng(seed), questions)
-        items += [Item(f"{seed}-{i}", path, q.question, q.answer) for i, q in enumerate(drawn)]
-    return items
-
-
-def is_right(answer: str, expected: str) -> bool:
-    """Exact match but for case, outer blanks and a final full stop."""
-    return _plain(answer) == _plain(expected)
-
-
-def _plain(text: str) -> str:
-    return text.strip().removesuffix(".").strip().casefold()
-
-
-def answer_all(qa: VideoQA, items: list[Item]) -> list[str]:
-    """The answer to each item; neighbouring items about one video share its encoding."""
-    answers = []
-    for video, group in groupby(items, key=lambda item: item.video):
-        encoded = qa.encode(video)
-        answers += ["".join(encoded.ask(item.question, max_new_tokens=64)) for item in group]
-    return answers
+    def of(self, report: Report) -> dict[str, float]:
+        """As part of a sample, once the question was asked. `tflop`: 10^12 multiplications and additions."""
+        pruning, prefill = report.pruning, prefill_flop(self._text, report.tokens.prompt) / 1e12
+        return {
+            "units": pruning.visual_tokens_in,
+            "tokens": pruning.visual_tokens_kept,
+            "kept_share": pruning.kept_ratio,
+            "live_share": pruning.encoder_live_share,
+            "prompt": report.tokens.prompt,
+            "tflop_3b": self._tower + prefill,
+            "tflop_3b_tower": self._tower,
+            "tflop_3b_prefill": prefill,
+        }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", default=Path("samples/questions.jsonl"))
-    parser.add_argument("--clips", type=int, help="so many clips of the validation range instead of a file")
-    parser.add_argument("-b", "--budget", default="1.0,0.5,0.25,0.1", help="list of shares kept")
-    parser.add_argument("-m", "--model", default="demo")
-    parser.add_argument("--method", default="evoprune")
-    parser.add_argument("--quantize", default="none", help="list of none, int8, int4")
-    args = parser.parse_args()
-    budgets, columns = [parse_budget(b) for b in args.budget.split(",")], {}
-    with TemporaryDirectory() as folder:
-        items = validation_items(args.clips, Path(folder)) if args.clips else load_items(args.data)
-        for kind in args.quantize.split(","):
-            loaded = VideoQA.load(args.model, quantize=kind).loaded
-            for budget in budgets:
-                name = f"-b {budget:g}" + (f" {kind}" if kind != "none" else "")
-                columns[name] = answer_all(VideoQA(loaded, budget=budget, method=args.method), items)
-    print(f"| video | question | answer | {' | '.join(columns)} |")
-    print("|---" * (3 + len(columns)) + "|")
-    for i, item in enumerate([] if args.clips else items):
-        cells = [c[i].strip() if is_right(c[i], item.answer) else f"**{c[i].strip()}**" for c in columns.values()]
-        print(f"| {item.video.name} | {item.question} | {item.answer} | {' | '.join(cells)} |")
-    right = [sum(is_right(a, item.answer) for a, item in zip(c, items, strict=True)) for c in columns.values()]
-    print(f"| | right of {len(items)} | | {' | '.join(map(str, right))} |")
+def _about(video: Video, number: int) -> dict[str, Any]:
+    item = video.items[number]
+    return {"video": video.name, "id": item.id, "type": item.type, "groups": list(item.groups)}
 
 
-if __name__ == "__main__":
-    main()
+def grey_frames(info: VideoInfo, times_s: Sequence[float], *, decoder: str, chunk_bytes: int) -> Iterator[FrameChunk]:
+    """Instead of `read_frames`: as many frames, all of them grey."""
+    at_once = max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
+    for first in range(0, len(times_s), at_once):
+        times = tuple(times_s[first : first + at_once])
+        yield FrameChunk(first, np.full((len(times), info.height, info.width, 3), 128, np.uint8), times)

@@ -34,9 +34,13 @@ def encode(
         `Encoded`; `kept` and `owner` count units over all videos, in the order of the placeholder tokens.
 
     Raises:
-        UsageError: a bad budget or method, or patches that do not fit the grids.
+        UsageError: a bad budget or method, one that acts on the frames themselves, or patches that do not fit the grids.
     """
     share, rule = parse_budget(budget), methods.get(method, method_args)
+    if rule.acts == "input":
+        raise UsageError(
+            f"method {method} acts on frames, and these are patches", "use VideoQA, or shrink the video first"
+        )
     visual = model.model.visual
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]

@@ -42,6 +42,7 @@ def environment_facts() -> dict:
         "devices": devices,
         "decoders": decoders,
         "methods": methods.available(),
+        "method_plugins": methods.plugins(),
         "demo_model": "installed" if (DEMO_FOLDER / "model.safetensors").is_file() else "missing",
         "bundled_configs": list(BUNDLED_CONFIGS),
         "hub_cache": constants.HF_HUB_CACHE,

@@ -36,7 +36,7 @@ from evoprune.models import LoadedModel, load_model, no_tokenizer
 from evoprune.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
-from evoprune.video.decode import choose_decoder, read_frames
+from evoprune.video.decode import FrameChunk, choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
 from evoprune.vision.encoder import Encoded, encode, tower_geometry, tower_shape, units_at_a_time
 from evoprune.vision.preprocess import patchify, resize
@@ -111,14 +111,14 @@ class VideoQA:
             return None
         model = self.loaded.model
         tower = tower_shape(model.model.visual)
-        count, height, width = plan.grid
-        geo = tower_geometry(model.model.visual, height, width)
         keep = keep_count(self.budget, plan.visual_tokens)
+        count, height, width = self.method.plan(plan.grid, keep)
+        geo = tower_geometry(model.model.visual, height, width)
         rows = [geo.units] * (tower.depth + 1)
         if self.method.acts == "inside" and keep < plan.visual_tokens:
             rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, max(1, keep // count))]
         rows = [count * n for n in rows]
-        return estimate_first_token(model, rows, count, geo.windows, keep + text_tokens)
+        return estimate_first_token(model, rows, count, geo.windows, min(keep, rows[0]) + text_tokens)
 
     def encode(
         self,
@@ -134,6 +134,7 @@ class VideoQA:
         name: str | None = None,
         progress: Progress | None = None,
         on_plan: Callable[[Plan], None] | None = None,
+        read: Callable[..., Iterator[FrameChunk]] = read_frames,
     ) -> "EncodedVideo":
         """Reads, preprocesses and encodes a video, chunk by chunk.
 
@@ -146,7 +147,8 @@ class VideoQA:
             decoder: how to read it, see `video.decode.read_frames`.
             name: what reports call the video; default: its path.
             progress: called with "encode", frames done and frames in all, after every chunk.
-            on_plan: called with the plan before the first frame is read.
+            on_plan: called with the plan, as it is without pruning, before the first frame is read.
+            read: what gives the frames; something else than `read_frames` shows something else than the video.
 
         Raises:
             VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory.
@@ -171,7 +173,8 @@ class VideoQA:
             asked = clock.now()
             on_plan(plan)
             begun += clock.now() - asked  # what the caller does then is no part of the work
-        keep = keep_count(self.budget, plan.visual_tokens)
+        asked, keep = plan.visual_tokens, keep_count(self.budget, plan.visual_tokens)
+        plan = plan.shrunk(self.method.plan(plan.grid, keep), limits)
         seconds_per_grid = plan.sampling.seconds_per_grid(limits.temporal_patch_size)
 
         at_once = units_at_a_time(self.loaded.model.device)
@@ -180,7 +183,7 @@ class VideoQA:
         chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * info.width * info.height * 3)
 
         def patches() -> Iterator[torch.Tensor]:
-            with closing(read_frames(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes)) as chunks:
+            with closing(read(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes)) as chunks:
                 for chunk in clock.each("read", chunks):
                     with clock.stage("preprocess"):
                         small = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
@@ -204,18 +207,23 @@ class VideoQA:
                 pieces,
                 plan.grid,
                 self.method,
-                keep,
+                min(keep, plan.visual_tokens),
                 seconds_per_grid=seconds_per_grid,
                 seed=self.seed,
                 chunk_units=at_once,
             )
         done = clock.now()
         clock.seconds["encode"] = done - start - (sum(clock.seconds.values()) - before)
-        return EncodedVideo(self, replace(info, path=name or info.path), decoder, plan, encoded, clock, done - begun)
+        info = replace(info, path=name or info.path)
+        return EncodedVideo(self, info, decoder, plan, asked, encoded, clock, done - begun)
 
 
 class EncodedVideo:
-    """A video that was encoded once and can be asked about. `report` describes the latest question (or none yet)."""
+    """A video that was encoded once and can be asked about. `report` describes the latest question (or none yet).
+
+    `plan` is what was looked at; `units` are the visual tokens there would be without pruning, which are more if the method
+    made the input smaller.
+    """
 
     def __init__(
         self,
@@ -223,11 +231,12 @@ class EncodedVideo:
         info: VideoInfo,
         decoder: str,
         plan: Plan,
+        units: int,
         encoded: Encoded,
         clock: Clock,
         wall_seconds: float,
     ):
-        self.qa, self.info, self.decoder, self.plan, self.encoded = qa, info, decoder, plan, encoded
+        self.qa, self.info, self.decoder, self.plan, self.units, self.encoded = qa, info, decoder, plan, units, encoded
         self._clock, self._wall = clock, wall_seconds
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
@@ -376,11 +385,11 @@ class EncodedVideo:
                 args=asdict(qa.method),
                 budget=qa.budget,
                 encoder_budget=None,
-                kept_ratio=len(encoded.kept) / len(encoded.owner),
-                visual_tokens_in=len(encoded.owner),
+                kept_ratio=len(encoded.kept) / self.units,
+                visual_tokens_in=self.units,
                 visual_tokens_kept=len(encoded.kept),
                 encoder_rows=len(encoded.rows),
-                encoder_live_share=encoded.live_share,
+                encoder_live_share=encoded.live_share * len(encoded.owner) / self.units,
                 layers=[[layer, entered] for layer, entered, _ in encoded.layers],
                 kept_per_grid=encoded.kept_per_grid,
                 positions="qwen",

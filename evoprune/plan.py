@@ -1,7 +1,7 @@
 """What of a video will be looked at: which moments, at which size, within every limit. Numbers only, no torch, no files."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.probe import VideoInfo
@@ -74,6 +74,12 @@ class Plan:
         """N, before pruning."""
         t, h, w = self.grid
         return t * h * w
+
+    def shrunk(self, grid: tuple[int, int, int], limits: VideoLimits) -> "Plan":
+        """The same part of the video on another grid: so many frames spread over it, resized to so many units."""
+        count, height, width = grid
+        sampling = self.sampling.thinned(count * limits.temporal_patch_size)
+        return replace(self, sampling=sampling, height=height * limits.unit, width=width * limits.unit, grid=grid)
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import sys
 from contextlib import closing
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -15,8 +16,10 @@ from evoprune.measurements import Case, Counts
 from evoprune.methods.base import Method
 from evoprune.models import LoadedModel
 from evoprune.plan import VideoLimits, make_plan
+from evoprune.pruning.budget import keep_count
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import VideoInfo
+from evoprune.video.sampling import even_times
 from evoprune.vision.attention import PATCHES
 from evoprune.vision.encoder import encode, tower_geometry
 from evoprune.vision.preprocess import patchify, resize
@@ -50,6 +53,7 @@ class Clip:
         grid: (T, H, W) in units. `seconds_per_grid`: from one grid to the next.
         ids: int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video.
         positions: int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token.
+        whole: units that the clip has without pruning, more than N if a method made the input smaller.
     """
 
     patches: torch.Tensor
@@ -58,17 +62,33 @@ class Clip:
     ids: torch.Tensor
     positions: torch.Tensor
     following: int
+    whole: int
 
     @property
     def units(self) -> int:
         return len(self.patches) // PATCHES
 
 
-def prepare(loaded: LoadedModel, frames: torch.Tensor, seconds_per_grid: float) -> Clip:
-    """Preprocesses a clip. Tokens of the text are drawn from the whole vocabulary, always the same ones."""
+def prepare(
+    loaded: LoadedModel,
+    frames: torch.Tensor,
+    seconds_per_grid: float,
+    method: Method | None = None,
+    budget: float = 1.0,
+) -> Clip:
+    """Preprocesses a clip, made smaller where `method` acts on the input.
+
+    Tokens of the text are drawn from the whole vocabulary, always the same ones.
+    """
     v, visual = loaded.video, loaded.model.model.visual
     count, height, width, _ = frames.shape
     grid = (count // v.temporal_patch_size, height // v.unit, width // v.unit)
+    whole = prod(grid)
+    if method is not None and (smaller := method.plan(grid, keep_count(budget, whole))) != grid:
+        grid, fewer = smaller, smaller[0] * v.temporal_patch_size
+        picked = [int(time) for time in even_times(0, count, fewer)]
+        frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)
+        seconds_per_grid *= count / fewer
     patches = patchify(frames, v.image_mean, v.image_std, v.patch_size, v.temporal_patch_size, v.merge_size)
     random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
     text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random)
@@ -77,7 +97,7 @@ def prepare(loaded: LoadedModel, frames: torch.Tensor, seconds_per_grid: float) 
     span = VideoSpan(TEXT_BEFORE, grid, seconds_per_grid)
     positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)
     patches = patches.to(visual.patch_embed.proj.weight)
-    return Clip(patches, grid, seconds_per_grid, ids, positions, int(positions.max()) + 1)
+    return Clip(patches, grid, seconds_per_grid, ids, positions, int(positions.max()) + 1, whole)
 
 
 @dataclass(frozen=True)
@@ -96,8 +116,9 @@ def run_ours(
     model, visual = loaded.model, loaded.model.model.visual
     with clock.stage("encode"):
         encoded = encode(
-            visual, [clip.patches], clip.grid, method, keep, seconds_per_grid=clip.seconds_per_grid, seed=seed
-        )
+            visual, [clip.patches], clip.grid, method, min(keep, clip.units),
+            seconds_per_grid=clip.seconds_per_grid, seed=seed,
+        )  # fmt: skip
     with clock.stage("prefill"):
         embeds, columns = embed_prompt(model, clip.ids, encoded.features, TEXT_BEFORE, clip.units, encoded.kept)
         state = prefill(model, embeds, clip.positions[:, columns], clip.following)
@@ -146,5 +167,5 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
 def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int) -> Counts:
     windows = tower_geometry(visual, *clip.grid[1:]).windows
     flop = tower_flop(visual.config, [*(entered for _, entered in layers), rows], clip.grid[0], windows)
-    share = sum(entered for _, entered in layers) / len(layers) / clip.units
-    return Counts(clip.units, rows, share, tuple(layers), tokens, len(clip.ids) - clip.units + tokens, flop)
+    share = sum(entered for _, entered in layers) / len(layers) / clip.whole
+    return Counts(clip.whole, rows, share, tuple(layers), tokens, len(clip.ids) - clip.units + tokens, flop)

@@ -14,6 +14,7 @@ import typer
 import evoprune
 from evoprune.errors import UsageError, error_record
 from evoprune_cli.ask import USAGE, ask
+from evoprune_cli.eval import evaluate, print_document
 from evoprune_cli.failures import Terminated
 from evoprune_cli.help import Command
 from evoprune_cli.inspect import inspect, print_failure
@@ -56,6 +57,7 @@ def main(
 
 
 app.command(cls=Command)(ask)
+app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(inspect)
 app.command(cls=Command)(profile)
 
@@ -121,6 +123,8 @@ def _report(problem: Exception) -> int:
     if "--json" in sys.argv[1:] and not told:
         if _command() == "inspect":
             print_failure({}, problem)
+        elif _command() == "eval":
+            print_document({"error": error})
         elif _command() != "profile":  # which has no --json, but --format json
             from evoprune.report import Report
 
@@ -156,5 +160,5 @@ def _hint(problem: Exception) -> str:
         return USAGE
     if "No such command" in text and os.path.exists(text.split("'")[1]):
         return f"to ask about a video: {USAGE}"
-    known = {command.callback.__name__ for command in app.registered_commands}
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
     return f"see evoprune {_command()} --help" if _command() in known else "see evoprune --help"

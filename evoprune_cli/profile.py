@@ -1,6 +1,5 @@
 """`evoprune profile`: how long it takes, against plain Hugging Face and against the best that pruning later can do."""
 
-import os
 import re
 import shutil
 import sys
@@ -17,7 +16,8 @@ from evoprune.errors import UsageError
 from evoprune.measurements import Case
 from evoprune.pruning.budget import PRESETS, parse_budget
 from evoprune_cli import options as opt
-from evoprune_cli.render import WIDTH, encodable
+from evoprune_cli.files import check_writable, print_text, write_text
+from evoprune_cli.render import WIDTH
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 FORMATS = ("table", "md", "csv", "json")
@@ -193,7 +193,7 @@ def profile(
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
     _check_flags(sweep["methods"], sweep["quantize"], form, load_format, synthetic, video)
     for path in (output, chart):
-        _check_writable(path)
+        check_writable(path)
     kind, results = synthetic or SYNTHETIC[0], None
     with ExitStack() as cleanup:
         info = None if video is None else cleanup.enter_context(_probed(video, counts))
@@ -264,19 +264,6 @@ def _check_flags(names, kinds, form: str, load_format: str | None, synthetic: st
         raise UsageError("a video and --synthetic exclude each other", "give one of the two")
 
 
-def _check_writable(path: str | None) -> None:
-    """Better now than when everything is measured."""
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    if (
-        os.path.isdir(path)
-        or not os.path.isdir(folder)
-        or not os.access(path if os.path.exists(path) else folder, os.W_OK)
-    ):
-        raise UsageError(f"cannot write {path}", "name a file in a folder that is there and can be written")
-
-
 @contextmanager
 def _probed(video: str, counts: list[int]) -> Iterator:
     """Container facts of a video in which so many frames can be looked at."""
@@ -306,31 +293,15 @@ def _deliver(results, form: str, output: str | None, chart: str | None) -> None:
     wide = WIDTH if output else min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     text = render(results, form, wide)
     if output is None:
-        _print(text)
+        print_text(text)
     else:
         try:
-            _write(output, text)
+            write_text(output, text)
         except UsageError:
-            _print(text)  # it took minutes to find out
+            print_text(text)  # it took minutes to find out
             raise
     if chart:
-        _write(chart, draw_chart(results))
-
-
-def _print(text: str) -> None:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        text = text.replace("±", "+-")
-    print(encodable(text, sys.stdout), end="", flush=True)
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as problem:
-        raise UsageError(f"cannot write {path}: {problem.strerror}", "choose another place") from problem
+        write_text(chart, draw_chart(results))
 
 
 @contextmanager

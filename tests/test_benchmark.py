@@ -339,3 +339,15 @@ def test_the_matrix_product_rate_is_that_of_the_best_shape():
     assert matmul_rate(torch.float32, seconds=0.02, shapes=((256, 256, 256), *tiny)) > 100 * matmul_rate(
         torch.float32, seconds=0.02, shapes=tiny
     )
+
+
+def test_methods_that_act_on_the_input_look_at_less(loaded):
+    settings = Settings((0.25,), ("downscale", "subsample"), repetitions=1, warmups=0)
+    (results,) = measure(loaded, [Case(8, 112, 168)], partial(sides.synthetic_frames, "motion"), settings)
+    smaller, fewer = (row.counts for row in results.rows if row.kind == METHOD)
+    assert (smaller.units, smaller.tokens, smaller.prompt) == (96, 24, 54)
+    assert (fewer.units, fewer.tokens, fewer.prompt) == (96, 24, 54)
+    full = next(row.counts for row in results.rows if row.kind == FULL)
+    for counts in (smaller, fewer):
+        assert counts.live_share == 0.25 and counts.encoder_rows == 24
+        assert counts.tower_flop < full.tower_flop / 3

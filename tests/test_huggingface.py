@@ -47,3 +47,8 @@ def test_patches_that_do_not_fit(model):
     patches, thw = inputs((1, 4, 4))
     with pytest.raises(evoprune.UsageError, match="do not fit"):
         evoprune.encode(model, patches[:-4], thw)
+
+
+def test_methods_that_act_on_frames_are_refused():
+    with pytest.raises(evoprune.UsageError, match="acts on frames"):
+        evoprune.encode(None, torch.zeros(4, 1176), torch.tensor([[1, 2, 2]]), method="downscale")

@@ -193,3 +193,35 @@ def test_blank_report_before_any_question(loaded):
     report = VideoQA(loaded).encode(CLIP).report
     assert report.question is None and report.time_ms.encode > 0 and report.time_ms.prefill is None
     assert Report.from_json(report.to_json()).sampling == report.sampling
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "tokens"),
+    [("downscale", [6, 4, 6], 36), ("subsample", [1, 8, 12], 24), ("pool", [6, 8, 12], 36), ("evs", [6, 8, 12], 36)],
+)
+def test_methods_that_a_shape_binds(loaded, method, grid, tokens):
+    """A quarter of 6 grids of 4x6 units; `downscale` and `subsample` look at less, at its own places and times."""
+    video = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
+    assert answer(video)
+    report, share = video.report, grid[0] * grid[1] * grid[2] / 4 / 144
+    assert report.sampling.grid_thw == grid and report.pruning.visual_tokens_kept == report.tokens.visual == tokens
+    assert report.pruning.visual_tokens_in == 144 and report.pruning.kept_ratio == pytest.approx(tokens / 144)
+    assert report.pruning.encoder_live_share == pytest.approx(share)
+    assert report.sampling.seconds_per_grid * grid[0] == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("method", ["downscale", "subsample"])
+def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
+    """The same as looking at the video so from the start: decoding, positions and all."""
+    less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
+    limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
+    other = VideoQA(replace(loaded, video=limits), budget=1.0).encode(CLIP, frames=less.plan.sampling.frames)
+    assert other.plan.grid == less.plan.grid and other.plan.sampling.times_s == less.plan.sampling.times_s
+    assert torch.equal(other.encoded.features, less.encoded.features)
+    assert answer(other) == answer(less)
+
+
+def test_the_least_that_a_shape_allows(loaded):
+    for method, tokens in (("downscale", 6), ("subsample", 24), ("pool", 1), ("evs", 24), ("evs-nofloor", 1)):
+        video = VideoQA(loaded, budget=0.001, method=method).encode(CLIP)
+        assert len(video.encoded.kept) == tokens, method

@@ -5,6 +5,7 @@ On the `tokenizers` library directly: transformers' wrapper round it takes longe
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,26 @@ class Tokenizer:
         Raises:
             jinja2.TemplateError: the template is broken, or refuses the messages.
         """
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        # As transformers has it, so that a template's line breaks come out the same.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-        environment.globals["raise_exception"] = refuse
-        template = environment.from_string(self.chat_template)
+        template = _compiled(self.chat_template)
         return template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.named)
+
+
+@lru_cache(maxsize=4)
+def _compiled(source: str):
+    """A chat template, ready to render: compiling takes longer than rendering."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    # As transformers has it, so that a template's line breaks come out the same.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(source)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -1,35 +1,107 @@
-"""The pruning methods, by name. Listing them imports neither torch nor the methods themselves."""
+"""The pruning methods, by name: this package's own, and those that other packages bring along.
 
+A package adds a method by an entry point of the group `evoprune.methods`, whose name is the method's and whose object is a
+subclass of `methods.base.Method`. It is loaded when it is chosen. Listing methods imports neither torch nor the methods.
+"""
+
+import re
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from evoprune.errors import UsageError
+from evoprune.errors import EvopruneError, UsageError, first_line
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from evoprune.methods.base import Method
 
+GROUP = "evoprune.methods"
 # `evoprune` is the best this project has; for now that is the paper's method.
 _REGISTRY = {
     "evoprune": "evoprune.methods.evoprune_paper:EvoPrunePaper",
     "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
     "none": "evoprune.methods.none:Nothing",
     "random": "evoprune.methods.random:Random",
+    "downscale": "evoprune.methods.downscale:Downscale",
+    "subsample": "evoprune.methods.subsample:Subsample",
+    "pool": "evoprune.methods.pool:Pool",
+    "divprune": "evoprune.methods.divprune:DivPrune",
+    "evs": "evoprune.methods.evs:Evs",
+    "evs-nofloor": "evoprune.methods.evs:EvsNoFloor",
 }
 DEFAULT = "evoprune"
 
 
 def available() -> list[str]:
-    """Names of the registered methods."""
-    return list(_REGISTRY)
+    """Names of the methods, this package's own first."""
+    return [*_REGISTRY, *_plugins()]
 
 
 def get(name: str, args: dict[str, str] | None = None) -> "Method":
     """The method called `name`, with settings given as texts.
 
     Raises:
-        UsageError: no such method, or a setting it does not have.
+        UsageError: no such method, a setting it does not have, or a method of another package that does not work.
     """
-    if name not in _REGISTRY:
-        raise UsageError(f"no pruning method {name!r}", f"one of {', '.join(_REGISTRY)}")
-    module, _, cls = _REGISTRY[name].partition(":")
-    return getattr(import_module(module), cls).from_args(args or {})
+    if name in _REGISTRY:
+        module, _, cls = _REGISTRY[name].partition(":")
+        return getattr(import_module(module), cls).from_args(args or {})
+    if name in _plugins():
+        return _load(_plugins()[name]).from_args(args or {})
+    raise UsageError(f"no pruning method {name!r}", f"one of {', '.join(available())}")
+
+
+def plugins() -> dict[str, str]:
+    """What is to be said of each entry point of other packages, by its name: whose it is, and whether it works. Loads them."""
+    told = {}
+    for entry in _entry_points():
+        said = f"of {_package(entry)}"
+        if _plugins().get(entry.name) is not entry:
+            said += ", ignored: the name is taken or not one"
+        else:
+            try:
+                _load(entry)
+            except EvopruneError as problem:
+                said += f", broken: {problem.message}"
+        told[f"{entry.name} ({_package(entry)})" if entry.name in told else entry.name] = said
+    return told
+
+
+@cache
+def _entry_points() -> tuple["EntryPoint", ...]:
+    from importlib.metadata import entry_points
+
+    return tuple(sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _package(entry))))
+
+
+@cache
+def _plugins() -> dict[str, "EntryPoint"]:
+    """By name; a name that is taken, or that a list of names could not hold, is left out."""
+    made = {}
+    for entry in _entry_points():
+        if entry.name not in _REGISTRY and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
+            made.setdefault(entry.name, entry)
+    return made
+
+
+def _package(entry: "EntryPoint") -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+
+
+def _load(entry: "EntryPoint") -> type["Method"]:
+    from evoprune.methods.base import Method
+
+    try:
+        found = entry.load()
+    except Exception as problem:  # whatever somebody else's module does when it is imported
+        reason = f"{type(problem).__name__}: {first_line(problem)}"
+        raise _broken(entry, f"cannot be loaded ({reason})") from problem
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise _broken(entry, f"is not a Method: {entry.value}")
+    return found
+
+
+def _broken(entry: "EntryPoint", what: str) -> UsageError:
+    hint = "repair or uninstall that package, or choose another --method"
+    return UsageError(f"method {entry.name!r} of {_package(entry)} {what}", hint)

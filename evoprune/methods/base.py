@@ -1,10 +1,11 @@
 """What a pruning method is: a small frozen dataclass whose fields are its settings and whose hooks do nothing by default.
 
-A method may act `inside` the encoder (`rows`, `match`) and `after` it (`select`). It says in `needs` what it wants to be given and
-gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
+A method may act on the `input` (`plan`), `inside` the encoder (`rows`, `match`) and `after` it (`select`). It says in `needs` what
+it wants to be given and gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
 """
 
 from dataclasses import Field, dataclass, fields
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -15,13 +16,15 @@ from evoprune.pruning.schedule import TowerShape
 
 @dataclass(frozen=True)
 class Candidates:
-    """Groups of rows (windows or grids) that are to lose some, side by side; padding at the end of a group is not `valid`.
+    """Groups of rows (windows, grids or blocks of grids) that are to lose some, side by side; padding at the end of a group is not
+    `valid`.
 
     Attributes:
         features: float32 `[B, n, D]`, what the method asked for in `features`.
         attention: float32 `[B, n]`, attention received, or None if not asked for.
         place: int64 `[B, n]`, raster index in the grid.
-        size: int64 `[B, n]`, units each row stands for.
+        moment: int64 `[B, n]`, grid in the block.
+        size: int64 `[B, n]`, units of the block that each row stands for.
         valid: bool `[B, n]`.
         grid_width: units a row of the grid.
     """
@@ -29,6 +32,7 @@ class Candidates:
     features: torch.Tensor
     attention: torch.Tensor | None
     place: torch.Tensor
+    moment: torch.Tensor
     size: torch.Tensor
     valid: torch.Tensor
     grid_width: int
@@ -39,18 +43,45 @@ class Tokens:
     """What leaves the encoder, before the language model reads it.
 
     Attributes:
-        features: `[N, D]`, one token a row, ordered by `unit`.
-        unit: int64 `[N]`, the place of each among all units of the video, ascending.
+        rows: `[E, D]`, ordered by place; all units, unless the encoder left some out.
+        owner: int64 `[N]`, which of them stands for each unit of the video.
         grid: (T, H, W) in units.
         seconds_per_grid: time from one grid to the next.
         seed: for methods that draw lots.
     """
 
-    features: torch.Tensor
-    unit: torch.Tensor
+    rows: torch.Tensor
+    owner: torch.Tensor
     grid: tuple[int, int, int]
     seconds_per_grid: float
     seed: int
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """`[N, D]`: a token for each unit of the video, in order."""
+        return self.rows if len(self.rows) == len(self.owner) else self.rows[self.owner]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens the language model reads, where some of them stand for others too.
+
+    Attributes:
+        kept: int64 `[K]`, ascending units; each goes on at its own place.
+        owner: int64 `[N]`, for every unit the number in `kept` of the one whose mean it goes into, -1 for none. Every kept
+            token has at least one.
+    """
+
+    kept: torch.Tensor
+    owner: torch.Tensor
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[K, D]`: the mean of `tokens` (`[N, D]`) that each kept one stands for, made in float32."""
+        used = self.owner >= 0
+        total = torch.zeros(len(self.kept), tokens.shape[1], device=tokens.device)
+        total.index_add_(0, self.owner[used], tokens[used].float())
+        size = torch.bincount(self.owner[used], minlength=len(self.kept))
+        return (total / size[:, None]).to(tokens.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,18 +91,34 @@ class Method:
     Class attributes:
         name: what it is selected by.
         acts: where; for tables and help.
+        block: grids of a block, inside which rows are counted and may be merged.
         needs: what `match` is given: "attention", and one of "keys", "keys_rotary" and "hidden" as features.
         size_bias: whether attention counts a merged row as often as the units it stands for.
+        exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
+            its least.
     """
 
     name: ClassVar[str] = "none"
+    block: ClassVar[int] = 1
     acts: ClassVar[Literal["none", "input", "inside", "after"]] = "none"
     needs: ClassVar[frozenset[str]] = frozenset()
     size_bias: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+
+    def plan(self, grid: tuple[int, int, int], keep: int) -> tuple[int, int, int]:
+        """The grid, (T, H, W) in units, to look at instead of `grid` so that `keep` units are left; no side is longer.
+
+        Fewer T are fewer frames, spread over the same time; smaller H and W are frames of less resolution.
+        """
+        return grid
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Rows of one grid after each layer of the tower, when `keep` of its `units` are to be left (at least one)."""
+        """Rows of one block after each layer of the tower, when `keep` of its `units` are to be left (at least one)."""
         return [units] * tower.depth
+
+    def scope(self, tower: TowerShape, layer: int) -> Literal["window", "block"]:
+        """Inside what rows are merged in a layer; only in blocks where a block is more than a grid."""
+        return "window" if tower.scope(layer) == "window" and self.block == 1 else "block"
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         """Where each row of each group goes: int64 `[B, n]`, itself if it stays.
@@ -86,8 +133,8 @@ class Method:
         """At most how many calls of `match` it takes from `rows` rows in a group to `left`, whatever they are."""
         return rows - left
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        """Which tokens the language model reads: int64 `[keep]`, ascending indices into `tokens`."""
+    def select(self, tokens: Tokens, keep: int) -> torch.Tensor | Selection:
+        """Which units the language model reads: int64 `[keep]`, ascending; or with means of several."""
         raise TypeError(f"{self.name} does not select")
 
     @classmethod

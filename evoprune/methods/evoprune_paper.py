@@ -7,7 +7,7 @@ the tower attends to grids, hard counts, and the exact form of the score.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -38,6 +38,8 @@ class EvoPrunePaper(Method):
     split: how a group is cut in two: alternate rows, or a checkerboard of places.
     survivor: whose place a merged row takes: the destination's, or the most attended one's.
     size_bias: whether attention counts a merged row as often as the units it stands for.
+    block: grids of a block. Of a single grid, rows merge inside windows in layers that attend to windows, else anywhere in it; a
+        block of several grids is always one place to merge in, and so is a single grid if `windows` is false.
     """
 
     name: ClassVar[str] = "evoprune-paper"
@@ -54,6 +56,8 @@ class EvoPrunePaper(Method):
     split: str = "alternate"
     survivor: str = "destination"
     size_bias: bool = True
+    windows: bool = True
+    block: int = 1
 
     def __post_init__(self):
         layer_weights(8, self.allocation, self.first, self.last)
@@ -66,6 +70,8 @@ class EvoPrunePaper(Method):
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
         if not 0 <= self.critical <= 1 or self.neighbours < 1:
             raise ValueError("critical is a share from 0 to 1, neighbours at least 1")
+        if self.block < 1:
+            raise ValueError("block is a number of grids, at least 1")
         if not (math.isfinite(self.diversity) and math.isfinite(self.attention)):
             raise ValueError("diversity and attention are finite weights")
 
@@ -76,7 +82,12 @@ class EvoPrunePaper(Method):
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
         weights = layer_weights(tower.depth, self.allocation, self.first, self.last)
+        if not (self.windows and self.block == 1):
+            tower = replace(tower, full_layers=tuple(range(tower.depth)))
         return rows_after_layers(tower, units, windows, keep, weights)
+
+    def scope(self, tower: TowerShape, layer: int) -> Literal["window", "block"]:
+        return super().scope(tower, layer) if self.windows else "block"
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         c = candidates
@@ -84,7 +95,7 @@ class EvoPrunePaper(Method):
         density = local_density(cosine, c.valid, self.neighbours) if self.diversity else None
         attention = settle(relative_attention(c.attention, c.valid)) if c.attention is not None else None
         score = settle(composite_score(cosine, density, attention, self.diversity, self.attention))
-        source = split_sources(c.place, c.valid, c.grid_width, self.split)
+        source = split_sources(c.place, c.moment, c.valid, c.grid_width, self.split)
         into = match(score, source, c.valid, self._critical(attention, c.valid), remove)
         return survive_attended(into, attention) if self.survivor == "attended" else into
 

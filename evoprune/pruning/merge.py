@@ -8,15 +8,17 @@ SPLITS = ("alternate", "checkerboard")
 SURVIVORS = ("destination", "attended")
 
 
-def split_sources(place: torch.Tensor, valid: torch.Tensor, width: int, split: str) -> torch.Tensor:
+def split_sources(
+    place: torch.Tensor, moment: torch.Tensor, valid: torch.Tensor, width: int, split: str
+) -> torch.Tensor:
     """Which rows may be absorbed this round; the others are where they can go.
 
     Args:
-        place: int64 `[B, n]`, raster place of each row in its grid.
+        place: int64 `[B, n]`, raster place of each row in its grid. moment: int64 `[B, n]`, its grid in the block.
         valid: bool `[B, n]`, valid rows first.
         width: units a grid row.
-        split: `alternate`: every second row of the group; `checkerboard`: every second place of the grid, where both colours
-            are left, else `alternate`.
+        split: `alternate`: every second row of the group; `checkerboard`: every second place of the grid, the others in every
+            second grid, so that a place can meet itself in the next one; where one colour alone is left, `alternate`.
 
     Returns:
         bool `[B, n]`.
@@ -24,7 +26,7 @@ def split_sources(place: torch.Tensor, valid: torch.Tensor, width: int, split: s
     odd = torch.arange(place.shape[1]) % 2 == 1
     source = odd & valid
     if split == "checkerboard":
-        dark = ((place // width + place % width) % 2 == 1) & valid
+        dark = ((place // width + place % width + moment) % 2 == 1) & valid
         both = dark.any(1) & (~dark & valid).any(1)
         source = torch.where(both[:, None], dark, source)
     return source

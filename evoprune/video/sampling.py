@@ -6,7 +6,7 @@ All times are seconds from the video's first frame.
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evoprune.errors import UsageError, VideoError
 
@@ -39,6 +39,15 @@ class SamplingPlan:
     def seconds_per_grid(self, temporal_patch: int = 2) -> float:
         """Time from one grid, which joins `temporal_patch` frames, to the next."""
         return temporal_patch * self.seconds_per_frame
+
+    def thinned(self, frames: int) -> "SamplingPlan":
+        """The same part of the video with so many frames."""
+        return replace(self, times_s=even_times(self.start_s, self.end_s, frames))
+
+
+def even_times(start_s: float, end_s: float, count: int) -> tuple[float, ...]:
+    """The middles of `count` equal shares of the part from `start_s` to `end_s`, in seconds."""
+    return tuple(start_s + (i + 0.5) * (end_s - start_s) / count for i in range(count))
 
 
 def plan_sampling(
@@ -97,7 +106,7 @@ def plan_sampling(
         nearest = 2 * math.floor(min(span * fps, sys.maxsize) / 2 + 0.5)
         wanted = max(nearest, 2, min_frames + min_frames % 2)
     count = min(wanted, most)
-    return SamplingPlan(start_s, end, tuple(start_s + (i + 0.5) * span / count for i in range(count)), wanted)
+    return SamplingPlan(start_s, end, even_times(start_s, end, count), wanted)
 
 
 def parse_time(text: str) -> float:

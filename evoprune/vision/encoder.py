@@ -8,15 +8,16 @@ How many rows each layer leaves is known before the tower runs. So on a GPU ever
 result before it asks for the next one, and what has to be looked at is looked at once, when all is encoded.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.linear import linear
-from evoprune.methods.base import Candidates, Method, Tokens
+from evoprune.methods.base import Candidates, Method, Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import runs, tally, true_indices
 from evoprune.pruning.merge import merge_rows
@@ -157,7 +158,7 @@ def encode(
         patches: pieces of `[rows, 1176]` in Hugging Face's order that add up to the whole video.
         grid: (T, H, W) in merge units (2x2 patches).
         method: the pruning method.
-        keep: K, from 1 to T*H*W. Exactly K tokens come out, all T*H*W if the method prunes nothing.
+        keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here.
         seconds_per_grid, seed: passed on to the method.
         chunk_units: units to encode at a time, rounded down to whole grids but at least one; default: `units_at_a_time`.
             Bounds the memory.
@@ -168,29 +169,35 @@ def encode(
     count, height, width = grid
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
     geo = tower_geometry(visual, height, width)
-    shares = spread(keep, count)
     inside = method.acts == "inside" and keep < geo.units * count
-    plans = {
-        s: method.rows(tower, geo.units, geo.windows, max(1, s)) if inside else [geo.units] * tower.depth
-        for s in set(shares)
-    }
+    block = method.block if inside else 1
+    shares = spread(keep, count)
+    plan_of = cache(lambda units, windows, left: method.rows(tower, units, windows, left))
     done, rows, owners, homes, base = 0, [], [], [], 0
     entered, left = [0] * tower.depth, [0] * tower.depth
     watch, uniform, wrong = Stopwatch(weight.device), [], []
     chunk_units = chunk_units or units_at_a_time(weight.device)
-    for chunk in in_grids(patches, geo.units * PATCHES, max(1, chunk_units // geo.units)):
+    for chunk in in_grids(patches, geo.units * PATCHES, max(1, chunk_units // geo.units // block) * block):
         grids, rest = divmod(len(chunk), geo.units * PATCHES)
         if rest or done + grids > count:
             raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
         if inside and (not uniform or static_shapes(chunk.device) or uniform[-1]):
             uniform.append(_is_flat(chunk.view(grids, -1, chunk.shape[1])))
-        plan = [[plans[s][layer] for s in shares[done : done + grids]] for layer in range(tower.depth)]
         with weight.device:  # all bookkeeping lives beside the features
+            layout = full_layout(geo, grids, block)
+            plan = [[n] * tower.depth for n in layout.per_block]
+            if inside:
+                due = [sum(shares[at : at + block]) for at in range(done, done + grids, block)]
+                plan = [
+                    plan_of(n, n // geo.units * geo.windows, max(1, share))
+                    for n, share in zip(layout.per_block, due, strict=True)
+                ]
+            plan = list(zip(*plan, strict=True))
+            for layer, (before, after) in enumerate(pairwise([layout.per_block, *plan])):
+                entered[layer] += sum(before)
+                left[layer] += sum(after)
             chunk = uploaded(chunk.to(weight.dtype), weight.device)
-            x, layout = _run_tower(visual, tower, chunk, full_layout(geo, grids), plan, method, watch, wrong)
-        for layer in range(tower.depth):
-            entered[layer] += sum(plan[layer - 1]) if layer else grids * geo.units
-            left[layer] += sum(plan[layer])
+            x, layout = _run_tower(visual, tower, chunk, layout, plan, method, watch, wrong)
         order = layout.home.argsort()
         number = order.argsort()  # where each row comes to lie
         rows.append(visual.merger.mlp(_norm(x[order], visual.merger.ln_q.weight).flatten(1)))
@@ -201,15 +208,19 @@ def encode(
         raise ValueError(f"patches end after {done} of {count} grids")
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
     with weight.device, watch:
-        chosen = torch.arange(len(home))
+        kept = home
         if method.acts == "after":
-            chosen = method.select(Tokens(rows, home, grid, seconds_per_grid, seed), keep)
-            chosen = uploaded(chosen, home.device)
+            kept = method.select(Tokens(rows, owner, grid, seconds_per_grid, seed), keep)
         elif inside and len(home) > keep:
-            chosen = _largest(tally(owner, len(home)), keep)
+            kept = home[_largest(tally(owner, len(home)), keep)]
+        if isinstance(kept, Selection):
+            kept, features = kept.kept, kept.features(rows)
+        else:
+            kept = uploaded(kept, home.device)
+            features = rows[owner[kept]]
     flat, seconds = _settled(method, uniform, wrong, watch)
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Encoded(rows[chosen], home[chosen], rows, owner, (grid,), layers, seconds, flat)
+    return Encoded(features, kept, rows, owner, (grid,), layers, seconds, flat)
 
 
 def _settled(
@@ -276,12 +287,12 @@ def _run_tower(
     tower: TowerShape,
     patches: torch.Tensor,
     layout: TokenLayout,
-    plan: list[list[int]],
+    plan: list[tuple[int, ...]],
     method: Method,
     watch: Stopwatch,
     wrong: list[torch.Tensor],
 ) -> tuple[torch.Tensor, TokenLayout]:
-    """All layers on one chunk; `plan[layer][grid]` rows are left after each.
+    """All layers on one chunk; `plan[layer][block]` rows are left after each.
 
     Args:
         watch: measures what pruning takes.
@@ -297,7 +308,7 @@ def _run_tower(
     cos, sin = (t[layout.place][:, :, None, None] for t in table)
     size_bias, heads = method.size_bias, visual.config.num_heads
     groups: dict[Scope, list[Bucket] | Packed] = {}
-    rows = [geo.units] * layout.grids
+    rows = layout.per_block
     for layer, block in enumerate(visual.blocks):
         scope = tower.scope(layer)
         if scope not in groups:
@@ -309,7 +320,7 @@ def _run_tower(
         qkv = linear(block.attn.qkv, _norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
         q, k = _rotate(qkv[:, :, :2], cos, sin).unbind(2)
         # Log of one is zero: no bias before anything was merged.
-        bias = size_bias and layout.reach is not None
+        bias = size_bias and layout.reach != "place"
         reduces = plan[layer] != rows
         attention = torch.zeros(len(x)) if reduces and "attention" in method.needs else None
         mixed = grouped_attention(q, k, qkv[:, :, 2], groups[scope], bias, attention, watch)
@@ -323,6 +334,7 @@ def _run_tower(
                     x.flatten(1).float() if "hidden" in method.needs
                     else unit_features(qkv[:, :, 1] if "keys" in method.needs else k)
                 )  # fmt: skip
+                scope = method.scope(tower, layer)
                 x, layout, failed = reduce_rows(x, layout, scope, plan[layer], features, attention, method)
                 cos, sin = (t[layout.place][:, :, None, None] for t in table)
                 groups, rows = {}, plan[layer]
@@ -334,19 +346,19 @@ def reduce_rows(
     x: torch.Tensor,
     layout: TokenLayout,
     scope: Scope,
-    target: list[int],
+    target: Sequence[int],
     features: torch.Tensor,
     attention: torch.Tensor | None,
     method: Method,
 ) -> tuple[torch.Tensor, TokenLayout, torch.Tensor | None]:
-    """Merges rows inside windows or grids until each grid has its target, in as many rounds as the method needs.
+    """Merges rows inside windows or blocks until each block has its target, in as many rounds as the method needs.
 
     Where shapes are static nobody looks whether a round is the last one that is needed: there are as many as it can take, and
     until the last one rows that went are kept at the end as padding.
 
     Args:
         x: `[R, 4, hidden]`.
-        target: rows to be left in each grid.
+        target: rows to be left in each block; windows are for blocks of a single grid.
         features: float32 `[R, D]`, attention: float32 `[R]` or None: what the method compares. A merged row has the mean of the
             features and the sum of the attention of what went into it.
 
@@ -360,7 +372,7 @@ def reduce_rows(
     total, longest = layout.group_count(scope), layout.longest(scope)
     length = tally(layout.group_of(layout.home, scope), total)
     goal = uploaded(torch.tensor(target, device="cpu"), x.device)
-    wanted = share_rows(length.view(layout.grids, -1), goal, longest).flatten()
+    wanted = share_rows(length.view(len(target), -1), goal, longest).flatten()
     rounds = most_rounds(layout, scope, target, method) if static else moves
     for after in reversed(range(rounds)):
         length = tally(layout.group_of(layout.home, scope), total + 1)[:total]  # padding is a group more
@@ -376,6 +388,7 @@ def reduce_rows(
             features[row],
             None if attention is None else attention[row],
             layout.place[row],
+            layout.home[row] // layout.geometry.units % layout.block,
             layout.size[row],
             valid,
             layout.geometry.width,
@@ -406,11 +419,11 @@ def reduce_rows(
     return x, replace(layout, home=layout.home.clamp(max=len(layout.owner) - 1)), failed
 
 
-def most_rounds(layout: TokenLayout, scope: Scope, target: list[int], method: Method) -> int:
+def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], method: Method) -> int:
     """After how many rounds every group has lost what it must, whatever the rows are."""
     worst = 0
-    for rows, left in set(zip(layout.per_grid, target, strict=True)):
-        if scope == "grid":
+    for rows, left in set(zip(layout.per_block, target, strict=True)):
+        if scope == "block":
             worst = max(worst, method.rounds(rows, left))
         else:  # how many rows a window has and loses, only the device knows
             longest = min(rows, layout.geometry.largest_window)

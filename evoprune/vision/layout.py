@@ -223,7 +223,7 @@ def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> G
             even = layout.reach == "place" and geo.windows * geo.largest_window == geo.units
         else:
             even = layout.block == 1 and min(layout.per_block) == longest
-        even = even or layout.rows == len(layout.owner) and scope == "grid"
+        even = even or (layout.rows == len(layout.owner) and scope == "grid")
         keys, key_length, count = torch.arange(layout.rows), length, layout.size
         groups = Groups(start, length, True, keys, key_length, count, (longest, longest), even)
     else:

@@ -141,7 +141,7 @@ def test_a_chart_of_a_sweep(profile, tmp_path, sweep, label):
 
 def test_what_was_measured_is_not_lost_with_the_disk(profile, tmp_path, monkeypatch):
     path = tmp_path / "out.txt"
-    monkeypatch.setattr("evoprune_cli.profile._check_writable", lambda path: None)
+    monkeypatch.setattr("evoprune_cli.profile.check_writable", lambda path: None)
     path.mkdir()
     result = profile("-o", path)
     assert result.code == 2 and "cannot write" in result.err and table_rows(result.out)

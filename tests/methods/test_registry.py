@@ -46,7 +46,7 @@ def test_settings_are_parsed_by_their_type():
         assert methods.get("evoprune-paper", {"size_bias": text}).size_bias is value
 
 
-@pytest.mark.parametrize("name", ["", "EvoPrune", "divprune", "evoprune_paper"])
+@pytest.mark.parametrize("name", ["", "EvoPrune", "magic", "evoprune_paper"])
 def test_an_unknown_method_is_refused_with_those_there_are(name):
     with pytest.raises(UsageError) as caught:
         methods.get(name)
@@ -132,7 +132,7 @@ def test_the_papers_method_asks_for_no_more_than_it_uses(settings, needs):
 def candidates(n, attention, seed=0):
     features = torch.randn(1, n, 6, generator=torch.Generator().manual_seed(seed))
     ones = torch.ones(1, n, dtype=torch.int64)
-    return Candidates(features, torch.tensor([attention]), torch.arange(n)[None], ones, ones.bool(), n)
+    return Candidates(features, torch.tensor([attention]), torch.arange(n)[None], ones * 0, ones, ones.bool(), n)
 
 
 @pytest.mark.parametrize("survivor", ["destination", "attended"])

@@ -17,7 +17,7 @@ def rounds_taken(method, places, width, left, seed) -> int:
         features, ones = torch.randn(1, n, 4, generator=random), torch.ones(1, n, dtype=torch.int64)
         attention = torch.rand(1, n, generator=random)
         into = method.match(
-            Candidates(features, attention, place[None], ones, ones.bool(), width), torch.tensor([n - left])
+            Candidates(features, attention, place[None], ones * 0, ones, ones.bool(), width), torch.tensor([n - left])
         )
         place = place[into[0] == torch.arange(n)]
         count += 1

@@ -17,7 +17,7 @@ def padded(lengths):
 def test_alternate_takes_every_second_row():
     valid = padded([5, 2, 1])
     place = torch.arange(15).view(3, 5)
-    assert split_sources(place, valid, 7, "alternate").tolist() == [
+    assert split_sources(place, place * 0, valid, 7, "alternate").tolist() == [
         [False, True, False, True, False],
         [False, True, False, False, False],
         [False] * 5,
@@ -32,9 +32,10 @@ def test_checkerboard_takes_dark_places_where_both_colours_are_left(seed):
     place = torch.stack([torch.randperm(30, generator=random)[:6].sort().values for _ in lengths])
     place[1, :4] = torch.tensor([0, 2, 6, 12])  # all light
     place[2, :2] = torch.tensor([1, 3])  # all dark
-    made = split_sources(place, valid, width, "checkerboard")
+    moment = torch.randint(3, place.shape, generator=random) * (torch.arange(4)[:, None] == 0)
+    made = split_sources(place, moment, valid, width, "checkerboard")
     for b, n in enumerate(lengths):
-        dark = [sum(divmod(p, width)) % 2 == 1 for p in place[b, :n].tolist()]
+        dark = [(sum(divmod(p, width)) + m) % 2 == 1 for p, m in zip(place[b, :n].tolist(), moment[b], strict=False)]
         expected = dark if any(dark) and not all(dark) else [i % 2 == 1 for i in range(n)]
         assert made[b, :n].tolist() == expected
         assert not made[b, n:].any()
@@ -50,7 +51,7 @@ def test_a_split_leaves_both_sides_something_where_there_are_two_rows(lengths, s
     random = torch.Generator().manual_seed(seed)
     place = torch.stack([torch.randperm(40, generator=random)[: max(lengths)].sort().values for _ in lengths])
     valid = padded(lengths)
-    source = split_sources(place, valid, 7, split)
+    source = split_sources(place, place % 3, valid, 7, split)
     assert (source & valid == source).all()
     assert source.any(1).all() and (valid & ~source).any(1).all()
 

@@ -21,6 +21,8 @@ LAYOUTS = [  # (grids, height, width), merges so far, scope of the layer
     ((2, 5, 7), ["grid"], "grid"),
     ((2, 5, 7), ["window", "grid"], "window"),
     ((2, 9, 13), ["grid", "window"], "window"),
+    ((3, 4, 6), ["block"], "grid"),
+    ((3, 5, 7), ["window", "block"], "window"),
 ]
 
 

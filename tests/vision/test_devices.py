@@ -36,7 +36,7 @@ def packed(layout, scope) -> Packed:
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
 def test_both_ways_against_loops(shape, merges, scope, size_bias, kernel, monkeypatch):
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
-    layout.per_grid  # which the encoder's own layouts know # noqa: B018
+    layout.per_block  # which the encoder's own layouts know # noqa: B018
     q, k, v = rows_of(layout)
     out, expected = by_hand(q, k, v, layout, scope, size_bias)
     received = torch.zeros(layout.rows)
@@ -51,7 +51,7 @@ def test_both_ways_against_loops(shape, merges, scope, size_bias, kernel, monkey
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
-    st.lists(st.sampled_from(["window", "grid"]), min_size=1, max_size=3),
+    st.lists(st.sampled_from(["window", "grid", "block"]), min_size=1, max_size=3),
     st.sampled_from(["window", "grid"]),
     st.booleans(),
     st.booleans(),

@@ -9,7 +9,7 @@ from tests.vision.tower import group_key, groups_by_hand, merge_at_random, place
 
 SCOPES = ("window", "grid")
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 10), st.integers(1, 10))
-merges = st.lists(st.sampled_from(SCOPES), min_size=1, max_size=4)
+merges = st.lists(st.sampled_from((*SCOPES, "block")), min_size=1, max_size=4)
 
 
 def groups_as_made(layout: TokenLayout, scope: str) -> list[tuple[list[int], dict[int, int]]]:
@@ -52,7 +52,7 @@ def test_a_full_layout_owns_itself():
 def test_merging_keeps_the_books(shape, scopes, seed):
     grids, height, width = shape
     geo = geometry(height, width)
-    layout = full_layout(geo, grids)
+    layout = full_layout(geo, grids, 2)
     for step, scope in enumerate(scopes):
         before = layout
         layout, into = merge_at_random(before, scope, seed + step)
@@ -67,7 +67,7 @@ def test_merging_keeps_the_books(shape, scopes, seed):
     keys = [place_key(geo, home) for home in layout.home.tolist()]
     assert keys == sorted(keys)
     if scopes:
-        widest = "grid" if "grid" in scopes else "window"
+        widest = max(scopes, key=("window", "grid", "block").index)
         assert layout.reach == widest
         assert torch.equal(layout.group_of(units, widest), layout.group_of(layout.home[layout.owner], widest))
 

@@ -52,7 +52,7 @@ def random_patches(grid: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
 
 
 def merge_at_random(layout: TokenLayout, scope: str, seed: int, share: float = 0.6) -> tuple[TokenLayout, torch.Tensor]:
-    """Sends about `share` of the rows of each window or grid into others of it; also returns where each row went."""
+    """Sends about `share` of the rows of each window, grid or block into others of it; also returns where each row went."""
     random = torch.Generator().manual_seed(seed)
     group = layout.group_of(layout.home, scope)
     into = torch.arange(layout.rows)
@@ -66,9 +66,11 @@ def merge_at_random(layout: TokenLayout, scope: str, seed: int, share: float = 0
     return merged_layout(layout, into, scope), into
 
 
-def random_layout(geo: Geometry, grids: int, scopes: list[str], seed: int = 0, share: float = 0.6) -> TokenLayout:
+def random_layout(
+    geo: Geometry, grids: int, scopes: list[str], seed: int = 0, share: float = 0.6, block: int = 2
+) -> TokenLayout:
     """A full layout after one round of random merges for each of `scopes`."""
-    layout = full_layout(geo, grids)
+    layout = full_layout(geo, grids, block)
     for step, scope in enumerate(scopes):
         layout, _ = merge_at_random(layout, scope, seed * 31 + step, share)
     return layout

@@ -1,0 +1,53 @@
+"""DivPrune (arXiv 2503.02175): the most diverse tokens, chosen one after another, each farthest from those there are.
+
+Faithful: distance 1 - cosine of the tokens that the language model would read; first the token whose nearest neighbour is
+farthest, then always the one whose nearest chosen token is farthest. Adapted: written from the paper for a whole video at once,
+with a running maximum of the cosine to what is chosen, so that no N x N matrix is ever held; what is chosen cannot be chosen
+again, even if it equals another; cosines are rounded (`score.settle`) so that equals are ties, which go by index.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.methods.base import Method, Tokens
+from evoprune.pruning.score import settle
+
+BLOCK = 512  # rows of the cosine matrix that are held at a time
+
+
+@dataclass(frozen=True)
+class DivPrune(Method):
+    """O(N^2 D) for the first token, O(K N D) for the others; memory O(N D)."""
+
+    name: ClassVar[str] = "divprune"
+    acts: ClassVar[Literal["after"]] = "after"
+
+    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
+        return most_diverse(tokens.features, keep)
+
+
+def most_diverse(features: torch.Tensor, keep: int) -> torch.Tensor:
+    """The indices of `keep` rows of `features` (`[N, D]`), ascending: greedy max-min distance. Ties go by index."""
+    unit = F.normalize(features.float(), dim=1)
+    chosen = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
+    latest, near = nearest_cosine(unit).argmin(), torch.full((len(unit),), -torch.inf, device=unit.device)
+    for _ in range(keep - 1):
+        chosen[latest] = True
+        near = torch.maximum(near, settle(unit @ unit[latest]))
+        latest = near.masked_fill(chosen, torch.inf).argmin()
+    chosen[latest] = True
+    return chosen.nonzero().flatten()
+
+
+def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
+    """The cosine of each row to the most similar other one, -inf if there is none; `unit`: `[N, D]`, rows of length one."""
+    best = []
+    for start in range(0, len(unit), BLOCK):
+        cosine = settle(unit[start : start + BLOCK] @ unit.T)
+        itself = torch.arange(len(cosine), device=unit.device)
+        cosine[itself, itself + start] = -torch.inf
+        best.append(cosine.amax(1))
+    return torch.cat(best)

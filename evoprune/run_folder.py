@@ -1,0 +1,111 @@
+"""What an evaluation leaves behind: a folder with settings.json, samples.jsonl and results.json; and going on from it. No torch."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from evoprune.errors import UsageError
+
+SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
+
+
+class RunFolder:
+    """The folder of one run. `samples` are those of the finished videos that were there when it was opened."""
+
+    def __init__(self, path: Path, samples: list[dict]):
+        self.path, self.samples = path, samples
+
+    @classmethod
+    def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
+        """A new folder at `path`; where there is something already, at `path`-2, `path`-3 and so on.
+
+        Raises:
+            UsageError: it cannot be made.
+        """
+        place, number = path, 1
+        while True:
+            try:
+                place.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+                place = path.with_name(f"{path.name}-{number}")
+            except OSError as problem:
+                raise _cannot_write(place, problem) from problem
+        folder = cls(place, [])
+        folder._write(SETTINGS, settings)
+        return folder
+
+    @classmethod
+    def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
+        """The folder of a run that was cut short. What is not of a finished video, or of one that failed, is taken out.
+
+        Raises:
+            UsageError: it is no such folder, or the run had other settings.
+        """
+        try:
+            before = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+            file = path / SAMPLES
+            text = file.read_bytes() if file.exists() else b""
+        except (OSError, ValueError) as problem:
+            raise UsageError(f"{path} is no folder of an evaluation", f"name one with a {SETTINGS}") from problem
+        now = json.loads(json.dumps(settings))
+        if differing := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
+            told = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing)
+            raise UsageError(f"{path} was begun with other settings: {told}", "give the same ones, or a new -o DIR")
+        samples = _finished(text)
+        folder = cls(path, samples)
+        kept = "".join(_line(sample) for sample in samples)
+        if kept.encode() != text:
+            folder._replace(SAMPLES, kept)
+        return folder
+
+    def add(self, samples: list[dict]) -> None:
+        """Appends all samples of a video, on the disk when this returns."""
+        samples[-1]["last"] = True
+        with open(self.path / SAMPLES, "a", encoding="utf-8") as file:
+            file.write("".join(_line(sample) for sample in samples))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Writes the results, complete or so far."""
+        self._write(RESULTS, results)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        self._replace(name, json.dumps(content, indent=1) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        """All of it or nothing."""
+        new = self.path / f"{name}.new"
+        try:
+            new.write_text(text, encoding="ascii")
+            new.replace(self.path / name)
+        except OSError as problem:
+            raise _cannot_write(self.path / name, problem) from problem
+
+
+def _line(sample: dict) -> str:
+    return json.dumps(sample, separators=(",", ":")) + "\n"
+
+
+def _finished(text: bytes) -> list[dict]:
+    """The samples of videos whose last sample is there, failed ones apart; a torn line is the last one."""
+    samples, video = [], []
+    for line in text.splitlines():
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            break
+        if video and video[-1]["video"] != sample["video"]:
+            video = []
+        video.append(sample)
+        if sample.get("last"):
+            samples += [] if "error" in sample else video
+            video = []
+    return samples
+
+
+def _cannot_write(path: Path, problem: OSError) -> UsageError:
+    return UsageError(f"cannot write {path}: {problem.strerror}", "choose another place")

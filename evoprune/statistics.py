@@ -1,0 +1,67 @@
+"""How sure an accuracy is, when questions about one video stand or fall together. numpy only.
+
+A cluster is a video. Whole clusters are what is drawn, so questions about one video count as the related evidence they are.
+"""
+
+import math
+
+import numpy as np
+
+Z95 = 1.959964
+DRAWS = 4000
+_AT_ONCE = 2**22  # weights held at a time
+
+
+def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of a share of right answers: Wilson's (1927), with the effective number of questions.
+
+    Args:
+        right, asked: `[C]`, right answers and questions of each cluster; clusters with no questions do not count.
+
+    Returns:
+        Low and high. That number is the one at which independent questions would be as uncertain as these clusters are, at most
+        the number of questions; where all are right, or all wrong, it is the number of clusters, for nothing tells how alike
+        the questions in one of them are.
+    """
+    right, asked = right[asked > 0].astype(float), asked[asked > 0].astype(float)
+    clusters, total = len(asked), float(asked.sum())
+    if not clusters:
+        return 0.0, 1.0
+    share = float(right.sum()) / total
+    n = float(clusters)
+    if 0 < share < 1 and clusters > 1:
+        variance = float(((right - share * asked) ** 2).sum()) * clusters / (clusters - 1) / total**2
+        n = min(total, share * (1 - share) / variance) if variance else total
+    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
+    """Totals of `sums` over clusters drawn with replacement, as many as there are.
+
+    Every column sees the same draws, so that what is computed of several columns is paired.
+
+    Args:
+        sums: `[C, k]`, one row a cluster.
+        seed: the same draws for the same number of clusters.
+
+    Returns:
+        float64 `[draws, k]`.
+    """
+    clusters, made = len(sums), []
+    random = np.random.default_rng(seed)
+    step = max(1, _AT_ONCE // max(1, clusters))
+    for first in range(0, draws, step):
+        weights = random.multinomial(clusters, np.full(clusters, 1 / clusters), size=min(step, draws - first))
+        made.append(weights.astype(float) @ sums)
+    return np.concatenate(made)
+
+
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of values, those that are no number left out."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)

@@ -1,0 +1,244 @@
+"""`evoprune eval`: accuracy against budget, beside what it costs."""
+
+import json as jsonlib
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.pruning.budget import PRESETS, parse_budget
+from evoprune_cli import options as opt
+from evoprune_cli.failures import failure
+from evoprune_cli.files import check_writable, print_text, write_text
+from evoprune_cli.render import WIDTH, note, progress
+
+SCHEMA = "evoprune/eval@1"
+SPLITS = ("heldout", "validation")
+SOME_FAILED = 6
+_DATA, _SWEEP, _OUTPUT = "Data", "Sweep (lists by commas or repetition)", "Output"
+
+
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="FILE.jsonl|demo",
+            help="Questions: lines with video, question, answer and perhaps id, options, type, groups. Or demo: clips of the "
+            "demo model's generator.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ],
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            help="At most so many videos; default: all of a file, 100 demo clips.",
+            min=1,
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split",
+            metavar="|".join(SPLITS),
+            help="Of the demo: clips to report on, or to tune on.",
+            rich_help_panel=_DATA,
+        ),
+    ] = SPLITS[0],
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            metavar="<int>",
+            help="Which block of the demo's clips, none of which meet; and of methods that draw lots.",
+            min=0,
+            max=2**31 - 1,
+            rich_help_panel=_DATA,
+        ),
+    ] = 0,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-b",
+            "--budget",
+            envvar="EVOPRUNE_BUDGET",
+            metavar="LIST",
+            help=f"Shares of visual tokens kept, or presets; default: {','.join(list(PRESETS)[1:])}. Full is always there.",
+            show_default=False,
+            rich_help_panel=_SWEEP,
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="LIST",
+            help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}.",
+            show_default=False,
+            rich_help_panel=_SWEEP,
+        ),
+    ] = None,
+    method_arg: opt.MethodArg = None,
+    blind: Annotated[
+        bool,
+        typer.Option(
+            "--blind",
+            help="Also ask without the video: a grey one of the same size and length.",
+            rich_help_panel=_SWEEP,
+        ),
+    ] = False,
+    model: opt.Model = "demo",
+    revision: opt.Revision = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = "none",
+    offline: opt.Offline = False,
+    fps: opt.Fps = None,
+    frames: opt.Frames = None,
+    max_frames: opt.MaxFrames = None,
+    max_visual_tokens: opt.MaxVisualTokens = None,
+    max_new_tokens: opt.MaxNewTokens = 64,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Write settings, samples and results there; if it exists, to DIR-2 and so on.",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="DIR",
+            help="Go on with the run in DIR that was cut short, given the same options.",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    chart: Annotated[
+        str | None,
+        typer.Option(
+            "--chart",
+            metavar="FILE.svg",
+            help="Draw accuracy against tokens and against cost.",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="The results as one JSON line instead of a table.", rich_help_panel=_OUTPUT),
+    ] = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> int:
+    """Measure accuracy against budget, on questions with known answers.
+
+    Every row answers the same questions, the full budget first. Intervals are 95%, over videos. Cost is in operations at the 3B
+    model's dimensions. Exit code 6: done, but some videos failed.
+
+    \b
+    evoprune eval --data samples/questions.jsonl
+    evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
+    evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
+    """
+    sweep = {
+        "budgets": tuple(dict.fromkeys(map(parse_budget, opt.listed(budget) or list(PRESETS)[1:]))),
+        "methods": tuple(dict.fromkeys(opt.listed(method) or [methods.DEFAULT])),
+        "method_args": opt.pairs(method_arg),
+    }
+    _check_flags(sweep["methods"], split, output, resume, fps, frames, max_new_tokens)
+    check_writable(chart)
+    videos, evaluation = _questions(data), None
+    try:
+        with progress(not quiet) as show:
+            show("loading libraries")
+            from evoprune.evaluation import Evaluation, Settings, digest
+
+            settings = Settings(
+                data, **sweep, blind=blind, split=split, seed=seed, limit=limit, fps=fps, frames=frames,
+                max_frames=max_frames, max_visual_tokens=max_visual_tokens, max_new_tokens=max_new_tokens, model=model,
+                revision=revision, dtype=dtype, quantize=quantize, digest=None if videos is None else digest(Path(data)),
+            )  # fmt: skip
+            evaluation = Evaluation(settings, videos)
+            if resume:
+                evaluation.keep_in(Path(resume), resume=True)
+            show("loading model")
+            evaluation.load(
+                device=device, offline=offline, progress=lambda done, total: show("quantizing", done, total)
+            )
+            if output:
+                evaluation.keep_in(Path(output))
+                if not quiet and evaluation.folder.path != Path(output):
+                    note(f"{output} is there already: writing to {evaluation.folder.path}")
+            evaluation.run(show)
+    except BaseException as problem:
+        if evaluation is not None and evaluation.loaded and not isinstance(problem, BrokenPipeError | SystemExit):
+            with suppress(UsageError):  # what went wrong first is what counts
+                _deliver(evaluation, failure(problem), json, chart)
+            problem.told = True
+            if evaluation.folder and not quiet:
+                note(f"to go on: the same command with --resume {evaluation.folder.path} instead of -o")
+        raise
+    _deliver(evaluation, None, json, chart)
+    return SOME_FAILED if evaluation.failed else 0
+
+
+def _check_flags(names, split, output, resume, fps, frames, max_new_tokens) -> None:
+    if unknown := [name for name in names if name not in methods.available()]:
+        raise UsageError(f"--method {unknown[0]!r} is unknown", f"one of {', '.join(methods.available())}")
+    if split not in SPLITS:
+        raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")
+    if output is not None and resume is not None:
+        raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
+    if fps is not None and frames is not None:
+        raise UsageError("fps and frames exclude each other", "give one of the two")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}", "allow at least one")
+
+
+def _questions(data: str):
+    """The videos of a file; None for the demo's own clips."""
+    if data == "demo":
+        return None
+    from evoprune.items import load_items
+
+    return load_items(Path(data))
+
+
+def _deliver(evaluation, error: dict | None, json: bool, chart: str | None) -> None:
+    """The results so far: to stdout, into the folder, as a chart."""
+    from evoprune_cli.eval_tables import draw_chart, table
+
+    document = evaluation.document(error)
+    if evaluation.folder:
+        evaluation.folder.finish(document)
+    if json:
+        print_document(document)
+    elif document["rows"] or error is None:
+        print_text(table(document, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)))
+    if chart and document["rows"]:
+        write_text(chart, draw_chart(document))
+
+
+def print_document(document: dict) -> None:
+    """As one line on stdout, in plain ASCII."""
+    print(
+        jsonlib.dumps({"schema": SCHEMA} | document, separators=(",", ":"), allow_nan=False),
+        flush=True,
+        file=sys.stdout,
+    )

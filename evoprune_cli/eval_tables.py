@@ -1,0 +1,177 @@
+"""What `evoprune eval` found, as tables for a terminal and as a chart."""
+
+import io
+import textwrap
+from collections.abc import Callable
+from itertools import cycle
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from evoprune.chart import COLOURS, Panel, Point, Series, draw
+from evoprune_cli.profile_tables import plural, shown
+
+Cell = Callable[[dict], str]
+GREY, BLACK = "#9A9A9A", "#222222"
+LEGEND = (
+    "accuracy, in percent, with its 95% interval over videos; vs full: the paired difference; kept: of full's accuracy",
+    "tokens that the language model reads, mean of a question; live: share of the rows that the tower computes, mean over its "
+    "layers; TFLOP: operations of tower and prefill at 3B dimensions",
+)
+
+
+def table(document: dict, width: int = 80) -> str:
+    """The results: all questions, then group by group; no line longer than `width`."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    lines = [part for line in _head(document) for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    rows = [row for row in document["rows"] if row["group"] == "all"]
+    notes = [*LEGEND]
+    if rows:
+        columns = dict(ANSWERS)
+        if any(row["unparseable"] for row in rows):
+            columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
+            notes.append("unparsed: answers that name none of the options; they count as wrong")
+        for shown_here in (columns, COSTS):
+            lines += ["", *_fitting(rows, shown_here, console, width)]
+        names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
+        for title, typed in (("group", False), ("type", True)):
+            found = [row for row in rest if row["group"].startswith("type:") == typed]
+            lines += _by_group(title, found, names, console, width)
+    lines.append("")
+    failures = [f"failed: {failure['video']}: {failure['message']}" for failure in document["failures"]]
+    if document["error"]:
+        notes.append(f"{document['error']['message']}: not all videos were shown")
+    for note in (*notes, *map(shown, failures), *document["notes"]):
+        lines += textwrap.wrap(note, width, subsequent_indent="  ")
+    return "\n".join(lines) + "\n"
+
+
+def _head(document: dict) -> list[str]:
+    model, settings, videos = document["model"], document["settings"], document["videos"]
+    data = shown(settings["data"])
+    if settings["data"] == "demo":
+        data += f" ({settings['split']}, block {settings['seed']})"
+    failed = f", {videos['failed']} failed" if videos["failed"] else ""
+    return [
+        f"{shown(model['id'])}, {model['dtype']}, {model['device']}",
+        f"{data}: {plural(document['items']['answered'], 'question')} about {videos['shown']} of "
+        f"{plural(videos['wanted'], 'video')}{failed}",
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f}"
+
+
+def _accuracy(row: dict) -> str:
+    return f"{_percent(row['accuracy'])} ({_percent(row['low'])}-{_percent(row['high'])})"
+
+
+def _difference(row: dict) -> str:
+    if row["row"] == "full":
+        return ""
+    return f"{_signed(row['difference'])} ({_signed(row['difference_low'])} to {_signed(row['difference_high'])})"
+
+
+# The later a column is named in `LEAST`, the longer it stays on a narrow terminal.
+ANSWERS: dict[str, Cell] = {
+    "accuracy": _accuracy,
+    "vs full": _difference,
+    "kept": lambda row: "" if row["row"] == "full" else _percent(row["kept_of_full"]),
+}
+COSTS: dict[str, Cell] = {
+    "tokens": lambda row: f"{row['tokens']:,.0f}",
+    "of all": lambda row: f"{_percent(row['kept_share'])}%",
+    "live": lambda row: f"{row['live_share']:.2f}",
+    "tower": lambda row: f"{row['tflop_3b_tower']:,.3g}",
+    "prefill": lambda row: f"{row['tflop_3b_prefill']:,.3g}",
+    "TFLOP": lambda row: f"{row['tflop_3b']:,.3g}",
+}
+LEAST = ("kept", "vs full", "of all", "prefill", "tower", "live", "unparsed")
+
+
+def _fitting(rows: list[dict], columns: dict[str, Cell], console: Console, width: int) -> list[str]:
+    """A table of as many of the columns as there is room for."""
+    for drop in (None, *LEAST):
+        columns = {title: cell for title, cell in columns.items() if title != drop}
+        made = _rich(["", *columns], [[row["name"], *(cell(row) for cell in columns.values())] for row in rows])
+        if _width(made, console) <= width:
+            break
+    return _lines(made, console)
+
+
+def _by_group(title: str, rows: list[dict], names: list[str], console: Console, width: int) -> list[str]:
+    """Accuracy of each group in percent, a column a row of the table above; in several tables where one is too wide."""
+    groups: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], {})[row["name"]] = row
+    lines, rest = [], names
+    while rest and groups:
+        for count in range(len(rest), 0, -1):
+            body = [
+                [group.removeprefix("type:"), f"{found[names[0]]['n']:,}", *(_percent(found[n]["accuracy"]) for n in rest[:count])]
+                for group, found in groups.items()
+            ]  # fmt: skip
+            made = _rich([title, "n", *rest[:count]], body)
+            if _width(made, console) <= width:
+                break
+        lines += ["", *_lines(made, console)]
+        rest = rest[count:]
+    return lines
+
+
+def _rich(titles: list[str], rows: list[list[str]]) -> Table:
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
+    for number, title in enumerate(titles):
+        made.add_column(title, justify="right" if number else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def _width(made: Table, console: Console) -> int:
+    return Measurement.get(console, console.options.update(width=10_000), made).maximum
+
+
+def _lines(made: Table, console: Console) -> list[str]:
+    with console.capture() as captured:
+        console.print(made)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def draw_chart(document: dict) -> str:
+    """SVG: accuracy against tokens, and against cost, a line a method."""
+    rows = [row for row in document["rows"] if row["group"] == "all"]
+    fixed = {"full": BLACK, "blind": GREY}
+    methods = dict.fromkeys(row["method"] for row in rows if row["row"] == "method")
+    colours = fixed | dict(zip(methods, cycle(COLOURS), strict=False))
+    panels = []
+    for cost, title, label in (
+        ("tokens", "By tokens", "visual tokens read, mean of a question"),
+        ("tflop_3b", "By cost", "TFLOP of tower and prefill at 3B dimensions"),
+    ):
+        full = rows[0]
+        series = []
+        for name, colour in colours.items():
+            mine = [row for row in rows if row["row" if name in fixed else "method"] == name]
+            points = sorted((_point(row, cost) for row in mine), key=lambda point: point.x)
+            if name == "blind" and points:  # a level, not a point: it reads nothing of the video
+                points = [Point(0, points[0].y), Point(full[cost], points[0].y)]
+            if points:
+                series.append(Series(name, tuple(points), colour, dashed=name == "blind"))
+        panels.append(Panel(title, label, "accuracy, %", tuple(series)))
+    settings, model = document["settings"], document["model"]
+    split = f" ({settings['split']}, block {settings['seed']})" if settings["data"] == "demo" else ""
+    facts = f"{shown(settings['data'])}{split}, {plural(rows[0]['n'], 'question')} about {plural(rows[0]['videos'], 'video')}"
+    title = f"{shown(model['id']).rpartition('/')[2]}: accuracy against tokens and against cost"
+    return draw(title, f"{facts}, 95% intervals over videos", panels)
+
+
+def _point(row: dict, cost: str) -> Point:
+    label = f"-b {row['budget']:g}" if row["row"] == "method" else ""
+    return Point(row[cost], 100 * row["accuracy"], 100 * row["low"], 100 * row["high"], label)

@@ -1,0 +1,324 @@
+"""`evoprune eval`: what it prints where, in which form, with which exit code, and what it refuses before any weights are read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from evoprune import evaluation
+from evoprune.errors import OutOfMemory
+from evoprune.pipeline import VideoQA
+from evoprune_cli.failures import Terminated
+from tests.cli.screen import visible
+
+ROOT = Path(__file__).parents[2]
+DATA = "samples/questions.jsonl"
+NAMES = ["full", "random -b 0.5"]
+
+
+@pytest.fixture
+def run(cli, tiny_folder):
+    """`evoprune eval` on the tiny model and two of the sample clips, unless `args` say otherwise."""
+
+    def call(*args, data=DATA, **settings):
+        quick = ("-m", str(tiny_folder), "--limit", "2", "-b", "0.5", "--method", "random", "-n", "2", "--frames", "4")
+        return cli("eval", "--data", str(data), *quick, *map(str, args), **settings)
+
+    return call
+
+
+@pytest.fixture
+def choices(tmp_path):
+    """A file of two questions about one clip with options."""
+    row = {"video": str(ROOT / "samples/square.mp4"), "question": "What?", "options": ["one", "two"], "answer": "A"}
+    path = tmp_path / "choices.jsonl"
+    path.write_text("".join(json.dumps(row | {"id": i, "type": "t", "groups": ["g"]}) + "\n" for i in range(2)))
+    return path
+
+
+def breaking(monkeypatch, at: int, problem: BaseException):
+    """Makes the `at`-th encoding fail."""
+    shown, real = [], VideoQA.encode
+
+    def encode(self, *args, **more):
+        shown.append(args)
+        if len(shown) == at:
+            raise problem
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(VideoQA, "encode", encode)
+
+
+def table_rows(text: str, title: str = "accuracy") -> list[str]:
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(" ") and title in line) + 1
+    return lines[start : lines.index("", start)]
+
+
+def _flat(result) -> str:
+    return " ".join(result.out.split())
+
+
+def test_a_table_on_stdout_and_nothing_else(run):
+    result = run()
+    assert (result.code, result.err) == (0, "")
+    for title in ("accuracy", "TFLOP"):
+        assert [line[: len(name)] for line, name in zip(table_rows(result.out, title), NAMES, strict=True)] == NAMES
+    assert "questions.jsonl: 4 questions about 2 of 2 videos" in result.out and "unparsed" not in result.out
+    assert "3B" in result.out and "relative depth" in _flat(result)
+    assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
+
+
+@pytest.mark.parametrize("columns", [100, 80, 60, 40])
+def test_a_narrow_terminal(run, choices, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = run("--blind", "--method", "evoprune,random,evs-nofloor", data=choices)
+    assert max(map(len, result.out.splitlines())) <= min(columns, 80)
+    heads = " ".join(line for line in result.out.splitlines() if line.startswith("   "))
+    assert ("vs full" in heads) == (columns >= 80) and ("kept" in heads) == (columns >= 80)
+    assert ("unparsed" in heads) == (columns > 40)
+    assert len(table_rows(result.out)) == 5 and heads.count("TFLOP") == 1
+    groups = [line for line in result.out.splitlines() if line.startswith("group ")]
+    assert [name for line in groups for name in line.split("  ") if name.strip() in (*NAMES, "blind")]
+    assert sum(line.count("-b 0.5") for line in groups) == 3 and len(groups) == {100: 1, 80: 1, 60: 2, 40: 3}[columns]
+
+
+def test_json_is_one_line(run):
+    result = run("--blind", "--json")
+    document = result.record
+    assert (result.code, result.err, document["schema"], document["error"]) == (0, "", "evoprune/eval@1", None)
+    assert document["model"]["id"].endswith("model") and document["env"]["threads"] == 1
+    assert document["settings"]["budgets"] == [0.5] and document["settings"]["limit"] == 2
+    overall = [row for row in document["rows"] if row["group"] == "all"]
+    assert [row["name"] for row in overall] == ["full", "blind", "random -b 0.5"]
+    wanted = "method budget group n accuracy low high kept_of_full tokens live_share tflop_3b unparseable difference"
+    assert set(wanted.split()) <= overall[0].keys()
+    assert [row["tokens"] for row in overall] == [48, 48, 24] and overall[0]["difference"] == 0
+
+
+def test_lists_and_presets(run, monkeypatch):
+    result = run("-b", "high,0.25", "-b", "full", "--method", "none,pool", "--json")
+    names = [row["name"] for row in result.record["rows"] if row["group"] == "all"]
+    assert names == ["full", "random -b 0.5", "random -b 0.25", "pool -b 0.5", "pool -b 0.25"]
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
+    assert run("--json").record["settings"]["budgets"] == [0.5]  # the flag goes before the environment
+
+
+def test_unparseable_answers_have_a_column(run, choices):
+    result = run(data=choices)
+    assert "unparsed: answers that name none of the options" in result.out
+    assert all(row.split()[-1] == "2" for row in table_rows(result.out)), result.out
+    rows = run("--json", data=choices).record["rows"]
+    assert {row["unparseable"] for row in rows} == {2} and {row["accuracy"] for row in rows} == {0}
+    assert {row["group"] for row in rows} == {"all", "g", "type:t"}
+
+
+def test_a_folder_holds_it_all(run, tmp_path):
+    place = tmp_path / "runs" / "first"
+    result = run("-o", place, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert sorted(path.name for path in place.iterdir()) == ["results.json", "samples.jsonl", "settings.json"]
+    assert json.loads((place / "results.json").read_text()) == result.record
+    lines = [json.loads(line) for line in (place / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 2 * 2 and {"question", "expected", "answer", "right"} <= lines[0].keys()
+    again = run("-o", place)
+    assert again.code == 0 and again.err == f"{place} is there already: writing to {place}-2\n"
+    assert run("-o", place, "-q").err == ""
+
+
+def test_a_chart(run, tmp_path):
+    assert run("--blind", "--chart", tmp_path / "chart.svg").code == 0
+    words = [e.text for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("text")]
+    assert {"By tokens", "By cost", "accuracy, %", "full", "blind", "random", "-b 0.5"} <= set(words)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monkeypatch, problem, form):
+    place, asked = tmp_path / "run", ["--json"] if form == "json" else []
+    code = 130 if isinstance(problem, KeyboardInterrupt) else 143
+    whole = run(*asked, "-o", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        breaking(patch, 4, problem)  # in the second video
+        torn = run(*asked, "-o", place)
+    assert torn.code == code
+    assert torn.err == f"to go on: the same command with --resume {place} instead of -o\n"
+    if form == "json":
+        assert torn.record["error"]["code"] == code and torn.record["videos"]["shown"] == 1
+    else:
+        assert "2 questions about 1 of 2 videos" in torn.out and "not all videos were shown" in torn.out
+    again = run(*asked, "--resume", place)
+    assert (again.code, again.out, again.err) == (0, whole.out, "")
+    for name in ("results.json", "samples.jsonl"):
+        assert (place / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_an_interruption_before_the_first_video(run, monkeypatch, form):
+    breaking(monkeypatch, 1, KeyboardInterrupt())
+    result = run(*(["--json"] if form == "json" else []))
+    assert (result.code, result.err) == (130, "")
+    assert result.record["rows"] == [] if form == "json" else result.out == ""
+
+
+def test_a_failed_video(run, tmp_path, monkeypatch):
+    rows = [{"video": name, "question": "What?", "answer": "x"} for name in ("gone.mp4", "square.mp4")]
+    (tmp_path / "square.mp4").write_bytes((ROOT / "samples/square.mp4").read_bytes())
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(data=tmp_path / "q.jsonl")
+    assert (result.code, result.err) == (6, "")
+    assert "1 question about 1 of 2 videos, 1 failed" in _flat(result) and "failed: gone.mp4: no" in result.out
+    breaking(monkeypatch, 2, OutOfMemory("out of memory in encode", stage="encode"))
+    result = run("--json", "--limit", "1")
+    assert result.code == 6 and result.record["rows"] == [] and result.record["videos"]["failed"] == 1
+    assert result.record["failures"][0]["message"] == "out of memory in encode"
+
+
+def test_nothing_but_failures_is_still_a_table(run, tmp_path):
+    (tmp_path / "q.jsonl").write_text(
+        '{"video": "gr\u00fcn.mp4", "question": "What?", "answer": "x"}\n', encoding="utf-8"
+    )
+    result = run(data=tmp_path / "q.jsonl", encoding="ascii")
+    assert result.code == 6 and result.out.isascii() and "0 questions about 0 of 1 video, 1 failed" in _flat(result)
+
+
+def test_progress_on_a_terminal_only(run):
+    result = run(columns=50)
+    assert "video 2 of 2: random -b 0.5" in result.err and visible(result.err) == [] and "video 2" not in result.out
+    assert run("-q", columns=50).err == ""
+
+
+def test_the_demo(cli):
+    result = cli(
+        "eval", "--data", "demo", "--split", "validation", "--limit", "1", "-b", "0.25", "--seed", "3", "--json"
+    )
+    document = result.record
+    assert (result.code, result.err) == (0, "") and document["settings"]["split"] == "validation"
+    assert document["rows"][0]["n"] == 6 and any("synthetic" in note for note in document["notes"])
+    text = cli("eval", "--data", "demo", "--limit", "1", "-b", "0.25").out
+    assert (
+        "demo (heldout, block 0): 6 questions about 1 of 1 video" in text and "\ngroup " in text and "\ntype " in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("-b", "2"), "budget '2'"),
+        (("-b", "0.5,tiny"), "budget 'tiny'"),
+        (("--method", "magic"), "--method 'magic'"),
+        (("--method-arg", "speed=1"), "speed"),
+        (("--method-arg", "speed"), "NAME=VALUE"),
+        (("--split", "train"), "one of heldout, validation"),
+        (("--limit", "0"), "--limit"),
+        (("--seed", "-1"), "--seed"),
+        (("-n", "0"), "max_new_tokens"),
+        (("--fps", "1"), "fps and frames"),
+        (("--dtype", "fp1"), "fp1"),
+        (("--device", "abacus"), "abacus"),
+        (("-o", "a", "--resume", "b"), "exclude each other"),
+        (("--resume", "samples"), "samples is no folder of an evaluation"),
+        (("--chart", "no/such/file.svg"), "cannot write no/such/file.svg"),
+        (("--tables",), "see evoprune eval --help"),
+        (("extra",), "unexpected extra words: extra"),
+    ],
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_wrong_flags(run, monkeypatch, args, says, form):
+    monkeypatch.setattr("evoprune.models._load_weights", lambda *_: pytest.fail("weights were read"))
+    result = run(*args, *(["--json"] if form == "json" else []))
+    assert result.code == 2
+    error, hint = result.err.splitlines()
+    assert error.startswith("error: ") and hint.startswith("hint: ") and says in result.err
+    if form == "text":
+        assert result.out == ""
+    else:
+        assert result.record["schema"] == "evoprune/eval@1" and result.record["error"]["code"] == 2
+
+
+def test_wrong_data(run, cli, tmp_path):
+    assert "No such file" in run(data="no/such.jsonl").err
+    (tmp_path / "q.jsonl").write_text("{}\n")
+    result = run(data=tmp_path / "q.jsonl")
+    assert (
+        result.code == 2 and "line 1 is not a question: no 'answer'" in result.err and "hint: a line has" in result.err
+    )
+    assert cli("eval").code == 2
+
+
+def test_other_settings(run, tmp_path):
+    run("-o", tmp_path / "run")
+    result = run("--resume", tmp_path / "run", "--seed", "1")
+    assert result.code == 2 and "other settings: seed was 0, is 1" in result.err and result.out == ""
+
+
+def test_other_failures(cli, run, monkeypatch):
+    result = cli("eval", "--data", DATA, "-m", "samples", "--json")
+    assert result.code == 4 and result.record["error"]["stage"] == "load"
+    breaking(monkeypatch, 2, ZeroDivisionError("1/0"))
+    result = run("--json")
+    assert result.code == 1 and result.record["error"]["type"] == "bug" and "Traceback" not in result.err
+
+
+def test_defaults(cli, monkeypatch):
+    made = []
+
+    class Enough(Exception):
+        pass
+
+    def begin(settings, videos):
+        made.append((settings, videos))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "Evaluation", begin)
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
+    assert cli("eval", "--data", "demo").code == 130
+    monkeypatch.delenv("EVOPRUNE_BUDGET")
+    assert cli("eval", "--data", DATA).code == 130
+    (demo, none), (file, videos) = made
+    assert none is None and len(videos) == 5 and demo.budgets == (0.1,)
+    assert (file.budgets, file.methods, file.method_args) == ((0.5, 0.25, 0.1), ("evoprune",), {})
+    assert (file.split, file.seed, file.limit, file.blind, file.max_new_tokens) == ("heldout", 0, None, False, 64)
+    assert demo.digest is None and len(file.digest) == 64
+
+
+def test_help_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys; from evoprune_cli.main import app\n"
+        "try: app(['eval', '--help'], standalone_mode=False, terminal_width=78)\n"
+        "finally: print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]" and "--resume" in out and "EVOPRUNE_BUDGET" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_ctrl_c(tiny_folder, tmp_path):
+    """In a process of its own: what is finished is printed and kept."""
+    place = tmp_path / "run"
+    args = ["eval", "--data", "demo", "--split", "validation", "-m", tiny_folder, "-n", "2", "-o", place, "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evoprune_cli", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a test may run where it is ignored
+    )
+    samples = place / "samples.jsonl"
+    while process.poll() is None and not (samples.exists() and samples.read_bytes().count(b'"last"') >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    document = json.loads(out)
+    assert process.returncode == 130 and err.decode().startswith("to go on: ") and document["error"]["code"] == 130
+    assert 2 <= document["videos"]["shown"] < 100 and document["rows"][0]["n"] > 6
+    assert json.loads((place / "results.json").read_text()) == document

@@ -1,0 +1,224 @@
+"""The first rivals, each against its specification followed line by line, on random and on adversarial features."""
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from evoprune import methods
+from evoprune.methods.base import Selection, Tokens
+from evoprune.methods.divprune import most_diverse, nearest_cosine
+from evoprune.methods.shapes import smaller_frame
+from evoprune.pruning.score import settle
+
+KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
+grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+
+
+def features_of(kind: str, n: int, seed: int = 0, width: int = 8) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    if kind == "zero":
+        return torch.zeros(n, width)
+    if kind == "constant":
+        return torch.ones(n, width) * 0.3
+    made = torch.randn(n, width, generator=random)
+    if kind == "duplicates":  # at different lengths, which a cosine does not see
+        return made[torch.randint(max(1, n // 3), (n,), generator=random)] * (1 + torch.arange(n)[:, None] % 3)
+    if kind == "two directions":
+        return made[:2].repeat(n, 1)[:n]
+    if kind == "drift":
+        return torch.randn(1, width, generator=random) + 0.3 * made.cumsum(0)
+    return made
+
+
+def tokens_of(kind: str, grid, seed: int = 0) -> Tokens:
+    n = prod(grid)
+    return Tokens(features_of(kind, n, seed), torch.arange(n), grid, 1.0, seed)
+
+
+def chosen(name: str, tokens: Tokens, keep: int) -> list[int]:
+    made = methods.get(name).select(tokens, keep)
+    made = made.kept if isinstance(made, Selection) else made
+    assert made.dtype == torch.int64
+    return made.tolist()
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = (x / x.norm().clamp(min=1e-12) for x in (a, b))
+    return float(settle(a @ b))
+
+
+def first_of(values: list[float], best) -> int:
+    return values.index(best(values))
+
+
+def divprune_line_by_line(x: torch.Tensor, keep: int) -> list[int]:
+    n = len(x)
+    distance = [[1 - cosine(a, b) for b in x] for a in x]
+    nearest = [min((distance[i][j] for j in range(n) if j != i), default=0) for i in range(n)]
+    picked = [first_of(nearest, max)]
+    while len(picked) < keep:
+        score = [-1.0 if i in picked else min(distance[i][j] for j in picked) for i in range(n)]
+        picked.append(first_of(score, max))
+    return sorted(picked)
+
+
+def evs_line_by_line(tokens: Tokens, keep: int, floor: bool) -> list[int]:
+    t, h, w = tokens.grid
+    x, place = tokens.features, h * w
+    score = [1 - cosine(x[i], x[i - place]) for i in range(place, t * place)]
+    first = score[:place] if t > 1 else [0.0] * place
+    score = ([float("inf")] * place if floor else first) + score
+    order = sorted(range(t * place), key=lambda i: (-score[i], i))
+    return sorted(order[: max(keep, place) if floor else keep])
+
+
+# The same examples every time: at the edge of rounding the last bits of two ways to compute a cosine decide.
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(grids, st.sampled_from(KINDS), st.integers(0, 1000), st.data())
+def test_they_do_what_their_papers_say(grid, kind, seed, data):
+    keep = data.draw(st.integers(1, prod(grid)))
+    tokens = tokens_of(kind, grid, seed)
+    assert chosen("divprune", tokens, keep) == divprune_line_by_line(tokens.features, keep)
+    assert chosen("evs", tokens, keep) == evs_line_by_line(tokens, keep, floor=True)
+    assert chosen("evs-nofloor", tokens, keep) == evs_line_by_line(tokens, keep, floor=False)
+
+
+AFTER = [name for name in methods.available() if methods.get(name).acts == "after"]
+
+
+@pytest.mark.parametrize("name", AFTER)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("grid", "keep"), [((3, 4, 5), 1), ((3, 4, 5), 17), ((3, 4, 5), 60), ((1, 1, 1), 1), ((5, 1, 1), 2)]
+)
+def test_counts_order_and_determinism(name, kind, grid, keep):
+    tokens, method = tokens_of(kind, grid), methods.get(name)
+    kept = chosen(name, tokens, keep)
+    assert kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < prod(grid)
+    if method.exact:
+        assert len(kept) == keep
+    else:
+        assert len(kept) <= keep or (name == "evs" and len(kept) == grid[1] * grid[2])
+    if keep == prod(grid):
+        assert kept == list(range(keep))
+    assert kept == chosen(name, tokens, keep)
+
+
+@pytest.mark.parametrize("name", ["divprune", "evs-nofloor"])
+def test_equal_tokens_go_by_index(name):
+    assert chosen(name, tokens_of("constant", (3, 4, 5)), 7) == list(range(7))
+
+
+def test_divprune_takes_a_duplicate_only_when_nothing_else_is_left():
+    x = torch.eye(4).repeat(3, 1)
+    assert most_diverse(x, 4).tolist() == [0, 1, 2, 3]
+    assert most_diverse(x, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    lone = torch.cat([x, -torch.ones(1, 4)])
+    assert 12 in most_diverse(lone, 1).tolist()
+
+
+def test_half_precision_is_compared_in_full():
+    x = features_of("random", 40)
+    assert torch.equal(most_diverse(x.bfloat16(), 9), most_diverse(x.bfloat16().float(), 9))
+
+
+def test_no_matrix_of_all_pairs():
+    """16,384 tokens: all pairs would be a GiB."""
+    n, largest = 16_384, 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            for each in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(each, torch.Tensor):
+                    largest = max(largest, each.numel())
+            return made
+
+    tokens = Tokens(features_of("random", n, width=16), torch.arange(n), (16, 32, 32), 1.0, 0)
+    with Watch():
+        for name in AFTER:
+            assert 0 < len(chosen(name, tokens, 64)) <= 1024
+    assert largest <= 512 * n
+
+
+def test_nearest_cosine_over_several_blocks():
+    x = torch.nn.functional.normalize(features_of("random", 1300, width=4), dim=1)
+    whole = settle(x @ x.T).fill_diagonal_(-torch.inf).amax(1)
+    assert (nearest_cosine(x) - whole).abs().max() <= 1 / 16384
+    assert nearest_cosine(x[:1]).tolist() == [-torch.inf]
+
+
+# What a shape binds.
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 900))
+def test_a_smaller_frame_is_the_nearest_one(height, width, most):
+    h, w = smaller_frame(height, width, most)
+    assert 1 <= h <= height and 1 <= w <= width
+    assert h * w <= max(1, most)
+    if most >= height * width:
+        assert (h, w) == (height, width)
+
+    def like(a, b):  # one side follows from the other, rounded
+        return abs(a - b * height / width) < 1 or abs(b - a * width / height) < 1
+
+    assert like(h, w) or 1 in (h, w)
+    for a in range(1, height + 1):
+        for b in range(1, width + 1):
+            assert not (h * w < a * b <= most and like(a, b))
+
+
+def test_smaller_frames_by_hand():
+    assert smaller_frame(8, 12, 24) == (4, 6)
+    assert smaller_frame(8, 12, 9) == (2, 4)
+    assert smaller_frame(8, 12, 95) == (8, 11)
+    assert smaller_frame(8, 12, 0) == smaller_frame(8, 12, 1) == (1, 1)
+
+
+@settings(max_examples=100)
+@given(grids, st.data())
+def test_input_methods_ask_for_no_more_than_there_is(grid, data):
+    keep = data.draw(st.integers(1, prod(grid)))
+    t, h, w = methods.get("downscale").plan(grid, keep)
+    assert (t, h, w) == (grid[0], *smaller_frame(*grid[1:], keep // grid[0])) and (t * h * w <= keep or h * w == 1)
+    t, h, w = methods.get("subsample").plan(grid, keep)
+    assert (h, w) == grid[1:] and 1 <= t <= grid[0]
+    assert t == 1 or t * h * w <= keep < (t + 1) * h * w or t == grid[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(grids, st.data())
+def test_pooling_is_the_mean_of_blocks(grid, data):
+    keep = data.draw(st.integers(1, prod(grid)))
+    tokens = tokens_of("random", grid)
+    made = methods.get("pool").select(tokens, keep)
+    t, h, w = grid
+    grids_left = min(t, keep)
+    rows, columns = smaller_frame(h, w, keep // grids_left)
+    assert len(made.kept) == grids_left * rows * columns <= keep
+
+    def edges(length, parts):
+        return [i * length // parts for i in range(parts + 1)]
+
+    x, expected, places = tokens.features.view(t, h, w, -1), [], []
+    index = torch.arange(t * h * w).view(t, h, w)
+    cuts = [edges(*pair) for pair in zip(grid, (grids_left, rows, columns), strict=True)]
+    for a, b in zip(cuts[0], cuts[0][1:], strict=False):
+        for c, d in zip(cuts[1], cuts[1][1:], strict=False):
+            for e, f in zip(cuts[2], cuts[2][1:], strict=False):
+                expected.append(x[a:b, c:d, e:f].flatten(0, 2).mean(0))
+                places.append(int(index[(a + b - 1) // 2, (c + d - 1) // 2, (e + f - 1) // 2]))
+    assert made.kept.tolist() == places
+    torch.testing.assert_close(made.features(tokens.features), torch.stack(expected))
+    assume(keep >= t)
+    assert (made.owner.view(t, -1) // (rows * columns) == torch.arange(t)[:, None]).all()  # no grid loses its time
+
+
+def test_a_selection_may_drop_tokens():
+    made = Selection(torch.tensor([1, 3]), torch.tensor([0, 0, -1, 1]))
+    assert made.features(torch.tensor([[1.0], [3.0], [9.0], [5.0]])).tolist() == [[2.0], [5.0]]
