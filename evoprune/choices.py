@@ -3,3 +3,5 @@
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZE = ("none", "int8", "int4")
 SYNTHETIC = ("motion", "static90", "noise")
+# Clips of the demo's generator: to report on, and to tune on.
+SPLITS = ("heldout", "validation")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from evoprune import methods
+from evoprune.choices import SPLITS
 from evoprune.errors import UsageError
 from evoprune.pruning.budget import PRESETS, parse_budget
 from evoprune_cli import options as opt
@@ -18,7 +19,6 @@ from evoprune_cli.files import check_writable, print_text, write_text
 from evoprune_cli.render import WIDTH, note, progress
 
 SCHEMA = "evoprune/eval@1"
-SPLITS = ("heldout", "validation")
 SOME_FAILED = 6
 _DATA, _SWEEP, _OUTPUT = "Data", "Sweep (lists by commas or repetition)", "Output"
 
@@ -221,16 +221,16 @@ def _questions(data: str):
 
 
 def _deliver(evaluation, error: dict | None, json: bool, chart: str | None) -> None:
-    """The results so far: to stdout, into the folder, as a chart."""
+    """The results so far: to stdout first, into the folder, as a chart."""
     from evoprune_cli.eval_tables import draw_chart, table
 
     document = evaluation.document(error)
-    if evaluation.folder:
-        evaluation.folder.finish(document)
     if json:
         print_document(document)
     elif document["rows"] or error is None:
         print_text(table(document, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)))
+    if evaluation.folder:
+        evaluation.folder.finish(document)
     if chart and document["rows"]:
         write_text(chart, draw_chart(document))
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune import evaluation
-from evoprune.errors import OutOfMemory
+from evoprune.errors import OutOfMemory, UsageError
 from evoprune.pipeline import VideoQA
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import visible
@@ -186,6 +186,15 @@ def test_nothing_but_failures_is_still_a_table(run, tmp_path):
     )
     result = run(data=tmp_path / "q.jsonl", encoding="ascii")
     assert result.code == 6 and result.out.isascii() and "0 questions about 0 of 1 video, 1 failed" in _flat(result)
+
+
+def test_what_was_measured_is_not_lost_with_the_disk(run, tmp_path, monkeypatch):
+    def full(self, document):
+        raise UsageError("cannot write results.json: No space left on device")
+
+    monkeypatch.setattr("evoprune.run_folder.RunFolder.finish", full)
+    result = run("-o", tmp_path / "run")
+    assert result.code == 2 and table_rows(result.out) and "cannot write results.json" in result.err
 
 
 def test_progress_on_a_terminal_only(run):
