@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from evoprune.methods.base import Method
 
 GROUP = "evoprune.methods"
-# `evoprune` is the best this project has; for now that is the paper's method.
 _REGISTRY = {
-    "evoprune": "evoprune.methods.evoprune_paper:EvoPrunePaper",
+    "evoprune": "evoprune.methods.evoprune:EvoPrune",
     "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
     "none": "evoprune.methods.none:Nothing",
     "random": "evoprune.methods.random:Random",

@@ -94,6 +94,7 @@ class Method:
         block: grids of a block, inside which rows are counted and may be merged.
         needs: what `match` is given: "attention", and one of "keys", "keys_rotary" and "hidden" as features.
         size_bias: whether attention counts a merged row as often as the units it stands for.
+        reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew (pruning/reference.py); 0 for all.
         exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
             its least.
     """
@@ -104,6 +105,12 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     size_bias: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    reuse: ClassVar[float] = 0.0
+
+    @property
+    def selects(self) -> bool:
+        """Whether `select` has a say."""
+        return self.acts == "after"
 
     def plan(self, grid: tuple[int, int, int], keep: int) -> tuple[int, int, int]:
         """The grid, (T, H, W) in units, to look at instead of `grid` so that `keep` units are left; no side is longer.
@@ -115,6 +122,10 @@ class Method:
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
         """Rows of one block after each layer of the tower, when `keep` of its `units` are to be left (at least one)."""
         return [units] * tower.depth
+
+    def left(self, rows: int, units: int, due: int) -> int:
+        """Rows to be left of `rows` in a block of `units`, of which `due` tokens would be the block's even share."""
+        return min(rows, due)
 
     def scope(self, tower: TowerShape, layer: int) -> Literal["window", "block"]:
         """Inside what rows are merged in a layer; only in blocks where a block is more than a grid."""

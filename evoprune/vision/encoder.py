@@ -21,11 +21,22 @@ from evoprune.methods.base import Candidates, Method, Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import runs, tally, true_indices
 from evoprune.pruning.merge import merge_rows
+from evoprune.pruning.reference import scan
 from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.pruning.shares import share_rows
 from evoprune.vision.attention import PATCHES, Bucket, Packed, buckets, grouped_attention
-from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, full_layout, geometry, merged_layout
+from evoprune.vision.layout import (
+    Geometry,
+    Scope,
+    TokenLayout,
+    attention_groups,
+    full_layout,
+    geometry,
+    merged_layout,
+    referring_layout,
+)
+from evoprune.vision.preprocess import patch_means
 from evoprune.vision.stopwatch import Stopwatch
 
 # Units encoded at a time, at least one grid. 2,048 rows of patches keep matrix products at full speed and what lies between
@@ -172,8 +183,10 @@ def encode(
     inside = method.acts == "inside" and keep < geo.units * count
     block = method.block if inside else 1
     shares = spread(keep, count)
-    plan_of = cache(lambda units, windows, left: method.rows(tower, units, windows, left))
+    plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
     done, rows, owners, homes, base = 0, [], [], [], 0
+    references = carried = None
+    latest = torch.zeros(geo.units, dtype=torch.int64, device=weight.device)  # row of the reference of each place
     entered, left = [0] * tower.depth, [0] * tower.depth
     watch, uniform, wrong = Stopwatch(weight.device), [], []
     chunk_units = chunk_units or units_at_a_time(weight.device)
@@ -183,25 +196,37 @@ def encode(
             raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
         if inside and (not uniform or static_shapes(chunk.device) or uniform[-1]):
             uniform.append(_is_flat(chunk.view(grids, -1, chunk.shape[1])))
+        last = torch.full((geo.units,), -1)  # unit of this chunk that is the reference of each place from now on
+        if inside and method.reuse:
+            with watch:
+                reuse, references = scan(patch_means(chunk.cpu(), geo.units), references, method.reuse)
+                layout = referring_layout(geo, reuse.grid - done, block)
+                unit = (references.grid - done) * geo.units + torch.arange(geo.units)
+                last = torch.where(references.grid < done, -1, unit)
         with weight.device:  # all bookkeeping lives beside the features
-            layout = full_layout(geo, grids, block)
+            if not (inside and method.reuse):
+                layout = full_layout(geo, grids, block)
             plan = [[n] * tower.depth for n in layout.per_block]
             if inside:
                 due = [sum(shares[at : at + block]) for at in range(done, done + grids, block)]
+                units = [geo.units * min(block, grids - at) for at in range(0, grids, block)]
                 plan = [
-                    plan_of(n, n // geo.units * geo.windows, max(1, share))
-                    for n, share in zip(layout.per_block, due, strict=True)
+                    plan_of(rows, size // geo.units * geo.windows, method.left(rows, size, max(1, share)))
+                    for rows, size, share in zip(layout.per_block, units, due, strict=True)
                 ]
             plan = list(zip(*plan, strict=True))
             for layer, (before, after) in enumerate(pairwise([layout.per_block, *plan])):
                 entered[layer] += sum(before)
                 left[layer] += sum(after)
-            chunk = uploaded(chunk.to(weight.dtype), weight.device)
-            x, layout = _run_tower(visual, tower, chunk, layout, plan, method, watch, wrong)
-        order = layout.home.argsort()
-        number = order.argsort()  # where each row comes to lie
-        rows.append(visual.merger.mlp(_norm(x[order], visual.merger.ln_q.weight).flatten(1)))
-        owners.append(number[layout.owner] + base)
+            chunk, last = (uploaded(x, weight.device) for x in (chunk.to(weight.dtype), last))
+            x, layout, carried = _run_tower(visual, tower, chunk, layout, plan, method, watch, wrong, last, carried)
+            order = layout.home.argsort()
+            number = torch.cat([order.argsort() + base, latest])  # of each row among all rows
+            owner = number[layout.owner]
+            latest = torch.where(last < 0, latest, owner[last])
+        if layout.rows:
+            rows.append(visual.merger.mlp(_norm(x[order], visual.merger.ln_q.weight).flatten(1)))
+        owners.append(owner)
         homes.append(layout.home[order] + done * geo.units)
         base, done = base + len(order), done + grids
     if done != count:
@@ -209,7 +234,7 @@ def encode(
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
     with weight.device, watch:
         kept = home
-        if method.acts == "after":
+        if method.selects and (inside or method.acts == "after"):
             kept = method.select(Tokens(rows, owner, grid, seconds_per_grid, seed), keep)
         elif inside and len(home) > keep:
             kept = home[_largest(tally(owner, len(home)), keep)]
@@ -291,24 +316,30 @@ def _run_tower(
     method: Method,
     watch: Stopwatch,
     wrong: list[torch.Tensor],
-) -> tuple[torch.Tensor, TokenLayout]:
+    last: torch.Tensor,
+    carried: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, TokenLayout, list[torch.Tensor] | None]:
     """All layers on one chunk; `plan[layer][block]` rows are left after each.
 
     Args:
         watch: measures what pruning takes.
         wrong: gets what `reduce_rows` could not check at once.
+        last: int64 `[P]`, the unit that is the reference of each place after this chunk, below 0 where it stays the one it was.
+        carried: of each layer keys and values of the references before this chunk, `[P, 2, 4, heads, d]`; None if there are none.
 
     Returns:
-        Rows `[R, 4, hidden]` in window order, and the layout they ended in.
+        Rows `[R, 4, hidden]` in window order, the layout they ended in, and what to carry to the next chunk.
     """
     geo = layout.geometry
     weight = visual.patch_embed.proj.weight.flatten(1)
+    if not layout.rows:  # nothing new in any grid
+        return weight.new_empty(0, PATCHES, len(weight)), layout, carried
     x = F.linear(patches.view(-1, PATCHES, weight.shape[1])[layout.home], weight)
     table = _rotary(visual.config, geo)
     cos, sin = (t[layout.place][:, :, None, None] for t in table)
     size_bias, heads = method.size_bias, visual.config.num_heads
     groups: dict[Scope, list[Bucket] | Packed] = {}
-    rows = layout.per_block
+    rows, carry = layout.per_block, [] if method.reuse else None
     for layer, block in enumerate(visual.blocks):
         scope = tower.scope(layer)
         if scope not in groups:
@@ -319,11 +350,19 @@ def _run_tower(
             )
         qkv = linear(block.attn.qkv, _norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
         q, k = _rotate(qkv[:, :, :2], cos, sin).unbind(2)
+        v = qkv[:, :, 2]
+        if carry is not None:
+            seen = torch.stack([k, v], 1)
+            seen = torch.cat([seen, carried[layer] if carried else seen.new_zeros(geo.units, *seen.shape[1:])])
+            # Of the row that stands for a reference now: it may have been merged.
+            carry.append(seen[torch.where(last < 0, len(x) + torch.arange(geo.units), layout.owner[last])])
+            if carried and layout.reach == "clip":
+                k, v = seen.unbind(1)
         # Log of one is zero: no bias before anything was merged.
         bias = size_bias and layout.reach != "place"
         reduces = plan[layer] != rows
-        attention = torch.zeros(len(x)) if reduces and "attention" in method.needs else None
-        mixed = grouped_attention(q, k, qkv[:, :, 2], groups[scope], bias, attention, watch)
+        attention = torch.zeros(len(k)) if reduces and "attention" in method.needs else None
+        mixed = grouped_attention(q, k, v, groups[scope], bias, attention, watch)
         x = linear(block.attn.proj, mixed.flatten(2), plus=x)
         hidden = _norm(x, block.norm2.weight)
         hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
@@ -332,14 +371,15 @@ def _run_tower(
             with watch:
                 features = (
                     x.flatten(1).float() if "hidden" in method.needs
-                    else unit_features(qkv[:, :, 1] if "keys" in method.needs else k)
+                    else unit_features(qkv[:, :, 1] if "keys" in method.needs else k[: len(x)])
                 )  # fmt: skip
+                attention = None if attention is None else attention[: len(x)]
                 scope = method.scope(tower, layer)
                 x, layout, failed = reduce_rows(x, layout, scope, plan[layer], features, attention, method)
                 cos, sin = (t[layout.place][:, :, None, None] for t in table)
                 groups, rows = {}, plan[layer]
                 wrong += [] if failed is None else [failed]
-    return x, layout
+    return x, layout, carry
 
 
 def reduce_rows(

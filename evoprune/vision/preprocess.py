@@ -51,3 +51,21 @@ def patchify(
     x -= 255 * torch.tensor(mean).view(shape)
     x /= 255 * torch.tensor(std).view(shape)
     return x.view(-1, c * temporal * patch * patch)
+
+
+def patch_means(
+    patches: torch.Tensor, units: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+) -> torch.Tensor:
+    """The mean colour of each block of 7x7 pixels, as `pruning.reference.block_means` has it of frames.
+
+    Args:
+        patches: `[4 * units * G, 1176]`, from `patchify`, of grids of so many units.
+
+    Returns:
+        float32 `[G, units, 96]`, levels of 255.
+    """
+    blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, 7, 2, 7).mean((7, 9))
+    # grid, unit, patch y, x, channel, frame, block y, x -> grid, unit, frame, y, x, channel
+    blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
+    levels = 255 * (blocks * blocks.new_tensor(std) + blocks.new_tensor(mean))
+    return levels.reshape(-1, units, 96)

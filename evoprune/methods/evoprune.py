@@ -1,0 +1,50 @@
+"""evoprune, this project's own method: what repeats itself in time is encoded once, what is alike merges early, what is read is chosen last.
+
+Before the tower each unit is compared with its reference, the same place where it was last encoded, and encoded only if it has
+changed (pruning/reference.py). The rows that are left merge between early layers by similarity alone, inside blocks of neighbouring
+grids. Every unit of the clip then has a feature, its owner's, at its own place and time, and of all these the tokens for the
+language model are chosen, far apart in features and in time (pruning/select.py). The encoder's budget and the language
+model's are two.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from evoprune.methods.base import Tokens
+from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.pruning.reference import THRESHOLD
+from evoprune.pruning.select import ALPHA, choose_units
+
+
+@dataclass(frozen=True)
+class EvoPrune(EvoPrunePaper):
+    """Fields, beside those of `evoprune-paper`, which say how rows merge:
+
+    reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew; 0 for no references.
+    encoder: share of a block's units that are left as rows after merging, if the budget is not larger.
+    alpha: weight of time in the choice.
+    """
+
+    name: ClassVar[str] = "evoprune"
+    selects: ClassVar[bool] = True
+
+    allocation: str = "mean"
+    first: float = 0.25
+    last: float = 0.5
+    diversity: float = 0.0
+    attention: float = 0.0
+    critical: float = 0.0
+    split: str = "checkerboard"
+    block: int = 4
+    reuse: float = THRESHOLD
+    encoder: float = 0.25
+    alpha: float = ALPHA
+
+    def left(self, rows: int, units: int, due: int) -> int:
+        return min(rows, max(due, round(self.encoder * units), 1))
+
+    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
+        seconds = [tokens.seconds_per_grid * grid for grid in range(tokens.grid[0])]
+        return choose_units(tokens.rows, tokens.owner, tokens.grid, seconds, keep, alpha=self.alpha)

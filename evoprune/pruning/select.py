@@ -1,0 +1,254 @@
+"""Which of a video's N places the language model reads: greedy farthest point over features and time.
+
+What the encoder computes (rows) and what the language model reads (tokens) need not be the same units. Through `owner` every
+unit has a feature at its own place and time, its row's; of these N the K most different are chosen, one after another, each as
+far as can be from all chosen before:
+
+    d(i, j) = (1 - cos(f_i, f_j)) + alpha / 2 * sal_j^2 * min(|t_i - t_j| / tau, 1)
+
+where i is chosen, j a candidate and sal_j = 1 - cos(f_j, mean over all units), scaled to a maximum of 1. So the same thing at
+another moment is news in proportion to how much the thing stands out: what stays or goes is told, background is not told twice.
+Max-min diversity among features alone (alpha = 0) is DivPrune's choice (arXiv 2503.02175); the term in time is this project's.
+
+The choice is the exact greedy one; nothing as large as N x N, nor N x K, is ever held.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ALPHA = 4.0
+DIMENSIONS = 128  # to which features are projected
+FEW = 512  # rows, up to which features are not projected
+POOL = 512  # candidates looked at between two passes over all of them; a matter of speed alone
+PIECE = 1 << 20  # numbers in the largest tensor of a pass
+STEP = 1 / 16384  # distances are told apart to this; see `evoprune.pruning.score.settle`
+
+
+def choose_units(
+    features: torch.Tensor,
+    owner: torch.Tensor,
+    grid: tuple[int, int, int],
+    seconds: Sequence[float],
+    keep: int,
+    *,
+    alpha: float = ALPHA,
+    tau: float | None = None,
+    dimensions: int | None = DIMENSIONS,
+    pool: int = POOL,
+) -> torch.Tensor:
+    """Chooses exactly `keep` units of one video.
+
+    The first is the most salient: unlike the start of DivPrune (the unit whose nearest neighbour is farthest) it needs no
+    N x N distances. Ties go to the lower index. What is left to choose when nothing differs any more (equal features at equal
+    times, say a black video) is spread evenly over time, and over each grid.
+
+    Args:
+        features: `[E, D]`, any float dtype, one a row.
+        owner: int64 `[T * H * W]`, the row that stands for each unit, or -1 for a unit that cannot be chosen.
+        grid: (T, H, W) in units.
+        seconds: T times, one a grid.
+        keep: K, from 1 to the number of units that can be chosen.
+        alpha: weight of time.
+        tau: seconds from which on moments are as far apart as can be; default: from the first grid to the last.
+        dimensions: project features to so many if they have more than four times as many, and there are more than a few rows;
+            None for never.
+
+    Returns:
+        int64 `[keep]`, units, ascending.
+
+    Raises:
+        ValueError: `keep` is out of range.
+    """
+    device = features.device
+    units = (owner >= 0).nonzero()[:, 0]
+    if not 1 <= keep <= len(units):
+        raise ValueError(f"cannot choose {keep} of {len(units)} units")
+    if keep == len(units):
+        return units
+    row = owner[units]
+    time = torch.tensor(seconds, dtype=torch.float64)
+    time = (time - time.min()) / (tau or float(time.max() - time.min()) or 1.0)  # in tau
+    time = time.float().to(device)[units // (grid[1] * grid[2])]
+    points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), dimensions)
+    chosen = _farthest(points, alpha / 2 * salience**2, row, time, _start(salience, row), keep, pool)
+    if len(chosen) < keep:
+        left = torch.ones(len(units), dtype=torch.bool, device=device)
+        left[chosen] = False
+        left = left.nonzero()[:, 0]
+        chosen = torch.cat([chosen, left[_even(units[left], grid, keep - len(chosen))]])
+    return units[chosen].sort().values
+
+
+def points_and_salience(
+    features: torch.Tensor, count: torch.Tensor, dimensions: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What distances are computed from.
+
+    Args:
+        features: `[E, D]`.
+        count: int64 `[E]`, units that each row stands for.
+
+    Returns:
+        float32 `[E, d]`, points with |p_i - p_j|^2 / 2 = 1 - cos(f_i, f_j), about, if projected; equal features give equal
+        points. And the salience `[E]`, from the features themselves, at most 1; all 0 where none stands out.
+    """
+    unit = F.normalize(features.float(), dim=1)
+    mean = count.float() @ unit / count.sum()
+    salience = _settle(1 - unit @ F.normalize(mean, dim=0)) * (count > 0)
+    salience /= salience.max().clamp(min=STEP)
+    if dimensions and unit.shape[1] > 4 * dimensions and len(unit) > FEW:  # else there is nothing to gain
+        unit = unit @ _projection(unit.shape[1], dimensions).to(unit.device)
+    return unit, salience
+
+
+@lru_cache(maxsize=8)
+def _projection(wide: int, narrow: int) -> torch.Tensor:
+    """float32 `[wide, narrow]`: orthogonal columns in random directions, always the same, which keep squared lengths on average
+    (with 128 columns to an eighth or so, whatever the features).
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    columns = torch.linalg.qr(torch.randn(wide, narrow, generator=generator, device="cpu")).Q
+    return columns * math.sqrt(wide / narrow)
+
+
+def _settle(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to steps, so that equal rows are at distance 0 and equal distances are ties. The least of several can be rounded
+    instead of all of them."""
+    return (x * (1 / STEP)).round_().mul_(STEP).clamp_(min=0)
+
+
+def _start(salience: torch.Tensor, row: torch.Tensor) -> list[int]:
+    """The first candidate of the most salient row; none if no row stands out."""
+    of_each = salience[row]
+    top = of_each.max()
+    return [int((of_each == top).to(torch.uint8).argmax())] if top > 0 else []
+
+
+def _farthest(
+    points: torch.Tensor,
+    weight: torch.Tensor,
+    row: torch.Tensor,
+    time: torch.Tensor,
+    start: list[int],
+    keep: int,
+    pool: int,
+) -> torch.Tensor:
+    """Greedy farthest point, exactly as if after each choice all candidates were compared with it.
+
+    They are not: a distance to what is chosen can only shrink. So the `pool` farthest candidates are compared among
+    themselves, and chosen from while the farthest is farther than all outside ever were; only then are those brought up to date
+    with what was chosen, all of it in one matrix product.
+
+    Args:
+        points: `[E, d]`.
+        weight: `[E]`, of time.
+        row: int64 `[N]`, of each candidate.
+        time: `[N]`, in tau.
+        start: the first choice, or nothing.
+
+    Returns:
+        int64 `[at most keep]`, candidates in the order of their choice; fewer if all others are at distance 0 of a choice.
+    """
+    half = points.square().sum(1) / 2
+    chosen, fresh = list(start), list(start)
+    nearest = torch.full((len(row),), torch.inf, device=points.device)  # the distance to what is chosen; -1 once chosen
+    while fresh and len(chosen) < keep:
+        _update(nearest, points, half, weight, row, time, torch.tensor(fresh, device=points.device))
+        nearest[torch.tensor(fresh, device=points.device)] = -1
+        members, bound, before = _farthest_few(nearest, pool)
+        of = row[members]
+        few, back = of.unique(return_inverse=True)  # the same row at many times is common
+        apart = _apart(points, half, few, few)[back[:, None], back]
+        apart.add_(_lapse(time[members], time[members]).mul_(weight[of]))
+        fresh = _choose(nearest[members], _settle(apart), members, bound, before, keep - len(chosen))
+        chosen += fresh
+    return torch.tensor(chosen, dtype=torch.int64, device=points.device)
+
+
+def _apart(points: torch.Tensor, half: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Distances `[a, b]` of rows without the term of time, not settled yet."""
+    return torch.addmm(half[b], points[a], points[b].T, alpha=-1).add_(half[a][:, None])
+
+
+def _lapse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How much time lies between, at most 1: `[a, b]`."""
+    return (a[:, None] - b).abs_().clamp_(max=1)
+
+
+def _update(nearest, points, half, weight, row, time, fresh) -> None:
+    """Brings `nearest` up to date with the choices `fresh`."""
+    every = torch.arange(len(points), device=points.device)
+    for few in fresh.split(max(1, PIECE // len(points))):
+        apart = _apart(points, half, every, row[few])
+        # Time only adds to a distance: whoever is nearer already than without it stays as it is. Those are nearly all.
+        near = (nearest > _settle(apart.amin(1))[row]).nonzero()[:, 0]
+        for some in near.split(max(1, PIECE // len(few))):
+            distance = _lapse(time[some], time[few]).mul_(weight[row[some]][:, None]).add_(apart[row[some]])
+            nearest[some] = torch.minimum(nearest[some], _settle(distance.amin(1)))
+
+
+def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, float, int]:
+    """The `count` farthest candidates, ascending, ties by index; how far others may be at most; the first other so far."""
+    if len(nearest) <= count:
+        return torch.arange(len(nearest), device=nearest.device), -1.0, 0
+    bound = nearest.topk(count).values[-1]
+    ties = (nearest == bound).nonzero()[:, 0]
+    farther = (nearest > bound).nonzero()[:, 0]
+    inside = count - len(farther)
+    first = int(ties[inside]) if inside < len(ties) else len(nearest)
+    return torch.cat([farther, ties[:inside]]).sort().values, float(bound), first
+
+
+def _choose(
+    nearest: torch.Tensor, apart: torch.Tensor, members: torch.Tensor, bound: float, before: int, most: int
+) -> list[int]:
+    """Chooses among the members of a pool while the farthest is certain to be the farthest of all.
+
+    Args:
+        apart: `[n, n]`, distances to each member (the first index) once it is chosen.
+        bound, before: no candidate outside is farther than `bound`; the first that is exactly so far.
+    """
+    at, apart, index = nearest.cpu().numpy().copy(), apart.cpu().numpy(), members.cpu().numpy()
+    chosen = []
+    while len(chosen) < most:
+        i = int(at.argmax())  # the first of equals
+        if at[i] <= 0 or at[i] < bound or (at[i] == bound and index[i] > before):
+            break
+        chosen.append(int(index[i]))
+        np.minimum(at, apart[i], out=at)
+        at[i] = -1
+    return chosen
+
+
+def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.Tensor:
+    """`keep` of `units` (ascending) at even distances in time, and in each grid evenly over its places: indices into `units`."""
+    places = grid[1] * grid[2]
+    g, place = units // places, units % places
+    last = torch.bincount(g, minlength=grid[0]).cumsum(0)
+    ends = last * keep // len(units)  # how many are taken up to the end of each grid
+    before = torch.cat([ends.new_zeros(1), ends])
+    # Each grid goes on where the one before left off in an order of the places of which any stretch lies evenly.
+    turn = (_scattered(grid[1], grid[2]).to(units.device)[place] - before[g]) % places
+    order = turn.argsort(stable=True)
+    order = order[g[order].argsort(stable=True)]  # by grid, then by turn
+    rank = torch.arange(len(units), device=units.device) - torch.cat([last.new_zeros(1), last])[g]
+    return order[rank < before.diff()[g]]
+
+
+def _scattered(height: int, width: int) -> torch.Tensor:
+    """int64 `[height * width]`, raster: the turn of each place, in the order in which a low-discrepancy sequence comes by.
+
+    The sequence is Roberts's R2: steps of the powers of 1 / 1.3247..., the root of s^3 = s + 1.
+    """
+    n, step = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu"), 1.324717957244746
+    visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()
+    never = len(n)
+    first = torch.full((height * width,), never, device="cpu").scatter_reduce(
+        0, visits, torch.arange(never, device="cpu"), "amin"
+    )
+    return first.argsort(stable=True).argsort()
