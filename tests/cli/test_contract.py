@@ -15,6 +15,7 @@ import termios
 import time
 import tomllib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +344,13 @@ def endless(tiny_folder, tmp_path_factory):
     return folder
 
 
+def _at_the_keyboard(terminal: bool) -> None:
+    """In a process about to start: it hears Ctrl-C, although the tests may run where that is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if terminal:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # or Ctrl-C is a mere letter
+
+
 @pytest.mark.parametrize("case", PROCESSES.values(), ids=PROCESSES)
 def test_processes(case, clips, endless):
     names = {"{endless}": str(endless), "{grün}": str(clips / "grün.mp4")}
@@ -361,7 +369,7 @@ def test_processes(case, clips, endless):
             | {"OMP_NUM_THREADS": "1"}
             | case.env,
             start_new_session=True,
-            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if screen else None,  # or Ctrl-C is a mere letter
+            preexec_fn=partial(_at_the_keyboard, screen is not None),
         )
     match case.event:
         case "interrupt":

@@ -1,13 +1,9 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.demo.clips import Camera, frame_times, make_clip
-from evoprune.demo.drawing import render
 from evoprune.pruning.reference import BLOCKS, Reuse, block_means, joined, scan
 from tests.threads import one_thread  # noqa: F401
 
@@ -166,31 +162,3 @@ def test_nothing_to_scan():
     assert reuse.counts == [] and torch.equal(same.means, references.means)
     with pytest.raises(ValueError):
         scan(means[:0])
-
-
-def test_sensor_noise_is_no_change():
-    """A clip in which nothing moves, with the strongest noise of the generator."""
-    clip = replace(make_clip("validation", 0), things=(), noise=5.0, camera=Camera())
-    reuse = scanned(render(clip, frame_times(8.0, 16)))
-    assert sum(reuse.counts[1:]) <= 0.01 * reuse.encoded[1:].numel()
-
-
-def test_a_tiny_number_is_seen_through_the_noise():
-    """Strokes one pixel wide, in units of which nothing else changes."""
-    seen = 0
-    for seed in range(40):
-        clip = make_clip("validation", seed)
-        tiny = tuple(t for t in clip.numbers if t.size == "tiny" and t.event(8.0) in ("appears", "vanishes"))
-        clip = replace(clip, things=tiny, noise=3.0, camera=Camera())
-        if not tiny:
-            continue
-        frames = [
-            torch.from_numpy(render(replace(clip, things=t), frame_times(8.0, 16)).astype(int)) for t in ((), tiny)
-        ]
-        there = (frames[0] - frames[1]).abs().amax(-1) > 60
-        there = there.view(8, 2, 8, 28, 12, 28).sum((3, 5)).amax(1).view(8, -1)
-        reuse = scanned(torch.from_numpy(render(clip, frame_times(8.0, 16))))
-        for unit in (there.amax(0) >= 3).nonzero()[:, 0]:
-            assert reuse.encoded[1:, unit].any()
-            seen += 1
-    assert seen >= 2
