@@ -1,4 +1,4 @@
-"""evoprune, this project's own method: what repeats itself in time is encoded once, what is alike merges early, what is read is chosen last.
+"""evoprune, this project's own method: encode once what repeats itself, merge early what is alike, choose last what is read.
 
 Before the tower each unit is compared with its reference, the same place where it was last encoded, and encoded only if it has
 changed (pruning/reference.py). The rows that are left merge between early layers by similarity alone, inside blocks of neighbouring

@@ -21,7 +21,7 @@ from evoprune.methods.base import Candidates, Method, Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import runs, tally, true_indices
 from evoprune.pruning.merge import merge_rows
-from evoprune.pruning.reference import scan
+from evoprune.pruning.reference import References, scan
 from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.pruning.shares import share_rows
@@ -185,8 +185,7 @@ def encode(
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
     done, rows, owners, homes, base = 0, [], [], [], 0
-    references = carried = None
-    latest = torch.zeros(geo.units, dtype=torch.int64, device=weight.device)  # row of the reference of each place
+    past = Past()
     entered, left = [0] * tower.depth, [0] * tower.depth
     watch, uniform, wrong = Stopwatch(weight.device), [], []
     chunk_units = chunk_units or units_at_a_time(weight.device)
@@ -196,16 +195,11 @@ def encode(
             raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
         if inside and (not uniform or static_shapes(chunk.device) or uniform[-1]):
             uniform.append(_is_flat(chunk.view(grids, -1, chunk.shape[1])))
-        last = torch.full((geo.units,), -1)  # unit of this chunk that is the reference of each place from now on
-        if inside and method.reuse:
-            with watch:
-                reuse, references = scan(patch_means(chunk.cpu(), geo.units), references, method.reuse)
-                layout = referring_layout(geo, reuse.grid - done, block)
-                unit = (references.grid - done) * geo.units + torch.arange(geo.units)
-                last = torch.where(references.grid < done, -1, unit)
         with weight.device:  # all bookkeeping lives beside the features
-            if not (inside and method.reuse):
-                layout = full_layout(geo, grids, block)
+            layout, last = full_layout(geo, grids, block), None
+            if inside and method.reuse:
+                with watch:
+                    layout, last = _referring(geo, chunk, done, block, method.reuse, past)
             plan = [[n] * tower.depth for n in layout.per_block]
             if inside:
                 due = [sum(shares[at : at + block]) for at in range(done, done + grids, block)]
@@ -218,12 +212,15 @@ def encode(
             for layer, (before, after) in enumerate(pairwise([layout.per_block, *plan])):
                 entered[layer] += sum(before)
                 left[layer] += sum(after)
-            chunk, last = (uploaded(x, weight.device) for x in (chunk.to(weight.dtype), last))
-            x, layout, carried = _run_tower(visual, tower, chunk, layout, plan, method, watch, wrong, last, carried)
+            chunk = uploaded(chunk.to(weight.dtype), weight.device)
+            x, layout = _run_tower(visual, tower, chunk, layout, plan, method, watch, wrong, last, past)
             order = layout.home.argsort()
-            number = torch.cat([order.argsort() + base, latest])  # of each row among all rows
+            number = order.argsort() + base  # of each row among all rows
+            if past.row is not None:
+                number = torch.cat([number, past.row])
             owner = number[layout.owner]
-            latest = torch.where(last < 0, latest, owner[last])
+            if last is not None:
+                past.row = owner[last] if past.row is None else torch.where(last < 0, past.row, owner[last])
         if layout.rows:
             rows.append(visual.merger.mlp(_norm(x[order], visual.merger.ln_q.weight).flatten(1)))
         owners.append(owner)
@@ -246,6 +243,46 @@ def encode(
     flat, seconds = _settled(method, uniform, wrong, watch)
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
     return Encoded(features, kept, rows, owner, (grid,), layers, seconds, flat)
+
+
+@dataclass
+class Past:
+    """What the grids of earlier chunks leave for the next one, so much a place and layer, however long the video is.
+
+    Attributes:
+        references: what changes are measured against.
+        row: int64 `[P]`, which of all rows stands for the reference of each place.
+        seen: of each layer, keys and values of that row as they were there, `[P, 2, 4, heads, d]`.
+    """
+
+    references: References | None = None
+    row: torch.Tensor | None = None
+    seen: list[torch.Tensor] | None = None
+
+
+def _referring(
+    geo: Geometry, chunk: torch.Tensor, done: int, block: int, threshold: float, past: Past
+) -> tuple[TokenLayout, torch.Tensor]:
+    """A layout in which what has not changed has its reference's row as owner, and what to refer to from now on.
+
+    All of it is found on the CPU, so that counts are known before the tower runs.
+
+    Args:
+        chunk: patches of the grids from number `done` on.
+
+    Returns:
+        The layout; and int64 `[P]`, the unit of this chunk that is the reference of each place after it, -1 where it stays the one
+        it was.
+    """
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        here = geometry(geo.height, geo.width, geo.side, "cpu")
+        reuse, past.references = scan(patch_means(chunk.cpu(), geo.units), past.references, threshold)
+        layout = referring_layout(here, reuse.grid - done, block)
+        grid = past.references.grid - done
+        last = torch.where(grid < 0, -1, grid * geo.units + torch.arange(geo.units))
+    home, owner, last = (uploaded(x, device) for x in (layout.home, layout.owner, last))
+    return replace(layout, geometry=geo, home=home, owner=owner), last
 
 
 def _settled(
@@ -316,30 +353,30 @@ def _run_tower(
     method: Method,
     watch: Stopwatch,
     wrong: list[torch.Tensor],
-    last: torch.Tensor,
-    carried: list[torch.Tensor] | None,
-) -> tuple[torch.Tensor, TokenLayout, list[torch.Tensor] | None]:
+    last: torch.Tensor | None,
+    past: Past,
+) -> tuple[torch.Tensor, TokenLayout]:
     """All layers on one chunk; `plan[layer][block]` rows are left after each.
 
     Args:
         watch: measures what pruning takes.
         wrong: gets what `reduce_rows` could not check at once.
-        last: int64 `[P]`, the unit that is the reference of each place after this chunk, below 0 where it stays the one it was.
-        carried: of each layer keys and values of the references before this chunk, `[P, 2, 4, heads, d]`; None if there are none.
+        last: from `_referring`, None without references.
+        past: gets what later chunks will see.
 
     Returns:
-        Rows `[R, 4, hidden]` in window order, the layout they ended in, and what to carry to the next chunk.
+        Rows `[R, 4, hidden]` in window order, and the layout they ended in.
     """
     geo = layout.geometry
     weight = visual.patch_embed.proj.weight.flatten(1)
     if not layout.rows:  # nothing new in any grid
-        return weight.new_empty(0, PATCHES, len(weight)), layout, carried
+        return weight.new_empty(0, PATCHES, len(weight)), layout
     x = F.linear(patches.view(-1, PATCHES, weight.shape[1])[layout.home], weight)
     table = _rotary(visual.config, geo)
     cos, sin = (t[layout.place][:, :, None, None] for t in table)
     size_bias, heads = method.size_bias, visual.config.num_heads
     groups: dict[Scope, list[Bucket] | Packed] = {}
-    rows, carry = layout.per_block, [] if method.reuse else None
+    rows, before, past.seen = layout.per_block, past.seen, past.seen if last is None else []
     for layer, block in enumerate(visual.blocks):
         scope = tower.scope(layer)
         if scope not in groups:
@@ -351,13 +388,15 @@ def _run_tower(
         qkv = linear(block.attn.qkv, _norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
         q, k = _rotate(qkv[:, :, :2], cos, sin).unbind(2)
         v = qkv[:, :, 2]
-        if carry is not None:
+        if last is not None:
             seen = torch.stack([k, v], 1)
-            seen = torch.cat([seen, carried[layer] if carried else seen.new_zeros(geo.units, *seen.shape[1:])])
-            # Of the row that stands for a reference now: it may have been merged.
-            carry.append(seen[torch.where(last < 0, len(x) + torch.arange(geo.units), layout.owner[last])])
-            if carried and layout.reach == "clip":
-                k, v = seen.unbind(1)
+            if before:
+                seen = torch.cat([seen, before[layer]])
+                if layout.reach == "clip":
+                    k, v = seen.unbind(1)
+            # Of the row that stands for a reference by now: it may have been merged.
+            stays = len(x) + torch.arange(geo.units) if before else 0
+            past.seen.append(seen[torch.where(last < 0, stays, layout.owner[last])])
         # Log of one is zero: no bias before anything was merged.
         bias = size_bias and layout.reach != "place"
         reduces = plan[layer] != rows
@@ -379,7 +418,7 @@ def _run_tower(
                 cos, sin = (t[layout.place][:, :, None, None] for t in table)
                 groups, rows = {}, plan[layer]
                 wrong += [] if failed is None else [failed]
-    return x, layout, carry
+    return x, layout
 
 
 def reduce_rows(
