@@ -27,12 +27,12 @@ def test_stats(cli):
 
 
 def test_verbose_shows_rows_of_every_layer(cli):
-    err = cli("ask", CLIP, QUESTION, "-v").err
+    err = cli("ask", CLIP, QUESTION, "-v", "--method", "evoprune-paper").err
     assert "0:144 1:144 2:" in err and "transformers" in err
 
 
 def test_json_record_holds_the_schema(cli):
-    result = cli("ask", CLIP, QUESTION, "--json", "-b", "0.25")
+    result = cli("ask", CLIP, QUESTION, "--json", "-b", "0.25", "--method", "evoprune-paper")
     record = result.record
     assert result.code == 0 and result.err == ""
     assert record["schema"] == "evoprune/answer@1" and record["error"] is None and record["warnings"] == []
