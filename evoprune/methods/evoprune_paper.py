@@ -16,6 +16,7 @@ from evoprune.methods.base import Candidates, Method
 from evoprune.pruning.merge import SPLITS, SURVIVORS, match, split_sources, survive_attended
 from evoprune.pruning.schedule import TowerShape, layer_weights, rows_after_layers
 from evoprune.pruning.score import (
+    LONELY,
     composite_score,
     local_density,
     relative_attention,
@@ -33,6 +34,7 @@ class EvoPrunePaper(Method):
     allocation, first, last: which layers reduce and how much, `first` and `last` in relative depth (pruning/schedule.py).
     diversity, attention: weights of the score's two penalties.
     critical: share of each group, the most attended, that is absorbed only when nothing else is left.
+    lonely: whose loneliness the diversity penalty counts: of either row, of both, or of the absorbed one (pruning/score.py).
     neighbours: how many nearest rows make the density.
     features: what similarity is measured on: the layer's keys, keys after rotary, or hidden states.
     split: how a group is cut in two: alternate rows, or a checkerboard of places.
@@ -51,6 +53,7 @@ class EvoPrunePaper(Method):
     diversity: float = 0.1
     attention: float = 0.1
     critical: float = 0.1
+    lonely: str = "either"
     neighbours: int = 4
     features: str = "keys"
     split: str = "alternate"
@@ -64,6 +67,7 @@ class EvoPrunePaper(Method):
         for name, value, known in (
             ("features", self.features, FEATURES),
             ("split", self.split, SPLITS),
+            ("lonely", self.lonely, LONELY),
             ("survivor", self.survivor, SURVIVORS),
         ):
             if value not in known:
@@ -94,7 +98,7 @@ class EvoPrunePaper(Method):
         cosine = similarity(c.features)
         density = local_density(cosine, c.valid, self.neighbours) if self.diversity else None
         attention = settle(relative_attention(c.attention, c.valid)) if c.attention is not None else None
-        score = settle(composite_score(cosine, density, attention, self.diversity, self.attention))
+        score = settle(composite_score(cosine, density, attention, self.diversity, self.attention, self.lonely))
         source = split_sources(c.place, c.moment, c.valid, c.grid_width, self.split)
         into = match(score, source, c.valid, self._critical(attention, c.valid), remove)
         return survive_attended(into, attention) if self.survivor == "attended" else into

@@ -4,11 +4,14 @@
 
 s: cosine of the rows' features. d: local density, the mean cosine to the nearest rows of the group; a lone row has a low one and
 is kept apart. a: attention received, relative to the group's most attended row. The paper names the three parts and their
-purpose; their form for units and windows is this project's.
+purpose; their form for units and windows is this project's. Whose loneliness counts, that of either row (the maximum, as above), of
+both (the mean) or of the one to be absorbed alone, is a choice.
 """
 
 import torch
 import torch.nn.functional as F
+
+LONELY = ("either", "both", "absorbed")
 
 
 def unit_features(x: torch.Tensor) -> torch.Tensor:
@@ -59,12 +62,15 @@ def composite_score(
     attention: torch.Tensor | None,
     diversity_weight: float,
     attention_weight: float,
+    lonely: str = "either",
 ) -> torch.Tensor:
-    """S `[B, n, n]` as above; a part whose weight is zero may be None."""
+    """S `[B, n, n]` as above, the row to be absorbed first; a part whose weight is zero may be None. `lonely`: one of LONELY."""
     score = cosine
     if diversity_weight:
         lone = 1 - density
-        score = score - diversity_weight * torch.maximum(lone[:, :, None], lone[:, None, :])
+        one, other = lone[:, :, None], lone[:, None, :]
+        counts = {"either": torch.maximum(one, other), "both": (one + other) / 2, "absorbed": one}[lonely]
+        score = score - diversity_weight * counts
     if attention_weight:
         score = score - attention_weight * torch.maximum(attention[:, :, None], attention[:, None, :])
     return score
