@@ -177,7 +177,7 @@ def _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, m
     from evoprune.video.sampling import parse_time
 
     parse_budget(budget)
-    if method not in methods.available():
+    if not methods.known(method):
         raise UsageError(f"no pruning method {method!r}", f"one of {', '.join(methods.available())}")
     choose_decoder(decoder)
     return {

@@ -83,7 +83,7 @@ def evaluate(
         typer.Option(
             "--method",
             metavar="LIST",
-            help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}.",
+            help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for a variant.",
             show_default=False,
             rich_help_panel=_SWEEP,
         ),
@@ -199,7 +199,7 @@ def evaluate(
 
 
 def _check_flags(names, split, output, resume, fps, frames, max_new_tokens) -> None:
-    if unknown := [name for name in names if name not in methods.available()]:
+    if unknown := [name for name in names if not methods.known(name)]:
         raise UsageError(f"--method {unknown[0]!r} is unknown", f"one of {', '.join(methods.available())}")
     if split not in SPLITS:
         raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")

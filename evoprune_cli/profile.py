@@ -50,7 +50,7 @@ def profile(
         typer.Option(
             "--method",
             metavar="LIST",
-            help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}.",
+            help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for a variant.",
             show_default=False,
             rich_help_panel=_SWEEP,
         ),
@@ -252,7 +252,7 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
 
 def _check_flags(names, kinds, form: str, load_format: str | None, synthetic: str | None, video: str | None) -> None:
     for option, value, known in (
-        ("--method", next((name for name in names if name not in methods.available()), None), methods.available()),
+        ("--method", next((name for name in names if not methods.known(name)), None), methods.available()),
         ("--quantize", next((kind for kind in kinds if kind not in QUANTIZE), None), QUANTIZE),
         ("--format", form, FORMATS),
         ("--load-format", load_format, LOAD_FORMATS),

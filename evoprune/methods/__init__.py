@@ -37,17 +37,30 @@ def available() -> list[str]:
     return [*_REGISTRY, *_plugins()]
 
 
+def known(name: str) -> bool:
+    """Whether there is a method of that name, settings in it aside."""
+    return name.partition(":")[0] in available()
+
+
 def get(name: str, args: dict[str, str] | None = None) -> "Method":
     """The method called `name`, with settings given as texts.
+
+    Args:
+        name: may bring settings of its own, as `evoprune-paper:critical=0.2:block=4` does, so that lists of methods can hold variants.
+        args: settings; those in the name come before them.
 
     Raises:
         UsageError: no such method, a setting it does not have, or a method of another package that does not work.
     """
+    name, *inline = name.split(":")
+    if wrong := [text for text in inline if "=" not in text]:
+        raise UsageError(f"method {name}: {wrong[0]!r} is not NAME=VALUE", "for example evoprune-paper:critical=0.2")
+    args = (args or {}) | dict(text.split("=", 1) for text in inline)
     if name in _REGISTRY:
         module, _, cls = _REGISTRY[name].partition(":")
-        return getattr(import_module(module), cls).from_args(args or {})
+        return getattr(import_module(module), cls).from_args(args)
     if name in _plugins():
-        return _load(_plugins()[name]).from_args(args or {})
+        return _load(_plugins()[name]).from_args(args)
     raise UsageError(f"no pruning method {name!r}", f"one of {', '.join(available())}")
 
 

@@ -167,3 +167,13 @@ def test_listing_methods_and_counting_tokens_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_name_may_bring_settings():
+    plain, variant = methods.get("evoprune-paper"), methods.get("evoprune-paper:critical=0.2:allocation=mean")
+    assert (variant.critical, variant.allocation) == (0.2, "mean") and plain != variant
+    assert methods.get("evoprune-paper:critical=0.2", {"critical": "0.3", "block": "2"}).critical == 0.2
+    assert methods.known("random") and methods.known("evoprune-paper:nonsense") and not methods.known("randomly:a=1")
+    for name in ("evoprune-paper:critical", "evoprune-paper:ratio=1", "evoprune-paper:critical=x", "evoprune-paper:"):
+        with pytest.raises(UsageError):
+            methods.get(name)
