@@ -46,7 +46,7 @@ def get(name: str, args: dict[str, str] | None = None) -> "Method":
     """The method called `name`, with settings given as texts.
 
     Args:
-        name: may bring settings of its own, as `evoprune-paper:critical=0.2:block=4` does, so that lists of methods can hold variants.
+        name: may bring settings of its own, so that lists of methods can hold variants: `evoprune-paper:critical=0.2:block=4`.
         args: settings; those in the name come before them.
 
     Raises:
