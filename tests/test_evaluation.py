@@ -96,7 +96,9 @@ def test_operations_at_3b(loaded):
     run = begun(loaded, replace(SETTINGS, methods=("evoprune-paper",), budgets=(0.5,)), videos(CLIPS[:1]))
     run.run()
     rows = [48] * 16 + [24] * 17  # two layers, of which the first merges to a half
-    rows_of_two = VideoQA(loaded, budget=0.5).encode(SAMPLES / CLIPS[0], frames=4).report.pruning.layers
+    rows_of_two = (
+        VideoQA(loaded, budget=0.5, method="evoprune-paper").encode(SAMPLES / CLIPS[0], frames=4).report.pruning.layers
+    )
     assert [rows_of_two[0][1], rows_of_two[1][1]] == [48, 24]
     assert run.samples[2]["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, rows, 2, 2) / 1e12)
 

@@ -7,6 +7,7 @@ language model are chosen, far apart in features and in time (pruning/select.py)
 model's are two.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +42,14 @@ class EvoPrune(EvoPrunePaper):
     reuse: float = THRESHOLD
     encoder: float = 0.25
     alpha: float = ALPHA
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.reuse >= 0 or not 0 <= self.encoder <= 1 or not 0 <= self.alpha < math.inf:
+            raise ValueError("reuse and alpha are at least 0, encoder is a share from 0 to 1")
+        if self.reuse and not self.size_bias:
+            # Where references have merged, a later chunk still has keys for each of their places: as many as they stand for.
+            raise ValueError("reuse needs size_bias; without it, set reuse to 0")
 
     def left(self, rows: int, units: int, due: int) -> int:
         return min(rows, max(due, round(self.encoder * units), 1))

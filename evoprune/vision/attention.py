@@ -38,6 +38,7 @@ class Bucket:
         query_valid: bool `[B, Q]`, False at padding; None without padding.
         key_count: int64 `[B, K]`: how many units of the group each key stands for, 0 at padding.
         padded: whether any key is padding.
+        near: bool `[B, K]`: whether the key is a row of the block of the group, False at padding; None where every key is.
         back: int64 `[R]`, where the answer to each row lies among the B * Q; None where it takes a mask to tell.
     """
 
@@ -48,6 +49,7 @@ class Bucket:
     key_count: torch.Tensor
     padded: bool
     back: torch.Tensor | None = None
+    near: torch.Tensor | None = None
 
     def gather(self, x: torch.Tensor, which: str) -> torch.Tensor:
         """Rows of `x` `[R, 4, ...]` as `[B, Q or K, 4, ...]`."""
@@ -89,7 +91,8 @@ class Packed:
         group = torch.searchsorted(groups.start + groups.length, row, right=True).clamp(max=count - 1)
         back = (group * longest + row - groups.start[group]).clamp(max=count * longest - 1)
         keys = None if groups.consecutive else groups.keys[key]
-        return Bucket((count, longest), query, keys, valid, units, True, back)
+        near = None if groups.near is None else groups.near[key] & key_valid
+        return Bucket((count, longest), query, keys, valid, units, True, back, near)
 
 
 def buckets(groups: Groups) -> list[Bucket]:
@@ -110,6 +113,7 @@ def buckets(groups: Groups) -> list[Bucket]:
         chosen = ((groups.key_length <= top) & (groups.key_length > below)).nonzero().flatten()
         key, key_valid = runs(key_start[chosen], groups.key_length[chosen], top, len(groups.keys))
         count = torch.where(key_valid, groups.count[key], 0)
+        near = None if groups.near is None else groups.near[key] & key_valid
         key = groups.keys[key]
         if groups.consecutive:
             query, query_valid = key, key_valid
@@ -124,6 +128,7 @@ def buckets(groups: Groups) -> list[Bucket]:
                 None if query_valid.all() else query_valid,
                 count,
                 not key_valid.all(),
+                near=near,
             )
         )
     return made
@@ -154,8 +159,9 @@ def grouped_attention(
         size_bias: adds the log of the number of units that a key stands for inside the group (ToMe, arXiv 2210.09461,
             section 3: proportional attention), so that a merged row weighs as much as what went into it.
         received: float32 `[R]`, zeros, or None. How much attention each row gets is added to it: mean over heads and over
-            the queries of each group, summed over its 4 patches and over the groups that see it. Over the rows of a group
-            whose keys are its own rows it sums to one. It costs little where the probabilities are at hand anyway.
+            the queries of each group, summed over its 4 patches and over the groups of its own block that see it: what later
+            blocks look at is not known where a chunk ends with it. Over the rows of a group whose keys are its own rows it sums
+            to one. It costs little where the probabilities are at hand anyway.
         watch: measures what `received` takes.
 
     Returns:
@@ -325,4 +331,5 @@ def _add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) -
     if index is None:
         received += per_row.flatten()
     else:
-        received.index_add_(0, index.flatten(), torch.where(bucket.key_count > 0, per_row, 0).flatten())
+        counts = bucket.key_count > 0 if bucket.near is None else bucket.near
+        received.index_add_(0, index.flatten(), torch.where(counts, per_row, 0).flatten())

@@ -507,5 +507,5 @@ def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], method
         else:  # how many rows a window has and loses, only the device knows
             longest = min(rows, layout.geometry.largest_window)
             cases = ((n, max(1, n - (rows - left))) for n in range(1, longest + 1))
-            worst = max(worst, *(method.rounds(n, fewest) for n, fewest in cases))
+            worst = max([worst, *(method.rounds(n, fewest) for n, fewest in cases)])
     return worst

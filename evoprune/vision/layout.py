@@ -198,6 +198,7 @@ class Groups:
         keys: int64 `[sum of key_length, or more]`, rows, group after group: its own, and rows elsewhere that own some of its units.
         key_length: int64 `[G]`.
         count: int64, like `keys`: how many of the group's units each key row stands for.
+        near: bool, like `keys`: whether the row is one of the group's own block; None where all are.
         longest: at most how many rows and how many keys a group has.
         even: whether all groups are known to be of the first of these lengths.
     """
@@ -210,6 +211,7 @@ class Groups:
     count: torch.Tensor
     longest: tuple[int, int]
     even: bool
+    near: torch.Tensor | None = None
 
 
 def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> Groups:
@@ -239,8 +241,11 @@ def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> G
         keys = torch.full((units + 1,), unused).scatter_(0, slot, pairs)[:units]
         key_length = tally(keys // rows, total + 1)[:total]
         count = tally(slot, units + 1)[:units]
-        longest_keys = geo.largest_window if scope == "window" else geo.units
-        groups = Groups(start, length, False, keys % rows, key_length, count, (longest, longest_keys), False)
+        longest_keys, near = geo.largest_window if scope == "window" else geo.units, None
+        if layout.reach == "clip":
+            home = F.pad(layout.group_of(layout.home, "block"), (0, geo.units), value=-1)
+            near = home[keys % rows] == keys // rows // (total // layout.grids) // layout.block
+        groups = Groups(start, length, False, keys % rows, key_length, count, (longest, longest_keys), False, near)
     return _trimmed(groups) if exact else groups
 
 
@@ -254,4 +259,5 @@ def _trimmed(groups: Groups) -> Groups:
         keys=groups.keys[:keys],
         key_length=groups.key_length[used],
         count=groups.count[:keys],
+        near=None if groups.near is None else groups.near[:keys],
     )

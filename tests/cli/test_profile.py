@@ -91,12 +91,13 @@ def test_csv(profile):
 
 
 def test_json(profile):
-    document = profile("--format", "json", "-n", "2", "--method", "random", "--method", "evoprune,random").record
+    names = ["random", "evoprune-paper"]
+    document = profile("--format", "json", "-n", "2", "--method", "random", "--method", "evoprune-paper,random").record
     assert document["schema"] == "evoprune/profile@1"
-    assert document["settings"]["methods"] == ["random", "evoprune"] and document["settings"]["new_tokens"] == 2
+    assert document["settings"]["methods"] == names and document["settings"]["new_tokens"] == 2
     assert document["settings"]["synthetic"] == "motion" and document["settings"]["video"] is None
     assert document["rounds"]["measured"] == 1 and document["env"]["threads"] == 1
-    assert [row["name"] for row in document["rows"]] == [*ROWS[:3], "random -b 0.5", "evoprune -b 0.5"]
+    assert [row["name"] for row in document["rows"]] == [*ROWS[:3], "random -b 0.5", "evoprune-paper -b 0.5"]
     assert document["rows"][-1]["counts"]["live_share"] == 0.75 and document["rows"][-1]["error"] is None
 
 

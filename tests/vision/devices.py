@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evoprune.methods import evoprune
 from evoprune.vision import attention, encoder
 
 # Operators whose result has a shape that depends on values, or is itself read by the host. On CUDA they wait for the device.
@@ -53,18 +54,22 @@ def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
 
 
 def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
-    """From now on the encoder treats the CPU as a GPU, with or without the kernel; what is returned is to be entered around it."""
-    mode, settled = NoWaiting(), encoder._settled
+    """From now on the encoder treats the CPU as a GPU, with or without the kernel; what is returned is to be entered around it.
 
-    def at_the_end(*args):
-        with mode.pause():
-            return settled(*args)
+    What may wait, or is the CPU's work anyway: comparing pixels, choosing tokens when all is encoded, and what is looked at then.
+    """
+    mode = NoWaiting()
 
-    def by_hand(*args, **how):
-        with mode.pause():
-            return varlen_by_hand(*args, **how)
+    def pausing(function):
+        def paused(*args, **how):
+            with mode.pause():
+                return function(*args, **how)
 
+        return paused
+
+    by_hand = pausing(varlen_by_hand)
     monkeypatch.setattr(encoder, "static_shapes", lambda device: True)
-    monkeypatch.setattr(encoder, "_settled", at_the_end)
+    for module, name in ((encoder, "_settled"), (encoder, "_referring"), (evoprune, "choose_units")):
+        monkeypatch.setattr(module, name, pausing(getattr(module, name)))
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)
     return mode

@@ -1,10 +1,11 @@
 """The pruned encoder once more, slowly: Python loops over rows and groups, dense mathematics in float64.
 
 Written from what the docstrings of the encoder and of the method promise; shares nothing with them but the row counts of the
-schedule and the module's weights.
+schedule and the module's weights. All grids are encoded at once, whatever refers to whatever: no chunks, nothing carried.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -20,7 +21,7 @@ from tests.vision.tower import group_key, place_key
 @dataclass
 class Row:
     home: int
-    units: list[int]
+    units: list[int]  # all that it owns, of its own block and of later ones
     x: torch.Tensor  # [4, hidden]
     q: torch.Tensor | None = None  # [4, heads, d], as are k, v and the keys before rotary
     k: torch.Tensor | None = None
@@ -31,28 +32,45 @@ class Row:
 
 
 @torch.no_grad()
-def encode_slowly(visual, patches, grid, method, keep) -> tuple[list[int], list[int], torch.Tensor]:
-    """Homes of the rows that are left, ascending; which of them stands for each unit; and their tokens `[R, D]`."""
+def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[list[int], list[int], torch.Tensor]:
+    """Homes of the rows that are left, ascending; which of them stands for each unit; and their tokens `[R, D]`.
+
+    Args:
+        changed: bool `[T, H*W]`, which units differ from what was last encoded in their place; None for all. The first grid's do.
+    """
     count, height, width = grid
     geo = geometry(height, width, 4)
     tower = TowerShape(len(visual.blocks), tuple(visual.fullatt_block_indexes))
-    plans = [method.rows(tower, geo.units, geo.windows, max(1, share)) for share in spread(keep, count)]
     embedding = visual.patch_embed.proj.weight.double().flatten(1)
     pixels = patches.double().view(count * geo.units, 4, -1)
-    rows = [Row(unit, [unit], pixels[unit] @ embedding.T) for unit in range(count * geo.units)]
+    newest: dict[int, Row] = {}  # of each place
+    rows = []
+    for unit in range(count * geo.units):
+        g, place = divmod(unit, geo.units)
+        if changed is None or changed[g, place]:
+            newest[place] = Row(unit, [], pixels[unit] @ embedding.T)
+            rows.append(newest[place])
+        newest[place].units.append(unit)
     rows.sort(key=lambda row: place_key(geo, row.home))
+    plans = []
+    for first in range(0, count, method.block):
+        grids = min(method.block, count - first)
+        live = sum(first <= row.home // geo.units < first + grids for row in rows)
+        due = max(1, sum(spread(keep, count)[first : first + grids]))
+        plans.append(method.rows(tower, live, grids * geo.windows, method.left(live, grids * geo.units, due)))
     for layer, block in enumerate(visual.blocks):
         scope = "grid" if layer in visual.fullatt_block_indexes else "window"
-        run_layer(block, rows, geo, scope, method.size_bias)
+        run_layer(block, rows, geo, scope, method)
         for row in rows:
             by = {"keys": row.plain, "keys_rotary": row.k}.get(method.features)
             row.feature = row.x.flatten() if by is None else by.mean(1).flatten()
-        for g, plan in enumerate(plans):
-            inside = [row for row in rows if row.home // geo.units == g]
+        for b, plan in enumerate(plans):
+            inside = [row for row in rows if block_of(geo, row.home, method) == b]
             if len(inside) > plan[layer]:
                 groups: dict[tuple, list[Row]] = {}
                 for row in inside:
-                    groups.setdefault(group_key(geo, row.home, scope), []).append(row)
+                    windows = scope == "window" and method.windows and method.block == 1
+                    groups.setdefault(group_key(geo, row.home, "window") if windows else (), []).append(row)
                 left = largest_remainder([len(group) for group in groups.values()], plan[layer])
                 for group, wanted in zip(groups.values(), left, strict=True):
                     merged = reduce_group(group, wanted, method, geo)
@@ -66,6 +84,10 @@ def encode_slowly(visual, patches, grid, method, keep) -> tuple[list[int], list[
         hidden = linear(first, rms_norm(visual.merger.ln_q, row.x).flatten())
         tokens.append(linear(second, hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))))
     return [row.home for row in rows], owner, torch.stack(tokens)
+
+
+def block_of(geo: Geometry, unit: int, method) -> int:
+    return unit // geo.units // method.block
 
 
 def linear(module, x: torch.Tensor) -> torch.Tensor:
@@ -94,8 +116,11 @@ def rotate(x: torch.Tensor, geo: Geometry, home: int) -> torch.Tensor:
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
-def run_layer(block, rows: list[Row], geo: Geometry, scope: str, size_bias: bool) -> None:
-    """One layer of the tower; leaves queries, keys and the attention received in the rows."""
+def run_layer(block, rows: list[Row], geo: Geometry, scope: str, method) -> None:
+    """One layer of the tower; leaves queries, keys and the attention received in the rows.
+
+    What later blocks attend to is not known when a block is encoded, so a row receives attention from its own block alone.
+    """
     heads = block.attn.num_heads
     for row in rows:
         qkv = linear(block.attn.qkv, rms_norm(block.norm1, row.x)).view(4, 3, heads, -1)
@@ -103,19 +128,20 @@ def run_layer(block, rows: list[Row], geo: Geometry, scope: str, size_bias: bool
         row.q, row.k = rotate(qkv[:, 0], geo, row.home), rotate(qkv[:, 1], geo, row.home)
         row.attention = 0.0
     answers = []
+    owned = [Counter(group_key(geo, unit, scope) for unit in row.units) for row in rows]
     for name in sorted({group_key(geo, row.home, scope) for row in rows}):
         asking = [row for row in rows if group_key(geo, row.home, scope) == name]
-        held = [(row, sum(group_key(geo, unit, scope) == name for unit in row.units)) for row in rows]
-        held = [(row, times) for row, times in held if times]
+        held = [(row, units[name]) for row, units in zip(rows, owned, strict=True) if units[name]]
         keys = torch.stack([row.k for row, _ in held])
         values = torch.stack([row.v for row, _ in held])
-        bias = torch.tensor([math.log(times) if size_bias else 0.0 for _, times in held], dtype=torch.float64)
+        bias = torch.tensor([math.log(times) if method.size_bias else 0.0 for _, times in held], dtype=torch.float64)
         for row in asking:
             scores = torch.einsum("phd,kshd->phks", row.q, keys) / math.sqrt(row.q.shape[-1]) + bias[:, None]
             share = scores.flatten(2).softmax(-1).view(scores.shape)
             answers.append((row, torch.einsum("phks,kshd->phd", share, values)))
             for (seen, _), got in zip(held, share.sum((0, 1, 3)) / (4 * heads * len(asking)), strict=True):
-                seen.attention += float(got)
+                if block_of(geo, seen.home, method) == block_of(geo, asking[0].home, method):
+                    seen.attention += float(got)
     for row, answer in answers:
         row.x = row.x + linear(block.attn.proj, answer.flatten(1))
         hidden = rms_norm(block.norm2, row.x)
@@ -148,6 +174,12 @@ def settled(value: float) -> float:
     return round(value * 16384) / 16384
 
 
+def dark_place(unit: int, method, geo: Geometry) -> bool:
+    """The colour of a place on a checkerboard that is turned round in every second grid of a block."""
+    grid, place = divmod(unit, geo.units)
+    return (sum(divmod(place, geo.width)) + grid % method.block) % 2 == 1
+
+
 def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
     n = len(rows)
     unit = torch.stack([row.feature / row.feature.norm() for row in rows])
@@ -165,7 +197,7 @@ def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
 
     sources = [i for i in range(n) if i % 2 == 1]
     if method.split == "checkerboard":
-        dark = [i for i in range(n) if sum(divmod(rows[i].home % geo.units, geo.width)) % 2 == 1]
+        dark = [i for i in range(n) if dark_place(rows[i].home, method, geo)]
         if 0 < len(dark) < n:
             sources = dark
     destinations = [j for j in range(n) if j not in sources]
@@ -182,7 +214,8 @@ def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
             left.append(rows[stays])
             continue
         at = min(party, key=lambda i: (-attention[i], i)) if method.survivor == "attended" else stays
-        size = [len(rows[i].units) for i in party]
+        own = block_of(geo, rows[at].home, method)
+        size = [sum(block_of(geo, unit, method) == own for unit in rows[i].units) for i in party]
         row = Row(rows[at].home, [unit for i in party for unit in rows[i].units], rows[at].x)
         row.x = sum(s * rows[i].x for s, i in zip(size, party, strict=True)) / sum(size)
         row.feature = sum(s * rows[i].feature for s, i in zip(size, party, strict=True)) / sum(size)

@@ -1,8 +1,9 @@
 """The encoder as a GPU runs it."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
@@ -18,6 +20,7 @@ from evoprune.vision.attention import Packed, buckets, grouped_attention, with_b
 from evoprune.vision.encoder import encode
 from evoprune.vision.layout import attention_groups, geometry
 from evoprune.vision.stopwatch import Stopwatch
+from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, take_gpu_route, varlen_by_hand
 from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, rows_of
 from tests.vision.test_encoder import check_books, papers, units
@@ -151,8 +154,8 @@ def test_torchs_own_kernel_takes_what_it_is_given():
 # --- the whole tower ---------------------------------------------------------------------------------------------------
 
 
-def both_ways(monkeypatch, grid, method, keep, kernel, full_layers=(1, 3), chunk_units=10**6, seed=0):
-    visual, patches = tiny_tower(full_layers), random_patches(grid, seed)
+def both_ways(monkeypatch, grid, method, keep, kernel, full_layers=(1, 3), chunk_units=10**6, patches=None):
+    visual, patches = tiny_tower(full_layers), random_patches(grid) if patches is None else patches
     expected = encode(visual, [patches], grid, method, keep, chunk_units=chunk_units)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel):
         made = encode(visual, [patches], grid, method, keep, chunk_units=chunk_units)
@@ -160,7 +163,7 @@ def both_ways(monkeypatch, grid, method, keep, kernel, full_layers=(1, 3), chunk
     assert made.layers == expected.layers and made.flat == expected.flat
     torch.testing.assert_close(made.features, expected.features, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(made.rows, expected.rows, atol=1e-4, rtol=1e-4)
-    check_books(made, grid)
+    check_books(made, grid, None if method.reuse else method.block)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -198,6 +201,58 @@ def test_nor_where_nothing_is_merged(method, monkeypatch):
 def test_nor_on_any_clip(monkeypatch, grid, share, method, full_layers, chunk_units, kernel):
     keep = max(1, round(units(grid) * share))
     both_ways(monkeypatch, grid, method, keep, kernel, full_layers, chunk_units)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("block", [2, 3])
+@pytest.mark.parametrize("keep", [120, 60, 15, 2])
+def test_nor_in_blocks_of_several_grids(block, keep, kernel, monkeypatch):
+    for split, survivor in product(["alternate", "checkerboard"], ["destination", "attended"]):
+        method = EvoPrunePaper(block=block, split=split, survivor=survivor, allocation="mean", first=0.0)
+        both_ways(monkeypatch, (5, 5, 6), method, keep, kernel, (0, 2), chunk_units=121)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk_units", [1, 10**6])
+def test_nor_with_references_in_time(share, block, chunk_units, kernel, monkeypatch):
+    grid = (6, 5, 6)
+    patches = clip(grid, changes(grid, share))
+    for method in (EvoPrune(encoder=0.1, first=0.0), EvoPrune(encoder=1.0), EvoPrune(attention=0.3, critical=0.2)):
+        method = replace(method, block=block)
+        both_ways(monkeypatch, grid, method, 20, kernel, (1, 3), chunk_units, patches)
+
+
+@pytest.mark.parametrize("chunk_units", [1, 10**6])
+def test_nor_where_a_whole_block_has_nothing_new(chunk_units, monkeypatch):
+    # Also where blocks are grids and rows merge in windows: some grids have no rows to lose.
+    grid, changed = (4, 5, 6), torch.zeros(4, 30, dtype=torch.bool)
+    changed[0], changed[2] = True, torch.arange(30) < 20
+    for method in (EvoPrune(block=1, encoder=0.2, first=0.0, last=1.0), EvoPrune(block=2, encoder=0.2, first=0.0)):
+        both_ways(monkeypatch, grid, method, 9, True, (2,), chunk_units, clip(grid, changed))
+
+
+@dataclass(frozen=True)
+class Inside(EvoPrune):
+    """Without a choice, for which values have to be looked at."""
+
+    selects: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_with_references_too_every_shape_is_known(share, kernel, monkeypatch):
+    grid, meta = (6, 5, 7), torch.device("meta")
+    monkeypatch.setattr(attention, "varlen_kernel", lambda *_: (lambda q, *_, scale: torch.empty_like(q)) if kernel else None)
+    monkeypatch.setattr(encoder, "static_shapes", lambda device: device == meta)
+    monkeypatch.setattr(encoder, "_settled", lambda *_: (False, 0.0))
+    visual, patches = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta), clip(grid, changes(grid, share))
+    method = Inside(block=2, encoder=0.2, first=0.0, attention=0.1)
+    expected = encode(tiny_tower((0, 2)), [patches], grid, method, 20)
+    made = encode(visual, [patches], grid, method, 20, chunk_units=70)
+    assert made.layers == expected.layers and made.rows.shape == expected.rows.shape and made.rows.is_meta
+    assert made.features.shape == expected.features.shape and made.owner.shape == (210,)
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -27,8 +27,8 @@ def encode_noise(grid, method, keep, full_layers=(1, 3), seed=0, **how):
     return encode(tiny_tower(full_layers), [random_patches(grid, seed)], grid, method, keep, **how)
 
 
-def check_books(encoded, grid):
-    """What holds for every result, whatever the method."""
+def check_books(encoded, grid, block=1):
+    """What holds for every result, whatever the method; rows stand for units of one block, of the whole clip if that is None."""
     n = units(grid)
     assert encoded.owner.shape == (n,) and encoded.grids == (grid,)
     assert ((encoded.owner >= 0) & (encoded.owner < len(encoded.rows))).all()
@@ -36,19 +36,21 @@ def check_books(encoded, grid):
     assert (encoded.kept.diff() > 0).all()
     assert encoded.kept.min() >= 0 and encoded.kept.max() < n
     assert torch.equal(encoded.features, encoded.rows[encoded.owner[encoded.kept]])
-    # No unit is owned across grids.
     grid_of = torch.arange(n) // (grid[1] * grid[2])
     for row in range(len(encoded.rows)):
-        assert grid_of[encoded.owner == row].unique().numel() == 1
+        assert (grid_of[encoded.owner == row] // (block or grid[0])).unique().numel() == 1
     assert sum(encoded.kept_per_grid) == len(encoded.kept) and len(encoded.kept_per_grid) == grid[0]
     assert encoded.kept_per_grid == [int((grid_of[encoded.kept] == g).sum()) for g in range(grid[0])]
 
 
 def check_layers(encoded, grid, method, keep, full_layers):
-    """Rows in and out of each layer are those of the schedule, added up over the grids."""
+    """Rows in and out of each layer are those of the schedule, added up over the blocks."""
     shape = tower_shape(tiny_tower(full_layers))
     geo = geometry(grid[1], grid[2])
-    plans = [method.rows(shape, geo.units, geo.windows, max(1, share)) for share in spread(keep, grid[0])]
+    plans = []
+    for first in range(0, grid[0], method.block):
+        shares = spread(keep, grid[0])[first : first + method.block]
+        plans.append(method.rows(shape, len(shares) * geo.units, len(shares) * geo.windows, max(1, sum(shares))))
     left = [sum(column) for column in zip(*plans, strict=True)]
     entered = [units(grid), *left[:-1]]
     assert encoded.layers == list(zip(range(shape.depth), entered, left, strict=True))
@@ -122,7 +124,10 @@ def assert_same(a, b, atol=2e-5):
 CHUNKS = [1, 35, 70, 100, 10**6]
 
 
-@pytest.mark.parametrize("method", [Nothing(), Random(), EvoPrunePaper(), EvoPrunePaper(survivor="attended")])
+@pytest.mark.parametrize(
+    "method",
+    [Nothing(), Random(), EvoPrunePaper(), EvoPrunePaper(survivor="attended"), EvoPrunePaper(block=2)],
+)
 @pytest.mark.parametrize("keep", [3, 40, 100])
 def test_the_result_does_not_depend_on_the_chunk_size(method, keep):
     whole, *others = (encode_noise((5, 5, 7), method, keep, chunk_units=size) for size in reversed(CHUNKS))
@@ -150,6 +155,7 @@ def still_frames(grid, scene: str) -> torch.Tensor:
         ((4, 8, 8), 51, EvoPrunePaper()),
         ((4, 8, 8), 13, EvoPrunePaper(survivor="attended")),
         ((3, 6, 9), 16, EvoPrunePaper(features="hidden", split="checkerboard")),
+        ((5, 5, 6), 20, EvoPrunePaper(block=2, split="checkerboard")),
     ],
 )
 def test_nor_does_it_where_rows_are_equal_and_ties_decide(scene, grid, keep, method):
@@ -209,6 +215,8 @@ def papers(draw):
         split=draw(st.sampled_from(["alternate", "checkerboard"])),
         survivor=draw(st.sampled_from(["destination", "attended"])),
         size_bias=draw(st.booleans()),
+        windows=draw(st.booleans()),
+        block=draw(st.integers(1, 3)),
     )
 
 
@@ -224,7 +232,7 @@ def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, chunk_u
     keep = keep_count(budget, units(grid))
     encoded = encode_noise(grid, method, keep, full_layers, chunk_units=chunk_units)
     assert len(encoded.kept) == len(encoded.features) == keep
-    check_books(encoded, grid)
+    check_books(encoded, grid, method.block)
     if keep < units(grid):
         check_layers(encoded, grid, method, keep, full_layers)
 
