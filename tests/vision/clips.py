@@ -1,0 +1,28 @@
+"""Clips of which it is known what changes when."""
+
+import torch
+
+from tests.vision.tower import PATCH_WIDTH
+
+
+def clip(grid: tuple[int, int, int], changed: torch.Tensor, seed: int = 0, drift: float = 0.02) -> torch.Tensor:
+    """Patches `[rows, 1176]` in which the units of `changed` (bool `[T, H*W]`) are new noise and all others what they were.
+
+    New noise differs by 15 levels and more somewhere; what stays drifts by less than one.
+    """
+    t, h, w = grid
+    random = torch.Generator().manual_seed(seed)
+    now, grids = torch.zeros(h * w, 4, PATCH_WIDTH), []
+    for g in range(t):
+        new = changed[g] if g else torch.ones(h * w, dtype=torch.bool)
+        now = torch.where(new[:, None, None], torch.randn(now.shape, generator=random), now)
+        grids.append(now + drift * torch.randn(now.shape, generator=random) * ~new[:, None, None])
+    return torch.stack(grids).view(-1, PATCH_WIDTH)
+
+
+def changes(grid: tuple[int, int, int], share: float, seed: int = 0) -> torch.Tensor:
+    """bool `[T, H*W]`: all of the first grid, about `share` of the others."""
+    t, h, w = grid
+    made = torch.rand(t, h * w, generator=torch.Generator().manual_seed(seed)) < share
+    made[0] = True
+    return made
