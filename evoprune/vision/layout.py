@@ -170,7 +170,8 @@ def merged_layout(
         into: int64 `[R]`; where a row goes must itself stay.
         scope: the groups inside which rows were merged.
         rows: how many the result has; default: those that stay, which waits for the device. If it is more, the rest is padding:
-            rows without units, whose `home` is the first unit after the last grid, so that they form a group of their own.
+            rows without units, whose `home` is the first unit after the last block, were it whole, so that they form a group of
+            their own.
         counts: rows of each block, where known.
     """
     stays = into == torch.arange(len(into))
@@ -181,7 +182,8 @@ def merged_layout(
     if scope == "block" and layout.block == 1:
         scope = "grid"
     reach = max(scope, layout.reach, key=WIDTH.get)
-    home = torch.where(torch.arange(rows) < stays.sum(), layout.home[true_indices(stays, rows)], len(owner))
+    nowhere = layout.group_count("block") * layout.block * layout.geometry.units
+    home = torch.where(torch.arange(rows) < stays.sum(), layout.home[true_indices(stays, rows)], nowhere)
     return TokenLayout(layout.geometry, layout.grids, home, owner, reach, counts, layout.block)
 
 
