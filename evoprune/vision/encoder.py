@@ -171,8 +171,8 @@ def encode(
         method: the pruning method.
         keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here.
         seconds_per_grid, seed: passed on to the method.
-        chunk_units: units to encode at a time, rounded down to whole grids but at least one; default: `units_at_a_time`.
-            Bounds the memory.
+        chunk_units: units to encode at a time, rounded down to whole blocks of the method but at least one; default:
+            `units_at_a_time`. Bounds the memory.
 
     Raises:
         ValueError: `patches` do not add up to the grid.

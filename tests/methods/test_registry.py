@@ -177,3 +177,20 @@ def test_a_name_may_bring_settings():
     for name in ("evoprune-paper:critical", "evoprune-paper:ratio=1", "evoprune-paper:critical=x", "evoprune-paper:"):
         with pytest.raises(UsageError):
             methods.get(name)
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("reuse", "-1"), ("reuse", "nan"), ("encoder", "-0.1"), ("encoder", "1.1"), ("encoder", "nan"), ("alpha", "-1"),
+        ("alpha", "nan"), ("alpha", "inf"), ("size_bias", "false"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_evoprune_that_makes_no_sense_is_refused(argument, text):
+    with pytest.raises(UsageError) as caught:
+        methods.get("evoprune", {argument: text})
+    assert argument in caught.value.message and caught.value.hint
+
+
+def test_without_references_evoprune_may_do_without_the_bias():
+    assert not methods.get("evoprune", {"size_bias": "false", "reuse": "0"}).size_bias

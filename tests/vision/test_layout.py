@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_window_index
 
-from evoprune.vision.layout import TokenLayout, attention_groups, full_layout, geometry, merged_layout
+from evoprune.vision.layout import (
+    TokenLayout,
+    attention_groups,
+    full_layout,
+    geometry,
+    merged_layout,
+    referring_layout,
+)
 from tests.vision.tower import group_key, groups_by_hand, merge_at_random, place_key, random_layout
 
 SCOPES = ("window", "grid")
@@ -150,3 +157,95 @@ def test_groups_cover_every_row_once_and_are_plain_as_long_as_no_row_left_its_gr
         assert made.consecutive == plain
         assert made.length.sum() == layout.rows and (made.length > 0).all()
         assert made.start.tolist() == (made.length.cumsum(0) - made.length).tolist()
+
+
+# --- references to earlier grids ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def sources(draw):
+    """Where the row of each unit is, `[T, H*W]`, at random; and the geometry. Earlier grids count from -1 down."""
+    grids, height, width = draw(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 9)))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    changed = torch.rand(grids, height * width, generator=random) < draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
+    last = -torch.randint(1, 4, (height * width,), generator=random)
+    if not draw(st.booleans()):
+        changed[0] = True
+    source = torch.empty(grids, height * width, dtype=torch.int64)
+    for g in range(grids):
+        last = source[g] = torch.where(changed[g], g, last)
+    return source, geometry(height, width)
+
+
+@settings(deadline=None, max_examples=120)
+@given(sources(), st.integers(1, 3))
+def test_references_against_loops(made, block):
+    source, geo = made
+    layout = referring_layout(geo, source, block)
+    alive = [g * geo.units + p for g, places in enumerate(source.tolist()) for p, at in enumerate(places) if at == g]
+    homes = sorted(alive, key=lambda unit: place_key(geo, unit))
+    assert layout.home.tolist() == homes and layout.rows == len(homes)
+    for unit, row in enumerate(layout.owner.tolist()):
+        g, p = divmod(unit, geo.units)
+        at = int(source[g, p])
+        assert row == (homes.index(at * geo.units + p) if at >= 0 else len(homes) + p)
+    blocks = range(0, len(source), block)
+    assert list(layout.counts) == [
+        sum(first <= home // geo.units < first + block for home in homes) for first in blocks
+    ]
+    assert layout.counts == layout.per_block and layout.block == block and layout.grids == len(source)
+    assert layout.reach == ("place" if len(homes) == source.numel() else "clip")
+    if layout.reach == "place":
+        full = full_layout(geo, len(source), block)
+        assert torch.equal(layout.home, full.home) and torch.equal(layout.owner, full.owner)
+
+
+def owned_by_hand(layout: TokenLayout) -> list[int]:
+    """How many units of its own block each row stands for."""
+    span, homes = layout.geometry.units * layout.block, layout.home.tolist()
+    sizes = [0] * layout.rows
+    for unit, row in enumerate(layout.owner.tolist()):
+        if row < layout.rows and homes[row] // span == unit // span:
+            sizes[row] += 1
+    return sizes
+
+
+@settings(deadline=None, max_examples=200)
+@given(sources(), st.integers(1, 3), st.lists(st.sampled_from((*SCOPES, "block")), max_size=3), st.integers(0, 99))
+def test_groups_see_rows_of_earlier_grids(made, block, scopes, seed):
+    source, geo = made
+    layout = referring_layout(geo, source, block)
+    for step, scope in enumerate(scopes):
+        before, layout = layout, merge_at_random(layout, scope, seed + step)[0]
+        carried = before.owner >= before.rows
+        assert torch.equal(layout.owner[carried] - layout.rows, before.owner[carried] - before.rows)
+        assert (layout.owner[~carried] < layout.rows).all()
+        if before.reach == "clip":
+            assert layout.reach == "clip"
+    assert layout.size.tolist() == owned_by_hand(layout)
+    blocks = layout.group_of(layout.home, "block").tolist() + [-1] * geo.units
+    for scope in SCOPES:
+        by_hand = groups_by_hand(layout, scope)
+        assert groups_as_made(layout, scope) == by_hand
+        for exact in (True, False):
+            groups = attention_groups(layout, scope, exact)
+            if layout.reach == "clip":
+                near = [blocks[row] == blocks[rows[0]] for rows, keys in by_hand for row in sorted(keys)]
+                assert groups.near[: len(near)].tolist() == near
+                assert not groups.consecutive and not groups.even
+                assert (groups.keys < layout.rows + geo.units).all()
+                assert groups.key_length.sum() == len(near)
+                assert groups.length.amax() <= groups.longest[0] if layout.rows else True
+                assert groups.key_length.amax() <= groups.longest[1] if layout.rows else True
+            else:
+                assert groups.near is None
+
+
+def test_padding_lies_outside_every_block():
+    layout = full_layout(geometry(1, 4), 3, block=2)  # the last block is a grid short
+    into = torch.arange(12)
+    into[[1, 5, 9]] = torch.tensor([0, 4, 8])
+    layout = merged_layout(layout, into, "block", rows=12)
+    assert layout.home.tolist() == [0, 2, 3, 4, 6, 7, 8, 10, 11, 16, 16, 16]
+    assert layout.group_of(layout.home, "block").tolist() == [0] * 6 + [1] * 3 + [2] * 3
+    assert layout.size.tolist() == [2, 1, 1] * 3 + [0] * 3
