@@ -200,6 +200,7 @@ def encode(
             if inside and method.reuse:
                 with watch:
                     layout, last = _referring(geo, chunk, done, block, method.reuse, past)
+                    last = last if done + grids < count else None  # nobody will refer to the last chunk
             plan = [[n] * tower.depth for n in layout.per_block]
             if inside:
                 due = [sum(shares[at : at + block]) for at in range(done, done + grids, block)]
@@ -361,7 +362,7 @@ def _run_tower(
     Args:
         watch: measures what pruning takes.
         wrong: gets what `reduce_rows` could not check at once.
-        last: from `_referring`, None without references.
+        last: from `_referring`, None without references and where no chunk follows.
         past: gets what later chunks will see.
 
     Returns:
@@ -376,7 +377,7 @@ def _run_tower(
     cos, sin = (t[layout.place][:, :, None, None] for t in table)
     size_bias, heads = method.size_bias, visual.config.num_heads
     groups: dict[Scope, list[Bucket] | Packed] = {}
-    rows, before, past.seen = layout.per_block, past.seen, past.seen if last is None else []
+    rows, before, past.seen = layout.per_block, past.seen, None if last is None else []
     for layer, block in enumerate(visual.blocks):
         scope = tower.scope(layer)
         if scope not in groups:
@@ -388,12 +389,13 @@ def _run_tower(
         qkv = linear(block.attn.qkv, _norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
         q, k = _rotate(qkv[:, :, :2], cos, sin).unbind(2)
         v = qkv[:, :, 2]
-        if last is not None:
+        if before or last is not None:
             seen = torch.stack([k, v], 1)
             if before:
-                seen = torch.cat([seen, before[layer]])
+                seen, before[layer] = torch.cat([seen, before[layer]]), None
                 if layout.reach == "clip":
                     k, v = seen.unbind(1)
+        if last is not None:
             # Of the row that stands for a reference by now: it may have been merged.
             stays = len(x) + torch.arange(geo.units) if before else 0
             past.seen.append(seen[torch.where(last < 0, stays, layout.owner[last])])
