@@ -100,6 +100,10 @@ class VideoQA:
         )  # fmt: skip
         return cls(loaded, load_seconds=time.perf_counter() - start, **settings)
 
+    def unpruned(self) -> "VideoQA":
+        """The same model and seed with every visual token kept: what pruning is compared with."""
+        return VideoQA(self.loaded, budget=1.0, method="none", seed=self.seed, load_seconds=self.load_seconds)
+
     @property
     def default_max_visual_tokens(self) -> int:
         """Limit before pruning where none is given."""

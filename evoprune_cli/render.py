@@ -158,9 +158,25 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     load = f"load {times.load:,.0f} apart" if times.load is not None else ""
     lines.append(f"first token{times.ttft_wall or 0:>8,.0f}  {first}  total {times.total or 0:,.0f}  {load}".rstrip())
     lines.append(f"memory     peak {size(report.memory.peak_bytes)}, weights {size(report.memory.weights_bytes)}")
+    if report.compare:
+        lines += _side_by_side(report, report.compare)
     if verbose:
         lines += _verbose(report)
     return [part for line in lines for part in _folded(line, width)]
+
+
+def _side_by_side(pruned: Report, full: Report) -> list[str]:
+    """Times to the first token and tokens of a question, with and without pruning."""
+    rows = (
+        ("first token", pruned.time_ms.ttft_wall, full.time_ms.ttft_wall),
+        (" model alone", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
+        ("tokens", pruned.tokens.visual, full.tokens.visual),
+    )
+    lines = [f"{'compare':<12}{'pruned':>9}{'full':>9}"]
+    for name, ours, theirs in rows:
+        cells = "".join(f"{'-' if value is None else f'{value:,.0f}':>9}" for value in (ours, theirs))
+        lines.append(f"{name:<12}{cells}" + (f"{theirs / ours:>7.1f}x" if ours and theirs else ""))
+    return lines
 
 
 def _folded(line: str, width: int) -> list[str]:
