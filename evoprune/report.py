@@ -114,6 +114,7 @@ class Environment:
 class Report:
     """One record: a question, its answer (or error), and everything that was measured on the way.
 
+    `cache` says where the encoded video came from: "hit" (from disk), "miss" (made, then stored) or "off".
     `compare` is the record of the same question with nothing pruned, where that was asked for.
     """
 
@@ -136,6 +137,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
     compare: "Report | None" = None
+    cache: str | None = None
 
     def to_json(self, ascii_only: bool = False) -> str:
         """One compact line; `ascii_only` spells everything else as JSON escapes."""

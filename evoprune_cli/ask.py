@@ -75,6 +75,7 @@ def ask(
     stats: opt.Stats = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
+    cache: opt.Cache = False,
     debug: opt.Debug = False,
 ) -> int:
     """Ask a question about a video. The answer goes to stdout, everything else to stderr.
@@ -96,6 +97,7 @@ def ask(
             path = cleanup.enter_context(_local(video, question))
             _check_video(path, decoder, sampling)
             with progress(not quiet) as show:
+                from evoprune.cache import Cache, default_folder
                 from evoprune.language.generate import GenerationSettings
                 from evoprune.pipeline import VideoQA
 
@@ -108,18 +110,22 @@ def ask(
                     method=method, method_args=opt.pairs(method_arg), seed=seed,
                 )  # fmt: skip
 
-                def encode(qa, show, on_plan):
+                def encode(qa, show, **told):
                     show("reading video")
                     return qa.encode(
-                        path, name=video, decoder=decoder, on_plan=on_plan,
-                        progress=lambda stage, done, total: show("encoding", done, total), **sampling,
+                        path, name=video, decoder=decoder, cache=Cache(default_folder()) if cache else None,
+                        progress=lambda stage, done, total: show("encoding", done, total), **told, **sampling,
                     )  # fmt: skip
 
-                talk.session = encode(qa, show, lambda plan: _foretell(qa, plan, sampling, quiet))
+                talk.session = encode(
+                    qa, show,
+                    on_plan=lambda plan: _foretell_limits(plan, sampling, quiet),
+                    on_encode=lambda plan: _foretell_wait(qa, plan, quiet),
+                )  # fmt: skip
             if compare:
                 full = qa.unpruned()
                 talk.encode_full = lambda show: encode(
-                    full, show, lambda plan: _foretell_wait(full, plan, quiet, "with nothing pruned ")
+                    full, show, on_encode=lambda plan: _foretell_wait(full, plan, quiet, "with nothing pruned ")
                 )
             for asked in questions:
                 talk.answer(asked, last=talk.answered + 1 == len(questions))
@@ -198,11 +204,17 @@ def _check_video(path: str, decoder: str, sampling: dict) -> None:
     make_plan(info, VideoLimits(), **(sampling | {"max_visual_tokens": MAX_VISUAL_TOKENS if limit is None else limit}))
 
 
-def _foretell(qa, plan, sampling: dict, quiet: bool) -> None:
-    """What a user should know before a long wait: how long, and that it is less than was asked for that is looked at."""
+def _foretell_wait(qa, plan, quiet: bool, how: str = "") -> None:
+    """How long it will take, if it is long."""
+    wait = None if quiet else qa.estimate_first_token(plan)
+    if wait is not None and wait > LONG_WAIT_S:
+        note(f"estimated first token {how}{roughly(wait)}")
+
+
+def _foretell_limits(plan, sampling: dict, quiet: bool) -> None:
+    """That it is less than was asked for that is looked at."""
     if quiet:
         return
-    _foretell_wait(qa, plan, quiet)
     asked = sampling["frames"] is not None or sampling["fps"] is not None
     if asked and sampling["max_frames"] is None and plan.sampling.wanted > plan.frame_limit:
         note(f"{plan.sampling.wanted:,} frames asked for; this model takes {plan.frame_limit:,} (--max-frames)")
@@ -212,9 +224,3 @@ def _foretell(qa, plan, sampling: dict, quiet: bool) -> None:
         where = " on a CPU" if sampling["max_visual_tokens"] is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
         seen = f"{plan.sampling.frames} frames of {plan.width}x{plan.height}"
         note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen}")
-
-
-def _foretell_wait(qa, plan, quiet: bool, how: str = "") -> None:
-    wait = None if quiet else qa.estimate_first_token(plan)
-    if wait is not None and wait > LONG_WAIT_S:
-        note(f"estimated first token {how}{roughly(wait)}")

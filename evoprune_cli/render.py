@@ -13,6 +13,7 @@ BAR = 12
 WARNINGS = {
     "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
+    "cache_not_written": "the encoded video could not be stored; `evoprune inspect` shows where: is there room, and may you write?",
     "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
     "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
 }
@@ -143,6 +144,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
         "prefill": f"{report.tokens.prompt or 0:,} tokens = {report.tokens.visual or 0:,} visual + {report.tokens.text or 0} text",
         "generate": f"{_tokens(report.tokens.new or 0)}{speed}",
     }
+    if report.cache == "hit":
+        said["read"] = f"{_tokens(pruning.visual_tokens_kept)} from the cache"
     longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
     room = width - 21 - max(map(len, said.values()))  # what the bars can have
     bar = min(BAR, room - 2) if room >= 6 else 0
