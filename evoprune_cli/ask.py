@@ -12,6 +12,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.pruning.budget import DEFAULT, parse_budget
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
+from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.render import note, progress, roughly
 
 # Below this nobody needs to be told how long it will take, in seconds.
@@ -42,6 +43,13 @@ def ask(
             show_default=False,
         ),
     ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive",
+            help="Keep the video and ask on at a prompt: Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
+        ),
+    ] = False,
     compare: Annotated[
         bool,
         typer.Option(
@@ -85,6 +93,7 @@ def ask(
     evoprune ask clip.mp4 "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune ask clip.mp4 -Q "Who is there?" -Q "What do they do?" -b fast
     evoprune ask clip.mp4 "What happens?" -b fast --compare
+    evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
     output = Output(json, bool(stats or verbose or (stats is None and not json and not quiet)), verbose, quiet)
@@ -92,7 +101,7 @@ def ask(
     talk, questions = Conversation(video, output, generation), _asked(question, more) or [""]
     with ExitStack() as cleanup:
         try:
-            questions = _questions(question, more, system, from_pipe=video == "-")
+            questions = _questions(question, more, system, video == "-", interactive)
             sampling = _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens)
             path = cleanup.enter_context(_local(video, question))
             _check_video(path, decoder, sampling)
@@ -127,6 +136,9 @@ def ask(
                 talk.encode_full = lambda show: encode(
                     full, show, on_encode=lambda plan: _foretell_wait(full, plan, quiet, "with nothing pruned ")
                 )
+            if interactive:
+                converse(talk, questions)
+                return 0
             for asked in questions:
                 talk.answer(asked, last=talk.answered + 1 == len(questions))
         except BaseException as problem:
@@ -139,10 +151,14 @@ def _asked(question: str | None, more: list[str] | None) -> list[str]:
     return [*([question] if question is not None else []), *(more or [])]
 
 
-def _questions(question: str | None, more: list[str] | None, system: str | None, from_pipe: bool) -> list[str]:
-    """All questions in order; from stdin only if there is none and the video does not come from there."""
+def _questions(
+    question: str | None, more: list[str] | None, system: str | None, from_pipe: bool, interactive: bool
+) -> list[str]:
+    """All questions in order; from stdin only if there is none, none is to be typed, and the video does not come from there."""
     questions = _asked(question, more)
-    if not questions:
+    if interactive:
+        check_terminal()
+    elif not questions:
         if from_pipe:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
         questions = [_question_from_stdin()]

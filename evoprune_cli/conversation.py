@@ -46,10 +46,11 @@ class Conversation:
         self._video, self._output, self._generation = video, output, generation
         self._full: EncodedVideo | None = None
         self._half: Report | None = None  # of a question that has only been answered with pruning
+        self._warned = False
         self._complete: set[str] = set()  # reports that are not about a running answer
 
     def answer(self, question: str, last: bool) -> None:
-        """Asks, and prints the answer; with the `last` one the warnings, which are the same for every question."""
+        """Asks, and prints the answer; with the `last` one the warnings, which are the same for every question, once."""
         self._say(self.session, question, "pruned")
         report = self.session.report
         if self.encode_full:
@@ -102,7 +103,8 @@ class Conversation:
     def _finish(self, report: Report, last: bool) -> None:
         if self._output.json:
             print_json(report)
-        if last:
+        if last and not self._warned:
+            self._warned = True
             for name in report.warnings:
                 print_warning(name)
         if self._output.stats:
