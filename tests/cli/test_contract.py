@@ -410,9 +410,10 @@ def test_processes(case, clips, endless):
         assert case.out in out.decode() and out[-1:] in (b"", b"\n")
 
 
+@pytest.mark.parametrize("where", ["raise KeyboardInterrupt", "exec('raise KeyboardInterrupt')"])
 @pytest.mark.parametrize("way", ["module", "script"])
-def test_interrupted_while_the_command_line_is_imported(tmp_path, way):
-    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+def test_interrupted_while_the_command_line_is_imported(tmp_path, way, where):
+    (tmp_path / "typer.py").write_text(where)
     module, _, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["evoprune"].partition(
         ":"
     )
