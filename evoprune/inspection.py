@@ -16,11 +16,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 
 def environment_facts() -> dict:
-    """Versions, devices, what decoders work and why not, where models are kept."""
+    """Versions, devices, what decoders work and why not, where models and encoded videos are kept."""
     import torch
     from huggingface_hub import constants
 
     from evoprune import methods
+    from evoprune.cache import Cache, default_folder
     from evoprune.environment import cpu_name
     from evoprune.models import BUNDLED_CONFIGS, DEMO_FOLDER, cpu_has_bf16
     from evoprune.video import decord
@@ -35,6 +36,8 @@ def environment_facts() -> dict:
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
+    cache = Cache(default_folder())
+    videos, occupied = cache.size()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -46,6 +49,12 @@ def environment_facts() -> dict:
         "demo_model": "installed" if (DEMO_FOLDER / "model.safetensors").is_file() else "missing",
         "bundled_configs": list(BUNDLED_CONFIGS),
         "hub_cache": constants.HF_HUB_CACHE,
+        "cache": {
+            "folder": str(cache.folder),
+            "videos": videos,
+            "size_bytes": occupied,
+            "limit_bytes": cache.limit_bytes,
+        },
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": sys.stdout.encoding,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},

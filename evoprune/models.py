@@ -4,6 +4,7 @@ What can be wrong with a model is found before its weights are read, as far as i
 hint. Only safetensors are read, and no code that comes with a model is ever run.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ class LoadedModel:
         load_format: "auto" or "dummy" (random weights).
         quantize: "none", "int8" or "int4".
         weights_bytes: size of all weights as they are held, tied ones counted once.
+        fingerprint: changes when the weights do; None where that cannot be told.
     """
 
     model: QwenVL
@@ -65,6 +67,7 @@ class LoadedModel:
     load_format: str
     quantize: str
     weights_bytes: int
+    fingerprint: str | None = None
 
 
 def load_model(
@@ -145,7 +148,18 @@ def load_model(
         load_format=load_format,
         quantize=quantize,
         weights_bytes=weights_bytes(model),
+        fingerprint=_fingerprint(name, commit, folder, files),
     )
+
+
+def _fingerprint(name: str, commit: str | None, folder: Path | None, files: list[Path]) -> str:
+    """Of a hub's model its id and commit; of a folder the config and what the weight files are called, hold and when they changed:
+    they are too large to be read once more."""
+    if commit is not None and files:
+        return f"{name}@{commit}"
+    config = BUNDLED_CONFIGS[name] if folder is None else folder / "config.json"
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(config.read_bytes() + repr(stats).encode()).hexdigest()
 
 
 def no_tokenizer(name: str) -> ModelError:

@@ -1,5 +1,8 @@
 """The stages strung together: read, preprocess, encode, prefill, generate; each timed, each with its counts.
 
+Reading and preprocessing run beside encoding. Each stage is timed by its own work, so together they can be more than the clock on
+the wall shows.
+
 qa = VideoQA.load("demo", budget=0.25)
 video = qa.encode("clip.mp4")
 for piece in video.ask("What colour is the square?"):
@@ -9,14 +12,17 @@ video.report
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 
 from evoprune import methods
+from evoprune.ahead import ahead
+from evoprune.cache import Cache, entry_key
 from evoprune.clock import Clock, memory_guard
 from evoprune.cost import estimate_first_token
 from evoprune.environment import environment, peak_memory
@@ -100,6 +106,10 @@ class VideoQA:
         )  # fmt: skip
         return cls(loaded, load_seconds=time.perf_counter() - start, **settings)
 
+    def unpruned(self) -> "VideoQA":
+        """The same model and seed with every visual token kept: what pruning is compared with."""
+        return VideoQA(self.loaded, budget=1.0, method="none", seed=self.seed, load_seconds=self.load_seconds)
+
     @property
     def default_max_visual_tokens(self) -> int:
         """Limit before pruning where none is given."""
@@ -134,9 +144,12 @@ class VideoQA:
         name: str | None = None,
         progress: Progress | None = None,
         on_plan: Callable[[Plan], None] | None = None,
+        on_encode: Callable[[Plan], None] | None = None,
+        overlap: bool = True,
+        cache: Cache | None = None,
         read: Callable[..., Iterator[FrameChunk]] = read_frames,
     ) -> "EncodedVideo":
-        """Reads, preprocesses and encodes a video, chunk by chunk.
+        """Reads, preprocesses and encodes a video, chunk by chunk; the next ones are made ready while one is encoded.
 
         Args:
             path: the file.
@@ -148,15 +161,19 @@ class VideoQA:
             name: what reports call the video; default: its path.
             progress: called with "encode", frames done and frames in all, after every chunk.
             on_plan: called with the plan, as it is without pruning, before the first frame is read.
-            read: what gives the frames; something else than `read_frames` shows something else than the video.
+            on_encode: the same once it is sure that frames will be read: the video was not in the cache.
+            overlap: whether a thread reads and preprocesses ahead; what comes out is the same.
+            cache: where encoded videos are kept. A method that reads the question leaves it alone.
+            read: what gives the frames; something else than `read_frames` shows something else than the video, and is not cached.
 
         Raises:
             VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory.
         """
         limits, visual = self.loaded.video, self.loaded.model.model.visual
         clock = Clock(visual.patch_embed.proj.weight.device)
+        host = Clock(torch.device("cpu"))  # of what is done beside the encoder, and must not wait for a GPU
         begun = clock.now()
-        with clock.stage("read"):
+        with host.stage("read"):
             info = probe(path)
             decoder = choose_decoder(decoder, info)
             plan = make_plan(
@@ -169,23 +186,64 @@ class VideoQA:
                 max_frames=max_frames,
                 max_visual_tokens=self.default_max_visual_tokens if max_visual_tokens is None else max_visual_tokens,
             )
-        if on_plan:
-            asked = clock.now()
-            on_plan(plan)
-            begun += clock.now() - asked  # what the caller does then is no part of the work
-        asked, keep = plan.visual_tokens, keep_count(self.budget, plan.visual_tokens)
-        plan = plan.shrunk(self.method.plan(plan.grid, keep), limits)
-        seconds_per_grid = plan.sampling.seconds_per_grid(limits.temporal_patch_size)
+        full, encoded, key = plan, None, None
+        keep = keep_count(self.budget, full.visual_tokens)
 
+        def tell(whom: Callable[[Plan], None] | None) -> float:
+            """Seconds that the caller took, which are no part of the work."""
+            asked = clock.now()
+            if whom:
+                whom(full)
+            return clock.now() - asked
+
+        begun += tell(on_plan)
+        plan = full.shrunk(self.method.plan(full.grid, keep), limits)
+        keep = min(keep, plan.visual_tokens)
+        if cache and read is read_frames and not self.method.reads_question:
+            with host.stage("read"):
+                key = entry_key(path, self.loaded, plan, decoder, self.method, keep, self.seed)
+                encoded = cache.load(key, self.loaded.model.device) if key else None
+        found = "hit" if encoded else "miss" if key else "off"
+        warnings = []
+        if encoded:
+            clock.seconds = {"read": 0.0, "preprocess": 0.0, "encode": 0.0} | host.seconds
+        else:
+            begun += tell(on_encode)
+            frames_of = partial(read, info, plan.sampling.times_s, decoder=decoder)
+            encoded = self._encode(info, plan, keep, frames_of, clock, host, overlap, progress)
+            if key and not cache.store(key, encoded):
+                warnings.append("cache_not_written")
+        wall = clock.now() - begun
+        info = replace(info, path=name or info.path)
+        return EncodedVideo(self, info, decoder, plan, full.visual_tokens, encoded, clock, wall, found, warnings)
+
+    def _encode(
+        self,
+        info: VideoInfo,
+        plan: Plan,
+        keep: int,
+        read: Callable[..., Iterator[FrameChunk]],
+        clock: Clock,
+        host: Clock,
+        overlap: bool,
+        progress: Progress | None,
+    ) -> Encoded:
+        """The stages from reading to encoding; arguments as `encode`.
+
+        Args:
+            read: gives the frames of the plan, in chunks of at most `chunk_bytes`.
+            clock: gets the seconds of all stages. host: counts those of reading and preprocessing.
+        """
+        limits, visual = self.loaded.video, self.loaded.model.model.visual
         at_once = units_at_a_time(self.loaded.model.device)
         # No more frames at a time than the encoder takes, and no more bytes than a few large frames.
         grids = max(1, at_once // (plan.grid[1] * plan.grid[2]))
         chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * info.width * info.height * 3)
 
-        def patches() -> Iterator[torch.Tensor]:
-            with closing(read(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes)) as chunks:
-                for chunk in clock.each("read", chunks):
-                    with clock.stage("preprocess"):
+        def prepare() -> Generator[tuple[int, torch.Tensor], None, None]:
+            with closing(read(chunk_bytes=chunk_bytes)) as chunks:
+                for chunk in host.each("read", chunks):
+                    with host.stage("preprocess"):
                         small = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
                         piece = patchify(
                             small,
@@ -195,34 +253,36 @@ class VideoQA:
                             limits.temporal_patch_size,
                             limits.merge_size,
                         )
-                    yield piece
-                    if progress:
-                        progress("encode", chunk.first + len(chunk.frames), plan.sampling.frames)
+                    yield chunk.first + len(chunk.frames), piece
+
+        def patches(prepared: Iterator[tuple[int, torch.Tensor]]) -> Iterator[torch.Tensor]:
+            for frames_done, piece in clock.each("wait", prepared):
+                yield piece
+                if progress:
+                    progress("encode", frames_done, plan.sampling.frames)
 
         start = clock.now()
-        before = sum(clock.seconds.values())
-        with memory_guard("encode"), closing(patches()) as pieces:
+        with memory_guard("encode"), closing(ahead(prepare()) if overlap else prepare()) as prepared:
             encoded = encode(
                 visual,
-                pieces,
+                patches(prepared),
                 plan.grid,
                 self.method,
-                min(keep, plan.visual_tokens),
-                seconds_per_grid=seconds_per_grid,
+                keep,
+                seconds_per_grid=plan.sampling.seconds_per_grid(limits.temporal_patch_size),
                 seed=self.seed,
                 chunk_units=at_once,
             )
-        done = clock.now()
-        clock.seconds["encode"] = done - start - (sum(clock.seconds.values()) - before)
-        info = replace(info, path=name or info.path)
-        return EncodedVideo(self, info, decoder, plan, asked, encoded, clock, done - begun)
+        clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
+        clock.seconds |= host.seconds
+        return encoded
 
 
 class EncodedVideo:
     """A video that was encoded once and can be asked about. `report` describes the latest question (or none yet).
 
     `plan` is what was looked at; `units` are the visual tokens there would be without pruning, which are more if the method
-    made the input smaller.
+    made the input smaller. From the cache, `encoded.rows` have a shape but hold no data.
     """
 
     def __init__(
@@ -235,9 +295,11 @@ class EncodedVideo:
         encoded: Encoded,
         clock: Clock,
         wall_seconds: float,
+        cache: str = "off",
+        warnings: Sequence[str] = (),
     ):
         self.qa, self.info, self.decoder, self.plan, self.units, self.encoded = qa, info, decoder, plan, units, encoded
-        self._clock, self._wall = clock, wall_seconds
+        self._clock, self._wall, self._cache, self._warnings = clock, wall_seconds, cache, warnings
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
         self._turn, self._paid = 0, False
@@ -404,6 +466,8 @@ class EncodedVideo:
                 load_format=loaded.load_format,
             ),
             env=environment(loaded.device),
+            warnings=list(self._warnings),
+            cache=self._cache,
         )
         report.time_ms.load = None if qa.load_seconds is None else qa.load_seconds * 1000
         report.time_ms.encode_prune = encoded.prune_seconds * 1000

@@ -112,7 +112,11 @@ class Environment:
 
 @dataclass
 class Report:
-    """One record: a question, its answer (or error), and everything that was measured on the way."""
+    """One record: a question, its answer (or error), and everything that was measured on the way.
+
+    `cache` says where the encoded video came from: "hit" (from disk), "miss" (made, then stored) or "off".
+    `compare` is the record of the same question with nothing pruned, where that was asked for.
+    """
 
     schema: str = SCHEMA
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -132,6 +136,8 @@ class Report:
     env: Environment = field(default_factory=Environment)
     warnings: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
+    compare: "Report | None" = None
+    cache: str | None = None
 
     def to_json(self, ascii_only: bool = False) -> str:
         """One compact line; `ascii_only` spells everything else as JSON escapes."""
@@ -144,13 +150,18 @@ class Report:
         Raises:
             ValueError: not JSON, or not a record of this schema.
         """
-        record = json.loads(text)
+        return cls._from_record(json.loads(text))
+
+    @classmethod
+    def _from_record(cls, record: Any) -> "Report":
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ValueError(f"not a record of {SCHEMA}")
         made = cls()
         for name, value in record.items():
             current = getattr(made, name, None)
-            if hasattr(current, "__dataclass_fields__"):
+            if name == "compare" and value is not None:
+                made.compare = cls._from_record(value)
+            elif hasattr(current, "__dataclass_fields__"):
                 if not isinstance(value, dict):
                     raise ValueError(f"{name} is not an object")
                 known = {k: v for k, v in value.items() if k in current.__dataclass_fields__}

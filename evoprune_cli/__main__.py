@@ -11,6 +11,10 @@ def start() -> None:
         run()
     except KeyboardInterrupt:  # before `run` could take care of it
         sys.exit(130)
+    finally:
+        # Python takes an interruption inside `exec("...")`, as dataclasses use it, for one that nobody caught, even if somebody
+        # did, and kills itself by SIGINT in the end. The next `exec` makes it forget.
+        exec("")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import typer
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.pruning.budget import DEFAULT, parse_budget
-from evoprune.report import Report, VideoFacts
 from evoprune_cli import options as opt
-from evoprune_cli.failures import failure
-from evoprune_cli.render import encodable, note, print_json, print_stats, print_warning, progress, roughly
+from evoprune_cli.conversation import Conversation, Output
+from evoprune_cli.interactive import check_terminal, converse
+from evoprune_cli.render import note, progress, roughly
 
 # Below this nobody needs to be told how long it will take, in seconds.
 LONG_WAIT_S = 5.0
@@ -43,6 +43,20 @@ def ask(
             show_default=False,
         ),
     ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive",
+            help="Keep the video and ask on at a prompt: Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
+        ),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
+        ),
+    ] = False,
     model: opt.Model = "demo",
     revision: opt.Revision = None,
     device: opt.Device = "auto",
@@ -69,6 +83,7 @@ def ask(
     stats: opt.Stats = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
+    cache: opt.Cache = False,
     debug: opt.Debug = False,
 ) -> int:
     """Ask a question about a video. The answer goes to stdout, everything else to stderr.
@@ -77,17 +92,21 @@ def ask(
     evoprune ask clip.mp4 "What happens?"
     evoprune ask clip.mp4 "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune ask clip.mp4 -Q "Who is there?" -Q "What do they do?" -b fast
+    evoprune ask clip.mp4 "What happens?" -b fast --compare
+    evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
-    show_stats = bool(stats or verbose or (stats is None and not json and not quiet))
-    questions, answered, session = _asked(question, more) or [""], 0, None
+    output = Output(json, bool(stats or verbose or (stats is None and not json and not quiet)), verbose, quiet)
+    generation = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    talk, questions = Conversation(video, output, generation), _asked(question, more) or [""]
     with ExitStack() as cleanup:
         try:
-            questions = _questions(question, more, system, from_pipe=video == "-")
+            questions = _questions(question, more, system, video == "-", interactive)
             sampling = _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens)
             path = cleanup.enter_context(_local(video, question))
             _check_video(path, decoder, sampling)
             with progress(not quiet) as show:
+                from evoprune.cache import Cache, default_folder
                 from evoprune.language.generate import GenerationSettings
                 from evoprune.pipeline import VideoQA
 
@@ -99,48 +118,47 @@ def ask(
                     progress=lambda done, total: show("quantizing", done, total), budget=budget,
                     method=method, method_args=opt.pairs(method_arg), seed=seed,
                 )  # fmt: skip
-                show("reading video")
-                session = qa.encode(
-                    path, name=video, decoder=decoder, on_plan=lambda plan: _foretell(qa, plan, sampling, quiet),
-                    progress=lambda stage, done, total: show("encoding", done, total), **sampling,
+
+                def encode(qa, show, **told):
+                    show("reading video")
+                    return qa.encode(
+                        path, name=video, decoder=decoder, cache=Cache(default_folder()) if cache else None,
+                        progress=lambda stage, done, total: show("encoding", done, total), **told, **sampling,
+                    )  # fmt: skip
+
+                talk.session = encode(
+                    qa, show,
+                    on_plan=lambda plan: _foretell_limits(plan, sampling, quiet),
+                    on_encode=lambda plan: _foretell_wait(qa, plan, quiet),
                 )  # fmt: skip
-                show("reading prompt")
-                first = _begin(session, questions[0], system, max_new_tokens, temperature, top_p)
-            for turn, asked in enumerate(questions):
-                pieces = first if turn == 0 else _begin(session, asked, system, max_new_tokens, temperature, top_p)
-                _print_answer(*pieces, silent=json)
-                answered += 1  # before it is printed: an interrupted record is better lost than there twice
-                _finish(session.report, json, show_stats, verbose, last=answered == len(questions))
+            if compare:
+                full = qa.unpruned()
+                talk.encode_full = lambda show: encode(
+                    full, show, on_encode=lambda plan: _foretell_wait(full, plan, quiet, "with nothing pruned ")
+                )
+            if interactive:
+                converse(talk, questions)
+                return 0
+            for asked in questions:
+                talk.answer(asked, last=talk.answered + 1 == len(questions))
         except BaseException as problem:
-            _break_off(problem, video, questions[answered:], session, json, show_stats, verbose)
+            talk.break_off(problem, questions[talk.answered :])
             raise
     return 0
-
-
-def _break_off(problem: BaseException, video, unanswered, session, json, show_stats, verbose) -> None:
-    """What there is when something went wrong: the stats so far, and for `--json` a line for every question not answered."""
-    if isinstance(problem, BrokenPipeError | SystemExit):
-        return
-    interrupted = not isinstance(problem, Exception)
-    begun = session is not None and bool(unanswered) and session.report.question == unanswered[0]
-    if interrupted and begun:
-        session.report.finish_reason = "interrupt"
-        _finish(session.report, json, show_stats, verbose, last=True)
-        unanswered = unanswered[1:]
-    if json:
-        for question in unanswered:
-            print_json(_failure(video, question, problem, interrupted))
-        problem.told = True
 
 
 def _asked(question: str | None, more: list[str] | None) -> list[str]:
     return [*([question] if question is not None else []), *(more or [])]
 
 
-def _questions(question: str | None, more: list[str] | None, system: str | None, from_pipe: bool) -> list[str]:
-    """All questions in order; from stdin only if there is none and the video does not come from there."""
+def _questions(
+    question: str | None, more: list[str] | None, system: str | None, from_pipe: bool, interactive: bool
+) -> list[str]:
+    """All questions in order; from stdin only if there is none, none is to be typed, and the video does not come from there."""
     questions = _asked(question, more)
-    if not questions:
+    if interactive:
+        check_terminal()
+    elif not questions:
         if from_pipe:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
         questions = [_question_from_stdin()]
@@ -202,13 +220,17 @@ def _check_video(path: str, decoder: str, sampling: dict) -> None:
     make_plan(info, VideoLimits(), **(sampling | {"max_visual_tokens": MAX_VISUAL_TOKENS if limit is None else limit}))
 
 
-def _foretell(qa, plan, sampling: dict, quiet: bool) -> None:
-    """What a user should know before a long wait: how long, and that it is less than was asked for that is looked at."""
+def _foretell_wait(qa, plan, quiet: bool, how: str = "") -> None:
+    """How long it will take, if it is long."""
+    wait = None if quiet else qa.estimate_first_token(plan)
+    if wait is not None and wait > LONG_WAIT_S:
+        note(f"estimated first token {how}{roughly(wait)}")
+
+
+def _foretell_limits(plan, sampling: dict, quiet: bool) -> None:
+    """That it is less than was asked for that is looked at."""
     if quiet:
         return
-    wait = qa.estimate_first_token(plan)
-    if wait is not None and wait > LONG_WAIT_S:
-        note(f"estimated first token {roughly(wait)}")
     asked = sampling["frames"] is not None or sampling["fps"] is not None
     if asked and sampling["max_frames"] is None and plan.sampling.wanted > plan.frame_limit:
         note(f"{plan.sampling.wanted:,} frames asked for; this model takes {plan.frame_limit:,} (--max-frames)")
@@ -218,40 +240,3 @@ def _foretell(qa, plan, sampling: dict, quiet: bool) -> None:
         where = " on a CPU" if sampling["max_visual_tokens"] is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
         seen = f"{plan.sampling.frames} frames of {plan.width}x{plan.height}"
         note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen}")
-
-
-def _begin(session, question: str, system, max_new_tokens, temperature, top_p):
-    """The first piece of an answer, and the rest to come."""
-    pieces = session.ask(question, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    return next(pieces, ""), pieces
-
-
-def _print_answer(first: str, rest, silent: bool) -> None:
-    """Streams the answer; the closing newline comes even when it is cut short."""
-    if silent:
-        for _ in rest:
-            pass
-        return
-    try:
-        print(encodable(first, sys.stdout), end="", flush=True)
-        for piece in rest:
-            print(encodable(piece, sys.stdout), end="", flush=True)
-    finally:
-        print(flush=True)
-
-
-def _finish(report: Report, json: bool, show_stats: bool, verbose: bool, last: bool) -> None:
-    if json:
-        print_json(report)
-    if last:  # the warnings are about the video, the same for every question
-        for name in report.warnings:
-            print_warning(name)
-    if show_stats:
-        note()
-        print_stats(report, verbose)
-
-
-def _failure(video: str, question: str, problem: BaseException, interrupted: bool) -> Report:
-    """The record of a question that has no answer."""
-    reason = "interrupt" if interrupted else "error"
-    return Report(question=question, video=VideoFacts(path=video), finish_reason=reason, error=failure(problem))

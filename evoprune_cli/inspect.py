@@ -38,6 +38,9 @@ def inspect(
         bool,
         typer.Option("--scan", help="Decode the whole video and report damage, true length and variable rate."),
     ] = False,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="First throw out the encoded videos that `ask --cache` keeps on disk.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")] = False,
     debug: opt.Debug = False,
 ) -> int:
@@ -52,6 +55,10 @@ def inspect(
     """
     facts = {} if video is None else {"video": {"path": video}}
     try:
+        if clear_cache:
+            if video is not None:
+                raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
+            _clear_cache()
         if video is None:
             if scan:
                 raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
@@ -73,6 +80,17 @@ def inspect(
         for line in lines(facts):
             print(printable(line, sys.stdout))
     return 0
+
+
+def _clear_cache() -> None:
+    from evoprune.cache import Cache, default_folder
+
+    cache = Cache(default_folder())
+    try:
+        cache.clear()
+    except OSError as problem:
+        hint = "delete it yourself, or name another folder in EVOPRUNE_CACHE_DIR"
+        raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
 
 
 def _about(video, model, revision, offline, sampling, start, end, scan) -> Iterator[dict]:
@@ -113,7 +131,7 @@ def lines(facts: dict, indent: int = 0) -> list[str]:
     """Nested facts as aligned lines, values of known units in words."""
     made = []
     for name, value in facts.items():
-        title = " " * indent + name.removesuffix("_s").replace("_", " ")
+        title = " " * indent + name.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
         if name == "presets":
             made.append(title)
             for preset, p in value.items():
@@ -136,6 +154,8 @@ def _value(name: str, value) -> str:
         return ", ".join(shown if len(value) <= 8 else [*shown[:4], "...", *shown[4:]]) + " s"
     if isinstance(value, list | dict):
         return ", ".join(map(str, value)) or "none"
+    if name.endswith("_bytes"):
+        return size(value)
     if name == "duration_s":
         return f"{value:.3f} s ({clock(value)})"
     if name.endswith("_s") or name == "seconds":

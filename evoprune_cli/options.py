@@ -141,6 +141,14 @@ Stats = Annotated[
 ]
 Quiet = Annotated[bool, _option(_OUTPUT, "-q", "--quiet", help="No progress, notes or stats; warnings remain.")]
 Verbose = Annotated[bool, _option(_OUTPUT, "-v", "--verbose", help="Also rows of every layer, settings, versions.")]
+Cache = Annotated[
+    bool,
+    _option(
+        _OUTPUT,
+        "--cache/--no-cache",
+        help="Keep encoded videos on disk (at most 2 GiB), and take them from there.  [env var: EVOPRUNE_CACHE_DIR]",
+    ),
+]
 Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
 
 

@@ -13,6 +13,7 @@ BAR = 12
 WARNINGS = {
     "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
+    "cache_not_written": "the encoded video could not be stored; `evoprune inspect` shows where: is there room, and may you write?",
     "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
     "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
 }
@@ -143,6 +144,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
         "prefill": f"{report.tokens.prompt or 0:,} tokens = {report.tokens.visual or 0:,} visual + {report.tokens.text or 0} text",
         "generate": f"{_tokens(report.tokens.new or 0)}{speed}",
     }
+    if report.cache == "hit":
+        said["read"] = f"{_tokens(pruning.visual_tokens_kept)} from the cache"
     longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
     room = width - 21 - max(map(len, said.values()))  # what the bars can have
     bar = min(BAR, room - 2) if room >= 6 else 0
@@ -158,9 +161,25 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     load = f"load {times.load:,.0f} apart" if times.load is not None else ""
     lines.append(f"first token{times.ttft_wall or 0:>8,.0f}  {first}  total {times.total or 0:,.0f}  {load}".rstrip())
     lines.append(f"memory     peak {size(report.memory.peak_bytes)}, weights {size(report.memory.weights_bytes)}")
+    if report.compare:
+        lines += _side_by_side(report, report.compare)
     if verbose:
         lines += _verbose(report)
     return [part for line in lines for part in _folded(line, width)]
+
+
+def _side_by_side(pruned: Report, full: Report) -> list[str]:
+    """Times to the first token and tokens of a question, with and without pruning."""
+    rows = (
+        ("first token", pruned.time_ms.ttft_wall, full.time_ms.ttft_wall),
+        (" model alone", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
+        ("tokens", pruned.tokens.visual, full.tokens.visual),
+    )
+    lines = [f"{'compare':<12}{'pruned':>9}{'full':>9}"]
+    for name, ours, theirs in rows:
+        cells = "".join(f"{'-' if value is None else f'{value:,.0f}':>9}" for value in (ours, theirs))
+        lines.append(f"{name:<12}{cells}" + (f"{theirs / ours:>7.1f}x" if ours and theirs else ""))
+    return lines
 
 
 def _folded(line: str, width: int) -> list[str]:

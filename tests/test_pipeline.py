@@ -1,6 +1,10 @@
 """The stages strung together, on sample clips: equal to Hugging Face at full budget, whatever was asked before."""
 
+import signal
+import threading
+import time
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -150,16 +154,112 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     assert done[0] <= 16 and done[-1] == 32
 
 
-def test_times_add_up(loaded):
-    video = VideoQA(loaded, budget=0.25).encode(CLIP)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_times_add_up(loaded, overlap):
+    video = VideoQA(loaded, budget=0.25).encode(CLIP, overlap=overlap)
     answer(video)
     times = video.report.time_ms
     busy = times.read + times.preprocess + times.encode + times.prefill + times.generate
-    assert busy <= times.total + 1 and times.ttft_wall <= times.total
+    assert times.ttft_wall <= times.total and times.encode + times.prefill <= times.ttft_wall
+    assert times.read + times.preprocess + times.prefill <= times.ttft_wall
+    assert overlap or busy <= times.total + 1
     assert times.encode_prune < times.encode and times.ttft_model == times.encode + times.prefill
     answer(video, "And then?")
     again = video.report.time_ms
     assert again.read == again.encode == again.encode_prune == 0 and again.ttft_model == again.prefill > 0
+
+
+def slow(work, seconds):
+    def slowed(*args, **settings):
+        time.sleep(seconds)
+        return work(*args, **settings)
+
+    return slowed
+
+
+def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
+    """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
+    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.patchify", slow(patchify, 0.02))
+    layer = loaded.model.model.visual.blocks[0].attn.proj
+    hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+    try:
+        times = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
+        apart = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20, overlap=False).report.time_ms
+    finally:
+        hook.remove()
+    assert times.preprocess >= 200 and times.encode >= 300 and apart.preprocess >= 200 and apart.encode >= 300
+    assert times.total < times.read + times.preprocess + times.encode - 100
+    assert apart.total >= apart.read + apart.preprocess + apart.encode - 1
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+@pytest.mark.parametrize("method", ["evoprune", "evs"])
+def test_overlap_changes_nothing(loaded, monkeypatch, budget, method):
+    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
+    qa, done = VideoQA(loaded, budget=budget, method=method), []
+    beside = qa.encode(LONG, progress=lambda *now: done.append(now))
+    apart = qa.encode(LONG, overlap=False)
+    for name in ("features", "kept", "rows", "owner"):
+        assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
+    assert beside.encoded.layers == apart.encoded.layers
+    assert done == [("encode", n, 16) for n in range(2, 17, 2)]  # told by the stage that is the last, in order
+
+
+@pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
+@pytest.mark.parametrize("stage", ["read", "preprocess", "encode"])
+def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem):
+    closed, calls, threads = [], [], set(threading.enumerate())
+
+    def fails(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise problem.with_traceback(None)
+
+    def read(*args, **settings):
+        try:
+            for chunk in read_frames(*args, **settings):
+                yield chunk
+                if stage == "read":
+                    fails()
+        finally:
+            closed.append(1)
+
+    def preprocess(*args):
+        fails()
+        return patchify(*args)
+
+    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
+    if stage == "preprocess":
+        monkeypatch.setattr("evoprune.pipeline.patchify", preprocess)
+    layer = loaded.model.model.visual.blocks[0].attn.proj
+    hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
+    with pytest.raises(type(problem)) as caught:
+        VideoQA(loaded).encode(CLIP, frames=20, read=read)
+    hook.remove()
+    assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
+
+
+def test_a_signal_while_a_frame_is_waited_for(loaded):
+    """Ctrl-C in the main thread while the other one is at work."""
+    closed, threads, main = [], set(threading.enumerate()), threading.main_thread().ident
+
+    def read(*args, **settings):
+        try:
+            yield from islice(read_frames(*args, **settings), 1)
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.2)
+            yield None
+        finally:
+            closed.append(1)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            VideoQA(loaded).encode(CLIP, read=read)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert closed == [1] and set(threading.enumerate()) == threads
 
 
 def test_settings_are_checked_before_weights_are_read():

@@ -97,6 +97,7 @@ class Method:
         reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew (pruning/reference.py); 0 for all.
         exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
             its least.
+        reads_question: whether what is kept depends on the question, so that an encoded video serves no other one.
     """
 
     name: ClassVar[str] = "none"
@@ -106,6 +107,7 @@ class Method:
     size_bias: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     reuse: ClassVar[float] = 0.0
+    reads_question: ClassVar[bool] = False
 
     @property
     def selects(self) -> bool:

@@ -7,6 +7,7 @@ import re
 import struct
 import termios
 import threading
+import time
 
 
 class Screen:
@@ -31,6 +32,13 @@ class Screen:
 
     def press(self, keys: bytes) -> None:
         os.write(self._ours, keys)
+
+    def wait_for(self, pattern: str, times: int = 1, seconds: float = 120) -> None:
+        """Until something of this pattern was written so many times in all."""
+        until = time.monotonic() + seconds
+        while len(re.findall(pattern, self._seen.decode(errors="replace"), re.DOTALL)) < times:
+            assert time.monotonic() < until, self._seen
+            time.sleep(0.01)
 
     def finish(self) -> str:
         """Everything that was written; every copy of `end` must be closed by now."""

@@ -77,6 +77,12 @@ CASES = {
     # 0: done
     "answer and stats": Case(ASK, says="first token", ways=("pipe", "terminal", "narrow")),
     "quiet": Case((*ASK, "-q")),
+    "both sides": Case(
+        (*ASK, "--compare"),
+        says="compare",
+        out=f"pruned: {ANSWER}\nfull: {ANSWER}\n",
+        ways=("pipe", "terminal", "narrow"),
+    ),
     "no stats": Case((*ASK, "--no-stats"), ways=PIPE),
     "stats beside JSON": Case((*ASK, "--json", "--stats"), says="first token", out=None, ways=("pipe", "narrow")),
     "everything": Case((*ASK, "-v"), says="versions", ways=("pipe", "narrow")),
@@ -126,6 +132,8 @@ CASES = {
     "no question at a terminal": fails(2, "no question", "ask", CLIP, at_terminal=True),
     "no question in stdin": fails(2, "stdin is empty", "ask", CLIP, stdin="\n"),
     "video from stdin, and no question": fails(2, "stdin is the video", "ask", "-"),
+    "nobody to type questions": fails(2, "from a terminal", *ASK, "--interactive"),
+    "a cache and a video to inspect": fails(2, "not about a video", "inspect", CLIP, "--clear-cache"),
     "budget zero": fails(2, "budget '0'", *ASK, "-b", "0"),
     "budget word": fails(2, "budget 'tiny'", *ASK, "-b", "tiny"),
     "budget nan": fails(2, "budget 'nan'", *ASK, "-b", "nan"),
@@ -403,9 +411,10 @@ def test_processes(case, clips, endless):
         assert case.out in out.decode() and out[-1:] in (b"", b"\n")
 
 
+@pytest.mark.parametrize("where", ["raise KeyboardInterrupt", "exec('raise KeyboardInterrupt')"])
 @pytest.mark.parametrize("way", ["module", "script"])
-def test_interrupted_while_the_command_line_is_imported(tmp_path, way):
-    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+def test_interrupted_while_the_command_line_is_imported(tmp_path, way, where):
+    (tmp_path / "typer.py").write_text(where)
     module, _, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["evoprune"].partition(
         ":"
     )
