@@ -126,7 +126,8 @@ class VideoQA:
         geo = tower_geometry(model.model.visual, height, width)
         rows = [geo.units] * (tower.depth + 1)
         if self.method.acts == "inside" and keep < plan.visual_tokens:
-            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, max(1, keep // count))]
+            left = self.method.left(geo.units, geo.units, max(1, keep // count))  # of a grid that repeats nothing
+            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]
         rows = [count * n for n in rows]
         return estimate_first_token(model, rows, count, geo.windows, min(keep, rows[0]) + text_tokens)
 

@@ -9,10 +9,8 @@ from typing import Annotated
 
 import typer
 
-from evoprune import methods
 from evoprune.choices import SPLITS
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import PRESETS, parse_budget
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, print_text, write_text
@@ -20,7 +18,7 @@ from evoprune_cli.render import WIDTH, note, progress
 
 SCHEMA = "evoprune/eval@1"
 SOME_FAILED = 6
-_DATA, _SWEEP, _OUTPUT = "Data", "Sweep (lists by commas or repetition)", "Output"
+_DATA, _SWEEP, _OUTPUT = "Data", opt.SWEEP, "Output"
 
 
 def evaluate(
@@ -66,28 +64,8 @@ def evaluate(
             rich_help_panel=_DATA,
         ),
     ] = 0,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-b",
-            "--budget",
-            envvar="EVOPRUNE_BUDGET",
-            metavar="LIST",
-            help=f"Shares of visual tokens kept, or presets; default: {','.join(list(PRESETS)[1:])}. Full is always there.",
-            show_default=False,
-            rich_help_panel=_SWEEP,
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="LIST",
-            help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for a variant.",
-            show_default=False,
-            rich_help_panel=_SWEEP,
-        ),
-    ] = None,
+    budget: opt.Budgets = None,
+    method: opt.Methods = None,
     method_arg: opt.MethodArg = None,
     blind: Annotated[
         bool,
@@ -156,12 +134,8 @@ def evaluate(
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    sweep = {
-        "budgets": tuple(dict.fromkeys(map(parse_budget, opt.listed(budget) or list(PRESETS)[1:]))),
-        "methods": tuple(dict.fromkeys(opt.listed(method) or [methods.DEFAULT])),
-        "method_args": opt.pairs(method_arg),
-    }
-    _check_flags(sweep["methods"], split, output, resume, fps, frames, max_new_tokens)
+    sweep = opt.sweep(budget, method, method_arg)
+    _check_flags(split, output, resume, fps, frames, max_new_tokens)
     check_writable(chart)
     videos, evaluation = _questions(data), None
     try:
@@ -198,9 +172,7 @@ def evaluate(
     return SOME_FAILED if evaluation.failed else 0
 
 
-def _check_flags(names, split, output, resume, fps, frames, max_new_tokens) -> None:
-    if unknown := [name for name in names if not methods.known(name)]:
-        raise UsageError(f"--method {unknown[0]!r} is unknown", f"one of {', '.join(methods.available())}")
+def _check_flags(split, output, resume, fps, frames, max_new_tokens) -> None:
     if split not in SPLITS:
         raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")
     if output is not None and resume is not None:

@@ -7,7 +7,7 @@ import typer
 from evoprune import methods
 from evoprune.choices import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import PRESETS
+from evoprune.pruning.budget import PRESETS, parse_budget
 
 _PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())
 
@@ -77,6 +77,29 @@ Budget = Annotated[
 MethodName = Annotated[
     str,
     _option(_PRUNING, "--method", metavar="NAME", help=f"How tokens are pruned: {', '.join(methods.available())}."),
+]
+SWEEP = "Sweep (lists by commas or repetition)"
+Budgets = Annotated[
+    list[str] | None,
+    _option(
+        SWEEP,
+        "-b",
+        "--budget",
+        envvar="EVOPRUNE_BUDGET",
+        metavar="LIST",
+        help=f"Shares of visual tokens kept, or presets; default: {','.join(list(PRESETS)[1:])}. Full is always there.",
+        show_default=False,
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    _option(
+        SWEEP,
+        "--method",
+        metavar="LIST",
+        help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for a variant.",
+        show_default=False,
+    ),
 ]
 MethodArg = Annotated[
     list[str] | None,
@@ -170,3 +193,16 @@ def pairs(texts: list[str] | None) -> dict[str, str]:
 def listed(texts: list[str] | None) -> list[str]:
     """A list given by commas or by repeating the option."""
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
+
+
+def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None) -> dict:
+    """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
+
+    Raises:
+        UsageError: a bad budget, no such method, a setting that is not NAME=VALUE.
+    """
+    wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
+    if unknown := [name for name in wanted if not methods.known(name)]:
+        raise UsageError(f"--method {unknown[0]!r} is unknown", f"one of {', '.join(methods.available())}")
+    shares = tuple(dict.fromkeys(map(parse_budget, listed(budgets) or list(PRESETS)[1:])))
+    return {"budgets": shares, "methods": wanted, "method_args": pairs(args)}

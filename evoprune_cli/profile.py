@@ -14,7 +14,6 @@ from evoprune import methods
 from evoprune.choices import LOAD_FORMATS, QUANTIZE, SYNTHETIC
 from evoprune.errors import UsageError
 from evoprune.measurements import Case
-from evoprune.pruning.budget import PRESETS, parse_budget
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_writable, print_text, write_text
 from evoprune_cli.render import WIDTH
@@ -23,7 +22,7 @@ MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 FORMATS = ("table", "md", "csv", "json")
 SIZE = (224, 336)  # pixels of a frame, height and width
 SOME_FAILED = 6
-_SWEEP, _ROUNDS, _OUTPUT = "Sweep (lists by commas or repetition)", "Rounds", "Output"
+_SWEEP, _ROUNDS, _OUTPUT = opt.SWEEP, "Rounds", "Output"
 
 
 def profile(
@@ -33,28 +32,8 @@ def profile(
             metavar="VIDEO", help="A video instead of a synthetic clip; see --synthetic.", show_default=False
         ),
     ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-b",
-            "--budget",
-            envvar="EVOPRUNE_BUDGET",
-            metavar="LIST",
-            help=f"Shares of visual tokens kept, or presets; default: {','.join(list(PRESETS)[1:])}.",
-            show_default=False,
-            rich_help_panel=_SWEEP,
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="LIST",
-            help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for a variant.",
-            show_default=False,
-            rich_help_panel=_SWEEP,
-        ),
-    ] = None,
+    budget: opt.Budgets = None,
+    method: opt.Methods = None,
     frames: Annotated[
         list[str] | None,
         typer.Option(
@@ -185,13 +164,11 @@ def profile(
     evoprune profile --synthetic static90 --frames 32 -b fast --format json
     """
     sweep = {
-        "budgets": tuple(dict.fromkeys(map(parse_budget, opt.listed(budget) or list(PRESETS)[1:]))),
-        "methods": tuple(dict.fromkeys(opt.listed(method) or [methods.DEFAULT])),
-        "method_args": opt.pairs(method_arg),
+        **opt.sweep(budget, method, method_arg),
         "quantize": tuple(dict.fromkeys(opt.listed(quantize) or ["none"])),
     }
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
-    _check_flags(sweep["methods"], sweep["quantize"], form, load_format, synthetic, video)
+    _check_flags(sweep["quantize"], form, load_format, synthetic, video)
     for path in (output, chart):
         check_writable(path)
     kind, results = synthetic or SYNTHETIC[0], None
@@ -250,9 +227,8 @@ def _sizes(texts: list[str]) -> list[tuple[int, int]]:
     return list(made)
 
 
-def _check_flags(names, kinds, form: str, load_format: str | None, synthetic: str | None, video: str | None) -> None:
+def _check_flags(kinds, form: str, load_format: str | None, synthetic: str | None, video: str | None) -> None:
     for option, value, known in (
-        ("--method", next((name for name in names if not methods.known(name)), None), methods.available()),
         ("--quantize", next((kind for kind in kinds if kind not in QUANTIZE), None), QUANTIZE),
         ("--format", form, FORMATS),
         ("--load-format", load_format, LOAD_FORMATS),
