@@ -12,6 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
+from evoprune.video import watch
 
 # Frame rate of a stream that states none; FFmpeg assumes the same.
 FALLBACK_FPS = 25.0
@@ -91,6 +92,7 @@ def video_stream(container: InputContainer, path: str) -> VideoStream:
     stream = best if best in moving else moving[0]
     if stream.codec_context is None:
         raise VideoError(f"there is no decoder for the video in {path}", "convert it to H.264, e.g. with ffmpeg")
+    watch.pixels(stream.codec_context.width * stream.codec_context.height)
     return stream
 
 

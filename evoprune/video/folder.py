@@ -14,11 +14,9 @@ from av.video.reformatter import VideoReformatter
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.container import TOLERANCE_S, first_frame, open_bytes
 from evoprune.video.exif import exif_orientation
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import FOLDER_FPS, VideoInfo
 from evoprune.video.pixels import orientation, to_rgb
 
-# Images per second, unless the caller says otherwise: the rate at which frames for Qwen2.5-VL are usually extracted.
-FOLDER_FPS = 2.0
 CONTAINER = "folder"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

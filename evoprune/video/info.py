@@ -1,6 +1,9 @@
-"""The facts about a video that everything else starts from."""
+"""What is known about a video: the facts that everything else starts from, and what only reading all of it tells."""
 
 from dataclasses import dataclass
+
+# Images of a folder per second, unless the caller says otherwise: the rate at which frames for Qwen2.5-VL are usually extracted.
+FOLDER_FPS = 2.0
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,30 @@ class VideoInfo:
     start_s: float
     tags: dict[str, str]
     mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What decoding a video from beginning to end found.
+
+    Attributes:
+        frames: how many can be decoded.
+        damaged: packets (of a folder: images) that are damaged and were skipped. Containers that hide their damage, such
+            as Matroska, show it only by a `duration_s` below `stated_s`.
+        duration_s: seconds from the first frame to the end of the last one.
+        stated_s: the length in seconds that the header states, which counts other streams too; None if it states none.
+        variable_rate: whether more frame intervals are out of step than damage explains.
+        largest_gap_s: longest time in seconds from one frame to the next; 0 for a single frame.
+        keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, from the last one to the end.
+        seconds: how long the scan took.
+    """
+
+    frames: int
+    damaged: int
+    duration_s: float
+    stated_s: float | None
+    variable_rate: bool
+    largest_gap_s: float
+    keyframe_median_s: float
+    keyframe_max_s: float
+    seconds: float

@@ -14,6 +14,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
+from evoprune.video import watch
 from evoprune.video.container import (
     FALLBACK_FPS,
     SEEKABLE,
@@ -116,6 +117,7 @@ def decode(
         if broken:
             damaged()
         for frame in frames:
+            watch.alive()
             stamp = frame_time(frame, stream)
             time = time + step if stamp is None else stamp - info.start_s
             yield time, frame

@@ -196,14 +196,14 @@ CASES = {
     ),
     # 5: out of memory
     "weights do not fit": out_of_memory("load", "evoprune.models._load_weights", CPU_FULL, says="the weights of demo"),
-    "frames do not fit": out_of_memory("read", "evoprune.video.pyav.to_rgb", MemoryError()),
+    "frames do not fit": out_of_memory("read", "evoprune.video.isolation.mmap.mmap", OSError(12, "no memory")),
     "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patchify", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encode", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
     # stopped from outside
     "interrupted while loading": Case(ASK, 130, "", breaks=("evoprune.models._load_weights", KeyboardInterrupt())),
-    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.pyav.to_rgb", Terminated())),
+    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.pictures", Terminated())),
     "interrupted scan": Case(
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.scan.scan", KeyboardInterrupt())
     ),
