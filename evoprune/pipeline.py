@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, replace
-from functools import partial
 
 import torch
 
@@ -204,19 +203,30 @@ class VideoQA:
             with host.stage("read"):
                 key = entry_key(path, self.loaded, plan, decoder, self.method, keep, self.seed)
                 encoded = cache.load(key, self.loaded.model.device) if key else None
-        found = "hit" if encoded else "miss" if key else "off"
-        warnings = []
+        found, damaged = "hit" if encoded else "miss" if key else "off", 0
+        warnings = ["cut_short"] if info.cut_short and plan.sampling.end_s == info.duration_s else []
         if encoded:
             clock.seconds = {"read": 0.0, "preprocess": 0.0, "encode": 0.0} | host.seconds
         else:
             begun += tell(on_encode)
-            frames_of = partial(read, info, plan.sampling.times_s, decoder=decoder)
+
+            def frames_of(**how) -> Iterator[FrameChunk]:
+                nonlocal damaged
+                with closing(read(info, plan.sampling.times_s, decoder=decoder, **how)) as chunks:
+                    for chunk in chunks:
+                        damaged += chunk.damaged
+                        yield chunk
+
             encoded = self._encode(info, plan, keep, frames_of, clock, host, overlap, progress)
-            if key and not cache.store(key, encoded):
+            if damaged:  # it is not kept, or the warning would be lost
+                warnings.append("damaged_video")
+            elif key and not cache.store(key, encoded):
                 warnings.append("cache_not_written")
         wall = clock.now() - begun
         info = replace(info, path=name or info.path)
-        return EncodedVideo(self, info, decoder, plan, full.visual_tokens, encoded, clock, wall, found, warnings)
+        return EncodedVideo(
+            self, info, decoder, plan, full.visual_tokens, encoded, clock, wall, found, warnings, damaged
+        )
 
     def _encode(
         self,
@@ -298,9 +308,11 @@ class EncodedVideo:
         wall_seconds: float,
         cache: str = "off",
         warnings: Sequence[str] = (),
+        damaged: int = 0,
     ):
         self.qa, self.info, self.decoder, self.plan, self.units, self.encoded = qa, info, decoder, plan, units, encoded
         self._clock, self._wall, self._cache, self._warnings = clock, wall_seconds, cache, warnings
+        self._damaged = damaged
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
         self._turn, self._paid = 0, False
@@ -433,6 +445,8 @@ class EncodedVideo:
                 variable_rate=info.variable_rate,
                 frames_total=info.frames_total,
                 decoder=self.decoder,
+                stated_s=info.stated_s,
+                damaged=self._damaged,
             ),
             sampling=Sampling(
                 start_s=plan.sampling.start_s,

@@ -22,11 +22,13 @@ class FrameChunk:
         first: index of the first of them among the plan's times.
         frames: uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous.
         times_s: when each frame that is used is really shown, in seconds from the video's first frame.
+        damaged: packets (of a folder: images) met on the way to these frames, and not before, that are damaged.
     """
 
     first: int
     frames: np.ndarray
     times_s: tuple[float, ...]
+    damaged: int = 0
 
 
 def read_frames(
@@ -40,7 +42,8 @@ def read_frames(
     """The frame on screen at each moment: the first frame before the video begins, the last one after it ends.
 
     All frames have the size in `info`; where a video changes its size, they are scaled to it. Damaged packets are
-    skipped: the frame before them stays on screen. Close the iterator to stop early.
+    skipped: the frame before them stays on screen. (decord does not tell of damage: it stops, or patches up silently.) Close the
+    iterator to stop early.
 
     Args:
         info: the video, from `probe`.
@@ -93,5 +96,5 @@ def _chunks(info: VideoInfo, times: Sequence[float], decoder: str, per_chunk: in
     counts = [min(per_chunk, len(times) - first) for first in firsts]
     if not counts:
         return
-    for first, (frames, shown) in zip(firsts, pictures(info, times, decoder, counts), strict=True):
-        yield FrameChunk(first, frames, tuple(shown))
+    for first, (frames, shown, damaged) in zip(firsts, pictures(info, times, decoder, counts), strict=True):
+        yield FrameChunk(first, frames, tuple(shown), damaged)

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import av
 import numpy as np
@@ -11,9 +12,18 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from evoprune.errors import VideoError
 from evoprune.video import watch
-from evoprune.video.container import FALLBACK_FPS, first_frame, frame_time, open_video, reading, video_stream
+from evoprune.video.container import (
+    FALLBACK_FPS,
+    MOV,
+    first_frame,
+    frame_time,
+    nothing_decoded,
+    open_video,
+    packets,
+    reading,
+    video_stream,
+)
 from evoprune.video.exif import exif_orientation
 from evoprune.video.folder import probe_folder
 from evoprune.video.info import VideoInfo
@@ -24,6 +34,8 @@ from evoprune.video.pixels import orientation
 TAIL_S = 3.0
 # Frame intervals that differ by less are rounded (Matroska counts milliseconds), not variable.
 RATE_JITTER_S = 0.0025
+# Tags beyond these are left out.
+TAGS, TAG_CHARACTERS = 200, 4000
 
 
 def probe(path: str, folder_fps: float) -> VideoInfo:
@@ -39,14 +51,19 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
     stream = video_stream(container, path)
     first = first_frame(container, stream)
     if first is None:
-        raise VideoError(f"no frame of {path} can be decoded", "the file is damaged or incomplete")
+        raise nothing_decoded(path)
     rotation, mirrored = _picture_orientation(path, container) or orientation(first)
     size = first.width, first.height
     width, height = size if rotation % 180 == 0 else size[::-1]
     rate = stream.average_rate or stream.guessed_rate
+    step = 1 / float(rate or FALLBACK_FPS)
+    # The header's count cannot be right where it has more frames than the file has bytes.
+    total = stream.frames if stream.frames <= container.size else 0
+    duration = _duration(path, container, stream, first, step)
+    stated = _stated(container, stream, first, step)  # after that, when fragments have been found
     return VideoInfo(
         path=path,
-        duration_s=_duration(path, container, stream, first),
+        duration_s=duration,
         width=width,
         height=height,
         rotation_deg=rotation,
@@ -55,11 +72,18 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
         container=container.format.name,
         fps=float(rate) if rate else None,
         variable_rate=_variable_rate(stream),
-        frames_total=stream.frames or None,
+        frames_total=total or None,
         start_s=frame_time(first, stream) or 0.0,
-        tags=dict(container.metadata),
+        tags=_tags(container),
         mirrored=mirrored,
+        stated_s=stated and max(stated, duration or 0.0),
     )
+
+
+def _tags(container: InputContainer) -> dict[str, str]:
+    """Not those that are books: they are carried about with the video."""
+    short = {key: text for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS}
+    return dict(islice(short.items(), TAGS))
 
 
 def _picture_orientation(path: str, container: InputContainer) -> tuple[int, bool] | None:
@@ -70,13 +94,14 @@ def _picture_orientation(path: str, container: InputContainer) -> tuple[int, boo
         return exif_orientation(file.read())
 
 
-def _duration(path: str, container: InputContainer, stream: VideoStream, first: VideoFrame) -> float | None:
+def _duration(
+    path: str, container: InputContainer, stream: VideoStream, first: VideoFrame, step: float
+) -> float | None:
     # The header's word is not taken where packets have times: it counts audio too, may count from zero instead of from
     # the first frame, and does not know that the file was cut off.
-    step = 1 / float(stream.average_rate or stream.guessed_rate or FALLBACK_FPS)
     start = frame_time(first, stream)
     if start is None:
-        return step * (stream.frames or sum(1 for _ in _all_packets(path)))
+        return step * sum(1 for _ in _all_packets(path))
     if container.format.name == "avi":
         # Where the index does not list as many frames as the header, the file was cut off, or has gaps.
         if stream.frames == len(stream.index_entries):
@@ -89,9 +114,21 @@ def _duration(path: str, container: InputContainer, stream: VideoStream, first: 
     return None if end is None else end - start
 
 
-def _end(packets: Iterable[Packet], step: float) -> float | None:
+def _stated(container: InputContainer, stream: VideoStream, first: VideoFrame, step: float) -> float | None:
+    """See `VideoInfo.stated_s`. Where FFmpeg guesses by what the file holds, that is no word of the file's."""
+    kind, start = container.format.name, frame_time(first, stream) or 0.0
+    if kind == "avi":
+        return step * stream.frames or None
+    if kind == MOV and len(stream.index_entries):  # which tell when frames are decoded, a little before they are shown
+        return float(stream.index_entries[-1].timestamp * stream.time_base) + step - start
+    if kind in ("matroska,webm", "flv") and container.duration is not None and len(container.streams) == 1:
+        return container.duration / av.time_base - start
+    return None
+
+
+def _end(found: Iterable[Packet], step: float) -> float | None:
     """When the last of these packets stops being shown; `step` stands in for durations that are not stored."""
-    shown = (p for p in packets if p.pts is not None and not p.is_discard)
+    shown = (p for p in found if p.pts is not None and not p.is_discard)
     ends = (float(p.pts * p.time_base) + (float((p.duration or 0) * p.time_base) or step) for p in shown)
     return max(ends, default=None)
 
@@ -103,24 +140,22 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
     end = ((container.start_time or 0) + container.duration) / av.time_base
     try:
         container.seek(math.floor((end - TAIL_S) / stream.time_base), stream=stream)
-        yield from _packets(container, stream)
     except av.error.FFmpegError:
         return
+    yield from _packets(container, stream)
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
     """All packets of the stream that hold something, up to where the file breaks off."""
     with open_video(path) as container:
-        try:
-            yield from (p for p in _packets(container, video_stream(container, path)) if p.size)
-        except av.error.FFmpegError:
-            return
+        yield from (p for p in _packets(container, video_stream(container, path)) if p.size)
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    for packet in container.demux(stream):
+    for packet in packets(container, stream):
         watch.alive()
-        yield packet
+        if packet is not None:
+            yield packet
 
 
 def _variable_rate(stream: VideoStream) -> bool | None:

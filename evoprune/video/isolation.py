@@ -36,7 +36,8 @@ PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.worker import 
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
 HINT = "it is damaged, or made to do harm; if it plays elsewhere, convert it, e.g. with ffmpeg"
 
-Filled = tuple[np.ndarray, list[float]]  # uint8 [n, H, W, 3], and since when each is shown, in seconds
+# uint8 [n, H, W, 3], since when each is shown in seconds, and how much damage was met on the way.
+Filled = tuple[np.ndarray, list[float], int]
 
 
 class Crash(VideoError):
@@ -91,7 +92,7 @@ def pictures(info: VideoInfo, times_s: Sequence[float], decoder: str, counts: Se
         with closing(Pictures(info, times_s, decoder)) as taken:
             for count in counts:
                 frames = np.empty((count, info.height, info.width, 3), np.uint8)
-                yield frames, taken.fill(frames)
+                yield frames, *taken.fill(frames)
         return
     done = 0
     try:
@@ -110,10 +111,10 @@ def _pictures(info: VideoInfo, times_s: Sequence[float], decoder: str, counts: S
         shapes = [(count, info.height, info.width, 3) for count in counts]
         coming = worker.ask_to_fill(shapes[0])
         for shape in shapes[1:]:
-            filled = coming, worker.answer()
+            filled = coming, *worker.answer()
             coming = worker.ask_to_fill(shape)
             yield filled
-        filled = coming, worker.answer()
+        filled = coming, *worker.answer()
     yield filled
 
 
@@ -129,7 +130,8 @@ class _Worker:
         self.path, self.busy = "", False
         here, there = socket.socketpair()
         here.settimeout(SILENCE_S)
-        self._channel, self._said = Channel(here), os.memfd_create("evoprune-stderr")
+        self._channel = Channel(here)
+        self._said = os.fdopen(os.memfd_create("evoprune-stderr"), "rb", buffering=0)
         program = PROGRAM.format(paths=[os.path.abspath(path) for path in sys.path], socket=there.fileno())
         with there:
             self._process = subprocess.Popen(
@@ -196,7 +198,7 @@ class _Worker:
         code = self._process.returncode
         how = "it talks nonsense" if code is None else signal.strsignal(-code) if code < 0 else f"exit code {code}"
         problem = Crash(f"the decoder crashed on {self.path} ({how})", HINT)
-        problem.add_note(os.pread(self._said, 2**16, 0).decode(errors="replace"))
+        problem.add_note(os.pread(self._said.fileno(), 2**16, 0).decode(errors="replace"))
         return problem
 
     def end(self) -> None:
@@ -204,7 +206,7 @@ class _Worker:
         self._process.kill()
         self._process.stdin.close()
         self._channel.close()
-        os.close(self._said)
+        self._said.close()
         with suppress(subprocess.TimeoutExpired):  # it waits for a disk, and goes when that answers
             self._process.wait(1)
 

@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-import av
-from av.container import InputContainer
-
-from evoprune.errors import VideoError
 from evoprune.video import folder, pyav
-from evoprune.video.container import FALLBACK_FPS, open_video, reading, video_stream
+from evoprune.video.container import FALLBACK_FPS, nothing_decoded, open_video, reading, video_stream
 from evoprune.video.facts import RATE_JITTER_S, probe
 from evoprune.video.info import ScanResult, VideoInfo
 
@@ -26,7 +22,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
         for shown_s, length_s, key in frames:
             tally.add(shown_s, length_s, key)
     if not tally.frames:
-        raise VideoError(f"no frame of {info.path} can be decoded", "the file is damaged or incomplete")
+        raise nothing_decoded(info.path)
     keyframes = tally.keyframes + Counter([_rounded(tally.end_s - tally.key_s)])
     median_gap = _median(tally.gaps)
     out_of_step = sum(n for gap, n in tally.gaps.items() if abs(gap - median_gap) > RATE_JITTER_S)
@@ -34,7 +30,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
         frames=tally.frames,
         damaged=tally.damaged,
         duration_s=tally.end_s - tally.first_s,
-        stated_s=tally.stated_s,
+        stated_s=info.stated_s,
         variable_rate=out_of_step > tally.damaged,
         largest_gap_s=max(tally.gaps, default=0.0),
         keyframe_median_s=_median(keyframes),
@@ -46,8 +42,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
 @dataclass
 class _Tally:
     frames: int = 0
-    damaged: int = 0
-    stated_s: float | None = None
+    places: set[int | None] = field(default_factory=set)
     first_s: float = 0.0
     last_s: float = 0.0
     end_s: float = 0.0
@@ -67,8 +62,9 @@ class _Tally:
         self.last_s = shown_s
         self.end_s = max(self.end_s, shown_s + length_s)
 
-    def damage(self) -> None:
-        self.damaged += 1
+    @property
+    def damaged(self) -> int:
+        return len(self.places)
 
 
 def _frames(info: VideoInfo, tally: _Tally) -> Iterator[tuple[float, float, bool]]:
@@ -76,25 +72,16 @@ def _frames(info: VideoInfo, tally: _Tally) -> Iterator[tuple[float, float, bool
     with open_video(info.path) as container:
         stream = video_stream(container, info.path)
         stream.thread_type = "AUTO"
-        tally.stated_s = _stated_s(container)
         step = 1 / (info.fps or FALLBACK_FPS)
-        for shown_s, frame in pyav.decode(container, stream, info, tally.damage):
+        for shown_s, frame in pyav.decode(container, stream, info, tally.places.add):
             length = frame.duration if frame.pts is not None else 0
             yield shown_s, float((length or 0) * stream.time_base) or step, frame.key_frame
 
 
-def _stated_s(container: InputContainer) -> float | None:
-    if container.duration is None:
-        return None
-    from_zero = container.format.name in ("matroska,webm", "flv")  # others count from the first frame
-    return (container.duration - (container.start_time or 0) * from_zero) / av.time_base
-
-
 def _images(info: VideoInfo, tally: _Tally) -> Iterator[tuple[float, float, bool]]:
-    tally.stated_s = info.duration_s
     for i, image in enumerate(folder.list_images(info.path)):
         if folder.decode_image(image) is None:
-            tally.damage()
+            tally.places.add(i)
         else:
             yield i / info.fps, 1 / info.fps, True
 

@@ -31,17 +31,19 @@ class Pictures:
 
     def __init__(self, info: VideoInfo, times_s: Sequence[float], decoder: str):
         reader = decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
-        self._pictures: Iterator[tuple[float, np.ndarray]] = reader.read(info, times_s)
+        watch.pixels(info.width * info.height)
+        self._damaged: set[int | None] = set()
+        self._pictures: Iterator[tuple[float, np.ndarray]] = reader.read(info, times_s, self._damaged.add)
 
-    def fill(self, frames: np.ndarray) -> list[float]:
-        """Puts the next pictures into uint8 `[n, H, W, 3]`; since when each is shown, in seconds."""
-        times = []
+    def fill(self, frames: np.ndarray) -> tuple[list[float], int]:
+        """Puts the next pictures into uint8 `[n, H, W, 3]`; since when each is shown in seconds, and how much damage is new."""
+        times, before = [], len(self._damaged)
         for slot in frames:
             time, rgb = next(self._pictures)
             slot[:] = rgb
             times.append(time)
             watch.alive()
-        return times
+        return times, len(self._damaged) - before
 
     def close(self) -> None:
         """Closes the file."""

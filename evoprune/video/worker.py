@@ -68,10 +68,15 @@ def _confine() -> None:
 
 
 def _allow(pixels: int) -> None:
-    """Limits memory to what it takes to decode pictures of that size."""
+    """Lets decoding take what pictures of that size need, at least."""
+    wanted, (so_far, _) = BASE_BYTES + BYTES_PER_PIXEL * pixels, resource.getrlimit(resource.RLIMIT_DATA)
+    if wanted > so_far:
+        _limit(wanted)
+
+
+def _limit(memory: int) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = BASE_BYTES + BYTES_PER_PIXEL * pixels
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if most == resource.RLIM_INFINITY else min(memory, most), most))
 
 
 class _Pulse:
@@ -109,7 +114,7 @@ def _serve(channel: Channel) -> None:
 
 
 def _begin(task: str, folder: str | None, arguments: dict[str, Any]) -> tuple[Pictures | None, dict | None]:
-    _allow(0)
+    _limit(BASE_BYTES)
     if folder is not None:
         os.chdir(folder)
     if task == "frames":

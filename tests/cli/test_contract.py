@@ -24,7 +24,7 @@ import torch
 
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import Screen, visible
-from tests.video.files import write_video
+from tests.video.files import numbered_frames, spoil, write_video
 
 ROOT = Path(__file__).parents[2]
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
@@ -106,6 +106,12 @@ CASES = {
     "newline in a name": Case(("ask", "{tmp}/new\nline.mp4", QUESTION), says="new?line.mp4", ways=("pipe", "narrow")),
     "spaces and quotes in a name": Case(("ask", '{tmp}/it\'s "a" clip.mp4', QUESTION), says='it\'s "a" clip.mp4'),
     "a name that is no text": Case(("ask", "{tmp}/caf\udce9.mp4", QUESTION, "-q")),
+    "damaged video": Case(
+        ("ask", "{tmp}/damaged.mp4", QUESTION, "-q"), says="warning: the video is damaged (2 of its packets", out=None
+    ),
+    "video that was cut off": Case(
+        ("ask", "{tmp}/cut.mp4", QUESTION, "-q"), says="warning: the video breaks off at 0:0", out=None
+    ),
     "machine": Case(("inspect",), out=None),
     "video": Case(("inspect", CLIP, "--scan"), out=None),
     "help": Case(("--help",), out=None, ways=("pipe", "narrow")),
@@ -219,6 +225,9 @@ def clips(tmp_path_factory):
         shutil.copy(ROOT / CLIP, folder / f"{name}.mp4")
     (folder / "empty.mp4").touch()
     write_video(folder / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    spoil(ROOT / CLIP, folder / "damaged.mp4", {40, 50})
+    whole = write_video(folder / "whole.mp4", numbered_frames(60), container_options={"movflags": "faststart"})
+    (folder / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
     return folder
 
 

@@ -32,7 +32,7 @@ def long_file(folder):
 def everything(info):
     """Decode the whole file: a list of (seconds from the first frame, RGB), in the order of display."""
     with av.open(info.path) as container:
-        stream = container.streams.video[0]
+        stream = container.streams.best("video")
         rate = stream.average_rate or stream.guessed_rate
         frames = [(frame.pts, turned(frame.to_ndarray(format="rgb24"), info)) for frame in container.decode(stream)]
         if frames[0][0] is None or info.path.endswith("avi"):  # files that do not say when frames are shown
