@@ -31,7 +31,8 @@ def list_images(folder: str) -> list[str]:
     """
     try:
         with os.scandir(folder) as entries:
-            names = [e.name for e in entries if e.name.lower().endswith(ENDINGS) and e.name[0] != "." and e.is_file()]
+            seen = [e for e in entries if e.name.lower().endswith(ENDINGS) and e.name[0] != "."]
+            names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"cannot read the folder {folder}: {reason}", "check the path") from error
@@ -108,7 +109,7 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
     """Name of the codec, the stored pixels and their orientation (see `pixels`) of an image; None if it is damaged or too large."""
     try:
         with open(path, "rb") as file:
-            content = file.read(MAX_BYTES)
+            content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
         with open_bytes(io.BytesIO(content)) as container:
             stream = video_stream(container, path)
             # Else half a JPEG passes for a grey-bottomed one.

@@ -28,7 +28,7 @@ from evoprune.video.info import VideoInfo
 
 POSSIBLE = sys.platform == "linux" and bool(sys.executable)
 # Whoever reads a video and takes no step forward for so long hangs, in seconds.
-SILENCE_S = 20.0
+SILENCE_S = 25.0
 # How many processes are kept for later videos.
 IDLE = 2
 # What a process runs: it imports from where this one does.
