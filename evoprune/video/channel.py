@@ -13,10 +13,10 @@ _ALIVE = _LENGTH.pack(0)
 
 
 class Channel:
-    """One end of a connected Unix socket. What is sent or received may raise OSError, of which TimeoutError is one.
+    """One end of a connected Unix socket. What is sent or received may raise OSError.
 
     Args:
-        end: its timeout is how long the other end may be silent.
+        end: of the socket.
         descriptors: how many a message may bring, 0 or 1; the caller closes them.
     """
 
@@ -38,8 +38,12 @@ class Channel:
         """Tell the other end that there is progress, though no message yet."""
         self._socket.sendall(_ALIVE)
 
-    def receive(self) -> tuple[dict, int | None]:
-        """The next message, and the descriptor that came with it. Raises EOFError where the other end is closed."""
+    def receive(self, patience_s: float | None = None) -> tuple[dict, int | None]:
+        """The next message, and the descriptor that came with it.
+
+        Raises EOFError where the other end is closed, TimeoutError where there is not even a sign of life for so long.
+        """
+        self._socket.settimeout(patience_s)
         while True:
             head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH.size, self._descriptors)
             if not head:

@@ -18,15 +18,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
-from typing import Any
-
-import numpy as np
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.video.channel import Channel
 from evoprune.video.info import VideoInfo
 
-POSSIBLE = sys.platform == "linux" and bool(sys.executable)
+if TYPE_CHECKING:
+    import numpy as np
+
+# Not in a program that was frozen into one file: that is no Python.
+POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 # Whoever reads a video and takes no step forward for so long hangs, in seconds.
 SILENCE_S = 25.0
 # How many processes are kept for later videos.
@@ -37,7 +40,7 @@ ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
 HINT = "it is damaged, or made to do harm; if it plays elsewhere, convert it, e.g. with ffmpeg"
 
 # uint8 [n, H, W, 3], since when each is shown in seconds, and how much damage was met on the way.
-Filled = tuple[np.ndarray, list[float], int]
+Filled = tuple["np.ndarray", list[float], int]
 
 
 class Crash(VideoError):
@@ -87,6 +90,8 @@ def pictures(info: VideoInfo, times_s: Sequence[float], decoder: str, counts: Se
         What `call` raises, while iterating.
     """
     if not POSSIBLE:
+        import numpy as np
+
         from evoprune.video.tasks import Pictures
 
         with closing(Pictures(info, times_s, decoder)) as taken:
@@ -147,15 +152,20 @@ class _Worker:
         self.pid = self._process.pid
 
     def ask(self, task: str, arguments: dict[str, Any]) -> None:
-        folder = None if os.path.isabs(self.path) else os.getcwd()
+        try:
+            folder = None if os.path.isabs(self.path) else os.getcwd()
+        except FileNotFoundError as error:
+            raise VideoError(f"cannot read {self.path}: the current folder is gone", "go to another") from error
         self._send({"task": task, "folder": folder, "arguments": arguments})
 
-    def ask_to_fill(self, shape: tuple[int, ...]) -> np.ndarray:
+    def ask_to_fill(self, shape: tuple[int, ...]) -> "np.ndarray":
         """uint8 of that shape, which will hold the next pictures once that is answered."""
+        import numpy as np
+
         try:
             memory = os.memfd_create("evoprune-frames")
             try:
-                os.ftruncate(memory, int(np.prod(shape)))
+                os.ftruncate(memory, prod(shape))
                 frames = np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(shape)
                 self._send({"shape": shape}, memory)
             finally:
@@ -174,7 +184,7 @@ class _Worker:
     def answer(self) -> Any:
         """What it was asked for; raises what came of that instead."""
         try:
-            message, _ = self._channel.receive()
+            message, _ = self._channel.receive(SILENCE_S)
         except TimeoutError as error:
             raise VideoError(
                 f"reading {self.path} has come to a standstill: nothing for {SILENCE_S:g} s", HINT
@@ -213,6 +223,13 @@ class _Worker:
 
 _idle: list[_Worker] = []
 _lock = threading.Lock()
+
+
+def warm_up() -> None:
+    """Starts a process for the first video, and does not wait for it. Imports little."""
+    if POSSIBLE and not _idle:
+        with suppress(OSError), _lock:  # who needs one will be told
+            _idle.append(_Worker())
 
 
 @contextmanager

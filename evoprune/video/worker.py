@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.errors import EvopruneError
+from evoprune.errors import EvopruneError, VideoError
 from evoprune.video import watch
 from evoprune.video.channel import Channel
 from evoprune.video.info import VideoInfo
@@ -116,7 +116,10 @@ def _serve(channel: Channel) -> None:
 def _begin(task: str, folder: str | None, arguments: dict[str, Any]) -> tuple[Pictures | None, dict | None]:
     _limit(BASE_BYTES)
     if folder is not None:
-        os.chdir(folder)
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise VideoError(f"cannot enter {folder}: {error.strerror}", "give the whole path of the video") from error
     if task == "frames":
         return Pictures(VideoInfo(**arguments.pop("info")), **arguments), None
     result = TASKS[task](**arguments)

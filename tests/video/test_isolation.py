@@ -131,9 +131,10 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
     assert len(started) == 1 and gone(started[0])
 
 
-def test_taking_long_is_none(named, started, monkeypatch):
-    monkeypatch.setattr(isolation, "SILENCE_S", 1.5)
-    assert probe(named("slow")).frames_total == 20  # which takes two seconds
+def test_taking_long_is_none(named, good, started, monkeypatch):
+    probe(good)
+    monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
+    assert probe(named("slow")).frames_total == 20  # which takes three seconds
 
 
 def test_memory_is_limited(named, good, started):
@@ -163,7 +164,10 @@ def test_neither_side_has_what_it_does_not_need(named, started):
         probe(named("modules"))
     there = caught.value.message.split()
     assert "av" in there and not {"torch", "transformers", "decord", "subprocess", "site"} & set(there)
-    program = "import sys; from evoprune.video import decode, probe, scan; sys.exit('av' in sys.modules)"
+    program = (
+        "import sys; from evoprune.video import isolation, probe, scan; assert 'numpy' not in sys.modules\n"
+        "from evoprune.video import decode; assert 'av' not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
@@ -181,6 +185,12 @@ def test_one_process_serves_one_video_after_the_other(good, started):
     for _ in range(3):
         assert numbers(probe(good), MOMENTS, chunk_bytes=SMALL) == list(range(20))
     assert len(started) == 1
+
+
+def test_one_is_started_ahead_of_the_first_video(good, started):
+    isolation.warm_up()
+    isolation.warm_up()
+    assert probe(good).frames_total == 20 and len(started) == 1
 
 
 def test_two_videos_at_once(good, started):

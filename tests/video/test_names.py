@@ -231,3 +231,14 @@ def test_a_video_replaced_by_a_playlist_is_not_followed(here):
         list(read_frames(info, [0.0]))
     with pytest.raises(VideoError):
         list(read_frames(info, [0.0], decoder="decord"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps such folders")
+def test_a_working_folder_that_is_gone(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "a.mp4", numbered_frames(3))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert numbers(probe(video), [0.25]) == [2]
+    with pytest.raises(VideoError, match="a.mp4"):
+        probe("a.mp4")

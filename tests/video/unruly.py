@@ -19,7 +19,7 @@ def sleep_in_c() -> None:
 
 
 def slow() -> None:
-    for _ in range(20):
+    for _ in range(30):
         time.sleep(0.1)
         watch.alive()
 
