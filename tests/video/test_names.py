@@ -240,5 +240,5 @@ def test_a_working_folder_that_is_gone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert numbers(probe(video), [0.25]) == [2]
-    with pytest.raises(VideoError, match="a.mp4"):
+    with pytest.raises(VideoError, match=r"a\.mp4"):
         probe("a.mp4")
