@@ -140,17 +140,17 @@ def packets(container: InputContainer, stream: VideoStream, damaged: Damage = ig
     dense = container.format.name in DENSE
     end, slack = None, 0
     try:
-        for packet in container.demux() if dense else container.demux(stream):
+        for count, packet in enumerate(container.demux() if dense else container.demux(stream)):
+            if count > container.size:  # more packets than bytes: the index goes round in circles
+                raise av.error.InvalidDataError(0, "endless")
             if dense and packet.pos is not None:
                 if end is not None and packet.pos - end > slack:
                     damaged(-packet.pos)
                 end, slack = max(end or 0, packet.pos) + packet.size, HEADERS + 2 * packet.size
             if packet.stream.index == stream.index:  # in the packet itself, the one at the end has none
                 yield packet
-    except (
-        av.error.FFmpegError,
-        IndexError,
-    ):  # the latter where damage looks like a new stream, which PyAV (18) has no place for
+    # The latter where damage looks like a new stream, for which PyAV (18) has no place.
+    except (av.error.FFmpegError, IndexError):
         yield None
 
 

@@ -107,7 +107,7 @@ def _duration(
         if stream.frames == len(stream.index_entries):
             return step * stream.frames
         times = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
-        return max(times) - min(times) + step
+        return max(times) - min(times) + step if times else None
     end = _end(_tail_packets(container, stream), step)
     if end is None:
         end = _end(_all_packets(path), step)

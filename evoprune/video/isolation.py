@@ -3,8 +3,8 @@
 On Linux; elsewhere (`POSSIBLE` is false) everything runs in this process, and FFmpeg is trusted.
 
 A process (`worker`) is started where none is idle, and reads one video at a time; two videos at once, in two threads, are two
-processes. One that crashes is replaced once, because an earlier video may have spoilt it; a second crash is the video's fault,
-and so is silence. One that is left in the middle of something is ended.
+processes. One that crashes, or takes too much memory, is replaced once, because an earlier video may have spoilt it; the second
+time it is the video's fault, and so is silence. One that is left in the middle of something is ended.
 """
 
 import atexit
@@ -44,7 +44,7 @@ Filled = tuple["np.ndarray", list[float], int]
 
 
 class Crash(VideoError):
-    """The process that read a video is gone."""
+    """The process that read a video is gone, or no longer of use."""
 
 
 def call(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -55,7 +55,8 @@ def call(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | No
         arguments: of the task, plain data.
 
     Raises:
-        VideoError: the process crashed twice, or took no step forward for `SILENCE_S`. OutOfMemory: none can be started.
+        VideoError: the process crashed or took too much memory, twice, or took no step forward for `SILENCE_S`.
+        OutOfMemory: none can be started.
         What the task raises.
     """
     if not POSSIBLE:
@@ -191,9 +192,9 @@ class _Worker:
             ) from error
         except (OSError, EOFError, ValueError) as error:
             raise self._crash() from error
+        if limit := message.get("memory"):  # or was it an earlier video that took it, and did not give it back?
+            raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
         self.busy = False
-        if limit := message.get("memory"):
-            raise VideoError(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
         if error := message.get("error"):
             raise ERRORS[error.pop("type")](**error)
         if bug := message.get("bug"):

@@ -48,6 +48,8 @@ def main(descriptor: int) -> None:
 def _end_with(pipe: int) -> None:
     """Has the system end this process, whatever it is at, when the last writer of a pipe is gone."""
     # Not by PR_SET_PDEATHSIG, which goes by the thread that started the process.
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     hung_up = select.poll()

@@ -127,7 +127,7 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(VideoError, match="standstill") as caught:
         numbers(probe(path), MOMENTS, chunk_bytes=SMALL)
-    assert str(path) in caught.value.message and time.monotonic() - begin < 20
+    assert str(path) in caught.value.message and time.monotonic() - begin < 24  # well before the 25 s that are usual
     assert len(started) == 1 and gone(started[0])
 
 
@@ -141,7 +141,7 @@ def test_memory_is_limited(named, good, started):
     with pytest.raises(VideoError, match=r"takes more than 1\.0 GiB") as caught:
         probe(named("memory"))
     assert caught.value.exit_code == 3
-    assert probe(good).frames_total == 20 and len(started) == 1
+    assert probe(good).frames_total == 20 and len(started) == 3
 
 
 def test_nothing_is_written(named, started, tmp_path, monkeypatch):
@@ -270,6 +270,13 @@ run()
 """
 
 
+def shielded():
+    """A process about to start: it hears Ctrl-C, but its children have SIGIO ignored and blocked."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+
+
 @pytest.mark.parametrize(
     ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, -1)]
 )
@@ -283,12 +290,13 @@ def test_it_ends_with_the_process_that_started_it(how, code, named, good):
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=shielded,
     ) as parent:
         pid = int(parent.stdout.readline())
-        time.sleep(1.0)  # it hangs, with Python's lock
-        assert lives(pid)
+        while not os.path.exists(words[1] + ".begun"):
+            time.sleep(0.05)
+        assert lives(pid)  # and hangs, with Python's lock
         parent.send_signal(how)
-        assert parent.wait(20) == code
+        assert parent.wait(60) == code
         assert b"Traceback" not in parent.stderr.read()
     assert gone(pid)

@@ -82,6 +82,12 @@ def test_a_thousand_million_frames(name, lying, peak):
     assert peak() < 2**28
 
 
+def test_an_index_that_goes_round_in_circles(lying):
+    """Ten million frames, all of them the same bytes."""
+    counts = (b"stts", 12, ">I", [10**7], b"stsc", 16, ">I", [10**7])
+    refused(lying("h264.mp4", b"stsz", 8, ">II", [1, 10**7], *counts))
+
+
 HUGE_SIZES = [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (12_000, 12_000), (65_535, 2)]
 
 

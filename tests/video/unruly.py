@@ -66,7 +66,7 @@ DEEDS = {
 
 
 def behave(path: str) -> None:
-    """Does what the name says; once only, where there is room for a mark that it has been done."""
+    """Does what the name says; `once_` only once, of which a folder beside it keeps track, as of a hang that has begun."""
     name = Path(path).stem
     if name.startswith("once_"):
         try:
@@ -74,6 +74,8 @@ def behave(path: str) -> None:
         except FileExistsError:
             return
         name = name.removeprefix("once_")
+    if name == "hang":
+        os.mkdir(path + ".begun")
     DEEDS.get(name, lambda: None)()
 
 
