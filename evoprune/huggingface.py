@@ -235,7 +235,10 @@ class Pruned:
                 )
             return self._prune(call, generating)
         past = getattr(cache, PAST, None)
-        if past is None or not length:
+        if past is None:
+            return call, None
+        if not length:  # it was emptied, and what it will hold now is whole
+            delattr(cache, PAST)
             return call, None
         past = past.held(length)
         return continued(self.model, call, past, length, generating), past

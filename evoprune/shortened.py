@@ -94,6 +94,10 @@ def shortened(
     if mask is not None or columns.padded:
         small["attention_mask"] = columns.take(used)
     small |= {n: columns.take(call[n], fill) for n, fill in host.PER_COLUMN.items() if call.get(n) is not None}
+    if columns.padded and call.get("labels") is not None:  # no padding foretells a row's first token
+        small["labels"][:, 1:].masked_fill_(
+            columns.index[:, :-1].to(call["labels"].device) < 0, host.PER_COLUMN["labels"]
+        )
     at = _positions(model, call, mask, positions, generating)
     small["position_ids"] = columns.take(at)
     if len(at) == 4:
@@ -150,6 +154,11 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     if call.get("pixel_values") is not None or (generating and call.get("inputs_embeds") is not None):
         raise UsageError("only text can follow a pruned video in past_key_values", "pass the whole conversation anew")
     new = call["inputs_embeds"] if ids is None else ids
+    if len(new) % len(past.delta):
+        raise UsageError(
+            f"{len(new)} rows go on from past_key_values of {len(past.delta)} prompts",
+            "go on with all rows, or with none",
+        )
     columns = past.columns.repeated(len(new) // len(past.columns.index))
     known = columns.width + length - columns.places
     total = mask.shape[1] if mask is not None else new.shape[1] + (0 if generating else known)
