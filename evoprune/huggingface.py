@@ -208,7 +208,8 @@ class Pruned:
         prompt, places = call["input_ids"], small["input_ids"].shape[1]
         out = self._undisturbed(stock, showing_whole_prompts(self.model, call, small))
         self._remember(past, (call.get("past_key_values"), getattr(out, "past_key_values", None)))
-        self.report.time_ms.total = (clock.now() - start) * 1000
+        if call.get("pixel_values_videos") is not None:
+            self.report.time_ms.total = (clock.now() - start) * 1000
         if isinstance(out, torch.Tensor):
             return with_whole_prompt(prompt, places, out)
         out.sequences = with_whole_prompt(prompt, places, out.sequences)

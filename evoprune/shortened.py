@@ -4,7 +4,7 @@ A call is a dict of arguments of `forward` or `generate` by name. Positions are 
 gaps; only the running number of each token, by which attention masks are made, closes up.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -21,7 +21,8 @@ class Past:
 
     Attributes:
         columns: what is left of the prompt.
-        delta: int64 `[B, 1]`, added to the number of tokens before a later one it gives that one's position.
+        delta: int64 `[B, L]`, for each column of the prompt, were it the last: added to the number of tokens before a later one it
+            gives that one's position.
     """
 
     columns: Columns
@@ -29,7 +30,10 @@ class Past:
 
     def held(self, length: int) -> "Past":
         """The same of a cache of `length` columns; behind the prompt there may be any others."""
-        return self if length >= self.columns.places else replace(self, columns=self.columns.first(length))
+        if length >= self.columns.places:
+            return self
+        columns = self.columns.first(length)
+        return Past(columns, self.delta[:, : columns.width])
 
 
 def check_prompt(model, call: dict) -> torch.Tensor:
@@ -103,8 +107,8 @@ def shortened(
     if len(at) == 4:
         small["position_ids"][0] = host.text_positions(columns.take(used))
     small[host.ENCODED] = _encoded(model, call, encoded)
-    last = at[-3:].amax(0).masked_fill(used == 0, -1).amax(1, keepdim=True)
-    return small, Past(columns, last + 1 - used.sum(1, keepdim=True))
+    furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
+    return small, Past(columns, furthest + 1 - used.cumsum(1))
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
@@ -132,8 +136,7 @@ def _encoded(model, call: dict, encoded: Encoded) -> dict:
 
     per_grid = iter(encoded.kept_per_grid)
     tokens = [sum(islice(per_grid, grids)) for grids, _, _ in encoded.grids]
-    # A copy, since what the encoder made under inference mode could not be part of a training step.
-    video = BaseModelOutputWithPooling(pooler_output=encoded.features.clone().split(tokens))
+    video = BaseModelOutputWithPooling(pooler_output=encoded.features.split(tokens))
     found = (call.get(host.ENCODED) or {}) | {"video": video}
     if call.get("pixel_values") is not None:
         found["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)
@@ -181,7 +184,7 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
             small[name] = columns.take(call[name], fill)
     at = call.get("position_ids")
     if at is None:
-        delta = past.delta.to(new.device).repeat_interleave(len(new) // len(past.delta), 0)
+        delta = past.delta[:, -1:].to(new.device).repeat_interleave(len(new) // len(past.delta), 0)
         at = (host.text_positions(used) + delta).expand(3, -1, -1)
         small["position_ids"] = columns.take(at) if generating else at[..., known:]
     elif at.shape[-1] == total:

@@ -179,6 +179,26 @@ def test_inputs_of_other_processors(model, prompt, left_out):
     assert pruned(model, inputs, 0.2)[0].shape == generated(model, inputs).shape
 
 
+@pytest.mark.parametrize("budget", [1.0, 0.2])
+def test_the_least_length_counts_the_whole_prompt(model, budget):
+    """A model that wants to end at once, as soon as it may."""
+    inputs = processed(model, *ONE)
+    length = inputs["input_ids"].shape[1]
+    model_ends = [lambda ids, scores: scores + 1e4 * torch.nn.functional.one_hot(torch.tensor(7), scores.shape[1])]
+    settings = {"eos_token_id": 7, "logits_processor": LogitsProcessorList(model_ends)}
+    for least in (0, length + 4):
+        out, _ = pruned(model, inputs, budget, min_length=least, **settings)
+        assert out.shape == generated(model, inputs, min_length=least, **settings).shape
+        assert out.shape[1] == max(length, least) + 1
+
+
+def test_no_mask_is_made_of_padding_that_is_an_end(model):
+    inputs = processed(model, *PROMPTS["batch"])
+    del inputs["attention_mask"]
+    for end in ({"eos_token_id": [398, 2]}, {"pad_token_id": None, "eos_token_id": 398}, {"pad_token_id": 3}):
+        assert torch.equal(pruned(model, inputs, 1.0, **end)[0], generated(model, inputs, **end))
+
+
 def test_seconds_may_be_a_list_and_ids_the_first_argument(model):
     inputs = processed(model, *PROMPTS["two videos"])
     expected, _ = pruned(model, inputs, 0.2)
@@ -353,7 +373,7 @@ def test_many_questions_to_one_prefix(model):
 
 
 def test_a_cache_that_is_cut_inside_the_prompt(model):
-    """Back to before the last words: they can be said again, or others."""
+    """Back to before the last words, which can be said again, or others; or to before the video."""
     inputs = processed(model, (5, ("video", 4, 8, 12), 7))
     ids = inputs["input_ids"]
     with evoprune.EvoPrune(budget=0.2)(model), torch.no_grad():
@@ -366,7 +386,11 @@ def test_a_cache_that_is_cut_inside_the_prompt(model):
         fresh = dict(inputs, input_ids=other, attention_mask=torch.ones_like(other))
         fresh["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 2))
         text = {"input_ids": other, "attention_mask": torch.ones_like(other)}
-        assert torch.equal(generated(model, text, past_key_values=cache), generated(model, fresh))
+        assert torch.equal(generated(model, text, past_key_values=copy.deepcopy(cache)), generated(model, fresh))
+        cache.crop(5 - cache.get_seq_length())
+        other = torch.cat([ids[:, :5], torch.tensor([[50, 51, 52, 53, 54]])], 1)
+        text = {"input_ids": other, "attention_mask": torch.ones_like(other)}
+        assert torch.equal(generated(model, text, past_key_values=cache), generated(model, text))
 
 
 def test_a_cache_that_was_emptied_knows_nothing(model):
