@@ -13,9 +13,11 @@ from evoprune.errors import UsageError
 
 @dataclass(frozen=True)
 class Columns:
-    """Attributes:
-    index: int64 `[B, C]`, the column of the whole batch at each place that is left, ascending; -1 for padding, at a row's start.
-    width: columns of the whole batch.
+    """What is left of which columns.
+
+    Attributes:
+        index: int64 `[B, C]`, the column of the whole batch at each place that is left, ascending; -1 for padding, at a row's start.
+        width: columns of the whole batch.
     """
 
     index: torch.Tensor

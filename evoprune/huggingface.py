@@ -11,7 +11,7 @@ them so. Pictures are left whole, and text is never pruned.
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from evoprune.environment import environment, peak_memory
 from evoprune.errors import UsageError
 from evoprune.linear import weights_bytes
 from evoprune.methods.base import Method
+from evoprune.models import DTYPES
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.shortened import Past, check_prompt, continued, shortened
@@ -193,7 +194,7 @@ class Pruned:
     def _forward(self, stock: Callable, call: dict) -> Any:
         small, past = self._short(call, generating=False)
         out = stock(**small)
-        self._remember(past, out if isinstance(out, tuple) else out.to_tuple())
+        _remember(past, out if isinstance(out, tuple) else out.to_tuple())
         return out
 
     @torch.no_grad()
@@ -207,7 +208,7 @@ class Pruned:
             return self._undisturbed(stock, small)
         prompt, places = call["input_ids"], small["input_ids"].shape[1]
         out = self._undisturbed(stock, showing_whole_prompts(self.model, call, small))
-        self._remember(past, (call.get("past_key_values"), getattr(out, "past_key_values", None)))
+        _remember(past, (call.get("past_key_values"), getattr(out, "past_key_values", None)))
         if call.get("pixel_values_videos") is not None:
             self.report.time_ms.total = (clock.now() - start) * 1000
         if isinstance(out, torch.Tensor):
@@ -252,7 +253,7 @@ class Pruned:
                 "a vision tower that prunes has no gradients",
                 "to train the language model alone: model.model.visual.requires_grad_(False)",
             )
-        video = check_prompt(self.model, call)
+        video = check_prompt(self.model, call, generating)
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
             encoded = encode(
@@ -263,12 +264,6 @@ class Pruned:
         self.columns = past.columns
         self.report = self._report(call, small, encoded, clock.seconds["encode"])
         return small, past
-
-    def _remember(self, past: Past | None, results: Sequence[Any]) -> None:
-        """Gives the cache among the results what later calls have to know of it."""
-        for cache in results:
-            if past is not None and hasattr(cache, "get_seq_length"):
-                setattr(cache, PAST, past)
 
     def _report(self, call: dict, small: dict, encoded: Encoded, seconds: float) -> Report:
         settings, model = self.settings, self.model
@@ -299,13 +294,22 @@ class Pruned:
             tokens=TokenCounts(prompt - visual, visual, prompt),
             memory=Memory(weights_bytes(model), peak_memory(device)),
             model=ModelFacts(
-                id=model.name_or_path or None, dtype=str(model.dtype).removeprefix("torch."), device=device
+                id=model.name_or_path or None,
+                dtype=next((name for name, dtype in DTYPES.items() if dtype == model.dtype), str(model.dtype)),
+                device=device,
             ),
             env=environment(device),
             warnings=["equal_scores"] if encoded.flat else [],
         )
         report.time_ms.encode, report.time_ms.encode_prune = seconds * 1000, encoded.prune_seconds * 1000
         return report
+
+
+def _remember(past: Past | None, results: Iterable[Any]) -> None:
+    """Gives the cache among the results of a call what later ones have to know of it."""
+    for cache in results:
+        if past is not None and hasattr(cache, "get_seq_length"):
+            setattr(cache, PAST, past)
 
 
 class _Patch:

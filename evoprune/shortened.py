@@ -36,8 +36,8 @@ class Past:
         return Past(columns, self.delta[:, : columns.width])
 
 
-def check_prompt(model, call: dict) -> torch.Tensor:
-    """Which columns of a call are video placeholders, bool `[B, L]`.
+def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
+    """Which columns of a call, to `generate` or by hand, are video placeholders: bool `[B, L]`.
 
     Raises:
         UsageError: the videos and the prompt do not fit together, or something cannot be shortened.
@@ -58,14 +58,21 @@ def check_prompt(model, call: dict) -> torch.Tensor:
         )
     if len(host.seconds_per_grid(call)) != len(grids):
         raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
-    columns = set(host.PER_COLUMN) | {"input_ids", "attention_mask"}
+    if not generating:
+        _check_arguments(call)
+    return video
+
+
+def _check_arguments(call: dict) -> None:
+    """Raises UsageError if a call by hand has what is meant for its columns but cannot go with them."""
+    shape = call["input_ids"].shape
+    known = {"input_ids", "attention_mask", "position_ids", *host.PER_COLUMN, *host.VISION_INPUTS}
     for name, value in call.items():
-        per_column = isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape and name not in columns
-        if name.startswith("cu_seq_lens") or (per_column and name not in (*host.VISION_INPUTS, "position_ids")):
+        per_column = isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in known
+        if per_column or name.startswith("cu_seq_lens"):
             raise UsageError(f"{name} cannot be shortened with the prompt", "leave it out, or remove the pruning first")
     if isinstance(call.get("logits_to_keep"), torch.Tensor):
         raise UsageError("logits_to_keep as indices would miss their columns", "pass how many at the end, or 0")
-    return video
 
 
 def shortened(
@@ -98,10 +105,8 @@ def shortened(
     if mask is not None or columns.padded:
         small["attention_mask"] = columns.take(used)
     small |= {n: columns.take(call[n], fill) for n, fill in host.PER_COLUMN.items() if call.get(n) is not None}
-    if columns.padded and call.get("labels") is not None:  # no padding foretells a row's first token
-        small["labels"][:, 1:].masked_fill_(
-            columns.index[:, :-1].to(call["labels"].device) < 0, host.PER_COLUMN["labels"]
-        )
+    if small.get("labels") is not None:  # no padding foretells a row's first token
+        small["labels"][:, 1:].masked_fill_(columns.index[:, :-1].to(small["labels"].device) < 0, -100)
     at = _positions(model, call, mask, positions, generating)
     small["position_ids"] = columns.take(at)
     if len(at) == 4:

@@ -358,7 +358,7 @@ def test_report(model):
     assert pruning.encoder_live_share == pytest.approx(sum(rows for _, rows in pruning.layers) / 2 / 128)
     assert 0 < times.encode_prune < times.encode < times.total
     assert (pruning.method, pruning.budget, pruning.positions) == ("evoprune", 0.25, "qwen")
-    assert report.sampling.grid_thw is None and report.env.transformers and report.model.dtype == "float32"
+    assert report.sampling.grid_thw is None and report.env.transformers and report.model.dtype == "fp32"
 
 
 def test_the_readme(model):
