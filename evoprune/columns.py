@@ -16,7 +16,7 @@ class Columns:
     """What is left of which columns.
 
     Attributes:
-        index: int64 `[B, C]`, the column of the whole batch at each place that is left, ascending; -1 for padding, at a row's start.
+        index: int64 `[B, C]`, which column of the whole batch stands at each place, ascending; -1 for padding, before all others.
         width: columns of the whole batch.
     """
 

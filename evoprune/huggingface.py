@@ -29,7 +29,7 @@ from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.shortened import Past, check_prompt, continued, shortened
 from evoprune.shown import showing_whole_prompts
-from evoprune.vision.encoder import Encoded, joined
+from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
 
 PAST = "evoprune"  # attribute of a cache, which is copied with it

@@ -12,7 +12,7 @@ import torch
 from evoprune import host
 from evoprune.columns import Columns
 from evoprune.errors import UsageError
-from evoprune.vision.encoder import Encoded
+from evoprune.vision.encoded import Encoded
 
 
 @dataclass(frozen=True)

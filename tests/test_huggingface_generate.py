@@ -480,7 +480,7 @@ def test_training_the_language_model(checkpointing):
     model = tiny_model().train()
     model.model.visual.requires_grad_(False)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     inputs = processed(model, *PROMPTS["batch"])
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
 
