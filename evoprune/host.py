@@ -67,9 +67,9 @@ def pad_id(model, call: dict) -> int:
 
 def inferred_mask(model, call: dict) -> torch.Tensor:
     """The mask that `generate` makes where none is given, `[B, L]`: padding is what has the pad id, if that ends nothing."""
-    ids, pad = call["input_ids"], setting(model, call, "pad_token_id")
-    ends = torch.tensor(setting(model, call, "eos_token_id") or []).flatten().tolist()
-    return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
+    ids, pad, ends = call["input_ids"], setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
+    is_end = ends is not None and pad in torch.tensor(ends).flatten().tolist()
+    return torch.ones_like(ids) if pad is None or is_end else ids.ne(pad).long()
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
