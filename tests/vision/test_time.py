@@ -239,8 +239,7 @@ def test_what_is_carried_does_not_grow(monkeypatch):
         (past,) = kept
         if past.seen is None:  # nothing follows
             return result
-        tensors = [past.references.means, past.references.grid, *past.seen]
-        held.append((sum(x.untyped_storage().nbytes() for x in tensors), past.row is None or len(past.row)))
+        held.append((sum(x.untyped_storage().nbytes() for x in past.seen), past.row is None or len(past.row)))
         return result
 
     run = encoder.run_tower
@@ -248,6 +247,6 @@ def test_what_is_carried_does_not_grow(monkeypatch):
     monkeypatch.setattr(encoder, "run_tower", measure)
     grid = (24, 3, 5)
     encode_clip(grid, changes(grid, 0.1), EvoPrune(block=2, encoder=0.2, first=0.0), 30, chunk_units=1)
-    per_place = 96 * 4 + 8 + 4 * (2 * 4 * 32 * 4)  # means, the grid, and keys and values of four patches in four layers
+    per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
     assert len(held) == 11 and {size for size, _ in held} == {15 * per_place}
     assert {rows for _, rows in held[1:]} == {15}
