@@ -235,7 +235,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
-        VideoQA(loaded).encode(CLIP, frames=20, read=read)
+        VideoQA(loaded, method_args={"reuse": "0"}).encode(CLIP, frames=20, read=read)  # three blocks of grids
     hook.remove()
     assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
 
