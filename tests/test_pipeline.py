@@ -263,7 +263,14 @@ def test_a_signal_while_a_frame_is_waited_for(loaded):
 
 
 def test_settings_are_checked_before_weights_are_read():
-    for settings in ({"budget": 2}, {"method": "magic"}, {"method_args": {"speed": "1"}}):
+    for settings in (
+        {"budget": 2},
+        {"method": "magic"},
+        {"method_args": {"speed": "1"}},
+        {"encoder_budget": 0.0},
+        {"encoder_budget": 0.3, "method": "pool"},
+        {"encoder_budget": 0.3, "method_args": {"encoder_budget": "0.3"}},
+    ):
         with pytest.raises(UsageError):
             VideoQA.load("no/such", **settings)
 

@@ -45,7 +45,8 @@ def encode(
         patches: pieces of `[rows, 1176]` in Hugging Face's order that add up to the whole video.
         grid: (T, H, W) in merge units (2x2 patches).
         method: the pruning method.
-        keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here.
+        keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here. At
+            K = T*H*W rows are merged only if the method has an encoder budget of its own.
         seconds_per_grid, seed: passed on to the method.
         chunk_units: rows to encode at a time, in whole blocks of the method but at least one; default:
             `devices.units_at_a_time`. Bounds the memory.
@@ -56,7 +57,7 @@ def encode(
     count, height, width = grid
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
     geo = tower_geometry(visual, height, width)
-    inside = method.acts == "inside" and keep < geo.units * count
+    inside = method.acts == "inside" and method.prunes(keep / (geo.units * count))
     block, reuse = (method.block, method.reuse) if inside else (1, 0.0)
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
@@ -86,7 +87,7 @@ def encode(
                 due = [sum(shares[at : at + block]) for at in range(chunk.first, end, block)]
                 units = [geo.units * min(block, grids - at) for at in range(0, grids, block)]
                 plan = [
-                    plan_of(rows, size // geo.units * geo.windows, method.left(rows, size, max(1, share)))
+                    plan_of(rows, size // geo.units * geo.windows, min(rows, method.allowance(size, max(1, share))))
                     for rows, size, share in zip(layout.per_block, units, due, strict=True)
                 ]
             plan = list(zip(*plan, strict=True))

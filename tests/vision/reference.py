@@ -57,7 +57,8 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
         grids = min(method.block, count - first)
         live = sum(first <= row.home // geo.units < first + grids for row in rows)
         due = max(1, sum(spread(keep, count)[first : first + grids]))
-        plans.append(method.rows(tower, live, grids * geo.windows, method.left(live, grids * geo.units, due)))
+        left = min(live, method.allowance(grids * geo.units, due))
+        plans.append(method.rows(tower, live, grids * geo.windows, left))
     for layer, block in enumerate(visual.blocks):
         scope = "grid" if layer in visual.fullatt_block_indexes else "window"
         run_layer(block, rows, geo, scope, method)
