@@ -98,6 +98,7 @@ class Method:
         reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew (pruning/reference.py); 0 for all.
         encoder_budget: share of the units that the encoder goes on computing, where it was set apart from the budget; None where
             it follows from it. A method that has such a share has a field of this name.
+        adaptive: whether rows that a block leaves of its allowance go to later ones (pruning/budget.py).
         exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
             its least.
         reads_question: whether what is kept depends on the question, so that an encoded video serves no other one.
@@ -111,6 +112,7 @@ class Method:
     exact: ClassVar[bool] = True
     reuse: ClassVar[float] = 0.0
     reads_question: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
     encoder_budget: ClassVar[float | None] = None
 
     def prunes(self, budget: float) -> bool:
@@ -138,7 +140,7 @@ class Method:
         return [units] * tower.depth
 
     def allowance(self, units: int, due: int) -> int:
-        """At most how many rows are to be left in a block of `units`, of which `due` tokens would be the block's even share."""
+        """How many rows may be left in a block of `units`, of which `due` tokens would be the block's even share."""
         return due
 
     def scope(self, tower: TowerShape, layer: int) -> Literal["window", "block"]:

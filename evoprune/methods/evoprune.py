@@ -29,6 +29,8 @@ class EvoPrune(EvoPrunePaper):
     reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew; 0 for no references.
     encoder_budget: share of a block's units that are left as rows after merging, whatever the budget is; None for the budget
         itself, but at least a quarter.
+    adaptive: whether what blocks that repeat their references leave of their share goes to later ones in which more is new. In
+        all no more is spent than the shares add up to, and no block gets less than without; but clips cost more, as less is merged.
     alpha: weight of time in the choice.
     """
 
@@ -45,6 +47,7 @@ class EvoPrune(EvoPrunePaper):
     block: int = 4
     reuse: float = THRESHOLD
     encoder_budget: float | None = None
+    adaptive: bool = False
     alpha: float = ALPHA
 
     def __post_init__(self):

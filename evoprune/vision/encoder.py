@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.pruning.budget import spread
+from evoprune.pruning.budget import Spending, spread
 from evoprune.pruning.indices import tally
 from evoprune.vision import devices
 from evoprune.vision.chunks import in_chunks
@@ -61,6 +61,7 @@ def encode(
     block, reuse = (method.block, method.reuse) if inside else (1, 0.0)
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
+    spending = Spending(method.adaptive)
     rows, owners, homes, base = [], [], [], 0
     past = Past()
     entered, left = [0] * tower.depth, [0] * tower.depth
@@ -87,7 +88,11 @@ def encode(
                 due = [sum(shares[at : at + block]) for at in range(chunk.first, end, block)]
                 units = [geo.units * min(block, grids - at) for at in range(0, grids, block)]
                 plan = [
-                    plan_of(rows, size // geo.units * geo.windows, min(rows, method.allowance(size, max(1, share))))
+                    plan_of(
+                        rows,
+                        size // geo.units * geo.windows,
+                        spending.left(rows, method.allowance(size, max(1, share))),
+                    )
                     for rows, size, share in zip(layout.per_block, units, due, strict=True)
                 ]
             plan = list(zip(*plan, strict=True))

@@ -250,13 +250,32 @@ def test_nor_where_a_whole_block_has_nothing_new(chunk_units, monkeypatch):
     encoder_share=st.sampled_from([0.001, 0.1, 0.3, 1.0]),
     attention_weight=st.sampled_from([0.0, 0.3]),
     full_layers=st.sampled_from([(1, 3), (), (2,)]),
+    adaptive=st.booleans(),
     chunk_units=st.integers(1, 100),
     kernel=st.booleans(),
 )
 def test_nor_on_any_clip_with_references(
-    monkeypatch, grid, share, seed, block, keep, encoder_share, attention_weight, full_layers, chunk_units, kernel
+    monkeypatch,
+    grid,
+    share,
+    seed,
+    block,
+    keep,
+    encoder_share,
+    attention_weight,
+    full_layers,
+    adaptive,
+    chunk_units,
+    kernel,
 ):
-    method = EvoPrune(block=block, encoder_budget=encoder_share, first=0.0, last=0.8, attention=attention_weight)
+    method = EvoPrune(
+        block=block,
+        encoder_budget=encoder_share,
+        first=0.0,
+        last=0.8,
+        attention=attention_weight,
+        adaptive=adaptive,
+    )
     patches = clip(grid, changes(grid, share, seed), seed)
     both_ways(monkeypatch, grid, method, max(1, round(units(grid) * keep)), kernel, full_layers, chunk_units, patches)
 

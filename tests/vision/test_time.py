@@ -164,13 +164,20 @@ def test_what_changed_is_a_row_and_what_did_not_has_the_last_that_did():
     encoder_share=st.sampled_from([0.001, 0.1, 0.3, 1.0]),
     attention=st.sampled_from([0.0, 0.3]),
     windows=st.booleans(),
+    adaptive=st.booleans(),
     chunk_units=st.integers(1, 200),
 )
 def test_the_result_does_not_depend_on_the_chunk_size(
-    grid, share, seed, block, share_kept, encoder_share, attention, windows, chunk_units
+    grid, share, seed, block, share_kept, encoder_share, attention, windows, adaptive, chunk_units
 ):
     method = EvoPrune(
-        block=block, encoder_budget=encoder_share, first=0.0, last=0.8, attention=attention, windows=windows
+        block=block,
+        encoder_budget=encoder_share,
+        first=0.0,
+        last=0.8,
+        attention=attention,
+        windows=windows,
+        adaptive=adaptive,
     )
     keep = max(1, round(units(grid) * share_kept))
     changed = changes(grid, share, seed)
@@ -178,6 +185,28 @@ def test_the_result_does_not_depend_on_the_chunk_size(
     assert_same(encode_clip(grid, changed, method, keep, seed, chunk_units=chunk_units), whole)
     assert len(whole.kept) == len(whole.features) == keep
     check_books(whole, grid, None)
+    blocks = [min(block, grid[0] - first) * grid[1] * grid[2] for first in range(0, grid[0], block)]
+    assert len(whole.rows) <= sum(max(1, round(encoder_share * n)) for n in blocks)
+    least = encode_clip(grid, changed, replace(method, adaptive=False), keep, seed)
+    assert (rows_per_block(whole, grid, block) >= rows_per_block(least, grid, block)).all()  # nobody pays for it
+
+
+def rows_per_block(encoded, grid, block):
+    """How many rows were left in each block."""
+    home = torch.full((len(encoded.rows),), units(grid)).scatter_reduce(
+        0, encoded.owner, torch.arange(units(grid)), "amin"
+    )
+    return torch.bincount(home // (grid[1] * grid[2] * block), minlength=-(-grid[0] // block))
+
+
+@pytest.mark.parametrize("chunk_units", [1, 30, 10**6])
+@pytest.mark.parametrize(("adaptive", "left"), [(False, [15, 0, 15, 5]), (True, [15, 0, 30, 5])])
+def test_what_calm_blocks_leave_goes_to_busy_ones(adaptive, left, chunk_units):
+    grid, changed = (8, 5, 6), torch.zeros(8, 30, dtype=torch.bool)
+    changed[[0, 4, 5]], changed[7, :5] = True, True
+    method = EvoPrune(block=2, encoder_budget=0.25, first=0.0, adaptive=adaptive)
+    made = assert_like_the_slow_one(clip(grid, changed), grid, method, 20, changed=changed, chunk_units=(chunk_units,))
+    assert rows_per_block(made, grid, 2).tolist() == left
 
 
 @pytest.mark.parametrize(
