@@ -246,7 +246,7 @@ class VideoQA:
         limits, visual = self.loaded.video, self.loaded.model.model.visual
         at_once = units_at_a_time(self.loaded.model.device)
         # No more frames at a time than the encoder takes, and no more bytes than a few large frames.
-        grids = max(1, at_once // (plan.grid[1] * plan.grid[2]))
+        grids = -(-at_once // (plan.grid[1] * plan.grid[2]))
         chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * info.width * info.height * 3)
 
         def prepare() -> Generator[tuple[int, torch.Tensor], None, None]:

@@ -1,6 +1,6 @@
 """Which grids of a video go through the tower together, known from their pixels.
 
-A chunk is filled with whole blocks of grids until it has so many rows, for the tower's products want many, and its memory few.
+A chunk is filled with whole blocks of grids until it has enough rows, for the tower's products want many, and its memory few.
 Where units may refer to earlier grids, a block of a still picture has few rows. So blocks are looked at ahead of the tower, one
 after another, and of each unit that needs no row only the number of its reference is kept.
 """
@@ -84,10 +84,10 @@ def in_chunks(
     watch: Stopwatch,
     even: list[torch.Tensor] | None = None,
 ) -> Iterator[Chunk]:
-    """Cuts a video into chunks of at most `rows` rows, or of a single block.
+    """Cuts a video into chunks of `rows` rows or more, but so many by less than a block; the last may have fewer.
 
-    No chunk stands for more than `devices.SPARSE` times as many units as it may have rows. What is held besides is a block, or what
-    a piece of `patches` has more than that.
+    A chunk also ends once it stands for `devices.SPARSE` times as many units. So what is held, of patches as of numbers, does not
+    grow with the video; and nothing is looked at that is not needed to fill the chunk.
 
     Args:
         patches: pieces of `[n, 1176]` that add up to so many grids.
@@ -100,8 +100,7 @@ def in_chunks(
     Raises:
         ValueError: `patches` do not add up to the grids.
     """
-    step = block if threshold else max(1, rows // geo.units // block) * block
-    least = 1 if threshold else step * geo.units  # rows that the next piece has at least, or would as well not be there
+    step = block if threshold else -(-rows // (geo.units * block)) * block
     done, references, held = 0, None, []
     for piece in in_grids(patches, geo.units * PATCHES, step):
         count, rest = divmod(len(piece), geo.units * PATCHES)
@@ -114,16 +113,10 @@ def in_chunks(
             with watch:
                 reuse, references = scan(patch_means(piece.cpu(), geo.units), references, threshold)
                 source = reuse.grid
-        new = Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source)
-        if held and (
-            sum(c.rows for c in held) + new.rows > rows
-            or (done + count - held[0].first) * geo.units > devices.SPARSE * rows
-        ):
-            yield _joined(held)
-            held = []
-        held.append(new)
+        held.append(Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source))
         done += count
-        if sum(c.rows for c in held) + least > rows:
+        units = (done - held[0].first) * geo.units
+        if sum(part.rows for part in held) >= rows or units >= devices.SPARSE * rows:
             yield _joined(held)
             held = []
     if done != grids:
@@ -140,11 +133,12 @@ def _rows_of(patches: torch.Tensor, geo: Geometry, first: int, grids: int, sourc
     return patches.view(-1, PATCHES, patches.shape[1])[devices.uploaded(home, patches.device)]
 
 
-def _joined(chunks: list[Chunk]) -> Chunk:
-    if len(chunks) == 1:
-        return chunks[0]
-    patches, source = torch.cat([c.patches for c in chunks]), torch.cat([c.source for c in chunks])
-    return Chunk(chunks[0].first, sum(c.grids for c in chunks), patches, source)
+def _joined(parts: list[Chunk]) -> Chunk:
+    """Several as one; there are several only with references."""
+    if len(parts) == 1:
+        return parts[0]
+    patches, source = torch.cat([part.patches for part in parts]), torch.cat([part.source for part in parts])
+    return Chunk(parts[0].first, sum(part.grids for part in parts), patches, source)
 
 
 def _is_even(grids: torch.Tensor) -> torch.Tensor:

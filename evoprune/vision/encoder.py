@@ -48,8 +48,8 @@ def encode(
         keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here. At
             K = T*H*W rows are merged only if the method has an encoder budget of its own.
         seconds_per_grid, seed: passed on to the method.
-        chunk_units: rows to encode at a time, in whole blocks of the method but at least one; default:
-            `devices.units_at_a_time`. Bounds the memory.
+        chunk_units: rows to encode at a time, rounded up to whole blocks of the method; default: `devices.units_at_a_time`. Bounds
+            the memory.
 
     Raises:
         ValueError: `patches` do not add up to the grid.
