@@ -262,6 +262,17 @@ def test_a_signal_while_a_frame_is_waited_for(loaded):
     assert closed == [1] and set(threading.enumerate()) == threads
 
 
+def test_the_estimate_goes_by_both_budgets(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.cost.matmul_rate", lambda *_: 1e9)
+    plan = VideoQA(loaded).encode(CLIP).plan
+
+    def seconds(budget, share=None):
+        return VideoQA(loaded, budget=budget, encoder_budget=share).estimate_first_token(plan)
+
+    assert seconds(1.0, 0.1) < seconds(1.0)
+    assert seconds(0.1) == seconds(0.1, 0.25) < seconds(0.1, 1.0)
+
+
 def test_settings_are_checked_before_weights_are_read():
     for settings in (
         {"budget": 2},
