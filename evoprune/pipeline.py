@@ -61,6 +61,8 @@ class VideoQA:
         loaded: from `models.load_model`.
         budget: share of visual tokens kept, a number in (0, 1] or a preset's name.
         method: name of a pruning method, `method_args` its settings as texts.
+        encoder_budget: share of the units that the encoder goes on computing, in (0, 1]; default: as the method has it follow
+            from the budget. The setting of that name.
         seed: of everything random.
 
     Raises:
@@ -74,12 +76,14 @@ class VideoQA:
         budget: float | str = DEFAULT,
         method: str = methods.DEFAULT,
         method_args: dict[str, str] | None = None,
+        encoder_budget: float | None = None,
         seed: int = 0,
         load_seconds: float | None = None,
     ):
         self.loaded = loaded
         self.budget = parse_budget(budget)
-        self.method_name, self.method = method, methods.get(method, method_args)
+        self.method_name = method
+        self.method = methods.get(method, methods.with_encoder_budget(method_args, encoder_budget))
         self.seed = seed
         self.load_seconds = load_seconds
         if loaded.tokenizer is None:
@@ -102,7 +106,8 @@ class VideoQA:
         """Loads a model and wraps it; `settings` are the constructor's. Raises what `load_model` raises."""
         start = time.perf_counter()
         parse_budget(settings.get("budget", DEFAULT))  # settings are checked before any weights are read
-        methods.get(settings.get("method", methods.DEFAULT), settings.get("method_args"))
+        args = methods.with_encoder_budget(settings.get("method_args"), settings.get("encoder_budget"))
+        methods.get(settings.get("method", methods.DEFAULT), args)
         loaded = load_model(
             model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format,
             quantize=quantize, to_answer=True, progress=progress,
@@ -128,9 +133,9 @@ class VideoQA:
         count, height, width = self.method.plan(plan.grid, keep)
         geo = tower_geometry(model.model.visual, height, width)
         rows = [geo.units] * (tower.depth + 1)
-        if self.method.acts == "inside" and keep < plan.visual_tokens:
-            left = self.method.left(geo.units, geo.units, max(1, keep // count))  # of a grid that repeats nothing
-            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]
+        if self.method.acts == "inside" and self.method.prunes(keep / plan.visual_tokens):
+            left = min(geo.units, self.method.allowance(geo.units, max(1, keep // count)))
+            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]  # of a grid that repeats nothing
         rows = [count * n for n in rows]
         return estimate_first_token(model, rows, count, geo.windows, min(keep, rows[0]) + text_tokens)
 
@@ -241,7 +246,7 @@ class VideoQA:
         limits, visual = self.loaded.video, self.loaded.model.model.visual
         at_once = units_at_a_time(self.loaded.model.device)
         # No more frames at a time than the encoder takes, and no more bytes than a few large frames.
-        grids = max(1, at_once // (plan.grid[1] * plan.grid[2]))
+        grids = -(-at_once // (plan.grid[1] * plan.grid[2]))
         chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * info.width * info.height * 3)
 
         def prepare() -> Generator[tuple[int, torch.Tensor], None, None]:
@@ -450,7 +455,7 @@ class EncodedVideo:
                 method=qa.method_name,
                 args=asdict(qa.method),
                 budget=qa.budget,
-                encoder_budget=None,
+                encoder_budget=qa.method.encoder_share(qa.budget),
                 kept_ratio=len(encoded.kept) / self.units,
                 visual_tokens_in=self.units,
                 visual_tokens_kept=len(encoded.kept),

@@ -121,6 +121,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     kept = 100 * (pruning.kept_ratio or 0)
     fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
     budget = "" if pruning.method == "none" else f" -b {pruning.budget:g}"
+    if pruning.args.get("encoder_budget") is not None:
+        budget += f" --encoder-budget {pruning.encoder_budget:g}"
     grids, rows, columns = sampling.grid_thw
     facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
     name = printable(os.path.basename(os.path.abspath(video.path)))
