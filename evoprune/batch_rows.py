@@ -146,18 +146,17 @@ def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
 def _csv_lines(text: str) -> Iterator[tuple[int, Any]]:
     head = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as problem:
-            yield reader.line_num + 1, ValueError(str(problem))  # the last one that was whole is counted
+    try:
+        if missing := [name for name in ("video", "question") if name not in (reader.fieldnames or ())]:
+            yield 1, ValueError(f"no JSON object, nor the head of a table with {missing[0]}")
             return
-        if row is None:
-            return
-        cells = {name: cell for name, cell in row.items() if cell}
-        if "options" in cells:
-            cells["options"] = [option.strip() for option in cells["options"].split(BETWEEN_OPTIONS)]
-        yield reader.line_num, ValueError("more cells than the head has") if None in row else cells
+        for row in reader:
+            cells = {name: cell for name, cell in row.items() if cell}
+            if "options" in cells:
+                cells["options"] = [option.strip() for option in cells["options"].split(BETWEEN_OPTIONS)]
+            yield reader.line_num, ValueError("more cells than the head has") if None in row else cells
+    except csv.Error as problem:
+        yield reader.line_num + 1, ValueError(str(problem))  # the last one that was whole is counted
 
 
 def _rows(places: Iterable[Place], folder: str, start_s: float, end_s: float | None) -> list[Row]:

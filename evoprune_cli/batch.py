@@ -180,7 +180,7 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
         return load_rows(source, *span)
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():
-        raise UsageError("--from - means stdin, which is a terminal", "pipe rows into it, or name a file")
+        raise UsageError("--from - reads stdin, and nothing is piped into it", "pipe rows into it, or name a file")
     return read_rows(stdin.read(), "stdin", "", *span)
 
 

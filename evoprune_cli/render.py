@@ -88,7 +88,7 @@ def print_warning(name: str) -> None:
 def tell(text: str) -> None:
     """A sentence on stderr, folded to the terminal's width."""
     for line in textwrap.wrap(printable(text), max(columns(), 30), subsequent_indent="  "):
-        note(line)
+        note(_paint(line, "2"))
 
 
 def clock(seconds: float | None) -> str:

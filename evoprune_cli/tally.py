@@ -62,7 +62,8 @@ class Tally:
         done, seconds = self._before + self._file.written - self.failed, time.monotonic() - self._begun
         before = f", {self._before:,} of them before" if self._before else ""
         failed = f", {self.failed:,} failed" if self.failed else ""
-        took = f": {clock(seconds)}{self._pace(seconds)}" if self._file.written else ""
+        made = self._file.written
+        took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
         tell(f"{done:,} of {self._total:,} rows answered{before}{failed}{took}")
         if (problem or self.failed) and self._file.regular:
             tell("to go on, or to try again what failed: the same command with --resume")
@@ -70,19 +71,18 @@ class Tally:
     def _line(self, done: int) -> str:
         seconds, made = time.monotonic() - self._begun, self._file.written
         failed = f", {self.failed:,} failed" if self.failed else ""
-        left = f", {roughly(seconds / made * (self._total - done))} left" if made else ""
-        return f"{done:,} of {self._total:,} rows{failed}{self._pace(seconds)}{left}"
-
-    def _pace(self, seconds: float) -> str:
-        """Rows a minute, or in the unit of time that makes it a number above one."""
-        made = self._file.written
-        if not made:
-            return ""
-        unit, length = next(((u, s) for u, s in (("second", 1), ("minute", 60)) if made * s >= seconds), ("hour", 3600))
-        return f", {made * length / max(seconds, 1e-3):,.3g} a {unit}"
+        rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
+        return f"{done:,} of {self._total:,} rows{failed}{rest}"
 
     def _tell_failure(self, video: str, message: str) -> None:
         said = f"failed: {message if video in message else f'{video}: {message}'}"
         if said != self._last_failure and not self._quiet:  # all rows of a video fail for the same reason
             tell(said)
         self._last_failure = said
+
+
+def pace(made: int, seconds: float) -> str:
+    """Rows a second, a minute or an hour: the first of them that is a number above one."""
+    units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
+    unit, length = next((unit for unit in units if made * unit[1] >= seconds), units[-1])
+    return f"{made * length / max(seconds, 1e-3):,.3g} {unit}"

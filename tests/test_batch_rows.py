@@ -132,6 +132,12 @@ def test_no_rows(content):
         read(content)
 
 
+def test_a_table_needs_a_head():
+    for content, missing in ((b"a.mp4\nb.mp4\n", "video"), (b"id,video\n1,a.mp4\n", "question")):
+        with pytest.raises(UsageError, match=f"rows, line 1: .* with {missing}$"):
+            read(content)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UsageError, match="No such file"):
         load_rows(str(tmp_path / "q.jsonl"))
