@@ -123,6 +123,18 @@ def _prepared(
             raise
 
 
+def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
+    """The record of a row that has no answer."""
+    report = Report(question=row.prompt, video=VideoFacts(path=row.video), finish_reason="error", error=error)
+    return _named(report, row, settings)
+
+
+def _named(report: Report, row: Row, settings: Settings) -> Report:
+    report.id = row.id
+    report.batch = {"row": row.asked | {"answer": row.answer}, "settings": asdict(settings)}
+    return report
+
+
 def _asked(
     part: Part, video: "PreparedVideo | Exception", settings: Settings, on_failure: OnFailure
 ) -> Iterator[Report]:
@@ -131,11 +143,7 @@ def _asked(
         report = None
         if encoded:
             report, error = _tried(lambda row=row: _answered(encoded, row, settings), on_failure)
-        if report is None:
-            report = Report(question=row.prompt, video=VideoFacts(path=row.video), finish_reason="error", error=error)
-        report.id = row.id
-        report.batch = {"row": row.asked | {"answer": row.answer}, "settings": asdict(settings)}
-        yield report
+        yield _named(report, row, settings) if report else failure_report(row, settings, error)
 
 
 def _encoded(video: "PreparedVideo | Exception") -> "EncodedVideo":

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from contextlib import closing
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -19,7 +20,8 @@ from evoprune_cli.tally import Tally
 SOME_FAILED = 6
 STDIN = "-"
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
-_ROWS, _OUTPUT = "Rows", "Output"
+ENGINES = ("local", "ray")
+_ROWS, _OUTPUT, _ENGINE = "Rows", "Output", "Engine"
 
 
 def batch(
@@ -94,6 +96,25 @@ def batch(
     temperature: opt.Temperature = 0.0,
     top_p: opt.TopP = 1.0,
     system: opt.System = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="|".join(ENGINES),
+            help="ray: on a Ray cluster, a model a GPU, or a node where there are none. Needs evoprune[ray].",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = ENGINES[0],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="auto|HOST:PORT",
+            help="Of the Ray cluster; default: RAY_ADDRESS, or the one on this machine, made if there is none.",
+            show_default=False,
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
     quiet: opt.Quiet = False,
     cache: opt.Cache = False,
     debug: opt.Debug = False,
@@ -113,7 +134,11 @@ def batch(
         raise UsageError("no output", f"name a file with -o: {USAGE}")
     if not model:
         raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is the bundled tiny one")
-    from evoprune.batch import Settings, answers, remaining
+    if engine not in ENGINES:
+        raise UsageError(f"no engine {engine!r}", f"one of {', '.join(ENGINES)}")
+    if address and engine != "ray":
+        raise UsageError("--address is of a Ray cluster", "add --engine ray")
+    from evoprune.batch import Settings, remaining
     from evoprune.batch_file import RecordFile
     from evoprune.batch_rows import grouped
 
@@ -130,20 +155,40 @@ def batch(
     with tally, closing(RecordFile(output, resume=resume, overwrite=overwrite)) as file:
         left = remaining(rows, settings, file.found)
         with progress(not quiet) as show:
-            if left:
-                show("loading model")
-                qa = settings.load(
-                    device=device, offline=offline, progress=lambda done, total: show("quantizing", done, total)
-                )
-            tally.start(file, len(left), show)
-            file.begin(again={row.id for row in left})
-            if left:
-                made = answers(qa, grouped(left), settings, _cache() if cache else None, _tell_failure)
-                with closing(made):
-                    for record in made:
-                        file.add(record)
-                        tally.add(record)
+            ready = partial(tally.start, file, len(left), show)
+            if not left:
+                ready()
+                file.begin()
+                return 0
+            where = {"device": device, "offline": offline}
+            if engine == "ray":
+                made = _on_ray(grouped(left), settings, where | {"address": address, "cache": cache}, show, ready)
+            else:
+                made = _here(grouped(left), settings, where, cache, show, ready)
+            with closing(made):
+                for record in made:
+                    if not file.written:  # what was there before stays until there is something to write
+                        file.begin(again={row.id for row in left})
+                    file.add(record)
+                    tally.add(record)
     return SOME_FAILED if tally.failed else 0
+
+
+def _here(parts, settings, where: dict, cache: bool, show, ready):
+    from evoprune.batch import answers
+    from evoprune.cache import Cache, default_folder
+
+    show("loading model")
+    qa = settings.load(**where, progress=lambda done, total: show("quantizing", done, total))
+    ready()
+    yield from answers(qa, parts, settings, Cache(default_folder()) if cache else None, _tell_failure)
+
+
+def _on_ray(parts, settings, where: dict, show, ready):
+    from evoprune.integrations.ray import answers_on_ray
+
+    show("connecting to Ray")
+    yield from answers_on_ray(parts, settings, **where, on_ready=ready)
 
 
 def _check(settings) -> None:
@@ -194,12 +239,6 @@ def _check_videos(rows, quiet: bool) -> None:
         raise VideoError(f"no such file: {missing[0]}{others}", hint)
     if missing and not quiet:
         tell(f"missing: {missing[0]}{', ...' if missing[1:] else ''} ({len(missing):,} of {len(videos):,} videos)")
-
-
-def _cache():
-    from evoprune.cache import Cache, default_folder
-
-    return Cache(default_folder())
 
 
 def _tell_failure(problem: Exception) -> None:

@@ -55,6 +55,8 @@ class Tally:
     def __exit__(self, kind, problem, trace) -> None:
         if self._file is None or isinstance(problem, BrokenPipeError | SystemExit):
             return
+        if problem and not self._file.written:
+            return
         for name in self._warnings:
             print_warning(name)
         if self._quiet:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -65,7 +66,7 @@ def breaking(monkeypatch, at: int, problem: BaseException):
 
 def test_a_record_for_every_question_about_every_video(run, cli, out, tiny_folder):
     result = run(*CLIPS, *ASKED)
-    assert (result.code, result.out) == (0, "") and result.err.startswith("4 of 4 rows answered: 0:0")
+    assert (result.code, result.out) == (0, "") and result.err.startswith("4 of 4 rows answered: 0:")
     made = records(out)
     assert [(r["video"]["path"], r["question"]) for r in made] == [(clip, q) for clip in CLIPS for q in QUESTIONS]
     assert len({r["id"] for r in made}) == 4 and [r["time_ms"]["encode"] > 0 for r in made] == [True, False] * 2
@@ -208,7 +209,7 @@ def test_resume_asks_what_is_left(run, out, monkeypatch):
     assert run(CLIPS[0], *ASKED, "--resume").code == 0  # nothing there yet
     before = out.read_bytes()
     result = run(*CLIPS, *ASKED, "--resume")
-    assert result.code == 0 and result.err.startswith("4 of 4 rows answered, 2 of them before: 0:0")
+    assert result.code == 0 and result.err.startswith("4 of 4 rows answered, 2 of them before: 0:")
     assert out.read_bytes().startswith(before) and len({r["id"] for r in records(out)}) == len(records(out)) == 4
     no_weights(monkeypatch)
     result = run(*CLIPS, *ASKED, "--resume")
@@ -288,7 +289,7 @@ def test_progress_on_a_terminal(run, columns):
     result = run(*CLIPS, *ASKED, columns=columns)
     assert " of 4 rows, " in result.err and " left" in result.err
     (last,) = [line for line in visible(result.err)]
-    assert last.startswith("4 of 4 rows answered: 0:0") and len(last) <= columns
+    assert last.startswith("4 of 4 rows answered: 0:") and len(last) <= columns
     assert visible(run(*CLIPS, *ASKED, "-q", "--overwrite", columns=columns).err) == []
 
 
@@ -296,7 +297,7 @@ def test_progress_where_nobody_watches(run, monkeypatch):
     monkeypatch.setattr(tally, "EVERY_S", 0.0)
     lines = run(*CLIPS, *ASKED).err.splitlines()
     assert [line.split(",")[0] for line in lines[:4]] == [f"{n} of 4 rows" for n in range(1, 5)]
-    assert all(" a second, ~" in line and line.endswith(" left") for line in lines[:4]) and len(lines) == 5
+    assert all(re.search(r" a (second|minute), ~.* left$", line) for line in lines[:4]) and len(lines) == 5
 
 
 @pytest.mark.parametrize(
