@@ -28,7 +28,7 @@ from evoprune.pruning.budget import keep_count
 from evoprune.report import ModelFacts
 from evoprune.sides import TEXT_AFTER, TEXT_BEFORE, Frames, Turn, prepare, run_hugging_face, run_ours
 from evoprune.vision.attention import PATCHES
-from evoprune.vision.encoder import units_at_a_time
+from evoprune.vision.devices import units_at_a_time
 
 Source = Callable[[Case], Frames]
 Progress = Callable[[str], None]

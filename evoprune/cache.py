@@ -22,7 +22,7 @@ import evoprune
 from evoprune.methods.base import Method
 from evoprune.models import LoadedModel
 from evoprune.plan import Plan
-from evoprune.vision.encoder import Encoded
+from evoprune.vision.encoded import Encoded
 
 LIMIT_BYTES = 2 * 2**30
 SUFFIX, UNFINISHED = ".safetensors", ".tmp"

@@ -34,7 +34,7 @@ from evoprune.run_folder import RunFolder
 from evoprune.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
 from evoprune.video.decode import FrameChunk
 from evoprune.video.probe import VideoInfo
-from evoprune.vision.encoder import tower_geometry
+from evoprune.vision.tower import tower_geometry
 
 DEMO, DEMO_CLIPS = "demo", 100
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"

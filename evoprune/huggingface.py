@@ -5,7 +5,7 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.pruning.budget import keep_count, parse_budget
-from evoprune.vision.encoder import Encoded, joined
+from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
 
 

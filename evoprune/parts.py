@@ -26,8 +26,11 @@ from evoprune.models import describe_model
 from evoprune.quantize import Int4Linear, Int8Linear, check, quantize
 from evoprune.qwen import Part, QwenVL, shared
 from evoprune.video.benchmark import medians
+from evoprune.vision import rowwise
 from evoprune.vision.attention import PATCHES, _attend_in_the_open
-from evoprune.vision.encoder import CHUNK_UNITS, _norm, _rotary, _rotate, encode, tower_geometry
+from evoprune.vision.devices import CHUNK_UNITS
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_geometry
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
@@ -169,7 +172,7 @@ def layer(
     heads: int,
     group: int,
     attend: Attention = as_built,
-    norm: Callable = _norm,
+    norm: Callable = rowwise.norm,
 ) -> torch.Tensor:
     """One layer of the tower without pruning, on the functions that the encoder runs on.
 
@@ -179,7 +182,7 @@ def layer(
         group: patch rows that attend to each other.
     """
     qkv = linear(block.attn.qkv, norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
-    q, k = _rotate(qkv[:, :, :2], *turn).unbind(2)
+    q, k = rowwise.rotate(qkv[:, :, :2], *turn).unbind(2)
     parts = [part.reshape(-1, group, heads, part.shape[-1]).transpose(1, 2) for part in (q, k, qkv[:, :, 2])]
     mixed = attend(*parts).transpose(1, 2).reshape(x.shape)
     x = linear(block.attn.proj, mixed, plus=x)
@@ -192,7 +195,9 @@ def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[t
     """x and `turn` of `layer`, in window order; and the patch rows of a window and of a grid."""
     geo = tower_geometry(visual, *sizes.grid)
     x = torch.randn(sizes.grids * geo.units, PATCHES, visual.config.hidden_size).to(DTYPE)
-    cos, sin = (part[geo.order].repeat(sizes.grids, 1, 1)[:, :, None, None] for part in _rotary(visual.config, geo))
+    cos, sin = (
+        part[geo.order].repeat(sizes.grids, 1, 1)[:, :, None, None] for part in rowwise.rotary(visual.config, geo)
+    )
     return x, (cos, sin), [geo.units // geo.windows * PATCHES, geo.units * PATCHES]
 
 

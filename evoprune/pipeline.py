@@ -44,8 +44,11 @@ from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
 from evoprune.video.decode import FrameChunk, choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
-from evoprune.vision.encoder import Encoded, encode, tower_geometry, tower_shape, units_at_a_time
+from evoprune.vision.devices import units_at_a_time
+from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.tower import tower_geometry, tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # frames as decoded, held at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total

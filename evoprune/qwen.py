@@ -1,6 +1,6 @@
 """The weights of a Qwen2.5-VL, under Hugging Face's names, and nothing else.
 
-`vision/encoder.py` and `language/decoder.py` run on the weights alone. They run as well on a model that somebody loaded with
+`vision/tower.py` and `language/decoder.py` run on the weights alone. They run as well on a model that somebody loaded with
 transformers, because the names are the same; but that library takes longer to import than a short answer takes, so a model
 loaded here does without it.
 """

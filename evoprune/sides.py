@@ -21,8 +21,9 @@ from evoprune.video.decode import read_frames
 from evoprune.video.probe import VideoInfo
 from evoprune.video.sampling import even_times
 from evoprune.vision.attention import PATCHES
-from evoprune.vision.encoder import encode, tower_geometry
+from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.tower import tower_geometry
 
 # Text tokens before and after the video, as many as a chat template and a short question have.
 TEXT_BEFORE, TEXT_AFTER = 15, 15

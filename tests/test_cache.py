@@ -16,7 +16,7 @@ from evoprune.methods.evs import Evs
 from evoprune.models import load_model
 from evoprune.pipeline import VideoQA
 from evoprune.video.decode import read_frames
-from evoprune.vision.encoder import Encoded
+from evoprune.vision.encoded import Encoded
 from tests.threads import one_thread  # noqa: F401
 
 CLIP = "samples/square.mp4"

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.methods import evoprune
-from evoprune.vision import attention, encoder
+from evoprune.vision import attention, devices, encoder
 
 # Operators whose result has a shape that depends on values, or is itself read by the host. On CUDA they wait for the device.
 WAITING = {
@@ -68,8 +68,8 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
         return paused
 
     by_hand = pausing(varlen_by_hand)
-    monkeypatch.setattr(encoder, "static_shapes", lambda device: True)
-    for module, name in ((encoder, "_settled"), (encoder, "_referring"), (evoprune, "choose_units")):
+    monkeypatch.setattr(devices, "static_shapes", lambda device: True)
+    for module, name in ((encoder, "_settled"), (encoder, "referring"), (evoprune, "choose_units")):
         monkeypatch.setattr(module, name, pausing(getattr(module, name)))
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)
     return mode

@@ -15,7 +15,7 @@ from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
-from evoprune.vision import attention, encoder
+from evoprune.vision import attention, devices, encoder
 from evoprune.vision.attention import Packed, buckets, grouped_attention, with_bias
 from evoprune.vision.encoder import encode
 from evoprune.vision.layout import attention_groups, geometry
@@ -270,7 +270,7 @@ def test_with_references_too_every_shape_is_known(share, kernel, monkeypatch):
         return torch.empty_like(q)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
-    monkeypatch.setattr(encoder, "static_shapes", lambda device: device == meta)
+    monkeypatch.setattr(devices, "static_shapes", lambda device: device == meta)
     monkeypatch.setattr(encoder, "_settled", lambda *_: (False, 0.0))
     visual, patches = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta), clip(grid, changes(grid, share))
     method = Inside(block=2, encoder=0.2, first=0.0, attention=0.1)
@@ -290,7 +290,7 @@ def test_on_a_device_without_values_every_shape_is_known(keep, kernel, monkeypat
         return torch.empty_like(q)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
-    monkeypatch.setattr(encoder, "static_shapes", lambda device: device == meta)
+    monkeypatch.setattr(devices, "static_shapes", lambda device: device == meta)
     monkeypatch.setattr(encoder, "_settled", lambda *_: (False, 0.0))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     made = encode(visual, [random_patches(grid)], grid, EvoPrunePaper(first=0.0, last=1.0), keep)

@@ -12,9 +12,10 @@ from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.pruning.budget import keep_count, spread
 from evoprune.pruning.schedule import ALLOCATIONS
-from evoprune.vision.encoder import encode, in_grids, tower_shape
+from evoprune.vision.encoder import encode, in_grids
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patchify
+from evoprune.vision.tower import tower_shape
 from tests.vision.reference import encode_slowly
 from tests.vision.tower import random_patches, tiny_tower
 

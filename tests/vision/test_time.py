@@ -243,9 +243,9 @@ def test_what_is_carried_does_not_grow(monkeypatch):
         held.append((sum(x.untyped_storage().nbytes() for x in tensors), past.row is None or len(past.row)))
         return result
 
-    run = encoder._run_tower
+    run = encoder.run_tower
     monkeypatch.setattr(encoder, "Past", Watched)
-    monkeypatch.setattr(encoder, "_run_tower", measure)
+    monkeypatch.setattr(encoder, "run_tower", measure)
     grid = (24, 3, 5)
     encode_clip(grid, changes(grid, 0.1), EvoPrune(block=2, encoder=0.2, first=0.0), 30, chunk_units=1)
     per_place = 96 * 4 + 8 + 4 * (2 * 4 * 32 * 4)  # means, the grid, and keys and values of four patches in four layers

@@ -1,0 +1,28 @@
+"""What differs between a CPU and a GPU: how much is encoded at a time, and what the host may look at meanwhile."""
+
+import torch
+
+# Units encoded at a time, at least one grid. 2,048 rows of patches keep matrix products at full speed and what lies between
+# them in a CPU's caches (`python -m evoprune.parts`). A GPU wants more at once.
+CHUNK_UNITS = 512
+GPU_CHUNK_UNITS = 8192
+
+
+def units_at_a_time(device: torch.device) -> int:
+    """How many units are encoded at a time, at least one grid."""
+    return CHUNK_UNITS if device.type == "cpu" else GPU_CHUNK_UNITS
+
+
+def static_shapes(device: torch.device) -> bool:
+    """Whether shapes may not depend on values: on a GPU the host would have to wait for them.
+
+    On a CPU looking is free, and saves padding and rounds that have nothing to do.
+    """
+    return device.type == "cuda"
+
+
+def uploaded(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` from the host, sent without waiting for what the device still has to do."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -1,0 +1,64 @@
+"""What comes out of the encoder: the tokens of a video, and which of the encoder's rows stands for each of its units."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A video, or several one after another, as the language model will read them.
+
+    Attributes:
+        features: `[K, D]`, the tokens.
+        kept: int64 `[K]`, the unit at whose place each token sits, Hugging Face's order, ascending.
+        rows: `[E, D]`, what the encoder ended with, ordered by place.
+        owner: int64 `[N]`, which of `rows` stands for each unit, -1 for none.
+        grids: (T, H, W) in units, of each video.
+        layers: (layer, rows that entered it, rows that left it), over all of the video.
+        prune_seconds: time spent on scores, merging and selection, part of the encoding time.
+        flat: whether every grid was one even colour, so that no unit differs from another and what was merged says nothing.
+    """
+
+    features: torch.Tensor
+    kept: torch.Tensor
+    rows: torch.Tensor
+    owner: torch.Tensor
+    grids: tuple[tuple[int, int, int], ...]
+    layers: list[tuple[int, int, int]]
+    prune_seconds: float
+    flat: bool = False
+
+    @property
+    def live_share(self) -> float:
+        """Mean over the layers of the rows computed, as a share of all units: what the tower's time follows."""
+        return sum(entered for _, entered, _ in self.layers) / len(self.layers) / len(self.owner)
+
+    @property
+    def kept_per_grid(self) -> list[int]:
+        """Tokens of each grid, video after video."""
+        edges = [h * w for t, h, w in self.grids for _ in range(t)]
+        grid = torch.arange(len(edges)).repeat_interleave(torch.tensor(edges))
+        return torch.bincount(grid[self.kept.cpu()], minlength=len(edges)).tolist()
+
+
+def joined(videos: list[Encoded]) -> Encoded:
+    """Several videos as one: units and rows numbered on from video to video."""
+    if len(videos) == 1:
+        return videos[0]
+    units = [0, *accumulate(len(v.owner) for v in videos)]
+    rows = [0, *accumulate(len(v.rows) for v in videos)]
+    return Encoded(
+        torch.cat([v.features for v in videos]),
+        torch.cat([v.kept + first for v, first in zip(videos, units, strict=False)]),
+        torch.cat([v.rows for v in videos]),
+        torch.cat([torch.where(v.owner >= 0, v.owner + first, -1) for v, first in zip(videos, rows, strict=False)]),
+        sum((v.grids for v in videos), ()),
+        [
+            (layers[0][0], sum(n for _, n, _ in layers), sum(n for _, _, n in layers))
+            for layers in zip(*(v.layers for v in videos), strict=True)
+        ],
+        sum(v.prune_seconds for v in videos),
+        all(v.flat for v in videos),
+    )
