@@ -18,7 +18,7 @@ from evoprune_cli.render import progress, tell
 from evoprune_cli.tally import Tally
 
 SOME_FAILED = 6
-STDIN = "-"
+DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
 ENGINES = ("local", "ray")
 _ROWS, _OUTPUT, _ENGINE = "Rows", "Output", "Engine"
@@ -151,6 +151,9 @@ def batch(
     _check(settings)
     rows = _rows(videos or [], questions or [], source, start, end)
     _check_videos(rows, quiet)
+    read = [row.path for row in rows] + ([source] if source else [])
+    if output != DASH and os.path.realpath(output) in map(os.path.realpath, read):
+        raise UsageError(f"{output} is what is to be read", "choose another -o")
     tally = Tally(len(rows), quiet)
     with tally, closing(RecordFile(output, resume=resume, overwrite=overwrite)) as file:
         left = remaining(rows, settings, file.found)
@@ -216,12 +219,12 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
     if source is None:
         if not videos or not questions:
             raise UsageError("no videos" if not videos else "no question", f"give both, or --from FILE: {USAGE}")
-        if STDIN in videos:
+        if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
         return product_rows(videos, questions, *span)
     if videos or questions:
         raise UsageError("--from excludes videos and questions", "the rows of the file name both")
-    if source != STDIN:
+    if source != DASH:
         return load_rows(source, *span)
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():

@@ -173,6 +173,8 @@ def no_weights(monkeypatch):
         ((*CLIPS, *ASKED, "-o", "samples"), "cannot write samples: Is a directory", 2),
         ((*CLIPS, *ASKED, "-o", "no/such/out.jsonl"), "cannot write no/such/out.jsonl", 2),
         ((*CLIPS, *ASKED, "-o", "/proc/out.jsonl"), "cannot write /proc/out.jsonl", 2),
+        ((*CLIPS, *ASKED, "-o", CLIPS[1], "--overwrite"), "samples/three.mp4 is what is to be read", 2),
+        (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
         (("--from", "no/such.csv"), "cannot read no/such.csv", 2),
         (("--from", "-"), "nothing is piped", 2),
         (("--from", "LICENSE"), "LICENSE, line 1: no JSON object, nor the head of a table with video", 2),
