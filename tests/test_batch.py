@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.batch import Settings, answers, remaining
@@ -32,6 +32,7 @@ def found(row: Row, failed: bool = False, settings: Settings = SETTINGS, **other
     return Found(back.id, back.batch["row"], back.batch["settings"], failed, 0, 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([None, True, False]), min_size=6, max_size=6), st.floats(0, 1e4), st.floats(1e-4, 1))
 def test_what_has_no_answer_is_left(states, start, budget):
     settings = replace(SETTINGS, budget=budget, method_args={"a": "b"})

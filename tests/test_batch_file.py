@@ -11,7 +11,7 @@ import time
 from contextlib import closing
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.batch_file import HEAD, RecordFile
@@ -83,6 +83,7 @@ def test_to_resume_what_is_not_there(path):
 runs = st.lists(st.booleans(), max_size=6)  # whether each record is about a failure
 
 
+@settings(deadline=None, max_examples=60)  # it waits for the disk
 @given(runs, st.data())
 def test_cut_off_anywhere_it_goes_on(tmp_path_factory, failures, data):
     """What is left of a file of records, wherever it ends, is its whole records; those that are to come again go."""

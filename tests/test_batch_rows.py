@@ -4,7 +4,7 @@ import json
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.batch_rows import Row, grouped, load_rows, product_rows, read_rows
@@ -51,6 +51,7 @@ fields = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(fields, min_size=1))
 def test_what_a_row_says_is_what_is_asked(rows):
     names = [str(row["id"]) if "id" in row else None for row in rows]
@@ -167,6 +168,7 @@ some_rows = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(some_rows)
 def test_rows_that_one_encoding_serves_are_together(rows):
     parts = grouped(rows)
