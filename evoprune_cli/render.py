@@ -85,6 +85,12 @@ def print_warning(name: str) -> None:
         note(line)
 
 
+def tell(text: str) -> None:
+    """A sentence on stderr, folded to the terminal's width."""
+    for line in textwrap.wrap(printable(text), max(columns(), 30), subsequent_indent="  "):
+        note(_paint(line, "2"))
+
+
 def clock(seconds: float | None) -> str:
     """1:02:03.5, 2:31.4 or 0:06.0."""
     if seconds is None:
@@ -96,7 +102,9 @@ def clock(seconds: float | None) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """~40 s or ~12 min: an estimate, no more exact than it is."""
+    """~40 s, ~12 min or ~9 h: an estimate, no more exact than it is."""
+    if seconds >= 5700:
+        return f"~{seconds / 3600:,.0f} h"
     return f"~{seconds / 60:,.0f} min" if seconds >= 95 else f"~{float(f'{seconds:.1g}'):.0f} s"
 
 

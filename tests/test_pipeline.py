@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 
@@ -204,6 +205,56 @@ def test_overlap_changes_nothing(loaded, monkeypatch, budget, method):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
     assert beside.encoded.layers == apart.encoded.layers
     assert done == [("encode", n, 16) for n in range(2, 17, 2)]  # told by the stage that is the last, in order
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_video_that_is_begun_ahead_is_the_same_video(loaded, monkeypatch, overlap):
+    """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
+    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
+    qa, made = VideoQA(loaded, budget=0.25), []
+
+    def counted(*args):
+        made.append(1)
+        return patchify(*args)
+
+    monkeypatch.setattr("evoprune.pipeline.patchify", counted)
+    at_once = qa.encode(LONG)
+    chunks, made[:] = len(made), []
+    with closing(qa.prepare(LONG, overlap=overlap)) as video:
+        assert made == []
+        video.begin()
+        ready, until = 3 if overlap else 1, time.monotonic() + 10
+        while len(made) < ready and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(made) == ready
+        ahead = video.encode()
+    assert len(made) == chunks and torch.equal(ahead.encoded.features, at_once.encoded.features)
+    assert answer(ahead) == answer(at_once) and ahead.report.sampling == at_once.report.sampling
+
+
+def test_what_was_done_ahead_costs_no_time_on_the_wall(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.pipeline.patchify", slow(patchify, 0.2))
+    with closing(VideoQA(loaded).prepare(CLIP)) as video:
+        video.begin()
+        times = video.encode().report.time_ms
+    assert times.preprocess >= 200 > times.total
+
+
+def test_a_video_that_was_begun_and_is_not_wanted(loaded):
+    closed, threads = [], set(threading.enumerate())
+
+    def read(*args, **settings):
+        try:
+            yield from read_frames(*args, **settings)
+        finally:
+            closed.append(1)
+
+    video = VideoQA(loaded).prepare(CLIP, read=read)
+    video.begin()
+    video.close()
+    video.close()
+    assert closed == [1] and set(threading.enumerate()) == threads
 
 
 @pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
