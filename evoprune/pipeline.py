@@ -245,6 +245,7 @@ class PreparedVideo:
         self._cached: Encoded | None = None
         self._pieces: Iterator[tuple[int, torch.Tensor]] | None = None
         self._open = ExitStack()
+        self._damaged = 0
 
     def begin(self) -> None:
         """Has the first chunk ready when it returns, and a thread go on to the next two; or what the cache holds.
@@ -273,8 +274,8 @@ class PreparedVideo:
         begun = clock.now() - self._wall
         if not self._begun:
             self._look_up()
-        encoded, warnings = self._cached, []
-        found = "hit" if encoded else "miss" if self._key else "off"
+        encoded, found = self._cached, "hit" if self._cached else "miss" if self._key else "off"
+        warnings = ["cut_short"] if self.info.cut_short and self.plan.sampling.end_s == self.info.duration_s else []
         if encoded:
             clock.seconds = {"read": 0.0, "preprocess": 0.0, "encode": 0.0} | self._host.seconds
         else:
@@ -283,12 +284,14 @@ class PreparedVideo:
                 on_encode(self.full)
             begun += clock.now() - asked  # the caller's time is no part of the work
             encoded = self._encode(clock, progress)
-            if self._key and not self._cache.store(self._key, encoded):
+            if self._damaged:  # it is not kept, or the warning would be lost
+                warnings.append("damaged_video")
+            elif self._key and not self._cache.store(self._key, encoded):
                 warnings.append("cache_not_written")
         wall = clock.now() - begun
-        info = replace(self.info, path=self._name)
+        info, units = replace(self.info, path=self._name), self.full.visual_tokens
         return EncodedVideo(
-            qa, info, self.decoder, self.plan, self.full.visual_tokens, encoded, clock, wall, found, warnings
+            qa, info, self.decoder, self.plan, units, encoded, clock, wall, found, warnings, self._damaged
         )
 
     def _look_up(self) -> None:
@@ -310,6 +313,7 @@ class PreparedVideo:
             read = self._read(self.info, plan.sampling.times_s, decoder=self.decoder, chunk_bytes=chunk_bytes)
             with closing(read) as chunks:
                 for chunk in host.each("read", chunks):
+                    self._damaged += chunk.damaged
                     with host.stage("preprocess"):
                         small = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
                         piece = patchify(
@@ -370,9 +374,11 @@ class EncodedVideo:
         wall_seconds: float,
         cache: str = "off",
         warnings: Sequence[str] = (),
+        damaged: int = 0,
     ):
         self.qa, self.info, self.decoder, self.plan, self.units, self.encoded = qa, info, decoder, plan, units, encoded
         self._clock, self._wall, self._cache, self._warnings = clock, wall_seconds, cache, warnings
+        self._damaged = damaged
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
         self._turn, self._paid = 0, False
@@ -505,6 +511,8 @@ class EncodedVideo:
                 variable_rate=info.variable_rate,
                 frames_total=info.frames_total,
                 decoder=self.decoder,
+                stated_s=info.stated_s,
+                damaged=self._damaged,
             ),
             sampling=Sampling(
                 start_s=plan.sampling.start_s,

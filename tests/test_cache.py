@@ -18,6 +18,7 @@ from evoprune.pipeline import VideoQA
 from evoprune.video.decode import read_frames
 from evoprune.vision.encoded import Encoded
 from tests.threads import one_thread  # noqa: F401
+from tests.video.files import spoil
 
 CLIP = "samples/square.mp4"
 
@@ -265,3 +266,12 @@ def test_where_it_is(monkeypatch, tmp_path):
     assert default_folder() == Path("/caches/evoprune")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_folder() == Path.home() / ".cache" / "evoprune"
+
+
+def test_a_damaged_video_is_not_kept_because_nobody_would_be_warned(loaded, cache, tmp_path):
+    path = spoil(Path(CLIP), tmp_path / "damaged.mp4", {40, 50})
+    qa = VideoQA(loaded, budget=0.25)
+    for _ in range(2):
+        report = qa.encode(path, cache=cache).report
+        assert (report.cache, report.warnings.count("damaged_video"), report.video.damaged) == ("miss", 1, 2)
+    assert cache.size() == (0, 0)
