@@ -67,6 +67,7 @@ def ask(
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
+    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
     fps: opt.Fps = None,
@@ -118,7 +119,7 @@ def ask(
                     model, revision=revision, device=device, dtype=dtype, offline=offline,
                     load_format=load_format, quantize=quantize,
                     progress=lambda done, total: show("quantizing", done, total), budget=budget,
-                    method=method, method_args=opt.pairs(method_arg), seed=seed,
+                    method=method, method_args=opt.settings(method_arg, encoder_budget), seed=seed,
                 )  # fmt: skip
 
                 def encode(qa, show, **told):

@@ -88,6 +88,12 @@ def print_warning(name: str, video: VideoFacts) -> None:
         note(line)
 
 
+def tell(text: str) -> None:
+    """A sentence on stderr, folded to the terminal's width."""
+    for line in textwrap.wrap(printable(text), max(columns(), 30), subsequent_indent="  "):
+        note(_paint(line, "2"))
+
+
 def clock(seconds: float | None) -> str:
     """1:02:03.5, 2:31.4 or 0:06.0."""
     if seconds is None:
@@ -99,7 +105,9 @@ def clock(seconds: float | None) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """~40 s or ~12 min: an estimate, no more exact than it is."""
+    """~40 s, ~12 min or ~9 h: an estimate, no more exact than it is."""
+    if seconds >= 5700:
+        return f"~{seconds / 3600:,.0f} h"
     return f"~{seconds / 60:,.0f} min" if seconds >= 95 else f"~{float(f'{seconds:.1g}'):.0f} s"
 
 
@@ -124,6 +132,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     kept = 100 * (pruning.kept_ratio or 0)
     fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
     budget = "" if pruning.method == "none" else f" -b {pruning.budget:g}"
+    if pruning.args.get("encoder_budget") is not None:
+        budget += f" --encoder-budget {pruning.encoder_budget:g}"
     grids, rows, columns = sampling.grid_thw
     facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
     name = printable(os.path.basename(os.path.abspath(video.path)))

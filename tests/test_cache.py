@@ -102,6 +102,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"qa": VideoQA(loaded, budget=0.5)},
         {"qa": VideoQA(loaded, budget=0.25, seed=1)},
         {"qa": VideoQA(loaded, budget=0.25, method="evs")},
+        {"qa": VideoQA(loaded, budget=0.25, encoder_budget=0.2)},
         {"qa": VideoQA(loaded, budget=0.25, method="evoprune-paper", method_args={"allocation": "mean"})},
         {"qa": VideoQA(replace(loaded, fingerprint="other"), budget=0.25)},
         {"qa": VideoQA(replace(loaded, dtype="bf16"), budget=0.25)},
@@ -113,6 +114,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         assert state(**other) == "hit", other
     for same in (
         {"qa": VideoQA(loaded, budget="balanced")},
+        {"qa": VideoQA(loaded, budget=0.25, method_args={"encoder_budget": "0.2"})},
         {"frames": 12},
         {"path": shutil.copy(clip, tmp_path / "elsewhere.mp4")},
         {"name": "other"},
