@@ -109,12 +109,22 @@ def with_size(content, old, new):
     new = b"\xb0\x84" + struct.pack(">I", new[1]) + b"\xba\x84" + struct.pack(">I", new[0])
     at = content.index(old, content.index(b"\x16\x54\xae\x6b"))
     made = bytearray(content[:at] + new + content[at + len(old) :])
-    for element in (b"\xe0", b"\xae", b"\x16\x54\xae\x6b"):  # Video, TrackEntry, Tracks: each is longer now
-        begin = made.rindex(element, 0, at) + len(element)
-        length = 9 - made[begin].bit_length()
-        size = int.from_bytes(made[begin : begin + length], "big") + len(new) - len(old)
-        made[begin : begin + length] = size.to_bytes(length, "big")
+    begin = made.rindex(b"\x16\x54\xae\x6b", 0, at)
+    for mark in (b"\x16\x54\xae\x6b", b"\xae", b"\xe0"):  # Tracks, TrackEntry, Video: each is longer now
+        while not made.startswith(mark, begin):
+            _, size, inside = element(made, begin)
+            begin = inside + size
+        begin, size, inside = element(made, begin)
+        made[begin:inside] = (size + len(new) - len(old) | 1 << 7 * (inside - begin)).to_bytes(inside - begin, "big")
+        begin = inside
     return bytes(made)
+
+
+def element(content, at):
+    """Of a Matroska element: where the number of its size begins, the size, where its content begins."""
+    begin = at + 9 - content[at].bit_length()
+    length = 9 - content[begin].bit_length()
+    return begin, int.from_bytes(content[begin : begin + length], "big") & ((1 << 7 * length) - 1), begin + length
 
 
 @pytest.mark.parametrize("size", [(65_535, 65_535), (16_000, 16_000)])
