@@ -17,6 +17,7 @@ def encode(
     budget: float | str = 1.0,
     method: str = methods.DEFAULT,
     method_args: dict[str, str] | None = None,
+    question: torch.Tensor | None = None,
     seconds_per_grid: float = 1.0,
     seed: int = 0,
 ) -> Encoded:
@@ -28,13 +29,15 @@ def encode(
         video_grid_thw: int64 `[videos, 3]`: grids, and patches down and across.
         budget: share of the visual tokens that is kept, a number in (0, 1] or a preset's name; 1.0 is the tower's own output.
         method, method_args: name of a pruning method, and its settings as texts.
+        question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read it.
         seconds_per_grid, seed: for methods that ask for them.
 
     Returns:
         `Encoded`; `kept` and `owner` count units over all videos, in the order of the placeholder tokens.
 
     Raises:
-        UsageError: a bad budget or method, one that acts on the frames themselves, or patches that do not fit the grids.
+        UsageError: a bad budget or method, one that acts on the frames themselves, one that reads a question that is not there, or
+            patches that do not fit the grids.
     """
     share, rule = parse_budget(budget), methods.get(method, method_args)
     if rule.acts == "input":
@@ -54,7 +57,7 @@ def encode(
         [
             encode_video(
                 visual, [patches], grid, rule, keep_count(share, len(patches) // merge**2),
-                seconds_per_grid=seconds_per_grid, seed=seed,
+                question=question, seconds_per_grid=seconds_per_grid, seed=seed,
             )
             for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True)
         ]

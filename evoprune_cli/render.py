@@ -11,7 +11,7 @@ from evoprune.report import STAGES, Report
 WIDTH = 80
 BAR = 12
 WARNINGS = {
-    "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged says nothing",
+    "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` shows where: is there room, and may you write?",
     "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "

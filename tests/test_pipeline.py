@@ -275,9 +275,10 @@ def test_questions_are_checked(loaded):
             video.ask(question, **settings)
 
 
-def test_a_black_video_is_a_video(loaded, tmp_path):
+@pytest.mark.parametrize("method", ["evoprune", "divprune"])
+def test_a_black_video_is_a_video(loaded, tmp_path, method):
     write_video(tmp_path / "black.mp4", np.zeros((8, 112, 112, 3), np.uint8), fps=4)
-    video = VideoQA(loaded, budget=0.25).encode(tmp_path / "black.mp4")
+    video = VideoQA(loaded, budget=0.25, method=method).encode(tmp_path / "black.mp4")
     assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
     answer(video)
     assert video.report.warnings == ["equal_scores"]

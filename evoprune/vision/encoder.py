@@ -9,17 +9,20 @@ result before it asks for the next one, and what has to be looked at is looked a
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
 import torch
 
+from evoprune.errors import UsageError
 from evoprune.methods.base import Method, Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import tally
 from evoprune.vision import devices
 from evoprune.vision.attention import PATCHES
 from evoprune.vision.encoded import Encoded
+from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import full_layout
 from evoprune.vision.past import Past, referring
 from evoprune.vision.rowwise import norm
@@ -42,7 +45,6 @@ def in_grids(patches: Iterable[torch.Tensor], rows_per_grid: int, grids: int) ->
         yield torch.cat(held)
 
 
-@torch.inference_mode()
 def encode(
     visual,
     patches: Iterable[torch.Tensor],
@@ -50,6 +52,7 @@ def encode(
     method: Method,
     keep: int,
     *,
+    question: torch.Tensor | None = None,
     seconds_per_grid: float = 1.0,
     seed: int = 0,
     chunk_units: int | None = None,
@@ -62,17 +65,72 @@ def encode(
         grid: (T, H, W) in merge units (2x2 patches).
         method: the pruning method.
         keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here.
+        question: `[Q, D]`, embeddings of its tokens, for a method that reads it.
         seconds_per_grid, seed: passed on to the method.
         chunk_units: units to encode at a time, rounded down to whole blocks of the method but at least one; default:
             `devices.units_at_a_time`. Bounds the memory.
 
     Raises:
         ValueError: `patches` do not add up to the grid.
+        UsageError: the method reads the question, and there is none.
     """
+    if method.reads_question and question is None:
+        raise UsageError(
+            f"method {method.name} reads the question, and there is none here",
+            "give the question with the video, or choose a method that does without",
+        )
+    how = {"seconds_per_grid": seconds_per_grid, "seed": seed, "chunk_units": chunk_units}
+    return choose(encode_rows(visual, patches, grid, method, keep, **how), question)
+
+
+@dataclass
+class Unchosen:
+    """A video in the encoder's rows, before it is chosen what the language model reads of them.
+
+    Attributes:
+        method, keep: by whom, and how many tokens.
+        tokens: what there is to choose from; by the method's own `select` only if it `selects` here.
+        home: int64 `[E]`, the unit at whose place each row sits.
+        layers: as in `Encoded`.
+        watch: measures pruning. uniform: of each chunk, whether it is flat. wrong: what `reduce_rows` could not check at once.
+    """
+
+    method: Method
+    keep: int
+    tokens: Tokens
+    selects: bool
+    home: torch.Tensor
+    layers: list[tuple[int, int, int]]
+    watch: Stopwatch
+    uniform: list[torch.Tensor]
+    wrong: list[torch.Tensor]
+
+    def nothing(self) -> Encoded:
+        """None of it is read yet."""
+        flat, seconds = _settled(self.method, self.uniform, self.wrong, self.watch)
+        rows, owner, none = self.tokens.rows, self.tokens.owner, self.home[:0]
+        return Encoded(rows[:0], none, rows, owner, (self.tokens.grid,), self.layers, seconds, flat)
+
+
+@torch.inference_mode()
+def encode_rows(
+    visual,
+    patches: Iterable[torch.Tensor],
+    grid: tuple[int, int, int],
+    method: Method,
+    keep: int,
+    *,
+    seconds_per_grid: float = 1.0,
+    seed: int = 0,
+    chunk_units: int | None = None,
+) -> Unchosen:
+    """The tower's part of `encode`, which depends on no question; arguments as there."""
     count, height, width = grid
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
     geo = tower_geometry(visual, height, width)
     inside = method.acts == "inside" and keep < geo.units * count
+    selects = method.selects and (inside or method.acts == "after")
+    gathering = Gathering(method, tower) if selects and method.needs_after else None
     block = method.block if inside else 1
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
@@ -85,7 +143,7 @@ def encode(
         grids, rest = divmod(len(chunk), geo.units * PATCHES)
         if rest or done + grids > count:
             raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
-        if inside and (not uniform or devices.static_shapes(chunk.device) or uniform[-1]):
+        if (inside or selects) and (not uniform or devices.static_shapes(chunk.device) or uniform[-1]):
             uniform.append(_is_flat(chunk.view(grids, -1, chunk.shape[1])))
         with weight.device:  # all bookkeeping lives beside the features
             layout, last = full_layout(geo, grids, block), None
@@ -106,8 +164,11 @@ def encode(
                 entered[layer] += sum(before)
                 left[layer] += sum(after)
             chunk = devices.uploaded(chunk.to(weight.dtype), weight.device)
-            x, layout = run_tower(visual, tower, chunk, layout, plan, method, watch, wrong, last, past)
+            x, layout = run_tower(visual, tower, chunk, layout, plan, method, watch, wrong, last, past, gathering)
             order = layout.home.argsort()
+            if gathering:
+                with watch:
+                    gathering.settle(layout, order)
             number = order.argsort() + base  # of each row among all rows
             if past.row is not None:
                 number = torch.cat([number, past.row])
@@ -122,20 +183,36 @@ def encode(
     if done != count:
         raise ValueError(f"patches end after {done} of {count} grids")
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
-    with weight.device, watch:
+    given = gathering.collected() if gathering else {}
+    tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, given)
+    layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
+    return Unchosen(method, keep, tokens, selects, home, layers, watch, uniform, wrong)
+
+
+@torch.inference_mode()
+def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
+    """What the language model reads; may be asked for with one question after another.
+
+    Args:
+        question: as in `encode`; not looked at unless the method reads it.
+    """
+    method, tokens, home = video.method, video.tokens, video.home
+    rows, owner = tokens.rows, tokens.owner
+    with rows.device, video.watch:
         kept = home
-        if method.selects and (inside or method.acts == "after"):
-            kept = method.select(Tokens(rows, owner, grid, seconds_per_grid, seed), keep)
-        elif inside and len(home) > keep:
-            kept = home[_largest(tally(owner, len(home)), keep)]
+        if video.selects:
+            if method.reads_question:
+                tokens = replace(tokens, given={**tokens.given, "question": question.to(rows.device).float()})
+            kept = method.select(tokens, video.keep)
+        elif method.acts == "inside" and len(home) > video.keep:
+            kept = home[_largest(tally(owner, len(home)), video.keep)]
         if isinstance(kept, Selection):
-            kept, features = kept.kept, kept.features(rows)
+            kept, features = kept.kept, kept.features(tokens.features)
         else:
             kept = devices.uploaded(kept, home.device)
             features = rows[owner[kept]]
-    flat, seconds = _settled(method, uniform, wrong, watch)
-    layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Encoded(features, kept, rows, owner, (grid,), layers, seconds, flat)
+    flat, seconds = _settled(method, video.uniform, video.wrong, video.watch)
+    return Encoded(features, kept, rows, owner, (tokens.grid,), video.layers, seconds, flat)
 
 
 def _settled(

@@ -222,3 +222,9 @@ def test_pooling_is_the_mean_of_blocks(grid, data):
 def test_a_selection_may_drop_tokens():
     made = Selection(torch.tensor([1, 3]), torch.tensor([0, 0, -1, 1]))
     assert made.features(torch.tensor([[1.0], [3.0], [9.0], [5.0]])).tolist() == [[2.0], [5.0]]
+
+
+def test_a_selection_may_weigh_them():
+    made = Selection(torch.tensor([0]), torch.tensor([0, 0, -1]), torch.tensor([3.0, 1.0, 7.0]))
+    x = torch.tensor([[1.0], [5.0], [9.0]])
+    assert made.features(x).tolist() == [[2.0]] and made.features(x.bfloat16()).dtype == torch.bfloat16
