@@ -28,6 +28,7 @@ _REGISTRY = {
     "divprune": "evoprune.methods.divprune:DivPrune",
     "evs": "evoprune.methods.evs:Evs",
     "evs-nofloor": "evoprune.methods.evs:EvsNoFloor",
+    "mmr": "evoprune.methods.mmr:Mmr",
 }
 DEFAULT = "evoprune"
 

@@ -12,46 +12,9 @@ from evoprune.methods.base import Selection, Tokens
 from evoprune.methods.divprune import most_diverse, nearest_cosine
 from evoprune.methods.shapes import smaller_frame
 from evoprune.pruning.score import settle
+from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, tokens_of
 
-KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-
-
-def features_of(kind: str, n: int, seed: int = 0, width: int = 8) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    if kind == "zero":
-        return torch.zeros(n, width)
-    if kind == "constant":
-        return torch.ones(n, width) * 0.3
-    made = torch.randn(n, width, generator=random)
-    if kind == "duplicates":  # at different lengths, which a cosine does not see
-        return made[torch.randint(max(1, n // 3), (n,), generator=random)] * (1 + torch.arange(n)[:, None] % 3)
-    if kind == "two directions":
-        return made[:2].repeat(n, 1)[:n]
-    if kind == "drift":
-        return torch.randn(1, width, generator=random) + 0.3 * made.cumsum(0)
-    return made
-
-
-def tokens_of(kind: str, grid, seed: int = 0) -> Tokens:
-    n = prod(grid)
-    return Tokens(features_of(kind, n, seed), torch.arange(n), grid, 1.0, seed)
-
-
-def chosen(name: str, tokens: Tokens, keep: int) -> list[int]:
-    made = methods.get(name).select(tokens, keep)
-    made = made.kept if isinstance(made, Selection) else made
-    assert made.dtype == torch.int64
-    return made.tolist()
-
-
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = (x / x.norm().clamp(min=1e-12) for x in (a, b))
-    return float(settle(a @ b))
-
-
-def first_of(values: list[float], best) -> int:
-    return values.index(best(values))
 
 
 def divprune_line_by_line(x: torch.Tensor, keep: int) -> list[int]:
@@ -138,7 +101,7 @@ def test_no_matrix_of_all_pairs():
                     largest = max(largest, each.numel())
             return made
 
-    tokens = Tokens(features_of("random", n, width=16), torch.arange(n), (16, 32, 32), 1.0, 0)
+    tokens = tokens_of("random", (16, 32, 32), width=16)
     with Watch():
         for name in AFTER:
             assert 0 < len(chosen(name, tokens, 64)) <= 1024
