@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
+from evoprune.methods.ranking import BLOCK
 from evoprune.pruning.score import settle
-
-BLOCK = 512  # rows of the cosine matrix that are held at a time
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import torch
 
+BLOCK = 512  # rows of a matrix of all pairs that are held at a time
+
 
 def highest(score: torch.Tensor, count: int) -> torch.Tensor:
     """int64 `[count]`: the indices of the highest of `score` (`[n]`), ascending; ties to the lower index."""

@@ -1,5 +1,6 @@
 """The peers' methods, each against its specification followed line by line in loops, on random and on adversarial input."""
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.methods.base import Selection, Tokens
 from evoprune.methods.mmr import most_relevant
-from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, scaled, settled, tokens_of
+from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, ranked, scaled, settled, tokens_of
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
@@ -23,6 +25,28 @@ def examples(count: int = 120):
         return settings(max_examples=count, deadline=None, derandomize=True)(test)
 
     return decorate
+
+
+def shares(keep: int, count: int) -> list[int]:
+    """`keep` over `count` grids, the rounded means of what is due so far."""
+    due = [grid * keep // count for grid in range(count + 1)]
+    return [later - before for before, later in pairwise(due)]
+
+
+def assert_selects(name: str, tokens: Tokens, keep: int, parties: dict[int, list[tuple[int, float]]]) -> None:
+    """`parties`: of each kept unit, whose mean it becomes, with weights."""
+    made = methods.get(name).select(tokens, keep)
+    assert made.kept.tolist() == sorted(parties) and len(parties) == keep
+    owner = [-1] * len(tokens.owner)
+    for number, unit in enumerate(sorted(parties)):
+        for member, _ in parties[unit]:
+            owner[member] = number
+    assert made.owner.tolist() == owner
+    x = tokens.features
+    for unit, token in zip(sorted(parties), made.features(x), strict=True):
+        total = sum(weight for _, weight in parties[unit])
+        mean = sum(weight * x[member].double() for member, weight in parties[unit]) / total
+        torch.testing.assert_close(token.double(), mean, atol=1e-5, rtol=1e-5)
 
 
 # --- mmr ---------------------------------------------------------------------------------------------------------------
@@ -59,3 +83,44 @@ def test_mmr_with_any_importance():
 def test_mmr_refuses_what_makes_no_sense(argument, text):
     with pytest.raises(UsageError, match=argument):
         methods.get("mmr", {argument: text})
+
+
+# --- visionzip ---------------------------------------------------------------------------------------------------------
+
+
+def visionzip_line_by_line(tokens: Tokens, keep: int, share: float) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    parties: dict[int, list[tuple[int, float]]] = {}
+    for grid, due in enumerate(shares(keep, t)):
+        units = range(grid * h * w, (grid + 1) * h * w)
+        if not due:
+            continue
+        attention = [settled(float(tokens.attention[i])) for i in units]
+        dominant = [units[i] for i in ranked(attention)[: round(share * due)]]
+        rest = [i for i in units if i not in dominant]
+        count = due - len(dominant)
+        targets = [rest[i * len(rest) // count] for i in range(count)]
+        parties |= {i: [(i, 1.0)] for i in dominant + targets}
+        for i in rest:
+            if i not in targets and targets:
+                like = [cosine(tokens.keys[i], tokens.keys[j]) for j in targets]
+                parties[targets[first_of(like, max)]].append((i, 1.0))
+    return parties
+
+
+@examples()
+def test_visionzip(grid, kind, seed, data):
+    keep, share = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.0, 0.5, 0.85, 1.0]))
+    tokens = tokens_of(kind, grid, seed)
+    name = f"visionzip:dominant={share}"
+    assert_selects(name, tokens, keep, visionzip_line_by_line(tokens, keep, share))
+
+
+def test_visionzip_by_hand():
+    """64 of 576: 54 dominant ones, and 10 that take in all others."""
+    tokens = tokens_of("random", (1, 24, 24))
+    made = methods.get("visionzip").select(tokens, 64)
+    sizes = torch.bincount(made.owner, minlength=64)
+    assert isinstance(made, Selection) and (sizes == 1).sum() >= 54 and sizes.sum() == 576
+    top = tokens.attention.topk(54).indices
+    assert torch.isin(top, made.kept).all() and (sizes[made.owner[top]] == 1).all()

@@ -1,0 +1,77 @@
+"""VisionZip (arXiv 2412.04467): the most attended tokens as they are, and means of the others around evenly spaced ones.
+
+Faithful: dominant tokens are those that receive most attention; of the rest, taken in order, evenly spaced ones are targets, and
+each other token goes to the target with the most similar key and is averaged into it. 85% of the tokens kept are dominant (the
+paper's 54 of 64 and 162 of 192). Adapted: Qwen's tower has no class token, so attention is the mean over all queries, at the
+last layer that sees whole grids, where the keys are taken too; a target counts in its mean as much as what goes into it, and
+stays at its own place; an image of the paper is a grid here, and grids have equal shares. Attention and cosines are rounded so
+that equals are ties, which go by index.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.methods.base import Method, Selection, Tokens
+from evoprune.methods.ranking import BLOCK, highest
+from evoprune.pruning.budget import spread
+from evoprune.pruning.score import settle
+
+
+@dataclass(frozen=True)
+class VisionZip(Method):
+    """O(N K d / T) for T grids and keys of d numbers. Fields:
+
+    dominant: share of the tokens kept that are chosen by attention.
+    """
+
+    name: ClassVar[str] = "visionzip"
+    acts: ClassVar[Literal["after"]] = "after"
+    needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
+
+    dominant: float = 0.85
+
+    def __post_init__(self):
+        if not 0 <= self.dominant <= 1:
+            raise ValueError("dominant is a share from 0 to 1")
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        attention = settle(tokens.attention).view(grids, per_grid)
+        keys = F.normalize(tokens.keys, dim=1).view(grids, per_grid, -1)
+        kept, owner, count = [], torch.full_like(tokens.owner, -1).view(grids, per_grid), 0
+        for grid, share in enumerate(spread(keep, grids)):
+            if share:
+                some, into = zipped(attention[grid], keys[grid], share, round(self.dominant * share))
+                kept.append(some + grid * per_grid)
+                owner[grid] = torch.where(into < 0, -1, into + count)
+                count += share
+        return Selection(torch.cat(kept), owner.flatten())
+
+
+def zipped(attention: torch.Tensor, keys: torch.Tensor, keep: int, dominant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens of a grid stay, int64 `[keep]`, ascending; and for each the number of the one of them that it goes into, `[n]`.
+
+    Args:
+        attention: `[n]`, keys: `[n, d]` of length one.
+        dominant: how many stay as they are; without others, the rest is dropped (-1).
+    """
+    n, device = len(attention), attention.device
+    stays = torch.zeros(n, dtype=torch.bool, device=device)
+    stays[highest(attention, dominant)] = True
+    rest = (~stays).nonzero().flatten()
+    targets = rest[torch.arange(keep - dominant, device=device) * len(rest) // max(1, keep - dominant)]
+    stays[targets] = True
+    into = torch.full((n,), -1, device=device)
+    if len(targets):
+        into[rest] = targets[nearest(keys[rest], keys[targets])]
+    into[stays] = stays.nonzero().flatten()
+    number = stays.cumsum(0) - 1
+    return stays.nonzero().flatten(), torch.where(into < 0, -1, number[into])
+
+
+def nearest(unit: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """int64 `[n]`: which of `others` (`[m, d]`) has the greatest cosine to each row of `unit` (`[n, d]`); all of length one."""
+    return torch.cat([settle(part @ others.T).argmax(1) for part in unit.split(BLOCK)])
