@@ -29,6 +29,7 @@ _REGISTRY = {
     "evs": "evoprune.methods.evs:Evs",
     "evs-nofloor": "evoprune.methods.evs:EvsNoFloor",
     "mmr": "evoprune.methods.mmr:Mmr",
+    "scope": "evoprune.methods.scope:Scope",
     "visionzip": "evoprune.methods.visionzip:VisionZip",
 }
 DEFAULT = "evoprune"

@@ -12,6 +12,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods.base import Selection, Tokens
 from evoprune.methods.mmr import most_relevant
+from evoprune.pruning.score import settle
 from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, ranked, scaled, settled, tokens_of
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -124,3 +125,46 @@ def test_visionzip_by_hand():
     assert isinstance(made, Selection) and (sizes == 1).sum() >= 54 and sizes.sum() == 576
     top = tokens.attention.topk(54).indices
     assert torch.isin(top, made.kept).all() and (sizes[made.owner[top]] == 1).all()
+
+
+# --- scope -------------------------------------------------------------------------------------------------------------
+
+
+def scope_line_by_line(tokens: Tokens, keep: int, alpha: float) -> list[int]:
+    x, n = tokens.features, len(tokens.features)
+    cos = [[cosine(a, b) for b in x] for a in x]
+    saliency = [settled(float(value)) ** alpha for value in tokens.attention]
+    cover, picked = [0.0] * n, []
+    while len(picked) < keep:
+        gain = [saliency[i] * sum(max(0.0, cos[i][j] - cover[j]) for j in range(n)) for i in range(n)]
+        picked.append(first_of([-1.0 if i in picked else gain[i] for i in range(n)], max))
+        cover = [max(cover[j], cos[picked[-1]][j]) for j in range(n)]
+    return sorted(picked)
+
+
+@examples()
+def test_scope(grid, kind, seed, data):
+    keep, alpha = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+    tokens = tokens_of(kind, grid, seed)
+    assert chosen(f"scope:alpha={alpha}", tokens, keep) == scope_line_by_line(tokens, keep, alpha)
+
+
+@pytest.mark.parametrize("kind", ["random", "duplicates", "drift"])
+def test_scope_over_many_tokens(kind):
+    """More than are brought up to date at a time, and more than a block."""
+    tokens = tokens_of(kind, (3, 14, 15), width=4)
+    x = torch.nn.functional.normalize(tokens.features, dim=1)
+    cos, saliency = settle(x @ x.T).double(), settle(tokens.attention).double()
+    cover, picked = torch.zeros(630, dtype=torch.float64), []
+    for _ in range(60):
+        gain = (cos - cover).clamp(min=0).sum(1) * saliency
+        gain[picked] = -1
+        picked.append(int(gain.argmax()))
+        cover = torch.maximum(cover, cos[picked[-1]])
+    assert chosen("scope", tokens, 60) == sorted(picked)
+
+
+def test_scope_needs_no_attention_where_it_does_not_count():
+    assert methods.get("scope").needs == {"attention"} and methods.get("scope:alpha=0").needs == set()
+    with pytest.raises(UsageError, match="alpha"):
+        methods.get("scope:alpha=-1")
