@@ -31,6 +31,7 @@ _REGISTRY = {
     "mmr": "evoprune.methods.mmr:Mmr",
     "scope": "evoprune.methods.scope:Scope",
     "visionzip": "evoprune.methods.visionzip:VisionZip",
+    "vispruner": "evoprune.methods.vispruner:VisPruner",
 }
 DEFAULT = "evoprune"
 

@@ -168,3 +168,42 @@ def test_scope_needs_no_attention_where_it_does_not_count():
     assert methods.get("scope").needs == {"attention"} and methods.get("scope:alpha=0").needs == set()
     with pytest.raises(UsageError, match="alpha"):
         methods.get("scope:alpha=-1")
+
+
+# --- vispruner ---------------------------------------------------------------------------------------------------------
+
+
+def vispruner_line_by_line(tokens: Tokens, keep: int, share: float, step: int) -> list[int]:
+    t, h, w = tokens.grid
+    x, picked = tokens.features, []
+    for grid, due in enumerate(shares(keep, t)):
+        units = range(grid * h * w, (grid + 1) * h * w)
+        order = [units[i] for i in ranked([settled(float(tokens.attention[i])) for i in units])]
+        important = int(share * due + 0.5)
+        picked += order[:important]
+        rest = order[important:] if due > important else []
+        while len(rest) > due - important:
+            like = {i: max(cosine(x[i], x[j]) for j in rest[1::2]) for i in rest[::2]}
+            going = sorted(like, key=lambda i: (-like[i], -rest.index(i)))[: min(step, len(rest) - (due - important))]
+            rest = [i for i in rest if i not in going]
+        picked += rest
+    return sorted(picked)
+
+
+@examples()
+def test_vispruner(grid, kind, seed, data):
+    keep, share = data.draw(st.integers(1, prod(grid))), data.draw(st.sampled_from([0.0, 0.5, 0.8, 1.0]))
+    step, tokens = data.draw(st.sampled_from([1, 2, 8])), tokens_of(kind, grid, seed)
+    expected = vispruner_line_by_line(tokens, keep, share, step)
+    assert chosen(f"vispruner:important={share}:step={step}", tokens, keep) == expected
+
+
+def test_vispruner_keeps_what_is_attended_to():
+    tokens = tokens_of("random", (1, 8, 8))
+    top = tokens.attention.topk(8).indices.tolist()
+    assert set(top) <= set(chosen("vispruner", tokens, 16)) and chosen("vispruner:important=1", tokens, 8) == sorted(
+        top
+    )
+    for argument, text in (("important", "-0.1"), ("step", "0")):
+        with pytest.raises(UsageError, match=argument):
+            methods.get("vispruner", {argument: text})
