@@ -32,6 +32,7 @@ _REGISTRY = {
     "scope": "evoprune.methods.scope:Scope",
     "visionzip": "evoprune.methods.visionzip:VisionZip",
     "vispruner": "evoprune.methods.vispruner:VisPruner",
+    "cdpruner": "evoprune.methods.cdpruner:CdPruner",
 }
 DEFAULT = "evoprune"
 

@@ -1,5 +1,6 @@
 """The peers' methods, each against its specification followed line by line in loops, on random and on adversarial input."""
 
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
@@ -207,3 +208,58 @@ def test_vispruner_keeps_what_is_attended_to():
     for argument, text in (("important", "-0.1"), ("step", "0")):
         with pytest.raises(UsageError, match=argument):
             methods.get("vispruner", {argument: text})
+
+
+# --- cdpruner ----------------------------------------------------------------------------------------------------------
+
+
+def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool) -> list[int]:
+    t, h, w = tokens.grid
+    picked = []
+    for grid, due in enumerate(shares(keep, t)):
+        units = range(grid * h * w, (grid + 1) * h * w)
+        x = [tokens.features[i] / tokens.features[i].norm().clamp(min=1e-12) for i in units]
+        asked = [q / q.norm().clamp(min=1e-12) for q in tokens.question]
+        weight = [1.0] * len(x)
+        if question:
+            weight = [settled(sum(float(a @ q) for q in asked) / len(asked)) for a in x]
+            weight = [max(value, 1 / 128) for value in scaled(weight)] if max(weight) > min(weight) else [1.0] * len(x)
+        kernel = [[weight[i] * weight[j] * x[i].double() @ x[j].double() for j in range(len(x))] for i in range(len(x))]
+        kernel = torch.tensor(kernel, dtype=torch.float64)
+        some = []
+        for _ in range(due):
+            inner = torch.linalg.pinv(kernel[some][:, some], hermitian=True, atol=1e-5)
+            gain = [float(kernel[i, i] - kernel[i, some] @ inner @ kernel[some, i]) for i in range(len(x))]
+            gain = [settled(value) for value in gain]
+            some.append(first_of([-1.0 if i in some else max(gain[i], 0.0) for i in range(len(x))], max))
+        picked += [units[i] for i in some]
+    return sorted(picked)
+
+
+@examples()
+def test_cdpruner(grid, kind, seed, data):
+    keep, question = data.draw(st.integers(1, prod(grid))), data.draw(st.booleans())
+    tokens = tokens_of(kind, grid, seed)
+    expected = cdpruner_line_by_line(tokens, keep, question)
+    assert chosen(f"cdpruner:question={question}", tokens, keep) == expected
+
+
+def test_cdpruner_follows_the_question():
+    """Two of the directions are asked about; those come first, whatever the others."""
+    x, grid = torch.eye(8), (1, 2, 4)
+    tokens = tokens_of("random", grid)
+    asked = Tokens(x, tokens.owner, grid, 1.0, 0, {"question": x[[2, 5]] + 0.1 * x[[3, 3]]})
+    assert chosen("cdpruner", asked, 2) == [2, 5] and chosen("cdpruner", asked, 3) == [2, 3, 5]
+    assert methods.get("cdpruner").reads_question and not methods.get("cdpruner:question=false").reads_question
+    assert chosen("cdpruner:question=false", replace(asked, given={}), 2) == [0, 1]
+    with pytest.raises(TypeError, match="question"):
+        chosen("cdpruner", replace(asked, given={}), 2)
+
+
+def test_cdpruner_when_everything_is_spanned():
+    """More tokens than dimensions: no NaN, the count holds, and the rest goes by index."""
+    x = features_of("random", 30, width=4)
+    tokens = Tokens(x, torch.arange(30), (1, 5, 6), 1.0, 0)
+    first = chosen("cdpruner:question=false", tokens, 4)
+    more = chosen("cdpruner:question=false", tokens, 12)
+    assert set(first) <= set(more) and sorted(set(range(30)) - set(first))[:8] == sorted(set(more) - set(first))
