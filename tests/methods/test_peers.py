@@ -1,5 +1,6 @@
 """The peers' methods, each against its specification followed line by line in loops, on random and on adversarial input."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -263,3 +264,59 @@ def test_cdpruner_when_everything_is_spanned():
     first = chosen("cdpruner:question=false", tokens, 4)
     more = chosen("cdpruner:question=false", tokens, 12)
     assert set(first) <= set(more) and sorted(set(range(30)) - set(first))[:8] == sorted(set(more) - set(first))
+
+
+# --- vidcom2 -----------------------------------------------------------------------------------------------------------
+
+
+def mean_of(vectors: list[torch.Tensor]) -> torch.Tensor:
+    return sum(vectors) / len(vectors)
+
+
+def vidcom2_line_by_line(tokens: Tokens, keep: int) -> list[int]:
+    t, h, w = tokens.grid
+    x = tokens.features.double()
+    variance = [float((column - column.mean()).square().mean()) for column in tokens.features.T]
+    channels = sorted(ranked([-value for value in variance])[: (len(variance) + 1) // 2])
+    x = [row[channels] / row[channels].norm().clamp(min=1e-12) for row in x]
+    grids = [range(grid * h * w, (grid + 1) * h * w) for grid in range(t)]
+
+    def likeness(i: int, mean: torch.Tensor) -> float:
+        return sum(math.exp(-float((x[i] - mean).square().sum()) / (2 * 2.0**k)) for k in range(-3, 2))
+
+    of_video = [likeness(i, mean_of(x)) for i in range(len(x))]
+    of_grid = [likeness(i, mean_of([x[j] for j in units])) for units in grids for i in units]
+    means = [settled(sum(of_video[i] for i in units) / len(units)) for units in grids]
+    powers = [math.exp((min(means) - mean) / 0.01) for mean in means]
+    wish = [keep / t * (1 + power / sum(powers) - 1 / t) for power in powers]
+    due, excess = [0] * t, True
+    while excess:  # what a grid cannot hold goes to the others
+        excess = [g for g in range(t) if not due[g] and wish[g] >= h * w - 1e-9]
+        for g in excess:
+            due[g], wish[g] = h * w, 0.0
+        left, whole = keep - sum(due), sum(wish)
+        wish = [value * left / whole if whole else 0.0 for value in wish]
+    due = [full or math.floor(value + 1e-9) for full, value in zip(due, wish, strict=True)]
+    rest = ranked([round(value - count, 9) if value else -9.0 for value, count in zip(wish, due, strict=True)])
+    for g in rest[: keep - sum(due)]:
+        due[g] += 1
+    picked = []
+    for units, count in zip(grids, due, strict=True):
+        picked += [units[i] for i in ranked([-settled(of_video[i] + of_grid[i]) for i in units])[:count]]
+    return sorted(picked)
+
+
+@examples()
+def test_vidcom2(grid, kind, seed, data):
+    keep = data.draw(st.integers(1, prod(grid)))
+    tokens = tokens_of(kind, grid, seed)
+    assert chosen("vidcom2", tokens, keep) == vidcom2_line_by_line(tokens, keep)
+
+
+def test_vidcom2_gives_more_to_a_grid_that_is_unlike_the_others():
+    tokens = tokens_of("random", (4, 3, 4))
+    x = 3 + tokens.features[:12].repeat(4, 1)
+    x[24:36] *= -1
+    kept = chosen("vidcom2", replace(tokens, rows=x), 24)
+    counts = [sum(i // 12 == grid for i in kept) for grid in range(4)]
+    assert counts[2] > max(counts[0], counts[1], counts[3]) and sum(counts) == 24
