@@ -34,6 +34,7 @@ _REGISTRY = {
     "vispruner": "evoprune.methods.vispruner:VisPruner",
     "cdpruner": "evoprune.methods.cdpruner:CdPruner",
     "vidcom2": "evoprune.methods.vidcom2:VidCom2",
+    "fastvid": "evoprune.methods.fastvid:FastVid",
 }
 DEFAULT = "evoprune"
 

@@ -2,6 +2,9 @@
 
 import torch
 
+from evoprune.methods.base import Selection
+from evoprune.pruning.score import settle
+
 BLOCK = 512  # rows of a matrix of all pairs that are held at a time
 
 
@@ -14,3 +17,15 @@ def scaled(score: torch.Tensor) -> torch.Tensor:
     """`score` moved and stretched to reach from 0 to 1; all 0 where it is the same everywhere."""
     low, high = score.min(), score.max()
     return (score - low) / torch.where(high > low, high - low, torch.ones_like(high))
+
+
+def nearest(unit: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """int64 `[n]`: which of `others` (`[m, d]`) has the greatest cosine to each row of `unit` (`[n, d]`); all of length one."""
+    return torch.cat([settle(part @ others.T).argmax(1) for part in unit.split(BLOCK)])
+
+
+def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
+    """The selection in which each unit goes into unit `into` (int64 `[N]`), which goes into itself; -1 for none."""
+    stays = into == torch.arange(len(into), device=into.device)
+    number = stays.cumsum(0) - 1
+    return Selection(stays.nonzero().flatten(), torch.where(into < 0, -1, number[into]), weight)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.methods.ranking import BLOCK, highest
+from evoprune.methods.ranking import gathered, highest, nearest
 from evoprune.pruning.budget import spread
 from evoprune.pruning.score import settle
 
@@ -41,37 +41,27 @@ class VisionZip(Method):
         grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         attention = settle(tokens.attention).view(grids, per_grid)
         keys = F.normalize(tokens.keys, dim=1).view(grids, per_grid, -1)
-        kept, owner, count = [], torch.full_like(tokens.owner, -1).view(grids, per_grid), 0
+        into = torch.full_like(tokens.owner, -1).view(grids, per_grid)
         for grid, share in enumerate(spread(keep, grids)):
-            if share:
-                some, into = zipped(attention[grid], keys[grid], share, round(self.dominant * share))
-                kept.append(some + grid * per_grid)
-                owner[grid] = torch.where(into < 0, -1, into + count)
-                count += share
-        return Selection(torch.cat(kept), owner.flatten())
+            local = zipped(attention[grid], keys[grid], share, round(self.dominant * share))
+            into[grid] = torch.where(local < 0, -1, local + grid * per_grid)
+        return gathered(into.flatten())
 
 
-def zipped(attention: torch.Tensor, keys: torch.Tensor, keep: int, dominant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens of a grid stay, int64 `[keep]`, ascending; and for each the number of the one of them that it goes into, `[n]`.
+def zipped(attention: torch.Tensor, keys: torch.Tensor, keep: int, dominant: int) -> torch.Tensor:
+    """int64 `[n]`: the token of a grid that each goes into, itself if it stays, -1 for none.
 
     Args:
         attention: `[n]`, keys: `[n, d]` of length one.
-        dominant: how many stay as they are; without others, the rest is dropped (-1).
+        keep: how many stay. dominant: how many of them as they are; without others, what does not stay is dropped.
     """
-    n, device = len(attention), attention.device
-    stays = torch.zeros(n, dtype=torch.bool, device=device)
-    stays[highest(attention, dominant)] = True
-    rest = (~stays).nonzero().flatten()
-    targets = rest[torch.arange(keep - dominant, device=device) * len(rest) // max(1, keep - dominant)]
-    stays[targets] = True
-    into = torch.full((n,), -1, device=device)
+    index = torch.arange(len(attention), device=attention.device)
+    into = torch.full_like(index, -1)
+    best = highest(attention, dominant)
+    into[best] = best
+    rest = index[into < 0]
+    targets = rest[index[: keep - dominant] * len(rest) // max(1, keep - dominant)]
     if len(targets):
         into[rest] = targets[nearest(keys[rest], keys[targets])]
-    into[stays] = stays.nonzero().flatten()
-    number = stays.cumsum(0) - 1
-    return stays.nonzero().flatten(), torch.where(into < 0, -1, number[into])
-
-
-def nearest(unit: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """int64 `[n]`: which of `others` (`[m, d]`) has the greatest cosine to each row of `unit` (`[n, d]`); all of length one."""
-    return torch.cat([settle(part @ others.T).argmax(1) for part in unit.split(BLOCK)])
+        into[targets] = targets
+    return into

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.methods import density
 from evoprune.methods.base import Selection, Tokens
+from evoprune.methods.density import peak_scores, peaks
 from evoprune.methods.mmr import most_relevant
+from evoprune.methods.segments import segments, transitions
 from evoprune.pruning.score import settle
 from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, ranked, scaled, settled, tokens_of
 
@@ -320,3 +323,119 @@ def test_vidcom2_gives_more_to_a_grid_that_is_unlike_the_others():
     kept = chosen("vidcom2", replace(tokens, rows=x), 24)
     counts = [sum(i // 12 == grid for i in kept) for grid in range(4)]
     assert counts[2] > max(counts[0], counts[1], counts[3]) and sum(counts) == 24
+
+
+# --- segments and density peaks ----------------------------------------------------------------------------------------
+
+
+def segments_line_by_line(tokens: Tokens, least: int, threshold: float) -> list[list[int]]:
+    t, h, w = tokens.grid
+    pooled = [mean_of(list(tokens.features[g * h * w : (g + 1) * h * w])) for g in range(t)]
+    like = [cosine(a, b) for a, b in pairwise(pooled)]
+    cuts = set(ranked([-value for value in like])[: least - 1]) | {i for i in range(t - 1) if like[i] < threshold}
+    made = [[0]]
+    for g in range(1, t):
+        if g - 1 in cuts:
+            made.append([])
+        made[-1].append(g)
+    return made
+
+
+@examples(60)
+def test_segments(grid, kind, seed, data):
+    tokens = tokens_of(kind, (data.draw(st.integers(1, 9)), 1, grid[2]), seed)
+    least, threshold = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([-1.0, 0.0, 0.84]))
+    made = segments(transitions(tokens), least, threshold)
+    assert [list(part) for part in made] == segments_line_by_line(tokens, least, threshold)
+    assert len(made) >= min(least, tokens.grid[0])
+
+
+def peaks_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> list[int]:
+    n = len(x)
+    square = [[max(0.0, 2 - 2 * cosine(a, b)) for b in x] for a in x]
+    density = []
+    for i in range(n):
+        near = sorted(square[i][j] for j in range(n) if j != i)[:neighbours]
+        density.append(settled(math.exp(-sum(near) / len(near))) if near else 1.0)
+    score = []
+    for i in range(n):
+        denser = [j for j in range(n) if density[j] > density[i] or (density[j] == density[i] and j < i)]
+        apart = min(square[i][j] for j in denser) if denser else max(square[i])
+        score.append(settled(density[i] * math.sqrt(apart)))
+    return sorted(ranked(score)[:count])
+
+
+@examples(80)
+def test_density_peaks(grid, kind, seed, data):
+    n, neighbours = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 9))
+    x, count = features_of(kind, n, seed), data.draw(st.integers(0, n))
+    unit = torch.nn.functional.normalize(x, dim=1)
+    assert peaks(unit, count, neighbours).tolist() == peaks_line_by_line(list(x), count, neighbours)
+
+
+def test_density_peaks_in_blocks(monkeypatch):
+    x = torch.nn.functional.normalize(features_of("duplicates", 90, width=4), dim=1)
+    whole = peak_scores(x, 5)
+    monkeypatch.setattr(density, "BLOCK", 16)
+    assert torch.equal(peak_scores(x, 5), whole)
+
+
+def test_of_equal_tokens_one_is_a_peak():
+    unit = torch.eye(3).repeat_interleave(4, 0)
+    assert peaks(unit, 3, 2).tolist() == [0, 4, 8]
+
+
+# --- fastvid -----------------------------------------------------------------------------------------------------------
+
+
+def fastvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    n, x = h * w, tokens.features
+    attention = [settled(float(value)) for value in tokens.attention]
+    due, members, centres = shares(keep, t), {}, []
+    for part in segments_line_by_line(tokens, method.segments, method.threshold):
+        total = sum(due[g] for g in part)
+        salient = shares(int(method.salient * total + 0.5), len(part))
+        stays = []
+        for g, count in zip(part, salient, strict=True):
+            units = list(range(g * n, (g + 1) * n))
+            stays += [units[i] for i in ranked([attention[i] for i in units])[:count]]
+        anchors, peaked = part[:: method.every], []
+        rooms = [n - salient[part.index(g)] for g in anchors]
+        wanted = [0] * len(anchors)
+        while sum(wanted) < min(total - len(stays), sum(rooms)):  # one each in turn, as long as there is room
+            for i in range(len(anchors)):
+                if wanted[i] < rooms[i] and sum(wanted) < min(total - len(stays), sum(rooms)):
+                    wanted[i] += 1
+        for g, count in zip(anchors, wanted, strict=True):
+            free = [i for i in range(g * n, (g + 1) * n) if i not in stays]
+            peaked += [free[i] for i in peaks_line_by_line([x[i] for i in free], count, method.neighbours)]
+        rest = [i for g in part for i in range(g * n, (g + 1) * n) if i not in stays + peaked]
+        more = [rest[i] for i in ranked([attention[i] for i in rest])[: total - len(stays) - len(peaked)]]
+        members |= {i: [] for i in stays + peaked + more}
+        centres += peaked
+        for i in rest:
+            if i not in more and peaked:
+                members[peaked[first_of([cosine(x[i], x[j]) for j in peaked], max)]].append(i)
+    parties = {}
+    for i, others in members.items():
+        own = max(1 / (len(others) + 1), method.centre) if others else 1.0
+        parties[i] = [(i, own)] + [(j, (1 - own) / len(others)) for j in others]
+    return parties
+
+
+@examples()
+def test_fastvid(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    name = (
+        f"fastvid:segments={data.draw(st.integers(1, 8))}:every={data.draw(st.integers(1, 4))}"
+        f":salient={data.draw(st.sampled_from([0.0, 0.6, 1.0]))}"
+    )
+    assert_selects(name, tokens, keep, fastvid_line_by_line(tokens, keep, methods.get(name)))
+
+
+def test_fastvid_refuses_what_makes_no_sense():
+    for text in ("salient=1.1", "centre=0", "threshold=2", "segments=0", "every=0", "neighbours=0"):
+        with pytest.raises(UsageError):
+            methods.get(f"fastvid:{text}")
