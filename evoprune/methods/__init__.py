@@ -35,6 +35,7 @@ _REGISTRY = {
     "cdpruner": "evoprune.methods.cdpruner:CdPruner",
     "vidcom2": "evoprune.methods.vidcom2:VidCom2",
     "fastvid": "evoprune.methods.fastvid:FastVid",
+    "prunevid": "evoprune.methods.prunevid:PruneVid",
 }
 DEFAULT = "evoprune"
 

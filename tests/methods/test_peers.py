@@ -439,3 +439,85 @@ def test_fastvid_refuses_what_makes_no_sense():
     for text in ("salient=1.1", "centre=0", "threshold=2", "segments=0", "every=0", "neighbours=0"):
         with pytest.raises(UsageError):
             methods.get(f"fastvid:{text}")
+
+
+# --- prunevid ----------------------------------------------------------------------------------------------------------
+
+
+def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
+    """The members of each cluster, by its peak."""
+    members = {i: [i] for i in peaks_line_by_line(x, count, neighbours)}
+    centres = list(members)
+    for i in range(len(x)):
+        if i not in centres:
+            members[centres[first_of([cosine(x[i], x[j]) for j in centres], max)]].append(i)
+    return members
+
+
+def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    n, x = h * w, tokens.features
+    pooled = [mean_of(list(x[g * n : (g + 1) * n])) for g in range(t)]
+    clusters = clustered_line_by_line(pooled, max(1, int(method.scenes * t + 0.5)), method.neighbours)
+    label = {g: centre for centre, members in clusters.items() for g in members}
+    parts = [[0]]
+    for g in range(1, t):
+        if label[g] != label[g - 1]:
+            parts.append([])
+        parts[-1].append(g)
+    steady = {}
+    for part in parts:
+        for place in range(n) if len(part) > 1 else ():
+            unit = [x[g * n + place] / x[g * n + place].norm().clamp(min=1e-12) for g in part]
+            pairs = [float(a @ b) for i, a in enumerate(unit) for b in unit[i + 1 :]]
+            steady[part[0], place] = settled(sum(pairs) / len(pairs))
+    length = {part[0]: len(part) for part in parts}
+    still = [at for at in steady if steady[at] > method.static]
+    saved = sum(length[first] - 1 for first, _ in still)
+    if t * n - saved <= keep:
+        parties = {i: [(i, 1.0)] for i in range(t * n)}
+        missing = t * n - keep
+        for first, place in sorted(still, key=lambda at: -steady[at]):
+            for g in range(first + 1, first + length[first]):
+                if missing:
+                    parties[first * n + place] += parties.pop(g * n + place)
+                    missing -= 1
+        return parties
+    groups = []
+    for part in parts:
+        places = [place for first, place in still if first == part[0]]
+        groups.append([[g * n + place for g in part] for place in places])
+        groups += [[[g * n + place] for place in range(n) if place not in places] for g in part]
+    exact = [keep * len(group) / sum(map(len, groups)) for group in groups]
+    due = [math.floor(value + 1e-9) for value in exact]
+    for i in ranked([round(value - count, 9) for value, count in zip(exact, due, strict=True)])[: keep - sum(due)]:
+        due[i] += 1
+    parties = {}
+    for group, count in zip(groups, due, strict=True):
+        if count:
+            means = [mean_of([x[i] for i in units]) for units in group]
+            for centre, members in clustered_line_by_line(means, count, method.neighbours).items():
+                parties[group[centre][0]] = [(i, 1 / len(group[j])) for j in members for i in group[j]]
+    return parties
+
+
+@examples()
+def test_prunevid(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    still = torch.rand(grid[1] * grid[2], generator=torch.Generator().manual_seed(seed)) < 0.6
+    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
+    x[:, still] = x[:1, still] + 0.2 * x[:, still]  # so that some of it stands still
+    tokens = replace(tokens, rows=x.flatten(0, 1))
+    name = f"prunevid:scenes={data.draw(st.sampled_from([0.0, 0.25, 1.0]))}:neighbours={data.draw(st.integers(1, 7))}"
+    assert_selects(name, tokens, keep, prunevid_line_by_line(tokens, keep, methods.get(name)))
+
+
+def test_prunevid_on_a_video_that_stands_still():
+    """Four times the same grid: a token a place, at the first, is all there is; more than that undoes the last means."""
+    grid = (4, 3, 4)
+    tokens = replace(tokens_of("random", grid), rows=features_of("random", 12).repeat(4, 1))
+    made = methods.get("prunevid:scenes=0").select(tokens, 12)
+    assert made.kept.tolist() == list(range(12)) and made.owner.tolist() == list(range(12)) * 4
+    torch.testing.assert_close(made.features(tokens.features), tokens.features[:12])
+    assert len(methods.get("prunevid:scenes=0").select(tokens, 13).kept) == 13
