@@ -33,6 +33,7 @@ _REGISTRY = {
     "visionzip": "evoprune.methods.visionzip:VisionZip",
     "vispruner": "evoprune.methods.vispruner:VisPruner",
     "cdpruner": "evoprune.methods.cdpruner:CdPruner",
+    "dart": "evoprune.methods.dart:Dart",
     "vidcom2": "evoprune.methods.vidcom2:VidCom2",
     "fastvid": "evoprune.methods.fastvid:FastVid",
     "prunevid": "evoprune.methods.prunevid:PruneVid",

@@ -8,9 +8,14 @@ from evoprune.pruning.score import settle
 BLOCK = 512  # rows of a matrix of all pairs that are held at a time
 
 
+def ranked(score: torch.Tensor) -> torch.Tensor:
+    """int64 `[n]`: indices from the highest of `score` (`[n]`) to the lowest, ties by index."""
+    return score.argsort(descending=True, stable=True)
+
+
 def highest(score: torch.Tensor, count: int) -> torch.Tensor:
     """int64 `[count]`: the indices of the highest of `score` (`[n]`), ascending; ties to the lower index."""
-    return score.argsort(descending=True, stable=True)[:count].sort().values
+    return ranked(score)[:count].sort().values
 
 
 def scaled(score: torch.Tensor) -> torch.Tensor:

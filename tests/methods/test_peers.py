@@ -521,3 +521,40 @@ def test_prunevid_on_a_video_that_stands_still():
     assert made.kept.tolist() == list(range(12)) and made.owner.tolist() == list(range(12)) * 4
     torch.testing.assert_close(made.features(tokens.features), tokens.features[:12])
     assert len(methods.get("prunevid:scenes=0").select(tokens, 13).kept) == 13
+
+
+# --- dart --------------------------------------------------------------------------------------------------------------
+
+
+def dart_line_by_line(tokens: Tokens, keep: int, visual: int, text: int) -> list[int]:
+    x, question = list(tokens.features), list(tokens.question)
+
+    def longest(rows: list[torch.Tensor]) -> list[int]:
+        norms = [float(row.abs().sum()) for row in rows]
+        return ranked([settled(value / (max(norms) or 1.0)) for value in norms])
+
+    picked = longest(x)[: min(visual, keep)]
+    pivots = [x[i] for i in picked] + [question[i] for i in longest(question)[:text]]
+    wanted = keep - len(picked)
+    due = [wanted // len(pivots) + (i < wanted % len(pivots)) for i in range(len(pivots))]
+    for pivot, count in zip(pivots, due, strict=True):
+        left = [i for i in range(len(x)) if i not in picked]
+        picked += [left[i] for i in ranked([-cosine(x[j], pivot) for j in left])[:count]]
+    return sorted(picked)
+
+
+@examples()
+def test_dart(grid, kind, seed, data):
+    keep, visual = data.draw(st.integers(1, prod(grid))), data.draw(st.integers(0, 5))
+    text, tokens = data.draw(st.integers(0 if visual else 1, 4)), tokens_of(kind, grid, seed)
+    expected = dart_line_by_line(tokens, keep, visual, text)
+    assert chosen(f"dart:visual={visual}:text={text}", tokens, keep) == expected
+
+
+def test_dart_without_text_needs_no_question():
+    tokens = replace(tokens_of("random", (2, 3, 4)), given={})
+    assert not methods.get("dart:text=0").reads_question and len(chosen("dart:text=0", tokens, 9)) == 9
+    with pytest.raises(TypeError, match="question"):
+        chosen("dart", tokens, 9)
+    with pytest.raises(UsageError, match="one of them more"):
+        methods.get("dart:text=0:visual=0")
