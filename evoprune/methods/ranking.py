@@ -24,9 +24,18 @@ def scaled(score: torch.Tensor) -> torch.Tensor:
     return (score - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
+def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest cosine of each row of `unit` (`[n, d]`) to one of `others` (`[m, d]`), float32 `[n]`, and to which, int64 `[n]`.
+
+    All of length one, m at least 1.
+    """
+    found = [settle(part @ others.T).max(1) for part in unit.split(BLOCK)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
 def nearest(unit: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """int64 `[n]`: which of `others` (`[m, d]`) has the greatest cosine to each row of `unit` (`[n, d]`); all of length one."""
-    return torch.cat([settle(part @ others.T).argmax(1) for part in unit.split(BLOCK)])
+    return closest(unit, others)[1]
 
 
 def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:

@@ -558,3 +558,86 @@ def test_dart_without_text_needs_no_question():
         chosen("dart", tokens, 9)
     with pytest.raises(UsageError, match="one of them more"):
         methods.get("dart:text=0:visual=0")
+
+
+# --- flashvid ----------------------------------------------------------------------------------------------------------
+
+
+def diverse_line_by_line(x: list[torch.Tensor], attention: list[float], keep: int) -> list[int]:
+    n = len(x)
+    far = [[settled(attention[j] * (1 - cosine(x[i], x[j]))) for j in range(n)] for i in range(n)]
+    alone = [settled(2 * value) for value in attention]
+    start = [min([far[i][j] for i in range(n) if i != j], default=alone[j]) for j in range(n)]
+    picked = [first_of(start, max)] if keep else []
+    while len(picked) < keep:
+        picked.append(first_of([-1.0 if j in picked else min(far[i][j] for i in picked) for j in range(n)], max))
+    return picked
+
+
+def flashvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    n, x = h * w, tokens.features
+    attention = [settled(float(value)) for value in tokens.attention]
+    due, parties = shares(keep, t), {}
+    for part in segments_line_by_line(tokens, method.segments, method.threshold):
+        total, stays = sum(due[g] for g in part), []
+        for g, count in zip(part, shares(int(method.diverse * total + 0.5), len(part)), strict=True):
+            units = range(g * n, (g + 1) * n)
+            picked = diverse_line_by_line([x[i] for i in units], [attention[i] for i in units], count)
+            stays += [units[i] for i in picked]
+        parties |= {i: [(i, 1.0)] for i in stays}
+        wanted = total - len(stays)
+        rest = [i for g in part for i in range(g * n, (g + 1) * n) if i not in stays]
+        if not wanted:
+            continue
+        links = []
+        for i in rest:
+            before = [j for j in rest if j // n == i // n - 1]
+            if before:
+                like = [cosine(x[i], x[j]) for j in before]
+                links.append((max(like), i, before[first_of(like, max)]))
+        links = [link for link in sorted(links, key=lambda link: (-link[0], link[1])) if link[0] > method.link]
+        parent = {i: j for _, i, j in links[: len(rest) - wanted]}
+        trees: dict[int, list[int]] = {}
+        for i in rest:
+            root = i
+            while root in parent:
+                root = parent[root]
+            trees.setdefault(root, []).append(i)
+        means = {root: mean_of([x[i] for i in members]) for root, members in trees.items()}
+        of_grid = [[root for root in sorted(trees) if root // n == g] for g in part]
+        exact = [wanted * len(roots) / len(trees) for roots in of_grid]
+        counts = [math.floor(value + 1e-9) for value in exact]
+        spare = ranked([round(value - count, 9) for value, count in zip(exact, counts, strict=True)])
+        for i in spare[: wanted - sum(counts)]:
+            counts[i] += 1
+        for roots, count in zip(of_grid, counts, strict=True):
+            clusters = {i: [i] for i in range(len(roots))}
+            if count < len(roots):
+                clusters = clustered_line_by_line([means[r] for r in roots], count, method.neighbours) if count else {}
+            for centre, members in clusters.items():
+                parties[roots[centre]] = [(i, 1 / len(trees[roots[j]])) for j in members for i in trees[roots[j]]]
+    return parties
+
+
+@examples()
+def test_flashvid(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
+    x[1:] = 0.7 * x[:-1].roll(1, 1) + 0.3 * x[1:]  # things move by a place
+    tokens = replace(tokens, rows=x.flatten(0, 1))
+    name = f"flashvid:segments={data.draw(st.integers(1, 4))}:diverse={data.draw(st.sampled_from([0.0, 0.7, 1.0]))}"
+    name += f":threshold={data.draw(st.sampled_from([0.9, -1.0]))}:neighbours={data.draw(st.integers(1, 7))}"
+    assert_selects(name, tokens, keep, flashvid_line_by_line(tokens, keep, methods.get(name)))
+
+
+def test_flashvid_follows_what_moves():
+    """Five different things, each a place further in every grid: a tree each, at its first place."""
+    grid, things = (4, 1, 5), torch.eye(5)
+    x = torch.stack([things.roll(step, 0) for step in range(4)]).flatten(0, 1)
+    tokens = replace(tokens_of("random", grid), rows=x)
+    made = methods.get("flashvid:segments=1:threshold=-1:diverse=0").select(tokens, 5)
+    assert made.kept.tolist() == [0, 1, 2, 3, 4]
+    assert made.owner.view(4, 5).tolist() == [[(i - step) % 5 for i in range(5)] for step in range(4)]
+    torch.testing.assert_close(made.features(x), things)
