@@ -37,6 +37,7 @@ _REGISTRY = {
     "vidcom2": "evoprune.methods.vidcom2:VidCom2",
     "fastvid": "evoprune.methods.fastvid:FastVid",
     "prunevid": "evoprune.methods.prunevid:PruneVid",
+    "holitom": "evoprune.methods.holitom:HoliTom",
     "flashvid": "evoprune.methods.flashvid:FlashVid",
 }
 DEFAULT = "evoprune"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from evoprune.methods.base import Method, Selection, Tokens
 from evoprune.methods.density import peaks
 from evoprune.methods.ranking import gathered, nearest
+from evoprune.methods.segments import averaged
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.score import settle
 
@@ -51,7 +52,7 @@ class PruneVid(Method):
         alike = [steadiness(F.normalize(x[part.start : part.stop], dim=2)) for part in parts]
         saved = sum(int((like > self.static).sum()) * (len(part) - 1) for part, like in zip(parts, alike, strict=True))
         if index.numel() - saved <= keep:
-            return gathered(self.averaged(index, parts, alike, index.numel() - keep).flatten())
+            return gathered(averaged(index, parts, alike, index.numel() - keep).flatten())
         into, weight = torch.full_like(index, -1), torch.ones(index.shape, device=x.device)
         groups = []  # the units of each token of a group, a row each
         for part, like in zip(parts, alike, strict=True):
@@ -74,18 +75,6 @@ class PruneVid(Method):
         centres = peaks(mean, max(1, int(self.scenes * len(x) + 0.5)), self.neighbours)
         cluster = nearest(mean, mean[centres]).index_copy(0, centres, torch.arange(len(centres), device=x.device))
         return [range(run[0], run[-1] + 1) for run in _runs(cluster.tolist())]
-
-    def averaged(self, index: torch.Tensor, parts: list[range], alike: list[torch.Tensor], saved: int) -> torch.Tensor:
-        """int64 `[T, n]`: the unit that each goes into, so that `saved` go into others, of the most static places."""
-        into, n = index.clone(), index.shape[1]
-        for best in torch.cat(alike).argsort(descending=True, stable=True).tolist():
-            if not saved:
-                break
-            part, place = parts[best // n], best % n
-            fewer = min(saved, len(part) - 1)
-            into[part.start : part.start + fewer + 1, place] = index[part.start, place]
-            saved -= fewer
-        return into
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:

@@ -20,3 +20,22 @@ def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[ran
     below = (similarity < threshold).nonzero().flatten().tolist()
     edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
     return [range(first, last) for first, last in pairwise(edges)]
+
+
+def averaged(index: torch.Tensor, parts: list[range], alike: list[torch.Tensor], saved: int) -> torch.Tensor:
+    """The unit that each goes into if exactly `saved` of them go into others, over time, of the places that stand stillest.
+
+    Args:
+        index: int64 `[T, n]`, the numbers of the units.
+        parts: the segments. alike: of each, how still its places stand, `[n]`.
+        saved: all places whole, except for the last, which may be averaged over the first grids of its segment only.
+    """
+    into, n = index.clone(), index.shape[1]
+    for best in torch.cat(alike).argsort(descending=True, stable=True).tolist():
+        if not saved:
+            break
+        part, place = parts[best // n], best % n
+        fewer = min(saved, len(part) - 1)
+        into[part.start : part.start + fewer + 1, place] = index[part.start, place]
+        saved -= fewer
+    return into

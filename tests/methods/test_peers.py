@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 
 import pytest
@@ -15,6 +15,7 @@ from evoprune.errors import UsageError
 from evoprune.methods import density
 from evoprune.methods.base import Selection, Tokens
 from evoprune.methods.density import peak_scores, peaks
+from evoprune.methods.holitom import most_saving
 from evoprune.methods.mmr import most_relevant
 from evoprune.methods.segments import segments, transitions
 from evoprune.pruning.score import settle
@@ -641,3 +642,72 @@ def test_flashvid_follows_what_moves():
     assert made.kept.tolist() == [0, 1, 2, 3, 4]
     assert made.owner.view(4, 5).tolist() == [[(i - step) % 5 for i in range(5)] for step in range(4)]
     torch.testing.assert_close(made.features(x), things)
+
+
+# --- holitom -----------------------------------------------------------------------------------------------------------
+
+
+def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
+    t, h, w = tokens.grid
+    n, x = h * w, tokens.features
+    attention = [settled(float(value)) for value in tokens.attention]
+    like = [[cosine(x[g * n + p], x[(g + 1) * n + p]) for p in range(n)] for g in range(t - 1)]
+
+    def still(part: list[int]) -> list[int]:
+        return [p for p in range(n) if len(part) > 1 and all(like[g][p] > method.static for g in part[:-1])]
+
+    ways = []
+    for cuts in product([False, True], repeat=t - 1):
+        parts = [[0]]
+        for g in range(1, t):
+            if cuts[g - 1]:
+                parts.append([])
+            parts[-1].append(g)
+        ways.append((sum(len(still(part)) * (len(part) - 1) for part in parts), parts))
+    saved = max(total for total, _ in ways)
+    parts = min((p for total, p in ways if total == saved), key=lambda parts: [part[0] for part in parts[::-1]])
+    if t * n - saved <= keep:
+        parties, missing = {i: [(i, 1.0)] for i in range(t * n)}, t * n - keep
+        places = [(min(like[g][p] for g in part[:-1]), part, p) for part in parts for p in still(part)]
+        for _, part, p in sorted(places, key=lambda place: -place[0]):
+            for g in part[1:]:
+                if missing:
+                    parties[part[0] * n + p] += parties.pop(g * n + p)
+                    missing -= 1
+        return parties
+    groups = [[[g * n + p for g in part] for p in still(part)] for part in parts]
+    groups += [[[g * n + p] for p in range(n) if p not in still(part)] for part in parts for g in part]
+    exact = [keep * len(group) / sum(map(len, groups)) for group in groups]
+    due = [math.floor(value + 1e-9) for value in exact]
+    for i in ranked([round(value - count, 9) for value, count in zip(exact, due, strict=True)])[: keep - sum(due)]:
+        due[i] += 1
+    parties = {}
+    for number, (group, count) in enumerate(zip(groups, due, strict=True)):
+        if number >= len(parts):
+            for i in ranked([attention[units[0]] for units in group])[:count]:
+                parties[group[i][0]] = [(group[i][0], 1.0)]
+        elif count:
+            means = [mean_of([x[i] for i in units]) for units in group]
+            for centre, members in clustered_line_by_line(means, count, method.neighbours).items():
+                parties[group[centre][0]] = [(i, 1 / len(group[j])) for j in members for i in group[j]]
+    return parties
+
+
+@examples()
+def test_holitom(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
+    random = torch.Generator().manual_seed(seed)
+    for g in range(1, grid[0]):  # some places go on as they were
+        still = torch.rand(x.shape[1], generator=random) < 0.7
+        x[g, still] = x[g - 1, still] + 0.1 * x[g, still]
+    tokens = replace(tokens, rows=x.flatten(0, 1))
+    name = f"holitom:neighbours={data.draw(st.integers(1, 7))}:static={data.draw(st.sampled_from([0.8, 0.99, -1.0]))}"
+    assert_selects(name, tokens, keep, holitom_line_by_line(tokens, keep, methods.get(name)))
+
+
+def test_holitom_cuts_where_it_costs_least():
+    """One cut, where two places change, and not where one does."""
+    same = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [1, 1, 1]]).bool()
+    assert most_saving(same) == [range(0, 3), range(3, 5)] and most_saving(same[:0]) == [range(0, 1)]
