@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import evoprune
+from evoprune.errors import UsageError
 from tests.tiny import tiny_model
 
 
@@ -52,3 +53,12 @@ def test_patches_that_do_not_fit(model):
 def test_methods_that_act_on_frames_are_refused():
     with pytest.raises(evoprune.UsageError, match="acts on frames"):
         evoprune.encode(None, torch.zeros(4, 1176), torch.tensor([[1, 2, 2]]), method="downscale")
+
+
+def test_methods_that_read_the_question_are_given_it_or_refused(model):
+    patches, thw = inputs((2, 10, 14))
+    with pytest.raises(UsageError, match="cdpruner reads the question"):
+        evoprune.encode(model, patches, thw, budget=0.25, method="cdpruner")
+    asked = [model.get_input_embeddings()(torch.tensor(ids)) for ids in ([5, 9, 40], [77, 3])]
+    kept = [evoprune.encode(model, patches, thw, budget=0.25, method="cdpruner", question=q).kept for q in asked]
+    assert [len(each) for each in kept] == [18, 18] and not torch.equal(*kept)

@@ -20,6 +20,7 @@ from evoprune.methods.ranking import BLOCK
 from evoprune.pruning.score import settle
 
 AT_ONCE = 32  # sums brought up to date at a time
+STEPS = 16384  # in which cosines are counted, as `settle` has it
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int
     weight = torch.ones_like(every, dtype=torch.float64) if weight is None else weight
     cover = torch.zeros(len(unit), device=unit.device)
 
+    def cosine(some: torch.Tensor) -> torch.Tensor:
+        return (unit[some] @ unit.T).mul_(STEPS).round_()
+
     def adds(some: torch.Tensor) -> torch.Tensor:
-        more = (settle(unit[some] @ unit.T) - cover).clamp_(min=0)
-        return more.sum(1, dtype=torch.float64) * weight[some]
+        return cosine(some).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[some]
 
     most = torch.cat([adds(some) for some in every.split(BLOCK)])  # what each adds at most; -1 once chosen
     for _ in range(keep):
@@ -66,5 +69,5 @@ def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int
             stale = stale[~known[stale]]
             most[stale], known[stale] = adds(stale), True
         most[best] = -1
-        cover = torch.maximum(cover, settle(unit @ unit[best]))
+        cover = torch.maximum(cover, cosine(best[None])[0])
     return (most < 0).nonzero().flatten()

@@ -88,9 +88,11 @@ def test_half_precision_is_compared_in_full():
     assert torch.equal(most_diverse(x.bfloat16(), 9), most_diverse(x.bfloat16().float(), 9))
 
 
-def test_no_matrix_of_all_pairs():
-    """16,384 tokens: all pairs would be a GiB."""
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_no_matrix_of_all_pairs(kind):
+    """16,384 tokens: all pairs would be a GiB. Random ones have nothing in common, equal ones stand still in time."""
     n, largest = 16_384, 0
+    names = AFTER if kind == "random" else ["fastvid", "prunevid", "holitom", "flashvid", "visionzip"]
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -101,9 +103,9 @@ def test_no_matrix_of_all_pairs():
                     largest = max(largest, each.numel())
             return made
 
-    tokens = tokens_of("random", (16, 32, 32), width=16)
+    tokens = tokens_of(kind, (16, 32, 32), width=16)
     with Watch():
-        for name in AFTER:
+        for name in names:
             assert 0 < len(chosen(name, tokens, 64)) <= 1024
     assert largest <= 512 * n
 
