@@ -29,6 +29,7 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.methods.base import Selection
 from evoprune.vision.encoder import encode
 from tests.methods.tokens import chosen, tokens_of
 from tests.vision.clips import changes, clip
@@ -72,6 +73,19 @@ def test_nothing_is_drawn(name):
         made.append(chosen(name, tokens, 23))
         assert torch.equal(before, torch.get_rng_state())
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("name", [name for name in AFTER if name != "pool"])
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_every_tensor_is_made_beside_the_tokens(name, kind):
+    """What is made on the default device, which has no values here, cannot be mixed with them."""
+    tokens, method = tokens_of(kind, GRID), methods.get(name)
+    expected = chosen(name, tokens, 23)
+    with torch.device("meta"):
+        made = method.select(tokens, 23)
+        if isinstance(made, Selection):
+            assert made.features(tokens.features).device.type == "cpu"
+    assert (made.kept if isinstance(made, Selection) else made).tolist() == expected
 
 
 INDEXED = ["divprune", "evs-nofloor", "mmr", "scope", "dart"]
