@@ -39,7 +39,7 @@ def test_a_method_that_reads_the_question_is_not_cached_but_encodes_once(cli, fo
         first, second = map(json.loads, result.out.splitlines())
         assert first["cache"] == second["cache"] == "off" and not folder.exists()
         assert first["pruning"]["visual_tokens_kept"] == second["pruning"]["visual_tokens_kept"] == 36
-        assert second["time_ms"]["read"] == 0 < second["time_ms"]["encode"] < first["time_ms"]["encode"]
+        assert second["time_ms"]["read"] == 0 < second["time_ms"]["encode"]
 
 
 def test_from_stdin(cli):
