@@ -13,10 +13,10 @@ video.report
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import asdict, replace
-from functools import partial
+from itertools import chain, islice
 
 import torch
 
@@ -62,6 +62,8 @@ class VideoQA:
         loaded: from `models.load_model`.
         budget: share of visual tokens kept, a number in (0, 1] or a preset's name.
         method: name of a pruning method, `method_args` its settings as texts.
+        encoder_budget: share of the units that the encoder goes on computing, in (0, 1]; default: as the method has it follow
+            from the budget. The setting of that name.
         seed: of everything random.
 
     Raises:
@@ -75,12 +77,14 @@ class VideoQA:
         budget: float | str = DEFAULT,
         method: str = methods.DEFAULT,
         method_args: dict[str, str] | None = None,
+        encoder_budget: float | None = None,
         seed: int = 0,
         load_seconds: float | None = None,
     ):
         self.loaded = loaded
         self.budget = parse_budget(budget)
-        self.method_name, self.method = method, methods.get(method, method_args)
+        self.method_name = method
+        self.method = methods.get(method, methods.with_encoder_budget(method_args, encoder_budget))
         self.seed = seed
         self.load_seconds = load_seconds
         if loaded.tokenizer is None:
@@ -103,7 +107,8 @@ class VideoQA:
         """Loads a model and wraps it; `settings` are the constructor's. Raises what `load_model` raises."""
         start = time.perf_counter()
         parse_budget(settings.get("budget", DEFAULT))  # settings are checked before any weights are read
-        methods.get(settings.get("method", methods.DEFAULT), settings.get("method_args"))
+        args = methods.with_encoder_budget(settings.get("method_args"), settings.get("encoder_budget"))
+        methods.get(settings.get("method", methods.DEFAULT), args)
         loaded = load_model(
             model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format,
             quantize=quantize, to_answer=True, progress=progress,
@@ -129,13 +134,13 @@ class VideoQA:
         count, height, width = self.method.plan(plan.grid, keep)
         geo = tower_geometry(model.model.visual, height, width)
         rows = [geo.units] * (tower.depth + 1)
-        if self.method.acts == "inside" and keep < plan.visual_tokens:
-            left = self.method.left(geo.units, geo.units, max(1, keep // count))  # of a grid that repeats nothing
-            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]
+        if self.method.acts == "inside" and self.method.prunes(keep / plan.visual_tokens):
+            left = min(geo.units, self.method.allowance(geo.units, max(1, keep // count)))
+            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]  # of a grid that repeats nothing
         rows = [count * n for n in rows]
         return estimate_first_token(model, rows, count, geo.windows, min(keep, rows[0]) + text_tokens)
 
-    def encode(
+    def prepare(
         self,
         path: str | os.PathLike[str],
         *,
@@ -147,14 +152,11 @@ class VideoQA:
         max_visual_tokens: int | None = None,
         decoder: str = "auto",
         name: str | None = None,
-        progress: Progress | None = None,
-        on_plan: Callable[[Plan], None] | None = None,
-        on_encode: Callable[[Plan], None] | None = None,
         overlap: bool = True,
         cache: Cache | None = None,
         read: Callable[..., Iterator[FrameChunk]] = read_frames,
-    ) -> "EncodedVideo":
-        """Reads, preprocesses and encodes a video, chunk by chunk; the next ones are made ready while one is encoded.
+    ) -> "PreparedVideo":
+        """Finds out what there is to look at in a video; no frame is read yet.
 
         Args:
             path: the file.
@@ -164,9 +166,6 @@ class VideoQA:
             max_visual_tokens: limit before pruning; default: `default_max_visual_tokens`.
             decoder: how to read it, see `video.decode.read_frames`.
             name: what reports call the video; default: its path.
-            progress: called with "encode", frames done and frames in all, after every chunk.
-            on_plan: called with the plan, as it is without pruning, before the first frame is read.
-            on_encode: the same once it is sure that frames will be read: the video was not in the cache.
             overlap: whether a thread reads and preprocesses ahead; what comes out is the same.
             cache: where encoded videos are kept, with what was chosen; so a method that reads the question leaves it alone.
             read: what gives the frames; something else than `read_frames` shows something else than the video, and is not cached.
@@ -174,16 +173,13 @@ class VideoQA:
         Raises:
             VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory.
         """
-        limits, visual = self.loaded.video, self.loaded.model.model.visual
-        clock = Clock(visual.patch_embed.proj.weight.device)
         host = Clock(torch.device("cpu"))  # of what is done beside the encoder, and must not wait for a GPU
-        begun = clock.now()
         with host.stage("read"):
             info = probe(path)
             decoder = choose_decoder(decoder, info)
             plan = make_plan(
                 info,
-                limits,
+                self.loaded.video,
                 fps=fps,
                 frames=frames,
                 start_s=start_s,
@@ -191,63 +187,134 @@ class VideoQA:
                 max_frames=max_frames,
                 max_visual_tokens=self.default_max_visual_tokens if max_visual_tokens is None else max_visual_tokens,
             )
-        full, encoded, key = plan, None, None
-        keep = keep_count(self.budget, full.visual_tokens)
+        return PreparedVideo(self, info, decoder, plan, host, name=name, overlap=overlap, cache=cache, read=read)
 
-        def tell(whom: Callable[[Plan], None] | None) -> float:
-            """Seconds that the caller took, which are no part of the work."""
-            asked = clock.now()
-            if whom:
-                whom(full)
-            return clock.now() - asked
-
-        begun += tell(on_plan)
-        plan = full.shrunk(self.method.plan(full.grid, keep), limits)
-        keep = min(keep, plan.visual_tokens)
-        if cache and read is read_frames and not self.method.reads_question:
-            with host.stage("read"):
-                key = entry_key(path, self.loaded, plan, decoder, self.method, keep, self.seed)
-                encoded = cache.load(key, self.loaded.model.device) if key else None
-        found = "hit" if encoded else "miss" if key else "off"
-        warnings = []
-        if encoded:
-            clock.seconds = {"read": 0.0, "preprocess": 0.0, "encode": 0.0} | host.seconds
-        else:
-            begun += tell(on_encode)
-            frames_of = partial(read, info, plan.sampling.times_s, decoder=decoder)
-            encoded = self._encode(info, plan, keep, frames_of, clock, host, overlap, progress)
-            if key and not cache.store(key, encoded):
-                warnings.append("cache_not_written")
-        wall = clock.now() - begun
-        info = replace(info, path=name or info.path)
-        return EncodedVideo(self, info, decoder, plan, full.visual_tokens, encoded, clock, wall, found, warnings)
-
-    def _encode(
+    def encode(
         self,
-        info: VideoInfo,
-        plan: Plan,
-        keep: int,
-        read: Callable[..., Iterator[FrameChunk]],
-        clock: Clock,
-        host: Clock,
-        overlap: bool,
-        progress: Progress | None,
-    ) -> Encoded | Unchosen:
-        """The stages from reading to encoding; arguments as `encode`. A method that reads the question has still to choose.
+        path: str | os.PathLike[str],
+        *,
+        progress: Progress | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
+        on_encode: Callable[[Plan], None] | None = None,
+        **how,
+    ) -> "EncodedVideo":
+        """Reads, preprocesses and encodes a video, chunk by chunk; the next ones are made ready while one is encoded.
 
         Args:
-            read: gives the frames of the plan, in chunks of at most `chunk_bytes`.
-            clock: gets the seconds of all stages. host: counts those of reading and preprocessing.
+            path, how: what `prepare` takes: `fps`, `frames`, `start_s`, `end_s` and so on.
+            progress: called with "encode", frames done and frames in all, after every chunk.
+            on_plan: called with the plan, as it is without pruning, before the first frame is read.
+            on_encode: the same once it is sure that frames will be read: the video was not in the cache.
+
+        Raises:
+            What `prepare` raises.
         """
-        limits, visual = self.loaded.video, self.loaded.model.model.visual
-        at_once = units_at_a_time(self.loaded.model.device)
+        with closing(self.prepare(path, **how)) as video:
+            if on_plan:
+                on_plan(video.full)
+            return video.encode(progress=progress, on_encode=on_encode)
+
+
+class PreparedVideo:
+    """A video of which it is known what will be looked at: `encode` looks, once. To be closed.
+
+    Attributes:
+        full: what would be looked at with nothing pruned. `plan`: what will be; `keep` of its visual tokens are kept.
+    """
+
+    def __init__(
+        self,
+        qa: VideoQA,
+        info: VideoInfo,
+        decoder: str,
+        full: Plan,
+        host: Clock,
+        *,
+        name: str | None,
+        overlap: bool,
+        cache: Cache | None,
+        read: Callable[..., Iterator[FrameChunk]],
+    ):
+        keep = keep_count(qa.budget, full.visual_tokens)
+        self.qa, self.info, self.decoder, self.full = qa, info, decoder, full
+        self.plan = full.shrunk(qa.method.plan(full.grid, keep), qa.loaded.video)
+        self.keep = min(keep, self.plan.visual_tokens)
+        self._name, self._overlap, self._read = name or info.path, overlap, read
+        self._cache = cache if read is read_frames and not qa.method.reads_question else None
+        self._host, self._wall, self._begun = host, host.seconds["read"], False
+        self._key: str | None = None
+        self._cached: Encoded | None = None
+        self._pieces: Iterator[tuple[int, torch.Tensor]] | None = None
+        self._open = ExitStack()
+        self._damaged = 0
+
+    def begin(self) -> None:
+        """Has the first chunk ready when it returns, and a thread go on to the next two; or what the cache holds.
+
+        For whoever does something else meanwhile: what the clock on the wall says counts from `encode` on.
+
+        Raises:
+            VideoError: unreadable. OutOfMemory.
+        """
+        self._begun, self._wall = True, 0.0
+        self._look_up()
+        if self._cached is None:
+            pieces = self._prepared()
+            self._pieces = chain(list(islice(pieces, 1)), pieces)
+
+    def close(self) -> None:
+        """Reads no further."""
+        self._pieces = None
+        self._open.close()
+
+    def encode(
+        self, *, progress: Progress | None = None, on_encode: Callable[[Plan], None] | None = None
+    ) -> "EncodedVideo":
+        """Arguments and errors as `VideoQA.encode`."""
+        qa, clock = self.qa, Clock(self.qa.loaded.model.model.visual.patch_embed.proj.weight.device)
+        begun = clock.now() - self._wall
+        if not self._begun:
+            self._look_up()
+        encoded, found = self._cached, "hit" if self._cached else "miss" if self._key else "off"
+        warnings = ["cut_short"] if self.info.cut_short and self.plan.sampling.end_s == self.info.duration_s else []
+        if encoded:
+            clock.seconds = {"read": 0.0, "preprocess": 0.0, "encode": 0.0} | self._host.seconds
+        else:
+            asked = clock.now()
+            if on_encode:
+                on_encode(self.full)
+            begun += clock.now() - asked  # the caller's time is no part of the work
+            encoded = self._encode(clock, progress)
+            if self._damaged:  # it is not kept, or the warning would be lost
+                warnings.append("damaged_video")
+            elif self._key and not self._cache.store(self._key, encoded):
+                warnings.append("cache_not_written")
+        wall = clock.now() - begun
+        info, units = replace(self.info, path=self._name), self.full.visual_tokens
+        return EncodedVideo(
+            qa, info, self.decoder, self.plan, units, encoded, clock, wall, found, warnings, self._damaged
+        )
+
+    def _look_up(self) -> None:
+        if not self._cache:
+            return
+        qa = self.qa
+        with self._host.stage("read"):
+            self._key = entry_key(self.info.path, qa.loaded, self.plan, self.decoder, qa.method, self.keep, qa.seed)
+            self._cached = self._cache.load(self._key, qa.loaded.model.device) if self._key else None
+
+    def _prepared(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """For every chunk, how many frames there were up to its end, and its patches. `close` ends it."""
+        limits, plan, host = self.qa.loaded.video, self.plan, self._host
         # No more frames at a time than the encoder takes, and no more bytes than a few large frames.
-        grids = max(1, at_once // (plan.grid[1] * plan.grid[2]))
-        chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * info.width * info.height * 3)
+        grids = -(-units_at_a_time(self.qa.loaded.model.device) // (plan.grid[1] * plan.grid[2]))
+        chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * self.info.width * self.info.height * 3)
 
         def prepare() -> Generator[tuple[int, torch.Tensor], None, None]:
-            with closing(read(chunk_bytes=chunk_bytes)) as chunks:
+            read = self._read(self.info, plan.sampling.times_s, decoder=self.decoder, chunk_bytes=chunk_bytes)
+            with closing(read) as chunks:
                 for chunk in host.each("read", chunks):
+                    self._damaged += chunk.damaged
                     with host.stage("preprocess"):
                         small = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
                         piece = patchify(
@@ -260,26 +327,32 @@ class VideoQA:
                         )
                     yield chunk.first + len(chunk.frames), piece
 
-        def patches(prepared: Iterator[tuple[int, torch.Tensor]]) -> Iterator[torch.Tensor]:
-            for frames_done, piece in clock.each("wait", prepared):
+        return self._open.enter_context(closing(ahead(prepare()) if self._overlap else prepare()))
+
+    def _encode(self, clock: Clock, progress: Progress | None) -> Encoded | Unchosen:
+        """The stages from reading to encoding; `clock` gets the seconds of all. Who reads the question has still to choose."""
+        qa, plan = self.qa, self.plan
+
+        def patches() -> Iterator[torch.Tensor]:
+            for frames_done, piece in clock.each("wait", self._pieces or self._prepared()):
                 yield piece
                 if progress:
                     progress("encode", frames_done, plan.sampling.frames)
 
         start = clock.now()
-        with memory_guard("encode"), closing(ahead(prepare()) if overlap else prepare()) as prepared:
-            encoded = (encode_rows if self.method.reads_question else encode)(
-                visual,
-                patches(prepared),
+        with memory_guard("encode"), closing(self):
+            encoded = (encode_rows if qa.method.reads_question else encode)(
+                qa.loaded.model.model.visual,
+                patches(),
                 plan.grid,
-                self.method,
-                keep,
-                seconds_per_grid=plan.sampling.seconds_per_grid(limits.temporal_patch_size),
-                seed=self.seed,
-                chunk_units=at_once,
+                qa.method,
+                self.keep,
+                seconds_per_grid=plan.sampling.seconds_per_grid(qa.loaded.video.temporal_patch_size),
+                seed=qa.seed,
+                chunk_units=units_at_a_time(qa.loaded.model.device),
             )
         clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
-        clock.seconds |= host.seconds
+        clock.seconds |= self._host.seconds
         return encoded
 
 
@@ -303,11 +376,13 @@ class EncodedVideo:
         wall_seconds: float,
         cache: str = "off",
         warnings: Sequence[str] = (),
+        damaged: int = 0,
     ):
         self.qa, self.info, self.decoder, self.plan, self.units = qa, info, decoder, plan, units
         self._unchosen = encoded if isinstance(encoded, Unchosen) else None
         self.encoded = encoded.nothing() if self._unchosen else encoded
         self._clock, self._wall, self._cache, self._warnings = clock, wall_seconds, cache, warnings
+        self._damaged = damaged
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
         self._turn, self._paid = 0, False
@@ -456,6 +531,8 @@ class EncodedVideo:
                 variable_rate=info.variable_rate,
                 frames_total=info.frames_total,
                 decoder=self.decoder,
+                stated_s=info.stated_s,
+                damaged=self._damaged,
             ),
             sampling=Sampling(
                 start_s=plan.sampling.start_s,
@@ -470,7 +547,7 @@ class EncodedVideo:
                 method=qa.method_name,
                 args=asdict(qa.method),
                 budget=qa.budget,
-                encoder_budget=None,
+                encoder_budget=qa.method.encoder_share(qa.budget),
                 visual_tokens_in=self.units,
                 encoder_rows=len(encoded.rows),
                 encoder_live_share=encoded.live_share * len(encoded.owner) / self.units,

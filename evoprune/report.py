@@ -15,6 +15,8 @@ STAGES = ("read", "preprocess", "encode", "prefill", "generate")
 
 @dataclass
 class VideoFacts:
+    """`stated_s`: the length by the file's own word. `damaged`: packets (images of a folder) that were skipped, or patched up."""
+
     path: str | None = None
     duration_s: float | None = None
     width: int | None = None
@@ -25,6 +27,8 @@ class VideoFacts:
     variable_rate: bool | None = None
     frames_total: int | None = None
     decoder: str | None = None
+    stated_s: float | None = None
+    damaged: int | None = None
 
 
 @dataclass
@@ -116,6 +120,7 @@ class Report:
 
     `cache` says where the encoded video came from: "hit" (from disk), "miss" (made, then stored) or "off".
     `compare` is the record of the same question with nothing pruned, where that was asked for.
+    `batch`: as one of many, the `row` that was asked and the `settings` it was asked with.
     """
 
     schema: str = SCHEMA
@@ -138,10 +143,11 @@ class Report:
     error: dict[str, Any] | None = None
     compare: "Report | None" = None
     cache: str | None = None
+    batch: dict[str, Any] | None = None
 
     def to_json(self, ascii_only: bool = False) -> str:
         """One compact line; `ascii_only` spells everything else as JSON escapes."""
-        return json.dumps(_rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
+        return json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -171,12 +177,12 @@ class Report:
         return made
 
 
-def _rounded(value):
-    """Floats to six decimals: a microsecond in seconds, a nanosecond in milliseconds."""
+def rounded(value):
+    """Plain data with floats to six decimals: a microsecond in seconds, a nanosecond in milliseconds."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_rounded(v) for v in value]
+        return [rounded(v) for v in value]
     return value

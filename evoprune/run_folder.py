@@ -50,9 +50,7 @@ class RunFolder:
             text = file.read_bytes() if file.exists() else b""
         except (OSError, ValueError) as problem:
             raise UsageError(f"{path} is no folder of an evaluation", f"name one with a {SETTINGS}") from problem
-        now = json.loads(json.dumps(settings))
-        if differing := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
-            told = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing)
+        if told := differences(before, json.loads(json.dumps(settings))):
             raise UsageError(f"{path} was begun with other settings: {told}", "give the same ones, or a new -o DIR")
         samples = _finished(text)
         folder = cls(path, samples)
@@ -84,6 +82,12 @@ class RunFolder:
             new.replace(self.path / name)
         except OSError as problem:
             raise _cannot_write(self.path / name, problem) from problem
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is not the same, in words; nothing where all is."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
 
 
 def _line(sample: dict) -> str:

@@ -1,5 +1,8 @@
 """How a command ends that does not end well: as JSON records name it, with its exit code."""
 
+import os
+import sys
+
 from evoprune.errors import error_record
 
 
@@ -14,3 +17,8 @@ def failure(problem: BaseException) -> dict:
         return error_record(problem)
     code, kind = stops[type(problem)]
     return {"code": code, "type": kind, "stage": None, "message": kind, "hint": None}
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted."""
+    return "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0")

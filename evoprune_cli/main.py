@@ -14,8 +14,9 @@ import typer
 import evoprune
 from evoprune.errors import UsageError, error_record
 from evoprune_cli.ask import USAGE, ask
+from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate, print_document
-from evoprune_cli.failures import Terminated
+from evoprune_cli.failures import Terminated, debugging
 from evoprune_cli.help import Command
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
@@ -57,6 +58,7 @@ def main(
 
 
 app.command(cls=Command)(ask)
+app.command(cls=Command)(batch)
 app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(inspect)
 app.command(cls=Command)(profile)
@@ -131,10 +133,6 @@ def _report(problem: Exception) -> int:
             print_json(Report(finish_reason="error", error=error))
     print_error(error["message"], error["hint"])
     return error["code"]
-
-
-def debugging() -> bool:
-    return "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0")
 
 
 def _command() -> str | None:

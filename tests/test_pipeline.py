@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 
@@ -206,6 +207,56 @@ def test_overlap_changes_nothing(loaded, monkeypatch, budget, method):
     assert done == [("encode", n, 16) for n in range(2, 17, 2)]  # told by the stage that is the last, in order
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_video_that_is_begun_ahead_is_the_same_video(loaded, monkeypatch, overlap):
+    """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
+    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
+    qa, made = VideoQA(loaded, budget=0.25), []
+
+    def counted(*args):
+        made.append(1)
+        return patchify(*args)
+
+    monkeypatch.setattr("evoprune.pipeline.patchify", counted)
+    at_once = qa.encode(LONG)
+    chunks, made[:] = len(made), []
+    with closing(qa.prepare(LONG, overlap=overlap)) as video:
+        assert made == []
+        video.begin()
+        ready, until = 3 if overlap else 1, time.monotonic() + 10
+        while len(made) < ready and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(made) == ready
+        ahead = video.encode()
+    assert len(made) == chunks and torch.equal(ahead.encoded.features, at_once.encoded.features)
+    assert answer(ahead) == answer(at_once) and ahead.report.sampling == at_once.report.sampling
+
+
+def test_what_was_done_ahead_costs_no_time_on_the_wall(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.pipeline.patchify", slow(patchify, 0.2))
+    with closing(VideoQA(loaded).prepare(CLIP)) as video:
+        video.begin()
+        times = video.encode().report.time_ms
+    assert times.preprocess >= 200 > times.total
+
+
+def test_a_video_that_was_begun_and_is_not_wanted(loaded):
+    closed, threads = [], set(threading.enumerate())
+
+    def read(*args, **settings):
+        try:
+            yield from read_frames(*args, **settings)
+        finally:
+            closed.append(1)
+
+    video = VideoQA(loaded).prepare(CLIP, read=read)
+    video.begin()
+    video.close()
+    video.close()
+    assert closed == [1] and set(threading.enumerate()) == threads
+
+
 @pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
 @pytest.mark.parametrize("stage", ["read", "preprocess", "encode"])
 def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem):
@@ -235,7 +286,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
-        VideoQA(loaded).encode(CLIP, frames=20, read=read)
+        VideoQA(loaded, method_args={"reuse": "0"}).encode(CLIP, frames=20, read=read)  # three blocks of grids
     hook.remove()
     assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
 
@@ -262,8 +313,26 @@ def test_a_signal_while_a_frame_is_waited_for(loaded):
     assert closed == [1] and set(threading.enumerate()) == threads
 
 
+def test_the_estimate_goes_by_both_budgets(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.cost.matmul_rate", lambda *_: 1e9)
+    plan = VideoQA(loaded).encode(CLIP).plan
+
+    def seconds(budget, share=None):
+        return VideoQA(loaded, budget=budget, encoder_budget=share).estimate_first_token(plan)
+
+    assert seconds(1.0, 0.1) < seconds(1.0)
+    assert seconds(0.1) == seconds(0.1, 0.25) < seconds(0.1, 1.0)
+
+
 def test_settings_are_checked_before_weights_are_read():
-    for settings in ({"budget": 2}, {"method": "magic"}, {"method_args": {"speed": "1"}}):
+    for settings in (
+        {"budget": 2},
+        {"method": "magic"},
+        {"method_args": {"speed": "1"}},
+        {"encoder_budget": 0.0},
+        {"encoder_budget": 0.3, "method": "pool"},
+        {"encoder_budget": 0.3, "method_args": {"encoder_budget": "0.3"}},
+    ):
         with pytest.raises(UsageError):
             VideoQA.load("no/such", **settings)
 

@@ -24,11 +24,12 @@ import torch
 
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import Screen, visible
-from tests.video.files import write_video
+from tests.video.files import numbered_frames, spoil, write_video
 
 ROOT = Path(__file__).parents[2]
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
 ASK = ("ask", CLIP, QUESTION)
+BATCH = ("batch", CLIP, "-Q", QUESTION, "-m", "demo", "--overwrite", "-o", "{tmp}/answers.jsonl")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def out_of_memory(stage: str, function: str, problem: BaseException, says: str |
     return Case(ASK, 5, says or f"out of memory in {stage}", breaks=(function, problem), stage=stage)
 
 
-PIPE, SCREEN = ("pipe",), ("terminal", "narrow")
+PIPE, SCREEN, EVERYWHERE = ("pipe",), ("terminal", "narrow"), ("pipe", "terminal", "narrow")
 CUDA_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ...")
 CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
 CASES = {
@@ -106,15 +107,25 @@ CASES = {
     "newline in a name": Case(("ask", "{tmp}/new\nline.mp4", QUESTION), says="new?line.mp4", ways=("pipe", "narrow")),
     "spaces and quotes in a name": Case(("ask", '{tmp}/it\'s "a" clip.mp4', QUESTION), says='it\'s "a" clip.mp4'),
     "a name that is no text": Case(("ask", "{tmp}/caf\udce9.mp4", QUESTION, "-q")),
+    "batch": Case(BATCH, says="1 of 1 rows answered: 0:", out="", ways=EVERYWHERE),
+    "quiet batch": Case((*BATCH, "-q"), out="", ways=EVERYWHERE),
+    "damaged video": Case(
+        ("ask", "{tmp}/damaged.mp4", QUESTION, "-q"), says="warning: the video is damaged (2 of its packets", out=None
+    ),
+    "video that was cut off": Case(
+        ("ask", "{tmp}/cut.mp4", QUESTION, "-q"), says="warning: the video breaks off at 0:0", out=None
+    ),
     "machine": Case(("inspect",), out=None),
     "video": Case(("inspect", CLIP, "--scan"), out=None),
     "help": Case(("--help",), out=None, ways=("pipe", "narrow")),
     "help of ask": Case(("ask", "-h"), out=None, ways=("pipe", "narrow")),
+    "help of batch": Case(("batch", "-h"), out=None, ways=("pipe", "narrow")),
     "help of inspect": Case(("inspect", "--help"), out=None, ways=("pipe", "narrow")),
     "version": Case(("--version",), out=None, ways=PIPE),
     # 1: a bug
     "bug": Case(ASK, 1, "ZeroDivisionError", breaks=("evoprune_cli.ask._check_flags", ZeroDivisionError("1/0"))),
     "bug in inspect": Case(("inspect", CLIP), 1, "KeyError", breaks=("evoprune.inspection.video_facts", KeyError(1))),
+    "bug in batch": Case(BATCH, 1, "KeyError", breaks=("evoprune.batch.remaining", KeyError(1)), ways=EVERYWHERE),
     # 2: usage
     "unknown command": fails(2, "what", "what"),
     "almost a command": fails(2, "Did you mean 'ask'", "aks", CLIP, QUESTION),
@@ -126,6 +137,11 @@ CASES = {
     "question not quoted": fails(2, "quote the question", "ask", CLIP, "What", "happens?"),
     "too many videos to inspect": fails(2, "unexpected extra words: b.mp4", "inspect", CLIP, "b.mp4"),
     "options after --": fails(2, "put options before it", "ask", "--", CLIP, QUESTION, "-q", ways=PIPE),
+    "batch of nothing": fails(2, "no videos", "batch", *BATCH[4:], ways=EVERYWHERE),
+    "batch without an output": fails(2, "no output", *BATCH[:-2], ways=EVERYWHERE),
+    "batch without a model": fails(2, "EVOPRUNE_MODEL", *BATCH, "-m", "", ways=EVERYWHERE),
+    "batch into nowhere": fails(2, "cannot write no/such", *BATCH, "-o", "no/such/answers.jsonl", ways=EVERYWHERE),
+    "unknown flag of batch": fails(2, "see evoprune batch --help", *BATCH, "--fpss", "2", ways=EVERYWHERE),
     "empty question": fails(2, "empty", "ask", CLIP, "  "),
     "empty further question": fails(2, "empty", *ASK, "-Q", "", lines=2),
     "question is no text": fails(2, "UTF-8", "ask", CLIP, "caf\udce9"),
@@ -143,6 +159,19 @@ CASES = {
     "unknown method argument": fails(2, "speed", *ASK, "--method-arg", "speed=1"),
     "bad method argument": fails(2, "first", *ASK, "--method-arg", "first=x"),
     "impossible method argument": fails(2, "allocation", *ASK, "--method-arg", "allocation=x"),
+    "encoder budget zero": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "0"),
+    "encoder budget above one": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "1.5"),
+    "encoder budget nan": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "nan"),
+    "encoder budget word": fails(2, "--encoder-budget", *ASK, "--encoder-budget", "fast"),
+    "encoder budget of another method": fails(
+        2, "method divprune has no encoder budget", *ASK, "--method", "divprune", "--encoder-budget", "0.5"
+    ),
+    "encoder budget and nothing pruned": fails(
+        2, "method none has no encoder budget", *ASK, "--method", "none", "--encoder-budget", "0.5"
+    ),
+    "encoder budget twice": fails(
+        2, "encoder_budget is given twice", *ASK, "--encoder-budget", "1", "--method-arg", "encoder_budget=1"
+    ),
     "fps and frames": fails(2, "fps and frames", *ASK, "--fps", "1", "--frames", "2"),
     "fps is no number": fails(2, "--fps", *ASK, "--fps", "many"),
     "zero frames": fails(2, "frames", *ASK, "--frames", "0"),
@@ -160,6 +189,7 @@ CASES = {
     # 3: video
     "missing video": fails(3, "no such file: no/such.mp4", "ask", "no/such.mp4", QUESTION, stage="read"),
     "missing video, several questions": fails(3, "no/such", "ask", "no/such.mp4", "-Q", "a", "-Q", "b", lines=2),
+    "missing video of a batch": fails(3, "no such file: a.mp4", "batch", "a.mp4", *BATCH[2:], ways=EVERYWHERE),
     "missing video to inspect": fails(3, "no such file: no/such.mp4", "inspect", "no/such.mp4", stage="read"),
     "question before video": fails(3, "the video comes first", "ask", QUESTION, CLIP),
     "nothing for a video": fails(3, "no such file: ''", "ask", "", QUESTION),
@@ -178,6 +208,7 @@ CASES = {
     "no such model": fails(4, "no/such model", *ASK, "-m", "no/such model", stage="load"),
     "model of the environment": fails(4, "no/such model", *ASK, env={"EVOPRUNE_MODEL": "no/such model"}),
     "folder without a model": fails(4, "config.json", *ASK, "-m", "samples"),
+    "folder without a model for a batch": fails(4, "config.json", *BATCH, "-m", "samples", ways=EVERYWHERE),
     "folder without a model to inspect for": fails(4, "config.json", "inspect", CLIP, "-m", "samples", stage="load"),
     "model not in the cache": fails(4, "nobody/nothing", *ASK, "-m", "nobody/nothing", "--offline"),
     "random weights without a tokenizer": fails(
@@ -196,14 +227,20 @@ CASES = {
     ),
     # 5: out of memory
     "weights do not fit": out_of_memory("load", "evoprune.models._load_weights", CPU_FULL, says="the weights of demo"),
-    "frames do not fit": out_of_memory("read", "evoprune.video.pyav.to_rgb", MemoryError()),
+    "frames do not fit": out_of_memory("read", "evoprune.video.isolation.mmap.mmap", OSError(12, "no memory")),
     "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patchify", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encode", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
+    "weights do not fit in a batch": Case(
+        BATCH, 5, "the weights of demo", breaks=("evoprune.models._load_weights", CPU_FULL), ways=EVERYWHERE
+    ),
     # stopped from outside
     "interrupted while loading": Case(ASK, 130, "", breaks=("evoprune.models._load_weights", KeyboardInterrupt())),
-    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.pyav.to_rgb", Terminated())),
+    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.pictures", Terminated())),
+    "batch interrupted while loading": Case(
+        BATCH, 130, "", breaks=("evoprune.models._load_weights", KeyboardInterrupt()), ways=EVERYWHERE
+    ),
     "interrupted scan": Case(
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.scan.scan", KeyboardInterrupt())
     ),
@@ -219,6 +256,9 @@ def clips(tmp_path_factory):
         shutil.copy(ROOT / CLIP, folder / f"{name}.mp4")
     (folder / "empty.mp4").touch()
     write_video(folder / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    spoil(ROOT / CLIP, folder / "damaged.mp4", {40, 50})
+    whole = write_video(folder / "whole.mp4", numbered_frames(60), container_options={"movflags": "faststart"})
+    (folder / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
     return folder
 
 

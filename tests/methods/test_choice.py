@@ -17,7 +17,7 @@ GRID = (5, 4, 5)
 @pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("keep", [1, 9, 40])
 def test_any_method_after_the_encoder_chooses_among_all_units(name, keep):
-    chooser, method = methods.get(name), methods.get("evoprune", {"choice": name, "encoder": "0.2"})
+    chooser, method = methods.get(name), methods.get("evoprune", {"choice": name, "encoder_budget": "0.2"})
     question = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
     args = tiny_tower(), [clip(GRID, changes(GRID, 0.4))], GRID, method, keep
     unchosen, made = encode_rows(*args), encode(*args, question=question)
@@ -42,6 +42,6 @@ def test_only_a_method_after_the_encoder_can(name):
 
 
 def test_it_is_a_setting_like_any_other():
-    method = methods.get("evoprune:choice=divprune:encoder=0.5")
-    assert (method.choice, method.encoder, method.chooser) == ("divprune", 0.5, methods.get("divprune"))
+    method = methods.get("evoprune:choice=divprune:encoder_budget=0.5")
+    assert (method.choice, method.encoder_budget, method.chooser) == ("divprune", 0.5, methods.get("divprune"))
     assert methods.get("evoprune").chooser == methods.get("evoprune")

@@ -141,7 +141,7 @@ def test_without_pruning_it_is_that_of_the_towers_last_layer_that_sees_whole_gri
 
 def test_rows_that_merge_later_have_the_mean_over_their_units(monkeypatch):
     """Merging after the layer that is looked at: the last full-attention layer is the first of all here."""
-    grid, method = (4, 3, 5), Inside(block=2, reuse=0.0, encoder=0.3, first=0.3, last=0.9)
+    grid, method = (4, 3, 5), Inside(block=2, reuse=0.0, encoder_budget=0.3, first=0.3, last=0.9)
     patches, before = random_patches(grid), {}
     settle = Gathering.settle
 
@@ -180,7 +180,7 @@ def assert_same(a: Tokens, b: Tokens) -> None:
     chunk_units=st.integers(1, 120),
 )
 def test_the_chunk_size(grid, share, seed, block, encoder_share, full_layers, inside, chunk_units):
-    method = Inside(block=block, encoder=encoder_share, first=0.0, last=0.8) if inside else After()
+    method = Inside(block=block, encoder_budget=encoder_share, first=0.0, last=0.8) if inside else After()
     patches = clip(grid, changes(grid, share, seed), seed)
     if inside and units(grid) == 1:
         return  # nothing to prune
@@ -194,7 +194,7 @@ def test_the_chunk_size(grid, share, seed, block, encoder_share, full_layers, in
 @pytest.mark.parametrize("chunk_units", [1, 10**6])
 def test_grids_that_repeat_the_first(chunk_units):
     still = clip((5, 4, 5), changes((5, 4, 5), 0.0))
-    tokens = tokens_of(still, (5, 4, 5), Inside(encoder=1.0), chunk_units=chunk_units)
+    tokens = tokens_of(still, (5, 4, 5), Inside(encoder_budget=1.0), chunk_units=chunk_units)
     alone = tokens_of(still[:80], (1, 4, 5), After())
     assert len(tokens.rows) == 20
     torch.testing.assert_close(tokens.attention.view(5, 20), alone.attention.expand(5, 20), atol=1e-4, rtol=1e-4)
@@ -206,7 +206,7 @@ def test_grids_that_repeat_the_first(chunk_units):
 def test_the_device(kernel, chunk_units, monkeypatch):
     grid = (6, 4, 5)
     patches = clip(grid, changes(grid, 0.4))
-    for method in (After(), Inside(block=2, encoder=0.2, first=0.0)):
+    for method in (After(), Inside(block=2, encoder_budget=0.2, first=0.0)):
         expected = tokens_of(patches, grid, method, chunk_units=chunk_units)
         with monkeypatch.context() as patch, take_gpu_route(patch, kernel):
             made = tokens_of(patches, grid, method, chunk_units=chunk_units)

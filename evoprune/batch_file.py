@@ -1,0 +1,230 @@
+"""Where a batch leaves its records: a file that grows by whole lines, whatever ends the program, and that one writes at a time.
+
+There is nothing beside it: every record holds what was asked and with which settings, and the lock is on the file itself, so that
+it is gone with the process that held it. No torch.
+"""
+
+import errno
+import json
+import os
+import stat
+import sys
+from collections.abc import Container
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from evoprune.errors import UsageError
+from evoprune.report import SCHEMA, Report
+
+STDOUT = "-"
+HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # what every record begins with
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that has none
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record that was there before: what was asked, with which settings, whether that failed, and where in the file it stands."""
+
+    id: str
+    row: dict[str, Any]
+    settings: dict[str, Any]
+    failed: bool
+    start: int
+    end: int
+
+
+class RecordFile:
+    """Opened and locked when it is made, changed from `begin` on. What is no regular file, stdout or a pipe, is only written.
+
+    Args:
+        path: of the file, or "-" for stdout.
+        resume: go on with what there is, if anything. overwrite: do without what there is. Otherwise there must be nothing, or an
+            empty file.
+
+    Attributes:
+        found: the records that were there, in their order; empty unless `resume`.
+        written: how many have been added since.
+
+    Raises:
+        UsageError: it cannot be written, is there already, is no file of such records, or another program is writing it.
+    """
+
+    def __init__(self, path: str, *, resume: bool = False, overwrite: bool = False):
+        self.name, self.path = path, os.path.realpath(path)
+        self.found: list[Found] = []
+        self.written = 0
+        self._made = self._begun = False
+        self.regular = path != STDOUT and (os.path.isfile(self.path) or not os.path.exists(self.path))
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite exclude each other", "give one of the two")
+        if not self.regular and (resume or overwrite):
+            raise UsageError(f"{path} is no file that could be resumed or overwritten", "name a file with -o")
+        try:
+            self._number = self._open()
+        except OSError as problem:
+            raise self._cannot_write(problem) from problem
+        try:
+            if self.regular and os.fstat(self._number).st_size and not overwrite:
+                if not resume:
+                    hint = "--resume goes on with it, --overwrite does without it"
+                    raise UsageError(f"{path} is there already", hint)
+                self.found = self._read()
+        except BaseException:
+            os.close(self._number)
+            raise
+        # Signals become exceptions in the main thread only: what another one writes is written to its end.
+        self._writer = ThreadPoolExecutor(1)
+
+    def begin(self, again: Container[str] = ()) -> None:
+        """Leaves of what was there whole records, without those of the ids that are to come `again`; without `resume` nothing.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        self._begun = True
+        if self.regular:
+            self._writer.submit(self._keep, again).result()
+
+    def _keep(self, again: Container[str]) -> None:
+        kept = [record for record in self.found if record.id not in again]
+        size = sum(record.end - record.start for record in kept)
+        try:
+            if kept and kept[-1].end != size:  # some before it go
+                self._number = self._copied(kept)
+            os.ftruncate(self._number, size)
+            if kept and os.pread(self._number, 1, size - 1) != b"\n":
+                size += os.write(self._number, b"\n")
+        except OSError as problem:
+            raise self._cannot_write(problem) from problem
+        self._size = size
+
+    def add(self, record: Report) -> None:
+        """Appends a record; it is on the disk when this returns. A signal meanwhile does not tear it.
+
+        Raises:
+            UsageError: it cannot be written. What was there before is whole. BrokenPipeError: nobody reads stdout any more.
+        """
+        try:
+            line = record.to_json().encode()
+        except UnicodeEncodeError:  # a path of stray bytes
+            line = record.to_json(ascii_only=True).encode()
+        self._writer.submit(self._write, line + b"\n").result()
+
+    def close(self) -> None:
+        """Waits for a line that is being written. Leaves no empty file behind where there was none."""
+        self._writer.shutdown()
+        if self._made and not os.fstat(self._number).st_size:
+            os.unlink(self.path)
+        os.close(self._number)
+
+    def _write(self, line: bytes) -> None:
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self._number, rest) :]
+            if self.regular:
+                os.fsync(self._number)
+        except BrokenPipeError:
+            raise
+        except OSError as problem:
+            if self.regular:
+                os.ftruncate(self._number, self._size)
+            raise self._cannot_write(problem) from problem
+        self.written += 1
+        if self.regular:
+            self._size += len(line)
+
+    def _open(self) -> int:
+        """A file descriptor; of a regular file one that holds its lock."""
+        if self.name == STDOUT:
+            sys.stdout.flush()
+            return os.dup(sys.stdout.fileno())
+        if not self.regular:
+            return os.open(self.path, os.O_WRONLY)
+        how = os.O_RDWR | os.O_APPEND
+        while True:
+            try:
+                number = os.open(self.path, how | os.O_CREAT | os.O_EXCL, 0o666)
+                self._made = True
+            except FileExistsError:
+                number = os.open(self.path, how)
+                self._made = False
+            try:
+                self._lock(number)
+                # Whoever held the lock may have put another file in its place, or none.
+                if os.path.exists(self.path) and os.path.samestat(os.fstat(number), os.stat(self.path)):
+                    return number
+            except BaseException:
+                os.close(number)
+                raise
+            os.close(number)
+
+    def _lock(self, number: int) -> None:
+        try:
+            import fcntl
+        except ImportError:  # not a Unix
+            return
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise UsageError(
+                f"another batch is writing {self.name}", "wait until it is done, or choose another -o"
+            ) from problem
+        except OSError as problem:
+            if problem.errno not in NO_LOCKS:
+                raise
+
+    def _read(self) -> list[Found]:
+        """All whole records. After them there may be one that was torn; anything else is not ours."""
+        found, end, strange, settings = [], 0, 0, None
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if strange:
+                    break
+                try:
+                    record = json.loads(line)
+                    if record["schema"] != SCHEMA:
+                        raise ValueError
+                    about, row = record["batch"], record["batch"]["row"]
+                    settings = settings if about["settings"] == settings else about["settings"]  # as a rule one for all
+                    failed = record["error"] is not None
+                    found.append(Found(record["id"], row, settings, failed, end, end + len(line)))
+                except (ValueError, KeyError, TypeError):
+                    strange = number
+                    if _is_torn(line):
+                        return found
+                end += len(line)
+        if strange:
+            raise UsageError(f"{self.name}, line {strange} is no record of a batch", "choose another -o")
+        return found
+
+    def _copied(self, kept: list[Found]) -> int:
+        """Puts a file of these records in the place of the old one, in one step; the descriptor of the new one, locked."""
+        place = f"{self.path}.new"
+        number = os.open(place, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            self._lock(number)
+            os.fchmod(number, stat.S_IMODE(os.fstat(self._number).st_mode))
+            with open(self.path, "rb") as old, open(number, "wb", closefd=False) as new:
+                for record in kept:
+                    old.seek(record.start)
+                    new.write(old.read(record.end - record.start))
+            os.fsync(number)
+            os.replace(place, self.path)
+        except OSError:
+            os.close(number)
+            os.unlink(place)
+            raise
+        os.close(self._number)
+        return number
+
+    def _cannot_write(self, problem: OSError) -> UsageError:
+        hint = "make room there" if self._begun else "name a file in a folder that may be written"
+        return UsageError(f"cannot write {self.name}: {problem.strerror}", hint)
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether this is how a record begins, and no more; a computer that lost its power may have left zeros for the rest."""
+    begun = line.rstrip(b"\0")
+    return not line.endswith(b"\n") and (begun.startswith(HEAD) or HEAD.startswith(begun))

@@ -1,0 +1,90 @@
+"""How far a batch is: a line that changes on a terminal, a line a minute elsewhere, failures as they come, and a summary."""
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from evoprune.report import Report
+from evoprune_cli.render import clock, print_warning, roughly, tell
+
+if TYPE_CHECKING:
+    from evoprune.batch_file import RecordFile
+
+EVERY_S = 60.0
+
+
+class Tally:
+    """Counts records, and tells about them on stderr. As a context it ends with a summary, also of a batch that was cut short.
+
+    Args:
+        total: rows in all, answered before or not.
+        quiet: tell nothing but warnings.
+
+    Attributes:
+        failed: rows that failed in this run.
+    """
+
+    def __init__(self, total: int, quiet: bool):
+        self.failed = 0
+        self._total, self._quiet = total, quiet
+        self._file: RecordFile | None = None
+        self._warnings: dict[str, None] = {}
+        self._last_failure = ""
+
+    def start(self, file: "RecordFile", left: int, show) -> None:
+        """The model is there, and so many rows are left. `show`: see `render.progress`."""
+        self._file, self._before, self._show = file, self._total - left, show
+        self._begun = self._told = time.monotonic()
+        show(self._line(self._before))
+
+    def add(self, record: Report) -> None:
+        """One more, which is in the file by now."""
+        self._warnings |= dict.fromkeys(record.warnings)
+        if record.error:
+            self.failed += 1
+            self._tell_failure(record.video.path, record.error["message"])
+        line = self._line(self._before + self._file.written)
+        self._show(line)
+        if time.monotonic() - self._told >= EVERY_S and not self._quiet and not sys.stderr.isatty():
+            self._told = time.monotonic()
+            tell(line)
+
+    def __enter__(self) -> "Tally":
+        return self
+
+    def __exit__(self, kind, problem, trace) -> None:
+        if self._file is None or isinstance(problem, BrokenPipeError | SystemExit):
+            return
+        if problem and not self._file.written:
+            return
+        for name in self._warnings:
+            print_warning(name)
+        if self._quiet:
+            return
+        done, seconds = self._before + self._file.written - self.failed, time.monotonic() - self._begun
+        before = f", {self._before:,} of them before" if self._before else ""
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        made = self._file.written
+        took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
+        tell(f"{done:,} of {self._total:,} rows answered{before}{failed}{took}")
+        if (problem or self.failed) and self._file.regular:
+            tell("to go on, or to try again what failed: the same command with --resume")
+
+    def _line(self, done: int) -> str:
+        seconds, made = time.monotonic() - self._begun, self._file.written
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
+        return f"{done:,} of {self._total:,} rows{failed}{rest}"
+
+    def _tell_failure(self, video: str, message: str) -> None:
+        said = f"failed: {message if video in message else f'{video}: {message}'}"
+        if said != self._last_failure and not self._quiet:  # all rows of a video fail for the same reason
+            tell(said)
+        self._last_failure = said
+
+
+def pace(made: int, seconds: float) -> str:
+    """Rows a second, a minute or an hour: the first of them that is a number above one."""
+    units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
+    unit, length = next((unit for unit in units if made * unit[1] >= seconds), units[-1])
+    return f"{made * length / max(seconds, 1e-3):,.3g} {unit}"

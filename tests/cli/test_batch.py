@@ -1,0 +1,478 @@
+"""`evoprune batch`: records in a file, every row once whatever happens, and what is refused before any weights are read."""
+
+import csv
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from evoprune.batch_file import RecordFile
+from evoprune.language.generate import choose
+from evoprune.pipeline import VideoQA
+from evoprune_cli import tally
+from evoprune_cli.failures import Terminated
+from tests.cli.screen import visible
+
+ROOT = Path(__file__).parents[2]
+CLIPS = ["samples/square.mp4", "samples/three.mp4"]
+QUESTIONS = ["What happens?", "How many shapes are there?"]
+ASKED = [word for question in QUESTIONS for word in ("-Q", question)]
+
+
+@pytest.fixture
+def run(cli, tiny_folder, tmp_path):
+    """`evoprune batch` on the tiny model, with `-o` somewhere in `tmp_path`, unless `args` say otherwise."""
+
+    def call(*args, **settings):
+        quick = ("-m", tiny_folder, "-n", "2", "--frames", "4", "-o", tmp_path / "out.jsonl")
+        return cli("batch", *map(str, (*quick, *args)), **settings)
+
+    return call
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
+def records(path: Path) -> list[dict]:
+    content = path.read_bytes()
+    assert content.endswith(b"\n")
+    return [json.loads(line) for line in content.split(b"\n")[:-1]]
+
+
+def breaking(monkeypatch, at: int, problem: BaseException):
+    """Makes the `at`-th token fail: the first of the `at`-th question with `-n 1`."""
+    chosen = []
+
+    def fails(*args):
+        chosen.append(1)
+        if len(chosen) == at:
+            raise problem.with_traceback(None)
+        return choose(*args)
+
+    monkeypatch.setattr("evoprune.language.generate.choose", fails)
+
+
+def test_a_record_for_every_question_about_every_video(run, cli, out, tiny_folder):
+    result = run(*CLIPS, *ASKED)
+    assert (result.code, result.out) == (0, "") and result.err.startswith("4 of 4 rows answered: 0:")
+    made = records(out)
+    assert [(r["video"]["path"], r["question"]) for r in made] == [(clip, q) for clip in CLIPS for q in QUESTIONS]
+    assert len({r["id"] for r in made}) == 4 and [r["time_ms"]["encode"] > 0 for r in made] == [True, False] * 2
+    alone = cli("ask", CLIPS[0], *ASKED, "-m", tiny_folder, "-n", "2", "--frames", "4", "--json").out.splitlines()
+    for ours, theirs in zip(made, map(json.loads, alone), strict=False):
+        assert ours.keys() == theirs.keys() and ours["schema"] == "evoprune/answer@1"
+        for name in ("question", "answer", "finish_reason", "video", "sampling", "pruning", "tokens", "model", "error"):
+            assert ours[name] == theirs[name], name
+
+
+def test_quiet(run, out):
+    result = run(*CLIPS, *ASKED, "-q")
+    assert (result.code, result.out, result.err) == (0, "", "") and len(records(out)) == 4
+
+
+def rows_file(folder: Path, form: str) -> Path:
+    """Rows about the sample clips, under names relative to the file."""
+    fields = ["id", "video", "question", "start", "options"]
+    lines = [
+        ["a", "clips/square.mp4", "What, then?", "", ""],
+        ["b", "clips/three.mp4", "Which?", "1", "red|blue"],
+        ["", "clips/square.mp4", "Who?", "", ""],
+    ]
+    (folder / "clips").symlink_to(ROOT / "samples")
+    path = folder / f"rows.{form}"
+    with open(path, "w", newline="") as file:
+        if form == "csv":
+            csv.writer(file).writerows([fields, *lines])
+            return path
+        for line in lines:
+            row = {name: cell for name, cell in zip(fields, line, strict=True) if cell}
+            if "options" in row:
+                row["options"] = row["options"].split("|")
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_rows_from_a_file_and_from_stdin(run, out, tmp_path, monkeypatch, form):
+    path = rows_file(tmp_path, form)
+    assert run("--from", path, "--end", "3").code == 0
+    made = records(out)
+    assert [r["id"] for r in made][::2] == ["a", "b"] and [r["video"]["path"][6:] for r in made] == [
+        "square.mp4",
+        "square.mp4",
+        "three.mp4",
+    ]
+    assert [(r["sampling"]["start_s"], r["sampling"]["end_s"]) for r in made] == [(0, 3), (0, 3), (1, 3)]
+    assert "\nA. red\nB. blue\n" in made[2]["question"] and made[2]["batch"]["row"]["options"] == ["red", "blue"]
+    content = path.read_bytes()
+    monkeypatch.chdir(tmp_path)  # from stdin, names are relative to where we are
+    result = run("--from", "-", "--end", "3", "-o", "-", stdin=content)
+    assert [json.loads(line)["id"] for line in result.out.splitlines()] == [r["id"] for r in made]
+
+
+def test_to_stdout(run):
+    result = run(*CLIPS, *ASKED, "-o", "-")
+    assert result.code == 0 and len(result.out.splitlines()) == 4 and result.err.startswith("4 of 4 rows answered")
+    result = run(*CLIPS, "gone.mp4", *ASKED, "-o", "-")
+    assert result.code == 6 and len(result.out.splitlines()) == 6 and "--resume" not in result.err
+
+
+def test_model_from_the_environment(cli, tiny_folder, monkeypatch, out):
+    monkeypatch.setenv("EVOPRUNE_MODEL", str(tiny_folder))
+    assert cli("batch", CLIPS[0], "-Q", "What?", "-n", "1", "-o", out).code == 0
+    assert records(out)[0]["model"]["id"] == str(tiny_folder)
+
+
+def no_weights(monkeypatch):
+    monkeypatch.setattr("evoprune.models._load_weights", lambda *_: pytest.fail("weights were read"))
+
+
+@pytest.mark.parametrize(
+    ("args", "says", "code"),
+    [
+        ((), "no videos", 2),
+        (CLIPS, "no question", 2),
+        (ASKED, "no videos", 2),
+        ((*CLIPS, *ASKED, "--from", "samples/questions.jsonl"), "--from excludes", 2),
+        ((*CLIPS, *ASKED, "-m", ""), "EVOPRUNE_MODEL", 2),
+        ((*CLIPS, "-", *ASKED), "no video from stdin", 2),
+        ((*CLIPS, CLIPS[0], *ASKED), "'samples/square.mp4' is there twice", 2),
+        ((*CLIPS, *ASKED, *ASKED), "'What happens?' is there twice", 2),
+        ((*CLIPS, "-Q", " "), "question is empty", 2),
+        ((*CLIPS, "-Q", "caf\udce9"), "not valid text", 2),
+        ((*CLIPS, *ASKED, "-s", "caf\udce9"), "system prompt is not valid text", 2),
+        ((*CLIPS, *ASKED, "-b", "2"), "budget '2'", 2),
+        ((*CLIPS, *ASKED, "--method", "magic"), "magic", 2),
+        ((*CLIPS, *ASKED, "--method-arg", "speed=1"), "speed", 2),
+        ((*CLIPS, *ASKED, "--method-arg", "speed"), "NAME=VALUE", 2),
+        ((*CLIPS, *ASKED, "--fps", "1"), "fps and frames", 2),
+        ((*CLIPS, *ASKED, "--frames", "0"), "frames", 2),
+        ((*CLIPS, *ASKED, "--max-frames", "0"), "max_frames", 2),
+        ((*CLIPS, *ASKED, "--max-visual-tokens", "0"), "visual tokens", 2),
+        ((*CLIPS, *ASKED, "--start", "soon"), "soon", 2),
+        ((*CLIPS, *ASKED, "--start", "3", "--end", "2"), "end 2 s is not after", 2),
+        ((*CLIPS, *ASKED, "--decoder", "vlc"), "vlc", 2),
+        ((*CLIPS, *ASKED, "-n", "0"), "max_new_tokens", 2),
+        ((*CLIPS, *ASKED, "-t", "-1"), "temperature", 2),
+        ((*CLIPS, *ASKED, "--device", "abacus"), "abacus", 2),
+        ((*CLIPS, *ASKED, "--json"), "--json", 2),
+        ((*CLIPS, *ASKED, "--resume", "--overwrite"), "exclude each other", 2),
+        ((*CLIPS, *ASKED, "-o", "-", "--resume"), "no file that could be", 2),
+        ((*CLIPS, *ASKED, "-o", "samples"), "cannot write samples: Is a directory", 2),
+        ((*CLIPS, *ASKED, "-o", "no/such/out.jsonl"), "cannot write no/such/out.jsonl", 2),
+        ((*CLIPS, *ASKED, "-o", "/proc/out.jsonl"), "cannot write /proc/out.jsonl", 2),
+        ((*CLIPS, *ASKED, "-o", CLIPS[1], "--overwrite"), "samples/three.mp4 is what is to be read", 2),
+        (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
+        (("--from", "no/such.csv"), "cannot read no/such.csv", 2),
+        (("--from", "-"), "nothing is piped", 2),
+        (("--from", "LICENSE"), "LICENSE, line 1: no JSON object, nor the head of a table with video", 2),
+        (("gone.mp4", *ASKED), "no such file: gone.mp4", 3),
+        (("gone.mp4", "lost.mp4", *ASKED), "gone.mp4, and none of the 1 others", 3),
+        (("https://example.org/a.mp4", *ASKED), "yt-dlp", 3),
+        ((*CLIPS, *ASKED, "-m", "samples"), "config.json", 4),
+    ],
+)
+def test_refused_before_weights_are_read(run, monkeypatch, out, args, says, code):
+    no_weights(monkeypatch)
+    result = run(*args)
+    assert result.code == code and says in result.err, result.err
+    if "--json" not in args:
+        assert result.out == "" and len(result.err.splitlines()) == 2 and "hint: " in result.err
+    assert not out.exists()
+
+
+def test_no_output(cli):
+    result = cli("batch", CLIPS[0], *ASKED, "-m", "demo")
+    assert result.code == 2 and "error: no output" in result.err and "-o" in result.err.splitlines()[1]
+
+
+def test_what_is_there_is_not_lost(run, out, monkeypatch):
+    assert run(*CLIPS, *ASKED).code == 0
+    before = out.read_bytes()
+    result = run(*CLIPS, *ASKED)
+    assert result.code == 2 and "is there already" in result.err and "--resume" in result.err.splitlines()[1]
+    assert run(*CLIPS, *ASKED, "--overwrite", "-m", "samples").code == 4 and out.read_bytes() == before
+    assert run(CLIPS[0], *ASKED, "--overwrite").code == 0 and len(records(out)) == 2
+
+
+def test_resume_asks_what_is_left(run, out, monkeypatch):
+    assert run(CLIPS[0], *ASKED, "--resume").code == 0  # nothing there yet
+    before = out.read_bytes()
+    result = run(*CLIPS, *ASKED, "--resume")
+    assert result.code == 0 and result.err.startswith("4 of 4 rows answered, 2 of them before: 0:")
+    assert out.read_bytes().startswith(before) and len({r["id"] for r in records(out)}) == len(records(out)) == 4
+    no_weights(monkeypatch)
+    result = run(*CLIPS, *ASKED, "--resume")
+    assert (result.code, result.err) == (0, "4 of 4 rows answered, 4 of them before\n")
+
+
+def test_resume_mends_a_torn_line_and_refuses_other_settings(run, out, monkeypatch):
+    run(*CLIPS, *ASKED)
+    names, whole = [r["id"] for r in records(out)], out.read_bytes()
+    out.write_bytes(whole[:-100])
+    with monkeypatch.context() as patch:
+        no_weights(patch)
+        for args, says in (
+            (("--seed", "1"), "other settings: seed was 0, is 1"),
+            (("-b", "1"), "budget was 0.5, is 1"),
+            (("--method", "random"), "method was 'evoprune', is 'random'"),
+        ):
+            result = run(*CLIPS, *ASKED, "--resume", *args)
+            assert result.code == 2 and says in result.err and out.read_bytes() == whole[:-100]
+    assert run(*CLIPS, *ASKED, "--resume").code == 0
+    assert [r["id"] for r in records(out)] == names
+
+
+def test_a_video_that_is_missing(run, out, tmp_path):
+    late = tmp_path / "late.mp4"
+    result = run(CLIPS[0], late, *ASKED)
+    assert result.code == 6
+    assert "late.mp4 (1 of 2 videos)" in " ".join(result.err.split())
+    assert "2 of 4 rows answered, 2 failed: " in result.err and "with --resume" in result.err
+    assert result.err.count("failed: no such file") == 1  # once for both questions
+    good, bad = records(out)[:2], records(out)[2:]
+    assert all(r["error"] is None for r in good)
+    assert [(r["error"]["code"], r["finish_reason"], r["answer"]) for r in bad] == [(3, "error", None)] * 2
+    assert [r["video"]["path"] for r in bad] == [str(late)] * 2 and len({r["id"] for r in records(out)}) == 4
+    assert run(CLIPS[0], late, *ASKED, "--resume").code == 6 and len(records(out)) == 4
+    late.write_bytes((ROOT / CLIPS[1]).read_bytes())
+    result = run(CLIPS[0], late, *ASKED, "--resume")
+    assert result.code == 0 and result.err.startswith("4 of 4 rows answered, 2 of them before")
+    assert [r["id"] for r in records(out)] == [r["id"] for r in (*good, *bad)]
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind"), [(torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"), (ZeroDivisionError(), "bug")]
+)
+def test_a_row_that_fails(run, out, monkeypatch, problem, kind):
+    with monkeypatch.context() as patch:
+        breaking(patch, 3, problem)
+        result = run(*CLIPS, *ASKED, "-n", "1")
+    assert result.code == 6 and "3 of 4 rows answered, 1 failed" in result.err and "Traceback" not in result.err
+    assert [r["error"] and r["error"]["type"] for r in records(out)] == [None, None, kind, None]
+    breaking(monkeypatch, 1, problem)
+    result = run(*CLIPS, *ASKED, "-n", "1", "--resume", "--debug")
+    assert result.code == 6 and result.err.startswith("Traceback") and type(problem).__name__ in result.err
+    assert [r["error"] is None for r in records(out)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
+def test_an_interruption_keeps_what_is_finished(run, out, monkeypatch, problem):
+    with monkeypatch.context() as patch:
+        breaking(patch, 2, problem)
+        result = run(*CLIPS, *ASKED, "-n", "1")
+    assert result.code == (130 if isinstance(problem, KeyboardInterrupt) else 143) and result.out == ""
+    assert "1 of 4 rows answered" in result.err and "the same command with --resume" in result.err
+    assert [r["question"] for r in records(out)] == QUESTIONS[:1]
+    assert run(*CLIPS, *ASKED, "-n", "1", "--resume").code == 0 and len(records(out)) == 4
+
+
+def test_another_one_is_writing(run, out):
+    with closing(RecordFile(str(out))):
+        for how in ((), ("--resume",), ("--overwrite",)):
+            result = run(*CLIPS, *ASKED, *how)
+            assert result.code == 2 and "another batch is writing" in result.err and "hint: wait" in result.err
+
+
+@pytest.mark.parametrize("columns", [100, 50])
+def test_progress_on_a_terminal(run, columns):
+    result = run(*CLIPS, *ASKED, columns=columns)
+    assert " of 4 rows, " in result.err and " left" in result.err
+    (last,) = [line for line in visible(result.err)]
+    assert last.startswith("4 of 4 rows answered: 0:") and len(last) <= columns
+    assert visible(run(*CLIPS, *ASKED, "-q", "--overwrite", columns=columns).err) == []
+
+
+def test_progress_where_nobody_watches(run, monkeypatch):
+    monkeypatch.setattr(tally, "EVERY_S", 0.0)
+    lines = run(*CLIPS, *ASKED).err.splitlines()
+    assert [line.split(",")[0] for line in lines[:4]] == [f"{n} of 4 rows" for n in range(1, 5)]
+    assert all(re.search(r" a (second|minute), ~.* left$", line) for line in lines[:4]) and len(lines) == 5
+
+
+@pytest.mark.parametrize(
+    ("made", "seconds", "says"), [(4, 2.0, "2 a second"), (2, 60.0, "2 a minute"), (3, 7200.0, "1.5 an hour")]
+)
+def test_pace(made, seconds, says):
+    assert tally.pace(made, seconds) == says
+
+
+def test_a_warning_is_told_once_even_where_it_is_quiet(cli, out, tmp_path):
+    import numpy as np
+
+    from tests.video.files import write_video
+
+    clip = write_video(tmp_path / "f.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    result = cli("batch", clip, *ASKED, "-m", "demo", "-q", "-o", out)
+    assert result.code == 0 and result.err.count("warning: ") == 1
+    assert [r["warnings"] for r in records(out)] == [["demo_model"]] * 2
+
+
+def test_cache(run, out, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    for state in ("miss", "hit"):
+        run(*CLIPS, *ASKED, "--cache", "--overwrite")
+        assert {r["cache"] for r in records(out)} == {state}
+
+
+def test_a_path_that_is_no_text(run, out, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    Path(path).write_bytes((ROOT / CLIPS[0]).read_bytes())
+    for _ in range(2):
+        assert run(path, *ASKED, "--resume").code == 0
+    assert [r["video"]["path"] for r in records(out)] == [path] * 2
+
+
+def test_a_bug_outside_of_rows_is_not_hidden(run, out, monkeypatch):
+    monkeypatch.setattr(RecordFile, "add", lambda *_: 1 / 0)
+    result = run(*CLIPS, *ASKED)
+    assert result.code == 1 and "ZeroDivisionError" in result.err and not out.exists()
+
+
+def test_the_model_is_loaded_once(run, monkeypatch):
+    loads, real = [], VideoQA.load
+    monkeypatch.setattr(VideoQA, "load", classmethod(lambda cls, *a, **k: loads.append(1) or real(*a, **k)))
+    run(*CLIPS, *ASKED)
+    assert loads == [1]
+
+
+def test_help_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys; from evoprune_cli.main import app\n"
+        "try: app(['batch', '--help'], standalone_mode=False, terminal_width=78)\n"
+        "finally: print([m for m in ('torch', 'numpy', 'transformers', 'av') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]" and "--resume" in out and "EVOPRUNE_MODEL" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+# In processes of their own.
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def start(tiny_folder, tmp_path):
+    """Starts a batch of 20 or more rows about all samples: two parts of each video, so many questions."""
+    videos = sorted(map(str, (ROOT / "samples").glob("*.[mw]*")))
+
+    def call(*args, questions: int = 2, out: Path = tmp_path / "out.jsonl", **how) -> subprocess.Popen:
+        rows = [
+            {
+                "id": f"{Path(video).stem} {start} {number}",
+                "video": video,
+                "question": f"What is {number}?",
+                "start": start,
+            }
+            for video in videos
+            for start in (0, 1)
+            for number in range(questions)
+        ]
+        source = tmp_path / "rows.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        quick = ("-m", tiny_folder, "-n", "2", "--frames", "4", "--from", source, "-o", out)
+        return subprocess.Popen(
+            [sys.executable, "-m", "evoprune_cli", "batch", *map(str, (*quick, *args))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            **how,
+        )
+
+    return call
+
+
+def wait_for_lines(process, out: Path, count: int) -> None:
+    until = time.monotonic() + 120
+    while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < count):
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(start, out, sent, code):
+    process = start(questions=40, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    wait_for_lines(process, out, 3)
+    process.send_signal(sent)
+    said, err = process.communicate(timeout=120)
+    made = len(records(out))
+    assert (process.returncode, said) == (code, b"") and 3 <= made < 400
+    first, second = err.decode().splitlines()
+    assert first.startswith(f"{made} of 400 rows answered: ") and second.endswith("the same command with --resume")
+
+
+def kill_and_resume(start, out: Path, kills: int, questions: int, seed: int) -> None:
+    """Kills a batch again and again, mostly once a few more rows are done, lets it finish, and compares it with a whole one."""
+    whole = out.with_name("whole.jsonl")
+    assert start(questions=questions, out=whole).wait(300) == 0
+    draw, total = random.Random(seed), 10 * questions
+    for number in range(kills):
+        process = start("--resume", questions=questions)
+        if draw.random() < 0.2:
+            time.sleep(draw.uniform(0, 4))  # while it is imported, the model loaded, the file looked through
+        else:
+            wait_for_lines(process, out, draw.randint(number * total // kills, (number + 1) * total // kills - 1))
+            time.sleep(draw.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+        if draw.random() < 0.5 and out.exists():  # as if it had been hit while it wrote
+            content = out.read_bytes()
+            out.write_bytes(content[: max(0, len(content) - draw.randint(1, 4000))])
+    last = start("--resume", questions=questions)
+    _, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err.decode()
+    ours, theirs = ({r["id"]: (r["question"], r["answer"], r["pruning"]) for r in records(p)} for p in (out, whole))
+    assert len(records(out)) == len(ours) == total and ours == theirs
+
+
+def test_killed_three_times_and_resumed(start, out):
+    kill_and_resume(start, out, kills=3, questions=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1])
+def test_killed_twenty_times_and_resumed(start, out, seed):
+    kill_and_resume(start, out, kills=20, questions=20, seed=seed)
+
+
+def test_the_disk_is_full(start, out):
+    """A limit on the size of files, which the fifth record or so runs into."""
+    process = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and 1 <= len(records(out)) < 20
+    lines = err.decode().splitlines()
+    assert lines[-2].startswith(f"error: cannot write {out}: ") and lines[-1] == "hint: make room there"
+    assert start("--resume").wait(120) == 0 and len(records(out)) == len({r["id"] for r in records(out)}) == 20
+
+
+def test_two_at_a_time(start, out):
+    first = start(questions=40)
+    wait_for_lines(first, out, 1)
+    second = start("--resume", questions=40)
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 2 and b"another batch is writing" in err and first.poll() is None
+    first.kill()
+    first.communicate()
+
+
+def test_nobody_reads(start):
+    process = start(questions=40, out=Path("-"))
+    assert json.loads(process.stdout.readline())["error"] is None
+    process.stdout.close()
+    assert process.wait(120) == 0 and process.stderr.read() == b""
+    process.stderr.close()
