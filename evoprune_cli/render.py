@@ -11,7 +11,7 @@ from evoprune.report import STAGES, Report, VideoFacts
 WIDTH = 80
 BAR = 12
 WARNINGS = {
-    "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged says nothing",
+    "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` shows where: is there room, and may you write?",
     "damaged_video": "the video is damaged ({damaged:,} of its packets or images); what cannot be decoded was skipped, "
