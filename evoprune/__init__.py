@@ -11,11 +11,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
-    from evoprune.huggingface import encode
+    from evoprune.huggingface import EvoPrune, apply, encode
     from evoprune.pipeline import EncodedVideo, VideoQA
     from evoprune.report import Report
 
 _HOMES = {
+    "EvoPrune": "evoprune.huggingface",
     "EncodedVideo": "evoprune.pipeline",
     "EvopruneError": "evoprune.errors",
     "ModelError": "evoprune.errors",
@@ -24,10 +25,12 @@ _HOMES = {
     "UsageError": "evoprune.errors",
     "VideoError": "evoprune.errors",
     "VideoQA": "evoprune.pipeline",
+    "apply": "evoprune.huggingface",
     "encode": "evoprune.huggingface",
 }
 __all__ = [
     "EncodedVideo",
+    "EvoPrune",
     "EvopruneError",
     "ModelError",
     "OutOfMemory",
@@ -35,6 +38,7 @@ __all__ = [
     "UsageError",
     "VideoError",
     "VideoQA",
+    "apply",
     "encode",
     "methods",
 ]

@@ -166,10 +166,11 @@ def paced(round_: Callable[[str, bool], None], settings: Settings, now: Callable
 
 def _rows(case: Case, settings: Settings) -> list[Row]:
     """The sides of a case in the order of their turns. What prunes nothing is the budget of 1.0, which is there anyway."""
+    named = {name: methods.get(name, settings.method_args) for name in settings.methods if name != "none"}
     pruned = [
         Row(METHOD, case, budget, method, quantize=kind)
-        for budget, method, kind in product(settings.budgets, settings.methods, settings.quantize)
-        if budget < 1 and method != "none"
+        for budget, method, kind in product(settings.budgets, named, settings.quantize)
+        if named[method].prunes(budget)
     ]
     full = 1.0 in settings.budgets or "none" in settings.methods
     forms = [Row(METHOD, case, method="none", quantize=kind) for kind in settings.quantize if full and kind != "none"]

@@ -102,9 +102,14 @@ def digest(path: Path) -> str:
 
 
 def sides(settings: Settings) -> list[Side]:
-    """Full budget first, then the blind row, then method after method. What prunes nothing is the full budget."""
-    pairs = dict.fromkeys(product(settings.methods, settings.budgets))
-    pruned = [Side(METHOD, method, budget) for method, budget in pairs if method != "none" and budget < 1]
+    """Full budget first, then the blind row, then method after method. What prunes nothing is the full budget.
+
+    Raises:
+        UsageError: a method that is not there, or settings it does not have.
+    """
+    named = {name: methods.get(name, settings.method_args) for name in settings.methods if name != "none"}
+    pairs = dict.fromkeys(product(named, settings.budgets))
+    pruned = [Side(METHOD, name, budget) for name, budget in pairs if named[name].prunes(budget)]
     return [Side(FULL), *([Side(BLIND)] if settings.blind else []), *pruned]
 
 
@@ -122,8 +127,6 @@ class Evaluation:
     def __init__(self, settings: Settings, videos: Sequence[Video] | None):
         self.settings, self.sides = settings, sides(settings)
         self.folder: RunFolder | None = None
-        for side in self.sides:
-            methods.get(side.method, settings.method_args if side.kind == METHOD else None)
         limit = settings.limit
         self.total = len(videos[:limit]) if videos is not None else limit or DEMO_CLIPS
         if videos is None and self.total > BLOCK:
@@ -245,6 +248,9 @@ class Evaluation:
             f"operations: tower and prefill at the dimensions of {COST_MODEL.rpartition('/')[2]}, from the true rows of each "
             "layer, by relative depth, and the true length of the prompt"
         ]
+        if self.settings.method_args:
+            given = ", ".join(f"{name}={value}" for name, value in self.settings.method_args.items())
+            notes.append(f"settings of the methods: {given}")
         if self.settings.data == DEMO:
             notes.append("small synthetic clips: how methods rank on them, not what a real Qwen2.5-VL scores")
         if any("demo_model" in s.get("warnings", ()) for s in self.samples):

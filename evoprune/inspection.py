@@ -24,11 +24,11 @@ def environment_facts() -> dict:
     from evoprune.cache import Cache, default_folder
     from evoprune.environment import cpu_name
     from evoprune.models import BUNDLED_CONFIGS, DEMO_FOLDER, cpu_has_bf16
-    from evoprune.video import decord
+    from evoprune.video.decode import choose_decoder
 
     decoders = {"pyav": "works"}
     try:
-        decord.load()
+        choose_decoder("decord")
         decoders["decord"] = "works"
     except EvopruneError as problem:
         decoders["decord"] = problem.message

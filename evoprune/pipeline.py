@@ -61,6 +61,8 @@ class VideoQA:
         loaded: from `models.load_model`.
         budget: share of visual tokens kept, a number in (0, 1] or a preset's name.
         method: name of a pruning method, `method_args` its settings as texts.
+        encoder_budget: share of the units that the encoder goes on computing, in (0, 1]; default: as the method has it follow
+            from the budget. The setting of that name.
         seed: of everything random.
 
     Raises:
@@ -74,12 +76,14 @@ class VideoQA:
         budget: float | str = DEFAULT,
         method: str = methods.DEFAULT,
         method_args: dict[str, str] | None = None,
+        encoder_budget: float | None = None,
         seed: int = 0,
         load_seconds: float | None = None,
     ):
         self.loaded = loaded
         self.budget = parse_budget(budget)
-        self.method_name, self.method = method, methods.get(method, method_args)
+        self.method_name = method
+        self.method = methods.get(method, methods.with_encoder_budget(method_args, encoder_budget))
         self.seed = seed
         self.load_seconds = load_seconds
         if loaded.tokenizer is None:
@@ -102,7 +106,8 @@ class VideoQA:
         """Loads a model and wraps it; `settings` are the constructor's. Raises what `load_model` raises."""
         start = time.perf_counter()
         parse_budget(settings.get("budget", DEFAULT))  # settings are checked before any weights are read
-        methods.get(settings.get("method", methods.DEFAULT), settings.get("method_args"))
+        args = methods.with_encoder_budget(settings.get("method_args"), settings.get("encoder_budget"))
+        methods.get(settings.get("method", methods.DEFAULT), args)
         loaded = load_model(
             model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format,
             quantize=quantize, to_answer=True, progress=progress,
@@ -128,9 +133,9 @@ class VideoQA:
         count, height, width = self.method.plan(plan.grid, keep)
         geo = tower_geometry(model.model.visual, height, width)
         rows = [geo.units] * (tower.depth + 1)
-        if self.method.acts == "inside" and keep < plan.visual_tokens:
-            left = self.method.left(geo.units, geo.units, max(1, keep // count))  # of a grid that repeats nothing
-            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]
+        if self.method.acts == "inside" and self.method.prunes(keep / plan.visual_tokens):
+            left = min(geo.units, self.method.allowance(geo.units, max(1, keep // count)))
+            rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]  # of a grid that repeats nothing
         rows = [count * n for n in rows]
         return estimate_first_token(model, rows, count, geo.windows, min(keep, rows[0]) + text_tokens)
 
@@ -240,6 +245,7 @@ class PreparedVideo:
         self._cached: Encoded | None = None
         self._pieces: Iterator[tuple[int, torch.Tensor]] | None = None
         self._open = ExitStack()
+        self._damaged = 0
 
     def begin(self) -> None:
         """Has the first chunk ready when it returns, and a thread go on to the next two; or what the cache holds.
@@ -268,8 +274,8 @@ class PreparedVideo:
         begun = clock.now() - self._wall
         if not self._begun:
             self._look_up()
-        encoded, warnings = self._cached, []
-        found = "hit" if encoded else "miss" if self._key else "off"
+        encoded, found = self._cached, "hit" if self._cached else "miss" if self._key else "off"
+        warnings = ["cut_short"] if self.info.cut_short and self.plan.sampling.end_s == self.info.duration_s else []
         if encoded:
             clock.seconds = {"read": 0.0, "preprocess": 0.0, "encode": 0.0} | self._host.seconds
         else:
@@ -278,12 +284,14 @@ class PreparedVideo:
                 on_encode(self.full)
             begun += clock.now() - asked  # the caller's time is no part of the work
             encoded = self._encode(clock, progress)
-            if self._key and not self._cache.store(self._key, encoded):
+            if self._damaged:  # it is not kept, or the warning would be lost
+                warnings.append("damaged_video")
+            elif self._key and not self._cache.store(self._key, encoded):
                 warnings.append("cache_not_written")
         wall = clock.now() - begun
-        info = replace(self.info, path=self._name)
+        info, units = replace(self.info, path=self._name), self.full.visual_tokens
         return EncodedVideo(
-            qa, info, self.decoder, self.plan, self.full.visual_tokens, encoded, clock, wall, found, warnings
+            qa, info, self.decoder, self.plan, units, encoded, clock, wall, found, warnings, self._damaged
         )
 
     def _look_up(self) -> None:
@@ -298,13 +306,14 @@ class PreparedVideo:
         """For every chunk, how many frames there were up to its end, and its patches. `close` ends it."""
         limits, plan, host = self.qa.loaded.video, self.plan, self._host
         # No more frames at a time than the encoder takes, and no more bytes than a few large frames.
-        grids = max(1, units_at_a_time(self.qa.loaded.model.device) // (plan.grid[1] * plan.grid[2]))
+        grids = -(-units_at_a_time(self.qa.loaded.model.device) // (plan.grid[1] * plan.grid[2]))
         chunk_bytes = min(CHUNK_BYTES, grids * limits.temporal_patch_size * self.info.width * self.info.height * 3)
 
         def prepare() -> Generator[tuple[int, torch.Tensor], None, None]:
             read = self._read(self.info, plan.sampling.times_s, decoder=self.decoder, chunk_bytes=chunk_bytes)
             with closing(read) as chunks:
                 for chunk in host.each("read", chunks):
+                    self._damaged += chunk.damaged
                     with host.stage("preprocess"):
                         small = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
                         piece = patchify(
@@ -365,9 +374,11 @@ class EncodedVideo:
         wall_seconds: float,
         cache: str = "off",
         warnings: Sequence[str] = (),
+        damaged: int = 0,
     ):
         self.qa, self.info, self.decoder, self.plan, self.units, self.encoded = qa, info, decoder, plan, units, encoded
         self._clock, self._wall, self._cache, self._warnings = clock, wall_seconds, cache, warnings
+        self._damaged = damaged
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
         self._turn, self._paid = 0, False
@@ -500,6 +511,8 @@ class EncodedVideo:
                 variable_rate=info.variable_rate,
                 frames_total=info.frames_total,
                 decoder=self.decoder,
+                stated_s=info.stated_s,
+                damaged=self._damaged,
             ),
             sampling=Sampling(
                 start_s=plan.sampling.start_s,
@@ -514,7 +527,7 @@ class EncodedVideo:
                 method=qa.method_name,
                 args=asdict(qa.method),
                 budget=qa.budget,
-                encoder_budget=None,
+                encoder_budget=qa.method.encoder_share(qa.budget),
                 kept_ratio=len(encoded.kept) / self.units,
                 visual_tokens_in=self.units,
                 visual_tokens_kept=len(encoded.kept),

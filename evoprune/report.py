@@ -15,6 +15,8 @@ STAGES = ("read", "preprocess", "encode", "prefill", "generate")
 
 @dataclass
 class VideoFacts:
+    """`stated_s`: the length by the file's own word. `damaged`: packets (images of a folder) that were skipped, or patched up."""
+
     path: str | None = None
     duration_s: float | None = None
     width: int | None = None
@@ -25,6 +27,8 @@ class VideoFacts:
     variable_rate: bool | None = None
     frames_total: int | None = None
     decoder: str | None = None
+    stated_s: float | None = None
+    damaged: int | None = None
 
 
 @dataclass

@@ -10,6 +10,7 @@ import typer
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.pruning.budget import DEFAULT, parse_budget
+from evoprune.video.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.interactive import check_terminal, converse
@@ -66,6 +67,7 @@ def ask(
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
+    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
     fps: opt.Fps = None,
@@ -99,6 +101,7 @@ def ask(
     output = Output(json, bool(stats or verbose or (stats is None and not json and not quiet)), verbose, quiet)
     generation = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     talk, questions = Conversation(video, output, generation), _asked(question, more) or [""]
+    warm_up()  # while this process imports what it needs
     with ExitStack() as cleanup:
         try:
             questions = _questions(question, more, system, video == "-", interactive)
@@ -116,7 +119,7 @@ def ask(
                     model, revision=revision, device=device, dtype=dtype, offline=offline,
                     load_format=load_format, quantize=quantize,
                     progress=lambda done, total: show("quantizing", done, total), budget=budget,
-                    method=method, method_args=opt.pairs(method_arg), seed=seed,
+                    method=method, method_args=opt.settings(method_arg, encoder_budget), seed=seed,
                 )  # fmt: skip
 
                 def encode(qa, show, **told):

@@ -106,7 +106,7 @@ class Conversation:
         if last and not self._warned:
             self._warned = True
             for name in report.warnings:
-                print_warning(name)
+                print_warning(name, report.video)
         if self._output.stats:
             note()
             print_stats(report, self._output.verbose)

@@ -66,6 +66,7 @@ def evaluate(
     ] = 0,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
+    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     blind: Annotated[
         bool,
@@ -134,7 +135,7 @@ def evaluate(
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    sweep = opt.sweep(budget, method, method_arg)
+    sweep = opt.sweep(budget, method, method_arg, encoder_budget)
     _check_flags(split, output, resume, fps, frames, max_new_tokens)
     check_writable(chart)
     videos, evaluation = _questions(data), None

@@ -101,6 +101,17 @@ Methods = Annotated[
         show_default=False,
     ),
 ]
+EncoderBudget = Annotated[
+    float | None,
+    _option(
+        _PRUNING,
+        "--encoder-budget",
+        metavar="SHARE",
+        help="Share of the units that the encoder goes on computing, in (0, 1], whatever -b keeps for the language model; "
+        "default: follows from -b.",
+        show_default=False,
+    ),
+]
 MethodArg = Annotated[
     list[str] | None,
     _option(
@@ -175,11 +186,11 @@ Cache = Annotated[
 Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
 
 
-def pairs(texts: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE texts as a dict.
+def settings(texts: list[str] | None, encoder_budget: float | None) -> dict[str, str]:
+    """A method's settings: NAME=VALUE texts, and its encoder's budget.
 
     Raises:
-        UsageError: a text without an equals sign or a name.
+        UsageError: a text without an equals sign or a name, or a setting that is given twice.
     """
     made = {}
     for text in texts or []:
@@ -187,7 +198,7 @@ def pairs(texts: list[str] | None) -> dict[str, str]:
         if not equals or not name:
             raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg allocation=mean")
         made[name] = value
-    return made
+    return methods.with_encoder_budget(made, encoder_budget)
 
 
 def listed(texts: list[str] | None) -> list[str]:
@@ -195,14 +206,16 @@ def listed(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
 
-def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None) -> dict:
+def sweep(
+    budgets: list[str] | None, names: list[str] | None, args: list[str] | None, encoder_budget: float | None
+) -> dict:
     """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
 
     Raises:
-        UsageError: a bad budget, no such method, a setting that is not NAME=VALUE.
+        UsageError: a bad budget, no such method, a setting that is not NAME=VALUE or given twice.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     if unknown := [name for name in wanted if not methods.known(name)]:
         raise UsageError(f"--method {unknown[0]!r} is unknown", f"one of {', '.join(methods.available())}")
     shares = tuple(dict.fromkeys(map(parse_budget, listed(budgets) or list(PRESETS)[1:])))
-    return {"budgets": shares, "methods": wanted, "method_args": pairs(args)}
+    return {"budgets": shares, "methods": wanted, "method_args": settings(args, encoder_budget)}

@@ -101,6 +101,7 @@ def profile(
             rich_help_panel=_SWEEP,
         ),
     ] = None,
+    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
     new_tokens: Annotated[
@@ -164,7 +165,7 @@ def profile(
     evoprune profile --synthetic static90 --frames 32 -b fast --format json
     """
     sweep = {
-        **opt.sweep(budget, method, method_arg),
+        **opt.sweep(budget, method, method_arg, encoder_budget),
         "quantize": tuple(dict.fromkeys(opt.listed(quantize) or ["none"])),
     }
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
@@ -180,7 +181,7 @@ def profile(
                 show("loading libraries")
                 from evoprune import benchmark, forms, sides
 
-                for name in sweep["methods"]:
+                for name in {*sweep["methods"]} - {"none"}:
                     methods.get(name, sweep["method_args"])
                 settings = benchmark.Settings(
                     **sweep,

@@ -104,11 +104,13 @@ def device(results: Results) -> str:
 
 def _head(results: Results) -> list[str]:
     model, env, asked = results.model, results.env, results.settings
+    args = "; ".join(f"{name}={value}" for name, value in (asked["method_args"] or {}).items())
     weights = " (true dimensions, random weights)" if model.load_format == "dummy" else ""
     return [
         f"{shown(model.id)}{weights}, {model.dtype}",
         f"{device(results)}: {env.device_name}, {median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
-        f"{source(results)}; {asked['text_tokens']} text tokens; {plural(asked['new_tokens'], 'new token')}",
+        f"{source(results)}; {asked['text_tokens']} text tokens; {plural(asked['new_tokens'], 'new token')}"
+        + (f"; {shown(args)}" if args else ""),
         f"{plural(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
         f"evoprune {env.evoprune}, torch {env.torch}, transformers {env.transformers}",
     ]

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from evoprune.report import STAGES, Report
+from evoprune.report import STAGES, Report, VideoFacts
 
 WIDTH = 80
 BAR = 12
@@ -14,6 +14,9 @@ WARNINGS = {
     "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` shows where: is there room, and may you write?",
+    "damaged_video": "the video is damaged ({damaged:,} of its packets or images); what cannot be decoded was skipped, "
+    "and the picture before it shown instead",
+    "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
     "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
     "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
 }
@@ -76,10 +79,10 @@ def print_error(message: str, hint: str | None) -> None:
         note(f"{_paint('hint:', '36')} {printable(hint)}")
 
 
-def print_warning(name: str) -> None:
-    first, *rest = textwrap.wrap(
-        f"warning: {printable(WARNINGS.get(name, name))}", max(columns(), 30), subsequent_indent=" " * 9
-    )
+def print_warning(name: str, video: VideoFacts) -> None:
+    facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
+    text = WARNINGS.get(name, name).format(**facts)
+    first, *rest = textwrap.wrap(f"warning: {printable(text)}", max(columns(), 30), subsequent_indent=" " * 9)
     note(_paint("warning:", "33;1") + first.removeprefix("warning:"))
     for line in rest:
         note(line)
@@ -129,6 +132,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     kept = 100 * (pruning.kept_ratio or 0)
     fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
     budget = "" if pruning.method == "none" else f" -b {pruning.budget:g}"
+    if pruning.args.get("encoder_budget") is not None:
+        budget += f" --encoder-budget {pruning.encoder_budget:g}"
     grids, rows, columns = sampling.grid_thw
     facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
     name = printable(os.path.basename(os.path.abspath(video.path)))

@@ -18,6 +18,7 @@ from evoprune.pipeline import VideoQA
 from evoprune.video.decode import read_frames
 from evoprune.vision.encoded import Encoded
 from tests.threads import one_thread  # noqa: F401
+from tests.video.files import spoil
 
 CLIP = "samples/square.mp4"
 
@@ -101,6 +102,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"qa": VideoQA(loaded, budget=0.5)},
         {"qa": VideoQA(loaded, budget=0.25, seed=1)},
         {"qa": VideoQA(loaded, budget=0.25, method="evs")},
+        {"qa": VideoQA(loaded, budget=0.25, encoder_budget=0.2)},
         {"qa": VideoQA(loaded, budget=0.25, method="evoprune-paper", method_args={"allocation": "mean"})},
         {"qa": VideoQA(replace(loaded, fingerprint="other"), budget=0.25)},
         {"qa": VideoQA(replace(loaded, dtype="bf16"), budget=0.25)},
@@ -112,6 +114,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         assert state(**other) == "hit", other
     for same in (
         {"qa": VideoQA(loaded, budget="balanced")},
+        {"qa": VideoQA(loaded, budget=0.25, method_args={"encoder_budget": "0.2"})},
         {"frames": 12},
         {"path": shutil.copy(clip, tmp_path / "elsewhere.mp4")},
         {"name": "other"},
@@ -263,3 +266,12 @@ def test_where_it_is(monkeypatch, tmp_path):
     assert default_folder() == Path("/caches/evoprune")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_folder() == Path.home() / ".cache" / "evoprune"
+
+
+def test_a_damaged_video_is_not_kept_because_nobody_would_be_warned(loaded, cache, tmp_path):
+    path = spoil(Path(CLIP), tmp_path / "damaged.mp4", {40, 50})
+    qa = VideoQA(loaded, budget=0.25)
+    for _ in range(2):
+        report = qa.encode(path, cache=cache).report
+        assert (report.cache, report.warnings.count("damaged_video"), report.video.damaged) == ("miss", 1, 2)
+    assert cache.size() == (0, 0)

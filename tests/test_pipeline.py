@@ -286,7 +286,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
-        VideoQA(loaded).encode(CLIP, frames=20, read=read)
+        VideoQA(loaded, method_args={"reuse": "0"}).encode(CLIP, frames=20, read=read)  # three blocks of grids
     hook.remove()
     assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
 
@@ -313,8 +313,26 @@ def test_a_signal_while_a_frame_is_waited_for(loaded):
     assert closed == [1] and set(threading.enumerate()) == threads
 
 
+def test_the_estimate_goes_by_both_budgets(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.cost.matmul_rate", lambda *_: 1e9)
+    plan = VideoQA(loaded).encode(CLIP).plan
+
+    def seconds(budget, share=None):
+        return VideoQA(loaded, budget=budget, encoder_budget=share).estimate_first_token(plan)
+
+    assert seconds(1.0, 0.1) < seconds(1.0)
+    assert seconds(0.1) == seconds(0.1, 0.25) < seconds(0.1, 1.0)
+
+
 def test_settings_are_checked_before_weights_are_read():
-    for settings in ({"budget": 2}, {"method": "magic"}, {"method_args": {"speed": "1"}}):
+    for settings in (
+        {"budget": 2},
+        {"method": "magic"},
+        {"method_args": {"speed": "1"}},
+        {"encoder_budget": 0.0},
+        {"encoder_budget": 0.3, "method": "pool"},
+        {"encoder_budget": 0.3, "method_args": {"encoder_budget": "0.3"}},
+    ):
         with pytest.raises(UsageError):
             VideoQA.load("no/such", **settings)
 

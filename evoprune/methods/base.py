@@ -6,7 +6,8 @@ it wants to be given and gets only that. It knows nothing of windows, rotary pos
 
 from dataclasses import Field, dataclass, fields
 from functools import cached_property
-from typing import ClassVar, Literal
+from types import NoneType
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -95,6 +96,9 @@ class Method:
         needs: what `match` is given: "attention", and one of "keys", "keys_rotary" and "hidden" as features.
         size_bias: whether attention counts a merged row as often as the units it stands for.
         reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew (pruning/reference.py); 0 for all.
+        encoder_budget: share of the units that the encoder goes on computing, where it was set apart from the budget; None where
+            it follows from it. A method that has such a share has a field of this name.
+        adaptive: whether rows that a block leaves of its allowance go to later ones (pruning/budget.py).
         exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
             its least.
         reads_question: whether what is kept depends on the question, so that an encoded video serves no other one.
@@ -108,6 +112,16 @@ class Method:
     exact: ClassVar[bool] = True
     reuse: ClassVar[float] = 0.0
     reads_question: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
+    encoder_budget: ClassVar[float | None] = None
+
+    def prunes(self, budget: float) -> bool:
+        """Whether the tower's own output is not simply passed on: all of it is at a budget of 1, unless the encoder has its own."""
+        return self.acts != "none" and (budget < 1 or self.encoder_budget is not None)
+
+    def encoder_share(self, budget: float) -> float | None:
+        """The share of the units that the encoder goes on computing; None for a method that has none to set."""
+        return None
 
     @property
     def selects(self) -> bool:
@@ -125,9 +139,9 @@ class Method:
         """Rows of one block after each layer of the tower, when `keep` of its `units` are to be left (at least one)."""
         return [units] * tower.depth
 
-    def left(self, rows: int, units: int, due: int) -> int:
-        """Rows to be left of `rows` in a block of `units`, of which `due` tokens would be the block's even share."""
-        return min(rows, due)
+    def allowance(self, units: int, due: int) -> int:
+        """How many rows may be left in a block of `units`, of which `due` tokens would be the block's even share."""
+        return due
 
     def scope(self, tower: TowerShape, layer: int) -> Literal["window", "block"]:
         """Inside what rows are merged in a layer; only in blocks where a block is more than a grid."""
@@ -160,6 +174,11 @@ class Method:
         known = {f.name: f for f in fields(cls)}
         values = {}
         for name, text in args.items():
+            if name == "encoder_budget" and name not in known:
+                raise UsageError(
+                    f"method {cls.name} has no encoder budget",
+                    "leave it out, or take --method evoprune; in a list of methods evoprune:encoder_budget=0.25",
+                )
             if name not in known:
                 raise UsageError(f"method {cls.name} has no argument {name!r}", _settings(cls))
             values[name] = _parse(cls, known[name], text)
@@ -175,6 +194,10 @@ def _settings(method: type[Method]) -> str:
 
 def _parse(method: type[Method], field_: Field, text: str):
     kind = type(field_.default)
+    if field_.default is None:
+        if text == "None":
+            return None
+        kind = next(kind for kind in get_args(field_.type) if kind is not NoneType)
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]

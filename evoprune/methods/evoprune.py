@@ -18,13 +18,19 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning.reference import THRESHOLD
 from evoprune.pruning.select import ALPHA, choose_units
 
+# Share of the units that the encoder goes on computing at lower budgets, too.
+LEAST = 0.25
+
 
 @dataclass(frozen=True)
 class EvoPrune(EvoPrunePaper):
     """Fields, beside those of `evoprune-paper`, which say how rows merge:
 
     reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew; 0 for no references.
-    encoder: share of a block's units that are left as rows after merging, if the budget is not larger.
+    encoder_budget: share of a block's units that are left as rows after merging, whatever the budget is; None for the budget
+        itself, but at least a quarter.
+    adaptive: whether what blocks that repeat their references leave of their share goes to later ones in which more is new. In
+        all no more is spent than the shares add up to, and no block gets less than without; but clips cost more, as less is merged.
     alpha: weight of time in the choice.
     """
 
@@ -40,19 +46,27 @@ class EvoPrune(EvoPrunePaper):
     split: str = "checkerboard"
     block: int = 4
     reuse: float = THRESHOLD
-    encoder: float = 0.25
+    encoder_budget: float | None = None
+    adaptive: bool = False
     alpha: float = ALPHA
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.reuse >= 0 or not 0 <= self.encoder <= 1 or not 0 <= self.alpha < math.inf:
-            raise ValueError("reuse and alpha are at least 0, encoder is a share from 0 to 1")
+        if not self.reuse >= 0 or not 0 <= self.alpha < math.inf:
+            raise ValueError("reuse and alpha are at least 0")
+        if self.encoder_budget is not None and not 0 < self.encoder_budget <= 1:
+            raise ValueError("encoder_budget is a share of units, above 0 and up to 1")
         if self.reuse and not self.size_bias:
             # Where references have merged, a later chunk still has keys for each of their places: as many as they stand for.
             raise ValueError("reuse needs size_bias; without it, set reuse to 0")
 
-    def left(self, rows: int, units: int, due: int) -> int:
-        return min(rows, max(due, round(self.encoder * units), 1))
+    def encoder_share(self, budget: float) -> float:
+        return max(budget, LEAST) if self.encoder_budget is None else self.encoder_budget
+
+    def allowance(self, units: int, due: int) -> int:
+        if self.encoder_budget is None:
+            return max(due, round(LEAST * units), 1)
+        return max(round(self.encoder_budget * units), 1)
 
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
         seconds = [tokens.seconds_per_grid * grid for grid in range(tokens.grid[0])]

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 
 from evoprune.methods.base import Candidates, Method
-from evoprune.pruning.merge import SPLITS, SURVIVORS, match, split_sources, survive_attended
+from evoprune.pruning.merge import SPLITS, SURVIVORS, best_partners, match, split_sources, survive_attended
 from evoprune.pruning.schedule import TowerShape, layer_weights, rows_after_layers
 from evoprune.pruning.score import (
     LONELY,
@@ -22,6 +22,7 @@ from evoprune.pruning.score import (
     relative_attention,
     settle,
     similarity,
+    strips,
 )
 
 FEATURES = ("keys", "keys_rotary", "hidden")
@@ -95,12 +96,10 @@ class EvoPrunePaper(Method):
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         c = candidates
-        cosine = similarity(c.features)
-        density = local_density(cosine, c.valid, self.neighbours) if self.diversity else None
         attention = settle(relative_attention(c.attention, c.valid)) if c.attention is not None else None
-        score = settle(composite_score(cosine, density, attention, self.diversity, self.attention, self.lonely))
         source = split_sources(c.place, c.moment, c.valid, c.grid_width, self.split)
-        into = match(score, source, c.valid, self._critical(attention, c.valid), remove)
+        best, partner = self._best_partners(c, attention, source)
+        into = match(best, partner, source, self._critical(attention, c.valid), remove)
         return survive_attended(into, attention) if self.survivor == "attended" else into
 
     def rounds(self, rows: int, left: int) -> int:
@@ -112,6 +111,21 @@ class EvoPrunePaper(Method):
         while rows > left:  # every second row may go
             count, rows = count + 1, rows - min(rows - left, rows // 2)
         return count
+
+    def _best_partners(
+        self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """As `merge.best_partners` of all rows, strip by strip."""
+        parts, density = strips(*c.valid.shape), None
+        if self.diversity:
+            each = (local_density(similarity(c.features, rows), c.valid, self.neighbours, rows) for rows in parts)
+            density = torch.cat(list(each), 1)
+        found = []
+        for rows in parts:
+            cosine = similarity(c.features, rows)
+            score = composite_score(cosine, density, attention, self.diversity, self.attention, self.lonely, rows)
+            found.append(best_partners(settle(score), source[:, rows], c.valid & ~source))
+        return tuple(torch.cat(of_each, 1) for of_each in zip(*found, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
         """bool `[B, n]`: the `critical` share of each group that is most attended, rounded up; ties by index."""

@@ -1,6 +1,7 @@
 """How many visual tokens a budget buys, and how they are spread over the grids. No tensors, no torch."""
 
 import math
+from dataclasses import dataclass
 
 from evoprune.errors import UsageError
 
@@ -40,3 +41,22 @@ def spread(keep: int, grids: int) -> list[int]:
     so that below one token a grid the whole clip is still covered. Sums to `keep`.
     """
     return [(i + 1) * keep // grids - i * keep // grids for i in range(grids)]
+
+
+@dataclass
+class Spending:
+    """Hands rows out to the blocks of a clip, one after another, each of which has an allowance of its own.
+
+    A block that repeats what was there before has fewer rows than it may keep. If `adaptive`, what it leaves is saved for later
+    blocks that have more; so none gets less than its own allowance, and up to any block no more is spent than was allowed so far.
+    """
+
+    adaptive: bool
+    saved: int = 0
+
+    def left(self, rows: int, allowance: int) -> int:
+        """How many of its rows the next block keeps."""
+        most = allowance + self.saved
+        left = min(rows, most)
+        self.saved = most - left if self.adaptive else 0
+        return left

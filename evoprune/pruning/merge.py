@@ -32,14 +32,31 @@ def split_sources(
     return source
 
 
-def match(
-    score: torch.Tensor, source: torch.Tensor, valid: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
-) -> torch.Tensor:
-    """Pairs each source with its best destination and merges the best `remove` pairs of each group.
+def best_partners(
+    score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each source would go.
 
     Args:
-        score: `[B, n, n]`.
-        source, valid: bool `[B, n]`.
+        score: `[B, m, n]`, of m rows with all of their group.
+        source: bool `[B, m]`, destination: bool `[B, n]`.
+
+    Returns:
+        `[B, m]`, the highest score of each row with a destination, -inf where it is no source; and int64 `[B, m]`, with which. Ties
+        go to the lower index.
+    """
+    allowed = source[:, :, None] & destination[:, None, :]
+    return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
+
+
+def match(
+    best: torch.Tensor, partner: torch.Tensor, source: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
+) -> torch.Tensor:
+    """Merges the best `remove` pairs of each group.
+
+    Args:
+        best, partner: `[B, n]`, from `best_partners`, of all rows.
+        source: bool `[B, n]`.
         last: bool `[B, n]`, critical rows: absorbed only after all other sources.
         remove: int64 `[B]`; more than there are sources means all of them.
 
@@ -47,8 +64,6 @@ def match(
         int64 `[B, n]`: where each row goes, itself if it stays. Ties go to the lower index.
     """
     b, n = source.shape
-    allowed = source[:, :, None] & (valid & ~source)[:, None, :]
-    best, partner = score.masked_fill(~allowed, -torch.inf).max(2)
     # Among sources, by score; critical ones after all others, rows that are no source never. `max` and the stable sort both
     # give ties to the lower index.
     order = best.argsort(dim=1, descending=True, stable=True)

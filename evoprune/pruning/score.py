@@ -6,12 +6,23 @@ s: cosine of the rows' features. d: local density, the mean cosine to the neares
 is kept apart. a: attention received, relative to the group's most attended row. The paper names the three parts and their
 purpose; their form for units and windows is this project's. Whose loneliness counts, that of either row (the maximum, as above), of
 both (the mean) or of the one to be absorbed alone, is a choice.
+
+A group of n rows has n x n scores, which for large grids would be more than all else. So they are made in strips of rows, each
+strip only for as long as it takes to find the best of every row.
 """
 
 import torch
 import torch.nn.functional as F
 
 LONELY = ("either", "both", "absorbed")
+HELD = 1 << 22  # scores that are held at a time, but for a single row of each group: 16 MiB
+ALL = slice(None)
+
+
+def strips(groups: int, rows: int) -> list[slice]:
+    """All rows of groups that lie side by side, in pieces of which the scores `[groups, piece, rows]` are few enough to be held."""
+    step = max(1, HELD // max(1, groups * rows))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def unit_features(x: torch.Tensor) -> torch.Tensor:
@@ -26,24 +37,25 @@ def unit_features(x: torch.Tensor) -> torch.Tensor:
     return x.float().mean(2).flatten(1)
 
 
-def similarity(features: torch.Tensor) -> torch.Tensor:
-    """Cosines `[B, n, n]` of features `[B, n, D]`; a zero vector is similar to nothing."""
+def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
+    """Cosines `[B, m, n]` of m `rows` of features `[B, n, D]` to all of their group; a zero vector is similar to nothing."""
     unit = F.normalize(features.float(), dim=-1)
-    return unit @ unit.transpose(1, 2)
+    return unit[:, rows] @ unit.transpose(1, 2)
 
 
-def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int) -> torch.Tensor:
+def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
     """Mean cosine of each row to its `neighbours` nearest others in the group (fewer where there are fewer).
 
     Args:
-        cosine: `[B, n, n]`.
+        cosine: `[B, m, n]`, of m `rows`.
         valid: bool `[B, n]`.
 
     Returns:
-        `[B, n]`; 1 for a row that is alone.
+        `[B, m]`; 1 for a row that is alone.
     """
-    n = cosine.shape[1]
-    others = valid[:, None, :] & valid[:, :, None] & ~torch.eye(n, dtype=torch.bool)
+    n = cosine.shape[2]
+    index = torch.arange(n)
+    others = valid[:, None, :] & valid[:, rows, None] & (index[rows, None] != index)
     count = others.sum(-1).clamp(max=neighbours)
     nearest = cosine.masked_fill(~others, -torch.inf).topk(min(neighbours, n), dim=-1).values
     total = nearest.masked_fill(nearest.isinf(), 0).sum(-1)
@@ -63,16 +75,26 @@ def composite_score(
     diversity_weight: float,
     attention_weight: float,
     lonely: str = "either",
+    rows: slice = ALL,
 ) -> torch.Tensor:
-    """S `[B, n, n]` as above, the row to be absorbed first; a part whose weight is zero may be None. `lonely`: one of LONELY."""
+    """S as above, the row to be absorbed first.
+
+    Args:
+        cosine: `[B, m, n]`, of m `rows`.
+        density, attention: `[B, n]`; None if its weight is zero.
+        lonely: one of LONELY.
+
+    Returns:
+        `[B, m, n]`.
+    """
     score = cosine
     if diversity_weight:
         lone = 1 - density
-        one, other = lone[:, :, None], lone[:, None, :]
+        one, other = lone[:, rows, None], lone[:, None, :]
         counts = {"either": torch.maximum(one, other), "both": (one + other) / 2, "absorbed": one}[lonely]
         score = score - diversity_weight * counts
     if attention_weight:
-        score = score - attention_weight * torch.maximum(attention[:, :, None], attention[:, None, :])
+        score = score - attention_weight * torch.maximum(attention[:, rows, None], attention[:, None, :])
     return score
 
 

@@ -1,10 +1,12 @@
-"""PyAV against decord, and jumps against one pass, as Markdown tables: `python -m evoprune.video.benchmark`."""
+"""PyAV against decord, jumps against one pass, and a process apart against this one, as Markdown tables:
+`python -m evoprune.video.benchmark`."""
 
 import argparse
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -15,7 +17,7 @@ from statistics import median
 import av
 import numpy as np
 
-from evoprune.video import decord, pyav
+from evoprune.video import decord, isolation, pyav
 from evoprune.video.decode import read_frames
 from evoprune.video.info import VideoInfo
 from evoprune.video.probe import probe
@@ -95,6 +97,22 @@ def get_batch(info: VideoInfo, moments: Sequence[float]) -> np.ndarray:
     return reader.get_batch([int(moment * FPS + 0.01) for moment in moments]).asnumpy()
 
 
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """Videos are read here, not in a process apart."""
+    usual, isolation.POSSIBLE = isolation.POSSIBLE, False
+    try:
+        yield
+    finally:
+        isolation.POSSIBLE = usual
+
+
+def frames_here(info: VideoInfo, moments: Sequence[float], decoder: str) -> np.ndarray:
+    """uint8 `[n, H, W, 3]`"""
+    with in_this_process():
+        return frames_at(info, moments, decoder)
+
+
 def compare_decoders(folder: Path, repeat: int) -> None:
     """Print a row for each kind of file, for few and for many frames of it."""
     print(f"Milliseconds from path to RGB; {CLIP_S} s of {CLIP_SIZE[1]}x{CLIP_SIZE[0]} at {FPS} fps\n")
@@ -106,13 +124,29 @@ def compare_decoders(folder: Path, repeat: int) -> None:
         info = probe(path)
         for count in (FEW, CLIP_S * FPS // 2):
             moments = middles(info, count)
-            sides = [partial(frames_at, info, moments, name) for name in ("pyav", "decord")]
+            sides = [partial(frames_here, info, moments, name) for name in ("pyav", "decord")]
             ours, theirs, batch = medians([*sides, partial(get_batch, info, moments)], repeat)
             difference = np.abs(get_batch(info, moments).astype(np.int16) - frames_at(info, moments, "pyav"))
             wrong = int((difference.mean((1, 2, 3)) > OTHER_FRAME).sum())
             print(
                 f"| {kind.name} | {count} of {CLIP_S * FPS} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.2f} "
                 f"| {batch:.0f} | {wrong} |",
+                flush=True,
+            )
+
+
+def compare_processes(folder: Path, repeat: int) -> None:
+    """Print for each kind of file what reading it in a process apart costs against reading it in this one."""
+    print(f"\nMilliseconds with PyAV; {CLIP_S} s of {CLIP_SIZE[1]}x{CLIP_SIZE[0]} at {FPS} fps\n")
+    print("| file | frames | in this process | apart | apart / this |")
+    print("|---|---|---|---|---|")
+    for number, kind in enumerate(KINDS):
+        info = probe(folder / f"{number}.{kind.ending}")
+        for count in (FEW, CLIP_S * FPS // 2):
+            moments = middles(info, count)
+            here, apart = medians([partial(read, info, moments, "pyav") for read in (frames_here, frames_at)], repeat)
+            print(
+                f"| {kind.name} | {count} of {CLIP_S * FPS} | {here:.0f} | {apart:.0f} | {apart / here:.2f} |",
                 flush=True,
             )
 
@@ -173,6 +207,8 @@ def main() -> None:
     print(f"PyAV {av.__version__}, {os.cpu_count()} processors\n")
     with tempfile.TemporaryDirectory() as folder:
         compare_decoders(Path(folder), args.repeat)
+        if isolation.POSSIBLE:
+            compare_processes(Path(folder), args.repeat)
         compare_jumps(Path(folder), args.minutes, args.repeat)
 
 

@@ -2,19 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from evoprune.errors import UsageError
-from evoprune.video import decord, folder, pyav
 from evoprune.video.info import VideoInfo
+from evoprune.video.isolation import call, pictures
 
 DECODERS = ("auto", "pyav", "decord")
-
-Picture = tuple[float, np.ndarray]  # since when it is shown, in seconds; uint8 [H, W, 3] as displayed
 
 
 @dataclass(frozen=True)
@@ -25,11 +22,13 @@ class FrameChunk:
         first: index of the first of them among the plan's times.
         frames: uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous.
         times_s: when each frame that is used is really shown, in seconds from the video's first frame.
+        damaged: packets (of a folder: images) met on the way to these frames, and not before, that are damaged.
     """
 
     first: int
     frames: np.ndarray
     times_s: tuple[float, ...]
+    damaged: int = 0
 
 
 def read_frames(
@@ -43,7 +42,8 @@ def read_frames(
     """The frame on screen at each moment: the first frame before the video begins, the last one after it ends.
 
     All frames have the size in `info`; where a video changes its size, they are scaled to it. Damaged packets are
-    skipped: the frame before them stays on screen. Close the iterator to stop early.
+    skipped: the frame before them stays on screen. (decord does not tell of damage: it stops, or patches up silently.) Close the
+    iterator to stop early.
 
     Args:
         info: the video, from `probe`.
@@ -55,16 +55,16 @@ def read_frames(
     Raises:
         UsageError: unknown or missing decoder, or times that do not ascend.
         VideoError: the decoder refuses such videos; or, while iterating, the file cannot be read (any more), or
-            nothing in it can be decoded.
+            nothing in it can be decoded; see also `isolation.call`.
     """
     times = tuple(float(t) for t in times_s)
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
         raise UsageError("times of frames must be finite and ascend")
-    read = decord.read if choose_decoder(decoder, info) == "decord" else _read_with_pyav
+    decoder = choose_decoder(decoder, info)
     per_chunk = max(2, chunk_bytes // (info.width * info.height * 3))
     if even:
         per_chunk -= per_chunk % 2
-    return _chunks(read(info, times), info, len(times), per_chunk)
+    return _chunks(info, times, decoder, per_chunk)
 
 
 def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
@@ -87,25 +87,14 @@ def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
         raise UsageError(f"unknown decoder {decoder!r}", f"choose one of {', '.join(DECODERS)}")
     if decoder != "decord":
         return "pyav"
-    decord.load()
-    if info is not None:
-        decord.check(info)
+    call("check_decord", info.path if info else "", {"info": asdict(info) if info else None})
     return "decord"
 
 
-def _read_with_pyav(info: VideoInfo, times: Sequence[float]) -> Iterator[Picture]:
-    return (folder if info.container == folder.CONTAINER else pyav).read(info, times)
-
-
-def _chunks(pictures: Iterator[Picture], info: VideoInfo, total: int, per_chunk: int) -> Iterator[FrameChunk]:
-    with closing(pictures):
-        for first in range(0, total, per_chunk):
-            yield _chunk(pictures, info, first, min(per_chunk, total - first))
-
-
-def _chunk(pictures: Iterator[Picture], info: VideoInfo, first: int, count: int) -> FrameChunk:
-    frames, times = np.empty((count, info.height, info.width, 3), np.uint8), []
-    for slot, (time, rgb) in zip(frames, islice(pictures, count), strict=True):
-        slot[:] = rgb
-        times.append(time)
-    return FrameChunk(first, frames, tuple(times))
+def _chunks(info: VideoInfo, times: Sequence[float], decoder: str, per_chunk: int) -> Iterator[FrameChunk]:
+    firsts = range(0, len(times), per_chunk)
+    counts = [min(per_chunk, len(times) - first) for first in firsts]
+    if not counts:
+        return
+    for first, (frames, shown, damaged) in zip(firsts, pictures(info, times, decoder, counts), strict=True):
+        yield FrameChunk(first, frames, tuple(shown), damaged)

@@ -14,11 +14,10 @@ import numpy as np
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video import pyav
-from evoprune.video.container import TOLERANCE_S, reading
-from evoprune.video.info import VideoInfo
+from evoprune.video.container import MOV, TOLERANCE_S, reading
+from evoprune.video.info import Damage, VideoInfo, ignored
 from evoprune.video.pixels import turned
 
-MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 # In others it does not find back to the beginning (MPEG-TS), or does not open them at all.
 CONTAINERS = (MOV, "matroska,webm", "avi", "flv")
 # Mean difference from PyAV's first frame, in levels of 255, beyond which it is another frame: 10 bits and odd sizes make
@@ -55,10 +54,10 @@ def check(info: VideoInfo) -> None:
         raise _refusal(info, "it turns mirrored videos the wrong way")
 
 
-def read(info: VideoInfo, times_s: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignored) -> Iterator[tuple[float, np.ndarray]]:
     """The picture on screen at each moment, and since when: seconds from the first frame, uint8 `[H, W, 3]` as displayed.
 
-    The same array comes again where the same frame is shown. `times_s` ascend.
+    The same array comes again where the same frame is shown. `times_s` ascend. Nothing is told to `damaged`.
 
     Raises:
         UsageError: decord is not installed.

@@ -12,14 +12,14 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.container import TOLERANCE_S, first_frame, open_bytes
+from evoprune.video.container import TOLERANCE_S, first_frame, open_bytes, video_stream
 from evoprune.video.exif import exif_orientation
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import FOLDER_FPS, Damage, VideoInfo, ignored
 from evoprune.video.pixels import orientation, to_rgb
 
-# Images per second, unless the caller says otherwise: the rate at which frames for Qwen2.5-VL are usually extracted.
-FOLDER_FPS = 2.0
 CONTAINER = "folder"
+# No image is longer.
+MAX_BYTES = 2**29
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -31,7 +31,8 @@ def list_images(folder: str) -> list[str]:
     """
     try:
         with os.scandir(folder) as entries:
-            names = [e.name for e in entries if e.name.lower().endswith(ENDINGS) and e.name[0] != "." and e.is_file()]
+            seen = [e for e in entries if e.name.lower().endswith(ENDINGS) and e.name[0] != "."]
+            names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"cannot read the folder {folder}: {reason}", "check the path") from error
@@ -76,11 +77,11 @@ def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
     )
 
 
-def read(info: VideoInfo, times_s: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignored) -> Iterator[tuple[float, np.ndarray]]:
     """The picture on screen at each moment, and since when: seconds from the first image, uint8 `[H, W, 3]` as displayed.
 
     Opens only the images that are shown, one at a time. Instead of a damaged one the image before it is shown, at the
-    beginning the first one that can be decoded. `times_s` ascend.
+    beginning the first one that can be decoded. `times_s` ascend. `damaged` is told of each that cannot be decoded.
 
     Raises:
         VideoError: the folder cannot be read (any more), or none of its images can be decoded.
@@ -97,6 +98,7 @@ def read(info: VideoInfo, times_s: Sequence[float]) -> Iterator[tuple[float, np.
                 _, frame, turn = decoded
                 shown, rgb = i, to_rgb(frame, info.width, info.height, *turn, reformatter)
                 break
+            damaged(i)
         done = max(done, wanted, shown)
         if rgb is None:
             raise VideoError(f"no image in the folder {info.path} can be decoded", "the files are damaged")
@@ -104,18 +106,19 @@ def read(info: VideoInfo, times_s: Sequence[float]) -> Iterator[tuple[float, np.
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """Name of the codec, the stored pixels and their orientation (see `pixels`) of an image; None if it is damaged."""
+    """Name of the codec, the stored pixels and their orientation (see `pixels`) of an image; None if it is damaged or too large."""
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
         with open_bytes(io.BytesIO(content)) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.options = {"err_detect": "explode"}  # else half a JPEG passes for a grey-bottomed one
+            stream = video_stream(container, path)
+            # Else half a JPEG passes for a grey-bottomed one.
+            stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
             frame = first_frame(container, stream)
             if frame is None:
                 return None
             return stream.codec_context.codec.canonical_name, frame, exif_orientation(content) or orientation(frame)
-    except (av.error.FFmpegError, OSError, ValueError, IndexError):
+    except (av.error.FFmpegError, OSError, ValueError, VideoError):
         return None
 
 

@@ -1,6 +1,17 @@
-"""The facts about a video that everything else starts from."""
+"""What is known about a video: the facts that everything else starts from, and what only reading all of it tells."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+# Images of a folder per second, unless the caller says otherwise: the rate at which frames for Qwen2.5-VL are usually extracted.
+FOLDER_FPS = 2.0
+
+# Is told of what is damaged in a video: its number, by which it is known if it is met again; None where the file breaks off.
+Damage = Callable[[int | None], None]
+
+
+def ignored(what: int | None) -> None:
+    """A `Damage` that nobody wants to know of."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,8 @@ class VideoInfo:
         start_s: the file's own time of the first frame; all other times in this package count from there.
         tags: the container's metadata.
         mirrored: stored frames are flipped left to right before they are turned.
+        stated_s: seconds from the first frame to the end of the last one by the file's own word, which is more than `duration_s`
+            where it was cut off; None where the file does not say, or says so of sound and pictures together.
     """
 
     path: str
@@ -37,3 +50,38 @@ class VideoInfo:
     start_s: float
     tags: dict[str, str]
     mirrored: bool = False
+    stated_s: float | None = None
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the end that the file states is missing: half a second, and 2%, are mere ways of counting."""
+        if self.stated_s is None or self.duration_s is None:
+            return False
+        return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What decoding a video from beginning to end found.
+
+    Attributes:
+        frames: how many can be decoded.
+        damaged: packets (of a folder: images) that are damaged, and were skipped or patched up. Containers that hide their
+            damage, such as Matroska, show it only by a `duration_s` below `stated_s`.
+        duration_s: seconds from the first frame to the end of the last one.
+        stated_s: as in `VideoInfo`.
+        variable_rate: whether more frame intervals are out of step than damage explains.
+        largest_gap_s: longest time in seconds from one frame to the next; 0 for a single frame.
+        keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, from the last one to the end.
+        seconds: how long the scan took.
+    """
+
+    frames: int
+    damaged: int
+    duration_s: float
+    stated_s: float | None
+    variable_rate: bool
+    largest_gap_s: float
+    keyframe_median_s: float
+    keyframe_max_s: float
+    seconds: float

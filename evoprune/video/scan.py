@@ -1,50 +1,14 @@
 """What only reading a whole video tells: damage, its true length, how regular its frames and keyframes are."""
 
 import os
-import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import accumulate
 
-import av
-from av.container import InputContainer
+from evoprune.video.info import FOLDER_FPS, ScanResult
+from evoprune.video.isolation import call
 
-from evoprune.errors import VideoError
-from evoprune.video import folder, pyav
-from evoprune.video.container import FALLBACK_FPS, open_video, reading, video_stream
-from evoprune.video.info import VideoInfo
-from evoprune.video.probe import RATE_JITTER_S, probe
+__all__ = ["ScanResult", "scan"]
 
 
-@dataclass(frozen=True)
-class ScanResult:
-    """What decoding a video from beginning to end found.
-
-    Attributes:
-        frames: how many can be decoded.
-        damaged: packets (of a folder: images) that are damaged and were skipped. Containers that hide their damage, such
-            as Matroska, show it only by a `duration_s` below `stated_s`.
-        duration_s: seconds from the first frame to the end of the last one.
-        stated_s: the length in seconds that the header states, which counts other streams too; None if it states none.
-        variable_rate: whether more frame intervals are out of step than damage explains.
-        largest_gap_s: longest time in seconds from one frame to the next; 0 for a single frame.
-        keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, from the last one to the end.
-        seconds: how long the scan took.
-    """
-
-    frames: int
-    damaged: int
-    duration_s: float
-    stated_s: float | None
-    variable_rate: bool
-    largest_gap_s: float
-    keyframe_median_s: float
-    keyframe_max_s: float
-    seconds: float
-
-
-def scan(path: str | os.PathLike[str], *, folder_fps: float = folder.FOLDER_FPS) -> ScanResult:
+def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> ScanResult:
     """Decode a whole video once. Holds a few frames at a time, and a count of intervals, however long the video is.
 
     Args:
@@ -53,95 +17,7 @@ def scan(path: str | os.PathLike[str], *, folder_fps: float = folder.FOLDER_FPS)
 
     Raises:
         UsageError: `folder_fps` is not above 0.
-        VideoError: not a video, or nothing in it can be decoded.
+        VideoError: not a video, or nothing in it can be decoded; see also `isolation.call`.
     """
-    began = time.perf_counter()
-    info = probe(path, folder_fps=folder_fps)
-    tally = _Tally()
-    frames = _images(info, tally) if info.container == folder.CONTAINER else _frames(info, tally)
-    with reading(info.path):
-        for shown_s, length_s, key in frames:
-            tally.add(shown_s, length_s, key)
-    if not tally.frames:
-        raise VideoError(f"no frame of {info.path} can be decoded", "the file is damaged or incomplete")
-    keyframes = tally.keyframes + Counter([_rounded(tally.end_s - tally.key_s)])
-    median_gap = _median(tally.gaps)
-    out_of_step = sum(n for gap, n in tally.gaps.items() if abs(gap - median_gap) > RATE_JITTER_S)
-    return ScanResult(
-        frames=tally.frames,
-        damaged=tally.damaged,
-        duration_s=tally.end_s - tally.first_s,
-        stated_s=tally.stated_s,
-        variable_rate=out_of_step > tally.damaged,
-        largest_gap_s=max(tally.gaps, default=0.0),
-        keyframe_median_s=_median(keyframes),
-        keyframe_max_s=max(keyframes),
-        seconds=time.perf_counter() - began,
-    )
-
-
-@dataclass
-class _Tally:
-    frames: int = 0
-    damaged: int = 0
-    stated_s: float | None = None
-    first_s: float = 0.0
-    last_s: float = 0.0
-    end_s: float = 0.0
-    key_s: float = 0.0
-    gaps: Counter[float] = field(default_factory=Counter)
-    keyframes: Counter[float] = field(default_factory=Counter)
-
-    def add(self, shown_s: float, length_s: float, key: bool) -> None:
-        if not self.frames:
-            self.first_s = self.key_s = shown_s
-        else:
-            self.gaps[_rounded(shown_s - self.last_s)] += 1
-            if key:
-                self.keyframes[_rounded(shown_s - self.key_s)] += 1
-                self.key_s = shown_s
-        self.frames += 1
-        self.last_s = shown_s
-        self.end_s = max(self.end_s, shown_s + length_s)
-
-    def damage(self) -> None:
-        self.damaged += 1
-
-
-def _frames(info: VideoInfo, tally: _Tally) -> Iterator[tuple[float, float, bool]]:
-    """When each frame is shown and for how long, in seconds, and whether it is a keyframe."""
-    with open_video(info.path) as container:
-        stream = video_stream(container, info.path)
-        stream.thread_type = "AUTO"
-        tally.stated_s = _stated_s(container)
-        step = 1 / (info.fps or FALLBACK_FPS)
-        for shown_s, frame in pyav.decode(container, stream, info, tally.damage):
-            length = frame.duration if frame.pts is not None else 0
-            yield shown_s, float((length or 0) * stream.time_base) or step, frame.key_frame
-
-
-def _stated_s(container: InputContainer) -> float | None:
-    if container.duration is None:
-        return None
-    from_zero = container.format.name in ("matroska,webm", "flv")  # others count from the first frame
-    return (container.duration - (container.start_time or 0) * from_zero) / av.time_base
-
-
-def _images(info: VideoInfo, tally: _Tally) -> Iterator[tuple[float, float, bool]]:
-    tally.stated_s = info.duration_s
-    for i, image in enumerate(folder.list_images(info.path)):
-        if folder.decode_image(image) is None:
-            tally.damage()
-        else:
-            yield i / info.fps, 1 / info.fps, True
-
-
-def _rounded(seconds: float) -> float:
-    return round(seconds, 4)  # so that equal intervals are counted together
-
-
-def _median(counts: Counter[float]) -> float:
-    values = sorted(counts)
-    half = sum(counts.values()) / 2
-    sums = accumulate(counts[value] for value in values)
-    return next((value for value, so_far in zip(values, sums, strict=True) if so_far >= half), 0.0)
+    path = os.fspath(path)
+    return ScanResult(**call("scan", path, {"path": path, "folder_fps": folder_fps}))

@@ -10,7 +10,7 @@ one bucket padded to the greatest length there can be.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -96,42 +96,49 @@ class Packed:
 
 
 def buckets(groups: Groups) -> list[Bucket]:
-    """Sorts groups into buckets: one for each length if there are few, else lengths within a quarter share one."""
-    lengths = groups.key_length.unique().tolist()[::-1]
+    """Sorts groups into buckets: by the number of keys, one for each if there are few, else within a quarter; and where queries
+    are not the same as keys, by the number of queries within a half, so that a group with one new row is not padded to a full one.
+    """
+    lengths = groups.key_length.unique()
     if groups.consecutive and len(lengths) == 1:
-        shape = (len(groups.length), lengths[0])
+        shape = (len(groups.length), int(lengths))
         return [Bucket(shape, None, None, None, groups.count.view(shape), False)]
-    tops = lengths
-    if len(lengths) > 4:
-        tops = []
-        for n in lengths:
-            if not tops or n <= 0.75 * tops[-1]:
-                tops.append(n)
     key_start = groups.key_length.cumsum(0) - groups.key_length
     rows, made = int(groups.length.sum()), []
-    for top, below in zip(tops, [*tops[1:], 0], strict=True):
-        chosen = ((groups.key_length <= top) & (groups.key_length > below)).nonzero().flatten()
-        key, key_valid = runs(key_start[chosen], groups.key_length[chosen], top, len(groups.keys))
-        count = torch.where(key_valid, groups.count[key], 0)
-        near = None if groups.near is None else groups.near[key] & key_valid
-        key = groups.keys[key]
-        if groups.consecutive:
-            query, query_valid = key, key_valid
-        else:
-            length = groups.length[chosen]
-            query, query_valid = runs(groups.start[chosen], length, int(length.max()), rows)
-        made.append(
-            Bucket(
-                tuple(query.shape),
-                query,
-                None if groups.consecutive else key,
-                None if query_valid.all() else query_valid,
-                count,
-                not key_valid.all(),
-                near=near,
+    for like in _alike(groups.key_length, 0.75 if len(lengths) > 4 else 1.0):
+        parts = [like] if groups.consecutive else [like[some] for some in _alike(groups.length[like], 0.5)]
+        for chosen in parts:
+            key_length = groups.key_length[chosen]
+            key, key_valid = runs(key_start[chosen], key_length, int(key_length.max()), len(groups.keys))
+            count = torch.where(key_valid, groups.count[key], 0)
+            near = None if groups.near is None else groups.near[key] & key_valid
+            key = groups.keys[key]
+            if groups.consecutive:
+                query, query_valid = key, key_valid
+            else:
+                length = groups.length[chosen]
+                query, query_valid = runs(groups.start[chosen], length, int(length.max()), rows)
+            made.append(
+                Bucket(
+                    tuple(query.shape),
+                    query,
+                    None if groups.consecutive else key,
+                    None if query_valid.all() else query_valid,
+                    count,
+                    not key_valid.all(),
+                    near=near,
+                )
             )
-        )
     return made
+
+
+def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
+    """Groups of like `length` (int64 `[G]`), longest first: those longer than `share` of the longest that is left, as indices."""
+    left = length.unique().tolist()[::-1]
+    while left:
+        below = [n for n in left[1:] if n <= share * left[0]]
+        yield ((length <= left[0]) & (length > (below[0] if below else 0))).nonzero().flatten()
+        left = below
 
 
 def key_bias(bucket: Bucket, size_bias: bool, dtype: torch.dtype) -> torch.Tensor | None:

@@ -2,14 +2,16 @@
 
 import torch
 
-# Units encoded at a time, at least one grid. 2,048 rows of patches keep matrix products at full speed and what lies between
-# them in a CPU's caches (`python -m evoprune.parts`). A GPU wants more at once.
+# Units encoded at a time, rounded up to whole blocks of grids. 2,048 rows of patches keep matrix products at full speed and what
+# lies between them in a CPU's caches (`python -m evoprune.parts`). A GPU wants more at once.
 CHUNK_UNITS = 512
 GPU_CHUNK_UNITS = 8192
+# So many times as many units may refer to the rows that are encoded at a time. Each is a key where it is looked at.
+SPARSE = 8
 
 
 def units_at_a_time(device: torch.device) -> int:
-    """How many units are encoded at a time, at least one grid."""
+    """How many units are encoded at a time, rounded up to whole blocks of grids."""
     return CHUNK_UNITS if device.type == "cpu" else GPU_CHUNK_UNITS
 
 

@@ -1,45 +1,29 @@
 """The vision tower, run on a model's weights, with rows merged between its layers.
 
-Video comes in as patches, grid after grid, and is encoded in chunks of whole grids: no layer of the tower looks across grids, so
-memory stays constant and the result does not depend on the chunk size. Without pruning the output is Hugging Face's, up to
-rounding.
+Video comes in as patches, grid after grid, and is encoded in chunks of whole grids: no layer of the tower looks across grids, but
+for references to earlier ones, of which keys and values are kept. So memory stays constant and the result does not depend on the
+chunk size. Without pruning the output is Hugging Face's, up to rounding.
 
 How many rows each layer leaves is known before the tower runs. So on a GPU every shape is known too, the host never waits for a
 result before it asks for the next one, and what has to be looked at is looked at once, when all is encoded.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 
 import torch
 
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.pruning.budget import spread
+from evoprune.pruning.budget import Spending, spread
 from evoprune.pruning.indices import tally
 from evoprune.vision import devices
-from evoprune.vision.attention import PATCHES
+from evoprune.vision.chunks import in_chunks
 from evoprune.vision.encoded import Encoded
-from evoprune.vision.layout import full_layout
-from evoprune.vision.past import Past, referring
 from evoprune.vision.rowwise import norm
 from evoprune.vision.stopwatch import Stopwatch
-from evoprune.vision.tower import run_tower, tower_geometry, tower_shape
-
-
-def in_grids(patches: Iterable[torch.Tensor], rows_per_grid: int, grids: int) -> Iterator[torch.Tensor]:
-    """Re-cuts a stream of patch rows into pieces of `grids` whole grids; the last may be shorter."""
-    held, size = [], rows_per_grid * grids
-    for piece in patches:
-        if not len(piece):
-            continue
-        held.append(piece)
-        while (have := sum(map(len, held))) >= size:
-            joined = torch.cat(held) if len(held) > 1 else held[0]
-            yield joined[:size]
-            held = [joined[size:]] if have > size else []  # never an empty piece
-    if held:
-        yield torch.cat(held)
+from evoprune.vision.tower import Past, run_tower, tower_geometry, tower_shape
 
 
 @torch.inference_mode()
@@ -61,10 +45,11 @@ def encode(
         patches: pieces of `[rows, 1176]` in Hugging Face's order that add up to the whole video.
         grid: (T, H, W) in merge units (2x2 patches).
         method: the pruning method.
-        keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here.
+        keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here. At
+            K = T*H*W rows are merged only if the method has an encoder budget of its own.
         seconds_per_grid, seed: passed on to the method.
-        chunk_units: units to encode at a time, rounded down to whole blocks of the method but at least one; default:
-            `devices.units_at_a_time`. Bounds the memory.
+        chunk_units: rows to encode at a time, rounded up to whole blocks of the method; default: `devices.units_at_a_time`. Bounds
+            the memory.
 
     Raises:
         ValueError: `patches` do not add up to the grid.
@@ -72,41 +57,50 @@ def encode(
     count, height, width = grid
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
     geo = tower_geometry(visual, height, width)
-    inside = method.acts == "inside" and keep < geo.units * count
-    block = method.block if inside else 1
+    inside = method.acts == "inside" and method.prunes(keep / (geo.units * count))
+    block, reuse = (method.block, method.reuse) if inside else (1, 0.0)
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
-    done, rows, owners, homes, base = 0, [], [], [], 0
+    spending = Spending(method.adaptive)
+    rows, owners, homes, base = [], [], [], 0
     past = Past()
     entered, left = [0] * tower.depth, [0] * tower.depth
-    watch, uniform, wrong = Stopwatch(weight.device), [], []
-    chunk_units = chunk_units or devices.units_at_a_time(weight.device)
-    for chunk in in_grids(patches, geo.units * PATCHES, max(1, chunk_units // geo.units // block) * block):
-        grids, rest = divmod(len(chunk), geo.units * PATCHES)
-        if rest or done + grids > count:
-            raise ValueError(f"patches do not add up to {count} grids of {geo.units} units")
-        if inside and (not uniform or devices.static_shapes(chunk.device) or uniform[-1]):
-            uniform.append(_is_flat(chunk.view(grids, -1, chunk.shape[1])))
+    watch, even, wrong = Stopwatch(weight.device), [], []
+    chunks = in_chunks(
+        patches,
+        geo,
+        count,
+        block=block,
+        rows=chunk_units or devices.units_at_a_time(weight.device),
+        threshold=reuse,
+        dtype=weight.dtype,
+        watch=watch,
+        even=even if inside else None,
+    )
+    for chunk in chunks:
+        grids, end = chunk.grids, chunk.first + chunk.grids
         with weight.device:  # all bookkeeping lives beside the features
-            layout, last = full_layout(geo, grids, block), None
-            if inside and method.reuse:
-                with watch:
-                    layout, last = referring(geo, chunk, done, block, method.reuse, past)
-                    last = last if done + grids < count else None  # nobody will refer to the last chunk
+            with watch if reuse else nullcontext():
+                layout, last = chunk.layout(geo, block)
+            last = last if end < count else None  # nobody will refer to the last chunk
             plan = [[n] * tower.depth for n in layout.per_block]
             if inside:
-                due = [sum(shares[at : at + block]) for at in range(done, done + grids, block)]
+                due = [sum(shares[at : at + block]) for at in range(chunk.first, end, block)]
                 units = [geo.units * min(block, grids - at) for at in range(0, grids, block)]
                 plan = [
-                    plan_of(rows, size // geo.units * geo.windows, method.left(rows, size, max(1, share)))
+                    plan_of(
+                        rows,
+                        size // geo.units * geo.windows,
+                        spending.left(rows, method.allowance(size, max(1, share))),
+                    )
                     for rows, size, share in zip(layout.per_block, units, due, strict=True)
                 ]
             plan = list(zip(*plan, strict=True))
             for layer, (before, after) in enumerate(pairwise([layout.per_block, *plan])):
                 entered[layer] += sum(before)
                 left[layer] += sum(after)
-            chunk = devices.uploaded(chunk.to(weight.dtype), weight.device)
-            x, layout = run_tower(visual, tower, chunk, layout, plan, method, watch, wrong, last, past)
+            pixels = devices.uploaded(chunk.patches, weight.device)
+            x, layout = run_tower(visual, tower, pixels, layout, plan, method, watch, wrong, last, past)
             order = layout.home.argsort()
             number = order.argsort() + base  # of each row among all rows
             if past.row is not None:
@@ -117,10 +111,8 @@ def encode(
         if layout.rows:
             rows.append(visual.merger.mlp(norm(x[order], visual.merger.ln_q.weight).flatten(1)))
         owners.append(owner)
-        homes.append(layout.home[order] + done * geo.units)
-        base, done = base + len(order), done + grids
-    if done != count:
-        raise ValueError(f"patches end after {done} of {count} grids")
+        homes.append(layout.home[order] + chunk.first * geo.units)
+        base += len(order)
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
     with weight.device, watch:
         kept = home
@@ -133,13 +125,13 @@ def encode(
         else:
             kept = devices.uploaded(kept, home.device)
             features = rows[owner[kept]]
-    flat, seconds = _settled(method, uniform, wrong, watch)
+    flat, seconds = _settled(method, even, wrong, watch)
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
     return Encoded(features, kept, rows, owner, (grid,), layers, seconds, flat)
 
 
 def _settled(
-    method: Method, uniform: list[torch.Tensor], wrong: list[torch.Tensor], watch: Stopwatch
+    method: Method, even: list[torch.Tensor], wrong: list[torch.Tensor], watch: Stopwatch
 ) -> tuple[bool, float]:
     """Looks at all that was left to be looked at: whether the video is flat, and the seconds of pruning.
 
@@ -150,12 +142,7 @@ def _settled(
     """
     if wrong and torch.stack(wrong).any():
         raise RuntimeError(f"method {method.name} did not remove as many rows as it was asked to")
-    return bool(uniform) and bool(torch.stack(uniform).all()), watch.seconds()
-
-
-def _is_flat(grids: torch.Tensor) -> torch.Tensor:
-    """Whether all patches of each grid `[T, patches, 1176]` are the same but for less than a level of 255; bool, no dimension."""
-    return (grids.amax(1) - grids.amin(1)).max() < 1 / 255
+    return bool(even) and bool(torch.stack(even).all()), watch.seconds()
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:

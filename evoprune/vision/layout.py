@@ -129,9 +129,15 @@ class TokenLayout:
         return grid if scope == "grid" else grid // self.block
 
 
+def window_order(geo: Geometry, grids: int, alive: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 `[R]`: the units of some grids in window order; only those of `alive` (bool `[T, H*W]`), if given."""
+    units = torch.arange(grids)[:, None] * geo.units + geo.order
+    return units.flatten() if alive is None else units[alive[:, geo.order]]
+
+
 def full_layout(geo: Geometry, grids: int, block: int = 1) -> TokenLayout:
     """Every unit is a row of its own."""
-    home = (torch.arange(grids)[:, None] * geo.units + geo.order).flatten()
+    home = window_order(geo, grids)
     owner = torch.empty_like(home)
     owner[home] = torch.arange(len(home))
     counts = tuple(geo.units * min(block, grids - first) for first in range(0, grids, block))
@@ -147,7 +153,7 @@ def referring_layout(geo: Geometry, source: torch.Tensor, block: int = 1) -> Tok
     """
     grids = len(source)
     alive = source == torch.arange(grids)[:, None]
-    home = (torch.arange(grids)[:, None] * geo.units + geo.order)[alive[:, geo.order]]
+    home = window_order(geo, grids, alive)
     rows = len(home)
     number = torch.zeros(grids * geo.units, dtype=torch.int64)
     number[home] = torch.arange(rows)

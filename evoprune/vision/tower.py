@@ -1,5 +1,7 @@
 """The tower's layers on one chunk of a video, run on a model's weights, with rows merged between them."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +12,6 @@ from evoprune.pruning.score import unit_features
 from evoprune.vision import devices
 from evoprune.vision.attention import PATCHES, Bucket, Packed, buckets, grouped_attention
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
-from evoprune.vision.past import Past
 from evoprune.vision.reduce import reduce_rows
 from evoprune.vision.rowwise import norm, rotary, rotate
 from evoprune.vision.stopwatch import Stopwatch
@@ -28,6 +29,19 @@ def tower_geometry(visual, height: int, width: int) -> Geometry:
     return geometry(height, width, side, str(visual.patch_embed.proj.weight.device))
 
 
+@dataclass
+class Past:
+    """What the grids of earlier chunks leave for the next one, so much a place and layer, however long the video is.
+
+    Attributes:
+        row: int64 `[P]`, which of all rows stands for the reference of each place.
+        seen: of each layer, keys and values of that row as they were there, `[P, 2, 4, heads, d]`.
+    """
+
+    row: torch.Tensor | None = None
+    seen: list[torch.Tensor] | None = None
+
+
 def run_tower(
     visual,
     tower: TowerShape,
@@ -43,9 +57,10 @@ def run_tower(
     """All layers on one chunk; `plan[layer][block]` rows are left after each.
 
     Args:
+        patches: `[R, 4, 1176]`, of the rows of `layout`.
         watch: measures what pruning takes.
         wrong: gets what `reduce_rows` could not check at once.
-        last: from `referring`, None without references and where no chunk follows.
+        last: from `Chunk.layout`, None without references and where no chunk follows.
         past: gets what later chunks will see.
 
     Returns:
@@ -55,7 +70,7 @@ def run_tower(
     weight = visual.patch_embed.proj.weight.flatten(1)
     if not layout.rows:  # nothing new in any grid
         return weight.new_empty(0, PATCHES, len(weight)), layout
-    x = F.linear(patches.view(-1, PATCHES, weight.shape[1])[layout.home], weight)
+    x = F.linear(patches, weight)
     table = rotary(visual.config, geo)
     cos, sin = (t[layout.place][:, :, None, None] for t in table)
     size_bias, heads = method.size_bias, visual.config.num_heads

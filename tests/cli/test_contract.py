@@ -24,7 +24,7 @@ import torch
 
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import Screen, visible
-from tests.video.files import write_video
+from tests.video.files import numbered_frames, spoil, write_video
 
 ROOT = Path(__file__).parents[2]
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
@@ -109,6 +109,12 @@ CASES = {
     "a name that is no text": Case(("ask", "{tmp}/caf\udce9.mp4", QUESTION, "-q")),
     "batch": Case(BATCH, says="1 of 1 rows answered: 0:", out="", ways=EVERYWHERE),
     "quiet batch": Case((*BATCH, "-q"), out="", ways=EVERYWHERE),
+    "damaged video": Case(
+        ("ask", "{tmp}/damaged.mp4", QUESTION, "-q"), says="warning: the video is damaged (2 of its packets", out=None
+    ),
+    "video that was cut off": Case(
+        ("ask", "{tmp}/cut.mp4", QUESTION, "-q"), says="warning: the video breaks off at 0:0", out=None
+    ),
     "machine": Case(("inspect",), out=None),
     "video": Case(("inspect", CLIP, "--scan"), out=None),
     "help": Case(("--help",), out=None, ways=("pipe", "narrow")),
@@ -153,6 +159,19 @@ CASES = {
     "unknown method argument": fails(2, "speed", *ASK, "--method-arg", "speed=1"),
     "bad method argument": fails(2, "first", *ASK, "--method-arg", "first=x"),
     "impossible method argument": fails(2, "allocation", *ASK, "--method-arg", "allocation=x"),
+    "encoder budget zero": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "0"),
+    "encoder budget above one": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "1.5"),
+    "encoder budget nan": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "nan"),
+    "encoder budget word": fails(2, "--encoder-budget", *ASK, "--encoder-budget", "fast"),
+    "encoder budget of another method": fails(
+        2, "method divprune has no encoder budget", *ASK, "--method", "divprune", "--encoder-budget", "0.5"
+    ),
+    "encoder budget and nothing pruned": fails(
+        2, "method none has no encoder budget", *ASK, "--method", "none", "--encoder-budget", "0.5"
+    ),
+    "encoder budget twice": fails(
+        2, "encoder_budget is given twice", *ASK, "--encoder-budget", "1", "--method-arg", "encoder_budget=1"
+    ),
     "fps and frames": fails(2, "fps and frames", *ASK, "--fps", "1", "--frames", "2"),
     "fps is no number": fails(2, "--fps", *ASK, "--fps", "many"),
     "zero frames": fails(2, "frames", *ASK, "--frames", "0"),
@@ -208,7 +227,7 @@ CASES = {
     ),
     # 5: out of memory
     "weights do not fit": out_of_memory("load", "evoprune.models._load_weights", CPU_FULL, says="the weights of demo"),
-    "frames do not fit": out_of_memory("read", "evoprune.video.pyav.to_rgb", MemoryError()),
+    "frames do not fit": out_of_memory("read", "evoprune.video.isolation.mmap.mmap", OSError(12, "no memory")),
     "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patchify", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encode", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prefill", CUDA_FULL),
@@ -218,7 +237,7 @@ CASES = {
     ),
     # stopped from outside
     "interrupted while loading": Case(ASK, 130, "", breaks=("evoprune.models._load_weights", KeyboardInterrupt())),
-    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.pyav.to_rgb", Terminated())),
+    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.pictures", Terminated())),
     "batch interrupted while loading": Case(
         BATCH, 130, "", breaks=("evoprune.models._load_weights", KeyboardInterrupt()), ways=EVERYWHERE
     ),
@@ -237,6 +256,9 @@ def clips(tmp_path_factory):
         shutil.copy(ROOT / CLIP, folder / f"{name}.mp4")
     (folder / "empty.mp4").touch()
     write_video(folder / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    spoil(ROOT / CLIP, folder / "damaged.mp4", {40, 50})
+    whole = write_video(folder / "whole.mp4", numbered_frames(60), container_options={"movflags": "faststart"})
+    (folder / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
     return folder
 
 

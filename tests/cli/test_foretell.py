@@ -7,7 +7,7 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.plan import MAX_VISUAL_TOKENS_CPU
-from evoprune.video import pyav
+from evoprune.video import decode
 from tests.video.files import write_video
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
@@ -29,15 +29,15 @@ def told(cli, tiny_folder, monkeypatch):
     """
 
     def call(clip, *flags: str, model=tiny_folder, whole: bool = False) -> list[str]:
-        def announced(info, times):
+        def announced(*what):
             print("READING", file=sys.stderr)
             if whole:
-                return read(info, times)
+                return read(*what)
             raise VideoError("enough", "for this test")
 
         with monkeypatch.context() as patch:
-            read = pyav.read
-            patch.setattr(pyav, "read", announced)
+            read = decode.pictures
+            patch.setattr(decode, "pictures", announced)
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
         assert result.code == (0 if whole else 3), result.err
         before, after = result.err.split("READING\n")

@@ -182,7 +182,8 @@ def test_a_name_may_bring_settings():
 @pytest.mark.parametrize(
     ("argument", "text"),
     [
-        ("reuse", "-1"), ("reuse", "nan"), ("encoder", "-0.1"), ("encoder", "1.1"), ("encoder", "nan"), ("alpha", "-1"),
+        ("reuse", "-1"), ("reuse", "nan"), ("encoder_budget", "0"), ("encoder_budget", "1.1"),
+        ("encoder_budget", "nan"), ("encoder_budget", "x"), ("alpha", "-1"),
         ("alpha", "nan"), ("alpha", "inf"), ("size_bias", "false"),
     ],
 )  # fmt: skip
@@ -194,3 +195,36 @@ def test_a_setting_of_evoprune_that_makes_no_sense_is_refused(argument, text):
 
 def test_without_references_evoprune_may_do_without_the_bias():
     assert not methods.get("evoprune", {"size_bias": "false", "reuse": "0"}).size_bias
+
+
+def test_a_budget_of_the_encoders_own_is_a_setting():
+    plain, own = methods.get("evoprune"), methods.get("evoprune", {"encoder_budget": "0.4"})
+    assert (plain.encoder_budget, own.encoder_budget) == (None, 0.4) and methods.get(
+        "evoprune:encoder_budget=0.4"
+    ) == own
+    for budget in (0.1, 0.25, 0.5, 1.0):  # it follows the other one down to a quarter, unless it is set
+        assert plain.encoder_share(budget) == max(budget, 0.25) and own.encoder_share(budget) == 0.4
+        assert plain.allowance(96, round(96 * budget)) == round(96 * plain.encoder_share(budget))
+        assert own.allowance(96, round(96 * budget)) == round(96 * 0.4)
+    assert methods.get("evoprune:encoder_budget=0.001").allowance(96, 96) == 1
+
+
+@pytest.mark.parametrize("name", sorted({*methods.available()} - {"evoprune"}))
+def test_other_methods_have_none_and_refuse_it(name):
+    assert methods.get(name).encoder_budget is None and methods.get(name).encoder_share(0.5) is None
+    with pytest.raises(UsageError) as caught:
+        methods.get(name, {"encoder_budget": "0.4"})
+    assert caught.value.message == f"method {name} has no encoder budget" and "--method evoprune" in caught.value.hint
+
+
+def test_what_prunes_at_which_budget():
+    for name in methods.available():
+        assert methods.get(name).prunes(0.99) == (name != "none") and not methods.get(name).prunes(1.0)
+    assert methods.get("evoprune:encoder_budget=1").prunes(1.0)
+
+
+def test_the_encoders_budget_given_twice():
+    assert methods.with_encoder_budget(None, None) == {}
+    assert methods.with_encoder_budget({"alpha": "1"}, 0.3) == {"alpha": "1", "encoder_budget": "0.3"}
+    with pytest.raises(UsageError, match="twice"):
+        methods.with_encoder_budget({"encoder_budget": "0.3"}, 0.3)

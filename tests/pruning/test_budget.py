@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import DEFAULT, PRESETS, keep_count, parse_budget, spread
+from evoprune.pruning.budget import DEFAULT, PRESETS, Spending, keep_count, parse_budget, spread
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,16 @@ def test_spread_is_even_over_every_stretch_of_time(grids, keep):
 def test_spread_below_one_a_grid():
     assert spread(3, 9) == [0, 0, 1] * 3
     assert spread(0, 4) == [0] * 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=12), st.booleans())
+def test_rows_are_spent_as_they_are_allowed(blocks, adaptive):
+    spending, spent, allowed = Spending(adaptive), 0, 0
+    for rows, allowance in blocks:
+        left = spending.left(rows, allowance)
+        allowed += allowance
+        # All that earlier blocks have left over, if need be; or nothing of it.
+        assert left == min(rows, allowed - spent if adaptive else allowance)
+        assert min(rows, allowance) <= left <= rows  # nobody pays for it
+        spent += left
+        assert spent <= allowed

@@ -85,6 +85,26 @@ def write_video(
     return Path(path)
 
 
+def add_beside(path: Path, out: Path, beside: str) -> Path:
+    """A copy of the file with another stream before the video: `subtitles`, or a `cover` picture."""
+    with av.open(str(path)) as source, av.open(str(out), "w") as target:
+        other = target.add_stream({"subtitles": "ass", "cover": "mjpeg"}[beside], rate=1)
+        if beside == "cover":
+            other.width, other.height, other.pix_fmt = 64, 48, "yuvj420p"
+            other.disposition = av.stream.Disposition.attached_pic
+            packet = av.Packet(write_image(out.with_suffix(".jpg"), quarters()).read_bytes())
+        else:
+            packet = av.Packet(b"0,0,Default,,0,0,0,,hello")
+        video = target.add_stream_from_template(source.streams.video[0])
+        packet.stream, packet.time_base, packet.pts, packet.dts, packet.duration = other, CLOCK, 0, 0, 1000
+        target.mux(packet)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = video
+                target.mux(packet)
+    return out
+
+
 def quarters():
     """Four different colours: red and green above, blue and white below."""
     rgb = np.zeros((48, 64, 3), np.uint8)

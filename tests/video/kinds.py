@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.video.files import numbered_frames, write_video
+from tests.video.files import add_beside, numbered_frames, write_video
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Kind:
     """How to write a file, and why decord refuses it (a part of its message), or None if it does not.
 
     `hidden`: some of the frames are there but never shown. `stored`: the file lies in `data/`, because the
-    encoders in PyAV's wheels cannot write its like.
+    encoders in PyAV's wheels cannot write its like. `beside`: another stream that comes first, see `add_beside`.
     """
 
     how: dict[str, Any] = field(default_factory=dict)
@@ -23,6 +23,7 @@ class Kind:
     size: tuple[int, int] = (48, 64)
     hidden: int = 0
     stored: bool = False
+    beside: str | None = None
 
 
 # Written by vpxenc 1.12: --kf-max-dist=10 --end-usage=q --cq-level=30 --cpu-used=1, and for the 10-bit one
@@ -63,6 +64,25 @@ KINDS = {
     "vp9_10.webm": Kind(stored=True),
     "hevc_10.mkv": Kind(HEVC | {"pix_fmt": "yuv420p10le"}),
     "av1_10.mkv": Kind(AV1 | {"pix_fmt": "yuv420p10le"}, decord_refuses="no decoder for AV1"),
+    "422.mp4": Kind({"pix_fmt": "yuv422p"}),
+    "444_10.mp4": Kind({"pix_fmt": "yuv444p10le"}, size=(47, 63)),
+    "hevc_12.mkv": Kind(HEVC | {"pix_fmt": "yuv420p12le"}),
+    "444.webm": Kind(VP9 | {"pix_fmt": "yuv444p"}),
+    "interlaced.mp4": Kind({"options": {"x264-params": "interlaced=1"}}),
+    "rgb.mp4": Kind({"codec": "libx264rgb", "pix_fmt": "rgb24"}),
+    "alpha.mov": Kind({"codec": "prores_ks", "pix_fmt": "yuva444p10le"}),
+    "png16.mov": Kind({"codec": "png", "pix_fmt": "rgb48be"}, size=(47, 63)),
+    "ffv1.mkv": Kind({"codec": "ffv1", "pix_fmt": "bgr0"}, size=(47, 63)),
+    "raw.avi": Kind({"codec": "rawvideo", "pix_fmt": "bgr24"}, size=(47, 63)),
+    "sorenson.flv": Kind({"codec": "flv"}, size=(47, 63)),
+    "mpeg1.mpg": Kind({"codec": "mpeg1video", "fps": 25}, decord_refuses=UNRELIABLE),
+    "vp9.ivf": Kind(VP9, decord_refuses=UNRELIABLE),
+    "raw.y4m": Kind({"codec": "wrapped_avframe"}, decord_refuses=UNRELIABLE),
+    "mpeg2.mxf": Kind({"codec": "mpeg2video", "fps": 25}, decord_refuses=UNRELIABLE),
+    "picture.apng": Kind({"codec": "apng", "pix_fmt": "rgb24"}, decord_refuses=UNRELIABLE),
+    "subtitles.mkv": Kind(beside="subtitles"),
+    "cover.mp4": Kind(beside="cover"),
+    "cover.mkv": Kind(beside="cover"),
     "late.mp4": Kind({"start": 5.0}),
     "late.mkv": Kind({"start": 5.0}),
     "late.ts": Kind({"start": 5.0}, decord_refuses=UNRELIABLE),
@@ -103,6 +123,8 @@ def write_kind(folder: Path, name: str) -> Path:
         return DATA / name
     if not path.exists():
         write_video(path, _upright(kind), **kind.how)
+        if kind.beside:
+            add_beside(path.rename(folder / f"alone_{name}"), path, kind.beside)
     return path
 
 

@@ -21,7 +21,7 @@ def test_auto_is_pyav():
 @pytest.mark.parametrize(
     "problem", [None, "raise OSError('libdecord.so: not found')", "raise RuntimeError('no files')"]
 )
-def test_without_decord_pyav_is_offered(problem, tmp_path, monkeypatch):
+def test_without_decord_pyav_is_offered(problem, tmp_path, in_process, monkeypatch):
     monkeypatch.delitem(sys.modules, "decord")
     if problem:
         (tmp_path / "decord.py").write_text(problem)
@@ -105,7 +105,7 @@ def test_damage_is_refused_with_a_way_out(name, folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_other_frames_than_pyavs_are_refused(folder, monkeypatch):
+def test_other_frames_than_pyavs_are_refused(folder, in_process, monkeypatch):
     info = probe(write_video(folder / "other.mp4", numbered_frames(10)))
     monkeypatch.setattr(backend, "pyav", FakePyAV)
     with pytest.raises(VideoError, match="does not begin with the first frame"):
@@ -119,7 +119,7 @@ class FakePyAV:
 
 
 @pytest.fixture
-def taken(monkeypatch):
+def taken(in_process, monkeypatch):
     """Counts how many frames decord hands out."""
     count, original = [0], decord.VideoReader.next
 
@@ -141,7 +141,7 @@ def test_frames_are_taken_as_they_are_needed_and_once(folder, taken):
     assert taken[0] == 100
 
 
-def test_pixels_are_arrays_whatever_bridge_the_host_has_set(folder):
+def test_pixels_are_arrays_whatever_bridge_the_host_has_set(folder, in_process):
     info = probe(write_video(folder / "bridge.mp4", numbered_frames(10), **OPEN_GOP))
     decord.bridge.set_bridge("torch")
     try:

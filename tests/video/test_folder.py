@@ -211,7 +211,7 @@ def test_all_images_damaged_is_an_error(tmp_path):
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def opened(in_process, monkeypatch):
     """Names of the images that are opened, in order."""
     names, original = [], backend.decode_image
     monkeypatch.setattr(backend, "decode_image", lambda path: names.append(os.path.basename(path)) or original(path))

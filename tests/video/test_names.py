@@ -8,7 +8,7 @@ from evoprune.errors import VideoError
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
 from evoprune.video.scan import scan
-from tests.video.files import numbered_frames, numbers, write_video
+from tests.video.files import numbered_frame, numbered_frames, numbers, write_image, write_video
 
 NAMES = [
     "-",
@@ -101,6 +101,98 @@ def server():
     thread.join()
 
 
+LEADS_NOWHERE = [
+    "loop.mp4",
+    "loop2.mp4",
+    "dangling.mp4",
+    "in/itself",
+    "a.mp4/b.mp4",
+    "x" * 300,
+    "a/../../nowhere.mp4",
+    "loop.mp4/a",
+]
+
+
+@pytest.mark.parametrize("name", LEADS_NOWHERE)
+@pytest.mark.skipif(os.name == "nt", reason="links are for Unix")
+def test_paths_that_lead_nowhere(name, here):
+    write_video(here / "a.mp4", numbered_frames(3))
+    (here / "loop.mp4").symlink_to("loop2.mp4")
+    (here / "loop2.mp4").symlink_to("loop.mp4")
+    (here / "dangling.mp4").symlink_to("missing.mp4")
+    (here / "in").mkdir()
+    (here / "in" / "itself").symlink_to("itself")
+    for use in (probe, scan):
+        with pytest.raises(VideoError) as caught:
+            use(name)
+        assert name in caught.value.message and caught.value.exit_code == 3 and caught.value.hint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links are for Unix")
+def test_links_are_followed(here):
+    video = write_video(here / "a.mp4", numbered_frames(3))
+    (here / "link.mp4").symlink_to(video)
+    (here / "folder").symlink_to(here)
+    assert numbers(probe("link.mp4"), [0.25]) == numbers(probe("folder/folder/link.mp4"), [0.25]) == [2]
+    assert probe("link.mp4").path == "link.mp4"
+
+
+DEVICES = ["/dev/zero", "/dev/null", "/dev/full", "/dev/random", "/dev/tty", "/proc/self/mem", "/proc/kmsg", "/sys"]
+
+
+@pytest.mark.parametrize("path", [path for path in DEVICES if os.path.exists(path)])
+def test_devices_are_no_videos(path):
+    with pytest.raises(VideoError) as caught:
+        probe(path)
+    assert path in caught.value.message and caught.value.hint
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_pipes_and_sockets_are_not_waited_for(here):
+    os.mkfifo("pipe.mp4")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.mp4")
+        for name in ("pipe.mp4", "socket.mp4"):
+            with pytest.raises(VideoError, match="not a regular file"):
+                probe(name)
+    images = here / "images"
+    images.mkdir()
+    os.mkfifo(images / "1.png")
+    (images / "2.png").symlink_to("/dev/zero")
+    (images / "3.png").symlink_to("3.png")
+    with pytest.raises(VideoError, match="no images"):
+        probe("images")
+    (images / "5.png").symlink_to("4.png")
+    write_image(images / "4.png", numbered_frame(44))
+    assert numbers(probe("images"), [0.0, 0.5]) == [44, 44] and probe("images").frames_total == 2
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="whoever is root may read everything")
+def test_what_may_not_be_read(here):
+    write_video(here / "a.mp4", numbered_frames(3)).chmod(0)
+    closed = here / "closed"
+    closed.mkdir()
+    write_video(closed / "a.mp4", numbered_frames(3))
+    closed.chmod(0)
+    for name in ("a.mp4", "closed/a.mp4", "closed"):
+        with pytest.raises(VideoError, match="Permission denied"):
+            probe(name)
+    closed.chmod(0o700)
+
+
+def test_a_hole_of_a_terabyte(here):
+    """A file of zeros that takes no room, as a video and as an image of a folder."""
+    images = here / "images"
+    images.mkdir()
+    for path in (here / "hole.mp4", images / "hole.png"):
+        path.touch()
+        os.truncate(path, 2**40)
+    for name in ("hole.mp4", "images"):
+        with pytest.raises(VideoError) as caught:
+            probe(name)
+        assert name in caught.value.message
+
+
 PLAYLISTS = {
     "m3u8": "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{target}\n#EXT-X-ENDLIST\n",
     "ffconcat": "ffconcat version 1.0\nfile '{target}'\n",
@@ -139,3 +231,14 @@ def test_a_video_replaced_by_a_playlist_is_not_followed(here):
         list(read_frames(info, [0.0]))
     with pytest.raises(VideoError):
         list(read_frames(info, [0.0], decoder="decord"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps such folders")
+def test_a_working_folder_that_is_gone(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "a.mp4", numbered_frames(3))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert numbers(probe(video), [0.25]) == [2]
+    with pytest.raises(VideoError, match=r"a\.mp4"):
+        probe("a.mp4")

@@ -121,3 +121,31 @@ def test_the_standard_input_of_a_process(spool):
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         out, _ = process.communicate(video.read_bytes())
     assert (out.strip(), process.returncode) == (b"20", 0)
+
+
+def piped(stdin, source, text="print(probe(path).frames_total)"):
+    program = (
+        "import sys\n"
+        "from evoprune.video.source import local_file\n"
+        "from evoprune.video.probe import probe\n"
+        f"with local_file({source!r}) as path: {text}"
+    )
+    return subprocess.run([sys.executable, "-c", program], stdin=stdin, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="no such names here")
+@pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
+def test_names_of_what_is_open_here(name, spool):
+    video = write_video(spool.parent / "open.mp4", numbered_frames(20))
+    with open(video, "rb") as file:
+        assert piped(file, name).stdout == "20\n"
+    done = piped(subprocess.DEVNULL, name)
+    assert "VideoError: /dev/null is not a regular file" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device here")
+def test_a_device_is_no_video(spool):
+    with open("/dev/zero", "rb") as endless:
+        assert "VideoError: standard input is a device" in piped(endless, "-").stderr
+    with open(os.devnull, "rb") as nothing:
+        assert "VideoError: standard input is empty" in piped(nothing, "-").stderr

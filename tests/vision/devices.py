@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.methods import evoprune
-from evoprune.vision import attention, devices, encoder
+from evoprune.vision import attention, chunks, devices, encoder
 
 # Operators whose result has a shape that depends on values, or is itself read by the host. On CUDA they wait for the device.
 WAITING = {
@@ -69,7 +69,13 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
 
     by_hand = pausing(varlen_by_hand)
     monkeypatch.setattr(devices, "static_shapes", lambda device: True)
-    for module, name in ((encoder, "_settled"), (encoder, "referring"), (evoprune, "choose_units")):
-        monkeypatch.setattr(module, name, pausing(getattr(module, name)))
+    for where, name in (
+        (encoder, "_settled"),
+        (chunks, "scan"),
+        (chunks, "_rows_of"),
+        (chunks.Chunk, "layout"),
+        (evoprune, "choose_units"),
+    ):
+        monkeypatch.setattr(where, name, pausing(getattr(where, name)))
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)
     return mode

@@ -52,12 +52,16 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
             rows.append(newest[place])
         newest[place].units.append(unit)
     rows.sort(key=lambda row: place_key(geo, row.home))
-    plans = []
+    plans, saved = [], 0
     for first in range(0, count, method.block):
         grids = min(method.block, count - first)
         live = sum(first <= row.home // geo.units < first + grids for row in rows)
         due = max(1, sum(spread(keep, count)[first : first + grids]))
-        plans.append(method.rows(tower, live, grids * geo.windows, method.left(live, grids * geo.units, due)))
+        allowed = method.allowance(grids * geo.units, due)
+        left = min(live, allowed + saved)
+        if method.adaptive:
+            saved += allowed - left
+        plans.append(method.rows(tower, live, grids * geo.windows, left))
     for layer, block in enumerate(visual.blocks):
         scope = "grid" if layer in visual.fullatt_block_indexes else "window"
         run_layer(block, rows, geo, scope, method)

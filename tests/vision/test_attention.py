@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evoprune.vision.attention import buckets, grouped_attention
-from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout
+from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout, referring_layout
 from evoprune.vision.stopwatch import Stopwatch
 from tests.vision.tower import groups_by_hand, random_layout
 
@@ -178,6 +178,30 @@ def test_groups_of_much_different_length_do_not_pad_each_other():
         seen += bucket.query[valid].tolist()
     assert sorted(seen) == list(range(layout.rows))
     assert len(plan) < len(groups.length.unique())
+
+
+@pytest.mark.parametrize("scope", ["window", "grid"])
+def test_nor_do_groups_with_few_queries_and_many_keys(scope):
+    """A still picture: all rows in the first of ten grids, one new row in each other."""
+    source = torch.zeros(10, 64, dtype=torch.int64)
+    for grid in range(1, 10):
+        source[grid:, grid] = grid
+    groups = attention_groups(referring_layout(geometry(8, 8), source), scope)
+    keys = 16 if scope == "window" else 64
+    assert (groups.key_length == keys).all() and groups.length.unique().tolist() == [1, keys]
+    full, few = buckets(groups)
+    assert full.shape == (64 // keys, keys) and few.shape == (9, 1)
+    # Many lengths: within a half of each other.
+    chance = torch.rand(10, 64, generator=torch.Generator().manual_seed(0))
+    source = torch.where(chance < torch.arange(10)[:, None] / 20, torch.arange(10)[:, None], 0)
+    source = source.cummax(0).values
+    groups = attention_groups(referring_layout(geometry(8, 8), source), scope)
+    plan = buckets(groups)
+    assert 2 < len(plan) < len(groups.length)
+    for bucket in plan:
+        lengths = torch.ones(bucket.shape) if bucket.query_valid is None else bucket.query_valid.float()
+        assert lengths.sum(1).min() > 0.5 * lengths.sum(1).max()
+    assert sum(len(b.query.unique()) for b in plan) == groups.length.sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -219,7 +219,11 @@ def test_nor_in_blocks_of_several_grids(block, keep, monkeypatch):
 def test_nor_with_references_in_time(share, block, chunk_units, kernel, monkeypatch):
     grid = (6, 5, 6)
     patches = clip(grid, changes(grid, share))
-    for method in (EvoPrune(encoder=0.1, first=0.0), EvoPrune(encoder=1.0), EvoPrune(attention=0.3, critical=0.2)):
+    for method in (
+        EvoPrune(encoder_budget=0.1, first=0.0),
+        EvoPrune(encoder_budget=1.0),
+        EvoPrune(attention=0.3, critical=0.2),
+    ):
         method = replace(method, block=block)
         both_ways(monkeypatch, grid, method, 20, kernel, (1, 3), chunk_units, patches)
 
@@ -229,7 +233,10 @@ def test_nor_where_a_whole_block_has_nothing_new(chunk_units, monkeypatch):
     # Also where blocks are grids and rows merge in windows: some grids have no rows to lose.
     grid, changed = (4, 5, 6), torch.zeros(4, 30, dtype=torch.bool)
     changed[0], changed[2] = True, torch.arange(30) < 20
-    for method in (EvoPrune(block=1, encoder=0.2, first=0.0, last=1.0), EvoPrune(block=2, encoder=0.2, first=0.0)):
+    for method in (
+        EvoPrune(block=1, encoder_budget=0.2, first=0.0, last=1.0),
+        EvoPrune(block=2, encoder_budget=0.2, first=0.0),
+    ):
         both_ways(monkeypatch, grid, method, 9, True, (2,), chunk_units, clip(grid, changed))
 
 
@@ -240,16 +247,35 @@ def test_nor_where_a_whole_block_has_nothing_new(chunk_units, monkeypatch):
     seed=st.integers(0, 99),
     block=st.integers(1, 4),
     keep=st.floats(0, 1),
-    encoder_share=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+    encoder_share=st.sampled_from([0.001, 0.1, 0.3, 1.0]),
     attention_weight=st.sampled_from([0.0, 0.3]),
     full_layers=st.sampled_from([(1, 3), (), (2,)]),
+    adaptive=st.booleans(),
     chunk_units=st.integers(1, 100),
     kernel=st.booleans(),
 )
 def test_nor_on_any_clip_with_references(
-    monkeypatch, grid, share, seed, block, keep, encoder_share, attention_weight, full_layers, chunk_units, kernel
+    monkeypatch,
+    grid,
+    share,
+    seed,
+    block,
+    keep,
+    encoder_share,
+    attention_weight,
+    full_layers,
+    adaptive,
+    chunk_units,
+    kernel,
 ):
-    method = EvoPrune(block=block, encoder=encoder_share, first=0.0, last=0.8, attention=attention_weight)
+    method = EvoPrune(
+        block=block,
+        encoder_budget=encoder_share,
+        first=0.0,
+        last=0.8,
+        attention=attention_weight,
+        adaptive=adaptive,
+    )
     patches = clip(grid, changes(grid, share, seed), seed)
     both_ways(monkeypatch, grid, method, max(1, round(units(grid) * keep)), kernel, full_layers, chunk_units, patches)
 
@@ -273,7 +299,7 @@ def test_with_references_too_every_shape_is_known(share, kernel, monkeypatch):
     monkeypatch.setattr(devices, "static_shapes", lambda device: device == meta)
     monkeypatch.setattr(encoder, "_settled", lambda *_: (False, 0.0))
     visual, patches = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta), clip(grid, changes(grid, share))
-    method = Inside(block=2, encoder=0.2, first=0.0, attention=0.1)
+    method = Inside(block=2, encoder_budget=0.2, first=0.0, attention=0.1)
     expected = encode(tiny_tower((0, 2)), [patches], grid, method, 20)
     made = encode(visual, [patches], grid, method, 20, chunk_units=70)
     assert made.layers == expected.layers and made.rows.shape == expected.rows.shape and made.rows.is_meta

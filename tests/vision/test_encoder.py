@@ -12,7 +12,7 @@ from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.pruning.budget import keep_count, spread
 from evoprune.pruning.schedule import ALLOCATIONS
-from evoprune.vision.encoder import encode, in_grids
+from evoprune.vision.encoder import encode
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patchify
 from evoprune.vision.tower import tower_shape
@@ -176,16 +176,6 @@ def test_nor_on_how_the_patches_are_cut_into_pieces(cuts, chunk_units):
     whole = encode_noise(grid, method, 40, chunk_units=chunk_units)
     pieces = random_patches(grid).tensor_split(cuts)
     assert_same(encode(tiny_tower(), iter(pieces), grid, method, 40, chunk_units=chunk_units), whole, atol=0)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 9), max_size=8), st.integers(1, 4), st.integers(1, 3))
-def test_in_grids_recuts_without_loss(lengths, rows_per_grid, grids):
-    stream = torch.arange(sum(lengths))
-    pieces = list(in_grids(stream.split(lengths), rows_per_grid, grids))
-    assert torch.equal(torch.cat([stream[:0], *pieces]), stream)
-    assert all(len(piece) == rows_per_grid * grids for piece in pieces[:-1])
-    assert all(len(piece) <= rows_per_grid * grids for piece in pieces)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Messages between two processes: plain data as JSON, with it at most one file descriptor, and signs of life in between.
+
+No pickles: a video may have taken over whoever reads it, and must not be able to run anything at the other end.
+"""
+
+import json
+import socket
+import struct
+
+LARGEST = 2**26  # bytes of a message
+_LENGTH = struct.Struct("<I")
+_ALIVE = _LENGTH.pack(0)
+
+
+class Channel:
+    """One end of a connected Unix socket. What is sent or received may raise OSError.
+
+    Args:
+        end: of the socket.
+        descriptors: how many a message may bring, 0 or 1; the caller closes them.
+    """
+
+    def __init__(self, end: socket.socket, descriptors: int = 0):
+        self._socket, self._descriptors = end, descriptors
+
+    def send(self, message: dict, descriptor: int | None = None) -> None:
+        """Raises ValueError where the message is too large."""
+        content = json.dumps(message).encode()
+        if len(content) > LARGEST:
+            raise ValueError(f"a message of {len(content):,} bytes")
+        head = _LENGTH.pack(len(content))
+        if descriptor is not None:
+            socket.send_fds(self._socket, [head], [descriptor])
+            head = b""
+        self._socket.sendall(head + content)
+
+    def send_alive(self) -> None:
+        """Tell the other end that there is progress, though no message yet."""
+        self._socket.sendall(_ALIVE)
+
+    def receive(self, patience_s: float | None = None) -> tuple[dict, int | None]:
+        """The next message, and the descriptor that came with it.
+
+        Raises EOFError where the other end is closed, TimeoutError where there is not even a sign of life for so long.
+        """
+        self._socket.settimeout(patience_s)
+        while True:
+            head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH.size, self._descriptors)
+            if not head:
+                raise EOFError
+            (length,) = _LENGTH.unpack(head + self._exactly(_LENGTH.size - len(head)))
+            if length > LARGEST:
+                raise OSError(f"a message of {length:,} bytes")
+            if length:
+                return json.loads(self._exactly(length)), descriptors[0] if descriptors else None
+
+    def _exactly(self, size: int) -> bytes:
+        content = bytearray()
+        while len(content) < size:
+            piece = self._socket.recv(min(size - len(content), 2**20))
+            if not piece:
+                raise EOFError
+            content += piece
+        return bytes(content)
+
+    def close(self) -> None:
+        self._socket.close()

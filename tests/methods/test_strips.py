@@ -1,0 +1,90 @@
+"""Scores of large groups are never held all at once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evoprune.methods.base import Candidates
+from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.pruning import score
+from evoprune.pruning.score import LONELY, strips
+
+WIDTH = 9
+
+
+def candidates(lengths, seed=0, dimensions=6):
+    random = torch.Generator().manual_seed(seed)
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    shape = valid.shape
+    return Candidates(
+        torch.randn(*shape, dimensions, generator=random),
+        torch.rand(shape, generator=random),
+        torch.randint(WIDTH * WIDTH, shape, generator=random).sort(1).values,
+        torch.randint(3, shape, generator=random).sort(1).values,
+        torch.ones(shape, dtype=torch.int64),
+        valid,
+        WIDTH,
+    )
+
+
+@given(st.integers(0, 40), st.integers(0, 60), st.integers(1, 500))
+def test_strips_are_all_rows_in_order_and_few_enough(groups, rows, held):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "HELD", held)
+        made = strips(groups, rows)
+    assert [row for part in made for row in range(rows)[part]] == list(range(rows))
+    for part in made:
+        count = part.stop - part.start
+        assert count == 1 or groups * count * rows <= held
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    held=st.sampled_from([1, 60, 300, 2000]),
+    lonely=st.sampled_from(LONELY),
+    diversity=st.sampled_from([0.0, 0.3]),
+    weights=st.sampled_from([{}, {"survivor": "attended"}, {"split": "checkerboard", "critical": 0.3}]),
+    share=st.floats(0, 1),
+)
+def test_matches_do_not_depend_on_the_strips(lengths, seed, held, lonely, diversity, weights, share):
+    method = EvoPrunePaper(lonely=lonely, diversity=diversity, **weights)
+    groups, remove = candidates(lengths, seed), torch.tensor([round(n * share / 2) for n in lengths])
+    whole = method.match(groups, remove)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "HELD", held)
+        assert torch.equal(method.match(groups, remove), whole)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor had which was made meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.itemsize)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [(EvoPrune(), 900), (EvoPrune(attention=0.1, critical=0.1), 900), (EvoPrunePaper(), 900), (EvoPrune(), 2700)],
+    ids=["plain", "attention", "density", "three times as many"],
+)
+def test_memory_for_scores_is_bounded(method, rows, monkeypatch):
+    monkeypatch.setattr(score, "HELD", 1 << 14)
+    groups = candidates([rows])
+    if "attention" not in method.needs:
+        groups = replace(groups, attention=None)
+    with Largest() as largest:
+        method.match(groups, torch.tensor([rows // 4]))
+    assert rows * 6 <= largest.numbers <= 1 << 14 < rows * rows / 40

@@ -1,0 +1,57 @@
+"""Inputs of a Hugging Face model as its processor makes them, which cannot be imported without torchvision."""
+
+from collections.abc import Sequence
+
+import torch
+
+Part = str | tuple[int, int, int]
+VIDEO, IMAGE = "video", "image"
+
+
+def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds: float = 0.7, steps: int = 2) -> dict:
+    """A batch of prompts.
+
+    Args:
+        rows: of each prompt its parts, in order: a number of text tokens, or ("video", T, H, W) or ("image", H, W) in patches.
+        side: where padding stands.
+        seconds: of the first video's grids; each later one has so much more.
+        steps: frames of a video that differ; the others repeat the one before, with a little noise.
+    """
+    config, random = model.config, torch.Generator().manual_seed(seed)
+    pad = model.generation_config.pad_token_id or 0
+    ids, videos, images, grids, shapes = [], [], [], [], []
+    for parts in rows:
+        row = []
+        for part in parts:
+            if isinstance(part, int):
+                row += torch.randint(1, 200, (part,), generator=random).tolist()
+                continue
+            kind, *grid = part
+            t, h, w = grid if kind == VIDEO else (1, *grid)
+            scene = torch.randn(1, h * w, 1176, generator=random)
+            patches = []
+            for moment in range(t):
+                if moment and moment % max(1, t // steps) == 0:
+                    moved = torch.rand(h * w // 4, generator=random).repeat_interleave(4) < 0.3
+                    scene = torch.where(moved[:, None], torch.randn(scene.shape, generator=random), scene)
+                patches.append(scene[0] + 1e-3 * torch.randn(scene[0].shape, generator=random))
+            (videos if kind == VIDEO else images).append(torch.cat(patches))
+            (grids if kind == VIDEO else shapes).append([t, h, w])
+            pads = config.video_token_id if kind == VIDEO else config.image_token_id
+            row += [config.vision_start_token_id, *[pads] * (t * h * w // 4), config.vision_end_token_id]
+        ids.append(row)
+    length = max(map(len, ids))
+    filled = [(length - len(row)) for row in ids]
+    put = (lambda row, n, x: [x] * n + row) if side == "left" else (lambda row, n, x: row + [x] * n)
+    input_ids = torch.tensor([put(row, n, pad) for row, n in zip(ids, filled, strict=True)])
+    made = {
+        "input_ids": input_ids,
+        "attention_mask": torch.tensor([put([1] * len(row), n, 0) for row, n in zip(ids, filled, strict=True)]),
+        "mm_token_type_ids": (input_ids == config.image_token_id) + 2 * (input_ids == config.video_token_id),
+    }
+    if videos:
+        made |= {"pixel_values_videos": torch.cat(videos), "video_grid_thw": torch.tensor(grids)}
+        made["second_per_grid_ts"] = torch.tensor([seconds * (1 + i) for i in range(len(grids))])
+    if images:
+        made |= {"pixel_values": torch.cat(images), "image_grid_thw": torch.tensor(shapes)}
+    return made

@@ -1,0 +1,305 @@
+"""Videos broken in every way: `python -m tests.video.mutations [--count 1000] [--seed 0]`.
+
+Small files of many kinds are mutated, a case from each number, always the same one; each is probed, sampled and decoded as `ask`
+does, some by the command line itself. Whatever comes of it must be an answer or an error about the video, within `LONGEST_S`.
+Prints what came of them, and ends with 1 if anything else did.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from evoprune.errors import EvopruneError, VideoError
+from evoprune.plan import VideoLimits, make_plan
+from evoprune.video import isolation
+from evoprune.video.decode import choose_decoder, read_frames
+from evoprune.video.probe import probe
+from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
+from tests.video.kinds import KINDS, write_kind
+
+ROOT = Path(__file__).parents[2]
+LONGEST_S = 30.0
+CHUNK_BYTES = 2**26  # as in the pipeline
+# Of the process that reads: what any video may take, and some for what is no data (libraries, stacks).
+MOST_BYTES = 2**30 + 2**28
+# With how many cases between, in each of which decord reads, and the command line is run.
+DECORD_EVERY, COMMAND_EVERY = 7, 50
+
+FASTSTART = "faststart.mp4"
+SOURCES = (
+    FASTSTART, "h264.mp4", "fragments.mp4", "h264.ts", "h264.avi", "h264.flv", "h264.h264", "hevc.mp4", "hevc.mkv", "vp8.webm",
+    "vp9.webm", "vp9.ivf", "av1.mp4", "av1.mkv", "mpeg4.avi", "mjpeg.avi", "mpeg2.mpg", "mpeg2.mxf", "wmv2.wmv", "prores.mov",
+    "picture.gif", "picture.apng", "ffv1.mkv", "sorenson.flv", "turned.mp4", "subtitles.mkv", "no_length.mkv",
+    "image.png", "image.jpg", "image.webp", "image.bmp",
+)  # fmt: skip
+
+Mutation = Callable[[np.random.Generator, bytearray], bytes | bytearray]
+
+
+def flip_bytes(random: np.random.Generator, content: bytearray) -> bytearray:
+    for at in random.integers(len(content), size=random.integers(1, 40)):
+        content[at] ^= random.integers(1, 256)
+    return content
+
+
+def damage_the_header(random: np.random.Generator, content: bytearray) -> bytearray:
+    for at in random.integers(min(len(content), 600), size=random.integers(1, 12)):
+        content[at] = random.integers(256)
+    return content
+
+
+def damage_the_end(random: np.random.Generator, content: bytearray) -> bytearray:
+    """Where MP4 has its index."""
+    for at in random.integers(min(len(content), 1000), size=random.integers(1, 12)):
+        content[-1 - at] = random.integers(256)
+    return content
+
+
+def truncate(random: np.random.Generator, content: bytearray) -> bytearray:
+    return content[: random.integers(1, len(content))]
+
+
+def cut_the_middle_out(random: np.random.Generator, content: bytearray) -> bytearray:
+    begin, end = sorted(random.integers(len(content), size=2))
+    return content[:begin] + content[end:] or content
+
+
+def zero_a_range(random: np.random.Generator, content: bytearray) -> bytearray:
+    begin, end = sorted(random.integers(len(content), size=2))
+    content[begin:end] = bytes(end - begin)
+    return content
+
+
+def repeat_a_range(random: np.random.Generator, content: bytearray) -> bytearray:
+    begin, end = sorted(random.integers(len(content), size=2))
+    return content[:end] + content[begin:end] * int(random.integers(1, 20)) + content[end:]
+
+
+def swap_boxes(random: np.random.Generator, content: bytearray) -> bytearray:
+    """Two pieces change places: of MP4 boxes, of other files any."""
+    edges, at = [0], 0
+    while content[4:8] == b"ftyp" and at + 8 <= len(content):
+        at += max(8, int.from_bytes(content[at : at + 4], "big"))
+        edges.append(min(at, len(content)))
+    if len(edges) < 4:
+        edges = [0, *sorted(int(at) for at in random.integers(len(content), size=4)), len(content)]
+    pieces = [content[a:b] for a, b in pairwise(edges)]
+    i, j = random.choice(len(pieces), 2, replace=False)
+    pieces[i], pieces[j] = pieces[j], pieces[i]
+    return bytearray().join(pieces)
+
+
+HUGE = (2**32 - 1, 2**31 - 1, 2**31, 10**9, 10**5, 65_535, 2**24, 0)
+
+
+def declare_huge_numbers(random: np.random.Generator, content: bytearray) -> bytearray:
+    """Somewhere in the first or last bytes, where sizes and counts are."""
+    for _ in range(random.integers(1, 6)):
+        size, order = int(random.choice([2, 4, 4, 8])), str(random.choice(["big", "little"]))
+        at = int(random.integers(min(len(content), 800)))
+        at = at if random.integers(2) else max(0, len(content) - at - size)
+        number = int(random.choice(HUGE)) & (256**size - 1)
+        content[at : at + size] = number.to_bytes(size, order)
+    return content
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    flip_bytes,
+    damage_the_header,
+    damage_the_end,
+    truncate,
+    cut_the_middle_out,
+    zero_a_range,
+    repeat_a_range,
+    swap_boxes,
+    declare_huge_numbers,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        number: of the case. name: of the file it was made from, and how.
+        code: that `ask` ends with. what: in words, without paths and numbers.
+        seconds: how long it took. peak_bytes: of the process that read; None if it is gone.
+        bad: why that must not be, or "".
+    """
+
+    number: int
+    name: str
+    code: int
+    what: str
+    seconds: float
+    peak_bytes: int | None
+    bad: str
+
+
+def sources(folder: Path) -> dict[str, bytes]:
+    """What is mutated."""
+    made = {}
+    for name in SOURCES:
+        if name in KINDS:
+            path = write_kind(folder, name)
+        elif name == FASTSTART:
+            sound = {"audio_s": 4.0, "container_options": {"movflags": "faststart"}}
+            path = write_video(folder / name, numbered_frames(40), **sound)
+        else:
+            path = write_image(folder / name, numbered_frame(77))
+        made[name] = path.read_bytes()
+    return made
+
+
+def mutant(number: int, seed: int, originals: dict[str, bytes]) -> tuple[str, bytes]:
+    """The name and the content of a case."""
+    random = np.random.default_rng((seed, number))
+    name = SOURCES[number % len(SOURCES)]
+    content, how = bytearray(originals[name]), []
+    for _ in range(random.choice([1, 1, 1, 2, 3])):
+        mutation = MUTATIONS[random.integers(len(MUTATIONS))]
+        content = bytearray(mutation(random, content) or b"\0")
+        how.append(mutation.__name__)
+    return f"{name}: {', '.join(how)}", bytes(content)
+
+
+def read(path: Path, decoder: str) -> tuple[int, str]:
+    """The exit code and what happened, in the way that `ask` goes about it."""
+    try:
+        info = probe(path)
+        choose_decoder(decoder, info)
+        plan = make_plan(info, VideoLimits())
+        chunk_bytes = min(CHUNK_BYTES, 16 * info.width * info.height * 3)
+        frames = damaged = 0
+        for chunk in read_frames(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes):
+            frames, damaged = frames + len(chunk.frames), damaged + chunk.damaged
+    except EvopruneError as problem:
+        return problem.exit_code, re.sub(r"[0-9][0-9.,e+-]*", "N", problem.message.replace(str(path), "FILE"))
+    except Exception as problem:
+        return 1, f"{type(problem).__name__}: {problem}"
+    if frames != plan.sampling.frames:
+        return 1, f"{frames} frames instead of {plan.sampling.frames}"
+    return 0, "answered, damaged" if damaged else "answered, cut short" if info.cut_short else "answered"
+
+
+def command(path: Path) -> tuple[int, str]:
+    """The exit code of `ask`, and what it says that it must not."""
+    words = ["ask", str(path), "What happens?", "-n", "1", "--quiet", "--json"]
+    done = subprocess.run([sys.executable, "-m", "evoprune_cli", *words], capture_output=True, cwd=ROOT, timeout=300)
+    if b"Traceback" in done.stderr or len(done.stdout.splitlines()) != 1:
+        return done.returncode, f"it wrote {done.stdout!r} and {done.stderr!r}"
+    error = json.loads(done.stdout)["error"]
+    if (error["code"] if error else 0) != done.returncode:
+        return done.returncode, f"it ended with {done.returncode}, but wrote {error}"
+    return done.returncode, ""
+
+
+def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_command: bool) -> Outcome:
+    """One case; its file stays in `folder`."""
+    name, content = mutant(number, seed, originals)
+    kind = name.partition(":")[0]
+    path = folder / f"{number}_{kind}"
+    path.write_bytes(content)
+    video = path
+    if kind.startswith("image") and number % 2:
+        video = folder / f"{number}_images"
+        video.mkdir(exist_ok=True)
+        path.rename(video / kind)
+    decoder = "decord" if number % DECORD_EVERY == 0 else "auto"
+    code, what, seconds, most = timed(video, decoder)
+    if seconds > LONGEST_S:  # is it the file, or was the machine busy elsewhere?
+        code, what, seconds, most = timed(video, decoder)
+    bad = ""
+    if code not in (0, VideoError.exit_code):
+        bad = what
+    elif seconds > LONGEST_S:
+        bad = f"it took {seconds:.0f} s"
+    elif most is not None and most > MOST_BYTES:
+        bad = f"it took {most / 2**20:.0f} MiB"
+    elif by_command and decoder == "auto":
+        by, bad = command(video)
+        if by != code:
+            bad = bad or f"the command line ends with {by}, not with {code}"
+    return Outcome(number, name, code, what, seconds, most, bad)
+
+
+def timed(path: Path, decoder: str) -> tuple[int, str, float, int | None]:
+    forget_peaks()
+    begin = time.monotonic()
+    code, what = read(path, decoder)
+    return code, what, time.monotonic() - begin, peak()
+
+
+def forget_peaks() -> None:
+    for worker in isolation._idle:
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")
+
+
+def peak() -> int | None:
+    """The most bytes that a process that reads videos has had since then; None if none is left."""
+    found = []
+    for worker in isolation._idle:
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        found += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
+    return max(found, default=None)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """How many came to what, in Markdown."""
+    lines = ["| exit code | what | cases | longest | most memory |", "|---|---|---|---|---|"]
+    counts = Counter((o.code, o.what) for o in outcomes)
+    for (code, what), count in sorted(counts.items(), key=lambda found: (found[0][0], -found[1])):
+        some = [o for o in outcomes if (o.code, o.what) == (code, what)]
+        longest, most = max(o.seconds for o in some), max(o.peak_bytes or 0 for o in some)
+        lines.append(f"| {code} | {what[:90]} | {count:,} | {longest:.1f} s | {most / 2**20:.0f} MiB |")
+    return "\n".join(lines)
+
+
+def run_all(numbers: Sequence[int], seed: int, folder: Path) -> Iterator[Outcome]:
+    """One outcome after the other; files of those that must not be stay in `folder`."""
+    (folder / "sources").mkdir(exist_ok=True)
+    originals = sources(folder / "sources")
+    for i, number in enumerate(numbers):
+        outcome = run(number, seed, originals, folder, by_command=i % COMMAND_EVERY == COMMAND_EVERY - 1)
+        if not outcome.bad:
+            for path in folder.glob(f"{number}_*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1000, help="how many cases (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the cases (default: 0)")
+    parser.add_argument("--only", type=int, help="the number of a single case, whose file is kept")
+    parser.add_argument("--keep", type=Path, help="folder for the files of cases that must not be (default: none)")
+    args = parser.parse_args()
+    numbers = range(args.count) if args.only is None else [args.only]
+    outcomes = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for outcome in run_all(numbers, args.seed, folder):
+            outcomes.append(outcome)
+            if outcome.bad or args.only is not None:
+                print(outcome, file=sys.stderr, flush=True)
+    print(table(outcomes))
+    bad = sum(bool(outcome.bad) for outcome in outcomes)
+    print(f"\n{len(outcomes):,} cases, {bad} of them bad; {max(o.seconds for o in outcomes):.1f} s at most")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

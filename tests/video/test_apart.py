@@ -1,0 +1,87 @@
+"""Good files of all kinds give the same facts and the same frames, read in a process apart or in this one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.video import isolation
+from evoprune.video.decode import read_frames
+from evoprune.video.probe import probe
+from evoprune.video.scan import scan
+from tests.video.files import numbered_frames, pixels, write_image, write_video
+from tests.video.kinds import AV1, HEVC, KINDS, OPEN_GOP, VP9, write_kind
+
+pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
+
+MADE = 200 - len(KINDS)
+WAYS = [
+    ({}, ("mp4", "mov", "mkv", "ts", "flv", "avi")),
+    (HEVC, ("mp4", "mkv", "ts")),
+    (VP9, ("webm", "mkv", "mp4")),
+    (AV1, ("mkv", "mp4")),
+    ({"codec": "libvpx"}, ("webm", "mkv")),
+    ({"codec": "mpeg4"}, ("avi", "mp4", "mkv")),
+    ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, ("avi", "mov", "mkv")),
+    (OPEN_GOP, ("mp4", "mkv", "ts")),
+]
+
+
+def some_file(folder, number):
+    """A good file: which codec and container, how large, long, fast, how turned, since when, with sound or without."""
+    random = np.random.default_rng(number)
+    how, endings = WAYS[number % len(WAYS)]
+    ending = str(random.choice(endings))
+    count, fps = int(random.integers(1, 60)), int(random.choice([5, 10, 24, 25, 30]))
+    size = tuple(2 * int(n) for n in random.integers(32, 90, 2))
+    how = how | {"fps": fps, "gop": int(random.choice([1, 5, 12, 250]))}
+    if ending in ("mp4", "mov", "mkv"):
+        how |= {"rotation": int(random.choice([0, 0, 90, 180, 270])), "start": float(random.choice([0.0, 0.0, 3.5]))}
+    if ending != "webm" and random.integers(3) == 0:  # which takes no AAC
+        how |= {"audio_s": count / fps}
+    return write_video(folder / f"{number}.{ending}", numbered_frames(count, *size), **how)
+
+
+def everything(path, decoder, chunk_frames):
+    """Facts, what a scan finds, the frames at some moments, and since when they are shown; or the error."""
+    info = probe(path)
+    end = info.duration_s
+    moments = sorted([0.0, *np.linspace(0, end, 12), *np.random.default_rng(0).uniform(0, end, 5), end + 1])
+    chunk_bytes = chunk_frames * info.width * info.height * 3
+    try:
+        chunks = list(read_frames(info, moments, decoder=decoder, chunk_bytes=chunk_bytes))
+    except VideoError as problem:
+        return info, None, (problem.message, problem.hint), None
+    shown = [(chunk.first, chunk.times_s, chunk.damaged) for chunk in chunks]
+    return info, replace(scan(path), seconds=0.0), shown, pixels(chunks)
+
+
+def check(path, chunk_frames):
+    for decoder in ("pyav", "decord"):
+        apart = everything(path, decoder, chunk_frames)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(isolation, "POSSIBLE", False)
+            here = everything(path, decoder, chunk_frames)
+        assert apart[:3] == here[:3], path
+        assert np.array_equal(apart[3], here[3]), path
+        assert decoder == "decord" or apart[3] is not None
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "vary.webm", "turned.mp4", "late.ts", "odd.mp4"])
+def test_a_few(name, folder):
+    check(write_kind(folder, name), 4)
+
+
+def test_a_folder(tmp_path):
+    for i, rgb in enumerate(numbered_frames(9)):
+        write_image(tmp_path / f"{i}.{('png', 'jpg', 'webp', 'bmp')[i % 4]}", rgb)
+    check(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_two_hundred_files(folder, tmp_path):
+    files = [write_kind(folder, name) for name in KINDS] + [some_file(tmp_path, i) for i in range(MADE)]
+    assert len(files) == 200
+    for i, path in enumerate(files):
+        check(path, 2 + i % 9)

@@ -1,0 +1,302 @@
+"""The process that videos are read in: whatever becomes of it, it is an error about the video, and nothing stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evoprune.errors import OutOfMemory, VideoError
+from evoprune.video import isolation
+from evoprune.video.decode import read_frames
+from evoprune.video.probe import probe
+from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
+from tests.video.unruly import PROGRAM
+
+pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
+
+ROOT = Path(__file__).parents[2]
+MOMENTS = [0.05 + 0.1 * i for i in range(20)]
+SMALL = 4 * 64 * 48 * 3  # bytes of four frames
+
+
+@pytest.fixture(scope="module")
+def good(folder):
+    return write_video(folder / "good.mp4", numbered_frames(20))
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Process ids of the unruly workers that are started."""
+    ids, start = [], isolation._Worker.__init__
+
+    def noting(self):
+        start(self)
+        ids.append(self.pid)
+
+    isolation.end_all()
+    monkeypatch.setattr(isolation._Worker, "__init__", noting)
+    monkeypatch.setattr(isolation, "PROGRAM", PROGRAM)
+    yield ids
+    isolation.end_all()
+    assert not any(map(lives, ids))
+
+
+@pytest.fixture
+def named(good, tmp_path):
+    """`named("crash")`: a good video of that name."""
+
+    def call(name):
+        path = tmp_path / f"{name}.mp4"
+        path.write_bytes(good.read_bytes())
+        return path
+
+    return call
+
+
+def lives(pid):
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid, seconds=5.0):
+    end = time.monotonic() + seconds
+    while lives(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not lives(pid)
+
+
+CRASHES = {
+    "crash": "Segmentation fault",
+    "abort": "Aborted",
+    "killed": "Killed",
+    "exit": "exit code 7",
+    "nonsense": "talks nonsense",
+}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_a_crash_is_an_error_about_the_video(name, named, good, started):
+    path = named(name)
+    with pytest.raises(VideoError) as caught:
+        probe(path)
+    assert (caught.value.exit_code, caught.value.stage, bool(caught.value.hint)) == (3, "read", True)
+    assert str(path) in caught.value.message and CRASHES[name] in caught.value.message
+    assert len(started) == 2 and all(map(gone, started))
+    assert probe(good).frames_total == 20
+
+
+@pytest.mark.parametrize("name", ["crash", "nonsense"])
+def test_a_crash_while_frames_are_read(name, named, good, started):
+    info = probe(named(f"later_{name}"))
+    chunks = read_frames(info, MOMENTS, chunk_bytes=SMALL)
+    got = []
+    with pytest.raises(VideoError, match=CRASHES[name]):
+        for chunk in chunks:
+            got += [number_of(rgb) for rgb in chunk.frames]
+    # Two arrays, and from where they ended two more.
+    assert got == list(range(16)) and len(started) == 2
+    assert numbers(probe(good), MOMENTS) == list(range(20))
+
+
+def test_a_process_that_an_earlier_video_has_spoilt_is_replaced(named, started):
+    info = probe(named("once_crash"))
+    assert info.frames_total == 20 and len(started) == 2
+    os.rmdir(info.path + ".done")
+    assert numbers(info, MOMENTS, chunk_bytes=SMALL) == list(range(20)) and len(started) == 3
+
+
+def test_one_that_died_in_its_sleep_is_replaced(good, started):
+    probe(good)
+    os.kill(started[0], signal.SIGKILL)
+    assert gone(started[0])
+    assert probe(good).frames_total == 20 and len(started) == 2
+
+
+@pytest.mark.parametrize("when", ["", "later_"])
+def test_silence_is_an_error(when, named, started, monkeypatch):
+    monkeypatch.setattr(isolation, "SILENCE_S", 0.6)
+    path = named(f"{when}hang")
+    begin = time.monotonic()
+    with pytest.raises(VideoError, match="standstill") as caught:
+        numbers(probe(path), MOMENTS, chunk_bytes=SMALL)
+    assert str(path) in caught.value.message and time.monotonic() - begin < 24  # well before the 25 s that are usual
+    assert len(started) == 1 and gone(started[0])
+
+
+def test_taking_long_is_none(named, good, started, monkeypatch):
+    probe(good)
+    monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
+    assert probe(named("slow")).frames_total == 20  # which takes three seconds
+
+
+def test_memory_is_limited(named, good, started):
+    with pytest.raises(VideoError, match=r"takes more than 1\.0 GiB") as caught:
+        probe(named("memory"))
+    assert caught.value.exit_code == 3
+    assert probe(good).frames_total == 20 and len(started) == 3
+
+
+def test_nothing_is_written(named, started, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named("write")
+    with pytest.raises(RuntimeError, match="File too large"):
+        probe("write.mp4")
+    assert (tmp_path / "written").stat().st_size == 0
+
+
+def test_a_bug_comes_with_its_traceback(named, good, started):
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: 1/0") as caught:
+        probe(named("bug"))
+    assert "tests/video/unruly.py" in caught.value.__notes__[0]
+    assert probe(good).frames_total == 20 and len(started) == 1
+
+
+def test_neither_side_has_what_it_does_not_need(named, started):
+    with pytest.raises(VideoError) as caught:
+        probe(named("modules"))
+    there = caught.value.message.split()
+    assert "av" in there and not {"torch", "transformers", "decord", "subprocess", "site"} & set(there)
+    program = (
+        "import sys; from evoprune.video import isolation, probe, scan; assert 'numpy' not in sys.modules\n"
+        "from evoprune.video import decode; assert 'av' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_a_process_that_cannot_start(named, started, monkeypatch):
+    monkeypatch.setattr(isolation, "PROGRAM", "{paths}; import nonexistent{socket}")
+    with pytest.raises(VideoError, match="exit code 1") as caught:
+        probe(named("fine"))
+    assert "No module named 'nonexistent" in caught.value.__notes__[0]
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(OutOfMemory, match="cannot start"):
+        probe(named("fine"))
+
+
+def test_one_process_serves_one_video_after_the_other(good, started):
+    for _ in range(3):
+        assert numbers(probe(good), MOMENTS, chunk_bytes=SMALL) == list(range(20))
+    assert len(started) == 1
+
+
+def test_one_is_started_ahead_of_the_first_video(good, started):
+    isolation.warm_up()
+    isolation.warm_up()
+    assert probe(good).frames_total == 20 and len(started) == 1
+
+
+def test_two_videos_at_once(good, started):
+    info = probe(good)
+    chunks = [read_frames(info, MOMENTS, chunk_bytes=SMALL) for _ in range(3)]
+    for first in (0, 4, 8, 12, 16):
+        for reading in chunks:
+            assert [number_of(rgb) for rgb in next(reading).frames] == list(range(first, first + 4))
+    assert len(started) == 3
+    assert [next(reading, None) for reading in chunks] == [None] * 3
+    assert sum(map(lives, started)) == isolation.IDLE
+
+
+def test_threads(good, started):
+    right, got = list(range(20)), []
+
+    def read():
+        for _ in range(5):
+            got.append(numbers(probe(good), MOMENTS, chunk_bytes=SMALL))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [right] * 20 and sum(map(lives, started)) <= isolation.IDLE
+
+
+def test_it_outlives_the_thread_that_started_it(good, started):
+    thread = threading.Thread(target=probe, args=(good,))
+    thread.start()
+    thread.join()
+    time.sleep(0.1)
+    assert probe(good).frames_total == 20 and len(started) == 1
+
+
+def test_who_stops_early_leaves_nothing_behind(named, started):
+    info = probe(named("later_hang"))
+    chunks = read_frames(info, MOMENTS, chunk_bytes=SMALL)
+    next(chunks)
+    next(chunks)  # and at the third it hangs
+    chunks.close()
+    assert gone(started[0])
+
+
+def test_frames_belong_to_whoever_got_them(good, started):
+    info = probe(good)
+    chunks = list(read_frames(info, MOMENTS, chunk_bytes=SMALL))
+    isolation.end_all()
+    for chunk in chunks:
+        assert chunk.frames.flags.writeable and chunk.frames.flags.c_contiguous
+        chunk.frames[:, :2] = 0
+    again = list(read_frames(info, MOMENTS, chunk_bytes=SMALL))
+    assert np.array_equal(pixels(again)[:, 2:], pixels(chunks)[:, 2:]) and pixels(again)[:, :2].all()
+
+
+def test_a_fork_starts_its_own(good, started):
+    probe(good)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if numbers(probe(good), MOMENTS) == list(range(20)) and len(started) == 2 else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert numbers(probe(good), MOMENTS) == list(range(20)) and len(started) == 1
+
+
+PARENT = """
+import sys
+from evoprune.video import isolation
+from evoprune.video.probe import probe
+from tests.video.unruly import PROGRAM
+isolation.PROGRAM = PROGRAM
+probe(sys.argv[1])
+print(isolation._idle[0].pid, flush=True)
+sys.argv[:2] = ["evoprune", "ask"]
+from evoprune_cli.main import run
+run()
+"""
+
+
+def shielded():
+    """A process about to start: it hears Ctrl-C, but its children have SIGIO ignored and blocked."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, -1)]
+)
+def test_it_ends_with_the_process_that_started_it(how, code, named, good):
+    words = [str(good), str(named("hang")), "What happens?"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, *words],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=shielded,
+    ) as parent:
+        pid = int(parent.stdout.readline())
+        while not os.path.exists(words[1] + ".begun"):
+            time.sleep(0.05)
+        assert lives(pid)  # and hangs, with Python's lock
+        parent.send_signal(how)
+        assert parent.wait(60) == code
+        assert b"Traceback" not in parent.stderr.read()
+    assert gone(pid)

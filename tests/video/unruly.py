@@ -1,0 +1,104 @@
+"""A process that reads videos like any other, but for some names: `crash.mp4` crashes it, and so on."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from evoprune.errors import VideoError
+from evoprune.video import facts, tasks, watch, worker
+
+C = ctypes.PyDLL(None)  # calls into C keep Python's lock, as a decoder's callbacks may
+PROGRAM = "import sys; sys.path[:] = {paths}; from tests.video.unruly import main; main({socket})"
+
+
+def sleep_in_c() -> None:
+    C.sleep(1000)
+
+
+def slow() -> None:
+    for _ in range(30):
+        time.sleep(0.1)
+        watch.alive()
+
+
+def talk_nonsense() -> None:
+    for descriptor in range(3, 20):
+        try:
+            os.write(descriptor, b"\xff" * 100)
+        except OSError:
+            continue
+    time.sleep(1000)
+
+
+def take_memory() -> None:
+    bytearray(2**33)
+
+
+def write_a_file() -> None:
+    with open("written", "wb") as file:
+        file.write(b"x")
+
+
+def tell_modules() -> None:
+    raise VideoError(" ".join(sys.modules))
+
+
+def bug() -> None:
+    raise ZeroDivisionError("1/0")
+
+
+DEEDS = {
+    "crash": lambda: C.memset(0, 0, 1),
+    "abort": os.abort,
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(7),
+    "hang": sleep_in_c,
+    "slow": slow,
+    "nonsense": talk_nonsense,
+    "memory": take_memory,
+    "write": write_a_file,
+    "modules": tell_modules,
+    "bug": bug,
+}
+
+
+def behave(path: str) -> None:
+    """Does what the name says; `once_` only once, of which a folder beside it keeps track, as of a hang that has begun."""
+    name = Path(path).stem
+    if name.startswith("once_"):
+        try:
+            os.mkdir(path + ".done")
+        except FileExistsError:
+            return
+        name = name.removeprefix("once_")
+    if name == "hang":
+        os.mkdir(path + ".begun")
+    DEEDS.get(name, lambda: None)()
+
+
+class UnrulyPictures(tasks.Pictures):
+    """Reads two arrays of frames; before the third it does what the name says, `later_` left out."""
+
+    def __init__(self, info, times_s, decoder):
+        super().__init__(info, times_s, decoder)
+        self.path, self.filled = info.path, 0
+
+    def fill(self, frames):
+        self.filled += 1
+        if self.filled == 3:
+            behave(self.path.replace("later_", ""))
+        return super().fill(frames)
+
+
+def unruly_probe(path, folder_fps):
+    behave(path)
+    return facts.probe(path, folder_fps)
+
+
+def main(socket: int) -> None:
+    worker.ALIVE_EVERY_S = 0.05
+    tasks.TASKS["probe"], worker.Pictures = unruly_probe, UnrulyPictures
+    worker.main(socket)
