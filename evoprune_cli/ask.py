@@ -101,9 +101,9 @@ def ask(
     output = Output(json, bool(stats or verbose or (stats is None and not json and not quiet)), verbose, quiet)
     generation = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     talk, questions = Conversation(video, output, generation), _asked(question, more) or [""]
-    warm_up()  # while this process imports what it needs
     with ExitStack() as cleanup:
         try:
+            warm_up()  # while this process imports what it needs
             questions = _questions(question, more, system, video == "-", interactive)
             sampling = _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens)
             path = cleanup.enter_context(_local(video, question))
