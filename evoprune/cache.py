@@ -177,7 +177,11 @@ def entry_key(
         ],
         "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
         "method": [type(method).__module__, type(method).__qualname__, asdict(method), keep, seed],
-        "code": [evoprune.__version__, torch.__version__, _code(type(method).__module__)],
+        "code": [
+            evoprune.__version__,
+            torch.__version__,
+            *(_code(type(m).__module__) for m in (method, method.chooser)),
+        ],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -43,6 +43,7 @@ def encode(
     budget: float | str = 1.0,
     method: str = methods.DEFAULT,
     method_args: dict[str, str] | None = None,
+    question: torch.Tensor | None = None,
     seconds_per_grid: float | Sequence[float] = 1.0,
     seed: int = 0,
 ) -> Encoded:
@@ -54,17 +55,18 @@ def encode(
         video_grid_thw: int64 `[videos, 3]`: grids, and patches down and across.
         budget: share of the visual tokens that is kept, a number in (0, 1] or a preset's name; 1.0 is the tower's own output.
         method, method_args: name of a pruning method, and its settings as texts.
+        question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read it.
         seconds_per_grid: of all videos, or of each (the processor's `second_per_grid_ts`). seed. For methods that ask for them.
 
     Returns:
         `Encoded`; `kept` and `owner` count units over all videos, in the order of the placeholder tokens.
 
     Raises:
-        UsageError: a bad budget or method, one that acts on the frames themselves or reads the question, or patches that do not
-            fit the grids.
+        UsageError: a bad budget or method, one that acts on the frames themselves or reads a question that is not there, or
+            patches that do not fit the grids.
         ModelError: there is no such tower.
     """
-    share, rule = parse_budget(budget), _rule(method, method_args)
+    share, rule = parse_budget(budget), _rule(method, method_args, asked=question is not None)
     visual = host.tower_of(model)
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
@@ -79,21 +81,21 @@ def encode(
         [
             encode_video(
                 visual, [patches], grid, rule, keep_count(share, len(patches) // merge**2),
-                seconds_per_grid=step, seed=seed,
+                question=question, seconds_per_grid=step, seed=seed,
             )
             for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True)
         ]
     )  # fmt: skip
 
 
-def _rule(name: str, args: dict[str, str] | None) -> Method:
-    """A method that can work on a processor's output."""
+def _rule(name: str, args: dict[str, str] | None, asked: bool = False) -> Method:
+    """A method that can work on a processor's output; `asked`: with the question."""
     rule = methods.get(name, args)
     if rule.acts == "input":
         raise UsageError(
             f"method {name} acts on frames, and these are patches", "use VideoQA, or shrink the video first"
         )
-    if rule.reads_question:
+    if rule.reads_question and not asked:
         raise UsageError(f"method {name} reads the question, which is not known here", "use VideoQA, or another method")
     return rule
 

@@ -32,6 +32,7 @@ from evoprune.language.generate import (
     GenerationSettings,
     TokenStream,
     embed_prompt,
+    embed_question,
     prefill,
     stream,
     stream_text,
@@ -46,7 +47,7 @@ from evoprune.video.decode import FrameChunk, choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
 from evoprune.vision.devices import units_at_a_time
 from evoprune.vision.encoded import Encoded
-from evoprune.vision.encoder import encode
+from evoprune.vision.encoder import Unchosen, choose, encode, encode_rows
 from evoprune.vision.preprocess import patchify, resize
 from evoprune.vision.tower import tower_geometry, tower_shape
 
@@ -166,7 +167,7 @@ class VideoQA:
             decoder: how to read it, see `video.decode.read_frames`.
             name: what reports call the video; default: its path.
             overlap: whether a thread reads and preprocesses ahead; what comes out is the same.
-            cache: where encoded videos are kept. A method that reads the question leaves it alone.
+            cache: where encoded videos are kept, with what was chosen; so a method that reads the question leaves it alone.
             read: what gives the frames; something else than `read_frames` shows something else than the video, and is not cached.
 
         Raises:
@@ -328,8 +329,8 @@ class PreparedVideo:
 
         return self._open.enter_context(closing(ahead(prepare()) if self._overlap else prepare()))
 
-    def _encode(self, clock: Clock, progress: Progress | None) -> Encoded:
-        """The stages from reading to encoding; `clock` gets the seconds of all of them."""
+    def _encode(self, clock: Clock, progress: Progress | None) -> Encoded | Unchosen:
+        """The stages from reading to encoding; `clock` gets the seconds of all. Who reads the question has still to choose."""
         qa, plan = self.qa, self.plan
 
         def patches() -> Iterator[torch.Tensor]:
@@ -340,7 +341,7 @@ class PreparedVideo:
 
         start = clock.now()
         with memory_guard("encode"), closing(self):
-            encoded = encode(
+            encoded = (encode_rows if qa.method.reads_question else encode)(
                 qa.loaded.model.model.visual,
                 patches(),
                 plan.grid,
@@ -359,7 +360,8 @@ class EncodedVideo:
     """A video that was encoded once and can be asked about. `report` describes the latest question (or none yet).
 
     `plan` is what was looked at; `units` are the visual tokens there would be without pruning, which are more if the method
-    made the input smaller. From the cache, `encoded.rows` have a shape but hold no data.
+    made the input smaller. From the cache, `encoded.rows` have a shape but hold no data. A method that reads the question chooses
+    for each one anew, among the rows of the one encoding; before the first, `encoded` has no tokens.
     """
 
     def __init__(
@@ -369,14 +371,16 @@ class EncodedVideo:
         decoder: str,
         plan: Plan,
         units: int,
-        encoded: Encoded,
+        encoded: Encoded | Unchosen,
         clock: Clock,
         wall_seconds: float,
         cache: str = "off",
         warnings: Sequence[str] = (),
         damaged: int = 0,
     ):
-        self.qa, self.info, self.decoder, self.plan, self.units, self.encoded = qa, info, decoder, plan, units, encoded
+        self.qa, self.info, self.decoder, self.plan, self.units = qa, info, decoder, plan, units
+        self._unchosen = encoded if isinstance(encoded, Unchosen) else None
+        self.encoded = encoded.nothing() if self._unchosen else encoded
         self._clock, self._wall, self._cache, self._warnings = clock, wall_seconds, cache, warnings
         self._damaged = damaged
         # The system prompt, the cache, and how many of its columns no question changes.
@@ -409,7 +413,7 @@ class EncodedVideo:
         return self._answer(question, system, settings)
 
     def _answer(self, question: str, system: str | None, settings: GenerationSettings) -> Iterator[str]:
-        loaded, encoded, clock = self.qa.loaded, self.encoded, self._clock
+        loaded, clock = self.qa.loaded, self._clock
         report = self.report = self._next_report(question, settings)
         self._turn += 1
         turn = self._turn
@@ -419,9 +423,12 @@ class EncodedVideo:
         clock.seconds.pop("prefill", None), clock.seconds.pop("generate", None)
         self._fill_times(report, self._wall)
         start = clock.now()
+        if self._unchosen:
+            with clock.stage("encode"):
+                self._choose(question, report)
         with clock.stage("prefill"):
             tokens = self._prefill(question, system, settings)
-        self._paid = True
+        encoded, self._paid = self.encoded, True
         report.tokens = TokenCounts(self._text_tokens, len(encoded.kept), self._text_tokens + len(encoded.kept), 0)
         report.time_ms.ttft_wall = (self._wall + clock.now() - start) * 1000
         report.answer = ""
@@ -445,6 +452,14 @@ class EncodedVideo:
             update()
             report.finish_reason = report.finish_reason or "interrupt"
             raise
+
+    def _choose(self, question: str, report: Report) -> None:
+        """Has the method choose for this question; what was read of the video before is of no use then."""
+        loaded, before = self.qa.loaded, self.encoded.prune_seconds if self._paid else 0.0
+        self._prefix = None
+        self.encoded = choose(self._unchosen, embed_question(loaded.model, loaded.tokenizer, question))
+        self._fill_kept(report)
+        report.time_ms.encode_prune = (self.encoded.prune_seconds - before) * 1000
 
     def _prefill(self, question: str, system: str | None, settings: GenerationSettings) -> TokenStream:
         """Reads the prompt, or, for a later question under the same system prompt, only what follows the video.
@@ -488,6 +503,11 @@ class EncodedVideo:
         report.rate = Rate(passes / seconds["generate"] if passes and seconds.get("generate") else None)
         report.memory.peak_bytes = peak_memory(self.qa.loaded.device)
 
+    def _fill_kept(self, report: Report) -> None:
+        pruning, kept = report.pruning, len(self.encoded.kept)
+        pruning.visual_tokens_kept, pruning.kept_ratio = kept, kept / self.units
+        pruning.kept_per_grid = self.encoded.kept_per_grid
+
     def _next_report(self, question: str, settings: GenerationSettings) -> Report:
         report = deepcopy(self._blank)
         fresh = Report()
@@ -528,13 +548,10 @@ class EncodedVideo:
                 args=asdict(qa.method),
                 budget=qa.budget,
                 encoder_budget=qa.method.encoder_share(qa.budget),
-                kept_ratio=len(encoded.kept) / self.units,
                 visual_tokens_in=self.units,
-                visual_tokens_kept=len(encoded.kept),
                 encoder_rows=len(encoded.rows),
                 encoder_live_share=encoded.live_share * len(encoded.owner) / self.units,
                 layers=[[layer, entered] for layer, entered, _ in encoded.layers],
-                kept_per_grid=encoded.kept_per_grid,
                 positions="qwen",
             ),
             memory=Memory(weights_bytes=loaded.weights_bytes),
@@ -550,6 +567,7 @@ class EncodedVideo:
             warnings=list(self._warnings),
             cache=self._cache,
         )
+        self._fill_kept(report)
         report.time_ms.load = None if qa.load_seconds is None else qa.load_seconds * 1000
         report.time_ms.encode_prune = encoded.prune_seconds * 1000
         if loaded.is_demo and not is_demo_clip(info):

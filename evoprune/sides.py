@@ -116,8 +116,10 @@ def run_ours(
     """Our own pipeline from patches to new tokens, with `keep` tokens for the language model."""
     model, visual = loaded.model, loaded.model.model.visual
     with clock.stage("encode"):
+        embed = model.model.language_model.embed_tokens
+        question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
         encoded = encode(
-            visual, [clip.patches], clip.grid, method, min(keep, clip.units),
+            visual, [clip.patches], clip.grid, method, min(keep, clip.units), question=question,
             seconds_per_grid=clip.seconds_per_grid, seed=seed,
         )  # fmt: skip
     with clock.stage("prefill"):

@@ -82,6 +82,7 @@ def batch(
     load_format: opt.LoadFormat = "auto",
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
+    encoder_budget: opt.EncoderBudget = None,
     method: opt.MethodName = methods.DEFAULT,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
@@ -143,7 +144,7 @@ def batch(
     from evoprune.batch_rows import grouped
 
     settings = Settings(
-        model, parse_budget(budget), method, opt.pairs(method_arg), seed=seed, revision=revision, dtype=dtype,
+        model, parse_budget(budget), method, opt.settings(method_arg, encoder_budget), seed=seed, revision=revision, dtype=dtype,
         quantize=quantize, load_format=load_format, fps=fps, frames=frames, max_frames=max_frames,
         max_visual_tokens=max_visual_tokens, decoder=decoder, system=system, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p,

@@ -11,7 +11,7 @@ from evoprune.report import STAGES, Report, VideoFacts
 WIDTH = 80
 BAR = 12
 WARNINGS = {
-    "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged says nothing",
+    "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` shows where: is there room, and may you write?",
     "damaged_video": "the video is damaged ({damaged:,} of its packets or images); what cannot be decoded was skipped, "
@@ -79,9 +79,12 @@ def print_error(message: str, hint: str | None) -> None:
         note(f"{_paint('hint:', '36')} {printable(hint)}")
 
 
-def print_warning(name: str, video: VideoFacts) -> None:
+def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
+    """A warning about a video; one of a batch is named, and how many `more` it is true of."""
     facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
     text = WARNINGS.get(name, name).format(**facts)
+    if more is not None:
+        text += f" ({video.path}{f' and {more:,} more' if more else ''})"
     first, *rest = textwrap.wrap(f"warning: {printable(text)}", max(columns(), 30), subsequent_indent=" " * 9)
     note(_paint("warning:", "33;1") + first.removeprefix("warning:"))
     for line in rest:

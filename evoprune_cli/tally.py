@@ -4,7 +4,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from evoprune.report import Report
+from evoprune.report import Report, VideoFacts
 from evoprune_cli.render import clock, print_warning, roughly, tell
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Tally:
         self.failed = 0
         self._total, self._quiet = total, quiet
         self._file: RecordFile | None = None
-        self._warnings: dict[str, None] = {}
+        self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # of each, the videos by path
         self._last_failure = ""
 
     def start(self, file: "RecordFile", left: int, show) -> None:
@@ -39,7 +39,8 @@ class Tally:
 
     def add(self, record: Report) -> None:
         """One more, which is in the file by now."""
-        self._warnings |= dict.fromkeys(record.warnings)
+        for name in record.warnings:
+            self._warnings.setdefault(name, {}).setdefault(record.video.path, record.video)
         if record.error:
             self.failed += 1
             self._tell_failure(record.video.path, record.error["message"])
@@ -57,8 +58,8 @@ class Tally:
             return
         if problem and not self._file.written:
             return
-        for name in self._warnings:
-            print_warning(name)
+        for name, videos in self._warnings.items():
+            print_warning(name, next(iter(videos.values())), len(videos) - 1)
         if self._quiet:
             return
         done, seconds = self._before + self._file.written - self.failed, time.monotonic() - self._begun

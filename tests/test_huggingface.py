@@ -71,6 +71,15 @@ def test_methods_that_act_on_frames_are_refused():
         evoprune.encode(None, torch.zeros(4, 1176), torch.tensor([[1, 2, 2]]), method="downscale")
 
 
+def test_methods_that_read_the_question_are_given_it_or_refused(model):
+    patches, thw = inputs((2, 10, 14))
+    with pytest.raises(evoprune.UsageError, match="cdpruner reads the question"):
+        evoprune.encode(model, patches, thw, budget=0.25, method="cdpruner")
+    asked = [model.get_input_embeddings()(torch.tensor(ids)) for ids in ([5, 9, 40], [77, 3])]
+    kept = [evoprune.encode(model, patches, thw, budget=0.25, method="cdpruner", question=q).kept for q in asked]
+    assert [len(each) for each in kept] == [18, 18] and not torch.equal(*kept)
+
+
 def test_seconds_of_each_video_reach_the_method(model):
     grids = [(4, 8, 12), (4, 8, 12)]
     patches, thw = inputs(*grids)

@@ -344,9 +344,10 @@ def test_questions_are_checked(loaded):
             video.ask(question, **settings)
 
 
-def test_a_black_video_is_a_video(loaded, tmp_path):
+@pytest.mark.parametrize("method", ["evoprune", "divprune"])
+def test_a_black_video_is_a_video(loaded, tmp_path, method):
     write_video(tmp_path / "black.mp4", np.zeros((8, 112, 112, 3), np.uint8), fps=4)
-    video = VideoQA(loaded, budget=0.25).encode(tmp_path / "black.mp4")
+    video = VideoQA(loaded, budget=0.25, method=method).encode(tmp_path / "black.mp4")
     assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
     answer(video)
     assert video.report.warnings == ["equal_scores"]
@@ -394,3 +395,48 @@ def test_the_least_that_a_shape_allows(loaded):
     for method, tokens in (("downscale", 6), ("subsample", 24), ("pool", 1), ("evs", 24), ("evs-nofloor", 1)):
         video = VideoQA(loaded, budget=0.001, method=method).encode(CLIP)
         assert len(video.encoded.kept) == tokens, method
+
+
+# --- methods that read the question ------------------------------------------------------------------------------------
+
+ASKED = ["What happens?", "How many red squares are there in the video?", "What happens?"]
+
+
+def test_one_encoding_serves_every_question(loaded, monkeypatch):
+    """A method that reads the question chooses for each anew, as if the video had been encoded for it alone."""
+    qa = VideoQA(loaded, budget=0.25, method="cdpruner")
+    fresh = []
+    for question in ASKED:
+        video = qa.encode(CLIP)
+        fresh.append((answer(video, question), video.encoded.kept.tolist()))
+    video = qa.encode(CLIP)
+    monkeypatch.setattr("evoprune.pipeline.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
+    shared = [(answer(video, question), video.encoded.kept.tolist()) for question in ASKED]
+    assert shared == fresh and shared[0] == shared[2] and shared[0][1] != shared[1][1]
+    without = VideoQA(loaded, budget=0.25, method="cdpruner:question=false").encode(CLIP)
+    assert without.encoded.kept.tolist() not in (shared[0][1], shared[1][1])
+
+
+def test_what_is_reported_of_it(loaded):
+    video = VideoQA(loaded, budget=0.25, method="cdpruner").encode(CLIP)
+    blank = video.report.pruning
+    assert (blank.visual_tokens_kept, blank.kept_ratio, blank.visual_tokens_in) == (0, 0.0, 144)
+    encoding = video._clock.seconds["encode"] = 1000.0  # so that it cannot be mistaken for a choice
+    for turn, question in enumerate(ASKED):
+        answer(video, question)
+        report = video.report
+        assert report.pruning.visual_tokens_kept == report.tokens.visual == 36 and report.pruning.kept_ratio == 0.25
+        assert report.pruning.kept_per_grid == [6] * 6 and report.cache == "off"
+        times = report.time_ms
+        assert times.ttft_model == pytest.approx(times.encode + times.prefill)
+        if not turn:  # the encoding is counted once, choosing every time
+            assert times.encode > encoding * 1000
+        else:
+            assert 0 < times.encode_prune <= times.encode < encoding * 1000 and times.read == 0
+    assert Report.from_json(report.to_json()).pruning == report.pruning
+
+
+def test_evoprune_may_leave_its_choice_to_one_that_reads_the_question(loaded):
+    video = VideoQA(loaded, budget=0.25, method="evoprune:choice=cdpruner").encode(CLIP)
+    kept = [answer(video, question) and video.encoded.kept.tolist() for question in ASKED[:2]]
+    assert kept[0] != kept[1] and len(video.encoded.rows) < 144 and video.report.pruning.args["choice"] == "cdpruner"

@@ -169,20 +169,20 @@ def _cluster(address: str | None):
         import ray.data
     except ImportError as problem:
         raise UsageError(f"--engine ray needs Ray: {first_line(problem)}", INSTALL) from problem
-    try:
-        with _own_signals():
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, RuntimeError, ValueError) as problem:
-        hint = "start one (ray start --head), or leave --address out"
-        raise UsageError(f"no Ray cluster: {first_line(problem)}", hint) from problem
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    try:
-        with redirect_stdout(sys.stderr):  # where Ray tells, unasked, of workers that died
+    # Ray tells of workers that died on stdout, and of the last ones when it ends.
+    with redirect_stdout(sys.stderr):
+        try:
+            with _own_signals():
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as problem:
+            hint = "start one (ray start --head), or leave --address out"
+            raise UsageError(f"no Ray cluster: {first_line(problem)}", hint) from problem
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        try:
             yield ray
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

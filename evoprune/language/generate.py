@@ -61,6 +61,13 @@ class PrefillState:
     next_position: int
 
 
+@torch.inference_mode()
+def embed_question(model, tokenizer: Tokenizer, question: str) -> torch.Tensor:
+    """`[Q, hidden]`: the embeddings of the question's own tokens, without the prompt around them, in the model's dtype."""
+    embed = model.model.language_model.embed_tokens
+    return embed(torch.tensor(tokenizer.encode(question), device=embed.weight.device))
+
+
 def embed_prompt(
     model, input_ids: torch.Tensor, features: torch.Tensor, video_start: int, visual_tokens: int, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

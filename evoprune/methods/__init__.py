@@ -28,6 +28,17 @@ _REGISTRY = {
     "divprune": "evoprune.methods.divprune:DivPrune",
     "evs": "evoprune.methods.evs:Evs",
     "evs-nofloor": "evoprune.methods.evs:EvsNoFloor",
+    "mmr": "evoprune.methods.mmr:Mmr",
+    "scope": "evoprune.methods.scope:Scope",
+    "visionzip": "evoprune.methods.visionzip:VisionZip",
+    "vispruner": "evoprune.methods.vispruner:VisPruner",
+    "cdpruner": "evoprune.methods.cdpruner:CdPruner",
+    "dart": "evoprune.methods.dart:Dart",
+    "vidcom2": "evoprune.methods.vidcom2:VidCom2",
+    "fastvid": "evoprune.methods.fastvid:FastVid",
+    "prunevid": "evoprune.methods.prunevid:PruneVid",
+    "holitom": "evoprune.methods.holitom:HoliTom",
+    "flashvid": "evoprune.methods.flashvid:FlashVid",
 }
 DEFAULT = "evoprune"
 

@@ -4,7 +4,8 @@ A method may act on the `input` (`plan`), `inside` the encoder (`rows`, `match`)
 it wants to be given and gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
 """
 
-from dataclasses import Field, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from types import NoneType
 from typing import ClassVar, Literal, get_args
@@ -49,6 +50,7 @@ class Tokens:
         grid: (T, H, W) in units.
         seconds_per_grid: time from one grid to the next.
         seed: for methods that draw lots.
+        given: what the method asked for: float32 "attention" `[E]` and "keys" `[E, 4 d]`, a value a row; "question" `[Q, D]`.
     """
 
     rows: torch.Tensor
@@ -56,11 +58,54 @@ class Tokens:
     grid: tuple[int, int, int]
     seconds_per_grid: float
     seed: int
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def features(self) -> torch.Tensor:
         """`[N, D]`: a token for each unit of the video, in order."""
-        return self.rows if len(self.rows) == len(self.owner) else self.rows[self.owner]
+        return self._of_units(self.rows)
+
+    @cached_property
+    def attention(self) -> torch.Tensor:
+        """float32 `[N]`: attention that each unit receives in its grid, in the tower's last layer that sees whole grids.
+
+        Mean over heads and over all units of the grid as queries, sum over the unit's patches, times the units of a grid: 1 is an
+        even share. A merged row counts as often as the units it stands for, both as query and as key, and what it receives is
+        shared out among them evenly; a unit that was not encoded again has what its reference received then.
+
+        Raises:
+            TypeError: not asked for.
+        """
+        return self._of_units(self._given("attention"))
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """float32 `[N, 4 d]`: the key of each unit in the same layer, before rotary: mean over heads, its four patches joined.
+
+        Joined and not averaged, because what lies where inside the unit is part of what it shows. Merged rows have the mean.
+
+        Raises:
+            TypeError: not asked for.
+        """
+        return self._of_units(self._given("keys"))
+
+    @property
+    def question(self) -> torch.Tensor:
+        """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the prompt around them.
+
+        Raises:
+            TypeError: not asked for.
+        """
+        return self._given("question")
+
+    def _given(self, name: str) -> torch.Tensor:
+        if name not in self.given:
+            how = "`reads_question`" if name == "question" else f'"{name}" among its `needs`'
+            raise TypeError(f"the {name} was not asked for: the method has to say so, by {how}")
+        return self.given[name]
+
+    def _of_units(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if len(rows) == len(self.owner) else rows[self.owner]
 
 
 @dataclass(frozen=True)
@@ -71,17 +116,21 @@ class Selection:
         kept: int64 `[K]`, ascending units; each goes on at its own place.
         owner: int64 `[N]`, for every unit the number in `kept` of the one whose mean it goes into, -1 for none. Every kept
             token has at least one.
+        weight: float32 `[N]`, how much each unit counts in that mean, above 0; None for all the same.
     """
 
     kept: torch.Tensor
     owner: torch.Tensor
+    weight: torch.Tensor | None = None
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[K, D]`: the mean of `tokens` (`[N, D]`) that each kept one stands for, made in float32."""
-        used = self.owner >= 0
+        used = (self.owner >= 0).nonzero()[:, 0]
+        into = self.owner[used]
+        weight = torch.ones(len(used), device=tokens.device) if self.weight is None else self.weight[used]
         total = torch.zeros(len(self.kept), tokens.shape[1], device=tokens.device)
-        total.index_add_(0, self.owner[used], tokens[used].float())
-        size = torch.bincount(self.owner[used], minlength=len(self.kept))
+        total.index_add_(0, into, tokens[used].float() * weight[:, None])
+        size = torch.zeros(len(self.kept), device=tokens.device).index_add_(0, into, weight)
         return (total / size[:, None]).to(tokens.dtype)
 
 
@@ -93,7 +142,8 @@ class Method:
         name: what it is selected by.
         acts: where; for tables and help.
         block: grids of a block, inside which rows are counted and may be merged.
-        needs: what `match` is given: "attention", and one of "keys", "keys_rotary" and "hidden" as features.
+        needs: what a method is given that acts inside the encoder: "attention", and one of "keys", "keys_rotary" and "hidden" as
+            features; or after it: "attention", "keys".
         size_bias: whether attention counts a merged row as often as the units it stands for.
         reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew (pruning/reference.py); 0 for all.
         encoder_budget: share of the units that the encoder goes on computing, where it was set apart from the budget; None where
@@ -101,7 +151,7 @@ class Method:
         adaptive: whether rows that a block leaves of its allowance go to later ones (pruning/budget.py).
         exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
             its least.
-        reads_question: whether what is kept depends on the question, so that an encoded video serves no other one.
+        reads_question: whether what is kept depends on the question, which `select` is given then, once for each.
     """
 
     name: ClassVar[str] = "none"
@@ -127,6 +177,16 @@ class Method:
     def selects(self) -> bool:
         """Whether `select` has a say."""
         return self.acts == "after"
+
+    @property
+    def chooser(self) -> "Method":
+        """The method whose `select` it is."""
+        return self
+
+    @property
+    def needs_after(self) -> frozenset[str]:
+        """What `select` is given, of "attention" and "keys"."""
+        return self.needs if self.acts == "after" else frozenset()
 
     def plan(self, grid: tuple[int, int, int], keep: int) -> tuple[int, int, int]:
         """The grid, (T, H, W) in units, to look at instead of `grid` so that `keep` units are left; no side is longer.

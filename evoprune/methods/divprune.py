@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
+from evoprune.methods.ranking import BLOCK
 from evoprune.pruning.score import settle
-
-BLOCK = 512  # rows of the cosine matrix that are held at a time
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,23 @@ class DivPrune(Method):
         return most_diverse(tokens.features, keep)
 
 
-def most_diverse(features: torch.Tensor, keep: int) -> torch.Tensor:
-    """The indices of `keep` rows of `features` (`[N, D]`), ascending: greedy max-min distance. Ties go by index."""
+def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """The indices of `keep` rows of `features` (`[N, D]`), ascending: greedy max-min distance. Ties go by index.
+
+    `weight`: `[N]`, at least 0, by which the distance of a row to those chosen is multiplied; None for none.
+    """
     unit = F.normalize(features.float(), dim=1)
     chosen = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
-    latest, near = nearest_cosine(unit).argmin(), torch.full((len(unit),), -torch.inf, device=unit.device)
-    for _ in range(keep - 1):
+
+    def farthest(near: torch.Tensor) -> torch.Tensor:
+        far = 1 - near.clamp(min=-1)
+        return (far if weight is None else settle(far * weight)).masked_fill(chosen, -torch.inf).argmax()
+
+    near = torch.full((len(unit),), -torch.inf, device=unit.device)
+    for step in range(keep):
+        latest = farthest(near if step else nearest_cosine(unit))
         chosen[latest] = True
         near = torch.maximum(near, settle(unit @ unit[latest]))
-        latest = near.masked_fill(chosen, torch.inf).argmin()
-    chosen[latest] = True
     return chosen.nonzero().flatten()
 
 

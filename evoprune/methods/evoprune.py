@@ -13,11 +13,13 @@ from typing import ClassVar
 
 import torch
 
-from evoprune.methods.base import Tokens
+from evoprune import methods
+from evoprune.methods.base import Method, Selection, Tokens
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning.reference import THRESHOLD
 from evoprune.pruning.select import ALPHA, choose_units
 
+OWN = "own"
 # Share of the units that the encoder goes on computing at lower budgets, too.
 LEAST = 0.25
 
@@ -32,6 +34,8 @@ class EvoPrune(EvoPrunePaper):
     adaptive: whether what blocks that repeat their references leave of their share goes to later ones in which more is new. In
         all no more is spent than the shares add up to, and no block gets less than without; but clips cost more, as less is merged.
     alpha: weight of time in the choice.
+    choice: who chooses the tokens to be read: `own`, or a method that acts after the encoder, by name. It sees every unit of the
+        clip, at its own place, with what its row has.
     """
 
     name: ClassVar[str] = "evoprune"
@@ -49,6 +53,7 @@ class EvoPrune(EvoPrunePaper):
     encoder_budget: float | None = None
     adaptive: bool = False
     alpha: float = ALPHA
+    choice: str = OWN
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,6 +64,24 @@ class EvoPrune(EvoPrunePaper):
         if self.reuse and not self.size_bias:
             # Where references have merged, a later chunk still has keys for each of their places: as many as they stand for.
             raise ValueError("reuse needs size_bias; without it, set reuse to 0")
+        if self.choice != OWN and self.chooser.acts != "after":
+            raise ValueError(f"choice is {OWN} or a method that acts after the encoder, not {self.choice!r}")
+
+    @property
+    def chooser(self) -> Method:
+        return self if self.choice == OWN else methods.get(self.choice)
+
+    @property
+    def exact(self) -> bool:
+        return self.choice == OWN or self.chooser.exact
+
+    @property
+    def reads_question(self) -> bool:
+        return self.choice != OWN and self.chooser.reads_question
+
+    @property
+    def needs_after(self) -> frozenset[str]:
+        return frozenset() if self.choice == OWN else self.chooser.needs_after
 
     def encoder_share(self, budget: float) -> float:
         return max(budget, LEAST) if self.encoder_budget is None else self.encoder_budget
@@ -68,6 +91,8 @@ class EvoPrune(EvoPrunePaper):
             return max(due, round(LEAST * units), 1)
         return max(round(self.encoder_budget * units), 1)
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
+    def select(self, tokens: Tokens, keep: int) -> torch.Tensor | Selection:
+        if self.choice != OWN:
+            return self.chooser.select(tokens, keep)
         seconds = [tokens.seconds_per_grid * grid for grid in range(tokens.grid[0])]
         return choose_units(tokens.rows, tokens.owner, tokens.grid, seconds, keep, alpha=self.alpha)

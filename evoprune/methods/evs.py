@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from evoprune.methods.base import Method, Tokens
+from evoprune.methods.ranking import highest
 from evoprune.pruning.score import settle
 
 
@@ -26,7 +27,7 @@ class Evs(Method):
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
         change = dissimilarity(tokens)
         change[0] = torch.inf
-        return _top(change.flatten(), max(keep, change.shape[1]))
+        return highest(change.flatten(), max(keep, change.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class EvsNoFloor(Evs):
     exact: ClassVar[bool] = True
 
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        return _top(dissimilarity(tokens).flatten(), keep)
+        return highest(dissimilarity(tokens).flatten(), keep)
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
@@ -46,8 +47,3 @@ def dissimilarity(tokens: Tokens) -> torch.Tensor:
     later = 1 - settle(torch.cosine_similarity(grids[1:].float(), grids[:-1].float(), dim=-1))
     first = later[:1] if len(later) else torch.zeros(grids.shape[:2], device=grids.device)
     return torch.cat([first, later])
-
-
-def _top(score: torch.Tensor, keep: int) -> torch.Tensor:
-    """The indices of the `keep` highest, ascending; ties to the lower index."""
-    return score.argsort(descending=True, stable=True)[:keep].sort().values

@@ -1,7 +1,9 @@
 """How many visual tokens a budget buys, and how they are spread over the grids. No tensors, no torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from evoprune.errors import UsageError
 
@@ -41,6 +43,31 @@ def spread(keep: int, grids: int) -> list[int]:
     so that below one token a grid the whole clip is still covered. Sums to `keep`.
     """
     return [(i + 1) * keep // grids - i * keep // grids for i in range(grids)]
+
+
+def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
+    """Shares `total` out in proportion to `weights` (at least 0), by largest remainder, with at most `most[i]` for each.
+
+    What is above that goes to the others, in proportion again; where only weights of zero are left, evenly. Ties go by index.
+    Sums to `total`, or to the sum of `most` if that is less.
+    """
+    counts, quotas = [0] * len(most), {}
+    open_ = [i for i, limit in enumerate(most) if limit > 0]
+    while open_:
+        left, whole = total - sum(counts), sum(Fraction(weights[i]) for i in open_)
+        quotas = {i: left * (Fraction(weights[i]) / whole if whole else Fraction(1, len(open_))) for i in open_}
+        full = [i for i in open_ if quotas[i] >= most[i]]
+        if not full:
+            break
+        for i in full:
+            counts[i] = most[i]
+        open_ = [i for i in open_ if i not in full]
+    for i in open_:
+        counts[i] = math.floor(quotas[i])
+    missing = total - sum(counts)
+    for i in sorted(open_, key=lambda i: (counts[i] - quotas[i], i))[:missing]:
+        counts[i] += 1
+    return counts
 
 
 @dataclass

@@ -311,16 +311,42 @@ def _attend_in_the_open(
     return out, None if received is None else received.view(batch, heads, keys).sum(1)
 
 
-def _query_weight(bucket: Bucket, heads: int) -> torch.Tensor:
-    """float32 `[B, Q*4]`: each query patch's share in the mean over the queries of its group and over heads, 0 at padding."""
+def attention_received(
+    q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Packed, size_bias: bool, size: torch.Tensor
+) -> torch.Tensor:
+    """How much attention each row gets, by itself, without the answers.
+
+    Args:
+        q: `[R, 4, heads, d]`, k: `[R or more, 4, heads, d]`, plan, size_bias: as in `grouped_attention`.
+        size: int64 `[R]`, for how many units of its group each row asks: so often it counts in the mean over the queries.
+
+    Returns:
+        float32 `[R]`, otherwise as `received` there.
+    """
+    total = torch.zeros(len(k))
+    for bucket in [plan.bucket] if isinstance(plan, Packed) else plan:
+        queries, keys = bucket.by_head(q, "query"), bucket.by_head(k, "key")
+        _add_by_row(total, _received_by_keys(queries, keys, bucket, size_bias, size), bucket)
+    return total[: len(q)]
+
+
+def _query_weight(bucket: Bucket, heads: int, size: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 `[B, Q*4]`: each query patch's share in the mean over the queries of its group and over heads, 0 at padding.
+
+    `size`: int64 `[R]`, how often each row counts; None for once.
+    """
     valid = torch.ones(bucket.shape) if bucket.query_valid is None else bucket.query_valid.float()
+    if size is not None:
+        valid = valid * (size.view(bucket.shape) if bucket.query is None else size[bucket.query])
     return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
 
 
-def _received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool) -> torch.Tensor:
+def _received_by_keys(
+    queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool, size: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention received by each key patch of a bucket, float32 `[B, K*4]`; queries and keys `[B, heads, Q*4 or K*4, d]`."""
     batch, heads, _, dim = queries.shape
-    bias, weight = key_bias(bucket, size_bias, torch.float32), _query_weight(bucket, heads)
+    bias, weight = key_bias(bucket, size_bias, torch.float32), _query_weight(bucket, heads, size)
     total = torch.zeros(batch, keys.shape[2])
     held = SCORES if queries.device.type == "cpu" else GPU_SCORES
     step = max(1, held // (batch * heads * keys.shape[2]))

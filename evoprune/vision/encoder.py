@@ -10,23 +10,25 @@ result before it asks for the next one, and what has to be looked at is looked a
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
 import torch
 
+from evoprune.errors import UsageError
 from evoprune.methods.base import Method, Selection, Tokens
 from evoprune.pruning.budget import Spending, spread
 from evoprune.pruning.indices import tally
 from evoprune.vision import devices
 from evoprune.vision.chunks import in_chunks
 from evoprune.vision.encoded import Encoded
+from evoprune.vision.gather import Gathering
 from evoprune.vision.rowwise import norm
 from evoprune.vision.stopwatch import Stopwatch
 from evoprune.vision.tower import Past, run_tower, tower_geometry, tower_shape
 
 
-@torch.inference_mode()
 def encode(
     visual,
     patches: Iterable[torch.Tensor],
@@ -34,6 +36,7 @@ def encode(
     method: Method,
     keep: int,
     *,
+    question: torch.Tensor | None = None,
     seconds_per_grid: float = 1.0,
     seed: int = 0,
     chunk_units: int | None = None,
@@ -47,17 +50,74 @@ def encode(
         method: the pruning method.
         keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here. At
             K = T*H*W rows are merged only if the method has an encoder budget of its own.
+        question: `[Q, D]`, embeddings of its tokens, for a method that reads it.
         seconds_per_grid, seed: passed on to the method.
         chunk_units: rows to encode at a time, rounded up to whole blocks of the method; default: `devices.units_at_a_time`. Bounds
             the memory.
 
     Raises:
         ValueError: `patches` do not add up to the grid.
+        UsageError: the method reads the question, and there is none.
     """
+    if method.reads_question and question is None:
+        raise UsageError(
+            f"method {method.name} reads the question, and there is none here",
+            "give the question with the video, or choose a method that does without",
+        )
+    how = {"seconds_per_grid": seconds_per_grid, "seed": seed, "chunk_units": chunk_units}
+    return choose(encode_rows(visual, patches, grid, method, keep, **how), question)
+
+
+@dataclass
+class Unchosen:
+    """A video in the encoder's rows, before it is chosen what the language model reads of them.
+
+    Attributes:
+        method, keep: by whom, and how many tokens.
+        tokens: what there is to choose from; by the method's own `select` only if it `selects` here.
+        inside: whether rows were merged.
+        home: int64 `[E]`, the unit at whose place each row sits.
+        layers: as in `Encoded`.
+        watch: measures pruning. even: of each chunk, whether it is of one colour. wrong: what was left to be checked at the end.
+    """
+
+    method: Method
+    keep: int
+    tokens: Tokens
+    selects: bool
+    inside: bool
+    home: torch.Tensor
+    layers: list[tuple[int, int, int]]
+    watch: Stopwatch
+    even: list[torch.Tensor]
+    wrong: list[torch.Tensor]
+
+    def nothing(self) -> Encoded:
+        """None of it is read yet."""
+        flat, seconds = _settled(self.method, self.even, self.wrong, self.watch)
+        rows, owner, none = self.tokens.rows, self.tokens.owner, self.home[:0]
+        return Encoded(rows[:0], none, rows, owner, (self.tokens.grid,), self.layers, seconds, flat)
+
+
+@torch.inference_mode()
+def encode_rows(
+    visual,
+    patches: Iterable[torch.Tensor],
+    grid: tuple[int, int, int],
+    method: Method,
+    keep: int,
+    *,
+    seconds_per_grid: float = 1.0,
+    seed: int = 0,
+    chunk_units: int | None = None,
+) -> Unchosen:
+    """The tower's part of `encode`, which depends on no question; arguments as there."""
     count, height, width = grid
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
     geo = tower_geometry(visual, height, width)
     inside = method.acts == "inside" and method.prunes(keep / (geo.units * count))
+    selects = method.selects and (inside or method.acts == "after")
+    gathering = Gathering(method, tower) if selects and method.needs_after else None
     block, reuse = (method.block, method.reuse) if inside else (1, 0.0)
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
@@ -75,7 +135,7 @@ def encode(
         threshold=reuse,
         dtype=weight.dtype,
         watch=watch,
-        even=even if inside else None,
+        even=even if inside or selects else None,
     )
     for chunk in chunks:
         grids, end = chunk.grids, chunk.first + chunk.grids
@@ -100,8 +160,11 @@ def encode(
                 entered[layer] += sum(before)
                 left[layer] += sum(after)
             pixels = devices.uploaded(chunk.patches, weight.device)
-            x, layout = run_tower(visual, tower, pixels, layout, plan, method, watch, wrong, last, past)
+            x, layout = run_tower(visual, tower, pixels, layout, plan, method, watch, wrong, last, past, gathering)
             order = layout.home.argsort()
+            if gathering:
+                with watch:
+                    gathering.settle(layout, order)
             number = order.argsort() + base  # of each row among all rows
             if past.row is not None:
                 number = torch.cat([number, past.row])
@@ -114,20 +177,35 @@ def encode(
         homes.append(layout.home[order] + chunk.first * geo.units)
         base += len(order)
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
-    with weight.device, watch:
+    tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, gathering.collected() if gathering else {})
+    layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
+    return Unchosen(method, keep, tokens, selects, inside, home, layers, watch, even, wrong)
+
+
+@torch.inference_mode()
+def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
+    """What the language model reads; may be asked for with one question after another.
+
+    Args:
+        question: as in `encode`; not looked at unless the method reads it.
+    """
+    method, tokens, home = video.method, video.tokens, video.home
+    rows, owner = tokens.rows, tokens.owner
+    with rows.device, video.watch:
         kept = home
-        if method.selects and (inside or method.acts == "after"):
-            kept = method.select(Tokens(rows, owner, grid, seconds_per_grid, seed), keep)
-        elif inside and len(home) > keep:
-            kept = home[_largest(tally(owner, len(home)), keep)]
+        if video.selects:
+            if method.reads_question:
+                tokens = replace(tokens, given={**tokens.given, "question": question.to(rows.device).float()})
+            kept = method.select(tokens, video.keep)
+        elif video.inside and len(home) > video.keep:
+            kept = home[_largest(tally(owner, len(home)), video.keep)]
         if isinstance(kept, Selection):
-            kept, features = kept.kept, kept.features(rows)
+            kept, features = kept.kept, kept.features(tokens.features)
         else:
             kept = devices.uploaded(kept, home.device)
             features = rows[owner[kept]]
-    flat, seconds = _settled(method, even, wrong, watch)
-    layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Encoded(features, kept, rows, owner, (grid,), layers, seconds, flat)
+    flat, seconds = _settled(method, video.even, video.wrong, video.watch)
+    return Encoded(features, kept, rows, owner, (tokens.grid,), video.layers, seconds, flat)
 
 
 def _settled(

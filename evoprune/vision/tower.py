@@ -11,6 +11,7 @@ from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.vision import devices
 from evoprune.vision.attention import PATCHES, Bucket, Packed, buckets, grouped_attention
+from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 from evoprune.vision.reduce import reduce_rows
 from evoprune.vision.rowwise import norm, rotary, rotate
@@ -53,6 +54,7 @@ def run_tower(
     wrong: list[torch.Tensor],
     last: torch.Tensor | None,
     past: Past,
+    gathering: Gathering | None = None,
 ) -> tuple[torch.Tensor, TokenLayout]:
     """All layers on one chunk; `plan[layer][block]` rows are left after each.
 
@@ -62,6 +64,7 @@ def run_tower(
         wrong: gets what `reduce_rows` could not check at once.
         last: from `Chunk.layout`, None without references and where no chunk follows.
         past: gets what later chunks will see.
+        gathering: gets what the method wants to know after the encoder.
 
     Returns:
         Rows `[R, 4, hidden]` in window order, and the layout they ended in.
@@ -102,6 +105,9 @@ def run_tower(
         reduces = plan[layer] != rows
         attention = torch.zeros(len(k)) if reduces and "attention" in method.needs else None
         mixed = grouped_attention(q, k, v, groups[scope], bias, attention, watch)
+        if gathering and layer == gathering.layer:
+            with watch:
+                gathering.look(q, k, qkv[:, :, 1], layout, groups[scope], bias)
         x = linear(block.attn.proj, mixed.flatten(2), plus=x)
         hidden = norm(x, block.norm2.weight)
         hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))

@@ -1,5 +1,7 @@
 """`ask --cache` and what `inspect` says of it."""
 
+import json
+
 import pytest
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
@@ -28,6 +30,16 @@ def test_the_second_time_it_comes_from_the_cache(cli):
 def test_both_sides_of_a_comparison(cli):
     records = [cli(*ASK, "--cache", "--compare", "--json").record for _ in range(2)]
     assert [(r["cache"], r["compare"]["cache"]) for r in records] == [("miss", "miss"), ("hit", "hit")]
+
+
+def test_a_method_that_reads_the_question_is_not_cached_but_encodes_once(cli, folder):
+    questions = ("-Q", QUESTION, "-Q", "Does anything move?")
+    for _ in range(2):
+        result = cli("ask", CLIP, *questions, "--cache", "--json", "--method", "cdpruner", "-b", "0.25")
+        first, second = map(json.loads, result.out.splitlines())
+        assert first["cache"] == second["cache"] == "off" and not folder.exists()
+        assert first["pruning"]["visual_tokens_kept"] == second["pruning"]["visual_tokens_kept"] == 36
+        assert second["time_ms"]["read"] == 0 < second["time_ms"]["encode"]
 
 
 def test_from_stdin(cli):

@@ -190,19 +190,23 @@ def test_signals(cluster, tmp_path, sent, code):
 
 
 @pytest.mark.slow
-def test_the_command(cluster, cli, tmp_path):
-    """Its output is resumed here, without Ray, and stdout stays clean."""
-    out = tmp_path / "out.jsonl"
-    args = ["batch", *CLIPS, "-Q", QUESTIONS[0], "-m", "demo", "-n", "4"]
-    result = cli(*args, "--engine", "ray", "--address", cluster.address, "-o", out)
-    assert (result.code, result.out) == (0, "") and "5 of 5 rows answered: " in result.err
-    assert "Traceback" not in result.err
-    first = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sorted(record["video"]["path"] for record in first) == CLIPS
-    result = cli(*args, "-Q", QUESTIONS[1], "-o", out, "--resume")
-    assert result.code == 0 and "10 of 10 rows answered, 5 of them before" in result.err
-    result = cli(*args, "--engine", "ray", "--address", cluster.address, "-o", "-", "-q")
-    assert result.code == 0 and len(result.out.splitlines()) == 5
+def test_the_command(cluster, tmp_path):
+    """Its output is gone on with here, without Ray; stdout is left to the records."""
+
+    def run(*args) -> subprocess.CompletedProcess:
+        line = ["batch", *CLIPS, "-Q", QUESTIONS[0], "-m", "demo", "-n", "4", *map(str, args)]
+        return subprocess.run([sys.executable, "-m", "evoprune_cli", *line], capture_output=True, text=True)
+
+    out, on_ray = tmp_path / "out.jsonl", ("--engine", "ray", "--address", cluster.address)
+    done = run(*on_ray, "-o", out)
+    assert (done.returncode, done.stdout) == (0, "") and "5 of 5 rows answered: " in done.stderr
+    assert "Traceback" not in done.stderr
+    made = [json.loads(line)["video"]["path"] for line in out.read_text().splitlines()]
+    assert sorted(made) == CLIPS
+    done = run("-Q", QUESTIONS[1], "-o", out, "--resume")
+    assert done.returncode == 0 and "10 of 10 rows answered, 5 of them before" in done.stderr
+    done = run(*on_ray, "-o", "-", "-q")
+    assert done.returncode == 0 and [json.loads(line)["error"] for line in done.stdout.splitlines()] == [None] * 5
 
 
 def test_tries_are_counted_apart():

@@ -1,13 +1,17 @@
 """Methods of other packages, by entry points of a distribution that is made up for the test."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from tests.methods.tokens import chosen, tokens_of
 
 MODULE = """
 from dataclasses import dataclass
@@ -37,16 +41,31 @@ with,comma = extra_methods:First
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A folder with an installed package that brings methods, on the path."""
-    (tmp_path / "extra_methods.py").write_text(MODULE)
-    facts = tmp_path / "extra_methods-1.2.dist-info"
+    yield from _installed(tmp_path, monkeypatch, "extra_methods", MODULE, ENTRIES)
+
+
+@pytest.fixture
+def documented(tmp_path, monkeypatch):
+    """The same with the package that docs/methods.md shows."""
+    page = Path("docs/methods.md").read_text(encoding="utf-8")
+    (module,) = re.findall(r"^```python\n# asked.py\n(.*?)^```", page, re.S | re.M)
+    (entry,) = re.findall(r'^\[project\.entry-points\."evoprune\.methods"\]\nasked = "(.*)"$', page, re.M)
+    assert module.count("\n") < 40
+    yield from _installed(tmp_path, monkeypatch, "asked", module, f"[evoprune.methods]\nasked = {entry}\n")
+
+
+def _installed(folder, monkeypatch, name, module, entries):
+    (folder / f"{name}.py").write_text(module)
+    facts = folder / f"{name}-1.2.dist-info"
     facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: extra-methods\nVersion: 1.2\n")
-    (facts / "entry_points.txt").write_text(ENTRIES)
-    monkeypatch.syspath_prepend(tmp_path)
+    title = name.replace("_", "-")
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {title}\nVersion: 1.2\n")
+    (facts / "entry_points.txt").write_text(entries)
+    monkeypatch.syspath_prepend(folder)
     _forget()
-    yield tmp_path
+    yield folder
     _forget()
-    sys.modules.pop("extra_methods", None)
+    sys.modules.pop(name, None)
 
 
 def _forget():
@@ -83,10 +102,29 @@ def test_what_inspect_says(package):
     assert "ignored" in told["random"] and "ignored" in told["with,comma"]
 
 
-def test_every_command_knows_them(package):
+def runner(folder):
     def evoprune(*args):
-        code = f"import sys; sys.path.insert(0, {str(package)!r}); from evoprune_cli.main import run; run()"
+        code = f"import sys; sys.path.insert(0, {str(folder)!r}); from evoprune_cli.main import run; run()"
         return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+
+    return evoprune
+
+
+def test_what_the_documentation_shows_works(documented):
+    """A method of under 40 lines that asks for attention and reads the question."""
+    method = methods.get("asked:power=0")
+    assert method.needs_after == {"attention"} and method.reads_question and method.power == 0
+    asked = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
+    done = runner(documented)("ask", "samples/square.mp4", *asked, "--json", "-b", "0.25", "--method", "asked")
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and [r["pruning"]["visual_tokens_kept"] for r in records] == [36, 36]
+    tokens = tokens_of("random", (2, 4, 5))
+    other = replace(tokens, given=tokens.given | {"question": -tokens.question})
+    assert method.select(tokens, 9).tolist() != method.select(other, 9).tolist() != chosen("asked", other, 9)
+
+
+def test_every_command_knows_them(package):
+    evoprune = runner(package)
 
     for command in ("ask", "profile"):
         text = " ".join(evoprune(command, "--help").stdout.split())

@@ -12,46 +12,9 @@ from evoprune.methods.base import Selection, Tokens
 from evoprune.methods.divprune import most_diverse, nearest_cosine
 from evoprune.methods.shapes import smaller_frame
 from evoprune.pruning.score import settle
+from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, tokens_of
 
-KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-
-
-def features_of(kind: str, n: int, seed: int = 0, width: int = 8) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    if kind == "zero":
-        return torch.zeros(n, width)
-    if kind == "constant":
-        return torch.ones(n, width) * 0.3
-    made = torch.randn(n, width, generator=random)
-    if kind == "duplicates":  # at different lengths, which a cosine does not see
-        return made[torch.randint(max(1, n // 3), (n,), generator=random)] * (1 + torch.arange(n)[:, None] % 3)
-    if kind == "two directions":
-        return made[:2].repeat(n, 1)[:n]
-    if kind == "drift":
-        return torch.randn(1, width, generator=random) + 0.3 * made.cumsum(0)
-    return made
-
-
-def tokens_of(kind: str, grid, seed: int = 0) -> Tokens:
-    n = prod(grid)
-    return Tokens(features_of(kind, n, seed), torch.arange(n), grid, 1.0, seed)
-
-
-def chosen(name: str, tokens: Tokens, keep: int) -> list[int]:
-    made = methods.get(name).select(tokens, keep)
-    made = made.kept if isinstance(made, Selection) else made
-    assert made.dtype == torch.int64
-    return made.tolist()
-
-
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = (x / x.norm().clamp(min=1e-12) for x in (a, b))
-    return float(settle(a @ b))
-
-
-def first_of(values: list[float], best) -> int:
-    return values.index(best(values))
 
 
 def divprune_line_by_line(x: torch.Tensor, keep: int) -> list[int]:
@@ -125,9 +88,11 @@ def test_half_precision_is_compared_in_full():
     assert torch.equal(most_diverse(x.bfloat16(), 9), most_diverse(x.bfloat16().float(), 9))
 
 
-def test_no_matrix_of_all_pairs():
-    """16,384 tokens: all pairs would be a GiB."""
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_no_matrix_of_all_pairs(kind):
+    """16,384 tokens: all pairs would be a GiB. Random ones have nothing in common, equal ones stand still in time."""
     n, largest = 16_384, 0
+    names = AFTER if kind == "random" else ["fastvid", "prunevid", "holitom", "flashvid", "visionzip"]
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -138,9 +103,9 @@ def test_no_matrix_of_all_pairs():
                     largest = max(largest, each.numel())
             return made
 
-    tokens = Tokens(features_of("random", n, width=16), torch.arange(n), (16, 32, 32), 1.0, 0)
+    tokens = tokens_of(kind, (16, 32, 32), width=16)
     with Watch():
-        for name in AFTER:
+        for name in names:
             assert 0 < len(chosen(name, tokens, 64)) <= 1024
     assert largest <= 512 * n
 
@@ -222,3 +187,9 @@ def test_pooling_is_the_mean_of_blocks(grid, data):
 def test_a_selection_may_drop_tokens():
     made = Selection(torch.tensor([1, 3]), torch.tensor([0, 0, -1, 1]))
     assert made.features(torch.tensor([[1.0], [3.0], [9.0], [5.0]])).tolist() == [[2.0], [5.0]]
+
+
+def test_a_selection_may_weigh_them():
+    made = Selection(torch.tensor([0]), torch.tensor([0, 0, -1]), torch.tensor([3.0, 1.0, 7.0]))
+    x = torch.tensor([[1.0], [5.0], [9.0]])
+    assert made.features(x).tolist() == [[2.0]] and made.features(x.bfloat16()).dtype == torch.bfloat16

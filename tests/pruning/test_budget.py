@@ -2,11 +2,11 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import DEFAULT, PRESETS, Spending, keep_count, parse_budget, spread
+from evoprune.pruning.budget import DEFAULT, PRESETS, Spending, apportion, keep_count, parse_budget, spread
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,34 @@ def test_spread_is_even_over_every_stretch_of_time(grids, keep):
 def test_spread_below_one_a_grid():
     assert spread(3, 9) == [0, 0, 1] * 3
     assert spread(0, 4) == [0] * 4
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0, 2.5, 7.0]), st.integers(0, 9)), min_size=1), st.data())
+def test_apportion(parts, data):
+    weights, most = zip(*parts, strict=True)
+    total = data.draw(st.integers(0, sum(most)))
+    counts = apportion(total, weights, most)
+    assert sum(counts) == total and all(0 <= count <= limit for count, limit in zip(counts, most, strict=True))
+    free = [i for i in range(len(parts)) if counts[i] < most[i]]
+    for i in free:
+        for j in free:
+            if weights[i] > weights[j]:  # with more weight never less
+                assert counts[i] >= counts[j]
+            if weights[i] == weights[j] and i < j:  # with the same the first has the odd one
+                assert 0 <= counts[i] - counts[j] <= 1
+    if all(total * weight <= limit * sum(weights) for weight, limit in parts) and sum(weights):
+        assert all(
+            abs(count * sum(weights) - total * w) < sum(weights) for count, w in zip(counts, weights, strict=True)
+        )
+
+
+def test_apportion_by_hand():
+    assert apportion(10, [1, 1, 1], [10, 10, 10]) == [4, 3, 3]
+    assert apportion(10, [5, 1, 1], [4, 10, 10]) == [4, 3, 3]
+    assert apportion(10, [8, 1, 1], [2, 3, 10]) == [2, 3, 5]
+    assert apportion(5, [0, 0], [9, 9]) == [3, 2] and apportion(5, [1, 0], [3, 9]) == [3, 2]
+    assert apportion(99, [1, 2], [3, 4]) == [3, 4] and apportion(0, [1, 2], [3, 4]) == [0, 0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=12), st.booleans())

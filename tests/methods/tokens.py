@@ -1,0 +1,72 @@
+"""Random and adversarial tokens, and what the specifications that are followed line by line have in common."""
+
+from math import prod
+
+import torch
+
+from evoprune import methods
+from evoprune.methods.base import Selection, Tokens
+from evoprune.pruning.score import settle
+
+KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
+
+
+def features_of(kind: str, n: int, seed: int = 0, width: int = 8) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    if kind == "zero":
+        return torch.zeros(n, width)
+    if kind == "constant":
+        return torch.ones(n, width) * 0.3
+    made = torch.randn(n, width, generator=random)
+    if kind == "duplicates":  # at different lengths, which a cosine does not see
+        return made[torch.randint(max(1, n // 3), (n,), generator=random)] * (1 + torch.arange(n)[:, None] % 3)
+    if kind == "two directions":
+        return made[:2].repeat(n, 1)[:n]
+    if kind == "drift":
+        return torch.randn(1, width, generator=random) + 0.3 * made.cumsum(0)
+    return made
+
+
+def given_of(kind: str, n: int, seed: int = 0, width: int = 8) -> dict[str, torch.Tensor]:
+    """Everything that a method can ask for."""
+    attention = features_of(kind, n, seed + 1, 1)[:, 0].abs()
+    if kind == "duplicates":
+        attention = attention.round()
+    question = torch.zeros(3, width) if kind == "zero" else features_of("random", 3, seed + 3, width)
+    return {"attention": attention, "keys": features_of(kind, n, seed + 2, 12), "question": question}
+
+
+def tokens_of(kind: str, grid: tuple[int, int, int], seed: int = 0, width: int = 8) -> Tokens:
+    n = prod(grid)
+    given = given_of(kind, n, seed, width)
+    return Tokens(features_of(kind, n, seed, width), torch.arange(n), grid, 1.0, seed, given)
+
+
+def chosen(name: str, tokens: Tokens, keep: int) -> list[int]:
+    made = methods.get(name).select(tokens, keep)
+    made = made.kept if isinstance(made, Selection) else made
+    assert made.dtype == torch.int64
+    return made.tolist()
+
+
+def settled(value: float) -> float:
+    return float(settle(torch.tensor(value, dtype=torch.float64)))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = (x / x.norm().clamp(min=1e-12) for x in (a, b))
+    return float(settle(a @ b))
+
+
+def scaled(values: list[float]) -> list[float]:
+    low, high = min(values), max(values)
+    return [(value - low) / ((high - low) or 1.0) for value in values]
+
+
+def first_of(values: list[float], best) -> int:
+    return values.index(best(values))
+
+
+def ranked(values: list[float]) -> list[int]:
+    """Indices from the highest value to the lowest, ties by index."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))
