@@ -35,7 +35,8 @@ class VidCom2(Method):
         like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
         like_grid = likeness(unit, unit.mean(1, keepdim=True))
         unlike = (-settle(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
-        shares = apportion(keep, (1 + unlike - 1 / grids).tolist(), [per_grid] * grids)
+        weights = grids * (1 + settle(unlike)) - 1  # T times the share, in steps: equals stay equal
+        shares = apportion(keep, weights.tolist(), [per_grid] * grids)
         unlike = -settle(like_video + like_grid)
         return torch.cat([highest(unlike[grid], share) + grid * per_grid for grid, share in enumerate(shares)])
 

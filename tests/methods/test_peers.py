@@ -292,7 +292,7 @@ def vidcom2_line_by_line(tokens: Tokens, keep: int) -> list[int]:
     of_grid = [likeness(i, mean_of([x[j] for j in units])) for units in grids for i in units]
     means = [settled(sum(of_video[i] for i in units) / len(units)) for units in grids]
     powers = [math.exp((min(means) - mean) / 0.01) for mean in means]
-    wish = [keep / t * (1 + power / sum(powers) - 1 / t) for power in powers]
+    wish = [keep / t * (1 + settled(power / sum(powers)) - 1 / t) for power in powers]
     due, excess = [0] * t, True
     while excess:  # what a grid cannot hold goes to the others
         excess = [g for g in range(t) if not due[g] and wish[g] >= h * w - 1e-9]
