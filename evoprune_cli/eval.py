@@ -49,7 +49,7 @@ def evaluate(
         typer.Option(
             "--split",
             metavar="|".join(SPLITS),
-            help="Of the demo: clips to report on, or to tune on.",
+            help="Of the demo: clips to report on, to tune on, or upright ones with a panning camera, to report on.",
             rich_help_panel=_DATA,
         ),
     ] = SPLITS[0],

@@ -6,8 +6,19 @@ import numpy as np
 import torch
 
 from evoprune.demo.build import AFTER_QUESTION, BEFORE_VIDEO
-from evoprune.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, dense_grid, frame_times, make_clip, render
-from evoprune.demo.questions import ask
+from evoprune.demo.clips import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    Clip,
+    dense_grid,
+    frame_times,
+    make_clip,
+    render,
+    through_codec,
+)
+from evoprune.demo.questions import LESSONS, TYPES, Question, ask
 from evoprune.language.positions import VideoSpan, prompt_positions
 
 # What the auxiliary head says about the thing whose centre a unit covers; the last class of each is "nothing here".
@@ -26,24 +37,27 @@ class Recipe:
     """Everything that decides the outcome, together with the code."""
 
     seed: int = 0
-    vision_steps: int = 700
-    steps: int = 6300
-    short_steps: int = 600  # of the second stage, on short clips and small frames
-    frozen_steps: int = 6300  # of the second stage, with the tower as it is
-    vision_batch: int = 96  # grids of 4x6 units
+    vision_steps: int = 1500
+    steps: int = 4000
+    short_steps: int = 300  # of the second stage, on short clips and small frames
+    small_steps: int = 2000  # of the second stage, without the largest frames
+    vision_batch: int = 64  # grids of 4x6 units
     units: int = 2304  # merge units a batch of clips, about
-    questions: int = 8  # a clip
+    questions: int = 10  # about a clip in one step; twice as many where few clips fill a batch
+    packs: int = 2  # steps that are taken on a batch of clips, each with other questions
     muon_lr: float = 2.5e-3
     adam_lr: float = 1.5e-3
-    tower_factor: float = 0.2  # the tower's learning rate in the second stage, lest it forget what it has learned
     warmup: int = 100
-    decay: float = 0.45  # the last part of each stage, along a cosine
+    decay: float = 0.5  # the last part of each stage, along a cosine
 
 
-# (height, width) in units and how often
-SIZES_IN_UNITS = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.0), ((6, 8), 1.6), ((8, 12), 0.5))
+# (height, width) in units, and how often: to begin with, and once the largest frames have come in.
+SMALL = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5), ((6, 8), 2.0))
+LARGE = (((4, 6), 2.0), ((6, 4), 0.5), ((4, 4), 0.3), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.8))
 SHORT = 3  # grids, at most, during `short_steps`; and the frame is one of the first three sizes
-LENGTHS = ((1, 0.8), (2, 1.0), (3, 1.5), (4, 2.0), (6, 3.0), (8, 1.5), (12, 0.6))
+LENGTHS = ((1, 0.5), (2, 0.7), (3, 1.2), (4, 2.0), (6, 3.0), (8, 1.5), (12, 0.3))
+MOST = 800  # merge units of one clip
+PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds a grid
 
 
 def unit_labels(clip: Clip, times: list[float], height: int, width: int) -> np.ndarray:
@@ -66,78 +80,98 @@ def unit_labels(clip: Clip, times: list[float], height: int, width: int) -> np.n
     return labels.reshape(-1, len(ATTRIBUTES))
 
 
+def noisy(frames: np.ndarray, rng: np.random.Generator, gop: int) -> np.ndarray:
+    """Half of the time as they are, else as a video codec leaves them."""
+    return through_codec(frames, int(rng.integers(2, 6)), gop) if rng.random() < 0.5 else frames
+
+
 def vision_batches(recipe: Recipe, first: int):
     """Stage 1: crowded single grids, `(frames uint8 [2 * G, H, W, 3], labels, (height, width))` for ever."""
     step = first
     while True:
         rng = np.random.default_rng((recipe.seed, 1, step))
-        height, width = [(4, 6), (4, 6), (6, 4), (4, 4), (5, 7), (6, 8)][int(rng.integers(6))]
+        height, width = [(4, 6), (4, 6), (6, 4), (5, 7), (6, 8), (8, 12), (12, 8)][int(rng.integers(7))]
         frames, labels = [], []
-        for _ in range(max(8, recipe.vision_batch * 24 // (height * width))):
-            clip = dense_grid(rng, height * 28, width * 28, round(14 * height * width / 24 * rng.uniform(0.4, 1)))
+        for _ in range(max(6, recipe.vision_batch * 24 // (height * width))):
+            clip = dense_grid(rng, height * 28, width * 28, round(14 * height * width / 24 * rng.uniform(0.3, 1)))
             times = frame_times(1.0, 2)
             frames.append(render(clip, times))
             labels.append(unit_labels(clip, times, height, width))
-        yield torch.from_numpy(np.concatenate(frames)), torch.from_numpy(np.stack(labels)), (height, width)
+        yield (
+            torch.from_numpy(noisy(np.concatenate(frames), rng, 2)),
+            torch.from_numpy(np.stack(labels)),
+            (height, width),
+        )
         step += 1
 
 
+def draw(rng: np.random.Generator, choices):
+    """One of `((value, odds), ...)`."""
+    odds = np.array([odds for _, odds in choices])
+    return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
+
+
 def question_batches(recipe: Recipe, tokenizer, first: int):
-    """Stage 2: clips of one shape with packed questions, as a dict of tensors, for ever."""
+    """Stage 2: clips of one shape, with several packs of questions, as a dict of tensors, for ever."""
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-    before, after = ids(BEFORE_VIDEO), ids(AFTER_QUESTION)
     step = first
     while True:
         rng = np.random.default_rng((recipe.seed, 2, step))
-        sizes, size_odds = zip(*SIZES_IN_UNITS, strict=True)
-        lengths, length_odds = zip(*LENGTHS, strict=True)
         while True:
-            height, width = sizes[rng.choice(len(sizes), p=np.array(size_odds) / sum(size_odds))]
-            grids = int(rng.choice(lengths, p=np.array(length_odds) / sum(length_odds)))
-            small = grids <= SHORT and (height, width) in sizes[:3]
-            if small or (step >= recipe.short_steps and grids * height * width <= 480):
+            height, width = draw(rng, SMALL if step < recipe.small_steps else LARGE)
+            grids = draw(rng, LENGTHS)
+            short = grids <= SHORT and height * width <= 24
+            if short or (step >= recipe.short_steps and grids * height * width <= MOST):
                 break
-        pace = float(rng.choice([1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0]))  # seconds a grid
+        pace = float(rng.choice(PACES))
         n = grids * height * width
-        items = []
-        for _ in range(min(24, max(4, round(recipe.units / n)))):
+        count = min(24, max(4, round(recipe.units / n)))
+        questions = recipe.questions * (1 if count > 6 else 2)
+        frames, packs = [], [[] for _ in range(recipe.packs)]
+        for _ in range(count):
             clip = make_clip("train", int(rng.integers(2**62)), height * 28, width * 28, grids * pace, grids)
-            times = frame_times(clip.seconds, 2 * grids)
-            items.append(
-                (render(clip, times), unit_labels(clip, times, height, width), ask(clip, rng, recipe.questions))
-            )
+            frames.append(noisy(render(clip, frame_times(clip.seconds, 2 * grids)), rng, gop=12))
+            asked = ask(clip, rng, questions * recipe.packs, TYPES + LESSONS)
+            for number, pack in enumerate(packs):
+                pack.append(asked[number :: recipe.packs])
+        before = ids(BEFORE_VIDEO)
         prefix = before + [7] * n + ids("<|vision_end|>")
         where = prompt_positions(len(prefix), [VideoSpan(len(before), (grids, height, width), pace)], 2)
-        rows = []
-        for _, _, questions in items:
-            tokens, place, segment, target = [], [], [], []
-            for number, q in enumerate(questions):
-                asked = ids(q.question) + after
-                said = [*ids(q.answer), 2]
-                tokens += asked + said
-                place += range(len(asked) + len(said))
-                segment += [number + 1] * (len(asked) + len(said))
-                target += [-100] * (len(asked) - 1) + said + [-100]
-            rows.append((tokens, place, segment, target))
-        # Few different lengths: matrix kernels are made anew for every shape, which costs more than padding.
-        longest = -(-max(len(r[0]) for r in rows) // 64) * 64
-
-        def pad(column: int, fill: int) -> torch.Tensor:
-            return torch.tensor([[*r[column], *[fill] * (longest - len(r[column]))] for r in rows])  # noqa: B023
-
         yield {
-            "frames": torch.from_numpy(np.concatenate([f for f, _, _ in items])),
-            "labels": torch.from_numpy(np.stack([lab for _, lab, _ in items])),
+            "frames": torch.from_numpy(np.concatenate(frames)),
             "grid": (grids, height, width),
             "prefix": torch.tensor(prefix),
             "where": where,
             "start": len(before),
-            "tokens": pad(0, 0),
-            "place": pad(1, 0) + int(where.max()) + 1,
-            "segment": pad(2, -1),
-            "target": pad(3, -100),
+            "packs": [packed(pack, ids, int(where.max()) + 1) for pack in packs],
         }
         step += 1
+
+
+def packed(clips: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
+    """Each clip's questions and answers one after the other, to be read apart: int64 `[clips, L]` each.
+
+    `tokens`; `place`, positions that begin anew at `start` for every question; `segment`, the question's number from 1, -1 where
+    there is none; `target`, the answer's tokens where they are to be predicted, else -100.
+    """
+    after, rows = ids(AFTER_QUESTION), []
+    for questions in clips:
+        tokens, place, segment, target = [], [], [], []
+        for number, q in enumerate(questions):
+            asked = ids(q.question) + after
+            said = [*ids(q.answer), 2]
+            tokens += asked + said
+            place += range(len(asked) + len(said))
+            segment += [number + 1] * (len(asked) + len(said))
+            target += [-100] * (len(asked) - 1) + said + [-100]
+        rows.append((tokens, place, segment, target))
+    # Few different lengths: matrix kernels are made anew for every shape, which costs more than padding.
+    longest = -(-max(len(r[0]) for r in rows) // 64) * 64
+
+    def pad(column: int, fill: int) -> torch.Tensor:
+        return torch.tensor([[*r[column], *[fill] * (longest - len(r[column]))] for r in rows])
+
+    return {"tokens": pad(0, 0), "place": pad(1, 0) + start, "segment": pad(2, -1), "target": pad(3, -100)}
 
 
 class _Stream(torch.utils.data.IterableDataset):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from evoprune.demo.clips import make_clip
-from evoprune.demo.questions import ask
+from evoprune.demo.questions import LESSONS, TYPES, ask
 
 SPECIALS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -40,7 +40,7 @@ def build_config():
         text_config={
             "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
             "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [6, 5, 5]},
             "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True,
         },
         tie_word_embeddings=True, vision_start_token_id=3, vision_end_token_id=4, image_token_id=6, video_token_id=7,
@@ -63,7 +63,7 @@ def build_tokenizer():
     raw.decoder = decoders.ByteLevel()
     texts = [BEFORE_VIDEO, AFTER_QUESTION]
     for seed in range(1500):
-        for q in ask(make_clip("train", seed), np.random.default_rng(seed), 12):
+        for q in ask(make_clip("train", seed), np.random.default_rng(seed), 20, TYPES + LESSONS):
             texts += [q.question, q.answer]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

@@ -20,15 +20,16 @@ GROUPS = {
 
 
 def groups(clip: Clip, question: Question) -> tuple[str, ...]:
-    """What a question is counted under."""
-    return tuple(name for name, types in GROUPS.items() if question.type in types)
+    """What a question is counted under: what it needs, whether it is about a flash, and what the camera does."""
+    needs = tuple(name for name, types in GROUPS.items() if question.type in types)
+    return (*needs, *(("flash",) if question.flash else ()), "panning" if any(clip.pan) else "static")
 
 
 def demo_items(split: str, block: int, limit: int, folder: Path, skip: Container[str] = ()) -> Iterator[Video]:
     """Clips number `block` * 100,000 and following of a split, each a file in `folder` until the next is asked for.
 
     Args:
-        split: `validation` to tune on, `heldout` to report.
+        split: `validation` to tune on, `heldout` to report, `portrait` for the family that is never tuned on.
         limit: how many clips.
         skip: names of clips that are not needed.
     """
@@ -41,7 +42,7 @@ def demo_items(split: str, block: int, limit: int, folder: Path, skip: Container
         items = (
             Item(f"{name}-{i}", q.question, q.answer, type=q.type, groups=groups(clip, q)) for i, q in enumerate(asked)
         )
-        write_video(clip, path)
+        write_video(clip, path, crf=18 + seed % 11)
         try:
             yield Video(name, path, tuple(items))
         finally:

@@ -1,6 +1,11 @@
-"""Questions about a procedural clip whose answers follow from the scene, each asked only where it has one answer."""
+"""Questions about a procedural clip whose answers follow from the scene, each asked only where it has one answer.
+
+TYPES are what is evaluated. LESSONS come up in training alone: each asks for one step of what a harder type needs at once (where
+one thing is before how two lie to each other, when before which first), since from the hard types alone the model learns neither.
+"""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +13,12 @@ import numpy as np
 from evoprune.demo.clips import COLOURS, SHAPES, Clip, Thing
 
 # How often each type is asked, relative to the others: what takes longest to learn comes up most.
-WEIGHTS = {"relation": 3.0, "order": 5.0, "place": 2.0, "event": 1.5, "describe": 0.5}
+WEIGHTS = {"relation": 3.0, "order": 5.0, "place": 2.0, "event": 1.5, "describe": 0.5, "when": 1.5}
 TYPES = (
     "colour", "shape", "motion", "size", "count", "count_end", "digit", "digit_colour", "event", "which", "order",
     "relation", "place", "exists", "describe",
 )  # fmt: skip
+LESSONS = ("row", "column", "when", "there", "list_across", "list_down", "list_times")
 
 
 @dataclass(frozen=True)
@@ -20,17 +26,21 @@ class Question:
     type: str
     question: str
     answer: str
+    flash: bool = False  # about something that only two or three of the sampled frames show
 
 
-def ask(clip: Clip, rng: np.random.Generator, count: int) -> list[Question]:
-    """Up to `count` different questions about the clip, types drawn by WEIGHTS."""
-    pool = [(t, f) for t in TYPES for f in _MAKERS[t](clip, rng)]
+def ask(clip: Clip, rng: np.random.Generator, count: int, types: Sequence[str] = TYPES) -> list[Question]:
+    """Up to `count` different questions about the clip, of these types, drawn by WEIGHTS."""
+    pool = [(t, f) for t in types for f in _MAKERS[t](clip, rng)]
     if not pool:
         return []
     per_type = Counter(t for t, _ in pool)
     weight = np.array([WEIGHTS.get(t, 1.0) / per_type[t] for t, _ in pool])
     chosen = rng.choice(len(pool), size=min(count, len(pool)), replace=False, p=weight / weight.sum())
-    return [Question(t, *pair) for t, pair in (pool[i] for i in chosen)]
+    return [
+        Question(t, text, answer, any(thing.event(clip.seconds) == "flashes" for thing in things))
+        for t, (text, answer, *things) in (pool[i] for i in chosen)
+    ]
 
 
 def _pick(rng, *phrases: str) -> str:
@@ -60,7 +70,7 @@ def _only_colour(clip):
 def _colour(clip, rng):
     word = _pick(rng, "colour", "color")
     return [
-        (_pick(rng, f"What {word} is the {t.kind}?", f"Which {word} does the {t.kind} have?"), t.colour)
+        (_pick(rng, f"What {word} is the {t.kind}?", f"Which {word} does the {t.kind} have?"), t.colour, t)
         for t in _only_kind(clip)
     ]
 
@@ -75,6 +85,7 @@ def _shape(clip, rng):
                 f"What is the {t.colour} shape?",
             ),
             t.kind,
+            t,
         )
         for t in _only_colour(clip)
     ]
@@ -87,12 +98,12 @@ def _motion(clip, rng):
             rng, f"Which way does the {x} move?", f"In which direction does the {x} move?", f"Where does the {x} go?"
         )
 
-    return [(phrase(t), t.motion) for t in clip.shapes]
+    return [(phrase(t), t.motion, t) for t in clip.shapes]
 
 
 def _size(clip, rng):
     return [
-        (_pick(rng, f"Is the {(x := _refer(clip, t, rng))} small or large?", f"How big is the {x}?"), t.size)
+        (_pick(rng, f"Is the {(x := _refer(clip, t, rng))} small or large?", f"How big is the {x}?"), t.size, t)
         for t in clip.shapes
     ]
 
@@ -119,7 +130,7 @@ def _count_end(clip, rng):
 
 def _digit(clip, rng):
     return [
-        (_pick(rng, "Which digit is shown?", "What number can be seen?", "What digit is it?"), t.kind)
+        (_pick(rng, "Which digit is shown?", "What number can be seen?", "What digit is it?"), t.kind, t)
         for t in clip.things
         if t.is_digit
     ]
@@ -127,7 +138,7 @@ def _digit(clip, rng):
 
 def _digit_colour(clip, rng):
     word = _pick(rng, "colour", "color")
-    return [(f"What {word} is the digit?", t.colour) for t in clip.things if t.is_digit]
+    return [(f"What {word} is the digit?", t.colour, t) for t in clip.things if t.is_digit]
 
 
 def _event(clip, rng):
@@ -139,6 +150,7 @@ def _event(clip, rng):
                 f"Does the {x} appear, vanish, flash or stay?",
             ),
             t.event(clip.seconds),
+            t,
         )
         for t in clip.things
     ]
@@ -152,7 +164,7 @@ def _which(clip, rng):
         found = [t for t in clip.things if t.event(clip.seconds) == event]
         if len(found) == 1:
             answer = f"digit {found[0].kind}" if found[0].is_digit else found[0].name
-            made.append((_pick(rng, f"What {verb}?", f"Which thing {verb}?"), answer))
+            made.append((_pick(rng, f"What {verb}?", f"Which thing {verb}?"), answer, found[0]))
     return made
 
 
@@ -168,7 +180,9 @@ def _order(clip, rng):
                 first = a if moment(a) < moment(b) else b
                 one, two = (a, b) if rng.random() < 0.5 else (b, a)
                 names = {id(t): _refer(clip, t, rng) for t in (a, b)}
-                made.append((f"Which {verb} first, the {names[id(one)]} or the {names[id(two)]}?", names[id(first)]))
+                made.append(
+                    (f"Which {verb} first, the {names[id(one)]} or the {names[id(two)]}?", names[id(first)], a, b)
+                )
     return made
 
 
@@ -181,10 +195,10 @@ def _relation(clip, rng):
             names = _refer(clip, one, rng), _refer(clip, two, rng)
             if p[2] < q[0] or q[2] < p[0]:
                 text = f"Is the {names[0]} left or right of the {names[1]}?"
-                made.append((text, "left" if p[2] < q[0] else "right"))
+                made.append((text, "left" if p[2] < q[0] else "right", a, b))
             if p[3] < q[1] or q[3] < p[1]:
                 text = f"Is the {names[0]} above or below the {names[1]}?"
-                made.append((text, "above" if p[3] < q[1] else "below"))
+                made.append((text, "above" if p[3] < q[1] else "below", a, b))
     return made
 
 
@@ -194,9 +208,9 @@ def _place(clip, rng):
         x0, y0, x1, y1 = t.box(clip.seconds)
         name = _refer(clip, t, rng)
         if x1 < clip.width / 2 or x0 > clip.width / 2:
-            made.append((f"Is the {name} in the left or right half?", "left" if x1 < clip.width / 2 else "right"))
+            made.append((f"Is the {name} in the left or right half?", "left" if x1 < clip.width / 2 else "right", t))
         if y1 < clip.height / 2 or y0 > clip.height / 2:
-            made.append((f"Is the {name} in the top or bottom half?", "top" if y1 < clip.height / 2 else "bottom"))
+            made.append((f"Is the {name} in the top or bottom half?", "top" if y1 < clip.height / 2 else "bottom", t))
     return made
 
 
@@ -232,8 +246,70 @@ def _describe(clip, rng):
     )
 
 
+def _row(clip, rng):
+    still = [t for t in clip.things if t.motion == "still"]
+    return [(f"Which row is the {_refer(clip, t, rng)} in?", str(int(t.y // 28) + 1), t) for t in still]
+
+
+def _column(clip, rng):
+    still = [t for t in clip.things if t.motion == "still"]
+    return [(f"Which column is the {_refer(clip, t, rng)} in?", str(int(t.x // 28) + 1), t) for t in still]
+
+
+def _when(clip, rng):
+    made = []
+    verbs = {
+        "appears": ("appear", lambda t: t.start),
+        "vanishes": ("vanish", lambda t: t.end),
+        "flashes": ("flash", lambda t: t.start),
+    }
+    for t in clip.things:
+        if (event := t.event(clip.seconds)) in verbs:
+            verb, moment = verbs[event]
+            third = int(min(moment(t) / clip.seconds * 3, 2))
+            made.append((f"When does the {_refer(clip, t, rng)} {verb}?", ("early", "midway", "late")[third], t))
+    return made
+
+
+def _there(clip, rng):
+    made = []
+    for t in clip.things:
+        if (event := t.event(clip.seconds)) == "stays" and rng.random() < 0.5:
+            continue
+        seen = {"start": event in ("stays", "vanishes"), "end": event in ("stays", "appears")}
+        moment = _pick(rng, "start", "end")
+        text = f"Is the {_refer(clip, t, rng)} there at the {moment}?"
+        made.append((text, "yes" if seen[moment] else "no", t))
+    return made
+
+
+def _listed(things) -> str:
+    return ", ".join(f"digit {t.kind}" if t.is_digit else t.name for t in things)
+
+
+def _list_across(clip, rng):
+    things = sorted(clip.things, key=lambda t: t.centre(t.start)[0])
+    return [("List everything from left to right.", _listed(things))] if things else []
+
+
+def _list_down(clip, rng):
+    things = sorted(clip.things, key=lambda t: t.centre(t.start)[1])
+    return [("List everything from top to bottom.", _listed(things))] if things else []
+
+
+def _list_times(clip, rng):
+    made = []
+    for event, moment in (("appears", lambda t: t.start), ("vanishes", lambda t: t.end)):
+        things = sorted((t for t in clip.things if t.event(clip.seconds) == event), key=moment)
+        if len(things) > 1:
+            made.append((f"List what {event}, in order.", _listed(things)))
+    return made
+
+
 _MAKERS = {
     "colour": _colour, "shape": _shape, "motion": _motion, "size": _size, "count": _count, "count_end": _count_end,
     "digit": _digit, "digit_colour": _digit_colour, "event": _event, "which": _which, "order": _order,
     "relation": _relation, "place": _place, "exists": _exists, "describe": _describe,
+    "row": _row, "column": _column, "when": _when, "there": _there,
+    "list_across": _list_across, "list_down": _list_down, "list_times": _list_times,
 }  # fmt: skip

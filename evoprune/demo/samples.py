@@ -14,11 +14,19 @@ from evoprune.demo.questions import ask
 
 # name: seed, height, width, seconds, codec, types of the questions and a word each must hold
 CLIPS = {
-    "square.mp4": (0, 112, 168, 6, "libx264", [("colour", "What colour is the square?"), ("digit", "digit")]),
-    "three.mp4": (1, 112, 168, 6, "libx264", [("count", "How many"), ("shape", "yellow")]),
-    "vanish.webm": (10, 112, 168, 6, "libvpx-vp9", [("event", "triangle"), ("motion", "square")]),
-    "flash.mp4": (17, 168, 224, 6, "libx264", [("which", "flashes"), ("exists", "triangle")]),
+    "square.mp4": (
+        198,
+        112,
+        168,
+        6,
+        "libx264",
+        [("colour", "What colour is the square?"), ("digit", "What digit is it?")],
+    ),
+    "three.mp4": (89, 112, 168, 6, "libx264", [("count", "How many shapes are there?"), ("shape", "yellow")]),
+    "vanish.webm": (27, 112, 168, 6, "libvpx-vp9", [("event", "triangle"), ("motion", "red square")]),
+    "flash.mp4": (172, 168, 224, 6, "libx264", [("which", "flashes"), ("exists", "red triangle")]),
     "arrivals.webm": (7, 112, 168, 8, "libvpx-vp9", [("order", "cross"), ("relation", "ring")]),
+    "pan.mp4": (98, 224, 336, 6, "libx264", [("digit", "Which digit is shown?"), ("which", "What vanishes?")]),
 }
 
 
@@ -27,7 +35,7 @@ def main(folder: Path) -> None:
     rows = []
     for name, (seed, height, width, seconds, codec, wanted) in CLIPS.items():
         clip = make_clip("samples", seed, height, width, float(seconds), seconds)
-        write_video(clip, folder / name, codec=codec)
+        write_video(clip, folder / name, codec=codec, crf=23)
         for kind, word in wanted:
             draws = (q for draw in range(100) for q in ask(clip, np.random.default_rng((seed, draw)), 100))
             found = next(q for q in draws if q.type == kind and word in q.question)

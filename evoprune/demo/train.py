@@ -1,9 +1,9 @@
 """Trains the bundled demo model from scratch on procedural clips: `python -m evoprune.demo.train OUT`.
 
-Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the language
-model learns to answer questions, several packed behind each clip: with the tower frozen, so that what it looks at holds
-still, and at first on short clips, where things are quickly found. A recipe with fewer `frozen_steps` than `steps` trains the
-tower along in the end; the one that stands does not.
+Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the tower is
+frozen, so that what the language model looks at holds still, and the language model learns to answer questions, many packed
+behind each clip: at first about short clips, where things are quickly found, in the end on frames as large as those that are
+evaluated.
 
 Seeded; writes a checkpoint every few minutes and goes on from it when run again; `OUT/log.jsonl` holds the curve. OUT ends up
 in the hub's layout.
@@ -59,57 +59,53 @@ class Head(nn.Module):
         return loss, right
 
 
-def joint_loss(model, head: Head, batch: dict, frozen: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Loss on the answers, loss of the head, and the share of answers of which every token is right.
+@torch.no_grad()
+def look(visual, batch: dict) -> torch.Tensor:
+    """What the frozen tower sees of a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
+    _, height, width = batch["grid"]
+    return tower(visual, patchify(batch["frames"]), height, width)[1]
 
-    `frozen`: the tower learns nothing, only the merger's projection does.
-    """
+
+def answer_loss(model, flat: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, dict]:
+    """Loss on the answers of one pack of questions, and the share of answers of which every token is right."""
     grids, height, width = batch["grid"]
-    visual = model.model.visual
-    with torch.set_grad_enabled(not frozen):
-        _, flat = tower(visual, patchify(batch["frames"]), height, width)
-    merged = visual.merger.mlp(flat)
-    aux, _ = head(flat, batch["labels"].view(flat.shape[0], height * width, -1), height, width)
-    clips, longest = batch["tokens"].shape
+    clips, longest = pack["tokens"].shape
     text = model.model.language_model
     prefix = text.embed_tokens(batch["prefix"]).expand(clips, -1, -1)
     start, n = batch["start"], grids * height * width
-    video = merged.reshape(clips, n, -1).to(prefix.dtype)
-    embeds = torch.cat([prefix[:, :start], video, prefix[:, start + n :], text.embed_tokens(batch["tokens"])], 1)
+    video = model.model.visual.merger.mlp(flat).reshape(clips, n, -1).to(prefix.dtype)
+    embeds = torch.cat([prefix[:, :start], video, prefix[:, start + n :], text.embed_tokens(pack["tokens"])], 1)
     shared = prefix.shape[1]
-    positions = torch.cat([batch["where"][:, None].expand(3, clips, -1), batch["place"].expand(3, -1, -1)], dim=2)
-    segment = F.pad(batch["segment"], (shared, 0))  # 0: the shared prefix
+    positions = torch.cat([batch["where"][:, None].expand(3, clips, -1), pack["place"].expand(3, -1, -1)], dim=2)
+    segment = F.pad(pack["segment"], (shared, 0))  # 0: the shared prefix
     allowed = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     allowed &= torch.ones(shared + longest, shared + longest, dtype=torch.bool).tril()
     bias = torch.zeros(allowed.shape).masked_fill_(~allowed, -1e4)[:, None]
     if torch.is_autocast_enabled("cpu"):
         bias = bias.bfloat16()
     hidden = language(text, embeds, positions, bias, model.config.text_config.rope_parameters["mrope_section"])
-    held = batch["target"] >= 0
+    held = pack["target"] >= 0
     logits = F.linear(hidden[:, shared:][held], text.embed_tokens.weight).float()
-    target = batch["target"][held]
+    target = pack["target"][held]
     each = F.cross_entropy(logits, target, reduction="none")
     # One number an answer. Long answers count for more than short ones, but not in proportion to their length.
-    number = (torch.arange(clips)[:, None] * 64 + batch["segment"])[held]
+    number = (torch.arange(clips)[:, None] * 64 + pack["segment"])[held]
     _, answer = number.unique(return_inverse=True)
     length = torch.bincount(answer)
     weight = length.float().rsqrt()[answer]
     wrong = torch.zeros(len(length)).index_add_(0, answer, (logits.argmax(-1) != target).float())
-    return (each * weight).sum() / weight.sum(), aux, {"right": (wrong == 0).float().mean().item()}
+    return (each * weight).sum() / weight.sum(), {"right": (wrong == 0).float().mean().item()}
 
 
-def optimizers(recipe: Recipe, groups: list[tuple[nn.Module, float]]) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for the rest; each module with a factor on its learning rate."""
-    muon, adam = [], []
-    for module, factor in groups:
-        matrices, rest = [], []
+def optimizers(recipe: Recipe, modules: list[nn.Module]) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices, AdamW for the rest."""
+    matrices, rest = [], []
+    for module in modules:
         for name, p in module.named_parameters():
             (matrices if p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name else rest).append(p)
-        muon.append({"params": matrices, "lr": recipe.muon_lr * factor})
-        adam.append({"params": rest, "lr": recipe.adam_lr * factor})
     made = [
-        torch.optim.Muon(muon, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     for optimizer in made:
         for group in optimizer.param_groups:
@@ -183,11 +179,8 @@ def train(folder: Path, recipe: Recipe) -> None:
         first = 0
         if state and state["stage"] > stage:
             continue
-        groups = [(visual, 1.0), (head, 1.0)] if stage == 1 else [
-            (visual.blocks, recipe.tower_factor), (visual.patch_embed, recipe.tower_factor),
-            (visual.merger, 1.0), (model.model.language_model, 1.0), (head, 1.0),
-        ]  # fmt: skip
-        opts = optimizers(recipe, groups)
+        modules = [visual, head] if stage == 1 else [visual.merger.mlp, model.model.language_model]
+        opts = optimizers(recipe, modules)
         if state and state["stage"] == stage:
             first = state["step"] + 1
             for optimizer, saved in zip(opts, state["optimizers"], strict=True):
@@ -197,30 +190,39 @@ def train(folder: Path, recipe: Recipe) -> None:
             if stage == 1
             else in_worker(question_batches, recipe, tokenizer, first)
         )
-        parameters = [p for module, _ in groups for p in module.parameters()]
+        parameters = [p for module in modules for p in module.parameters()]
+
+        def learn(loss: torch.Tensor) -> None:
+            for optimizer in opts:  # noqa: B023
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)  # noqa: B023
+            for optimizer in opts:  # noqa: B023
+                optimizer.step()
+
         seen, clock = {}, time.monotonic()
         for step in range(first, steps):
             batch = next(batches)
             for optimizer in opts:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate(step, steps, recipe)
-            with torch.autocast("cpu", torch.bfloat16):
-                if stage == 1:
-                    frames, labels, (height, width) = batch
+            reports = []
+            if stage == 1:
+                frames, labels, (height, width) = batch
+                with torch.autocast("cpu", torch.bfloat16):
                     _, flat = tower(visual, patchify(frames), height, width)
                     loss, report = head(flat, labels, height, width)
-                    report = {"loss": loss.item(), **report}
-                else:
-                    answers, aux, report = joint_loss(model, head, batch, step < recipe.frozen_steps)
-                    loss = answers + aux * 0.5
-                    report = {"loss": answers.item(), "head": aux.item(), **report}
-            for optimizer in opts:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
-            for optimizer in opts:
-                optimizer.step()
-            for k, v in report.items():
+                reports.append({"loss": loss.item(), **report})
+                learn(loss)
+            else:
+                with torch.autocast("cpu", torch.bfloat16):
+                    flat = look(visual, batch)
+                for pack in batch["packs"]:
+                    with torch.autocast("cpu", torch.bfloat16):
+                        loss, report = answer_loss(model, flat, batch, pack)
+                    reports.append({"loss": loss.item(), **report})
+                    learn(loss)
+            for k, v in (item for report in reports for item in report.items()):
                 seen.setdefault(k, []).append(v)
             if (step + 1) % 50 == 0 or step + 1 == steps:
                 means = {k: float(np.mean(v)) for k, v in seen.items()}
@@ -239,7 +241,7 @@ def export(folder: Path, model, tokenizer) -> None:
     """Writes the model in the hub's file layout, weights in bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    limits = {"size": {"shortest_edge": 4 * 4 * 784, "longest_edge": 8 * 12 * 784}}
+    limits = {"size": {"shortest_edge": 4 * 4 * 784, "longest_edge": 10 * 14 * 784}}
     shared = {
         "patch_size": 14,
         "temporal_patch_size": 2,

@@ -5,6 +5,9 @@ import pytest
 
 from evoprune.demo.clips import (
     COLOURS,
+    DIGITS,
+    FRAMES,
+    LENGTHS,
     MOTIONS,
     SHAPES,
     SIZES,
@@ -17,11 +20,13 @@ from evoprune.demo.clips import (
     frame_times,
     make_clip,
     render,
+    setting,
     shape_mask,
+    through_codec,
     write_video,
 )
 
-SETTINGS = [{}, {"height": 224, "width": 336}, {"height": 112, "width": 112, "seconds": 3.0, "grids": 3}]
+SETTINGS = [{}, {"height": 112, "width": 168}, {"height": 112, "width": 112, "seconds": 3.0, "grids": 3}]
 
 
 def clips(count, split="validation", **how):
@@ -71,12 +76,12 @@ def test_things_are_what_they_say():
     for clip in clips(150):
         names = [thing.name for thing in clip.shapes]
         assert len(set(names)) == len(names) and sum(thing.is_digit for thing in clip.things) <= 1
-        assert len(names) <= 4
+        assert len(names) <= (4 if clip.height * clip.width < 30_000 else 6)
         for thing in clip.things:
             seen |= {thing.kind, thing.colour, thing.motion, thing.size, thing.event(clip.seconds)}
             assert max(abs(a - b) for a, b in zip(thing.rgb, COLOURS[thing.colour], strict=True)) <= 12
             if thing.is_digit:
-                assert thing.motion == "still" and thing.radius == 7
+                assert thing.motion == "still" and thing.radius == DIGITS[thing.size]
             else:
                 assert SIZES[thing.size][0] <= thing.radius <= SIZES[thing.size][1]
             (x0, y0), (x1, y1) = thing.centre(0), thing.centre(clip.seconds)
@@ -85,6 +90,26 @@ def test_things_are_what_they_say():
             if thing.motion != "still":
                 assert abs(x1 - x0) + abs(y1 - y0) > 20  # far enough to be seen
     assert seen >= {*SHAPES, *COLOURS, *MOTIONS, *SIZES, *"0123456789", "stays", "appears", "vanishes", "flashes"}
+
+
+def test_sizes_and_lengths_are_drawn_as_often_as_said():
+    drawn = [setting("heldout", seed) for seed in range(4000)]
+    for choices, shown in (
+        (FRAMES, [(h // 28, w // 28) for h, w, _ in drawn]),
+        (LENGTHS, [grids for _, _, grids in drawn]),
+    ):
+        assert sum(odds for _, odds in choices) == pytest.approx(1)
+        for value, odds in choices:
+            assert shown.count(value) / len(shown) == pytest.approx(odds, abs=0.03)
+    clip = make_clip("heldout", 3)
+    assert (clip.height, clip.width, clip.seconds) == setting("heldout", 3)
+
+
+def test_portrait_clips_are_upright_and_always_pan():
+    for clip in clips(30, "portrait"):
+        assert (clip.height, clip.width) == (12 * 28, 8 * 28) and any(clip.pan)
+    panning = np.mean([any(clip.pan) for clip in clips(400, "heldout")])
+    assert 0.28 < panning < 0.42
 
 
 def test_dense_grids_show_everything_at_once():
@@ -102,7 +127,7 @@ def test_dense_grids_show_everything_at_once():
 def test_flashes_last_two_or_three_sampled_frames(grids):
     lengths = [
         sum(thing.visible(t) for t in sampled(clip, grids))
-        for clip in clips(800, seconds=float(grids), grids=grids)
+        for clip in clips(400, seconds=float(grids), grids=grids)
         for thing in clip.things
         if thing.event(clip.seconds) == "flashes"
     ]
@@ -180,12 +205,40 @@ def test_things_are_drawn_in_their_colour():
 
 
 def test_background_stands_still_and_noise_does_not():
-    clip = replace(make_clip("train", 1), things=())
+    clip = replace(make_clip("train", 1), things=(), pan=(0.0, 0.0), clutter=200.0)
     first, second = render(clip, [0.0, 1.0]).astype(int)
     assert not np.array_equal(first, second)
     assert abs(first - second).mean() < 3 * clip.noise and abs(first - second).max() < 13 * clip.noise
     quiet = render(replace(clip, noise=0.0), [0.0, 1.0])
     assert np.array_equal(quiet[0], quiet[1])
+
+
+@pytest.mark.parametrize("pan", [(8.0, 0.0), (-8.0, 0.0), (0.0, 5.0), (4.0, -6.0)])
+def test_the_camera_moves_over_the_background_and_things_do_not(pan):
+    thing = Thing("square", "red", (225, 40, 40), "large", 10, 60.0, 60.0, "still", 0.0)
+    first, second = render(Clip((0, 1), 112, 168, 6.0, (thing,), 0.0, pan, clutter=300.0), [0.5, 2.5]).astype(int)
+    assert (first[55:65, 55:65] == thing.rgb).all() and (second[55:65, 55:65] == thing.rgb).all()
+    x, y = (int(2 * v) for v in pan)  # what was at (x, y) to begin with is now in the corner
+    before = first[max(y, 0) : 112 + min(y, 0), max(x, 0) : 168 + min(x, 0)]
+    after = second[max(-y, 0) : 112 - max(y, 0), max(-x, 0) : 168 - max(x, 0)]
+    same = (before == after).all(-1)
+    assert same.mean() > 0.9 and not (first == second).all(-1).mean() > 0.5
+
+
+def test_clutter_is_grey_and_as_dense_as_said():
+    plain, littered = (Clip((0, 5), 448, 448, 1.0, (), 0.0, clutter=d) for d in (0.0, 300.0))
+    changed = (render(plain, [0.0])[0] != render(littered, [0.0])[0]).any(-1)
+    assert 0.02 < changed.mean() < 0.2
+    painted_over = render(littered, [0.0])[0][changed].astype(int)
+    assert np.median(painted_over.max(-1) - painted_over.min(-1)) < 60
+
+
+@pytest.mark.parametrize("quality", [2, 5])
+def test_a_codec_leaves_nearly_the_same_frames(quality):
+    frames = render(make_clip("train", 4, 112, 168, 3.0, 3), frame_times(3.0, 6))
+    coded = through_codec(frames, quality)
+    assert coded.shape == frames.shape and coded.dtype == frames.dtype
+    assert 0.3 < abs(coded.astype(int) - frames).mean() < 8
 
 
 def test_a_frame_does_not_depend_on_the_frame_rate_but_for_its_noise():
@@ -213,6 +266,9 @@ def test_shape_masks_fill_their_square(kind, radius):
 def test_digits_differ():
     masks = [digit_mask(digit) for digit in range(10)]
     assert all(mask.shape == (14, 10) and set(mask.flatten()) == {0, 1} for mask in masks)
+    small = [digit_mask(digit, 5) for digit in range(10)]
+    assert all(mask.shape == (10, 7) and mask.min() >= 0 and mask.max() <= 1 for mask in small)
+    assert all(mask.mean() == pytest.approx(whole.mean(), abs=0.02) for mask, whole in zip(small, masks, strict=True))
     assert min(abs(a - b).sum() for i, a in enumerate(masks) for b in masks[:i]) >= 8
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evoprune.demo.clips import COLOURS, SHAPES, Clip, Thing, make_clip
-from evoprune.demo.questions import TYPES, Question, ask
+from evoprune.demo.questions import LESSONS, TYPES, Question, ask
 
 MANY = 1000
 
@@ -17,7 +17,7 @@ def asked(types=None, clips=150, **how) -> list[tuple[Clip, Question]]:
     return [
         (clip, question)
         for clip in (make_clip("validation", seed, **how) for seed in range(clips))
-        for question in ask(clip, np.random.default_rng(clip.seed), MANY)
+        for question in ask(clip, np.random.default_rng(clip.seed), MANY, TYPES + LESSONS)
         if types is None or question.type in types
     ]
 
@@ -170,19 +170,70 @@ def describe(clip, question):
     return " ".join(said)
 
 
+def cell(clip, question, axis, word):
+    (name,) = parse(question, rf"Which {word} is the (.+) in\?")
+    thing = referred(clip, name)
+    assert way(clip, thing) == "still"
+    return str(1 + sum(thing.centre(0.0)[axis] >= edge for edge in range(28, 28 * 20, 28)))
+
+
+def row(clip, question):
+    return cell(clip, question, 1, "row")
+
+
+def column(clip, question):
+    return cell(clip, question, 0, "column")
+
+
+def when(clip, question):
+    name, verb = parse(question, r"When does the (.+) (appear|vanish|flash)\?")
+    thing = referred(clip, name)
+    assert {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}[fate(clip, thing)] == verb
+    there = [t for t in np.linspace(0, clip.seconds, 3001)[:-1] if thing.visible(t)]
+    moment = (there[-1] if verb == "vanish" else there[0]) / clip.seconds
+    return "early" if moment < 1 / 3 else "midway" if moment < 2 / 3 else "late"
+
+
+def there(clip, question):
+    name, moment = parse(question, r"Is the (.+) there at the (start|end)\?")
+    return "yes" if referred(clip, name).visible(0.0 if moment == "start" else clip.seconds * 0.999) else "no"
+
+
+def listed(things):
+    return ", ".join(f"digit {t.kind}" if t.kind in "0123456789" else f"{t.colour} {t.kind}" for t in things)
+
+
+def list_across(clip, question):
+    parse(question, r"List everything from left to right\.")
+    return listed(sorted(clip.things, key=lambda t: t.centre(t.start)[0]))
+
+
+def list_down(clip, question):
+    parse(question, r"List everything from top to bottom\.")
+    return listed(sorted(clip.things, key=lambda t: t.centre(t.start)[1]))
+
+
+def list_times(clip, question):
+    (verb,) = parse(question, r"List what (appears|vanishes), in order\.")
+    things = [t for t in clip.things if fate(clip, t) == verb]
+    return listed(sorted(things, key=lambda t: t.start if verb == "appears" else t.end))
+
+
 ANSWERS = {
     "colour": colour, "shape": shape, "motion": motion, "size": size, "count": count, "count_end": count_end,
     "digit": digit, "digit_colour": digit_colour, "event": event, "which": which, "order": order,
     "relation": relation, "place": place, "exists": exists, "describe": describe,
+    "row": row, "column": column, "when": when, "there": there,
+    "list_across": list_across, "list_down": list_down, "list_times": list_times,
 }  # fmt: skip
 
 
 def test_every_type_is_checked_here():
-    assert set(ANSWERS) == set(TYPES)
+    assert set(ANSWERS) == {*TYPES, *LESSONS}
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("how", [{}, {"height": 224, "width": 336, "seconds": 12.0, "grids": 12}], ids=["6s", "12s"])
+@pytest.mark.parametrize("kind", TYPES + LESSONS)
+@pytest.mark.parametrize("how", [{}, {"height": 112, "width": 168, "seconds": 12.0, "grids": 12}], ids=["drawn", "12s"])
 def test_answers_follow_from_the_scene(kind, how):
     found = asked({kind}, clips=60, **how)
     assert len(found) > 15
@@ -201,7 +252,9 @@ def test_answers_follow_from_the_scene(kind, how):
         ("relation", {"left", "right", "above", "below"}),
         ("place", {"left", "right", "top", "bottom"}),
         ("exists", {"yes", "no"}),
-        ("count", {"1", "2", "3", "4"}),
+        ("count", {"1", "2", "3", "4", "5", "6"}),
+        ("there", {"yes", "no"}),
+        ("when", {"early", "midway", "late"}),
     ],
 )
 def test_no_answer_is_never_or_nearly_always_right(kind, answers):
@@ -228,6 +281,7 @@ def test_ask_gives_different_questions_up_to_the_count(count_):
     for seed in range(40):
         clip = make_clip("train", seed)
         whole = ask(clip, np.random.default_rng(0), MANY)
+        assert {q.type for q in whole} <= set(TYPES)
         some = ask(clip, np.random.default_rng(0), count_)
         assert len(some) == min(count_, len(whole))
         assert len({q.question for q in some}) == len(some)
@@ -238,3 +292,20 @@ def test_an_empty_scene_raises_no_question_about_things():
     empty = Clip((0, 0), 112, 168, 6.0, (), 1.0)
     types = {q.type for seed in range(10) for q in ask(empty, np.random.default_rng(seed), MANY)}
     assert types <= {"count_end", "exists"}
+
+
+def test_a_question_about_a_flash_says_so():
+    marked = Counter()
+    for clip, question in asked({"colour", "event", "digit", "which"}, clips=100):
+        named = re.search(r"the (?!shape|colou?r)([a-z ]+?)(?:\?| have| appear| one)", question.question)
+        if question.type == "event":
+            (name,) = parse(question, r"What happens to the (.+)\?", r"Does the (.+) appear, vanish, flash or stay\?")
+            assert question.flash == (fate(clip, referred(clip, name)) == "flashes")
+        elif question.type == "which":
+            assert question.flash == ("flash" in question.question)
+        elif question.type == "digit":
+            assert question.flash == (fate(clip, referred(clip, "digit")) == "flashes")
+        else:
+            assert question.flash == (fate(clip, referred(clip, named[1])) == "flashes")
+        marked[question.flash] += 1
+    assert min(marked.values()) > 30
