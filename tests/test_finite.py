@@ -73,7 +73,7 @@ def test_a_tower_that_computes_nonsense_is_not_answered_over(loaded, method):
     assert caught.value.stage == "encode" and "fp16" in caught.value.hint and "weights" in caught.value.hint
 
 
-@pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "divprune", "none"])
+@pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "none"])
 def test_on_a_gpu_it_is_looked_at_in_the_end(loaded, monkeypatch, method):
     spoil(loaded, "inside", math.nan)
     with take_gpu_route(monkeypatch, kernel=False), pytest.raises(ModelError, match="the numbers of encode"):

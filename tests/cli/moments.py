@@ -1,0 +1,117 @@
+"""Signals at chosen moments of commands: `python -m tests.cli.moments FOLDER COUNT`.
+
+A moment is a call of a function of this program in the main thread. The first run of a command counts them, the others get a signal
+at one of COUNT moments spread over them; the last of these is then gone on with, where that is possible. Every run is a copy of
+this process, which has imported everything before. Prints one JSON object a run.
+"""
+
+import atexit
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+CLIPS = ["samples/square.mp4", "samples/three.mp4"]
+QUICK = ["-m", "demo", "-n", "2", "--frames", "4"]
+EVAL = ["eval", "--data", "samples/questions.jsonl", "--limit", "2", "-b", "0.5", "--method", "random", *QUICK]
+BATCH = ["batch", *CLIPS, "-Q", "What happens?", "-Q", "Why?", *QUICK, "-o", "{}/out.jsonl"]
+COMMANDS = {
+    "ask": (["ask", CLIPS[0], "What colour is the square?", "-Q", "Why?", *QUICK], None),
+    "batch": (BATCH, [*BATCH, "--resume"]),
+    "eval": ([*EVAL, "-o", "{}/run"], [*EVAL, "--resume", "{}/run"]),
+}
+SIGNALS = ("SIGINT", "SIGTERM")
+MARK = "EVOPRUNE_MOMENT"  # in the environment of a run and of all that it starts
+OURS = tuple(f"{Path(__file__).parents[2] / package}{os.sep}" for package in ("evoprune", "evoprune_cli"))
+
+
+def main(folder: Path, count: int) -> None:
+    import torch
+
+    import evoprune_cli.main  # noqa: F401
+
+    torch.set_num_threads(1)
+    for command, (words, again) in COMMANDS.items():
+        moments = tell(command, run(folder / command / "whole", words))
+        for how in SIGNALS:
+            for number in range(count):
+                place = folder / command / how / str(number)
+                moment = moments * 97 * (2 * number + 1) // (200 * count)  # no two runs have quite the same
+                tell(command, run(place, words, how, moment), how, moment)
+            if again:
+                tell(command, run(place, again))
+
+
+def tell(command: str, found: dict, how: str | None = None, moment: int | None = None) -> int:
+    print(json.dumps({"command": command, "signal": how, "moment": moment} | found), flush=True)
+    return found["moments"]
+
+
+def run(folder: Path, words: list[str], how: str | None = None, moment: int = 0) -> dict:
+    """What became of it: moments that came, up to the signal; its exit code; what it said; and who is left of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end, start = os.pipe()
+    os.environ[MARK] = str(folder)
+    pid = os.fork()
+    if pid == 0:
+        copy(folder, [word.replace("{}", str(folder)) for word in words], how, moment, start)
+    os.close(start)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with open(end) as file:
+        said = file.read()
+    err = (folder / "err").read_text()
+    return {"folder": str(folder), "moments": int(said or 0), "code": code, "err": err, "left": left(str(folder))}
+
+
+def copy(folder: Path, words: list[str], how: str | None, moment: int, counted: int) -> None:
+    """Runs the command; ends this process."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["evoprune", *words]
+    from evoprune_cli.__main__ import start
+
+    moments, code = 0, 1
+
+    def look(frame, event, _):
+        nonlocal moments
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            moments += 1
+            if moments == moment:
+                sys.setprofile(None)
+                os.kill(os.getpid(), signal.Signals[how])
+
+    try:
+        sys.setprofile(look)
+        start()
+    except SystemExit as stop:
+        sys.setprofile(None)
+        code = stop.code or 0
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os.write(counted, str(moments).encode())
+        os._exit(code)
+
+
+def left(mark: str, patience_s: float = 20.0) -> list[str]:
+    """Processes of a run that are still there after a while."""
+    until = time.monotonic() + patience_s
+    while True:
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={mark}\0".encode() in (place / "environ").read_bytes():
+                    found.append((place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:  # gone, or somebody else's
+                continue
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
