@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -196,17 +196,21 @@ def _accuracy(row: dict) -> str:
     return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
 
 
-def measure(settings: Settings, folder: Path, tell: Callable[[str], None]) -> Outcome:
-    """Runs a model's part, or the rest of it, in a folder of its own below `folder`.
+def measure(settings: Settings, folder: Path, processes: int, tell: Callable[[str], None]) -> Outcome:
+    """Runs a model's part, or the rest of it, in a folder of its own below `folder`, so many clips at a time.
 
     Raises:
         EvopruneError: what `Evaluation` and `load_model` raise; among others, if it was begun with other settings.
     """
-    run = Evaluation(settings, None, timed=True)
+    run = Evaluation(settings, None)
     place = folder / re.sub(r"[^A-Za-z0-9._-]+", "-", settings.model).strip("-")
-    run.keep_in(place, resume=(place / SETTINGS).exists())
+    begun = (place / SETTINGS).exists()
+    if begun:
+        run.keep_in(place, resume=True)
     run.load()
-    run.run(lambda what: tell(f"{settings.model}: {what}"))
+    if not begun:
+        run.keep_in(place)
+    run.run(lambda what: tell(f"{settings.model}: {what}"), processes)
     made = run.document()
     run.folder.finish(made)
     return Outcome(settings.model, made, run.samples)
@@ -217,18 +221,15 @@ def compare(
     budgets: Sequence[float],
     folder: Path,
     *,
-    names: Sequence[str] | None = None,
     split: str = SPLITS[0],
     seed: int = 0,
     limit: int = CLIPS,
+    processes: int = 1,
     tell: Callable[[str], None] = lambda what: None,
 ) -> list[Outcome]:
-    """Every method (or `names`) at every budget in every model; raises as `measure`."""
-    names = tuple(compared() if names is None else names)
-    return [
-        measure(Settings(DEMO, tuple(budgets), names, split=split, seed=seed, limit=limit, model=model), folder, tell)
-        for model in models
-    ]
+    """Everything at every budget in every model, one after another; raises as `measure`."""
+    settings = Settings(DEMO, tuple(budgets), tuple(compared()), split=split, seed=seed, limit=limit, timed=True)
+    return [measure(replace(settings, model=model), folder, processes, tell) for model in models]
 
 
 def _tell(what: str) -> None:
@@ -243,6 +244,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default=SPLITS[0], choices=SPLITS, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="block of clips (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=CLIPS, help="clips (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="clips at a time (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/comparison"), help="default: %(default)s")
     parser.add_argument("--table", type=Path, default=Path("docs/comparison.md"), help="default: %(default)s")
     parser.add_argument("--chart", type=Path, default=Path("docs/comparison.svg"), help="default: %(default)s")
@@ -250,14 +252,16 @@ def main(args: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(given)
     try:
         budgets = list(dict.fromkeys(parse_budget(text) for text in asked.budget.split(",")))
-        if max(budgets) == 1 or len(budgets) > len(COLOURS) or asked.limit < 1:
-            raise UsageError("budgets are shares below 1, at most six, of one clip or more", "for example -b 0.5,0.1")
+        if max(budgets) == 1 or len(budgets) > len(COLOURS) or min(asked.limit, asked.processes) < 1:
+            raise UsageError(
+                "budgets are shares below 1, at most six; clips and processes one or more", "for example -b 0.5,0.1"
+            )
         for path in (asked.table, asked.chart):
             if not path.parent.is_dir():
                 raise UsageError(f"cannot write {path}", "name a file in a folder that is there")
         outcomes = compare(
             list(dict.fromkeys(asked.model or [DEMO])), budgets, asked.output,
-            split=asked.split, seed=asked.seed, limit=asked.limit, tell=_tell,
+            split=asked.split, seed=asked.seed, limit=asked.limit, processes=asked.processes, tell=_tell,
         )  # fmt: skip
     except EvopruneError as problem:
         parser.exit(problem.exit_code, f"error: {problem.message}\nhint: {problem.hint}\n")

@@ -145,7 +145,7 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["-b", "2"], "budget '2'"), (["-b", "1"], "shares below 1"), (["--limit", "0"], "one clip"),
+        (["-b", "2"], "budget '2'"), (["-b", "1"], "shares below 1"), (["--limit", "0"], "one or more"),
         (["--table", "nowhere/a.md"], "cannot write"), (["--split", "magic"], "invalid choice"),
         (["--model", "/no/such"], "no/such"),
     ],
