@@ -54,6 +54,7 @@ class Settings:
         blind: also ask without the video.
         fps, frames, max_frames, max_visual_tokens: see `VideoQA.encode`.
         max_new_tokens: of an answer.
+        timed: whether samples hold `prune_ms` too, milliseconds that scores, merging and choice took; in these two runs differ.
         model, revision, dtype, quantize: see `load_model`.
         version: of this program.
     """
@@ -76,6 +77,7 @@ class Settings:
     dtype: str = "auto"
     quantize: str = "none"
     digest: str | None = None
+    timed: bool = False
     version: str = evoprune.__version__
 
     @property
@@ -224,6 +226,7 @@ class Evaluation:
         for number, item in enumerate(video.items):
             said = "".join(encoded.ask(item.prompt, max_new_tokens=settings.max_new_tokens))
             grade = item.grade(said)
+            times = {"prune_ms": encoded.report.time_ms.encode_prune} if settings.timed else {}
             yield _about(video, number) | {
                 "row": side.kind,
                 "method": side.method,
@@ -235,6 +238,7 @@ class Evaluation:
                 "unparseable": grade is None,
                 "warnings": encoded.report.warnings,
                 **cost.of(encoded.report),
+                **times,
             }
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
