@@ -19,6 +19,8 @@ WARNINGS = {
     "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
     "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
     "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_overlay": "the demo model knows only its own little world of coloured shapes and digits; what it merges and chooses "
+    "in this video says little. For a real model: -m Qwen/Qwen2.5-VL-3B-Instruct",
 }
 
 
