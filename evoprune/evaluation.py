@@ -25,7 +25,7 @@ from evoprune import methods
 from evoprune.cost import prefill_flop, stretched, tower_flop
 from evoprune.demo.items import BLOCK, clip_name, demo_video, seeds
 from evoprune.environment import environment
-from evoprune.errors import OutOfMemory, UsageError, VideoError, error_record
+from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.items import Video
 from evoprune.models import LoadedModel, describe_model, load_model
 from evoprune.pipeline import EncodedVideo, VideoQA
@@ -165,7 +165,8 @@ class Evaluation:
         return any("error" in sample for sample in self.samples)
 
     def run(self, tell: Progress = lambda what: None, processes: int = 1) -> None:
-        """Shows all videos that have no samples yet. One that cannot be read, or does not fit, is left out of all rows and counted.
+        """Shows all videos that have no samples yet. One that cannot be read or computed, or does not fit, is left out
+        of all rows and counted.
 
         Args:
             tell: told, in words, what is about to happen.
@@ -206,7 +207,7 @@ class Evaluation:
             for side in self.sides:
                 tell(side.name)
                 made += self._asked(side, video, frames)
-        except (VideoError, OutOfMemory) as problem:
+        except (VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
             return [_about(video, i) | {"error": error} for i in range(len(video.items))]
         return made
