@@ -200,7 +200,7 @@ def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
     Args:
         question: as in `encode`; not looked at unless the method reads it.
     """
-    method, tokens = video.method, video.tokens
+    tokens = video.tokens
     rows, owner = tokens.rows, tokens.owner
     with rows.device, video.watch:
         kept = selected(video, question)

@@ -157,7 +157,7 @@ CASES = {
     "automatic budget": Case((*ASK, "-b", "auto"), says="-b auto:"),
     "automatic budget of a method without": fails(2, "cannot choose a budget", *ASK, "-b", "auto", "--method", "pool"),
     "automatic budget in a comparison": fails(
-        2, "for asking, not for comparing", "eval", "--data", "demo", "-b", "auto", ways=PIPE
+        2, "not for comparing", "eval", "--data", "demo", "-b", "auto", ways=PIPE
     ),
     "budget of the environment": fails(2, "budget '7'", *ASK, env={"EVOPRUNE_BUDGET": "7"}),
     "unknown method": fails(2, "magic", *ASK, "--method", "magic"),
