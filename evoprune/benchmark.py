@@ -17,12 +17,13 @@ import torch
 
 from evoprune import methods
 from evoprune.baseline import hugging_face_model
-from evoprune.clock import Clock, memory_guard
+from evoprune.clock import Clock
 from evoprune.cost import matmul_rate
 from evoprune.environment import environment, peak_memory, reset_peak_memory
 from evoprune.errors import OutOfMemory
-from evoprune.forms import case_units, make_forms, shortage, working_memory
+from evoprune.forms import case_units, make_forms, working_memory
 from evoprune.measurements import FULL, HUGGING_FACE, METHOD, Case, Counts, Results, Row, Sample, bound_of
+from evoprune.memory import memory_guard, shortage
 from evoprune.models import LoadedModel
 from evoprune.pruning.budget import keep_count
 from evoprune.report import ModelFacts

@@ -1,4 +1,4 @@
-"""How long each stage is busy, and which one ran out of memory."""
+"""How long each stage is busy."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from evoprune.errors import OutOfMemory
+from evoprune.memory import memory_guard
 
 T = TypeVar("T")
 
@@ -48,20 +48,3 @@ class Clock:
             if item is None:
                 return
             yield item
-
-
-@contextmanager
-def memory_guard(stage: str) -> Iterator[None]:
-    """Turns running out of memory, on host or device, into an error that names the stage."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as problem:
-        if not is_out_of_memory(problem):
-            raise
-        hint = "take fewer frames (--frames) or a lower budget (-b)"
-        raise OutOfMemory(f"out of memory in {stage}", hint, stage=stage) from problem
-
-
-def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether a host or a device ran out of memory; on the CPU torch raises a plain RuntimeError."""
-    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)

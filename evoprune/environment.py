@@ -1,5 +1,6 @@
 """Facts about this machine and process that belong beside every measurement."""
 
+import math
 import platform
 import re
 import sys
@@ -39,8 +40,7 @@ def peak_memory(device: str) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     try:
         # Not getrusage first: on Linux its peak goes back to the process that started this one.
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+        return _kib("/proc/self/status", "VmHWM")
     except (OSError, StopIteration):
         pass
     try:
@@ -64,18 +64,37 @@ def reset_peak_memory(device: str) -> bool:
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that a process could have now without swapping: free ones on CUDA, else what Linux and its control group allow;
-    None where unknown."""
+    """Bytes that this process could have now without swapping: on CUDA what is free, in torch's own store as well; else what
+    Linux, its control group and its limits allow. None where unknown."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
-        with open("/proc/meminfo") as f:
-            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+        free = _kib("/proc/meminfo", "MemAvailable")
+        mapped = _kib("/proc/self/status", "VmSize")
     except (OSError, StopIteration):
         return None
+    return min(free, _left_of_group(), _left_of_limit(mapped))
+
+
+def _kib(path: str, name: str) -> int:
+    with open(path) as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
+
+
+def _left_of_group() -> float:
+    """Of the control group's memory; infinite where there is no such group, or no limit."""
     try:
         limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.M)
-    except (OSError, ValueError):  # no such group, or "max": no limit
-        return free
-    return min(free, limit - used + int(cached[1] if cached else 0))
+    except (OSError, ValueError):  # "max" is no number
+        return math.inf
+    return limit - used + int(cached[1] if cached else 0)
+
+
+def _left_of_limit(mapped: int) -> float:
+    """Of the addresses that this process may use (`ulimit -v`)."""
+    import resource  # there is one where there is /proc
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return math.inf if limit == resource.RLIM_INFINITY else limit - mapped

@@ -1,5 +1,25 @@
 """The errors a user can meet, each with its exit code, what went wrong and a hint that fixes it."""
 
+import errno
+
+# What takes less memory, at a shell and in Python.
+LESS = (
+    "take fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
+    "in Python frames, max_visual_tokens, budget"
+)
+# How torch, oneDNN, CUDA, C++, Python's threads and the loader of libraries say that there is no memory, where they raise
+# something that may mean anything.
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "ALLOC_FAILED",
+    "could not create a primitive",
+    "can't start new thread",
+    "failed to map segment",
+)
+
 
 class EvopruneError(Exception):
     """Base of every expected failure: `message` says what and where, `hint` what to do about it.
@@ -53,8 +73,8 @@ class OutOfMemory(EvopruneError):
 
 def error_record(problem: BaseException) -> dict:
     """A failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
-    if isinstance(problem, MemoryError):  # outside of any stage
-        problem = OutOfMemory("out of memory", "close other programs, or take fewer frames (--frames)")
+    if is_out_of_memory(problem):  # outside of any stage
+        problem = OutOfMemory("out of memory", f"close other programs, or {LESS}")
     elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; run again with --debug and report what it prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
@@ -65,6 +85,14 @@ def error_record(problem: BaseException) -> dict:
         "message": problem.message,
         "hint": problem.hint,
     }
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
+    if isinstance(problem, OSError) and problem.errno == errno.ENOMEM:
+        return True
+    says = isinstance(problem, RuntimeError | OSError | ImportError) and any(sign in str(problem) for sign in NO_MEMORY)
+    return says or isinstance(problem, MemoryError)
 
 
 def first_line(problem: BaseException) -> str:

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import torch
 
+from evoprune import memory
 from evoprune.clock import now
 from evoprune.config import Config
-from evoprune.environment import available_memory
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.inspection import kv_bytes
-from evoprune.language.generate import ANSWER_COLUMNS
 from evoprune.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.measurements import Case
 from evoprune.models import BUNDLED_CONFIGS, DTYPES, LoadedModel, describe_model, load_model, pick_device, pick_dtype
@@ -20,9 +18,7 @@ from evoprune.quantize import check as check_quantize
 from evoprune.quantize import quantize
 from evoprune.qwen import QwenVL, empty, shared
 from evoprune.sides import TEXT_AFTER, TEXT_BEFORE
-from evoprune.vision.attention import PATCHES
 
-SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
 
 
@@ -66,7 +62,7 @@ def load(
         bytes_each = DTYPES[pick_dtype(dtype, place, is_demo=name == "demo")].itemsize
         weights = sum(weight.numel() for weight in empty(config).parameters()) * bytes_each
         working = min(working_memory(config, case_units(case, limits), bytes_each) for case in cases)
-        if short := shortage(weights + working, str(place)):
+        if short := memory.shortage(weights + working, str(place)):
             raise OutOfMemory(f"{name} at {min(cases)} {short}", MEMORY_HINT, stage="load")
     return load_model(
         name, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format, pack=False
@@ -93,7 +89,7 @@ def make_forms(
     if can_pack(next(ours.parameters())):
         tell("packing weights")
         start = now(loaded.model.device)
-        free = available_memory(loaded.device)
+        free = memory.available_memory(loaded.device)
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
             if free is None or free > 1.1 * size + working:
                 pack(part)
@@ -104,7 +100,7 @@ def make_forms(
     forms, missing = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}, {}
     for kind in kinds:
         if kind != "none":
-            if short := shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
+            if short := memory.shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
                 missing[kind] = f"not run: beside the other weights, {kind} {short}"
                 continue
             start, model = now(loaded.model.device), shared(loaded.model)
@@ -121,25 +117,12 @@ def _ready(form: str, model: QwenVL, start: float) -> str:
     return f"{form} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
 
 
-def shortage(needed: int, device: str) -> str | None:
-    """What is missing, in words, where so many bytes cannot be had."""
-    available = available_memory(device)
-    if available is None or needed <= available:
-        return None
-    return f"needs about {needed / 2**30:.1f} GiB of memory, and {available / 2**30:.1f} GiB are available"
-
-
 def working_memory(config: Config, units: int, bytes_each: int) -> int:
     """Bytes that are in use at once beside the weights, at most: transformers' way, all units at a time, takes the most.
 
     Args:
         units: N. `bytes_each`: of a weight.
     """
-    vision, text = config.vision_config, config.text_config
-    patches, prompt = units * PATCHES, units + TEXT_BEFORE + TEXT_AFTER
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    # A pass is widest at rotary embedding, in float32, and in the gated layer.
-    tower = patches * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
-    language = prompt * (8 * text.hidden_size * 4 + 3 * text.intermediate_size * bytes_each)
-    cache = kv_bytes(config, prompt + ANSWER_COLUMNS, bytes_each)
-    return SMALL_CHANGE + patches * pixels * (4 + bytes_each) + max(tower, language + cache)
+    prompt = units + TEXT_BEFORE + TEXT_AFTER
+    held = memory.SMALL_CHANGE + memory.pixel_bytes(config, units, bytes_each)
+    return held + max(memory.tower_bytes(config, units, bytes_each), memory.language_bytes(config, prompt, bytes_each))

@@ -14,15 +14,15 @@ import torch
 
 from evoprune import hub
 from evoprune.choices import LOAD_FORMATS
-from evoprune.clock import is_out_of_memory
 from evoprune.config import Config, VisionConfig, parse_config
 from evoprune.dummy import random_model
 from evoprune.environment import available_memory
-from evoprune.errors import ModelError, OutOfMemory, UsageError, first_line
+from evoprune.errors import ModelError, OutOfMemory, UsageError, first_line, is_out_of_memory
 from evoprune.hub import MODEL_HINT
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.linear import pack as pack_layers
 from evoprune.linear import weights_bytes
+from evoprune.memory import shortage
 from evoprune.plan import VideoLimits
 from evoprune.quantize import check as check_quantize
 from evoprune.quantize import quantize as quantize_layers
@@ -32,6 +32,7 @@ DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+IN_FILE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors call them
 
 
 @dataclass
@@ -126,14 +127,16 @@ def load_model(
     if to_answer and tokenizer is None:
         raise no_tokenizer(name)
     files = [] if dummy else _weight_files(folder)
+    hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if dtype == "fp32" else "")
+    how = (DTYPES[dtype], place)
+    if short := shortage(_allocated(config, files, *how), str(place)):
+        raise OutOfMemory(f"loading {name} {short} ({place})", hint, stage="load")
     try:
-        how = (DTYPES[dtype], place)
         model = random_model(config, *how) if dummy else _load_weights(config, files, *how)
         make_ready(model, quantize, pack=pack, progress=progress)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
-        hint = "use a smaller model, or bf16 weights" if dtype == "fp32" else "use a smaller model"
         raise OutOfMemory(f"the weights of {name} do not fit into memory ({place})", hint, stage="load") from problem
     return LoadedModel(
         model=model,
@@ -356,6 +359,18 @@ def _load_weights(config: Config, files: list[Path], dtype: torch.dtype, device:
     model.load_state_dict(found, strict=False, assign=True)
     model.tie()
     return model.requires_grad_(False)
+
+
+def _allocated(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that loading takes: none for weights that stay in their file. Random ones have no file."""
+    from safetensors import safe_open
+
+    if files and device.type == "cpu":
+        with safe_open(files[0], framework="pt") as content:
+            stored = {content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118 (not a dict)
+        if stored == {IN_FILE[dtype]}:
+            return 0
+    return sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
 
 
 def _eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -23,10 +23,10 @@ import torch
 from evoprune import methods
 from evoprune.ahead import ahead
 from evoprune.cache import Cache, entry_key
-from evoprune.clock import Clock, memory_guard
+from evoprune.clock import Clock
 from evoprune.cost import estimate_first_token
 from evoprune.environment import environment, peak_memory
-from evoprune.errors import UsageError
+from evoprune.errors import LESS, OutOfMemory, UsageError
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     GenerationSettings,
@@ -39,9 +39,10 @@ from evoprune.language.generate import (
 )
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
+from evoprune.memory import memory_guard, shortage, working_memory
 from evoprune.models import LoadedModel, load_model, no_tokenizer
 from evoprune.plan import Plan, default_max_visual_tokens, make_plan
-from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
+from evoprune.pruning.budget import AUTO, AUTO_MOST, DEFAULT, keep_count, parse_budget_or_auto
 from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
 from evoprune.video.decode import FrameChunk, choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
@@ -52,6 +53,7 @@ from evoprune.vision.preprocess import patchify, resize
 from evoprune.vision.tower import tower_geometry, tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # frames as decoded, held at a time
+TEXT = 64  # tokens of a prompt around the video, roughly
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -60,7 +62,7 @@ class VideoQA:
 
     Args:
         loaded: from `models.load_model`.
-        budget: share of visual tokens kept, a number in (0, 1] or a preset's name.
+        budget: share of visual tokens kept, a number in (0, 1] or a preset's name; or "auto", if the method can choose.
         method: name of a pruning method, `method_args` its settings as texts.
         encoder_budget: share of the units that the encoder goes on computing, in (0, 1]; default: as the method has it follow
             from the budget. The setting of that name.
@@ -82,9 +84,12 @@ class VideoQA:
         load_seconds: float | None = None,
     ):
         self.loaded = loaded
-        self.budget = parse_budget(budget)
+        self.asked_budget = parse_budget_or_auto(budget)
         self.method_name = method
         self.method = methods.get(method, methods.with_encoder_budget(method_args, encoder_budget))
+        if self.asked_budget == AUTO:
+            self.method = self.method.automatic()
+        self.budget = AUTO_MOST if self.asked_budget == AUTO else self.asked_budget
         self.seed = seed
         self.load_seconds = load_seconds
         if loaded.tokenizer is None:
@@ -106,9 +111,12 @@ class VideoQA:
     ) -> "VideoQA":
         """Loads a model and wraps it; `settings` are the constructor's. Raises what `load_model` raises."""
         start = time.perf_counter()
-        parse_budget(settings.get("budget", DEFAULT))  # settings are checked before any weights are read
+        # Settings are checked before any weights are read.
+        budget = parse_budget_or_auto(settings.get("budget", DEFAULT))
         args = methods.with_encoder_budget(settings.get("method_args"), settings.get("encoder_budget"))
-        methods.get(settings.get("method", methods.DEFAULT), args)
+        rule = methods.get(settings.get("method", methods.DEFAULT), args)
+        if budget == AUTO:
+            rule.automatic()
         loaded = load_model(
             model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format,
             quantize=quantize, to_answer=True, progress=progress,
@@ -330,7 +338,49 @@ class PreparedVideo:
         return self._open.enter_context(closing(ahead(prepare()) if self._overlap else prepare()))
 
     def _encode(self, clock: Clock, progress: Progress | None) -> Encoded | Unchosen:
-        """The stages from reading to encoding; `clock` gets the seconds of all. Who reads the question has still to choose."""
+        """The stages from reading to encoding; `clock` gets the seconds of all. Who reads the question has still to choose.
+
+        Where there is not enough memory after all the video is begun anew, with half as much of it in the tower at a time.
+        """
+        at_once, start = self._at_once(), clock.now()
+        while True:
+            try:
+                encoded = self._try_to_encode(clock, progress, at_once)
+                break
+            except OutOfMemory as problem:
+                if problem.stage != "encode" or at_once <= self._least:
+                    raise
+            torch.cuda.empty_cache()  # what is free, but in pieces; nothing where there is no CUDA
+            at_once, self._damaged = max(self._least, at_once // 2), 0
+        clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
+        clock.seconds |= self._host.seconds
+        return encoded
+
+    @property
+    def _least(self) -> int:
+        """Units of a block: the tower takes no fewer at a time."""
+        method, (_, height, width) = self.qa.method, self.plan.grid
+        inside = method.acts == "inside" and method.prunes(self.keep / self.plan.visual_tokens)
+        return (method.block if inside else 1) * height * width
+
+    def _at_once(self) -> int:
+        """How many units to encode at a time: fewer than is usual here where memory is short.
+
+        Raises:
+            OutOfMemory: there is not enough even for a block, or for the prompt.
+        """
+        model, plan, least = self.qa.loaded.model, self.plan, self._least
+        at_once, sizes = units_at_a_time(model.device), (self.keep + TEXT, model.dtype.itemsize)
+        while short := shortage(
+            working_memory(model.config, plan.visual_tokens, max(least, at_once), *sizes), str(model.device)
+        ):
+            if at_once <= least:
+                size = f"{plan.sampling.frames} frames of {plan.width}x{plan.height} pixels, {self.keep:,} visual tokens kept"
+                raise OutOfMemory(f"{self._name} {short}: {size}", LESS, stage="encode")
+            at_once = max(least, at_once // 2)
+        return at_once
+
+    def _try_to_encode(self, clock: Clock, progress: Progress | None, at_once: int) -> Encoded | Unchosen:
         qa, plan = self.qa, self.plan
 
         def patches() -> Iterator[torch.Tensor]:
@@ -339,9 +389,8 @@ class PreparedVideo:
                 if progress:
                     progress("encode", frames_done, plan.sampling.frames)
 
-        start = clock.now()
         with memory_guard("encode"), closing(self):
-            encoded = (encode_rows if qa.method.reads_question else encode)(
+            return (encode_rows if qa.method.reads_question else encode)(
                 qa.loaded.model.model.visual,
                 patches(),
                 plan.grid,
@@ -349,11 +398,8 @@ class PreparedVideo:
                 self.keep,
                 seconds_per_grid=plan.sampling.seconds_per_grid(qa.loaded.video.temporal_patch_size),
                 seed=qa.seed,
-                chunk_units=units_at_a_time(qa.loaded.model.device),
+                chunk_units=at_once,
             )
-        clock.seconds["encode"] = clock.now() - start - clock.seconds.pop("wait", 0.0)
-        clock.seconds |= self._host.seconds
-        return encoded
 
 
 class EncodedVideo:
@@ -546,7 +592,7 @@ class EncodedVideo:
             pruning=Pruning(
                 method=qa.method_name,
                 args=asdict(qa.method),
-                budget=qa.budget,
+                budget=qa.asked_budget,
                 encoder_budget=qa.method.encoder_share(qa.budget),
                 visual_tokens_in=self.units,
                 encoder_rows=len(encoded.rows),

@@ -150,7 +150,8 @@ def make_plan(
 
     unit, pair = limits.unit, limits.temporal_patch_size
     most_frames = limits.max_frames if max_frames is None else max_frames
-    sampling = free = sample(most_frames)
+    # No more grids than there may be tokens: what nobody will look at needs no place in a list.
+    sampling = free = sample(min(most_frames, pair * max_visual_tokens))
     try:
         wished = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, unit)
         height, width = wished
@@ -168,7 +169,8 @@ def make_plan(
     except ValueError as problem:
         raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
     grid = (sampling.frames // pair, height // unit, width // unit)
-    capped = (height, width) != wished or sampling is not free
+    wanted = min(free.wanted, most_frames - most_frames % pair)
+    capped = (height, width) != wished or sampling.frames < wanted
     return Plan(sampling, height, width, grid, most_frames, max_visual_tokens, capped)
 
 

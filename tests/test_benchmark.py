@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune import benchmark, forms, methods, sides
+from evoprune import benchmark, forms, memory, methods, sides
 from evoprune.baseline import hugging_face_model
 from evoprune.benchmark import Settings, measure, paced
 from evoprune.clock import Clock
@@ -246,7 +246,7 @@ def test_an_interruption_leaves_the_finished_rounds(loaded):
 
 def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
     monkeypatch.setattr(forms, "load_model", lambda *_, **__: pytest.fail("weights were read"))
-    monkeypatch.setattr(forms, "available_memory", lambda device: 10**6)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10**6)
     with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0.0 GiB are available") as problem:
         forms.load("Qwen/Qwen2.5-VL-3B-Instruct", [CASE], dtype="bf16")
     assert problem.value.exit_code == 5 and "--frames, --size" in problem.value.hint and "-m" in problem.value.hint
@@ -257,7 +257,7 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
     large = Case(64, 560, 560)
     enough = forms.working_memory(loaded.model.config, forms.case_units(CASE, loaded.video), 4)
-    monkeypatch.setattr(forms, "available_memory", lambda device: enough)
+    monkeypatch.setattr(memory, "available_memory", lambda device: enough)
 
     def source(case):
         assert case != large

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.finite import not_finite
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.tokenizer import Tokenizer
@@ -127,7 +128,8 @@ def prefill(
 
 
 class TokenStream(Iterator[int]):
-    """Generated token ids, one forward pass at a time. Ends of sequence are not yielded.
+    """Generated token ids, one forward pass at a time. Ends of sequence are not yielded. Raises ModelError where logits are not
+    finite.
 
     Attributes:
         finish_reason: None while tokens may come, then "stop" (the model ended its turn) or "length".
@@ -151,6 +153,8 @@ class TokenStream(Iterator[int]):
             raise StopIteration
         # The pass after a token runs only once another token is wanted.
         logits = self._state.logits if self._last is None else self._step(self._last)
+        if not logits.max().isfinite():  # the largest is NaN where any is
+            raise not_finite("prefill" if self._last is None else "generate")
         token = choose(logits, self._settings, self._random)
         if token in self._eos_ids:
             self.finish_reason = "stop"

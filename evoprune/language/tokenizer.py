@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evoprune.errors import ModelError, first_line
+from evoprune.errors import ModelError, first_line, is_out_of_memory
 
 
 @dataclass
@@ -96,6 +96,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         settings = _settings(folder / "tokenizer_config.json")
         template = _template(folder, settings)
     except Exception as problem:  # the Rust parser raises plain Exceptions
+        if is_out_of_memory(problem):
+            raise
         raise ModelError(
             f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}", "get its files again"
         ) from problem

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.finite import is_finite, not_finite
 from evoprune.methods.base import Method, Selection, Tokens
 from evoprune.pruning.budget import Spending, spread
 from evoprune.pruning.indices import tally
@@ -58,6 +59,7 @@ def encode(
     Raises:
         ValueError: `patches` do not add up to the grid.
         UsageError: the method reads the question, and there is none.
+        ModelError: what the tower computes is not finite.
     """
     if method.reads_question and question is None:
         raise UsageError(
@@ -79,7 +81,8 @@ class Unchosen:
         home: int64 `[E]`, the unit at whose place each row sits.
         source: int64 `[T, H*W]` on the CPU, the number of the grid whose pixels stand for each unit, its own if they are its own.
         layers: as in `Encoded`.
-        watch: measures pruning. even: of each chunk, whether it is of one colour. wrong: what was left to be checked at the end.
+        watch: measures pruning. even: of each chunk, whether it is of one colour. wrong, finite: what was left to be checked at
+            the end, of merging and of the rows of each chunk.
     """
 
     method: Method
@@ -93,10 +96,11 @@ class Unchosen:
     watch: Stopwatch
     even: list[torch.Tensor]
     wrong: list[torch.Tensor]
+    finite: list[torch.Tensor]
 
     def nothing(self) -> Encoded:
         """None of it is read yet."""
-        flat, seconds = _settled(self.method, self.even, self.wrong, self.watch)
+        flat, seconds = _settled(self)
         rows, owner, none = self.tokens.rows, self.tokens.owner, self.home[:0]
         return Encoded(rows[:0], none, rows, owner, (self.tokens.grid,), self.layers, seconds, flat)
 
@@ -127,7 +131,7 @@ def encode_rows(
     rows, owners, homes, sources, base = [], [], [], [], 0
     past = Past()
     entered, left = [0] * tower.depth, [0] * tower.depth
-    watch, even, wrong = Stopwatch(weight.device), [], []
+    watch, even, wrong, finite = Stopwatch(weight.device), [], [], []
     chunks = in_chunks(
         patches,
         geo,
@@ -175,6 +179,9 @@ def encode_rows(
                 past.row = owner[last] if past.row is None else torch.where(last < 0, past.row, owner[last])
         if layout.rows:
             rows.append(visual.merger.mlp(norm(x[order], visual.merger.ln_q.weight).flatten(1)))
+            finite.append(is_finite(rows[-1]))
+            if not devices.static_shapes(weight.device) and not finite[-1]:
+                raise not_finite("encode")
         own = torch.arange(chunk.first, end)[:, None].expand(-1, geo.units)
         sources.append(own if chunk.source is None else chunk.source)
         owners.append(owner)
@@ -183,7 +190,7 @@ def encode_rows(
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
     tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, gathering.collected() if gathering else {})
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Unchosen(method, keep, tokens, selects, inside, home, torch.cat(sources), layers, watch, even, wrong)
+    return Unchosen(method, keep, tokens, selects, inside, home, torch.cat(sources), layers, watch, even, wrong, finite)
 
 
 @torch.inference_mode()
@@ -202,7 +209,7 @@ def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
         else:
             kept = devices.uploaded(kept, rows.device)
             features = rows[owner[kept]]
-    flat, seconds = _settled(method, video.even, video.wrong, video.watch)
+    flat, seconds = _settled(video)
     return Encoded(features, kept, rows, owner, (tokens.grid,), video.layers, seconds, flat)
 
 
@@ -220,19 +227,19 @@ def selected(video: Unchosen, question: torch.Tensor | None = None) -> torch.Ten
         return home
 
 
-def _settled(
-    method: Method, even: list[torch.Tensor], wrong: list[torch.Tensor], watch: Stopwatch
-) -> tuple[bool, float]:
+def _settled(video: Unchosen) -> tuple[bool, float]:
     """Looks at all that was left to be looked at: whether the video is flat, and the seconds of pruning.
 
     The one place where the host waits for a GPU.
 
     Raises:
-        RuntimeError: some group did not lose the rows that it had to.
+        ModelError: some row is not finite. RuntimeError: some group did not lose the rows that it had to.
     """
-    if wrong and torch.stack(wrong).any():
-        raise RuntimeError(f"method {method.name} did not remove as many rows as it was asked to")
-    return bool(even) and bool(torch.stack(even).all()), watch.seconds()
+    if not torch.stack(video.finite).all():
+        raise not_finite("encode")
+    if video.wrong and torch.stack(video.wrong).any():
+        raise RuntimeError(f"method {video.method.name} did not remove as many rows as it was asked to")
+    return bool(video.even) and bool(torch.stack(video.even).all()), video.watch.seconds()
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:

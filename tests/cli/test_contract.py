@@ -154,6 +154,11 @@ CASES = {
     "budget zero": fails(2, "budget '0'", *ASK, "-b", "0"),
     "budget word": fails(2, "budget 'tiny'", *ASK, "-b", "tiny"),
     "budget nan": fails(2, "budget 'nan'", *ASK, "-b", "nan"),
+    "automatic budget": Case((*ASK, "-b", "auto"), says="-b auto:"),
+    "automatic budget of a method without": fails(2, "cannot choose a budget", *ASK, "-b", "auto", "--method", "pool"),
+    "automatic budget in a comparison": fails(
+        2, "for asking, not for comparing", "eval", "--data", "demo", "-b", "auto", ways=PIPE
+    ),
     "budget of the environment": fails(2, "budget '7'", *ASK, env={"EVOPRUNE_BUDGET": "7"}),
     "unknown method": fails(2, "magic", *ASK, "--method", "magic"),
     "method argument without value": fails(2, "NAME=VALUE", *ASK, "--method-arg", "first"),

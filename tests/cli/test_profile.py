@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune import benchmark, forms
+from evoprune import benchmark, forms, memory
 from evoprune.errors import ModelError
 from evoprune.measurements import Case
 from tests.cli.screen import visible
@@ -221,7 +221,7 @@ def test_wrong_flags(profile, monkeypatch, args, says):
 def test_other_failures(cli, profile, monkeypatch):
     assert profile("no/such.mp4").code == 3
     assert cli("profile", "-m", "samples", *QUICK).code == 4
-    monkeypatch.setattr(forms, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
     result = profile()
     assert result.code == 5 and "needs about" in result.err and "--frames, --size" in result.err and result.out == ""
 

@@ -16,7 +16,12 @@ sys.stdout.buffer.write(text.encode())
 
 
 def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
-    environment = os.environ | {"COLUMNS": "40", "FORCE_COLOR": "1", "EVOPRUNE_BUDGET": "0.3", "EVOPRUNE_MODEL": "other"}
+    environment = os.environ | {
+        "COLUMNS": "40",
+        "FORCE_COLOR": "1",
+        "EVOPRUNE_BUDGET": "0.3",
+        "EVOPRUNE_MODEL": "other",
+    }
     made = subprocess.run([sys.executable, "-c", MADE], cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert made.returncode == 0, made.stderr.decode()
     text = made.stdout.decode()
