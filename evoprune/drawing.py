@@ -5,6 +5,7 @@ in the colour of the row that they went into, whose own place has a dot. Only nu
 """
 
 import colorsys
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -57,8 +58,7 @@ class Drawing:
         shown = [i * count // min(count, MOST_PANELS) for i in range(min(count, MOST_PANELS))]
         panels = [self._panel(grid * self._per_grid) for grid in shown]
         height, width, _ = panels[0].shape
-        # As many in a row as make the sheet about as wide as screens are.
-        across = min(range(1, len(panels) + 1), key=lambda n: abs(n * width / (-(-len(panels) // n) * height) - 1.6))
+        across = _across(len(panels), width / height)
         rows = [_beside(panels[at : at + across]) for at in range(0, len(panels), across)]
         wide = max(NARROWEST, rows[0].shape[1])
         some = f"{len(shown)} of {count} grids" if len(shown) < count else "Each grid"
@@ -111,6 +111,16 @@ class Drawing:
             "perhaps in a neighbouring grid.",
         }
         return [_entry(kind, text, wide, dot) for kind, text in said.items() if counts.get(kind, 1)]
+
+
+def _across(panels: int, ratio: float) -> int:
+    """How many panels, so much wider than high, to put in a row: the sheet should be like a screen, and have few places empty."""
+
+    def cost(across: int) -> float:
+        rows = -(-panels // across)
+        return abs(math.log(across * ratio / rows / 1.6)) + (rows * across - panels) / panels
+
+    return min(range(1, panels + 1), key=cost)
 
 
 def _larger(values: np.ndarray, times: int) -> np.ndarray:
