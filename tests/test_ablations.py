@@ -63,7 +63,7 @@ def test_the_command_runs_and_goes_on(tmp_path, saved, capsys):
     asked = [str(tmp_path / "run"), "--limit", "2", "--only", "split,choice", "--model", str(saved), "-b", "0.25"]
     ablations.main([*asked, "--markdown", str(tmp_path / "a.md")])
     text = (tmp_path / "a.md").read_text()
-    assert text in capsys.readouterr().out and text.startswith("2 clips of the split 'validation', block 0,")
+    assert text in capsys.readouterr().out and text.startswith("2 clips of split 'validation', block 0,")
     assert text.count("### ") == 2 and "| checkerboard |" in text and "| divprune |" in text
     ablations.main(asked)  # all is there
     out = capsys.readouterr().out
