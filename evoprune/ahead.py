@@ -9,13 +9,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DEPTH = 2
+# How long whoever stops early waits for what is being made just then, in seconds.
+PATIENCE_S = 3.0
 
 
 def ahead(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
     """Passes items on, in order, which a thread makes, at most `depth` more than were taken.
 
     The thread begins with the first item asked for. It has ended, and has closed `items`, when this iterator has come to its end,
-    was closed, or has raised; only what is being made just then it finishes first.
+    was closed, or has raised; only what is being made just then it finishes first. Where that takes longer than `PATIENCE_S`, as a
+    read that hangs does, the thread is left to end by itself.
 
     Args:
         items: run and closed in the thread.
@@ -39,7 +42,7 @@ def ahead(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
             problem = found
         made.put(([], problem))
 
-    # A daemon: whoever presses Ctrl-C again while it finishes does not want to wait.
+    # A daemon: one that hangs does not keep the program from ending.
     thread = threading.Thread(target=work, name="evoprune-ahead", daemon=True)
     try:
         thread.start()
@@ -55,4 +58,4 @@ def ahead(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
         stopped.set()
         room.release()
         if thread.is_alive():
-            thread.join()
+            thread.join(PATIENCE_S)

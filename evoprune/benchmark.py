@@ -20,7 +20,7 @@ from evoprune.baseline import hugging_face_model
 from evoprune.clock import Clock
 from evoprune.cost import matmul_rate
 from evoprune.environment import environment, peak_memory, reset_peak_memory
-from evoprune.errors import OutOfMemory
+from evoprune.errors import ModelError, OutOfMemory
 from evoprune.forms import case_units, make_forms, working_memory
 from evoprune.measurements import FULL, HUGGING_FACE, METHOD, Case, Counts, Results, Row, Sample, bound_of
 from evoprune.memory import memory_guard, shortage
@@ -197,7 +197,7 @@ def _take_turn(run: Callable[[Clock], Turn], device: str) -> tuple[Counts | None
     clock = Clock(torch.device(device))
     try:
         turn = run(clock)
-    except OutOfMemory as problem:
+    except (ModelError, OutOfMemory) as problem:  # numbers that are none, or no room
         return None, None, problem.message
     spent = clock.seconds
     sample = Sample(spent["encode"], turn.prune, spent["prefill"], spent["generate"], peak_memory(device))

@@ -32,7 +32,7 @@ HOUR = 3600.0
 def default_folder() -> Path:
     """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
     if named := os.environ.get("EVOPRUNE_CACHE_DIR"):
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "evoprune"
 
 

@@ -6,6 +6,7 @@ hint. Only safetensors are read, and no code that comes with a model is ever run
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,7 +255,7 @@ def cpu_has_bf16() -> bool:
 
 def _locate(name: str, revision: str | None, offline: bool, *, files: list[str] | None) -> tuple[Path, str | None]:
     """The folder that holds a model, and its commit if it came from the hub, which is asked for `files` if at all."""
-    folder = DEMO_FOLDER if name == "demo" else Path(name).expanduser()
+    folder = DEMO_FOLDER if name == "demo" else Path(os.path.expanduser(name))
     if name == "demo" and not (folder / "config.json").is_file():
         raise ModelError(
             f"the bundled demo model is missing: {folder}", "install evoprune again, or name another model"

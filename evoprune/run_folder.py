@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: a folder with settings.json, samples.jsonl and results.json; and going on from it. No torch."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from evoprune.errors import UsageError
 
 SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
@@ -60,12 +62,25 @@ class RunFolder:
         return folder
 
     def add(self, samples: list[dict]) -> None:
-        """Appends all samples of a video, on the disk when this returns."""
+        """Appends all samples of a video, on the disk when this returns; or none of them.
+
+        Raises:
+            UsageError: they cannot be written.
+        """
         samples[-1]["last"] = True
-        with open(self.path / SAMPLES, "a", encoding="utf-8") as file:
-            file.write("".join(_line(sample) for sample in samples))
-            file.flush()
-            os.fsync(file.fileno())
+        path, rest = self.path / SAMPLES, memoryview("".join(_line(sample) for sample in samples).encode())
+        try:
+            with open(path, "ab", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
+                except BaseException:
+                    file.truncate(size)
+                    raise
+        except OSError as problem:
+            raise _cannot_write(path, problem) from problem
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results, complete or so far."""
@@ -78,8 +93,12 @@ class RunFolder:
         """All of it or nothing."""
         new = self.path / f"{name}.new"
         try:
-            new.write_text(text, encoding="ascii")
-            new.replace(self.path / name)
+            try:
+                new.write_text(text, encoding="ascii")
+                new.replace(self.path / name)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
         except OSError as problem:
             raise _cannot_write(self.path / name, problem) from problem
 
@@ -112,4 +131,5 @@ def _finished(text: bytes) -> list[dict]:
 
 
 def _cannot_write(path: Path, problem: OSError) -> UsageError:
-    return UsageError(f"cannot write {path}: {problem.strerror}", "choose another place")
+    hint = "make room there" if problem.errno in FULL else "choose another place"
+    return UsageError(f"cannot write {path}: {problem.strerror}", hint)

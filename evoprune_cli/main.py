@@ -26,7 +26,7 @@ from evoprune_cli.render import WIDTH, print_error, print_json
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 # Files that are read name themselves in the error; what is left is the redirected output.
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="evoprune",

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from evoprune import ahead as module
 from evoprune.ahead import ahead
 
 
@@ -95,3 +96,28 @@ def test_closed_before_it_began():
     closed = []
     ahead(numbers(3, closed)).close()
     assert closed == []
+
+
+def test_what_hangs_is_not_waited_for_to_its_end(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    going, released, closed = threading.Event(), threading.Event(), []
+
+    def hangs():
+        try:
+            yield 0
+            going.set()
+            assert released.wait(60)
+            yield 1
+        finally:
+            closed.append(1)
+
+    items = ahead(hangs())
+    next(items)
+    assert going.wait(10)
+    before = threading.enumerate()
+    items.close()
+    (left,) = (thread for thread in threading.enumerate() if thread.name == "evoprune-ahead")
+    assert left in before and left.daemon and closed == []
+    released.set()
+    left.join(10)
+    assert closed == [1]

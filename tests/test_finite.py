@@ -18,6 +18,7 @@ from evoprune.models import load_model
 from evoprune.pipeline import VideoQA
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import write_image
+from tests.vision.devices import take_gpu_route
 
 CLIP = "samples/square.mp4"
 BAD = [math.nan, math.inf, -math.inf]
@@ -70,6 +71,13 @@ def test_a_tower_that_computes_nonsense_is_not_answered_over(loaded, method):
     with pytest.raises(ModelError, match=r"^NaN or infinity among the numbers of encode") as caught:
         list(qa.encode(CLIP).ask("What?"))
     assert caught.value.stage == "encode" and "fp16" in caught.value.hint and "weights" in caught.value.hint
+
+
+@pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "divprune", "none"])
+def test_on_a_gpu_it_is_looked_at_in_the_end(loaded, monkeypatch, method):
+    spoil(loaded, "inside", math.nan)
+    with take_gpu_route(monkeypatch, kernel=False), pytest.raises(ModelError, match="the numbers of encode"):
+        VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
 
 
 @pytest.mark.parametrize("bad", BAD)
