@@ -29,7 +29,7 @@ class Settings:
     """All that an answer depends on besides its row and the machine. See `VideoQA`, `VideoQA.prepare` and `EncodedVideo.ask`."""
 
     model: str
-    budget: float
+    budget: float | str
     method: str
     method_args: dict[str, str] = field(default_factory=dict)
     seed: int = 0

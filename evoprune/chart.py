@@ -1,4 +1,4 @@
-"""Line charts as SVG, written by hand: axes from zero, ticks at round numbers, a legend. The same data give the same bytes."""
+"""Charts as SVG, written by hand: axes from zero, ticks at round numbers, a legend. The same data give the same bytes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,7 @@ PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # of a panel's plot, in pixels
 LEFT, GAP, TOP, BOTTOM = 62, 74, 104, 58  # before the first plot, between plots, above and below them
 LETTER = 6.7  # average width of a 12-pixel letter
 CLOSE = 26  # labels nearer to one another would touch
+ROW = 20  # pixels from one named row to the next
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,62 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
     width = max(
         beside + 34 + LETTER * max(map(len, legend), default=0) + 16, 24 + LETTER * max(len(subtitle), 1.3 * len(title))
     )
-    width, height = math.ceil(width), TOP + PLOT_HEIGHT + BOTTOM
-    parts = [
+    parts = _begun(title, subtitle, math.ceil(width), TOP + PLOT_HEIGHT + BOTTOM)
+    for number, panel in enumerate(panels):
+        parts += _panel(panel, LEFT + number * (PLOT_WIDTH + GAP))
+    parts += _legend(legend.values(), beside)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def draw_rows(title: str, subtitle: str, names: Sequence[str], panels: Sequence[Panel]) -> str:
+    """A chart of named rows, the first on top: dots on them, with their intervals, in panels side by side.
+
+    Of a point `x` is the value, from `low` to `high`, and `y` the number of its row; series of a panel lie a little apart. A dashed
+    line is drawn through its points.
+    """
+    legend = {series.name: series for panel in panels for series in panel.series}
+    left = 24 + LETTER * max(map(len, names), default=0) + 12
+    beside = left + len(panels) * (PLOT_WIDTH + GAP / 2)
+    width = max(
+        beside + 34 + LETTER * max(map(len, legend), default=0) + 16, 24 + LETTER * max(len(subtitle), 1.3 * len(title))
+    )
+    bottom = TOP + ROW * len(names)
+    parts = _begun(title, subtitle, math.ceil(width), bottom + BOTTOM)
+    for row, name in enumerate(names):
+        parts.append(_text(left - 12, TOP + ROW * (row + 0.5) + 4, name, anchor="end"))
+    for number, panel in enumerate(panels):
+        parts += _rows(panel, left + number * (PLOT_WIDTH + GAP / 2), bottom)
+    parts += _legend(legend.values(), beside)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _rows(panel: Panel, left: float, bottom: float) -> Iterable[str]:
+    values = [value for series in panel.series for p in series.points for value in (p.x, p.high or 0)]
+    x_ticks = ticks(max(values, default=0)) if panel.x_ticks is None else panel.x_ticks
+    yield _text(left, TOP - 16, panel.title, size=13, weight=600)
+    for value in x_ticks:
+        x = left + PLOT_WIDTH * value / x_ticks[-1]
+        yield f'<path d="M{x:.1f} {TOP}V{bottom:.1f}" stroke="{GRID if value else SOFT}"/>'
+        yield _text(x, bottom + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
+    yield _text(left + PLOT_WIDTH / 2, bottom + 44, panel.x_label, anchor="middle")
+    marked = [series for series in panel.series if not series.dashed]
+
+    def at(x: float, row: float) -> tuple[float, float]:
+        return left + PLOT_WIDTH * x / x_ticks[-1], TOP + ROW * (row + 0.5)
+
+    yield from (_line([at(p.x, p.y) for p in series.points], series) for series in panel.series if series.dashed)
+    for number, series in enumerate(marked):
+        for point in series.points:
+            x, y = at(point.x, point.y + (number - (len(marked) - 1) / 2) * 0.25)
+            if point.low is not None and point.high is not None:
+                (low, _), (high, _) = at(point.low, 0), at(point.high, 0)
+                yield f'<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="{series.colour}" stroke-width="1.6"/>'
+            yield _mark(x, y, series.colour)
+
+
+def _begun(title: str, subtitle: str, width: int, height: int) -> list[str]:
+    """How every chart begins."""
+    return [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
         f' font-family="{FONT}" font-size="12" fill="{INK}">',
         f"<title>{escape(title)}</title>",
@@ -72,14 +127,14 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
         _text(24, 34, title, size=17, weight=600),
         _text(24, 56, subtitle, fill=SOFT),
     ]
-    for number, panel in enumerate(panels):
-        parts += _panel(panel, LEFT + number * (PLOT_WIDTH + GAP))
-    for row, series in enumerate(legend.values()):
+
+
+def _legend(found: Iterable[Series], beside: float) -> Iterable[str]:
+    for row, series in enumerate(found):
         y = TOP + 8 + 22 * row
-        parts.append(_line([(beside, y), (beside + 22, y)], series))
-        parts += [] if series.dashed else [_mark(beside + 11, y, series.colour)]
-        parts.append(_text(beside + 30, y + 4, series.name))
-    return "\n".join([*parts, "</svg>", ""])
+        yield _line([(beside, y), (beside + 22, y)], series)
+        yield from [] if series.dashed else [_mark(beside + 11, y, series.colour)]
+        yield _text(beside + 30, y + 4, series.name)
 
 
 def _panel(panel: Panel, left: float) -> Iterable[str]:

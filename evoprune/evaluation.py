@@ -9,8 +9,8 @@ and from the true length of the prompt. Scoring and merging, a few percent of th
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -23,16 +23,17 @@ import numpy as np
 import evoprune
 from evoprune import methods
 from evoprune.cost import prefill_flop, stretched, tower_flop
-from evoprune.demo.items import BLOCK, demo_items
+from evoprune.demo.items import BLOCK, clip_name, demo_video, seeds
 from evoprune.environment import environment
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.items import Video
 from evoprune.models import LoadedModel, describe_model, load_model
 from evoprune.pipeline import EncodedVideo, VideoQA
+from evoprune.processes import shown
 from evoprune.report import ModelFacts, Report
 from evoprune.run_folder import RunFolder
 from evoprune.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
-from evoprune.video.decode import FrameChunk
+from evoprune.video.decode import FrameChunk, read_frames
 from evoprune.video.probe import VideoInfo
 from evoprune.vision.tower import tower_geometry
 
@@ -53,6 +54,7 @@ class Settings:
         blind: also ask without the video.
         fps, frames, max_frames, max_visual_tokens: see `VideoQA.encode`.
         max_new_tokens: of an answer.
+        timed: whether samples hold `prune_ms` too, milliseconds that scores, merging and choice took; in these two runs differ.
         model, revision, dtype, quantize: see `load_model`.
         version: of this program.
     """
@@ -75,6 +77,7 @@ class Settings:
     dtype: str = "auto"
     quantize: str = "none"
     digest: str | None = None
+    timed: bool = False
     version: str = evoprune.__version__
 
     @property
@@ -134,12 +137,14 @@ class Evaluation:
                 f"a block of the demo's clips holds {BLOCK:,}", "lower --limit, or take several blocks (--seed)"
             )
         self._videos = videos
+        self.files = ""  # where the demo's clips are put while they are shown
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
 
     def load(self, *, device: str = "auto", offline: bool = False, progress: Callable | None = None) -> None:
         """Raises what `load_model` raises."""
         s = self.settings
+        self._load = {"device": device, "offline": offline}
         self.loaded = load_model(
             s.model, revision=s.revision, device=device, dtype=s.dtype, offline=offline, quantize=s.quantize,
             progress=progress,
@@ -159,42 +164,55 @@ class Evaluation:
         """Whether a video failed."""
         return any("error" in sample for sample in self.samples)
 
-    def run(self, tell: Progress = lambda what: None) -> None:
+    def run(self, tell: Progress = lambda what: None, processes: int = 1) -> None:
         """Shows all videos that have no samples yet. One that cannot be read or computed, or does not fit, is left out
         of all rows and counted.
 
         Args:
             tell: told, in words, what is about to happen.
+            processes: so many videos at a time, each in a process with a model of its own; samples and their order are the same.
         """
         done = {sample["video"] for sample in self.samples}
-        with ExitStack() as cleanup:
-            for number, video in enumerate(self._missing(done, cleanup), len(done) + 1):
-                made = self._shown(video, lambda what, at=number: tell(f"video {at} of {self.total}: {what}"))
-                if self.folder:
-                    self.folder.add(made)
-                self.samples += made
+        missing = self._missing(done)
+        with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
+            if processes > 1:
+                each = shown(self.settings, missing, self.files, processes, self._load)
+            else:
+                each = (
+                    self.show(job, lambda what, at=number: tell(f"video {at} of {self.total}: {what}"))
+                    for number, job in enumerate(missing, len(done) + 1)
+                )
+            with closing(each):
+                for number, made in enumerate(each, len(done) + 1):
+                    if processes > 1:
+                        tell(f"video {number} of {self.total}")
+                    if made and self.folder:
+                        self.folder.add(made)
+                    self.samples += made
 
-    def _missing(self, done: set[str], cleanup: ExitStack) -> Iterable[Video]:
+    def _missing(self, done: set[str]) -> list[Video] | list[int]:
+        """Videos of the file, or seeds of the demo's clips."""
         if self._videos is not None:
             return [video for video in self._videos[: self.settings.limit] if video.name not in done]
-        folder = Path(cleanup.enter_context(TemporaryDirectory(prefix="evoprune-eval-")))
-        clips = demo_items(self.settings.split, self.settings.seed, self.total, folder, skip=done)
-        cleanup.callback(clips.close)
-        return clips
+        s = self.settings
+        return [seed for seed in seeds(s.seed, self.total) if clip_name(s.split, seed) not in done]
 
-    def _shown(self, video: Video, tell: Progress) -> list[dict]:
-        """The samples of a video, side after side; or of its failure, one a question."""
-        made = []
+    def show(self, job: Video | int, tell: Progress = lambda what: None) -> list[dict]:
+        """The samples of a video, or of the demo's clip of that seed, side after side; or of its failure, one a question."""
+        if isinstance(job, int):
+            with demo_video(self.settings.split, job, Path(self.files)) as video:
+                return self.show(video, tell)
+        video, made, frames = job, [], Frames()
         try:
             for side in self.sides:
                 tell(side.name)
-                made += self._asked(side, video)
+                made += self._asked(side, video, frames)
         except (VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
             return [_about(video, i) | {"error": error} for i in range(len(video.items))]
         return made
 
-    def _asked(self, side: Side, video: Video) -> Iterator[dict]:
+    def _asked(self, side: Side, video: Video, frames: "Frames") -> Iterator[dict]:
         settings, method = self.settings, side.kind == METHOD
         qa = VideoQA(
             self.loaded,
@@ -203,12 +221,13 @@ class Evaluation:
             method_args=settings.method_args if method else None,
             seed=((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63,
         )
-        blind = {"read": grey_frames} if side.kind == BLIND else {}
-        encoded = qa.encode(video.path, name=video.name, **settings.sampling, **blind)
+        read = grey_frames if side.kind == BLIND else frames.read
+        encoded = qa.encode(video.path, name=video.name, **settings.sampling, read=read)
         cost = Cost(encoded)
         for number, item in enumerate(video.items):
             said = "".join(encoded.ask(item.prompt, max_new_tokens=settings.max_new_tokens))
             grade = item.grade(said)
+            times = {"prune_ms": encoded.report.time_ms.encode_prune} if settings.timed else {}
             yield _about(video, number) | {
                 "row": side.kind,
                 "method": side.method,
@@ -220,6 +239,7 @@ class Evaluation:
                 "unparseable": grade is None,
                 "warnings": encoded.report.warnings,
                 **cost.of(encoded.report),
+                **times,
             }
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
@@ -284,6 +304,27 @@ class Cost:
             "tflop_3b_tower": self._tower,
             "tflop_3b_prefill": prefill,
         }
+
+
+class Frames:
+    """A video's frames, read once for all rows that look at the same moments of it."""
+
+    def __init__(self):
+        self._held: dict[tuple, list[FrameChunk]] = {}
+
+    def read(self, info: VideoInfo, times_s: Sequence[float], **how) -> Iterator[FrameChunk]:
+        """As `read_frames`. What comes in several chunks is too much to be held, and is read again."""
+        key = (tuple(times_s), *sorted(how.items()))
+        if key in self._held:
+            yield from self._held[key]
+            return
+        chunks = []
+        with closing(read_frames(info, times_s, **how)) as read:
+            for chunk in read:
+                chunks = [*chunks, chunk][:2]
+                yield chunk
+        if len(chunks) == 1:
+            self._held[key] = chunks
 
 
 def _about(video: Video, number: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from evoprune.language.prompt import build_prompt
 from evoprune.memory import memory_guard, shortage, working_memory
 from evoprune.models import LoadedModel, load_model, no_tokenizer
 from evoprune.plan import Plan, default_max_visual_tokens, make_plan
-from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
+from evoprune.pruning.budget import AUTO, AUTO_MOST, DEFAULT, keep_count, parse_budget_or_auto
 from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
 from evoprune.video.decode import FrameChunk, choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
@@ -62,7 +62,7 @@ class VideoQA:
 
     Args:
         loaded: from `models.load_model`.
-        budget: share of visual tokens kept, a number in (0, 1] or a preset's name.
+        budget: share of visual tokens kept, a number in (0, 1] or a preset's name; or "auto", if the method can choose.
         method: name of a pruning method, `method_args` its settings as texts.
         encoder_budget: share of the units that the encoder goes on computing, in (0, 1]; default: as the method has it follow
             from the budget. The setting of that name.
@@ -84,9 +84,12 @@ class VideoQA:
         load_seconds: float | None = None,
     ):
         self.loaded = loaded
-        self.budget = parse_budget(budget)
+        self.asked_budget = parse_budget_or_auto(budget)
         self.method_name = method
         self.method = methods.get(method, methods.with_encoder_budget(method_args, encoder_budget))
+        if self.asked_budget == AUTO:
+            self.method = self.method.automatic()
+        self.budget = AUTO_MOST if self.asked_budget == AUTO else self.asked_budget
         self.seed = seed
         self.load_seconds = load_seconds
         if loaded.tokenizer is None:
@@ -108,9 +111,12 @@ class VideoQA:
     ) -> "VideoQA":
         """Loads a model and wraps it; `settings` are the constructor's. Raises what `load_model` raises."""
         start = time.perf_counter()
-        parse_budget(settings.get("budget", DEFAULT))  # settings are checked before any weights are read
+        # Settings are checked before any weights are read.
+        budget = parse_budget_or_auto(settings.get("budget", DEFAULT))
         args = methods.with_encoder_budget(settings.get("method_args"), settings.get("encoder_budget"))
-        methods.get(settings.get("method", methods.DEFAULT), args)
+        rule = methods.get(settings.get("method", methods.DEFAULT), args)
+        if budget == AUTO:
+            rule.automatic()
         loaded = load_model(
             model, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format,
             quantize=quantize, to_answer=True, progress=progress,
@@ -586,7 +592,7 @@ class EncodedVideo:
             pruning=Pruning(
                 method=qa.method_name,
                 args=asdict(qa.method),
-                budget=qa.budget,
+                budget=qa.asked_budget,
                 encoder_budget=qa.method.encoder_share(qa.budget),
                 visual_tokens_in=self.units,
                 encoder_rows=len(encoded.rows),

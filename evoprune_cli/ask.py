@@ -9,7 +9,7 @@ import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.pruning.budget import DEFAULT, parse_budget
+from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
 from evoprune.video.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
@@ -197,7 +197,7 @@ def _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, m
     from evoprune.video.decode import choose_decoder
     from evoprune.video.sampling import parse_time
 
-    parse_budget(budget)
+    parse_budget_or_auto(budget)
     if not methods.known(method):
         raise UsageError(f"no pruning method {method!r}", f"one of {', '.join(methods.available())}")
     choose_decoder(decoder)

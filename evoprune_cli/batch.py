@@ -11,7 +11,7 @@ import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.pruning.budget import DEFAULT, parse_budget
+from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
 from evoprune_cli import options as opt
 from evoprune_cli.failures import debugging
 from evoprune_cli.render import progress, tell
@@ -144,7 +144,8 @@ def batch(
     from evoprune.batch_rows import grouped
 
     settings = Settings(
-        model, parse_budget(budget), method, opt.settings(method_arg, encoder_budget), seed=seed, revision=revision, dtype=dtype,
+        model, parse_budget_or_auto(budget), method, opt.settings(method_arg, encoder_budget), seed=seed,
+        revision=revision, dtype=dtype,
         quantize=quantize, load_format=load_format, fps=fps, frames=frames, max_frames=max_frames,
         max_visual_tokens=max_visual_tokens, decoder=decoder, system=system, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p,

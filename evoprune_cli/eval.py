@@ -87,6 +87,17 @@ def evaluate(
     max_frames: opt.MaxFrames = None,
     max_visual_tokens: opt.MaxVisualTokens = None,
     max_new_tokens: opt.MaxNewTokens = 64,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes",
+            metavar="N",
+            help="Show so many videos at a time, each in a process with its own copy of the model.",
+            min=1,
+            max=256,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = 1,
     output: Annotated[
         str | None,
         typer.Option(
@@ -160,7 +171,7 @@ def evaluate(
                 evaluation.keep_in(Path(output))
                 if not quiet and evaluation.folder.path != Path(output):
                     note(f"{output} is there already: writing to {evaluation.folder.path}")
-            evaluation.run(show)
+            evaluation.run(show, processes)
     except BaseException as problem:
         if evaluation is not None and evaluation.loaded and not isinstance(problem, BrokenPipeError | SystemExit):
             with suppress(UsageError):  # what went wrong first is what counts

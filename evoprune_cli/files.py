@@ -31,8 +31,13 @@ def print_text(text: str) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Raises: UsageError."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Raises: UsageError."""
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(path, "wb") as file:
+            file.write(content)
     except OSError as problem:
         raise UsageError(f"cannot write {path}: {problem.strerror}", "choose another place") from problem

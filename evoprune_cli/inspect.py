@@ -1,17 +1,24 @@
 """`evoprune inspect`: this machine, or a video and what a model would look at in it."""
 
 import json as jsonlib
+import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import typer
 
+from evoprune import methods
+from evoprune.choices import OVERLAYS
 from evoprune.errors import UsageError
+from evoprune.pruning.budget import DEFAULT, parse_budget
+from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
-from evoprune_cli.render import clock, printable, size
+from evoprune_cli.files import check_writable, write_bytes
+from evoprune_cli.render import clock, print_warning, printable, progress, size
 
 SCHEMA = "evoprune/inspect@1"
 
@@ -25,15 +32,33 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    overlay: Annotated[
+        str | None,
+        typer.Option(
+            "--overlay",
+            metavar="FILE",
+            help=f"Draw what the model reads of the video, what is reused and what is merged ({', '.join(OVERLAYS)}). "
+            "Loads the model; pruning options are for this.",
+            show_default=False,
+        ),
+    ] = None,
     model: opt.Model = "demo",
     revision: opt.Revision = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
     offline: opt.Offline = False,
+    budget: opt.Budget = DEFAULT,
+    method: opt.MethodName = methods.DEFAULT,
+    encoder_budget: opt.EncoderBudget = None,
+    method_arg: opt.MethodArg = None,
+    seed: opt.Seed = 0,
     fps: opt.Fps = None,
     frames: opt.Frames = None,
     max_frames: opt.MaxFrames = None,
     max_visual_tokens: opt.MaxVisualTokens = None,
     start: opt.Start = "0",
     end: opt.End = None,
+    decoder: opt.Decoder = "auto",
     scan: Annotated[
         bool,
         typer.Option("--scan", help="Decode the whole video and report damage, true length and variable rate."),
@@ -46,12 +71,13 @@ def inspect(
 ) -> int:
     """Show what is installed, or what is in a video.
 
-    With a video also what a model would look at in it. Loads no weights.
+    With a video also what a model would look at in it. Loads no weights, except for an overlay.
 
     \b
     evoprune inspect
     evoprune inspect clip.mp4 --scan
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
+    evoprune inspect clip.mp4 --overlay clip.png -b 0.1
     """
     facts = {} if video is None else {"video": {"path": video}}
     try:
@@ -62,12 +88,20 @@ def inspect(
         if video is None:
             if scan:
                 raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
+            if overlay is not None:
+                raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
             from evoprune.inspection import environment_facts
 
             facts |= environment_facts()
         else:
             sampling = {"fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens}
-            for found in _about(video, model, revision, offline, sampling, start, end, scan):
+            which = {"revision": revision, "offline": offline}
+            draw = None
+            if overlay is not None:
+                pruning = _pruning(budget, method, method_arg, encoder_budget, seed)
+                draw = _Overlay(overlay, which | {"device": device, "dtype": dtype} | pruning, decoder)
+                draw.check(video)
+            for found in _about(video, model, which, device, sampling, start, end, scan, draw):
                 facts |= found
     except BaseException as problem:
         if json and not isinstance(problem, BrokenPipeError | SystemExit):
@@ -93,15 +127,15 @@ def _clear_cache() -> None:
         raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
 
 
-def _about(video, model, revision, offline, sampling, start, end, scan) -> Iterator[dict]:
-    """What a video holds, what a scan tells, what a model would look at: each as soon as it is known."""
+def _about(video, model, which, device, sampling, start, end, scan, draw) -> Iterator[dict]:
+    """What a video holds, what a scan tells, what a model would look at, and what it makes of it: each as soon as it is known."""
     from evoprune.inspection import plan_facts, video_facts
     from evoprune.plan import default_max_visual_tokens, make_plan
     from evoprune.video.probe import probe
     from evoprune.video.sampling import parse_time
     from evoprune.video.source import local_file
 
-    part = {"start_s": parse_time(start), "end_s": parse_time(end) if end else None}
+    sampling = sampling | {"start_s": parse_time(start), "end_s": parse_time(end) if end else None}
     with local_file(video) as path:
         info = replace(probe(path), path=video)
         yield {"video": video_facts(info)}
@@ -109,13 +143,81 @@ def _about(video, model, revision, offline, sampling, start, end, scan) -> Itera
             from evoprune.video.scan import scan as scan_video
 
             yield {"scan": asdict(scan_video(path))}
-    from evoprune.models import describe_model, has_cuda
+        from evoprune.models import describe_model, has_cuda
 
-    config, limits = describe_model(model, revision=revision, offline=offline)
-    if sampling["max_visual_tokens"] is None:
-        most = default_max_visual_tokens(on_cpu=not has_cuda(), is_demo=model == "demo")
-        sampling = sampling | {"max_visual_tokens": most}
-    yield {"plan": {"model": model, **plan_facts(make_plan(info, limits, **sampling, **part), config)}}
+        config, limits = describe_model(model, **which)
+        if sampling["max_visual_tokens"] is None:
+            on_cpu = not has_cuda() if device == "auto" else device.startswith("cpu")
+            most = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model == "demo")
+            sampling = sampling | {"max_visual_tokens": most}
+        yield {"plan": {"model": model, **plan_facts(make_plan(info, limits, **sampling), config)}}
+        if draw:
+            yield {"overlay": draw(path, video, model, sampling)}
+
+
+def _pruning(budget, method, method_arg, encoder_budget, seed) -> dict:
+    """How an overlay's video is pruned, as `VideoQA` takes it, checked as far as can be before anything is loaded."""
+    parse_budget(budget)
+    if not methods.known(method):
+        raise UsageError(f"no pruning method {method!r}", f"one of {', '.join(methods.available())}")
+    args = opt.settings(method_arg, encoder_budget)
+    return {"budget": budget, "method": method, "method_args": args, "seed": seed}
+
+
+@dataclass(frozen=True)
+class _Overlay:
+    """Draws what a model makes of a video into `file`; `settings` are those of `VideoQA.load`."""
+
+    file: str
+    settings: dict
+    decoder: str
+
+    def check(self, video: str) -> None:
+        """Raises UsageError where such a file cannot be drawn or must not be written."""
+        if self._ending not in OVERLAYS:
+            ending = repr(self._ending) if self._ending else "no ending"
+            hint = ".png shows grids side by side, .gif and .mp4 one frame after another"
+            raise UsageError(f"--overlay {self.file} has {ending}, which cannot be drawn", hint)
+        check_writable(self.file)
+        folder = os.path.dirname(os.path.abspath(self.file))
+        if os.path.exists(video) and any(
+            os.path.exists(place) and os.path.samefile(place, video) for place in (self.file, folder)
+        ):
+            raise UsageError(f"--overlay {self.file} would change the video", "name another place")
+
+    def __call__(self, path: str, video: str, model: str, sampling: dict) -> dict:
+        """Draws; what there is to tell of it."""
+        with progress(True) as show:
+            from evoprune.drawing import as_file
+            from evoprune.overlay import look_at
+            from evoprune.pipeline import VideoQA
+
+            show("loading model")
+            qa = VideoQA.load(model, **self.settings)
+            with closing(qa.prepare(path, name=video, decoder=self.decoder, **sampling)) as prepared:
+                show("reading video")
+                look = look_at(prepared, lambda stage, done, total: show("encoding", done, total))
+            show("drawing")
+            how = f"{qa.method_name} -b {qa.budget:g}"
+            title = f"{os.path.basename(os.path.abspath(video))}, {how}. {look.summary}"
+            write_bytes(self.file, as_file(look, title, self._ending))
+        for name in look.warnings:
+            print_warning(name, VideoFacts(path=video, damaged=look.damaged))
+        share = qa.method.encoder_share(qa.budget)
+        counts = look.fates.counts()
+        return {
+            "file": self.file,
+            "method": qa.method_name,
+            "args": asdict(qa.method),
+            "budget": qa.budget,
+            "encoder_budget": share,
+            **counts,
+            "warnings": look.warnings,
+        }
+
+    @property
+    def _ending(self) -> str:
+        return os.path.splitext(self.file)[1].lower()
 
 
 def print_failure(facts: dict, problem: BaseException) -> None:
@@ -132,6 +234,8 @@ def lines(facts: dict, indent: int = 0) -> list[str]:
     made = []
     for name, value in facts.items():
         title = " " * indent + name.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
+        if name == "args" or (name == "encoder_budget" and value is None):
+            continue  # for programs
         if name == "presets":
             made.append(title)
             for preset, p in value.items():

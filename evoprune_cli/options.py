@@ -70,8 +70,9 @@ Budget = Annotated[
         "-b",
         "--budget",
         envvar="EVOPRUNE_BUDGET",
-        metavar="SHARE|PRESET",
-        help=f"Share of visual tokens kept, in (0, 1], or {_PRESETS}. -b full for the exact answer.",
+        metavar="SHARE|PRESET|auto",
+        help=f"Share of visual tokens kept, in (0, 1], or {_PRESETS}. -b full for the exact answer; -b auto to let the content "
+        "decide.",
     ),
 ]
 MethodName = Annotated[

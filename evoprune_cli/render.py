@@ -19,6 +19,8 @@ WARNINGS = {
     "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
     "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
     "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_overlay": "the demo model knows only its own little world of coloured shapes and digits; what it merges and chooses "
+    "in this video says little. For a real model: -m Qwen/Qwen2.5-VL-3B-Instruct",
 }
 
 
@@ -134,7 +136,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     threads = f" ({report.env.threads} threads)" if (model.device or "").startswith("cpu") else ""
     kept = 100 * (pruning.kept_ratio or 0)
     fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
-    budget = "" if pruning.method == "none" else f" -b {pruning.budget:g}"
+    asked = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
+    budget = "" if pruning.method == "none" else f" -b {asked}"
     if pruning.args.get("encoder_budget") is not None:
         budget += f" --encoder-budget {pruning.encoder_budget:g}"
     grids, rows, columns = sampling.grid_thw

@@ -1,6 +1,8 @@
 """Running an evaluation: what is shown how often, what it is said to cost, and going on after an interruption."""
 
 import json
+import multiprocessing
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +60,7 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     encoded, real = [], VideoQA.encode
 
     def encode(self, path, **more):
-        encoded.append((Path(path).name, self.method_name, self.budget, "read" in more))
+        encoded.append((Path(path).name, self.method_name, self.budget, more["read"] is grey_frames))
         return real(self, path, **more)
 
     monkeypatch.setattr(VideoQA, "encode", encode)
@@ -155,6 +157,55 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     run = begun(loaded, shown=videos(CLIPS[:2]))
     run.run()
     assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # in full either, or no pairs
+
+
+def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded, monkeypatch):
+    read, real = [], evaluation.read_frames
+
+    def counted(info, times_s, **how):
+        read.append(len(times_s))
+        yield from real(info, times_s, **how)
+
+    monkeypatch.setattr(evaluation, "read_frames", counted)
+    settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
+    run = begun(loaded, settings, videos(CLIPS[:2]))
+    run.run()
+    assert read == [
+        4,
+        2,
+        4,
+        2,
+    ]  # of each video: everyone's four frames, and the two of those who take fewer (a grid at least)
+    frames, info = evaluation.Frames(), probe(SAMPLES / "square.mp4")
+    plain = list(real(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=2**26))
+    for _ in range(2):
+        (chunk,) = frames.read(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=2**26)
+        assert np.array_equal(chunk.frames, plain[0].frames) and chunk.times_s == plain[0].times_s
+    in_two = [list(frames.read(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=1)) for _ in range(2)]
+    assert [len(chunks) for chunks in in_two] == [2, 2]
+
+
+@pytest.mark.parametrize("data", ["q.jsonl", "demo"])
+def test_several_processes_give_the_same_samples_in_the_same_order(saved, data):
+    settings = replace(SETTINGS, data=data, model=str(saved), dtype="fp32", split="validation", limit=3)
+    runs = []
+    for processes in (1, 2):
+        run = Evaluation(settings, videos() if data != "demo" else None)
+        run.load()
+        run.run(processes=processes)
+        runs.append(run.samples)
+    assert len(runs[0]) >= 3 * 2 * 3 and runs[0] == runs[1]
+
+
+def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):
+    settings = replace(SETTINGS, model=str(tmp_path / "gone"))
+    run = Evaluation(replace(settings, model=str(saved)), videos())
+    run.load()
+    run.settings = settings  # whose model the processes cannot load
+    before = set(multiprocessing.active_children())
+    with pytest.raises(BrokenProcessPool):
+        run.run(processes=2)
+    assert set(multiprocessing.active_children()) <= before
 
 
 def results(folder):

@@ -440,3 +440,28 @@ def test_evoprune_may_leave_its_choice_to_one_that_reads_the_question(loaded):
     video = VideoQA(loaded, budget=0.25, method="evoprune:choice=cdpruner").encode(CLIP)
     kept = [answer(video, question) and video.encoded.kept.tolist() for question in ASKED[:2]]
     assert kept[0] != kept[1] and len(video.encoded.rows) < 144 and video.report.pruning.args["choice"] == "cdpruner"
+
+
+def test_auto_keeps_as_much_as_the_content_asks_for():
+    loaded = load_model("demo")
+    video = VideoQA(loaded, budget="auto").encode(CLIP)
+    answer(video, n=1)
+    pruning = video.report.pruning
+    units = pruning.visual_tokens_in
+    assert pruning.budget == "auto" and pruning.args["within"] > 0
+    assert round(0.05 * units) <= pruning.visual_tokens_kept <= round(0.5 * units)
+    kept = []
+    for within in ("0.001", "0.3", "100"):
+        coarse = VideoQA(loaded, budget="auto", method_args={"within": within}).encode(CLIP)
+        kept.append(len(coarse.encoded.kept))
+    assert round(0.5 * units) >= kept[0] > kept[1] > kept[2] == round(0.05 * units)
+    exact = VideoQA(loaded, budget=0.5, method_args={"within": "0.3"}).encode(CLIP)
+    assert len(exact.encoded.kept) == kept[1]
+
+
+def test_auto_is_for_methods_that_can_choose(loaded):
+    for how in ({"method": "divprune"}, {"method": "evoprune", "method_args": {"choice": "mmr"}}):
+        with pytest.raises(UsageError, match="cannot choose a budget"):
+            VideoQA(loaded, budget="auto", **how)
+    with pytest.raises(UsageError, match="cannot choose a budget"):
+        VideoQA.load("nowhere", budget="auto", method="pool")

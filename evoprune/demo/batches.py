@@ -38,9 +38,9 @@ class Recipe:
 
     seed: int = 0
     vision_steps: int = 1500
-    steps: int = 4000
+    steps: int = 3000
     short_steps: int = 300  # of the second stage, on short clips and small frames
-    small_steps: int = 2000  # of the second stage, without the largest frames
+    small_steps: int = 1700  # of the second stage, without the largest frames
     vision_batch: int = 64  # grids of 4x6 units
     units: int = 2304  # merge units a batch of clips, about
     questions: int = 10  # about a clip in one step; twice as many where few clips fill a batch

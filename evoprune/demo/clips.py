@@ -354,7 +354,9 @@ def through_codec(frames: np.ndarray, quality: int, gop: int = 12) -> np.ndarray
     return np.stack([f.to_ndarray(format="rgb24") for f in decoded])
 
 
-def write_video(clip: Clip, path: str | Path, fps: int = 12, codec: str = "libx264", crf: int = 18) -> None:
+def write_video(
+    clip: Clip, path: str | Path, fps: int = 12, codec: str = "libx264", crf: int = 18, preset: str = "medium"
+) -> None:
     """Encodes the clip as a video file, marked as the generator's own in the container's `comment` tag."""
     import av
 
@@ -365,7 +367,7 @@ def write_video(clip: Clip, path: str | Path, fps: int = 12, codec: str = "libx2
     with av.open(str(path), "w") as container:
         container.metadata["comment"] = VIDEO_TAG
         stream = container.add_stream(
-            codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else {})
+            codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else {"preset": preset})
         )
         stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
         for picture in pictures():

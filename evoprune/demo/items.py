@@ -1,6 +1,7 @@
 """The demo model's own questions for `evoprune eval`: clips made, and written as video files, right before they are needed."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,25 +26,30 @@ def groups(clip: Clip, question: Question) -> tuple[str, ...]:
     return (*needs, *(("flash",) if question.flash else ()), "panning" if any(clip.pan) else "static")
 
 
-def demo_items(split: str, block: int, limit: int, folder: Path, skip: Container[str] = ()) -> Iterator[Video]:
-    """Clips number `block` * 100,000 and following of a split, each a file in `folder` until the next is asked for.
+def seeds(block: int, limit: int) -> range:
+    """The first `limit` seeds of a block."""
+    return range(block * BLOCK, block * BLOCK + limit)
+
+
+def clip_name(split: str, seed: int) -> str:
+    return f"{split}-{seed}"
+
+
+@contextmanager
+def demo_video(split: str, seed: int, folder: Path) -> Iterator[Video]:
+    """The clip number `seed` of a split with its questions, as a file in `folder` for as long as it is needed.
 
     Args:
         split: `validation` to tune on, `heldout` to report, `portrait` for the family that is never tuned on.
-        limit: how many clips.
-        skip: names of clips that are not needed.
     """
-    for seed in range(block * BLOCK, block * BLOCK + limit):
-        if (name := f"{split}-{seed}") in skip:
-            continue
-        clip, path = make_clip(split, seed), folder / f"{name}.mp4"
-        if not (asked := ask(clip, np.random.default_rng(seed), QUESTIONS)):
-            continue
-        items = (
-            Item(f"{name}-{i}", q.question, q.answer, type=q.type, groups=groups(clip, q)) for i, q in enumerate(asked)
-        )
-        write_video(clip, path, crf=18 + seed % 11)
-        try:
-            yield Video(name, path, tuple(items))
-        finally:
-            path.unlink()
+    name, clip = clip_name(split, seed), make_clip(split, seed)
+    asked = ask(clip, np.random.default_rng(seed), QUESTIONS)
+    items = (
+        Item(f"{name}-{i}", q.question, q.answer, type=q.type, groups=groups(clip, q)) for i, q in enumerate(asked)
+    )
+    path = folder / f"{name}.mp4"
+    write_video(clip, path, crf=18 + seed % 11, preset="veryfast")
+    try:
+        yield Video(name, path, tuple(items))
+    finally:
+        path.unlink()

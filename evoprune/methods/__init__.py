@@ -20,6 +20,7 @@ GROUP = "evoprune.methods"
 _REGISTRY = {
     "evoprune": "evoprune.methods.evoprune:EvoPrune",
     "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
+    "tome": "evoprune.methods.tome:ToMe",
     "none": "evoprune.methods.none:Nothing",
     "random": "evoprune.methods.random:Random",
     "downscale": "evoprune.methods.downscale:Downscale",

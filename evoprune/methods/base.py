@@ -173,6 +173,16 @@ class Method:
         """The share of the units that the encoder goes on computing; None for a method that has none to set."""
         return None
 
+    def automatic(self) -> "Method":
+        """The same method keeping as much as the content asks for, at most its budget.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        raise UsageError(
+            f"method {self.name} cannot choose a budget by itself", "give a share (-b 0.25), or take --method evoprune"
+        )
+
     @property
     def selects(self) -> bool:
         """Whether `select` has a say."""

@@ -8,7 +8,7 @@ model's are two.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,12 +16,15 @@ import torch
 from evoprune import methods
 from evoprune.methods.base import Method, Selection, Tokens
 from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.reference import THRESHOLD
 from evoprune.pruning.select import ALPHA, choose_units
 
 OWN = "own"
 # Share of the units that the encoder goes on computing at lower budgets, too.
 LEAST = 0.25
+# How near a chosen token every unit is under `--budget auto`.
+WITHIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class EvoPrune(EvoPrunePaper):
     adaptive: whether what blocks that repeat their references leave of their share goes to later ones in which more is new. In
         all no more is spent than the shares add up to, and no block gets less than without; but clips cost more, as less is merged.
     alpha: weight of time in the choice.
+    within: choose no more tokens once no unit is farther than this from a chosen one, but a twentieth of all at least; 0 for
+        as many as the budget says. Only with the `own` choice.
     choice: who chooses the tokens to be read: `own`, or a method that acts after the encoder, by name. It sees every unit of the
         clip, at its own place, with what its row has.
     """
@@ -53,12 +58,13 @@ class EvoPrune(EvoPrunePaper):
     encoder_budget: float | None = None
     adaptive: bool = False
     alpha: float = ALPHA
+    within: float = 0.0
     choice: str = OWN
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.reuse >= 0 or not 0 <= self.alpha < math.inf:
-            raise ValueError("reuse and alpha are at least 0")
+        if not (self.reuse >= 0 and 0 <= self.alpha < math.inf and 0 <= self.within < math.inf):
+            raise ValueError("reuse, alpha and within are at least 0")
         if self.encoder_budget is not None and not 0 < self.encoder_budget <= 1:
             raise ValueError("encoder_budget is a share of units, above 0 and up to 1")
         if self.reuse and not self.size_bias:
@@ -66,6 +72,8 @@ class EvoPrune(EvoPrunePaper):
             raise ValueError("reuse needs size_bias; without it, set reuse to 0")
         if self.choice != OWN and self.chooser.acts != "after":
             raise ValueError(f"choice is {OWN} or a method that acts after the encoder, not {self.choice!r}")
+        if self.within and self.choice != OWN:
+            raise ValueError(f"within is for the choice {OWN}")
 
     @property
     def chooser(self) -> Method:
@@ -73,7 +81,7 @@ class EvoPrune(EvoPrunePaper):
 
     @property
     def exact(self) -> bool:
-        return self.choice == OWN or self.chooser.exact
+        return not self.within if self.choice == OWN else self.chooser.exact
 
     @property
     def reads_question(self) -> bool:
@@ -82,6 +90,9 @@ class EvoPrune(EvoPrunePaper):
     @property
     def needs_after(self) -> frozenset[str]:
         return frozenset() if self.choice == OWN else self.chooser.needs_after
+
+    def automatic(self) -> "EvoPrune":
+        return replace(self, within=self.within or WITHIN) if self.choice == OWN else super().automatic()
 
     def encoder_share(self, budget: float) -> float:
         return max(budget, LEAST) if self.encoder_budget is None else self.encoder_budget
@@ -95,4 +106,7 @@ class EvoPrune(EvoPrunePaper):
         if self.choice != OWN:
             return self.chooser.select(tokens, keep)
         seconds = [tokens.seconds_per_grid * grid for grid in range(tokens.grid[0])]
-        return choose_units(tokens.rows, tokens.owner, tokens.grid, seconds, keep, alpha=self.alpha)
+        least = keep_count(AUTO_LEAST, len(tokens.owner))
+        return choose_units(
+            tokens.rows, tokens.owner, tokens.grid, seconds, keep, alpha=self.alpha, within=self.within, least=least
+        )

@@ -9,6 +9,8 @@ from evoprune.errors import UsageError
 
 PRESETS = {"full": 1.0, "high": 0.5, "balanced": 0.25, "fast": 0.1}
 DEFAULT = "high"
+# The content decides how much is kept (`Method.automatic`), between these shares.
+AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
 
 
 def parse_budget(text: str | float) -> float:
@@ -26,9 +28,15 @@ def parse_budget(text: str | float) -> float:
     if not 0 < value <= 1:
         raise UsageError(
             f"budget {text!r} is not a share of tokens to keep",
-            f"give a number above 0 and up to 1 (0.25 for a quarter), or one of {', '.join(PRESETS)}",
+            f"give a number above 0 and up to 1 (0.25 for a quarter), or one of {', '.join(PRESETS)}"
+            + (f"; {AUTO} is for asking, not for comparing" if text == AUTO else ""),
         )
     return value
+
+
+def parse_budget_or_auto(text: str | float) -> float | str:
+    """As `parse_budget`, or `auto` as it is."""
+    return AUTO if text == AUTO else parse_budget(text)
 
 
 def keep_count(budget: float, units: int) -> int:

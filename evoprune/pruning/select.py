@@ -40,8 +40,10 @@ def choose_units(
     tau: float | None = None,
     dimensions: int | None = DIMENSIONS,
     pool: int = POOL,
+    within: float = 0.0,
+    least: int = 1,
 ) -> torch.Tensor:
-    """Chooses exactly `keep` units of one video.
+    """Chooses `keep` units of one video, or as many as it takes until every unit is near a chosen one.
 
     The first is the most salient: unlike the start of DivPrune (the unit whose nearest neighbour is farthest) it needs no
     N x N distances. Ties go to the lower index. What is left to choose when nothing differs any more (equal features at equal
@@ -53,13 +55,15 @@ def choose_units(
         grid: (T, H, W) in units.
         seconds: T times, one a grid.
         keep: K, from 1 to the number of units that can be chosen.
+        within: stop before K once no unit is farther from what is chosen than this; 0 for exactly K.
+        least: but not before so many are chosen.
         alpha: weight of time.
         tau: seconds from which on moments are as far apart as can be; default: from the first grid to the last.
         dimensions: project features to so many if they have more than four times as many, and there are more than a few rows;
             None for never.
 
     Returns:
-        int64 `[keep]`, units, ascending.
+        int64 `[keep]`, or fewer if `within` is above 0: units, ascending.
 
     Raises:
         ValueError: `keep` is out of range.
@@ -68,19 +72,21 @@ def choose_units(
     units = (owner >= 0).nonzero()[:, 0]
     if not 1 <= keep <= len(units):
         raise ValueError(f"cannot choose {keep} of {len(units)} units")
-    if keep == len(units):
+    if keep == len(units) and not within:
         return units
+    least = min(least, keep) if within else keep
     row = owner[units]
     time = torch.tensor(seconds, dtype=torch.float64)
     time = (time - time.min()) / (tau or float(time.max() - time.min()) or 1.0)  # in tau
     time = time.float().to(device)[units // (grid[1] * grid[2])]
     points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), dimensions)
-    chosen = _farthest(points, alpha / 2 * salience**2, row, time, _start(salience, row), keep, pool)
-    if len(chosen) < keep:
+    weight = alpha / 2 * salience**2
+    chosen = _farthest(points, weight, row, time, _start(salience, row), keep, pool, within, least)
+    if len(chosen) < least:
         left = torch.ones(len(units), dtype=torch.bool, device=device)
         left[chosen] = False
         left = left.nonzero()[:, 0]
-        chosen = torch.cat([chosen, left[_even(units[left], grid, keep - len(chosen))]])
+        chosen = torch.cat([chosen, left[_even(units[left], grid, least - len(chosen))]])
     return units[chosen].sort().values
 
 
@@ -137,6 +143,8 @@ def _farthest(
     start: list[int],
     keep: int,
     pool: int,
+    within: float,
+    least: int,
 ) -> torch.Tensor:
     """Greedy farthest point, exactly as if after each choice all candidates were compared with it.
 
@@ -152,7 +160,8 @@ def _farthest(
         start: the first choice, or nothing.
 
     Returns:
-        int64 `[at most keep]`, candidates in the order of their choice; fewer if all others are at distance 0 of a choice.
+        int64 `[at most keep]`, candidates in the order of their choice; fewer if all others are at distance 0 of a choice, or,
+        once there are `least`, at distance `within` at most.
     """
     half = points.square().sum(1) / 2
     chosen, fresh = list(start), list(start)
@@ -165,7 +174,8 @@ def _farthest(
         few, back = of.unique(return_inverse=True)  # the same row at many times is common
         apart = _apart(points, half, few, few)[back[:, None], back]
         apart.add_(_lapse(time[members], time[members]).mul_(weight[of]))
-        fresh = _choose(nearest[members], _settle(apart), members, bound, before, keep - len(chosen))
+        most, fewest = keep - len(chosen), least - len(chosen)
+        fresh = _choose(nearest[members], _settle(apart), members, bound, before, most, within, fewest)
         chosen += fresh
     return torch.tensor(chosen, dtype=torch.int64, device=points.device)
 
@@ -205,7 +215,14 @@ def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, floa
 
 
 def _choose(
-    nearest: torch.Tensor, apart: torch.Tensor, members: torch.Tensor, bound: float, before: int, most: int
+    nearest: torch.Tensor,
+    apart: torch.Tensor,
+    members: torch.Tensor,
+    bound: float,
+    before: int,
+    most: int,
+    within: float,
+    least: int,
 ) -> list[int]:
     """Chooses among the members of a pool while the farthest is certain to be the farthest of all.
 
@@ -217,7 +234,9 @@ def _choose(
     chosen = []
     while len(chosen) < most:
         i = int(at.argmax())  # the first of equals
-        if at[i] <= 0 or at[i] < bound or (at[i] == bound and index[i] > before):
+        if at[i] <= (within if len(chosen) >= least else 0):
+            break  # if others may be farther, they come first in the next pool
+        if at[i] < bound or (at[i] == bound and index[i] > before):
             break
         chosen.append(int(index[i]))
         np.minimum(at, apart[i], out=at)

@@ -79,6 +79,7 @@ class Unchosen:
         tokens: what there is to choose from; by the method's own `select` only if it `selects` here.
         inside: whether rows were merged.
         home: int64 `[E]`, the unit at whose place each row sits.
+        source: int64 `[T, H*W]` on the CPU, the number of the grid whose pixels stand for each unit, its own if they are its own.
         layers: as in `Encoded`.
         watch: measures pruning. even: of each chunk, whether it is of one colour. wrong, finite: what was left to be checked at
             the end, of merging and of the rows of each chunk.
@@ -90,6 +91,7 @@ class Unchosen:
     selects: bool
     inside: bool
     home: torch.Tensor
+    source: torch.Tensor
     layers: list[tuple[int, int, int]]
     watch: Stopwatch
     even: list[torch.Tensor]
@@ -126,7 +128,7 @@ def encode_rows(
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
     spending = Spending(method.adaptive)
-    rows, owners, homes, base = [], [], [], 0
+    rows, owners, homes, sources, base = [], [], [], [], 0
     past = Past()
     entered, left = [0] * tower.depth, [0] * tower.depth
     watch, even, wrong, finite = Stopwatch(weight.device), [], [], []
@@ -180,13 +182,15 @@ def encode_rows(
             finite.append(is_finite(rows[-1]))
             if not devices.static_shapes(weight.device) and not finite[-1]:
                 raise not_finite("encode")
+        own = torch.arange(chunk.first, end)[:, None].expand(-1, geo.units)
+        sources.append(own if chunk.source is None else chunk.source)
         owners.append(owner)
         homes.append(layout.home[order] + chunk.first * geo.units)
         base += len(order)
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
     tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, gathering.collected() if gathering else {})
     layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
-    return Unchosen(method, keep, tokens, selects, inside, home, layers, watch, even, wrong, finite)
+    return Unchosen(method, keep, tokens, selects, inside, home, torch.cat(sources), layers, watch, even, wrong, finite)
 
 
 @torch.inference_mode()
@@ -196,23 +200,31 @@ def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
     Args:
         question: as in `encode`; not looked at unless the method reads it.
     """
-    method, tokens, home = video.method, video.tokens, video.home
+    tokens = video.tokens
     rows, owner = tokens.rows, tokens.owner
     with rows.device, video.watch:
-        kept = home
-        if video.selects:
-            if method.reads_question:
-                tokens = replace(tokens, given={**tokens.given, "question": question.to(rows.device).float()})
-            kept = method.select(tokens, video.keep)
-        elif video.inside and len(home) > video.keep:
-            kept = home[_largest(tally(owner, len(home)), video.keep)]
+        kept = selected(video, question)
         if isinstance(kept, Selection):
             kept, features = kept.kept, kept.features(tokens.features)
         else:
-            kept = devices.uploaded(kept, home.device)
+            kept = devices.uploaded(kept, rows.device)
             features = rows[owner[kept]]
     flat, seconds = _settled(video)
     return Encoded(features, kept, rows, owner, (tokens.grid,), video.layers, seconds, flat)
+
+
+def selected(video: Unchosen, question: torch.Tensor | None = None) -> torch.Tensor | Selection:
+    """Which units the language model reads, as the method says it; arguments as `choose`."""
+    method, tokens, home = video.method, video.tokens, video.home
+    with home.device:
+        if video.selects:
+            if method.reads_question:
+                given = {**tokens.given, "question": question.to(home.device).float()}
+                tokens = replace(tokens, given=given)
+            return method.select(tokens, video.keep)
+        if video.inside and len(home) > video.keep:
+            return home[_largest(tally(tokens.owner, len(home)), video.keep)]
+        return home
 
 
 def _settled(video: Unchosen) -> tuple[bool, float]:

@@ -117,6 +117,7 @@ CASES = {
     ),
     "machine": Case(("inspect",), out=None),
     "video": Case(("inspect", CLIP, "--scan"), out=None),
+    "overlay": Case(("inspect", CLIP, "--overlay", "{tmp}/overlay.png"), out=None, ways=EVERYWHERE),
     "help": Case(("--help",), out=None, ways=("pipe", "narrow")),
     "help of ask": Case(("ask", "-h"), out=None, ways=("pipe", "narrow")),
     "help of batch": Case(("batch", "-h"), out=None, ways=("pipe", "narrow")),
@@ -153,6 +154,11 @@ CASES = {
     "budget zero": fails(2, "budget '0'", *ASK, "-b", "0"),
     "budget word": fails(2, "budget 'tiny'", *ASK, "-b", "tiny"),
     "budget nan": fails(2, "budget 'nan'", *ASK, "-b", "nan"),
+    "automatic budget": Case((*ASK, "-b", "auto"), says="-b auto:"),
+    "automatic budget of a method without": fails(2, "cannot choose a budget", *ASK, "-b", "auto", "--method", "pool"),
+    "automatic budget in a comparison": fails(
+        2, "not for comparing", "eval", "--data", "demo", "-b", "auto", ways=PIPE
+    ),
     "budget of the environment": fails(2, "budget '7'", *ASK, env={"EVOPRUNE_BUDGET": "7"}),
     "unknown method": fails(2, "magic", *ASK, "--method", "magic"),
     "method argument without value": fails(2, "NAME=VALUE", *ASK, "--method-arg", "first"),
@@ -186,6 +192,17 @@ CASES = {
     "unknown dtype": fails(2, "fp1", *ASK, "--dtype", "fp1"),
     "unknown load format": fails(2, "gguf", *ASK, "--load-format", "gguf"),
     "scan of nothing": fails(2, "--scan", "inspect", "--scan"),
+    "overlay of nothing": fails(2, "--overlay needs a video", "inspect", "--overlay", "a.png"),
+    "overlay of no known kind": fails(2, "has '.jpg'", "inspect", CLIP, "--overlay", "a.jpg", ways=EVERYWHERE),
+    "overlay without an ending": fails(2, "has no ending", "inspect", CLIP, "--overlay", "overlay"),
+    "overlay into nowhere": fails(
+        2, "cannot write no/such/a.gif", "inspect", CLIP, "--overlay", "no/such/a.gif", ways=EVERYWHERE
+    ),
+    "overlay by an unknown method": fails(2, "magic", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "magic"),
+    "overlay for a question": fails(
+        2, "chooses for a question", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "dart"
+    ),
+    "overlay of a missing video": fails(3, "no such file: a.mp4", "inspect", "a.mp4", "--overlay", "{tmp}/a.png"),
     # 3: video
     "missing video": fails(3, "no such file: no/such.mp4", "ask", "no/such.mp4", QUESTION, stage="read"),
     "missing video, several questions": fails(3, "no/such", "ask", "no/such.mp4", "-Q", "a", "-Q", "b", lines=2),

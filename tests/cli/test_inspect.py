@@ -2,7 +2,12 @@
 
 import json
 
+import av
+import numpy as np
+import pytest
+
 import evoprune
+from tests.video.files import write_video
 
 CLIP = "samples/square.mp4"
 
@@ -49,3 +54,55 @@ def test_reading_a_folder_of_frames(cli, tmp_path):
     record = json.loads(cli("inspect", tmp_path, "--json").out)
     assert record["video"]["frames_total"] == 3 and record["video"]["codec"] == "png"
     assert evoprune.__version__
+
+
+@pytest.mark.parametrize(("ending", "frames"), [("png", 1), ("gif", 12), ("mp4", 12)])
+def test_overlay(cli, tmp_path, ending, frames):
+    file = tmp_path / f"drawn.{ending}"
+    result = cli("inspect", CLIP, "--overlay", file, "-b", "0.25", "--json")
+    told = result.record["overlay"]
+    assert result.code == 0 and result.err == ""
+    assert told["file"] == str(file) and told["method"] == "evoprune" and told["budget"] == 0.25
+    assert told["units"] == 144 and told["chosen"] == 36 and told["args"]["reuse"] == 5.0
+    with av.open(file) as drawn:
+        assert sum(1 for _ in drawn.decode(video=0)) == frames
+
+
+def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
+    options = (
+        "--method",
+        "evoprune",
+        "--method-arg",
+        "reuse=0",
+        "--encoder-budget",
+        "0.5",
+        "--frames",
+        "4",
+        "--end",
+        "3",
+    )
+    told = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", *options, "--decoder", "decord", "--json").record
+    assert told["plan"]["grid"] == [2, 4, 6] and told["plan"]["end_s"] == 3
+    assert told["overlay"]["reused"] == 0 and told["overlay"]["rows"] == 24 and told["overlay"]["encoder_budget"] == 0.5
+
+
+def test_overlay_of_a_foreign_video_warns(cli, tmp_path):
+    write_video(tmp_path / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    result = cli("inspect", tmp_path / "foreign.mp4", "--overlay", tmp_path / "a.gif")
+    assert result.code == 0 and result.err.startswith("warning: the demo model knows only its own")
+    assert "merged" in result.out and (tmp_path / "a.gif").read_bytes().startswith(b"GIF89a")
+
+
+def test_an_overlay_never_changes_the_video(cli, tmp_path):
+    video = write_video(tmp_path / "clip.mp4", [np.zeros((48, 64, 3), np.uint8)] * 8)
+    before = video.read_bytes()
+    assert "would change the video" in cli("inspect", video, "--overlay", video).err
+    assert "would change the video" in cli("inspect", tmp_path, "--overlay", tmp_path / "frame.png").err
+    assert video.read_bytes() == before and not (tmp_path / "frame.png").exists()
+
+
+def test_a_full_disk(cli, tmp_path):
+    (tmp_path / "drawn.png").symlink_to("/dev/full")
+    result = cli("inspect", CLIP, "--overlay", tmp_path / "drawn.png", "--json")
+    assert result.code == 2 and result.err.startswith(f"error: cannot write {tmp_path}/drawn.png: No space left")
+    assert result.record["plan"]["grid"] == [6, 4, 6]

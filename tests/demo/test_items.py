@@ -4,27 +4,32 @@ import numpy as np
 import pytest
 
 from evoprune.demo.clips import make_clip
-from evoprune.demo.items import BLOCK, GROUPS, QUESTIONS, demo_items, groups
+from evoprune.demo.items import BLOCK, GROUPS, QUESTIONS, clip_name, demo_video, groups, seeds
 from evoprune.demo.questions import TYPES, ask
 from evoprune.pipeline import is_demo_clip
 from evoprune.video.probe import probe
 
 
 def test_each_file_lives_as_long_as_it_is_looked_at(tmp_path):
-    seen = []
-    for video in demo_items("validation", 0, 3, tmp_path):
-        assert list(tmp_path.iterdir()) == [video.path] and is_demo_clip(probe(video.path))
-        seen.append(video.name)
-    assert seen == ["validation-0", "validation-1", "validation-2"] and list(tmp_path.iterdir()) == []
-    clips = demo_items("validation", 0, 3, tmp_path)
-    next(clips)
-    clips.close()
+    for seed in seeds(0, 3):
+        with demo_video("validation", seed, tmp_path) as video:
+            assert list(tmp_path.iterdir()) == [video.path] and is_demo_clip(probe(video.path))
+            assert video.name == clip_name("validation", seed)
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError), demo_video("validation", 0, tmp_path):
+        raise ValueError
     assert list(tmp_path.iterdir()) == []
 
 
+def test_blocks_of_seeds_do_not_meet():
+    assert seeds(0, 5) == range(5) and seeds(2, 3) == range(2 * BLOCK, 2 * BLOCK + 3)
+    assert seeds(0, BLOCK)[-1] < seeds(1, 1)[0]
+
+
 def test_questions_are_the_generators_own(tmp_path):
-    (video,) = demo_items("heldout", 2, 1, tmp_path)
     seed = 2 * BLOCK
+    with demo_video("heldout", seed, tmp_path) as video:
+        pass
     asked = ask(make_clip("heldout", seed), np.random.default_rng(seed), QUESTIONS)
     assert [(i.question, i.answer, i.type) for i in video.items] == [(q.question, q.answer, q.type) for q in asked]
     assert all(item.id.startswith(video.name) for item in video.items)
@@ -45,13 +50,3 @@ def test_groups_tell_needs_flashes_and_the_camera_apart():
 
 def test_every_type_is_in_one_group():
     assert sorted(kind for types in GROUPS.values() for kind in types) == sorted(TYPES)
-
-
-@pytest.mark.parametrize("skip", [{"validation-0"}, {"validation-1"}])
-def test_what_is_done_is_not_made_again(tmp_path, skip, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        "evoprune.demo.items.write_video", lambda clip, path, crf: (made.append(path.stem), path.touch())
-    )
-    names = [video.name for video in demo_items("validation", 0, 2, tmp_path, skip=skip)]
-    assert names == made and set(names) == {"validation-0", "validation-1"} - skip

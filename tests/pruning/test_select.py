@@ -25,7 +25,7 @@ def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
     return features.sign() if signs else features, owner
 
 
-def by_hand(features, owner, grid, seconds, keep, alpha, tau):
+def by_hand(features, owner, grid, seconds, keep, alpha, tau, within=0.0, least=0):
     """The definition, one distance at a time; without the even spread of what is left."""
     units = [u for u in range(len(owner)) if owner[u] >= 0]
     row = owner[units]
@@ -41,7 +41,7 @@ def by_hand(features, owner, grid, seconds, keep, alpha, tau):
     while len(chosen) < keep:
         left = {j: min(distance(i, j) for i in chosen) for j in units if j not in chosen}
         far, j = max((d, -j) for j, d in left.items())
-        if far <= 0:
+        if far <= (within if len(chosen) >= least else 0):
             break
         chosen.append(-j)
     return sorted(chosen)
@@ -183,3 +183,32 @@ def test_a_projection_keeps_duplicates_and_is_always_the_same():
     assert ((apart / true)[other] - 1).abs().mean() < 0.12
     select._projection.cache_clear()
     assert torch.equal(points_and_salience(features, count, 128)[0], points)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 9999),
+    st.sampled_from([(1, 4, 6), (4, 3, 2), (6, 2, 2)]),
+    st.sampled_from([0.2, 0.7, 1.3]),
+    st.sampled_from([1, 4, 10]),
+    st.sampled_from([1, 3, 7, 100]),
+)
+def test_it_stops_where_every_unit_is_near_a_chosen_one(seed, grid, within, least, pool):
+    features, owner = video(seed, grid, 0.5, signs=True)
+    seconds = [float(t) for t in range(grid[0])]
+    how = {"alpha": 2.0, "tau": 2.0}
+    made = choose_units(features, owner, grid, seconds, 20, pool=pool, within=within, least=least, **how).tolist()
+    hand = by_hand(features, owner, grid, seconds, 20, within=within, least=least, **how)
+    assert made == hand if len(hand) >= least else set(hand) < set(made) and len(made) == least
+    exact = choose_units(features, owner, grid, seconds, len(made), pool=pool, **how).tolist()
+    assert made == exact  # what is chosen is what a budget of that many would have chosen
+
+
+def test_where_nothing_differs_it_stops_at_the_least():
+    flat = choose_units(
+        torch.ones(1, 8), torch.zeros(48, dtype=torch.int64), (2, 4, 6), [0.0, 1.0], 24, within=0.1, least=5
+    )
+    assert len(flat) == 5
+    features, owner = video(1, (2, 4, 6), 1.0)
+    assert len(choose_units(features, owner, (2, 4, 6), [0.0, 1.0], 48, within=100.0, least=3)) == 3
+    assert len(choose_units(features, owner, (2, 4, 6), [0.0, 1.0], 48, within=1e-6)) == 48

@@ -154,14 +154,17 @@ def run_layer(block, rows: list[Row], geo: Geometry, scope: str, method) -> None
 
 
 def largest_remainder(sizes: list[int], total: int) -> list[int]:
-    """Shares in proportion to `sizes`, at least one each; where that floor binds, whoever is most over its share gives."""
+    """Shares in proportion to `sizes`, at least one each; where that floor binds, whoever is most over its share gives.
+
+    Ties go by index.
+    """
     exact = [Fraction(total * size, sum(sizes)) for size in sizes]
     counts = [max(1, math.floor(e)) for e in exact]
     while sum(counts) < total:
         i = max((i for i in range(len(sizes)) if counts[i] < sizes[i]), key=lambda i: (exact[i] - counts[i], -i))
         counts[i] += 1
     while sum(counts) > total:
-        i = max((i for i in range(len(sizes)) if counts[i] > 1), key=lambda i: (counts[i] - exact[i], i))
+        i = max((i for i in range(len(sizes)) if counts[i] > 1), key=lambda i: (counts[i] - exact[i], -i))
         counts[i] -= 1
     return counts
 

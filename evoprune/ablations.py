@@ -1,0 +1,212 @@
+"""What each part of the method is worth: `python -m evoprune.ablations OUT`.
+
+One evaluation of all variants (the run's folder is OUT, and is gone on with if it is there), and of it a table for each question:
+accuracy at each budget, and the paired difference to the table's first row, which is the method as it stands or stood. Variants
+are tuned on the split "validation" and reported once on seeds that were never used (`--split heldout --seed N`).
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evoprune.evaluation import Evaluation, Settings
+from evoprune.pruning.schedule import ALLOCATIONS
+from evoprune.pruning.score import LONELY
+from evoprune.scores import FULL
+from evoprune.statistics import percentile_interval, resampled
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A question, and the variants that answer it: what each is called, and its settings beyond the method's."""
+
+    title: str
+    method: str
+    variants: dict[str, str]
+
+    def specs(self) -> dict[str, str]:
+        """Variants as names that `methods.get` takes."""
+        return {label: f"{self.method}:{args}" if args else self.method for label, args in self.variants.items()}
+
+
+PAPER, OURS = "evoprune-paper", "evoprune"
+ABLATIONS = {
+    "allocation": Ablation(
+        "Allocation over layers", PAPER, {name: "" if name == "skip" else f"allocation={name}" for name in ("skip", *ALLOCATIONS)}
+    ),
+    "range": Ablation(
+        "Range of layers, in relative depth",
+        PAPER,
+        {"0.2-0.5": ""}
+        | {f"{a}-{b}": f"first={a}:last={b}" for a, b in ((0, 0.3), (0, 0.5), (0.2, 0.8), (0.5, 0.8), (0.5, 1), (0, 1))},
+    ),
+    "diversity": Ablation(
+        "Weight and sign of the diversity term",
+        PAPER,
+        {"0.1": ""} | {str(w): f"diversity={w}" for w in (0, 0.3, 1.0, -0.1, -0.3)},
+    ),
+    "lonely": Ablation(
+        "Whose loneliness counts, at weight 0.3",
+        PAPER,
+        {name: f"diversity=0.3:lonely={name}" for name in LONELY},
+    ),
+    "neighbours": Ablation(
+        "Neighbours of the density, at weight 0.3",
+        PAPER,
+        {str(n): f"diversity=0.3:neighbours={n}" for n in (4, 1, 16)},
+    ),
+    "attention": Ablation(
+        "Attention preserved", PAPER, {"0.1": ""} | {str(w): f"attention={w}" for w in (0, 0.3, 1.0)}
+    ),
+    "critical": Ablation(
+        "Critical share", PAPER, {"0.1": ""} | {str(share): f"critical={share}" for share in (0, 0.05, 0.2, 0.4)}
+    ),
+    "paper": Ablation(
+        "The paper's ablations: without either, and without both",
+        PAPER,
+        {
+            "all": "",
+            "no diversity": "diversity=0",
+            "no attention": "attention=0:critical=0",
+            "similarity alone": "diversity=0:attention=0:critical=0",
+        },
+    ),
+    "features": Ablation(
+        "What similarity is measured on",
+        PAPER,
+        {"keys": "", "keys after rotary": "features=keys_rotary", "hidden states": "features=hidden"},
+    ),
+    "split": Ablation("The two sets", PAPER, {"alternate": "", "checkerboard": "split=checkerboard"}),
+    "direction": Ablation("Whose place a merged row takes", PAPER, {"destination": "", "attended": "survivor=attended"}),
+    "size": Ablation("Merged rows count in attention", PAPER, {"by size": "", "once": "size_bias=false"}),
+    "scope": Ablation(
+        "Where rows merge",
+        PAPER,
+        {"windows, then grids": "", "grids": "windows=false", "2 grids": "block=2", "4 grids": "block=4"},
+    ),
+    "references": Ablation(
+        "References in time: levels of 255 that count as change",
+        OURS,
+        {"5": ""} | {str(level): f"reuse={level}" for level in (0, 3, 8, 12)},
+    ),
+    "rows": Ablation(
+        "The encoder's budget",
+        OURS,
+        {"0.25": ""} | {str(share): f"encoder_budget={share}" for share in (0.5, 0.35, 0.2, 0.15, 0.1)},
+    ),
+    "rows alone": Ablation(
+        "The encoder's budget without references",
+        OURS,
+        {"0.25": "reuse=0"} | {str(share): f"reuse=0:encoder_budget={share}" for share in (0.5, 0.35, 0.2, 0.15)},
+    ),
+    "spending": Ablation("What static blocks leave goes to later ones", OURS, {"no": "", "yes": "adaptive=true"}),
+    "early": Ablation(
+        "Layers that merge",
+        OURS,
+        {"0.25-0.5": ""}
+        | {f"{a}-{b}": f"first={a}:last={b}" for a, b in ((0, 0.25), (0, 0.5), (0.25, 0.75), (0.5, 0.75))},
+    ),
+    "block": Ablation("Grids of a block", OURS, {"4": ""} | {str(n): f"block={n}" for n in (1, 2, 8)}),
+    "score": Ablation(
+        "The paper's terms in our merging",
+        OURS,
+        {"none": "", "diversity": "diversity=0.1", "attention": "attention=0.1:critical=0.1"},
+    ),
+    "halves": Ablation("The two sets, in our merging", OURS, {"checkerboard": "", "alternate": "split=alternate"}),
+    "time": Ablation("Weight of time in the choice", OURS, {"4": ""} | {str(a): f"alpha={a}" for a in (0, 1, 2, 8)}),
+    "choice": Ablation(
+        "Who chooses",
+        OURS,
+        {"own": ""} | {name: f"choice={name}" for name in ("random", "divprune", "mmr", "scope", "visionzip")},
+    ),
+}  # fmt: skip
+
+
+def specs(names: Iterable[str]) -> tuple[str, ...]:
+    """All variants of some ablations, each once."""
+    return tuple(dict.fromkeys(spec for name in names for spec in ABLATIONS[name].specs().values()))
+
+
+def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float]) -> list[str]:
+    """Lines of Markdown, a variant a row: for each budget accuracy, the paired difference to the first row in points, with its 95%
+    interval over videos, and the live share."""
+    found: dict[tuple, list[dict]] = {}
+    for sample in samples:
+        if "error" not in sample:
+            found.setdefault((sample["method"], sample["budget"]), []).append(sample)
+    title = [part for b in budgets for part in (f"-b {b:g}", "difference", "live")]
+    lines = [f"| {ablation.method} | " + " | ".join(title) + " |", "|---" * (len(title) + 1) + "|"]
+    base = next(iter(ablation.specs().values()))
+    for label, spec in ablation.specs().items():
+        cells = []
+        for budget in budgets:
+            mine = found[spec, budget]
+            accuracy = 100 * np.mean([s["right"] for s in mine])
+            live = np.mean([s["live_share"] for s in mine])
+            cells += [f"{accuracy:.1f}", "" if spec == base else difference(mine, found[base, budget]), f"{live:.2f}"]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def difference(samples: Sequence[dict], others: Sequence[dict]) -> str:
+    """Accuracy of the first less that of the others on the same questions, in points, with its paired interval over videos."""
+    by_id = {(s["video"], s["id"]): s for s in others}
+    videos = sorted({s["video"] for s in samples})
+    sums, at = np.zeros((len(videos), 2)), {name: i for i, name in enumerate(videos)}
+    for s in samples:
+        sums[at[s["video"]]] += (int(s["right"]) - int(by_id[s["video"], s["id"]]["right"]), 1)
+    drawn = resampled(sums)
+    low, high = percentile_interval(drawn[:, 0] / drawn[:, 1])
+    mean = sums[:, 0].sum() / sums[:, 1].sum()
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def report(names: Iterable[str], run: Evaluation) -> str:
+    """All tables as Markdown."""
+    full = [s for s in run.samples if "error" not in s and s["row"] == FULL]
+    settings = run.settings
+    lines = [
+        f"{len({s['video'] for s in full}):,} clips of split {settings.split!r}, block {settings.seed}, {len(full):,} questions; "
+        f"with nothing pruned {100 * np.mean([s['right'] for s in full]):.1f}%.",
+    ]
+    for name in names:
+        lines += ["", f"### {ABLATIONS[name].title}", "", *table(ABLATIONS[name], run.samples, settings.budgets)]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--seed", type=int, default=0, help="block of the split's clips")
+    parser.add_argument("--limit", type=int, default=150, help="clips")
+    parser.add_argument("-b", "--budgets", default="0.25,0.1")
+    parser.add_argument("--only", default=",".join(ABLATIONS), help="some of: %(default)s")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--markdown", type=Path, help="write the tables there as well")
+    args = parser.parse_args(arguments)
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in ABLATIONS]:
+        parser.error(f"no ablation {unknown[0]!r}: one of {', '.join(ABLATIONS)}")
+    budgets = tuple(float(b) for b in args.budgets.split(","))
+    settings = Settings(
+        "demo", budgets, specs(names), split=args.split, seed=args.seed, limit=args.limit, model=args.model
+    )
+    run = Evaluation(settings, None)
+    run.keep_in(args.out, resume=args.out.exists())
+    run.load()
+    run.run(
+        lambda what: print(what, flush=True) if what.count(":") < 1 or args.processes == 1 else None, args.processes
+    )
+    text = report(names, run)
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The model for lmms-eval: against a stand-in with the parts of its interface that are used; and in lmms-eval, where that is there.
+
+The environment that the other tests run in cannot hold lmms-eval (it wants an older PyAV). How to make one that can: README.
+"""
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from evoprune.errors import UsageError
+from evoprune.pipeline import VideoQA
+
+CLIPS, QUESTIONS = (
+    ("samples/square.mp4", "samples/three.mp4"),
+    ("What colour is the square?", "How many shapes are there?"),
+)
+HERE = Path(__file__).parent
+real = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
+
+
+@dataclass
+class TokenCounts:
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+    def to_dict(self):
+        return {name: value for name, value in vars(self).items() if value is not None and name.endswith("tokens")}
+
+
+@dataclass
+class GenerationResult:
+    text: str
+    token_counts: TokenCounts | None = None
+
+
+class Lmms:
+    """What lmms-eval's base class gives a model."""
+
+    is_simple = True
+
+    def __init__(self):
+        self.task_dict, self.cached = {}, []
+        self.cache_hook = SimpleNamespace(add_partial=lambda *told: self.cached.append(told))
+
+    rank, world_size = 0, 1
+
+
+@pytest.fixture
+def model_class(monkeypatch):
+    """The class, made on the stand-in; lmms-eval 0.7.3 has the same names, which `test_in_lmms_eval` holds them to."""
+    for name, contents in {
+        "lmms_eval": {},
+        "lmms_eval.api": {},
+        "lmms_eval.api.model": {"lmms": Lmms},
+        "lmms_eval.api.instance": {"GenerationResult": GenerationResult, "TokenCounts": TokenCounts},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "evoprune.integrations.lmms_eval", raising=False)
+    yield importlib.import_module("evoprune.integrations.lmms_eval").EvoPruneQwen25VL
+    sys.modules.pop("evoprune.integrations.lmms_eval")
+
+
+def request(model, question, visuals, **settings):
+    """As lmms-eval makes it for a model that is simple."""
+    docs = model.task_dict.setdefault("task", {}).setdefault("test", [])
+    docs.append(visuals)
+    return SimpleNamespace(args=(question, settings, lambda doc: doc, len(docs) - 1, "task", "test"))
+
+
+def test_answers_and_what_they_took(model_class, monkeypatch):
+    encoded, encode = [], VideoQA.encode
+    monkeypatch.setattr(VideoQA, "encode", lambda qa, path, **how: encoded.append(path) or encode(qa, path, **how))
+    model = model_class(pretrained="demo", budget=0.25, method="evoprune", frames=8, device="cpu", batch_size="1")
+    asked = [(q, clip) for clip in CLIPS for q in QUESTIONS]
+    given = [request(model, q, [clip], max_new_tokens=16, temperature=0, do_sample=False) for q, clip in asked]
+    results = model.generate_until(given)
+    assert encoded == list(CLIPS)  # once for all questions that follow each other
+    qa = VideoQA.load("demo", budget=0.25)
+    assert [r.text for r in results] == ["".join(encode(qa, c, frames=8).ask(q)) for q, c in asked]
+    assert model.cached == [
+        ("generate_until", (g.args[0], g.args[1]), r.text) for g, r in zip(given, results, strict=True)
+    ]
+    first, second = (json.loads(json.dumps(r.token_counts.to_dict())) for r in results[:2])
+    assert first["visual_tokens_in"] == 96 and first["visual_tokens_kept"] == 24 < first["input_tokens"]
+    assert first["output_tokens"] >= 1 and 0 < first["encoder_live_share"] < 1 and first["warnings"] == []
+    assert all(first["time_ms"][stage] > 0 for stage in ("read", "preprocess", "encode", "prefill", "generate"))
+    assert second["time_ms"]["encode"] == 0 and second["time_ms"]["prefill"] > 0
+
+
+def test_an_answer_ends_at_the_task_s_stop_words(model_class, monkeypatch):
+    model = model_class(pretrained="demo")
+    monkeypatch.setattr("evoprune.pipeline.EncodedVideo.ask", lambda *_, **__: (c for c in "yes, no. Perhaps"))
+    given = [request(model, "?", [CLIPS[0]], until=stops) for stops in (["no", ","], ". P", ["never"], [])]
+    assert [r.text for r in model.generate_until(given)] == ["yes", "yes, no", "yes, no. Perhaps", "yes, no. Perhaps"]
+
+
+@pytest.mark.parametrize("visuals", [[], list(CLIPS), [object()]])
+def test_what_is_no_video_is_refused(model_class, visuals):
+    model = model_class(pretrained="demo")
+    with pytest.raises(UsageError, match="not one video file"):
+        model.generate_until([request(model, "What happens?", visuals)])
+
+
+def test_settings_that_make_no_sense(model_class, monkeypatch):
+    for wrong, said in (({"batch_size": 4}, "one at a time"), ({"budget": 2.0}, "budget"), ({"method": "x"}, "'x'")):
+        with pytest.raises(UsageError, match=said):
+            model_class(pretrained="demo", **wrong)
+    model = model_class(pretrained="demo")
+    with pytest.raises(UsageError, match="beams"):
+        model.generate_until([request(model, "What happens?", [CLIPS[0]], num_beams=3)])
+    with pytest.raises(NotImplementedError, match="generate_until"):
+        model.loglikelihood([])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process"):
+        model_class(pretrained="demo")
+
+
+@real
+def test_the_entry_point_is_found():
+    from lmms_eval.models import get_model
+
+    assert "evoprune_qwen2_5_vl" in entry_points(group="lmms_eval.models").names
+    assert get_model("evoprune_qwen2_5_vl").__name__ == "EvoPruneQwen25VL"
+
+
+@real
+def test_in_lmms_eval():
+    """A task over the sample clips, from the name of the model to the logged samples."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    done = simple_evaluate(
+        model="evoprune_qwen2_5_vl",
+        model_args="pretrained=demo,budget=0.5,method=evoprune:alpha=4",
+        tasks=["evoprune_samples"],
+        task_manager=TaskManager(include_path=str(HERE / "lmms_eval_task"), include_defaults=False),
+        batch_size=1,
+        device="cpu",
+    )
+    samples = done["samples"]["evoprune_samples"]
+    rows = [json.loads(line) for line in Path("samples/questions.jsonl").read_text().splitlines()]
+    qa = VideoQA.load("demo", budget=0.5)
+    right = [r["answer"] == "".join(qa.encode(f"samples/{r['video']}").ask(r["question"])).strip() for r in rows]
+    assert done["results"]["evoprune_samples"]["right,none"] == pytest.approx(sum(right) / len(right))
+    assert len(samples) == len(rows)
+    counts = samples[0]["token_counts"][0]
+    assert counts["visual_tokens_kept"] * 2 == counts["visual_tokens_in"] and counts["time_ms"]["encode"] > 0
