@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 
 import typer
@@ -68,9 +69,21 @@ def _terminate(*_) -> None:
     raise Terminated
 
 
+def _once_more(lost) -> None:
+    """A hook for exceptions that nobody can catch: an interruption that came while Python threw something away comes again."""
+    signals = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+    if lost.exc_type not in signals:
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(0.01, os.kill, (os.getpid(), signals[lost.exc_type]))  # in here it would be lost as well
+    again.daemon = True
+    again.start()
+
+
 def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _once_more
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with the stream closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)

@@ -77,6 +77,35 @@ def test_what_is_left_can_be_gone_on_with(few, command):
     check_whole(few, command)
 
 
+LOST = """
+import signal, sys, time
+from evoprune_cli import main
+
+def thrown_away():
+    try:
+        yield
+    finally:
+        signal.raise_signal(signal.Signals[sys.argv[1]])
+
+def ask(**_):
+    items = thrown_away()
+    next(items)
+    del items  # nothing that is raised now reaches anybody
+    time.sleep(60)
+    return 0
+
+main.app = ask
+main.run()
+"""
+
+
+@pytest.mark.parametrize("how", SIGNALS)
+def test_a_signal_where_nothing_can_be_raised(how):
+    command = [sys.executable, "-c", "import signal; signal.signal(2, signal.default_int_handler)\n" + LOST, how]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (CODES[how], b"", b"")
+
+
 @pytest.mark.slow
 def test_a_hundred_moments(tmp_path):
     runs = runs_of(tmp_path, 100)
