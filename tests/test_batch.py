@@ -146,8 +146,11 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
     real, calls, told = getattr(__import__(module, fromlist=[name]), name), [], []
 
     def breaks(*args, **how):
-        calls.append(1)
-        if len(calls) == at:
+        at_once = how.get("chunk_units", 0)
+        if not (calls and at_once < calls[-1][1]):  # else the same video again, with less of it at a time
+            calls.append([len(calls) + 1, at_once])
+        calls[-1][1] = at_once
+        if calls[-1][0] == at:
             raise problem.with_traceback(None)
         return real(*args, **how)
 
@@ -191,7 +194,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
         assert all(report.error for report in answers(qa, grouped(ROWS), SETTINGS))
     finally:
         gc.enable()
-    assert alive == [1, 1, 1]
+    assert len(alive) > 3 and set(alive) == {1}  # three videos, and less of each at a time
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])

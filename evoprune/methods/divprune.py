@@ -42,9 +42,9 @@ def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None 
 
     near = torch.full((len(unit),), -torch.inf, device=unit.device)
     for step in range(keep):
-        latest = farthest(near if step else nearest_cosine(unit))
-        chosen[latest] = True
-        near = torch.maximum(near, settle(unit @ unit[latest]))
+        latest = farthest(near if step else nearest_cosine(unit))[None]
+        chosen.index_fill_(0, latest, True)  # an index in brackets would make the host wait for a GPU
+        near = torch.maximum(near, settle(unit @ unit.index_select(0, latest)[0]))
     return chosen.nonzero().flatten()
 
 

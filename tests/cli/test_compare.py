@@ -53,7 +53,7 @@ def test_nothing_is_taken_away_on_the_full_side_by_methods_that_shrink_the_input
 def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, problem, when):
     def broken(*args, **settings):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 2 or (len(calls) > 2 and when == "encode"):  # where memory is short, less is tried at a time
             raise problem.with_traceback(None)
         return real(*args, **settings)
 

@@ -309,7 +309,7 @@ def test_defaults(cli, monkeypatch):
     monkeypatch.delenv("EVOPRUNE_BUDGET")
     assert cli("eval", "--data", DATA).code == 130
     (demo, none), (file, videos) = made
-    assert none is None and len(videos) == 5 and demo.budgets == (0.1,)
+    assert none is None and len(videos) == 6 and demo.budgets == (0.1,)
     assert (file.budgets, file.methods, file.method_args) == ((0.5, 0.25, 0.1), ("evoprune",), {})
     assert (file.split, file.seed, file.limit, file.blind, file.max_new_tokens) == ("heldout", 0, None, False, 64)
     assert demo.digest is None and len(file.digest) == 64
