@@ -138,8 +138,6 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, problem, kind, stage, failing, at):
     """What breaks at its `at`-th call fails the rows it is for, one question or all of the video's."""
-    if stage == "encode":
-        monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 1)  # there is no less to try
     settings = replace(SETTINGS, max_new_tokens=1)
     whole = [report.answer for report in answers(qa, grouped(ROWS), settings)]
     module, _, name = where.rpartition(".")
@@ -188,7 +186,6 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("evoprune.pipeline.encode", encode)
-    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 1)
     gc.disable()
     try:
         assert all(report.error for report in answers(qa, grouped(ROWS), SETTINGS))
