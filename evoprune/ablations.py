@@ -90,24 +90,24 @@ ABLATIONS = {
     "references": Ablation(
         "References in time: levels of 255 that count as change",
         OURS,
-        {"5": ""} | {str(level): f"reuse={level}" for level in (0, 3, 8, 12)},
+        {"8": ""} | {str(level): f"reuse={level}" for level in (0, 3, 5, 12)},
     ),
     "rows": Ablation(
         "The encoder's budget",
         OURS,
-        {"0.25": ""} | {str(share): f"encoder_budget={share}" for share in (0.5, 0.35, 0.2, 0.15, 0.1)},
+        {"0.35": ""} | {str(share): f"encoder_budget={share}" for share in (0.5, 0.25, 0.2, 0.15, 0.1)},
     ),
     "rows alone": Ablation(
         "The encoder's budget without references",
         OURS,
-        {"0.25": "reuse=0"} | {str(share): f"reuse=0:encoder_budget={share}" for share in (0.5, 0.35, 0.2, 0.15)},
+        {"0.35": "reuse=0"} | {str(share): f"reuse=0:encoder_budget={share}" for share in (0.5, 0.25, 0.2, 0.15)},
     ),
     "spending": Ablation("What static blocks leave goes to later ones", OURS, {"no": "", "yes": "adaptive=true"}),
     "early": Ablation(
         "Layers that merge",
         OURS,
-        {"0.25-0.5": ""}
-        | {f"{a}-{b}": f"first={a}:last={b}" for a, b in ((0, 0.25), (0, 0.5), (0.25, 0.75), (0.5, 0.75))},
+        {"0-0.25": ""}
+        | {f"{a}-{b}": f"first={a}:last={b}" for a, b in ((0, 0.5), (0.25, 0.5), (0.25, 0.75), (0.5, 0.75))},
     ),
     "block": Ablation("Grids of a block", OURS, {"4": ""} | {str(n): f"block={n}" for n in (1, 2, 8)}),
     "score": Ablation(

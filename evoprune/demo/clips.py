@@ -364,12 +364,15 @@ def write_video(
         frames = round(clip.seconds * fps)
         yield from render(clip, [i / fps for i in range(frames)])
 
+    # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
+    x264 = {"preset": preset, "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
         container.metadata["comment"] = VIDEO_TAG
         stream = container.add_stream(
-            codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else {"preset": preset})
+            codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else x264)
         )
         stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
+        stream.codec_context.thread_count = 1  # what comes out depends on their number
         for picture in pictures():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())

@@ -22,7 +22,7 @@ from evoprune.pruning.select import ALPHA, choose_units
 
 OWN = "own"
 # Share of the units that the encoder goes on computing at lower budgets, too.
-LEAST = 0.25
+LEAST = 0.35
 # How near a chosen token every unit is under `--budget auto`.
 WITHIN = 0.1
 
@@ -33,7 +33,7 @@ class EvoPrune(EvoPrunePaper):
 
     reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew; 0 for no references.
     encoder_budget: share of a block's units that are left as rows after merging, whatever the budget is; None for the budget
-        itself, but at least a quarter.
+        itself, but at least LEAST.
     adaptive: whether what blocks that repeat their references leave of their share goes to later ones in which more is new. In
         all no more is spent than the shares add up to, and no block gets less than without; but clips cost more, as less is merged.
     alpha: weight of time in the choice.
@@ -47,8 +47,8 @@ class EvoPrune(EvoPrunePaper):
     selects: ClassVar[bool] = True
 
     allocation: str = "mean"
-    first: float = 0.25
-    last: float = 0.5
+    first: float = 0.0
+    last: float = 0.25
     diversity: float = 0.0
     attention: float = 0.0
     critical: float = 0.0

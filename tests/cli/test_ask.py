@@ -98,7 +98,7 @@ def test_the_encoders_budget_follows_from_the_other_unless_it_is_given(cli):
         assert pruning["encoder_live_share"] == pytest.approx(sum(entered) / len(entered) / 144, abs=1e-6)
         return pruning
 
-    for budget, share in (("high", 0.5), ("fast", 0.25)):
+    for budget, share in (("high", 0.5), ("fast", 0.35)):
         pruning = pruned("-b", budget)
         assert pruning["encoder_budget"] == share and pruning["args"]["encoder_budget"] is None
         assert pruning["encoder_rows"] <= 144 * share

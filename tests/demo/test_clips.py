@@ -283,3 +283,12 @@ def test_a_written_video_shows_the_clip_and_says_where_it_is_from(tmp_path):
     drawn = render(clip, [i / 6 for i in range(6)])
     assert len(frames) == 6
     assert abs(np.stack(frames).astype(int) - drawn).mean() < 8
+
+
+def test_a_clip_is_always_the_same_file(tmp_path):
+    clip = make_clip("validation", 33, 224, 336, 3.0, 3)
+    written = set()
+    for number in range(6):
+        write_video(clip, tmp_path / f"{number}.mp4", crf=24, preset="veryfast")
+        written.add((tmp_path / f"{number}.mp4").read_bytes())
+    assert len(written) == 1
