@@ -186,9 +186,9 @@ class Evaluation:
                 for number, made in enumerate(each, len(done) + 1):
                     if processes > 1:
                         tell(f"video {number} of {self.total}")
-                    self.samples += made
                     if made and self.folder:
                         self.folder.add(made)
+                    self.samples += made
 
     def _missing(self, done: set[str]) -> list[Video] | list[int]:
         """Videos of the file, or seeds of the demo's clips."""

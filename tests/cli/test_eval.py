@@ -341,11 +341,12 @@ def test_ctrl_c(tiny_folder, tmp_path):
         ),  # a test may run where it is ignored
     )
     samples = place / "samples.jsonl"
-    while process.poll() is None and not (samples.exists() and samples.read_bytes().count(b'"last"') >= 2):
+    while process.poll() is None and not (samples.exists() and samples.read_bytes().count(b'"last"') >= 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     document = json.loads(out)
     assert process.returncode == 130 and err.decode().startswith("to go on: ") and document["error"]["code"] == 130
+    # The last one may be on the disk and not be counted yet.
     assert 2 <= document["videos"]["shown"] < 100 and document["rows"][0]["n"] > 6
     assert json.loads((place / "results.json").read_text()) == document
