@@ -1,7 +1,7 @@
 """Questions about a procedural clip whose answers follow from the scene, each asked only where it has one answer.
 
 TYPES are what is evaluated. LESSONS come up in training alone: each asks for one step of what a harder type needs at once (where
-one thing is before how two lie to each other, when before which first), since from the hard types alone the model learns neither.
+one thing is before how two lie to each other, when before which first).
 """
 
 from collections import Counter
