@@ -6,6 +6,7 @@ are tuned on the split "validation" and reported once on seeds that were never u
 """
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,7 @@ import numpy as np
 from evoprune.evaluation import Evaluation, Settings
 from evoprune.pruning.schedule import ALLOCATIONS
 from evoprune.pruning.score import LONELY
-from evoprune.scores import FULL
-from evoprune.statistics import percentile_interval, resampled
+from evoprune.scores import FULL, paired_difference
 
 
 @dataclass(frozen=True)
@@ -152,16 +152,9 @@ def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float])
 
 
 def difference(samples: Sequence[dict], others: Sequence[dict]) -> str:
-    """Accuracy of the first less that of the others on the same questions, in points, with its paired interval over videos."""
-    by_id = {(s["video"], s["id"]): s for s in others}
-    videos = sorted({s["video"] for s in samples})
-    sums, at = np.zeros((len(videos), 2)), {name: i for i, name in enumerate(videos)}
-    for s in samples:
-        sums[at[s["video"]]] += (int(s["right"]) - int(by_id[s["video"], s["id"]]["right"]), 1)
-    drawn = resampled(sums)
-    low, high = percentile_interval(drawn[:, 0] / drawn[:, 1])
-    mean = sums[:, 0].sum() / sums[:, 1].sum()
-    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    """`paired_difference` in points, as text."""
+    mean, low, high = (100 * share for share in paired_difference(samples, others))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def report(names: Iterable[str], run: Evaluation) -> str:
@@ -199,9 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = Evaluation(settings, None)
     run.keep_in(args.out, resume=args.out.exists())
     run.load()
-    run.run(
-        lambda what: print(what, flush=True) if what.count(":") < 1 or args.processes == 1 else None, args.processes
-    )
+    run.run(lambda what: print(what, file=sys.stderr, flush=True), args.processes)
     text = report(names, run)
     print(text)
     if args.markdown:

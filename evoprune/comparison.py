@@ -18,8 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from evoprune import methods
 from evoprune.chart import COLOURS, INK, Panel, Point, Series, draw_rows
 from evoprune.choices import SPLITS
@@ -27,8 +25,7 @@ from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation import DEMO, Evaluation, Settings
 from evoprune.pruning.budget import parse_budget
 from evoprune.run_folder import SETTINGS
-from evoprune.scores import ALL, FULL, METHOD, TYPE
-from evoprune.statistics import percentile_interval, resampled
+from evoprune.scores import ALL, FULL, METHOD, TYPE, paired_difference
 
 BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
 LEGEND = (
@@ -89,16 +86,9 @@ def standings(samples: Sequence[dict], budget: float) -> dict[str, Standing]:
             rows.setdefault(sample["method"], []).append(sample)
     if not rows:
         return {}
-    videos, cluster = np.unique([s["video"] for s in next(iter(rows.values()))], return_inverse=True)
-    columns = np.array([[1.0] * len(cluster), *([float(s["right"]) for s in found] for found in rows.values())]).T
-    sums = np.zeros((len(videos), columns.shape[1]))
-    np.add.at(sums, cluster, columns)
-    drawn, right = resampled(sums), sums[:, 1:].sum(0)
-    first, made = int(right.argmax()), {}
-    for i, name in enumerate(rows):
-        low, high = percentile_interval((drawn[:, 1 + i] - drawn[:, 1 + first]) / drawn[:, 0])
-        made[name] = Standing(float(right[i] - right[first]) / len(cluster), low, high, i == first)
-    return made
+    right = {name: sum(s["right"] for s in found) for name, found in rows.items()}
+    first = max(rows, key=right.__getitem__)
+    return {name: Standing(*paired_difference(found, rows[first]), name == first) for name, found in rows.items()}
 
 
 def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, command: str) -> str:

@@ -17,7 +17,14 @@ def samples(right: dict[str, str], budget: float = 0.5) -> list[dict]:
     """Of each method, right answers as a row of ones and zeros: two questions a clip."""
     return [
         COST
-        | {"video": f"v{i // 2}", "row": "method", "method": name, "budget": budget, "right": answer == "1"}
+        | {
+            "video": f"v{i // 2}",
+            "id": f"q{i}",
+            "row": "method",
+            "method": name,
+            "budget": budget,
+            "right": answer == "1",
+        }
         | {"unparseable": False, "type": "order", "groups": ["time" if i % 2 else "space"], "prune_ms": float(i % 2)}
         for name, answers in right.items()
         for i, answer in enumerate(answers)
