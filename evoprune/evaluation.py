@@ -33,6 +33,7 @@ from evoprune.processes import shown
 from evoprune.report import ModelFacts, Report
 from evoprune.run_folder import RunFolder
 from evoprune.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
+from evoprune.shared_rows import SharedRows
 from evoprune.video.decode import FrameChunk, read_frames
 from evoprune.video.probe import VideoInfo
 from evoprune.vision.tower import tower_geometry
@@ -54,7 +55,8 @@ class Settings:
         blind: also ask without the video.
         fps, frames, max_frames, max_visual_tokens: see `VideoQA.encode`.
         max_new_tokens: of an answer.
-        timed: whether samples hold `prune_ms` too, milliseconds that scores, merging and choice took; in these two runs differ.
+        timed: whether samples hold `prune_ms` too, milliseconds that scores, merging and choice took, for the video or, where the
+            choice depends on it, for the question; in these two runs differ.
         model, revision, dtype, quantize: see `load_model`.
         version: of this program.
     """
@@ -202,17 +204,17 @@ class Evaluation:
         if isinstance(job, int):
             with demo_video(self.settings.split, job, Path(self.files)) as video:
                 return self.show(video, tell)
-        video, made, frames = job, [], Frames()
+        video, made, frames, rows = job, [], Frames(), SharedRows()
         try:
             for side in self.sides:
                 tell(side.name)
-                made += self._asked(side, video, frames)
+                made += self._asked(side, video, frames, rows)
         except (VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
             return [_about(video, i) | {"error": error} for i in range(len(video.items))]
         return made
 
-    def _asked(self, side: Side, video: Video, frames: "Frames") -> Iterator[dict]:
+    def _asked(self, side: Side, video: Video, frames: "Frames", rows: SharedRows) -> Iterator[dict]:
         settings, method = self.settings, side.kind == METHOD
         qa = VideoQA(
             self.loaded,
@@ -221,13 +223,15 @@ class Evaluation:
             method_args=settings.method_args if method else None,
             seed=((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63,
         )
-        read = grey_frames if side.kind == BLIND else frames.read
-        encoded = qa.encode(video.path, name=video.name, **settings.sampling, read=read)
-        cost = Cost(encoded)
+        how = {"read": grey_frames} if side.kind == BLIND else {"read": frames.read, "tower": rows.encode_rows}
+        encoded = qa.encode(video.path, name=video.name, **settings.sampling, **how)
+        cost, pruned = Cost(encoded), encoded.report.time_ms.encode_prune
         for number, item in enumerate(video.items):
             said = "".join(encoded.ask(item.prompt, max_new_tokens=settings.max_new_tokens))
             grade = item.grade(said)
-            times = {"prune_ms": encoded.report.time_ms.encode_prune} if settings.timed else {}
+            # Where it does not depend on the question it was all done before the first.
+            prune_ms = encoded.report.time_ms.encode_prune if qa.method.reads_question else pruned
+            times = {"prune_ms": prune_ms} if settings.timed else {}
             yield _about(video, number) | {
                 "row": side.kind,
                 "method": side.method,

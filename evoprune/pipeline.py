@@ -48,7 +48,7 @@ from evoprune.video.decode import FrameChunk, choose_decoder, read_frames
 from evoprune.video.probe import VideoInfo, probe
 from evoprune.vision.devices import units_at_a_time
 from evoprune.vision.encoded import Encoded
-from evoprune.vision.encoder import Unchosen, choose, encode, encode_rows
+from evoprune.vision.encoder import Unchosen, choose, encode_rows
 from evoprune.vision.preprocess import patchify, resize
 from evoprune.vision.tower import tower_geometry, tower_shape
 
@@ -163,6 +163,7 @@ class VideoQA:
         overlap: bool = True,
         cache: Cache | None = None,
         read: Callable[..., Iterator[FrameChunk]] = read_frames,
+        tower: Callable[..., Unchosen] = encode_rows,
     ) -> "PreparedVideo":
         """Finds out what there is to look at in a video; no frame is read yet.
 
@@ -177,6 +178,7 @@ class VideoQA:
             overlap: whether a thread reads and preprocesses ahead; what comes out is the same.
             cache: where encoded videos are kept, with what was chosen; so a method that reads the question leaves it alone.
             read: what gives the frames; something else than `read_frames` shows something else than the video, and is not cached.
+            tower: what computes the encoder's rows; something else than `encode_rows` is another way to the same ones.
 
         Raises:
             VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory.
@@ -195,7 +197,9 @@ class VideoQA:
                 max_frames=max_frames,
                 max_visual_tokens=self.default_max_visual_tokens if max_visual_tokens is None else max_visual_tokens,
             )
-        return PreparedVideo(self, info, decoder, plan, host, name=name, overlap=overlap, cache=cache, read=read)
+        return PreparedVideo(
+            self, info, decoder, plan, host, name=name, overlap=overlap, cache=cache, read=read, tower=tower
+        )
 
     def encode(
         self,
@@ -242,12 +246,13 @@ class PreparedVideo:
         overlap: bool,
         cache: Cache | None,
         read: Callable[..., Iterator[FrameChunk]],
+        tower: Callable[..., Unchosen],
     ):
         keep = keep_count(qa.budget, full.visual_tokens)
         self.qa, self.info, self.decoder, self.full = qa, info, decoder, full
         self.plan = full.shrunk(qa.method.plan(full.grid, keep), qa.loaded.video)
         self.keep = min(keep, self.plan.visual_tokens)
-        self._name, self._overlap, self._read = name or info.path, overlap, read
+        self._name, self._overlap, self._read, self._tower = name or info.path, overlap, read, tower
         self._cache = cache if read is read_frames and not qa.method.reads_question else None
         self._host, self._wall, self._begun = host, host.seconds["read"], False
         self._key: str | None = None
@@ -390,7 +395,7 @@ class PreparedVideo:
                     progress("encode", frames_done, plan.sampling.frames)
 
         with memory_guard("encode"), closing(self):
-            return (encode_rows if qa.method.reads_question else encode)(
+            rows = self._tower(
                 qa.loaded.model.model.visual,
                 patches(),
                 plan.grid,
@@ -400,6 +405,7 @@ class PreparedVideo:
                 seed=qa.seed,
                 chunk_units=at_once,
             )
+            return rows if qa.method.reads_question else choose(rows)
 
 
 class EncodedVideo:

@@ -194,6 +194,11 @@ class Method:
         return self
 
     @property
+    def merger(self) -> "Method":
+        """For a method that acts inside: the same without what only the choice after the encoder depends on."""
+        return self
+
+    @property
     def needs_after(self) -> frozenset[str]:
         """What `select` is given, of "attention" and "keys"."""
         return self.needs if self.acts == "after" else frozenset()

@@ -80,6 +80,10 @@ class EvoPrune(EvoPrunePaper):
         return self if self.choice == OWN else methods.get(self.choice)
 
     @property
+    def merger(self) -> Method:
+        return replace(self, alpha=ALPHA, within=0.0, choice=OWN)
+
+    @property
     def exact(self) -> bool:
         return not self.within if self.choice == OWN else self.chooser.exact
 

@@ -1,5 +1,7 @@
 """What differs between a CPU and a GPU: how much is encoded at a time, and what the host may look at meanwhile."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 # Units encoded at a time, rounded up to whole blocks of grids. 2,048 rows of patches keep matrix products at full speed and what
@@ -13,6 +15,11 @@ SPARSE = 8
 def units_at_a_time(device: torch.device) -> int:
     """How many units are encoded at a time, rounded up to whole blocks of grids."""
     return CHUNK_UNITS if device.type == "cpu" else GPU_CHUNK_UNITS
+
+
+def here(device: torch.device) -> AbstractContextManager:
+    """Where new tensors are made on `device`; nothing to enter where they are anyway, since each operation inside pays for it."""
+    return nullcontext() if torch.get_default_device() == device else device
 
 
 def static_shapes(device: torch.device) -> bool:

@@ -145,7 +145,7 @@ def encode_rows(
     )
     for chunk in chunks:
         grids, end = chunk.grids, chunk.first + chunk.grids
-        with weight.device:  # all bookkeeping lives beside the features
+        with devices.here(weight.device):  # all bookkeeping lives beside the features
             with watch if reuse else nullcontext():
                 layout, last = chunk.layout(geo, block)
             last = last if end < count else None  # nobody will refer to the last chunk
@@ -202,7 +202,7 @@ def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
     """
     tokens = video.tokens
     rows, owner = tokens.rows, tokens.owner
-    with rows.device, video.watch:
+    with devices.here(rows.device), video.watch:
         kept = selected(video, question)
         if isinstance(kept, Selection):
             kept, features = kept.kept, kept.features(tokens.features)
@@ -216,7 +216,7 @@ def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
 def selected(video: Unchosen, question: torch.Tensor | None = None) -> torch.Tensor | Selection:
     """Which units the language model reads, as the method says it; arguments as `choose`."""
     method, tokens, home = video.method, video.tokens, video.home
-    with home.device:
+    with devices.here(home.device):
         if video.selects:
             if method.reads_question:
                 given = {**tokens.given, "question": question.to(home.device).float()}
