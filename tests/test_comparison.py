@@ -6,7 +6,8 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune import comparison, methods
-from evoprune.comparison import Outcome, chart, compared, document, main, standings
+from evoprune.comparison import compared, main
+from evoprune.comparison_tables import Outcome, chart, document, equal_cost, standings
 from evoprune.pipeline import VideoQA
 from evoprune.scores import score_rows
 
@@ -47,7 +48,8 @@ def test_all_methods_are_in_it_and_all_choices():
     names = compared()
     after = [name for name in methods.available() if methods.get(name).acts == "after"]
     assert len(after) > 10 and len(set(names)) == len(names)
-    assert set(names) == {*methods.available()} - {"none"} | {f"evoprune:choice={name}" for name in after}
+    shares = {f"evoprune:encoder_budget={share}" for share in (0.2, 0.6)}
+    assert set(names) == {*methods.available()} - {"none"} | {f"evoprune:choice={name}" for name in after} | shares
     assert all(methods.get(name).prunes(0.5) for name in names)
 
 
@@ -82,18 +84,63 @@ def test_the_document():
     assert "- `-b 0.5`: `random`, `dart`" in lines and "- `-b 0.1`: `random`, `dart`" in lines
     first = lines[lines.index("### `-b 0.5`") + 2 :]
     assert first[0] == (
-        "|  | accuracy | against the best | space | time | tokens | live share | TFLOP | selection ms |"
+        "|  | accuracy | kept | against the best | space | time | tokens | live share | TFLOP | selection ms |"
     )
-    assert first[2].startswith("| `random` | 100.0 (83.9-100.0) | best | 100.0 (83.9-100.0) | 100.0 (")
+    assert first[2].startswith(
+        "| `random` | 100.0 (83.9-100.0) | 100.0 (100.0-100.0) | best | 100.0 (83.9-100.0) | 100.0 ("
+    )
     assert first[2].endswith("| 0.5 | 0.50 | 0.5 | 0.50 |")
     names = [line.split(" | ")[0] for line in first[2:7]]
     assert names == ["| `random`", "| `dart`", "| `evs`", "| `pool`", "| `mmr`"]  # by accuracy, then as given
-    assert "tie" in first[4].split(" | ")[2] and "tie" not in first[5].split(" | ")[2]
+    assert "tie" in first[4].split(" | ")[3] and "tie" not in first[5].split(" | ")[3]
+    assert first[8] == "From `random` to the best: 0.0 points, 0.0 times the half-width of the interval of `random`."
     assert [line for line in lines if line.startswith("#")] == [
         "# The methods side by side", "## Best, or a tie with the best, in all models",
-        *(line for name in ("one", "two") for line in (f"## {name}", "### `-b 0.5`", "### `-b 0.1`")),
+        *(line for name in ("one", "two") for line in (f"## {name}", "### `-b 0.5`", "### `-b 0.1`", "### At equal cost")),
     ]  # fmt: skip
     assert "in all models" not in document(outcomes[:1], (0.5,), "a.svg", "")
+
+
+def test_equal_cost_is_the_dearest_of_ours_that_costs_no_more():
+    """Found by the costs alone: not by who is right."""
+    costs = {
+        "evoprune": 2.0,
+        "evoprune:encoder_budget=0.6": 3.0,
+        "evoprune:choice=evs": 0.1,
+        "evs": 2.9,
+        "pool": 9.0,
+        "dart": 1.0,
+    }
+    right = {
+        "evoprune": "0011" * 10,
+        "evoprune:encoder_budget=0.6": "0" * 40,
+        "evoprune:choice=evs": "1" * 40,
+        "evs": "1" * 40,
+    }
+    made = []
+    for sample in samples(right | {"pool": "0011" * 10, "dart": "0" * 40}):
+        camera = "static" if int(sample["video"][1:]) % 2 else "panning"
+        made.append(sample | {"tflop_3b": costs[sample["method"]], "groups": [camera]})
+    matches = equal_cost(Outcome("", {"rows": score_rows(made)}, [*made, {"video": "v0", "error": {}}]))
+    assert [(m.other["method"], m.ours and m.ours["method"]) for m in matches] == [
+        ("pool", "evoprune:encoder_budget=0.6"), ("evs", "evoprune"), ("dart", None)
+    ]  # fmt: skip
+    assert matches[0].differences["all"][0] == -0.5 and matches[0].differences["panning"] == (0, 0, 0)
+    assert matches[0].differences["static"] == (-1, -1, -1) and set(matches[1].differences) == {
+        "all",
+        "static",
+        "panning",
+    }
+    assert matches[1].differences["all"][0] == -0.5 and matches[2].differences == {}
+    lines = document(
+        [Outcome("x", outcome("x", RIGHT).document | {"rows": score_rows(made)}, made)], (), "", ""
+    ).splitlines()
+    row = next(line for line in lines if line.startswith("| `pool"))
+    assert (
+        row.startswith("| `pool -b 0.5` | 9 | 50.0 (") and "| `evoprune:encoder_budget=0.6 -b 0.5` | 3 | 0.0 (" in row
+    )
+    assert row.endswith("| -100.0 (-100.0 to -100.0) | tie +0.0 (+0.0 to +0.0) |")
+    assert next(line for line in lines if line.startswith("| `dart")).endswith(" | all cost more |  |  |  |  |  |")
 
 
 def test_the_chart():
@@ -128,7 +175,7 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
     shown, real = [], VideoQA.encode
 
     def encode(self, path, **more):
-        if len(shown) == 5:
+        if len(shown) == 6:
             shown.append(None)
             raise KeyboardInterrupt
         shown.append(self.method_name)
@@ -139,14 +186,14 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
         main(args)
     assert not table.exists() and not picture.exists()
     main(args)
-    assert len(shown) == 5 + 1 + 4  # the first clip is not shown again
+    assert len(shown) == 6 + 1 + 5  # the first clip is not shown again
     text = table.read_text()
     assert text.count("| best |") == 1 and all(text.count(f"| `{name}` |") == 1 for name in names)
     assert "of 2 clips" in text and "-b 0.5" in text and "(chart.svg)" in text and "2 of 2" in text
     ElementTree.fromstring(picture.read_text())
     before = text
     main(args)  # nothing is left to be done
-    assert len(shown) == 10 and table.read_text() == before
+    assert len(shown) == 12 and table.read_text() == before
 
 
 @pytest.mark.parametrize(
