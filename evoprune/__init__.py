@@ -10,14 +10,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from evoprune import methods
+    from evoprune.encoded_video import EncodedVideo
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
     from evoprune.huggingface import EvoPrune, apply, encode
-    from evoprune.pipeline import EncodedVideo, VideoQA
+    from evoprune.pipeline import VideoQA
     from evoprune.report import Report
 
 _HOMES = {
     "EvoPrune": "evoprune.huggingface",
-    "EncodedVideo": "evoprune.pipeline",
+    "EncodedVideo": "evoprune.encoded_video",
     "EvopruneError": "evoprune.errors",
     "ModelError": "evoprune.errors",
     "OutOfMemory": "evoprune.errors",

@@ -18,7 +18,9 @@ from evoprune.run_folder import differences
 
 if TYPE_CHECKING:
     from evoprune.cache import Cache
-    from evoprune.pipeline import EncodedVideo, PreparedVideo, VideoQA
+    from evoprune.encoded_video import EncodedVideo
+    from evoprune.pipeline import VideoQA
+    from evoprune.prepared_video import PreparedVideo
 
 T = TypeVar("T")
 OnFailure = Callable[[Exception], None]

@@ -14,9 +14,9 @@ LEGEND = (
     "Accuracy in percent, with its 95% interval over videos, over all questions and by what a question is about. Kept: accuracy as "
     "a share of that in full, in percent. Against the best: the paired difference to the most accurate row of the budget, in "
     "points; a tie where its interval includes zero. Tokens: what the language model reads, mean of a question; where a method's "
-    "shape forbids the budget, what it reached. Live share: rows that the tower computes, mean over its layers. TFLOP: 10^12 operations of tower and prefill at 3B dimensions, from the true rows "
-    "of each layer. Selection: milliseconds of scores, merging and choice in the run that made this, for a video, or for each "
-    "question where the choice depends on it."
+    "shape forbids the budget, what it reached. Live share: rows that the tower computes, mean over its layers. TFLOP: 10^12 "
+    "operations of tower and prefill at 3B dimensions, from the true rows of each layer. Selection: milliseconds of scores, "
+    "merging and choice in the run that made this, for a video, or for each question where the choice depends on it."
 )
 COST_LEGEND = (
     "Each row of another method beside the dearest row of `evoprune` (at any budget, with any of the shares above) that costs no "

@@ -24,11 +24,12 @@ import evoprune
 from evoprune import methods
 from evoprune.cost import prefill_flop, stretched, tower_flop
 from evoprune.demo.items import BLOCK, clip_name, demo_video, seeds
+from evoprune.encoded_video import EncodedVideo
 from evoprune.environment import environment
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.items import Video
 from evoprune.models import LoadedModel, describe_model, load_model
-from evoprune.pipeline import EncodedVideo, VideoQA
+from evoprune.pipeline import VideoQA
 from evoprune.processes import shown
 from evoprune.report import ModelFacts, Report
 from evoprune.run_folder import RunFolder

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.clock import memory_guard
+from evoprune.encoded_video import is_demo_clip
 from evoprune.errors import UsageError
 from evoprune.methods.base import Selection
-from evoprune.pipeline import CHUNK_BYTES, PreparedVideo, is_demo_clip
 from evoprune.plan import Plan
+from evoprune.prepared_video import CHUNK_BYTES, PreparedVideo
 from evoprune.video.decode import read_frames
 from evoprune.vision.encoder import Unchosen, encode_rows, selected
 from evoprune.vision.preprocess import patchify, resize

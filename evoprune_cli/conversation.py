@@ -10,7 +10,7 @@ from evoprune_cli.failures import failure
 from evoprune_cli.render import encodable, note, print_json, print_stats, print_warning, progress
 
 if TYPE_CHECKING:
-    from evoprune.pipeline import EncodedVideo
+    from evoprune.encoded_video import EncodedVideo
 
 Show = Callable[..., None]  # what is being done, done, total
 

@@ -128,11 +128,11 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     ("where", "problem", "kind", "stage", "failing"),
     [
         ("evoprune.pipeline.probe", VideoError("gone"), "video", "read", 2),
-        ("evoprune.pipeline.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
-        ("evoprune.pipeline.encode", FULL, "out_of_memory", "encode", 2),
-        ("evoprune.pipeline.prefill", FULL, "out_of_memory", "prefill", 1),
+        ("evoprune.prepared_video.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
+        ("evoprune.prepared_video.encode_rows", FULL, "out_of_memory", "encode", 2),
+        ("evoprune.encoded_video.prefill", FULL, "out_of_memory", "prefill", 1),
         ("evoprune.language.generate.choose", FULL, "out_of_memory", "generate", 1),
-        ("evoprune.pipeline.encode", ZeroDivisionError("1/0"), "bug", None, 2),
+        ("evoprune.prepared_video.encode_rows", ZeroDivisionError("1/0"), "bug", None, 2),
     ],
 )
 @pytest.mark.parametrize("at", [1, 2])
@@ -185,7 +185,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
         alive.append(sum(each() is not None for each in held))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("evoprune.pipeline.encode", encode)
+    monkeypatch.setattr("evoprune.prepared_video.encode_rows", encode)
     gc.disable()
     try:
         assert all(report.error for report in answers(qa, grouped(ROWS), SETTINGS))
@@ -195,12 +195,12 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
-@pytest.mark.parametrize("where", ["encode", "prefill"])
+@pytest.mark.parametrize("where", ["prepared_video.encode_rows", "encoded_video.prefill"])
 def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     def stops(*_, **__):
         raise stop
 
-    monkeypatch.setattr(f"evoprune.pipeline.{where}", stops)
+    monkeypatch.setattr(f"evoprune.{where}", stops)
     with pytest.raises(type(stop)):
         list(answers(qa, grouped(ROWS), SETTINGS))
     assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-ahead"]

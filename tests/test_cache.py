@@ -71,7 +71,7 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(loaded, cache, c
     qa = VideoQA(loaded, budget=budget, method=method)
     plain = qa.encode(clip)
     first = qa.encode(clip, cache=cache)
-    monkeypatch.setattr("evoprune.pipeline.encode", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("evoprune.prepared_video.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
     second = qa.encode(clip, cache=cache, on_encode=lambda plan: pytest.fail("said to be encoded"))
     assert [video.report.cache for video in (plain, first, second)] == ["off", "miss", "hit"]
     assert answer(plain) == answer(first) == answer(second)

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from evoprune import memory, pipeline
+from evoprune import memory, prepared_video
 from evoprune.environment import available_memory
 from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory
 from evoprune.memory import memory_guard, working_memory
@@ -117,18 +117,18 @@ def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
 
 
 def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
-    qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], pipeline.encode
+    qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], prepared_video.encode_rows
     per_grid, needed = 24, memory.working_memory
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
         return real(*args, chunk_units=chunk_units, **how)
 
-    monkeypatch.setattr(pipeline, "encode", encode)
-    monkeypatch.setattr(pipeline, "units_at_a_time", lambda device: 4 * per_grid)
+    monkeypatch.setattr(prepared_video, "encode_rows", encode)
+    monkeypatch.setattr(prepared_video, "units_at_a_time", lambda device: 4 * per_grid)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
-    free = needed(loaded.model.config, video.plan.visual_tokens, 48, qa.prepare(CLIP).keep + pipeline.TEXT, 4)
+    free = needed(loaded.model.config, video.plan.visual_tokens, 48, qa.prepare(CLIP).keep + prepared_video.TEXT, 4)
     monkeypatch.setattr(memory, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
@@ -139,7 +139,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
 @pytest.mark.parametrize(("method", "budget", "tried"), [("evs", 0.5, [96, 48, 24]), ("evoprune", 0.25, [96])])
 def test_blocks_shrink_before_it_gives_up(loaded, monkeypatch, overlap, method, budget, tried):
     """A tower that has room for a single grid; and one for which even a block is too much."""
-    qa, used, real = VideoQA(loaded, budget=budget, method=method), [], pipeline.encode
+    qa, used, real = VideoQA(loaded, budget=budget, method=method), [], prepared_video.encode_rows
     whole = "".join(qa.encode(CLIP, overlap=overlap).ask("What happens?", max_new_tokens=4))
 
     def encode(*args, chunk_units, **how):
@@ -149,8 +149,8 @@ def test_blocks_shrink_before_it_gives_up(loaded, monkeypatch, overlap, method, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return made
 
-    monkeypatch.setattr(pipeline, "encode", encode)
-    monkeypatch.setattr(pipeline, "units_at_a_time", lambda device: 96)
+    monkeypatch.setattr(prepared_video, "encode_rows", encode)
+    monkeypatch.setattr(prepared_video, "units_at_a_time", lambda device: 96)
     if method == "evoprune":
         with pytest.raises(OutOfMemory, match=r"^out of memory in encode$"):
             qa.encode(CLIP, overlap=overlap)

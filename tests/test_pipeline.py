@@ -150,7 +150,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 8)
+    monkeypatch.setattr("evoprune.prepared_video.units_at_a_time", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda stage, now, total: done.append(now))
     assert done[0] <= 16 and done[-1] == 32
 
@@ -180,8 +180,8 @@ def slow(work, seconds):
 
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
-    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
-    monkeypatch.setattr("evoprune.pipeline.patchify", slow(patchify, 0.02))
+    monkeypatch.setattr("evoprune.prepared_video.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.prepared_video.patchify", slow(patchify, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
     try:
@@ -197,7 +197,7 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_overlap_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.prepared_video.units_at_a_time", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     apart = qa.encode(LONG, overlap=False)
@@ -210,14 +210,14 @@ def test_overlap_changes_nothing(loaded, monkeypatch, budget, method):
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_video_that_is_begun_ahead_is_the_same_video(loaded, monkeypatch, overlap):
     """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.prepared_video.units_at_a_time", lambda device: 24)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
         made.append(1)
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.patchify", counted)
+    monkeypatch.setattr("evoprune.prepared_video.patchify", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
     with closing(qa.prepare(LONG, overlap=overlap)) as video:
@@ -234,7 +234,7 @@ def test_a_video_that_is_begun_ahead_is_the_same_video(loaded, monkeypatch, over
 
 
 def test_what_was_done_ahead_costs_no_time_on_the_wall(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.pipeline.patchify", slow(patchify, 0.2))
+    monkeypatch.setattr("evoprune.prepared_video.patchify", slow(patchify, 0.2))
     with closing(VideoQA(loaded).prepare(CLIP)) as video:
         video.begin()
         times = video.encode().report.time_ms
@@ -280,9 +280,9 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.prepared_video.units_at_a_time", lambda device: 24)
     if stage == "preprocess":
-        monkeypatch.setattr("evoprune.pipeline.patchify", preprocess)
+        monkeypatch.setattr("evoprune.prepared_video.patchify", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
@@ -409,11 +409,11 @@ def test_one_encoding_serves_every_question(loaded, monkeypatch):
     for question in ASKED:
         video = qa.encode(CLIP)
         fresh.append((answer(video, question), video.encoded.kept.tolist()))
+    without = VideoQA(loaded, budget=0.25, method="cdpruner:question=false").encode(CLIP)
     video = qa.encode(CLIP)
-    monkeypatch.setattr("evoprune.pipeline.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("evoprune.prepared_video.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
     shared = [(answer(video, question), video.encoded.kept.tolist()) for question in ASKED]
     assert shared == fresh and shared[0] == shared[2] and shared[0][1] != shared[1][1]
-    without = VideoQA(loaded, budget=0.25, method="cdpruner:question=false").encode(CLIP)
     assert without.encoded.kept.tolist() not in (shared[0][1], shared[1][1])
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from evoprune.pipeline import EncodedVideo
+from evoprune import encoded_video, prepared_video
+from evoprune.encoded_video import EncodedVideo
 from evoprune.report import Report
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
@@ -57,15 +58,14 @@ def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, 
             raise problem.with_traceback(None)
         return real(*args, **settings)
 
-    target, interrupted = f"evoprune.pipeline.{when}", isinstance(problem, KeyboardInterrupt)
-    module = __import__("evoprune.pipeline", fromlist=["pipeline"])
-    real = getattr(module, when)
+    module, name = {"encode": (prepared_video, "encode_rows"), "prefill": (encoded_video, "prefill")}[when]
+    real, interrupted = getattr(module, name), isinstance(problem, KeyboardInterrupt)
     reason, code = ("interrupt", 130) if interrupted else ("error", 5)
     for flags in (("-q",), ("--json",)):
         calls = []
-        monkeypatch.setattr(target, broken)
+        monkeypatch.setattr(module, name, broken)
         result = cli(*ASK, "-Q", MORE, *flags)
-        monkeypatch.setattr(target, real)
+        monkeypatch.setattr(module, name, real)
         assert result.code == code
         if flags == ("-q",):
             assert result.out == "pruned: green\n"

@@ -245,9 +245,9 @@ CASES = {
     # 5: out of memory
     "weights do not fit": out_of_memory("load", "evoprune.models._load_weights", CPU_FULL, says="the weights of demo"),
     "frames do not fit": out_of_memory("read", "evoprune.video.isolation.mmap.mmap", OSError(12, "no memory")),
-    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patchify", CPU_FULL),
-    "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encode", CUDA_FULL),
-    "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prefill", CUDA_FULL),
+    "pictures do not fit": out_of_memory("preprocess", "evoprune.prepared_video.patchify", CPU_FULL),
+    "tower does not fit": out_of_memory("encode", "evoprune.prepared_video.encode_rows", CUDA_FULL),
+    "prompt does not fit": out_of_memory("prefill", "evoprune.encoded_video.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
     "weights do not fit in a batch": Case(
         BATCH, 5, "the weights of demo", breaks=("evoprune.models._load_weights", CPU_FULL), ways=EVERYWHERE

@@ -6,7 +6,7 @@ import pytest
 from evoprune.demo.clips import make_clip
 from evoprune.demo.items import BLOCK, GROUPS, QUESTIONS, clip_name, demo_video, groups, seeds
 from evoprune.demo.questions import TYPES, ask
-from evoprune.pipeline import is_demo_clip
+from evoprune.encoded_video import is_demo_clip
 from evoprune.video.probe import probe
 
 
