@@ -116,6 +116,16 @@ ABLATIONS = {
         {"none": "", "diversity": "diversity=0.1", "attention": "attention=0.1:critical=0.1"},
     ),
     "halves": Ablation("The two sets, in our merging", OURS, {"checkerboard": "", "alternate": "split=alternate"}),
+    "similarity": Ablation(
+        "What similarity is measured on, in our merging",
+        OURS,
+        {"keys": "", "keys after rotary": "features=keys_rotary", "hidden states": "features=hidden"},
+    ),
+    "auto": Ablation(
+        "How near a chosen token every unit is before `-b auto` stops (at -b 0.5)",
+        OURS,
+        {"all of the budget": ""} | {str(d): f"within={d}" for d in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)},
+    ),
     "time": Ablation("Weight of time in the choice", OURS, {"4": ""} | {str(a): f"alpha={a}" for a in (0, 1, 2, 8)}),
     "choice": Ablation(
         "Who chooses",
@@ -132,12 +142,12 @@ def specs(names: Iterable[str]) -> tuple[str, ...]:
 
 def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float]) -> list[str]:
     """Lines of Markdown, a variant a row: for each budget accuracy, the paired difference to the first row in points, with its 95%
-    interval over videos, and the live share."""
+    interval over videos, the live share, and the share of tokens that the language model reads."""
     found: dict[tuple, list[dict]] = {}
     for sample in samples:
         if "error" not in sample:
             found.setdefault((sample["method"], sample["budget"]), []).append(sample)
-    title = [part for b in budgets for part in (f"-b {b:g}", "difference", "live")]
+    title = [part for b in budgets for part in (f"-b {b:g}", "difference", "live", "read")]
     lines = [f"| {ablation.method} | " + " | ".join(title) + " |", "|---" * (len(title) + 1) + "|"]
     base = next(iter(ablation.specs().values()))
     for label, spec in ablation.specs().items():
@@ -145,8 +155,13 @@ def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float])
         for budget in budgets:
             mine = found[spec, budget]
             accuracy = 100 * np.mean([s["right"] for s in mine])
-            live = np.mean([s["live_share"] for s in mine])
-            cells += [f"{accuracy:.1f}", "" if spec == base else difference(mine, found[base, budget]), f"{live:.2f}"]
+            live, read = (np.mean([s[share] for s in mine]) for share in ("live_share", "kept_share"))
+            cells += [
+                f"{accuracy:.1f}",
+                "" if spec == base else difference(mine, found[base, budget]),
+                f"{live:.2f}",
+                f"{read:.2f}",
+            ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 

@@ -10,7 +10,7 @@ from evoprune.ablations import ABLATIONS, Ablation, difference, specs, table
 def sample(method, budget, video, number, right, live=0.5):
     return {
         "row": "method", "method": method, "budget": budget, "video": video, "id": f"{video}-{number}", "right": right,
-        "live_share": live,
+        "live_share": live, "kept_share": live / 2,
     }  # fmt: skip
 
 
@@ -54,8 +54,8 @@ def test_the_table_holds_every_variant_at_every_budget():
         for v in range(12)
     ] + [{"row": "full", "error": {}, "method": "m", "budget": 0.5}]
     lines = table(Ablation("?", "m", {"without": "", "with": "x=1"}), samples, (0.5, 0.1))
-    assert lines[2] == "| without | 50.0 |  | 0.50 | 50.0 |  | 0.10 |"
-    assert lines[3].startswith("| with | 75.0 | +25.0 (") and lines[3].endswith("| 0.10 |")
+    assert lines[2] == "| without | 50.0 |  | 0.50 | 0.25 | 50.0 |  | 0.10 | 0.05 |"
+    assert lines[3].startswith("| with | 75.0 | +25.0 (") and lines[3].endswith("| 0.10 | 0.05 |")
     assert all(line.count("|") == lines[0].count("|") for line in lines)
 
 
