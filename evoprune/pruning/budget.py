@@ -36,7 +36,12 @@ def parse_budget(text: str | float) -> float:
 
 def parse_budget_or_auto(text: str | float) -> float | str:
     """As `parse_budget`, or `auto` as it is."""
-    return AUTO if text == AUTO else parse_budget(text)
+    if text == AUTO:
+        return AUTO
+    try:
+        return parse_budget(text)
+    except UsageError as problem:
+        raise UsageError(problem.message, f"{problem.hint}, or {AUTO}") from None
 
 
 def keep_count(budget: float, units: int) -> int:
