@@ -22,7 +22,7 @@ def peak(path: Path) -> int:
 
 
 @pytest.mark.slow
-def test_peak_is_flat_from_a_minute_to_an_hour(tmp_path):
+def test_peak_is_flat_from_a_minute_to_two_hours(tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (90, 160, 3), np.uint8)
 
     def frames(seconds: int):
@@ -30,8 +30,8 @@ def test_peak_is_flat_from_a_minute_to_an_hour(tmp_path):
             yield np.roll(picture, i % 160, axis=1)
 
     peaks = {}
-    for seconds in (60, 3600):
+    for seconds in (60, 7200):
         path = tmp_path / f"{seconds}.mp4"
         write_video(path, frames(seconds), fps=10)
         peaks[seconds] = peak(path)
-    assert peaks[3600] <= 1.1 * peaks[60], peaks
+    assert peaks[7200] <= 1.1 * peaks[60], peaks
