@@ -201,9 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in names if name not in ABLATIONS]:
         parser.error(f"no ablation {unknown[0]!r}: one of {', '.join(ABLATIONS)}")
     budgets = tuple(float(b) for b in args.budgets.split(","))
+    asked = {"split": args.split, "seed": args.seed, "limit": args.limit, "model": args.model}
     settings = Settings(
-        "demo", budgets, specs(names), split=args.split, seed=args.seed, limit=args.limit, model=args.model
-    )
+        "demo", budgets, specs(names), dtype="fp32", **asked
+    )  # as the demo's own weights, whichever it is
     run = Evaluation(settings, None)
     run.keep_in(args.out, resume=args.out.exists())
     run.load()

@@ -74,7 +74,15 @@ def compare(
 ) -> list[Outcome]:
     """Each of the methods `names`, or all there is, at every budget in every model, one after another; raises as `measure`."""
     settings = Settings(
-        DEMO, tuple(budgets), tuple(names or compared()), split=split, seed=seed, limit=limit, blind=True, timed=True
+        DEMO,
+        tuple(budgets),
+        tuple(names or compared()),
+        blind=True,
+        split=split,
+        seed=seed,
+        limit=limit,
+        dtype="fp32",  # as the demo's own; all that know its clips are as small
+        timed=True,
     )
     return [measure(replace(settings, model=model), folder, processes, tell) for model in models]
 
