@@ -95,7 +95,7 @@ ABLATIONS = {
     "rows": Ablation(
         "The encoder's budget",
         OURS,
-        {"0.35": ""} | {str(share): f"encoder_budget={share}" for share in (0.5, 0.25, 0.2, 0.15, 0.1)},
+        {"0.35": ""} | {str(share): f"encoder_budget={share}" for share in (0.75, 0.6, 0.5, 0.25, 0.2, 0.15, 0.1)},
     ),
     "rows alone": Ablation(
         "The encoder's budget without references",
