@@ -90,17 +90,17 @@ ABLATIONS = {
     "references": Ablation(
         "References in time: levels of 255 that count as change",
         OURS,
-        {"8": ""} | {str(level): f"reuse={level}" for level in (0, 3, 5, 12)},
+        {"12": ""} | {str(level): f"reuse={level}" for level in (0, 3, 5, 8, 16)},
     ),
     "rows": Ablation(
         "The encoder's budget",
         OURS,
-        {"0.35": ""} | {str(share): f"encoder_budget={share}" for share in (0.75, 0.6, 0.5, 0.25, 0.2, 0.15, 0.1)},
+        {"0.5": ""} | {str(share): f"encoder_budget={share}" for share in (0.75, 0.6, 0.35, 0.25, 0.2, 0.15, 0.1)},
     ),
     "rows alone": Ablation(
         "The encoder's budget without references",
         OURS,
-        {"0.35": "reuse=0"} | {str(share): f"reuse=0:encoder_budget={share}" for share in (0.5, 0.25, 0.2, 0.15)},
+        {"0.5": "reuse=0"} | {str(share): f"reuse=0:encoder_budget={share}" for share in (0.75, 0.35, 0.25, 0.15)},
     ),
     "spending": Ablation("What static blocks leave goes to later ones", OURS, {"no": "", "yes": "adaptive=true"}),
     "early": Ablation(

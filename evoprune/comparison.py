@@ -30,7 +30,7 @@ from evoprune.pruning.budget import parse_budget
 from evoprune.run_folder import SETTINGS
 
 BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
-SHARES = (0.6, 0.2)  # of the encoder, beside the default: more and fewer
+SHARES = (0.75, 0.25)  # of the encoder, beside the default: more and fewer
 
 
 def compared() -> list[str]:

@@ -22,7 +22,7 @@ from evoprune.pruning.select import ALPHA, choose_units
 
 OWN = "own"
 # Share of the units that the encoder goes on computing at lower budgets, too.
-LEAST = 0.35
+LEAST = 0.5
 # How near a chosen token every unit is under `--budget auto`.
 WITHIN = 0.1
 

@@ -202,8 +202,8 @@ def test_a_budget_of_the_encoders_own_is_a_setting():
     assert (plain.encoder_budget, own.encoder_budget) == (None, 0.4) and methods.get(
         "evoprune:encoder_budget=0.4"
     ) == own
-    for budget in (0.1, 0.25, 0.5, 1.0):  # it follows the other one down to a quarter, unless it is set
-        assert plain.encoder_share(budget) == max(budget, 0.35) and own.encoder_share(budget) == 0.4
+    for budget in (0.1, 0.25, 0.5, 1.0):  # it follows the other one down to a half, unless it is set
+        assert plain.encoder_share(budget) == max(budget, 0.5) and own.encoder_share(budget) == 0.4
         assert plain.allowance(96, round(96 * budget)) == round(96 * plain.encoder_share(budget))
         assert own.allowance(96, round(96 * budget)) == round(96 * 0.4)
     assert methods.get("evoprune:encoder_budget=0.001").allowance(96, 96) == 1
