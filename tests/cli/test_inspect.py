@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import evoprune
+from evoprune.pruning.reference import THRESHOLD
 from tests.video.files import write_video
 
 CLIP = "samples/square.mp4"
@@ -63,7 +64,7 @@ def test_overlay(cli, tmp_path, ending, frames):
     told = result.record["overlay"]
     assert result.code == 0 and result.err == ""
     assert told["file"] == str(file) and told["method"] == "evoprune" and told["budget"] == 0.25
-    assert told["units"] == 144 and told["chosen"] == 36 and told["args"]["reuse"] == 8.0
+    assert told["units"] == 144 and told["chosen"] == 36 and told["args"]["reuse"] == THRESHOLD
     with av.open(file) as drawn:
         assert sum(1 for _ in drawn.decode(video=0)) == frames
 
