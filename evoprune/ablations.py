@@ -16,7 +16,7 @@ import numpy as np
 from evoprune.evaluation import Evaluation, Settings
 from evoprune.pruning.schedule import ALLOCATIONS
 from evoprune.pruning.score import LONELY
-from evoprune.scores import FULL, paired_difference
+from evoprune.scores import FULL, in_points, paired_difference
 
 
 @dataclass(frozen=True)
@@ -158,18 +158,12 @@ def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float])
             live, read = (np.mean([s[share] for s in mine]) for share in ("live_share", "kept_share"))
             cells += [
                 f"{accuracy:.1f}",
-                "" if spec == base else difference(mine, found[base, budget]),
+                "" if spec == base else in_points(*paired_difference(mine, found[base, budget])),
                 f"{live:.2f}",
                 f"{read:.2f}",
             ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
-
-
-def difference(samples: Sequence[dict], others: Sequence[dict]) -> str:
-    """`paired_difference` in points, as text."""
-    mean, low, high = (100 * share for share in paired_difference(samples, others))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def report(names: Iterable[str], run: Evaluation) -> str:
@@ -201,10 +195,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in names if name not in ABLATIONS]:
         parser.error(f"no ablation {unknown[0]!r}: one of {', '.join(ABLATIONS)}")
     budgets = tuple(float(b) for b in args.budgets.split(","))
-    asked = {"split": args.split, "seed": args.seed, "limit": args.limit, "model": args.model}
     settings = Settings(
-        "demo", budgets, specs(names), dtype="fp32", **asked
-    )  # as the demo's own weights, whichever it is
+        "demo",
+        budgets,
+        specs(names),
+        split=args.split,
+        seed=args.seed,
+        limit=args.limit,
+        model=args.model,
+        dtype="fp32",  # as the demo's own; all that know its clips are as small
+    )
     run = Evaluation(settings, None)
     run.keep_in(args.out, resume=args.out.exists())
     run.load()

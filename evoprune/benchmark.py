@@ -26,7 +26,6 @@ from evoprune.measurements import FULL, HUGGING_FACE, METHOD, Case, Counts, Resu
 from evoprune.memory import memory_guard, shortage
 from evoprune.models import LoadedModel
 from evoprune.pruning.budget import keep_count
-from evoprune.report import ModelFacts
 from evoprune.sides import TEXT_AFTER, TEXT_BEFORE, Frames, Turn, prepare, run_hugging_face, run_ours
 from evoprune.vision.attention import PATCHES
 from evoprune.vision.devices import units_at_a_time
@@ -207,7 +206,7 @@ def _take_turn(run: Callable[[Clock], Turn], device: str) -> tuple[Counts | None
 def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Results:
     alone = reset_peak_memory(loaded.device)
     return Results(
-        model=ModelFacts(loaded.id, loaded.revision, loaded.dtype, "none", loaded.device, loaded.load_format),
+        model=replace(loaded.facts(), quantize="none"),
         weights_bytes=loaded.weights_bytes,
         env=environment(loaded.device),
         machine={"python": platform.python_version(), "platform": platform.platform(), "processors": os.cpu_count()},

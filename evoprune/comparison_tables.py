@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from evoprune import methods
 from evoprune.chart import COLOURS, INK, Panel, Point, Series, draw_rows
-from evoprune.scores import ALL, BLIND, FULL, METHOD, TYPE, paired_difference, row_name
+from evoprune.scores import ALL, BLIND, FULL, METHOD, TYPE, in_points, paired_difference, row_name
 
 OURS, SHARE = methods.DEFAULT, f"{methods.DEFAULT}:encoder_budget="
 CAMERAS = ("static", "panning")  # groups that are told apart at equal cost
@@ -241,5 +241,5 @@ def _kept(row: dict) -> str:
 
 def _difference(mean: float, low: float, high: float) -> str:
     """In points; called a tie where the interval includes zero."""
-    told = f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    told = in_points(mean, low, high)
     return f"tie {told}" if low <= 0 <= high else told

@@ -21,7 +21,7 @@ from evoprune.language.generate import (
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.plan import Plan
-from evoprune.report import Memory, ModelFacts, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
+from evoprune.report import Memory, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
 from evoprune.video.probe import VideoInfo
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import Unchosen, choose
@@ -229,14 +229,7 @@ class EncodedVideo:
                 positions="qwen",
             ),
             memory=Memory(weights_bytes=loaded.weights_bytes),
-            model=ModelFacts(
-                id=loaded.id,
-                revision=loaded.revision,
-                dtype=loaded.dtype,
-                quantize=loaded.quantize,
-                device=loaded.device,
-                load_format=loaded.load_format,
-            ),
+            model=loaded.facts(),
             env=environment(loaded.device),
             warnings=list(self._warnings),
             cache=self._cache,

@@ -31,7 +31,7 @@ from evoprune.items import Video
 from evoprune.models import LoadedModel, describe_model, load_model
 from evoprune.pipeline import VideoQA
 from evoprune.processes import shown
-from evoprune.report import ModelFacts, Report
+from evoprune.report import Report
 from evoprune.run_folder import RunFolder
 from evoprune.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
 from evoprune.shared_rows import SharedRows
@@ -251,14 +251,10 @@ class Evaluation:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
-        loaded, facts = self.loaded, None
-        if loaded:
-            facts = asdict(
-                ModelFacts(loaded.id, loaded.revision, loaded.dtype, loaded.quantize, loaded.device, loaded.load_format)
-            )
+        loaded = self.loaded
         return {
             "schema": SCHEMA,
-            "model": facts,
+            "model": asdict(loaded.facts()) if loaded else None,
             "env": asdict(environment(loaded.device)) if loaded else None,
             "settings": asdict(self.settings),
             "videos": {"wanted": self.total, "shown": len({s["video"] for s in good}), "failed": len(failed)},

@@ -28,6 +28,7 @@ from evoprune.plan import VideoLimits
 from evoprune.quantize import check as check_quantize
 from evoprune.quantize import quantize as quantize_layers
 from evoprune.qwen import QwenVL, empty, name_in_memory, shared
+from evoprune.report import ModelFacts
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
@@ -70,6 +71,10 @@ class LoadedModel:
     quantize: str
     weights_bytes: int
     fingerprint: str | None = None
+
+    def facts(self) -> ModelFacts:
+        """What a report says of it."""
+        return ModelFacts(self.id, self.revision, self.dtype, self.quantize, self.device, self.load_format)
 
 
 def load_model(

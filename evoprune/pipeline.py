@@ -117,7 +117,7 @@ class VideoQA:
         count, height, width = self.method.plan(plan.grid, keep)
         geo = tower_geometry(model.model.visual, height, width)
         rows = [geo.units] * (tower.depth + 1)
-        if self.method.acts == "inside" and self.method.prunes(keep / plan.visual_tokens):
+        if self.method.merges(keep / plan.visual_tokens):
             left = min(geo.units, self.method.allowance(geo.units, max(1, keep // count)))
             rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]  # of a grid that repeats nothing
         rows = [count * n for n in rows]

@@ -169,8 +169,8 @@ class PreparedVideo:
     def _least(self) -> int:
         """Units of a block: the tower takes no fewer at a time."""
         method, (_, height, width) = self.qa.method, self.plan.grid
-        inside = method.acts == "inside" and method.prunes(self.keep / self.plan.visual_tokens)
-        return (method.block if inside else 1) * height * width
+        block = method.block if method.merges(self.keep / self.plan.visual_tokens) else 1
+        return block * height * width
 
     def _at_once(self) -> int:
         """How many units to encode at a time: fewer than is usual here where memory is short.

@@ -23,7 +23,7 @@ from evoprune.demo.items import demo_video, seeds
 from evoprune.items import Video
 from evoprune.models import LoadedModel, load_model
 from evoprune.pipeline import VideoQA
-from evoprune.scores import paired_difference
+from evoprune.scores import in_points, paired_difference
 from evoprune.video.decode import FrameChunk, read_frames
 
 PERIOD_S = 4.0  # of the light
@@ -79,7 +79,7 @@ def table(samples: dict[tuple[Noise, str], list[dict]], method: str) -> str:
     lines = ["|  | in full | pruned | difference | encoded | live share |", "|---" * 6 + "|"]
     for noise in dict.fromkeys(noise for noise, _ in samples):
         full, mine = samples[noise, "none"], samples[noise, method]
-        apart = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * share for share in paired_difference(mine, full)))
+        apart = in_points(*paired_difference(mine, full))
         right = [f"{100 * np.mean([s['right'] for s in some]):.1f}" for some in (full, mine)]
         shares = [f"{np.mean([s[name] for s in mine]):.2f}" for name in ("encoded", "live")]
         lines.append(f"| {' | '.join([str(noise), *right, apart, *shares])} |")

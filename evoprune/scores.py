@@ -88,6 +88,11 @@ def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[
     return float(sums[:, 0].sum() / sums[:, 1].sum()), *percentile_interval(drawn[:, 0] / drawn[:, 1])
 
 
+def in_points(mean: float, low: float, high: float) -> str:
+    """A difference of shares and its interval as text, in points."""
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
 def _groups(samples: Sequence[dict]) -> dict[str, np.ndarray]:
     """Which samples each group holds: bool, by its name."""
     made = {ALL: np.ones(len(samples), bool)}

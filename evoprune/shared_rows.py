@@ -12,7 +12,8 @@ import torch
 from evoprune.methods.base import Method
 from evoprune.vision.encoder import Unchosen, encode_rows
 
-HELD = 8  # encodings; a list of methods has those that are alike next to each other, or nearly
+# Encodings: so many that `evoprune` at three budgets and its choices, which need attention, keys, both or nothing, share theirs.
+HELD = 16
 
 
 class SharedRows:
@@ -26,10 +27,10 @@ class SharedRows:
     ) -> Unchosen:
         """As the function of that name."""
         count, height, width = grid
-        inside = method.acts == "inside" and method.prunes(keep / (count * height * width))
-        selects = method.selects and (inside or method.acts == "after")
-        tower = (method.merger, keep) if inside else None
-        key = (grid, tower, selects, selects and method.needs_after, *sorted(how.items()))
+        budget = keep / (count * height * width)
+        tower = (method.merger, keep) if method.merges(budget) else None
+        needs = method.needs_after if method.chooses(budget) else None
+        key = (grid, tower, needs, *sorted(how.items()))
         if key in self._held:
             for _ in patches:  # who reads them counts what is damaged
                 pass

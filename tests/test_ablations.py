@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from evoprune import ablations, methods
-from evoprune.ablations import ABLATIONS, Ablation, difference, specs, table
+from evoprune.ablations import ABLATIONS, Ablation, specs, table
+from evoprune.scores import in_points, paired_difference
 
 
 def sample(method, budget, video, number, right, live=0.5):
@@ -38,11 +39,11 @@ def test_differences_are_paired():
     random = np.random.default_rng(0)
     others = [sample("a", 0.1, f"v{v}", i, bool(random.random() < 0.5)) for v in range(40) for i in range(3)]
     same = [s | {"method": "b"} for s in reversed(others)]
-    assert difference(same, others) == "+0.0 (+0.0 to +0.0)"
+    assert in_points(*paired_difference(same, others)) == "+0.0 (+0.0 to +0.0)"
     better = [s | {"right": True} for s in others]
     share = 100 * (1 - np.mean([s["right"] for s in others]))
-    assert difference(better, others).startswith(f"{share:+.1f} (")
-    low, high = difference(better, others).split("(")[1].rstrip(")").split(" to ")
+    assert in_points(*paired_difference(better, others)).startswith(f"{share:+.1f} (")
+    low, high = in_points(*paired_difference(better, others)).split("(")[1].rstrip(")").split(" to ")
     assert 0 < float(low) < share < float(high) < 100
 
 

@@ -169,6 +169,14 @@ class Method:
         """Whether the tower's own output is not simply passed on: all of it is at a budget of 1, unless the encoder has its own."""
         return self.acts != "none" and (budget < 1 or self.encoder_budget is not None)
 
+    def merges(self, budget: float) -> bool:
+        """Whether rows are left out inside the tower."""
+        return self.acts == "inside" and self.prunes(budget)
+
+    def chooses(self, budget: float) -> bool:
+        """Whether `select` is asked."""
+        return self.selects and (self.acts == "after" or self.merges(budget))
+
     def encoder_share(self, budget: float) -> float | None:
         """The share of the units that the encoder goes on computing; None for a method that has none to set."""
         return None

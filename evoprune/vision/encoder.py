@@ -121,8 +121,8 @@ def encode_rows(
     count, height, width = grid
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
     geo = tower_geometry(visual, height, width)
-    inside = method.acts == "inside" and method.prunes(keep / (geo.units * count))
-    selects = method.selects and (inside or method.acts == "after")
+    budget = keep / (geo.units * count)
+    inside, selects = method.merges(budget), method.chooses(budget)
     gathering = Gathering(method, tower) if selects and method.needs_after else None
     block, reuse = (method.block, method.reuse) if inside else (1, 0.0)
     shares = spread(keep, count)
