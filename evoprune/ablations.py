@@ -21,18 +21,23 @@ from evoprune.scores import FULL, in_points, paired_difference
 
 @dataclass(frozen=True)
 class Ablation:
-    """A question, and the variants that answer it: what each is called, and its settings beyond the method's."""
+    """A question, and the variants that answer it: what each is called, and its settings beyond those of `method`, a name with or
+    without settings."""
 
     title: str
     method: str
     variants: dict[str, str]
 
     def specs(self) -> dict[str, str]:
-        """Variants as names that `methods.get` takes."""
+        """Variants as names that `methods.get` takes, which lets the last of two values of a setting stand."""
         return {label: f"{self.method}:{args}" if args else self.method for label, args in self.variants.items()}
 
 
-PAPER, OURS = "evoprune-paper", "evoprune"
+PAPER = (
+    "evoprune-paper:allocation=skip:attention=0.1:critical=0.1"  # the paper's form; the defaults came of these tables
+)
+OURS = "evoprune"
+NO_ATTENTION = "attention=0:critical=0"
 ABLATIONS = {
     "allocation": Ablation(
         "Allocation over layers", PAPER, {name: "" if name == "skip" else f"allocation={name}" for name in ("skip", *ALLOCATIONS)}
@@ -70,8 +75,8 @@ ABLATIONS = {
         {
             "all": "",
             "no diversity": "diversity=0",
-            "no attention": "attention=0:critical=0",
-            "similarity alone": "diversity=0:attention=0:critical=0",
+            "no attention": NO_ATTENTION,
+            "similarity alone": f"diversity=0:{NO_ATTENTION}",
         },
     ),
     "features": Ablation(
@@ -86,6 +91,18 @@ ABLATIONS = {
         "Where rows merge",
         PAPER,
         {"windows, then grids": "", "grids": "windows=false", "2 grids": "block=2", "4 grids": "block=4"},
+    ),
+    "together": Ablation(
+        "What won, together",
+        PAPER,
+        {
+            "the paper's form": "",
+            "no attention": NO_ATTENTION,
+            "decreasing": "allocation=decreasing",
+            "decreasing, no attention (the defaults)": f"allocation=decreasing:{NO_ATTENTION}",
+            "the same, 4 grids": f"allocation=decreasing:{NO_ATTENTION}:block=4",
+            "the same, 4 grids, all layers": f"allocation=decreasing:{NO_ATTENTION}:block=4:first=0:last=1",
+        },
     ),
     "references": Ablation(
         "References in time: levels of 255 that count as change",

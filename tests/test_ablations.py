@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evoprune import ablations, methods
-from evoprune.ablations import ABLATIONS, Ablation, specs, table
+from evoprune.ablations import ABLATIONS, PAPER, Ablation, specs, table
 from evoprune.scores import in_points, paired_difference
 
 
@@ -32,7 +32,7 @@ def test_what_is_not_varied_is_the_method_as_it_stands():
 
 def test_a_variant_of_two_ablations_is_run_once():
     chosen = specs(("diversity", "paper"))
-    assert len(chosen) == len(set(chosen)) and chosen.count("evoprune-paper:diversity=0") == 1
+    assert len(chosen) == len(set(chosen)) and chosen.count(f"{PAPER}:diversity=0") == 1
 
 
 def test_differences_are_paired():

@@ -1,9 +1,13 @@
 """EvoPrune (arXiv 2603.03681) for Qwen2.5-VL: merging between the encoder's layers, each grid on its own.
 
 Of the paper: training-free merging of token pairs across two disjoint sets, by a score made of similarity, diversity and attention;
-a critical share of the most attended tokens that is not merged away; the six allocations over layers, `skip` the best.
+a critical share of the most attended tokens that is not merged away; six allocations over layers.
 Ours, because the paper covers a tower with global attention: merge units instead of patches, windows first and grids where
 the tower attends to grids, hard counts, and the exact form of the score.
+
+The defaults are what won on the demo model, in both sets of weights (docs/ablations.md): attention without a say, and most of the
+merging in the first of the layers. The paper, on real weights, found attention to matter and `skip` the best allocation; that form
+is `evoprune-paper:allocation=skip:attention=0.1:critical=0.1`.
 """
 
 import math
@@ -48,12 +52,12 @@ class EvoPrunePaper(Method):
     name: ClassVar[str] = "evoprune-paper"
     acts: ClassVar[Literal["inside"]] = "inside"
 
-    allocation: str = "skip"
+    allocation: str = "decreasing"
     first: float = 0.2
     last: float = 0.5
     diversity: float = 0.1
-    attention: float = 0.1
-    critical: float = 0.1
+    attention: float = 0.0
+    critical: float = 0.0
     lonely: str = "either"
     neighbours: int = 4
     features: str = "keys"

@@ -118,11 +118,11 @@ def test_the_base_keeps_everything():
 @pytest.mark.parametrize(
     ("settings", "needs"),
     [
-        ({}, {"keys", "attention"}),
-        ({"features": "hidden"}, {"hidden", "attention"}),
-        ({"attention": 0.0, "critical": 0.0}, {"keys"}),
-        ({"attention": 0.0, "critical": 0.0, "survivor": "attended"}, {"keys", "attention"}),
-        ({"attention": 0.0}, {"keys", "attention"}),
+        ({}, {"keys"}),
+        ({"features": "hidden"}, {"hidden"}),
+        ({"features": "hidden", "attention": 0.1}, {"hidden", "attention"}),
+        ({"critical": 0.1}, {"keys", "attention"}),
+        ({"survivor": "attended"}, {"keys", "attention"}),
     ],
 )
 def test_the_papers_method_asks_for_no_more_than_it_uses(settings, needs):

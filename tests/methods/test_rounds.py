@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.methods.base import Candidates
-from evoprune.methods.evoprune_paper import EvoPrunePaper
+from tests.methods.published import published
 
 
 def rounds_taken(method, places, width, left, seed) -> int:
@@ -34,7 +34,7 @@ def rounds_taken(method, places, width, left, seed) -> int:
     st.integers(0, 99),
 )
 def test_no_group_takes_more_rounds_than_the_method_says(places, width, left, split, survivor, seed):
-    method, left = EvoPrunePaper(split=split, survivor=survivor), min(left, len(places))
+    method, left = published(split=split, survivor=survivor), min(left, len(places))
     taken = rounds_taken(method, sorted(places), width, left, seed)
     said = method.rounds(len(places), left)
     assert taken <= said <= len(places) - left
@@ -44,7 +44,7 @@ def test_no_group_takes_more_rounds_than_the_method_says(places, width, left, sp
 
 @pytest.mark.parametrize(("split", "said"), [("alternate", 4), ("checkerboard", 5)])
 def test_a_window_takes_few_rounds_down_to_one_row(split, said):
-    assert EvoPrunePaper(split=split).rounds(16, 1) == said
+    assert published(split=split).rounds(16, 1) == said
     # One dark place among light ones is the worst case.
     places = [0, 1, *range(2, 30, 2)]
-    assert rounds_taken(EvoPrunePaper(split=split), places, 60, 1, 0) == said
+    assert rounds_taken(published(split=split), places, 60, 1, 0) == said

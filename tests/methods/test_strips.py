@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.methods.base import Candidates
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning import score
 from evoprune.pruning.score import LONELY, strips
+from tests.methods.published import published
 
 WIDTH = 9
 
@@ -54,7 +54,7 @@ def test_strips_are_all_rows_in_order_and_few_enough(groups, rows, held):
     share=st.floats(0, 1),
 )
 def test_matches_do_not_depend_on_the_strips(lengths, seed, held, lonely, diversity, weights, share):
-    method = EvoPrunePaper(lonely=lonely, diversity=diversity, **weights)
+    method = published(lonely=lonely, diversity=diversity, **weights)
     groups, remove = candidates(lengths, seed), torch.tensor([round(n * share / 2) for n in lengths])
     whole = method.match(groups, remove)
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +77,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("method", "rows"),
-    [(EvoPrune(), 900), (EvoPrune(attention=0.1, critical=0.1), 900), (EvoPrunePaper(), 900), (EvoPrune(), 2700)],
+    [(EvoPrune(), 900), (EvoPrune(attention=0.1, critical=0.1), 900), (published(), 900), (EvoPrune(), 2700)],
     ids=["plain", "attention", "density", "three times as many"],
 )
 def test_memory_for_scores_is_bounded(method, rows, monkeypatch):

@@ -20,6 +20,7 @@ from evoprune.vision.attention import Packed, buckets, grouped_attention, with_b
 from evoprune.vision.encoder import encode
 from evoprune.vision.layout import attention_groups, geometry
 from evoprune.vision.stopwatch import Stopwatch
+from tests.methods.published import published
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, take_gpu_route, varlen_by_hand
 from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, rows_of
@@ -172,7 +173,7 @@ def both_ways(monkeypatch, grid, method, keep, kernel, full_layers=(1, 3), chunk
 @pytest.mark.parametrize("grid", [(1, 4, 4), (2, 5, 7), (3, 8, 8), (5, 6, 9)])
 def test_nothing_waits_and_the_answer_is_the_cpus(grid, share, full_layers, kernel, monkeypatch):
     keep = max(int(units(grid) * share), 1 if grid[0] < 5 else 3)
-    both_ways(monkeypatch, grid, EvoPrunePaper(), keep, kernel, full_layers)
+    both_ways(monkeypatch, grid, published(), keep, kernel, full_layers)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_nothing_waits_and_the_answer_is_the_cpus(grid, share, full_layers, kern
     list(product(["keys", "keys_rotary", "hidden"], ["alternate", "checkerboard"], ["destination", "attended"])),
 )
 def test_nor_with_other_settings(features, split, survivor, monkeypatch):
-    method = EvoPrunePaper(allocation="mean", first=0.0, last=0.8, features=features, split=split, survivor=survivor)
+    method = published(allocation="mean", first=0.0, last=0.8, features=features, split=split, survivor=survivor)
     both_ways(monkeypatch, (3, 5, 7), method, 16, True, (0, 3))  # several windows lose all rows but one in one layer
 
 
@@ -208,7 +209,7 @@ def test_nor_on_any_clip(monkeypatch, grid, share, method, full_layers, chunk_un
 def test_nor_in_blocks_of_several_grids(block, keep, monkeypatch):
     settings_ = product(["alternate", "checkerboard"], ["destination", "attended"])
     for kernel, (split, survivor) in zip([True, False, False, True], settings_, strict=True):
-        method = EvoPrunePaper(block=block, split=split, survivor=survivor, allocation="mean", first=0.0)
+        method = published(block=block, split=split, survivor=survivor, allocation="mean", first=0.0)
         both_ways(monkeypatch, (5, 3, 5), method, keep, kernel, (0, 2), chunk_units=61)
 
 
@@ -319,7 +320,7 @@ def test_on_a_device_without_values_every_shape_is_known(keep, kernel, monkeypat
     monkeypatch.setattr(devices, "static_shapes", lambda device: device == meta)
     monkeypatch.setattr(encoder, "_settled", lambda *_: (False, 0.0))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
-    made = encode(visual, [random_patches(grid)], grid, EvoPrunePaper(first=0.0, last=1.0), keep)
+    made = encode(visual, [random_patches(grid)], grid, published(first=0.0, last=1.0), keep)
     assert made.features.shape == (keep, 24) and made.features.is_meta and made.features.dtype == torch.bfloat16
     assert made.kept.shape == (keep,) and made.owner.shape == (70,) and made.owner.is_meta
 

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.linear import pack
-from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.pruning.budget import keep_count, spread
@@ -16,6 +15,7 @@ from evoprune.vision.encoder import encode
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patchify
 from evoprune.vision.tower import tower_shape
+from tests.methods.published import published
 from tests.vision.reference import encode_slowly
 from tests.vision.tower import random_patches, tiny_tower
 
@@ -70,7 +70,7 @@ def test_budget_one_is_hugging_faces_tower(grid, full_layers):
     visual, patches = tiny_tower(full_layers), random_patches(grid)
     with torch.inference_mode():
         theirs = visual(patches, torch.tensor([[grid[0], grid[1] * 2, grid[2] * 2]])).pooler_output
-    for method in (Nothing(), EvoPrunePaper(), Random()):
+    for method in (Nothing(), published(), Random()):
         ours = encode(visual, [patches], grid, method, units(grid))
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         assert torch.equal(ours.kept, torch.arange(units(grid))) and torch.equal(ours.owner, ours.kept)
@@ -127,7 +127,7 @@ CHUNKS = [1, 35, 70, 100, 10**6]
 
 @pytest.mark.parametrize(
     "method",
-    [Nothing(), Random(), EvoPrunePaper(), EvoPrunePaper(survivor="attended"), EvoPrunePaper(block=2)],
+    [Nothing(), Random(), published(), published(survivor="attended"), published(block=2)],
 )
 @pytest.mark.parametrize("keep", [3, 40, 100])
 def test_the_result_does_not_depend_on_the_chunk_size(method, keep):
@@ -152,11 +152,11 @@ def still_frames(grid, scene: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("grid", "keep", "method"),
     [
-        ((4, 8, 8), 179, EvoPrunePaper()),
-        ((4, 8, 8), 51, EvoPrunePaper()),
-        ((4, 8, 8), 13, EvoPrunePaper(survivor="attended")),
-        ((3, 6, 9), 16, EvoPrunePaper(features="hidden", split="checkerboard")),
-        ((5, 5, 6), 20, EvoPrunePaper(block=2, split="checkerboard")),
+        ((4, 8, 8), 179, published()),
+        ((4, 8, 8), 51, published()),
+        ((4, 8, 8), 13, published(survivor="attended")),
+        ((3, 6, 9), 16, published(features="hidden", split="checkerboard")),
+        ((5, 5, 6), 20, published(block=2, split="checkerboard")),
     ],
 )
 def test_nor_does_it_where_rows_are_equal_and_ties_decide(scene, grid, keep, method):
@@ -172,7 +172,7 @@ def test_nor_does_it_where_rows_are_equal_and_ties_decide(scene, grid, keep, met
 @pytest.mark.parametrize("cuts", [[1], [139], [140, 140], [0, 5, 400], [140, 280, 420, 560], [699], [700]])
 @pytest.mark.parametrize("chunk_units", [35, 70])
 def test_nor_on_how_the_patches_are_cut_into_pieces(cuts, chunk_units):
-    grid, method = (5, 5, 7), EvoPrunePaper()
+    grid, method = (5, 5, 7), published()
     whole = encode_noise(grid, method, 40, chunk_units=chunk_units)
     pieces = random_patches(grid).tensor_split(cuts)
     assert_same(encode(tiny_tower(), iter(pieces), grid, method, 40, chunk_units=chunk_units), whole, atol=0)
@@ -187,7 +187,7 @@ def test_nor_on_how_the_patches_are_cut_into_pieces(cuts, chunk_units):
 def test_patches_that_do_not_add_up_are_refused(rows, chunk_units):
     pieces = [torch.zeros(n, 1176) for n in rows]
     with pytest.raises(ValueError, match="patches"):
-        encode(tiny_tower(), pieces, (2, 5, 7), EvoPrunePaper(), 20, chunk_units=chunk_units)
+        encode(tiny_tower(), pieces, (2, 5, 7), published(), 20, chunk_units=chunk_units)
 
 
 # --- counts ------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_patches_that_do_not_add_up_are_refused(rows, chunk_units):
 @st.composite
 def papers(draw):
     first, last = sorted((draw(st.floats(0, 1)), draw(st.floats(0, 1))))
-    return EvoPrunePaper(
+    return published(
         allocation=draw(st.sampled_from(ALLOCATIONS)),
         first=first,
         last=last,
@@ -231,7 +231,7 @@ def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, chunk_u
 @pytest.mark.parametrize("keep", range(1, 41, 3))
 def test_every_count_can_be_had(keep):
     grid = (2, 4, 5)
-    encoded = encode_noise(grid, EvoPrunePaper(), keep)
+    encoded = encode_noise(grid, published(), keep)
     assert len(encoded.kept) == keep
     check_books(encoded, grid)
 
@@ -240,14 +240,14 @@ def test_every_count_can_be_had(keep):
 @pytest.mark.parametrize("keep", [1, 5, 30, 79])
 def test_counts_hold_where_all_scores_are_equal(scene, keep):
     grid = (4, 4, 5)
-    encoded = encode(tiny_tower(), [patchify(still_frames(grid, scene))], grid, EvoPrunePaper(), keep)
+    encoded = encode(tiny_tower(), [patchify(still_frames(grid, scene))], grid, published(), keep)
     assert len(encoded.kept) == keep and encoded.features.isfinite().all()
     check_books(encoded, grid)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5, 8])
 def test_below_a_token_a_grid_the_whole_clip_is_covered(keep):
-    encoded = encode_noise((9, 3, 3), EvoPrunePaper(), keep)
+    encoded = encode_noise((9, 3, 3), published(), keep)
     assert len(encoded.rows) == 9 and len(encoded.kept) == keep
     for length in range(1, 10):  # every stretch of grids has its share, rounded up or down
         for at in range(10 - length):
@@ -257,7 +257,7 @@ def test_below_a_token_a_grid_the_whole_clip_is_covered(keep):
 def test_what_no_merging_can_reach_is_taken_by_size():
     # No layer looks at whole grids: each of the six windows keeps a row, and four of them must go in the end.
     grid = (1, 5, 12)
-    encoded = encode_noise(grid, EvoPrunePaper(), 2, full_layers=())
+    encoded = encode_noise(grid, published(), 2, full_layers=())
     assert len(encoded.rows) == 6 and len(encoded.kept) == 2
     sizes = torch.bincount(encoded.owner)
     chosen = sizes[encoded.owner[encoded.kept]]
@@ -282,7 +282,7 @@ def assert_like_the_slow_one(grid, method, keep, full_layers=(1, 3), seed=0):
     list(product(["keys", "keys_rotary", "hidden"], ["alternate", "checkerboard"], ["destination", "attended"])),
 )
 def test_against_loops(features, split, survivor, keep):
-    assert_like_the_slow_one((2, 5, 7), EvoPrunePaper(features=features, split=split, survivor=survivor), keep)
+    assert_like_the_slow_one((2, 5, 7), published(features=features, split=split, survivor=survivor), keep)
 
 
 @pytest.mark.parametrize(
@@ -298,11 +298,11 @@ def test_against_loops(features, split, survivor, keep):
     ids=str,
 )
 def test_against_loops_with_other_weights(settings_):
-    assert_like_the_slow_one((1, 6, 6), EvoPrunePaper(**settings_), 9)
+    assert_like_the_slow_one((1, 6, 6), published(**settings_), 9)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 3), (2,)])
 def test_against_loops_on_other_schedules(allocation, full_layers):
     # With a grid layer first, rows own units of other windows when a window layer follows.
-    assert_like_the_slow_one((2, 4, 6), EvoPrunePaper(allocation=allocation, first=0, last=0.8), 11, full_layers)
+    assert_like_the_slow_one((2, 4, 6), published(allocation=allocation, first=0, last=0.8), 11, full_layers)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from evoprune.linear import pack
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.pruning.reference import scan
 from evoprune.pruning.select import choose_units
 from evoprune.vision import encoder
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patch_means
+from tests.methods.published import published
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.test_encoder import assert_same, check_books, units
@@ -50,7 +50,7 @@ def assert_like_the_slow_one(patches, grid, method, keep, full_layers=(1, 3), ch
     list(product([2, 3], ["alternate", "checkerboard"], ["destination", "attended"])),
 )
 def test_blocks_against_loops(block, split, survivor, keep):
-    grid, method = (5, 3, 5), EvoPrunePaper(block=block, split=split, survivor=survivor, first=0.0, last=0.8)
+    grid, method = (5, 3, 5), published(block=block, split=split, survivor=survivor, first=0.0, last=0.8)
     assert_like_the_slow_one(random_patches(grid), grid, method, keep, chunk_units=(1, 45, 10**6))
 
 
@@ -58,7 +58,7 @@ def test_blocks_against_loops(block, split, survivor, keep):
 @pytest.mark.parametrize("block", [1, 2])
 def test_blocks_against_loops_where_windows_mean_nothing(full_layers, block):
     grid = (3, 5, 6)
-    method = EvoPrunePaper(block=block, windows=False, allocation="mean", first=0.0)
+    method = published(block=block, windows=False, allocation="mean", first=0.0)
     assert_like_the_slow_one(random_patches(grid), grid, method, 23, full_layers, chunk_units=(1, 10**6))
 
 
@@ -235,7 +235,7 @@ def test_with_all_tokens_it_is_hugging_faces_tower(share):
     patches = clip(grid, changes(grid, share))
     with torch.inference_mode():
         theirs = tiny_tower()(patches, torch.tensor([[5, 10, 12]])).pooler_output
-    for method in (EvoPrune(), EvoPrunePaper(block=2)):
+    for method in (EvoPrune(), published(block=2)):
         ours = encode(tiny_tower(), [patches], grid, method, 150, chunk_units=60)
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         assert torch.equal(ours.kept, torch.arange(150)) and ours.live_share == 1
