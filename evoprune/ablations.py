@@ -109,6 +109,22 @@ ABLATIONS = {
         OURS,
         {"12": ""} | {str(level): f"reuse={level}" for level in (0, 3, 5, 8, 16)},
     ),
+    "refresh": Ablation(
+        "In how many grids each unit has its turn to be encoded anew",
+        OURS,
+        {"never": ""} | {str(grids): f"refresh={grids}" for grids in (16, 8, 4)},
+    ),
+    "stands": Ablation(
+        "What a chosen token is, and as how many it counts in the language model's attention",
+        OURS,
+        {
+            "mean of its units, their number to the power 0.5": "",
+            "itself, one": "average=false:count=0",
+            "mean, one": "count=0",
+            "itself, power 0.5": "average=false",
+            **{f"mean, power {power}": f"count={power}" for power in (0.25, 0.75, 1)},
+        },
+    ),
     "rows": Ablation(
         "The encoder's budget",
         OURS,

@@ -76,6 +76,7 @@ class Cache:
                 [tuple(layer) for layer in facts["layers"]],
                 0.0,
                 facts["flat"],
+                tensors["counts"].to(device) if "counts" in tensors else None,
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
@@ -84,7 +85,8 @@ class Cache:
         """Writes an entry, in one step as others see it, and makes room; False if that was not possible."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(encoded, name).cpu().contiguous() for name in ("features", "kept", "owner")}
+        tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", "counts")}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
         about = json.dumps(
             {"rows": len(encoded.rows), "grids": encoded.grids, "layers": encoded.layers, "flat": encoded.flat}
         )

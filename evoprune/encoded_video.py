@@ -12,6 +12,7 @@ from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     GenerationSettings,
     TokenStream,
+    column_counts,
     embed_prompt,
     embed_question,
     prefill,
@@ -150,8 +151,10 @@ class EncodedVideo:
         following = int(positions.max()) + 1
         embeds, columns = embed_prompt(model, prompt.input_ids, encoded.features, prompt.video_start, n, encoded.kept)
         positions = positions[:, columns]
+        counts = column_counts(encoded.counts, prompt.video_start, len(embeds))
         cache, known = self._take_prefix(system)
-        state = prefill(model, embeds[known:], positions[:, known:], following, cache)
+        counts = None if counts is None else counts[known:]
+        state = prefill(model, embeds[known:], positions[:, known:], following, cache, counts)
         self._prefix = system, state.cache, prompt.prefix_length - n + len(encoded.kept)
         self._text_tokens = prompt.text_tokens
         return stream(model, state, settings, loaded.eos_ids)

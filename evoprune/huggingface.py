@@ -6,7 +6,8 @@
 
 Videos are encoded here, and `generate` and `forward` are called without the columns of what was pruned; all that they do then is
 the model's own. What `generate` returns begins with the whole prompt again, and what is called with ids while it runs sees
-them so. Pictures are left whole, and text is never pruned.
+them so. Pictures are left whole, and text is never pruned. The language model's attention is the model's own, so it counts each
+token once, where `VideoQA` counts those of `evoprune` by what they stand for.
 """
 
 import functools

@@ -10,7 +10,7 @@ import torch
 from evoprune import synthetic
 from evoprune.clock import Clock
 from evoprune.cost import tower_flop
-from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream
+from evoprune.language.generate import GenerationSettings, column_counts, embed_prompt, prefill, stream
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.measurements import Case, Counts
 from evoprune.methods.base import Method
@@ -124,7 +124,8 @@ def run_ours(
         )  # fmt: skip
     with clock.stage("prefill"):
         embeds, columns = embed_prompt(model, clip.ids, encoded.features, TEXT_BEFORE, clip.units, encoded.kept)
-        state = prefill(model, embeds, clip.positions[:, columns], clip.following)
+        counts = column_counts(encoded.counts, TEXT_BEFORE, len(embeds))
+        state = prefill(model, embeds, clip.positions[:, columns], clip.following, counts=counts)
     with clock.stage("generate"):
         tokens = list(stream(model, state, GenerationSettings(new_tokens), eos_ids=()))
     layers = [(layer, entered) for layer, entered, _ in encoded.layers]

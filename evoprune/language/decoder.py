@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from evoprune.linear import linear
 
+STRIP = 1024  # columns that are masked at a time
+
 
 class KVCache:
     """Keys and values of every layer for the columns read so far.
@@ -23,6 +25,7 @@ class KVCache:
     Attributes:
         length: columns that count. Those behind them are a pass's own until it is done, so one that breaks off leaves the
             cache as it was.
+        counts: float32 `[length]`, as how many columns attention counts each; None for one each.
     """
 
     def __init__(self, model, capacity: int):
@@ -31,6 +34,7 @@ class KVCache:
         shape = (1, config.num_key_value_heads, capacity, config.hidden_size // config.num_attention_heads)
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.num_hidden_layers)]
         self.length = 0
+        self.counts: torch.Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -46,6 +50,7 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
         self.length = length
+        self.counts = None if self.counts is None else self.counts[:length]
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns behind those that count, which they do not do themselves yet.
@@ -75,7 +80,13 @@ class KVCache:
 
 
 @torch.inference_mode()
-def forward(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def forward(
+    model,
+    inputs_embeds: torch.Tensor,
+    positions: torch.Tensor,
+    cache: KVCache,
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Reads new columns behind those in the cache, and puts them there.
 
     Args:
@@ -83,6 +94,7 @@ def forward(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache: 
         inputs_embeds: `[L, hidden]`, on the device of the weights, L at least 1.
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
         cache: of the columns before; L longer afterwards, or unchanged if this raises.
+        counts: float32 `[L]`, as how many columns attention counts each, as if it stood there so often; None for one each.
 
     Returns:
         The last column after the final norm, `[hidden]`.
@@ -97,9 +109,8 @@ def forward(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache: 
     eps, dim, last = config.rms_norm_eps, config.hidden_size // config.num_attention_heads, len(text.layers) - 1
     x = inputs_embeds
     cos, sin = _rotation(config, positions, x)
-    mask = None
-    if columns > 1 and cache.length:
-        mask = torch.ones(columns, cache.length + columns, dtype=torch.bool, device=x.device).tril(cache.length)
+    counts = _counts(cache, counts, columns, x.device)
+    bias = None if counts is None else counts.log().to(x.dtype)
     for i, layer in enumerate(text.layers):
         attention, mlp = layer.self_attn, layer.mlp
         h = _norm(x, layer.input_layernorm.weight, eps)
@@ -107,21 +118,36 @@ def forward(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache: 
         values = attention.v_proj(h).view(1, columns, -1, dim).transpose(1, 2)
         keys, values = cache.put(i, keys, values)
         if i == last:  # nobody reads what the columns before the last one would become
-            x, h, cos, sin, mask = x[-1:], h[-1:], cos[-1:], sin[-1:], None
+            x, h, cos, sin = x[-1:], h[-1:], cos[-1:], sin[-1:]
         queries = _rotate(attention.q_proj(h).view(1, len(h), -1, dim), cos, sin)
-        x = linear(attention.o_proj, _attend(queries, keys, values, mask), plus=x)
+        x = linear(attention.o_proj, _attend(queries, keys, values, bias), plus=x)
         h = _norm(x, layer.post_attention_layernorm.weight, eps)
         x = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
     hidden = _norm(x, text.norm.weight, eps)[0]
     cache.length += columns
+    cache.counts = counts
     return hidden
 
 
 @torch.inference_mode()
-def logits(model, inputs_embeds: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def logits(
+    model,
+    inputs_embeds: torch.Tensor,
+    positions: torch.Tensor,
+    cache: KVCache,
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`forward`, and what the last column foretells: logits float32 `[vocabulary]`."""
     # The vocabulary is the widest layer there is, and only one column of a prompt needs it.
-    return model.lm_head(forward(model, inputs_embeds, positions, cache)[None])[0].float()
+    return model.lm_head(forward(model, inputs_embeds, positions, cache, counts)[None])[0].float()
+
+
+def _counts(cache: KVCache, counts: torch.Tensor | None, columns: int, device) -> torch.Tensor | None:
+    """Of the columns in the cache and the new ones; None where all of them count once."""
+    if counts is None and cache.counts is None:
+        return None
+    before = torch.ones(cache.length, device=device) if cache.counts is None else cache.counts
+    return torch.cat([before, torch.ones(columns, device=device) if counts is None else counts.to(device).float()])
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -151,13 +177,14 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Attention of the last L columns, each to all up to itself.
 
     Args:
         queries: `[1, L, heads, head_dim]`; neighbouring heads share keys and values.
         keys, values: `[1, kv_heads, n, head_dim]`.
-        mask: bool `[L, n]`, what a column may look at; None where L is 1, or n.
+        bias: `[n]`, added to the logits of each key; with the logarithms of counts it is as if a key stood there so often (arXiv
+            2210.09461, section 3). None for nothing.
 
     Returns:
         `[L, heads * head_dim]`.
@@ -166,10 +193,23 @@ def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mas
     kv_heads = keys.shape[1]
     if columns == 1:
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
-        return F.scaled_dot_product_attention(queries.view(1, kv_heads, -1, dim), keys, values).reshape(1, -1)
+        queries, mask = queries.view(1, kv_heads, -1, dim), None if bias is None else bias[None]
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
     # Key/value heads become the batch, so that keys need not be repeated, nor any kernel know of groups.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
     keys, values = (t.transpose(0, 1).expand(-1, group, -1, -1) for t in (keys, values))
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
+    before = keys.shape[2] - columns
+    if before or bias is not None:
+        parts = []
+        for start in range(0, columns, STRIP):  # or the mask would grow with the square of the prompt
+            some = queries[:, :, start : start + STRIP]
+            end = before + start + some.shape[2]
+            mask = torch.ones(some.shape[2], end, dtype=torch.bool, device=queries.device).tril(end - some.shape[2])
+            if bias is not None:
+                mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
+            parts.append(F.scaled_dot_product_attention(some, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
+        out = torch.cat(parts, 2)
+    else:
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     return out.permute(2, 0, 1, 3).reshape(columns, -1)

@@ -104,8 +104,28 @@ def embed_prompt(
         return torch.cat([before, features.to(before), after]), columns
 
 
+def column_counts(counts: torch.Tensor | None, video_start: int, columns: int) -> torch.Tensor | None:
+    """As how many columns attention counts each of a prompt's, for `prefill`: text once, the visual tokens as `counts` says.
+
+    Args:
+        counts: float32 `[K]`; None for one each.
+        video_start: index of the first visual token.
+        columns: of the prompt as it is read.
+    """
+    if counts is None:
+        return None
+    every = counts.new_ones(columns)
+    every[video_start : video_start + len(counts)] = counts
+    return every
+
+
 def prefill(
-    model, inputs_embeds: torch.Tensor, positions: torch.Tensor, next_position: int, cache: KVCache | None = None
+    model,
+    inputs_embeds: torch.Tensor,
+    positions: torch.Tensor,
+    next_position: int,
+    cache: KVCache | None = None,
+    counts: torch.Tensor | None = None,
 ) -> PrefillState:
     """Reads a prompt, or goes on reading one.
 
@@ -116,6 +136,7 @@ def prefill(
         next_position: where the first generated token will sit, by Qwen's rule the *unpruned* prompt's largest position
             plus one. Only decoding reads it.
         cache: of an earlier call whose prompt this one continues; it is extended in place.
+        counts: float32 `[L]`, as how many columns attention counts each; None for one each.
 
     Returns:
         The state after the last column.
@@ -124,7 +145,7 @@ def prefill(
         ValueError: no columns, or not one position for each.
     """
     cache = KVCache(model, len(inputs_embeds) + ANSWER_COLUMNS) if cache is None else cache
-    return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache), next_position)
+    return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache, counts), next_position)
 
 
 class TokenStream(Iterator[int]):

@@ -15,6 +15,8 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.pruning.schedule import TowerShape
 
+AT_ONCE = 4096  # units of which float32 copies are made at a time
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -117,21 +119,30 @@ class Selection:
         owner: int64 `[N]`, for every unit the number in `kept` of the one whose mean it goes into, -1 for none. Every kept
             token has at least one.
         weight: float32 `[N]`, how much each unit counts in that mean, above 0; None for all the same.
+        counts: float32 `[K]`, as how many tokens the language model's attention counts each, above 0; None for one each.
     """
 
     kept: torch.Tensor
     owner: torch.Tensor
     weight: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
 
-    def features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[K, D]`: the mean of `tokens` (`[N, D]`) that each kept one stands for, made in float32."""
-        used = (self.owner >= 0).nonzero()[:, 0]
-        into = self.owner[used]
-        weight = torch.ones(len(used), device=tokens.device) if self.weight is None else self.weight[used]
-        total = torch.zeros(len(self.kept), tokens.shape[1], device=tokens.device)
-        total.index_add_(0, into, tokens[used].float() * weight[:, None])
-        size = torch.zeros(len(self.kept), device=tokens.device).index_add_(0, into, weight)
-        return (total / size[:, None]).to(tokens.dtype)
+    def features(self, rows: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
+        """`[K, D]`: the mean of the units that each kept one stands for, made in float32.
+
+        Args:
+            rows: `[E, D]`.
+            of: int64 `[N]`, which row each unit has; None where each has its own.
+        """
+        total = torch.zeros(len(self.kept), rows.shape[1], device=rows.device)
+        size = torch.zeros(len(self.kept), device=rows.device)
+        for some in (self.owner >= 0).nonzero()[:, 0].split(AT_ONCE):
+            into, weight = self.owner[some], torch.ones(len(some), device=rows.device)
+            if self.weight is not None:
+                weight = self.weight[some]
+            total.index_add_(0, into, rows[some if of is None else of[some]].float() * weight[:, None])
+            size.index_add_(0, into, weight)
+        return (total / size[:, None]).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,7 @@ class Method:
             features; or after it: "attention", "keys".
         size_bias: whether attention counts a merged row as often as the units it stands for.
         reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew (pruning/reference.py); 0 for all.
+        refresh: in so many grids each unit has its turn to be encoded anew all the same; 0 for never.
         encoder_budget: share of the units that the encoder goes on computing, where it was set apart from the budget; None where
             it follows from it. A method that has such a share has a field of this name.
         adaptive: whether rows that a block leaves of its allowance go to later ones (pruning/budget.py).
@@ -161,6 +173,7 @@ class Method:
     size_bias: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     reuse: ClassVar[float] = 0.0
+    refresh: ClassVar[int] = 0
     reads_question: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     encoder_budget: ClassVar[float | None] = None

@@ -4,7 +4,8 @@ Before the tower each unit is compared with its reference, the same place where 
 changed (pruning/reference.py). The rows that are left merge between early layers by similarity alone, inside blocks of neighbouring
 grids. Every unit of the clip then has a feature, its owner's, at its own place and time, and of all these the tokens for the
 language model are chosen, far apart in features and in time (pruning/select.py). The encoder's budget and the language
-model's are two.
+model's are two. A chosen token is the mean of the units it is nearest to, and the language model's attention counts it as more
+than one: what many units show would otherwise weigh as little as what one shows.
 """
 
 import math
@@ -18,7 +19,7 @@ from evoprune.methods.base import Method, Selection, Tokens
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.reference import THRESHOLD
-from evoprune.pruning.select import ALPHA, choose_units
+from evoprune.pruning.select import ALPHA, choose_units, nearest_chosen
 
 OWN = "own"
 # Share of the units that the encoder goes on computing at lower budgets, too.
@@ -32,6 +33,8 @@ class EvoPrune(EvoPrunePaper):
     """Fields, beside those of `evoprune-paper`, which say how rows merge:
 
     reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew; 0 for no references.
+    refresh: in so many grids each unit has its turn to be encoded anew, wherever anything in the grid has changed: what surrounds
+        it is part of its feature; 0 for never.
     encoder_budget: share of a block's units that are left as rows after merging, whatever the budget is; None for the budget
         itself, but at least LEAST.
     adaptive: whether what blocks that repeat their references leave of their share goes to later ones in which more is new. In
@@ -39,6 +42,9 @@ class EvoPrune(EvoPrunePaper):
     alpha: weight of time in the choice.
     within: choose no more tokens once no unit is farther than this from a chosen one, but a twentieth of all at least; 0 for
         as many as the budget says. Only with the `own` choice.
+    average: whether a chosen token is the mean of the units nearest to it, itself among them, and not itself alone.
+    count: as how many tokens the language model's attention counts it: the number of those units to this power. 0 for one, 1 for
+        all, as ToMe does inside an encoder (arXiv 2210.09461, section 3). Both with the `own` choice alone.
     choice: who chooses the tokens to be read: `own`, or a method that acts after the encoder, by name. It sees every unit of the
         clip, at its own place, with what its row has.
     """
@@ -55,16 +61,21 @@ class EvoPrune(EvoPrunePaper):
     split: str = "checkerboard"
     block: int = 4
     reuse: float = THRESHOLD
+    refresh: int = 0
     encoder_budget: float | None = None
     adaptive: bool = False
     alpha: float = ALPHA
     within: float = 0.0
+    average: bool = True
+    count: float = 0.5
     choice: str = OWN
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.reuse >= 0 and 0 <= self.alpha < math.inf and 0 <= self.within < math.inf):
-            raise ValueError("reuse, alpha and within are at least 0")
+        if not (self.reuse >= 0 and all(0 <= x < math.inf for x in (self.alpha, self.within, self.count))):
+            raise ValueError("reuse, alpha, within and count are at least 0")
+        if self.refresh < 0:
+            raise ValueError("refresh is a number of grids, or 0")
         if self.encoder_budget is not None and not 0 < self.encoder_budget <= 1:
             raise ValueError("encoder_budget is a share of units, above 0 and up to 1")
         if self.reuse and not self.size_bias:
@@ -81,7 +92,7 @@ class EvoPrune(EvoPrunePaper):
 
     @property
     def merger(self) -> Method:
-        return replace(self, alpha=ALPHA, within=0.0, choice=OWN)
+        return replace(self, alpha=ALPHA, within=0.0, average=True, count=0.0, choice=OWN)
 
     @property
     def exact(self) -> bool:
@@ -110,7 +121,13 @@ class EvoPrune(EvoPrunePaper):
         if self.choice != OWN:
             return self.chooser.select(tokens, keep)
         seconds = [tokens.seconds_per_grid * grid for grid in range(tokens.grid[0])]
+        video = tokens.rows, tokens.owner, tokens.grid, seconds
         least = keep_count(AUTO_LEAST, len(tokens.owner))
-        return choose_units(
-            tokens.rows, tokens.owner, tokens.grid, seconds, keep, alpha=self.alpha, within=self.within, least=least
-        )
+        kept = choose_units(*video, keep, alpha=self.alpha, within=self.within, least=least)
+        if len(kept) == len(tokens.owner) or not (self.average or self.count):
+            return kept
+        stands = nearest_chosen(*video, kept, alpha=self.alpha)
+        counts = torch.bincount(stands, minlength=len(kept)).float() ** self.count if self.count else None
+        if not self.average:
+            stands = torch.full_like(stands, -1).scatter(0, kept, stands[kept])
+        return Selection(kept, stands, counts=counts)

@@ -6,9 +6,15 @@ pixel wide does not. A unit has changed if any one block's colour has: a mean ov
 brightness of the whole picture may drift a little without anything being news. A cut changes everything and so starts new
 references by itself.
 
+A unit's feature is not of its pixels alone: attention has put into it what else the grid holds. So the feature of a unit that has
+not changed grows stale where others have, and with nothing but stale ones a model reads wrong how many things are left. Therefore
+some of the places are encoded anew in every grid in which something has changed, others in each, all in turn: the cyclic intra
+refresh of video coding.
+
 How statistics and thresholds compare, on clips through codecs: `python -m evoprune.demo.changes`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +92,7 @@ def joined(pieces: list[Reuse]) -> Reuse:
 
 
 def scan(
-    means: torch.Tensor, references: References | None = None, threshold: float = THRESHOLD
+    means: torch.Tensor, references: References | None = None, threshold: float = THRESHOLD, refresh: int = 0
 ) -> tuple[Reuse, References]:
     """Goes through the next grids of a video, in their order. The result does not depend on how the video is cut into pieces.
 
@@ -94,6 +100,8 @@ def scan(
         means: `[G, units, 96]`, from `block_means`.
         references: what the scan of the piece before returned; None at the start of a video, whose first grid is encoded whole.
         threshold: levels of 255; a unit with a block that differs by at least so much is encoded. At 0 all are.
+        refresh: in so many grids each place has its turn to be encoded anew, changed or not, if anything in the grid has; 0 for
+            never.
 
     Returns:
         What to encode of these grids, and what to hand to the next scan.
@@ -103,6 +111,7 @@ def scan(
     owner = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
     held = references.means.clone() if references else None
     grid = references.grid.clone() if references else torch.zeros_like(owner[0]) if len(owner) else None
+    turn = turns(means.shape[1], refresh).to(means.device) if refresh else None
     for g, now in enumerate(means):
         if held is None:
             held, changed = now.clone(), torch.ones_like(encoded[g])
@@ -113,12 +122,21 @@ def scan(
                 # Most of the picture is another one: a cut or a moving camera. Then the factor means nothing.
                 gain = torch.ones_like(gain)
                 changed = differences(now, held) >= threshold
+            if refresh and changed.any():
+                changed |= turn == (seen + g) % refresh
             held = torch.where(changed[:, None], now / gain, held)
         grid = torch.where(changed, seen + g, grid)
         encoded[g], owner[g] = changed, grid
     if held is None:
         raise ValueError("nothing to scan: no grids, and no references")
     return Reuse(encoded, owner), References(held, grid, seen + len(means))
+
+
+def turns(units: int, refresh: int) -> torch.Tensor:
+    """int64 `[units]`: which grid of every `refresh` is each place's turn. Steps of the golden ratio, so each turn's places lie
+    evenly, and are equally many to within a few."""
+    golden = (math.sqrt(5) - 1) / 2
+    return (torch.arange(units, dtype=torch.float64) * golden % 1 * refresh).long()
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ where i is chosen, j a candidate and sal_j = 1 - cos(f_j, mean over all units), 
 another moment is news in proportion to how much the thing stands out: what stays or goes is told, background is not told twice.
 Max-min diversity among features alone (alpha = 0) is DivPrune's choice (arXiv 2503.02175); the term in time is this project's.
 
+Each unit that is not chosen is then nearest, by the same distance, to one that is: that one stands for it (`nearest_chosen`).
+
 The choice is the exact greedy one; nothing as large as N x N, nor N x K, is ever held.
 """
 
@@ -68,26 +70,67 @@ def choose_units(
     Raises:
         ValueError: `keep` is out of range.
     """
-    device = features.device
     units = (owner >= 0).nonzero()[:, 0]
     if not 1 <= keep <= len(units):
         raise ValueError(f"cannot choose {keep} of {len(units)} units")
     if keep == len(units) and not within:
         return units
     least = min(least, keep) if within else keep
-    row = owner[units]
-    time = torch.tensor(seconds, dtype=torch.float64)
-    time = (time - time.min()) / (tau or float(time.max() - time.min()) or 1.0)  # in tau
-    time = time.float().to(device)[units // (grid[1] * grid[2])]
+    row, time = owner[units], _time(units, grid, seconds, tau)
     points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), dimensions)
     weight = alpha / 2 * salience**2
     chosen = _farthest(points, weight, row, time, _start(salience, row), keep, pool, within, least)
     if len(chosen) < least:
-        left = torch.ones(len(units), dtype=torch.bool, device=device)
+        left = torch.ones(len(units), dtype=torch.bool, device=features.device)
         left[chosen] = False
         left = left.nonzero()[:, 0]
         chosen = torch.cat([chosen, left[_even(units[left], grid, least - len(chosen))]])
     return units[chosen].sort().values
+
+
+def nearest_chosen(
+    features: torch.Tensor,
+    owner: torch.Tensor,
+    grid: tuple[int, int, int],
+    seconds: Sequence[float],
+    kept: torch.Tensor,
+    *,
+    alpha: float = ALPHA,
+    tau: float | None = None,
+    dimensions: int | None = DIMENSIONS,
+) -> torch.Tensor:
+    """Which chosen unit stands for each unit: the nearest, ties to the lower index; a chosen one for itself.
+
+    Args:
+        kept: int64 `[K]`, ascending, of `choose_units` with the same settings.
+
+    Returns:
+        int64 `[T * H * W]`, indices into `kept`; -1 where `owner` is -1.
+    """
+    device = features.device
+    units = (owner >= 0).nonzero()[:, 0]
+    row, time = owner[units], _time(units, grid, seconds, tau)
+    points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), dimensions)
+    weight, half = alpha / 2 * salience**2, points.square().sum(1) / 2
+    few, back = owner[kept].unique(return_inverse=True)  # the same row at many times is common
+    moment = _time(kept, grid, seconds, tau)
+    found = torch.empty(len(units), dtype=torch.int64, device=device)
+    for some in torch.arange(len(units), device=device).split(max(1, PIECE // len(kept))):
+        of, place = row[some].unique(return_inverse=True)
+        distance = _lapse(time[some], moment).mul_(weight[row[some]][:, None])
+        distance.add_(_apart(points, half, of, few)[place[:, None], back])
+        found[some] = _settle(distance).argmin(1)
+    stands = torch.full_like(owner, -1)
+    stands[units] = found
+    stands[kept] = torch.arange(len(kept), device=device)
+    return stands
+
+
+def _time(units: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], tau: float | None) -> torch.Tensor:
+    """float32: when each of `units` is, in tau from the first grid on."""
+    time = torch.tensor(seconds, dtype=torch.float64)
+    time = (time - time.min()) / (tau or float(time.max() - time.min()) or 1.0)
+    return time.float().to(units.device)[units // (grid[1] * grid[2])]
 
 
 def points_and_salience(

@@ -82,6 +82,7 @@ def in_chunks(
     threshold: float,
     dtype: torch.dtype,
     watch: Stopwatch,
+    refresh: int = 0,
     even: list[torch.Tensor] | None = None,
 ) -> Iterator[Chunk]:
     """Cuts a video into chunks of `rows` rows or more, but so many by less than a block; the last may have fewer.
@@ -92,7 +93,7 @@ def in_chunks(
     Args:
         patches: pieces of `[n, 1176]` that add up to so many grids.
         block: grids of a block.
-        threshold: of the method's references; 0 for none.
+        threshold, refresh: of the method's references; no threshold, no references.
         dtype: of the patches that are kept.
         watch: measures what finding references takes.
         even: gets whether the grids are of one even colour each, until they are not; None if nobody asks.
@@ -111,7 +112,7 @@ def in_chunks(
         source = None
         if threshold:
             with watch:
-                reuse, references = scan(patch_means(piece.cpu(), geo.units), references, threshold)
+                reuse, references = scan(patch_means(piece.cpu(), geo.units), references, threshold, refresh)
                 source = reuse.grid
         held.append(Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source))
         done += count

@@ -18,6 +18,7 @@ class Encoded:
         grids: (T, H, W) in units, of each video.
         layers: (layer, rows that entered it, rows that left it), over all of the video.
         prune_seconds: time spent on scores, merging and selection, part of the encoding time.
+        counts: float32 `[K]`, as how many tokens the language model's attention counts each; None for one each.
         flat: whether every grid was one even colour, so that no unit differs from another and what was merged says nothing.
     """
 
@@ -29,6 +30,7 @@ class Encoded:
     layers: list[tuple[int, int, int]]
     prune_seconds: float
     flat: bool = False
+    counts: torch.Tensor | None = None
 
     @property
     def live_share(self) -> float:
@@ -61,4 +63,13 @@ def joined(videos: list[Encoded]) -> Encoded:
         ],
         sum(v.prune_seconds for v in videos),
         all(v.flat for v in videos),
+        _joined_counts(videos),
+    )
+
+
+def _joined_counts(videos: list[Encoded]) -> torch.Tensor | None:
+    if all(v.counts is None for v in videos):
+        return None
+    return torch.cat(
+        [v.features.new_ones(len(v.kept), dtype=torch.float32) if v.counts is None else v.counts for v in videos]
     )

@@ -139,6 +139,7 @@ def encode_rows(
         block=block,
         rows=chunk_units or devices.units_at_a_time(weight.device),
         threshold=reuse,
+        refresh=method.refresh,
         dtype=weight.dtype,
         watch=watch,
         even=even if inside or selects else None,
@@ -203,14 +204,14 @@ def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
     tokens = video.tokens
     rows, owner = tokens.rows, tokens.owner
     with devices.here(rows.device), video.watch:
-        kept = selected(video, question)
+        kept, counts = selected(video, question), None
         if isinstance(kept, Selection):
-            kept, features = kept.kept, kept.features(tokens.features)
+            kept, features, counts = kept.kept, kept.features(rows, owner), kept.counts
         else:
             kept = devices.uploaded(kept, rows.device)
             features = rows[owner[kept]]
     flat, seconds = _settled(video)
-    return Encoded(features, kept, rows, owner, (tokens.grid,), video.layers, seconds, flat)
+    return Encoded(features, kept, rows, owner, (tokens.grid,), video.layers, seconds, flat, counts)
 
 
 def selected(video: Unchosen, question: torch.Tensor | None = None) -> torch.Tensor | Selection:

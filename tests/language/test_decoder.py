@@ -1,5 +1,6 @@
 """The decoder against Hugging Face's, against arithmetic written out, and against itself in other portions."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -62,6 +63,42 @@ def test_a_pass_is_hugging_faces(model, length):
     assert_close(fresh(model, embeds, positions), logits)
     # A model that heeds no position would agree with anything.
     assert not torch.allclose(fresh(model, embeds, positions * 2), logits, atol=1e-2) or length == 1
+
+
+@pytest.mark.parametrize("cuts", [[], [20], [20, LENGTH - 1], [LENGTH - 1]])
+@pytest.mark.parametrize("strip", [1, 7, 1024])
+def test_columns_that_count_more_than_once(model, cuts, strip, monkeypatch):
+    """Against Hugging Face's model under a mask of one's own, which is added to the logits of attention."""
+    monkeypatch.setattr(decoder, "STRIP", strip)
+    embeds, positions = columns()
+    counts = torch.rand(LENGTH, generator=torch.Generator().manual_seed(1)) * 9 + 0.5
+    counts[40:] = 1
+    mask = counts.log().expand(LENGTH, -1).masked_fill(~torch.ones(LENGTH, LENGTH).tril().bool(), -torch.inf)
+    with torch.no_grad():
+        hidden = model.model.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=torch.cat([torch.arange(LENGTH)[None], positions])[:, None],
+            attention_mask=mask[None, None],
+            use_cache=False,
+        ).last_hidden_state[0, -1]
+        expected = model.lm_head(hidden).float()
+    cache = KVCache(model, LENGTH)
+    for start, end in itertools.pairwise([0, *cuts, LENGTH]):
+        of_these = counts[start:end] if start < 40 else None  # once is what is meant where nothing is said
+        made = decoder.logits(model, embeds[start:end], positions[:, start:end], cache, of_these)
+    assert_close(made, expected)
+    assert not torch.allclose(made, fresh(model, embeds, positions), atol=1e-2)
+    ones = decoder.logits(model, embeds, positions, KVCache(model, LENGTH), torch.ones(LENGTH))
+    assert_close(ones, fresh(model, embeds, positions))
+
+
+def test_counts_are_cropped_with_their_columns(model):
+    embeds, positions = columns()
+    cache, counts = KVCache(model, LENGTH), torch.full((LENGTH,), 3.0)
+    first = decoder.logits(model, embeds, positions, cache, counts)
+    cache.crop(30)
+    again = decoder.logits(model, embeds[30:], positions[:, 30:], cache, counts[30:])
+    assert_close(again, first)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

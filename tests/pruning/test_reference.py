@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.pruning.reference import BLOCKS, Reuse, block_means, joined, scan
+from evoprune.pruning.reference import BLOCKS, Reuse, block_means, joined, scan, turns
 from tests.threads import one_thread  # noqa: F401
 
 HEIGHT, WIDTH, UNITS = 56, 84, 6
@@ -113,13 +113,18 @@ def noisy(seed, grids):
 
 
 @settings(deadline=None)
-@given(st.integers(0, 999), st.lists(st.integers(0, 4), min_size=1, max_size=6), st.sampled_from([0.0, 4.0, 8.0, 30.0]))
-def test_pieces_do_not_matter(seed, cuts, threshold):
+@given(
+    st.integers(0, 999),
+    st.lists(st.integers(0, 4), min_size=1, max_size=6),
+    st.sampled_from([0.0, 4.0, 8.0, 30.0]),
+    st.sampled_from([0, 1, 3]),
+)
+def test_pieces_do_not_matter(seed, cuts, threshold, refresh):
     means = noisy(seed, sum(cuts) + 1)
-    whole, last = scan(means, threshold=threshold)
+    whole, last = scan(means, threshold=threshold, refresh=refresh)
     pieces, references = [], None
     for piece in means.split([1, *cuts]):
-        reuse, references = scan(piece, references, threshold)
+        reuse, references = scan(piece, references, threshold, refresh)
         pieces.append(reuse)
     assert torch.equal(joined(pieces).encoded, whole.encoded)
     assert torch.equal(joined(pieces).grid, whole.grid)
@@ -127,9 +132,9 @@ def test_pieces_do_not_matter(seed, cuts, threshold):
 
 
 @settings(deadline=None)
-@given(st.integers(0, 999), st.integers(1, 8), st.sampled_from([0.0, 4.0, 8.0, 30.0]))
-def test_owners_are_the_grids_last_encoded(seed, grids, threshold):
-    reuse, _ = scan(noisy(seed, grids), threshold=threshold)
+@given(st.integers(0, 999), st.integers(1, 8), st.sampled_from([0.0, 4.0, 8.0, 30.0]), st.sampled_from([0, 1, 3]))
+def test_owners_are_the_grids_last_encoded(seed, grids, threshold, refresh):
+    reuse, _ = scan(noisy(seed, grids), threshold=threshold, refresh=refresh)
     assert reuse.encoded[0].all()
     for unit in range(UNITS):
         last = 0
@@ -139,6 +144,34 @@ def test_owners_are_the_grids_last_encoded(seed, grids, threshold):
     home = reuse.encoded.flatten().nonzero()[:, 0]  # of each row
     assert torch.equal(home[reuse.owner()].view(grids, UNITS), reuse.grid * UNITS + torch.arange(UNITS))
     assert sum(reuse.counts) == len(home)
+
+
+def test_where_something_happens_some_of_the_rest_is_encoded_anew():
+    frames = picture(grids=9)
+    frames[6:, 30:34, 40:42] = (
+        torch.arange(12)[:, None, None, None] // 2 % 2 * 255
+    )  # unit 4, from grid 3 on, in every grid
+    plain, reuse = scanned(frames), scanned(frames, refresh=3)
+    assert plain.counts == [UNITS, 0, 0, 1, 1, 1, 1, 1, 1]
+    turn = turns(UNITS, 3)
+    for g in range(3, 9):
+        assert torch.equal(reuse.encoded[g], (turn == g % 3) | (torch.arange(UNITS) == 4))
+    assert reuse.counts[1:3] == [0, 0] and (reuse.grid[8] > 5).all()  # nobody's row is older than three grids
+
+
+@pytest.mark.parametrize("refresh", [0, 1, 8])
+def test_a_still_picture_needs_no_refreshing(refresh):
+    assert scanned(picture(grids=12), refresh=refresh).counts == [UNITS, *[0] * 11]
+
+
+@pytest.mark.parametrize(("units", "refresh"), [(96, 8), (96, 1), (6, 8), (8160, 16), (1, 4), (1000, 3)])
+def test_turns_are_shared_out_evenly(units, refresh):
+    turn = turns(units, refresh)
+    share = torch.bincount(turn, minlength=refresh)
+    assert len(share) == refresh and share.sum() == units
+    assert share.max() - share.min() <= 3
+    for stretch in turn.split(4 * refresh)[: units // (4 * refresh)]:  # near each other, too
+        assert len(stretch.unique()) == refresh
 
 
 def test_threshold_zero_means_no_references():

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.pruning import select
-from evoprune.pruning.select import STEP, choose_units, points_and_salience
+from evoprune.pruning.select import STEP, choose_units, nearest_chosen, points_and_salience
 from tests.threads import one_thread  # noqa: F401
 
 
@@ -67,6 +67,37 @@ def test_it_is_the_greedy_choice(seed, grid, share, alpha, tau, pool, dropped):
     assert set(hand) <= set(made) and len(made) == keep
     if len(hand) == keep:
         assert made == hand
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 9999),
+    st.sampled_from([(1, 4, 6), (4, 3, 2), (6, 2, 2)]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([0.0, 1.0, 4.0]),
+    st.sampled_from([1.0, 2.0, 8.0]),
+    st.sampled_from([1, 16, 1 << 20]),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_every_unit_is_stood_for_by_the_nearest(seed, grid, share, alpha, tau, piece, dropped):
+    features, owner = video(seed, grid, share, dropped=dropped, signs=True)
+    keep = max(1, int((owner >= 0).sum()) // 3)
+    seconds = [float(t) for t in range(grid[0])]
+    kept = choose_units(features, owner, grid, seconds, keep, alpha=alpha, tau=tau)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "PIECE", piece)
+        stands = nearest_chosen(features, owner, grid, seconds, kept, alpha=alpha, tau=tau).tolist()
+    row = owner[owner >= 0]
+    points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), None)
+    place, chosen = grid[1] * grid[2], kept.tolist()
+    for unit, who in enumerate(stands):
+        if owner[unit] < 0 or unit in chosen:
+            assert who == (chosen.index(unit) if unit in chosen else -1)
+            continue
+        lapse = torch.tensor([abs(seconds[unit // place] - seconds[i // place]) / tau for i in chosen]).clamp(max=1)
+        space = torch.stack([1 - points[owner[i]] @ points[owner[unit]] for i in chosen])
+        far = (((alpha / 2 * salience[owner[unit]] ** 2 * lapse + space) / STEP).round() * STEP).tolist()
+        assert who == far.index(min(far))
 
 
 @settings(deadline=None, max_examples=40)

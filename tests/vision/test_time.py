@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from evoprune.linear import pack
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.none import Nothing
-from evoprune.pruning.reference import scan
-from evoprune.pruning.select import choose_units
+from evoprune.pruning.reference import scan, turns
+from evoprune.pruning.select import choose_units, nearest_chosen
 from evoprune.vision import encoder
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patch_means
@@ -28,6 +28,14 @@ def encode_clip(grid, changed, method, keep, seed=0, **how):
     return encode(tiny_tower(), [clip(grid, changed, seed)], grid, method, keep, **how)
 
 
+def encoded(changed, method):
+    """Which units are encoded anew: what has changed, and whose turn it is where anything has."""
+    if not method.refresh:
+        return changed
+    turn = turns(changed.shape[1], method.refresh) == torch.arange(len(changed))[:, None] % method.refresh
+    return changed | (turn & changed.any(1, keepdim=True))
+
+
 # --- against the slow encoder ------------------------------------------------------------------------------------------
 
 
@@ -38,8 +46,8 @@ def assert_like_the_slow_one(patches, grid, method, keep, full_layers=(1, 3), ch
         assert encoded.owner.tolist() == owner
         torch.testing.assert_close(encoded.rows.double(), tokens, atol=1e-4, rtol=1e-4)
         assert len(encoded.kept) == keep
-        assert torch.equal(encoded.features, encoded.rows[encoded.owner[encoded.kept]])
         if not method.selects:
+            assert torch.equal(encoded.features, encoded.rows[encoded.owner[encoded.kept]])
             assert len(home) == keep and encoded.kept.tolist() == home
     return encoded
 
@@ -62,18 +70,19 @@ def test_blocks_against_loops_where_windows_mean_nothing(full_layers, block):
     assert_like_the_slow_one(random_patches(grid), grid, method, 23, full_layers, chunk_units=(1, 10**6))
 
 
-def scanned(patches, grid, threshold):
-    return scan(patch_means(patches, grid[1] * grid[2]), threshold=threshold)[0].encoded
+def scanned(patches, grid, method):
+    return scan(patch_means(patches, grid[1] * grid[2]), threshold=method.reuse, refresh=method.refresh)[0].encoded
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
 @pytest.mark.parametrize("block", [1, 2, 3])
-@pytest.mark.parametrize("encoder", [0.12, 0.4, 1.0])
-def test_references_against_loops(share, block, encoder):
+@pytest.mark.parametrize(("encoder", "refresh"), [(0.12, 0), (0.4, 3), (1.0, 0), (1.0, 2)])
+def test_references_against_loops(share, block, encoder, refresh):
     grid, changed = (7, 3, 5), changes((7, 3, 5), share)
     patches = clip(grid, changed)
-    method = EvoPrune(block=block, encoder_budget=encoder, first=0.0, last=0.6)
-    assert torch.equal(scanned(patches, grid, method.reuse), changed)  # else what follows shows something else
+    method = EvoPrune(block=block, encoder_budget=encoder, first=0.0, last=0.6, refresh=refresh)
+    changed = encoded(changed, method)
+    assert torch.equal(scanned(patches, grid, method), changed)  # else what follows shows something else
     assert_like_the_slow_one(patches, grid, method, 12, changed=changed, chunk_units=(1, 30, 60, 10**6))
 
 
@@ -93,7 +102,7 @@ def test_references_against_loops_with_other_settings(settings_, full_layers):
     grid, changed = (6, 5, 6), changes((6, 5, 6), 0.3, seed=2)
     method = replace(EvoPrune(block=3, encoder_budget=0.15, first=0.0, last=0.6), **settings_)
     assert_like_the_slow_one(
-        clip(grid, changed), grid, method, 12, full_layers, changed=changed, chunk_units=(1, 60, 10**6)
+        clip(grid, changed), grid, method, 12, full_layers, changed=encoded(changed, method), chunk_units=(1, 60, 10**6)
     )
 
 
@@ -147,7 +156,7 @@ def test_a_clip_of_cuts_costs_what_it_costs_without_references(block):
 
 def test_what_changed_is_a_row_and_what_did_not_has_the_last_that_did():
     grid, changed = (7, 3, 5), changes((7, 3, 5), 0.3)
-    made = encode_clip(grid, changed, EvoPrune(encoder_budget=1.0), 9, chunk_units=30)
+    made = encode_clip(grid, changed, EvoPrune(encoder_budget=1.0, refresh=0), 9, chunk_units=30)
     number = (changed.flatten().cumsum(0) - 1).view(7, 15)
     last = torch.where(changed, torch.arange(7)[:, None], 0).cummax(0).values
     assert torch.equal(made.owner.view(7, 15), number[last, torch.arange(15)])
@@ -204,7 +213,7 @@ def rows_per_block(encoded, grid, block):
 def test_what_calm_blocks_leave_goes_to_busy_ones(adaptive, left, chunk_units):
     grid, changed = (8, 5, 6), torch.zeros(8, 30, dtype=torch.bool)
     changed[[0, 4, 5]], changed[7, :5] = True, True
-    method = EvoPrune(block=2, encoder_budget=0.25, first=0.0, adaptive=adaptive)
+    method = EvoPrune(block=2, encoder_budget=0.25, first=0.0, adaptive=adaptive, refresh=0)
     made = assert_like_the_slow_one(clip(grid, changed), grid, method, 20, changed=changed, chunk_units=(chunk_units,))
     assert rows_per_block(made, grid, 2).tolist() == left
 
@@ -229,6 +238,30 @@ def test_the_choice_is_made_among_all_units_at_their_times():
     assert torch.equal(made.kept, choose_units(made.rows, made.owner, grid, seconds, 20, alpha=2.0))
 
 
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("count", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_token_is_what_it_stands_for_and_counts_for_it(average, count, share):
+    grid, keep = (6, 3, 5), 20
+    made = encode_clip(grid, changes(grid, share), EvoPrune(alpha=2.0, average=average, count=count), keep)
+    seconds = [float(t) for t in range(6)]
+    stands = nearest_chosen(made.rows, made.owner, grid, seconds, made.kept, alpha=2.0)
+    groups = [made.rows[made.owner[stands == k]] for k in range(keep)]
+    assert sum(len(group) for group in groups) == 90 and (stands[made.kept] == torch.arange(keep)).all()
+    tokens = torch.stack([group.mean(0) for group in groups]) if average else made.rows[made.owner[made.kept]]
+    torch.testing.assert_close(made.features, tokens, atol=1e-5, rtol=1e-5)
+    if count:
+        torch.testing.assert_close(made.counts, torch.tensor([float(len(group)) for group in groups]) ** count)
+    else:
+        assert made.counts is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_where_all_is_read_each_token_counts_once(share):
+    made = encode_clip((5, 3, 5), changes((5, 3, 5), share), EvoPrune(encoder_budget=0.3), 75)
+    assert made.counts is None and torch.equal(made.features, made.rows[made.owner])
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_with_all_tokens_it_is_hugging_faces_tower(share):
     grid = (5, 5, 6)
@@ -245,10 +278,13 @@ def test_with_all_tokens_it_is_hugging_faces_tower(share):
 def test_with_all_tokens_rows_are_saved_only_on_request(share):
     grid = (5, 5, 6)
     changed = changes(grid, share)
-    made = encode_clip(grid, changed, EvoPrune(encoder_budget=1.0), 150)
-    assert torch.equal(made.kept, torch.arange(150)) and len(made.rows) == changed.sum()
+    method = EvoPrune(encoder_budget=1.0)
+    made = encode_clip(grid, changed, method, 150)
+    assert torch.equal(made.kept, torch.arange(150)) and len(made.rows) == encoded(changed, method).sum()
     assert torch.equal(made.features, made.rows[made.owner])
-    assert_like_the_slow_one(clip(grid, changed), grid, EvoPrune(encoder_budget=0.2), 150, changed=changed)
+    assert_like_the_slow_one(
+        clip(grid, changed), grid, EvoPrune(encoder_budget=0.2), 150, changed=encoded(changed, method)
+    )
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -260,7 +296,7 @@ def test_a_chunk_may_have_nothing_new(dtype, packed):
     changed = torch.zeros(6, 30, dtype=torch.bool)
     changed[0] = changed[3, :4] = True  # the other grids have no rows at all; in the fourth new rows see old ones
     patches = clip(grid, changed, drift=0).to(dtype)
-    method = EvoPrune(block=1, encoder_budget=1.0)
+    method = EvoPrune(block=1, encoder_budget=1.0, refresh=0)
     whole, cut = (encode(visual, [patches], grid, method, 9, chunk_units=size) for size in (10**6, 1))
     assert cut.layers == whole.layers and cut.layers[0][1] == 34
     assert torch.equal(cut.owner, whole.owner) and len(cut.kept) == 9
