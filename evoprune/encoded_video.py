@@ -228,7 +228,7 @@ class EncodedVideo:
                 visual_tokens_in=self.units,
                 encoder_rows=len(encoded.rows),
                 encoder_live_share=encoded.live_share * len(encoded.owner) / self.units,
-                layers=[[layer, entered] for layer, entered, _ in encoded.layers],
+                layers=[list(layer) for layer in encoded.layers],
                 positions="qwen",
             ),
             memory=Memory(weights_bytes=loaded.weights_bytes),

@@ -290,7 +290,7 @@ class Pruned:
                 visual_tokens_kept=len(encoded.kept),
                 encoder_rows=len(encoded.rows),
                 encoder_live_share=encoded.live_share,
-                layers=[[layer, entered] for layer, entered, _ in encoded.layers],
+                layers=[list(layer) for layer in encoded.layers],
                 kept_per_grid=encoded.kept_per_grid,
                 positions=settings.positions if call.get("position_ids") is None else "given",
             ),

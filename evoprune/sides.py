@@ -128,8 +128,7 @@ def run_ours(
         state = prefill(model, embeds, clip.positions[:, columns], clip.following, counts=counts)
     with clock.stage("generate"):
         tokens = list(stream(model, state, GenerationSettings(new_tokens), eos_ids=()))
-    layers = [(layer, entered) for layer, entered, _ in encoded.layers]
-    counts = _counts(visual, clip, layers, len(encoded.rows), len(encoded.kept))
+    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept))
     return Turn(counts, encoded.prune_seconds, tokens)
 
 

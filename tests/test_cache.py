@@ -52,7 +52,7 @@ def encoded(count=4, width=8, rows=6, dtype=torch.float32, counts=None):
         torch.zeros(rows, width),
         owner,
         ((3, 2, 2),),
-        [(0, 12, 6)],
+        [(0, 12)],
         1.0,
         True,
         counts,

@@ -16,7 +16,7 @@ class Encoded:
         rows: `[E, D]`, what the encoder ended with, ordered by place.
         owner: int64 `[N]`, which of `rows` stands for each unit, -1 for none.
         grids: (T, H, W) in units, of each video.
-        layers: (layer, rows that entered it, rows that left it), over all of the video.
+        layers: (layer, rows that it computes), over all of the video.
         prune_seconds: time spent on scores, merging and selection, part of the encoding time.
         counts: float32 `[K]`, as how many tokens the language model's attention counts each; None for one each.
         flat: whether every grid was one even colour, so that no unit differs from another and what was merged says nothing.
@@ -27,7 +27,7 @@ class Encoded:
     rows: torch.Tensor
     owner: torch.Tensor
     grids: tuple[tuple[int, int, int], ...]
-    layers: list[tuple[int, int, int]]
+    layers: list[tuple[int, int]]
     prune_seconds: float
     flat: bool = False
     counts: torch.Tensor | None = None
@@ -35,7 +35,7 @@ class Encoded:
     @property
     def live_share(self) -> float:
         """Mean over the layers of the rows computed, as a share of all units: what the tower's time follows."""
-        return sum(entered for _, entered, _ in self.layers) / len(self.layers) / len(self.owner)
+        return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.owner)
 
     @property
     def kept_per_grid(self) -> list[int]:
@@ -57,10 +57,7 @@ def joined(videos: list[Encoded]) -> Encoded:
         torch.cat([v.rows for v in videos]),
         torch.cat([torch.where(v.owner >= 0, v.owner + first, -1) for v, first in zip(videos, rows, strict=False)]),
         sum((v.grids for v in videos), ()),
-        [
-            (layers[0][0], sum(n for _, n, _ in layers), sum(n for _, _, n in layers))
-            for layers in zip(*(v.layers for v in videos), strict=True)
-        ],
+        [(layers[0][0], sum(n for _, n in layers)) for layers in zip(*(v.layers for v in videos), strict=True)],
         sum(v.prune_seconds for v in videos),
         all(v.flat for v in videos),
         _joined_counts(videos),

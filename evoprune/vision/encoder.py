@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
 
 import torch
 
@@ -92,7 +91,7 @@ class Unchosen:
     inside: bool
     home: torch.Tensor
     source: torch.Tensor
-    layers: list[tuple[int, int, int]]
+    layers: list[tuple[int, int]]
     watch: Stopwatch
     even: list[torch.Tensor]
     wrong: list[torch.Tensor]
@@ -130,7 +129,7 @@ def encode_rows(
     spending = Spending(method.adaptive)
     rows, owners, homes, sources, base = [], [], [], [], 0
     past = Past()
-    entered, left = [0] * tower.depth, [0] * tower.depth
+    computed = [0] * tower.depth  # rows, by each layer
     watch, even, wrong, finite = Stopwatch(weight.device), [], [], []
     chunks = in_chunks(
         patches,
@@ -163,9 +162,8 @@ def encode_rows(
                     for rows, size, share in zip(layout.per_block, units, due, strict=True)
                 ]
             plan = list(zip(*plan, strict=True))
-            for layer, (before, after) in enumerate(pairwise([layout.per_block, *plan])):
-                entered[layer] += sum(before)
-                left[layer] += sum(after)
+            for layer, blocks in enumerate([layout.per_block, *plan[:-1]]):
+                computed[layer] += sum(blocks)
             pixels = devices.uploaded(chunk.patches, weight.device)
             x, layout = run_tower(visual, tower, pixels, layout, plan, method, watch, wrong, last, past, gathering)
             order = layout.home.argsort()
@@ -190,7 +188,7 @@ def encode_rows(
         base += len(order)
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
     tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, gathering.collected() if gathering else {})
-    layers = [(layer, entered[layer], left[layer]) for layer in range(tower.depth)]
+    layers = list(enumerate(computed))
     return Unchosen(method, keep, tokens, selects, inside, home, torch.cat(sources), layers, watch, even, wrong, finite)
 
 

@@ -171,7 +171,7 @@ def test_tome_takes_the_same_from_every_layer_and_window():
     early = methods.get("tome:allocation=decreasing").rows(tower, 96, 6, 24)
     assert [a - b for a, b in zip([96, *early], early, strict=False)] == [16, 14, 12, 10, 8, 6, 4, 2]
     made = encode(tiny_tower((3,)), [random_patches((1, 8, 12))], (1, 8, 12), method, 48)
-    assert made.layers == [(0, 96, 84), (1, 84, 72), (2, 72, 60), (3, 60, 48)]
+    assert made.layers == [(0, 96), (1, 84), (2, 72), (3, 60)] and len(made.rows) == 48
 
 
 def test_tome_is_the_papers_method_without_its_penalties():

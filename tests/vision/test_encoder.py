@@ -46,7 +46,7 @@ def check_books(encoded, grid, block=1):
 
 
 def check_layers(encoded, grid, method, keep, full_layers):
-    """Rows in and out of each layer are those of the schedule, added up over the blocks."""
+    """The rows of each layer are those of the schedule, added up over the blocks."""
     shape = tower_shape(tiny_tower(full_layers))
     geo = geometry(grid[1], grid[2])
     plans = []
@@ -55,7 +55,7 @@ def check_layers(encoded, grid, method, keep, full_layers):
         plans.append(method.rows(shape, len(shares) * geo.units, len(shares) * geo.windows, max(1, sum(shares))))
     left = [sum(column) for column in zip(*plans, strict=True)]
     entered = [units(grid), *left[:-1]]
-    assert encoded.layers == list(zip(range(shape.depth), entered, left, strict=True))
+    assert encoded.layers == list(enumerate(entered))
     assert encoded.live_share == pytest.approx(sum(entered) / shape.depth / units(grid))
     assert len(encoded.rows) == left[-1]
 
