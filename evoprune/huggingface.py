@@ -13,7 +13,7 @@ token once, where `VideoQA` counts those of `evoprune` by what they stand for.
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -67,7 +67,23 @@ def encode(
             patches that do not fit the grids.
         ModelError: there is no such tower.
     """
-    share, rule = parse_budget(budget), _rule(method, method_args, asked=question is not None)
+    rule = _rule(method, method_args, asked=question is not None)
+    return _encode(
+        model, pixel_values_videos, video_grid_thw, parse_budget(budget), rule, question, seconds_per_grid, seed
+    )
+
+
+def _encode(
+    model,
+    pixel_values_videos: torch.Tensor,
+    video_grid_thw: torch.Tensor,
+    share: float,
+    rule: Method,
+    question: torch.Tensor | None,
+    seconds_per_grid: float | Sequence[float],
+    seed: int,
+) -> Encoded:
+    """As `encode`."""
     visual = host.tower_of(model)
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
@@ -101,6 +117,12 @@ def _rule(name: str, args: dict[str, str] | None, asked: bool = False) -> Method
     return rule
 
 
+def _rule_of_host(name: str, args: dict[str, str] | None) -> Method:
+    """The same where the model reads tokens by itself: its attention counts each of them once."""
+    rule = _rule(name, args)
+    return replace(rule, count=0.0) if rule.count else rule
+
+
 @dataclass(frozen=True)
 class EvoPrune:
     """How to prune; called with a model it gives the context in which that model prunes.
@@ -124,7 +146,7 @@ class EvoPrune:
 
     def __post_init__(self):
         parse_budget(self.budget)
-        _rule(self.method, self.method_args)
+        _rule_of_host(self.method, self.method_args)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
 
@@ -259,9 +281,9 @@ class Pruned:
         video = check_prompt(self.model, call, generating)
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
-            encoded = encode(
-                self.model, pixels, call["video_grid_thw"], budget=settings.budget, method=settings.method,
-                method_args=settings.method_args, seconds_per_grid=host.seconds_per_grid(call), seed=settings.seed,
+            encoded = _encode(
+                self.model, pixels, call["video_grid_thw"], parse_budget(settings.budget),
+                _rule_of_host(settings.method, settings.method_args), None, host.seconds_per_grid(call), settings.seed,
             )  # fmt: skip
         small, past = shortened(self.model, call, video, encoded, settings.positions, generating)
         self.columns = past.columns
@@ -283,7 +305,7 @@ class Pruned:
             ),
             pruning=Pruning(
                 method=settings.method,
-                args=asdict(_rule(settings.method, settings.method_args)),
+                args=asdict(_rule_of_host(settings.method, settings.method_args)),
                 budget=parse_budget(settings.budget),
                 kept_ratio=len(encoded.kept) / units,
                 visual_tokens_in=units,

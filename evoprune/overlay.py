@@ -69,7 +69,8 @@ def fates(video: Unchosen) -> Fates:
     kept = selected(video)
     if isinstance(kept, Selection):
         into, kept = kept.owner.cpu(), kept.kept.cpu()
-        owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
+        if not video.inside:  # else what merged inside the encoder is what is shown
+            owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
     chosen = torch.zeros(units, dtype=torch.bool)
     chosen[kept.cpu()] = True
     count, height, width = video.tokens.grid

@@ -18,6 +18,7 @@ from evoprune import methods
 from evoprune.methods.base import Method, Selection, Tokens
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
+from evoprune.pruning.indices import tally
 from evoprune.pruning.reference import THRESHOLD
 from evoprune.pruning.select import ALPHA, choose_units, nearest_chosen
 
@@ -127,7 +128,7 @@ class EvoPrune(EvoPrunePaper):
         if len(kept) == len(tokens.owner) or not (self.average or self.count):
             return kept
         stands = nearest_chosen(*video, kept, alpha=self.alpha)
-        counts = torch.bincount(stands, minlength=len(kept)).float() ** self.count if self.count else None
+        counts = tally(stands, len(kept)).float() ** self.count if self.count else None
         if not self.average:
             stands = torch.full_like(stands, -1).scatter(0, kept, stands[kept])
         return Selection(kept, stands, counts=counts)

@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.methods import evoprune
+from evoprune.methods.base import Selection
 from evoprune.vision import attention, chunks, devices, encoder
 
 # Operators whose result has a shape that depends on values, or is itself read by the host. On CUDA they wait for the device.
@@ -75,6 +76,8 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
         (chunks, "_rows_of"),
         (chunks.Chunk, "layout"),
         (evoprune, "choose_units"),
+        (evoprune, "nearest_chosen"),
+        (Selection, "features"),
     ):
         monkeypatch.setattr(where, name, pausing(getattr(where, name)))
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)
