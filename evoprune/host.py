@@ -51,6 +51,17 @@ def tower_of(model):
     return visual
 
 
+def attention_layers(model) -> list[torch.nn.Module]:
+    """The attention of each layer of the language model; called with `hidden_states`, `attention_mask` (`[B or 1, 1, L, keys]`,
+    bool or numbers, or None where all before is seen) and `past_key_values`."""
+    return [layer.self_attn for layer in model.model.language_model.layers]
+
+
+def takes_numbers(model) -> bool:
+    """Whether the language model's attention takes a mask of numbers, which are added to its logits."""
+    return model.config.text_config._attn_implementation in ("eager", "sdpa")
+
+
 def setting(model, call: dict, name: str):
     """A generation setting as `generate` will find it: among its arguments, in the config given, in the model's own."""
     for config in (call.get("generation_config"), model.generation_config):

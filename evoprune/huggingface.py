@@ -6,8 +6,8 @@
 
 Videos are encoded here, and `generate` and `forward` are called without the columns of what was pruned; all that they do then is
 the model's own. What `generate` returns begins with the whole prompt again, and what is called with ids while it runs sees
-them so. Pictures are left whole, and text is never pruned. The language model's attention is the model's own, so it counts each
-token once, where `VideoQA` counts those of `evoprune` by what they stand for.
+them so. Pictures are left whole, and text is never pruned. Under flash or flex attention, which take no masks of numbers, a token
+counts once, whatever it stands for.
 """
 
 import functools
@@ -21,6 +21,7 @@ import torch
 from evoprune import host, methods
 from evoprune.clock import Clock
 from evoprune.columns import with_whole_prompt
+from evoprune.counting import counting
 from evoprune.environment import environment, peak_memory
 from evoprune.errors import UsageError
 from evoprune.linear import weights_bytes
@@ -67,23 +68,7 @@ def encode(
             patches that do not fit the grids.
         ModelError: there is no such tower.
     """
-    rule = _rule(method, method_args, asked=question is not None)
-    return _encode(
-        model, pixel_values_videos, video_grid_thw, parse_budget(budget), rule, question, seconds_per_grid, seed
-    )
-
-
-def _encode(
-    model,
-    pixel_values_videos: torch.Tensor,
-    video_grid_thw: torch.Tensor,
-    share: float,
-    rule: Method,
-    question: torch.Tensor | None,
-    seconds_per_grid: float | Sequence[float],
-    seed: int,
-) -> Encoded:
-    """As `encode`."""
+    share, rule = parse_budget(budget), _rule(method, method_args, asked=question is not None)
     visual = host.tower_of(model)
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
@@ -117,12 +102,6 @@ def _rule(name: str, args: dict[str, str] | None, asked: bool = False) -> Method
     return rule
 
 
-def _rule_of_host(name: str, args: dict[str, str] | None) -> Method:
-    """The same where the model reads tokens by itself: its attention counts each of them once."""
-    rule = _rule(name, args)
-    return replace(rule, count=0.0) if rule.count else rule
-
-
 @dataclass(frozen=True)
 class EvoPrune:
     """How to prune; called with a model it gives the context in which that model prunes.
@@ -146,7 +125,7 @@ class EvoPrune:
 
     def __post_init__(self):
         parse_budget(self.budget)
-        _rule_of_host(self.method, self.method_args)
+        _rule(self.method, self.method_args)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
 
@@ -218,7 +197,8 @@ class Pruned:
 
     def _forward(self, stock: Callable, call: dict) -> Any:
         small, past = self._short(call, generating=False)
-        out = stock(**small)
+        with counting(self.model, past and past.counts):
+            out = stock(**small)
         _remember(past, out if isinstance(out, tuple) else out.to_tuple())
         return out
 
@@ -232,7 +212,8 @@ class Pruned:
         if past is None:
             return self._undisturbed(stock, small)
         prompt, places = call["input_ids"], small["input_ids"].shape[1]
-        out = self._undisturbed(stock, showing_whole_prompts(self.model, call, small))
+        with counting(self.model, past.counts):
+            out = self._undisturbed(stock, showing_whole_prompts(self.model, call, small))
         _remember(past, (call.get("past_key_values"), getattr(out, "past_key_values", None)))
         if call.get("pixel_values_videos") is not None:
             self.report.time_ms.total = (clock.now() - start) * 1000
@@ -281,10 +262,12 @@ class Pruned:
         video = check_prompt(self.model, call, generating)
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
-            encoded = _encode(
-                self.model, pixels, call["video_grid_thw"], parse_budget(settings.budget),
-                _rule_of_host(settings.method, settings.method_args), None, host.seconds_per_grid(call), settings.seed,
+            encoded = encode(
+                self.model, pixels, call["video_grid_thw"], budget=settings.budget, method=settings.method,
+                method_args=settings.method_args, seconds_per_grid=host.seconds_per_grid(call), seed=settings.seed,
             )  # fmt: skip
+        if not host.takes_numbers(self.model):
+            encoded = replace(encoded, counts=None)
         small, past = shortened(self.model, call, video, encoded, settings.positions, generating)
         self.columns = past.columns
         self.report = self._report(call, small, encoded, clock.seconds["encode"])
@@ -305,7 +288,7 @@ class Pruned:
             ),
             pruning=Pruning(
                 method=settings.method,
-                args=asdict(_rule_of_host(settings.method, settings.method_args)),
+                args=asdict(_rule(settings.method, settings.method_args)),
                 budget=parse_budget(settings.budget),
                 kept_ratio=len(encoded.kept) / units,
                 visual_tokens_in=units,

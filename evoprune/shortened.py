@@ -23,17 +23,20 @@ class Past:
         columns: what is left of the prompt.
         delta: int64 `[B, L]`, for each column of the prompt, were it the last: added to the number of tokens before a later one it
             gives that one's position.
+        counts: float32 `[B, C]`, as how many attention counts each of the columns left; None for one each.
     """
 
     columns: Columns
     delta: torch.Tensor
+    counts: torch.Tensor | None = None
 
     def held(self, length: int) -> "Past":
         """The same of a cache of `length` columns; behind the prompt there may be any others."""
         if length >= self.columns.places:
             return self
         columns = self.columns.first(length)
-        return Past(columns, self.delta[:, : columns.width])
+        counts = None if self.counts is None else self.counts[:, :length]
+        return Past(columns, self.delta[:, : columns.width], counts)
 
 
 def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
@@ -113,7 +116,16 @@ def shortened(
         small["position_ids"][0] = host.text_positions(columns.take(used))
     small[host.ENCODED] = _encoded(model, call, encoded)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
-    return small, Past(columns, furthest + 1 - used.cumsum(1))
+    return small, Past(columns, furthest + 1 - used.cumsum(1), _counts(video, columns, encoded))
+
+
+def _counts(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
+    """Of the columns that are left, float32 `[B, C]`; None for one each."""
+    if encoded.counts is None:
+        return None
+    units = torch.ones(len(encoded.owner), device=video.device)
+    units[encoded.kept.to(video.device)] = encoded.counts.to(video.device)
+    return columns.take(torch.ones(video.shape, device=video.device).masked_scatter(video, units), 1)
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
 from evoprune import host
+from evoprune.counting import counting
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -44,6 +45,7 @@ SIGNATURES = {
         "attention_mask", "kwargs",
     ],
     Cache.get_seq_length: ["self", "layer_idx"],
+    Cache.get_mask_sizes: ["self", "query_length", "layer_idx"],
 }  # fmt: skip
 
 
@@ -86,3 +88,38 @@ def test_a_generation_setting_is_found_where_generate_finds_it():
     assert host.setting(model, {"generation_config": config, "max_length": 30}, "max_length") == 30
     assert host.setting(model, {"generation_config": type(config)()}, "max_length") == 50
     assert host.pad_id(model, {}) == 7 and host.pad_id(model, {"pad_token_id": 3}) == 3
+
+
+def test_attention_is_called_by_these_names():
+    model, seen = tiny_model(), []
+    layers = host.attention_layers(model)
+    hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call), with_kwargs=True) for layer in layers]
+    model(input_ids=torch.arange(10, 15)[None], use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(layers) == model.config.text_config.num_hidden_layers
+    for attention, args, call in seen:
+        assert not args and {"hidden_states", "attention_mask", "past_key_values"} <= call.keys()
+        assert isinstance(attention.layer_idx, int)
+        assert call["past_key_values"].get_mask_sizes(3, attention.layer_idx)[0] >= 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_adds_a_mask_of_numbers(attention):
+    """A column that counts twice is one that stands there twice; and when all is done no hook is left."""
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    assert host.takes_numbers(model)
+    embeds = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    twice, at = embeds[:, [0, 1, 1, 2, 3]], torch.tensor([0, 1, 1, 2, 3])
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    seen[1, 2] = True  # the two see each other, as each sees itself as often as it counts
+    mask = torch.zeros(5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    with torch.no_grad():
+        expected = model.model.language_model(
+            inputs_embeds=twice, position_ids=at.expand(4, 1, -1), attention_mask=mask
+        ).last_hidden_state[:, [0, 1, 3, 4]]
+        with counting(model, torch.tensor([[1.0, 2.0, 1.0]])):
+            made = model.model.language_model(inputs_embeds=embeds, position_ids=torch.arange(4).expand(4, 1, -1))
+    torch.testing.assert_close(made.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    assert not any(layer._forward_pre_hooks for layer in host.attention_layers(model))

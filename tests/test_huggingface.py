@@ -121,8 +121,7 @@ def loaded_by_hand(name, question, clip=CLIP):
 def test_the_same_answer_as_the_pipelines(saved, name, clip, question):
     loaded, model, inputs = loaded_by_hand(str(saved) if name == "tiny" else name, question, clip)
     for budget in (1.0, 0.5, 0.1):
-        qa = evoprune.VideoQA(loaded, budget=budget, method_args={"count": "0"})  # as attention counts there
-        expected = "".join(qa.encode(clip).ask(question, max_new_tokens=24))
+        expected = "".join(evoprune.VideoQA(loaded, budget=budget).encode(clip).ask(question, max_new_tokens=24))
         with evoprune.EvoPrune(budget=budget, positions="qwen")(model):
             out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         answer = out[0, inputs["input_ids"].shape[1] :].tolist()

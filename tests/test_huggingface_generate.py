@@ -21,6 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import evoprune
+from evoprune.counting import counting
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -59,6 +60,9 @@ def model():
     return model
 
 
+ONCE = {"method_args": {"count": "0"}}  # every token counts once, as in a model of whose columns some are masked
+
+
 def generated(model, inputs, **settings):
     set_seed(3)
     if "generation_config" not in settings:
@@ -66,15 +70,15 @@ def generated(model, inputs, **settings):
     return model.generate(**inputs, **settings)
 
 
-def pruned(model, inputs, budget, positions="host", **settings):
-    with evoprune.EvoPrune(budget=budget, positions=positions)(model) as run:
+def pruned(model, inputs, budget, positions="host", how=ONCE, **settings):
+    with evoprune.EvoPrune(budget=budget, positions=positions, **how)(model) as run:
         return generated(model, inputs, **settings), run
 
 
-def encoded(model, inputs, budget):
+def encoded(model, inputs, budget, how=ONCE):
     seconds = inputs["second_per_grid_ts"].tolist()
     return evoprune.encode(
-        model, inputs["pixel_values_videos"], inputs["video_grid_thw"], budget=budget, seconds_per_grid=seconds
+        model, inputs["pixel_values_videos"], inputs["video_grid_thw"], budget=budget, seconds_per_grid=seconds, **how
     )
 
 
@@ -98,6 +102,15 @@ def masked(model, inputs, made):
     return call
 
 
+def counts_of(model, inputs, made):
+    """As how many columns each of the whole prompt counts."""
+    if made.counts is None:
+        return None
+    video = inputs["input_ids"] == model.config.video_token_id
+    units = torch.ones(len(made.owner)).index_copy(0, made.kept, made.counts)
+    return torch.ones(video.shape).masked_scatter(video, units)
+
+
 def cases():
     for prompt, rows in PROMPTS.items():
         yield prompt, "left", "greedy"
@@ -118,12 +131,14 @@ def test_full_budget_is_the_models_own(model, prompt, side, settings):
     assert run.report.pruning.kept_ratio == 1
 
 
+@pytest.mark.parametrize("how", [ONCE, {}], ids=["once", "as often as the units"])
 @pytest.mark.parametrize(("prompt", "side", "settings"), [*dict.fromkeys(cases())])
-def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, side, settings):
+def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, side, settings, how):
     inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]
-    made = encoded(model, inputs, 0.2)
-    expected = generated(model, masked(model, inputs, made), **settings)
-    out, run = pruned(model, inputs, 0.2, **settings)
+    made = encoded(model, inputs, 0.2, how)
+    with counting(model, counts_of(model, inputs, made)):
+        expected = generated(model, masked(model, inputs, made), **settings)
+    out, run = pruned(model, inputs, 0.2, how=how, **settings)
     assert torch.equal(out, expected)
     assert torch.equal(
         out[:: len(out) // len(inputs["input_ids"]), : inputs["input_ids"].shape[1]], inputs["input_ids"]
@@ -334,7 +349,7 @@ def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
     numbers = torch.cat([inputs["attention_mask"], mask[:, inputs["attention_mask"].shape[1] :]], 1).cumsum(1) - 1
     second = {"input_ids": ids, "attention_mask": mask, "position_ids": (numbers + delta).expand(3, -1, -1)}
     expected = generated(model, second, past_key_values=first.past_key_values)
-    with evoprune.EvoPrune(budget=budget)(model):
+    with evoprune.EvoPrune(budget=budget, **ONCE)(model):
         first, ids, mask = talk(model, inputs, further)
         kept = copy.deepcopy(first.past_key_values)
         out = generated(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
@@ -439,7 +454,7 @@ def test_a_loop_by_hand(model, prompt, budget):
 
     with torch.no_grad():
         expected = loop(model, call, attention_mask=mask, position_ids=at)
-        with evoprune.EvoPrune(budget=budget)(model):
+        with evoprune.EvoPrune(budget=budget, **ONCE)(model):
             assert torch.equal(loop(model, inputs, attention_mask=whole_mask), expected)
             if prompt == "one video":
                 assert torch.equal(loop(model, inputs), expected)
@@ -457,7 +472,7 @@ def test_logits_and_loss_of_a_call(model, prompt, budget):
     call["position_ids"] = call["position_ids"][1:]
     with torch.no_grad():
         expected = model(**call).logits
-        with evoprune.EvoPrune(budget=budget)(model) as run:
+        with evoprune.EvoPrune(budget=budget, **ONCE)(model) as run:
             out = model(**inputs, labels=labels)
             last = model(**inputs, logits_to_keep=3).logits
             again = model(inputs.pop("input_ids"), inputs.pop("attention_mask"), return_dict=False, **inputs)
