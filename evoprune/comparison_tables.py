@@ -16,8 +16,8 @@ LEGEND = (
     "points; a tie where its interval includes zero. Tokens: what the language model reads, mean of a question; where a method's "
     "shape forbids the budget, what it reached. Live share: rows that the tower computes, mean over its layers. TFLOP: 10^12 "
     "operations of tower and prefill at 3B dimensions, from the true rows of each layer. Selection: milliseconds of scores, "
-    "merging and choice in the run that made this, beside whatever else the machine did, for a video, or for each question where the "
-    "choice depends on it."
+    "merging and choice in the run that made this, beside whatever else the machine did, for a video, or for each question where "
+    "the choice depends on it."
 )
 COST_LEGEND = (
     "Each row of another method beside the dearest row of `evoprune` (at any budget, with any of the shares above) that costs no "
