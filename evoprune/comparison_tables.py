@@ -150,7 +150,7 @@ def _table(outcome: Outcome, budget: float) -> str:
             [
                 f"`{name}`", _accuracy(row), _kept(row), str(stands[name]), *(_accuracy(found[name, group]) for group in groups),
                 f"{row['tokens']:,.1f}", f"{row['live_share']:.2f}", f"{row['tflop_3b']:.3g}",
-                f"{_selection_ms(outcome.samples, name, budget):.2f}",
+                _selection_ms(outcome.samples, name, budget),
             ]
         )  # fmt: skip
     return _joined(lines)
@@ -225,9 +225,11 @@ def _at(row: dict, budget: float) -> bool:
     return row["row"] == METHOD and row["budget"] == budget
 
 
-def _selection_ms(samples: Sequence[dict], method: str, budget: float) -> float:
-    mine = [s["prune_ms"] for s in samples if "error" not in s and _at(s, budget) and s["method"] == method]
-    return sum(mine) / len(mine)
+def _selection_ms(samples: Sequence[dict], method: str, budget: float) -> str:
+    """The mean; nothing where answers were taken over from a run that was not timed."""
+    mine = [s for s in samples if "error" not in s and _at(s, budget) and s["method"] == method]
+    times = [s["prune_ms"] for s in mine if "prune_ms" in s]
+    return f"{sum(times) / len(times):.2f}" if len(times) == len(mine) else ""
 
 
 def _accuracy(row: dict) -> str:
