@@ -160,7 +160,6 @@ class Method:
         refresh: in so many grids each unit has its turn to be encoded anew all the same; 0 for never.
         encoder_budget: share of the units that the encoder goes on computing, where it was set apart from the budget; None where
             it follows from it. A method that has such a share has a field of this name.
-        count: to what power the number of units that a token stands for counts in the language model's attention; 0 for one each.
         adaptive: whether rows that a block leaves of its allowance go to later ones (pruning/budget.py).
         exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
             its least.
@@ -177,7 +176,6 @@ class Method:
     refresh: ClassVar[int] = 0
     reads_question: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
-    count: ClassVar[float] = 0.0
     encoder_budget: ClassVar[float | None] = None
 
     def prunes(self, budget: float) -> bool:

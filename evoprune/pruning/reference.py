@@ -7,9 +7,9 @@ brightness of the whole picture may drift a little without anything being news. 
 references by itself.
 
 A unit's feature is not of its pixels alone: attention has put into it what else the grid holds. So the feature of a unit that has
-not changed grows stale where others have, and with nothing but stale ones a model reads wrong how many things are left. Therefore
-some of the places are encoded anew in every grid in which something has changed, others in each, all in turn: the cyclic intra
-refresh of video coding.
+not changed grows stale where others have, and with nothing but stale ones a model reads wrong how many things are left. Against
+that, some of the places can be encoded anew in every grid in which something has changed, others in each, all in turn: the cyclic
+intra refresh of video coding.
 
 How statistics and thresholds compare, on clips through codecs: `python -m evoprune.demo.changes`.
 """

@@ -7,6 +7,15 @@ from evoprune.pruning import select
 from evoprune.pruning.select import STEP, choose_units, nearest_chosen, points_and_salience
 from tests.threads import one_thread  # noqa: F401
 
+CASES = {
+    "seed": st.integers(0, 9999),
+    "grid": st.sampled_from([(1, 4, 6), (4, 3, 2), (6, 2, 2)]),
+    "share": st.sampled_from([0.0, 0.3, 1.0]),
+    "alpha": st.sampled_from([0.0, 1.0, 4.0]),
+    "tau": st.sampled_from([1.0, 2.0, 8.0]),
+    "dropped": st.sampled_from([0.0, 0.3]),
+}
+
 
 def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
     """Features of the rows of a video in which that share of units changes from grid to grid, and who owns what.
@@ -25,18 +34,23 @@ def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
     return features.sign() if signs else features, owner
 
 
-def by_hand(features, owner, grid, seconds, keep, alpha, tau, within=0.0, least=0):
-    """The definition, one distance at a time; without the even spread of what is left."""
-    units = [u for u in range(len(owner)) if owner[u] >= 0]
-    row = owner[units]
+def distances(features, owner, grid, seconds, alpha, tau):
+    """The definition: a function of a chosen unit and another, and the salience."""
+    row, place = owner[owner >= 0], grid[1] * grid[2]
     points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), None)
-    place = grid[1] * grid[2]
 
     def distance(i, j):
         lapse = torch.tensor(abs(seconds[i // place] - seconds[j // place]) / tau).clamp(max=1)
         space = 1 - points[owner[i]] @ points[owner[j]]
         return (((alpha / 2 * salience[owner[j]] ** 2 * lapse + space) / STEP).round() * STEP).item()
 
+    return distance, salience
+
+
+def by_hand(features, owner, grid, seconds, keep, alpha, tau, within=0.0, least=0):
+    """One distance at a time; without the even spread of what is left."""
+    units = [u for u in range(len(owner)) if owner[u] >= 0]
+    distance, salience = distances(features, owner, grid, seconds, alpha, tau)
     chosen = [max(units, key=lambda u: (salience[owner[u]].item(), -u))]
     while len(chosen) < keep:
         left = {j: min(distance(i, j) for i in chosen) for j in units if j not in chosen}
@@ -48,15 +62,7 @@ def by_hand(features, owner, grid, seconds, keep, alpha, tau, within=0.0, least=
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.integers(0, 9999),
-    st.sampled_from([(1, 4, 6), (4, 3, 2), (6, 2, 2)]),
-    st.sampled_from([0.0, 0.3, 1.0]),
-    st.sampled_from([0.0, 1.0, 4.0]),
-    st.sampled_from([1.0, 2.0, 8.0]),
-    st.sampled_from([1, 3, 7, 100]),
-    st.sampled_from([0.0, 0.3]),
-)
+@given(**CASES, pool=st.sampled_from([1, 3, 7, 100]))
 def test_it_is_the_greedy_choice(seed, grid, share, alpha, tau, pool, dropped):
     features, owner = video(seed, grid, share, dropped=dropped, signs=True)
     can = int((owner >= 0).sum())
@@ -70,15 +76,7 @@ def test_it_is_the_greedy_choice(seed, grid, share, alpha, tau, pool, dropped):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.integers(0, 9999),
-    st.sampled_from([(1, 4, 6), (4, 3, 2), (6, 2, 2)]),
-    st.sampled_from([0.0, 0.3, 1.0]),
-    st.sampled_from([0.0, 1.0, 4.0]),
-    st.sampled_from([1.0, 2.0, 8.0]),
-    st.sampled_from([1, 16, 1 << 20]),
-    st.sampled_from([0.0, 0.3]),
-)
+@given(**CASES, piece=st.sampled_from([1, 16, 1 << 20]))
 def test_every_unit_is_stood_for_by_the_nearest(seed, grid, share, alpha, tau, piece, dropped):
     features, owner = video(seed, grid, share, dropped=dropped, signs=True)
     keep = max(1, int((owner >= 0).sum()) // 3)
@@ -87,16 +85,12 @@ def test_every_unit_is_stood_for_by_the_nearest(seed, grid, share, alpha, tau, p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "PIECE", piece)
         stands = nearest_chosen(features, owner, grid, seconds, kept, alpha=alpha, tau=tau).tolist()
-    row = owner[owner >= 0]
-    points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), None)
-    place, chosen = grid[1] * grid[2], kept.tolist()
+    (distance, _), chosen = distances(features, owner, grid, seconds, alpha, tau), kept.tolist()
     for unit, who in enumerate(stands):
         if owner[unit] < 0 or unit in chosen:
             assert who == (chosen.index(unit) if unit in chosen else -1)
             continue
-        lapse = torch.tensor([abs(seconds[unit // place] - seconds[i // place]) / tau for i in chosen]).clamp(max=1)
-        space = torch.stack([1 - points[owner[i]] @ points[owner[unit]] for i in chosen])
-        far = (((alpha / 2 * salience[owner[unit]] ** 2 * lapse + space) / STEP).round() * STEP).tolist()
+        far = [distance(i, unit) for i in chosen]
         assert who == far.index(min(far))
 
 
