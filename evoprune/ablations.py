@@ -37,6 +37,7 @@ PAPER = (
     "evoprune-paper:allocation=skip:attention=0.1:critical=0.1"  # the paper's form; the defaults came of these tables
 )
 OURS = "evoprune"
+LATE = "evoprune:depth=1:merge=0.5:alpha=4"  # rows merged early, and chosen after the tower alone
 NO_ATTENTION = "attention=0:critical=0"
 ABLATIONS = {
     "allocation": Ablation(
@@ -104,10 +105,30 @@ ABLATIONS = {
             "the same, 4 grids, all layers": f"allocation=decreasing:{NO_ATTENTION}:block=4:first=0:last=1",
         },
     ),
+    "depth": Ablation(
+        "After which part of the layers rows are chosen",
+        OURS,
+        {"0.125": ""}
+        | {str(depth): f"depth={depth}" for depth in (0.25, 0.375, 0.5, 0.75)}
+        | {"1, merging early": "depth=1:merge=0.5"},
+    ),
+    "merging": Ablation(
+        "Rows left by merging before the choice", OURS, {"all": ""} | {str(m): f"merge={m}" for m in (0.75, 0.5, 0.35)}
+    ),
+    "rows": Ablation(
+        "The encoder's budget: rows that go on after the choice",
+        OURS,
+        {"as many as are read": ""} | {str(share): f"encoder_budget={share}" for share in (1, 0.5, 0.35, 0.2, 0.15, 0.1, 0.05)},
+    ),
+    "spending": Ablation(
+        "Rows and tokens go where something happens, or evenly to all grids",
+        OURS,
+        {"where something happens": "", "half of them evenly": "floor=0.5", "evenly": "floor=1"},
+    ),
     "references": Ablation(
         "References in time: levels of 255 that count as change",
         OURS,
-        {"12": ""} | {str(level): f"reuse={level}" for level in (0, 3, 5, 8, 16)},
+        {"8": ""} | {str(level): f"reuse={level}" for level in (0, 3, 5, 12, 16)},
     ),
     "refresh": Ablation(
         "In how many grids each unit has its turn to be encoded anew",
@@ -115,7 +136,7 @@ ABLATIONS = {
         {"never": ""} | {str(grids): f"refresh={grids}" for grids in (16, 8, 4)},
     ),
     "stands": Ablation(
-        "What a chosen token is, and as how many it counts in the language model's attention",
+        "What a chosen row is, and as how many it counts in the language model's attention",
         OURS,
         {
             "mean of its units, their number to the power 0.5": "",
@@ -125,33 +146,36 @@ ABLATIONS = {
             **{f"mean, power {power}": f"count={power}" for power in (0.25, 0.75, 1)},
         },
     ),
-    "rows": Ablation(
-        "The encoder's budget",
-        OURS,
-        {"0.5": ""} | {str(share): f"encoder_budget={share}" for share in (0.75, 0.6, 0.35, 0.25, 0.2, 0.15, 0.1)},
+    "late rows": Ablation(
+        "With the choice after the tower: the encoder's budget",
+        LATE,
+        {"0.5": ""} | {str(share): f"encoder_budget={share}" for share in (0.75, 0.35, 0.25, 0.15)},
     ),
-    "rows alone": Ablation(
-        "The encoder's budget without references",
-        OURS,
+    "late rows alone": Ablation(
+        "With the choice after the tower: the encoder's budget without references",
+        LATE,
         {"0.5": "reuse=0"} | {str(share): f"reuse=0:encoder_budget={share}" for share in (0.75, 0.35, 0.25, 0.15)},
     ),
-    "spending": Ablation("What static blocks leave goes to later ones", OURS, {"no": "", "yes": "adaptive=true"}),
     "early": Ablation(
-        "Layers that merge",
-        OURS,
+        "With the choice after the tower: layers that merge",
+        LATE,
         {"0-0.25": ""}
         | {f"{a}-{b}": f"first={a}:last={b}" for a, b in ((0, 0.5), (0.25, 0.5), (0.25, 0.75), (0.5, 0.75))},
     ),
-    "block": Ablation("Grids of a block", OURS, {"4": ""} | {str(n): f"block={n}" for n in (1, 2, 8)}),
+    "block": Ablation(
+        "With the choice after the tower: grids of a block", LATE, {"4": ""} | {str(n): f"block={n}" for n in (1, 2, 8)}
+    ),
     "score": Ablation(
-        "The paper's terms in our merging",
-        OURS,
+        "With the choice after the tower: the paper's terms in our merging",
+        LATE,
         {"none": "", "diversity": "diversity=0.1", "attention": "attention=0.1:critical=0.1"},
     ),
-    "halves": Ablation("The two sets, in our merging", OURS, {"checkerboard": "", "alternate": "split=alternate"}),
+    "halves": Ablation(
+        "With the choice after the tower: the two sets", LATE, {"checkerboard": "", "alternate": "split=alternate"}
+    ),
     "similarity": Ablation(
-        "What similarity is measured on, in our merging",
-        OURS,
+        "With the choice after the tower: what similarity is measured on",
+        LATE,
         {"keys": "", "keys after rotary": "features=keys_rotary", "hidden states": "features=hidden"},
     ),
     "auto": Ablation(
@@ -159,10 +183,10 @@ ABLATIONS = {
         OURS,
         {"all of the budget": ""} | {str(d): f"within={d}" for d in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)},
     ),
-    "time": Ablation("Weight of time in the choice", OURS, {"4": ""} | {str(a): f"alpha={a}" for a in (0, 1, 2, 8)}),
+    "time": Ablation("Weight of time in the choice", OURS, {"1.5": ""} | {str(a): f"alpha={a}" for a in (0, 0.5, 1, 2, 4)}),
     "choice": Ablation(
-        "Who chooses",
-        OURS,
+        "With the choice after the tower: who chooses",
+        LATE,
         {"own": ""} | {name: f"choice={name}" for name in ("random", "divprune", "mmr", "scope", "visionzip")},
     ),
 }  # fmt: skip

@@ -45,9 +45,13 @@ def working_memory(config: Config, units: int, at_once: int, prompt: int, bytes_
         bytes_each: of a weight.
     """
     at_once = min(units, at_once)
-    rows = units * config.vision_config.out_hidden_size * bytes_each
+    vision = config.vision_config
+    # Of each unit a token, or a row inside the tower, where rows for the rest of it are chosen among all of them; those then go
+    # through it together, but for the gated layers.
+    rows = units * max(vision.out_hidden_size, PATCHES * vision.hidden_size) * bytes_each
     tower = pixel_bytes(config, at_once, bytes_each) + tower_bytes(config, at_once, bytes_each)
-    return SMALL_CHANGE + rows + max(tower, language_bytes(config, prompt, bytes_each))
+    together = prompt * PATCHES * 12 * vision.hidden_size * 4
+    return SMALL_CHANGE + rows + max(tower, together, language_bytes(config, prompt, bytes_each))
 
 
 def pixel_bytes(config: Config, units: int, bytes_each: int) -> int:

@@ -104,7 +104,7 @@ class Look:
         encoded = n["units"] - n["reused"]
         return (
             f"{count} grid{'' if count == 1 else 's'} of {height}x{width} units: {n['units']:,} units, {encoded:,} encoded, "
-            f"{n['rows']:,} left after merging, {n['chosen']:,} tokens read"
+            f"{n['rows']:,} left at the end, {n['chosen']:,} tokens read"
         )
 
 
@@ -113,7 +113,7 @@ def look_at(prepared: PreparedVideo, progress: Callable[[str, int, int], None] |
 
     Args:
         prepared: from `VideoQA.prepare`, not begun.
-        progress: called with "encode", frames done and frames in all.
+        progress: as of `VideoQA.encode`.
 
     Raises:
         UsageError: the method reads the question. VideoError: unreadable. OutOfMemory.
@@ -147,6 +147,7 @@ def look_at(prepared: PreparedVideo, progress: Callable[[str, int, int], None] |
             prepared.keep,
             seconds_per_grid=plan.sampling.seconds_per_grid(limits.temporal_patch_size),
             seed=qa.seed,
+            on_layer=lambda done, total: progress("layers", done, total) if progress else None,
         )
         found = fates(video)
     info = prepared.info

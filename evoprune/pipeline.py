@@ -117,9 +117,14 @@ class VideoQA:
         count, height, width = self.method.plan(plan.grid, keep)
         geo = tower_geometry(model.model.visual, height, width)
         rows = [geo.units] * (tower.depth + 1)
-        if self.method.merges(keep / plan.visual_tokens):
+        budget = keep / plan.visual_tokens
+        if self.method.merges(budget):
             left = min(geo.units, self.method.allowance(geo.units, max(1, keep // count)))
             rows = [geo.units, *self.method.rows(tower, geo.units, geo.windows, left)]  # of a grid that repeats nothing
+            early = self.method.narrows_after(tower, budget)
+            if early is not None:
+                most = max(1, round(self.method.encoder_share(budget) * geo.units))
+                rows[early:] = [min(n, most) for n in rows[early:]]
         rows = [count * n for n in rows]
         return estimate_first_token(model, rows, count, geo.windows, min(keep, rows[0]) + text_tokens)
 
@@ -189,7 +194,8 @@ class VideoQA:
 
         Args:
             path, how: what `prepare` takes: `fps`, `frames`, `start_s`, `end_s` and so on.
-            progress: called with "encode", frames done and frames in all, after every chunk.
+            progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes through
+                some of the tower's layers together, with "layers", those done and those in all.
             on_plan: called with the plan, as it is without pruning, before the first frame is read.
             on_encode: the same once it is sure that frames will be read: the video was not in the cache.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 * 2**20  # frames as decoded, held at a time
 TEXT = 64  # tokens of a prompt around the video, roughly
-Progress = Callable[[str, int, int], None]  # stage, done, total
+Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
 
 
 class PreparedVideo:
@@ -199,6 +199,7 @@ class PreparedVideo:
                     progress("encode", frames_done, plan.sampling.frames)
 
         with memory_guard("encode"), closing(self):
+            told = {"on_layer": lambda done, total: progress("layers", done, total)} if progress else {}
             rows = (self._tower or encode_rows)(
                 qa.loaded.model.model.visual,
                 patches(),
@@ -208,5 +209,6 @@ class PreparedVideo:
                 seconds_per_grid=plan.sampling.seconds_per_grid(qa.loaded.video.temporal_patch_size),
                 seed=qa.seed,
                 chunk_units=at_once,
+                **told,
             )
             return rows if qa.method.reads_question else choose(rows)

@@ -14,7 +14,7 @@ from evoprune.video.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.render import note, progress, roughly
+from evoprune_cli.render import encoding, note, progress, roughly
 
 # Below this nobody needs to be told how long it will take, in seconds.
 LONG_WAIT_S = 5.0
@@ -126,7 +126,7 @@ def ask(
                     show("reading video")
                     return qa.encode(
                         path, name=video, decoder=decoder, cache=Cache(default_folder()) if cache else None,
-                        progress=lambda stage, done, total: show("encoding", done, total), **told, **sampling,
+                        progress=encoding(show), **told, **sampling,
                     )  # fmt: skip
 
                 talk.session = encode(

@@ -18,7 +18,7 @@ from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
-from evoprune_cli.render import clock, print_warning, printable, progress, size
+from evoprune_cli.render import clock, encoding, print_warning, printable, progress, size
 
 SCHEMA = "evoprune/inspect@1"
 
@@ -196,7 +196,7 @@ class _Overlay:
             qa = VideoQA.load(model, **self.settings)
             with closing(qa.prepare(path, name=video, decoder=self.decoder, **sampling)) as prepared:
                 show("reading video")
-                look = look_at(prepared, lambda stage, done, total: show("encoding", done, total))
+                look = look_at(prepared, encoding(show))
             show("drawing")
             how = f"{qa.method_name} -b {qa.budget:g}"
             title = f"{os.path.basename(os.path.abspath(video))}, {how}. {look.summary}"

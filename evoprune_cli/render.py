@@ -3,7 +3,7 @@
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from evoprune.report import STAGES, Report, VideoFacts
@@ -232,6 +232,12 @@ def _wrapped(title: str, words: list[str]) -> list[str]:
 
 def _tokens(count: int) -> str:
     return f"{count:,} token{'' if count == 1 else 's'}"
+
+
+def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:
+    """What `VideoQA.encode` tells of its progress, as a line of it."""
+    named = {"encode": "encoding, frame", "layers": "encoding, layer"}
+    return lambda stage, done, total: show(named[stage], done, total)
 
 
 def print_stats(report: Report, verbose: bool = False) -> None:

@@ -219,7 +219,7 @@ def test_seconds_may_be_a_list_and_ids_the_first_argument(model):
     expected, _ = pruned(model, inputs, 0.2)
     inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].tolist()
     ids = inputs.pop("input_ids")
-    with evoprune.EvoPrune(budget=0.2)(model):
+    with evoprune.EvoPrune(budget=0.2, **ONCE)(model):
         assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **inputs), expected)
 
 

@@ -30,7 +30,7 @@ def look(loaded, path=CLIP, **settings) -> Look:
 
 
 def test_every_unit_has_one_fate(loaded):
-    seen = look(loaded, budget=0.25, encoder_budget=0.2)
+    seen = look(loaded, budget=0.25, encoder_budget=0.2, method_args={"depth": "1"})
     fates, units = seen.fates, torch.arange(144)
     assert fates.grid == (6, 4, 6) and seen.frames.shape == (12, 112, 168, 3) and seen.warnings == []
     assert fates.chosen.sum() == 36
@@ -42,6 +42,14 @@ def test_every_unit_has_one_fate(loaded):
     counts = fates.counts()
     assert counts["merged"] > 0 and counts["rows"] == 144 - counts["reused"] - counts["merged"]
     assert len(fates.owner.unique()) == counts["rows"]
+
+
+def test_what_is_chosen_inside_the_tower_may_be_a_time_when_nothing_changed(loaded):
+    fates, units = look(loaded, budget=0.25).fates, torch.arange(144)
+    assert fates.rows == fates.chosen.sum() == 36 and fates.chosen[fates.owner].all()
+    assert torch.equal(fates.owner == units, fates.chosen)
+    assert (fates.chosen & fates.reused).any() and fates.merged.any()
+    assert not fates.merged[fates.chosen].any() and not fates.merged[fates.reused].any()
 
 
 def test_what_is_drawn_is_what_the_language_model_reads(loaded):

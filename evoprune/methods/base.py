@@ -53,6 +53,7 @@ class Tokens:
         seconds_per_grid: time from one grid to the next.
         seed: for methods that draw lots.
         given: what the method asked for: float32 "attention" `[E]` and "keys" `[E, 4 d]`, a value a row; "question" `[Q, D]`.
+        home: int64 `[E]`, the unit at whose place each row sits, where the rows were chosen inside the tower; else None.
     """
 
     rows: torch.Tensor
@@ -61,6 +62,7 @@ class Tokens:
     seconds_per_grid: float
     seed: int
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    home: torch.Tensor | None = None
 
     @cached_property
     def features(self) -> torch.Tensor:
@@ -118,7 +120,7 @@ class Selection:
         kept: int64 `[K]`, ascending units; each goes on at its own place.
         owner: int64 `[N]`, for every unit the number in `kept` of the one whose mean it goes into, -1 for none. Every kept
             token has at least one.
-        weight: float32 `[N]`, how much each unit counts in that mean, above 0; None for all the same.
+        weight: float32 `[N]`, how much each unit counts in that mean, at least 0 and the kept ones above it; None for all the same.
         counts: float32 `[K]`, as how many tokens the language model's attention counts each, above 0; None for one each.
     """
 
@@ -160,7 +162,6 @@ class Method:
         refresh: in so many grids each unit has its turn to be encoded anew all the same; 0 for never.
         encoder_budget: share of the units that the encoder goes on computing, where it was set apart from the budget; None where
             it follows from it. A method that has such a share has a field of this name.
-        adaptive: whether rows that a block leaves of its allowance go to later ones (pruning/budget.py).
         exact: whether exactly K tokens come out; otherwise the nearest number not above K that the method's shape allows, or
             its least.
         reads_question: whether what is kept depends on the question, which `select` is given then, once for each.
@@ -175,7 +176,6 @@ class Method:
     reuse: ClassVar[float] = 0.0
     refresh: ClassVar[int] = 0
     reads_question: ClassVar[bool] = False
-    adaptive: ClassVar[bool] = False
     encoder_budget: ClassVar[float | None] = None
 
     def prunes(self, budget: float) -> bool:
@@ -255,6 +255,22 @@ class Method:
     def rounds(self, rows: int, left: int) -> int:
         """At most how many calls of `match` it takes from `rows` rows in a group to `left`, whatever they are."""
         return rows - left
+
+    def narrows_after(self, tower: TowerShape, budget: float) -> int | None:
+        """After how many of the tower's layers, at least one, `narrow` says which rows go on; None for never.
+
+        All of the video goes through the layers after it together.
+        """
+        return None
+
+    def narrow(self, tokens: Tokens, keep: int) -> Selection | None:
+        """Which units are rows from then on, and which of them stands for each of the others; None for those that are.
+
+        Args:
+            tokens: rows as the next layer takes them in, `[E, 4 hidden]`.
+            keep: K, of the language model.
+        """
+        raise TypeError(f"{self.name} does not narrow")
 
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor | Selection:
         """Which units the language model reads: int64 `[keep]`, ascending; or with means of several."""

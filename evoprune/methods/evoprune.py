@@ -1,11 +1,13 @@
-"""evoprune, this project's own method: encode once what repeats itself, merge early what is alike, choose last what is read.
+"""evoprune, this project's own method: encode what changes, choose early what stands for the rest, and read that.
 
 Before the tower each unit is compared with its reference, the same place where it was last encoded, and encoded only if it has
-changed (pruning/reference.py). The rows that are left merge between early layers by similarity alone, inside blocks of neighbouring
-grids. Every unit of the clip then has a feature, its owner's, at its own place and time, and of all these the tokens for the
-language model are chosen, far apart in features and in time (pruning/select.py). The encoder's budget and the language
-model's are two. A chosen token is the mean of the units it is nearest to, and the language model's attention counts it as more
-than one: what many units show would otherwise weigh as little as what one shows.
+changed (pruning/reference.py). In the tower's first layers the rows that are left merge by similarity alone, inside blocks of
+neighbouring grids. Then the rows for the rest of the tower are chosen among all units of the clip, each at its own place and time,
+far apart in features and in time (pruning/select.py). A chosen row is the mean of the units it is nearest to and stands for them
+from there on, so what has not changed in itself sees again what has changed around it. The language model reads these rows, and
+its attention counts each as more than one: what many units show would otherwise weigh as little as what one shows.
+
+The encoder's budget and the language model's are two: where they differ the choice is made once more, after the tower.
 """
 
 import math
@@ -20,11 +22,12 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.indices import tally
 from evoprune.pruning.reference import THRESHOLD
+from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.select import ALPHA, choose_units, nearest_chosen
 
 OWN = "own"
 # Share of the units that the encoder goes on computing at lower budgets, too.
-LEAST = 0.5
+LEAST = 0.0
 # How near a chosen token every unit is under `--budget auto`.
 WITHIN = 0.1
 
@@ -36,10 +39,12 @@ class EvoPrune(EvoPrunePaper):
     reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew; 0 for no references.
     refresh: in so many grids each unit has its turn to be encoded anew, wherever anything in the grid has changed: what surrounds
         it is part of its feature; 0 for never.
-    encoder_budget: share of a block's units that are left as rows after merging, whatever the budget is; None for the budget
-        itself, but at least LEAST.
-    adaptive: whether what blocks that repeat their references leave of their share goes to later ones in which more is new. In
-        all no more is spent than the shares add up to, and no block gets less than without; but clips cost more, as less is merged.
+    merge: share of a block's units that are left as rows after merging, unless the encoder's budget is larger; 1 for no merging.
+    depth: part of the tower's layers after which the rows for the rest are chosen; 1 for none of them, but after the tower.
+    encoder_budget: share of the units that are rows from there on, whatever the budget is, if there are as many; None for the
+        budget itself, but at least LEAST. Where none are chosen inside the tower, the share that is left after merging.
+    floor: share of an even spread over the grids that each of them gets at least of the rows that are chosen; 0 for none, 1 for the
+        even spread itself.
     alpha: weight of time in the choice.
     within: choose no more tokens once no unit is farther than this from a chosen one, but a twentieth of all at least; 0 for
         as many as the budget says. Only with the `own` choice.
@@ -63,9 +68,11 @@ class EvoPrune(EvoPrunePaper):
     block: int = 4
     reuse: float = THRESHOLD
     refresh: int = 0
+    merge: float = 1.0
+    depth: float = 0.125
     encoder_budget: float | None = None
-    adaptive: bool = False
-    alpha: float = ALPHA
+    floor: float = 0.0
+    alpha: float = 1.5
     within: float = 0.0
     average: bool = True
     count: float = 0.5
@@ -77,6 +84,10 @@ class EvoPrune(EvoPrunePaper):
             raise ValueError("reuse, alpha, within and count are at least 0")
         if self.refresh < 0:
             raise ValueError("refresh is a number of grids, or 0")
+        if not 0 <= self.floor <= 1:
+            raise ValueError("floor is a share of an even spread, from 0 to 1")
+        if not (0 < self.merge <= 1 and 0 < self.depth <= 1):
+            raise ValueError("merge is a share of units, depth of layers, above 0 and up to 1")
         if self.encoder_budget is not None and not 0 < self.encoder_budget <= 1:
             raise ValueError("encoder_budget is a share of units, above 0 and up to 1")
         if self.reuse and not self.size_bias:
@@ -93,7 +104,9 @@ class EvoPrune(EvoPrunePaper):
 
     @property
     def merger(self) -> Method:
-        return replace(self, alpha=ALPHA, within=0.0, average=True, count=0.0, choice=OWN)
+        if self._narrows:
+            return replace(self, count=0.0)
+        return replace(self, alpha=ALPHA, within=0.0, average=True, count=0.0, choice=OWN, depth=1.0)
 
     @property
     def exact(self) -> bool:
@@ -114,21 +127,56 @@ class EvoPrune(EvoPrunePaper):
         return max(budget, LEAST) if self.encoder_budget is None else self.encoder_budget
 
     def allowance(self, units: int, due: int) -> int:
-        if self.encoder_budget is None:
-            return max(due, round(LEAST * units), 1)
-        return max(round(self.encoder_budget * units), 1)
+        if self._narrows:
+            left = max(1, round(self.merge * units))
+            goes_on = due if self.encoder_budget is None else self.encoder_budget * units
+            return left if left > goes_on else units  # the choice alone brings it down to as many
+        if self.encoder_budget is not None:
+            return max(1, round(self.encoder_budget * units))
+        return max(due, round(self.merge * units), 1)
+
+    @property
+    def _narrows(self) -> bool:
+        """Whether rows are chosen inside the tower; where others choose, or all units go on, there is nothing to choose there."""
+        return self.depth < 1 and self.choice == OWN and self.encoder_budget != 1
+
+    def narrows_after(self, tower: TowerShape, budget: float) -> int | None:
+        if not self._narrows:
+            return None
+        return min(max(1, round(self.depth * tower.depth)), tower.depth - 1) or None  # a tower of one layer has no rest
+
+    def narrow(self, tokens: Tokens, keep: int) -> Selection | None:
+        most, grids = self._rows(len(tokens.owner), keep), tokens.owner.view(tokens.grid[0], -1)
+        if most >= len(tokens.rows) and (grids == grids[0]).all():
+            return None  # a picture that stands still: every row has seen all there is around it
+        return self._chosen(tokens, min(most, len(tokens.rows)))
+
+    def _rows(self, units: int, keep: int) -> int:
+        """How many go on."""
+        if self.encoder_budget is not None:
+            return max(1, round(self.encoder_budget * units))
+        return max(keep, round(LEAST * units))
 
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor | Selection:
         if self.choice != OWN:
             return self.chooser.select(tokens, keep)
+        if tokens.home is not None and (self.within or len(tokens.home) == keep):
+            return Selection(tokens.home, tokens.owner, None, self._counts(tokens.owner, len(tokens.home)))
+        if keep == len(tokens.owner):
+            return torch.arange(keep)
+        return self._chosen(tokens, keep)
+
+    def _chosen(self, tokens: Tokens, keep: int) -> Selection:
+        """`keep` units, or as many as it takes, and which of them stands for each of the others."""
         seconds = [tokens.seconds_per_grid * grid for grid in range(tokens.grid[0])]
         video = tokens.rows, tokens.owner, tokens.grid, seconds
         least = keep_count(AUTO_LEAST, len(tokens.owner))
-        kept = choose_units(*video, keep, alpha=self.alpha, within=self.within, least=least)
-        if len(kept) == len(tokens.owner) or not (self.average or self.count):
-            return kept
+        kept = choose_units(*video, keep, alpha=self.alpha, within=self.within, least=least, floor=self.floor)
         stands = nearest_chosen(*video, kept, alpha=self.alpha)
-        counts = tally(stands, len(kept)).float() ** self.count if self.count else None
-        if not self.average:
-            stands = torch.full_like(stands, -1).scatter(0, kept, stands[kept])
-        return Selection(kept, stands, counts=counts)
+        alone = None if self.average else torch.zeros(len(stands), device=stands.device).index_fill_(0, kept, 1.0)
+        return Selection(kept, stands, alone, self._counts(stands, len(kept)))
+
+    def _counts(self, stands: torch.Tensor, tokens: int) -> torch.Tensor | None:
+        if not self.count or tokens == len(stands):
+            return None
+        return tally(stands, tokens).float() ** self.count

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 from evoprune.errors import UsageError
@@ -81,22 +80,3 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
     for i in sorted(open_, key=lambda i: (counts[i] - quotas[i], i))[:missing]:
         counts[i] += 1
     return counts
-
-
-@dataclass
-class Spending:
-    """Hands rows out to the blocks of a clip, one after another, each of which has an allowance of its own.
-
-    A block that repeats what was there before has fewer rows than it may keep. If `adaptive`, what it leaves is saved for later
-    blocks that have more; so none gets less than its own allowance, and up to any block no more is spent than was allowed so far.
-    """
-
-    adaptive: bool
-    saved: int = 0
-
-    def left(self, rows: int, allowance: int) -> int:
-        """How many of its rows the next block keeps."""
-        most = allowance + self.saved
-        left = min(rows, most)
-        self.saved = most - left if self.adaptive else 0
-        return left

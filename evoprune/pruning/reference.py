@@ -22,7 +22,7 @@ import torch
 UNIT, BLOCK, FRAMES, CHANNELS = 28, 7, 2, 3
 BLOCKS = FRAMES * (UNIT // BLOCK) ** 2  # of a unit
 # Levels of 255 by which a block's colour may differ (Euclidean over red, green and blue) before its unit counts as changed.
-THRESHOLD = 12.0
+THRESHOLD = 8.0
 # How far the picture's brightness may go from where its references were encoded, as a factor either way.
 BRIGHTNESS = 1.2
 

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from evoprune.pruning.budget import spread
+
 ALPHA = 4.0
 DIMENSIONS = 128  # to which features are projected
 FEW = 512  # rows, up to which features are not projected
@@ -44,6 +46,7 @@ def choose_units(
     pool: int = POOL,
     within: float = 0.0,
     least: int = 1,
+    floor: float = 0.0,
 ) -> torch.Tensor:
     """Chooses `keep` units of one video, or as many as it takes until every unit is near a chosen one.
 
@@ -59,6 +62,8 @@ def choose_units(
         keep: K, from 1 to the number of units that can be chosen.
         within: stop before K once no unit is farther from what is chosen than this; 0 for exactly K.
         least: but not before so many are chosen.
+        floor: share of an even spread over the grids that each of them gets, of the units that are most different there, before any
+            are chosen among all; 0 for none, 1 for the even spread itself.
         alpha: weight of time.
         tau: seconds from which on moments are as far apart as can be; default: from the first grid to the last.
         dimensions: project features to so many if they have more than four times as many, and there are more than a few rows;
@@ -79,12 +84,25 @@ def choose_units(
     row, time = owner[units], _time(units, grid, seconds, tau)
     points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), dimensions)
     weight = alpha / 2 * salience**2
-    chosen = _farthest(points, weight, row, time, _start(salience, row), keep, pool, within, least)
-    if len(chosen) < least:
-        left = torch.ones(len(units), dtype=torch.bool, device=features.device)
-        left[chosen] = False
-        left = left.nonzero()[:, 0]
-        chosen = torch.cat([chosen, left[_even(units[left], grid, least - len(chosen))]])
+
+    def choose(among: torch.Tensor, start: list[int], keep: int, within: float, least: int) -> torch.Tensor:
+        chosen = _farthest(points, weight, row[among], time[among], start, keep, pool, within, least)
+        if len(chosen) < least:
+            left = torch.ones(len(among), dtype=torch.bool, device=features.device)
+            left[chosen] = False
+            left = left.nonzero()[:, 0]
+            chosen = torch.cat([chosen, left[_even(units[among[left]], grid, least - len(chosen))]])
+        return among[chosen]
+
+    start = []
+    if floor:
+        due = spread(keep, grid[0])
+        for there, share in zip(_by_grid(units, grid), due, strict=True):
+            few = min(math.floor(floor * share), len(there))
+            if few:
+                start += choose(there, _start(salience, row[there]), few, 0.0, few).tolist()
+    every = torch.arange(len(units), device=features.device)
+    chosen = choose(every, start or _start(salience, row), keep, within, least)
     return units[chosen].sort().values
 
 
@@ -124,6 +142,12 @@ def nearest_chosen(
     stands[units] = found
     stands[kept] = torch.arange(len(kept), device=device)
     return stands
+
+
+def _by_grid(units: torch.Tensor, grid: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+    """Of `units` (ascending), the indices of those in each grid."""
+    counts = torch.bincount(units // (grid[1] * grid[2]), minlength=grid[0])
+    return torch.arange(len(units), device=units.device).split(counts.tolist())
 
 
 def _time(units: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], tau: float | None) -> torch.Tensor:

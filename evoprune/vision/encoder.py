@@ -8,7 +8,7 @@ How many rows each layer leaves is known before the tower runs. So on a GPU ever
 result before it asks for the next one, and what has to be looked at is looked at once, when all is encoded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,15 +18,16 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.finite import is_finite, not_finite
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.pruning.budget import Spending, spread
+from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import tally
 from evoprune.vision import devices
 from evoprune.vision.chunks import in_chunks
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.gather import Gathering
+from evoprune.vision.layout import chosen_layout
 from evoprune.vision.rowwise import norm
 from evoprune.vision.stopwatch import Stopwatch
-from evoprune.vision.tower import Past, run_tower, tower_geometry, tower_shape
+from evoprune.vision.tower import Past, embed, merged_patches, run_layers, tower_geometry, tower_shape
 
 
 def encode(
@@ -115,28 +116,36 @@ def encode_rows(
     seconds_per_grid: float = 1.0,
     seed: int = 0,
     chunk_units: int | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Unchosen:
-    """The tower's part of `encode`, which depends on no question; arguments as there."""
+    """The tower's part of `encode`, which depends on no question; arguments as there.
+
+    Args:
+        on_layer: told how many of the tower's layers are done, and how many there are, where all of the video goes through some of
+            them together: it begins only when the last of the patches has come.
+    """
     count, height, width = grid
     tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
     geo = tower_geometry(visual, height, width)
     budget = keep / (geo.units * count)
     inside, selects = method.merges(budget), method.chooses(budget)
-    gathering = Gathering(method, tower) if selects and method.needs_after else None
+    early = method.narrows_after(tower, budget) if inside else None
+    layers = range(tower.depth if early is None else early)
+    gathering = Gathering(method, tower, early or 0) if selects and method.needs_after else None
     block, reuse = (method.block, method.reuse) if inside else (1, 0.0)
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
-    spending = Spending(method.adaptive)
     rows, owners, homes, sources, base = [], [], [], [], 0
     past = Past()
     computed = [0] * tower.depth  # rows, by each layer
     watch, even, wrong, finite = Stopwatch(weight.device), [], [], []
+    at_once = chunk_units or devices.units_at_a_time(weight.device)
     chunks = in_chunks(
         patches,
         geo,
         count,
         block=block,
-        rows=chunk_units or devices.units_at_a_time(weight.device),
+        rows=at_once,
         threshold=reuse,
         refresh=method.refresh,
         dtype=weight.dtype,
@@ -157,17 +166,17 @@ def encode_rows(
                     plan_of(
                         rows,
                         size // geo.units * geo.windows,
-                        spending.left(rows, method.allowance(size, max(1, share))),
+                        min(rows, method.allowance(size, max(1, share))),
                     )
                     for rows, size, share in zip(layout.per_block, units, due, strict=True)
                 ]
             plan = list(zip(*plan, strict=True))
-            for layer, blocks in enumerate([layout.per_block, *plan[:-1]]):
+            for layer, blocks in zip(layers, [layout.per_block, *plan], strict=False):
                 computed[layer] += sum(blocks)
-            pixels = devices.uploaded(chunk.patches, weight.device)
-            x, layout = run_tower(visual, tower, pixels, layout, plan, method, watch, wrong, last, past, gathering)
+            x = embed(visual, devices.uploaded(chunk.patches, weight.device))
+            x, layout = run_layers(visual, tower, layers, x, layout, plan, method, watch, wrong, last, past, gathering)
             order = layout.home.argsort()
-            if gathering:
+            if gathering and early is None:
                 with watch:
                     gathering.settle(layout, order)
             number = order.argsort() + base  # of each row among all rows
@@ -177,7 +186,7 @@ def encode_rows(
             if last is not None:
                 past.row = owner[last] if past.row is None else torch.where(last < 0, past.row, owner[last])
         if layout.rows:
-            rows.append(visual.merger.mlp(norm(x[order], visual.merger.ln_q.weight).flatten(1)))
+            rows.append(merged_patches(visual, x[order]) if early is None else x[order])
             finite.append(is_finite(rows[-1]))
             if not devices.static_shapes(weight.device) and not finite[-1]:
                 raise not_finite("encode")
@@ -187,9 +196,50 @@ def encode_rows(
         homes.append(layout.home[order] + chunk.first * geo.units)
         base += len(order)
     rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
-    tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, gathering.collected() if gathering else {})
+    chosen = None
+    if early is not None:
+        if not _all(finite):
+            raise not_finite("encode")
+        tokens = Tokens(rows, owner, grid, seconds_per_grid, seed)
+        with devices.here(weight.device):
+            chosen = _narrowed(visual, early, tokens, home, method, keep, watch)
+            rows, owner, home = chosen or (rows, owner, home)
+            computed[early:] = [len(home)] * (tower.depth - early)
+            layout, order = chosen_layout(geo, count, home, owner)
+            x, _ = run_layers(
+                visual, tower, range(early, tower.depth), rows[order], layout, None, method, watch, wrong,
+                gathering=gathering, at_once=at_once, on_layer=lambda done: on_layer(done, tower.depth),
+            )  # fmt: skip
+            back = order.argsort()
+            if gathering:
+                gathering.settle(layout, back)
+            rows = torch.cat([merged_patches(visual, part) for part in x[back].split(at_once)])
+            finite.append(is_finite(rows))
+    given = gathering.collected() if gathering else {}
+    tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, given, home if chosen else None)
     layers = list(enumerate(computed))
     return Unchosen(method, keep, tokens, selects, inside, home, torch.cat(sources), layers, watch, even, wrong, finite)
+
+
+def _narrowed(
+    visual, early: int, tokens: Tokens, home: torch.Tensor, method: Method, keep: int, watch: Stopwatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The rows that go on after `early` layers, `[R, 4, hidden]`, the owner of each unit among them, and the unit at whose place
+    each sits; None if they are those that are there. Arguments as in `encode_rows`; the rows of `tokens` are `[E, 4, hidden]`.
+    """
+    with watch:
+        # Compared as the next layer takes them in: what its norm leaves of the few channels that are large in all of them.
+        rows = norm(tokens.rows, visual.blocks[early].norm1.weight).flatten(1)
+        chosen = method.narrow(replace(tokens, rows=rows), keep)
+        if chosen is None:
+            return None
+        means = chosen.features(tokens.rows.flatten(1), tokens.owner)
+        return means.view(-1, *tokens.rows.shape[1:]), chosen.owner, chosen.kept
+
+
+def _all(flags: list[torch.Tensor]) -> bool:
+    """Whether all are true; waits for the device."""
+    return bool(torch.stack(flags).all())
 
 
 @torch.inference_mode()
@@ -204,7 +254,8 @@ def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
     with devices.here(rows.device), video.watch:
         kept, counts = selected(video, question), None
         if isinstance(kept, Selection):
-            kept, features, counts = kept.kept, kept.features(rows, owner), kept.counts
+            chosen_inside = kept.kept is tokens.home
+            kept, features, counts = kept.kept, rows if chosen_inside else kept.features(rows, owner), kept.counts
         else:
             kept = devices.uploaded(kept, rows.device)
             features = rows[owner[kept]]
@@ -234,7 +285,7 @@ def _settled(video: Unchosen) -> tuple[bool, float]:
     Raises:
         ModelError: some row is not finite. RuntimeError: some group did not lose the rows that it had to.
     """
-    if not torch.stack(video.finite).all():
+    if not _all(video.finite):
         raise not_finite("encode")
     if video.wrong and torch.stack(video.wrong).any():
         raise RuntimeError(f"method {video.method.name} did not remove as many rows as it was asked to")

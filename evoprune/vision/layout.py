@@ -163,6 +163,24 @@ def referring_layout(geo: Geometry, source: torch.Tensor, block: int = 1) -> Tok
     return TokenLayout(geo, grids, home, owner, "place" if bool(alive.all()) else "clip", counts, block)
 
 
+def chosen_layout(
+    geo: Geometry, grids: int, kept: torch.Tensor, stands: torch.Tensor, block: int = 1
+) -> tuple[TokenLayout, torch.Tensor]:
+    """Some units are rows, and each of the others has one of them as its owner, wherever in the clip that one is.
+
+    Args:
+        kept: int64 `[K]`, ascending: the units that are rows.
+        stands: int64 `[T * H*W]`, indices into `kept`.
+
+    Returns:
+        The layout; and int64 `[K]`, which of `kept` each of its rows is.
+    """
+    place = geo.order.argsort()  # where each place comes in window order
+    order = (kept // geo.units * geo.units + place[kept % geo.units]).argsort()
+    layout = TokenLayout(geo, grids, kept[order], order.argsort()[stands], "clip", None, block)
+    return layout, order
+
+
 def merged_layout(
     layout: TokenLayout,
     into: torch.Tensor,

@@ -1,5 +1,6 @@
-"""The tower's layers on one chunk of a video, run on a model's weights, with rows merged between them."""
+"""The tower's layers, or some of them, on rows of a video: run on a model's weights, with rows merged between them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from evoprune.methods.base import Method
 from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.vision import devices
-from evoprune.vision.attention import PATCHES, Bucket, Packed, buckets, grouped_attention
+from evoprune.vision.attention import Bucket, Packed, buckets, grouped_attention
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 from evoprune.vision.reduce import reduce_rows
@@ -43,44 +44,65 @@ class Past:
     seen: list[torch.Tensor] | None = None
 
 
-def run_tower(
+def embed(visual, patches: torch.Tensor) -> torch.Tensor:
+    """Rows `[R, 4, hidden]` as the first layer takes them, of patches `[R, 4, 1176]`."""
+    return F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
+
+
+def gated(block, x: torch.Tensor) -> torch.Tensor:
+    """A layer's second half, which looks at no other row; `[R, 4, hidden]`."""
+    hidden = norm(x, block.norm2.weight)
+    hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
+    return linear(block.mlp.down_proj, hidden, plus=x)
+
+
+def merged_patches(visual, x: torch.Tensor) -> torch.Tensor:
+    """Tokens `[R, D]` as the language model reads them, of the last layer's rows `[R, 4, hidden]`."""
+    return visual.merger.mlp(norm(x, visual.merger.ln_q.weight).flatten(1))
+
+
+def run_layers(
     visual,
     tower: TowerShape,
-    patches: torch.Tensor,
+    layers: range,
+    x: torch.Tensor,
     layout: TokenLayout,
-    plan: list[tuple[int, ...]],
+    plan: Sequence[tuple[int, ...]] | None,
     method: Method,
     watch: Stopwatch,
     wrong: list[torch.Tensor],
-    last: torch.Tensor | None,
-    past: Past,
+    last: torch.Tensor | None = None,
+    past: Past | None = None,
     gathering: Gathering | None = None,
+    at_once: int | None = None,
+    on_layer: Callable[[int], None] = lambda done: None,
 ) -> tuple[torch.Tensor, TokenLayout]:
-    """All layers on one chunk; `plan[layer][block]` rows are left after each.
+    """Some neighbouring layers on the rows of a chunk; `plan[layer][block]` rows are left after each, none go without a plan.
 
     Args:
-        patches: `[R, 4, 1176]`, of the rows of `layout`.
+        x: `[R, 4, hidden]`, the rows of `layout`.
         watch: measures what pruning takes.
         wrong: gets what `reduce_rows` could not check at once.
         last: from `Chunk.layout`, None without references and where no chunk follows.
-        past: gets what later chunks will see.
+        past: has what the rows of earlier chunks left in these layers, and gets what later chunks will see.
         gathering: gets what the method wants to know after the encoder.
+        at_once: how many rows go through a gated layer together, the widest part; default: all.
+        on_layer: told after each layer how many of the tower's are done.
 
     Returns:
         Rows `[R, 4, hidden]` in window order, and the layout they ended in.
     """
     geo = layout.geometry
-    weight = visual.patch_embed.proj.weight.flatten(1)
     if not layout.rows:  # nothing new in any grid
-        return weight.new_empty(0, PATCHES, len(weight)), layout
-    x = F.linear(patches, weight)
+        return x, layout
+    past = past or Past()
     table = rotary(visual.config, geo)
     cos, sin = (t[layout.place][:, :, None, None] for t in table)
     size_bias, heads = method.size_bias, visual.config.num_heads
     groups: dict[Scope, list[Bucket] | Packed] = {}
     rows, before, past.seen = layout.per_block, past.seen, None if last is None else []
-    for layer, block in enumerate(visual.blocks):
-        scope = tower.scope(layer)
+    for step, layer in enumerate(layers):
+        block, scope = visual.blocks[layer], tower.scope(layer)
         if scope not in groups:
             groups[scope] = (
                 Packed(attention_groups(layout, scope, exact=False), layout.rows)
@@ -93,7 +115,7 @@ def run_tower(
         if before or last is not None:
             seen = torch.stack([k, v], 1)
             if before:
-                seen, before[layer] = torch.cat([seen, before[layer]]), None
+                seen, before[step] = torch.cat([seen, before[step]]), None
                 if layout.reach == "clip":
                     k, v = seen.unbind(1)
         if last is not None:
@@ -102,16 +124,15 @@ def run_tower(
             past.seen.append(seen[torch.where(last < 0, stays, layout.owner[last])])
         # Log of one is zero: no bias before anything was merged.
         bias = size_bias and layout.reach != "place"
-        reduces = plan[layer] != rows
+        reduces = plan is not None and plan[layer] != rows
         attention = torch.zeros(len(k)) if reduces and "attention" in method.needs else None
         mixed = grouped_attention(q, k, v, groups[scope], bias, attention, watch)
         if gathering and layer == gathering.layer:
             with watch:
                 gathering.look(q, k, qkv[:, :, 1], layout, groups[scope], bias)
         x = linear(block.attn.proj, mixed.flatten(2), plus=x)
-        hidden = norm(x, block.norm2.weight)
-        hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
-        x = linear(block.mlp.down_proj, hidden, plus=x)
+        parts = x.split(at_once) if at_once else [x]
+        x = gated(block, x) if len(parts) == 1 else torch.cat([gated(block, part) for part in parts])
         if reduces:
             with watch:
                 features = (
@@ -124,4 +145,5 @@ def run_tower(
                 cos, sin = (t[layout.place][:, :, None, None] for t in table)
                 groups, rows = {}, plan[layer]
                 wrong += [] if failed is None else [failed]
+        on_layer(layer + 1)
     return x, layout

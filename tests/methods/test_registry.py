@@ -202,11 +202,36 @@ def test_a_budget_of_the_encoders_own_is_a_setting():
     assert (plain.encoder_budget, own.encoder_budget) == (None, 0.4) and methods.get(
         "evoprune:encoder_budget=0.4"
     ) == own
-    for budget in (0.1, 0.25, 0.5, 1.0):  # it follows the other one down to a half, unless it is set
-        assert plain.encoder_share(budget) == max(budget, 0.5) and own.encoder_share(budget) == 0.4
-        assert plain.allowance(96, round(96 * budget)) == round(96 * plain.encoder_share(budget))
-        assert own.allowance(96, round(96 * budget)) == round(96 * 0.4)
-    assert methods.get("evoprune:encoder_budget=0.001").allowance(96, 96) == 1
+    for budget in (0.1, 0.25, 0.5, 1.0):  # it follows the other one, unless it is set
+        assert plain.encoder_share(budget) == budget and own.encoder_share(budget) == 0.4
+
+
+def test_how_many_rows_may_be_left_after_merging():
+    allowed = {
+        "evoprune": (96, 96),
+        "evoprune:merge=0.5": (48, 96),  # where as many go on nothing merges
+        "evoprune:merge=0.8": (77, 77),
+        "evoprune:merge=0.5:encoder_budget=0.7": (96, 96),
+        "evoprune:merge=0.5:encoder_budget=0.1": (48, 48),
+        "evoprune:merge=0.5:depth=1": (48, 72),
+        "evoprune:merge=0.5:choice=divprune": (48, 72),
+        "evoprune:depth=1:encoder_budget=0.1": (10, 10),  # nothing is chosen inside the tower: it is all that is left
+        "evoprune:choice=divprune:encoder_budget=0.1": (10, 10),
+        "evoprune:merge=0.5:encoder_budget=1": (96, 96),
+        "evoprune:depth=1:encoder_budget=0.001": (1, 1),
+    }
+    for name, counts in allowed.items():
+        assert tuple(methods.get(name).allowance(96, due) for due in (24, 72)) == counts, name
+
+
+@pytest.mark.parametrize("name", ["evoprune:choice=divprune", "evoprune:depth=1", "evoprune:encoder_budget=1"])
+def test_where_nothing_is_chosen_inside_the_tower(name):
+    assert methods.get(name).narrows_after(TOWER, 0.25) is None
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(0.25, 2), (0.125, 1), (0.01, 1), (0.5, 4), (0.99, 7)])
+def test_after_how_many_layers_rows_are_chosen(depth, layers):
+    assert methods.get(f"evoprune:depth={depth}").narrows_after(TOWER, 0.25) == layers
 
 
 @pytest.mark.parametrize("name", sorted({*methods.available()} - {"evoprune"}))

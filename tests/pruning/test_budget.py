@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import DEFAULT, PRESETS, Spending, apportion, keep_count, parse_budget, spread
+from evoprune.pruning.budget import DEFAULT, PRESETS, apportion, keep_count, parse_budget, spread
 
 
 @pytest.mark.parametrize(
@@ -98,16 +98,3 @@ def test_apportion_by_hand():
     assert apportion(10, [8, 1, 1], [2, 3, 10]) == [2, 3, 5]
     assert apportion(5, [0, 0], [9, 9]) == [3, 2] and apportion(5, [1, 0], [3, 9]) == [3, 2]
     assert apportion(99, [1, 2], [3, 4]) == [3, 4] and apportion(0, [1, 2], [3, 4]) == [0, 0]
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=12), st.booleans())
-def test_rows_are_spent_as_they_are_allowed(blocks, adaptive):
-    spending, spent, allowed = Spending(adaptive), 0, 0
-    for rows, allowance in blocks:
-        left = spending.left(rows, allowance)
-        allowed += allowance
-        # All that earlier blocks have left over, if need be; or nothing of it.
-        assert left == min(rows, allowed - spent if adaptive else allowance)
-        assert min(rows, allowance) <= left <= rows  # nobody pays for it
-        spent += left
-        assert spent <= allowed

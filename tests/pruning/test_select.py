@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.pruning import select
+from evoprune.pruning.budget import spread
 from evoprune.pruning.select import STEP, choose_units, nearest_chosen, points_and_salience
 from tests.threads import one_thread  # noqa: F401
 
@@ -59,6 +60,54 @@ def by_hand(features, owner, grid, seconds, keep, alpha, tau, within=0.0, least=
             break
         chosen.append(-j)
     return sorted(chosen)
+
+
+def by_hand_with_floor(features, owner, grid, seconds, keep, alpha, tau, floor):
+    """First each grid's share as if there were nothing else, then among all. Dense features, so that nothing is at distance 0."""
+    units = [u for u in range(len(owner)) if owner[u] >= 0]
+    distance, salience = distances(features, owner, grid, seconds, alpha, tau)
+    places, chosen = grid[1] * grid[2], []
+
+    def go_on(chosen, among, count):
+        chosen = chosen or [max(among, key=lambda u: (salience[owner[u]].item(), -u))]
+        while len(chosen) < count:
+            left = {j: min(distance(i, j) for i in chosen) for j in among if j not in chosen}
+            chosen = [*chosen, -max((d, -j) for j, d in left.items())[1]]
+        return chosen
+
+    for g, share in enumerate(spread(keep, grid[0])):
+        there = [u for u in units if u // places == g]
+        few = min(int(floor * share), len(there))
+        chosen += go_on([], there, few) if few else []
+    return sorted(go_on(chosen, units, keep)), [min(int(floor * share), places) for share in spread(keep, grid[0])]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 9999),
+    CASES["grid"],
+    st.floats(0, 1),
+    CASES["alpha"],
+    st.sampled_from([0.25, 0.5, 1.0]),
+    st.integers(1, 9),
+)
+def test_each_grid_may_have_a_share_of_its_own(seed, grid, kept, alpha, floor, pool):
+    features, owner = video(seed, grid, 1.0)
+    keep, seconds = max(1, round(kept * len(owner))), [float(t) for t in range(grid[0])]
+    made = choose_units(features, owner, grid, seconds, keep, alpha=alpha, tau=8.0, floor=floor, pool=pool)
+    hand, least = by_hand_with_floor(features, owner, grid, seconds, keep, alpha, 8.0, floor)
+    counts = torch.bincount(made // (grid[1] * grid[2]), minlength=grid[0]).tolist()
+    assert all(count >= few for count, few in zip(counts, least, strict=True)) and len(made) == keep
+    assert made.tolist() == (hand if keep < len(owner) else list(range(len(owner))))
+    if floor == 1:
+        assert counts == spread(keep, grid[0])
+
+
+@pytest.mark.parametrize("floor", [0.5, 1.0])
+def test_a_grid_in_which_nothing_differs_has_its_share_too(floor):
+    features, owner = torch.ones(1, 8), torch.zeros(24, dtype=torch.int64)
+    made = choose_units(features, owner, (4, 2, 3), [0.0, 1.0, 2.0, 3.0], 12, floor=floor)
+    assert torch.bincount(made // 6, minlength=4).tolist() == [3, 3, 3, 3]
 
 
 @settings(deadline=None, max_examples=60)

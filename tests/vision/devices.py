@@ -57,7 +57,7 @@ def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
 def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     """From now on the encoder treats the CPU as a GPU, with or without the kernel; what is returned is to be entered around it.
 
-    What may wait, or is the CPU's work anyway: comparing pixels, choosing tokens when all is encoded, and what is looked at then.
+    What may wait, or is the CPU's work anyway: comparing pixels, choosing rows and tokens, and what is looked at then.
     """
     mode = NoWaiting()
 
@@ -72,10 +72,12 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     monkeypatch.setattr(devices, "static_shapes", lambda device: True)
     for where, name in (
         (encoder, "_settled"),
+        (encoder, "_all"),
         (chunks, "scan"),
         (chunks, "_rows_of"),
         (chunks.Chunk, "layout"),
         (evoprune, "choose_units"),
+        (evoprune.EvoPrune, "narrow"),
         (evoprune, "nearest_chosen"),
         (Selection, "features"),
     ):

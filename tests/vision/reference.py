@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from evoprune.methods.base import Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.schedule import TowerShape
 from evoprune.vision.layout import Geometry, geometry
@@ -52,17 +53,19 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
             rows.append(newest[place])
         newest[place].units.append(unit)
     rows.sort(key=lambda row: place_key(geo, row.home))
-    plans, saved = [], 0
+    plans = []
     for first in range(0, count, method.block):
         grids = min(method.block, count - first)
         live = sum(first <= row.home // geo.units < first + grids for row in rows)
         due = max(1, sum(spread(keep, count)[first : first + grids]))
-        allowed = method.allowance(grids * geo.units, due)
-        left = min(live, allowed + saved)
-        if method.adaptive:
-            saved += allowed - left
+        left = min(live, method.allowance(grids * geo.units, due))
         plans.append(method.rows(tower, live, grids * geo.windows, left))
+    early = (
+        method.narrows_after(tower, keep / (count * geo.units)) if method.prunes(keep / (count * geo.units)) else None
+    )
     for layer, block in enumerate(visual.blocks):
+        if layer == early:
+            rows, plans = narrowed(block, rows, geo, grid, method, keep), []
         scope = "grid" if layer in visual.fullatt_block_indexes else "window"
         run_layer(block, rows, geo, scope, method)
         for row in rows:
@@ -88,6 +91,23 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
         hidden = linear(first, rms_norm(visual.merger.ln_q, row.x).flatten())
         tokens.append(linear(second, hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))))
     return [row.home for row in rows], owner, torch.stack(tokens)
+
+
+def narrowed(block, rows: list[Row], geo: Geometry, grid, method, keep) -> list[Row]:
+    """The rows that the method chooses, each the mean over the units that it then stands for; all if it chooses none."""
+    rows = sorted(rows, key=lambda row: row.home)
+    units = range(grid[0] * geo.units)
+    owner = torch.tensor([next(i for i, row in enumerate(rows) if unit in row.units) for unit in units])
+    seen = torch.stack([rms_norm(block.norm1, row.x).flatten() for row in rows])
+    chosen = method.narrow(Tokens(seen, owner, grid, 1.0, 0), keep)
+    if chosen is not None:
+        made = []
+        for k, home in enumerate(chosen.kept.tolist()):
+            stands = [unit for unit in units if chosen.owner[unit] == k]
+            shown = stands if method.average else [home]
+            made.append(Row(home, stands, sum(rows[owner[unit]].x for unit in shown) / len(shown)))
+        rows = made
+    return sorted(rows, key=lambda row: place_key(geo, row.home))
 
 
 def block_of(geo: Geometry, unit: int, method) -> int:

@@ -20,7 +20,7 @@ from evoprune.vision.attention import Packed, buckets, grouped_attention, with_b
 from evoprune.vision.encoder import encode
 from evoprune.vision.layout import attention_groups, geometry
 from evoprune.vision.stopwatch import Stopwatch
-from tests.methods.published import published
+from tests.methods.published import late, published
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, take_gpu_route, varlen_by_hand
 from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, rows_of
@@ -164,7 +164,7 @@ def both_ways(monkeypatch, grid, method, keep, kernel, full_layers=(1, 3), chunk
     assert made.layers == expected.layers and made.flat == expected.flat
     torch.testing.assert_close(made.features, expected.features, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(made.rows, expected.rows, atol=1e-4, rtol=1e-4)
-    check_books(made, grid, None if method.reuse else method.block)
+    check_books(made, grid, None if isinstance(method, EvoPrune) else method.block)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -221,9 +221,9 @@ def test_nor_with_references_in_time(share, block, chunk_units, kernel, monkeypa
     grid = (6, 5, 6)
     patches = clip(grid, changes(grid, share))
     for method in (
-        EvoPrune(encoder_budget=0.1, first=0.0),
-        EvoPrune(encoder_budget=1.0),
-        EvoPrune(attention=0.3, critical=0.2),
+        late(encoder_budget=0.1, first=0.0),
+        late(encoder_budget=1.0),
+        late(attention=0.3, critical=0.2),
     ):
         method = replace(method, block=block)
         both_ways(monkeypatch, grid, method, 20, kernel, (1, 3), chunk_units, patches)
@@ -235,8 +235,8 @@ def test_nor_where_a_whole_block_has_nothing_new(chunk_units, monkeypatch):
     grid, changed = (4, 5, 6), torch.zeros(4, 30, dtype=torch.bool)
     changed[0], changed[2] = True, torch.arange(30) < 20
     for method in (
-        EvoPrune(block=1, encoder_budget=0.2, first=0.0, last=1.0),
-        EvoPrune(block=2, encoder_budget=0.2, first=0.0),
+        late(block=1, encoder_budget=0.2, first=0.0, last=1.0),
+        late(block=2, encoder_budget=0.2, first=0.0),
     ):
         both_ways(monkeypatch, grid, method, 9, True, (2,), chunk_units, clip(grid, changed))
 
@@ -251,7 +251,6 @@ def test_nor_where_a_whole_block_has_nothing_new(chunk_units, monkeypatch):
     encoder_share=st.sampled_from([0.001, 0.1, 0.3, 1.0]),
     attention_weight=st.sampled_from([0.0, 0.3]),
     full_layers=st.sampled_from([(1, 3), (), (2,)]),
-    adaptive=st.booleans(),
     chunk_units=st.integers(1, 100),
     kernel=st.booleans(),
 )
@@ -265,17 +264,15 @@ def test_nor_on_any_clip_with_references(
     encoder_share,
     attention_weight,
     full_layers,
-    adaptive,
     chunk_units,
     kernel,
 ):
-    method = EvoPrune(
+    method = late(
         block=block,
         encoder_budget=encoder_share,
         first=0.0,
         last=0.8,
         attention=attention_weight,
-        adaptive=adaptive,
     )
     patches = clip(grid, changes(grid, share, seed), seed)
     both_ways(monkeypatch, grid, method, max(1, round(units(grid) * keep)), kernel, full_layers, chunk_units, patches)
@@ -285,6 +282,7 @@ def test_nor_on_any_clip_with_references(
 class Inside(EvoPrune):
     """Without a choice, for which values have to be looked at."""
 
+    depth: float = 1.0
     selects: ClassVar[bool] = False
 
 

@@ -46,6 +46,8 @@ class After(Method):
 class Inside(EvoPrune):
     """The same on rows that have merged and references in time."""
 
+    depth: float = 1.0
+
     @property
     def needs_after(self):
         return BOTH

@@ -17,7 +17,7 @@ from evoprune.pruning.select import choose_units, nearest_chosen
 from evoprune.vision import encoder
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patch_means
-from tests.methods.published import published
+from tests.methods.published import late, published
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.test_encoder import assert_same, check_books, units
@@ -80,7 +80,7 @@ def scanned(patches, grid, method):
 def test_references_against_loops(share, block, encoder, refresh):
     grid, changed = (7, 3, 5), changes((7, 3, 5), share)
     patches = clip(grid, changed)
-    method = EvoPrune(block=block, encoder_budget=encoder, first=0.0, last=0.6, refresh=refresh)
+    method = late(block=block, encoder_budget=encoder, first=0.0, last=0.6, refresh=refresh)
     changed = encoded(changed, method)
     assert torch.equal(scanned(patches, grid, method), changed)  # else what follows shows something else
     assert_like_the_slow_one(patches, grid, method, 12, changed=changed, chunk_units=(1, 30, 60, 10**6))
@@ -100,7 +100,7 @@ def test_references_against_loops(share, block, encoder, refresh):
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 2)])
 def test_references_against_loops_with_other_settings(settings_, full_layers):
     grid, changed = (6, 5, 6), changes((6, 5, 6), 0.3, seed=2)
-    method = replace(EvoPrune(block=3, encoder_budget=0.15, first=0.0, last=0.6), **settings_)
+    method = replace(late(block=3, encoder_budget=0.15, first=0.0, last=0.6), **settings_)
     assert_like_the_slow_one(
         clip(grid, changed), grid, method, 12, full_layers, changed=encoded(changed, method), chunk_units=(1, 60, 10**6)
     )
@@ -112,7 +112,7 @@ def test_references_against_loops_with_other_settings(settings_, full_layers):
 def test_a_threshold_of_zero_is_no_references():
     grid = (6, 3, 5)
     still, moving = changes(grid, 0.0), changes(grid, 1.0)
-    method = EvoPrune(encoder_budget=0.2, reuse=0.0)
+    method = late(encoder_budget=0.2, reuse=0.0)
     assert encode_clip(grid, still, method, 9).layers[0][1] == units(grid)
     # Any other threshold gives the same where everything changes by more than it, from cut to cut.
     for threshold in (1e-6, 5.0):
@@ -129,7 +129,7 @@ def test_a_clip_in_which_nothing_happens_is_its_first_grid(grids, chunk_units):
     patches = clip(grid, still)
     first = min(4, grids)  # grids of the first block
     for encoder_share in (0.1, 1.0):
-        method = EvoPrune(encoder_budget=encoder_share)
+        method = late(encoder_budget=encoder_share)
         made = encode(tiny_tower(), [patches], grid, method, 7, chunk_units=chunk_units)
         # The encoder's share is of a block's units, changed or not.
         own = replace(method, encoder_budget=min(1.0, first * encoder_share))
@@ -148,7 +148,7 @@ def test_a_clip_in_which_nothing_happens_is_its_first_grid(grids, chunk_units):
 @pytest.mark.parametrize("block", [1, 4])
 def test_a_clip_of_cuts_costs_what_it_costs_without_references(block):
     grid = (9, 5, 6)
-    method = EvoPrune(block=block, encoder_budget=0.2)
+    method = late(block=block, encoder_budget=0.2)
     cuts = encode_clip(grid, changes(grid, 1.0), method, 20)
     assert cuts.layers == encode_clip(grid, changes(grid, 1.0), replace(method, reuse=0.0), 20).layers
     assert cuts.layers[0][1] == units(grid)
@@ -156,7 +156,7 @@ def test_a_clip_of_cuts_costs_what_it_costs_without_references(block):
 
 def test_what_changed_is_a_row_and_what_did_not_has_the_last_that_did():
     grid, changed = (7, 3, 5), changes((7, 3, 5), 0.3)
-    made = encode_clip(grid, changed, EvoPrune(encoder_budget=1.0, refresh=0), 9, chunk_units=30)
+    made = encode_clip(grid, changed, late(encoder_budget=1.0, refresh=0), 9, chunk_units=30)
     number = (changed.flatten().cumsum(0) - 1).view(7, 15)
     last = torch.where(changed, torch.arange(7)[:, None], 0).cummax(0).values
     assert torch.equal(made.owner.view(7, 15), number[last, torch.arange(15)])
@@ -173,20 +173,18 @@ def test_what_changed_is_a_row_and_what_did_not_has_the_last_that_did():
     encoder_share=st.sampled_from([0.001, 0.1, 0.3, 1.0]),
     attention=st.sampled_from([0.0, 0.3]),
     windows=st.booleans(),
-    adaptive=st.booleans(),
     chunk_units=st.integers(1, 200),
 )
 def test_the_result_does_not_depend_on_the_chunk_size(
-    grid, share, seed, block, share_kept, encoder_share, attention, windows, adaptive, chunk_units
+    grid, share, seed, block, share_kept, encoder_share, attention, windows, chunk_units
 ):
-    method = EvoPrune(
+    method = late(
         block=block,
         encoder_budget=encoder_share,
         first=0.0,
         last=0.8,
         attention=attention,
         windows=windows,
-        adaptive=adaptive,
     )
     keep = max(1, round(units(grid) * share_kept))
     changed = changes(grid, share, seed)
@@ -196,26 +194,6 @@ def test_the_result_does_not_depend_on_the_chunk_size(
     check_books(whole, grid, None)
     blocks = [min(block, grid[0] - first) * grid[1] * grid[2] for first in range(0, grid[0], block)]
     assert len(whole.rows) <= sum(max(1, round(encoder_share * n)) for n in blocks)
-    least = encode_clip(grid, changed, replace(method, adaptive=False), keep, seed)
-    assert (rows_per_block(whole, grid, block) >= rows_per_block(least, grid, block)).all()  # nobody pays for it
-
-
-def rows_per_block(encoded, grid, block):
-    """How many rows were left in each block."""
-    home = torch.full((len(encoded.rows),), units(grid)).scatter_reduce(
-        0, encoded.owner, torch.arange(units(grid)), "amin"
-    )
-    return torch.bincount(home // (grid[1] * grid[2] * block), minlength=-(-grid[0] // block))
-
-
-@pytest.mark.parametrize("chunk_units", [1, 30, 10**6])
-@pytest.mark.parametrize(("adaptive", "left"), [(False, [15, 0, 15, 5]), (True, [15, 0, 30, 5])])
-def test_what_calm_blocks_leave_goes_to_busy_ones(adaptive, left, chunk_units):
-    grid, changed = (8, 5, 6), torch.zeros(8, 30, dtype=torch.bool)
-    changed[[0, 4, 5]], changed[7, :5] = True, True
-    method = EvoPrune(block=2, encoder_budget=0.25, first=0.0, adaptive=adaptive, refresh=0)
-    made = assert_like_the_slow_one(clip(grid, changed), grid, method, 20, changed=changed, chunk_units=(chunk_units,))
-    assert rows_per_block(made, grid, 2).tolist() == left
 
 
 @pytest.mark.parametrize(
@@ -224,7 +202,7 @@ def test_what_calm_blocks_leave_goes_to_busy_ones(adaptive, left, chunk_units):
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_every_count_can_be_had(share, settings_):
     grid = (4, 2, 3)
-    changed, method = changes(grid, share), EvoPrune(**settings_)
+    changed, method = changes(grid, share), late(**settings_)
     for keep in range(1, units(grid) + 1):
         made = encode_clip(grid, changed, method, keep)
         assert len(made.kept) == keep
@@ -233,7 +211,7 @@ def test_every_count_can_be_had(share, settings_):
 
 def test_the_choice_is_made_among_all_units_at_their_times():
     grid = (6, 3, 5)
-    made = encode_clip(grid, changes(grid, 0.2), EvoPrune(alpha=2.0), 20, seconds_per_grid=0.4)
+    made = encode_clip(grid, changes(grid, 0.2), late(alpha=2.0), 20, seconds_per_grid=0.4)
     seconds = [0.0, 0.4, 0.8, 1.2, 1.6, 2.0]
     assert torch.equal(made.kept, choose_units(made.rows, made.owner, grid, seconds, 20, alpha=2.0))
 
@@ -243,7 +221,7 @@ def test_the_choice_is_made_among_all_units_at_their_times():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_token_is_what_it_stands_for_and_counts_for_it(average, count, share):
     grid, keep = (6, 3, 5), 20
-    made = encode_clip(grid, changes(grid, share), EvoPrune(alpha=2.0, average=average, count=count), keep)
+    made = encode_clip(grid, changes(grid, share), late(alpha=2.0, average=average, count=count), keep)
     seconds = [float(t) for t in range(6)]
     stands = nearest_chosen(made.rows, made.owner, grid, seconds, made.kept, alpha=2.0)
     groups = [made.rows[made.owner[stands == k]] for k in range(keep)]
@@ -258,7 +236,7 @@ def test_a_token_is_what_it_stands_for_and_counts_for_it(average, count, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_where_all_is_read_each_token_counts_once(share):
-    made = encode_clip((5, 3, 5), changes((5, 3, 5), share), EvoPrune(encoder_budget=0.3), 75)
+    made = encode_clip((5, 3, 5), changes((5, 3, 5), share), late(encoder_budget=0.3), 75)
     assert made.counts is None and torch.equal(made.features, made.rows[made.owner])
 
 
@@ -278,13 +256,11 @@ def test_with_all_tokens_it_is_hugging_faces_tower(share):
 def test_with_all_tokens_rows_are_saved_only_on_request(share):
     grid = (5, 5, 6)
     changed = changes(grid, share)
-    method = EvoPrune(encoder_budget=1.0)
+    method = late(encoder_budget=1.0)
     made = encode_clip(grid, changed, method, 150)
     assert torch.equal(made.kept, torch.arange(150)) and len(made.rows) == encoded(changed, method).sum()
     assert torch.equal(made.features, made.rows[made.owner])
-    assert_like_the_slow_one(
-        clip(grid, changed), grid, EvoPrune(encoder_budget=0.2), 150, changed=encoded(changed, method)
-    )
+    assert_like_the_slow_one(clip(grid, changed), grid, late(encoder_budget=0.2), 150, changed=encoded(changed, method))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -296,7 +272,7 @@ def test_a_chunk_may_have_nothing_new(dtype, packed):
     changed = torch.zeros(6, 30, dtype=torch.bool)
     changed[0] = changed[3, :4] = True  # the other grids have no rows at all; in the fourth new rows see old ones
     patches = clip(grid, changed, drift=0).to(dtype)
-    method = EvoPrune(block=1, encoder_budget=1.0, refresh=0)
+    method = late(block=1, encoder_budget=1.0, refresh=0)
     whole, cut = (encode(visual, [patches], grid, method, 9, chunk_units=size) for size in (10**6, 1))
     assert cut.layers == whole.layers and cut.layers[0][1] == 34
     assert torch.equal(cut.owner, whole.owner) and len(cut.kept) == 9
@@ -313,19 +289,19 @@ def test_what_is_carried_does_not_grow(monkeypatch):
             super().__init__()
             kept.append(self)
 
-    def measure(*args):
-        result = run(*args)
+    def measure(*args, **how):
+        result = run(*args, **how)
         (past,) = kept
         if past.seen is None:  # nothing follows
             return result
         held.append((sum(x.untyped_storage().nbytes() for x in past.seen), past.row is None or len(past.row)))
         return result
 
-    run = encoder.run_tower
+    run = encoder.run_layers
     monkeypatch.setattr(encoder, "Past", Watched)
-    monkeypatch.setattr(encoder, "run_tower", measure)
+    monkeypatch.setattr(encoder, "run_layers", measure)
     grid = (24, 3, 5)
-    encode_clip(grid, changes(grid, 0.1), EvoPrune(block=2, encoder_budget=0.2, first=0.0), 30, chunk_units=1)
+    encode_clip(grid, changes(grid, 0.1), late(block=2, encoder_budget=0.2, first=0.0), 30, chunk_units=1)
     per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
     assert len(held) == 11 and {size for size, _ in held} == {15 * per_place}
     assert {rows for _, rows in held[1:]} == {15}
