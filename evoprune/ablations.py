@@ -223,16 +223,17 @@ def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float])
     return lines
 
 
-def report(names: Iterable[str], run: Evaluation) -> str:
-    """All tables as Markdown."""
-    full = [s for s in run.samples if "error" not in s and s["row"] == FULL]
-    settings = run.settings
+def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> str:
+    """All tables as Markdown, of the questions of a group if one is given."""
+    samples = [s for s in run.samples if "error" not in s and (group is None or group in s["groups"])]
+    full = [s for s in samples if s["row"] == FULL]
+    settings, of = run.settings, f", group {group!r}" if group else ""
     lines = [
-        f"{len({s['video'] for s in full}):,} clips of split {settings.split!r}, block {settings.seed}, {len(full):,} questions; "
-        f"with nothing pruned {100 * np.mean([s['right'] for s in full]):.1f}%.",
+        f"{len({s['video'] for s in full}):,} clips of split {settings.split!r}, block {settings.seed}{of}, "
+        f"{len(full):,} questions; with nothing pruned {100 * np.mean([s['right'] for s in full]):.1f}%.",
     ]
     for name in names:
-        lines += ["", f"### {ABLATIONS[name].title}", "", *table(ABLATIONS[name], run.samples, settings.budgets)]
+        lines += ["", f"### {ABLATIONS[name].title}", "", *table(ABLATIONS[name], samples, settings.budgets)]
     return "\n".join(lines) + "\n"
 
 
@@ -246,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(ABLATIONS), help="some of: %(default)s")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--group", help="tables of these questions alone, say static or panning; the run is the same")
     parser.add_argument("--markdown", type=Path, help="write the tables there as well")
     args = parser.parse_args(arguments)
     names = args.only.split(",")
@@ -266,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.keep_in(args.out, resume=args.out.exists())
     run.load()
     run.run(lambda what: print(what, file=sys.stderr, flush=True), args.processes)
-    text = report(names, run)
+    text = report(names, run, args.group)
     print(text)
     if args.markdown:
         args.markdown.write_text(text)

@@ -108,7 +108,7 @@ class Drawing:
             "unread": "Dark: not read.",
             "reused": f"Blue: as it was in an earlier grid, so not encoded again, {counts['reused']}.",
             "merged": f"Outlined: {counts['merged']} merged into the unit with the dot and outline of the same colour, "
-            "perhaps in a neighbouring grid.",
+            "perhaps in another grid.",
         }
         return [_entry(kind, text, wide, dot) for kind, text in said.items() if counts.get(kind, 1)]
 

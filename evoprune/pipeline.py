@@ -194,8 +194,8 @@ class VideoQA:
 
         Args:
             path, how: what `prepare` takes: `fps`, `frames`, `start_s`, `end_s` and so on.
-            progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes through
-                some of the tower's layers together, with "layers", those done and those in all.
+            progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
+                through some of the tower's layers together, with "layers", those done and those in all.
             on_plan: called with the plan, as it is without pruning, before the first frame is read.
             on_encode: the same once it is sure that frames will be read: the video was not in the cache.
 

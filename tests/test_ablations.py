@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from evoprune import ablations, methods
-from evoprune.ablations import ABLATIONS, PAPER, Ablation, specs, table
+from evoprune.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
+from evoprune.evaluation import Settings
 from evoprune.scores import in_points, paired_difference
 
 
@@ -45,6 +46,31 @@ def test_differences_are_paired():
     assert in_points(*paired_difference(better, others)).startswith(f"{share:+.1f} (")
     low, high = in_points(*paired_difference(better, others)).split("(")[1].rstrip(")").split(" to ")
     assert 0 < float(low) < share < float(high) < 100
+
+
+class Run:
+    """What `report` reads of an evaluation."""
+
+    settings = Settings("demo", (0.1,), specs(("merging",)), split="validation", seed=7)
+
+    def __init__(self):
+        each = [(spec, {"row": "method", "method": spec, "budget": 0.1}) for spec in self.settings.methods]
+        self.samples = [
+            sample(spec, 0.1, f"v{v}", 0, right=v % 2 == 0) | row | {"groups": ["static" if v % 2 else "panning"]}
+            for spec, row in [*each, ("", {"row": "full", "method": "none", "budget": 1.0})]
+            for v in range(6)
+        ]
+
+
+def test_a_report_may_be_of_one_group():
+    assert report(["merging"], Run()).startswith(
+        "6 clips of split 'validation', block 7, 6 questions; with nothing pruned 50.0%"
+    )
+    said = report(["merging"], Run(), "panning")
+    assert said.startswith(
+        "3 clips of split 'validation', block 7, group 'panning', 3 questions; with nothing pruned 100.0%"
+    )
+    assert said.count("| 100.0 |") == len(ABLATIONS["merging"].variants)
 
 
 def test_the_table_holds_every_variant_at_every_budget():
