@@ -37,7 +37,7 @@ PAPER = (
     "evoprune-paper:allocation=skip:attention=0.1:critical=0.1"  # the paper's form; the defaults came of these tables
 )
 OURS = "evoprune"
-LATE = "evoprune:depth=1:merge=0.5:alpha=4"  # rows merged early, and chosen after the tower alone
+LATE = "evoprune:depth=1:merge=0.5:last=0.25:alpha=4:reuse=12"  # rows merged early, and chosen after the tower alone
 NO_ATTENTION = "attention=0:critical=0"
 ABLATIONS = {
     "allocation": Ablation(
@@ -110,7 +110,7 @@ ABLATIONS = {
         OURS,
         {"0.125": ""}
         | {str(depth): f"depth={depth}" for depth in (0.25, 0.375, 0.5, 0.75)}
-        | {"1, merging early": "depth=1:merge=0.5"},
+        | {"1, merging early": "depth=1:merge=0.5:last=0.25"},
     ),
     "merging": Ablation(
         "Rows left by merging before the choice", OURS, {"all": ""} | {str(m): f"merge={m}" for m in (0.75, 0.5, 0.35)}

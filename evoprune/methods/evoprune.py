@@ -1,13 +1,15 @@
 """evoprune, this project's own method: encode what changes, choose early what stands for the rest, and read that.
 
 Before the tower each unit is compared with its reference, the same place where it was last encoded, and encoded only if it has
-changed (pruning/reference.py). In the tower's first layers the rows that are left merge by similarity alone, inside blocks of
-neighbouring grids. Then the rows for the rest of the tower are chosen among all units of the clip, each at its own place and time,
-far apart in features and in time (pruning/select.py). A chosen row is the mean of the units it is nearest to and stands for them
-from there on, so what has not changed in itself sees again what has changed around it. The language model reads these rows, and
-its attention counts each as more than one: what many units show would otherwise weigh as little as what one shows.
+changed (pruning/reference.py). After the first eighth of the tower's layers every unit of the clip has a feature, its row's, at its
+own place and time. The rows for the other layers are chosen among all of these, far apart in features and in time
+(pruning/select.py). A chosen row is the mean of the units it is nearest to and stands for them from there on; where the same thing
+is chosen at another time too, it sees there what has changed around it. The language model reads these rows, and its attention
+counts each as more than one: what many units show would otherwise weigh as little as what one shows.
 
-The encoder's budget and the language model's are two: where they differ the choice is made once more, after the tower.
+The encoder's budget and the language model's are two: where they differ the choice is made once more, after the tower. Rows may
+also merge before the choice, by similarity alone and inside blocks of neighbouring grids, as `evoprune-paper` does it; so they did
+before the choice was made inside the tower (`depth=1:merge=0.5`), which costs twice as many rows (docs/ablations.md).
 """
 
 import math
@@ -26,8 +28,6 @@ from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.select import ALPHA, choose_units, nearest_chosen
 
 OWN = "own"
-# Share of the units that the encoder goes on computing at lower budgets, too.
-LEAST = 0.0
 # How near a chosen token every unit is under `--budget auto`.
 WITHIN = 0.1
 
@@ -39,10 +39,10 @@ class EvoPrune(EvoPrunePaper):
     reuse: by how many levels of 255 a unit must differ from its reference to be encoded anew; 0 for no references.
     refresh: in so many grids each unit has its turn to be encoded anew, wherever anything in the grid has changed: what surrounds
         it is part of its feature; 0 for never.
-    merge: share of a block's units that are left as rows after merging, unless the encoder's budget is larger; 1 for no merging.
+    merge: share of a block's units that are left as rows after merging, unless as many go on anyway; 1 for no merging.
     depth: part of the tower's layers after which the rows for the rest are chosen; 1 for none of them, but after the tower.
     encoder_budget: share of the units that are rows from there on, whatever the budget is, if there are as many; None for the
-        budget itself, but at least LEAST. Where none are chosen inside the tower, the share that is left after merging.
+        budget itself. Where none are chosen inside the tower, the share that is left after merging.
     floor: share of an even spread over the grids that each of them gets at least of the rows that are chosen; 0 for none, 1 for the
         even spread itself.
     alpha: weight of time in the choice.
@@ -60,7 +60,7 @@ class EvoPrune(EvoPrunePaper):
 
     allocation: str = "mean"
     first: float = 0.0
-    last: float = 0.25
+    last: float = 0.125
     diversity: float = 0.0
     attention: float = 0.0
     critical: float = 0.0
@@ -72,7 +72,7 @@ class EvoPrune(EvoPrunePaper):
     depth: float = 0.125
     encoder_budget: float | None = None
     floor: float = 0.0
-    alpha: float = 1.5
+    alpha: float = ALPHA
     within: float = 0.0
     average: bool = True
     count: float = 0.5
@@ -124,7 +124,7 @@ class EvoPrune(EvoPrunePaper):
         return replace(self, within=self.within or WITHIN) if self.choice == OWN else super().automatic()
 
     def encoder_share(self, budget: float) -> float:
-        return max(budget, LEAST) if self.encoder_budget is None else self.encoder_budget
+        return budget if self.encoder_budget is None else self.encoder_budget
 
     def allowance(self, units: int, due: int) -> int:
         if self._narrows:
@@ -155,7 +155,7 @@ class EvoPrune(EvoPrunePaper):
         """How many go on."""
         if self.encoder_budget is not None:
             return max(1, round(self.encoder_budget * units))
-        return max(keep, round(LEAST * units))
+        return keep
 
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor | Selection:
         if self.choice != OWN:

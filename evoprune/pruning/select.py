@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from evoprune.pruning.budget import spread
 
-ALPHA = 4.0
+ALPHA = 1.5
 DIMENSIONS = 128  # to which features are projected
 FEW = 512  # rows, up to which features are not projected
 POOL = 512  # candidates looked at between two passes over all of them; a matter of speed alone
