@@ -181,7 +181,7 @@ ABLATIONS = {
     "auto": Ablation(
         "How near a chosen token every unit is before `-b auto` stops (at -b 0.5)",
         OURS,
-        {"all of the budget": ""} | {str(d): f"within={d}" for d in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)},
+        {"all of the budget": ""} | {str(d): f"within={d}" for d in (0.01, 0.02, 0.03, 0.05, 0.1)},
     ),
     "time": Ablation("Weight of time in the choice", OURS, {"1.5": ""} | {str(a): f"alpha={a}" for a in (0, 0.5, 1, 2, 4)}),
     "choice": Ablation(
