@@ -1,7 +1,8 @@
 """Every method at the same budgets on the same clips, as a document and a chart: `python -m evoprune.comparison`.
 
-The rows are all methods, `evoprune` with more and with fewer rows in the encoder, and `evoprune` with each method after the encoder
-as its choice (`evoprune:choice=NAME`), so that what is saved inside the encoder and what is read of it can be compared apart. Each
+The rows are all methods; `evoprune` with more and with fewer rows in the encoder; and its references in time before each method
+that chooses after the encoder (`evoprune:choice=NAME`) and before its own choice (`evoprune:depth=1`), so that what is saved in
+time and what is read of it can be compared apart. Each
 row answers the same questions about the demo's clips, once in every model given; each model's run has a folder, and the same
 command goes on where one was cut short.
 
@@ -30,13 +31,16 @@ from evoprune.pruning.budget import parse_budget
 from evoprune.run_folder import SETTINGS
 
 BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
-SHARES = (0.75, 0.25)  # of the encoder, beside the default: more and fewer
+SHARES = (
+    0.6,
+    0.15,
+)  # of the encoder, where the default is as many as are read: more; and fewer, but at the least budget
 
 
 def compared() -> list[str]:
     """What is compared: methods by name, this package's own first, then `evoprune` in its other forms."""
     names = [name for name in methods.available() if name != "none"]
-    shares = [f"{SHARE}{share:g}" for share in SHARES]
+    shares = [*(f"{SHARE}{share:g}" for share in SHARES), f"{OURS}:depth=1"]
     return [*names, *shares, *(f"{OURS}:choice={name}" for name in names if methods.get(name).acts == "after")]
 
 

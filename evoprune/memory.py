@@ -36,22 +36,25 @@ def _gib(size: int) -> str:
     return f"{max(0, size) / 2**30:.1f} GiB"
 
 
-def working_memory(config: Config, units: int, at_once: int, prompt: int, bytes_each: int) -> int:
+def working_memory(config: Config, units: int, at_once: int, prompt: int, bytes_each: int, late: int = 0) -> int:
     """Bytes that are in use at once beside the weights, roughly.
 
     Args:
         units: N, of the video. `at_once`: that go through the tower together, at most.
         prompt: tokens that the language model reads.
         bytes_each: of a weight.
+        late: rows that go through a part of the tower together, chosen among those that all units have before it; 0 for none.
     """
     at_once = min(units, at_once)
     vision = config.vision_config
-    # Of each unit a token, or a row inside the tower, where rows for the rest of it are chosen among all of them; those then go
-    # through it together, but for the gated layers.
-    rows = units * max(vision.out_hidden_size, PATCHES * vision.hidden_size) * bytes_each
+    wide = PATCHES * vision.hidden_size
+    rows = units * vision.out_hidden_size * bytes_each
     tower = pixel_bytes(config, at_once, bytes_each) + tower_bytes(config, at_once, bytes_each)
-    together = prompt * PATCHES * 12 * vision.hidden_size * 4
-    return SMALL_CHANGE + rows + max(tower, together, language_bytes(config, prompt, bytes_each))
+    if late:
+        # What all units have, once more as it is compared; then the few, without the gated layer, which takes them in turn.
+        rows = 2 * units * wide * bytes_each
+        tower = max(tower, late * wide * (12 * 4 + bytes_each))
+    return SMALL_CHANGE + rows + max(tower, language_bytes(config, prompt, bytes_each))
 
 
 def pixel_bytes(config: Config, units: int, bytes_each: int) -> int:

@@ -22,6 +22,7 @@ from evoprune.vision.devices import units_at_a_time
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import Unchosen, choose, encode_rows
 from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.tower import tower_shape
 
 if TYPE_CHECKING:
     from evoprune.pipeline import VideoQA
@@ -172,6 +173,18 @@ class PreparedVideo:
         block = method.block if method.merges(self.keep / self.plan.visual_tokens) else 1
         return block * height * width
 
+    @property
+    def _late(self) -> int:
+        """Rows that are chosen inside the tower, at most; 0 where none are."""
+        method, units = self.qa.method, self.plan.visual_tokens
+        budget = self.keep / units
+        if (
+            not method.merges(budget)
+            or method.narrows_after(tower_shape(self.qa.loaded.model.model.visual), budget) is None
+        ):
+            return 0
+        return min(units, max(self.keep, round(method.encoder_share(budget) * units)))
+
     def _at_once(self) -> int:
         """How many units to encode at a time: fewer than is usual here where memory is short.
 
@@ -179,7 +192,8 @@ class PreparedVideo:
             OutOfMemory: there is not enough even for a block, or for the prompt.
         """
         model, plan, least = self.qa.loaded.model, self.plan, self._least
-        at_once, sizes = units_at_a_time(model.device), (self.keep + TEXT, model.dtype.itemsize)
+        at_once = units_at_a_time(model.device)
+        sizes = self.keep + TEXT, model.dtype.itemsize, self._late
         while short := shortage(
             working_memory(model.config, plan.visual_tokens, max(least, at_once), *sizes), str(model.device)
         ):

@@ -1,6 +1,6 @@
 """The encoder's rows of a video, computed once for all methods and budgets that would have the tower do the same.
 
-Methods that act after the encoder, and the choices that can be put behind one that merges inside it, differ only in what they pick.
+Methods that act after the encoder, and the choices that can be put behind one that acts inside it, differ only in what they pick.
 """
 
 from collections import OrderedDict
@@ -12,8 +12,9 @@ import torch
 from evoprune.methods.base import Method
 from evoprune.vision.encoder import Unchosen, encode_rows
 
-# Encodings: so many that `evoprune` at three budgets and its choices, which need attention, keys, both or nothing, share theirs.
-HELD = 16
+# Encodings: so many that at three budgets the choices behind `evoprune`, which need attention, keys, both or nothing, share theirs,
+# whatever comes between them.
+HELD = 32
 
 
 class SharedRows:

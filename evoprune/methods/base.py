@@ -1,7 +1,7 @@
 """What a pruning method is: a small frozen dataclass whose fields are its settings and whose hooks do nothing by default.
 
-A method may act on the `input` (`plan`), `inside` the encoder (`rows`, `match`) and `after` it (`select`). It says in `needs` what
-it wants to be given and gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
+A method may act on the `input` (`plan`), `inside` the encoder (`rows`, `match`, `narrow`) and `after` it (`select`). It says in
+`needs` what it wants to be given and gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
 """
 
 from collections.abc import Mapping
@@ -259,7 +259,7 @@ class Method:
     def narrows_after(self, tower: TowerShape, budget: float) -> int | None:
         """After how many of the tower's layers, at least one, `narrow` says which rows go on; None for never.
 
-        All of the video goes through the layers after it together.
+        All of the video goes through the layers after it together. Who narrows is given nothing but the rows after the encoder.
         """
         return None
 

@@ -88,6 +88,8 @@ class EvoPrune(EvoPrunePaper):
             raise ValueError("floor is a share of an even spread, from 0 to 1")
         if not (0 < self.merge <= 1 and 0 < self.depth <= 1):
             raise ValueError("merge is a share of units, depth of layers, above 0 and up to 1")
+        if self._narrows and self.merge < 1 and self.last > self.depth:
+            raise ValueError("rows merge before they are chosen: last is at most depth")
         if self.encoder_budget is not None and not 0 < self.encoder_budget <= 1:
             raise ValueError("encoder_budget is a share of units, above 0 and up to 1")
         if self.reuse and not self.size_bias:
@@ -106,7 +108,7 @@ class EvoPrune(EvoPrunePaper):
     def merger(self) -> Method:
         if self._narrows:
             return replace(self, count=0.0)
-        return replace(self, alpha=ALPHA, within=0.0, average=True, count=0.0, choice=OWN, depth=1.0)
+        return replace(self, alpha=ALPHA, within=0.0, floor=0.0, average=True, count=0.0, choice=OWN, depth=1.0)
 
     @property
     def exact(self) -> bool:
@@ -124,7 +126,9 @@ class EvoPrune(EvoPrunePaper):
         return replace(self, within=self.within or WITHIN) if self.choice == OWN else super().automatic()
 
     def encoder_share(self, budget: float) -> float:
-        return budget if self.encoder_budget is None else self.encoder_budget
+        if self.encoder_budget is not None:
+            return self.encoder_budget
+        return budget if self._narrows else max(budget, self.merge)
 
     def allowance(self, units: int, due: int) -> int:
         if self._narrows:
@@ -160,11 +164,15 @@ class EvoPrune(EvoPrunePaper):
     def select(self, tokens: Tokens, keep: int) -> torch.Tensor | Selection:
         if self.choice != OWN:
             return self.chooser.select(tokens, keep)
-        if tokens.home is not None and (self.within or len(tokens.home) == keep):
+        if tokens.home is not None and self._is_enough(len(tokens.home), keep, len(tokens.owner)):
             return Selection(tokens.home, tokens.owner, None, self._counts(tokens.owner, len(tokens.home)))
         if keep == len(tokens.owner):
             return torch.arange(keep)
         return self._chosen(tokens, keep)
+
+    def _is_enough(self, rows: int, keep: int, units: int) -> bool:
+        """Whether the rows that were chosen inside the tower are what is to be read."""
+        return rows == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= rows <= keep)
 
     def _chosen(self, tokens: Tokens, keep: int) -> Selection:
         """`keep` units, or as many as it takes, and which of them stands for each of the others."""

@@ -16,7 +16,7 @@ The choice is the exact greedy one; nothing as large as N x N, nor N x K, is eve
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -29,6 +29,7 @@ ALPHA = 1.5
 DIMENSIONS = 128  # to which features are projected
 FEW = 512  # rows, up to which features are not projected
 POOL = 512  # candidates looked at between two passes over all of them; a matter of speed alone
+AT_ONCE = 1024  # rows of which there are float32 copies
 PIECE = 1 << 20  # numbers in the largest tensor of a pass
 STEP = 1 / 16384  # distances are told apart to this; see `evoprune.pruning.score.settle`
 
@@ -96,7 +97,7 @@ def choose_units(
 
     start = []
     if floor:
-        due = spread(keep, grid[0])
+        due = spread(least if within else keep, grid[0])
         for there, share in zip(_by_grid(units, grid), due, strict=True):
             few = min(math.floor(floor * share), len(there))
             if few:
@@ -170,13 +171,19 @@ def points_and_salience(
         float32 `[E, d]`, points with |p_i - p_j|^2 / 2 = 1 - cos(f_i, f_j), about, if projected; equal features give equal
         points. And the salience `[E]`, from the features themselves, at most 1; all 0 where none stands out.
     """
-    unit = F.normalize(features.float(), dim=1)
-    mean = count.float() @ unit / count.sum()
-    salience = _settle(1 - unit @ F.normalize(mean, dim=0)) * (count > 0)
+
+    def units() -> Iterator[torch.Tensor]:  # float32 and of length one, of a few rows at a time, for a row may be long
+        return (F.normalize(some.float(), dim=1) for some in features.split(AT_ONCE))
+
+    weight = count.float().split(AT_ONCE)
+    mean = sum(of @ unit for of, unit in zip(weight, units(), strict=True)) / count.sum()
+    common = F.normalize(mean, dim=0)
+    salience = _settle(torch.cat([1 - unit @ common for unit in units()])) * (count > 0)
     salience /= salience.max().clamp(min=STEP)
-    if dimensions and unit.shape[1] > 4 * dimensions and len(unit) > FEW:  # else there is nothing to gain
-        unit = unit @ _projection(unit.shape[1], dimensions).to(unit.device)
-    return unit, salience
+    if not dimensions or features.shape[1] <= 4 * dimensions or len(features) <= FEW:  # there is nothing to gain
+        return torch.cat(list(units())), salience
+    to = _projection(features.shape[1], dimensions).to(features.device)
+    return torch.cat([unit @ to for unit in units()]), salience
 
 
 @lru_cache(maxsize=8)

@@ -1,11 +1,14 @@
-"""The vision tower, run on a model's weights, with rows merged between its layers.
+"""The vision tower, run on a model's weights, with rows merged or chosen between its layers.
 
 Video comes in as patches, grid after grid, and is encoded in chunks of whole grids: no layer of the tower looks across grids, but
 for references to earlier ones, of which keys and values are kept. So memory stays constant and the result does not depend on the
 chunk size. Without pruning the output is Hugging Face's, up to rounding.
 
-How many rows each layer leaves is known before the tower runs. So on a GPU every shape is known too, the host never waits for a
-result before it asks for the next one, and what has to be looked at is looked at once, when all is encoded.
+A method may choose, after some layers, which rows go through the others. It chooses among all of the video, so from there on all of
+it goes together, as many rows as were chosen, and what they are chosen from is held until then.
+
+How many rows merging leaves after each layer is known before the tower runs. So on a GPU every shape is known too, and the host
+waits for a result only where rows are chosen, and at the end, when all is looked at that has to be.
 """
 
 from collections.abc import Callable, Iterable
@@ -77,7 +80,7 @@ class Unchosen:
     Attributes:
         method, keep: by whom, and how many tokens.
         tokens: what there is to choose from; by the method's own `select` only if it `selects` here.
-        inside: whether rows were merged.
+        inside: whether rows were merged or chosen inside the tower.
         home: int64 `[E]`, the unit at whose place each row sits.
         source: int64 `[T, H*W]` on the CPU, the number of the grid whose pixels stand for each unit, its own if they are its own.
         layers: as in `Encoded`.
@@ -131,7 +134,9 @@ def encode_rows(
     inside, selects = method.merges(budget), method.chooses(budget)
     early = method.narrows_after(tower, budget) if inside else None
     layers = range(tower.depth if early is None else early)
-    gathering = Gathering(method, tower, early or 0) if selects and method.needs_after else None
+    gathering = Gathering(method, tower) if selects and method.needs_after else None
+    if gathering and early is not None:
+        raise TypeError(f"method {method.name} narrows, so it is given nothing but the rows after the encoder")
     block, reuse = (method.block, method.reuse) if inside else (1, 0.0)
     shares = spread(keep, count)
     plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
@@ -176,7 +181,7 @@ def encode_rows(
             x = embed(visual, devices.uploaded(chunk.patches, weight.device))
             x, layout = run_layers(visual, tower, layers, x, layout, plan, method, watch, wrong, last, past, gathering)
             order = layout.home.argsort()
-            if gathering and early is None:
+            if gathering:
                 with watch:
                     gathering.settle(layout, order)
             number = order.argsort() + base  # of each row among all rows
@@ -195,46 +200,49 @@ def encode_rows(
         owners.append(owner)
         homes.append(layout.home[order] + chunk.first * geo.units)
         base += len(order)
-    rows, owner, home = torch.cat(rows), torch.cat(owners), torch.cat(homes)
-    chosen = None
+    rows, owner, home, narrowed = torch.cat(rows), torch.cat(owners), torch.cat(homes), False
     if early is not None:
         if not _all(finite):
             raise not_finite("encode")
+        x = chunk = past = None  # nobody needs them any more
         tokens = Tokens(rows, owner, grid, seconds_per_grid, seed)
+        del rows
         with devices.here(weight.device):
-            chosen = _narrowed(visual, early, tokens, home, method, keep, watch)
-            rows, owner, home = chosen or (rows, owner, home)
+            with watch:
+                chosen = _narrowed(visual.blocks[early].norm1, tokens, method, keep)
+                narrowed = chosen is not None
+                rows, owner, home = chosen or (tokens.rows, owner, home)
+                layout, order = chosen_layout(geo, count, home, owner)
+            x, tokens, chosen, rows = rows[order], None, None, None
             computed[early:] = [len(home)] * (tower.depth - early)
-            layout, order = chosen_layout(geo, count, home, owner)
             x, _ = run_layers(
-                visual, tower, range(early, tower.depth), rows[order], layout, None, method, watch, wrong,
-                gathering=gathering, at_once=at_once, on_layer=lambda done: on_layer(done, tower.depth),
+                visual, tower, range(early, tower.depth), x, layout, None, method, watch, wrong,
+                at_once=at_once, on_layer=lambda done: on_layer(done, tower.depth),
             )  # fmt: skip
-            back = order.argsort()
-            if gathering:
-                gathering.settle(layout, back)
-            rows = torch.cat([merged_patches(visual, part) for part in x[back].split(at_once)])
+            rows = torch.cat([merged_patches(visual, some) for some in x[order.argsort()].split(at_once)])
             finite.append(is_finite(rows))
     given = gathering.collected() if gathering else {}
-    tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, given, home if chosen else None)
+    tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, given, home if narrowed else None)
     layers = list(enumerate(computed))
     return Unchosen(method, keep, tokens, selects, inside, home, torch.cat(sources), layers, watch, even, wrong, finite)
 
 
 def _narrowed(
-    visual, early: int, tokens: Tokens, home: torch.Tensor, method: Method, keep: int, watch: Stopwatch
+    next_norm, tokens: Tokens, method: Method, keep: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The rows that go on after `early` layers, `[R, 4, hidden]`, the owner of each unit among them, and the unit at whose place
-    each sits; None if they are those that are there. Arguments as in `encode_rows`; the rows of `tokens` are `[E, 4, hidden]`.
+    """The rows that go on, `[R, 4, hidden]`, the owner of each unit among them, and the unit at whose place each sits; None if they
+    are those that are there.
+
+    Args:
+        next_norm: of the layer that they go on to. Rows are compared as it takes them in: it leaves little of the few channels that
+            are large in all of them.
+        tokens: with rows `[E, 4, hidden]`.
     """
-    with watch:
-        # Compared as the next layer takes them in: what its norm leaves of the few channels that are large in all of them.
-        rows = norm(tokens.rows, visual.blocks[early].norm1.weight).flatten(1)
-        chosen = method.narrow(replace(tokens, rows=rows), keep)
-        if chosen is None:
-            return None
-        means = chosen.features(tokens.rows.flatten(1), tokens.owner)
-        return means.view(-1, *tokens.rows.shape[1:]), chosen.owner, chosen.kept
+    chosen = method.narrow(replace(tokens, rows=norm(tokens.rows, next_norm.weight).flatten(1)), keep)
+    if chosen is None:
+        return None
+    means = chosen.features(tokens.rows.flatten(1), tokens.owner)
+    return means.view(-1, *tokens.rows.shape[1:]), chosen.owner, chosen.kept
 
 
 def _all(flags: list[torch.Tensor]) -> bool:
@@ -280,7 +288,7 @@ def selected(video: Unchosen, question: torch.Tensor | None = None) -> torch.Ten
 def _settled(video: Unchosen) -> tuple[bool, float]:
     """Looks at all that was left to be looked at: whether the video is flat, and the seconds of pruning.
 
-    The one place where the host waits for a GPU.
+    The one place where the host waits for a GPU, but for where rows are chosen.
 
     Raises:
         ModelError: some row is not finite. RuntimeError: some group did not lose the rows that it had to.

@@ -17,13 +17,12 @@ class Gathering:
     Args:
         method: asks; it may not ask for more than there is.
         tower: whose last full-attention layer, `layer`, is looked at.
-        after: layers after which rows were chosen; what was before them says nothing of those.
 
     Raises:
-        TypeError: something unknown was asked for. ValueError: the tower has no layer that sees whole grids, or none after those.
+        TypeError: something unknown was asked for. ValueError: the tower has no layer that sees whole grids.
     """
 
-    def __init__(self, method: Method, tower: TowerShape, after: int = 0):
+    def __init__(self, method: Method, tower: TowerShape):
         if unknown := sorted(method.needs_after - set(KNOWN)):
             raise TypeError(
                 f"method {method.name} needs {unknown[0]!r}; after the encoder there is {' and '.join(KNOWN)}"
@@ -31,10 +30,6 @@ class Gathering:
         if not tower.full_layers:
             raise ValueError(f"method {method.name} needs a layer that sees whole grids, and this tower has none")
         self.layer = max(tower.full_layers)
-        if self.layer < after:
-            raise ValueError(
-                f"method {method.name} needs a layer that sees whole grids after layer {after}, and there is none"
-            )
         self._collected: dict[str, list[torch.Tensor]] = {name: [] for name in sorted(method.needs_after)}
         self._seen: tuple[TokenLayout, dict[str, torch.Tensor]] | None = None
 

@@ -72,7 +72,7 @@ class TokenLayout:
         home: int64 `[R]`, the unit at whose place each row sits; in window order.
         owner: int64 `[N]`, the row that stands for each unit, or -1 for a dropped one. From R on it is a row of the grids before
             these, of which only keys and values are left: R + p for the one that is the reference of place p.
-        reach: how far apart a unit and its owner may be: in the same place, in one window, grid or block, or anywhere before it in
+        reach: how far apart a unit and its owner may be: in the same place, in one window, grid or block, or anywhere in
             the clip. Groups at least that wide contain all rows that matter to them.
         counts: rows of each block, where the host knows them.
         block: grids of a block, the widest that rows are merged in.
@@ -170,14 +170,15 @@ def chosen_layout(
 
     Args:
         kept: int64 `[K]`, ascending: the units that are rows.
-        stands: int64 `[T * H*W]`, indices into `kept`.
+        stands: int64 `[T * H*W]`, indices into `kept`, -1 for a unit that is dropped.
 
     Returns:
         The layout; and int64 `[K]`, which of `kept` each of its rows is.
     """
     place = geo.order.argsort()  # where each place comes in window order
     order = (kept // geo.units * geo.units + place[kept % geo.units]).argsort()
-    layout = TokenLayout(geo, grids, kept[order], order.argsort()[stands], "clip", None, block)
+    owner = torch.where(stands >= 0, order.argsort()[stands.clamp(min=0)], -1)
+    layout = TokenLayout(geo, grids, kept[order], owner, "clip", None, block)
     return layout, order
 
 

@@ -206,6 +206,24 @@ def test_a_budget_of_the_encoders_own_is_a_setting():
         assert plain.encoder_share(budget) == budget and own.encoder_share(budget) == 0.4
 
 
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("evoprune", 0.1), ("evoprune:merge=0.5", 0.1), ("evoprune:encoder_budget=0.3", 0.3), ("evoprune:depth=1", 1.0),
+        ("evoprune:depth=1:merge=0.5", 0.5), ("evoprune:choice=divprune", 1.0), ("evoprune:choice=divprune:merge=0.05", 0.1),
+        ("evoprune:choice=divprune:encoder_budget=0.2", 0.2),
+    ],
+)  # fmt: skip
+def test_the_encoders_share_is_what_is_left_of_its_rows(name, share):
+    assert methods.get(name).encoder_share(0.1) == share
+
+
+def test_rows_merge_before_they_are_chosen():
+    with pytest.raises(UsageError, match="last is at most depth"):
+        methods.get("evoprune:merge=0.5:last=0.5")
+    assert methods.get("evoprune:merge=0.5:last=0.5:depth=1").merge == 0.5
+
+
 def test_how_many_rows_may_be_left_after_merging():
     allowed = {
         "evoprune": (96, 96),

@@ -1,15 +1,18 @@
 """Rows chosen between the tower's layers, for all layers after them."""
 
-from dataclasses import replace
+from copy import deepcopy
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evoprune.errors import ModelError
+from evoprune.methods.base import Selection
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.none import Nothing
 from evoprune.pruning.select import nearest_chosen
+from evoprune.vision import devices
 from evoprune.vision.encoder import encode
 from evoprune.vision.layout import chosen_layout, geometry, window_order
 from tests.vision.clips import changes, clip
@@ -49,7 +52,7 @@ def test_chosen_rows_against_loops(share, keep, full_layers):
     for method in (
         EvoPrune(),
         EvoPrune(depth=0.5, merge=1.0, alpha=1.0),
-        EvoPrune(depth=0.75, first=0.0, last=0.8, merge=0.2, block=2),
+        EvoPrune(depth=0.75, last=0.75, merge=0.2, block=2),
         EvoPrune(average=False, reuse=0.0),
         EvoPrune(encoder_budget=0.3, count=0.0),
     ):
@@ -83,7 +86,7 @@ def test_chosen_rows_against_loops(share, keep, full_layers):
 def test_counts_are_exact_and_chunks_leave_no_trace(
     grid, share, seed, share_kept, encoder_share, depth, merge, chunk_units
 ):
-    method = EvoPrune(encoder_budget=encoder_share, depth=depth, merge=merge)
+    method = EvoPrune(encoder_budget=encoder_share, depth=depth, last=depth, merge=merge)
     n = units(grid)
     keep = max(1, round(n * share_kept))
     changed = changes(grid, share, seed)
@@ -134,21 +137,58 @@ def test_a_clip_in_which_nothing_happens_is_its_first_grid_if_that_is_kept(grids
     assert {rows for _, rows in encode(tiny_tower(), [patches], grid, EvoPrune(merge=1.0), 4).layers} == {15, 4}
 
 
-def test_rows_of_a_grid_see_what_stands_for_its_units_elsewhere():
-    """A unit that has not changed is shown again, at a time when its surroundings have: then it is another one."""
-    grid = (2, 4, 4)
-    changed = torch.zeros(2, 16, dtype=torch.bool)
-    changed[0], changed[1, :8] = True, True
-    patches = clip(grid, changed, drift=0)
+def test_what_has_not_changed_sees_what_has_around_it():
+    """The same row is shown in two grids, whose other half has changed in between: only what it sees there tells them apart."""
+    grid, unit = (2, 4, 4), torch.arange(32)
+    changed = torch.ones(2, 16, dtype=torch.bool)
+    changed[1, 8:] = False
+    kept, before = torch.tensor([0, 15, 16, 31]), []
 
     class Again(EvoPrune):
         def narrow(self, tokens, keep):
-            assert len(tokens.rows) == 24
-            return replace(super().narrow(tokens, keep), kept=torch.tensor([15, 31]), owner=torch.arange(32) // 16)
+            before.append(tokens.rows[tokens.owner[kept]])
+            weight = torch.zeros(32).index_fill_(0, kept, 1.0)
+            return Selection(kept, torch.where(unit % 16 < 8, 0, 1) + unit // 16 * 2, weight)
 
-    made = encode(tiny_tower(), [patches], grid, Again(merge=1.0, average=False), 2)
-    assert made.kept.tolist() == [15, 31]
-    assert not torch.allclose(made.rows[0], made.rows[1], atol=1e-3)
+    made = encode(tiny_tower(), [clip(grid, changed, drift=0)], grid, Again(merge=1.0), 4)
+    assert torch.equal(before[0][1], before[0][3]) and not torch.equal(before[0][0], before[0][2])
+    assert (made.rows[1] - made.rows[3]).norm() > 0.1
+
+
+def test_a_row_is_seen_by_the_grids_whose_units_it_stands_for():
+    """One row of the second grid stands for half of the first one: what the first grid's row becomes depends on it."""
+    grid, unit, kept = (2, 4, 4), torch.arange(32), torch.tensor([0, 31])
+    made = []
+    for stands in (torch.where(unit < 8, 0, 1), unit // 16):
+
+        class Across(EvoPrune):
+            def narrow(self, tokens, keep, stands=stands):
+                return Selection(kept, stands, torch.zeros(32).index_fill_(0, kept, 1.0))
+
+        patches = clip(grid, changes(grid, 1.0))
+        made.append(encode(tiny_tower(), [patches], grid, Across(merge=1.0), 2).rows[0])
+    assert (made[0] - made[1]).norm() > 0.1
+
+
+def test_units_may_be_dropped():
+    class Drops(EvoPrune):
+        def narrow(self, tokens, keep):
+            return Selection(
+                torch.tensor([3, 20]), torch.where(torch.arange(32) < 20, -1, 1).index_fill_(0, torch.tensor(3), 0)
+            )
+
+    made = encode_clip((2, 4, 4), changes((2, 4, 4), 1.0), Drops(count=0.0), 2)
+    assert made.kept.tolist() == [3, 20] and torch.bincount(made.owner[made.owner >= 0]).tolist() == [1, 12]
+
+
+@pytest.mark.parametrize("encoder_share", [None, 0.02, 0.3, 0.9])
+@pytest.mark.parametrize("within", [1e-6, 0.02, 0.2, 9.0])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def test_auto_stays_between_a_twentieth_and_what_it_may(share, within, encoder_share):
+    grid, keep = (10, 4, 6), 120
+    made = encode_clip(grid, changes(grid, share), EvoPrune(within=within, encoder_budget=encoder_share), keep)
+    assert 12 <= len(made.kept) == len(made.features) <= keep
+    check_books(made, grid, None)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -175,10 +215,26 @@ def test_nor_does_any_clip_tell(monkeypatch, grid, share, keep, encoder_share, f
     both_ways(monkeypatch, grid, method, max(1, round(units(grid) * keep)), kernel, full_layers, 60, patches)
 
 
-def test_numbers_that_are_none_are_found_before_anything_is_chosen():
-    from evoprune.errors import ModelError
-
-    visual, patches = tiny_tower(), random_patches((2, 3, 5))
+def test_numbers_that_are_none_are_found_before_anything_is_chosen(monkeypatch):
+    patches = random_patches((2, 3, 5))
     patches[7] = float("nan")
-    with pytest.raises(ModelError):
-        encode(visual, [patches], (2, 3, 5), EvoPrune(reuse=0.0), 6)
+    monkeypatch.setattr(EvoPrune, "narrow", lambda *_: pytest.fail("chosen"))
+    monkeypatch.setattr(devices, "static_shapes", lambda device: True)  # where chunks are not looked at one by one
+    with pytest.raises(ModelError, match="encode"):
+        encode(tiny_tower(), [patches], (2, 3, 5), EvoPrune(reuse=0.0), 6)
+
+
+def test_nor_are_those_that_come_later_passed_on():
+    visual = deepcopy(tiny_tower())
+    with torch.no_grad():
+        visual.blocks[3].norm2.weight[2] = float("nan")
+    with pytest.raises(ModelError, match="encode"):
+        encode(visual, [random_patches((2, 3, 5))], (2, 3, 5), EvoPrune(reuse=0.0), 6)
+
+
+def test_who_narrows_may_not_ask_for_what_there_is_after_the_encoder():
+    class Asks(EvoPrune):
+        needs_after = frozenset({"keys"})
+
+    with pytest.raises(TypeError, match="narrows"):
+        encode(tiny_tower(), [random_patches((2, 3, 5))], (2, 3, 5), Asks(), 6)
