@@ -1,7 +1,8 @@
 """What a pruning method is: a small frozen dataclass whose fields are its settings and whose hooks do nothing by default.
 
 A method may act on the `input` (`plan`), `inside` the encoder (`rows`, `match`, `narrow`) and `after` it (`select`). It says in
-`needs` what it wants to be given and gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or prompts.
+`needs` what it wants to be given and gets only that. It knows nothing of windows, rotary positions, patch mergers, placeholders or
+prompts.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
 """The pruned encoder once more, slowly: Python loops over rows and groups, dense mathematics in float64.
 
 Written from what the docstrings of the encoder and of the method promise; shares nothing with them but the row counts of the
-schedule, which rows a method chooses inside the tower, and the module's weights. All grids are encoded at once, whatever refers to whatever: no chunks, nothing carried.
+schedule, which rows a method chooses inside the tower, and the module's weights. All grids are encoded at once, whatever refers to
+whatever: no chunks, nothing carried.
 """
 
 import math
