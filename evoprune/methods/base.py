@@ -139,12 +139,16 @@ class Selection:
         """
         total = torch.zeros(len(self.kept), rows.shape[1], device=rows.device)
         size = torch.zeros(len(self.kept), device=rows.device)
-        for some in (self.owner >= 0).nonzero()[:, 0].split(AT_ONCE):
-            into, weight = self.owner[some], torch.ones(len(some), device=rows.device)
-            if self.weight is not None:
-                weight = self.weight[some]
-            total.index_add_(0, into, rows[some if of is None else of[some]].float() * weight[:, None])
-            size.index_add_(0, into, weight)
+        units = (self.owner >= 0).nonzero()[:, 0]
+        into, row = self.owner[units], units if of is None else of[units]
+        weight = torch.ones(len(units), device=rows.device) if self.weight is None else self.weight[units]
+        if of is not None:  # the same row into the same token many times is common: once, and as much heavier
+            pair, back = (into * len(rows) + row).unique(return_inverse=True)
+            weight = torch.zeros(len(pair), device=rows.device).index_add_(0, back, weight)
+            into, row = pair // len(rows), pair % len(rows)
+        size.index_add_(0, into, weight)
+        for some in torch.arange(len(into), device=rows.device).split(AT_ONCE):
+            total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
         return (total / size[:, None]).to(rows.dtype)
 
 

@@ -25,11 +25,11 @@ from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.indices import tally
 from evoprune.pruning.reference import THRESHOLD
 from evoprune.pruning.schedule import TowerShape
-from evoprune.pruning.select import ALPHA, choose_units, nearest_chosen
+from evoprune.pruning.select import ALPHA, choose_units, nearest_chosen, points_and_salience
 
 OWN = "own"
 # How near a chosen token every unit is under `--budget auto`.
-WITHIN = 0.1
+WITHIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,12 @@ class EvoPrune(EvoPrunePaper):
         """`keep` units, or as many as it takes, and which of them stands for each of the others."""
         seconds = [tokens.seconds_per_grid * grid for grid in range(tokens.grid[0])]
         video = tokens.rows, tokens.owner, tokens.grid, seconds
+        known = points_and_salience(tokens.rows, tokens.owner)
         least = keep_count(AUTO_LEAST, len(tokens.owner))
-        kept = choose_units(*video, keep, alpha=self.alpha, within=self.within, least=least, floor=self.floor)
-        stands = nearest_chosen(*video, kept, alpha=self.alpha)
+        kept = choose_units(
+            *video, keep, alpha=self.alpha, within=self.within, least=least, floor=self.floor, known=known
+        )
+        stands = nearest_chosen(*video, kept, alpha=self.alpha, known=known)
         alone = None if self.average else torch.zeros(len(stands), device=stands.device).index_fill_(0, kept, 1.0)
         return Selection(kept, stands, alone, self._counts(stands, len(kept)))
 

@@ -48,6 +48,7 @@ def choose_units(
     within: float = 0.0,
     least: int = 1,
     floor: float = 0.0,
+    known: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Chooses `keep` units of one video, or as many as it takes until every unit is near a chosen one.
 
@@ -69,6 +70,7 @@ def choose_units(
         tau: seconds from which on moments are as far apart as can be; default: from the first grid to the last.
         dimensions: project features to so many if they have more than four times as many, and there are more than a few rows;
             None for never.
+        known: from `points_and_salience` for these features, owners and dimensions, if it is there already.
 
     Returns:
         int64 `[keep]`, or fewer if `within` is above 0: units, ascending.
@@ -83,7 +85,7 @@ def choose_units(
         return units
     least = min(least, keep) if within else keep
     row, time = owner[units], _time(units, grid, seconds, tau)
-    points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), dimensions)
+    points, salience = known or points_and_salience(features, owner, dimensions)
     weight = alpha / 2 * salience**2
 
     def choose(among: torch.Tensor, start: list[int], keep: int, within: float, least: int) -> torch.Tensor:
@@ -117,6 +119,7 @@ def nearest_chosen(
     alpha: float = ALPHA,
     tau: float | None = None,
     dimensions: int | None = DIMENSIONS,
+    known: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Which chosen unit stands for each unit: the nearest, ties to the lower index; a chosen one for itself.
 
@@ -129,7 +132,7 @@ def nearest_chosen(
     device = features.device
     units = (owner >= 0).nonzero()[:, 0]
     row, time = owner[units], _time(units, grid, seconds, tau)
-    points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), dimensions)
+    points, salience = known or points_and_salience(features, owner, dimensions)
     weight, half = alpha / 2 * salience**2, points.square().sum(1) / 2
     few, back = owner[kept].unique(return_inverse=True)  # the same row at many times is common
     moment = _time(kept, grid, seconds, tau)
@@ -159,31 +162,32 @@ def _time(units: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[flo
 
 
 def points_and_salience(
-    features: torch.Tensor, count: torch.Tensor, dimensions: int | None
+    features: torch.Tensor, owner: torch.Tensor, dimensions: int | None = DIMENSIONS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What distances are computed from.
 
     Args:
         features: `[E, D]`.
-        count: int64 `[E]`, units that each row stands for.
+        owner: int64 `[N]`, the row of each unit, -1 for none.
 
     Returns:
         float32 `[E, d]`, points with |p_i - p_j|^2 / 2 = 1 - cos(f_i, f_j), about, if projected; equal features give equal
         points. And the salience `[E]`, from the features themselves, at most 1; all 0 where none stands out.
     """
+    count = torch.bincount(owner[owner >= 0], minlength=len(features))
+    project = dimensions and features.shape[1] > 4 * dimensions and len(features) > FEW  # else there is nothing to gain
+    to = _projection(features.shape[1], dimensions).to(features.device) if project else None
 
     def units() -> Iterator[torch.Tensor]:  # float32 and of length one, of a few rows at a time, for a row may be long
         return (F.normalize(some.float(), dim=1) for some in features.split(AT_ONCE))
 
-    weight = count.float().split(AT_ONCE)
-    mean = sum(of @ unit for of, unit in zip(weight, units(), strict=True)) / count.sum()
+    weights = count.float().split(AT_ONCE)
+    mean = sum(weight @ unit for weight, unit in zip(weights, units(), strict=True)) / count.sum()
     common = F.normalize(mean, dim=0)
-    salience = _settle(torch.cat([1 - unit @ common for unit in units()])) * (count > 0)
-    salience /= salience.max().clamp(min=STEP)
-    if not dimensions or features.shape[1] <= 4 * dimensions or len(features) <= FEW:  # there is nothing to gain
-        return torch.cat(list(units())), salience
-    to = _projection(features.shape[1], dimensions).to(features.device)
-    return torch.cat([unit @ to for unit in units()]), salience
+    made = [(unit if to is None else unit @ to, 1 - unit @ common) for unit in units()]
+    points, apart = (torch.cat(parts) for parts in zip(*made, strict=True))
+    salience = _settle(apart) * (count > 0)
+    return points, salience / salience.max().clamp(min=STEP)
 
 
 @lru_cache(maxsize=8)

@@ -37,8 +37,8 @@ def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
 
 def distances(features, owner, grid, seconds, alpha, tau):
     """The definition: a function of a chosen unit and another, and the salience."""
-    row, place = owner[owner >= 0], grid[1] * grid[2]
-    points, salience = points_and_salience(features, torch.bincount(row, minlength=len(features)), None)
+    place = grid[1] * grid[2]
+    points, salience = points_and_salience(features, owner, None)
 
     def distance(i, j):
         lapse = torch.tensor(abs(seconds[i // place] - seconds[j // place]) / tau).clamp(max=1)
@@ -245,9 +245,8 @@ def test_features_may_be_zero():
 def test_a_projection_keeps_duplicates_and_is_always_the_same():
     features, owner = video(5, (20, 6, 8), share=0.7, wide=2048)
     features[3] = features[8]
-    count = torch.bincount(owner)
     assert len(features) > select.FEW
-    points, _ = points_and_salience(features, count, 128)
+    points, _ = points_and_salience(features, owner, 128)
     assert points.shape[1] == 128
     some = torch.arange(100)
     apart = (points[some][:, None] - points[some]).square().sum(2) / 2
@@ -256,7 +255,7 @@ def test_a_projection_keeps_duplicates_and_is_always_the_same():
     other = true > 0.1
     assert ((apart / true)[other] - 1).abs().mean() < 0.12
     select._projection.cache_clear()
-    assert torch.equal(points_and_salience(features, count, 128)[0], points)
+    assert torch.equal(points_and_salience(features, owner, 128)[0], points)
 
 
 @settings(deadline=None, max_examples=60)

@@ -79,6 +79,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
         (evoprune, "choose_units"),
         (evoprune.EvoPrune, "narrow"),
         (evoprune, "nearest_chosen"),
+        (evoprune, "points_and_salience"),
         (Selection, "features"),
     ):
         monkeypatch.setattr(where, name, pausing(getattr(where, name)))
