@@ -179,7 +179,7 @@ ABLATIONS = {
         {"keys": "", "keys after rotary": "features=keys_rotary", "hidden states": "features=hidden"},
     ),
     "auto": Ablation(
-        "How near a chosen token every unit is before `-b auto` stops (at -b 0.5)",
+        "How near a chosen unit every other is before `-b auto` stops, at most at the column's budget",
         OURS,
         {"all of the budget": ""} | {str(d): f"within={d}" for d in (0.01, 0.02, 0.03, 0.05, 0.1)},
     ),

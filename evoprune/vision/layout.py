@@ -164,7 +164,7 @@ def referring_layout(geo: Geometry, source: torch.Tensor, block: int = 1) -> Tok
 
 
 def chosen_layout(
-    geo: Geometry, grids: int, kept: torch.Tensor, stands: torch.Tensor, block: int = 1
+    geo: Geometry, grids: int, kept: torch.Tensor, stands: torch.Tensor
 ) -> tuple[TokenLayout, torch.Tensor]:
     """Some units are rows, and each of the others has one of them as its owner, wherever in the clip that one is.
 
@@ -178,8 +178,7 @@ def chosen_layout(
     place = geo.order.argsort()  # where each place comes in window order
     order = (kept // geo.units * geo.units + place[kept % geo.units]).argsort()
     owner = torch.where(stands >= 0, order.argsort()[stands.clamp(min=0)], -1)
-    layout = TokenLayout(geo, grids, kept[order], owner, "clip", None, block)
-    return layout, order
+    return TokenLayout(geo, grids, kept[order], owner, "clip"), order
 
 
 def merged_layout(

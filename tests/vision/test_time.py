@@ -109,10 +109,10 @@ def test_references_against_loops_with_other_settings(settings_, full_layers):
 # --- properties --------------------------------------------------------------------------------------------------------
 
 
-def test_a_threshold_of_zero_is_no_references():
+@pytest.mark.parametrize("method", [late(encoder_budget=0.2, reuse=0.0), EvoPrune(reuse=0.0)])
+def test_a_threshold_of_zero_is_no_references(method):
     grid = (6, 3, 5)
     still, moving = changes(grid, 0.0), changes(grid, 1.0)
-    method = late(encoder_budget=0.2, reuse=0.0)
     assert encode_clip(grid, still, method, 9).layers[0][1] == units(grid)
     # Any other threshold gives the same where everything changes by more than it, from cut to cut.
     for threshold in (1e-6, 5.0):
@@ -145,10 +145,9 @@ def test_a_clip_in_which_nothing_happens_is_its_first_grid(grids, chunk_units):
     torch.testing.assert_close(made.rows, whole.rows, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("block", [1, 4])
-def test_a_clip_of_cuts_costs_what_it_costs_without_references(block):
+@pytest.mark.parametrize("method", [late(block=1, encoder_budget=0.2), late(block=4, encoder_budget=0.2), EvoPrune()])
+def test_a_clip_of_cuts_costs_what_it_costs_without_references(method):
     grid = (9, 5, 6)
-    method = late(block=block, encoder_budget=0.2)
     cuts = encode_clip(grid, changes(grid, 1.0), method, 20)
     assert cuts.layers == encode_clip(grid, changes(grid, 1.0), replace(method, reuse=0.0), 20).layers
     assert cuts.layers[0][1] == units(grid)
