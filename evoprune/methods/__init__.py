@@ -36,6 +36,7 @@ _REGISTRY = {
     "cdpruner": "evoprune.methods.cdpruner:CdPruner",
     "dart": "evoprune.methods.dart:Dart",
     "vidcom2": "evoprune.methods.vidcom2:VidCom2",
+    "mmg": "evoprune.methods.mmg:Mmg",
     "fastvid": "evoprune.methods.fastvid:FastVid",
     "prunevid": "evoprune.methods.prunevid:PruneVid",
     "holitom": "evoprune.methods.holitom:HoliTom",

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from math import prod
 
 import pytest
@@ -16,8 +16,10 @@ from evoprune.methods import density
 from evoprune.methods.base import Selection, Tokens
 from evoprune.methods.density import peak_scores, peaks
 from evoprune.methods.holitom import most_saving
+from evoprune.methods.mmg import joined, marginal_gains
 from evoprune.methods.mmr import most_relevant
 from evoprune.methods.segments import segments, transitions
+from evoprune.pruning.budget import apportion
 from evoprune.pruning.score import settle
 from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, ranked, scaled, settled, tokens_of
 
@@ -351,7 +353,7 @@ def test_segments(grid, kind, seed, data):
     assert len(made) >= min(least, tokens.grid[0])
 
 
-def peaks_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> list[int]:
+def peak_scores_line_by_line(x: list[torch.Tensor], neighbours: int) -> list[float]:
     n = len(x)
     square = [[max(0.0, 2 - 2 * cosine(a, b)) for b in x] for a in x]
     density = []
@@ -363,7 +365,11 @@ def peaks_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> li
         denser = [j for j in range(n) if density[j] > density[i] or (density[j] == density[i] and j < i)]
         apart = min(square[i][j] for j in denser) if denser else max(square[i])
         score.append(settled(density[i] * math.sqrt(apart)))
-    return sorted(ranked(score)[:count])
+    return score
+
+
+def peaks_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> list[int]:
+    return sorted(ranked(peak_scores_line_by_line(x, neighbours))[:count])
 
 
 @examples(80)
@@ -440,6 +446,90 @@ def test_fastvid_refuses_what_makes_no_sense():
     for text in ("salient=1.1", "centre=0", "threshold=2", "segments=0", "every=0", "neighbours=0"):
         with pytest.raises(UsageError):
             methods.get(f"fastvid:{text}")
+
+
+# --- mmg ---------------------------------------------------------------------------------------------------------------
+
+
+def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
+    t, h, w = tokens.grid
+    n, x = h * w, list(tokens.features)
+    pooled = [mean_of(x[g * n : (g + 1) * n]) for g in range(t)]
+    like = [cosine(a, b) for a, b in pairwise(pooled)]
+    parts = segments_line_by_line(tokens, 1, method.threshold)
+    made, number = [], 0
+    while number < len(
+        parts
+    ):  # a lone grid joins: the one before it where that is as like or all there is, else the one after
+        part = parts[number]
+        while len(part) == 1 and number + 1 < len(parts) and (not made or like[part[-1]] > like[part[0] - 1]):
+            number += 1
+            part = part + parts[number]
+        if len(part) == 1 and made:
+            made[-1] = made[-1] + part
+        else:
+            made.append(part)
+        number += 1
+    means = [mean_of([x[i] for g in part for i in range(g * n, (g + 1) * n)]) for part in made]
+    gains, order = {}, []
+    while len(order) < len(made):
+        now = {
+            s: cosine(means[s], mean_of(x))
+            - method.beta * max((cosine(means[s], means[o]) for o in order), default=0.0)
+            for s in range(len(made))
+            if s not in order
+        }
+        best = max(now, key=lambda s: (now[s], -s))
+        gains[best] = now[best]
+        order.append(best)
+    weight = [len(part) * math.exp(gains[s]) for s, part in enumerate(made)]
+    due = apportion(keep, weight, [len(part) * n for part in made])
+    kept = []
+    for part, total in zip(made, due, strict=True):
+        before: list[int] = []
+        for g, count in zip(part, shares(total, len(part)), strict=True):
+            units = range(g * n, (g + 1) * n)
+            score = peak_scores_line_by_line([x[i] for i in units], method.neighbours)
+            if before:
+                score = [
+                    settled(s * (1 - max(cosine(x[i], x[j]) for j in before)))
+                    for s, i in zip(score, units, strict=True)
+                ]
+            before = sorted(units[i] for i in ranked(score)[:count])
+            kept += before
+    return kept
+
+
+@examples()
+def test_mmg(grid, kind, seed, data):
+    grid = (data.draw(st.integers(1, 7)), *grid[1:])
+    keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
+    name = f"mmg:threshold={data.draw(st.sampled_from([-0.5, 0.5, 0.95]))}:beta={data.draw(st.sampled_from([0.0, 0.5, 1.0]))}"
+    assert chosen(name, tokens, keep) == mmg_line_by_line(tokens, keep, methods.get(name))
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.floats(-1, 1)), min_size=1, max_size=8))
+def test_no_grid_is_left_alone_where_there_is_another(lengths):
+    edges = [0, *accumulate(length for length, _ in lengths)]
+    like = [like for length, like in lengths for _ in range(length)][:-1]
+    made = joined([range(first, last) for first, last in pairwise(edges)], like)
+    assert [grid for part in made for grid in part] == list(range(edges[-1]))
+    assert min(map(len, made)) > 1 or edges[-1] == 1
+    assert {part.start for part in made} <= set(edges)
+
+
+def test_mmg_gives_less_to_a_scene_shown_before():
+    a, b = features_of("random", 2, width=16).unbind()
+    first, other, again = marginal_gains(torch.stack([a, b, a]), a + b, 0.5)
+    assert again < first and again < other
+    free = marginal_gains(torch.stack([a, b, a]), a + b, 0.0)
+    assert free[0] == free[2]
+
+
+def test_mmg_refuses_what_makes_no_sense():
+    for text in ("threshold=2", "beta=-0.1", "neighbours=0"):
+        with pytest.raises(UsageError):
+            methods.get(f"mmg:{text}")
 
 
 # --- prunevid ----------------------------------------------------------------------------------------------------------
