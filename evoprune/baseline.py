@@ -4,30 +4,31 @@ from dataclasses import asdict
 
 import torch
 
-from evoprune.config import Config, VisionConfig
+from evoprune.config import QWEN2, QWEN2_5, Config, TextConfig, VisionConfig
 from evoprune.qwen import QwenVL, Tower
 
 
 def hugging_face_config(config: Config):
-    """`Qwen2_5_VLConfig` with the same numbers."""
-    from transformers import Qwen2_5_VLConfig
+    """`Qwen2_5_VLConfig` or `Qwen2VLConfig` with the same numbers."""
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
     rope = {"rope_type": "default"} | config.text_config.rope_parameters
-    return Qwen2_5_VLConfig(
-        vision_config=_plain(config.vision_config),
+    kind = {QWEN2_5: Qwen2_5_VLConfig, QWEN2: Qwen2VLConfig}[config.vision_config.family]
+    return kind(
+        vision_config=_vision(config.vision_config),
         text_config=_plain(config.text_config) | {"rope_parameters": rope, "bos_token_id": None},
         tie_word_embeddings=config.tie_word_embeddings,
     )
 
 
 def hugging_face_model(model: QwenVL):
-    """A `Qwen2_5_VLForConditionalGeneration` under sdpa that shares its tensors with `model`."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    """A `Qwen2_5_VLForConditionalGeneration` or `Qwen2VLForConditionalGeneration` under sdpa, on the tensors of `model`."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
+    family = model.config.vision_config.family
+    kind = {QWEN2_5: Qwen2_5_VLForConditionalGeneration, QWEN2: Qwen2VLForConditionalGeneration}[family]
     with torch.device("meta"):
-        made = Qwen2_5_VLForConditionalGeneration._from_config(
-            hugging_face_config(model.config), dtype=model.dtype, attn_implementation="sdpa"
-        )
+        made = kind._from_config(hugging_face_config(model.config), dtype=model.dtype, attn_implementation="sdpa")
     return _share(made, model)
 
 
@@ -36,7 +37,7 @@ def hugging_face_tower(tower: Tower):
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-    config = Qwen2_5_VLVisionConfig(**_plain(tower.config))
+    config = Qwen2_5_VLVisionConfig(**_vision(tower.config))
     with torch.device("meta"):
         made = Qwen2_5_VisionTransformerPretrainedModel._from_config(
             config, dtype=tower.patch_embed.proj.weight.dtype, attn_implementation="sdpa"
@@ -44,7 +45,19 @@ def hugging_face_tower(tower: Tower):
     return _share(made, tower)
 
 
-def _plain(config: VisionConfig) -> dict:
+def _vision(config: VisionConfig) -> dict:
+    plain = _plain(config)
+    del plain["family"]
+    if config.family == QWEN2_5:
+        return plain
+    return plain | {
+        "embed_dim": config.hidden_size,
+        "hidden_size": config.out_hidden_size,
+        "mlp_ratio": config.intermediate_size // config.hidden_size,
+    }
+
+
+def _plain(config: VisionConfig | TextConfig) -> dict:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 

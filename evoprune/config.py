@@ -1,4 +1,4 @@
-"""The numbers in a Qwen2.5-VL `config.json`, under Hugging Face's names; no torch, no transformers.
+"""The numbers in a `config.json` of Qwen2.5-VL or Qwen2-VL, under Hugging Face's names; no torch, no transformers.
 
 Published checkpoints keep the language model's numbers at the top level, newer ones in `text_config`; both are read. What this
 program could not run faithfully is refused here, before any weights are read.
@@ -9,10 +9,21 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+QWEN2_5, QWEN2 = "qwen2_5_vl", "qwen2_vl"
+MODEL_TYPES = (QWEN2_5, QWEN2)
+ACTIVATIONS = {QWEN2_5: "silu", QWEN2: "quick_gelu"}  # of the tower
+
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower; sizes in pixels, patches or features."""
+    """The vision tower; sizes in pixels, patches or features.
+
+    Attributes:
+        hidden_size: of the tower, which Qwen2-VL's files call `embed_dim`; `out_hidden_size`: of the language model.
+        fullatt_block_indexes: layers over whole grids; in Qwen2-VL all of them, so that windows are only the order of rows.
+        tokens_per_second: of M-RoPE's clock; None where it counts grids.
+        family: one of `MODEL_TYPES`; how its layers are built (`vision.families`).
+    """
 
     depth: int
     hidden_size: int
@@ -25,8 +36,30 @@ class VisionConfig:
     temporal_patch_size: int = 2
     spatial_merge_size: int = 2
     in_channels: int = 3
-    tokens_per_second: int | float = 4
+    tokens_per_second: int | float | None = 4
     hidden_act: str = "silu"
+    family: str = QWEN2_5
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of hidden x intermediate in a layer's MLP: a gated one has three."""
+        return 3 if self.family == QWEN2_5 else 2
+
+
+@dataclass(frozen=True)
+class Qwen2VisionConfig:
+    """The same in a Qwen2-VL's file."""
+
+    depth: int
+    embed_dim: int
+    hidden_size: int
+    num_heads: int
+    mlp_ratio: int | float = 4
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+    hidden_act: str = "quick_gelu"
 
 
 @dataclass(frozen=True)
@@ -68,20 +101,19 @@ def parse_config(content: dict) -> Config:
     kind = rope.get("rope_type", rope.get("type", "default"))
     heads = text.get("num_attention_heads")
     text = text | {"rope_parameters": rope, "num_key_value_heads": text.get("num_key_value_heads") or heads}
-    vision = {"in_channels": vision.get("in_chans", 3)} | vision
     tied = bool(content.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    config = Config(_pick(VisionConfig, vision, "vision_config"), _pick(TextConfig, text, "text_config"), tied)
+    config = Config(parse_vision(vision), _pick(TextConfig, text, "text_config"), tied)
     v, t = config.vision_config, config.text_config
 
     def check(right: bool, what: str) -> None:
         if not right:
             raise ValueError(what)
 
-    check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen2.5-VL's own")
+    check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
     check(not t.use_sliding_window, "sliding window attention is not supported")
-    check(
-        v.hidden_act == t.hidden_act == "silu", f"activation {v.hidden_act}/{t.hidden_act} is not supported, only silu"
-    )
+    act = ACTIVATIONS[v.family]
+    check(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
+    check(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
     check(v.spatial_merge_size == 2, f"spatial_merge_size {v.spatial_merge_size} is not supported, only 2")
     check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
     check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
@@ -98,6 +130,39 @@ def parse_config(content: dict) -> Config:
     return config
 
 
+def parse_vision(content: dict) -> VisionConfig:
+    """Reads a `vision_config`; one with an `embed_dim` is Qwen2-VL's, which has other names and fewer numbers.
+
+    Raises:
+        ValueError: a number is missing or is none.
+    """
+    content = {"in_channels": content.get("in_chans", 3)} | content
+    if "embed_dim" not in content:
+        return _pick(VisionConfig, content, "vision_config")
+    sizes = _pick(Qwen2VisionConfig, content, "vision_config")
+    return VisionConfig(
+        depth=sizes.depth,
+        hidden_size=sizes.embed_dim,
+        intermediate_size=int(sizes.embed_dim * sizes.mlp_ratio),
+        num_heads=sizes.num_heads,
+        out_hidden_size=sizes.hidden_size,
+        fullatt_block_indexes=tuple(range(sizes.depth)),
+        window_size=4 * sizes.patch_size * sizes.spatial_merge_size,  # any will do
+        patch_size=sizes.patch_size,
+        temporal_patch_size=sizes.temporal_patch_size,
+        spatial_merge_size=sizes.spatial_merge_size,
+        in_channels=sizes.in_channels,
+        tokens_per_second=None,
+        hidden_act=sizes.hidden_act,
+        family=QWEN2,
+    )
+
+
+def vision_sizes(config) -> VisionConfig:
+    """The numbers of a tower, be its config one of these or transformers' own."""
+    return config if isinstance(config, VisionConfig) else parse_vision(config.to_dict())
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -111,7 +176,7 @@ def _pick(cls: type[T], content: dict, where: str) -> T:
             if f.default is MISSING:
                 raise ValueError(f"{where} has no {f.name}")
             continue
-        number = f.type in (int, float, int | float)
+        number = f.type in (int, float, int | float, int | float | None)
         if f.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{where}.{f.name} is {value!r}, not a whole number above zero")
         if number and not (_is_number(value) and value > 0):

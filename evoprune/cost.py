@@ -28,7 +28,7 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
     for layer, units in enumerate(rows[:-1]):
         patches = units * PATCHES
         groups = grids * (1 if layer in config.fullatt_block_indexes else windows)
-        total += 2 * patches * (4 * h * h + 3 * h * inner) + 4 * patches * (patches / groups) * h
+        total += 2 * patches * (4 * h * h + config.mlp_matrices * h * inner) + 4 * patches * (patches / groups) * h
     wide = h * config.spatial_merge_size**2
     return total + 2 * rows[-1] * (wide * wide + wide * config.out_hidden_size)
 

@@ -1,4 +1,4 @@
-"""All that is relied upon of Hugging Face's `Qwen2_5_VLForConditionalGeneration`, beside its weights.
+"""All that is relied upon of Hugging Face's Qwen2.5-VL and Qwen2-VL, beside their weights.
 
 tests/test_host.py says it a second time, and fails where a release of transformers has changed it.
 """
@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from evoprune.config import vision_sizes
 from evoprune.errors import ModelError
 from evoprune.language.positions import VideoSpan, prompt_positions
 
 SUPPORTED = (
-    "supported is transformers' Qwen2_5_VLForConditionalGeneration itself; take it out of what wraps it "
-    "(PEFT: get_base_model(), torch.compile: _orig_mod)"
+    "supported are transformers' Qwen2_5_VLForConditionalGeneration and Qwen2VLForConditionalGeneration; take it out of "
+    "what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
 # Arguments of `forward` that go with videos and pictures. Once those are encoded it must not see them any more.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
@@ -25,9 +26,9 @@ PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100}
 
 def check_model(model) -> None:
     """Raises ModelError unless this is a model that can be pruned."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-    if not isinstance(model, Qwen2_5_VLForConditionalGeneration):
+    if not isinstance(model, Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration):
         raise ModelError(f"a {type(model).__name__} cannot be pruned", SUPPORTED)
     tower_of(model)
 
@@ -36,16 +37,17 @@ def tower_of(model):
     """The vision tower of a Hugging Face model, or of a `qwen.QwenVL`.
 
     Raises:
-        ModelError: it has none of Qwen2.5-VL's, or the weights are elsewhere.
+        ModelError: it has none of Qwen2.5-VL's or Qwen2-VL's, or the weights are elsewhere.
     """
     from evoprune.qwen import Tower
 
     visual = getattr(getattr(model, "model", None), "visual", None)
     if not isinstance(visual, Tower):
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-        if not isinstance(visual, Qwen2_5_VisionTransformerPretrainedModel):
-            raise ModelError(f"a {type(model).__name__} has no vision tower of Qwen2.5-VL", SUPPORTED)
+        if not isinstance(visual, Qwen2_5_VisionTransformerPretrainedModel | Qwen2VisionTransformerPretrainedModel):
+            raise ModelError(f"a {type(model).__name__} has no vision tower of Qwen2.5-VL or Qwen2-VL", SUPPORTED)
     if visual.patch_embed.proj.weight.is_meta:
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     return visual
@@ -92,6 +94,8 @@ def host_positions(model, call: dict, mask: torch.Tensor | None, generating: boo
     """Where the model itself would have each column of a prompt, in `generate` (`[4, B, L]`) or in `forward` (`[3, B, L]`)."""
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
+    if given["second_per_grid_ts"] is None:  # Qwen2-VL, which does not know of it
+        del given["second_per_grid_ts"]
     ids = call["input_ids"]
     if generating:
         return model._prepare_position_ids_for_generation(ids, given)
@@ -104,6 +108,7 @@ def host_positions(model, call: dict, mask: torch.Tensor | None, generating: boo
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
     """Where Qwen's rule has each column of a prompt (`language.positions`), int64 `[3, B, L]`."""
     config, ids = model.config, call["input_ids"].cpu()
+    per_second = vision_sizes(config.vision_config).tokens_per_second
     units = (call["video_grid_thw"], call.get("image_grid_thw"))
     videos, images = (iter([] if grids is None else grids.tolist()) for grids in units)
     seconds = iter(seconds_per_grid(call))
@@ -111,7 +116,7 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     for row, used in enumerate(torch.ones_like(ids) if mask is None else mask.cpu()):
         used = used.bool()
         spans = list(_spans(config, ids[row, used], videos, images, seconds))
-        positions[:, row, used] = prompt_positions(int(used.sum()), spans, config.vision_config.tokens_per_second)
+        positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
     return positions.to(call["input_ids"].device)
 
 

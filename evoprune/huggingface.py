@@ -52,7 +52,8 @@ def encode(
     """Runs the vision tower of `model` on one video or several, pruned to `budget` each.
 
     Args:
-        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration`, or anything with its vision tower at `model.visual`.
+        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration` or `Qwen2VLForConditionalGeneration`, or anything with
+            such a tower at `model.visual`.
         pixel_values_videos: `[patches, 1176]`, as the processor makes them.
         video_grid_thw: int64 `[videos, 3]`: grids, and patches down and across.
         budget: share of the visual tokens that is kept, a number in (0, 1] or a preset's name; 1.0 is the tower's own output.

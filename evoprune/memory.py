@@ -51,7 +51,7 @@ def working_memory(config: Config, units: int, at_once: int, prompt: int, bytes_
     rows = units * vision.out_hidden_size * bytes_each
     tower = pixel_bytes(config, at_once, bytes_each) + tower_bytes(config, at_once, bytes_each)
     if late:
-        # What all units have, once more as it is compared; then the few, without the gated layer, which takes them in turn.
+        # What all units have, once more as it is compared; then the few, without the MLP, which takes them in turn.
         rows = 2 * units * wide * bytes_each
         tower = max(tower, late * wide * (12 * 4 + bytes_each))
     return SMALL_CHANGE + rows + max(tower, language_bytes(config, prompt, bytes_each))
@@ -65,7 +65,7 @@ def pixel_bytes(config: Config, units: int, bytes_each: int) -> int:
 
 
 def tower_bytes(config: Config, units: int, bytes_each: int) -> int:
-    """Of a pass through the tower, which is widest at rotary embedding, in float32, and in the gated layer."""
+    """Of a pass through the tower, which is widest at rotary embedding, in float32, and in the MLP."""
     vision = config.vision_config
     return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
 

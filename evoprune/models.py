@@ -15,7 +15,7 @@ import torch
 
 from evoprune import hub
 from evoprune.choices import LOAD_FORMATS
-from evoprune.config import Config, VisionConfig, parse_config
+from evoprune.config import MODEL_TYPES, Config, VisionConfig, parse_config
 from evoprune.dummy import random_model
 from evoprune.environment import available_memory
 from evoprune.errors import ModelError, OutOfMemory, UsageError, first_line, is_out_of_memory
@@ -90,7 +90,7 @@ def load_model(
     to_answer: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
-    """Loads a Qwen2.5-VL model.
+    """Loads a Qwen2.5-VL or Qwen2-VL model.
 
     Args:
         name: "demo" for the bundled one, a folder in the hub's file layout, or a hub id `org/name`, tried in this order.
@@ -286,16 +286,14 @@ def _read_config(path: Path) -> Config:
             f"{path.parent} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name"
         )
     content = _json(path)
-    if (kind := content.get("model_type")) != "qwen2_5_vl":
-        raise ModelError(f"{path.parent} is a model of type {kind!r}, not qwen2_5_vl", MODEL_HINT)
+    if (kind := content.get("model_type")) not in MODEL_TYPES:
+        raise ModelError(f"{path.parent} is a model of type {kind!r}, not {' or '.join(MODEL_TYPES)}", MODEL_HINT)
     if "quantization_config" in content:
         raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
     try:
         return parse_config(content)
     except (ValueError, TypeError, AttributeError) as problem:  # a text where an object should be has no `get`
-        raise ModelError(
-            f"{path} is no valid Qwen2.5-VL config: {first_line(problem)}", "get the file again"
-        ) from problem
+        raise ModelError(f"{path} is no valid {kind} config: {first_line(problem)}", "get the file again") from problem
 
 
 def _json(path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""The weights of a Qwen2.5-VL, under Hugging Face's names, and nothing else.
+"""The weights of a Qwen2.5-VL or Qwen2-VL, under Hugging Face's names, and nothing else.
 
 `vision/tower.py` and `language/decoder.py` run on the weights alone. They run as well on a model that somebody loaded with
 transformers, because the names are the same; but that library takes longer to import than a short answer takes, so a model
@@ -8,7 +8,7 @@ loaded here does without it.
 import torch
 from torch import nn
 
-from evoprune.config import Config, TextConfig, VisionConfig
+from evoprune.config import QWEN2, Config, TextConfig, VisionConfig
 
 
 class Part(nn.Module):
@@ -21,11 +21,12 @@ class Part(nn.Module):
 
 
 class Norm(nn.Module):
-    """The scale of an RMS norm, `[size]`."""
+    """The scale of an RMS norm, `[size]`; or with a bias, that of a layer norm."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
 
 def _mlp(hidden: int, inner: int, bias: bool) -> Part:
@@ -41,20 +42,23 @@ class Tower(Part):
 
     def __init__(self, config: VisionConfig):
         wide, patch = config.hidden_size, (config.temporal_patch_size, config.patch_size, config.patch_size)
+        older, inner = config.family == QWEN2, config.intermediate_size
         joined = wide * config.spatial_merge_size**2
         super().__init__(
             patch_embed=Part(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=False)),
             blocks=nn.ModuleList(
                 Part(
-                    norm1=Norm(wide),
-                    norm2=Norm(wide),
+                    norm1=Norm(wide, bias=older),
+                    norm2=Norm(wide, bias=older),
                     attn=Part(qkv=nn.Linear(wide, 3 * wide), proj=nn.Linear(wide, wide)),
-                    mlp=_mlp(wide, config.intermediate_size, bias=True),
+                    mlp=Part(fc1=nn.Linear(wide, inner), fc2=nn.Linear(inner, wide))
+                    if older
+                    else _mlp(wide, inner, True),
                 )
                 for _ in range(config.depth)
             ),
             merger=Part(
-                ln_q=Norm(wide),
+                ln_q=Norm(wide, bias=older),
                 mlp=nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.out_hidden_size)),
             ),
         )
@@ -89,7 +93,7 @@ class LanguageModel(Part):
 
 
 class QwenVL(Part):
-    """All weights of a Qwen2.5-VL: `model.visual`, `model.language_model`, `lm_head`. `config`: `Config`."""
+    """All weights: `model.visual`, `model.language_model`, `lm_head`. `config`: `Config`."""
 
     def __init__(self, config: Config):
         super().__init__(

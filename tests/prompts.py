@@ -51,7 +51,8 @@ def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds
     }
     if videos:
         made |= {"pixel_values_videos": torch.cat(videos), "video_grid_thw": torch.tensor(grids)}
-        made["second_per_grid_ts"] = torch.tensor([seconds * (1 + i) for i in range(len(grids))])
+        if config.model_type == "qwen2_5_vl":  # Qwen2-VL's processor does not say
+            made["second_per_grid_ts"] = torch.tensor([seconds * (1 + i) for i in range(len(grids))])
     if images:
         made |= {"pixel_values": torch.cat(images), "image_grid_thw": torch.tensor(shapes)}
     return made

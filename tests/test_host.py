@@ -7,10 +7,11 @@ import inspect
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+from transformers.models.qwen2_vl import modeling_qwen2_vl as older
 
 from evoprune import host
 from evoprune.counting import counting
@@ -26,6 +27,18 @@ GENERATE = [
     "self", "inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
     "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "kwargs",
 ]  # fmt: skip
+# Qwen2-VL's have what Qwen2.5-VL's have, but for the seconds.
+OLDER = {
+    Qwen2_5_VLForConditionalGeneration.forward: Qwen2VLForConditionalGeneration.forward,
+    Qwen2_5_VLForConditionalGeneration.generate: Qwen2VLForConditionalGeneration.generate,
+    Qwen2_5_VLForConditionalGeneration.get_image_features: Qwen2VLForConditionalGeneration.get_image_features,
+    Qwen2_5_VLForConditionalGeneration.get_video_features: Qwen2VLForConditionalGeneration.get_video_features,
+    Qwen2_5_VLForConditionalGeneration._prepare_position_ids_for_generation: (
+        Qwen2VLForConditionalGeneration._prepare_position_ids_for_generation
+    ),
+    modeling.Qwen2_5_VLModel.compute_3d_position_ids: older.Qwen2VLModel.compute_3d_position_ids,
+    modeling.Qwen2_5_VLModel.get_rope_index: older.Qwen2VLModel.get_rope_index,
+}
 SIGNATURES = {
     Qwen2_5_VLForConditionalGeneration.forward: FORWARD,
     Qwen2_5_VLForConditionalGeneration.generate: GENERATE,
@@ -52,6 +65,12 @@ SIGNATURES = {
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
 def test_signatures(function):
     assert list(inspect.signature(function).parameters) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("function", OLDER, ids=lambda function: function.__qualname__)
+def test_signatures_of_qwen2_vl(function):
+    given = set(inspect.signature(OLDER[function]).parameters)
+    assert given == set(SIGNATURES[function]) - {"second_per_grid_ts"}
 
 
 def test_every_argument_for_vision_is_known():

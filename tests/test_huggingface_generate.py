@@ -52,9 +52,9 @@ SETTINGS = {
 ONE_ROW = ("assistant", "prompt lookup")
 
 
-@pytest.fixture(scope="module")
-def model():
-    model = tiny_model()
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+def model(request):
+    model = tiny_model(family=request.param)
     # No padding id of a tokenizer stands at 0 here, where Hugging Face would not see it either.
     model.generation_config.pad_token_id = 398
     return model
@@ -76,10 +76,20 @@ def pruned(model, inputs, budget, positions="host", how=ONCE, **settings):
 
 
 def encoded(model, inputs, budget, how=ONCE):
-    seconds = inputs["second_per_grid_ts"].tolist()
     return evoprune.encode(
-        model, inputs["pixel_values_videos"], inputs["video_grid_thw"], budget=budget, seconds_per_grid=seconds, **how
+        model,
+        inputs["pixel_values_videos"],
+        inputs["video_grid_thw"],
+        budget=budget,
+        seconds_per_grid=seconds_of(inputs),
+        **how,
     )
+
+
+def seconds_of(inputs):
+    """Qwen2-VL is told of none."""
+    seconds = inputs.get("second_per_grid_ts")
+    return [1.0] * len(inputs["video_grid_thw"]) if seconds is None else seconds.tolist()
 
 
 def masked(model, inputs, made):
@@ -178,8 +188,9 @@ def test_what_is_padded_and_what_is_not_gives_the_same(model):
                 "mm_token_type_ids": inputs["mm_token_type_ids"][row, None, used],
                 "pixel_values_videos": inputs["pixel_values_videos"][start : start + size],
                 "video_grid_thw": inputs["video_grid_thw"][first : first + videos],
-                "second_per_grid_ts": inputs["second_per_grid_ts"][first : first + videos],
             }
+            if "second_per_grid_ts" in inputs:
+                alone["second_per_grid_ts"] = inputs["second_per_grid_ts"][first : first + videos]
             assert torch.equal(pruned(model, alone, budget)[0][0, -8:], out[row, -8:])
             first += videos
 
@@ -189,7 +200,7 @@ def test_what_is_padded_and_what_is_not_gives_the_same(model):
 def test_inputs_of_other_processors(model, prompt, left_out):
     """Older ones have no token types, some no seconds; who has no mask leaves it to the model."""
     inputs = processed(model, *PROMPTS[prompt])
-    del inputs[left_out]
+    inputs.pop(left_out, None)
     assert torch.equal(pruned(model, inputs, 1.0)[0], generated(model, inputs))
     assert pruned(model, inputs, 0.2)[0].shape == generated(model, inputs).shape
 
@@ -217,7 +228,8 @@ def test_no_mask_is_made_of_padding_that_is_an_end(model):
 def test_seconds_may_be_a_list_and_ids_the_first_argument(model):
     inputs = processed(model, *PROMPTS["two videos"])
     expected, _ = pruned(model, inputs, 0.2)
-    inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].tolist()
+    if "second_per_grid_ts" in inputs:
+        inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].tolist()
     ids = inputs.pop("input_ids")
     with evoprune.EvoPrune(budget=0.2, **ONCE)(model):
         assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **inputs), expected)
@@ -304,7 +316,8 @@ def test_qwens_positions(model, prompt):
     inputs = processed(model, *PROMPTS[prompt], seconds=9.0)
     made = encoded(model, inputs, 0.3)
     call = masked(model, inputs, made)
-    seconds = inputs["second_per_grid_ts"].tolist()
+    timed = "second_per_grid_ts" in inputs  # Qwen2-VL counts grids
+    steps = [seconds * 2 if timed else 1 for seconds in seconds_of(inputs)]
     grids, first = inputs["video_grid_thw"].tolist(), 0
     for row, parts in enumerate(PROMPTS[prompt]):
         at, column = 0, int((inputs["attention_mask"][row] == 0).sum())
@@ -317,15 +330,16 @@ def test_qwens_positions(model, prompt):
             t, h, w = grids[first]
             for unit in range(t * h * w // 4):
                 grid, place = divmod(unit, h * w // 4)
-                where = (int(grid * seconds[first] * 2), place // (w // 2), place % (w // 2))
+                where = (int(grid * steps[first]), place // (w // 2), place % (w // 2))
                 call["position_ids"][1:, row, column + 1 + unit] = torch.tensor(where) + at + 1
-            at += 1 + max(int((t - 1) * seconds[first] * 2) + 1, h // 2, w // 2)
+            at += 1 + max(int((t - 1) * steps[first]) + 1, h // 2, w // 2)
             column += t * h * w // 4 + 1
             call["position_ids"][1:, row, column] = at
             at, column, first = at + 1, column + 1, first + 1
     out, run = pruned(model, inputs, 0.3, positions="qwen")
     assert torch.equal(out, generated(model, call)) and run.report.pruning.positions == "qwen"
-    assert not torch.equal(out, pruned(model, inputs, 0.3)[0])
+    if timed:
+        assert not torch.equal(out, pruned(model, inputs, 0.3)[0])
 
 
 def talk(model, inputs, further, **settings):

@@ -21,6 +21,7 @@ from evoprune.qwen import shared
 from evoprune.report import Report
 from evoprune.video.decode import read_frames
 from evoprune.vision.preprocess import patchify, resize
+from tests.tiny import save_tiny
 from tests.video.files import write_video
 
 CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
@@ -31,15 +32,21 @@ def loaded(saved):
     return load_model(str(saved), dtype="fp32", pack=False)
 
 
+@pytest.fixture(scope="module")
+def older(tmp_path_factory):
+    """A Qwen2-VL."""
+    return load_model(str(save_tiny(tmp_path_factory.mktemp("older"), family="qwen2_vl")), dtype="fp32", pack=False)
+
+
 def answer(video, question="What happens?", n=24, **settings):
     return "".join(video.ask(question, max_new_tokens=n, **settings))
 
 
 @pytest.mark.parametrize("clip", [CLIP, LONG])
-@pytest.mark.parametrize("model", ["tiny", "demo"])
+@pytest.mark.parametrize("model", ["tiny", "older", "demo"])
 @pytest.mark.parametrize("pack", [True, False])
-def test_full_budget_is_hugging_faces_generate(loaded, model, clip, pack):
-    loaded = load_model("demo", pack=False) if model == "demo" else loaded
+def test_full_budget_is_hugging_faces_generate(loaded, older, model, clip, pack):
+    loaded = load_model("demo", pack=False) if model == "demo" else {"tiny": loaded, "older": older}[model]
     ours = replace(loaded, model=shared(loaded.model))
     make_ready(ours.model, "none", pack=pack)
     video = VideoQA(ours, budget=1.0).encode(clip)
@@ -51,7 +58,8 @@ def test_full_budget_is_hugging_faces_generate(loaded, model, clip, pack):
     t, h, w = plan.grid
     prompt = build_prompt(loaded.tokenizer, "Describe the video.", t * h * w)
     span = VideoSpan(prompt.video_start, plan.grid, plan.sampling.seconds_per_grid())
-    rope = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
+    per_second = getattr(model.config.vision_config, "tokens_per_second", None)
+    rope = prompt_positions(len(prompt.input_ids), [span], per_second)
     sequence = torch.arange(len(prompt.input_ids))[None]
     model.config.video_token_id = loaded.tokenizer.specials()["<|video_pad|>"]
     ids = model.generate(
@@ -66,6 +74,18 @@ def test_full_budget_is_hugging_faces_generate(loaded, model, clip, pack):
     )[0, len(prompt.input_ids) :]
     expected = loaded.tokenizer.decode(ids.tolist())
     assert mine == expected and video.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
+
+
+@pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])
+def test_a_qwen2_vl_is_pruned_too(older, method):
+    qa = VideoQA(older, budget=0.25, method=method)
+    video = qa.encode(LONG)
+    made = answer(video)
+    pruning = video.report.pruning
+    due = pruning.visual_tokens_in // 4
+    assert video.report.tokens.visual == pruning.visual_tokens_kept == due
+    assert (pruning.encoder_live_share < 1) == (method != "divprune")
+    assert answer(qa.encode(LONG)) == made
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.25])

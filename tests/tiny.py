@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL small enough for tests: seeded random weights, a byte-level tokenizer, the hub's file layout."""
+"""A Qwen2.5-VL, or a Qwen2-VL, small enough for tests: seeded random weights, a byte-level tokenizer, the hub's file layout."""
 
 import json
 from functools import cache
@@ -71,13 +71,39 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def tiny_config():
-    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur."""
-    from transformers import Qwen2_5_VLConfig
+QWEN2_5_VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [1],
+    "out_hidden_size": 64,
+    "tokens_per_second": 2,
+}
+QWEN2_VISION = {
+    "depth": 2,
+    "embed_dim": 48,
+    "hidden_size": 64,
+    "mlp_ratio": 2,
+    "num_heads": 4,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+}
 
+
+def tiny_config(family: str = "qwen2_5_vl"):
+    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL."""
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+
+    kind, vision = {"qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VISION), "qwen2_vl": (Qwen2VLConfig, QWEN2_VISION)}[family]
     tokenizer = tiny_tokenizer()
     special = tokenizer.convert_tokens_to_ids
-    return Qwen2_5_VLConfig(
+    return kind(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 64,
@@ -91,19 +117,7 @@ def tiny_config():
             "bos_token_id": special("<|endoftext|>"),
             "eos_token_id": special("<|im_end|>"),
         },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_heads": 4,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-            "out_hidden_size": 64,
-            "tokens_per_second": 2,
-        },
+        vision_config=dict(vision),
         image_token_id=special("<|image_pad|>"),
         video_token_id=special("<|video_pad|>"),
         vision_start_token_id=special("<|vision_start|>"),
@@ -111,13 +125,12 @@ def tiny_config():
     )
 
 
-def tiny_model(seed: int = 0):
+def tiny_model(seed: int = 0, family: str = "qwen2_5_vl"):
     """A fresh random model, float32, eval, sdpa. Weights are wide enough that its logits depend on what it reads."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration._from_config(
-        tiny_config(), dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    kind = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}[family]
+    model = kind._from_config(tiny_config(family), dtype=torch.float32, attn_implementation="sdpa").eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -129,10 +142,10 @@ def tiny_model(seed: int = 0):
     return model
 
 
-def save_tiny(folder: str | Path, seed: int = 0) -> Path:
+def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl") -> Path:
     """Writes model, tokenizer and processor settings as a hub repository holds them; returns the folder."""
     folder = Path(folder)
-    tiny_model(seed).save_pretrained(folder)
+    tiny_model(seed, family).save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]

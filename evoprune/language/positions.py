@@ -1,7 +1,8 @@
 """Where each prompt token sits in time, height and width (M-RoPE).
 
 Qwen2.5-VL rotates queries and keys by three positions at once. Text has the same number in all three; a video token has
-the time of its grid and the row and column of its merge unit, all counted from where the video starts. Text after a video
+the time of its grid and the row and column of its merge unit, all counted from where the video starts. Qwen2-VL counts grids
+instead of time. Text after a video
 goes on at *the largest position used so far plus one* (Qwen2-VL, arXiv 2409.12191, section 2.1; the models were trained so).
 """
 
@@ -29,24 +30,27 @@ class VideoSpan:
         return t * h * w
 
 
-def video_positions(grid: tuple[int, int, int], seconds_per_grid: float, tokens_per_second: float) -> torch.Tensor:
+def video_positions(
+    grid: tuple[int, int, int], seconds_per_grid: float, tokens_per_second: float | None
+) -> torch.Tensor:
     """Positions of a video's units, counted from its own start.
 
     Args:
         grid: (T, H, W) in merge units.
         seconds_per_grid: seconds between neighbouring grids.
-        tokens_per_second: time positions a second (`vision_config.tokens_per_second`).
+        tokens_per_second: time positions a second (`config.VisionConfig`); None for one a grid.
 
     Returns:
         int64 `[3, T*H*W]`, rows time, height, width; units in raster order of each grid, grid after grid.
     """
     t, h, w = grid
     # In float64 and cut once at the end: multiplying cut numbers would let the clock drift.
-    clock = (torch.arange(t, dtype=torch.float64) * seconds_per_grid * tokens_per_second).floor().long()
+    step = 1.0 if tokens_per_second is None else seconds_per_grid * tokens_per_second
+    clock = (torch.arange(t, dtype=torch.float64) * step).floor().long()
     return torch.stack(torch.meshgrid(clock, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
 
 
-def prompt_positions(length: int, videos: Sequence[VideoSpan], tokens_per_second: float) -> torch.Tensor:
+def prompt_positions(length: int, videos: Sequence[VideoSpan], tokens_per_second: float | None) -> torch.Tensor:
     """M-RoPE positions of an unpruned prompt of `length` tokens, by Qwen's rule.
 
     Args:

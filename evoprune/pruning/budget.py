@@ -7,7 +7,7 @@ from fractions import Fraction
 from evoprune.errors import UsageError
 
 PRESETS = {"full": 1.0, "high": 0.5, "balanced": 0.25, "fast": 0.1}
-DEFAULT = "high"
+DEFAULT = "balanced"
 # The content decides how much is kept (`Method.automatic`), between these shares.
 AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
 

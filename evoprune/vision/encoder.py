@@ -14,7 +14,7 @@ waits for a result only where rows are chosen, and at the end, when all is looke
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -26,9 +26,9 @@ from evoprune.pruning.indices import tally
 from evoprune.vision import devices
 from evoprune.vision.chunks import in_chunks
 from evoprune.vision.encoded import Encoded
+from evoprune.vision.families import family
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import chosen_layout
-from evoprune.vision.rowwise import norm
 from evoprune.vision.stopwatch import Stopwatch
 from evoprune.vision.tower import Past, embed, merged_patches, run_layers, tower_geometry, tower_shape
 
@@ -48,7 +48,7 @@ def encode(
     """Encodes one video so that about `keep` of its units reach the language model.
 
     Args:
-        visual: the tower's weights, a `qwen.Tower` or a Hugging Face `Qwen2_5_VisionTransformerPretrainedModel`.
+        visual: the tower's weights, a `qwen.Tower`, or transformers' of Qwen2.5-VL or Qwen2-VL.
         patches: pieces of `[rows, 1176]` in Hugging Face's order that add up to the whole video.
         grid: (T, H, W) in merge units (2x2 patches).
         method: the pruning method.
@@ -209,7 +209,7 @@ def encode_rows(
         del rows
         with devices.here(weight.device):
             with watch:
-                chosen = _narrowed(visual.blocks[early].norm1, tokens, method, keep)
+                chosen = _narrowed(partial(family(visual).norm, visual.blocks[early].norm1), tokens, method, keep)
                 narrowed = chosen is not None
                 rows, owner, home = chosen or (tokens.rows, owner, home)
                 layout, order = chosen_layout(geo, count, home, owner)
@@ -228,17 +228,17 @@ def encode_rows(
 
 
 def _narrowed(
-    next_norm, tokens: Tokens, method: Method, keep: int
+    next_norm: Callable[[torch.Tensor], torch.Tensor], tokens: Tokens, method: Method, keep: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """The rows that go on, `[R, 4, hidden]`, the owner of each unit among them, and the unit at whose place each sits; None if they
     are those that are there.
 
     Args:
-        next_norm: of the layer that they go on to. Rows are compared as it takes them in: it leaves little of the few channels that
-            are large in all of them.
+        next_norm: of the layer that they go on to, as a function of rows. They are compared as it takes them in: it leaves little
+            of the few channels that are large in all of them.
         tokens: with rows `[E, 4, hidden]`.
     """
-    chosen = method.narrow(replace(tokens, rows=norm(tokens.rows, next_norm.weight).flatten(1)), keep)
+    chosen = method.narrow(replace(tokens, rows=next_norm(tokens.rows).flatten(1)), keep)
     if chosen is None:
         return None
     means = chosen.features(tokens.rows.flatten(1), tokens.owner)

@@ -6,27 +6,29 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from evoprune.config import vision_sizes
 from evoprune.linear import linear
 from evoprune.methods.base import Method
 from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.vision import devices
 from evoprune.vision.attention import Bucket, Packed, buckets, grouped_attention
+from evoprune.vision.families import Family, family
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
 from evoprune.vision.reduce import reduce_rows
-from evoprune.vision.rowwise import norm, rotary, rotate
+from evoprune.vision.rowwise import rotary, rotate
 from evoprune.vision.stopwatch import Stopwatch
 
 
 def tower_shape(visual) -> TowerShape:
     """What schedules need to know of `model.model.visual`."""
-    return TowerShape(len(visual.blocks), tuple(visual.config.fullatt_block_indexes))
+    return TowerShape(len(visual.blocks), vision_sizes(visual.config).fullatt_block_indexes)
 
 
 def tower_geometry(visual, height: int, width: int) -> Geometry:
     """Units and windows of a grid of height x width units, as this tower cuts it."""
-    c = visual.config
+    c = vision_sizes(visual.config)
     side = c.window_size // c.patch_size // c.spatial_merge_size
     return geometry(height, width, side, str(visual.patch_embed.proj.weight.device))
 
@@ -49,16 +51,14 @@ def embed(visual, patches: torch.Tensor) -> torch.Tensor:
     return F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
 
 
-def gated(block, x: torch.Tensor) -> torch.Tensor:
-    """A layer's second half, which looks at no other row; `[R, 4, hidden]`."""
-    hidden = norm(x, block.norm2.weight)
-    hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
-    return linear(block.mlp.down_proj, hidden, plus=x)
+def second_half(kind: Family, block, x: torch.Tensor) -> torch.Tensor:
+    """Of a layer: what looks at no other row; `[R, 4, hidden]`."""
+    return kind.mlp(block.mlp, kind.norm(block.norm2, x), x)
 
 
 def merged_patches(visual, x: torch.Tensor) -> torch.Tensor:
     """Tokens `[R, D]` as the language model reads them, of the last layer's rows `[R, 4, hidden]`."""
-    return visual.merger.mlp(norm(x, visual.merger.ln_q.weight).flatten(1))
+    return visual.merger.mlp(family(visual).norm(visual.merger.ln_q, x).flatten(1))
 
 
 def run_layers(
@@ -86,7 +86,7 @@ def run_layers(
         last: from `Chunk.layout`, None without references and where no chunk follows.
         past: has what the rows of earlier chunks left in these layers, and gets what later chunks will see.
         gathering: gets what the method wants to know after the encoder.
-        at_once: how many rows go through a gated layer together, the widest part; default: all.
+        at_once: how many rows go through an MLP together, the widest part; default: all.
         on_layer: told after each layer how many of the tower's are done.
 
     Returns:
@@ -96,9 +96,10 @@ def run_layers(
     if not layout.rows:  # nothing new in any grid
         return x, layout
     past = past or Past()
-    table = rotary(visual.config, geo)
+    sizes, kind = vision_sizes(visual.config), family(visual)
+    table = rotary(sizes, geo)
     cos, sin = (t[layout.place][:, :, None, None] for t in table)
-    size_bias, heads = method.size_bias, visual.config.num_heads
+    size_bias, heads = method.size_bias, sizes.num_heads
     groups: dict[Scope, list[Bucket] | Packed] = {}
     rows, before, past.seen = layout.per_block, past.seen, None if last is None else []
     for step, layer in enumerate(layers):
@@ -109,7 +110,7 @@ def run_layers(
                 if devices.static_shapes(x.device)
                 else buckets(attention_groups(layout, scope))
             )
-        qkv = linear(block.attn.qkv, norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
+        qkv = linear(block.attn.qkv, kind.norm(block.norm1, x)).view(*x.shape[:2], 3, heads, -1)
         q, k = rotate(qkv[:, :, :2], cos, sin).unbind(2)
         v = qkv[:, :, 2]
         if before or last is not None:
@@ -132,7 +133,7 @@ def run_layers(
                 gathering.look(q, k, qkv[:, :, 1], layout, groups[scope], bias)
         x = linear(block.attn.proj, mixed.flatten(2), plus=x)
         parts = x.split(at_once) if at_once else [x]
-        x = gated(block, x) if len(parts) == 1 else torch.cat([gated(block, part) for part in parts])
+        x = second_half(kind, block, x) if len(parts) == 1 else torch.cat([second_half(kind, block, p) for p in parts])
         if reduces:
             with watch:
                 features = (

@@ -1,0 +1,62 @@
+"""Every method that is listed can be chosen in every command that prunes, and what it does is reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evoprune import benchmark, methods
+
+CLIP = "samples/square.mp4"
+NAMES = methods.available()
+EXACT = [name for name in NAMES if name != "none" and methods.get(name).exact]
+
+
+@pytest.fixture
+def tiny(cli, tiny_folder):
+    def call(command, *args, **settings):
+        return cli(command, *map(str, args), "-m", str(tiny_folder), **settings)
+
+    return call
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ask(tiny, name):
+    made = tiny("ask", CLIP, "What happens?", "-n", 2, "--frames", 8, "-b", 0.25, "--method", name, "--json").record
+    pruning = made["pruning"]
+    assert made["error"] is None and pruning["method"] == name
+    assert pruning["visual_tokens_kept"] == 24 if name in EXACT else 1 <= pruning["visual_tokens_kept"] <= 96
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch(tiny, name, tmp_path):
+    out = tmp_path / "out.jsonl"
+    rows = ("-Q", "What happens?", "-Q", "How many shapes are there?")
+    assert tiny("batch", CLIP, *rows, "-n", 1, "--frames", 4, "-b", 0.25, "--method", name, "-o", out).code == 0
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["pruning"]["method"] for record in made] == [name, name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inspect(tiny, name, tmp_path):
+    out = tmp_path / "out.png"
+    made = tiny("inspect", CLIP, "--overlay", out, "--frames", 4, "-b", 0.25, "--method", name)
+    asked = methods.get(name).reads_question
+    assert (made.code, out.exists()) == ((2, False) if asked else (0, True)), made.err
+    if asked:  # there is no question in a picture
+        assert "question" in made.err and "hint: " in made.err
+
+
+def test_eval(tiny, tmp_path):
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"video": str(Path(CLIP).resolve()), "question": "What happens?", "answer": "nothing"}))
+    made = tiny("eval", "--data", data, "-b", 0.25, "--method", ",".join(NAMES), "--json").record
+    assert {row["method"] for row in made["rows"]} == {*NAMES}
+    assert all(row["n"] for row in made["rows"])
+
+
+def test_profile(tiny, monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_, **__: 1e11)
+    quick = ("-r", 1, "-w", 0, "--size", "112x168", "--frames", 4, "-b", 0.25, "-n", 1, "--format", "json")
+    made = json.loads(tiny("profile", *quick, "--method", ",".join(NAMES)).out)
+    assert {row["method"] for row in made["rows"]} >= {*NAMES} - {"none"}
