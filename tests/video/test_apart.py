@@ -10,37 +10,11 @@ from evoprune.video import isolation
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
 from evoprune.video.scan import scan
-from tests.video.files import numbered_frames, pixels, write_image, write_video
-from tests.video.kinds import AV1, HEVC, KINDS, OPEN_GOP, VP9, write_kind
+from tests.video.files import numbered_frames, pixels, write_image
+from tests.video.good import good_files, in_this_process
+from tests.video.kinds import write_kind
 
 pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
-
-MADE = 200 - len(KINDS)
-WAYS = [
-    ({}, ("mp4", "mov", "mkv", "ts", "flv", "avi")),
-    (HEVC, ("mp4", "mkv", "ts")),
-    (VP9, ("webm", "mkv", "mp4")),
-    (AV1, ("mkv", "mp4")),
-    ({"codec": "libvpx"}, ("webm", "mkv")),
-    ({"codec": "mpeg4"}, ("avi", "mp4", "mkv")),
-    ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, ("avi", "mov", "mkv")),
-    (OPEN_GOP, ("mp4", "mkv", "ts")),
-]
-
-
-def some_file(folder, number):
-    """A good file: which codec and container, how large, long, fast, how turned, since when, with sound or without."""
-    random = np.random.default_rng(number)
-    how, endings = WAYS[number % len(WAYS)]
-    ending = str(random.choice(endings))
-    count, fps = int(random.integers(1, 60)), int(random.choice([5, 10, 24, 25, 30]))
-    size = tuple(2 * int(n) for n in random.integers(32, 90, 2))
-    how = how | {"fps": fps, "gop": int(random.choice([1, 5, 12, 250]))}
-    if ending in ("mp4", "mov", "mkv"):
-        how |= {"rotation": int(random.choice([0, 0, 90, 180, 270])), "start": float(random.choice([0.0, 0.0, 3.5]))}
-    if ending != "webm" and random.integers(3) == 0:  # which takes no AAC
-        how |= {"audio_s": count / fps}
-    return write_video(folder / f"{number}.{ending}", numbered_frames(count, *size), **how)
 
 
 def everything(path, decoder, chunk_frames):
@@ -60,8 +34,7 @@ def everything(path, decoder, chunk_frames):
 def check(path, chunk_frames):
     for decoder in ("pyav", "decord"):
         apart = everything(path, decoder, chunk_frames)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(isolation, "POSSIBLE", False)
+        with in_this_process():
             here = everything(path, decoder, chunk_frames)
         assert apart[:3] == here[:3], path
         assert np.array_equal(apart[3], here[3]), path
@@ -80,8 +53,8 @@ def test_a_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_hundred_files(folder, tmp_path):
-    files = [write_kind(folder, name) for name in KINDS] + [some_file(tmp_path, i) for i in range(MADE)]
+def test_two_hundred_files(tmp_path):
+    files = good_files(tmp_path)
     assert len(files) == 200
     for i, path in enumerate(files):
         check(path, 2 + i % 9)

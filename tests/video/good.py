@@ -1,0 +1,113 @@
+"""Two hundred good files of all kinds: `python -m tests.video.good [--rounds 5]`.
+
+Asks the demo model about each, read in a process apart, as always, and in this one, in turn; prints how many were answered and what
+the process apart costs: of reading alone, and of the way from path to first token, in the median of the files' own ratios.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from evoprune.pipeline import VideoQA
+from evoprune.plan import VideoLimits, make_plan
+from evoprune.video import isolation
+from evoprune.video.decode import read_frames
+from evoprune.video.probe import probe
+from tests.video.files import numbered_frames, write_video
+from tests.video.kinds import AV1, HEVC, KINDS, OPEN_GOP, VP9, write_kind
+
+MADE = 200 - len(KINDS)
+WAYS = [
+    ({}, ("mp4", "mov", "mkv", "ts", "flv", "avi")),
+    (HEVC, ("mp4", "mkv", "ts")),
+    (VP9, ("webm", "mkv", "mp4")),
+    (AV1, ("mkv", "mp4")),
+    ({"codec": "libvpx"}, ("webm", "mkv")),
+    ({"codec": "mpeg4"}, ("avi", "mp4", "mkv")),
+    ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, ("avi", "mov", "mkv")),
+    (OPEN_GOP, ("mp4", "mkv", "ts")),
+]
+
+
+def some_file(folder: Path, number: int) -> Path:
+    """A good file: which codec and container, how large, long, fast, how turned, since when, with sound or without."""
+    random = np.random.default_rng(number)
+    how, endings = WAYS[number % len(WAYS)]
+    ending = str(random.choice(endings))
+    count, fps = int(random.integers(1, 60)), int(random.choice([5, 10, 24, 25, 30]))
+    size = tuple(2 * int(n) for n in random.integers(32, 90, 2))
+    how = how | {"fps": fps, "gop": int(random.choice([1, 5, 12, 250]))}
+    if ending in ("mp4", "mov", "mkv"):
+        how |= {"rotation": int(random.choice([0, 0, 90, 180, 270])), "start": float(random.choice([0.0, 0.0, 3.5]))}
+    if ending != "webm" and random.integers(3) == 0:  # which takes no AAC
+        how |= {"audio_s": count / fps}
+    return write_video(folder / f"{number}.{ending}", numbered_frames(count, *size), **how)
+
+
+def good_files(folder: Path) -> list[Path]:
+    """One of each kind, and others made at random."""
+    (folder / "kinds").mkdir()
+    return [write_kind(folder / "kinds", name) for name in KINDS] + [some_file(folder, i) for i in range(MADE)]
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    usual, isolation.POSSIBLE = isolation.POSSIBLE, False
+    try:
+        yield
+    finally:
+        isolation.POSSIBLE = usual
+
+
+def read(path: Path) -> None:
+    info = probe(path)
+    for _ in read_frames(info, make_plan(info, VideoLimits()).sampling.times_s):
+        pass
+
+
+def milliseconds(action: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    action()
+    return 1000 * (time.perf_counter() - begin)
+
+
+def compared(action: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median milliseconds apart and here, in turn; a round before them is thrown away."""
+    apart, here = [], []
+    for _ in range(rounds + 1):
+        apart.append(milliseconds(action))
+        with in_this_process():
+            here.append(milliseconds(action))
+    return median(apart[1:]), median(here[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds a file (default: 5)")
+    rounds = parser.parse_args().rounds
+    qa = VideoQA.load("demo")
+
+    def ask(path: Path) -> list[str]:
+        return list(qa.encode(path).ask("What happens?", max_new_tokens=1))
+
+    with tempfile.TemporaryDirectory() as temporary:
+        files = good_files(Path(temporary))
+        print(f"{sum(map(bool, map(ask, files)))} of {len(files)} files answered\n")
+        print("| | apart | in this process | apart / this | worst file |")
+        print("|---|---|---|---|---|")
+        for what, action in {"reading": read, "path to first token": ask}.items():
+            found = [compared(partial(action, path), rounds) for path in files]
+            ratios = [apart / here for apart, here in found]
+            apart, here = (median(side) for side in zip(*found, strict=True))
+            print(f"| {what} | {apart:.1f} ms | {here:.1f} ms | {median(ratios):.3f} | {max(ratios):.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
