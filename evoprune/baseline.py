@@ -5,7 +5,7 @@ from dataclasses import asdict
 import torch
 
 from evoprune.config import QWEN2, QWEN2_5, Config, TextConfig, VisionConfig
-from evoprune.qwen import QwenVL, Tower
+from evoprune.qwen import QwenVL
 
 
 def hugging_face_config(config: Config):
@@ -30,19 +30,6 @@ def hugging_face_model(model: QwenVL):
     with torch.device("meta"):
         made = kind._from_config(hugging_face_config(model.config), dtype=model.dtype, attn_implementation="sdpa")
     return _share(made, model)
-
-
-def hugging_face_tower(tower: Tower):
-    """A `Qwen2_5_VisionTransformerPretrainedModel` under sdpa that shares its tensors with `tower`."""
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-    config = Qwen2_5_VLVisionConfig(**_vision(tower.config))
-    with torch.device("meta"):
-        made = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-            config, dtype=tower.patch_embed.proj.weight.dtype, attn_implementation="sdpa"
-        )
-    return _share(made, tower)
 
 
 def _vision(config: VisionConfig) -> dict:

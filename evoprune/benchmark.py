@@ -219,5 +219,6 @@ def _matmul_shapes(loaded: LoadedModel, units: list[int]) -> list[tuple[int, int
     """Large squares, and the tower's own widest product over as many rows as it has at a time."""
     squares = (4096, 8192) if loaded.device.startswith("cuda") else (1024, 2048)
     at_once = min(units_at_a_time(loaded.model.device), max(units, default=1))
-    rows, hidden = PATCHES * at_once, loaded.model.config.vision_config.hidden_size
-    return [*((side, side, side) for side in squares), (rows, hidden, 3 * hidden)]
+    rows, vision = PATCHES * at_once, loaded.model.config.vision_config
+    widest = max(3 * vision.hidden_size, vision.intermediate_size)
+    return [*((side, side, side) for side in squares), (rows, vision.hidden_size, widest)]

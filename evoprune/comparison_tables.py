@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from evoprune import methods
 from evoprune.chart import COLOURS, INK, Panel, Point, Series, draw_rows
@@ -106,6 +107,19 @@ def equal_cost(outcome: Outcome) -> list[Match]:
     return made
 
 
+def own_steps(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
+    """What `evoprune` loses from each budget to the next smaller one, paired, as Markdown."""
+    found = {
+        budget: [s for s in outcome.samples if "error" not in s and _at(s, budget) and s["method"] == OURS]
+        for budget in budgets
+    }
+    order = sorted((budget for budget in budgets if found[budget]), reverse=True)
+    return [
+        f"- `-b {small:g}` less `-b {large:g}`: {_difference(*paired_difference(found[small], found[large]))}"
+        for large, small in pairwise(order)
+    ]
+
+
 def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, command: str) -> str:
     """All of it in Markdown."""
     settings = outcomes[0].document["settings"]
@@ -131,6 +145,8 @@ def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, 
         ]
         for budget in budgets:
             parts += [f"### `-b {budget:g}`", _table(outcome, budget), *_spread(outcome, budget)]
+        if steps := own_steps(outcome, budgets):
+            parts += [f"### `{OURS}` from one budget to the next", "\n".join(steps)]
         if matches := equal_cost(outcome):
             parts += ["### At equal cost", COST_LEGEND, _cost_table(matches)]
     parts.append(LEGEND)

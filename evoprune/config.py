@@ -54,7 +54,7 @@ class Qwen2VisionConfig:
     embed_dim: int
     hidden_size: int
     num_heads: int
-    mlp_ratio: int | float = 4
+    mlp_ratio: int = 4
     patch_size: int = 14
     temporal_patch_size: int = 2
     spatial_merge_size: int = 2
@@ -102,48 +102,39 @@ def parse_config(content: dict) -> Config:
     heads = text.get("num_attention_heads")
     text = text | {"rope_parameters": rope, "num_key_value_heads": text.get("num_key_value_heads") or heads}
     tied = bool(content.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    config = Config(parse_vision(vision), _pick(TextConfig, text, "text_config"), tied)
+    family = content.get("model_type", QWEN2_5)
+    config = Config(parse_vision(vision, family), _pick(TextConfig, text, "text_config"), tied)
     v, t = config.vision_config, config.text_config
 
-    def check(right: bool, what: str) -> None:
-        if not right:
-            raise ValueError(what)
-
-    check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
-    check(not t.use_sliding_window, "sliding window attention is not supported")
-    act = ACTIVATIONS[v.family]
-    check(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
-    check(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
-    check(v.spatial_merge_size == 2, f"spatial_merge_size {v.spatial_merge_size} is not supported, only 2")
-    check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
-    check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
-    check(
-        all(0 <= i < v.depth for i in v.fullatt_block_indexes), "fullatt_block_indexes names layers that are not there"
-    )
-    check(v.out_hidden_size == t.hidden_size, "tower and language model differ in size")
-    check(t.hidden_size % (2 * t.num_attention_heads) == 0, "hidden_size does not divide into heads")
-    check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
+    _check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
+    _check(not t.use_sliding_window, "sliding window attention is not supported")
+    _check(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
+    check_vision(v)
+    _check(v.out_hidden_size == t.hidden_size, "tower and language model differ in size")
+    _check(t.hidden_size % (2 * t.num_attention_heads) == 0, "hidden_size does not divide into heads")
+    _check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
     section = rope["mrope_section"]
     parts = isinstance(section, list) and len(section) == 3 and all(isinstance(n, int) and n >= 0 for n in section)
-    check(parts and 2 * sum(section) == t.hidden_size // t.num_attention_heads, "mrope_section does not fit the heads")
-    check(_is_number(rope["rope_theta"]) and rope["rope_theta"] > 0, "rope_theta is not a positive number")
+    fits = parts and 2 * sum(section) == t.hidden_size // t.num_attention_heads
+    _check(fits, "mrope_section does not fit the heads")
+    _check(_is_number(rope["rope_theta"]) and rope["rope_theta"] > 0, "rope_theta is not a positive number")
     return config
 
 
-def parse_vision(content: dict) -> VisionConfig:
-    """Reads a `vision_config`; one with an `embed_dim` is Qwen2-VL's, which has other names and fewer numbers.
+def parse_vision(content: dict, family: str) -> VisionConfig:
+    """Reads the `vision_config` of a model of that type; Qwen2-VL's has other names and fewer numbers.
 
     Raises:
         ValueError: a number is missing or is none.
     """
     content = {"in_channels": content.get("in_chans", 3)} | content
-    if "embed_dim" not in content:
+    if family != QWEN2:
         return _pick(VisionConfig, content, "vision_config")
     sizes = _pick(Qwen2VisionConfig, content, "vision_config")
     return VisionConfig(
         depth=sizes.depth,
         hidden_size=sizes.embed_dim,
-        intermediate_size=int(sizes.embed_dim * sizes.mlp_ratio),
+        intermediate_size=sizes.embed_dim * sizes.mlp_ratio,
         num_heads=sizes.num_heads,
         out_hidden_size=sizes.hidden_size,
         fullatt_block_indexes=tuple(range(sizes.depth)),
@@ -159,8 +150,26 @@ def parse_vision(content: dict) -> VisionConfig:
 
 
 def vision_sizes(config) -> VisionConfig:
-    """The numbers of a tower, be its config one of these or transformers' own."""
-    return config if isinstance(config, VisionConfig) else parse_vision(config.to_dict())
+    """The numbers of a tower, be its config one of these or transformers' own. Raises ValueError as `parse_vision`."""
+    if isinstance(config, VisionConfig):
+        return config
+    return parse_vision(config.to_dict(), config.model_type.removesuffix("_vision"))
+
+
+def check_vision(v: VisionConfig) -> None:
+    """Raises ValueError where a tower cannot be run faithfully."""
+    act = ACTIVATIONS[v.family]
+    _check(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
+    _check(v.spatial_merge_size == 2, f"spatial_merge_size {v.spatial_merge_size} is not supported, only 2")
+    _check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
+    _check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
+    layers = all(0 <= i < v.depth for i in v.fullatt_block_indexes)
+    _check(layers, "fullatt_block_indexes names layers that are not there")
+
+
+def _check(right: bool, what: str) -> None:
+    if not right:
+        raise ValueError(what)
 
 
 def _is_number(value: Any) -> bool:

@@ -17,7 +17,7 @@ def counting(model, counts: torch.Tensor | None) -> Iterator[None]:
     """Meanwhile attention counts columns as often as is said.
 
     Args:
-        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration`, under an attention that takes masks of numbers
+        model: a Hugging Face `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`, under an attention that takes masks of numbers
             (`host.takes_numbers`).
         counts: float32 `[B, C]`, of the prompt's columns; those behind count once. None for one each. Where the model runs more
             rows than B, as with beams, each stands for so many neighbouring ones.

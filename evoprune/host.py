@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from evoprune.config import vision_sizes
+from evoprune.config import check_vision, vision_sizes
 from evoprune.errors import ModelError
 from evoprune.language.positions import VideoSpan, prompt_positions
 
@@ -37,7 +37,7 @@ def tower_of(model):
     """The vision tower of a Hugging Face model, or of a `qwen.QwenVL`.
 
     Raises:
-        ModelError: it has none of Qwen2.5-VL's or Qwen2-VL's, or the weights are elsewhere.
+        ModelError: it has none of Qwen2.5-VL's or Qwen2-VL's, or one that is built otherwise, or the weights are elsewhere.
     """
     from evoprune.qwen import Tower
 
@@ -48,6 +48,10 @@ def tower_of(model):
 
         if not isinstance(visual, Qwen2_5_VisionTransformerPretrainedModel | Qwen2VisionTransformerPretrainedModel):
             raise ModelError(f"a {type(model).__name__} has no vision tower of Qwen2.5-VL or Qwen2-VL", SUPPORTED)
+    try:
+        check_vision(vision_sizes(visual.config))
+    except ValueError as problem:
+        raise ModelError(f"the vision tower of this model cannot be run: {problem}", SUPPORTED) from problem
     if visual.patch_embed.proj.weight.is_meta:
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     return visual
@@ -94,7 +98,7 @@ def host_positions(model, call: dict, mask: torch.Tensor | None, generating: boo
     """Where the model itself would have each column of a prompt, in `generate` (`[4, B, L]`) or in `forward` (`[3, B, L]`)."""
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
-    if given["second_per_grid_ts"] is None:  # Qwen2-VL, which does not know of it
+    if not has_clock(model):  # there is no such argument
         del given["second_per_grid_ts"]
     ids = call["input_ids"]
     if generating:
@@ -120,8 +124,13 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     return positions.to(call["input_ids"].device)
 
 
+def has_clock(model) -> bool:
+    """Whether positions follow a video's time; Qwen2-VL's count its grids."""
+    return vision_sizes(model.config.vision_config).tokens_per_second is not None
+
+
 def seconds_per_grid(call: dict) -> Sequence[float]:
-    """Seconds from grid to grid of each video; where nothing is said the model assumes 1."""
+    """Seconds from grid to grid of each video; where nothing is said it is taken for 1, as by Qwen2.5-VL."""
     seconds = call.get("second_per_grid_ts")
     return [1.0] * len(call["video_grid_thw"]) if seconds is None else [float(x) for x in seconds]
 

@@ -139,7 +139,7 @@ def apply(model, **settings) -> "Pruned":
     """Prunes inside `model` from now on, until `remove()` of what is returned; settings are those of `EvoPrune`.
 
     Raises:
-        ModelError: not a `Qwen2_5_VLForConditionalGeneration`. UsageError: bad settings, or it is pruned already.
+        ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`. UsageError: bad settings, or it is pruned already.
     """
     return EvoPrune(**settings)(model).__enter__()
 
@@ -282,10 +282,11 @@ class Pruned:
         image = int((call["input_ids"] == model.config.image_token_id).sum())
         visual = len(encoded.kept) + image
         one = len(grids) == 1
+        timed = one and (call.get("second_per_grid_ts") is not None or host.has_clock(model))
         report = Report(
             sampling=Sampling(
                 grid_thw=grids[0] if one else None,
-                seconds_per_grid=host.seconds_per_grid(call)[0] if one else None,
+                seconds_per_grid=host.seconds_per_grid(call)[0] if timed else None,
             ),
             pruning=Pruning(
                 method=settings.method,

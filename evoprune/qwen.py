@@ -42,23 +42,23 @@ class Tower(Part):
 
     def __init__(self, config: VisionConfig):
         wide, patch = config.hidden_size, (config.temporal_patch_size, config.patch_size, config.patch_size)
-        older, inner = config.family == QWEN2, config.intermediate_size
+        qwen2, inner = config.family == QWEN2, config.intermediate_size
         joined = wide * config.spatial_merge_size**2
         super().__init__(
             patch_embed=Part(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=False)),
             blocks=nn.ModuleList(
                 Part(
-                    norm1=Norm(wide, bias=older),
-                    norm2=Norm(wide, bias=older),
+                    norm1=Norm(wide, bias=qwen2),
+                    norm2=Norm(wide, bias=qwen2),
                     attn=Part(qkv=nn.Linear(wide, 3 * wide), proj=nn.Linear(wide, wide)),
                     mlp=Part(fc1=nn.Linear(wide, inner), fc2=nn.Linear(inner, wide))
-                    if older
+                    if qwen2
                     else _mlp(wide, inner, True),
                 )
                 for _ in range(config.depth)
             ),
             merger=Part(
-                ln_q=Norm(wide, bias=older),
+                ln_q=Norm(wide, bias=qwen2),
                 mlp=nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.out_hidden_size)),
             ),
         )

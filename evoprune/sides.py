@@ -137,7 +137,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     """Transformers' own tower, language model and cache, every token read, logits of the last column alone.
 
     Args:
-        reference: the `Qwen2_5_VLForConditionalGeneration` that shares the weights of `loaded`. Its parts are called
+        reference: the transformers model that shares the weights of `loaded`. Its parts are called
             one by one, without what its `generate` does around them, so that stages can be told apart.
     """
     from transformers import DynamicCache

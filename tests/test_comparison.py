@@ -7,7 +7,7 @@ import pytest
 
 from evoprune import comparison, methods
 from evoprune.comparison import compared, main
-from evoprune.comparison_tables import Outcome, chart, document, equal_cost, standings
+from evoprune.comparison_tables import Outcome, chart, document, equal_cost, own_steps, standings
 from evoprune.pipeline import VideoQA
 from evoprune.scores import score_rows
 
@@ -99,6 +99,13 @@ def test_the_document():
         *(line for name in ("one", "two") for line in (f"## {name}", "### `-b 0.5`", "### `-b 0.1`", "### At equal cost")),
     ]  # fmt: skip
     assert "in all models" not in document(outcomes[:1], (0.5,), "a.svg", "")
+
+
+def test_what_the_next_smaller_budget_costs():
+    half, tenth = samples({"evoprune": "1111" * 10, "pool": "0" * 40}), samples({"evoprune": "0111" * 10}, 0.1)
+    made = Outcome("one", {}, [*half, *tenth, {"video": "v", "error": {}}])
+    assert own_steps(made, (0.1, 0.5, 0.25)) == ["- `-b 0.1` less `-b 0.5`: -25.0 (-35.0 to -15.0)"]
+    assert own_steps(made, (0.5, 0.25)) == []
 
 
 def test_equal_cost_is_the_dearest_of_ours_that_costs_no_more():

@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForCondition
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
-from transformers.models.qwen2_vl import modeling_qwen2_vl as older
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 
 from evoprune import host
 from evoprune.counting import counting
@@ -28,7 +28,7 @@ GENERATE = [
     "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "kwargs",
 ]  # fmt: skip
 # Qwen2-VL's have what Qwen2.5-VL's have, but for the seconds.
-OLDER = {
+QWEN2_VL = {
     Qwen2_5_VLForConditionalGeneration.forward: Qwen2VLForConditionalGeneration.forward,
     Qwen2_5_VLForConditionalGeneration.generate: Qwen2VLForConditionalGeneration.generate,
     Qwen2_5_VLForConditionalGeneration.get_image_features: Qwen2VLForConditionalGeneration.get_image_features,
@@ -36,8 +36,8 @@ OLDER = {
     Qwen2_5_VLForConditionalGeneration._prepare_position_ids_for_generation: (
         Qwen2VLForConditionalGeneration._prepare_position_ids_for_generation
     ),
-    modeling.Qwen2_5_VLModel.compute_3d_position_ids: older.Qwen2VLModel.compute_3d_position_ids,
-    modeling.Qwen2_5_VLModel.get_rope_index: older.Qwen2VLModel.get_rope_index,
+    modeling.Qwen2_5_VLModel.compute_3d_position_ids: qwen2.Qwen2VLModel.compute_3d_position_ids,
+    modeling.Qwen2_5_VLModel.get_rope_index: qwen2.Qwen2VLModel.get_rope_index,
 }
 SIGNATURES = {
     Qwen2_5_VLForConditionalGeneration.forward: FORWARD,
@@ -67,9 +67,9 @@ def test_signatures(function):
     assert list(inspect.signature(function).parameters) == SIGNATURES[function]
 
 
-@pytest.mark.parametrize("function", OLDER, ids=lambda function: function.__qualname__)
+@pytest.mark.parametrize("function", QWEN2_VL, ids=lambda function: function.__qualname__)
 def test_signatures_of_qwen2_vl(function):
-    given = set(inspect.signature(OLDER[function]).parameters)
+    given = set(inspect.signature(QWEN2_VL[function]).parameters)
     assert given == set(SIGNATURES[function]) - {"second_per_grid_ts"}
 
 

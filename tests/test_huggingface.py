@@ -223,7 +223,7 @@ def test_copies_would_generate_with_the_original(model, copied):
 
 
 def test_other_models_are_refused():
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small |= {
@@ -232,14 +232,24 @@ def test_other_models_are_refused():
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }
     small["rope_parameters"]["mrope_section"] = [2, 3, 3]
-    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32}
-    other = Qwen2VLForConditionalGeneration._from_config(Qwen2VLConfig(text_config=small, vision_config=vision))
+    small["head_dim"] = 16
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 32}
+    vision["deepstack_visual_indexes"] = [0]
+    other = Qwen3VLForConditionalGeneration._from_config(Qwen3VLConfig(text_config=small, vision_config=vision))
     for model in (other, tiny_model().model, torch.nn.Linear(2, 2), None):
         with pytest.raises(evoprune.ModelError, match="cannot be pruned") as caught:
             evoprune.apply(model)
         assert "Qwen2_5_VLForConditionalGeneration" in caught.value.hint
         with pytest.raises(evoprune.ModelError, match="no vision tower"):
             evoprune.encode(model, *inputs((1, 4, 4)))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_a_tower_that_is_built_otherwise_is_refused(family):
+    model = tiny_model(family=family)
+    model.model.visual.config.hidden_act = "gelu"
+    with pytest.raises(evoprune.ModelError, match="cannot be run: activation gelu"):
+        evoprune.apply(model)
 
 
 def test_offloaded_weights_are_refused():

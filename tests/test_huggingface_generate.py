@@ -32,6 +32,7 @@ PROMPTS = {
     "two videos": [(5, ("video", 4, 8, 12), 3, ("video", 2, 4, 8), 7)],
     "picture and video": [(5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7, ("image", 4, 4), 1)],
     "batch": [(5, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 9, ("video", 1, 4, 4), 2)],
+    "long video": [(5, ("video", 8, 4, 4), 7)],  # more grids than units to a side
     "batch with text and a picture": [(5, ("video", 4, 8, 12), 7), (12,), (3, ("image", 4, 8), 4)],
 }
 SETTINGS = {
@@ -310,7 +311,7 @@ def test_a_streamer_gets_the_whole_prompt_and_then_tokens(model):
     assert torch.equal(short.ids[0], inputs["input_ids"])
 
 
-@pytest.mark.parametrize("prompt", ["one video", "batch"])
+@pytest.mark.parametrize("prompt", ["one video", "batch", "long video"])
 def test_qwens_positions(model, prompt):
     """The same on the whole prompt, at positions counted by hand."""
     inputs = processed(model, *PROMPTS[prompt], seconds=9.0)
@@ -338,8 +339,25 @@ def test_qwens_positions(model, prompt):
             at, column, first = at + 1, column + 1, first + 1
     out, run = pruned(model, inputs, 0.3, positions="qwen")
     assert torch.equal(out, generated(model, call)) and run.report.pruning.positions == "qwen"
-    if timed:
-        assert not torch.equal(out, pruned(model, inputs, 0.3)[0])
+    logits = []
+    for positions in ("host", "qwen"):
+        with evoprune.EvoPrune(budget=0.3, positions=positions, **ONCE)(model), torch.no_grad():
+            logits.append(model(**inputs).logits[:, -1])
+    # Without a clock the two rules part only where a video has more grids than units to a side.
+    assert torch.equal(*logits) == (not timed and prompt != "long video")
+
+
+@pytest.mark.parametrize("positions", ["host", "qwen"])
+def test_a_clock_for_a_model_that_has_none(positions):
+    """It is for the method alone then: Qwen2-VL's positions do not know of it."""
+    model = tiny_model(family="qwen2_vl")
+    inputs = processed(model, *ONE)
+    seconds = {"second_per_grid_ts": torch.tensor([0.25])}
+    with evoprune.EvoPrune(budget=1.0, positions=positions)(model) as run, torch.no_grad():
+        assert torch.equal(model(**inputs, **seconds).logits, model(**inputs).logits)
+        assert run.report.sampling.seconds_per_grid is None
+        model.generate(**inputs, **seconds, max_new_tokens=1)
+        assert run.report.sampling.seconds_per_grid == 0.25
 
 
 def talk(model, inputs, further, **settings):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evoprune import models
-from evoprune.baseline import hugging_face_tower
+from evoprune.baseline import hugging_face_model
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream, stream_text
 from evoprune.language.positions import VideoSpan, prompt_positions
@@ -59,7 +59,7 @@ def test_a_loaded_model_answers(saved):
     prompt = build_prompt(loaded.tokenizer, "What happens?", 12)
     pixels = torch.randn(48, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        features = hugging_face_tower(loaded.model.model.visual)(pixels, torch.tensor([[2, 4, 6]])).pooler_output
+        features = hugging_face_model(loaded.model).model.visual(pixels, torch.tensor([[2, 4, 6]])).pooler_output
     kept = torch.tensor([0, 5, 7])
     span = VideoSpan(prompt.video_start, (2, 2, 3), 1.0)
     positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
@@ -236,9 +236,10 @@ def other_architecture_without_weights(folder):
         (drop("config.json"), "holds no config.json"),
         (write("config.json", "{"), "cannot be read"),
         (write("config.json", "[]"), "not a JSON object"),
-        (config(model_type="qwen2_vl"), "of type 'qwen2_vl', not qwen2_5_vl"),
+        (config(model_type="qwen3_vl"), "of type 'qwen3_vl', not qwen2_5_vl or qwen2_vl"),
+        (config(model_type="qwen2_vl"), "no valid qwen2_vl config: vision_config has no embed_dim"),
         (other_architecture_without_weights, "of type 'llava'"),
-        (config(text_config={"hidden_size": "many"}), "no valid Qwen2.5-VL config"),
+        (config(text_config={"hidden_size": "many"}), "no valid qwen2_5_vl config"),
         (config(quantization_config={"quant_method": "awq"}), "quantized"),
         (drop("model.safetensors"), "no safetensors weights"),
         (pickle_only, "no safetensors weights"),

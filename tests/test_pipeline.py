@@ -33,9 +33,9 @@ def loaded(saved):
 
 
 @pytest.fixture(scope="module")
-def older(tmp_path_factory):
+def qwen2(tmp_path_factory):
     """A Qwen2-VL."""
-    return load_model(str(save_tiny(tmp_path_factory.mktemp("older"), family="qwen2_vl")), dtype="fp32", pack=False)
+    return load_model(str(save_tiny(tmp_path_factory.mktemp("qwen2"), family="qwen2_vl")), dtype="fp32", pack=False)
 
 
 def answer(video, question="What happens?", n=24, **settings):
@@ -43,10 +43,10 @@ def answer(video, question="What happens?", n=24, **settings):
 
 
 @pytest.mark.parametrize("clip", [CLIP, LONG])
-@pytest.mark.parametrize("model", ["tiny", "older", "demo"])
+@pytest.mark.parametrize("model", ["tiny", "qwen2", "demo"])
 @pytest.mark.parametrize("pack", [True, False])
-def test_full_budget_is_hugging_faces_generate(loaded, older, model, clip, pack):
-    loaded = load_model("demo", pack=False) if model == "demo" else {"tiny": loaded, "older": older}[model]
+def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack):
+    loaded = load_model("demo", pack=False) if model == "demo" else {"tiny": loaded, "qwen2": qwen2}[model]
     ours = replace(loaded, model=shared(loaded.model))
     make_ready(ours.model, "none", pack=pack)
     video = VideoQA(ours, budget=1.0).encode(clip)
@@ -77,8 +77,8 @@ def test_full_budget_is_hugging_faces_generate(loaded, older, model, clip, pack)
 
 
 @pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])
-def test_a_qwen2_vl_is_pruned_too(older, method):
-    qa = VideoQA(older, budget=0.25, method=method)
+def test_a_qwen2_vl_is_pruned_too(qwen2, method):
+    qa = VideoQA(qwen2, budget=0.25, method=method)
     video = qa.encode(LONG)
     made = answer(video)
     pruning = video.report.pruning

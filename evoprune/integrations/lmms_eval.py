@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as `evoprune` runs it, as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval).
+"""Qwen2.5-VL, or Qwen2-VL, as `evoprune` runs it, as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval).
 
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune

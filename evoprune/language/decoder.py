@@ -1,8 +1,8 @@
-"""Qwen2.5's decoder: a pass of the language model over new columns of a prompt, or over one generated token.
+"""The decoder of Qwen2 and Qwen2.5: a pass of the language model over new columns of a prompt, or over one generated token.
 
-Runs on the weights alone, under Hugging Face's names, so on a `Qwen2_5_VLForConditionalGeneration` as well as on
-`qwen.QwenVL`. Queries and keys are turned by three positions at once (M-RoPE, arXiv 2409.12191, section 2.1), heads share
-keys and values in groups (arXiv 2305.13245). Numbers are rounded where Hugging Face rounds them.
+Runs on the weights alone, under Hugging Face's names, so on a model of transformers as well as on `qwen.QwenVL`. Queries and
+keys are turned by three positions at once (M-RoPE, arXiv 2409.12191, section 2.1), heads share keys and values in groups (arXiv
+2305.13245). Numbers are rounded where Hugging Face rounds them.
 """
 
 from functools import lru_cache

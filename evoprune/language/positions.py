@@ -1,9 +1,9 @@
 """Where each prompt token sits in time, height and width (M-RoPE).
 
 Qwen2.5-VL rotates queries and keys by three positions at once. Text has the same number in all three; a video token has
-the time of its grid and the row and column of its merge unit, all counted from where the video starts. Qwen2-VL counts grids
-instead of time. Text after a video
-goes on at *the largest position used so far plus one* (Qwen2-VL, arXiv 2409.12191, section 2.1; the models were trained so).
+the time of its grid and the row and column of its merge unit, all counted from where the video starts. Qwen2-VL counts
+grids instead of time. Text after a video goes on at *the largest position used so far plus one* (Qwen2-VL, arXiv 2409.12191,
+section 2.1; the models were trained so).
 """
 
 from collections.abc import Sequence

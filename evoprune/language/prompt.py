@@ -45,7 +45,7 @@ def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, sys
     """One user turn, the video and then the question, up to where the answer begins.
 
     Args:
-        tokenizer: with Qwen2.5-VL's special tokens and chat template.
+        tokenizer: with Qwen's special tokens and chat template.
         question: what to ask, taken literally.
         visual_tokens: N of the unpruned video, at least 1.
         system: a system prompt, taken literally; None leaves it to the template.
@@ -100,5 +100,5 @@ def _render(tokenizer: Tokenizer, with_system: bool) -> str:
 def _unfit(reason: str) -> ModelError:
     return ModelError(
         f"the model's chat template cannot be used for video: {reason}",
-        "take tokenizer and chat template from the Qwen2.5-VL model that this one was made from",
+        "take tokenizer and chat template from the model that this one was made from",
     )

@@ -2,12 +2,13 @@
 
 Faithful: what is kept shall represent the video and repeat itself little, the sum of what each piece represents less `beta` times
 what it repeats, and is chosen in three steps. The video is cut where neighbouring grids, pooled, are less alike than 0.95, and a
-segment of one grid joins a neighbour. Segments get tokens by what each adds to those before it. In a segment, tokens are density
-peaks of their grid that are unlike what the grid before has kept. Ours, because the formulas could not be read and no code is
-public: a segment, pooled, represents the video as far as its cosine to the mean of all tokens says, and repeats its most similar
-segment among those chosen before; its weight is its grids times exp(gain). A token's gain is its score as a peak times 1 less its
-greatest cosine to a token kept in the grid before. A lone grid joins the neighbour it is more like. So it bears a name of its own,
-and what it scores is not the paper's figure. Ties go by index.
+segment of one grid joins a neighbour. Segments get tokens by what each adds to those chosen before it. In a segment, tokens are
+density peaks of their grid that are unlike what the grid before has kept. Ours, because the formulas could not be read and no
+code is public: a segment, pooled, represents the video as far as its cosine to the mean of all tokens says, and repeats its most
+similar segment among those chosen before; its weight is its grids times exp(gain). A token's gain is its score as a peak times 1
+less its greatest cosine to a token kept in the grid before. From left to right, a lone grid joins the neighbour it is more like;
+one that waits for the next takes it whatever that is like. So it bears a name of its own, and what it scores is not the paper's
+figure. Ties go by index.
 """
 
 import math

@@ -22,7 +22,7 @@ def test_stats(cli):
     result = cli("ask", CLIP, QUESTION)
     for stage in ("read", "preprocess", "encode", "prefill", "generate", "first token", "memory"):
         assert f"\n{stage}" in result.err
-    assert "144 units" in result.err and "50.0% kept, 50.0% pruned" in result.err
+    assert "144 units" in result.err and "25.0% kept, 75.0% pruned" in result.err
     assert result.err.isascii() and "warning" not in result.err
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,19 @@ ROOT = Path(__file__).parents[2]
 
 def readme_blocks() -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+
+
+def test_the_transcript_of_the_readme(cli):
+    """What it shows is what comes, but for times, memory, and the processors of whoever tries it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"^```text\n\$ evoprune (ask samples.*?)\n(.*?)^```", readme, re.S | re.M).groups()
+    result = cli(*shlex.split(command))
+
+    def counts(text: str) -> list[list[str]]:
+        lines = [line for line in text.splitlines() if line and not line.startswith(("model", "first token", "memory"))]
+        return [re.sub(r"^(\S+|  pruning) +\d+ +#*", r"\1", line).split() for line in lines]
+
+    assert counts(shown) == counts(result.out + result.err)
 
 
 @pytest.mark.parametrize("number", range(2, len(readme_blocks())))

@@ -458,9 +458,8 @@ def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     like = [cosine(a, b) for a, b in pairwise(pooled)]
     parts = segments_line_by_line(tokens, 1, method.threshold)
     made, number = [], 0
-    while number < len(
-        parts
-    ):  # a lone grid joins: the one before it where that is as like or all there is, else the one after
+    # A lone grid joins the one before it where that is as like or all there is, else the one after.
+    while number < len(parts):
         part = parts[number]
         while len(part) == 1 and number + 1 < len(parts) and (not made or like[part[-1]] > like[part[0] - 1]):
             number += 1
