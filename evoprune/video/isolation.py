@@ -112,10 +112,9 @@ def pictures(info: VideoInfo, times_s: Sequence[float], decoder: str, counts: Se
 
 def _pictures(info: VideoInfo, times_s: Sequence[float], decoder: str, counts: Sequence[int]) -> Iterator[Filled]:
     with _borrowed(info.path) as worker:
-        worker.ask("frames", {"info": asdict(info), "times_s": list(times_s), "decoder": decoder})
-        worker.answer()
         shapes = [(count, info.height, info.width, 3) for count in counts]
-        coming = worker.ask_to_fill(shapes[0])
+        begin = worker.asked("frames", {"info": asdict(info), "times_s": list(times_s), "decoder": decoder})
+        coming = worker.ask_to_fill(shapes[0], begin)  # at once: a message each way costs as much as a small picture
         for shape in shapes[1:]:
             filled = coming, *worker.answer()
             coming = worker.ask_to_fill(shape)
@@ -153,14 +152,18 @@ class _Worker:
         self.pid = self._process.pid
 
     def ask(self, task: str, arguments: dict[str, Any]) -> None:
+        self._send(self.asked(task, arguments))
+
+    def asked(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The message that asks for it."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
             raise VideoError(f"cannot read {self.path}: the current folder is gone", "go to another") from error
-        self._send({"task": task, "folder": folder, "arguments": arguments})
+        return {"task": task, "folder": folder, "arguments": arguments}
 
-    def ask_to_fill(self, shape: tuple[int, ...]) -> "np.ndarray":
-        """uint8 of that shape, which will hold the next pictures once that is answered."""
+    def ask_to_fill(self, shape: tuple[int, ...], begin: dict[str, Any] | None = None) -> "np.ndarray":
+        """uint8 of that shape, which will hold the next pictures once that is answered; `begin`: what is asked before."""
         import numpy as np
 
         try:
@@ -168,7 +171,7 @@ class _Worker:
             try:
                 os.ftruncate(memory, prod(shape))
                 frames = np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(shape)
-                self._send({"shape": shape}, memory)
+                self._send({"shape": shape, **(begin or {})}, memory)
             finally:
                 os.close(memory)
         except OSError as error:

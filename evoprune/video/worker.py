@@ -1,7 +1,8 @@
 """The process that reads videos for another (`isolation`): it serves a socket, under limits, until nobody is at the other end.
 
 Every message asks for something and gets one answer. `{"task", "folder", "arguments"}` asks for one of `tasks.TASKS`, run in that
-working folder, or for `frames`, which only begins; then `{"shape"}`, with the memory to put them into, asks for so many of them.
+working folder; `{"shape"}`, with the memory to put them into, for so many pictures, of the task `frames` that came with the first
+such message.
 An answer is `{"result"}`; or what came of it instead: `{"error"}` that users are told, the limit of `{"memory"}`, a `{"bug"}`.
 """
 
@@ -98,13 +99,16 @@ def _serve(channel: Channel) -> None:
     pictures = None
     while True:
         message, memory = channel.receive()
+        frames = None
         try:
-            if memory is not None:
-                result = pictures.fill(_array(memory, message["shape"]))
-            else:
+            if memory is not None:  # mapped first, which closes the descriptor, whatever comes of the rest
+                frames = _array(memory, message.pop("shape"))
+            if message:
                 if pictures:
                     pictures.close()
                 pictures, result = _begin(**message)
+            if frames is not None:
+                result = pictures.fill(frames)
             answer = {"result": result}
         except EvopruneError as problem:
             answer = _error(problem)
@@ -112,6 +116,7 @@ def _serve(channel: Channel) -> None:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
             answer = {"bug": traceback.format_exc()}
+        del frames  # nothing is held while nothing is asked for
         channel.send(answer)
 
 
