@@ -281,7 +281,7 @@ class Pruned:
         prompt = small["input_ids"].numel() if mask is None else int(mask.sum())
         image = int((call["input_ids"] == model.config.image_token_id).sum())
         visual = len(encoded.kept) + image
-        one = len(grids) == 1
+        one, rule = len(grids) == 1, _rule(settings.method, settings.method_args)
         timed = one and (call.get("second_per_grid_ts") is not None or host.has_clock(model))
         report = Report(
             sampling=Sampling(
@@ -290,8 +290,8 @@ class Pruned:
             ),
             pruning=Pruning(
                 method=settings.method,
-                args=asdict(_rule(settings.method, settings.method_args)),
-                budget=parse_budget(settings.budget),
+                args=asdict(rule),
+                budget=1.0 if rule.acts == "none" else parse_budget(settings.budget),
                 kept_ratio=len(encoded.kept) / units,
                 visual_tokens_in=units,
                 visual_tokens_kept=len(encoded.kept),

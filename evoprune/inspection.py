@@ -89,7 +89,7 @@ def plan_facts(plan: Plan, config) -> dict:
         "resized_hw": [plan.height, plan.width],
         "grid": list(plan.grid),
         "visual_tokens": n,
-        "capped": plan.capped,
+        "capped": plan.capped or plan.sampling.wanted > plan.frame_limit,
         "presets": {
             name: {
                 "budget": budget,

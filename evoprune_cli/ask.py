@@ -231,12 +231,13 @@ def _foretell_wait(qa, plan, quiet: bool, how: str = "") -> None:
 
 
 def _foretell_limits(plan, sampling: dict, quiet: bool) -> None:
-    """That it is less than was asked for that is looked at."""
+    """That it is less than was asked for, or than the model's own rate asks for, that is looked at."""
     if quiet:
         return
     asked = sampling["frames"] is not None or sampling["fps"] is not None
-    if asked and sampling["max_frames"] is None and plan.sampling.wanted > plan.frame_limit:
-        note(f"{plan.sampling.wanted:,} frames asked for; this model takes {plan.frame_limit:,} (--max-frames)")
+    if sampling["max_frames"] is None and plan.sampling.wanted > plan.frame_limit:
+        whence = "asked for" if asked else "at this model's rate"
+        note(f"{plan.sampling.wanted:,} frames {whence}; it takes {plan.frame_limit:,} (--max-frames)")
     if plan.capped:
         from evoprune.plan import MAX_VISUAL_TOKENS
 

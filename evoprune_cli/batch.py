@@ -240,7 +240,9 @@ def _check_videos(rows, quiet: bool) -> None:
     missing = [path for path in videos if not os.path.exists(path)]
     if len(missing) == len(videos):
         others = f", and none of the {len(videos) - 1:,} others" if len(videos) > 1 else ""
-        hint = "paths in a file of rows are relative to it; download what is on the web first, e.g. with yt-dlp"
+        hint = "download what is on the web first, e.g. with yt-dlp; paths in a file of rows are relative to it"
+        if any(character in missing[0] for character in "*?["):
+            hint = "a pattern that matches nothing stays as it is: no file here has such a name"
         raise VideoError(f"no such file: {missing[0]}{others}", hint)
     if missing and not quiet:
         tell(f"missing: {missing[0]}{', ...' if missing[1:] else ''} ({len(missing):,} of {len(videos):,} videos)")

@@ -13,7 +13,7 @@ from evoprune.choices import SPLITS
 from evoprune.errors import UsageError
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
-from evoprune_cli.files import check_writable, print_text, write_text
+from evoprune_cli.files import check_chart, print_text, write_text
 from evoprune_cli.render import WIDTH, note, progress
 
 SCHEMA = "evoprune/eval@1"
@@ -148,7 +148,7 @@ def evaluate(
     """
     sweep = opt.sweep(budget, method, method_arg, encoder_budget)
     _check_flags(split, output, resume, fps, frames, max_new_tokens)
-    check_writable(chart)
+    check_chart(chart, beside=output)
     videos, evaluation = _questions(data), None
     try:
         with progress(not quiet) as show:

@@ -11,10 +11,14 @@ class Terminated(BaseException):
 
 
 def failure(problem: BaseException) -> dict:
-    """`errors.error_record`, which knows nothing of signals, for everything that can end a command."""
+    """`errors.error_record`, which knows nothing of signals and of the environment, for everything that can end a command."""
     stops = {KeyboardInterrupt: (130, "interrupted"), Terminated: (143, "terminated")}
     if type(problem) not in stops:
-        return error_record(problem)
+        record = error_record(problem)
+        for name, value in os.environ.items():
+            if name.startswith("EVOPRUNE_") and value and value not in sys.argv and repr(value) in record["message"]:
+                record["hint"] = f"{record['hint'] or ''}; the value comes from {name}".lstrip("; ")
+        return record
     code, kind = stops[type(problem)]
     return {"code": code, "type": kind, "stage": None, "message": kind, "hint": None}
 

@@ -7,11 +7,29 @@ from evoprune.errors import UsageError
 from evoprune_cli.render import encodable
 
 
-def check_writable(path: str | None) -> None:
-    """Better now than when everything is measured."""
+def check_chart(path: str | None, beside: str | None = None) -> None:
+    """As `check_writable`, of an SVG file."""
+    special = path is not None and os.path.exists(path) and not os.path.isfile(path)  # such as /dev/stdout
+    if path is not None and not special and not path.lower().endswith(".svg"):
+        raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
+    check_writable(path, beside)
+
+
+def check_writable(path: str | None, beside: str | None = None) -> None:
+    """Better now than when everything is measured.
+
+    Args:
+        path: of the file. beside: a folder that will be made, with all folders above it.
+    """
     if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))
+    if (
+        beside is not None
+        and os.path.commonpath([folder, os.path.abspath(beside)]) == folder
+        and not os.path.exists(folder)
+    ):
+        return
     if (
         os.path.isdir(path)
         or not os.path.isdir(folder)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from textwrap import wrap
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ import typer
 from evoprune import methods
 from evoprune.choices import OVERLAYS
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import DEFAULT, parse_budget
+from evoprune.pruning.budget import AUTO, DEFAULT, parse_budget_or_auto
 from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
@@ -21,6 +22,7 @@ from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.render import clock, encoding, print_warning, printable, progress, size
 
 SCHEMA = "evoprune/inspect@1"
+WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
 
 def inspect(
@@ -96,9 +98,8 @@ def inspect(
         else:
             sampling = {"fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens}
             which = {"revision": revision, "offline": offline}
-            draw = None
+            draw, pruning = None, _pruning(budget, method, method_arg, encoder_budget, seed)
             if overlay is not None:
-                pruning = _pruning(budget, method, method_arg, encoder_budget, seed)
                 draw = _Overlay(overlay, which | {"device": device, "dtype": dtype} | pruning, decoder)
                 draw.check(video)
             for found in _about(video, model, which, device, sampling, start, end, scan, draw):
@@ -157,7 +158,7 @@ def _about(video, model, which, device, sampling, start, end, scan, draw) -> Ite
 
 def _pruning(budget, method, method_arg, encoder_budget, seed) -> dict:
     """How an overlay's video is pruned, as `VideoQA` takes it, checked as far as can be before anything is loaded."""
-    parse_budget(budget)
+    parse_budget_or_auto(budget)
     if not methods.known(method):
         raise UsageError(f"no pruning method {method!r}", f"one of {', '.join(methods.available())}")
     args = opt.settings(method_arg, encoder_budget)
@@ -198,7 +199,8 @@ class _Overlay:
                 show("reading video")
                 look = look_at(prepared, encoding(show))
             show("drawing")
-            how = f"{qa.method_name} -b {qa.budget:g}"
+            share = qa.asked_budget if qa.asked_budget == AUTO else f"{qa.budget:g}"
+            how = f"{qa.method_name} -b {share}"
             title = f"{os.path.basename(os.path.abspath(video))}, {how}. {look.summary}"
             write_bytes(self.file, as_file(look, title, self._ending))
         for name in look.warnings:
@@ -209,7 +211,7 @@ class _Overlay:
             "file": self.file,
             "method": qa.method_name,
             "args": asdict(qa.method),
-            "budget": qa.budget,
+            "budget": qa.asked_budget,
             "encoder_budget": share,
             **counts,
             "warnings": look.warnings,
@@ -230,10 +232,12 @@ def _print_json(facts: dict, error: dict | None) -> None:
 
 
 def lines(facts: dict, indent: int = 0) -> list[str]:
-    """Nested facts as aligned lines, values of known units in words."""
+    """Nested facts as aligned lines of at most 80 columns, if their words allow it; values of known units in words."""
     made = []
     for name, value in facts.items():
-        title = " " * indent + name.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
+        title = " " * indent + (
+            name if name.isupper() else name.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
+        )
         if name == "args" or (name == "encoder_budget" and value is None):
             continue  # for programs
         if name == "presets":
@@ -244,7 +248,14 @@ def lines(facts: dict, indent: int = 0) -> list[str]:
         elif isinstance(value, dict) and value:
             made += [title, *lines(value, indent + 2)]
         else:
-            made.append(f"{title:<22}{_value(name, value)}")
+            text = _value(name, value)
+            # A path, or what a file says of itself, stays in one piece.
+            parts = (
+                wrap(text, WIDTH - TITLE, break_long_words=False, break_on_hyphens=False)
+                if isinstance(value, list)
+                else [text]
+            )
+            made += [f"{title if number == 0 else '':<{TITLE}}{part}" for number, part in enumerate(parts or [""])]
     return made
 
 
@@ -253,6 +264,8 @@ def _value(name: str, value) -> str:
         return "unknown"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if name == "grid":
+        return " x ".join(map(str, value)) + " units"
     if name in ("timestamps_s",):
         shown = [f"{t:g}" for t in (value if len(value) <= 8 else [*value[:4], *value[-2:]])]
         return ", ".join(shown if len(value) <= 8 else [*shown[:4], "...", *shown[4:]]) + " s"

@@ -24,7 +24,7 @@ def check_terminal() -> None:
 def converse(talk: Conversation, questions: list[str]) -> None:
     """Answers `questions`, and then what is typed, which is added to them.
 
-    Ctrl-C ends an answer, and the conversation only where nothing is being answered. So does a question that cannot be asked.
+    Ctrl-C ends an answer; where nothing is being answered, twice running, it ends the conversation.
     """
     for question in list(questions):
         _answer(talk, question)
@@ -48,10 +48,11 @@ def typed() -> Iterator[str]:
     """Questions, one a line, until the input ends (Ctrl-D); empty lines are none.
 
     Raises:
-        KeyboardInterrupt: at the prompt.
+        KeyboardInterrupt: at the prompt, twice running: the first may have been meant for an answer, or for what was typed.
     """
     with contextlib.suppress(ImportError):  # where there is none, lines are plain
         import readline  # noqa: F401 (editing and history for `input`)
+    warned = False
     while True:
         try:
             with _output_on_stderr():
@@ -63,8 +64,13 @@ def typed() -> Iterator[str]:
             note()
             return
         except KeyboardInterrupt:
-            note()
-            raise
+            if warned:
+                note()
+                raise
+            note("\nCtrl-D ends the conversation, or Ctrl-C once more")
+            warned = True
+            continue
+        warned = False
         if line.strip():
             yield line
 

@@ -13,11 +13,11 @@ import traceback
 import typer
 
 import evoprune
-from evoprune.errors import UsageError, error_record
+from evoprune.errors import UsageError
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate, print_document
-from evoprune_cli.failures import Terminated, debugging
+from evoprune_cli.failures import Terminated, debugging, failure
 from evoprune_cli.help import Command
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
@@ -134,7 +134,7 @@ def _report(problem: Exception) -> int:
     told = getattr(problem, "told", False)
     if isinstance(problem, ParserError):
         problem = UsageError(_sentence(problem), _hint(problem))
-    error = error_record(problem)
+    error = failure(problem)
     if "--json" in sys.argv[1:] and not told:
         if _command() == "inspect":
             print_failure({}, problem)

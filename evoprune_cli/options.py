@@ -123,7 +123,7 @@ MethodArg = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, _option(_PRUNING, "--seed", metavar="<int>", help="Of everything random.", min=0)]
+Seed = Annotated[int, _option(_PRUNING, "--seed", metavar="<int>", help="Of everything random.", min=0, max=2**63 - 1)]
 
 Fps = Annotated[
     float | None,

@@ -15,7 +15,7 @@ from evoprune.choices import LOAD_FORMATS, QUANTIZE, SYNTHETIC
 from evoprune.errors import UsageError
 from evoprune.measurements import Case
 from evoprune_cli import options as opt
-from evoprune_cli.files import check_writable, print_text, write_text
+from evoprune_cli.files import check_chart, check_writable, print_text, write_text
 from evoprune_cli.render import WIDTH
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -170,8 +170,8 @@ def profile(
     }
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
     _check_flags(sweep["quantize"], form, load_format, synthetic, video)
-    for path in (output, chart):
-        check_writable(path)
+    check_writable(output)
+    check_chart(chart)
     kind, results = synthetic or SYNTHETIC[0], None
     with ExitStack() as cleanup:
         info = None if video is None else cleanup.enter_context(_probed(video, counts))

@@ -8,6 +8,7 @@ import numpy as np
 
 from evoprune.demo.clips import Clip, make_clip, write_video
 from evoprune.demo.questions import Question, ask
+from evoprune.errors import UsageError
 from evoprune.items import Item, Video
 
 BLOCK = 100_000  # seeds of one block; a block that was reported on is used up
@@ -42,6 +43,9 @@ def demo_video(split: str, seed: int, folder: Path, crf: int | None = None) -> I
     Args:
         split: `validation` to tune on, `heldout` to report, `portrait` for the family that is never tuned on.
         crf: how coarse x264 is; default: from 18 to 28, by the seed.
+
+    Raises:
+        UsageError: it cannot be written.
     """
     name, clip = clip_name(split, seed), make_clip(split, seed)
     asked = ask(clip, np.random.default_rng(seed), QUESTIONS)
@@ -49,7 +53,11 @@ def demo_video(split: str, seed: int, folder: Path, crf: int | None = None) -> I
         Item(f"{name}-{i}", q.question, q.answer, type=q.type, groups=groups(clip, q)) for i, q in enumerate(asked)
     )
     path = folder / f"{name}.mp4"
-    write_video(clip, path, crf=18 + seed % 11 if crf is None else crf, preset="veryfast")
+    try:
+        write_video(clip, path, crf=18 + seed % 11 if crf is None else crf, preset="veryfast")
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise UsageError(f"cannot write a clip to {folder}: {reason}", "set TMPDIR to a folder with room") from problem
     try:
         yield Video(name, path, tuple(items))
     finally:

@@ -8,6 +8,7 @@ time it is the video's fault, and so is silence. One that is left in the middle 
 """
 
 import atexit
+import errno
 import mmap
 import os
 import signal
@@ -175,6 +176,10 @@ class _Worker:
             finally:
                 os.close(memory)
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise VideoError(
+                    "the limit on the size of files is below that of a few frames", "ulimit -f unlimited"
+                ) from error
             raise MemoryError(f"no memory for frames: {error.strerror}") from error
         return frames
 

@@ -59,7 +59,11 @@ def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
             ) from error
         if not size:
             raise VideoError("standard input is empty", "did the command before the pipe fail?")
-        yield path
+        try:
+            yield path
+        except VideoError as problem:  # nobody knows that file
+            problem.message = problem.message.replace(path, "standard input")
+            raise
 
 
 def _is_endless(stdin: BinaryIO) -> bool:

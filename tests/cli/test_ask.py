@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,31 @@ def test_stats(cli):
         assert f"\n{stage}" in result.err
     assert "144 units" in result.err and "25.0% kept, 75.0% pruned" in result.err
     assert result.err.isascii() and "warning" not in result.err
+
+
+def test_what_prunes_nothing_has_the_whole_budget(cli):
+    pruning = cli("ask", CLIP, QUESTION, "--json", "--method", "none", "-b", "0.1").record["pruning"]
+    assert pruning["budget"] == pruning["kept_ratio"] == 1
+
+
+def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "lots")
+    assert "; the value comes from EVOPRUNE_BUDGET\n" in cli("ask", CLIP, QUESTION).err
+    assert "EVOPRUNE_BUDGET" not in cli("ask", CLIP, QUESTION, "-b", "lots").err
+    record = cli("ask", CLIP, QUESTION, "--json").record
+    assert record["error"]["hint"].endswith("EVOPRUNE_BUDGET")
+
+
+def test_a_seed_that_no_generator_takes(cli):
+    result = cli("ask", CLIP, QUESTION, "--seed", 2**64)
+    assert result.code == 2 and "bug" not in result.err
+
+
+def test_a_limit_on_the_size_of_files_is_named(tmp_path):
+    command = [sys.executable, "-m", "evoprune_cli", "ask", str(ROOT / CLIP), QUESTION]
+    limited = f"ulimit -f 2; exec {shlex.join(command)}"
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, cwd=ROOT, text=True)
+    assert done.returncode == 3 and "limit on the size of files" in done.stderr and "ulimit" in done.stderr
 
 
 def test_verbose_shows_rows_of_every_layer(cli):

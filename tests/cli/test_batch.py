@@ -51,6 +51,11 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in content.split(b"\n")[:-1]]
 
 
+def test_a_pattern_that_matches_nothing(run):
+    assert "a pattern that matches nothing" in run("no*such.mp4", *ASKED).err
+    assert "relative to it" in run("nosuch.mp4", *ASKED).err
+
+
 def breaking(monkeypatch, at: int, problem: BaseException):
     """Makes the `at`-th token fail: the first of the `at`-th question with `-n 1`."""
     chosen = []

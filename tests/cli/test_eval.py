@@ -65,6 +65,20 @@ def _flat(result) -> str:
     return " ".join(result.out.split())
 
 
+def test_a_chart_beside_results_that_are_not_there_yet(run, tmp_path):
+    chart = tmp_path / "runs" / "a.svg"
+    result = run("-o", tmp_path / "runs" / "a", "--chart", chart)
+    assert result.code == 0 and ElementTree.parse(chart).getroot().tag.endswith("svg")
+    assert run("--chart", tmp_path / "gone" / "a.svg").code == 2
+    assert "name it .svg" in run("--chart", tmp_path / "a.png").err
+
+
+def test_no_room_for_the_demos_clips(tmp_path):
+    command = f"ulimit -f 2; exec {sys.executable} -m evoprune_cli eval --data demo --limit 1 -b 0.1 -m demo"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, text=True)
+    assert done.returncode == 2 and "cannot write a clip" in done.stderr and "TMPDIR" in done.stderr
+
+
 def test_a_table_on_stdout_and_nothing_else(run):
     result = run()
     assert (result.code, result.err) == (0, "")

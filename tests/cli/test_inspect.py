@@ -41,6 +41,27 @@ def test_text_is_for_people(cli):
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
+def test_everything_about_the_machine_fits_a_terminal(cli, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
+    out = cli("inspect").out
+    assert "  EVOPRUNE_BUDGET" in out and all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_what_is_for_an_overlay_is_checked_without_one(cli):
+    for wrong in (("-b", "foo"), ("--method", "foo"), ("--method", "evoprune", "--method-arg", "x")):
+        assert cli("inspect", CLIP, *wrong).code == 2
+
+
+def test_an_overlay_of_what_the_content_asks_for(cli, tmp_path):
+    record = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", "-b", "auto", "--json").record["overlay"]
+    assert record["budget"] == "auto" and 7 <= record["chosen"] <= 72
+
+
+def test_frames_left_out_for_the_models_limit_are_a_cap(cli, tiny_folder):
+    plans = [cli("inspect", CLIP, *rate, "-m", tiny_folder, "--json").record["plan"] for rate in ((), ("--fps", "12"))]
+    assert [(plan["frames"], plan["capped"]) for plan in plans] == [(12, False), (32, True)]
+
+
 def test_video_from_stdin(cli):
     with open(CLIP, "rb") as file:
         record = cli("inspect", "-", "--scan", "--json", stdin=file.read()).record

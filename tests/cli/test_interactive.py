@@ -133,6 +133,15 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
         assert process.stdout.read(20)
         screen.press(b"\x03")
     screen.wait_for("> ", 3)
+    screen.press(b"half a question\x03")  # once it only clears the line
+    screen.wait_for("Ctrl-D ends the conversation")
+    screen.wait_for("> ", 4)
+    screen.press(b"What happens?\n")
+    assert process.stdout.read(20)
+    screen.press(b"\x03")
+    screen.wait_for("> ", 5)
+    screen.press(b"\x03")
+    screen.wait_for("> ", 6)
     screen.press(b"\x03")
     assert process.wait(60) == 130
     assert process.stdout.read().endswith(b"\n") and "Traceback" not in screen.finish()
