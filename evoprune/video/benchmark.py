@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -24,7 +24,7 @@ from evoprune.video.probe import probe
 
 FPS = 25
 CLIP_S, LONG_SIZE, CLIP_SIZE = 8, (180, 320), (360, 640)
-FEW = 8
+FEW, AT_A_TIME = 8, 8
 OTHER_FRAME = 2.0  # mean difference in levels of 255, above which two pictures are not the same frame
 
 
@@ -135,16 +135,25 @@ def compare_decoders(folder: Path, repeat: int) -> None:
             )
 
 
+def pass_through(info: VideoInfo, moments: Sequence[float], here: bool) -> None:
+    """Read as the encoder does, so many frames at a time, and hold none."""
+    with in_this_process() if here else nullcontext():
+        for _ in read_frames(info, moments, chunk_bytes=AT_A_TIME * info.width * info.height * 3):
+            pass
+
+
 def compare_processes(folder: Path, repeat: int) -> None:
     """Print for each kind of file what reading it in a process apart costs against reading it in this one."""
-    print(f"\nMilliseconds with PyAV; {CLIP_S} s of {CLIP_SIZE[1]}x{CLIP_SIZE[0]} at {FPS} fps\n")
+    print(
+        f"\nMilliseconds with PyAV; {CLIP_S} s of {CLIP_SIZE[1]}x{CLIP_SIZE[0]} at {FPS} fps, {AT_A_TIME} at a time\n"
+    )
     print("| file | frames | in this process | apart | apart / this |")
     print("|---|---|---|---|---|")
     for number, kind in enumerate(KINDS):
         info = probe(folder / f"{number}.{kind.ending}")
         for count in (FEW, CLIP_S * FPS // 2):
             moments = middles(info, count)
-            here, apart = medians([partial(read, info, moments, "pyav") for read in (frames_here, frames_at)], repeat)
+            here, apart = medians([partial(pass_through, info, moments, here) for here in (True, False)], repeat)
             print(
                 f"| {kind.name} | {count} of {CLIP_S * FPS} | {here:.0f} | {apart:.0f} | {apart / here:.2f} |",
                 flush=True,

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
@@ -112,16 +113,57 @@ def pictures(info: VideoInfo, times_s: Sequence[float], decoder: str, counts: Se
 
 
 def _pictures(info: VideoInfo, times_s: Sequence[float], decoder: str, counts: Sequence[int]) -> Iterator[Filled]:
+    shapes = [(count, info.height, info.width, 3) for count in counts]
+    memory = _Memory(max(map(prod, shapes)))
     with _borrowed(info.path) as worker:
-        shapes = [(count, info.height, info.width, 3) for count in counts]
         begin = worker.asked("frames", {"info": asdict(info), "times_s": list(times_s), "decoder": decoder})
-        coming = worker.ask_to_fill(shapes[0], begin)  # at once: a message each way costs as much as a small picture
-        for shape in shapes[1:]:
+        # At once: a message each way costs as much as a small picture.
+        coming = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
+        for number, shape in enumerate(shapes[1:], 2):
             filled = coming, *worker.answer()
-            coming = worker.ask_to_fill(shape)
+            del coming  # only who gets it holds it
+            coming = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
+            del filled
         filled = coming, *worker.answer()
+        del coming
     yield filled
+
+
+class _Memory:
+    """Memory that two processes share, for the pictures of one video, array after array.
+
+    A piece is used again as soon as nobody holds the array in it, nor a view of that: a fresh one is taken from the system page by
+    page, in both processes, which costs as much as a picture costs to decode.
+    """
+
+    def __init__(self, size: int):
+        """`size`: bytes of the largest array."""
+        self._size = size
+        self._pieces: list[mmap.mmap] = []
+        self._free: list[int] = []
+
+    def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int, int | None]:
+        """uint8 of that shape, the number of the piece that it lies in, and of a new piece a descriptor, which the caller closes.
+
+        Raises OSError where there is no memory.
+        """
+        import numpy as np
+
+        descriptor = None
+        if self._free:
+            number = self._free.pop()
+        else:
+            number, descriptor = len(self._pieces), os.memfd_create("evoprune-frames")
+            try:
+                os.ftruncate(descriptor, self._size)
+                self._pieces.append(mmap.mmap(descriptor, 0))
+            except OSError:
+                os.close(descriptor)
+                raise
+        whole = np.frombuffer(self._pieces[number], np.uint8, prod(shape))  # what all views of it keep alive
+        weakref.finalize(whole, self._free.append, number).atexit = False
+        return whole.reshape(shape), number, descriptor
 
 
 class _Worker:
@@ -163,24 +205,21 @@ class _Worker:
             raise VideoError(f"cannot read {self.path}: the current folder is gone", "go to another") from error
         return {"task": task, "folder": folder, "arguments": arguments}
 
-    def ask_to_fill(self, shape: tuple[int, ...], begin: dict[str, Any] | None = None) -> "np.ndarray":
-        """uint8 of that shape, which will hold the next pictures once that is answered; `begin`: what is asked before."""
-        import numpy as np
-
+    def ask_to_fill(self, memory: _Memory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
+        """uint8 of that shape, which will hold the next pictures once that is answered; `more`: what the message says too."""
         try:
-            memory = os.memfd_create("evoprune-frames")
-            try:
-                os.ftruncate(memory, prod(shape))
-                frames = np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(shape)
-                self._send({"shape": shape, **(begin or {})}, memory)
-            finally:
-                os.close(memory)
+            frames, number, descriptor = memory.take(shape)
         except OSError as error:
             if error.errno == errno.EFBIG:
                 raise VideoError(
                     "the limit on the size of files is below that of a few frames", "ulimit -f unlimited"
                 ) from error
             raise MemoryError(f"no memory for frames: {error.strerror}") from error
+        try:
+            self._send({"shape": shape, "piece": number, **more}, descriptor)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
         return frames
 
     def _send(self, message: dict[str, Any], descriptor: int | None = None) -> None:

@@ -1,8 +1,8 @@
 """The process that reads videos for another (`isolation`): it serves a socket, under limits, until nobody is at the other end.
 
 Every message asks for something and gets one answer. `{"task", "folder", "arguments"}` asks for one of `tasks.TASKS`, run in that
-working folder; `{"shape"}`, with the memory to put them into, for so many pictures, of the task `frames` that came with the first
-such message.
+working folder; `{"shape", "piece", "last"}` for so many pictures, of the task `frames` that came with the first such message, in a
+piece of memory, which comes along when it is new, and whether they are the last.
 An answer is `{"result"}`; or what came of it instead: `{"error"}` that users are told, the limit of `{"memory"}`, a `{"bug"}`.
 """
 
@@ -17,6 +17,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -96,19 +97,19 @@ class _Pulse:
 
 
 def _serve(channel: Channel) -> None:
-    pictures = None
+    pictures, pieces = None, {}
     while True:
         message, memory = channel.receive()
-        frames = None
+        shape, piece, last = (message.pop(name, None) for name in ("shape", "piece", "last"))
         try:
-            if memory is not None:  # mapped first, which closes the descriptor, whatever comes of the rest
-                frames = _array(memory, message.pop("shape"))
+            if memory is not None:  # first, because that closes the descriptor, whatever comes of the rest
+                pieces[piece] = _mapped(memory)
             if message:
                 if pictures:
                     pictures.close()
                 pictures, result = _begin(**message)
-            if frames is not None:
-                result = pictures.fill(frames)
+            if shape:
+                result = pictures.fill(pieces[piece][: prod(shape)].reshape(shape))
             answer = {"result": result}
         except EvopruneError as problem:
             answer = _error(problem)
@@ -116,7 +117,8 @@ def _serve(channel: Channel) -> None:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
             answer = {"bug": traceback.format_exc()}
-        del frames  # nothing is held while nothing is asked for
+        if last or "result" not in answer:
+            pieces.clear()  # nothing is held while nothing is asked for
         channel.send(answer)
 
 
@@ -133,10 +135,10 @@ def _begin(task: str, folder: str | None, arguments: dict[str, Any]) -> tuple[Pi
     return None, result and asdict(result)
 
 
-def _array(descriptor: int, shape: list[int]) -> np.ndarray:
-    """uint8 of that shape, in memory that is shared with the other process."""
+def _mapped(descriptor: int) -> np.ndarray:
+    """uint8 `[bytes]`, memory that is shared with the other process."""
     with os.fdopen(descriptor, "rb+", buffering=0) as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8).reshape(shape)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
 
 
 def _error(problem: EvopruneError) -> dict:

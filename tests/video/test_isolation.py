@@ -247,6 +247,60 @@ def test_frames_belong_to_whoever_got_them(good, started):
     assert np.array_equal(pixels(again)[:, 2:], pixels(chunks)[:, 2:]) and pixels(again)[:, :2].all()
 
 
+@pytest.fixture
+def pieces(monkeypatch):
+    """Of each video that is read, the memory it takes."""
+    made, start = [], isolation._Memory.__init__
+
+    def noting(self, size):
+        start(self, size)
+        made.append(self)
+
+    monkeypatch.setattr(isolation._Memory, "__init__", noting)
+    return made
+
+
+def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pieces):
+    found = []
+    for chunk in read_frames(probe(good), MOMENTS, chunk_bytes=SMALL // 2):
+        found += map(number_of, chunk.frames)
+    assert found == list(range(20))
+    (memory,) = pieces
+    assert len(memory._pieces) <= 3  # the caller's, the one before it, and the one that is being filled
+
+
+@pytest.mark.parametrize(
+    "hold", [lambda frames: frames, lambda frames: frames[1:, ::2], lambda frames: frames.reshape(-1)]
+)
+def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
+    """Nor what a view of it shows, or what torch makes of it."""
+    info = probe(good)
+    kept = [hold(chunk.frames) for chunk in read_frames(info, MOMENTS, chunk_bytes=SMALL // 2)]
+    whole = pixels(list(read_frames(info, MOMENTS)))
+    for first, held in zip(range(0, 20, 2), kept, strict=True):
+        assert np.array_equal(held, hold(whole[first : first + 2]))
+    assert len(pieces[0]._pieces) == 10
+
+
+def test_what_torch_holds_is_not_written_over(good, started):
+    torch = pytest.importorskip("torch")
+    kept = [torch.from_numpy(chunk.frames)[:1] for chunk in read_frames(probe(good), MOMENTS, chunk_bytes=SMALL // 2)]
+    assert list(map(number_of, torch.cat(kept).numpy())) == list(range(0, 20, 2))
+
+
+def test_no_memory_for_frames_is_held_afterwards(good, started, tmp_path):
+    list(read_frames(probe(good), MOMENTS, chunk_bytes=SMALL))
+    info = probe(good)
+    os.rename(good, tmp_path / "away.mp4")
+    try:
+        with pytest.raises(VideoError):  # an end of another kind
+            list(read_frames(info, MOMENTS, chunk_bytes=SMALL))
+    finally:
+        os.rename(tmp_path / "away.mp4", good)
+    for process in (os.getpid(), *started):
+        assert "evoprune-frames" not in Path(f"/proc/{process}/maps").read_text()
+
+
 def test_a_fork_starts_its_own(good, started):
     probe(good)
     pid = os.fork()
