@@ -25,7 +25,7 @@ def test_the_transcript_of_the_readme(cli):
 
     def counts(text: str) -> list[list[str]]:
         lines = [line for line in text.splitlines() if line and not line.startswith(("model", "first token", "memory"))]
-        return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1", line).split() for line in lines]
+        return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
 
     assert counts(shown) == counts(result.out + result.err)
 
