@@ -120,6 +120,23 @@ def own_steps(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
     ]
 
 
+def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
+    """`evoprune` less each other row of the same budget, paired, as a Markdown table; nothing where it is not among them."""
+    found: dict[tuple[str, float], list[dict]] = {}
+    for sample in outcome.samples:
+        if "error" not in sample and sample["row"] == METHOD:
+            found.setdefault((sample["method"], sample["budget"]), []).append(sample)
+    shown = [budget for budget in budgets if (OURS, budget) in found]
+    names = [name for name in dict.fromkeys(name for name, _ in found) if name != OURS]
+    if not (shown and names):
+        return ""
+    lines = [["", *(f"-b {budget:g}" for budget in shown)], ["---"] * (len(shown) + 1)]
+    for name in names:
+        pairs = [(found[OURS, budget], found.get((name, budget))) for budget in shown]
+        lines.append([f"`{name}`", *(_difference(*paired_difference(a, b)) if b else "" for a, b in pairs)])
+    return _joined(lines)
+
+
 def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, command: str) -> str:
     """All of it in Markdown."""
     settings = outcomes[0].document["settings"]
@@ -147,6 +164,8 @@ def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, 
             parts += [f"### `-b {budget:g}`", _table(outcome, budget), *_spread(outcome, budget)]
         if steps := own_steps(outcome, budgets):
             parts += [f"### `{OURS}` from one budget to the next", "\n".join(steps)]
+        if others := against_ours(outcome, budgets):
+            parts += [f"### `{OURS}` less each other row at the same budget", others]
         if matches := equal_cost(outcome):
             parts += ["### At equal cost", COST_LEGEND, _cost_table(matches)]
     parts.append(LEGEND)

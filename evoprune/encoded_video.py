@@ -223,7 +223,7 @@ class EncodedVideo:
             pruning=Pruning(
                 method=qa.method_name,
                 args=asdict(qa.method),
-                budget=1.0 if qa.method.acts == "none" else qa.asked_budget,
+                budget=qa.said_budget,
                 encoder_budget=qa.method.encoder_share(qa.budget),
                 visual_tokens_in=self.units,
                 encoder_rows=len(encoded.rows),

@@ -5,6 +5,8 @@ import sys
 
 from evoprune.errors import error_record
 
+FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b"}  # and the option that it stands for
+
 
 class Terminated(BaseException):
     """SIGTERM, as an exception, so that what there is gets printed and files get closed."""
@@ -15,8 +17,10 @@ def failure(problem: BaseException) -> dict:
     stops = {KeyboardInterrupt: (130, "interrupted"), Terminated: (143, "terminated")}
     if type(problem) not in stops:
         record = error_record(problem)
-        for name, value in os.environ.items():
-            if name.startswith("EVOPRUNE_") and value and value not in sys.argv and repr(value) in record["message"]:
+        for name, option in FROM_ENVIRONMENT.items():
+            value = os.environ.get(name)
+            typed = any(word in (value, f"{option}{value}") or word.endswith(f"={value}") for word in sys.argv)
+            if value and not typed and repr(value) in record["message"]:
                 record["hint"] = f"{record['hint'] or ''}; the value comes from {name}".lstrip("; ")
         return record
     code, kind = stops[type(problem)]

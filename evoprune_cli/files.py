@@ -2,15 +2,17 @@
 
 import os
 import sys
+from pathlib import Path
 
 from evoprune.errors import UsageError
 from evoprune_cli.render import encodable
 
+OPEN_FILES = ("/dev/", "/proc/self/fd/")
+
 
 def check_chart(path: str | None, beside: str | None = None) -> None:
     """As `check_writable`, of an SVG file."""
-    special = path is not None and os.path.exists(path) and not os.path.isfile(path)  # such as /dev/stdout
-    if path is not None and not special and not path.lower().endswith(".svg"):
+    if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
     check_writable(path, beside)
 
@@ -24,11 +26,7 @@ def check_writable(path: str | None, beside: str | None = None) -> None:
     if path is None:
         return
     folder = os.path.dirname(os.path.abspath(path))
-    if (
-        beside is not None
-        and os.path.commonpath([folder, os.path.abspath(beside)]) == folder
-        and not os.path.exists(folder)
-    ):
+    if beside is not None and not os.path.exists(folder) and Path(os.path.abspath(beside)).is_relative_to(folder):
         return
     if (
         os.path.isdir(path)

@@ -199,7 +199,7 @@ class _Overlay:
                 show("reading video")
                 look = look_at(prepared, encoding(show))
             show("drawing")
-            share = qa.asked_budget if qa.asked_budget == AUTO else f"{qa.budget:g}"
+            share = AUTO if qa.said_budget == AUTO else f"{qa.said_budget:g}"
             how = f"{qa.method_name} -b {share}"
             title = f"{os.path.basename(os.path.abspath(video))}, {how}. {look.summary}"
             write_bytes(self.file, as_file(look, title, self._ending))
@@ -211,7 +211,7 @@ class _Overlay:
             "file": self.file,
             "method": qa.method_name,
             "args": asdict(qa.method),
-            "budget": qa.asked_budget,
+            "budget": qa.said_budget,
             "encoder_budget": share,
             **counts,
             "warnings": look.warnings,

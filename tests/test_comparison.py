@@ -7,7 +7,7 @@ import pytest
 
 from evoprune import comparison, methods
 from evoprune.comparison import compared, main
-from evoprune.comparison_tables import Outcome, chart, document, equal_cost, own_steps, standings
+from evoprune.comparison_tables import Outcome, against_ours, chart, document, equal_cost, own_steps, standings
 from evoprune.pipeline import VideoQA
 from evoprune.scores import score_rows
 
@@ -106,6 +106,15 @@ def test_what_the_next_smaller_budget_costs():
     made = Outcome("one", {}, [*half, *tenth, {"video": "v", "error": {}}])
     assert own_steps(made, (0.1, 0.5, 0.25)) == ["- `-b 0.1` less `-b 0.5`: -25.0 (-35.0 to -15.0)"]
     assert own_steps(made, (0.5, 0.25)) == []
+
+
+def test_ours_against_each_at_the_same_budget():
+    half, tenth = samples({"evoprune": "1111" * 10, "pool": "0" * 40}), samples({"evoprune": "0111" * 10}, 0.1)
+    made = Outcome("one", {}, [*half, *tenth, {"video": "v", "error": {}}])
+    lines = against_ours(made, (0.5, 0.1, 0.25)).splitlines()
+    assert lines[0] == "|  | -b 0.5 | -b 0.1 |" and len(lines) == 3
+    assert lines[2] == "| `pool` | +100.0 (+100.0 to +100.0) |  |"
+    assert against_ours(Outcome("one", {}, samples({"pool": "0" * 40})), (0.5,)) == ""
 
 
 def test_equal_cost_is_the_dearest_of_ours_that_costs_no_more():

@@ -36,6 +36,8 @@ POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys,
 SILENCE_S = 25.0
 # How many processes are kept for later videos.
 IDLE = 2
+# How many arrays of a video share memory that is used again: the caller's, the one before it, and the one that is being filled.
+PIECES = 3
 # What a process runs: it imports from where this one does.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
@@ -134,7 +136,8 @@ class _Memory:
     """Memory that two processes share, for the pictures of one video, array after array.
 
     A piece is used again as soon as nobody holds the array in it, nor a view of that: a fresh one is taken from the system page by
-    page, in both processes, which costs as much as a picture costs to decode.
+    page, in both processes, which costs as much as a picture costs to decode. Whoever holds more than `PIECES` arrays gets the
+    others in memory of their own.
     """
 
     def __init__(self, size: int):
@@ -143,27 +146,47 @@ class _Memory:
         self._pieces: list[mmap.mmap] = []
         self._free: list[int] = []
 
-    def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int, int | None]:
-        """uint8 of that shape, the number of the piece that it lies in, and of a new piece a descriptor, which the caller closes.
+    def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
+        """uint8 of that shape, the number of the piece that it lies in, and a descriptor of new memory, which the caller closes.
+
+        There is no number where the array has memory of its own, and no descriptor where the memory is not new.
 
         Raises OSError where there is no memory.
         """
         import numpy as np
 
-        descriptor = None
+        size = prod(shape)
         if self._free:
-            number = self._free.pop()
+            number, descriptor = self._free.pop(), None
+        elif len(self._pieces) < PIECES and 2 * size > self._size:  # the end of a video may be small, and held for long
+            piece, descriptor = _shared(self._size)
+            number = len(self._pieces)
+            self._pieces.append(piece)
         else:
-            number, descriptor = len(self._pieces), os.memfd_create("evoprune-frames")
-            try:
-                os.ftruncate(descriptor, self._size)
-                self._pieces.append(mmap.mmap(descriptor, 0))
-            except OSError:
-                os.close(descriptor)
-                raise
-        whole = np.frombuffer(self._pieces[number], np.uint8, prod(shape))  # what all views of it keep alive
-        weakref.finalize(whole, self._free.append, number).atexit = False
+            own, descriptor = _shared(size)
+            return np.frombuffer(own, np.uint8).reshape(shape), None, descriptor
+        whole = np.frombuffer(self._pieces[number], np.uint8, size)  # what all views of it keep alive
+        weakref.finalize(whole, _give_back, self._free, number, _forks).atexit = False
         return whole.reshape(shape), number, descriptor
+
+
+def _give_back(free: list[int], number: int, forks: int) -> None:
+    if forks == _forks:  # else a copy of this process may still hold what this one has let go
+        free.append(number)
+
+
+def _shared(size: int) -> tuple[mmap.mmap, int]:
+    """So many bytes, and a descriptor for another process, which cannot take them away again."""
+    import fcntl
+
+    descriptor = os.memfd_create("evoprune-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return mmap.mmap(descriptor, 0), descriptor
+    except OSError:
+        os.close(descriptor)
+        raise
 
 
 class _Worker:
@@ -210,6 +233,7 @@ class _Worker:
         try:
             frames, number, descriptor = memory.take(shape)
         except OSError as error:
+            self.busy = True  # in the middle of a video: it is ended
             if error.errno == errno.EFBIG:
                 raise VideoError(
                     "the limit on the size of files is below that of a few frames", "ulimit -f unlimited"
@@ -319,5 +343,14 @@ def _forked() -> None:
     _lock, _idle = threading.Lock(), []
 
 
+_forks = 0
+
+
+def _forking() -> None:
+    """What is held at a fork is held by the copy too, which nobody here can look at."""
+    global _forks
+    _forks += 1
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(before=_forking, after_in_parent=_forking, after_in_child=_forked)

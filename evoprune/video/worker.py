@@ -2,7 +2,7 @@
 
 Every message asks for something and gets one answer. `{"task", "folder", "arguments"}` asks for one of `tasks.TASKS`, run in that
 working folder; `{"shape", "piece", "last"}` for so many pictures, of the task `frames` that came with the first such message, in a
-piece of memory, which comes along when it is new, and whether they are the last.
+piece of memory, which comes along when it is new and is None where it is for these alone, and whether they are the last.
 An answer is `{"result"}`; or what came of it instead: `{"error"}` that users are told, the limit of `{"memory"}`, a `{"bug"}`.
 """
 
@@ -102,7 +102,9 @@ def _serve(channel: Channel) -> None:
         message, memory = channel.receive()
         shape, piece, last = (message.pop(name, None) for name in ("shape", "piece", "last"))
         try:
-            if memory is not None:  # first, because that closes the descriptor, whatever comes of the rest
+            if message:
+                pieces.clear()
+            if memory is not None:  # before all that may fail, because that closes the descriptor
                 pieces[piece] = _mapped(memory)
             if message:
                 if pictures:
@@ -117,6 +119,7 @@ def _serve(channel: Channel) -> None:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
             answer = {"bug": traceback.format_exc()}
+        pieces.pop(None, None)  # an array of its own: nobody fills it twice
         if last or "result" not in answer:
             pieces.clear()  # nothing is held while nothing is asked for
         channel.send(answer)
@@ -138,7 +141,10 @@ def _begin(task: str, folder: str | None, arguments: dict[str, Any]) -> tuple[Pi
 def _mapped(descriptor: int) -> np.ndarray:
     """uint8 `[bytes]`, memory that is shared with the other process."""
     with os.fdopen(descriptor, "rb+", buffering=0) as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+        try:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+        except OSError as error:
+            raise MemoryError(f"no memory for frames: {error.strerror}") from error
 
 
 def _error(problem: EvopruneError) -> dict:

@@ -279,7 +279,34 @@ def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
     whole = pixels(list(read_frames(info, MOMENTS)))
     for first, held in zip(range(0, 20, 2), kept, strict=True):
         assert np.array_equal(held, hold(whole[first : first + 2]))
-    assert len(pieces[0]._pieces) == 10
+    assert len(pieces[0]._pieces) == isolation.PIECES
+
+
+def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
+    """Memory that is shared stays shared after a fork, but who holds what is then known to each alone."""
+    children = []
+    for chunk in read_frames(probe(good), MOMENTS, chunk_bytes=SMALL // 2):
+        before, (reads, writes) = chunk.frames.tobytes(), os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(writes)
+            os.read(reads, 1)  # until all is read
+            os._exit(chunk.frames.tobytes() != before)
+        os.close(reads)
+        children.append((child, writes))
+    for _, writes in children:  # each also stands open in those that came later
+        os.close(writes)
+    for child, _ in children:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_memory_for_frames_cannot_be_taken_away():
+    """A process that shrank it would end this one."""
+    memory, descriptor = isolation._shared(100)
+    with pytest.raises(OSError):
+        os.ftruncate(descriptor, 10)
+    os.close(descriptor)
+    assert memory[99] == 0
 
 
 def test_what_torch_holds_is_not_written_over(good, started):
