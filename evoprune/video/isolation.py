@@ -142,7 +142,7 @@ class _Memory:
 
     def __init__(self, size: int):
         """`size`: bytes of the largest array."""
-        self._size = size
+        self._size, self._forks = size, _forks
         self._pieces: list[mmap.mmap] = []
         self._free: list[int] = []
 
@@ -156,6 +156,8 @@ class _Memory:
         import numpy as np
 
         size = prod(shape)
+        if self._forks != _forks:  # what this process lets go of a copy of it may hold: none of that again
+            self._forks, self._pieces, self._free = _forks, [], []
         if self._free:
             number, descriptor = self._free.pop(), None
         elif len(self._pieces) < PIECES and 2 * size > self._size:  # the end of a video may be small, and held for long
@@ -166,13 +168,8 @@ class _Memory:
             own, descriptor = _shared(size)
             return np.frombuffer(own, np.uint8).reshape(shape), None, descriptor
         whole = np.frombuffer(self._pieces[number], np.uint8, size)  # what all views of it keep alive
-        weakref.finalize(whole, _give_back, self._free, number, _forks).atexit = False
+        weakref.finalize(whole, self._free.append, number).atexit = False
         return whole.reshape(shape), number, descriptor
-
-
-def _give_back(free: list[int], number: int, forks: int) -> None:
-    if forks == _forks:  # else a copy of this process may still hold what this one has let go
-        free.append(number)
 
 
 def _shared(size: int) -> tuple[mmap.mmap, int]:
