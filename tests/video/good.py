@@ -6,9 +6,7 @@ the process apart costs: of reading alone, and of the way from path to first tok
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,7 +15,7 @@ import numpy as np
 
 from evoprune.pipeline import VideoQA
 from evoprune.plan import VideoLimits, make_plan
-from evoprune.video import isolation
+from evoprune.video.benchmark import in_this_process, medians
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
 from tests.video.files import numbered_frames, write_video
@@ -57,35 +55,15 @@ def good_files(folder: Path) -> list[Path]:
     return [write_kind(folder / "kinds", name) for name in KINDS] + [some_file(folder, i) for i in range(MADE)]
 
 
-@contextmanager
-def in_this_process() -> Iterator[None]:
-    usual, isolation.POSSIBLE = isolation.POSSIBLE, False
-    try:
-        yield
-    finally:
-        isolation.POSSIBLE = usual
-
-
 def read(path: Path) -> None:
     info = probe(path)
     for _ in read_frames(info, make_plan(info, VideoLimits()).sampling.times_s):
         pass
 
 
-def milliseconds(action: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    action()
-    return 1000 * (time.perf_counter() - begin)
-
-
-def compared(action: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median milliseconds apart and here, in turn; a round before them is thrown away."""
-    apart, here = [], []
-    for _ in range(rounds + 1):
-        apart.append(milliseconds(action))
-        with in_this_process():
-            here.append(milliseconds(action))
-    return median(apart[1:]), median(here[1:])
+def read_here(action: Callable[[Path], object], path: Path) -> None:
+    with in_this_process():
+        action(path)
 
 
 def main() -> None:
@@ -103,7 +81,7 @@ def main() -> None:
         print("| | apart | in this process | apart / this | worst file |")
         print("|---|---|---|---|---|")
         for what, action in {"reading": read, "path to first token": ask}.items():
-            found = [compared(partial(action, path), rounds) for path in files]
+            found = [medians([partial(action, path), partial(read_here, action, path)], rounds) for path in files]
             ratios = [apart / here for apart, here in found]
             apart, here = (median(side) for side in zip(*found, strict=True))
             print(f"| {what} | {apart:.1f} ms | {here:.1f} ms | {median(ratios):.3f} | {max(ratios):.2f} |", flush=True)
