@@ -20,6 +20,10 @@ LEGEND = (
     "merging and choice in the run that made this, beside whatever else the machine did, for a video, or for each question where "
     "the choice depends on it."
 )
+SHORT_LEGEND = (
+    "Accuracy as a share of that in full, in percent, one figure a model; operations of tower and prefill at 3B dimensions as a "
+    "share of those in full. Intervals and ties are below."
+)
 COST_LEGEND = (
     "Each row of another method beside the dearest row of `evoprune` (at any budget, with any of the shares above) that costs no "
     "more operations: accuracy of `evoprune` less that of the other, paired, over all questions and by what the camera does."
@@ -107,6 +111,31 @@ def equal_cost(outcome: Outcome) -> list[Match]:
     return made
 
 
+def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
+    """What each method keeps in each model, and what it costs in the first, the best on average on top; without its variants."""
+    found: dict[str, dict[float, list[dict]]] = {}
+    for outcome in outcomes:
+        for budget in budgets:
+            for row in outcome.rows(budget):
+                if ":" not in row["method"]:
+                    found.setdefault(row["method"], {}).setdefault(budget, []).append(row)
+    whole = (row for row in outcomes[0].document["rows"] if row["row"] == FULL and row["group"] == ALL)
+    full = next((row["tflop_3b"] for row in whole), None)
+    lines = [["", *(title for budget in budgets for title in (f"-b {budget:g} keeps", "operations"))]]
+    lines.append(["---"] * len(lines[0]))
+    means = {name: [row["accuracy"] for rows in at.values() for row in rows] for name, at in found.items()}
+    for name in sorted(found, key=lambda name: -sum(means[name]) / len(means[name])):
+        cells = [f"`{name}`"]
+        for budget in budgets:
+            rows = found[name].get(budget, [])
+            cells.append(
+                " / ".join("-" if r["kept_of_full"] is None else f"{100 * r['kept_of_full']:.1f}" for r in rows)
+            )
+            cells.append(f"{100 * rows[0]['tflop_3b'] / full:.0f}%" if rows and full else "")
+        lines.append(cells)
+    return _joined(lines)
+
+
 def own_steps(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
     """What `evoprune` loses from each budget to the next smaller one, paired, as Markdown."""
     found = {
@@ -149,6 +178,7 @@ def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, 
     ]
     if len(outcomes) > 1:
         parts += ["## Best, or a tie with the best, in all models", _shared(outcomes, budgets)]
+    parts += ["## In short", SHORT_LEGEND, short(outcomes, budgets)]
     for outcome in outcomes:
         videos, items = outcome.document["videos"], outcome.document["items"]
         failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""

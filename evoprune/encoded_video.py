@@ -223,7 +223,7 @@ class EncodedVideo:
             pruning=Pruning(
                 method=qa.method_name,
                 args=asdict(qa.method),
-                budget=qa.said_budget,
+                budget=qa.method.told(qa.asked_budget),
                 encoder_budget=qa.method.encoder_share(qa.budget),
                 visual_tokens_in=self.units,
                 encoder_rows=len(encoded.rows),

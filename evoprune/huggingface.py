@@ -291,7 +291,7 @@ class Pruned:
             pruning=Pruning(
                 method=settings.method,
                 args=asdict(rule),
-                budget=1.0 if rule.acts == "none" else parse_budget(settings.budget),
+                budget=rule.told(parse_budget(settings.budget)),
                 kept_ratio=len(encoded.kept) / units,
                 visual_tokens_in=units,
                 visual_tokens_kept=len(encoded.kept),

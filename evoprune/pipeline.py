@@ -98,11 +98,6 @@ class VideoQA:
         )  # fmt: skip
         return cls(loaded, load_seconds=time.perf_counter() - start, **settings)
 
-    @property
-    def said_budget(self) -> float | str:
-        """What a report says of the budget: all of it for a method that prunes nothing."""
-        return 1.0 if self.method.acts == "none" else self.asked_budget
-
     def unpruned(self) -> "VideoQA":
         """The same model and seed with every visual token kept: what pruning is compared with."""
         return VideoQA(self.loaded, budget=1.0, method="none", seed=self.seed, load_seconds=self.load_seconds)

@@ -199,8 +199,8 @@ class _Overlay:
                 show("reading video")
                 look = look_at(prepared, encoding(show))
             show("drawing")
-            share = AUTO if qa.said_budget == AUTO else f"{qa.said_budget:g}"
-            how = f"{qa.method_name} -b {share}"
+            told = qa.method.told(qa.asked_budget)
+            how = f"{qa.method_name} -b {told if told == AUTO else f'{told:g}'}"
             title = f"{os.path.basename(os.path.abspath(video))}, {how}. {look.summary}"
             write_bytes(self.file, as_file(look, title, self._ending))
         for name in look.warnings:
@@ -211,7 +211,7 @@ class _Overlay:
             "file": self.file,
             "method": qa.method_name,
             "args": asdict(qa.method),
-            "budget": qa.said_budget,
+            "budget": told,
             "encoder_budget": share,
             **counts,
             "warnings": look.warnings,

@@ -1,13 +1,14 @@
 """The comparison: who is in it, who ties with whom, what is written, and going on after an interruption."""
 
 from itertools import product
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from evoprune import comparison, methods
 from evoprune.comparison import compared, main
-from evoprune.comparison_tables import Outcome, against_ours, chart, document, equal_cost, own_steps, standings
+from evoprune.comparison_tables import Outcome, against_ours, chart, document, equal_cost, own_steps, short, standings
 from evoprune.pipeline import VideoQA
 from evoprune.scores import score_rows
 
@@ -95,7 +96,7 @@ def test_the_document():
     assert "tie" in first[4].split(" | ")[3] and "tie" not in first[5].split(" | ")[3]
     assert first[8] == "From `random` to the best: 0.0 points, 0.0 times the half-width of the interval of `random`."
     assert [line for line in lines if line.startswith("#")] == [
-        "# The methods side by side", "## Best, or a tie with the best, in all models",
+        "# The methods side by side", "## Best, or a tie with the best, in all models", "## In short",
         *(line for name in ("one", "two") for line in (f"## {name}", "### `-b 0.5`", "### `-b 0.1`", "### At equal cost")),
     ]  # fmt: skip
     assert "in all models" not in document(outcomes[:1], (0.5,), "a.svg", "")
@@ -115,6 +116,22 @@ def test_ours_against_each_at_the_same_budget():
     assert lines[0] == "|  | -b 0.5 | -b 0.1 |" and len(lines) == 3
     assert lines[2] == "| `pool` | +100.0 (+100.0 to +100.0) |  |"
     assert against_ours(Outcome("one", {}, samples({"pool": "0" * 40})), (0.5,)) == ""
+
+
+def test_the_short_table():
+    made = [outcome(name, {"pool": "0011" * 10, "random": "1111" * 10, "evs:a=1": "1" * 40}) for name in ("one", "two")]
+    assert short(made, (0.5,)).splitlines() == [
+        "|  | -b 0.5 keeps | operations |",
+        "| --- | --- | --- |",
+        "| `random` | 100.0 / 100.0 | 100% |",
+        "| `pool` | 50.0 / 50.0 | 100% |",
+    ]
+
+
+def test_the_short_table_in_the_docs_is_that_of_the_comparison():
+    made, shown = (Path(f"docs/{name}.md").read_text(encoding="utf-8") for name in ("comparison", "methods"))
+    table = made.split("## In short\n")[1].split("\n## ")[0].strip().split("\n\n")[1]
+    assert table.count("\n") > 20 and table in shown
 
 
 def test_equal_cost_is_the_dearest_of_ours_that_costs_no_more():

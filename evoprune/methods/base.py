@@ -187,6 +187,10 @@ class Method:
         """Whether the tower's own output is not simply passed on: all of it is at a budget of 1, unless the encoder has its own."""
         return self.acts != "none" and (budget < 1 or self.encoder_budget is not None)
 
+    def told(self, budget: float | str) -> float | str:
+        """The budget as reports have it: all for a method that prunes nothing, whatever was asked for."""
+        return 1.0 if self.acts == "none" else budget
+
     def merges(self, budget: float) -> bool:
         """Whether rows are left out inside the tower."""
         return self.acts == "inside" and self.prunes(budget)

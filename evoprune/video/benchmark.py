@@ -23,7 +23,7 @@ from evoprune.video.info import VideoInfo
 from evoprune.video.probe import probe
 
 FPS = 25
-CLIP_S, LONG_SIZE, CLIP_SIZE = 8, (180, 320), (360, 640)
+CLIP_S, LONG_SIZE, CLIP_SIZE, LARGE_SIZE = 8, (180, 320), (360, 640), (1080, 1920)
 FEW, AT_A_TIME = 8, 8
 OTHER_FRAME = 2.0  # mean difference in levels of 255, above which two pictures are not the same frame
 
@@ -144,18 +144,20 @@ def pass_through(info: VideoInfo, moments: Sequence[float], here: bool) -> None:
 
 def compare_processes(folder: Path, repeat: int) -> None:
     """Print for each kind of file what reading it in a process apart costs against reading it in this one."""
-    print(
-        f"\nMilliseconds with PyAV; {CLIP_S} s of {CLIP_SIZE[1]}x{CLIP_SIZE[0]} at {FPS} fps, {AT_A_TIME} at a time\n"
-    )
-    print("| file | frames | in this process | apart | apart / this |")
-    print("|---|---|---|---|---|")
-    for number, kind in enumerate(KINDS):
-        info = probe(folder / f"{number}.{kind.ending}")
+    print(f"\nMilliseconds with PyAV; {CLIP_S} s at {FPS} fps, {AT_A_TIME} frames at a time\n")
+    print("| file | size | frames | in this process | apart | apart / this |")
+    print("|---|---|---|---|---|---|")
+    large = folder / f"large.{KINDS[1].ending}"
+    write_clip(large, KINDS[1], CLIP_S, LARGE_SIZE)
+    files = [(kind, folder / f"{number}.{kind.ending}") for number, kind in enumerate(KINDS)]
+    for kind, path in [*files, (KINDS[1], large)]:
+        info = probe(path)
         for count in (FEW, CLIP_S * FPS // 2):
             moments = middles(info, count)
             here, apart = medians([partial(pass_through, info, moments, here) for here in (True, False)], repeat)
             print(
-                f"| {kind.name} | {count} of {CLIP_S * FPS} | {here:.0f} | {apart:.0f} | {apart / here:.2f} |",
+                f"| {kind.name} | {info.width}x{info.height} | {count} of {CLIP_S * FPS} | {here:.0f} | {apart:.0f} "
+                f"| {apart / here:.2f} |",
                 flush=True,
             )
 
