@@ -221,7 +221,9 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
     main(args)
     assert len(shown) == 6 + 1 + 5  # the first clip is not shown again
     text = table.read_text()
-    assert text.count("| best |") == 1 and all(text.count(f"| `{name}` |") == 1 for name in names)
+    in_short, at_half = (text.split(heading)[1].split("\n#")[0] for heading in ("## In short\n", "### `-b 0.5`\n"))
+    assert at_half.count("| best |") == 1 and all(at_half.count(f"| `{name}` |") == 1 for name in names)
+    assert all(in_short.count(f"| `{name}` |") == (":" not in name) for name in names)  # without the variants
     assert "of 2 clips" in text and "-b 0.5" in text and "(chart.svg)" in text and "2 of 2" in text
     ElementTree.fromstring(picture.read_text())
     before = text
