@@ -69,6 +69,9 @@ def _terminate(*_) -> None:
     raise Terminated
 
 
+_AGAIN: list[threading.Timer] = []  # interruptions on their second way
+
+
 def _once_more(lost) -> None:
     """A hook for exceptions that nobody can catch: an interruption that came while Python threw something away comes again."""
     signals = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
@@ -77,6 +80,7 @@ def _once_more(lost) -> None:
         return
     again = threading.Timer(0.01, os.kill, (os.getpid(), signals[lost.exc_type]))  # in here it would be lost as well
     again.daemon = True
+    _AGAIN.append(again)
     again.start()
 
 
@@ -91,7 +95,11 @@ def run() -> None:
     try:
         # Not "standalone": then click would print errors its own way. Commands return their exit code.
         columns = min(shutil.get_terminal_size().columns, WIDTH)
-        code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+        try:
+            code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+        finally:
+            for again in _AGAIN:  # a command that ends sooner than they come has been interrupted all the same
+                again.join()
         sys.stdout.flush()
     except BrokenPipeError:
         code = _nobody_reads(streams)

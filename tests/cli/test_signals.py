@@ -91,7 +91,7 @@ def ask(**_):
     items = thrown_away()
     next(items)
     del items  # nothing that is raised now reaches anybody
-    time.sleep(60)
+    time.sleep(float(sys.argv[2]))
     return 0
 
 main.app = ask
@@ -99,9 +99,11 @@ main.run()
 """
 
 
+@pytest.mark.parametrize("then_s", [60, 0])  # a command that would go on, and one that ends there
 @pytest.mark.parametrize("how", SIGNALS)
-def test_a_signal_where_nothing_can_be_raised(how):
-    command = [sys.executable, "-c", "import signal; signal.signal(2, signal.default_int_handler)\n" + LOST, how]
+def test_a_signal_where_nothing_can_be_raised(how, then_s):
+    program = "import signal; signal.signal(2, signal.default_int_handler)\n" + LOST
+    command = [sys.executable, "-c", program, how, str(then_s)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (CODES[how], b"", b"")
 
