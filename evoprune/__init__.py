@@ -10,24 +10,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from evoprune import methods
-    from evoprune.encoded_video import EncodedVideo
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
-    from evoprune.huggingface import EvoPrune, apply, encode
-    from evoprune.pipeline import VideoQA
+    from evoprune.huggingface.context import EvoPrune, apply, encode
+    from evoprune.pipeline.answering import EncodedVideo
+    from evoprune.pipeline.video_qa import VideoQA
     from evoprune.report import Report
 
 _HOMES = {
-    "EvoPrune": "evoprune.huggingface",
-    "EncodedVideo": "evoprune.encoded_video",
+    "EvoPrune": "evoprune.huggingface.context",
+    "EncodedVideo": "evoprune.pipeline.answering",
     "EvopruneError": "evoprune.errors",
     "ModelError": "evoprune.errors",
     "OutOfMemory": "evoprune.errors",
     "Report": "evoprune.report",
     "UsageError": "evoprune.errors",
     "VideoError": "evoprune.errors",
-    "VideoQA": "evoprune.pipeline",
-    "apply": "evoprune.huggingface",
-    "encode": "evoprune.huggingface",
+    "VideoQA": "evoprune.pipeline.video_qa",
+    "apply": "evoprune.huggingface.context",
+    "encode": "evoprune.huggingface.context",
 }
 __all__ = [
     "EncodedVideo",

@@ -10,7 +10,7 @@ import typer
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
-from evoprune.video.isolation import warm_up
+from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.interactive import check_terminal, converse
@@ -109,9 +109,9 @@ def ask(
             path = cleanup.enter_context(_local(video, question))
             _check_video(path, decoder, sampling)
             with progress(not quiet) as show:
-                from evoprune.cache import Cache, default_folder
                 from evoprune.language.generate import GenerationSettings
-                from evoprune.pipeline import VideoQA
+                from evoprune.pipeline.cache import Cache, default_folder
+                from evoprune.pipeline.video_qa import VideoQA
 
                 GenerationSettings(max_new_tokens, temperature, top_p, seed)
                 show("loading model")
@@ -213,8 +213,8 @@ def _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, m
 
 def _check_video(path: str, decoder: str, sampling: dict) -> None:
     """All that can be wrong with the video, found out in milliseconds, before torch is imported or weights are read."""
-    from evoprune.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
     from evoprune.video.decode import choose_decoder
+    from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
     from evoprune.video.probe import probe
 
     info = probe(path)
@@ -239,7 +239,7 @@ def _foretell_limits(plan, sampling: dict, quiet: bool) -> None:
         whence = "asked for" if asked else "at this model's rate"
         note(f"{plan.sampling.wanted:,} frames {whence}; it takes {plan.frame_limit:,} (--max-frames)")
     if plan.capped:
-        from evoprune.plan import MAX_VISUAL_TOKENS
+        from evoprune.video.plan import MAX_VISUAL_TOKENS
 
         where = " on a CPU" if sampling["max_visual_tokens"] is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
         seen = f"{plan.sampling.frames} frames of {plan.width}x{plan.height}"

@@ -139,9 +139,9 @@ def batch(
         raise UsageError(f"no engine {engine!r}", f"one of {', '.join(ENGINES)}")
     if address and engine != "ray":
         raise UsageError("--address is of a Ray cluster", "add --engine ray")
-    from evoprune.batch import Settings, remaining
-    from evoprune.batch_file import RecordFile
-    from evoprune.batch_rows import grouped
+    from evoprune.batch.output import RecordFile
+    from evoprune.batch.rows import grouped
+    from evoprune.batch.run import Settings, remaining
 
     settings = Settings(
         model, parse_budget_or_auto(budget), method, opt.settings(method_arg, encoder_budget), seed=seed,
@@ -180,8 +180,8 @@ def batch(
 
 
 def _here(parts, settings, where: dict, cache: bool, show, ready):
-    from evoprune.batch import answers
-    from evoprune.cache import Cache, default_folder
+    from evoprune.batch.run import answers
+    from evoprune.pipeline.cache import Cache, default_folder
 
     show("loading model")
     qa = settings.load(**where, progress=lambda done, total: show("quantizing", done, total))
@@ -190,7 +190,7 @@ def _here(parts, settings, where: dict, cache: bool, show, ready):
 
 
 def _on_ray(parts, settings, where: dict, show, ready):
-    from evoprune.integrations.ray import answers_on_ray
+    from evoprune.batch.ray import answers_on_ray
 
     show("connecting to Ray")
     yield from answers_on_ray(parts, settings, **where, on_ready=ready)
@@ -198,10 +198,10 @@ def _on_ray(parts, settings, where: dict, show, ready):
 
 def _check(settings) -> None:
     """All that can be wrong with settings and needs no model to be seen."""
-    from evoprune.batch_rows import is_text
-    from evoprune.plan import VideoLimits, make_plan
+    from evoprune.batch.rows import is_text
     from evoprune.video.decode import choose_decoder
     from evoprune.video.info import VideoInfo
+    from evoprune.video.plan import VideoLimits, make_plan
 
     if not methods.known(settings.method):
         raise UsageError(f"no pruning method {settings.method!r}", f"one of {', '.join(methods.available())}")
@@ -214,7 +214,7 @@ def _check(settings) -> None:
 
 
 def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None):
-    from evoprune.batch_rows import load_rows, product_rows, read_rows
+    from evoprune.batch.rows import load_rows, product_rows, read_rows
     from evoprune.video.sampling import parse_time
 
     span = parse_time(start), parse_time(end) if end else None

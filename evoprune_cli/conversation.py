@@ -10,7 +10,7 @@ from evoprune_cli.failures import failure
 from evoprune_cli.render import encodable, note, print_json, print_stats, print_warning, progress
 
 if TYPE_CHECKING:
-    from evoprune.encoded_video import EncodedVideo
+    from evoprune.pipeline.answering import EncodedVideo
 
 Show = Callable[..., None]  # what is being done, done, total
 

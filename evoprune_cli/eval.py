@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from evoprune.choices import SPLITS
 from evoprune.errors import UsageError
+from evoprune.pipeline.choices import SPLITS
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
@@ -153,7 +153,7 @@ def evaluate(
     try:
         with progress(not quiet) as show:
             show("loading libraries")
-            from evoprune.evaluation import Evaluation, Settings, digest
+            from evoprune.evaluation.run import Evaluation, Settings, digest
 
             settings = Settings(
                 data, **sweep, blind=blind, split=split, seed=seed, limit=limit, fps=fps, frames=frames,
@@ -199,7 +199,7 @@ def _questions(data: str):
     """The videos of a file; None for the demo's own clips."""
     if data == "demo":
         return None
-    from evoprune.items import load_items
+    from evoprune.evaluation.questions import load_items
 
     return load_items(Path(data))
 

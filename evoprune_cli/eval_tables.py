@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from evoprune.chart import COLOURS, Panel, Point, Series, draw
+from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
 from evoprune_cli.profile_tables import plural, shown
 
 Cell = Callable[[dict], str]

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from evoprune import methods
-from evoprune.choices import OVERLAYS
 from evoprune.errors import UsageError
+from evoprune.pipeline.choices import OVERLAYS
 from evoprune.pruning.budget import AUTO, DEFAULT, parse_budget_or_auto
 from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
@@ -92,7 +92,7 @@ def inspect(
                 raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
             if overlay is not None:
                 raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
-            from evoprune.inspection import environment_facts
+            from evoprune.pipeline.inspection import environment_facts
 
             facts |= environment_facts()
         else:
@@ -118,7 +118,7 @@ def inspect(
 
 
 def _clear_cache() -> None:
-    from evoprune.cache import Cache, default_folder
+    from evoprune.pipeline.cache import Cache, default_folder
 
     cache = Cache(default_folder())
     try:
@@ -130,8 +130,8 @@ def _clear_cache() -> None:
 
 def _about(video, model, which, device, sampling, start, end, scan, draw) -> Iterator[dict]:
     """What a video holds, what a scan tells, what a model would look at, and what it makes of it: each as soon as it is known."""
-    from evoprune.inspection import plan_facts, video_facts
-    from evoprune.plan import default_max_visual_tokens, make_plan
+    from evoprune.pipeline.inspection import plan_facts, video_facts
+    from evoprune.video.plan import default_max_visual_tokens, make_plan
     from evoprune.video.probe import probe
     from evoprune.video.sampling import parse_time
     from evoprune.video.source import local_file
@@ -144,7 +144,7 @@ def _about(video, model, which, device, sampling, start, end, scan, draw) -> Ite
             from evoprune.video.scan import scan as scan_video
 
             yield {"scan": asdict(scan_video(path))}
-        from evoprune.models import describe_model, has_cuda
+        from evoprune.pipeline.loading import describe_model, has_cuda
 
         config, limits = describe_model(model, **which)
         if sampling["max_visual_tokens"] is None:
@@ -189,9 +189,9 @@ class _Overlay:
     def __call__(self, path: str, video: str, model: str, sampling: dict) -> dict:
         """Draws; what there is to tell of it."""
         with progress(True) as show:
-            from evoprune.drawing import as_file
-            from evoprune.overlay import look_at
-            from evoprune.pipeline import VideoQA
+            from evoprune.pipeline.video_qa import VideoQA
+            from evoprune.visualize.fates import look_at
+            from evoprune.visualize.overlay import as_file
 
             show("loading model")
             qa = VideoQA.load(model, **self.settings)

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from evoprune import methods
-from evoprune.choices import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
+from evoprune.pipeline.choices import LOAD_FORMATS, QUANTIZE
 from evoprune.pruning.budget import PRESETS, parse_budget
 
 _PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())

@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from evoprune import methods
-from evoprune.choices import LOAD_FORMATS, QUANTIZE, SYNTHETIC
 from evoprune.errors import UsageError
-from evoprune.measurements import Case
+from evoprune.pipeline.choices import LOAD_FORMATS, QUANTIZE, SYNTHETIC
+from evoprune.profiling.results import Case
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
 from evoprune_cli.render import WIDTH
@@ -179,11 +179,11 @@ def profile(
         try:
             with _progress(not quiet) as show:
                 show("loading libraries")
-                from evoprune import benchmark, forms, sides
+                from evoprune.profiling import run, runners, variants
 
                 for name in {*sweep["methods"]} - {"none"}:
                     methods.get(name, sweep["method_args"])
-                settings = benchmark.Settings(
+                settings = run.Settings(
                     **sweep,
                     seed=seed,
                     new_tokens=new_tokens,
@@ -192,12 +192,12 @@ def profile(
                     time_limit_s=time_limit,
                 )
                 show("loading model")
-                loaded = forms.load(
+                loaded = variants.load(
                     model, cases, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format
                 )  # fmt: skip
-                source = partial(sides.video_frames, info) if info else partial(sides.synthetic_frames, kind)
+                source = partial(runners.video_frames, info) if info else partial(runners.synthetic_frames, kind)
                 about = {"video": video, "synthetic": None if info else kind}
-                for found in benchmark.measure(loaded, cases, source, settings, about=about, progress=show):
+                for found in run.measure(loaded, cases, source, settings, about=about, progress=show):
                     results = found
         except BaseException as problem:
             if results is not None:
@@ -244,7 +244,7 @@ def _check_flags(kinds, form: str, load_format: str | None, synthetic: str | Non
 @contextmanager
 def _probed(video: str, counts: list[int]) -> Iterator:
     """Container facts of a video in which so many frames can be looked at."""
-    from evoprune.plan import VideoLimits, make_plan
+    from evoprune.video.plan import VideoLimits, make_plan
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
 
@@ -257,7 +257,7 @@ def _probed(video: str, counts: list[int]) -> Iterator:
 
 def _natural_size(info) -> tuple[int, int]:
     """The video's own shape, at no more pixels than synthetic clips have."""
-    from evoprune.plan import smart_resize
+    from evoprune.video.plan import smart_resize
 
     return smart_resize(info.height, info.width, 28 * 28, SIZE[0] * SIZE[1])
 

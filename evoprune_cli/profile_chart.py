@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from itertools import cycle
 
-from evoprune.chart import COLOURS, Panel, Point, Series, draw
-from evoprune.measurements import BOUND, METHOD, Results, Row, Spread
+from evoprune.profiling.results import BOUND, METHOD, Results, Row, Spread
+from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
 from evoprune_cli.profile_tables import device, shown, source
 
 GREY, BLACK = "#9A9A9A", "#222222"

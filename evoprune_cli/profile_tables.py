@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from evoprune.measurements import BOUND, METHOD, Case, Figures, Results, Row, Spread
+from evoprune.profiling.results import BOUND, METHOD, Case, Figures, Results, Row, Spread
 from evoprune_cli.render import size
 
 Cell = Callable[[Row, Figures | None], str]

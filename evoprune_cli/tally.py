@@ -8,7 +8,7 @@ from evoprune.report import Report, VideoFacts
 from evoprune_cli.render import clock, print_warning, roughly, tell
 
 if TYPE_CHECKING:
-    from evoprune.batch_file import RecordFile
+    from evoprune.batch.output import RecordFile
 
 EVERY_S = 60.0
 

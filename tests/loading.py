@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 
-from evoprune import models
 from evoprune.errors import ModelError
+from evoprune.pipeline import loading
 
 # Weights are compared with those in the file, so they must stay readable.
-load_model = partial(models.load_model, pack=False)
+load_model = partial(loading.load_model, pack=False)
 
 
 def edit(path, **changes):

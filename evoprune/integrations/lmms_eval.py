@@ -18,9 +18,9 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from evoprune import methods
-from evoprune.encoded_video import EncodedVideo
 from evoprune.errors import UsageError
-from evoprune.pipeline import VideoQA
+from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.budget import DEFAULT
 from evoprune.report import Report
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from evoprune.linear import linear
+from evoprune.model.linear import linear
 
 STRIP = 1024  # columns that are masked at a time
 

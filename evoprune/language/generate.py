@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.finite import not_finite
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.tokenizer import Tokenizer
+from evoprune.model.numerics import not_finite
 
 # Columns a prompt's cache has to spare: an answer of the usual length needs no second cache.
 ANSWER_COLUMNS = 256

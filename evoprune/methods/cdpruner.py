@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.ranking import scaled
 from evoprune.pruning.budget import spread
+from evoprune.pruning.ranking import scaled
 from evoprune.pruning.score import settle
 
 LEAST, STEP = 1 / 128, 1 / 16384

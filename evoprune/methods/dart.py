@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.ranking import ranked
+from evoprune.pruning.ranking import ranked
 from evoprune.pruning.score import settle
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.ranking import BLOCK
+from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import settle
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.ranking import highest
+from evoprune.pruning.ranking import highest
 from evoprune.pruning.score import settle
 
 

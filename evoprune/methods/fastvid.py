@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.methods.density import peaks
-from evoprune.methods.ranking import gathered, highest, nearest
-from evoprune.methods.segments import segments, transitions
 from evoprune.pruning.budget import apportion, spread
+from evoprune.pruning.density import peaks
+from evoprune.pruning.ranking import gathered, highest, nearest
 from evoprune.pruning.score import settle
+from evoprune.pruning.segments import segments, transitions
 
 
 @dataclass(frozen=True)

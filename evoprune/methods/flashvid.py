@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.methods.density import peaks
 from evoprune.methods.divprune import most_diverse
-from evoprune.methods.ranking import closest, gathered, nearest, ranked
-from evoprune.methods.segments import segments, transitions
 from evoprune.pruning.budget import apportion, spread
+from evoprune.pruning.density import peaks
+from evoprune.pruning.ranking import closest, gathered, nearest, ranked
 from evoprune.pruning.score import settle
+from evoprune.pruning.segments import segments, transitions
 
 
 @dataclass(frozen=True)

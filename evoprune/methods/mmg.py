@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.density import peak_scores
-from evoprune.methods.ranking import closest, highest
-from evoprune.methods.segments import segments, transitions
 from evoprune.pruning.budget import apportion, spread
+from evoprune.pruning.density import peak_scores
+from evoprune.pruning.ranking import closest, highest
 from evoprune.pruning.score import settle
+from evoprune.pruning.segments import segments, transitions
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.ranking import scaled
+from evoprune.pruning.ranking import scaled
 from evoprune.pruning.score import settle
 
 IMPORTANCE = ("attention", "keynorm")

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.methods.density import peaks
-from evoprune.methods.ranking import gathered, nearest
-from evoprune.methods.segments import averaged
 from evoprune.pruning.budget import apportion
+from evoprune.pruning.density import peaks
+from evoprune.pruning.ranking import gathered, nearest
 from evoprune.pruning.score import settle
+from evoprune.pruning.segments import averaged
 
 
 @dataclass(frozen=True)

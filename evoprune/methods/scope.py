@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.ranking import BLOCK
+from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import settle
 
 AT_ONCE = 32  # sums brought up to date at a time

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.ranking import highest
 from evoprune.pruning.budget import apportion
+from evoprune.pruning.ranking import highest
 from evoprune.pruning.score import settle
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.methods.ranking import gathered, highest, nearest
 from evoprune.pruning.budget import spread
+from evoprune.pruning.ranking import gathered, highest, nearest
 from evoprune.pruning.score import settle
 
 

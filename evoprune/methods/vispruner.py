@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Tokens
-from evoprune.methods.ranking import BLOCK
 from evoprune.pruning.budget import spread
+from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import settle
 
 

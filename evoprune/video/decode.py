@@ -9,7 +9,7 @@ import numpy as np
 
 from evoprune.errors import UsageError
 from evoprune.video.info import VideoInfo
-from evoprune.video.isolation import call, pictures
+from evoprune.video.sandbox.isolation import call, pictures
 
 DECODERS = ("auto", "pyav", "decord")
 
@@ -73,7 +73,7 @@ def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
     `auto` is PyAV. decord finds frames by counting them, and after a jump its count is wrong wherever groups of pictures
     are open (x265's default), refreshed gradually, or stored out of order in AVI: its `get_batch` then returns other
     frames than were asked for. Read front to back, as here, it is right, but decodes and converts every frame; it has
-    no AV1, and gives up on damage. `python -m evoprune.video.benchmark` measures both.
+    no AV1, and gives up on damage. `python -m experiments.decoders` measures both.
 
     Args:
         decoder: `auto`, `pyav` or `decord`.

@@ -3,7 +3,7 @@
 import os
 
 from evoprune.video.info import FOLDER_FPS, VideoInfo
-from evoprune.video.isolation import call
+from evoprune.video.sandbox.isolation import call
 
 __all__ = ["VideoInfo", "probe"]
 

@@ -3,7 +3,7 @@
 import os
 
 from evoprune.video.info import FOLDER_FPS, ScanResult
-from evoprune.video.isolation import call
+from evoprune.video.sandbox.isolation import call
 
 __all__ = ["ScanResult", "scan"]
 

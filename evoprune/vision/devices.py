@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 # Units encoded at a time, rounded up to whole blocks of grids. 2,048 rows of patches keep matrix products at full speed and what
-# lies between them in a CPU's caches (`python -m evoprune.parts`). A GPU wants more at once.
+# lies between them in a CPU's caches (`python -m experiments.kernels`). A GPU wants more at once.
 CHUNK_UNITS = 512
 GPU_CHUNK_UNITS = 8192
 # So many times as many units may refer to the rows that are encoded at a time. Each is a key where it is looked at.

@@ -19,8 +19,8 @@ from functools import cache, partial
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.finite import is_finite, not_finite
 from evoprune.methods.base import Method, Selection, Tokens
+from evoprune.model.numerics import is_finite, not_finite
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import tally
 from evoprune.vision import devices

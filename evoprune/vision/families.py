@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.config import QWEN2, QWEN2_5, vision_sizes
-from evoprune.linear import linear
+from evoprune.model.config import QWEN2, QWEN2_5, vision_sizes
+from evoprune.model.linear import linear
 from evoprune.vision.rowwise import norm as rms_norm
 
 

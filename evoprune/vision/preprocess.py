@@ -7,7 +7,7 @@ order; a row holds channel, frame, y, x. This is what `Qwen2VLImageProcessor` ma
 import torch
 import torch.nn.functional as F
 
-from evoprune.plan import VideoLimits
+from evoprune.video.plan import VideoLimits
 
 CLIP_MEAN, CLIP_STD = VideoLimits.image_mean, VideoLimits.image_std
 

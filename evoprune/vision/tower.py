@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.config import vision_sizes
-from evoprune.linear import linear
 from evoprune.methods.base import Method
+from evoprune.model.config import vision_sizes
+from evoprune.model.linear import linear
 from evoprune.pruning.schedule import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.vision import devices

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.batch_file import RecordFile
+from evoprune.batch.output import RecordFile
 from evoprune.language.generate import choose
-from evoprune.pipeline import VideoQA
+from evoprune.pipeline.video_qa import VideoQA
 from evoprune_cli import tally
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import visible
@@ -141,7 +141,7 @@ def test_model_from_the_environment(cli, tiny_folder, monkeypatch, out):
 
 
 def no_weights(monkeypatch):
-    monkeypatch.setattr("evoprune.models._load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading._load_weights", lambda *_: pytest.fail("weights were read"))
 
 
 @pytest.mark.parametrize(

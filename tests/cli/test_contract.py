@@ -125,8 +125,10 @@ CASES = {
     "version": Case(("--version",), out=None, ways=PIPE),
     # 1: a bug
     "bug": Case(ASK, 1, "ZeroDivisionError", breaks=("evoprune_cli.ask._check_flags", ZeroDivisionError("1/0"))),
-    "bug in inspect": Case(("inspect", CLIP), 1, "KeyError", breaks=("evoprune.inspection.video_facts", KeyError(1))),
-    "bug in batch": Case(BATCH, 1, "KeyError", breaks=("evoprune.batch.remaining", KeyError(1)), ways=EVERYWHERE),
+    "bug in inspect": Case(
+        ("inspect", CLIP), 1, "KeyError", breaks=("evoprune.pipeline.inspection.video_facts", KeyError(1))
+    ),
+    "bug in batch": Case(BATCH, 1, "KeyError", breaks=("evoprune.batch.run.remaining", KeyError(1)), ways=EVERYWHERE),
     # 2: usage
     "unknown command": fails(2, "what", "what"),
     "almost a command": fails(2, "Did you mean 'ask'", "aks", CLIP, QUESTION),
@@ -237,26 +239,30 @@ CASES = {
         "--load-format",
         "dummy",
         stage="load",
-        breaks=("evoprune.models.random_model", AssertionError("weights were made")),
+        breaks=("evoprune.pipeline.loading.random_model", AssertionError("weights were made")),
     ),
     "random weights of unknown dimensions": fails(
         4, "no bundled config for nobody/nothing", *ASK, "-m", "nobody/nothing", "--load-format", "dummy"
     ),
     # 5: out of memory
-    "weights do not fit": out_of_memory("load", "evoprune.models._load_weights", CPU_FULL, says="the weights of demo"),
-    "frames do not fit": out_of_memory("read", "evoprune.video.isolation.mmap.mmap", OSError(12, "no memory")),
-    "pictures do not fit": out_of_memory("preprocess", "evoprune.prepared_video.patchify", CPU_FULL),
-    "tower does not fit": out_of_memory("encode", "evoprune.prepared_video.encode_rows", CUDA_FULL),
-    "prompt does not fit": out_of_memory("prefill", "evoprune.encoded_video.prefill", CUDA_FULL),
+    "weights do not fit": out_of_memory(
+        "load", "evoprune.pipeline.loading._load_weights", CPU_FULL, says="the weights of demo"
+    ),
+    "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.isolation.mmap.mmap", OSError(12, "no memory")),
+    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.patchify", CPU_FULL),
+    "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encoding.encode_rows", CUDA_FULL),
+    "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.answering.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
     "weights do not fit in a batch": Case(
-        BATCH, 5, "the weights of demo", breaks=("evoprune.models._load_weights", CPU_FULL), ways=EVERYWHERE
+        BATCH, 5, "the weights of demo", breaks=("evoprune.pipeline.loading._load_weights", CPU_FULL), ways=EVERYWHERE
     ),
     # stopped from outside
-    "interrupted while loading": Case(ASK, 130, "", breaks=("evoprune.models._load_weights", KeyboardInterrupt())),
+    "interrupted while loading": Case(
+        ASK, 130, "", breaks=("evoprune.pipeline.loading._load_weights", KeyboardInterrupt())
+    ),
     "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.pictures", Terminated())),
     "batch interrupted while loading": Case(
-        BATCH, 130, "", breaks=("evoprune.models._load_weights", KeyboardInterrupt()), ways=EVERYWHERE
+        BATCH, 130, "", breaks=("evoprune.pipeline.loading._load_weights", KeyboardInterrupt()), ways=EVERYWHERE
     ),
     "interrupted scan": Case(
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.scan.scan", KeyboardInterrupt())

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune import evaluation
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.pipeline import VideoQA
+from evoprune.evaluation import run as evaluation_run
+from evoprune.pipeline.video_qa import VideoQA
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import visible
 
@@ -206,7 +206,7 @@ def test_what_was_measured_is_not_lost_with_the_disk(run, tmp_path, monkeypatch)
     def full(self, document):
         raise UsageError("cannot write results.json: No space left on device")
 
-    monkeypatch.setattr("evoprune.run_folder.RunFolder.finish", full)
+    monkeypatch.setattr("evoprune.evaluation.folder.RunFolder.finish", full)
     result = run("-o", tmp_path / "run")
     assert result.code == 2 and table_rows(result.out) and "cannot write results.json" in result.err
 
@@ -254,7 +254,7 @@ def test_the_demo(cli):
 )
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_wrong_flags(run, monkeypatch, args, says, form):
-    monkeypatch.setattr("evoprune.models._load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading._load_weights", lambda *_: pytest.fail("weights were read"))
     result = run(*args, *(["--json"] if form == "json" else []))
     assert result.code == 2
     error, hint = result.err.splitlines()
@@ -317,7 +317,7 @@ def test_defaults(cli, monkeypatch):
         made.append((settings, videos))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "Evaluation", begin)
+    monkeypatch.setattr(evaluation_run, "Evaluation", begin)
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     assert cli("eval", "--data", "demo").code == 130
     monkeypatch.delenv("EVOPRUNE_BUDGET")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.plan import MAX_VISUAL_TOKENS_CPU
 from evoprune.video import decode
+from evoprune.video.plan import MAX_VISUAL_TOKENS_CPU
 from tests.video.files import write_video
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
@@ -50,7 +50,7 @@ def told(cli, tiny_folder, monkeypatch):
 
 @pytest.mark.parametrize(("rate", "says"), [(1e6, " min"), (2e7, " s"), (1e15, None)])
 def test_a_long_wait_is_told_before_it_begins(told, monkeypatch, rate, says):
-    monkeypatch.setattr("evoprune.cost.matmul_rate", lambda *_: rate)
+    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: rate)
     lines = told(CLIP, whole=True)
     if says is None:
         assert lines == []
@@ -59,7 +59,7 @@ def test_a_long_wait_is_told_before_it_begins(told, monkeypatch, rate, says):
 
 
 def test_not_told_where_nobody_wants_to_know(told, monkeypatch):
-    monkeypatch.setattr("evoprune.cost.matmul_rate", lambda *_: 1e6)
+    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e6)
     assert told(CLIP, "-q") == []
     assert told(CLIP, model="demo") == []  # nobody has to wait for that
 

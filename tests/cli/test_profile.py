@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune import benchmark, forms, memory
 from evoprune.errors import ModelError
-from evoprune.measurements import Case
+from evoprune.model import memory
+from evoprune.profiling import run, variants
+from evoprune.profiling.results import Case
 from tests.cli.screen import visible
 
 CLIP = "samples/square.mp4"
@@ -20,7 +21,7 @@ QUICK = ("-r", "1", "--size", "112x168", "--frames", "4", "-b", "0.5")
 
 @pytest.fixture(autouse=True)
 def quick_rate(monkeypatch):
-    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr(run, "matmul_rate", lambda *_, **__: 1e11)
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_progress_on_a_terminal_only(profile):
     ],
 )
 def test_wrong_flags(profile, monkeypatch, args, says):
-    monkeypatch.setattr("evoprune.models._load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading._load_weights", lambda *_: pytest.fail("weights were read"))
     result = profile(*args)
     assert (result.code, result.out) == (2, "")
     error, hint = result.err.splitlines()
@@ -229,11 +230,11 @@ def test_other_failures(cli, profile, monkeypatch):
 def test_a_row_without_memory_stays(profile, monkeypatch):
     def run_ours(loaded, clip, method, *rest):
         if method.name == "random":
-            raise benchmark.OutOfMemory("out of memory in encode")
+            raise run.OutOfMemory("out of memory in encode")
         return real(loaded, clip, method, *rest)
 
-    real = benchmark.run_ours
-    monkeypatch.setattr(benchmark, "run_ours", run_ours)
+    real = run.run_ours
+    monkeypatch.setattr(run, "run_ours", run_ours)
     result = profile("--method", "evoprune,random")
     assert (result.code, result.err) == (6, "")
     assert table_rows(result.out)[-1].split() == ["random", "-b", "0.5", *"------"]
@@ -252,8 +253,8 @@ def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch, finish
             raise KeyboardInterrupt
         return real(*args)
 
-    real = benchmark.run_ours
-    monkeypatch.setattr(benchmark, "run_ours", run_ours)
+    real = run.run_ours
+    monkeypatch.setattr(run, "run_ours", run_ours)
     result = profile("-r", "3", "--format", "json")
     assert (result.code, result.err) == (130, "")
     if not finished:
@@ -276,9 +277,9 @@ def test_defaults(cli, monkeypatch):
         settings.append(made(**more))
         return settings[-1]
 
-    made = benchmark.Settings
-    monkeypatch.setattr(forms, "load", load)
-    monkeypatch.setattr(benchmark, "Settings", record)
+    made = run.Settings
+    monkeypatch.setattr(variants, "load", load)
+    monkeypatch.setattr(run, "Settings", record)
     monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], None)]

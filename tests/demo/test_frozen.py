@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from evoprune.demo.clips import frame_times, make_clip, render
-from evoprune.demo.items import BLOCK, QUESTIONS
 from evoprune.demo.questions import ask
+from evoprune.evaluation.demo_clips import BLOCK, QUESTIONS
 
 FROZEN = {
     ("train", 0): ("f4cf8aab466a77a5", 50.956),

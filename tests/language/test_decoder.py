@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.config import parse_config
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.positions import VideoSpan, prompt_positions
-from evoprune.qwen import QwenVL
+from evoprune.model.config import parse_config
+from evoprune.model.weights import QwenVL
 from tests.tiny import tiny_config, tiny_model
 
 LENGTH = 60

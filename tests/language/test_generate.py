@@ -7,14 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.language.generate import (
-    GenerationSettings,
-    choose,
-    embed_prompt,
-    prefill,
-    stream,
-    stream_text,
-)
+from evoprune.language.generate import GenerationSettings, choose, embed_prompt, prefill, stream, stream_text
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.language.tokenizer import Tokenizer

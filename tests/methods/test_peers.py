@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods import density
 from evoprune.methods.base import Selection, Tokens
-from evoprune.methods.density import peak_scores, peaks
 from evoprune.methods.holitom import most_saving
 from evoprune.methods.mmg import joined, marginal_gains
 from evoprune.methods.mmr import most_relevant
-from evoprune.methods.segments import segments, transitions
+from evoprune.pruning import density
 from evoprune.pruning.budget import apportion
+from evoprune.pruning.density import peak_scores, peaks
 from evoprune.pruning.score import settle
+from evoprune.pruning.segments import segments, transitions
 from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, ranked, scaled, settled, tokens_of
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))

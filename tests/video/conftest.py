@@ -1,7 +1,7 @@
 import av  # noqa: F401  before decord, whose older codec libraries would replace those of PyAV
 import pytest
 
-from evoprune.video import isolation
+from evoprune.video.sandbox import isolation
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ from statistics import median
 
 import numpy as np
 
-from evoprune.pipeline import VideoQA
-from evoprune.plan import VideoLimits, make_plan
-from evoprune.video.benchmark import in_this_process, medians
+from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.decode import read_frames
+from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import probe
+from experiments.decoders import in_this_process, medians
 from tests.video.files import numbered_frames, write_video
 from tests.video.kinds import AV1, HEVC, KINDS, OPEN_GOP, VP9, write_kind
 

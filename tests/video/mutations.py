@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
-from evoprune.plan import VideoLimits, make_plan
-from evoprune.video import isolation
 from evoprune.video.decode import choose_decoder, read_frames
+from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import probe
+from evoprune.video.sandbox import isolation
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video import isolation
-from evoprune.video.benchmark import in_this_process
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
+from evoprune.video.sandbox import isolation
 from evoprune.video.scan import scan
+from experiments.decoders import in_this_process
 from tests.video.files import numbered_frames, pixels, write_image
 from tests.video.good import good_files
 from tests.video.kinds import write_kind

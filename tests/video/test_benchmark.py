@@ -1,21 +1,22 @@
 import numpy as np
 
-from evoprune.video import benchmark, isolation
-from evoprune.video.pyav import SEEK_AHEAD_S
+from evoprune.video.readers.pyav import SEEK_AHEAD_S
+from evoprune.video.sandbox import isolation
+from experiments import decoders
 
 
 def test_tables(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "CLIP_S", 1)
-    monkeypatch.setattr(benchmark, "CLIP_SIZE", (96, 128))
-    monkeypatch.setattr(benchmark, "LONG_SIZE", (48, 64))
+    monkeypatch.setattr(decoders, "CLIP_S", 1)
+    monkeypatch.setattr(decoders, "CLIP_SIZE", (96, 128))
+    monkeypatch.setattr(decoders, "LONG_SIZE", (48, 64))
     monkeypatch.setattr("sys.argv", ["benchmark", "--minutes", "0.1", "--repeat", "1"])
-    benchmark.main()
+    decoders.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1 + isolation.POSSIBLE
     assert sum("MPEG-4" in line for line in rows) == 2 + 2 * isolation.POSSIBLE
     assert sum("cheaper" in line for line in lines) == 2
-    from evoprune.video import pyav
+    from evoprune.video.readers import pyav
 
     assert pyav.SEEK_AHEAD_S == SEEK_AHEAD_S
 
@@ -23,16 +24,16 @@ def test_tables(monkeypatch, capsys):
 def test_sides_alternate_and_the_first_round_does_not_count():
     calls = []
     sides = [lambda: calls.append("a"), lambda: calls.append("b")]
-    assert all(spent >= 0 for spent in benchmark.medians(sides, 2))
+    assert all(spent >= 0 for spent in decoders.medians(sides, 2))
     assert calls == list("ababab")
 
 
 def test_crossover():
-    assert "every 3.0 s, or 1.33%" in benchmark.crossover([(4.0, 0.5), (2.0, 1.5)])
-    assert benchmark.crossover([(4.0, 0.5), (2.0, 0.9)]) == "Jumps are cheaper throughout."
-    assert benchmark.crossover([(4.0, 1.5), (2.0, 1.9)]) == "One pass is cheaper throughout."
+    assert "every 3.0 s, or 1.33%" in decoders.crossover([(4.0, 0.5), (2.0, 1.5)])
+    assert decoders.crossover([(4.0, 0.5), (2.0, 0.9)]) == "Jumps are cheaper throughout."
+    assert decoders.crossover([(4.0, 1.5), (2.0, 1.9)]) == "One pass is cheaper throughout."
 
 
 def test_neighbouring_pictures_differ():
-    first, second = benchmark.moving_pictures(2, 64, 96)
-    assert np.abs(first.astype(int) - second).mean() > benchmark.OTHER_FRAME
+    first, second = decoders.moving_pictures(2, 64, 96)
+    assert np.abs(first.astype(int) - second).mean() > decoders.OTHER_FRAME

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video import isolation, pyav
-from evoprune.video.container import TOLERANCE_S
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
+from evoprune.video.readers import pyav
+from evoprune.video.readers.container import TOLERANCE_S
+from evoprune.video.sandbox import isolation
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, write_video
 from tests.video.kinds import KINDS, write_kind
 

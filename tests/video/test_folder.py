@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video import folder as backend
 from evoprune.video.decode import choose_decoder, read_frames
-from evoprune.video.exif import exif_orientation
-from evoprune.video.folder import FOLDER_FPS
 from evoprune.video.probe import probe
+from evoprune.video.readers import folder as backend
+from evoprune.video.readers.exif import exif_orientation
+from evoprune.video.readers.folder import FOLDER_FPS
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, quarters, write_image
 
 

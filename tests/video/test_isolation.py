@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from evoprune.errors import OutOfMemory, VideoError
-from evoprune.video import isolation
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
+from evoprune.video.sandbox import isolation
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
 from tests.video.unruly import PROGRAM
 
@@ -165,7 +165,7 @@ def test_neither_side_has_what_it_does_not_need(named, started):
     there = caught.value.message.split()
     assert "av" in there and not {"torch", "transformers", "decord", "subprocess", "site"} & set(there)
     program = (
-        "import sys; from evoprune.video import isolation, probe, scan; assert 'numpy' not in sys.modules\n"
+        "import sys; from evoprune.video import probe, scan; from evoprune.video.sandbox import isolation; assert 'numpy' not in sys.modules\n"
         "from evoprune.video import decode; assert 'av' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
@@ -339,7 +339,7 @@ def test_a_fork_starts_its_own(good, started):
 
 PARENT = """
 import sys
-from evoprune.video import isolation
+from evoprune.video.sandbox import isolation
 from evoprune.video.probe import probe
 from tests.video.unruly import PROGRAM
 isolation.PROGRAM = PROGRAM

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video import isolation
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
+from evoprune.video.sandbox import isolation
 from evoprune.video.scan import scan
 from tests.video.files import add_beside, numbered_frames, numbers, quarters, write_image, write_video
 from tests.video.kinds import KINDS, write_kind

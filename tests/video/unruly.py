@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 from evoprune.errors import VideoError
-from evoprune.video import facts, tasks, watch, worker
+from evoprune.video import heartbeat
+from evoprune.video.readers import facts
+from evoprune.video.sandbox import tasks, worker
 
 C = ctypes.PyDLL(None)  # calls into C keep Python's lock, as a decoder's callbacks may
 PROGRAM = "import sys; sys.path[:] = {paths}; from tests.video.unruly import main; main({socket})"
@@ -21,7 +23,7 @@ def sleep_in_c() -> None:
 def slow() -> None:
     for _ in range(30):
         time.sleep(0.1)
-        watch.alive()
+        heartbeat.alive()
 
 
 def talk_nonsense() -> None:

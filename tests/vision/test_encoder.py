@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.linear import pack
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
+from evoprune.model.linear import pack
 from evoprune.pruning.budget import keep_count, spread
 from evoprune.pruning.schedule import ALLOCATIONS
 from evoprune.vision.encoder import encode

@@ -7,7 +7,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.config import QWEN2, QWEN2_5, vision_sizes
+from evoprune.model.config import QWEN2, QWEN2_5, vision_sizes
 from evoprune.pruning.budget import keep_count
 from evoprune.vision.encoder import encode
 from tests.tiny import tiny_model

@@ -4,14 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_window_index
 
-from evoprune.vision.layout import (
-    TokenLayout,
-    attention_groups,
-    full_layout,
-    geometry,
-    merged_layout,
-    referring_layout,
-)
+from evoprune.vision.layout import TokenLayout, attention_groups, full_layout, geometry, merged_layout, referring_layout
 from tests.vision.tower import group_key, groups_by_hand, merge_at_random, place_key, random_layout
 
 SCOPES = ("window", "grid")

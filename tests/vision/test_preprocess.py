@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
-from evoprune.plan import smart_resize
+from evoprune.video.plan import smart_resize
 from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD, patchify, resize
 
 GREY_LEVEL = 1 / 255 / min(CLIP_STD)

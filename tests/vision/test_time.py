@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.linear import pack
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.none import Nothing
+from evoprune.model.linear import pack
 from evoprune.pruning.reference import scan, turns
 from evoprune.pruning.select import choose_units, nearest_chosen
 from evoprune.vision import encoder

@@ -1,0 +1,175 @@
+"""Many questions about many videos, with one model: what `evoprune batch` runs.
+
+A record is the one that `evoprune ask --json` would give, with the row's id, and in `batch` the row and the settings. While a
+video is asked about, the next one is made ready: its first chunks lie in memory, preprocessed. No torch before a model is loaded.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from evoprune.batch.output import Found
+from evoprune.batch.rows import Part, Row
+from evoprune.errors import OutOfMemory, UsageError, error_record
+from evoprune.evaluation.folder import differences
+from evoprune.pipeline.prefetch import ahead
+from evoprune.report import Report, VideoFacts, rounded
+
+if TYPE_CHECKING:
+    from evoprune.pipeline.answering import EncodedVideo
+    from evoprune.pipeline.cache import Cache
+    from evoprune.pipeline.encoding import PreparedVideo
+    from evoprune.pipeline.video_qa import VideoQA
+
+T = TypeVar("T")
+OnFailure = Callable[[Exception], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that an answer depends on besides its row and the machine. See `VideoQA`, `VideoQA.prepare` and `EncodedVideo.ask`."""
+
+    model: str
+    budget: float | str
+    method: str
+    method_args: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    revision: str | None = None
+    dtype: str = "auto"
+    quantize: str = "none"
+    load_format: str = "auto"
+    fps: float | None = None
+    frames: int | None = None
+    max_frames: int | None = None
+    max_visual_tokens: int | None = None
+    decoder: str = "auto"
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def load(self, **how) -> "VideoQA":
+        """Loads the model. `how`: `device`, `offline` and `progress` of `VideoQA.load`, which says what is raised."""
+        from evoprune.language.generate import GenerationSettings
+        from evoprune.pipeline.video_qa import VideoQA
+
+        GenerationSettings(self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        names = ("budget", "method", "method_args", "seed", "revision", "dtype", "quantize", "load_format")
+        return VideoQA.load(self.model, **self._some(*names), **how)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return self._some("fps", "frames", "max_frames", "max_visual_tokens", "decoder")
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        return self._some("system", "max_new_tokens", "temperature", "top_p")
+
+    def _some(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+
+def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
+    """The rows that have no answer yet: those that failed are asked again.
+
+    Raises:
+        UsageError: a record was made with other settings, or its row was another one.
+    """
+    now, asked, done = rounded(asdict(settings)), {row.id: rounded(row.asked) for row in rows}, set()
+    for record in found:
+        if other := differences(record.settings, now):
+            raise UsageError(f"the output was begun with other settings: {other}", "give the same ones, or another -o")
+        if record.id in asked and (
+            other := differences(record.row | {"answer": None}, asked[record.id] | {"answer": None})
+        ):
+            hint = "give changed rows ids of their own, or choose another -o"
+            raise UsageError(f"the row {record.id!r} is not what it was: {other}", hint)
+        if not record.failed:
+            done.add(record.id)
+    return [row for row in rows if row.id not in done]
+
+
+def answers(
+    qa: "VideoQA",
+    parts: Iterable[Part],
+    settings: Settings,
+    cache: "Cache | None" = None,
+    on_failure: OnFailure = lambda problem: None,
+) -> Iterator[Report]:
+    """Asks it all: a record for every row, as they are answered. One that fails has a record as well; the others go on.
+
+    Args:
+        on_failure: told what went wrong.
+    """
+    with closing(ahead(_prepared(qa, parts, settings, cache), depth=1)) as prepared:
+        for part, video in prepared:
+            yield from _asked(part, video, settings, on_failure)
+
+
+def _prepared(
+    qa: "VideoQA", parts: Iterable[Part], settings: Settings, cache: "Cache | None"
+) -> Generator[tuple[Part, "PreparedVideo | Exception"], None, None]:
+    """Every part with its first chunks read, or with why they cannot be."""
+    for part in parts:
+        try:
+            video = qa.prepare(part.path, name=part.video, cache=cache, **settings.sampling, **part.range)
+            video.begin()
+        except Exception as problem:
+            yield part, problem
+            continue
+        try:
+            yield part, video
+        except GeneratorExit:  # nobody may have taken it
+            video.close()
+            raise
+
+
+def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
+    """The record of a row that has no answer."""
+    report = Report(question=row.prompt, video=VideoFacts(path=row.video), finish_reason="error", error=error)
+    return _named(report, row, settings)
+
+
+def _named(report: Report, row: Row, settings: Settings) -> Report:
+    report.id = row.id
+    report.batch = {"row": row.asked | {"answer": row.answer}, "settings": asdict(settings)}
+    return report
+
+
+def _asked(
+    part: Part, video: "PreparedVideo | Exception", settings: Settings, on_failure: OnFailure
+) -> Iterator[Report]:
+    encoded, error = _tried(lambda: _encoded(video), on_failure)
+    for row in part.rows:
+        report = None
+        if encoded:
+            report, error = _tried(lambda row=row: _answered(encoded, row, settings), on_failure)
+        yield _named(report, row, settings) if report else failure_report(row, settings, error)
+
+
+def _encoded(video: "PreparedVideo | Exception") -> "EncodedVideo":
+    if isinstance(video, Exception):
+        raise video
+    with closing(video):
+        return video.encode()
+
+
+def _answered(encoded: "EncodedVideo", row: Row, settings: Settings) -> Report:
+    for _ in encoded.ask(row.prompt, **settings.generation):
+        pass
+    return encoded.report
+
+
+def _tried(work: Callable[[], T], on_failure: OnFailure) -> tuple[T | None, dict | None]:
+    """What comes of it, or the error as records hold it: the exception, and all the memory that hangs on it, is gone by then."""
+    try:
+        return work(), None
+    except Exception as problem:
+        on_failure(problem)
+        error = error_record(problem)
+    if error["type"] == OutOfMemory.type:
+        import torch
+
+        torch.cuda.empty_cache()  # what is free, but in pieces; nothing where there is no CUDA
+    return None, error

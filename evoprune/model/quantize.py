@@ -1,0 +1,190 @@
+"""Weight-only quantisation of the language model, so that decoding on a CPU, which reads every weight for every token, reads less.
+
+int8: one scale for each output feature. The product runs in integers, as the CPU's dot-product instructions want it; so that
+nothing but the weights is rounded, activations go in as 16-bit integers, in two bytes that are two rows of the same product.
+int4: a scale and a zero for every 32 weights, through PyTorch's own kernel.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from evoprune.errors import UsageError
+from evoprune.model.linear import can_pack
+from evoprune.pipeline.choices import QUANTIZE
+
+GROUP = 32  # int4 weights that share a scale
+ROWS = 1024  # of a weight quantised at a time: what a cache holds, and a multiple of all steps in which kernels arrange rows
+
+
+class Bytes:
+    """Activations as 16-bit integers in two bytes. Layers that read the same activations share one, and the work."""
+
+    def __init__(self):
+        self._last: tuple = (None, None)
+
+    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows `[R, K]` as uint8 `[2R, K]`, all low bytes and then all high ones, zero at 32,768; and their steps `[R, 1]`."""
+        known, made = self._last  # read once: another thread may be at work on the same model
+        if rows is known:
+            return made
+        step = torch.linalg.vector_norm(rows, float("inf"), 1, True, dtype=torch.float32).clamp_(min=1e-30) / 32767
+        whole = (rows / step).add_(32768.5).to(torch.int32)  # cut, so rounded; 1 to 65,535
+        both = whole.view(torch.uint8).view(*rows.shape, 4)[..., :2].permute(2, 0, 1).reshape(-1, rows.shape[1])
+        self._last = rows, (both, step)
+        return both, step
+
+
+class Int8Linear(nn.Module):
+    """`x @ W.T + bias` with int8 weights.
+
+    Args:
+        layer: what to quantise, on the CPU.
+        wide: the same layer unquantised, for prompts, that is for more than one row; None to use the int8 weights for them
+            too.
+        to_bytes: shared with the layers that read the same input.
+    """
+
+    def __init__(self, layer: nn.Linear, wide: nn.Module | None = None, to_bytes: Bytes | None = None):
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        self.wide, self.to_bytes = wide, to_bytes or Bytes()
+        self.bias = None if layer.bias is None else layer.bias.float()
+        scales, wholes, sums = [], [], []
+        for rows in layer.weight.split(ROWS):
+            rows = rows.float()
+            scales.append(rows.abs().amax(1).clamp_(min=1e-12) / 127)
+            rows = (rows / scales[-1][:, None]).round_()
+            sums.append(rows.sum(1))  # exact: whole numbers below 2^24
+            wholes.append(rows.to(torch.int8))
+        self.scale = torch.cat(scales)
+        self.packed = torch.ops.onednn.qlinear_prepack(torch.cat(wholes), None)
+        self.zero = torch.zeros(self.out_features, dtype=torch.int32)
+        # What 32,768, the zero of the activations, adds to low + 256 * high, taken off half in each of the two.
+        self.offset = (torch.cat(sums).double() * self.scale.double() * (-32768 / 257)).float()
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds beside parameters and other modules."""
+        return self.packed.numel() + 12 * self.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        if self.wide is not None and len(rows) > 1:
+            return self.wide(x)
+        # In pieces, for both bytes of many rows take much memory.
+        pieces = [self._product(piece) for piece in (rows.split(ROWS) if len(rows) > ROWS else [rows])]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:-1], -1)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        both, step = self.to_bytes(rows)
+        low, high = torch.ops.onednn.qlinear_pointwise(
+            both, 1.0, 0, self.packed, self.scale, self.zero, self.offset, 1.0, 0, torch.float32, "none", [], ""
+        ).view(2, len(rows), -1)
+        y = low.add_(high, alpha=256).mul_(step)
+        if self.bias is not None:
+            y += self.bias
+        return y.to(rows.dtype)
+
+
+class Int4Linear(nn.Module):
+    """`x @ W.T + bias` with int4 weights; arguments as `Int8Linear`."""
+
+    def __init__(self, layer: nn.Linear, wide: nn.Module | None = None):
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        self.wide, self.bias = wide, layer.bias
+        packed, scales = zip(*(self._pack(rows) for rows in layer.weight.split(ROWS)), strict=True)
+        self.packed, self.scales = torch.cat(packed), torch.cat(scales, 1)
+
+    @staticmethod
+    def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some rows of a weight, in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
+        # The kernel goes in steps of 16 rows; what is added comes out as zeros and is cut off.
+        rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
+        groups = rows.view(len(rows), -1, GROUP)
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        # Rounded as the kernel will read them, before anything is measured in them.
+        scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
+        middle = (low + 8 * scale).to(weight.dtype).float()  # what 8, the kernel's zero, stands for
+        whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
+        scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds beside parameters and other modules."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.wide is not None and len(rows) > 1:
+            return self.wide(x)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
+        y = y[:, : self.out_features]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def check(kind: str, device: torch.device) -> None:
+    """Raises:
+    UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
+    """
+    if kind not in QUANTIZE:
+        raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(QUANTIZE)}")
+    if kind == "none":
+        return
+    if device.type != "cpu":
+        raise UsageError(f"--quantize {kind} works on the CPU, not on {device}", "leave --quantize out")
+    if not (_int8_is_exact() if kind == "int8" else hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")):
+        raise UsageError(f"this PyTorch has no exact {kind} products for this CPU", "leave --quantize out")
+
+
+@lru_cache
+def _int8_is_exact() -> bool:
+    """Whether products of bytes are there and exact: CPUs without dot-product instructions (VNNI) cut sums of pairs to 16 bits."""
+    if not can_pack(torch.empty(1)) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8), None)
+    found = torch.ops.onednn.qlinear_pointwise(
+        torch.full((2, 64), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(64), torch.zeros(64, dtype=torch.int32),
+        None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return bool((found == 64 * 255 * 127).all())
+
+
+def quantize(
+    model: nn.Module, kind: str, wide: nn.Module | None = None, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Quantises the linear layers of a language model and its output layer, a few at a time.
+
+    Args:
+        model: with `model.language_model` and `lm_head`.
+        kind: "int8" or "int4".
+        wide: the same model unquantised, whose layers are to be kept for prompts: faster there, at the price of memory.
+        progress: called with layers done and layers in all.
+    """
+    to_bytes = Bytes()
+    places = [
+        path
+        for path, layer in model.named_modules()
+        if path.startswith(("model.language_model.", "lm_head")) and type(layer) is nn.Linear
+        if layer.in_features % GROUP == 0
+    ]
+
+    def make(path: str) -> None:
+        layer = model.get_submodule(path)
+        # Only ever one row of the output layer is asked for.
+        kept = None if wide is None or path == "lm_head" else wide.get_submodule(path)
+        made = Int8Linear(layer, kept, to_bytes) if kind == "int8" else Int4Linear(layer, kept)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, made)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # much of it is not parallel in itself
+        for done, _ in enumerate(pool.map(make, places), 1):
+            if progress:
+                progress(done, len(places))

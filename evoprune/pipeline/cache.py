@@ -1,0 +1,219 @@
+"""Encoded videos on disk: the same file, looked at in the same way by the same model, is encoded once.
+
+An entry is a safetensors file named by a hash over all that its numbers depend on. Nothing in here fails a run: what is damaged is
+as good as missing, and what cannot be written is left.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import evoprune
+from evoprune.methods.base import Method
+from evoprune.pipeline.loading import LoadedModel
+from evoprune.video.plan import Plan
+from evoprune.vision.encoded import Encoded
+
+LIMIT_BYTES = 2 * 2**30
+SUFFIX, UNFINISHED = ".safetensors", ".tmp"
+HOUR = 3600.0
+
+
+def default_folder() -> Path:
+    """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
+    if named := os.environ.get("EVOPRUNE_CACHE_DIR"):
+        return Path(os.path.expanduser(named))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "evoprune"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of encoded videos; several processes may use it at a time.
+
+    Attributes:
+        folder: made when something is stored.
+        limit_bytes: of all entries together; those used longest ago are thrown out.
+    """
+
+    folder: Path
+    limit_bytes: int = LIMIT_BYTES
+
+    def load(self, key: str, device: torch.device) -> Encoded | None:
+        """An entry, or None if there is none or it is damaged.
+
+        Its `rows` have a shape but no data (they lie on the device `meta`): no answer needs them, and they are most of the bytes.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()["about"]
+                # Copies: what is mapped from a file is gone with it.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+                if file.metadata()["digest"] != _digest(about, tensors):
+                    return None
+            facts = json.loads(about)
+            with suppress(OSError):  # a folder that may only be read
+                os.utime(path)
+            features = tensors["features"]
+            return Encoded(
+                features.to(device),
+                tensors["kept"].to(device),
+                features.new_empty(facts["rows"], features.shape[1], device="meta"),
+                tensors["owner"].to(device),
+                tuple(tuple(grid) for grid in facts["grids"]),
+                [tuple(layer) for layer in facts["layers"]],
+                0.0,
+                facts["flat"],
+                tensors["counts"].to(device) if "counts" in tensors else None,
+            )
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+
+    def store(self, key: str, encoded: Encoded) -> bool:
+        """Writes an entry, in one step as others see it, and makes room; False if that was not possible."""
+        from safetensors.torch import save
+
+        tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", "counts")}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+        about = json.dumps(
+            {"rows": len(encoded.rows), "grids": encoded.grids, "layers": encoded.layers, "flat": encoded.flat}
+        )
+        content = save(tensors, {"about": about, "digest": _digest(about, tensors)})
+        if len(content) > self.limit_bytes:
+            return False
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=self.folder)
+            try:
+                with open(handle, "wb") as file:
+                    file.write(content)
+                os.replace(temporary, self._path(key))
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        except OSError:
+            return False
+        self._make_room()
+        return True
+
+    def size(self) -> tuple[int, int]:
+        """How many entries, and their bytes."""
+        sizes = [stat.st_size for path, stat in self._files() if path.suffix == SUFFIX]
+        return len(sizes), sum(sizes)
+
+    def clear(self) -> int:
+        """Deletes all entries, and nothing else that may be in the folder; how many.
+
+        Raises:
+            OSError: one cannot be deleted.
+        """
+        entries, _ = self.size()
+        for path, _ in self._files():
+            path.unlink(missing_ok=True)
+        return entries
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Files of this cache, entries and unfinished ones; another process may delete them at any time."""
+        for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
+            for path in self.folder.glob(ending):
+                with suppress(OSError):
+                    yield path, path.stat()
+
+    def _make_room(self) -> None:
+        """Throws out what was used longest ago until the rest is within the limit, and what a killed process left unfinished."""
+        files = sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True)
+        total = 0
+        for path, stat in files:
+            total += stat.st_size
+            unfinished = path.suffix == UNFINISHED
+            if total > self.limit_bytes if not unfinished else time.time() - stat.st_mtime > HOUR:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def entry_key(
+    path: str | os.PathLike[str], loaded: LoadedModel, plan: Plan, decoder: str, method: Method, keep: int, seed: int
+) -> str | None:
+    """A name for what encoding this video would give: equal names, equal numbers. None where that cannot be told.
+
+    Args:
+        path: a file or a folder of frames. All of it is read: sizes and times of files do not say what is in them.
+        plan: as it is looked at. decoder: the one that reads it.
+        keep: tokens to be kept.
+    """
+    if loaded.fingerprint is None:
+        return None
+    try:
+        content = content_hash(path)
+    except OSError:
+        return None
+    limits = loaded.video
+    facts = {
+        "video": content,
+        "decoder": decoder,
+        "times": plan.sampling.times_s,
+        "seconds_per_grid": plan.sampling.seconds_per_grid(limits.temporal_patch_size),
+        "size": [plan.height, plan.width, *plan.grid],
+        "pixels": [
+            limits.image_mean,
+            limits.image_std,
+            limits.patch_size,
+            limits.temporal_patch_size,
+            limits.merge_size,
+        ],
+        "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
+        "method": [type(method).__module__, type(method).__qualname__, asdict(method), keep, seed],
+        "code": [
+            evoprune.__version__,
+            torch.__version__,
+            *(_code(type(m).__module__) for m in (method, method.chooser)),
+        ],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes; of a folder's files, with their names.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    inside = sorted(p for p in path.iterdir() if p.is_file())
+    return hashlib.blake2b(repr([(p.name, content_hash(p)) for p in inside]).encode()).hexdigest()
+
+
+@cache
+def _code(module: str) -> str:
+    """Of this package's files and the method's: while they are worked on, the version stays the same."""
+    files = [*Path(evoprune.__file__).parent.rglob("*.py"), Path(getattr(sys.modules[module], "__file__", None) or ".")]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Of all that an entry holds: safetensors notice a file that is too short, but not a flipped bit."""
+    found = hashlib.blake2b(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,0 +1,108 @@
+"""What `evoprune inspect` tells: about this machine, or about a video and what a model would look at in it."""
+
+import os
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+
+import evoprune
+from evoprune.errors import EvopruneError
+from evoprune.pruning.budget import PRESETS, keep_count
+from evoprune.video.plan import Plan
+from evoprune.video.probe import VideoInfo
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
+
+
+def environment_facts() -> dict:
+    """Versions, devices, what decoders work and why not, where models and encoded videos are kept."""
+    import torch
+    from huggingface_hub import constants
+
+    from evoprune import methods
+    from evoprune.model.machine import cpu_name
+    from evoprune.pipeline.cache import Cache, default_folder
+    from evoprune.pipeline.loading import BUNDLED_CONFIGS, DEMO_FOLDER, cpu_has_bf16
+    from evoprune.video.decode import choose_decoder
+
+    decoders = {"pyav": "works"}
+    try:
+        choose_decoder("decord")
+        decoders["decord"] = "works"
+    except EvopruneError as problem:
+        decoders["decord"] = problem.message
+    devices = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads, bf16 {'yes' if cpu_has_bf16() else 'no'}"}
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
+    cache = Cache(default_folder())
+    videos, occupied = cache.size()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
+        "devices": devices,
+        "decoders": decoders,
+        "methods": methods.available(),
+        "method_plugins": methods.plugins(),
+        "demo_model": "installed" if (DEMO_FOLDER / "model.safetensors").is_file() else "missing",
+        "bundled_configs": list(BUNDLED_CONFIGS),
+        "hub_cache": constants.HF_HUB_CACHE,
+        "cache": {
+            "folder": str(cache.folder),
+            "videos": videos,
+            "size_bytes": occupied,
+            "limit_bytes": cache.limit_bytes,
+        },
+        "offline": constants.HF_HUB_OFFLINE,
+        "stdout_encoding": sys.stdout.encoding,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def video_facts(info: VideoInfo) -> dict:
+    """Container facts."""
+    return asdict(info)
+
+
+def plan_facts(plan: Plan, config) -> dict:
+    """What a model would look at: moments, sizes, tokens at each preset, and the memory that goes with them.
+
+    Args:
+        plan: from `plan.make_plan`.
+        config: the model's `Config`.
+    """
+    n = plan.visual_tokens
+    return {
+        "start_s": plan.sampling.start_s,
+        "end_s": plan.sampling.end_s,
+        "frames": plan.sampling.frames,
+        "timestamps_s": list(plan.sampling.times_s),
+        "resized_hw": [plan.height, plan.width],
+        "grid": list(plan.grid),
+        "visual_tokens": n,
+        "capped": plan.capped or plan.sampling.wanted > plan.frame_limit,
+        "presets": {
+            name: {
+                "budget": budget,
+                "tokens": keep_count(budget, n),
+                "kv_cache_bytes": kv_bytes(config, keep_count(budget, n)),
+            }
+            for name, budget in PRESETS.items()
+        },
+    }
+
+
+def kv_bytes(config, tokens: int, bytes_each: int = 2) -> int:
+    """Bytes of keys and values of `tokens` prompt tokens in the language model, in bf16 unless said otherwise."""
+    text = config.text_config
+    head = text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * bytes_each

@@ -1,0 +1,61 @@
+"""Plain Hugging Face transformers, the reference that everything is measured against, on the very same weights."""
+
+from dataclasses import asdict
+
+import torch
+
+from evoprune.model.config import QWEN2, QWEN2_5, Config, TextConfig, VisionConfig
+from evoprune.model.weights import QwenVL
+
+
+def hugging_face_config(config: Config):
+    """`Qwen2_5_VLConfig` or `Qwen2VLConfig` with the same numbers."""
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+
+    rope = {"rope_type": "default"} | config.text_config.rope_parameters
+    kind = {QWEN2_5: Qwen2_5_VLConfig, QWEN2: Qwen2VLConfig}[config.vision_config.family]
+    return kind(
+        vision_config=_vision(config.vision_config),
+        text_config=_plain(config.text_config) | {"rope_parameters": rope, "bos_token_id": None},
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+
+
+def hugging_face_model(model: QwenVL):
+    """A `Qwen2_5_VLForConditionalGeneration` or `Qwen2VLForConditionalGeneration` under sdpa, on the tensors of `model`."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+
+    family = model.config.vision_config.family
+    kind = {QWEN2_5: Qwen2_5_VLForConditionalGeneration, QWEN2: Qwen2VLForConditionalGeneration}[family]
+    with torch.device("meta"):
+        made = kind._from_config(hugging_face_config(model.config), dtype=model.dtype, attn_implementation="sdpa")
+    return _share(made, model)
+
+
+def _vision(config: VisionConfig) -> dict:
+    plain = _plain(config)
+    del plain["family"]
+    if config.family == QWEN2_5:
+        return plain
+    return plain | {
+        "embed_dim": config.hidden_size,
+        "hidden_size": config.out_hidden_size,
+        "mlp_ratio": config.intermediate_size // config.hidden_size,
+    }
+
+
+def _plain(config: VisionConfig | TextConfig) -> dict:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def _share(made, own):
+    made.load_state_dict(own.state_dict(), strict=True, assign=True)
+    made.tie_weights()
+    device = next(own.parameters()).device
+    # Rotary frequencies follow from the config, and are not part of the weights.
+    for parent in list(made.modules()):
+        for name, child in parent.named_children():
+            if hasattr(child, "inv_freq"):
+                with device:
+                    setattr(parent, name, type(child)(child.config))
+    return made.eval().requires_grad_(False)

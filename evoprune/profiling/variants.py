@@ -1,0 +1,136 @@
+"""The model that is measured, in every form of its weights, as far as there is memory for it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from evoprune.errors import OutOfMemory, UsageError
+from evoprune.model import memory
+from evoprune.model.clock import now
+from evoprune.model.config import Config
+from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
+from evoprune.model.quantize import check as check_quantize
+from evoprune.model.quantize import quantize
+from evoprune.model.weights import QwenVL, empty, shared
+from evoprune.pipeline.loading import (
+    BUNDLED_CONFIGS,
+    DTYPES,
+    LoadedModel,
+    describe_model,
+    load_model,
+    pick_device,
+    pick_dtype,
+)
+from evoprune.profiling.results import Case
+from evoprune.profiling.runners import TEXT_AFTER, TEXT_BEFORE
+from evoprune.video.plan import VideoLimits
+
+MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
+
+
+def case_units(case: Case, limits: VideoLimits) -> int:
+    """N of a case.
+
+    Raises:
+        UsageError: its frames cannot be cut into merge units.
+    """
+    if case.height % limits.unit or case.width % limits.unit:
+        raise UsageError(
+            f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
+            f"height and width must be multiples of {limits.unit}, for example 224x336",
+        )
+    return case.frames // limits.temporal_patch_size * (case.height // limits.unit) * (case.width // limits.unit)
+
+
+def load(
+    name: str,
+    cases: Sequence[Case],
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offline: bool = False,
+    load_format: str | None = None,
+) -> LoadedModel:
+    """Loads a model after it has made sure that there is memory for it and for the smallest case; see `models.load_model`.
+
+    Args:
+        load_format: by default "dummy" where there is a bundled config of that name, else "auto".
+
+    Raises:
+        UsageError: a case that cannot be cut into merge units. OutOfMemory: there is not enough. What `load_model` raises.
+    """
+    load_format = load_format or ("dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto")
+    if load_format == "auto" or name in BUNDLED_CONFIGS or name == "demo" or Path(name).is_dir():
+        named = revision if load_format == "auto" else None
+        config, limits = describe_model(name, revision=named, offline=offline)
+        place = pick_device(device)
+        bytes_each = DTYPES[pick_dtype(dtype, place, is_demo=name == "demo")].itemsize
+        weights = sum(weight.numel() for weight in empty(config).parameters()) * bytes_each
+        working = min(working_memory(config, case_units(case, limits), bytes_each) for case in cases)
+        if short := memory.shortage(weights + working, str(place)):
+            raise OutOfMemory(f"{name} at {min(cases)} {short}", MEMORY_HINT, stage="load")
+    return load_model(
+        name, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format, pack=False
+    )  # fmt: skip
+
+
+def make_forms(
+    loaded: LoadedModel, kinds: Sequence[str], working: int, tell: Callable[[str], None]
+) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
+    """The model with its weights in each form, beside the plain ones that transformers runs on.
+
+    Args:
+        working: bytes that must stay free.
+
+    Returns:
+        The forms there is memory for, why the others are missing, and what is to be noted.
+    """
+    for kind in kinds:
+        check_quantize(kind, torch.device(loaded.device))
+    ours, notes = shared(loaded.model), []
+    tower, language = (
+        sum(p.nbytes for p in part.parameters()) for part in (ours.model.visual, ours.model.language_model)
+    )
+    if can_pack(next(ours.parameters())):
+        tell("packing weights")
+        start = now(loaded.model.device)
+        free = memory.available_memory(loaded.device)
+        for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
+            if free is None or free > 1.1 * size + working:
+                pack(part)
+                break
+        if not isinstance(ours.lm_head, PackedLinear):
+            notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
+        notes.append(_ready("packed", ours, start))
+    forms, missing = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}, {}
+    for kind in kinds:
+        if kind != "none":
+            if short := memory.shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
+                missing[kind] = f"not run: beside the other weights, {kind} {short}"
+                continue
+            start, model = now(loaded.model.device), shared(loaded.model)
+            model.model.visual = ours.model.visual
+            quantize(model, kind, ours, lambda done, total, kind=kind: tell(f"quantizing to {kind}: {done} of {total}"))
+            forms[kind] = replace(loaded, model=model, quantize=kind, weights_bytes=weights_bytes(model))
+            notes.append(_ready(kind, model, start))
+    if not loaded.device.startswith("cuda"):
+        notes.append("peak memory is the process's, with the weights of all sides in it")
+    return forms, missing, notes
+
+
+def _ready(form: str, model: QwenVL, start: float) -> str:
+    return f"{form} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
+
+
+def working_memory(config: Config, units: int, bytes_each: int) -> int:
+    """Bytes that are in use at once beside the weights, at most: transformers' way, all units at a time, takes the most.
+
+    Args:
+        units: N. `bytes_each`: of a weight.
+    """
+    prompt = units + TEXT_BEFORE + TEXT_AFTER
+    held = memory.SMALL_CHANGE + memory.pixel_bytes(config, units, bytes_each)
+    return held + max(memory.tower_bytes(config, units, bytes_each), memory.language_bytes(config, prompt, bytes_each))

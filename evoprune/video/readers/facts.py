@@ -1,0 +1,165 @@
+"""What a video file holds, found out without decoding more than its first frame."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from evoprune.video import heartbeat
+from evoprune.video.info import VideoInfo
+from evoprune.video.readers.container import (
+    FALLBACK_FPS,
+    MOV,
+    first_frame,
+    frame_time,
+    nothing_decoded,
+    open_video,
+    packets,
+    reading,
+    video_stream,
+)
+from evoprune.video.readers.exif import exif_orientation
+from evoprune.video.readers.folder import probe_folder
+from evoprune.video.readers.pixels import orientation
+
+# The video's end is read off the packets of its last seconds. So many, because the frame shown last is not always the
+# one stored last.
+TAIL_S = 3.0
+# Frame intervals that differ by less are rounded (Matroska counts milliseconds), not variable.
+RATE_JITTER_S = 0.0025
+# Tags beyond these are left out.
+TAGS, TAG_CHARACTERS = 200, 4000
+
+
+def probe(path: str, folder_fps: float) -> VideoInfo:
+    """See `evoprune.video.probe`."""
+    with reading(path):
+        if os.path.isdir(path):
+            return probe_folder(path, folder_fps)
+        with open_video(path) as container:
+            return _probe_file(path, container)
+
+
+def _probe_file(path: str, container: InputContainer) -> VideoInfo:
+    stream = video_stream(container, path)
+    first = first_frame(container, stream)
+    if first is None:
+        raise nothing_decoded(path)
+    rotation, mirrored = _picture_orientation(path, container) or orientation(first)
+    size = first.width, first.height
+    width, height = size if rotation % 180 == 0 else size[::-1]
+    rate = stream.average_rate or stream.guessed_rate
+    step = 1 / float(rate or FALLBACK_FPS)
+    # The header's count cannot be right where it has more frames than the file has bytes.
+    total = stream.frames if stream.frames <= container.size else 0
+    duration = _duration(path, container, stream, first, step)
+    stated = _stated(container, stream, first, step)  # after that, when fragments have been found
+    return VideoInfo(
+        path=path,
+        duration_s=duration,
+        width=width,
+        height=height,
+        rotation_deg=rotation,
+        codec=stream.codec_context.codec.canonical_name,
+        pix_fmt=stream.codec_context.pix_fmt or first.format.name,
+        container=container.format.name,
+        fps=float(rate) if rate else None,
+        variable_rate=_variable_rate(stream),
+        frames_total=total or None,
+        start_s=frame_time(first, stream) or 0.0,
+        tags=_tags(container),
+        mirrored=mirrored,
+        stated_s=stated and max(stated, duration or 0.0),
+    )
+
+
+def _tags(container: InputContainer) -> dict[str, str]:
+    """Not those that are books: they are carried about with the video."""
+    short = {key: text for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS}
+    return dict(islice(short.items(), TAGS))
+
+
+def _picture_orientation(path: str, container: InputContainer) -> tuple[int, bool] | None:
+    """What the EXIF data say, where the video is a single picture (FFmpeg calls their formats `jpeg_pipe` and so on)."""
+    if not container.format.name.endswith("_pipe"):
+        return None
+    with open(path, "rb") as file:
+        return exif_orientation(file.read())
+
+
+def _duration(
+    path: str, container: InputContainer, stream: VideoStream, first: VideoFrame, step: float
+) -> float | None:
+    # The header's word is not taken where packets have times: it counts audio too, may count from zero instead of from
+    # the first frame, and does not know that the file was cut off.
+    start = frame_time(first, stream)
+    if start is None:
+        return step * sum(1 for _ in _all_packets(path))
+    if container.format.name == "avi":
+        # Where the index does not list as many frames as the header, the file was cut off, or has gaps.
+        if stream.frames == len(stream.index_entries):
+            return step * stream.frames
+        times = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
+        return max(times) - min(times) + step if times else None
+    end = _end(_tail_packets(container, stream), step)
+    if end is None:
+        end = _end(_all_packets(path), step)
+    return None if end is None else end - start
+
+
+def _stated(container: InputContainer, stream: VideoStream, first: VideoFrame, step: float) -> float | None:
+    """See `VideoInfo.stated_s`. Where FFmpeg guesses by what the file holds, that is no word of the file's."""
+    kind, start = container.format.name, frame_time(first, stream) or 0.0
+    if kind == "avi":
+        return step * stream.frames or None
+    if kind == MOV and len(stream.index_entries):  # which tell when frames are decoded, a little before they are shown
+        return float(stream.index_entries[-1].timestamp * stream.time_base) + step - start
+    if kind in ("matroska,webm", "flv") and container.duration is not None and len(container.streams) == 1:
+        return container.duration / av.time_base - start
+    return None
+
+
+def _end(found: Iterable[Packet], step: float) -> float | None:
+    """When the last of these packets stops being shown; `step` stands in for durations that are not stored."""
+    shown = (p for p in found if p.pts is not None and not p.is_discard)
+    ends = (float(p.pts * p.time_base) + (float((p.duration or 0) * p.time_base) or step) for p in shown)
+    return max(ends, default=None)
+
+
+def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """Packets of the last seconds; none if the file cannot be entered there."""
+    if container.duration is None:
+        return
+    end = ((container.start_time or 0) + container.duration) / av.time_base
+    try:
+        container.seek(math.floor((end - TAIL_S) / stream.time_base), stream=stream)
+    except av.error.FFmpegError:
+        return
+    yield from _packets(container, stream)
+
+
+def _all_packets(path: str) -> Iterator[Packet]:
+    """All packets of the stream that hold something, up to where the file breaks off."""
+    with open_video(path) as container:
+        yield from (p for p in _packets(container, video_stream(container, path)) if p.size)
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    for packet in packets(container, stream):
+        heartbeat.alive()
+        if packet is not None:
+            yield packet
+
+
+def _variable_rate(stream: VideoStream) -> bool | None:
+    if stream.frames < 3 or len(stream.index_entries) != stream.frames:
+        return None  # only MP4 and its relatives list every frame up front
+    steps = np.diff([entry.timestamp for entry in stream.index_entries])
+    return bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)

@@ -1,0 +1,128 @@
+"""A folder of images as a video: each is a frame, in the natural order of their names (frame2 before frame10)."""
+
+import io
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.video.info import FOLDER_FPS, Damage, VideoInfo, ignored
+from evoprune.video.readers.container import TOLERANCE_S, first_frame, open_bytes, video_stream
+from evoprune.video.readers.exif import exif_orientation
+from evoprune.video.readers.pixels import orientation, to_rgb
+
+CONTAINER = "folder"
+# No image is longer.
+MAX_BYTES = 2**29
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def list_images(folder: str) -> list[str]:
+    """Paths of the images in a folder, in the order in which they are shown; hidden files are left out.
+
+    Raises:
+        VideoError: the folder cannot be read, or has no image.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            seen = [e for e in entries if e.name.lower().endswith(ENDINGS) and e.name[0] != "."]
+            names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"cannot read the folder {folder}: {reason}", "check the path") from error
+    if not names:
+        raise VideoError(f"no images in the folder {folder}", f"files that count as images: {', '.join(ENDINGS)}")
+    return [os.path.join(folder, name) for name in sorted(names, key=_natural)]
+
+
+def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
+    """Facts about a folder as a video. Opens images up to the first that can be decoded, which sets the size.
+
+    Raises:
+        UsageError: `fps` is not above 0.
+        VideoError: no images, or none that can be decoded.
+    """
+    if not 0 < fps < math.inf:
+        raise UsageError(f"{fps} images per second make no video", "give a finite number above 0")
+    images = list_images(folder)
+    for image in images:
+        decoded = decode_image(image)
+        if decoded is not None:
+            break
+    else:
+        raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
+    codec, frame, (rotation, _) = decoded
+    size = frame.width, frame.height
+    width, height = size if rotation % 180 == 0 else size[::-1]
+    return VideoInfo(
+        path=folder,
+        duration_s=len(images) / fps,
+        width=width,
+        height=height,
+        rotation_deg=0,  # each image is turned by its own EXIF data
+        codec=codec,
+        pix_fmt=frame.format.name,
+        container=CONTAINER,
+        fps=fps,
+        variable_rate=False,
+        frames_total=len(images),
+        start_s=0.0,
+        tags={},
+    )
+
+
+def read(info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignored) -> Iterator[tuple[float, np.ndarray]]:
+    """The picture on screen at each moment, and since when: seconds from the first image, uint8 `[H, W, 3]` as displayed.
+
+    Opens only the images that are shown, one at a time. Instead of a damaged one the image before it is shown, at the
+    beginning the first one that can be decoded. `times_s` ascend. `damaged` is told of each that cannot be decoded.
+
+    Raises:
+        VideoError: the folder cannot be read (any more), or none of its images can be decoded.
+    """
+    images, reformatter = list_images(info.path), VideoReformatter()
+    last = len(images) - 1
+    done, shown, rgb = -1, -1, None  # `done`: the last image that was looked at; `shown`: the one on screen
+    for moment in times_s:
+        wanted = int(min(max((moment + TOLERANCE_S) * info.fps, 0), last))
+        candidates = [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]
+        for i in candidates:
+            decoded = decode_image(images[i])
+            if decoded is not None:
+                _, frame, turn = decoded
+                shown, rgb = i, to_rgb(frame, info.width, info.height, *turn, reformatter)
+                break
+            damaged(i)
+        done = max(done, wanted, shown)
+        if rgb is None:
+            raise VideoError(f"no image in the folder {info.path} can be decoded", "the files are damaged")
+        yield shown / info.fps, rgb
+
+
+def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
+    """Name of the codec, the stored pixels and their orientation (see `pixels`) of an image; None if it is damaged or too large."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
+        with open_bytes(io.BytesIO(content)) as container:
+            stream = video_stream(container, path)
+            # Else half a JPEG passes for a grey-bottomed one.
+            stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
+            frame = first_frame(container, stream)
+            if frame is None:
+                return None
+            return stream.codec_context.codec.canonical_name, frame, exif_orientation(content) or orientation(frame)
+    except (av.error.FFmpegError, OSError, ValueError, VideoError):
+        return None
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts runs of digits by their value; equal values, such as 1 and 01, by the letters."""
+    parts = re.split("([0-9]+)", name.casefold())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name

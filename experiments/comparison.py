@@ -1,0 +1,137 @@
+"""Every method at the same budgets on the same clips, as a document and a chart: `python -m experiments.comparison`.
+
+The rows are all methods; `evoprune` with more and with fewer rows in the encoder; and its references in time before each method
+that chooses after the encoder (`evoprune:choice=NAME`) and before its own choice (`evoprune:depth=1`), so that what is saved in
+time and what is read of it can be compared apart. Each
+row answers the same questions about the demo's clips, once in every model given; each model's run has a folder, and the same
+command goes on where one was cut short.
+
+Within a budget every row is paired with the best one: where the 95% interval of the difference, over videos, includes zero, the
+row is called a tie with it. The best is found by the same answers, and many rows are compared: both make it look a little better
+than it is. At equal cost every row of another method is paired with the dearest row of `evoprune` that costs no more, which is
+found by the costs alone.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from evoprune import methods
+from evoprune.errors import EvopruneError, UsageError
+from evoprune.evaluation.folder import SETTINGS
+from evoprune.evaluation.run import DEMO, Evaluation, Settings
+from evoprune.pipeline.choices import SPLITS
+from evoprune.pruning.budget import parse_budget
+from evoprune.visualize.chart import COLOURS
+from experiments.comparison_tables import OURS, SHARE, Outcome, chart, document
+
+BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
+SHARES = (
+    0.6,
+    0.15,
+)  # of the encoder, where the default is as many as are read: more; and fewer, but at the least budget
+
+
+def compared() -> list[str]:
+    """What is compared: methods by name, this package's own first, then `evoprune` in its other forms."""
+    names = [name for name in methods.available() if name != "none"]
+    shares = [*(f"{SHARE}{share:g}" for share in SHARES), f"{OURS}:depth=1"]
+    return [*names, *shares, *(f"{OURS}:choice={name}" for name in names if methods.get(name).acts == "after")]
+
+
+def measure(settings: Settings, folder: Path, processes: int, tell: Callable[[str], None]) -> Outcome:
+    """Runs a model's part, or the rest of it, in a folder of its own below `folder`, so many clips at a time.
+
+    Raises:
+        EvopruneError: what `Evaluation` and `load_model` raise; among others, if it was begun with other settings.
+    """
+    run = Evaluation(settings, None)
+    place = folder / re.sub(r"[^A-Za-z0-9._-]+", "-", settings.model).strip("-")
+    begun = (place / SETTINGS).exists()
+    if begun:
+        run.keep_in(place, resume=True)
+    run.load()
+    if not begun:
+        run.keep_in(place)
+    run.run(lambda what: tell(f"{settings.model}: {what}"), processes)
+    made = run.document()
+    run.folder.finish(made)
+    return Outcome(settings.model, made, run.samples)
+
+
+def compare(
+    models: Sequence[str],
+    budgets: Sequence[float],
+    folder: Path,
+    *,
+    names: Sequence[str] | None = None,
+    split: str = SPLITS[0],
+    seed: int = 0,
+    limit: int = CLIPS,
+    processes: int = 1,
+    tell: Callable[[str], None] = lambda what: None,
+) -> list[Outcome]:
+    """Each of the methods `names`, or all there is, at every budget in every model, one after another; raises as `measure`."""
+    settings = Settings(
+        DEMO,
+        tuple(budgets),
+        tuple(names or compared()),
+        blind=True,
+        split=split,
+        seed=seed,
+        limit=limit,
+        dtype="fp32",  # as the demo's own; all that know its clips are as small
+        timed=True,
+    )
+    return [measure(replace(settings, model=model), folder, processes, tell) for model in models]
+
+
+def _tell(what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{what[:78]}", end="", file=sys.stderr, flush=True)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.comparison", description=__doc__)
+    parser.add_argument("--model", action="append", help="folder, hub id or demo; may be given several times")
+    parser.add_argument("--method", help="some methods instead of all, separated by commas")
+    parser.add_argument("-b", "--budget", default=",".join(map(str, BUDGETS)), help="default: %(default)s")
+    parser.add_argument("--split", default=SPLITS[0], choices=SPLITS, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="block of clips (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=CLIPS, help="clips (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="clips at a time (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/comparison"), help="default: %(default)s")
+    parser.add_argument("--table", type=Path, default=Path("docs/comparison.md"), help="default: %(default)s")
+    parser.add_argument("--chart", type=Path, default=Path("docs/comparison.svg"), help="default: %(default)s")
+    given = list(sys.argv[1:] if args is None else args)
+    asked = parser.parse_args(given)
+    try:
+        budgets = list(dict.fromkeys(parse_budget(text) for text in asked.budget.split(",")))
+        if max(budgets) == 1 or len(budgets) > len(COLOURS) or min(asked.limit, asked.processes) < 1:
+            raise UsageError(
+                "budgets are shares below 1, at most six; clips and processes one or more", "for example -b 0.5,0.1"
+            )
+        for path in (asked.table, asked.chart):
+            if not path.parent.is_dir():
+                raise UsageError(f"cannot write {path}", "name a file in a folder that is there")
+        outcomes = compare(
+            list(dict.fromkeys(asked.model or [DEMO])), budgets, asked.output,
+            names=asked.method and list(dict.fromkeys(asked.method.split(","))),
+            split=asked.split, seed=asked.seed, limit=asked.limit, processes=asked.processes, tell=_tell,
+        )  # fmt: skip
+    except EvopruneError as problem:
+        parser.exit(problem.exit_code, f"error: {problem.message}\nhint: {problem.hint}\n")
+    image = Path(os.path.relpath(asked.chart, asked.table.parent)).as_posix()
+    command = shlex.join(["python", "-m", "experiments.comparison", *given])
+    asked.table.write_text(document(outcomes, budgets, image, command), encoding="utf-8")
+    asked.chart.write_text(chart(outcomes, budgets), encoding="utf-8")
+    print(f"{asked.table}, {asked.chart}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""What the comparison found, as tables and a chart: who is best, who ties with it, who is ahead at equal cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from evoprune import methods
+from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, in_points, paired_difference, row_name
+from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw_rows
+
+OURS, SHARE = methods.DEFAULT, f"{methods.DEFAULT}:encoder_budget="
+CAMERAS = ("static", "panning")  # groups that are told apart at equal cost
+
+LEGEND = (
+    "Accuracy in percent, with its 95% interval over videos, over all questions and by what a question is about. Kept: accuracy as "
+    "a share of that in full, in percent. Against the best: the paired difference to the most accurate row of the budget, in "
+    "points; a tie where its interval includes zero. Tokens: what the language model reads, mean of a question; where a method's "
+    "shape forbids the budget, what it reached. Live share: rows that the tower computes, mean over its layers. TFLOP: 10^12 "
+    "operations of tower and prefill at 3B dimensions, from the true rows of each layer. Selection: milliseconds of scores, "
+    "merging and choice in the run that made this, beside whatever else the machine did, for a video, or for each question where "
+    "the choice depends on it."
+)
+SHORT_LEGEND = (
+    "Accuracy as a share of that in full, in percent, one figure a model; operations of tower and prefill at 3B dimensions as a "
+    "share of those in full. Intervals and ties are below."
+)
+COST_LEGEND = (
+    "Each row of another method beside the dearest row of `evoprune` (at any budget, with any of the shares above) that costs no "
+    "more operations: accuracy of `evoprune` less that of the other, paired, over all questions and by what the camera does."
+)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a row stands to the best of its budget: its accuracy less the best's, with the 95% interval of that, as shares."""
+
+    difference: float
+    low: float
+    high: float
+    best: bool
+
+    @property
+    def tie(self) -> bool:
+        return self.low <= 0 <= self.high
+
+    def __str__(self) -> str:
+        return "best" if self.best else _difference(self.difference, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model's answers: its name, the results as `Evaluation.document` has them, and the samples behind them."""
+
+    name: str
+    document: dict
+    samples: list[dict]
+
+    def rows(self, budget: float) -> list[dict]:
+        """The rows of a budget over all questions, the most accurate first."""
+        found = [row for row in self.document["rows"] if _at(row, budget) and row["group"] == ALL]
+        return sorted(found, key=lambda row: -row["accuracy"])
+
+
+def standings(samples: Sequence[dict], budget: float) -> dict[str, Standing]:
+    """Of each method at a budget, by name. The best has most right answers; of several, it is the first."""
+    rows: dict[str, list[dict]] = {}
+    for sample in sorted((s for s in samples if "error" not in s), key=lambda s: s["video"]):  # stable
+        if _at(sample, budget):
+            rows.setdefault(sample["method"], []).append(sample)
+    if not rows:
+        return {}
+    right = {name: sum(s["right"] for s in found) for name, found in rows.items()}
+    first = max(rows, key=right.__getitem__)
+    return {name: Standing(*paired_difference(found, rows[first]), name == first) for name, found in rows.items()}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A row of another method beside the dearest row of `evoprune` that costs no more; None where all cost more.
+
+    Attributes:
+        other, ours: as in the results, over all questions.
+        differences: of accuracy, ours less the other's, with its 95% interval, by group; all questions are one.
+    """
+
+    other: dict
+    ours: dict | None
+    differences: dict[str, tuple[float, float, float]]
+
+
+def equal_cost(outcome: Outcome) -> list[Match]:
+    """Each row of another method, the dearest first. Rows that are `evoprune` with another's choice count as neither."""
+    rows = [row for row in outcome.document["rows"] if row["row"] == METHOD and row["group"] == ALL]
+    ours = [row for row in rows if row["method"] == OURS or row["method"].startswith(SHARE)]
+    others = [row for row in rows if row["method"].partition(":")[0] != OURS]
+    samples: dict[str, list[dict]] = {}
+    for sample in outcome.samples:
+        if "error" not in sample:
+            samples.setdefault(row_name(sample["row"], sample["method"], sample["budget"]), []).append(sample)
+    made = []
+    for other in sorted(others, key=lambda row: -row["tflop_3b"]):
+        mine = max(
+            (row for row in ours if row["tflop_3b"] <= other["tflop_3b"]), key=lambda row: row["tflop_3b"], default=None
+        )
+        differences = {}
+        for group in (ALL, *CAMERAS) if mine else ():
+            pair = [[s for s in samples[row["name"]] if group == ALL or group in s["groups"]] for row in (mine, other)]
+            if pair[0]:
+                differences[group] = paired_difference(*pair)
+        made.append(Match(other, mine, differences))
+    return made
+
+
+def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
+    """What each method keeps in each model, and what it costs in the first, the best on average on top; without its variants."""
+    found: dict[str, dict[float, list[dict]]] = {}
+    for outcome in outcomes:
+        for budget in budgets:
+            for row in outcome.rows(budget):
+                if ":" not in row["method"]:
+                    found.setdefault(row["method"], {}).setdefault(budget, []).append(row)
+    whole = (row for row in outcomes[0].document["rows"] if row["row"] == FULL and row["group"] == ALL)
+    full = next((row["tflop_3b"] for row in whole), None)
+    lines = [["", *(title for budget in budgets for title in (f"-b {budget:g} keeps", "operations"))]]
+    lines.append(["---"] * len(lines[0]))
+    means = {name: [row["accuracy"] for rows in at.values() for row in rows] for name, at in found.items()}
+    for name in sorted(found, key=lambda name: -sum(means[name]) / len(means[name])):
+        cells = [f"`{name}`"]
+        for budget in budgets:
+            rows = found[name].get(budget, [])
+            cells.append(
+                " / ".join("-" if r["kept_of_full"] is None else f"{100 * r['kept_of_full']:.1f}" for r in rows)
+            )
+            cells.append(f"{100 * rows[0]['tflop_3b'] / full:.0f}%" if rows and full else "")
+        lines.append(cells)
+    return _joined(lines)
+
+
+def own_steps(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
+    """What `evoprune` loses from each budget to the next smaller one, paired, as Markdown."""
+    found = {
+        budget: [s for s in outcome.samples if "error" not in s and _at(s, budget) and s["method"] == OURS]
+        for budget in budgets
+    }
+    order = sorted((budget for budget in budgets if found[budget]), reverse=True)
+    return [
+        f"- `-b {small:g}` less `-b {large:g}`: {_difference(*paired_difference(found[small], found[large]))}"
+        for large, small in pairwise(order)
+    ]
+
+
+def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
+    """`evoprune` less each other row of the same budget, paired, as a Markdown table; nothing where it is not among them."""
+    found: dict[tuple[str, float], list[dict]] = {}
+    for sample in outcome.samples:
+        if "error" not in sample and sample["row"] == METHOD:
+            found.setdefault((sample["method"], sample["budget"]), []).append(sample)
+    shown = [budget for budget in budgets if (OURS, budget) in found]
+    names = [name for name in dict.fromkeys(name for name, _ in found) if name != OURS]
+    if not (shown and names):
+        return ""
+    lines = [["", *(f"-b {budget:g}" for budget in shown)], ["---"] * (len(shown) + 1)]
+    for name in names:
+        pairs = [(found[OURS, budget], found.get((name, budget))) for budget in shown]
+        lines.append([f"`{name}`", *(_difference(*paired_difference(a, b)) if b else "" for a, b in pairs)])
+    return _joined(lines)
+
+
+def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, command: str) -> str:
+    """All of it in Markdown."""
+    settings = outcomes[0].document["settings"]
+    parts = [
+        "# The methods side by side",
+        f"`{command}`",
+        f"Clips of the demo's generator ({settings['split']}, block {settings['seed']}), small and synthetic: how methods rank on "
+        "them, not what a real Qwen2.5-VL scores.",
+        f"![Accuracy of each method]({chart})",
+    ]
+    if len(outcomes) > 1:
+        parts += ["## Best, or a tie with the best, in all models", _shared(outcomes, budgets)]
+    parts += ["## In short", SHORT_LEGEND, short(outcomes, budgets)]
+    for outcome in outcomes:
+        videos, items = outcome.document["videos"], outcome.document["items"]
+        failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""
+        whole = {row["row"]: row for row in outcome.document["rows"] if row["row"] != METHOD and row["group"] == ALL}
+        full, blind = whole.get(FULL), whole.get(BLIND)
+        parts += [
+            f"## {outcome.name}",
+            f"{items['answered']:,} questions about {videos['shown']:,} of {videos['wanted']:,} clips{failed}. In full: "
+            + (f"{_accuracy(full)}, {full['tokens']:,.0f} tokens, {full['tflop_3b']:.3g} TFLOP." if full else "-")
+            + (f" The question alone, without the video: {_accuracy(blind)}." if blind else ""),
+        ]
+        for budget in budgets:
+            parts += [f"### `-b {budget:g}`", _table(outcome, budget), *_spread(outcome, budget)]
+        if steps := own_steps(outcome, budgets):
+            parts += [f"### `{OURS}` from one budget to the next", "\n".join(steps)]
+        if others := against_ours(outcome, budgets):
+            parts += [f"### `{OURS}` less each other row at the same budget", others]
+        if matches := equal_cost(outcome):
+            parts += ["### At equal cost", COST_LEGEND, _cost_table(matches)]
+    parts.append(LEGEND)
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(outcome: Outcome, budget: float) -> str:
+    groups = list(dict.fromkeys(row["group"] for row in outcome.document["rows"]))
+    groups = [group for group in groups if group != ALL and not group.startswith(TYPE)]
+    found = {(row["method"], row["group"]): row for row in outcome.document["rows"] if _at(row, budget)}
+    stands = standings(outcome.samples, budget)
+    titles = ["", "accuracy", "kept", "against the best", *groups, "tokens", "live share", "TFLOP", "selection ms"]
+    lines = [titles, ["---"] * len(titles)]
+    for row in outcome.rows(budget):
+        name = row["method"]
+        lines.append(
+            [
+                f"`{name}`", _accuracy(row), _kept(row), str(stands[name]), *(_accuracy(found[name, group]) for group in groups),
+                f"{row['tokens']:,.1f}", f"{row['live_share']:.2f}", f"{row['tflop_3b']:.3g}",
+                _selection_ms(outcome.samples, name, budget),
+            ]
+        )  # fmt: skip
+    return _joined(lines)
+
+
+def _spread(outcome: Outcome, budget: float) -> list[str]:
+    """Whether the clips tell methods apart: from tokens drawn by lot to the best that any row does with as many, in half-widths."""
+    rows = outcome.rows(budget)
+    lots = next((row for row in rows if row["method"] == "random"), None)
+    if lots is None:
+        return []
+    apart, half = rows[0]["accuracy"] - lots["accuracy"], (lots["high"] - lots["low"]) / 2
+    times = f", {apart / half:.1f} times the half-width of the interval of `random`" if half else ""
+    return [f"From `random` to the best: {100 * apart:.1f} points{times}."]
+
+
+def _cost_table(matches: Sequence[Match]) -> str:
+    groups = [group for group in (ALL, *CAMERAS) if any(group in match.differences for match in matches)]
+    lines = [["", "TFLOP", "accuracy", "evoprune", "TFLOP", "accuracy", *groups]]
+    lines.append(["---"] * len(lines[0]))
+    for match in matches:
+        other, ours = match.other, match.ours
+        cells = [f"`{other['name']}`", f"{other['tflop_3b']:.3g}", _accuracy(other)]
+        cells += (
+            [f"`{ours['name']}`", f"{ours['tflop_3b']:.3g}", _accuracy(ours)] if ours else ["all cost more", "", ""]
+        )
+        lines.append([*cells, *(_difference(*match.differences[g]) if g in match.differences else "" for g in groups)])
+    return _joined(lines)
+
+
+def _joined(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _shared(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
+    lines = []
+    for budget in budgets:
+        tied = [{name for name, s in standings(o.samples, budget).items() if s.best or s.tie} for o in outcomes]
+        names = [row["method"] for row in outcomes[0].rows(budget) if all(row["method"] in found for found in tied)]
+        lines.append(f"- `-b {budget:g}`: {', '.join(f'`{name}`' for name in names) or 'none'}")
+    return "\n".join(lines)
+
+
+def chart(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
+    """SVG: a line a method, the most accurate on top (mean over models and budgets), a dot a budget, a panel a model."""
+    accuracy: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        for budget in budgets:
+            for row in outcome.rows(budget):
+                accuracy.setdefault(row["method"], []).append(row["accuracy"])
+    names = sorted(accuracy, key=lambda name: -sum(accuracy[name]) / len(accuracy[name]))
+    panels = []
+    for outcome in outcomes:
+        series = []
+        for budget, colour in zip(budgets, COLOURS, strict=False):
+            points = (
+                Point(100 * row["accuracy"], names.index(row["method"]), 100 * row["low"], 100 * row["high"])
+                for row in outcome.rows(budget)
+            )
+            series.append(Series(f"-b {budget:g}", tuple(points), colour))
+        for row in outcome.document["rows"]:
+            if row["row"] == FULL and row["group"] == ALL:
+                full = 100 * row["accuracy"]
+                series.append(Series("full", (Point(full, -0.5), Point(full, len(names) - 0.5)), INK, dashed=True))
+        panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series)))
+    settings, shown = outcomes[0].document["settings"], outcomes[0].document["videos"]["shown"]
+    facts = f"demo ({settings['split']}, block {settings['seed']}), {shown:,} clips, 95% intervals over videos"
+    return draw_rows("Accuracy of each method at the same budgets", facts, names, panels)
+
+
+def _at(row: dict, budget: float) -> bool:
+    return row["row"] == METHOD and row["budget"] == budget
+
+
+def _selection_ms(samples: Sequence[dict], method: str, budget: float) -> str:
+    """The mean; nothing where answers were taken over from a run that was not timed."""
+    mine = [s for s in samples if "error" not in s and _at(s, budget) and s["method"] == method]
+    times = [s["prune_ms"] for s in mine if "prune_ms" in s]
+    return f"{sum(times) / len(times):.2f}" if len(times) == len(mine) else ""
+
+
+def _accuracy(row: dict) -> str:
+    return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
+
+
+def _kept(row: dict) -> str:
+    if row["kept_of_full"] is None:
+        return "-"
+    return f"{100 * row['kept_of_full']:.1f} ({100 * row['kept_low']:.1f}-{100 * row['kept_high']:.1f})"
+
+
+def _difference(mean: float, low: float, high: float) -> str:
+    """In points; called a tie where the interval includes zero."""
+    told = in_points(mean, low, high)
+    return f"tie {told}" if low <= 0 <= high else told

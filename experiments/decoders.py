@@ -1,0 +1,228 @@
+"""PyAV against decord, jumps against one pass, and a process apart against this one, as Markdown tables:
+`python -m experiments.decoders`."""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import av
+import numpy as np
+
+from evoprune.video.decode import read_frames
+from evoprune.video.info import VideoInfo
+from evoprune.video.probe import probe
+from evoprune.video.readers import decord, pyav
+from evoprune.video.sandbox import isolation
+
+FPS = 25
+CLIP_S, LONG_SIZE, CLIP_SIZE, LARGE_SIZE = 8, (180, 320), (360, 640), (1080, 1920)
+FEW, AT_A_TIME = 8, 8
+OTHER_FRAME = 2.0  # mean difference in levels of 255, above which two pictures are not the same frame
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    ending: str
+    codec: str
+    gop: int  # longest distance between keyframes, in frames
+    options: dict[str, str]
+
+
+QUIET = {"preset": "ultrafast", "x265-params": "log-level=none"}
+KINDS = (
+    Kind("H.264, keyframe every 0.5 s", "mp4", "libx264", 12, {"preset": "veryfast"}),
+    Kind("H.264, keyframe every 10 s", "mp4", "libx264", 250, {"preset": "veryfast"}),
+    Kind("HEVC, keyframe every 0.5 s", "mp4", "libx265", 12, QUIET),
+    Kind("HEVC, keyframe every 10 s", "mp4", "libx265", 250, QUIET),
+    Kind("VP9, keyframe every 0.5 s", "webm", "libvpx-vp9", 12, {"deadline": "realtime", "cpu-used": "8"}),
+    Kind("VP9, keyframe every 10 s", "webm", "libvpx-vp9", 250, {"deadline": "realtime", "cpu-used": "8"}),
+    Kind("MPEG-4, keyframe every 0.5 s", "mp4", "mpeg4", 12, {}),
+)
+
+
+def moving_pictures(count: int, height: int, width: int) -> Iterator[np.ndarray]:
+    """uint8 `[height, width, 3]`: a grainy picture that slides, so that no two neighbours are alike."""
+    grain = np.random.default_rng(0).integers(0, 40, (height, width, 3))
+    slope = np.linspace(0, 200, width)[None, :, None] * [1.0, 0.5, 0.8]
+    picture = (grain + slope).astype(np.uint8)
+    for i in range(count):
+        yield np.roll(picture, (i, 3 * i), axis=(0, 1))
+
+
+def write_clip(path: Path, kind: Kind, seconds: float, size: tuple[int, int]) -> None:
+    """Encode `moving_pictures` into a file."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(kind.codec, rate=FPS, options=kind.options)
+        (stream.height, stream.width), stream.pix_fmt, stream.gop_size = size, "yuv420p", kind.gop
+        for i, rgb in enumerate(moving_pictures(round(seconds * FPS), *size)):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+
+def medians(sides: Sequence[Callable[[], object]], repeat: int) -> list[float]:
+    """Median milliseconds of each, called in turn so that all meet the same disturbances; a first round is thrown away."""
+    spent = [[] for _ in sides]
+    for _ in range(repeat + 1):
+        for side, times in zip(sides, spent, strict=True):
+            begin = time.perf_counter()
+            side()
+            times.append(1000 * (time.perf_counter() - begin))
+    return [median(times[1:]) for times in spent]
+
+
+def middles(info: VideoInfo, count: int) -> list[float]:
+    """`count` moments, spread evenly over the video."""
+    return [(i + 0.5) * info.duration_s / count for i in range(count)]
+
+
+def frames_at(info: VideoInfo, moments: Sequence[float], decoder: str) -> np.ndarray:
+    """uint8 `[n, H, W, 3]`"""
+    return np.concatenate([chunk.frames for chunk in read_frames(info, moments, decoder=decoder)])
+
+
+def get_batch(info: VideoInfo, moments: Sequence[float]) -> np.ndarray:
+    """uint8 `[n, H, W, 3]`: decord's own way, which jumps, right or wrong."""
+    reader = decord.load().VideoReader(info.path)
+    return reader.get_batch([int(moment * FPS + 0.01) for moment in moments]).asnumpy()
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """Videos are read here, not in a process apart."""
+    usual, isolation.POSSIBLE = isolation.POSSIBLE, False
+    try:
+        yield
+    finally:
+        isolation.POSSIBLE = usual
+
+
+def frames_here(info: VideoInfo, moments: Sequence[float], decoder: str) -> np.ndarray:
+    """uint8 `[n, H, W, 3]`"""
+    with in_this_process():
+        return frames_at(info, moments, decoder)
+
+
+def compare_decoders(folder: Path, repeat: int) -> None:
+    """Print a row for each kind of file, for few and for many frames of it."""
+    print(f"Milliseconds from path to RGB; {CLIP_S} s of {CLIP_SIZE[1]}x{CLIP_SIZE[0]} at {FPS} fps\n")
+    print("| file | frames | pyav | decord | decord / pyav | decord.get_batch | of its frames wrong |")
+    print("|---|---|---|---|---|---|---|")
+    for number, kind in enumerate(KINDS):
+        path = folder / f"{number}.{kind.ending}"
+        write_clip(path, kind, CLIP_S, CLIP_SIZE)
+        info = probe(path)
+        for count in (FEW, CLIP_S * FPS // 2):
+            moments = middles(info, count)
+            sides = [partial(frames_here, info, moments, name) for name in ("pyav", "decord")]
+            ours, theirs, batch = medians([*sides, partial(get_batch, info, moments)], repeat)
+            difference = np.abs(get_batch(info, moments).astype(np.int16) - frames_at(info, moments, "pyav"))
+            wrong = int((difference.mean((1, 2, 3)) > OTHER_FRAME).sum())
+            print(
+                f"| {kind.name} | {count} of {CLIP_S * FPS} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.2f} "
+                f"| {batch:.0f} | {wrong} |",
+                flush=True,
+            )
+
+
+def pass_through(info: VideoInfo, moments: Sequence[float], here: bool) -> None:
+    """Read as the encoder does, so many frames at a time, and hold none."""
+    with in_this_process() if here else nullcontext():
+        for _ in read_frames(info, moments, chunk_bytes=AT_A_TIME * info.width * info.height * 3):
+            pass
+
+
+def compare_processes(folder: Path, repeat: int) -> None:
+    """Print for each kind of file what reading it in a process apart costs against reading it in this one."""
+    print(f"\nMilliseconds with PyAV; {CLIP_S} s at {FPS} fps, {AT_A_TIME} frames at a time\n")
+    print("| file | size | frames | in this process | apart | apart / this |")
+    print("|---|---|---|---|---|---|")
+    large = folder / f"large.{KINDS[1].ending}"
+    write_clip(large, KINDS[1], CLIP_S, LARGE_SIZE)
+    files = [(kind, folder / f"{number}.{kind.ending}") for number, kind in enumerate(KINDS)]
+    for kind, path in [*files, (KINDS[1], large)]:
+        info = probe(path)
+        for count in (FEW, CLIP_S * FPS // 2):
+            moments = middles(info, count)
+            here, apart = medians([partial(pass_through, info, moments, here) for here in (True, False)], repeat)
+            print(
+                f"| {kind.name} | {info.width}x{info.height} | {count} of {CLIP_S * FPS} | {here:.0f} | {apart:.0f} "
+                f"| {apart / here:.2f} |",
+                flush=True,
+            )
+
+
+def read_with(info: VideoInfo, moments: Sequence[float], seek_ahead_s: float) -> None:
+    """Read with PyAV, jumping wherever the next moment is farther ahead than this."""
+    usual, pyav.SEEK_AHEAD_S = pyav.SEEK_AHEAD_S, seek_ahead_s
+    try:
+        for _ in pyav.read(info, moments):
+            pass
+    finally:
+        pyav.SEEK_AHEAD_S = usual
+
+
+def compare_jumps(folder: Path, minutes: float, repeat: int) -> None:
+    """Print, for fewer and fewer frames of a long file, what jumping to each costs against one pass over everything."""
+    for gop_s in (2, 10):
+        path = folder / f"long{gop_s}.mp4"
+        kind = Kind("long", "mp4", "libx264", gop_s * FPS, {"preset": "ultrafast", "sc_threshold": "0"})
+        write_clip(path, kind, minutes * 60, LONG_SIZE)
+        info = probe(path)
+        total = round(minutes * 60 * FPS)
+        print(f"\nMilliseconds with PyAV; {minutes:g} min of {LONG_SIZE[1]}x{LONG_SIZE[0]}, keyframe every {gop_s} s\n")
+        print("| frames | share | seconds apart | jumps | one pass | jumps / one pass | as built |")
+        print("|---|---|---|---|---|---|---|")
+        ratios = []
+        for apart in (40.0, 20.0, 10.0, 5.0, 2.5, 1.0):
+            count = round(minutes * 60 / apart)
+            if count < 2:
+                continue
+            limits = (0.0, float("inf"), pyav.SEEK_AHEAD_S)
+            jumps, one_pass, built = medians(
+                [partial(read_with, info, middles(info, count), limit) for limit in limits], repeat
+            )
+            ratios.append((apart, jumps / one_pass))
+            print(
+                f"| {count} | {count / total:.2%} | {apart:g} | {jumps:.0f} | {one_pass:.0f} | {jumps / one_pass:.2f} "
+                f"| {built:.0f} |",
+                flush=True,
+            )
+        print(f"\n{crossover(ratios)}")
+
+
+def crossover(ratios: Sequence[tuple[float, float]]) -> str:
+    """Where one pass becomes cheaper, from (seconds between frames, cost of jumps / cost of one pass), falling seconds."""
+    for (far, cheap), (near, dear) in pairwise(ratios):
+        if cheap <= 1 < dear:
+            apart = far + (near - far) * (1 - cheap) / (dear - cheap)
+            return f"One pass is cheaper from a frame every {apart:.1f} s, or {1 / (apart * FPS):.2%} of the frames."
+    return f"{'Jumps are' if all(r <= 1 for _, r in ratios) else 'One pass is'} cheaper throughout."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0, help="length of the long file (default: 1)")
+    parser.add_argument("--repeat", type=int, default=3, help="measured rounds; their median is shown (default: 3)")
+    args = parser.parse_args()
+    print(f"PyAV {av.__version__}, {os.cpu_count()} processors\n")
+    with tempfile.TemporaryDirectory() as folder:
+        compare_decoders(Path(folder), args.repeat)
+        if isolation.POSSIBLE:
+            compare_processes(Path(folder), args.repeat)
+        compare_jumps(Path(folder), args.minutes, args.repeat)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What the demo model learns from: endless seeded batches of clips with labels and with questions."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from evoprune.demo.clips import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    Clip,
+    dense_grid,
+    frame_times,
+    make_clip,
+    render,
+    through_codec,
+)
+from evoprune.demo.questions import LESSONS, TYPES, Question, ask
+from evoprune.language.positions import VideoSpan, prompt_positions
+from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
+
+# What the auxiliary head says about the thing whose centre a unit covers; the last class of each is "nothing here".
+ATTRIBUTES = {
+    "shape": len(SHAPES) + 1,  # digits count as one more shape
+    "colour": len(COLOURS),
+    "size": len(SIZES),
+    "motion": len(MOTIONS),
+    "digit": 10,
+}
+ROWS, COLUMNS = 12, 16  # the largest grid the head can name places of
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome, together with the code."""
+
+    seed: int = 0
+    vision_steps: int = 1500
+    steps: int = 3000
+    short_steps: int = 300  # of the second stage, on short clips and small frames
+    small_steps: int = 1700  # of the second stage, without the largest frames
+    vision_batch: int = 64  # grids of 4x6 units
+    units: int = 2304  # merge units a batch of clips, about
+    questions: int = 10  # about a clip in one step; twice as many where few clips fill a batch
+    packs: int = 2  # steps that are taken on a batch of clips, each with other questions
+    muon_lr: float = 2.5e-3
+    adam_lr: float = 1.5e-3
+    warmup: int = 100
+    decay: float = 0.5  # the last part of each stage, along a cosine
+
+
+# (height, width) in units, and how often: to begin with, and once the largest frames have come in.
+SMALL = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5), ((6, 8), 2.0))
+LARGE = (((4, 6), 2.0), ((6, 4), 0.5), ((4, 4), 0.3), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.8))
+SHORT = 3  # grids, at most, during `short_steps`; and the frame is one of the first three sizes
+LENGTHS = ((1, 0.5), (2, 0.7), (3, 1.2), (4, 2.0), (6, 3.0), (8, 1.5), (12, 0.3))
+MOST = 800  # merge units of one clip
+PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds a grid
+
+
+def unit_labels(clip: Clip, times: list[float], height: int, width: int) -> np.ndarray:
+    """What each unit of each grid should say: int64 `[T * height * width, attributes]`, -100 where nothing is asked."""
+    grids = len(times) // 2
+    labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
+    labels[..., 0] = ATTRIBUTES["shape"]  # one past the shapes and the digit: nothing here
+    for g in range(grids):
+        moment = (times[2 * g] + times[2 * g + 1]) / 2
+        for thing in clip.things:
+            if not (thing.visible(times[2 * g]) and thing.visible(times[2 * g + 1])):
+                continue
+            x, y = thing.centre(moment)
+            cell = labels[g, min(int(y // 28), height - 1), min(int(x // 28), width - 1)]
+            colour, motion = list(COLOURS).index(thing.colour), list(MOTIONS).index(thing.motion)
+            if thing.is_digit:
+                cell[:] = (len(SHAPES), colour, -100, motion, int(thing.kind))
+            else:
+                cell[:] = (SHAPES.index(thing.kind), colour, list(SIZES).index(thing.size), motion, -100)
+    return labels.reshape(-1, len(ATTRIBUTES))
+
+
+def noisy(frames: np.ndarray, rng: np.random.Generator, gop: int) -> np.ndarray:
+    """Half of the time as they are, else as a video codec leaves them."""
+    return through_codec(frames, int(rng.integers(2, 6)), gop) if rng.random() < 0.5 else frames
+
+
+def vision_batches(recipe: Recipe, first: int):
+    """Stage 1: crowded single grids, `(frames uint8 [2 * G, H, W, 3], labels, (height, width))` for ever."""
+    step = first
+    while True:
+        rng = np.random.default_rng((recipe.seed, 1, step))
+        height, width = [(4, 6), (4, 6), (6, 4), (5, 7), (6, 8), (8, 12), (12, 8)][int(rng.integers(7))]
+        frames, labels = [], []
+        for _ in range(max(6, recipe.vision_batch * 24 // (height * width))):
+            clip = dense_grid(rng, height * 28, width * 28, round(14 * height * width / 24 * rng.uniform(0.3, 1)))
+            times = frame_times(1.0, 2)
+            frames.append(render(clip, times))
+            labels.append(unit_labels(clip, times, height, width))
+        yield (
+            torch.from_numpy(noisy(np.concatenate(frames), rng, 2)),
+            torch.from_numpy(np.stack(labels)),
+            (height, width),
+        )
+        step += 1
+
+
+def draw(rng: np.random.Generator, choices):
+    """One of `((value, odds), ...)`."""
+    odds = np.array([odds for _, odds in choices])
+    return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
+
+
+def question_batches(recipe: Recipe, tokenizer, first: int):
+    """Stage 2: clips of one shape, with several packs of questions, as a dict of tensors, for ever."""
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    step = first
+    while True:
+        rng = np.random.default_rng((recipe.seed, 2, step))
+        while True:
+            height, width = draw(rng, SMALL if step < recipe.small_steps else LARGE)
+            grids = draw(rng, LENGTHS)
+            short = grids <= SHORT and height * width <= 24
+            if short or (step >= recipe.short_steps and grids * height * width <= MOST):
+                break
+        pace = float(rng.choice(PACES))
+        n = grids * height * width
+        count = min(24, max(4, round(recipe.units / n)))
+        questions = recipe.questions * (1 if count > 6 else 2)
+        frames, packs = [], [[] for _ in range(recipe.packs)]
+        for _ in range(count):
+            clip = make_clip("train", int(rng.integers(2**62)), height * 28, width * 28, grids * pace, grids)
+            frames.append(noisy(render(clip, frame_times(clip.seconds, 2 * grids)), rng, gop=12))
+            asked = ask(clip, rng, questions * recipe.packs, TYPES + LESSONS)
+            for number, pack in enumerate(packs):
+                pack.append(asked[number :: recipe.packs])
+        before = ids(BEFORE_VIDEO)
+        prefix = before + [7] * n + ids("<|vision_end|>")
+        where = prompt_positions(len(prefix), [VideoSpan(len(before), (grids, height, width), pace)], 2)
+        yield {
+            "frames": torch.from_numpy(np.concatenate(frames)),
+            "grid": (grids, height, width),
+            "prefix": torch.tensor(prefix),
+            "where": where,
+            "start": len(before),
+            "packs": [packed(pack, ids, int(where.max()) + 1) for pack in packs],
+        }
+        step += 1
+
+
+def packed(clips: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
+    """Each clip's questions and answers one after the other, to be read apart: int64 `[clips, L]` each.
+
+    `tokens`; `place`, positions that begin anew at `start` for every question; `segment`, the question's number from 1, -1 where
+    there is none; `target`, the answer's tokens where they are to be predicted, else -100.
+    """
+    after, rows = ids(AFTER_QUESTION), []
+    for questions in clips:
+        tokens, place, segment, target = [], [], [], []
+        for number, q in enumerate(questions):
+            asked = ids(q.question) + after
+            said = [*ids(q.answer), 2]
+            tokens += asked + said
+            place += range(len(asked) + len(said))
+            segment += [number + 1] * (len(asked) + len(said))
+            target += [-100] * (len(asked) - 1) + said + [-100]
+        rows.append((tokens, place, segment, target))
+    # Few different lengths: matrix kernels are made anew for every shape, which costs more than padding.
+    longest = -(-max(len(r[0]) for r in rows) // 64) * 64
+
+    def pad(column: int, fill: int) -> torch.Tensor:
+        return torch.tensor([[*r[column], *[fill] * (longest - len(r[column]))] for r in rows])
+
+    return {"tokens": pad(0, 0), "place": pad(1, 0) + start, "segment": pad(2, -1), "target": pad(3, -100)}
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __init__(self, make, *args):
+        self.make, self.args = make, args
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        return self.make(*self.args)
+
+
+def in_worker(make, *args):
+    """Runs a batch generator in one worker process, a few batches ahead."""
+    return iter(torch.utils.data.DataLoader(_Stream(make, *args), batch_size=None, num_workers=1, prefetch_factor=4))

@@ -1,0 +1,48 @@
+"""Renders the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
+
+They come from seeds of their own (split "samples"), and were chosen for their variety before any model had seen them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from evoprune.demo.clips import make_clip, write_video
+from evoprune.demo.questions import ask
+
+# name: seed, height, width, seconds, codec, types of the questions and a word each must hold
+CLIPS = {
+    "square.mp4": (
+        198,
+        112,
+        168,
+        6,
+        "libx264",
+        [("colour", "What colour is the square?"), ("digit", "What digit is it?")],
+    ),
+    "three.mp4": (89, 112, 168, 6, "libx264", [("count", "How many shapes are there?"), ("shape", "yellow")]),
+    "vanish.webm": (27, 112, 168, 6, "libvpx-vp9", [("event", "triangle"), ("motion", "red square")]),
+    "flash.mp4": (172, 168, 224, 6, "libx264", [("which", "flashes"), ("exists", "red triangle")]),
+    "arrivals.webm": (7, 112, 168, 8, "libvpx-vp9", [("order", "cross"), ("relation", "ring")]),
+    "pan.mp4": (98, 224, 336, 6, "libx264", [("digit", "Which digit is shown?"), ("which", "What vanishes?")]),
+}
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, (seed, height, width, seconds, codec, wanted) in CLIPS.items():
+        clip = make_clip("samples", seed, height, width, float(seconds), seconds)
+        write_video(clip, folder / name, codec=codec, crf=23)
+        for kind, word in wanted:
+            draws = (q for draw in range(100) for q in ask(clip, np.random.default_rng((seed, draw)), 100))
+            found = next(q for q in draws if q.type == kind and word in q.question)
+            rows.append({"video": name, "question": found.question, "answer": found.answer})
+    lines = [json.dumps({"id": f"{i + 1:02d}", **row}) + "\n" for i, row in enumerate(rows)]
+    (folder / "questions.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "samples"))

@@ -1,0 +1,314 @@
+"""The parts that speed is made of, each by itself, as Markdown tables: `python -m experiments.kernels`.
+
+Products of single rows, memory, the making of packed and quantised weights, and one layer of the tower as it is built against
+what could stand in its place. On random weights of true dimensions, on the CPU, in bf16.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evoprune import methods
+from evoprune.errors import UsageError, first_line
+from evoprune.model.config import Config
+from evoprune.model.cost import matmul_rate
+from evoprune.model.linear import PackedLinear, can_pack, linear, pack
+from evoprune.model.machine import environment
+from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
+from evoprune.model.weights import Part, QwenVL, shared
+from evoprune.pipeline.loading import describe_model
+from evoprune.pipeline.random_weights import random_model
+from evoprune.vision import rowwise
+from evoprune.vision.attention import PATCHES, _attend_in_the_open
+from evoprune.vision.devices import CHUNK_UNITS
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_geometry
+from experiments.decoders import medians
+
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+CPU, DTYPE = torch.device("cpu"), torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        config: whose dimensions. product: (in, out) features of the products of single rows.
+        copies: of each weight of those products, so many that no cache holds them.
+        read_bytes: size of the tensor that is read to measure memory.
+        grid: (H, W) of a grid in units, whole windows. grids: as many as the encoder takes at a time.
+        clip: grids of the clip that the tower encodes in pieces, or in one.
+    """
+
+    config: Config
+    product: tuple[int, int] = (2048, 11008)
+    copies: int = 12
+    read_bytes: int = 2**30
+    grid: tuple[int, int] = (8, 12)
+    grids: int = 5
+    clip: int = 16
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table."""
+    print(f"\n{title}\n")
+    for cells in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def times(ms: Sequence[float]) -> list[tuple[str, str]]:
+    """Milliseconds as text, and how many times the first of them each is."""
+    return [(f"{each:,.0f}" if each >= 100 else f"{each:.3g}", f"{each / ms[0]:.2f}x") for each in ms]
+
+
+# Decoding: one row, and all weights read for it.
+
+
+def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, list[Callable]]]:
+    """Of each kernel for x `[1, inner]` to `[1, outer]`: its name, the bytes it reads, and one function for each weight."""
+    layers = []
+    for _ in range(copies):
+        layers.append(nn.Linear(inner, outer, bias=False, device="meta"))
+        weight = torch.randn(outer, inner).mul_(0.02).to(DTYPE)
+        layers[-1].weight = nn.Parameter(weight, requires_grad=False)
+    yield "bf16, plain", layers[0].weight.nbytes, layers
+    packed = [PackedLinear(layer) for layer in layers]
+    yield "bf16, packed", packed[0].nbytes, packed
+    scale = torch.ones(outer, dtype=DTYPE)
+    bytes_ = [layer.weight.to(torch.int8) for layer in layers]
+    products = [partial(torch.ops.aten._weight_int8pack_mm, mat2=weight, scales=scale) for weight in bytes_]
+    yield "int8, `_weight_int8pack_mm`", bytes_[0].nbytes + scale.nbytes, products
+    int8 = [Int8Linear(layer) for layer in layers]
+    yield "int8, integer products (as built)", int8[0].nbytes, int8
+    int4 = [Int4Linear(layer) for layer in layers]
+    yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
+    # The quantised layer knows groups of 32 only. The time does not depend on what the numbers are.
+    group, numbers = 128, torch.randint(16, (outer, inner), dtype=torch.int32)
+    scales = torch.ones(inner // group, outer, 2, dtype=DTYPE)
+    held = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1) for _ in layers]
+    products = [partial(_int4_product, packed=packed, group=group, scales=scales.clone()) for packed in held]
+    yield "int4, groups of 128", held[0].nbytes + scales.nbytes, products
+
+
+def _int4_product(x: torch.Tensor, packed: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales)
+
+
+def single_rows(sizes: Sizes, repeat: int) -> None:
+    """Prints what one product of one row takes with each kernel, and how fast it reads its weights."""
+    x = torch.randn(1, sizes.product[0]).to(DTYPE)
+    names, sizes_bytes, weights = zip(*kernels(*sizes.product, sizes.copies), strict=True)
+    # A view for each, or layers that share the conversion of their activations would do none.
+    ms = medians([lambda products=products: [product(x[:]) for product in products] for products in weights], repeat)
+    ms = [each / sizes.copies for each in ms]
+    rows = [
+        (name, *cells, f"{size / 2**20:.1f}", f"{size / each / 1e6:.1f}")
+        for name, size, each, cells in zip(names, sizes_bytes, ms, times(ms), strict=True)
+    ]
+    title = "One row by {}x{} weights, {} of each in turn".format(*sizes.product, sizes.copies)
+    show(title, ("kernel", "ms", "of plain bf16", "MiB", "GB/s"), rows)
+
+
+def memory(sizes: Sizes, repeat: int) -> None:
+    """Prints how fast all threads together read memory."""
+    numbers = torch.ones(sizes.read_bytes // 4)
+    (ms,) = medians([numbers.sum], repeat)
+    print(f"\nMemory: {sizes.read_bytes / 2**20:,.0f} MiB summed at {numbers.nbytes / ms / 1e6:.1f} GB/s")
+
+
+# Start-up: weights brought into another form.
+
+
+def conversions(model: QwenVL, sizes: Sizes) -> None:
+    """Prints what packing and quantising take for a layer, and so for all of the model. `model`: with one decoder layer."""
+    text, vision = sizes.config.text_config, sizes.config.vision_config
+    rows = []
+    for form in ("packed", "int8", "int4"):
+        fresh = shared(model)  # other layers on the same weights
+        parts = {
+            "a decoder layer": (text.num_hidden_layers, Part(model=Part(language_model=fresh.model.language_model))),
+            "the output layer": (1, Part(lm_head=fresh.lm_head)),
+        }
+        if form == "packed":
+            parts["a tower layer"] = vision.depth, Part(block=fresh.model.visual.blocks[0])
+        total = 0.0
+        for name, (count, part) in parts.items():
+            start = time.perf_counter()
+            pack(part) if form == "packed" else quantize(part, form)
+            spent = time.perf_counter() - start
+            total += count * spent
+            rows.append((form, name, f"{spent:.2f}", f"{count}", f"{count * spent:.1f}"))
+        rows.append((form, "all", "", "", f"{total:.1f}"))
+    show("Seconds to make weights of another form", ("form", "of", "s", "times", "s in all"), rows)
+
+
+# The tower: one layer, as it is built and otherwise.
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def as_built(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention `[B, heads, rows, d]` as two plain products."""
+    return _attend_in_the_open(q, k, v, None, None, nullcontext())[0]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own."""
+    return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def layer(
+    block: nn.Module,
+    x: torch.Tensor,
+    turn: tuple[torch.Tensor, torch.Tensor],
+    heads: int,
+    group: int,
+    attend: Attention = as_built,
+    norm: Callable = rowwise.norm,
+) -> torch.Tensor:
+    """One layer of the tower without pruning, on the functions that the encoder runs on.
+
+    Args:
+        block: its weights, plain or packed.
+        x: `[units, 4, hidden]`. turn: cos and sin `[units, 4, 1, 1, d]`.
+        group: patch rows that attend to each other.
+    """
+    qkv = linear(block.attn.qkv, norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
+    q, k = rowwise.rotate(qkv[:, :, :2], *turn).unbind(2)
+    parts = [part.reshape(-1, group, heads, part.shape[-1]).transpose(1, 2) for part in (q, k, qkv[:, :, 2])]
+    mixed = attend(*parts).transpose(1, 2).reshape(x.shape)
+    x = linear(block.attn.proj, mixed, plus=x)
+    hidden = norm(x, block.norm2.weight)
+    hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
+    return linear(block.mlp.down_proj, hidden, plus=x)
+
+
+def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], list[int]]:
+    """x and `turn` of `layer`, in window order; and the patch rows of a window and of a grid."""
+    geo = tower_geometry(visual, *sizes.grid)
+    x = torch.randn(sizes.grids * geo.units, PATCHES, visual.config.hidden_size).to(DTYPE)
+    cos, sin = (
+        part[geo.order].repeat(sizes.grids, 1, 1)[:, :, None, None] for part in rowwise.rotary(visual.config, geo)
+    )
+    return x, (cos, sin), [geo.units // geo.windows * PATCHES, geo.units * PATCHES]
+
+
+def layers(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int) -> None:
+    """Prints one layer as built, and with one thing at a time done otherwise. `plain` and `packed`: the tower."""
+    x, turn, groups = layer_inputs(plain, sizes)
+    heads, sdpa = plain.config.num_heads, F.scaled_dot_product_attention
+    run = partial(layer, packed.blocks[0])
+    ways = {
+        "as built": run,
+        "plain weights, activations apart": partial(layer, plain.blocks[0]),
+        "PyTorch's fused attention": partial(run, attend=sdpa),
+        "PyTorch's rms_norm": partial(run, norm=rms_norm),
+    }
+    found = [times(medians([partial(way, x, turn, heads, group) for way in ways.values()], repeat)) for group in groups]
+    for attend, name in ((as_built, "attention alone, as built"), (sdpa, "attention alone, PyTorch's")):
+        ways[name] = attend
+    for cells, group in zip(found, groups, strict=True):
+        shape = (len(x) * PATCHES // group, group, 3, heads, plain.config.hidden_size // heads)
+        qkv = torch.randn(shape).to(DTYPE).transpose(1, 3).unbind(2)  # views, as in the tower
+        cells += times(medians([partial(attend, *qkv) for attend in (as_built, sdpa)], repeat))
+    rows = [(name, *windows, *grids) for name, windows, grids in zip(ways, *found, strict=True)]
+    columns = ["", *(text for group in groups for text in (f"groups of {group}: ms", "of as built"))]
+    show(f"One layer of the tower, {len(x) * PATCHES:,} patch rows", columns, rows)
+
+
+def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
+    """Prints a short tower on a clip, some units at a time and all at once."""
+    config, units = packed.config, sizes.clip * sizes.grid[0] * sizes.grid[1]
+    patches = torch.randn(units * PATCHES, packed.patch_embed.proj.weight[0].numel()).to(DTYPE)
+    some = min(CHUNK_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
+    sides = [
+        partial(
+            encode, packed, [patches], (sizes.clip, *sizes.grid), methods.get("none"), units, chunk_units=chunk_units
+        )
+        for chunk_units in (some, units)
+    ]
+    ms = times(medians(sides, repeat))
+    rows = [(f"{some} units at a time", *ms[0]), (f"all {units:,} at once", *ms[1])]
+    show(f"A tower of {config.depth} layers on {2 * sizes.clip} frames", ("", "ms", "of as built"), rows)
+
+
+def compiled(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
+    """Prints what torch.compile makes of one layer, in windows, against running it as it stands."""
+    from torch._inductor import config as settings
+    from torch._inductor.utils import fresh_cache
+
+    x, turn, (group, _) = layer_inputs(plain, sizes)
+    rest = (x, turn, plain.config.num_heads, group)
+    ways: dict[str, Callable] = {
+        "as built, packed weights": partial(layer, packed.blocks[0], *rest),
+        "plain weights": partial(layer, plain.blocks[0], *rest),
+    }
+    notes = ["", ""]
+    for name, freezing in (("torch.compile", False), ("torch.compile, weights frozen", True)):
+        torch._dynamo.reset()
+
+        def fixed(x: torch.Tensor) -> torch.Tensor:
+            return layer(plain.blocks[0], x, *rest[1:])
+
+        start = time.perf_counter()
+        try:
+            with fresh_cache(), settings.patch(freezing=freezing):
+                run = torch.compile(fixed, backend=backend, dynamic=False)
+                apart = (run(x) - fixed(x)).abs().max() / fixed(x).abs().max()
+        except Exception as problem:  # no compiler, or one that fails: also an answer
+            print(f"\n{name}: {type(problem).__name__}: {first_line(problem)}")
+            continue
+        ways[name] = partial(run, x)
+        notes.append(f"{time.perf_counter() - start:.1f} s to compile, {apart:.1%} apart at most")
+    cells = times(medians(list(ways.values()), repeat))
+    rows = [(name, *cell, note) for name, cell, note in zip(ways, cells, notes, strict=True)]
+    show(f"One layer of the tower compiled, {len(x) * PATCHES:,} patch rows", ("", "ms", "of as built", ""), rows)
+
+
+@torch.no_grad()
+def measure(sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
+    """Prints everything."""
+    single_rows(sizes, repeat)
+    memory(sizes, repeat)
+    vision, text = sizes.config.vision_config, sizes.config.text_config
+    small = replace(
+        sizes.config,
+        vision_config=replace(vision, depth=2, fullatt_block_indexes=(1,)),  # one layer in windows, one in grids
+        text_config=replace(text, num_hidden_layers=1),
+    )
+    model = random_model(small, DTYPE, CPU)
+    conversions(model, sizes)
+    plain, packed = model.model.visual, shared(model).model.visual
+    pack(packed)
+    layers(plain, packed, sizes, repeat)
+    pieces(packed, sizes, repeat)
+    compiled(plain, packed, sizes, repeat, backend)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=7, help="measured rounds; their median is shown (default: 7)")
+    args = parser.parse_args()
+    try:
+        check("int8", CPU)
+        check("int4", CPU)
+    except UsageError as problem:
+        parser.exit(2, f"{problem.message}\n")
+    if not can_pack(torch.empty(1, dtype=DTYPE)):
+        parser.exit(2, "this CPU has no products in bf16\n")
+    env, rate = environment("cpu"), matmul_rate(DTYPE) / 1e9
+    print(f"{env.device_name}, {env.threads} threads, {rate:.0f} GFLOP/s in bf16 products; torch {env.torch}")
+    print(f"Medians of {args.repeat} rounds after one of warm-up, all rows of a table in turn")
+    measure(Sizes(describe_model(MODEL)[0]), args.repeat)
+
+
+if __name__ == "__main__":
+    main()

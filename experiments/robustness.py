@@ -1,0 +1,116 @@
+"""What noise does to references in time: `python -m experiments.robustness`.
+
+A unit is not encoded again while it differs from its reference by less than some levels of 255 (pruning/reference.py). Coarse
+compression and light that changes make everything differ a little, and fine compression keeps small changes that matter. So the
+demo's clips with a standing camera are written by x264 at several qualities, or shown while their light swells and fades, and asked
+about with nothing pruned and with `evoprune`: how much is encoded, and what is still answered.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from evoprune import methods
+from evoprune.demo.clips import make_clip
+from evoprune.evaluation.demo_clips import demo_video, seeds
+from evoprune.evaluation.questions import Video
+from evoprune.evaluation.scores import in_points, paired_difference
+from evoprune.pipeline.loading import LoadedModel, load_model
+from evoprune.pipeline.video_qa import VideoQA
+from evoprune.video.decode import FrameChunk, read_frames
+
+PERIOD_S = 4.0  # of the light
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A clip as it is shown: x264's constant rate factor, and by how many levels its light rises and falls."""
+
+    crf: int
+    light: float = 0.0
+
+    def __str__(self) -> str:
+        return f"crf {self.crf}" + (f", light +-{self.light:g} levels" if self.light else "")
+
+
+NOISES = (*(Noise(crf) for crf in (10, 18, 23, 28, 33)), *(Noise(18, light) for light in (2, 4, 8)))
+
+
+def in_changing_light(light: float) -> Callable[..., Iterator[FrameChunk]]:
+    """`read_frames`, but all of a picture is brighter or darker by up to so many levels, in waves."""
+
+    def read(info, times_s, **how) -> Iterator[FrameChunk]:
+        with closing(read_frames(info, times_s, **how)) as chunks:
+            for chunk in chunks:
+                wave = [round(light * math.sin(2 * math.pi * t / PERIOD_S)) for t in chunk.times_s]
+                shown = chunk.frames.astype(np.int16) + np.array(wave, np.int16)[:, None, None, None]
+                yield replace(chunk, frames=shown.clip(0, 255).astype(np.uint8))
+
+    return read
+
+
+def answers(loaded: LoadedModel, video: Video, noise: Noise, method: str, budget: float) -> list[dict]:
+    """A sample a question: whether it was answered, the live share, and the share of units that were encoded at all."""
+    qa = VideoQA(loaded, budget=budget, method=method)
+    shown = qa.encode(video.path, name=video.name, read=in_changing_light(noise.light))
+    pruning = shown.report.pruning
+    encoded = pruning.layers[0][1] / pruning.visual_tokens_in
+    return [
+        {
+            "video": video.name,
+            "id": item.id,
+            "right": bool(item.grade("".join(shown.ask(item.prompt, max_new_tokens=64)))),
+            "live": pruning.encoder_live_share,
+            "encoded": encoded,
+        }
+        for item in video.items
+    ]
+
+
+def table(samples: dict[tuple[Noise, str], list[dict]], method: str) -> str:
+    """In Markdown, a noise a row; the difference is that to nothing pruned, with its 95% interval over videos."""
+    lines = ["|  | in full | pruned | difference | encoded | live share |", "|---" * 6 + "|"]
+    for noise in dict.fromkeys(noise for noise, _ in samples):
+        full, mine = samples[noise, "none"], samples[noise, method]
+        apart = in_points(*paired_difference(mine, full))
+        right = [f"{100 * np.mean([s['right'] for s in some]):.1f}" for some in (full, mine)]
+        shares = [f"{np.mean([s[name] for s in mine]):.2f}" for name in ("encoded", "live")]
+        lines.append(f"| {' | '.join([str(noise), *right, apart, *shares])} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--method", default=methods.DEFAULT)
+    parser.add_argument("-b", "--budget", type=float, default=0.25)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--seed", type=int, default=0, help="block of the split's clips")
+    parser.add_argument("--limit", type=int, default=50, help="clips with a standing camera")
+    asked = parser.parse_args(arguments)
+    loaded = load_model(asked.model)
+    still = [s for s in seeds(asked.seed, 4 * asked.limit) if not any(make_clip(asked.split, s).pan)][: asked.limit]
+    samples: dict[tuple[Noise, str], list[dict]] = {}
+    with TemporaryDirectory() as folder:
+        for number, seed in enumerate(still, 1):
+            print(f"clip {number} of {len(still)}", file=sys.stderr, flush=True)
+            for noise in NOISES:
+                with demo_video(asked.split, seed, Path(folder), noise.crf) as video:
+                    for method, budget in (("none", 1.0), (asked.method, asked.budget)):
+                        samples.setdefault((noise, method), []).extend(answers(loaded, video, noise, method, budget))
+    print(
+        f"{len(still)} clips with a standing camera, split {asked.split!r}, block {asked.seed}, "
+        f"{len(samples[NOISES[0], 'none'])} questions; {asked.method} -b {asked.budget:g}\n"
+    )
+    print(table(samples, asked.method))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The file of a batch: whole lines whatever happens, and one writer at a time."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evoprune.batch.output import HEAD, RecordFile
+from evoprune.errors import UsageError
+from evoprune.report import Report
+
+
+def record(name, failed: bool = False, **row) -> Report:
+    error = {"message": "no"} if failed else None
+    return Report(id=str(name), answer="grün \u2028 \n", error=error, batch={"row": row, "settings": {"budget": 0.5}})
+
+
+def write(path, *records, **how) -> None:
+    with closing(RecordFile(str(path), **how)) as file:
+        file.begin()
+        for each in records:
+            file.add(each)
+
+
+def ids(path) -> list[str]:
+    content = path.read_bytes()
+    assert content.endswith(b"\n") or not content
+    return [json.loads(line)["id"] for line in content.split(b"\n")[:-1]]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
+def test_records_are_there_when_add_returns(path):
+    with closing(RecordFile(str(path))) as file:
+        file.begin()
+        for count in range(1, 4):
+            file.add(record(count))
+            assert len(ids(path)) == count == file.written
+    assert Report.from_json(path.read_text().split("\n")[0]).answer == "grün \u2028 \n"
+
+
+def test_what_is_there_is_not_touched_by_accident(path):
+    write(path, record(1))
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="is there already"):
+        RecordFile(str(path))
+    with pytest.raises(UsageError, match="exclude each other"):
+        RecordFile(str(path), resume=True, overwrite=True)
+    for how in ({"resume": True}, {"overwrite": True}):
+        RecordFile(str(path), **how).close()  # such as where the model is not found
+        assert path.read_bytes() == before
+    write(path, record(2), overwrite=True)
+    assert ids(path) == ["2"]
+
+
+def test_nothing_is_left_where_nothing_was_written(path):
+    RecordFile(str(path)).close()
+    assert not path.exists()
+    path.touch()
+    RecordFile(str(path)).close()  # an empty file is no output
+    assert path.exists()
+    write(path, record(1))
+    assert ids(path) == ["1"]
+
+
+def test_to_resume_what_is_not_there(path):
+    write(path, record(1), resume=True)
+    assert ids(path) == ["1"]
+
+
+runs = st.lists(st.booleans(), max_size=6)  # whether each record is about a failure
+
+
+@settings(deadline=None, max_examples=60)  # it waits for the disk
+@given(runs, st.data())
+def test_cut_off_anywhere_it_goes_on(tmp_path_factory, failures, data):
+    """What is left of a file of records, wherever it ends, is its whole records; those that are to come again go."""
+    path = tmp_path_factory.mktemp("batch") / "out.jsonl"
+    lines = [record(number, failed).to_json().encode() + b"\n" for number, failed in enumerate(failures)]
+    whole = b"".join(lines)
+    cut = data.draw(st.integers(0, len(whole)))
+    path.write_bytes(whole[:cut] + data.draw(st.sampled_from([b"", b"\0" * 9])) * (whole[cut - 1 : cut] != b"\n"))
+    # A line that lacks no more than its end is whole.
+    wanted = [str(n) for n in range(len(lines)) if sum(map(len, lines[: n + 1])) - 1 <= cut]
+    if path.read_bytes().endswith(b"}\0\0\0\0\0\0\0\0\0"):
+        wanted = wanted[:-1]
+    with closing(RecordFile(str(path), resume=True)) as file:
+        assert [found.id for found in file.found] == wanted
+        assert [found.failed for found in file.found] == failures[: len(wanted)]
+        again = {found.id for found in file.found if found.failed}
+        file.begin(again)
+        file.add(record("new"))
+    left = [name for name in wanted if name not in again]
+    assert ids(path) == [*left, "new"] and path.read_bytes().startswith(b"".join(lines[int(n)] for n in left))
+    assert [name.name for name in path.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_resuming_keeps_mode_and_link(path, tmp_path):
+    write(path, record(1, failed=True), record(2))
+    path.chmod(0o640)
+    (tmp_path / "link").symlink_to(path)
+    with closing(RecordFile(str(tmp_path / "link"), resume=True)) as file:
+        file.begin({"1"})
+        with pytest.raises(UsageError, match="another batch"):  # the new file is locked, too
+            RecordFile(str(path), resume=True)
+    assert (tmp_path / "link").is_symlink() and path.stat().st_mode & 0o777 == 0o640 and ids(path) == ["2"]
+
+
+GOOD = record(1).to_json()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("notes", 1),
+        ("{}\n", 1),
+        (Report().to_json() + "\n", 1),  # of `ask --json`
+        (f"{GOOD}\nnotes", 2),
+        (f"{GOOD}\n{GOOD[:100]}\n{GOOD}\n", 2),
+        (f"{GOOD[:100]}\n", 1),
+        (f"\n{GOOD}\n", 1),
+    ],
+)
+def test_a_file_that_is_not_ours_is_left_alone(path, content, line):
+    path.write_text(content)
+    with pytest.raises(UsageError, match=f"out.jsonl, line {line} is no record of a batch"):
+        RecordFile(str(path), resume=True)
+    assert path.read_text() == content
+
+
+def test_records_begin_as_it_is_believed():
+    assert GOOD.encode().startswith(HEAD)
+
+
+def test_one_writer_at_a_time(path):
+    with closing(RecordFile(str(path))) as file:
+        for how in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(UsageError, match="another batch is writing"):
+                RecordFile(str(path), **how)
+        file.begin()
+        file.add(record(1))
+    write(path, record(2), resume=True)
+    assert ids(path) == ["1", "2"]
+
+
+def test_one_process_at_a_time_and_a_killed_one_holds_no_lock(path):
+    code = "import sys; from evoprune.batch.output import RecordFile as R; r = R(sys.argv[1]); print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.read(1)
+        with pytest.raises(UsageError, match="another batch is writing"):
+            RecordFile(str(path))
+    finally:
+        other.kill()
+        other.communicate()
+    write(path, record(1))
+    assert ids(path) == ["1"]
+
+
+def test_many_at_once_lose_nothing(path):
+    """Everyone retries until the file is theirs; each time another one is put in its place."""
+    write(path, record("torn", failed=True))
+
+    def work(name):
+        while True:
+            try:
+                with closing(RecordFile(str(path), resume=True)) as file:
+                    file.begin({"torn"} | {found.id for found in file.found if found.failed})
+                    file.add(record(name))
+                    file.add(record(f"{name} failed", failed=True))
+                return
+            except UsageError as problem:
+                assert "another batch" in problem.message
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=work, args=(f"{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = ids(path)
+    assert sorted(names[:-1]) == [str(n) for n in range(8)] and names[-1] == f"{names[-2]} failed"
+
+
+@pytest.mark.parametrize("after", [0, 10])
+def test_a_full_disk(path, monkeypatch, after):
+    """Some bytes may still find room: they are taken back."""
+    real, full = os.write, []
+
+    def write_some(number, content):
+        if len(full) == 0:
+            return real(number, content)
+        if len(full) == 1 and after:
+            full.append(1)
+            return real(number, bytes(content[:after]))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with closing(RecordFile(str(path))) as file:
+        file.begin()
+        monkeypatch.setattr(os, "write", write_some)
+        file.add(record(1))
+        full.append(1)
+        with pytest.raises(UsageError, match=r"cannot write .*out.jsonl: No space left on device") as caught:
+            file.add(record(2))
+        assert caught.value.hint == "make room there" and file.written == 1
+        assert ids(path) == ["1"]
+    assert ids(path) == ["1"]
+
+
+def test_a_full_disk_while_a_copy_is_made(path, monkeypatch):
+    write(path, record(1, failed=True), record(2))
+    before = path.read_bytes()
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with closing(RecordFile(str(path), resume=True)) as file:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UsageError, match="No space left"):
+            file.begin({"1"})
+    assert path.read_bytes() == before and [name.name for name in path.parent.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("place", ["", "no/such/folder/out.jsonl", "file/out.jsonl", "/proc/out.jsonl"])
+def test_places_that_cannot_be_written(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write") as caught:
+        RecordFile(place or str(tmp_path))
+    assert "folder that may be written" in caught.value.hint
+
+
+def test_what_is_no_file_is_only_written(tmp_path, capfd):
+    with closing(RecordFile("-")) as file:
+        file.begin()
+        file.add(record(1))
+    assert json.loads(capfd.readouterr().out)["id"] == "1"
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    write(tmp_path / "pipe", record(2))
+    assert json.loads(reader.communicate(timeout=20)[0])["id"] == "2"
+    for name in ("-", str(tmp_path / "pipe")):
+        with pytest.raises(UsageError, match="no file that could be"):
+            RecordFile(name, resume=True)
+    with closing(RecordFile("/dev/full")) as file, pytest.raises(UsageError, match="cannot write /dev/full: No space"):
+        file.begin()
+        file.add(record(3))
+
+
+def test_nobody_reads(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with closing(RecordFile(str(tmp_path / "pipe"))) as file:
+        file.begin()
+        os.close(reader)
+        with pytest.raises(BrokenPipeError):
+            file.add(record(1))
+
+
+def test_a_path_of_stray_bytes_is_escaped(path):
+    write(path, record(1, video="caf\udce9.mp4"))
+    assert json.loads(path.read_text("ascii"))["batch"]["row"] == {"video": "caf\udce9.mp4"}
+
+
+def test_a_signal_does_not_tear_a_line(path, monkeypatch):
+    """Ctrl-C while half of the line is written: the other half follows."""
+    real, main = os.write, threading.main_thread().ident
+    parts = []
+
+    def slow(number, content):
+        parts.append(real(number, bytes(content[: max(1, len(content) // 2)])))
+        if len(parts) == 1:
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.2)
+        return parts[-1]
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), closing(RecordFile(str(path))) as file:
+            file.begin()
+            monkeypatch.setattr(os, "write", slow)
+            file.add(record(1))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(parts) > 2 and ids(path) == ["1"] and file.written == 1

@@ -1,0 +1,183 @@
+"""What a batch asks: rows from files and from the command line, and how they are put together."""
+
+import json
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evoprune.batch.rows import Row, grouped, load_rows, product_rows, read_rows
+from evoprune.errors import UsageError
+from evoprune.evaluation.questions import Item
+
+ROW = {"video": "a.mp4", "question": "What?"}
+
+
+def jsonl(*rows) -> bytes:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
+
+
+def read(content: bytes, **span) -> list[Row]:
+    return read_rows(content, "rows", "there", **span)
+
+
+def test_json_lines(tmp_path):
+    rows = [ROW, "", ROW | {"id": 7, "start": "1:30", "end": 99.5, "type": "order", "answer": 3}]
+    rows.append(ROW | {"id": "x", "question": "Which?\u2028", "options": ["red", "blue"], "start": None})
+    (tmp_path / "q.jsonl").write_bytes(jsonl(*rows))
+    first, second, third = load_rows(str(tmp_path / "q.jsonl"))
+    assert (first.video, first.path, first.prompt) == ("a.mp4", str(tmp_path / "a.mp4"), "What?")
+    assert (second.id, second.start_s, second.end_s, second.answer) == ("7", 90.0, 99.5, 3)
+    assert (third.id, third.start_s, third.end_s, third.options) == ("x", 0.0, None, ("red", "blue"))
+    assert third.prompt == Item("x", "Which?\u2028", "red", ("red", "blue")).prompt
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("head", ["", "\ufeff"])
+def test_csv(delimiter, head):
+    lines = [["id", "video", "question", "start", "options"], ["7", "/a b.mp4", '"What,; \tnow?\nthen?"', "1:30", ""]]
+    lines.append(["", "b.mp4", "Which?", "", "red| blue"])
+    first, second = read((head + "".join(delimiter.join(line) + "\r\n" for line in lines)).encode())
+    assert (first.id, first.path, first.question) == ("7", "/a b.mp4", "What,; \tnow?\nthen?")
+    assert (first.start_s, first.options, second.options, second.start_s) == (90.0, (), ("red", "blue"), 0.0)
+    assert second.path == "there/b.mp4" and second.id != first.id
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+fields = st.fixed_dictionaries(
+    {"video": texts, "question": texts},
+    optional={"id": texts | st.integers(), "start": st.floats(0, 9), "end": st.floats(10, 1e6), "answer": texts},
+)
+
+
+@settings(deadline=None)
+@given(st.lists(fields, min_size=1))
+def test_what_a_row_says_is_what_is_asked(rows):
+    names = [str(row["id"]) if "id" in row else None for row in rows]
+    try:
+        made = read(jsonl(*rows))
+    except UsageError as problem:
+        assert "the same id" in problem.message
+        questions = [json.dumps({k: v for k, v in row.items() if k != "answer"}, sort_keys=True) for row in rows]
+        assert len(set(names) - {None}) < len([n for n in names if n]) or len(set(questions)) < len(questions)
+        return
+    assert len({row.id for row in made}) == len(rows)
+    for row, given_, name in zip(made, rows, names, strict=True):
+        assert (row.video, row.question) == (given_["video"], given_["question"]) and name in (None, row.id)
+        assert (row.start_s, row.end_s) == (given_.get("start", 0), given_.get("end"))
+
+
+def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
+    def name(**other):
+        return read(jsonl(ROW | other))[0].id
+
+    assert (
+        name() == name(answer="yes") == name(type="order") == name(start=0) == product_rows(["a.mp4"], ["What?"])[0].id
+    )
+    assert (
+        len({name(), name(video="b.mp4"), name(question="Who?"), name(start=1), name(end=1), name(options=["a", "b"])})
+        == 6
+    )
+    assert [row.id for row in read(jsonl(ROW | {"question": "Who?"}, ROW))][1] == name()
+
+
+def test_times_for_rows_that_have_none():
+    rows = read(jsonl(ROW, ROW | {"start": 2}, ROW | {"end": 3}), start_s=1.0, end_s=4.0)
+    assert [(row.start_s, row.end_s) for row in rows] == [(1, 4), (2, 4), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("{", "rows, line 2: "),
+        ("[]", "not a JSON object"),
+        ({"video": "a.mp4"}, "no question"),
+        ({"question": "What?"}, "no video"),
+        (ROW | {"question": " "}, "question is empty"),
+        (ROW | {"question": "\ud800"}, "question is not valid text"),
+        (ROW | {"video": 3}, "video is not a text"),
+        (ROW | {"options": "yes"}, "options are not a list"),
+        (ROW | {"options": ["yes"]}, "2 to 26"),
+        (ROW | {"options": [*string.ascii_letters]}, "2 to 26"),
+        (ROW | {"options": ["yes", 3]}, "option is not a text"),
+        (ROW | {"start": "soon"}, "'soon' is not a time"),
+        (ROW | {"start": -1}, "start is not a time"),
+        (ROW | {"end": float("nan")}, "end is not a time"),
+        (ROW | {"end": True}, "end is not a time"),
+        (ROW | {"start": 3, "end": 3}, "end 3 s is not after start 3 s"),
+        (ROW | {"id": 1.5}, "id is neither"),
+        (ROW | {"id": ""}, "id is neither"),
+        (ROW | {"id": True}, "id is neither"),
+        (ROW | {"id": 1}, "the same id, or question, as rows, line 1"),
+    ],
+)
+def test_what_is_no_row(row, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        read(jsonl(ROW | {"id": "1"}, row))
+    assert caught.value.hint and "\n" not in caught.value.message
+
+
+def test_all_wrong_rows_are_counted():
+    with pytest.raises(UsageError, match=r"rows, line 2: no video \(and 2 more\)"):
+        read(jsonl(ROW, {}, ROW | {"id": 2}, [], "{"))
+    with pytest.raises(UsageError, match="line 3: more cells"):
+        read(b"video,question\na,b\na,c,d\n")
+    with pytest.raises(UsageError, match="line 2: "):
+        read(b'video,question\na,"b\n')
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"video,question\n"])
+def test_no_rows(content):
+    with pytest.raises(UsageError, match="rows holds no rows"):
+        read(content)
+
+
+def test_a_table_needs_a_head():
+    for content, missing in ((b"a.mp4\nb.mp4\n", "video"), (b"id,video\n1,a.mp4\n", "question")):
+        with pytest.raises(UsageError, match=f"rows, line 1: .* with {missing}$"):
+            read(content)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        load_rows(str(tmp_path / "q.jsonl"))
+    with pytest.raises(UsageError, match="not UTF-8"):
+        read(b"\xff\xfe")
+
+
+def test_every_question_about_every_video():
+    rows = product_rows(["a", "b"], ["1", "2"], 1.0, 2.0)
+    assert [(row.video, row.question, row.start_s, row.end_s) for row in rows] == [
+        (video, question, 1.0, 2.0) for video in "ab" for question in "12"
+    ]
+    for videos, questions, says in ((["a", "a"], ["1"], "video 'a'"), (["a"], ["1", "1"], "question '1'")):
+        with pytest.raises(UsageError, match=f"{says} is there twice"):
+            product_rows(videos, questions)
+    with pytest.raises(UsageError, match="question is empty"):
+        product_rows(["a"], [" "])
+
+
+some_rows = st.lists(
+    st.builds(
+        lambda number, video, start: Row(str(number), video, video, "What?", start),
+        st.integers(),
+        st.sampled_from("abc"),
+        st.sampled_from([0.0, 1.0]),
+    )
+)
+
+
+@settings(deadline=None)
+@given(some_rows)
+def test_rows_that_one_encoding_serves_are_together(rows):
+    parts = grouped(rows)
+    assert sorted((row for part in parts for row in part.rows), key=id) == sorted(rows, key=id)
+    keys = [(part.path, part.range["start_s"]) for part in parts]
+    assert len(set(keys)) == len(keys)  # one encoding each
+    for part, key in zip(parts, keys, strict=True):
+        assert list(part.rows) == [row for row in rows if (row.path, row.start_s) == key]  # in their order
+    videos = [path for path, _ in keys]
+    assert [v for i, v in enumerate(videos) if i == 0 or videos[i - 1] != v] == list(
+        dict.fromkeys(r.path for r in rows)
+    )

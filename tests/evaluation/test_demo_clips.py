@@ -1,0 +1,52 @@
+"""Clips of a split as questions, made when they are needed and gone afterwards."""
+
+import numpy as np
+import pytest
+
+from evoprune.demo.clips import make_clip
+from evoprune.demo.questions import TYPES, ask
+from evoprune.evaluation.demo_clips import BLOCK, GROUPS, QUESTIONS, clip_name, demo_video, groups, seeds
+from evoprune.pipeline.answering import is_demo_clip
+from evoprune.video.probe import probe
+
+
+def test_each_file_lives_as_long_as_it_is_looked_at(tmp_path):
+    for seed in seeds(0, 3):
+        with demo_video("validation", seed, tmp_path) as video:
+            assert list(tmp_path.iterdir()) == [video.path] and is_demo_clip(probe(video.path))
+            assert video.name == clip_name("validation", seed)
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError), demo_video("validation", 0, tmp_path):
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_of_seeds_do_not_meet():
+    assert seeds(0, 5) == range(5) and seeds(2, 3) == range(2 * BLOCK, 2 * BLOCK + 3)
+    assert seeds(0, BLOCK)[-1] < seeds(1, 1)[0]
+
+
+def test_questions_are_the_generators_own(tmp_path):
+    seed = 2 * BLOCK
+    with demo_video("heldout", seed, tmp_path) as video:
+        pass
+    asked = ask(make_clip("heldout", seed), np.random.default_rng(seed), QUESTIONS)
+    assert [(i.question, i.answer, i.type) for i in video.items] == [(q.question, q.answer, q.type) for q in asked]
+    assert all(item.id.startswith(video.name) for item in video.items)
+
+
+def test_groups_tell_needs_flashes_and_the_camera_apart():
+    seen = set()
+    for seed in range(80):
+        clip = make_clip("validation", seed)
+        for question in ask(clip, np.random.default_rng(seed), QUESTIONS):
+            found = groups(clip, question)
+            seen |= set(found)
+            assert question.type in GROUPS[found[0]]
+            assert ("flash" in found) == question.flash
+            assert found[-1] == ("panning" if clip.pan != (0.0, 0.0) else "static")
+    assert seen == {*GROUPS, "flash", "panning", "static"}
+
+
+def test_every_type_is_in_one_group():
+    assert sorted(kind for types in GROUPS.values() for kind in types) == sorted(TYPES)

@@ -1,0 +1,96 @@
+"""The table, against counts made by hand."""
+
+import json
+
+import pytest
+
+from evoprune.evaluation.scores import score_rows
+
+COST = {
+    "tokens": 10,
+    "kept_share": 0.5,
+    "live_share": 0.5,
+    "tflop_3b": 3.0,
+    "tflop_3b_tower": 1.0,
+    "tflop_3b_prefill": 2.0,
+}
+
+
+def sample(video, row, right, group="time", kind="order", unparseable=False, **more):
+    method, budget = {"full": ("none", 1.0), "blind": ("none", 1.0)}.get(row, ("random", 0.5))
+    facts = {"video": video, "row": row, "method": method, "budget": budget, "right": right, "unparseable": unparseable}
+    return facts | {"type": kind, "groups": [group]} | COST | more
+
+
+def run(answers):
+    """{video: [(group, full right, method right), ...]}"""
+    made = []
+    for video, asked in answers.items():
+        made += [sample(video, "full", full, group) for group, full, _ in asked]
+        made += [sample(video, "method", less, group, tokens=5) for group, _, less in asked]
+    return made
+
+
+ANSWERS = {
+    "b": [("time", True, False), ("space", True, True)],
+    "a": [("time", True, True), ("time", False, False)],
+    "c": [("time", True, False)],
+}
+
+
+def row_of(rows, name, group):
+    (found,) = (row for row in rows if (row["name"], row["group"]) == (name, group))
+    return found
+
+
+def test_counts():
+    rows = score_rows(run(ANSWERS))
+    assert [(row["name"], row["group"]) for row in rows] == [
+        (name, group) for group in ("all", "space", "time", "type:order") for name in ("full", "random -b 0.5")
+    ]
+    full, less = row_of(rows, "full", "all"), row_of(rows, "random -b 0.5", "all")
+    assert (full["n"], full["videos"], full["right"], full["accuracy"]) == (5, 3, 4, 0.8)
+    assert (full["difference"], full["difference_low"], full["difference_high"], full["kept_of_full"]) == (0, 0, 0, 1)
+    assert (less["right"], less["accuracy"], less["difference"], less["kept_of_full"]) == (2, 0.4, -0.4, 0.5)
+    assert less["difference_low"] <= -0.4 <= less["difference_high"] <= 0 and less["low"] <= 0.4 <= less["high"]
+    assert less["kept_low"] <= 0.5 <= less["kept_high"]
+    assert (full["tokens"], less["tokens"], less["tflop_3b"]) == (10, 5, 3)
+    time = row_of(rows, "random -b 0.5", "time")
+    assert (time["n"], time["videos"], time["right"], time["difference"]) == (4, 3, 1, -0.5)
+    space = row_of(rows, "random -b 0.5", "space")
+    assert (space["n"], space["videos"], space["accuracy"], space["difference_low"]) == (1, 1, 1, 0)
+
+
+def test_the_order_of_the_videos_does_not_matter():
+    again = {video: ANSWERS[video] for video in ("c", "a", "b")}
+    assert score_rows(run(again)) == score_rows(run(ANSWERS))
+
+
+def test_equal_answers_differ_by_exactly_nothing():
+    same = {video: [(g, full, full) for g, full, _ in asked] for video, asked in ANSWERS.items()}
+    for row in score_rows(run(same)):
+        assert row["difference"] == row["difference_low"] == row["difference_high"] == 0
+        assert row["kept_of_full"] in (1, None)
+
+
+def test_unparseable_answers_are_wrong_and_counted():
+    rows = score_rows([sample("a", "full", True), sample("a", "full", False, unparseable=True)])
+    assert (rows[0]["n"], rows[0]["right"], rows[0]["accuracy"], rows[0]["unparseable"]) == (2, 1, 0.5, 1)
+
+
+def test_a_failed_video_is_in_no_row():
+    failed = {"video": "d", "id": "1", "type": "order", "groups": ["time"], "error": {"message": "gone"}}
+    assert score_rows([failed, *run(ANSWERS)]) == score_rows(run(ANSWERS))
+    assert score_rows([failed]) == score_rows([]) == []
+
+
+def test_nothing_right_in_full():
+    rows = score_rows(run({"a": [("time", False, True)]}))
+    assert rows[1]["kept_of_full"] is None and rows[1]["kept_low"] is None and rows[1]["difference"] == 1
+    json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", [None, "order"])
+def test_groups_are_there_where_items_carry_them(kind):
+    made = [sample("a", "full", True, kind=kind) | {"groups": []}]
+    assert [row["group"] for row in score_rows(made)] == ["all", *(["type:order"] if kind else [])]

@@ -1,0 +1,100 @@
+"""The ablations: that every variant exists, and that the tables say what the samples say."""
+
+import numpy as np
+import pytest
+
+from evoprune import methods
+from evoprune.evaluation.run import Settings
+from evoprune.evaluation.scores import in_points, paired_difference
+from experiments import ablations
+from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
+
+
+def sample(method, budget, video, number, right, live=0.5):
+    return {
+        "row": "method", "method": method, "budget": budget, "video": video, "id": f"{video}-{number}", "right": right,
+        "live_share": live, "kept_share": live / 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_variant_is_a_method_and_differs_from_the_first(name):
+    made = [methods.get(spec) for spec in ABLATIONS[name].specs().values()]
+    assert len(made) >= 2 and len({repr(method) for method in made}) == len(made)
+
+
+def test_what_is_not_varied_is_the_method_as_it_stands():
+    for ablation in ABLATIONS.values():
+        label, args = next(iter(ablation.variants.items()))
+        for setting in filter(None, args.split(":")):
+            name, value = setting.split("=")
+            # Set in the first row too: then it is set in all of them, to tell apart what depends on it.
+            assert all(name in other for other in ablation.variants.values()), (label, value)
+
+
+def test_a_variant_of_two_ablations_is_run_once():
+    chosen = specs(("diversity", "paper"))
+    assert len(chosen) == len(set(chosen)) and chosen.count(f"{PAPER}:diversity=0") == 1
+
+
+def test_differences_are_paired():
+    random = np.random.default_rng(0)
+    others = [sample("a", 0.1, f"v{v}", i, bool(random.random() < 0.5)) for v in range(40) for i in range(3)]
+    same = [s | {"method": "b"} for s in reversed(others)]
+    assert in_points(*paired_difference(same, others)) == "+0.0 (+0.0 to +0.0)"
+    better = [s | {"right": True} for s in others]
+    share = 100 * (1 - np.mean([s["right"] for s in others]))
+    assert in_points(*paired_difference(better, others)).startswith(f"{share:+.1f} (")
+    low, high = in_points(*paired_difference(better, others)).split("(")[1].rstrip(")").split(" to ")
+    assert 0 < float(low) < share < float(high) < 100
+
+
+class Run:
+    """What `report` reads of an evaluation."""
+
+    settings = Settings("demo", (0.1,), specs(("merging",)), split="validation", seed=7)
+
+    def __init__(self):
+        each = [(spec, {"row": "method", "method": spec, "budget": 0.1}) for spec in self.settings.methods]
+        self.samples = [
+            sample(spec, 0.1, f"v{v}", 0, right=v % 2 == 0) | row | {"groups": ["static" if v % 2 else "panning"]}
+            for spec, row in [*each, ("", {"row": "full", "method": "none", "budget": 1.0})]
+            for v in range(6)
+        ]
+
+
+def test_a_report_may_be_of_one_group():
+    assert report(["merging"], Run()).startswith(
+        "6 clips of split 'validation', block 7, 6 questions; with nothing pruned 50.0%"
+    )
+    said = report(["merging"], Run(), "panning")
+    assert said.startswith(
+        "3 clips of split 'validation', block 7, group 'panning', 3 questions; with nothing pruned 100.0%"
+    )
+    assert said.count("| 100.0 |") == len(ABLATIONS["merging"].variants)
+
+
+def test_the_table_holds_every_variant_at_every_budget():
+    samples = [
+        sample(spec, budget, f"v{v}", 0, v < n, live=budget)
+        for spec, n in (("m", 6), ("m:x=1", 9))
+        for budget in (0.5, 0.1)
+        for v in range(12)
+    ] + [{"row": "full", "error": {}, "method": "m", "budget": 0.5}]
+    lines = table(Ablation("?", "m", {"without": "", "with": "x=1"}), samples, (0.5, 0.1))
+    assert lines[2] == "| without | 50.0 |  | 0.50 | 0.25 | 50.0 |  | 0.10 | 0.05 |"
+    assert lines[3].startswith("| with | 75.0 | +25.0 (") and lines[3].endswith("| 0.10 | 0.05 |")
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_the_command_runs_and_goes_on(tmp_path, saved, capsys):
+    asked = [str(tmp_path / "run"), "--limit", "2", "--only", "split,choice", "--model", str(saved), "-b", "0.25"]
+    ablations.main([*asked, "--markdown", str(tmp_path / "a.md")])
+    text = (tmp_path / "a.md").read_text()
+    assert text in capsys.readouterr().out and text.startswith("2 clips of split 'validation', block 0,")
+    assert text.count("### ") == 2 and "| checkerboard |" in text and "| divprune |" in text
+    ablations.main(asked)  # all is there
+    out = capsys.readouterr().out
+    assert text in out and "video" not in out
+    with pytest.raises(SystemExit):
+        ablations.main([*asked, "--only", "nothing"])

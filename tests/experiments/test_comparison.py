@@ -1,0 +1,262 @@
+"""The comparison: who is in it, who ties with whom, what is written, and going on after an interruption."""
+
+from itertools import product
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from evoprune import methods
+from evoprune.evaluation.scores import score_rows
+from evoprune.pipeline.video_qa import VideoQA
+from experiments import comparison
+from experiments.comparison import compared, main
+from experiments.comparison_tables import (
+    Outcome,
+    against_ours,
+    chart,
+    document,
+    equal_cost,
+    own_steps,
+    short,
+    standings,
+)
+
+COST = dict.fromkeys(("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill"), 0.5)
+
+
+def samples(right: dict[str, str], budget: float = 0.5) -> list[dict]:
+    """Of each method, right answers as a row of ones and zeros: two questions a clip."""
+    return [
+        COST
+        | {
+            "video": f"v{i // 2}",
+            "id": f"q{i}",
+            "row": "method",
+            "method": name,
+            "budget": budget,
+            "right": answer == "1",
+        }
+        | {"unparseable": False, "type": "order", "groups": ["time" if i % 2 else "space"], "prune_ms": float(i % 2)}
+        for name, answers in right.items()
+        for i, answer in enumerate(answers)
+    ]
+
+
+def outcome(name: str, right: dict[str, str], budgets=(0.5,)) -> Outcome:
+    made = [s for budget in budgets for s in samples(right, budget)]
+    n = len(next(iter(right.values())))
+    full = [s | {"row": "full", "method": "none", "budget": 1.0} for s in samples({"": "1" * n})]
+    about = {"settings": {"split": "heldout", "seed": 3}, "videos": {"wanted": n // 2, "shown": n // 2, "failed": 0}}
+    found = about | {"items": {"answered": n, "failed": 0}, "rows": score_rows(full + made)}
+    return Outcome(name, found, full + made)
+
+
+RIGHT = {"pool": "1110" * 10, "random": "1111" * 10, "evs": "1111" * 9 + "1110", "dart": "1111" * 10, "mmr": "0" * 40}
+
+
+def test_all_methods_are_in_it_and_all_choices():
+    names = compared()
+    after = [name for name in methods.available() if methods.get(name).acts == "after"]
+    assert len(after) > 10 and len(set(names)) == len(names)
+    shares = {"evoprune:encoder_budget=0.6", "evoprune:encoder_budget=0.15", "evoprune:depth=1"}
+    assert set(names) == {*methods.available()} - {"none"} | {f"evoprune:choice={name}" for name in after} | shares
+    assert all(methods.get(name).prunes(0.5) for name in names)
+
+
+def test_a_tie_is_called_a_tie():
+    found = standings([*samples(RIGHT), *samples({"mmr": "1" * 40}, 0.25), {"video": "v", "error": {}}], 0.5)
+    assert list(found) == list(RIGHT)
+    assert [name for name, s in found.items() if s.best] == ["random"]  # and not dart, which is as good
+    assert {name for name, s in found.items() if s.tie} == {"random", "evs", "dart"}
+    assert (found["dart"].difference, found["dart"].low, found["dart"].high) == (0, 0, 0)
+    assert found["evs"].difference == pytest.approx(-1 / 40) and found["evs"].low < 0 == found["evs"].high
+    assert found["pool"].difference == pytest.approx(-0.25) and found["pool"].high < 0
+    assert (found["mmr"].low, found["mmr"].high) == (-1, -1)  # paired: the best is right whatever is drawn
+    assert [str(found[name]) for name in ("random", "dart", "mmr")] == [
+        "best", "tie +0.0 (+0.0 to +0.0)", "-100.0 (-100.0 to -100.0)"
+    ]  # fmt: skip
+    assert standings(samples(RIGHT), 0.1) == {}
+
+
+def test_differences_are_paired_by_video():
+    """Two rows that are wrong about different videos differ less surely than rows that are wrong about the same ones."""
+    apart = standings(samples({"a": "11110000" * 4, "b": "00111100" * 4}), 0.5)["b"]
+    alike = standings(samples({"a": "11110000" * 4, "b": "11110000" * 4}), 0.5)["b"]
+    assert apart.difference == alike.difference == 0 and apart.low < alike.low == 0 == alike.high < apart.high
+
+
+def test_the_document():
+    worse = RIGHT | {"evs": "0011" * 10, "dart": "1" * 40}
+    outcomes = [outcome("one", RIGHT, (0.5, 0.1)), outcome("two", worse, (0.5, 0.1))]
+    text = document(outcomes, (0.5, 0.1), "a.svg", "python -m x")
+    lines = text.splitlines()
+    assert "`python -m x`" in lines and "![Accuracy of each method](a.svg)" in lines and "(heldout, block 3)" in text
+    assert "- `-b 0.5`: `random`, `dart`" in lines and "- `-b 0.1`: `random`, `dart`" in lines
+    first = lines[lines.index("### `-b 0.5`") + 2 :]
+    assert first[0] == (
+        "|  | accuracy | kept | against the best | space | time | tokens | live share | TFLOP | selection ms |"
+    )
+    assert first[2].startswith(
+        "| `random` | 100.0 (83.9-100.0) | 100.0 (100.0-100.0) | best | 100.0 (83.9-100.0) | 100.0 ("
+    )
+    assert first[2].endswith("| 0.5 | 0.50 | 0.5 | 0.50 |")
+    names = [line.split(" | ")[0] for line in first[2:7]]
+    assert names == ["| `random`", "| `dart`", "| `evs`", "| `pool`", "| `mmr`"]  # by accuracy, then as given
+    assert "tie" in first[4].split(" | ")[3] and "tie" not in first[5].split(" | ")[3]
+    assert first[8] == "From `random` to the best: 0.0 points, 0.0 times the half-width of the interval of `random`."
+    assert [line for line in lines if line.startswith("#")] == [
+        "# The methods side by side", "## Best, or a tie with the best, in all models", "## In short",
+        *(line for name in ("one", "two") for line in (f"## {name}", "### `-b 0.5`", "### `-b 0.1`", "### At equal cost")),
+    ]  # fmt: skip
+    assert "in all models" not in document(outcomes[:1], (0.5,), "a.svg", "")
+
+
+def test_what_the_next_smaller_budget_costs():
+    half, tenth = samples({"evoprune": "1111" * 10, "pool": "0" * 40}), samples({"evoprune": "0111" * 10}, 0.1)
+    made = Outcome("one", {}, [*half, *tenth, {"video": "v", "error": {}}])
+    assert own_steps(made, (0.1, 0.5, 0.25)) == ["- `-b 0.1` less `-b 0.5`: -25.0 (-35.0 to -15.0)"]
+    assert own_steps(made, (0.5, 0.25)) == []
+
+
+def test_ours_against_each_at_the_same_budget():
+    half, tenth = samples({"evoprune": "1111" * 10, "pool": "0" * 40}), samples({"evoprune": "0111" * 10}, 0.1)
+    made = Outcome("one", {}, [*half, *tenth, {"video": "v", "error": {}}])
+    lines = against_ours(made, (0.5, 0.1, 0.25)).splitlines()
+    assert lines[0] == "|  | -b 0.5 | -b 0.1 |" and len(lines) == 3
+    assert lines[2] == "| `pool` | +100.0 (+100.0 to +100.0) |  |"
+    assert against_ours(Outcome("one", {}, samples({"pool": "0" * 40})), (0.5,)) == ""
+
+
+def test_the_short_table():
+    made = [outcome(name, {"pool": "0011" * 10, "random": "1111" * 10, "evs:a=1": "1" * 40}) for name in ("one", "two")]
+    assert short(made, (0.5,)).splitlines() == [
+        "|  | -b 0.5 keeps | operations |",
+        "| --- | --- | --- |",
+        "| `random` | 100.0 / 100.0 | 100% |",
+        "| `pool` | 50.0 / 50.0 | 100% |",
+    ]
+
+
+def test_the_short_table_in_the_docs_is_that_of_the_comparison():
+    made, shown = (Path(f"docs/{name}.md").read_text(encoding="utf-8") for name in ("comparison", "methods"))
+    table = made.split("## In short\n")[1].split("\n## ")[0].strip().split("\n\n")[1]
+    assert table.count("\n") > 20 and table in shown
+
+
+def test_equal_cost_is_the_dearest_of_ours_that_costs_no_more():
+    """Found by the costs alone: not by who is right."""
+    costs = {
+        "evoprune": 2.0,
+        "evoprune:encoder_budget=0.6": 3.0,
+        "evoprune:choice=evs": 0.1,
+        "evs": 2.9,
+        "pool": 9.0,
+        "dart": 1.0,
+    }
+    right = {
+        "evoprune": "0011" * 10,
+        "evoprune:encoder_budget=0.6": "0" * 40,
+        "evoprune:choice=evs": "1" * 40,
+        "evs": "1" * 40,
+    }
+    made = []
+    for sample in samples(right | {"pool": "0011" * 10, "dart": "0" * 40}):
+        camera = "static" if int(sample["video"][1:]) % 2 else "panning"
+        made.append(sample | {"tflop_3b": costs[sample["method"]], "groups": [camera]})
+    matches = equal_cost(Outcome("", {"rows": score_rows(made)}, [*made, {"video": "v0", "error": {}}]))
+    assert [(m.other["method"], m.ours and m.ours["method"]) for m in matches] == [
+        ("pool", "evoprune:encoder_budget=0.6"), ("evs", "evoprune"), ("dart", None)
+    ]  # fmt: skip
+    assert matches[0].differences["all"][0] == -0.5 and matches[0].differences["panning"] == (0, 0, 0)
+    assert matches[0].differences["static"] == (-1, -1, -1) and set(matches[1].differences) == {
+        "all",
+        "static",
+        "panning",
+    }
+    assert matches[1].differences["all"][0] == -0.5 and matches[2].differences == {}
+    lines = document(
+        [Outcome("x", outcome("x", RIGHT).document | {"rows": score_rows(made)}, made)], (), "", ""
+    ).splitlines()
+    row = next(line for line in lines if line.startswith("| `pool"))
+    assert (
+        row.startswith("| `pool -b 0.5` | 9 | 50.0 (") and "| `evoprune:encoder_budget=0.6 -b 0.5` | 3 | 0.0 (" in row
+    )
+    assert row.endswith("| -100.0 (-100.0 to -100.0) | tie +0.0 (+0.0 to +0.0) |")
+    assert next(line for line in lines if line.startswith("| `dart")).endswith(" | all cost more |  |  |  |  |  |")
+
+
+def test_the_chart():
+    outcomes = [outcome(name, RIGHT, (0.5, 0.1)) for name in ("one", "two")]
+    root = ElementTree.fromstring(chart(outcomes, (0.5, 0.1)))
+    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    for word in (*RIGHT, "-b 0.5", "-b 0.1", "full", "one", "two"):
+        assert words.count(word) == 1
+    at = {element.text: float(element.get("y")) for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert sorted(RIGHT, key=at.get) == ["random", "dart", "evs", "pool", "mmr"]
+    dots = [(float(e.get("cx")), float(e.get("cy"))) for e in root.iter("{http://www.w3.org/2000/svg}circle")]
+    assert len(dots) == 2 * 2 * 5 + 2  # and the legend's
+    for name in RIGHT:  # in every panel two dots near its row
+        assert sum(abs(y + 4 - at[name]) < 6 for _, y in dots[: 2 * 2 * 5]) == 4
+    best, worst = (max(x for x, y in dots[:10] if abs(y + 4 - at[name]) < 6) for name in ("random", "mmr"))
+    assert best > worst + 200
+
+
+@pytest.fixture
+def asked(saved, tmp_path, monkeypatch):
+    """The command on the tiny model, two clips, and three rows."""
+    names = ["random", "evs", "evoprune:choice=cdpruner"]
+    monkeypatch.setattr(comparison, "compared", lambda: names)
+    table, picture = tmp_path / "table.md", tmp_path / "chart.svg"
+    files = ["-o", tmp_path / "runs", "--table", table, "--chart", picture]
+    args = ["--model", saved, "-b", "0.5", "--limit", "2", "--split", "validation", *files]
+    return names, [*map(str, args)], table, picture
+
+
+def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
+    names, args, table, picture = asked
+    shown, real = [], VideoQA.encode
+
+    def encode(self, path, **more):
+        if len(shown) == 6:
+            shown.append(None)
+            raise KeyboardInterrupt
+        shown.append(self.method_name)
+        return real(self, path, **more)
+
+    monkeypatch.setattr(VideoQA, "encode", encode)
+    with pytest.raises(KeyboardInterrupt):  # in the second clip
+        main(args)
+    assert not table.exists() and not picture.exists()
+    main(args)
+    assert len(shown) == 6 + 1 + 5  # the first clip is not shown again
+    text = table.read_text()
+    in_short, at_half = (text.split(heading)[1].split("\n#")[0] for heading in ("## In short\n", "### `-b 0.5`\n"))
+    assert at_half.count("| best |") == 1 and all(at_half.count(f"| `{name}` |") == 1 for name in names)
+    assert all(in_short.count(f"| `{name}` |") == (":" not in name) for name in names)  # without the variants
+    assert "of 2 clips" in text and "-b 0.5" in text and "(chart.svg)" in text and "2 of 2" in text
+    ElementTree.fromstring(picture.read_text())
+    before = text
+    main(args)  # nothing is left to be done
+    assert len(shown) == 12 and table.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["-b", "2"], "budget '2'"), (["-b", "1"], "shares below 1"), (["--limit", "0"], "one or more"),
+        (["--table", "nowhere/a.md"], "cannot write"), (["--split", "magic"], "invalid choice"),
+        (["--model", "/no/such"], "no/such"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(asked, capsys, more, told):
+    _, args, table, _ = asked
+    with pytest.raises(SystemExit) as left:
+        main([*args[2:], *more] if more[0] == "--model" else [*args, *more])
+    assert left.value.code in (2, 4) and told in capsys.readouterr().err and not table.exists()
+
+
+def test_rows_of_one_budget_do_not_mix_with_others():
+    for budget, other in product((0.5, 0.25), repeat=2):
+        found = outcome("m", {"pool": "1100"}, (budget, other) if budget != other else (budget,))
+        assert [row["budget"] for row in found.rows(budget)] == [budget]

@@ -1,0 +1,569 @@
+"""Somebody's own model, pruning: `generate` and `forward` on a processor's inputs, whatever is asked of them.
+
+What a shortened prompt gives is compared with the stock model on the whole prompt, in which the dropped columns are masked: to
+attention that is the same, and none of this project's bookkeeping takes part in it.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    set_seed,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import evoprune
+from evoprune.huggingface.cluster_bias import counting
+from tests.prompts import processed
+from tests.tiny import tiny_model
+
+ONE = [(5, ("video", 4, 8, 12), 7)]
+PROMPTS = {
+    "one video": ONE,
+    "video first": [(("video", 2, 4, 6), 3)],
+    "two videos": [(5, ("video", 4, 8, 12), 3, ("video", 2, 4, 8), 7)],
+    "picture and video": [(5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7, ("image", 4, 4), 1)],
+    "batch": [(5, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 9, ("video", 1, 4, 4), 2)],
+    "long video": [(5, ("video", 8, 4, 4), 7)],  # more grids than units to a side
+    "batch with text and a picture": [(5, ("video", 4, 8, 12), 7), (12,), (3, ("image", 4, 8), 4)],
+}
+SETTINGS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.9, "top_p": 0.9},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "several beams": {"num_beams": 4, "num_return_sequences": 2},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 16},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "lengths of everything": {"max_new_tokens": None, "max_length": 138, "min_length": 136},
+    "config": {"generation_config": GenerationConfig(max_length=138, do_sample=False)},
+    "assistant": {"assistant_model": tiny_model(1)},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+ONE_ROW = ("assistant", "prompt lookup")
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+def model(request):
+    model = tiny_model(family=request.param)
+    # No padding id of a tokenizer stands at 0 here, where Hugging Face would not see it either.
+    model.generation_config.pad_token_id = 398
+    return model
+
+
+ONCE = {"method_args": {"count": "0"}}  # every token counts once, as in a model of whose columns some are masked
+
+
+def generated(model, inputs, **settings):
+    set_seed(3)
+    if "generation_config" not in settings:
+        settings = {"max_new_tokens": 8, "do_sample": False} | settings
+    return model.generate(**inputs, **settings)
+
+
+def pruned(model, inputs, budget, positions="host", how=ONCE, **settings):
+    with evoprune.EvoPrune(budget=budget, positions=positions, **how)(model) as run:
+        return generated(model, inputs, **settings), run
+
+
+def encoded(model, inputs, budget, how=ONCE):
+    return evoprune.encode(
+        model,
+        inputs["pixel_values_videos"],
+        inputs["video_grid_thw"],
+        budget=budget,
+        seconds_per_grid=seconds_of(inputs),
+        **how,
+    )
+
+
+def seconds_of(inputs):
+    """Qwen2-VL is told of none."""
+    seconds = inputs.get("second_per_grid_ts")
+    return [1.0] * len(inputs["video_grid_thw"]) if seconds is None else seconds.tolist()
+
+
+def masked(model, inputs, made):
+    """The whole prompt, features where units were kept, and a mask without the columns of those that were not."""
+    video = inputs["input_ids"] == model.config.video_token_id
+    features = torch.full((len(made.owner), made.features.shape[1]), 7.0)
+    features[made.kept] = made.features.clone()
+    dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
+    sizes = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
+    call = {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "video_grid_thw")}
+    known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
+    call["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
+    call["attention_mask"] = inputs["attention_mask"].masked_fill(
+        torch.zeros_like(video).masked_scatter(video, dropped), 0
+    )
+    call["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features.split(sizes))}
+    if "pixel_values" in call:
+        pictures = model.get_image_features(call.pop("pixel_values"), call.pop("image_grid_thw"))
+        call["mm_encoder_outputs"]["image"] = pictures
+    return call
+
+
+def counts_of(model, inputs, made):
+    """As how many columns each of the whole prompt counts."""
+    if made.counts is None:
+        return None
+    video = inputs["input_ids"] == model.config.video_token_id
+    units = torch.ones(len(made.owner)).index_copy(0, made.kept, made.counts)
+    return torch.ones(video.shape).masked_scatter(video, units)
+
+
+def cases():
+    for prompt, rows in PROMPTS.items():
+        yield prompt, "left", "greedy"
+        if len(rows) > 1:
+            yield prompt, "right", "greedy"
+    for settings in SETTINGS:
+        yield "one video", "left", settings
+        if settings not in ONE_ROW:
+            yield "batch", "left", settings
+
+
+@pytest.mark.parametrize(("prompt", "side", "settings"), [*dict.fromkeys(cases())])
+def test_full_budget_is_the_models_own(model, prompt, side, settings):
+    inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]
+    expected = generated(model, inputs, **settings)
+    out, run = pruned(model, inputs, 1.0, **settings)
+    assert torch.equal(out, expected)
+    assert run.report.pruning.kept_ratio == 1
+
+
+@pytest.mark.parametrize("how", [ONCE, {}], ids=["once", "as often as the units"])
+@pytest.mark.parametrize(("prompt", "side", "settings"), [*dict.fromkeys(cases())])
+def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, side, settings, how):
+    inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]
+    made = encoded(model, inputs, 0.2, how)
+    with counting(model, counts_of(model, inputs, made)):
+        expected = generated(model, masked(model, inputs, made), **settings)
+    out, run = pruned(model, inputs, 0.2, how=how, **settings)
+    assert torch.equal(out, expected)
+    assert torch.equal(
+        out[:: len(out) // len(inputs["input_ids"]), : inputs["input_ids"].shape[1]], inputs["input_ids"]
+    )
+    assert run.report.pruning.visual_tokens_kept == len(made.kept) < len(made.owner)
+
+
+def test_nothing_that_is_pruned_is_read(model):
+    """The budget buys shorter prompts, not masks; also where a batch was padded."""
+    seen = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    inputs = processed(model, (5, ("video", 4, 8, 12), 7), (4, ("video", 2, 4, 4), 7), (3,))
+    try:
+        out, run = pruned(model, inputs, 0.25, max_new_tokens=2)
+    finally:
+        hook.remove()
+    assert inputs["input_ids"].shape == (3, 110) and out.shape == (3, 112)
+    assert seen == [(3, 14 + 24, 64), (3, 1, 64)]
+    assert run.columns.index.shape == (3, 38)
+
+
+def test_what_is_padded_and_what_is_not_gives_the_same(model):
+    """Each prompt of a batch as if it were alone."""
+    rows = PROMPTS["batch"]
+    for budget in (1.0, 0.2):
+        inputs = processed(model, *rows)
+        out, _ = pruned(model, inputs, budget)
+        first = 0
+        for row, parts in enumerate(rows):
+            videos = sum(isinstance(part, tuple) for part in parts)
+            patches = inputs["video_grid_thw"].prod(-1)
+            start, size = int(patches[:first].sum()), int(patches[first : first + videos].sum())
+            used = inputs["attention_mask"][row].bool()
+            alone = {
+                "input_ids": inputs["input_ids"][row, None, used],
+                "attention_mask": inputs["attention_mask"][row, None, used],
+                "mm_token_type_ids": inputs["mm_token_type_ids"][row, None, used],
+                "pixel_values_videos": inputs["pixel_values_videos"][start : start + size],
+                "video_grid_thw": inputs["video_grid_thw"][first : first + videos],
+            }
+            if "second_per_grid_ts" in inputs:
+                alone["second_per_grid_ts"] = inputs["second_per_grid_ts"][first : first + videos]
+            assert torch.equal(pruned(model, alone, budget)[0][0, -8:], out[row, -8:])
+            first += videos
+
+
+@pytest.mark.parametrize("left_out", ["mm_token_type_ids", "second_per_grid_ts", "attention_mask"])
+@pytest.mark.parametrize("prompt", ["one video", "batch"])
+def test_inputs_of_other_processors(model, prompt, left_out):
+    """Older ones have no token types, some no seconds; who has no mask leaves it to the model."""
+    inputs = processed(model, *PROMPTS[prompt])
+    inputs.pop(left_out, None)
+    assert torch.equal(pruned(model, inputs, 1.0)[0], generated(model, inputs))
+    assert pruned(model, inputs, 0.2)[0].shape == generated(model, inputs).shape
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.2])
+def test_the_least_length_counts_the_whole_prompt(model, budget):
+    """A model that wants to end at once, as soon as it may."""
+    inputs = processed(model, *ONE)
+    length = inputs["input_ids"].shape[1]
+    model_ends = [lambda ids, scores: scores + 1e4 * torch.nn.functional.one_hot(torch.tensor(7), scores.shape[1])]
+    settings = {"eos_token_id": 7, "logits_processor": LogitsProcessorList(model_ends)}
+    for least in (0, length + 4):
+        out, _ = pruned(model, inputs, budget, min_length=least, **settings)
+        assert out.shape == generated(model, inputs, min_length=least, **settings).shape
+        assert out.shape[1] == max(length, least) + 1
+
+
+def test_no_mask_is_made_of_padding_that_is_an_end(model):
+    inputs = processed(model, *PROMPTS["batch"])
+    del inputs["attention_mask"]
+    for end in ({"eos_token_id": [398, 2]}, {"pad_token_id": None, "eos_token_id": 398}, {"pad_token_id": 3}):
+        assert torch.equal(pruned(model, inputs, 1.0, **end)[0], generated(model, inputs, **end))
+
+
+def test_seconds_may_be_a_list_and_ids_the_first_argument(model):
+    inputs = processed(model, *PROMPTS["two videos"])
+    expected, _ = pruned(model, inputs, 0.2)
+    if "second_per_grid_ts" in inputs:
+        inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].tolist()
+    ids = inputs.pop("input_ids")
+    with evoprune.EvoPrune(budget=0.2, **ONCE)(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **inputs), expected)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_positions_that_are_given_are_taken(model, rows):
+    inputs = processed(model, *ONE)
+    ids = inputs["input_ids"]
+    plain = torch.arange(ids.shape[1])[None]
+    rope, _ = model.model.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel")})
+    given = {2: plain, 3: 3 * rope, 4: torch.cat([plain[None], 3 * rope])}[rows]
+    inputs["position_ids"] = given
+    assert torch.equal(pruned(model, inputs, 1.0)[0], generated(model, inputs))
+    made = encoded(model, inputs, 0.3)
+    expected = masked(model, inputs, made) | {"position_ids": given}
+    out, run = pruned(model, inputs, 0.3)
+    assert torch.equal(out, generated(model, expected)) and run.report.pruning.positions == "given"
+
+
+def test_all_that_generate_returns(model):
+    inputs = processed(model, *PROMPTS["batch"])
+    wish = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "num_beams": 2}
+    expected = generated(model, masked(model, inputs, encoded(model, inputs, 0.3)), **wish)
+    out, _ = pruned(model, inputs, 0.3, **wish)
+    assert torch.equal(out.sequences, expected.sequences) and torch.equal(out.beam_indices, expected.beam_indices)
+    for name in ("scores", "logits"):
+        for mine, theirs in zip(getattr(out, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    scores = [model.compute_transition_scores(x.sequences, x.scores, x.beam_indices) for x in (out, expected)]
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+
+
+class Seen(LogitsProcessor, StoppingCriteria):
+    def __init__(self):
+        self.ids = []
+
+    def __call__(self, input_ids, scores):
+        self.ids.append(input_ids.clone())
+        return scores if isinstance(scores, torch.Tensor) else torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def put(self, value):
+        self.ids.append(value)
+
+    def end(self):
+        self.ids.append(None)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_whoever_is_shown_ids_sees_the_whole_prompt(model, beams):
+    inputs, seen = processed(model, *PROMPTS["batch"]), [Seen() for _ in range(3)]
+    settings = {
+        "logits_processor": LogitsProcessorList([seen[0]]),
+        "stopping_criteria": StoppingCriteriaList([seen[1]]),
+        "prefix_allowed_tokens_fn": lambda row, ids: seen[2].ids.append((row, ids)) or list(range(100)),
+        "num_beams": beams,
+    }
+    whole, width = inputs["input_ids"], inputs["input_ids"].shape[1]
+    out, _ = pruned(model, inputs, 0.2, **settings)
+    for one in seen[:2]:
+        assert len(one.ids) == 8
+        for step, ids in enumerate(one.ids):
+            assert torch.equal(ids[:, :width], whole.repeat_interleave(len(ids) // 2, 0))
+            assert ids.shape[1] == width + step + (one is seen[1])
+    assert all(torch.equal(ids[:width], whole[row]) for row, ids in seen[2].ids)
+    assert [row for row, _ in seen[2].ids[: 2 * beams]] == [0] * beams + [1] * beams
+    assert int(out[:, width:].max()) < 100
+    assert settings["logits_processor"] == [seen[0]]
+
+
+def test_a_streamer_gets_the_whole_prompt_and_then_tokens(model):
+    inputs, seen, stock = processed(model, *ONE), Seen(), Seen()
+    generated(model, inputs, streamer=stock)
+    pruned(model, inputs, 1.0, streamer=seen)
+    assert len(seen.ids) == len(stock.ids) == 10 and seen.ids[-1] is stock.ids[-1] is None
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(seen.ids[:-1], stock.ids[:-1], strict=True))
+    pruned(model, inputs, 0.2, streamer=(short := Seen()))
+    assert torch.equal(short.ids[0], inputs["input_ids"])
+
+
+@pytest.mark.parametrize("prompt", ["one video", "batch", "long video"])
+def test_qwens_positions(model, prompt):
+    """The same on the whole prompt, at positions counted by hand."""
+    inputs = processed(model, *PROMPTS[prompt], seconds=9.0)
+    made = encoded(model, inputs, 0.3)
+    call = masked(model, inputs, made)
+    timed = "second_per_grid_ts" in inputs  # Qwen2-VL counts grids
+    steps = [seconds * 2 if timed else 1 for seconds in seconds_of(inputs)]
+    grids, first = inputs["video_grid_thw"].tolist(), 0
+    for row, parts in enumerate(PROMPTS[prompt]):
+        at, column = 0, int((inputs["attention_mask"][row] == 0).sum())
+        for part in parts:
+            if isinstance(part, int):
+                call["position_ids"][1:, row, column : column + part] = torch.arange(at, at + part)
+                at, column = at + part, column + part
+                continue
+            call["position_ids"][1:, row, column] = at
+            t, h, w = grids[first]
+            for unit in range(t * h * w // 4):
+                grid, place = divmod(unit, h * w // 4)
+                where = (int(grid * steps[first]), place // (w // 2), place % (w // 2))
+                call["position_ids"][1:, row, column + 1 + unit] = torch.tensor(where) + at + 1
+            at += 1 + max(int((t - 1) * steps[first]) + 1, h // 2, w // 2)
+            column += t * h * w // 4 + 1
+            call["position_ids"][1:, row, column] = at
+            at, column, first = at + 1, column + 1, first + 1
+    out, run = pruned(model, inputs, 0.3, positions="qwen")
+    assert torch.equal(out, generated(model, call)) and run.report.pruning.positions == "qwen"
+    logits = []
+    for positions in ("host", "qwen"):
+        with evoprune.EvoPrune(budget=0.3, positions=positions, **ONCE)(model), torch.no_grad():
+            logits.append(model(**inputs).logits[:, -1])
+    # Without a clock the two rules part only where a video has more grids than units to a side.
+    assert torch.equal(*logits) == (not timed and prompt != "long video")
+
+
+@pytest.mark.parametrize("positions", ["host", "qwen"])
+def test_a_clock_for_a_model_that_has_none(positions):
+    """It is for the method alone then: Qwen2-VL's positions do not know of it."""
+    model = tiny_model(family="qwen2_vl")
+    inputs = processed(model, *ONE)
+    seconds = {"second_per_grid_ts": torch.tensor([0.25])}
+    with evoprune.EvoPrune(budget=1.0, positions=positions)(model) as run, torch.no_grad():
+        assert torch.equal(model(**inputs, **seconds).logits, model(**inputs).logits)
+        assert run.report.sampling.seconds_per_grid is None
+        model.generate(**inputs, **seconds, max_new_tokens=1)
+        assert run.report.sampling.seconds_per_grid == 0.25
+
+
+def talk(model, inputs, further, **settings):
+    """Two turns on one cache, the second with all ids and a mask for them; or with the new ids only."""
+    first = generated(model, inputs, return_dict_in_generate=True, **settings)
+    ids = torch.cat([first.sequences, further], 1)
+    more = torch.ones(len(ids), ids.shape[1] - inputs["attention_mask"].shape[1], dtype=torch.int64)
+    mask = torch.cat([inputs["attention_mask"].repeat_interleave(len(ids) // len(inputs["input_ids"]), 0), more], 1)
+    return first, ids, mask
+
+
+@pytest.mark.parametrize("prompt", ["one video", "batch", "picture and video"])
+@pytest.mark.parametrize("budget", [1.0, 0.2])
+def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
+    inputs, further = processed(model, *PROMPTS[prompt]), torch.arange(10, 16)
+    further = further.expand(len(inputs["input_ids"]), -1)
+    made = encoded(model, inputs, budget)
+    call = masked(model, inputs, made)
+    first, ids, mask = talk(model, call, further)
+    delta = model.model.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel")})[1]
+    numbers = torch.cat([inputs["attention_mask"], mask[:, inputs["attention_mask"].shape[1] :]], 1).cumsum(1) - 1
+    second = {"input_ids": ids, "attention_mask": mask, "position_ids": (numbers + delta).expand(3, -1, -1)}
+    expected = generated(model, second, past_key_values=first.past_key_values)
+    with evoprune.EvoPrune(budget=budget, **ONCE)(model):
+        first, ids, mask = talk(model, inputs, further)
+        kept = copy.deepcopy(first.past_key_values)
+        out = generated(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+        assert torch.equal(out, expected)
+        types = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(mask)], 1)[:, : mask.shape[1]]
+        usual = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+        usual |= {name: inputs[name] for name in inputs if name.endswith("_thw")}
+        assert torch.equal(generated(model, usual, past_key_values=copy.deepcopy(kept)), expected)
+        # Only what is new, where the mask says how much there was; one token was generated and is not in the cache yet.
+        new = ids[:, first.sequences.shape[1] - 1 :]
+        out = generated(model, {"input_ids": new, "attention_mask": mask}, past_key_values=kept)
+        assert torch.equal(out, torch.cat([new, expected[:, ids.shape[1] :]], 1))
+    if budget == 1.0:
+        first, ids, mask = talk(model, inputs, further)
+        stock = generated(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+        assert torch.equal(stock, expected)
+
+
+def test_many_questions_to_one_prefix(model):
+    """A prompt is read once, up to the question; copies of its cache, and one that was cut back, answer like fresh prompts."""
+    inputs = processed(model, (5, ("video", 4, 8, 12), 1))
+    with evoprune.EvoPrune(budget=0.2)(model), torch.no_grad():
+        prefix = model(**inputs, past_key_values=DynamicCache(config=model.config.text_config)).past_key_values
+        used = copy.deepcopy(prefix)
+        for question in (torch.arange(20, 26), torch.arange(40, 43), torch.arange(30, 35)):
+            ids = torch.cat([inputs["input_ids"], question[None]], 1)
+            whole = dict(inputs, input_ids=ids, attention_mask=torch.ones_like(ids))
+            whole["mm_token_type_ids"] = torch.cat(
+                [inputs["mm_token_type_ids"], torch.zeros(1, len(question))], 1
+            ).long()
+            expected = generated(model, whole)
+            text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            assert torch.equal(generated(model, text, past_key_values=copy.deepcopy(prefix)), expected)
+            assert torch.equal(generated(model, text, past_key_values=used), expected)
+            used.crop(prefix.get_seq_length() - used.get_seq_length())
+
+
+def test_a_cache_that_is_cut_inside_the_prompt(model):
+    """Back to before the last words, which can be said again, or others; or to before the video."""
+    inputs = processed(model, (5, ("video", 4, 8, 12), 7))
+    ids = inputs["input_ids"]
+    with evoprune.EvoPrune(budget=0.2)(model), torch.no_grad():
+        expected = generated(model, inputs)
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache.crop(-3)
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(generated(model, text, past_key_values=copy.deepcopy(cache)), expected)
+        other = torch.cat([ids[:, :-3], torch.tensor([[50, 51, 52, 53, 54]])], 1)
+        fresh = dict(inputs, input_ids=other, attention_mask=torch.ones_like(other))
+        fresh["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 2))
+        text = {"input_ids": other, "attention_mask": torch.ones_like(other)}
+        assert torch.equal(generated(model, text, past_key_values=copy.deepcopy(cache)), generated(model, fresh))
+        cache.crop(5 - cache.get_seq_length())
+        other = torch.cat([ids[:, :5], torch.tensor([[50, 51, 52, 53, 54]])], 1)
+        text = {"input_ids": other, "attention_mask": torch.ones_like(other)}
+        assert torch.equal(generated(model, text, past_key_values=cache), generated(model, text))
+
+
+def test_a_cache_that_was_emptied_knows_nothing(model):
+    inputs = processed(model, *ONE)
+    text = {"input_ids": torch.arange(10, 30)[None], "attention_mask": torch.ones(1, 20, dtype=torch.int64)}
+    cache = StaticCache(model.config.text_config, max_cache_len=200)
+    with evoprune.EvoPrune(budget=0.2)(model):
+        generated(model, inputs, past_key_values=cache)
+        cache.reset()
+        first = generated(model, text, past_key_values=cache)
+        more = torch.cat([first, torch.tensor([[1, 2, 3]])], 1)
+        second = generated(model, {"input_ids": more, "attention_mask": torch.ones_like(more)}, past_key_values=cache)
+    assert torch.equal(second, generated(model, {"input_ids": more, "attention_mask": torch.ones_like(more)}))
+
+
+def loop(model, inputs, steps=6, **given):
+    """Greedy decoding by hand."""
+    out = model(**inputs, use_cache=True)
+    ids = [out.logits[:, -1:].argmax(-1)]
+    for step in range(1, steps):
+        out = model(
+            input_ids=ids[-1],
+            past_key_values=out.past_key_values,
+            **{name: make(inputs, step) for name, make in given.items()},
+        )
+        ids.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(ids, 1)
+
+
+def whole_mask(inputs, step):
+    return torch.nn.functional.pad(inputs["attention_mask"], (0, step), value=1)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.2])
+@pytest.mark.parametrize("prompt", ["one video", "batch"])
+def test_a_loop_by_hand(model, prompt, budget):
+    inputs = processed(model, *PROMPTS[prompt])
+    call = masked(model, inputs, encoded(model, inputs, budget))
+    delta = model.model.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel")})[1]
+
+    def mask(_, step):
+        return torch.nn.functional.pad(call["attention_mask"], (0, step), value=1)
+
+    def at(_, step):
+        return (inputs["attention_mask"].sum(1, keepdim=True) + step - 1 + delta).expand(3, -1, -1)
+
+    with torch.no_grad():
+        expected = loop(model, call, attention_mask=mask, position_ids=at)
+        with evoprune.EvoPrune(budget=budget, **ONCE)(model):
+            assert torch.equal(loop(model, inputs, attention_mask=whole_mask), expected)
+            if prompt == "one video":
+                assert torch.equal(loop(model, inputs), expected)
+        if prompt == "one video" and budget == 1.0:
+            assert torch.equal(loop(model, inputs), expected)
+
+
+@pytest.mark.parametrize("prompt", ["one video", "batch", "picture and video"])
+@pytest.mark.parametrize("budget", [1.0, 0.2])
+def test_logits_and_loss_of_a_call(model, prompt, budget):
+    inputs = processed(model, *PROMPTS[prompt], side="right")
+    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
+    labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    call = masked(model, inputs, encoded(model, inputs, budget))
+    call["position_ids"] = call["position_ids"][1:]
+    with torch.no_grad():
+        expected = model(**call).logits
+        with evoprune.EvoPrune(budget=budget, **ONCE)(model) as run:
+            out = model(**inputs, labels=labels)
+            last = model(**inputs, logits_to_keep=3).logits
+            again = model(inputs.pop("input_ids"), inputs.pop("attention_mask"), return_dict=False, **inputs)
+    torch.testing.assert_close(again[0], out.logits)
+    torch.testing.assert_close(last, out.logits[:, -3:])
+    total, tokens = 0.0, 0
+    for row, index in enumerate(run.columns.index):
+        used = index >= 0
+        used[used.clone()] &= call["attention_mask"][row, index[used]] > 0
+        torch.testing.assert_close(out.logits[row, used], expected[row, index[used]], atol=1e-4, rtol=1e-4)
+        for column, after in zip(index[used][:-1], index[used][1:], strict=True):
+            if labels[row, after] >= 0:
+                total -= float(expected[row, column].log_softmax(-1)[labels[row, after]])
+                tokens += 1
+    assert out.loss.item() == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_the_language_model(checkpointing):
+    model = tiny_model().train()
+    model.model.visual.requires_grad_(False)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    inputs = processed(model, *PROMPTS["batch"])
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    expected = gradients()
+    with evoprune.EvoPrune(budget=1.0)(model):
+        mine = gradients()
+    with evoprune.EvoPrune(budget=0.2)(model):
+        fewer = gradients()
+    assert mine.keys() == expected.keys() == fewer.keys() and len(mine) > 20
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_tower_in_training_is_refused():
+    model = tiny_model().train()
+    inputs = processed(model, *ONE)
+    with evoprune.EvoPrune(budget=0.2)(model):
+        with pytest.raises(evoprune.UsageError, match="no gradients") as caught:
+            model(**inputs)
+        assert "requires_grad_(False)" in caught.value.hint
+        generated(model, inputs)
+        model.eval()
+        with pytest.raises(evoprune.UsageError, match="no gradients"):
+            model(**inputs | {"pixel_values_videos": inputs["pixel_values_videos"].requires_grad_()})
+
+
+def test_calls_without_a_video_are_the_models_own(model):
+    inputs = processed(model, (4, ("image", 8, 8), 5))
+    text = {"input_ids": torch.arange(10, 30)[None]}
+    expected = [generated(model, x) for x in (inputs, text)]
+    with evoprune.EvoPrune(budget=0.1)(model) as run:
+        made = [generated(model, x) for x in (inputs, text)]
+    assert all(torch.equal(*pair) for pair in zip(made, expected, strict=True))
+    assert run.columns is None and run.report.pruning.visual_tokens_in is None

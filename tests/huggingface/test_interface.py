@@ -1,0 +1,144 @@
+"""What evoprune/host.py relies on, held against the transformers that is installed.
+
+Where this fails, a release has changed something: read the new code before changing the line that fails here.
+"""
+
+import inspect
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
+
+from evoprune.huggingface import interface
+from evoprune.huggingface.cluster_bias import counting
+from tests.prompts import processed
+from tests.tiny import tiny_model
+
+FORWARD = [
+    "self", "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
+    "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_token_type_ids", "second_per_grid_ts",
+    "logits_to_keep", "mm_encoder_outputs", "kwargs",
+]  # fmt: skip
+GENERATE = [
+    "self", "inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
+    "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "kwargs",
+]  # fmt: skip
+# Qwen2-VL's have what Qwen2.5-VL's have, but for the seconds.
+QWEN2_VL = {
+    Qwen2_5_VLForConditionalGeneration.forward: Qwen2VLForConditionalGeneration.forward,
+    Qwen2_5_VLForConditionalGeneration.generate: Qwen2VLForConditionalGeneration.generate,
+    Qwen2_5_VLForConditionalGeneration.get_image_features: Qwen2VLForConditionalGeneration.get_image_features,
+    Qwen2_5_VLForConditionalGeneration.get_video_features: Qwen2VLForConditionalGeneration.get_video_features,
+    Qwen2_5_VLForConditionalGeneration._prepare_position_ids_for_generation: (
+        Qwen2VLForConditionalGeneration._prepare_position_ids_for_generation
+    ),
+    modeling.Qwen2_5_VLModel.compute_3d_position_ids: qwen2.Qwen2VLModel.compute_3d_position_ids,
+    modeling.Qwen2_5_VLModel.get_rope_index: qwen2.Qwen2VLModel.get_rope_index,
+}
+SIGNATURES = {
+    Qwen2_5_VLForConditionalGeneration.forward: FORWARD,
+    Qwen2_5_VLForConditionalGeneration.generate: GENERATE,
+    Qwen2_5_VLForConditionalGeneration.get_image_features: ["self", "pixel_values", "image_grid_thw", "kwargs"],
+    Qwen2_5_VLForConditionalGeneration.get_video_features: ["self", "pixel_values_videos", "video_grid_thw", "kwargs"],
+    Qwen2_5_VLForConditionalGeneration._prepare_position_ids_for_generation: ["self", "inputs_tensor", "model_kwargs"],
+    GenerationMixin.prepare_inputs_for_generation: [
+        "self", "input_ids", "next_sequence_length", "past_key_values", "attention_mask", "inputs_embeds",
+        "is_first_iteration", "kwargs",
+    ],
+    modeling.Qwen2_5_VLModel.compute_3d_position_ids: [
+        "self", "input_ids", "image_grid_thw", "video_grid_thw", "inputs_embeds", "attention_mask", "past_key_values",
+        "second_per_grid_ts", "mm_token_type_ids",
+    ],
+    modeling.Qwen2_5_VLModel.get_rope_index: [
+        "self", "input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
+        "attention_mask", "kwargs",
+    ],
+    Cache.get_seq_length: ["self", "layer_idx"],
+    Cache.get_mask_sizes: ["self", "query_length", "layer_idx"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signatures(function):
+    assert list(inspect.signature(function).parameters) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("function", QWEN2_VL, ids=lambda function: function.__qualname__)
+def test_signatures_of_qwen2_vl(function):
+    given = set(inspect.signature(QWEN2_VL[function]).parameters)
+    assert given == set(SIGNATURES[function]) - {"second_per_grid_ts"}
+
+
+def test_every_argument_for_vision_is_known():
+    """One that came with a release would reach the model beside what was encoded here."""
+    vision = [name for name in FORWARD if name.startswith(("pixel", "image", "video", "second"))]
+    assert sorted(vision) == sorted(interface.VISION_INPUTS)
+    assert {interface.ENCODED, *interface.PER_COLUMN} < set(FORWARD)
+
+
+def test_generate_goes_by_what_is_encoded_already():
+    """Features that are not as many as the grids say, and positions in four rows, are taken as they are."""
+    model = tiny_model()
+    inputs = processed(model, (5, ("video", 1, 4, 4), 3))
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    features = torch.arange(128.0).view(2, 64)
+    ids = torch.cat([inputs["input_ids"][:, :8], inputs["input_ids"][:, 10:]], 1)
+    positions = torch.stack([torch.arange(12), *torch.arange(36).view(3, 12)])[:, None]
+    out = modeling.BaseModelOutputWithPooling(pooler_output=[features])
+    model.generate(ids, position_ids=positions, mm_encoder_outputs={"video": out}, max_new_tokens=2, do_sample=False)
+    hook.remove()
+    assert torch.equal(seen[0]["inputs_embeds"][0, 6:8], features)
+    assert torch.equal(seen[0]["position_ids"], positions)
+    assert seen[1]["position_ids"].flatten().tolist() == [12, 12, 24, 36]
+
+
+def test_a_generation_setting_is_found_where_generate_finds_it():
+    model = tiny_model()
+    model.generation_config.max_length, model.generation_config.pad_token_id = 50, None
+    model.generation_config.eos_token_id = [7, 8]
+    config = type(model.generation_config)(max_length=40)
+    assert interface.setting(model, {}, "max_length") == 50
+    assert interface.setting(model, {"generation_config": config}, "max_length") == 40
+    assert interface.setting(model, {"generation_config": config, "max_length": 30}, "max_length") == 30
+    assert interface.setting(model, {"generation_config": type(config)()}, "max_length") == 50
+    assert interface.pad_id(model, {}) == 7 and interface.pad_id(model, {"pad_token_id": 3}) == 3
+
+
+def test_attention_is_called_by_these_names():
+    model, seen = tiny_model(), []
+    layers = interface.attention_layers(model)
+    hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call), with_kwargs=True) for layer in layers]
+    model(input_ids=torch.arange(10, 15)[None], use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(layers) == model.config.text_config.num_hidden_layers
+    for attention, args, call in seen:
+        assert not args and {"hidden_states", "attention_mask", "past_key_values"} <= call.keys()
+        assert isinstance(attention.layer_idx, int)
+        assert call["past_key_values"].get_mask_sizes(3, attention.layer_idx)[0] >= 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_adds_a_mask_of_numbers(attention):
+    """A column that counts twice is one that stands there twice; and when all is done no hook is left."""
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    assert interface.takes_numbers(model)
+    embeds = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    twice, at = embeds[:, [0, 1, 1, 2, 3]], torch.tensor([0, 1, 1, 2, 3])
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    seen[1, 2] = True  # the two see each other, as each sees itself as often as it counts
+    mask = torch.zeros(5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    with torch.no_grad():
+        expected = model.model.language_model(
+            inputs_embeds=twice, position_ids=at.expand(4, 1, -1), attention_mask=mask
+        ).last_hidden_state[:, [0, 1, 3, 4]]
+        with counting(model, torch.tensor([[1.0, 2.0, 1.0]])):
+            made = model.model.language_model(inputs_embeds=embeds, position_ids=torch.arange(4).expand(4, 1, -1))
+    torch.testing.assert_close(made.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    assert not any(layer._forward_pre_hooks for layer in interface.attention_layers(model))

@@ -1,0 +1,147 @@
+import copy
+import json
+
+import pytest
+
+from evoprune.model.config import parse_config
+from evoprune.pipeline.loading import BUNDLED_CONFIGS, DEMO_FOLDER
+from evoprune.profiling.reference import hugging_face_config
+
+NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
+
+
+def flat(content):
+    """The same numbers as the checkpoints on the hub write them: flat, under older names."""
+    text, vision = dict(content["text_config"]), dict(content["vision_config"])
+    rope = text.pop("rope_parameters")
+    vision["in_chans"] = vision.pop("in_channels")
+    flat = {k: v for k, v in content.items() if k not in ("text_config", "vision_config")}
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    return (
+        flat
+        | text
+        | {"model_type": "qwen2_5_vl", "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        | {"vision_config": vision}
+    )
+
+
+QWEN2_VL_2B = {  # as it stands on the hub, without what does not matter here
+    "model_type": "qwen2_vl",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 1536,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+}
+
+
+def test_qwen2_vl_under_the_same_names():
+    vision = parse_config(QWEN2_VL_2B).vision_config
+    assert (vision.hidden_size, vision.intermediate_size, vision.out_hidden_size) == (1280, 5120, 1536)
+    assert vision.fullatt_block_indexes == tuple(range(32)) and vision.tokens_per_second is None
+    back = hugging_face_config(parse_config(QWEN2_VL_2B))
+    assert back.model_type == "qwen2_vl" and back.vision_config.embed_dim == 1280
+    assert parse_config(back.to_dict()).vision_config == vision
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("embed_dim", 0, "not a whole number"),
+        ("num_heads", None, "has no num_heads"),
+        ("num_heads", 7, "does not divide into heads"),
+        ("hidden_size", 1280, "differ in size"),
+        ("hidden_act", "gelu", "only quick_gelu"),
+        ("mlp_ratio", 3.5, "not a whole number"),
+        ("embed_dim", None, "has no embed_dim"),
+    ],
+)
+def test_what_a_qwen2_vl_could_not_be(name, value, message):
+    content = QWEN2_VL_2B | {"vision_config": QWEN2_VL_2B["vision_config"] | {name: value}}
+    with pytest.raises(ValueError, match=message):
+        parse_config(content)
+
+
+def test_both_ways_to_write_it_mean_the_same():
+    new, old = parse_config(NEW), parse_config(flat(NEW))
+    assert old.vision_config == new.vision_config
+    assert old.tie_word_embeddings is new.tie_word_embeddings is True
+    assert old.text_config.rope_parameters["rope_theta"] == new.text_config.rope_parameters["rope_theta"]
+    assert old.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
+    for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "vocab_size"):
+        assert getattr(old.text_config, name) == getattr(new.text_config, name)
+
+
+@pytest.mark.parametrize("path", [*BUNDLED_CONFIGS.values(), DEMO_FOLDER / "config.json"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("form", [lambda content: content, flat], ids=["new", "old"])
+def test_numbers_are_those_that_transformers_reads(path, form):
+    from transformers import Qwen2_5_VLConfig
+
+    content = form(json.loads(path.read_text()))
+    config, theirs = parse_config(content), Qwen2_5_VLConfig.from_dict(copy.deepcopy(content))
+    for part in ("vision_config", "text_config"):
+        for name, value in vars(getattr(config, part)).items():
+            if name == "family":
+                continue
+            expected = getattr(getattr(theirs, part), name)
+            if isinstance(value, dict):
+                value, expected = ({k: d[k] for k in ("rope_theta", "mrope_section")} for d in (value, expected))
+            assert expected == (list(value) if isinstance(value, tuple) else value), name
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    back = hugging_face_config(config)
+    assert back.vision_config.to_dict() == {k: v for k, v in theirs.vision_config.to_dict().items() if k != "in_chans"}
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        ("text_config", "hidden_size", None, "has no hidden_size"),
+        ("text_config", "hidden_size", 0, "not a whole number"),
+        ("text_config", "hidden_size", True, "not a whole number"),
+        ("text_config", "vocab_size", 1.5, "not a whole number"),
+        ("text_config", "rms_norm_eps", "small", "not a positive number"),
+        ("text_config", "num_key_value_heads", 3, "key/value heads"),
+        ("text_config", "use_sliding_window", True, "sliding window"),
+        ("text_config", "hidden_act", "gelu", "activation"),
+        ("text_config", "rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn'"),
+        ("text_config", "rope_parameters", {"mrope_section": [1, 2, 3]}, "mrope_section"),
+        ("text_config", "rope_parameters", {"rope_theta": -1}, "rope_theta"),
+        ("vision_config", "spatial_merge_size", 3, "spatial_merge_size 3"),
+        ("vision_config", "out_hidden_size", 5, "differ in size"),
+        ("vision_config", "fullatt_block_indexes", [32], "layers that are not there"),
+        ("vision_config", "fullatt_block_indexes", 7, "not a list of layers"),
+        ("vision_config", "window_size", 100, "no whole number of units"),
+        ("vision_config", "num_heads", 7, "divide into heads"),
+    ],
+)
+def test_what_cannot_run_is_refused(where, name, value, message):
+    content = copy.deepcopy(NEW)
+    content[where][name] = value
+    with pytest.raises(ValueError, match=message):
+        parse_config(content)
+
+
+def test_parsing_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, evoprune.model.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,171 @@
+"""Memory: what is foretold, what is done where it is short, and that running out of it is always called by its name."""
+
+import os
+import resource
+
+import pytest
+import torch
+
+from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory
+from evoprune.model import memory
+from evoprune.model.machine import available_memory
+from evoprune.model.memory import memory_guard, working_memory
+from evoprune.pipeline import encoding
+from evoprune.pipeline.loading import describe_model, load_model
+from evoprune.pipeline.video_qa import VideoQA
+from tests.threads import one_thread  # noqa: F401
+
+CLIP = "samples/square.mp4"
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32")
+
+
+def raised_by_torch() -> BaseException:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        OSError(12, "Cannot allocate memory"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "torch",
+    ],
+    ids=repr,
+)
+def test_its_many_names(problem):
+    problem = raised_by_torch() if problem == "torch" else problem
+    assert is_out_of_memory(problem)
+    record = error_record(problem)
+    assert (record["code"], record["type"], record["stage"]) == (5, "out_of_memory", None) and LESS in record["hint"]
+    if not isinstance(problem, ImportError):
+        with pytest.raises(OutOfMemory, match=r"^out of memory in encode$") as caught, memory_guard("encode"):
+            raise problem
+        assert caught.value.stage == "encode" and caught.value.__cause__ is problem
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("shapes"), OSError(28, "No space"), KeyError(NO_MEMORY[0])], ids=repr)
+def test_other_problems_are_what_they_are(problem):
+    assert not is_out_of_memory(problem)
+    with pytest.raises(type(problem)) as caught, memory_guard("encode"):
+        raise problem
+    assert caught.value is problem
+
+
+def test_what_is_foretold_of_a_real_model():
+    """At 3B: a block in the tower is small, a whole video in it is not, and a long prompt costs on its own."""
+    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    few = working_memory(config, 4096, 512, 1024, 2)
+    assert 2**28 < few < GIB
+    assert working_memory(config, 4096, 4096, 1024, 2) > few + GIB
+    assert working_memory(config, 24_576, 512, 24_576, 2) > few + 2 * GIB
+    assert working_memory(config, 100, 10**9, 50, 2) == working_memory(
+        config, 100, 100, 50, 2
+    )  # no more than there are
+
+
+@pytest.mark.parametrize("where", ["limit", "group"])
+def test_memory_that_this_process_may_not_have_is_not_available(where, monkeypatch, tmp_path):
+    if available_memory("cpu") is None:
+        pytest.skip("this system does not tell")
+    if where == "limit":
+        pid = os.fork()
+        if pid == 0:
+            mapped = next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmSize")) * 1024  # noqa: SIM115
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**27, -1))
+            os._exit(0 if 2**25 < available_memory("cpu") <= 2**27 else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    else:
+        for name, text in (("max", "5000"), ("current", "7000"), ("stat", "inactive_file 100\n")):
+            (tmp_path / f"memory.{name}").write_text(text)
+        monkeypatch.setattr("evoprune.model.machine.CONTROL_GROUP", tmp_path)
+        assert available_memory("cpu") == -1900
+        assert "0.0 GiB are available" in memory.shortage(1, "cpu")
+
+
+def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
+    monkeypatch.setattr("evoprune.pipeline.loading._load_weights", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(OutOfMemory, match=r"^loading .* needs about 0.0 GiB of memory, and 0.0 GiB are ava") as caught:
+        load_model(str(saved), dtype="bf16")  # in the file they are fp32
+    assert (caught.value.stage, caught.value.exit_code) == ("load", 5) and "smaller model" in caught.value.hint
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
+    monkeypatch.setattr("evoprune.pipeline.loading.available_memory", lambda device: 10**5)
+    load_model(str(saved), dtype="fp32")  # they stay in the file
+
+
+def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2**26)
+    read = []
+    video = VideoQA(loaded, budget=0.5).prepare(CLIP, read=lambda *_, **__: read.append(1))
+    with pytest.raises(OutOfMemory, match=r"square.mp4 needs about 0\.\d GiB of memory, and 0.1 .*12 frames") as caught:
+        video.encode()
+    assert (caught.value.stage, caught.value.hint, read) == ("encode", LESS, [])
+    for knob in ("--frames", "-b", "--max-visual-tokens", "max_visual_tokens", "budget"):
+        assert knob in LESS
+
+
+def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
+    qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
+    per_grid, needed = 24, memory.working_memory
+
+    def encode(*args, chunk_units, **how):
+        used.append(chunk_units)
+        return real(*args, chunk_units=chunk_units, **how)
+
+    monkeypatch.setattr(encoding, "encode_rows", encode)
+    monkeypatch.setattr(encoding, "units_at_a_time", lambda device: 4 * per_grid)
+    video = qa.encode(CLIP)
+    assert video.plan.grid[1:] == (4, 6) and used == [96]
+    free = needed(loaded.model.config, video.plan.visual_tokens, 48, qa.prepare(CLIP).keep + encoding.TEXT, 4)
+    monkeypatch.setattr(memory, "available_memory", lambda device: free)
+    again = qa.encode(CLIP)
+    assert used == [96, 48]
+    torch.testing.assert_close(again.encoded.features, video.encoded.features)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(("method", "budget", "tried"), [("evs", 0.5, [96, 48, 24]), ("evoprune", 0.25, [96])])
+def test_blocks_shrink_before_it_gives_up(loaded, monkeypatch, overlap, method, budget, tried):
+    """A tower that has room for a single grid; and one for which even a block is too much."""
+    qa, used, real = VideoQA(loaded, budget=budget, method=method), [], encoding.encode_rows
+    whole = "".join(qa.encode(CLIP, overlap=overlap).ask("What happens?", max_new_tokens=4))
+
+    def encode(*args, chunk_units, **how):
+        used.append(chunk_units)
+        made = real(*args, chunk_units=chunk_units, **how)  # all of it was read by then
+        if chunk_units > 24:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made
+
+    monkeypatch.setattr(encoding, "encode_rows", encode)
+    monkeypatch.setattr(encoding, "units_at_a_time", lambda device: 96)
+    if method == "evoprune":
+        with pytest.raises(OutOfMemory, match=r"^out of memory in encode$"):
+            qa.encode(CLIP, overlap=overlap)
+    else:
+        video = qa.encode(CLIP, overlap=overlap)
+        assert "".join(video.ask("What happens?", max_new_tokens=4)) == whole
+        times = video.report.time_ms
+        assert min(times.read, times.preprocess, times.encode) > 0 and times.total >= times.encode
+    assert used == tried
+
+
+def test_a_thousand_million_frames_to_look_at(loaded):
+    """What is asked for is counted, and no list of it made."""
+    tracked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = VideoQA(loaded).prepare(CLIP, frames=10**9, max_frames=10**9).full
+    assert plan.capped and plan.visual_tokens <= plan.token_limit and plan.sampling.wanted == 10**9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - tracked < 2**16  # KiB

@@ -1,0 +1,490 @@
+"""The stages strung together, on sample clips: equal to Hugging Face at full budget, whatever was asked before."""
+
+import signal
+import threading
+import time
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.prompt import build_prompt
+from evoprune.model.weights import shared
+from evoprune.pipeline.loading import load_model, make_ready
+from evoprune.pipeline.video_qa import VideoQA
+from evoprune.profiling.reference import hugging_face_model
+from evoprune.report import Report
+from evoprune.video.decode import read_frames
+from evoprune.vision.preprocess import patchify, resize
+from tests.tiny import save_tiny
+from tests.video.files import write_video
+
+CLIP, LONG = "samples/square.mp4", "samples/arrivals.webm"
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32", pack=False)
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory):
+    """A Qwen2-VL."""
+    return load_model(str(save_tiny(tmp_path_factory.mktemp("qwen2"), family="qwen2_vl")), dtype="fp32", pack=False)
+
+
+def answer(video, question="What happens?", n=24, **settings):
+    return "".join(video.ask(question, max_new_tokens=n, **settings))
+
+
+@pytest.mark.parametrize("clip", [CLIP, LONG])
+@pytest.mark.parametrize("model", ["tiny", "qwen2", "demo"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack):
+    loaded = load_model("demo", pack=False) if model == "demo" else {"tiny": loaded, "qwen2": qwen2}[model]
+    ours = replace(loaded, model=shared(loaded.model))
+    make_ready(ours.model, "none", pack=pack)
+    video = VideoQA(ours, budget=1.0).encode(clip)
+    mine = answer(video, "Describe the video.")
+    plan, model = video.plan, hugging_face_model(loaded.model)
+    chunks = read_frames(video.info, plan.sampling.times_s)
+    frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
+    patches = patchify(resize(frames, plan.height, plan.width))
+    t, h, w = plan.grid
+    prompt = build_prompt(loaded.tokenizer, "Describe the video.", t * h * w)
+    span = VideoSpan(prompt.video_start, plan.grid, plan.sampling.seconds_per_grid())
+    per_second = getattr(model.config.vision_config, "tokens_per_second", None)
+    rope = prompt_positions(len(prompt.input_ids), [span], per_second)
+    sequence = torch.arange(len(prompt.input_ids))[None]
+    model.config.video_token_id = loaded.tokenizer.specials()["<|video_pad|>"]
+    ids = model.generate(
+        prompt.input_ids[None],
+        attention_mask=torch.ones_like(prompt.input_ids)[None],
+        position_ids=torch.cat([sequence, rope])[:, None],
+        pixel_values_videos=patches,
+        video_grid_thw=torch.tensor([[t, 2 * h, 2 * w]]),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=list(loaded.eos_ids),
+    )[0, len(prompt.input_ids) :]
+    expected = loaded.tokenizer.decode(ids.tolist())
+    assert mine == expected and video.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
+
+
+@pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])
+def test_a_qwen2_vl_is_pruned_too(qwen2, method):
+    qa = VideoQA(qwen2, budget=0.25, method=method)
+    video = qa.encode(LONG)
+    made = answer(video)
+    pruning = video.report.pruning
+    due = pruning.visual_tokens_in // 4
+    assert video.report.tokens.visual == pruning.visual_tokens_kept == due
+    assert (pruning.encoder_live_share < 1) == (method != "divprune")
+    assert answer(qa.encode(LONG)) == made
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, budget):
+    qa = VideoQA(loaded, budget=budget)
+    questions = ["What happens?", "How many red squares are there in the video?", "What happens?"]
+    fresh = [answer(qa.encode(CLIP), q) for q in questions]
+    video = qa.encode(CLIP)
+    assert [answer(video, q) for q in questions] == fresh
+    # another system prompt in between, and answers that nobody read to the end
+    assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(CLIP), questions[0], system="Be brief.")
+    next(iter(video.ask(questions[1], max_new_tokens=9)))
+    assert answer(video, questions[0]) == fresh[0]
+
+
+def test_answers_must_not_be_mixed(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    next(first)
+    next(video.ask("And then?", max_new_tokens=50, temperature=1.0))
+    with pytest.raises(UsageError, match="another question"):
+        list(first)
+
+
+def test_an_answer_does_not_go_on_after_another_question_broke_off(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    next(first)
+    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(video.ask("And then?"))
+    hook.remove()
+    with pytest.raises(UsageError, match="another question"):
+        list(first)
+
+
+def test_report_of_an_answer_that_was_cut_short(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    pieces = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    said = next(pieces)
+    pieces.close()
+    assert video.report.finish_reason == "interrupt" and video.report.answer == said
+
+
+@pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
+def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
+    qa = VideoQA(loaded, budget=0.25)
+    fresh = answer(qa.encode(CLIP))
+    video = qa.encode(CLIP)
+    answer(video, "And then?")
+    passes = []
+
+    def stop(*_):
+        passes.append(1)
+        if len(passes) == (1 if when == "reading the prompt" else 3):
+            raise KeyboardInterrupt
+
+    hook = loaded.model.model.language_model.layers[-1].mlp.gate_proj.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        answer(video, "What happens now?")
+    hook.remove()
+    assert answer(video) == fresh
+
+
+def test_the_video_is_paid_for_by_the_first_answer_that_comes(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answer(video)
+    hook.remove()
+    answer(video)
+    assert video.report.time_ms.encode > 0
+
+
+def test_one_token_has_no_rate(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    answer(video, n=1)
+    assert video.report.tokens.new == 1 and video.report.rate.generate_tok_s is None
+
+
+def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
+    """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
+    write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
+    done = []
+    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 8)
+    VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
+    frames = [count for stage, count, _ in done if stage == "encode"]
+    assert frames[0] <= 16 and frames[-1] == 32
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_times_add_up(loaded, overlap):
+    video = VideoQA(loaded, budget=0.25).encode(CLIP, overlap=overlap)
+    answer(video)
+    times = video.report.time_ms
+    busy = times.read + times.preprocess + times.encode + times.prefill + times.generate
+    assert times.ttft_wall <= times.total and times.encode + times.prefill <= times.ttft_wall
+    assert times.read + times.preprocess + times.prefill <= times.ttft_wall
+    assert overlap or busy <= times.total + 1
+    assert times.encode_prune < times.encode and times.ttft_model == times.encode + times.prefill
+    answer(video, "And then?")
+    again = video.report.time_ms
+    assert again.read == again.encode == again.encode_prune == 0 and again.ttft_model == again.prefill > 0
+
+
+def slow(work, seconds):
+    def slowed(*args, **settings):
+        time.sleep(seconds)
+        return work(*args, **settings)
+
+    return slowed
+
+
+def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
+    """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
+    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 0.02))
+    layer = loaded.model.model.visual.blocks[0].attn.proj
+    hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+    try:
+        times = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
+        apart = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20, overlap=False).report.time_ms
+    finally:
+        hook.remove()
+    assert times.preprocess >= 200 and times.encode >= 300 and apart.preprocess >= 200 and apart.encode >= 300
+    assert times.total < times.read + times.preprocess + times.encode - 100
+    assert apart.total >= apart.read + apart.preprocess + apart.encode - 1
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.25])
+@pytest.mark.parametrize("method", ["evoprune", "evs"])
+def test_overlap_changes_nothing(loaded, monkeypatch, budget, method):
+    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 24)
+    qa, done = VideoQA(loaded, budget=budget, method=method), []
+    beside = qa.encode(LONG, progress=lambda *now: done.append(now))
+    apart = qa.encode(LONG, overlap=False)
+    for name in ("features", "kept", "rows", "owner"):
+        assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
+    assert beside.encoded.layers == apart.encoded.layers
+    # Told by the stage that is the last, in order; and then by the layers that have to wait for all of it.
+    late = [("layers", 2, 2)] if method == "evoprune" and budget < 1 else []
+    assert done == [("encode", n, 16) for n in range(2, 17, 2)] + late
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_video_that_is_begun_ahead_is_the_same_video(loaded, monkeypatch, overlap):
+    """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
+    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 24)
+    qa, made = VideoQA(loaded, budget=0.25), []
+
+    def counted(*args):
+        made.append(1)
+        return patchify(*args)
+
+    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", counted)
+    at_once = qa.encode(LONG)
+    chunks, made[:] = len(made), []
+    with closing(qa.prepare(LONG, overlap=overlap)) as video:
+        assert made == []
+        video.begin()
+        ready, until = 3 if overlap else 1, time.monotonic() + 10
+        while len(made) < ready and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(made) == ready
+        ahead = video.encode()
+    assert len(made) == chunks and torch.equal(ahead.encoded.features, at_once.encoded.features)
+    assert answer(ahead) == answer(at_once) and ahead.report.sampling == at_once.report.sampling
+
+
+def test_what_was_done_ahead_costs_no_time_on_the_wall(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 0.2))
+    with closing(VideoQA(loaded).prepare(CLIP)) as video:
+        video.begin()
+        times = video.encode().report.time_ms
+    assert times.preprocess >= 200 > times.total
+
+
+def test_a_video_that_was_begun_and_is_not_wanted(loaded):
+    closed, threads = [], set(threading.enumerate())
+
+    def read(*args, **settings):
+        try:
+            yield from read_frames(*args, **settings)
+        finally:
+            closed.append(1)
+
+    video = VideoQA(loaded).prepare(CLIP, read=read)
+    video.begin()
+    video.close()
+    video.close()
+    assert closed == [1] and set(threading.enumerate()) == threads
+
+
+@pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
+@pytest.mark.parametrize("stage", ["read", "preprocess", "encode"])
+def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem):
+    closed, calls, threads = [], [], set(threading.enumerate())
+
+    def fails(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise problem.with_traceback(None)
+
+    def read(*args, **settings):
+        try:
+            for chunk in read_frames(*args, **settings):
+                yield chunk
+                if stage == "read":
+                    fails()
+        finally:
+            closed.append(1)
+
+    def preprocess(*args):
+        fails()
+        return patchify(*args)
+
+    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 24)
+    if stage == "preprocess":
+        monkeypatch.setattr("evoprune.pipeline.encoding.patchify", preprocess)
+    layer = loaded.model.model.visual.blocks[0].attn.proj
+    hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
+    with pytest.raises(type(problem)) as caught:
+        VideoQA(loaded, method_args={"reuse": "0"}).encode(CLIP, frames=20, read=read)  # three blocks of grids
+    hook.remove()
+    assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
+
+
+def test_a_signal_while_a_frame_is_waited_for(loaded):
+    """Ctrl-C in the main thread while the other one is at work."""
+    closed, threads, main = [], set(threading.enumerate()), threading.main_thread().ident
+
+    def read(*args, **settings):
+        try:
+            yield from islice(read_frames(*args, **settings), 1)
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.2)
+            yield None
+        finally:
+            closed.append(1)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            VideoQA(loaded).encode(CLIP, read=read)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert closed == [1] and set(threading.enumerate()) == threads
+
+
+def test_the_estimate_goes_by_both_budgets(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
+    plan = VideoQA(loaded).encode(CLIP).plan
+
+    def seconds(budget, share=None):
+        return VideoQA(loaded, budget=budget, encoder_budget=share).estimate_first_token(plan)
+
+    assert seconds(1.0, 0.1) < seconds(1.0)
+    assert seconds(0.1) == seconds(0.1, 0.1) < seconds(0.1, 0.5) < seconds(0.1, 1.0)
+
+
+def test_settings_are_checked_before_weights_are_read():
+    for settings in (
+        {"budget": 2},
+        {"method": "magic"},
+        {"method_args": {"speed": "1"}},
+        {"encoder_budget": 0.0},
+        {"encoder_budget": 0.3, "method": "pool"},
+        {"encoder_budget": 0.3, "method_args": {"encoder_budget": "0.3"}},
+    ):
+        with pytest.raises(UsageError):
+            VideoQA.load("no/such", **settings)
+
+
+def test_questions_are_checked(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    for question, settings in ((" ", {}), ("What?", {"max_new_tokens": 0}), ("What?", {"top_p": 0})):
+        with pytest.raises(UsageError):
+            video.ask(question, **settings)
+
+
+@pytest.mark.parametrize("method", ["evoprune", "divprune"])
+def test_a_black_video_is_a_video(loaded, tmp_path, method):
+    write_video(tmp_path / "black.mp4", np.zeros((8, 112, 112, 3), np.uint8), fps=4)
+    video = VideoQA(loaded, budget=0.25, method=method).encode(tmp_path / "black.mp4")
+    assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
+    answer(video)
+    assert video.report.warnings == ["equal_scores"]
+
+
+def test_extreme_shapes(loaded, tmp_path):
+    write_video(tmp_path / "flat.mp4", np.zeros((4, 2, 1000, 3), np.uint8), fps=4)
+    with pytest.raises(VideoError, match="ratio"):
+        VideoQA(loaded).encode(tmp_path / "flat.mp4")
+
+
+def test_blank_report_before_any_question(loaded):
+    report = VideoQA(loaded).encode(CLIP).report
+    assert report.question is None and report.time_ms.encode > 0 and report.time_ms.prefill is None
+    assert Report.from_json(report.to_json()).sampling == report.sampling
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "tokens"),
+    [("downscale", [6, 4, 6], 36), ("subsample", [1, 8, 12], 24), ("pool", [6, 8, 12], 36), ("evs", [6, 8, 12], 36)],
+)
+def test_methods_that_a_shape_binds(loaded, method, grid, tokens):
+    """A quarter of 6 grids of 4x6 units; `downscale` and `subsample` look at less, at its own places and times."""
+    video = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
+    assert answer(video)
+    report, share = video.report, grid[0] * grid[1] * grid[2] / 4 / 144
+    assert report.sampling.grid_thw == grid and report.pruning.visual_tokens_kept == report.tokens.visual == tokens
+    assert report.pruning.visual_tokens_in == 144 and report.pruning.kept_ratio == pytest.approx(tokens / 144)
+    assert report.pruning.encoder_live_share == pytest.approx(share)
+    assert report.sampling.seconds_per_grid * grid[0] == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("method", ["downscale", "subsample"])
+def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
+    """The same as looking at the video so from the start: decoding, positions and all."""
+    less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
+    limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
+    other = VideoQA(replace(loaded, video=limits), budget=1.0).encode(CLIP, frames=less.plan.sampling.frames)
+    assert other.plan.grid == less.plan.grid and other.plan.sampling.times_s == less.plan.sampling.times_s
+    assert torch.equal(other.encoded.features, less.encoded.features)
+    assert answer(other) == answer(less)
+
+
+def test_the_least_that_a_shape_allows(loaded):
+    for method, tokens in (("downscale", 6), ("subsample", 24), ("pool", 1), ("evs", 24), ("evs-nofloor", 1)):
+        video = VideoQA(loaded, budget=0.001, method=method).encode(CLIP)
+        assert len(video.encoded.kept) == tokens, method
+
+
+# --- methods that read the question ------------------------------------------------------------------------------------
+
+ASKED = ["What happens?", "How many red squares are there in the video?", "What happens?"]
+
+
+def test_one_encoding_serves_every_question(loaded, monkeypatch):
+    """A method that reads the question chooses for each anew, as if the video had been encoded for it alone."""
+    qa = VideoQA(loaded, budget=0.25, method="cdpruner")
+    fresh = []
+    for question in ASKED:
+        video = qa.encode(CLIP)
+        fresh.append((answer(video, question), video.encoded.kept.tolist()))
+    without = VideoQA(loaded, budget=0.25, method="cdpruner:question=false").encode(CLIP)
+    video = qa.encode(CLIP)
+    monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
+    shared = [(answer(video, question), video.encoded.kept.tolist()) for question in ASKED]
+    assert shared == fresh and shared[0] == shared[2] and shared[0][1] != shared[1][1]
+    assert without.encoded.kept.tolist() not in (shared[0][1], shared[1][1])
+
+
+def test_what_is_reported_of_it(loaded):
+    video = VideoQA(loaded, budget=0.25, method="cdpruner").encode(CLIP)
+    blank = video.report.pruning
+    assert (blank.visual_tokens_kept, blank.kept_ratio, blank.visual_tokens_in) == (0, 0.0, 144)
+    encoding = video._clock.seconds["encode"] = 1000.0  # so that it cannot be mistaken for a choice
+    for turn, question in enumerate(ASKED):
+        answer(video, question)
+        report = video.report
+        assert report.pruning.visual_tokens_kept == report.tokens.visual == 36 and report.pruning.kept_ratio == 0.25
+        assert report.pruning.kept_per_grid == [6] * 6 and report.cache == "off"
+        times = report.time_ms
+        assert times.ttft_model == pytest.approx(times.encode + times.prefill)
+        if not turn:  # the encoding is counted once, choosing every time
+            assert times.encode > encoding * 1000
+        else:
+            assert 0 < times.encode_prune <= times.encode < encoding * 1000 and times.read == 0
+    assert Report.from_json(report.to_json()).pruning == report.pruning
+
+
+def test_evoprune_may_leave_its_choice_to_one_that_reads_the_question(loaded):
+    video = VideoQA(loaded, budget=0.25, method="evoprune:choice=cdpruner").encode(CLIP)
+    kept = [answer(video, question) and video.encoded.kept.tolist() for question in ASKED[:2]]
+    assert kept[0] != kept[1] and len(video.encoded.rows) < 144 and video.report.pruning.args["choice"] == "cdpruner"
+
+
+def test_auto_keeps_as_much_as_the_content_asks_for():
+    loaded = load_model("demo")
+    video = VideoQA(loaded, budget="auto").encode(CLIP)
+    answer(video, n=1)
+    pruning = video.report.pruning
+    units = pruning.visual_tokens_in
+    assert pruning.budget == "auto" and pruning.args["within"] > 0
+    assert round(0.05 * units) <= pruning.visual_tokens_kept <= round(0.5 * units)
+    kept = []
+    for within in ("0.001", "0.3", "100"):
+        coarse = VideoQA(loaded, budget="auto", method_args={"within": within}).encode(CLIP)
+        kept.append(len(coarse.encoded.kept))
+    assert round(0.5 * units) >= kept[0] > kept[1] > kept[2] == round(0.05 * units)
+    exact = VideoQA(loaded, budget=0.5, method_args={"within": "0.3"}).encode(CLIP)
+    assert len(exact.encoded.kept) == kept[1]
+
+
+def test_auto_is_for_methods_that_can_choose(loaded):
+    for how in ({"method": "divprune"}, {"method": "evoprune", "method_args": {"choice": "mmr"}}):
+        with pytest.raises(UsageError, match="cannot choose a budget"):
+            VideoQA(loaded, budget="auto", **how)
+    with pytest.raises(UsageError, match="cannot choose a budget"):
+        VideoQA.load("nowhere", budget="auto", method="pool")

@@ -1,0 +1,358 @@
+"""The measuring: who takes part, in which order, what is counted, when it stops; figures are in test_measurements.py."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from evoprune import methods
+from evoprune.errors import ModelError, OutOfMemory, UsageError
+from evoprune.model import memory
+from evoprune.model.clock import Clock
+from evoprune.model.machine import available_memory, peak_memory, reset_peak_memory
+from evoprune.pipeline.loading import describe_model
+from evoprune.profiling import run as profiling_run
+from evoprune.profiling import runners, variants
+from evoprune.profiling.reference import hugging_face_model
+from evoprune.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case
+from evoprune.profiling.run import Settings, measure, paced
+from evoprune.profiling.runners import run_hugging_face, run_ours
+from evoprune.video.probe import probe
+from tests.threads import one_thread  # noqa: F401
+
+CASE, OTHER = Case(4, 112, 168), Case(8, 84, 84)
+SETTINGS = Settings(budgets=(0.5, 0.1), methods=("evoprune-paper", "random"), repetitions=2)
+MOTION = partial(runners.synthetic_frames, "motion")
+
+
+@pytest.fixture(autouse=True)
+def quick_rate(monkeypatch):
+    """No test needs to know how fast this machine multiplies."""
+    monkeypatch.setattr(profiling_run, "matmul_rate", lambda *_, **__: 1e11)
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return variants.load(str(saved), [CASE], dtype="fp32")
+
+
+def last(*args, **settings):
+    *_, results = measure(*args, **settings)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(loaded):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling_run, "matmul_rate", lambda *_, **__: 1e11)
+        return last(loaded, [CASE, OTHER], MOTION, SETTINGS)
+
+
+def test_every_row_is_there(results):
+    expected = [
+        (HUGGING_FACE, "Hugging Face", 1.0),
+        (FULL, "budget 1.0", 1.0),
+        (BOUND, "bound -b 0.5", 0.5),
+        (METHOD, "evoprune-paper -b 0.5", 0.5),
+        (METHOD, "random -b 0.5", 0.5),
+        (BOUND, "bound -b 0.1", 0.1),
+        (METHOD, "evoprune-paper -b 0.1", 0.1),
+        (METHOD, "random -b 0.1", 0.1),
+    ]
+    assert results.cases == [CASE, OTHER]
+    for case in results.cases:
+        rows = results.of(case)
+        assert [(row.kind, row.name, row.budget) for row in rows] == expected
+        assert all(len(row.samples) == 2 and row.error is None for row in rows)
+    assert (results.warmups, results.rounds, len(results.matmul_rates)) == (1, 2, 2)
+
+
+def test_counts(results):
+    """4 frames of 112x168 are two grids of 4x6 units; the tower's two layers attend to windows, then to grids."""
+    hugging_face, full, bound, paper, random, *_, few = results.of(CASE)
+    for row in (hugging_face, full):
+        counts = row.counts
+        assert (counts.units, counts.encoder_rows, counts.tokens, counts.prompt) == (48, 48, 48, 78)
+        assert counts.live_share == 1 and counts.layers == ((0, 48), (1, 48))
+    assert hugging_face.counts.tower_flop == full.counts.tower_flop
+    assert (paper.counts.encoder_rows, paper.counts.tokens, paper.counts.prompt) == (24, 24, 54)
+    assert paper.counts.layers == ((0, 48), (1, 24)) and paper.counts.live_share == 0.75
+    assert paper.counts.tower_flop < full.counts.tower_flop
+    assert (random.counts.encoder_rows, random.counts.tokens, random.counts.live_share) == (48, 24, 1)
+    assert (bound.counts.encoder_rows, bound.counts.tokens, bound.counts.prompt) == (48, 24, 54)
+    assert few.counts.tokens == 5
+    for row in results.of(CASE):
+        for sample in row.samples:
+            assert min(sample.encode, sample.prefill, sample.generate) > 0
+            assert (0 < sample.prune < sample.encode) or row.kind in (HUGGING_FACE, BOUND)
+
+
+def test_a_bound_is_made_of_the_same_round(results):
+    _, full, *rows = results.of(CASE)
+    for bound, method in ((rows[0], rows[1]), (rows[3], rows[4])):
+        for made, tower, rest in zip(bound.samples, full.samples, method.samples, strict=True):
+            assert (made.encode, made.prefill, made.generate) == (tower.encode, rest.prefill, rest.generate)
+
+
+def test_quantised_weights_have_rows_of_their_own(loaded):
+    settings = replace(SETTINGS, budgets=(0.5,), methods=("evoprune",), quantize=("none", "int8", "int4"))
+    found = last(loaded, [CASE], MOTION, settings)
+    names = ["evoprune -b 0.5", "evoprune -b 0.5 int8", "evoprune -b 0.5 int4"]
+    assert [row.name for row in found.rows if row.kind == METHOD] == names
+    assert [row.quantize for row in found.rows if row.kind == METHOD] == list(settings.quantize)
+    assert not any(row.error for row in found.rows)
+    # Transformers still runs on plain weights.
+    assert type(loaded.model.model.language_model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_sides_take_turns(loaded):
+    said = []
+    last(loaded, [CASE, OTHER], MOTION, SETTINGS, progress=said.append)
+    sides = ["Hugging Face", "budget 1.0", *(f"{m} -b {b:g}" for b in SETTINGS.budgets for m in SETTINGS.methods)]
+    expected = ["preparing", "packing weights"]
+    for title in ("warm-up 1 of 1", "round 1 of 2", "round 2 of 2"):
+        expected.append(f"{title}: matrix products")
+        expected += [f"{title}: {side}, {case}" for case in (CASE, OTHER) for side in sides]
+    assert said == expected
+
+
+def test_what_prunes_nothing_is_there_once(loaded):
+    settings = Settings(budgets=(1.0, 0.5), methods=("none", "random", "cdpruner"), warmups=0, repetitions=1)
+    rows = last(loaded, [CASE], MOTION, settings).rows
+    names = [row.name for row in rows]
+    assert names == ["Hugging Face", "budget 1.0", "bound -b 0.5", "random -b 0.5", "cdpruner -b 0.5"]
+    assert rows[-1].counts.tokens == rows[-2].counts.tokens  # the text after the video is the question
+
+
+@pytest.mark.parametrize("case", [CASE, OTHER, Case(2, 28, 28)])
+def test_transformers_generates_what_budget_one_does(loaded, case):
+    clip = runners.prepare(loaded, *MOTION(case))
+    settings = replace(SETTINGS, new_tokens=12)
+    clock, reference = Clock(torch.device("cpu")), hugging_face_model(loaded.model)
+    theirs = run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
+    ours = run_ours(loaded, clip, methods.get("none"), clip.units, settings.new_tokens, settings.seed, clock)
+    assert len(theirs.tokens) == 12 and len(set(theirs.tokens)) > 1
+    assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
+
+
+def test_generation_is_forced(loaded, monkeypatch):
+    """An end of sequence does not end it."""
+    clip = runners.prepare(loaded, *MOTION(CASE))
+    run = partial(run_ours, loaded, clip, methods.get("none"), clip.units, 6, 0)
+    first = run(Clock(torch.device("cpu"))).tokens
+    assert len(first) == 6
+    monkeypatch.setattr(loaded, "eos_ids", tuple(first))
+    assert run(Clock(torch.device("cpu"))).tokens == first
+
+
+class Time:
+    """A clock that a round of `lasts` seconds pushes on."""
+
+    def __init__(self, *lasts: float):
+        self.lasts, self.now, self.titles = list(lasts), 100.0, []
+
+    def round_(self, title: str, measured: bool) -> None:
+        self.titles.append(title)
+        self.now += self.lasts.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("lasts", "warmups", "repetitions", "limit", "run"),
+    [
+        ((10, 10, 10, 10), 1, 3, 40, ["warm-up 1 of 1", "round 1 of 3", "round 2 of 3", "round 3 of 3"]),
+        ((10, 10, 10), 1, 3, 39, ["warm-up 1 of 1", "round 1 of 3", "round 2 of 3"]),
+        ((10, 10), 1, 3, 25, ["warm-up 1 of 1", "round 1 of 3"]),
+        ((30, 5, 5, 5), 1, 3, 46, ["warm-up 1 of 1", "round 1 of 3", "round 2 of 3", "round 3 of 3"]),
+        ((10, 50), 1, 3, 20, ["warm-up 1 of 1", "round 1 of 3"]),
+        ((99, 1), 1, 1, 5, ["warm-up 1 of 1", "round 1 of 1"]),
+        ((99, 99), 3, 3, 5, ["warm-up 1 of 3", "round 1 of 3"]),
+        ((1, 1), 0, 2, 5, ["round 1 of 2", "round 2 of 2"]),
+        ((1,), 0, 2, 0, ["round 1 of 2"]),
+    ],
+)
+def test_the_time_limit(lasts, warmups, repetitions, limit, run):
+    time = Time(*lasts)
+    settings = Settings((0.5,), warmups=warmups, repetitions=repetitions, time_limit_s=limit)
+    measured = list(paced(time.round_, settings, lambda: time.now))
+    assert time.titles == run and not time.lasts
+    assert measured == [title.startswith("round") for title in run]
+
+
+def test_fewer_rounds_are_told(loaded):
+    ticks = []
+
+    def now():  # every side takes ten seconds: a round of four with its matrix products, forty
+        return 10.0 * len([t for t in ticks if t != "preparing"])
+
+    settings = replace(SETTINGS, budgets=(0.5,), methods=("random",), repetitions=3, time_limit_s=100)
+    results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, now=now)
+    assert (results.rounds, results.warmup_seconds, results.seconds) == (1, 40, 80)
+    assert results.remarks[-1] == "1 of 3 rounds: another would not have ended within 100 s"
+    settings = replace(settings, time_limit_s=30, repetitions=1)
+    ticks.clear()
+    results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, now=now)
+    assert results.remarks[-1] == "the warm-up alone took 40 s, more than the time limit of 30 s"
+
+
+def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
+    asked = []
+
+    def encode(visual, patches, grid, method, keep, **more):
+        asked.append((method.name, keep))
+        if method.name == "evoprune-paper" and keep == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(visual, patches, grid, method, keep, **more)
+
+    real = runners.encode
+    monkeypatch.setattr(runners, "encode", encode)
+    results = last(loaded, [CASE], MOTION, SETTINGS)
+    failed = [row for row in results.rows if row.error]
+    assert [(row.name, row.error, row.samples) for row in failed] == [
+        ("evoprune-paper -b 0.1", "out of memory in encode", [])
+    ]
+    assert asked.count(("evoprune-paper", 5)) == 1  # not tried again
+    assert all(len(row.samples) == 2 for row in results.rows if not row.error)
+    bound = next(row for row in results.rows if row.name == "bound -b 0.1")
+    assert bound.counts.tokens == 5 and results.figures(failed[0]) is None
+    json.dumps(results.document())
+
+
+def test_no_bound_without_budget_one(loaded, monkeypatch):
+    def run(loaded, clip, method, *more):
+        if method.name == "none":
+            raise OutOfMemory("out of memory in prefill")
+        return run_ours(loaded, clip, method, *more)
+
+    monkeypatch.setattr(profiling_run, "run_ours", run)
+    results = last(loaded, [CASE], MOTION, replace(SETTINGS, budgets=(0.5,), methods=("random",)))
+    assert [row.error for row in results.rows] == [None, *["out of memory in prefill"] * 2, None]
+    assert results.figures(results.rows[-1]).vs_bound is None and results.figures(results.rows[-1]).vs_hf > 0
+
+
+def test_an_interruption_leaves_the_finished_rounds(loaded):
+    said, found = [], []
+
+    def tell(what):
+        said.append(what)
+        if what.startswith("round 2 of 2: random"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(measure(loaded, [CASE], MOTION, SETTINGS, progress=tell))
+    results = found[-1]
+    assert results.rounds == 1 and all(len(row.samples) == 1 for row in results.rows)
+    assert len(results.document()["rows"]) == 8
+
+
+def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
+    monkeypatch.setattr(variants, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10**6)
+    with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0.0 GiB are available") as problem:
+        variants.load("Qwen/Qwen2.5-VL-3B-Instruct", [CASE], dtype="bf16")
+    assert problem.value.exit_code == 5 and "--frames, --size" in problem.value.hint and "-m" in problem.value.hint
+    with pytest.raises(OutOfMemory):
+        variants.load(str(saved), [CASE])
+
+
+def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
+    large = Case(64, 560, 560)
+    enough = variants.working_memory(loaded.model.config, variants.case_units(CASE, loaded.video), 4)
+    monkeypatch.setattr(memory, "available_memory", lambda device: enough)
+
+    def source(case):
+        assert case != large
+        return MOTION(case)
+
+    results = last(loaded, [CASE, large], source, replace(SETTINGS, repetitions=1))
+    assert all(len(row.samples) == 1 for row in results.of(CASE))
+    for row in results.of(large):
+        assert row.error.startswith("not run: needs about ") and not row.samples
+
+
+def test_working_memory_grows_with_the_clip():
+    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    few, many = (variants.working_memory(config, units, 2) for units in (384, 3840))
+    assert 2**29 > few > 2**27 and 4 * few < many < 10 * few
+
+
+def test_frames_must_be_whole_units(saved):
+    with pytest.raises(UsageError, match="120x168") as problem:
+        variants.load(str(saved), [Case(4, 120, 168)])
+    assert "multiples of 28" in problem.value.hint
+
+
+def test_random_weights_are_the_default_of_a_bundled_config(saved, monkeypatch):
+    asked = []
+    monkeypatch.setattr(variants, "load_model", lambda name, **more: asked.append(more["load_format"]))
+    for name, load_format in (("Qwen/Qwen2.5-VL-3B-Instruct", None), (str(saved), None), (str(saved), "dummy")):
+        variants.load(name, [CASE], load_format=load_format)
+    assert asked == ["dummy", "auto", "dummy"]
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="no bundled config"):  # and the hub is not asked
+        variants.load("nobody/nothing", [CASE], load_format="dummy")
+
+
+def test_the_prompt_is_the_same_every_time(loaded):
+    one, two = (runners.prepare(loaded, *MOTION(CASE)) for _ in range(2))
+    assert torch.equal(one.ids, two.ids) and len(one.ids) == 48 + 30
+    assert int(one.ids.max()) < loaded.model.config.text_config.vocab_size
+    assert one.patches.shape == (192, 1176) and one.grid == (2, 4, 6) and one.following == int(one.positions.max()) + 1
+
+
+@pytest.mark.parametrize("frames", [4, 40])
+def test_frames_of_a_video(frames):
+    info = probe("samples/square.mp4")  # six seconds
+    pictures, seconds_per_grid = runners.video_frames(info, Case(frames, 84, 112))
+    assert pictures.shape == (frames, 84, 112, 3) and pictures.dtype == torch.uint8
+    assert seconds_per_grid == pytest.approx(12 / frames) and len(np.unique(pictures)) > 10
+
+
+def test_peak_memory_counts_from_where_it_is_reset():
+    if not reset_peak_memory("cpu"):
+        pytest.skip("this system cannot reset it")
+    before = peak_memory("cpu")
+    held = np.ones(2**26, np.uint8)
+    while_held = peak_memory("cpu")
+    del held
+    reset_peak_memory("cpu")
+    assert while_held >= before + 2**25 and peak_memory("cpu") <= while_held - 2**25
+
+
+def test_a_control_group_limits_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("evoprune.model.machine.CONTROL_GROUP", tmp_path)
+    free = available_memory("cpu")
+    if free is None:
+        pytest.skip("this system does not tell")
+    for name, text in (
+        ("memory.max", "1000"),
+        ("memory.current", "700"),
+        ("memory.stat", "anon 5\ninactive_file 200\n"),
+    ):
+        (tmp_path / name).write_text(text + "\n")
+    assert available_memory("cpu") == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory("cpu") > 1000
+
+
+def test_the_matrix_product_rate_is_that_of_the_best_shape():
+    from evoprune.model.cost import matmul_rate
+
+    tiny = ((1, 1, 1),)
+    assert matmul_rate(torch.float32, seconds=0.02, shapes=((256, 256, 256), *tiny)) > 100 * matmul_rate(
+        torch.float32, seconds=0.02, shapes=tiny
+    )
+
+
+def test_methods_that_act_on_the_input_look_at_less(loaded):
+    settings = Settings((0.25,), ("downscale", "subsample"), repetitions=1, warmups=0)
+    (results,) = measure(loaded, [Case(8, 112, 168)], partial(runners.synthetic_frames, "motion"), settings)
+    smaller, fewer = (row.counts for row in results.rows if row.kind == METHOD)
+    assert (smaller.units, smaller.tokens, smaller.prompt) == (96, 24, 54)
+    assert (fewer.units, fewer.tokens, fewer.prompt) == (96, 24, 54)
+    full = next(row.counts for row in results.rows if row.kind == FULL)
+    for counts in (smaller, fewer):
+        assert counts.live_share == 0.25 and counts.encoder_rows == 24
+        assert counts.tower_flop < full.tower_flop / 3

@@ -1,0 +1,100 @@
+"""Charts as XML: what is drawn, where, and with which words."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from evoprune.visualize.chart import COLOURS, PLOT_HEIGHT, PLOT_WIDTH, Panel, Point, Series, draw, ticks
+
+SVG = "{http://www.w3.org/2000/svg}"
+FAST = Series("fast & <light>", (Point(8, 1.0, 0.9, 1.3), Point(16, 2.0), Point(32, 4.0)), COLOURS[0])
+SLOW = Series("slow", (Point(8, 3.0, label="here"), Point(32, 11.0)), COLOURS[1])
+IDEAL = Series("ideal", (Point(0, 0), Point(32, 8.0)), COLOURS[2], dashed=True)
+PANEL = Panel("Encode", "frames", "seconds", (FAST, SLOW, IDEAL), (8, 16, 32))
+
+
+def texts(root) -> list[str]:
+    return [element.text for element in root.iter(f"{SVG}text")]
+
+
+def circles(root, series) -> list[tuple[float, float]]:
+    """Centres of a series's marks, the one in the legend last."""
+    found = (e for e in root.iter(f"{SVG}circle") if e.get("fill") == series.colour)
+    return [(float(e.get("cx")), float(e.get("cy"))) for e in found]
+
+
+@pytest.mark.parametrize("panels", [[PANEL], [PANEL, PANEL]])
+def test_everything_is_drawn(panels):
+    root = ElementTree.fromstring(draw("Speed", "two threads", panels))
+    words = texts(root)
+    for word in ("Speed", "two threads", "fast & <light>", "slow", "ideal"):
+        assert words.count(word) == 1
+    for word in ("Encode", "frames", "seconds", "here", "8", "16", "32"):
+        assert words.count(word) >= len(panels)
+    assert root.find(f"{SVG}title").text == "Speed"
+    for series in (FAST, SLOW):
+        assert len(circles(root, series)) == len(panels) * len(series.points) + 1
+    assert not circles(root, IDEAL)
+    dashed = [e for e in root.iter(f"{SVG}path") if e.get("stroke-dasharray")]
+    assert len(dashed) == len(panels) + 1 and {e.get("stroke") for e in dashed} == {IDEAL.colour}
+
+
+def test_points_lie_where_they_should():
+    root = ElementTree.fromstring(draw("", "", [PANEL]))
+    (x8, y8), (x16, y16), (x32, y32), _ = circles(root, FAST)
+    assert x32 - x16 == pytest.approx(2 * (x16 - x8), abs=0.2)
+    assert y8 - y16 == pytest.approx((y16 - y32) / 2, abs=0.2) and y8 > y16 > y32
+    assert (y8 - y32) == pytest.approx(PLOT_HEIGHT * 3 / 12, abs=0.2)  # of an axis up to 12
+    assert 0.7 * PLOT_WIDTH < x32 - x8 < PLOT_WIDTH
+
+
+def test_nothing_leaves_the_picture():
+    long = Series("a method with a very long name -b 0.25", (Point(0, 123456.0), Point(1, 7.0)))
+    for panels in ([PANEL], [PANEL, Panel("", "x", "y", (long,))], [Panel("", "x", "y", (long,))]):
+        root = ElementTree.fromstring(draw("A title that is longer than the plot is wide " * 2, "x" * 90, panels))
+        width, height = float(root.get("width")), float(root.get("height"))
+        for element in root.iter(f"{SVG}text"):
+            x, reach = float(element.get("x")), len(element.text or "") * 5.5 * int(element.get("font-size", 12)) / 12
+            if not element.get("transform"):
+                anchor = element.get("text-anchor", "start")
+                left = {"start": x, "middle": x - reach / 2, "end": x - reach}[anchor]
+                assert left >= 0 and left + reach <= width, element.text
+            assert 0 < float(element.get("y")) < height
+        for path in root.iter(f"{SVG}path"):
+            for x, y in re.findall(r"[ML]([0-9.]+) ([0-9.]+)", path.get("d")):
+                assert 0 <= float(x) <= width and 0 <= float(y) <= height
+
+
+def test_the_same_data_give_the_same_bytes():
+    assert draw("t", "s", [PANEL]) == draw("t", "s", [PANEL])
+    assert "nan" not in draw("t", "s", [Panel("", "", "", ())])  # nothing to draw
+
+
+def test_labels_do_not_touch():
+    crowd = Series("crowd", tuple(Point(1 + n / 1000, 3, label=f"-b {n}") for n in range(5)))
+    root = ElementTree.fromstring(draw("", "", [Panel("", "", "", (crowd,), tuple(p.x for p in crowd.points))]))
+    assert len([word for word in texts(root) if word and word.startswith("-b")]) == 1
+    assert "1.001" not in texts(root)
+
+
+@pytest.mark.parametrize(
+    ("top", "expected"),
+    [
+        (10, [0, 2, 4, 6, 8, 10]),
+        (11, [0, 2, 4, 6, 8, 10, 12]),
+        (0.3, [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]),
+        (1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (7, [0, 2, 4, 6, 8]),
+        (1234, [0, 250, 500, 750, 1000, 1250]),
+        (0, [0, 1]),
+    ],
+)
+def test_ticks_are_round_numbers(top, expected):
+    assert ticks(top) == pytest.approx(expected)
+
+
+def test_ticks_are_few_and_reach_the_top():
+    for n in range(1, 2000):
+        found = ticks(n * 0.037)
+        assert 4 <= len(found) <= 7 and found[-1] >= n * 0.037 * (1 - 1e-9) and found[-2] < n * 0.037
