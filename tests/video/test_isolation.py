@@ -165,7 +165,8 @@ def test_neither_side_has_what_it_does_not_need(named, started):
     there = caught.value.message.split()
     assert "av" in there and not {"torch", "transformers", "decord", "subprocess", "site"} & set(there)
     program = (
-        "import sys; from evoprune.video import probe, scan; from evoprune.video.sandbox import isolation; assert 'numpy' not in sys.modules\n"
+        "import sys; from evoprune.video import probe, scan; from evoprune.video.sandbox import isolation\n"
+        "assert 'numpy' not in sys.modules\n"
         "from evoprune.video import decode; assert 'av' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
