@@ -26,7 +26,8 @@ from evoprune.model.weights import Part, QwenVL, shared
 from evoprune.pipeline.loading import describe_model
 from evoprune.pipeline.random_weights import random_model
 from evoprune.vision import rowwise
-from evoprune.vision.attention import PATCHES, _attend_in_the_open
+from evoprune.model.config import PATCHES
+from evoprune.vision.attention import attend_by_products
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry
@@ -157,7 +158,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def as_built(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention `[B, heads, rows, d]` as two plain products."""
-    return _attend_in_the_open(q, k, v, None, None, nullcontext())[0]
+    return attend_by_products(q, k, v, None, None, nullcontext())[0]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

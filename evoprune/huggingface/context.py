@@ -14,6 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
+from evoprune.vision.tower import tower_shape
 
 PAST = "evoprune"  # attribute of a cache, which is copied with it
 
@@ -47,7 +49,7 @@ def encode(
     method: str = methods.DEFAULT,
     method_args: dict[str, str] | None = None,
     question: torch.Tensor | None = None,
-    seconds_per_grid: float | Sequence[float] = 1.0,
+    seconds_per_pair: float | Sequence[float] = 1.0,
     seed: int = 0,
 ) -> Encoded:
     """Runs the vision tower of `model` on one video or several, pruned to `budget` each.
@@ -60,7 +62,7 @@ def encode(
         budget: share of the visual tokens that is kept, a number in (0, 1] or a preset's name; 1.0 is the tower's own output.
         method, method_args: name of a pruning method, and its settings as texts.
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read it.
-        seconds_per_grid: of all videos, or of each (the processor's `second_per_grid_ts`). seed. For methods that ask for them.
+        seconds_per_pair: of all videos, or of each (the processor's `second_per_grid_ts`). seed: of methods that draw at random.
 
     Returns:
         `Encoded`; `kept` and `owner` count units over all videos, in the order of the placeholder tokens.
@@ -80,16 +82,14 @@ def encode(
             f"{len(pixel_values_videos)} patches do not fit video_grid_thw {video_grid_thw.tolist()}",
             "pass pixel_values_videos and video_grid_thw of one call of the processor",
         )
-    seconds = [seconds_per_grid] * len(grids) if isinstance(seconds_per_grid, (int, float)) else seconds_per_grid
-    return joined(
-        [
-            encode_video(
-                visual, [patches], grid, rule, keep_count(share, len(patches) // merge**2),
-                question=question, seconds_per_grid=step, seed=seed,
-            )
-            for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True)
-        ]
-    )  # fmt: skip
+    seconds = [seconds_per_pair] * len(grids) if isinstance(seconds_per_pair, (int, float)) else seconds_per_pair
+    tower = tower_shape(visual)
+    videos = []
+    for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
+        plan = rule.plan(tower, grid, keep_count(share, prod(grid)))
+        how = {"question": question, "seconds_per_pair": step, "seed": seed}
+        videos.append(encode_video(visual, [patches], plan, rule, **how))
+    return joined(videos)
 
 
 def _rule(name: str, args: dict[str, str] | None, asked: bool = False) -> Method:
@@ -266,10 +266,10 @@ class Pruned:
         with clock.stage("encode"):
             encoded = encode(
                 self.model, pixels, call["video_grid_thw"], budget=settings.budget, method=settings.method,
-                method_args=settings.method_args, seconds_per_grid=interface.seconds_per_grid(call), seed=settings.seed,
+                method_args=settings.method_args, seconds_per_pair=interface.seconds_per_grid(call), seed=settings.seed,
             )  # fmt: skip
         if not interface.takes_numbers(self.model):
-            encoded = replace(encoded, counts=None)
+            encoded = replace(encoded, size=None)
         small, past = shortened(self.model, call, video, encoded, settings.positions, generating)
         self.columns = past.columns
         self.report = self._report(call, small, encoded, clock.seconds["encode"])
@@ -292,14 +292,14 @@ class Pruned:
             pruning=Pruning(
                 method=settings.method,
                 args=asdict(rule),
-                budget=rule.told(parse_budget(settings.budget)),
+                budget=rule.reported_budget(parse_budget(settings.budget)),
                 kept_ratio=len(encoded.kept) / units,
                 visual_tokens_in=units,
                 visual_tokens_kept=len(encoded.kept),
                 encoder_rows=len(encoded.rows),
                 encoder_live_share=encoded.live_share,
                 layers=[list(layer) for layer in encoded.layers],
-                kept_per_grid=encoded.kept_per_grid,
+                kept_per_grid=encoded.kept_per_pair,
                 positions=settings.positions if call.get("position_ids") is None else "given",
             ),
             tokens=TokenCounts(prompt - visual, visual, prompt),

@@ -59,8 +59,8 @@ def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
             f"input_ids have {int(video.sum())} video tokens, video_grid_thw makes {units}",
             "pass all that one call of the processor returned",
         )
-    if len(interface.seconds_per_grid(call)) != len(grids):
-        raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
+    if len(interface.seconds_per_pair(call)) != len(grids):
+        raise UsageError("second_per_pair_ts are not one for each video", "pass all that the processor returned")
     if not generating:
         _check_arguments(call)
     return video
@@ -121,10 +121,10 @@ def shortened(
 
 def _counts(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
     """Of the columns that are left, float32 `[B, C]`; None for one each."""
-    if encoded.counts is None:
+    if encoded.size is None:
         return None
     units = torch.ones(len(encoded.owner), device=video.device)
-    units[encoded.kept.to(video.device)] = encoded.counts.to(video.device)
+    units[encoded.kept.to(video.device)] = encoded.size.to(video.device)
     return columns.take(torch.ones(video.shape, device=video.device).masked_scatter(video, units), 1)
 
 
@@ -151,8 +151,8 @@ def _encoded(model, call: dict, encoded: Encoded) -> dict:
     """What the model would have made of videos and pictures; the latter it makes itself."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    per_grid = iter(encoded.kept_per_grid)
-    tokens = [sum(islice(per_grid, grids)) for grids, _, _ in encoded.grids]
+    per_pair = iter(encoded.kept_per_pair)
+    tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
     video = BaseModelOutputWithPooling(pooler_output=encoded.features.split(tokens))
     found = (call.get(interface.ENCODED) or {}) | {"video": video}
     if call.get("pixel_values") is not None:

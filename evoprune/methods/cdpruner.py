@@ -9,28 +9,28 @@ so that equals are ties, which go by index; so do all tokens once those chosen s
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.ranking import scaled
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 LEAST, STEP = 1 / 128, 1 / 16384
 
 
 @dataclass(frozen=True)
-class CdPruner(Method):
+class CdPruner(Selector):
     """O(k n (D + k)) a grid of n tokens of which k are kept, memory O(N D + n k). Fields:
 
     question: whether relevance counts; without it the choice is diversity alone, and needs no question.
     """
 
     name: ClassVar[str] = "cdpruner"
-    acts: ClassVar[Literal["after"]] = "after"
 
     question: bool = True
 
@@ -38,19 +38,19 @@ class CdPruner(Method):
     def reads_question(self) -> bool:
         return self.question
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         unit = F.normalize(tokens.features.float(), dim=1)
         relevance = torch.ones(len(unit), device=unit.device)
         if self.question:
-            relevance = settle((unit @ F.normalize(tokens.question, dim=1).T).mean(1))
+            relevance = snap((unit @ F.normalize(tokens.question, dim=1).T).mean(1))
         chosen = [
-            widest(some, relevant(of_each), share) + grid * per_grid
+            widest(some, relevant(of_each), share) + grid * per_pair
             for grid, (some, of_each, share) in enumerate(
-                zip(unit.split(per_grid), relevance.split(per_grid), spread(keep, grids), strict=True)
+                zip(unit.split(per_pair), relevance.split(per_pair), spread(keep, grids), strict=True)
             )
         ]
-        return torch.cat(chosen)
+        return Selection(torch.cat(chosen))
 
 
 def relevant(relevance: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def widest(unit: torch.Tensor, weight: torch.Tensor, keep: int) -> torch.Tensor:
     left = vectors.square().sum(1)  # of the length of each, squared, beside what is spanned
     chosen = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     for step in range(keep):
-        best = settle(left).masked_fill(chosen, -torch.inf).argmax()
+        best = snap(left).masked_fill(chosen, -torch.inf).argmax()
         chosen[best] = True
         beside = vectors @ vectors[best] - factor[:step].T @ factor[:step, best]
         factor[step] = beside / left[best].clamp(min=STEP).sqrt()

@@ -9,25 +9,25 @@ rounded so that equals are ties, which go by index.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.ranking import ranked
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 
 @dataclass(frozen=True)
-class Dart(Method):
+class Dart(Selector):
     """O(N D), memory O(N D). Fields:
 
     visual, text: pivots of either kind; without text it needs no question.
     """
 
     name: ClassVar[str] = "dart"
-    acts: ClassVar[Literal["after"]] = "after"
 
     visual: int = 4
     text: int = 4
@@ -40,23 +40,23 @@ class Dart(Method):
     def reads_question(self) -> bool:
         return self.text > 0
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
+    def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float()
         unit, first = F.normalize(x, dim=1), longest(x, min(self.visual, keep))
         pivots = unit[first]
         if self.text:
             pivots = torch.cat([pivots, F.normalize(tokens.question[longest(tokens.question, self.text)], dim=1)])
-        unlike = -settle(unit @ pivots.T)
+        unlike = -snap(unit @ pivots.T)
         unlike[first] = -torch.inf
         each, odd = divmod(keep - len(first), len(pivots))
         chosen = [first]
         for pivot in range(len(pivots)):
             chosen.append(ranked(unlike[:, pivot])[: each + (pivot < odd)])
             unlike[chosen[-1]] = -torch.inf
-        return torch.cat(chosen).sort().values
+        return Selection(torch.cat(chosen).sort().values)
 
 
 def longest(x: torch.Tensor, count: int) -> torch.Tensor:
     """int64 `[count, or fewer]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first."""
     norm = x.abs().sum(1)
-    return ranked(settle(norm / norm.max().clamp(min=1e-12)))[:count]
+    return ranked(snap(norm / norm.max().clamp(min=1e-12)))[:count]

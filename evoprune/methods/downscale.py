@@ -5,20 +5,19 @@ from the file straight to the smaller size. A model's own least size of a frame 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from evoprune.methods.base import Method
-from evoprune.methods.shapes import smaller_frame
+from evoprune.methods.base import InputMethod
+from evoprune.pruning.plan import Grid
+from evoprune.pruning.shapes import smaller_frame
 
 
 @dataclass(frozen=True)
-class Downscale(Method):
+class Downscale(InputMethod):
     """As many grids, of frames with whole units in nearly the same ratio; at least one unit a grid."""
 
     name: ClassVar[str] = "downscale"
-    acts: ClassVar[Literal["input"]] = "input"
-    exact: ClassVar[bool] = False
 
-    def plan(self, grid: tuple[int, int, int], keep: int) -> tuple[int, int, int]:
+    def resize(self, grid: Grid, keep: int) -> Grid:
         count, height, width = grid
         return count, *smaller_frame(height, width, keep // count)

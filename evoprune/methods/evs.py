@@ -7,27 +7,27 @@ nearest count, where the budget is smaller, is H * W. Adapted: cosines are round
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.ranking import highest
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 
 @dataclass(frozen=True)
-class Evs(Method):
+class Evs(Selector):
     """O(N D)."""
 
     name: ClassVar[str] = "evs"
-    acts: ClassVar[Literal["after"]] = "after"
     exact: ClassVar[bool] = False
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
+    def select(self, tokens: Tokens, keep: int) -> Selection:
         change = dissimilarity(tokens)
         change[0] = torch.inf
-        return highest(change.flatten(), max(keep, change.shape[1]))
+        return Selection(highest(change.flatten(), max(keep, change.shape[1])))
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class EvsNoFloor(Evs):
     name: ClassVar[str] = "evs-nofloor"
     exact: ClassVar[bool] = True
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        return highest(dissimilarity(tokens).flatten(), keep)
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        return Selection(highest(dissimilarity(tokens).flatten(), keep))
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
     """float32 `[T, H * W]`: 1 - cosine to the same place one grid before, of the first grid to the second; 0 if it is alone."""
     grids = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
-    later = 1 - settle(torch.cosine_similarity(grids[1:].float(), grids[:-1].float(), dim=-1))
+    later = 1 - snap(torch.cosine_similarity(grids[1:].float(), grids[:-1].float(), dim=-1))
     first = later[:1] if len(later) else torch.zeros(grids.shape[:2], device=grids.device)
     return torch.cat([first, later])

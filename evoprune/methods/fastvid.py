@@ -10,21 +10,22 @@ of tokens at length one; shares are whole, and what is more than there are token
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Selection, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
 from evoprune.pruning.ranking import gathered, highest, nearest
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
 
 
 @dataclass(frozen=True)
-class FastVid(Method):
+class FastVid(Selector):
     """O(N n D) for n tokens a grid, memory O(N D). Fields:
 
     segments: how many there are at least. threshold: similarity of neighbouring grids below which there is always a cut.
@@ -34,7 +35,6 @@ class FastVid(Method):
     """
 
     name: ClassVar[str] = "fastvid"
-    acts: ClassVar[Literal["after"]] = "after"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     segments: int = 8
@@ -51,15 +51,15 @@ class FastVid(Method):
             raise ValueError("segments, every and neighbours are at least 1")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         shares = spread(keep, grids)
-        attention = settle(tokens.attention).view(grids, per_grid)
-        unit = F.normalize(tokens.features.float(), dim=1).view(grids, per_grid, -1)
-        into = torch.full_like(tokens.owner, -1).view(grids, per_grid)
+        attention = snap(tokens.attention).view(grids, per_pair)
+        unit = F.normalize(tokens.features.float(), dim=1).view(grids, per_pair, -1)
+        into = torch.full_like(tokens.owner, -1).view(grids, per_pair)
         for part in segments(transitions(tokens), self.segments, self.threshold):
             some = slice(part.start, part.stop)
             local = self.condensed(attention[some], unit[some], sum(shares[some]))
-            into[some] = torch.where(local < 0, -1, local + part.start * per_grid)
+            into[some] = torch.where(local < 0, -1, local + part.start * per_pair)
         into = into.flatten()
         return gathered(into, self.weights(into))
 
@@ -69,14 +69,14 @@ class FastVid(Method):
         Args:
             attention: `[g, n]`, of its grids. unit: `[g, n, D]`, of length one.
         """
-        grids, per_grid = attention.shape
-        index = torch.arange(attention.numel(), device=unit.device).view(grids, per_grid)
+        grids, per_pair = attention.shape
+        index = torch.arange(attention.numel(), device=unit.device).view(grids, per_pair)
         into = torch.full_like(index, -1).flatten()
         salient = spread(math.floor(self.salient * keep + 0.5), grids)
         best = torch.cat([index[grid, highest(attention[grid], share)] for grid, share in enumerate(salient)])
         into[best] = best
         anchors = range(0, grids, self.every)
-        rooms = [per_grid - salient[grid] for grid in anchors]
+        rooms = [per_pair - salient[grid] for grid in anchors]
         wanted = apportion(keep - len(best), [1] * len(anchors), rooms)
         free = [index[grid, into[index[grid]] < 0] for grid in anchors]
         unit = unit.flatten(0, 1)

@@ -13,22 +13,23 @@ paper adds for other models than Qwen2.5-VL.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Selection, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.methods.divprune import most_diverse
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
 from evoprune.pruning.ranking import closest, gathered, nearest, ranked
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
 
 
 @dataclass(frozen=True)
-class FlashVid(Method):
+class FlashVid(Selector):
     """O(N n D) for n tokens a grid, memory O(N D). Fields:
 
     segments: how many there are at least. threshold: similarity of neighbouring grids below which there is always a cut.
@@ -38,7 +39,6 @@ class FlashVid(Method):
     """
 
     name: ClassVar[str] = "flashvid"
-    acts: ClassVar[Literal["after"]] = "after"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     segments: int = 4
@@ -54,16 +54,16 @@ class FlashVid(Method):
             raise ValueError("segments and neighbours are at least 1")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         shares = spread(keep, grids)
-        attention = settle(tokens.attention).view(grids, per_grid)
-        x = tokens.features.float().view(grids, per_grid, -1)
-        into = torch.full_like(tokens.owner, -1).view(grids, per_grid)
+        attention = snap(tokens.attention).view(grids, per_pair)
+        x = tokens.features.float().view(grids, per_pair, -1)
+        into = torch.full_like(tokens.owner, -1).view(grids, per_pair)
         weight = torch.ones(into.shape, device=x.device)
         for part in segments(transitions(tokens), self.segments, self.threshold):
             some = slice(part.start, part.stop)
             local, weight[some] = self.condensed(attention[some], x[some], sum(shares[some]))
-            into[some] = torch.where(local < 0, -1, local + part.start * per_grid)
+            into[some] = torch.where(local < 0, -1, local + part.start * per_pair)
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,8 +73,8 @@ class FlashVid(Method):
             attention: `[g, n]`, of its grids. x: `[g, n, D]`.
             keep: how many stay.
         """
-        grids, per_grid = attention.shape
-        index = torch.arange(attention.numel(), device=x.device).view(grids, per_grid)
+        grids, per_pair = attention.shape
+        index = torch.arange(attention.numel(), device=x.device).view(grids, per_pair)
         into = torch.full_like(index, -1).flatten()
         diverse = spread(math.floor(self.diverse * keep + 0.5), grids)
         best = torch.cat([index[g, most_diverse(x[g], count, attention[g])] for g, count in enumerate(diverse)])
@@ -83,13 +83,13 @@ class FlashVid(Method):
         trees = keep - len(best)
         if trees:
             x, rest = x.flatten(0, 1), (into < 0).nonzero().flatten()
-            into[rest] = self.linked(F.normalize(x, dim=1), rest, rest // per_grid, len(rest) - trees)
+            into[rest] = self.linked(F.normalize(x, dim=1), rest, rest // per_pair, len(rest) - trees)
             size = torch.bincount(into, minlength=len(into))
             weight = 1 / size[into].float()
             roots = rest[into[rest] == rest]
             if len(roots) > trees:
                 mean = torch.zeros_like(x).index_add_(0, into, x * weight[:, None])[roots]
-                into[rest] = self.merged(F.normalize(mean, dim=1), roots, roots // per_grid, trees, into)[rest]
+                into[rest] = self.merged(F.normalize(mean, dim=1), roots, roots // per_pair, trees, into)[rest]
         return into.view_as(index), weight.view_as(index)
 
     def linked(self, unit: torch.Tensor, rest: torch.Tensor, grid: torch.Tensor, most: int) -> torch.Tensor:

@@ -10,21 +10,22 @@ Left out: merging inside the language model.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Selection, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import peaks
 from evoprune.pruning.ranking import gathered, highest, nearest
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 from evoprune.pruning.segments import averaged
 
 
 @dataclass(frozen=True)
-class HoliTom(Method):
+class HoliTom(Selector):
     """O(N D + T^2 + N n D / L) for n tokens a grid and segments of L grids, memory O(N D). Fields:
 
     static: cosine of a token to the next at its place above which the place stands still.
@@ -32,7 +33,6 @@ class HoliTom(Method):
     """
 
     name: ClassVar[str] = "holitom"
-    acts: ClassVar[Literal["after"]] = "after"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     static: float = 0.8
@@ -45,7 +45,7 @@ class HoliTom(Method):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])
         index = torch.arange(len(tokens.owner), device=x.device).view(x.shape[:2])
-        like = settle(torch.cosine_similarity(x[1:], x[:-1], dim=2))
+        like = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
         parts = most_saving(like > self.static)
         alike = [stillness(like, part, index.shape[1]) for part in parts]
         saved = sum(
@@ -53,7 +53,7 @@ class HoliTom(Method):
         )
         if index.numel() - saved <= keep:
             return gathered(averaged(index, parts, alike, index.numel() - keep).flatten())
-        attention = settle(tokens.attention).view(index.shape)
+        attention = snap(tokens.attention).view(index.shape)
         into, weight = torch.full_like(index, -1).flatten(), torch.ones(index.shape, device=x.device)
         groups, moving = [], []  # the units of each token that stands still, a row each; the others of each grid
         for part, still in zip(parts, alike, strict=True):

@@ -13,21 +13,22 @@ figure. Ties go by index.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peak_scores
 from evoprune.pruning.ranking import closest, highest
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
 
 
 @dataclass(frozen=True)
-class Mmg(Method):
+class Mmg(Selector):
     """O(N n D) for n tokens a grid, and O(S^2 D) for S segments; memory O(N D). Fields:
 
     threshold: similarity of neighbouring grids below which there is a cut.
@@ -36,7 +37,6 @@ class Mmg(Method):
     """
 
     name: ClassVar[str] = "mmg"
-    acts: ClassVar[Literal["after"]] = "after"
 
     threshold: float = 0.95
     beta: float = 0.5
@@ -46,19 +46,19 @@ class Mmg(Method):
         if not (-1 <= self.threshold <= 1 and 0 <= self.beta <= 1 and self.neighbours >= 1):
             raise ValueError("threshold is a cosine, beta from 0 to 1, neighbours at least 1")
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        x = tokens.features.float().view(grids, per_grid, -1)
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        x = tokens.features.float().view(grids, per_pair, -1)
         like = transitions(tokens)
         parts = joined(segments(like, 1, self.threshold), like.tolist())
         gains = marginal_gains(
             torch.stack([x[part.start : part.stop].mean((0, 1)) for part in parts]), x.mean((0, 1)), self.beta
         )
         weights = [len(part) * math.exp(gain) for part, gain in zip(parts, gains, strict=True)]
-        shares = apportion(keep, weights, [len(part) * per_grid for part in parts])
+        shares = apportion(keep, weights, [len(part) * per_pair for part in parts])
         unit = F.normalize(x, dim=2)
         kept = [self.distinct(unit, part, share) for part, share in zip(parts, shares, strict=True)]
-        return torch.cat(kept)
+        return Selection(torch.cat(kept))
 
     def distinct(self, unit: torch.Tensor, part: range, keep: int) -> torch.Tensor:
         """int64 `[keep]`, ascending: the tokens of a segment that are peaks of their grids and new in them.
@@ -66,14 +66,14 @@ class Mmg(Method):
         Args:
             unit: `[T, n, D]`, of length one, of all grids.
         """
-        per_grid, kept, before = unit.shape[1], [], None
+        per_pair, kept, before = unit.shape[1], [], None
         for grid, share in zip(part, spread(keep, len(part)), strict=True):
             gain = peak_scores(unit[grid], self.neighbours)
             if before is not None and len(before):
-                gain = settle(gain * (1 - closest(unit[grid], before)[0]))
+                gain = snap(gain * (1 - closest(unit[grid], before)[0]))
             best = highest(gain, share)
             before = unit[grid, best]
-            kept.append(best + grid * per_grid)
+            kept.append(best + grid * per_pair)
         return torch.cat(kept)
 
 
@@ -96,7 +96,7 @@ def marginal_gains(means: torch.Tensor, whole: torch.Tensor, beta: float) -> lis
         means: `[S, D]`, a segment each. whole: `[D]`.
     """
     unit = F.normalize(means, dim=1)
-    represents = settle(unit @ F.normalize(whole, dim=0))
+    represents = snap(unit @ F.normalize(whole, dim=0))
     repeats = torch.zeros_like(represents)
     gains = torch.full_like(represents, -torch.inf)
     open_ = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
@@ -104,6 +104,6 @@ def marginal_gains(means: torch.Tensor, whole: torch.Tensor, beta: float) -> lis
         now = represents - beta * repeats
         best = int(now.masked_fill(~open_, -torch.inf).argmax())
         gains[best], open_[best] = now[best], False
-        to = settle(unit @ unit[best])
+        to = snap(unit @ unit[best])
         repeats = torch.maximum(repeats, to) if step else to
     return gains.tolist()

@@ -9,20 +9,21 @@ equals are ties, which go by index.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.ranking import scaled
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 IMPORTANCE = ("attention", "keynorm")
 
 
 @dataclass(frozen=True)
-class Mmr(Method):
+class Mmr(Selector):
     """O(K N D), memory O(N D). Fields:
 
     importance: attention received (`attention`), or the length of a unit's key (`keynorm`).
@@ -30,7 +31,6 @@ class Mmr(Method):
     """
 
     name: ClassVar[str] = "mmr"
-    acts: ClassVar[Literal["after"]] = "after"
 
     importance: str = "attention"
     lam: float = 0.5
@@ -45,20 +45,20 @@ class Mmr(Method):
     def needs(self) -> frozenset[str]:
         return frozenset({"attention" if self.importance == "attention" else "keys"})
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
+    def select(self, tokens: Tokens, keep: int) -> Selection:
         importance = tokens.attention if self.importance == "attention" else tokens.keys.norm(dim=1)
-        return most_relevant(tokens.features, importance, keep, self.lam)
+        return Selection(most_relevant(tokens.features, importance, keep, self.lam))
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
     """The indices of `keep` rows of `features` (`[N, D]`), ascending; `importance`: `[N]`, on any scale."""
     unit = F.normalize(features.float(), dim=1)
-    important = lam * settle(scaled(importance.float()))
+    important = lam * snap(scaled(importance.float()))
     chosen = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     near = torch.zeros(len(unit), device=unit.device)
     for step in range(keep):
-        latest = settle(important - (1 - lam) * near).masked_fill(chosen, -torch.inf).argmax()
+        latest = snap(important - (1 - lam) * near).masked_fill(chosen, -torch.inf).argmax()
         chosen[latest] = True
-        cosine = settle(unit @ unit[latest])
+        cosine = snap(unit @ unit[latest])
         near = torch.maximum(near, cosine) if step else cosine
     return chosen.nonzero().flatten()

@@ -5,20 +5,20 @@ tokens; the sides of blocks differ by a unit where they do not divide. A block's
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.methods.shapes import smaller_frame
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
+from evoprune.pruning.shapes import smaller_frame
 
 
 @dataclass(frozen=True)
-class Pool(Method):
+class Pool(Selector):
     """Blocks lie inside one grid as long as every grid can have a token, else a block is several whole grids."""
 
     name: ClassVar[str] = "pool"
-    acts: ClassVar[Literal["after"]] = "after"
     exact: ClassVar[bool] = False
 
     def select(self, tokens: Tokens, keep: int) -> Selection:

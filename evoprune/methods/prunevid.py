@@ -12,21 +12,22 @@ of the question).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Selection, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import peaks
 from evoprune.pruning.ranking import gathered, nearest
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 from evoprune.pruning.segments import averaged
 
 
 @dataclass(frozen=True)
-class PruneVid(Method):
+class PruneVid(Selector):
     """O(N n D) for n tokens a grid, memory O(N D). Fields:
 
     scenes: clusters of grids, as a share of the grids.
@@ -35,7 +36,6 @@ class PruneVid(Method):
     """
 
     name: ClassVar[str] = "prunevid"
-    acts: ClassVar[Literal["after"]] = "after"
 
     scenes: float = 0.25
     static: float = 0.8
@@ -82,7 +82,7 @@ def steadiness(unit: torch.Tensor) -> torch.Tensor:
     pairs = len(unit) * (len(unit) - 1)
     if not pairs:
         return torch.full(unit.shape[1:2], -torch.inf, device=unit.device)
-    return settle((unit.sum(0).square().sum(1) - unit.square().sum((0, 2))) / pairs)
+    return snap((unit.sum(0).square().sum(1) - unit.square().sum((0, 2))) / pairs)
 
 
 def _runs(labels: list[int]) -> Iterator[list[int]]:

@@ -1,26 +1,26 @@
 """Uniform choice after the encoder: the floor every method must beat."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import spread
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(Selector):
     """Draws without replacement, the same number from every grid (stratified), by `tokens.seed`."""
 
     name: ClassVar[str] = "random"
-    acts: ClassVar[Literal["after"]] = "after"
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         generator = torch.Generator("cpu").manual_seed(tokens.seed)  # the same draw on every device
         chosen = [
-            torch.randperm(per_grid, generator=generator, device="cpu")[:share].sort().values + grid * per_grid
+            torch.randperm(per_pair, generator=generator, device="cpu")[:share].sort().values + grid * per_pair
             for grid, share in enumerate(spread(keep, grids))
         ]
-        return torch.cat(chosen)
+        return Selection(torch.cat(chosen))

@@ -10,28 +10,28 @@ are brought up to date: the choice is the exact greedy one, and no N x N matrix 
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.ranking import BLOCK
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 AT_ONCE = 32  # sums brought up to date at a time
-STEPS = 16384  # in which cosines are counted, as `settle` has it
+STEPS = 16384  # in which cosines are counted, as `snap` has it
 
 
 @dataclass(frozen=True)
-class Scope(Method):
+class Scope(Selector):
     """O(N^2 D) for the first token, about O(K N D) for the others; memory O(N D). Fields:
 
     alpha: power of saliency; 0 leaves coverage alone.
     """
 
     name: ClassVar[str] = "scope"
-    acts: ClassVar[Literal["after"]] = "after"
 
     alpha: float = 1.0
 
@@ -43,9 +43,9 @@ class Scope(Method):
     def needs(self) -> frozenset[str]:
         return frozenset({"attention"} if self.alpha else ())
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        weight = settle(tokens.attention).double() ** self.alpha if self.alpha else None
-        return best_covering(tokens.features, weight, keep)
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        weight = snap(tokens.attention).double() ** self.alpha if self.alpha else None
+        return Selection(best_covering(tokens.features, weight, keep))
 
 
 def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int) -> torch.Tensor:

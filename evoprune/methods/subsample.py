@@ -5,19 +5,18 @@ a grid lie farther apart as well, and the language model is told the true second
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from evoprune.methods.base import Method
+from evoprune.methods.base import InputMethod
+from evoprune.pruning.plan import Grid
 
 
 @dataclass(frozen=True)
-class Subsample(Method):
+class Subsample(InputMethod):
     """Whole grids, at least one."""
 
     name: ClassVar[str] = "subsample"
-    acts: ClassVar[Literal["input"]] = "input"
-    exact: ClassVar[bool] = False
 
-    def plan(self, grid: tuple[int, int, int], keep: int) -> tuple[int, int, int]:
+    def resize(self, grid: Grid, keep: int) -> Grid:
         count, height, width = grid
         return min(count, max(1, keep // (height * width))), height, width

@@ -8,37 +8,39 @@ what is more than a grid holds goes to the others; likenesses are rounded so tha
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.ranking import highest
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True)
-class VidCom2(Method):
+class VidCom2(Selector):
     """O(N D)."""
 
     name: ClassVar[str] = "vidcom2"
-    acts: ClassVar[Literal["after"]] = "after"
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        unit = F.normalize(tokens.features[:, steadiest(tokens.features)].float(), dim=1).view(grids, per_grid, -1)
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        unit = F.normalize(tokens.features[:, steadiest(tokens.features)].float(), dim=1).view(grids, per_pair, -1)
         like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
         like_grid = likeness(unit, unit.mean(1, keepdim=True))
-        unlike = (-settle(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
-        weights = grids * (1 + settle(unlike)) - 1  # T times the share, in steps: equals stay equal
-        shares = apportion(keep, weights.tolist(), [per_grid] * grids)
-        unlike = -settle(like_video + like_grid)
-        return torch.cat([highest(unlike[grid], share) + grid * per_grid for grid, share in enumerate(shares)])
+        unlike = (-snap(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
+        weights = grids * (1 + snap(unlike)) - 1  # T times the share, in steps: equals stay equal
+        shares = apportion(keep, weights.tolist(), [per_pair] * grids)
+        unlike = -snap(like_video + like_grid)
+        return Selection(
+            torch.cat([highest(unlike[grid], share) + grid * per_pair for grid, share in enumerate(shares)])
+        )
 
 
 def steadiest(features: torch.Tensor) -> torch.Tensor:

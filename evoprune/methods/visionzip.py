@@ -9,26 +9,26 @@ that equals are ties, which go by index.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Selection, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.ranking import gathered, highest, nearest
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 
 @dataclass(frozen=True)
-class VisionZip(Method):
+class VisionZip(Selector):
     """O(N K d / T) for T grids and keys of d numbers. Fields:
 
     dominant: share of the tokens kept that are chosen by attention.
     """
 
     name: ClassVar[str] = "visionzip"
-    acts: ClassVar[Literal["after"]] = "after"
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
 
     dominant: float = 0.85
@@ -38,13 +38,13 @@ class VisionZip(Method):
             raise ValueError("dominant is a share from 0 to 1")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        attention = settle(tokens.attention).view(grids, per_grid)
-        keys = F.normalize(tokens.keys, dim=1).view(grids, per_grid, -1)
-        into = torch.full_like(tokens.owner, -1).view(grids, per_grid)
+        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        attention = snap(tokens.attention).view(grids, per_pair)
+        keys = F.normalize(tokens.keys, dim=1).view(grids, per_pair, -1)
+        into = torch.full_like(tokens.owner, -1).view(grids, per_pair)
         for grid, share in enumerate(spread(keep, grids)):
             local = zipped(attention[grid], keys[grid], share, round(self.dominant * share))
-            into[grid] = torch.where(local < 0, -1, local + grid * per_grid)
+            into[grid] = torch.where(local < 0, -1, local + grid * per_pair)
         return gathered(into.flatten())
 
 

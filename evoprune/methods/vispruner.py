@@ -10,19 +10,20 @@ later in the order of attention goes, and that order goes by index.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Tokens
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.ranking import BLOCK
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 
 @dataclass(frozen=True)
-class VisPruner(Method):
+class VisPruner(Selector):
     """O(n^3 D / step) a grid of n tokens, memory O(N D). Fields:
 
     important: share of the tokens kept that are chosen by attention.
@@ -30,7 +31,6 @@ class VisPruner(Method):
     """
 
     name: ClassVar[str] = "vispruner"
-    acts: ClassVar[Literal["after"]] = "after"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     important: float = 0.5
@@ -40,17 +40,17 @@ class VisPruner(Method):
         if not 0 <= self.important <= 1 or self.step < 1:
             raise ValueError("important is a share from 0 to 1, step at least 1")
 
-    def select(self, tokens: Tokens, keep: int) -> torch.Tensor:
-        grids, per_grid = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        order = settle(tokens.attention).view(grids, per_grid).argsort(dim=1, descending=True, stable=True)
-        unit = F.normalize(tokens.features.float(), dim=1).view(grids, per_grid, -1)
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        order = snap(tokens.attention).view(grids, per_pair).argsort(dim=1, descending=True, stable=True)
+        unit = F.normalize(tokens.features.float(), dim=1).view(grids, per_pair, -1)
         chosen = []
         for grid, share in enumerate(spread(keep, grids)):
             first = math.floor(self.important * share + 0.5)
             important, rest = order[grid, :first], order[grid, first:]
             kept = torch.cat([important, rest[most_distinct(unit[grid, rest], share - first, self.step)]])
-            chosen.append(kept.sort().values + grid * per_grid)
-        return torch.cat(chosen)
+            chosen.append(kept.sort().values + grid * per_pair)
+        return Selection(torch.cat(chosen))
 
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
     left = torch.arange(len(unit) if keep else 0, device=unit.device)
     while len(left) > keep:
         one, other = left[::2], unit[left[1::2]]
-        like = torch.cat([settle(unit[some] @ other.T).amax(1) for some in one.split(BLOCK)])
+        like = torch.cat([snap(unit[some] @ other.T).amax(1) for some in one.split(BLOCK)])
         # Of equals the last goes: sorted from the back, so that the first of them is the last.
         going = len(one) - 1 - like.flip(0).argsort(descending=True, stable=True)[: min(step, len(left) - keep)]
         stays = torch.ones(len(left), dtype=torch.bool, device=unit.device)

@@ -12,6 +12,7 @@ T = TypeVar("T")
 QWEN2_5, QWEN2 = "qwen2_5_vl", "qwen2_vl"
 MODEL_TYPES = (QWEN2_5, QWEN2)
 ACTIVATIONS = {QWEN2_5: "silu", QWEN2: "quick_gelu"}  # of the tower
+PATCHES = 4  # patches of a unit (2x2)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from evoprune.language.generate import ANSWER_COLUMNS
 from evoprune.model.config import Config
 from evoprune.model.machine import available_memory
 from evoprune.pipeline.inspection import kv_bytes
-from evoprune.vision.attention import PATCHES
+from evoprune.model.config import PATCHES
 
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 

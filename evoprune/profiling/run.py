@@ -27,7 +27,7 @@ from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Counts,
 from evoprune.profiling.runners import TEXT_AFTER, TEXT_BEFORE, Frames, Turn, prepare, run_hugging_face, run_ours
 from evoprune.profiling.variants import case_units, make_forms, working_memory
 from evoprune.pruning.budget import keep_count
-from evoprune.vision.attention import PATCHES
+from evoprune.model.config import PATCHES
 from evoprune.vision.devices import units_at_a_time
 
 Source = Callable[[Case], Frames]

@@ -20,7 +20,7 @@ from evoprune.video.decode import read_frames
 from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import VideoInfo
 from evoprune.video.sampling import even_times
-from evoprune.vision.attention import PATCHES
+from evoprune.model.config import PATCHES
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify, resize
 from evoprune.vision.tower import tower_geometry

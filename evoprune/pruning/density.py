@@ -8,7 +8,7 @@ dense tokens the first counts as denser, so that of equal tokens one is a peak. 
 import torch
 
 from evoprune.pruning.ranking import BLOCK, highest
-from evoprune.pruning.score import settle
+from evoprune.pruning.score import snap
 
 
 def peaks(unit: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
@@ -29,16 +29,16 @@ def peak_scores(unit: torch.Tensor, neighbours: int) -> torch.Tensor:
     for part in parts if nearest else ():
         squared = _squared(unit, part)
         squared[torch.arange(len(part), device=unit.device), part] = torch.inf
-        density[part] = settle((-squared.topk(nearest, largest=False).values.mean(1)).exp())
+        density[part] = snap((-squared.topk(nearest, largest=False).values.mean(1)).exp())
     apart = torch.empty(n, device=unit.device)
     for part in parts:
         squared = _squared(unit, part)
         denser = (density > density[part, None]) | ((density == density[part, None]) & (index < part[:, None]))
         farthest = squared.amax(1)
         apart[part] = torch.where(denser.any(1), squared.masked_fill(~denser, torch.inf).amin(1), farthest)
-    return settle(density * apart.sqrt())
+    return snap(density * apart.sqrt())
 
 
 def _squared(unit: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Squared distances `[p, n]` of some rows to all; a zero row is as far from all others as if it stood at right angles."""
-    return (2 - 2 * settle(unit[part] @ unit.T)).clamp_(min=0)
+    return (2 - 2 * snap(unit[part] @ unit.T)).clamp_(min=0)

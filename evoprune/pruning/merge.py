@@ -4,32 +4,10 @@ import torch
 
 from evoprune.pruning.indices import true_indices
 
-SPLITS = ("alternate", "checkerboard")
-SURVIVORS = ("destination", "attended")
 
-
-def split_sources(
-    place: torch.Tensor, moment: torch.Tensor, valid: torch.Tensor, width: int, split: str
-) -> torch.Tensor:
-    """Which rows may be absorbed this round; the others are where they can go.
-
-    Args:
-        place: int64 `[B, n]`, raster place of each row in its grid. moment: int64 `[B, n]`, its grid in the block.
-        valid: bool `[B, n]`, valid rows first.
-        width: units a grid row.
-        split: `alternate`: every second row of the group; `checkerboard`: every second place of the grid, the others in every
-            second grid, so that a place can meet itself in the next one; where one colour alone is left, `alternate`.
-
-    Returns:
-        bool `[B, n]`.
-    """
-    odd = torch.arange(place.shape[1]) % 2 == 1
-    source = odd & valid
-    if split == "checkerboard":
-        dark = ((place // width + place % width + moment) % 2 == 1) & valid
-        both = dark.any(1) & (~dark & valid).any(1)
-        source = torch.where(both[:, None], dark, source)
-    return source
+def alternate(valid: torch.Tensor) -> torch.Tensor:
+    """Which rows may merge into others this round: every second row of each group; bool `[B, n]`, like `valid`, valid rows first."""
+    return (torch.arange(valid.shape[1], dtype=torch.int64, device=valid.device) % 2 == 1) & valid
 
 
 def best_partners(
@@ -72,21 +50,6 @@ def match(
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(n).expand(b, n))
     goes = source & (rank < torch.minimum(remove, source.sum(1))[:, None])
     return torch.where(goes, partner, torch.arange(n))
-
-
-def survive_attended(into: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-    """Turns merges round so that of all rows that become one, the most attended stays in place (ties: lower index).
-
-    Args:
-        into: int64 `[B, n]`.
-        attention: `[B, n]`.
-    """
-    n = into.shape[1]
-    index = torch.arange(n).expand_as(into)
-    top = torch.full_like(attention, -torch.inf).scatter_reduce(1, into, attention, "amax")
-    wins = attention == top.gather(1, into)
-    winner = torch.full_like(into, n).scatter_reduce(1, into, torch.where(wins, index, n), "amin")
-    return winner.gather(1, into)
 
 
 def merge_rows(

@@ -2,8 +2,8 @@
 
 import torch
 
-from evoprune.methods.base import Selection
-from evoprune.pruning.score import settle
+from evoprune.pruning.types import Selection
+from evoprune.pruning.score import snap
 
 BLOCK = 512  # rows of a matrix of all pairs that are held at a time
 
@@ -29,7 +29,7 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 
     All of length one, m at least 1.
     """
-    found = [settle(part @ others.T).max(1) for part in unit.split(BLOCK)]
+    found = [snap(part @ others.T).max(1) for part in unit.split(BLOCK)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 

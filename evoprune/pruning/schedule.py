@@ -7,20 +7,10 @@ or fall (`increasing`, `decreasing`). Ranges are in relative depth, so that towe
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from evoprune.pruning.plan import TowerShape
 
 ALLOCATIONS = ("mean", "skip", "first", "last", "increasing", "decreasing")
-
-
-@dataclass(frozen=True)
-class TowerShape:
-    """What a schedule must know of a vision tower: layers, and which of them attend inside whole grids."""
-
-    depth: int
-    full_layers: tuple[int, ...]
-
-    def scope(self, layer: int):
-        return "grid" if layer in self.full_layers else "window"
 
 
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:

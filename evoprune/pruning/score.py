@@ -4,8 +4,7 @@
 
 s: cosine of the rows' features. d: local density, the mean cosine to the nearest rows of the group; a lone row has a low one and
 is kept apart. a: attention received, relative to the group's most attended row. The paper names the three parts and their
-purpose; their form for units and windows is this project's. Whose loneliness counts, that of either row (the maximum, as above), of
-both (the mean) or of the one to be absorbed alone, is a choice.
+purpose; their form for units and windows is this project's.
 
 A group of n rows has n x n scores, which for large grids would be more than all else. So they are made in strips of rows, each
 strip only for as long as it takes to find the best of every row.
@@ -14,7 +13,6 @@ strip only for as long as it takes to find the best of every row.
 import torch
 import torch.nn.functional as F
 
-LONELY = ("either", "both", "absorbed")
 HELD = 1 << 22  # scores that are held at a time, but for a single row of each group: 16 MiB
 ALL = slice(None)
 
@@ -74,7 +72,6 @@ def composite_score(
     attention: torch.Tensor | None,
     diversity_weight: float,
     attention_weight: float,
-    lonely: str = "either",
     rows: slice = ALL,
 ) -> torch.Tensor:
     """S as above, the row to be absorbed first.
@@ -82,7 +79,6 @@ def composite_score(
     Args:
         cosine: `[B, m, n]`, of m `rows`.
         density, attention: `[B, n]`; None if its weight is zero.
-        lonely: one of LONELY.
 
     Returns:
         `[B, m, n]`.
@@ -90,15 +86,13 @@ def composite_score(
     score = cosine
     if diversity_weight:
         lone = 1 - density
-        one, other = lone[:, rows, None], lone[:, None, :]
-        counts = {"either": torch.maximum(one, other), "both": (one + other) / 2, "absorbed": one}[lonely]
-        score = score - diversity_weight * counts
+        score = score - diversity_weight * torch.maximum(lone[:, rows, None], lone[:, None, :])
     if attention_weight:
         score = score - attention_weight * torch.maximum(attention[:, rows, None], attention[:, None, :])
     return score
 
 
-def settle(score: torch.Tensor) -> torch.Tensor:
+def snap(score: torch.Tensor) -> torch.Tensor:
     """Rounds scores to 1/16384, far below any difference that means something and far above rounding noise.
 
     Equal rows have cosines that differ in the last bits, and not the same way in batches of another size. Without this, such

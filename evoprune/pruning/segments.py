@@ -4,14 +4,14 @@ from itertools import pairwise
 
 import torch
 
-from evoprune.methods.base import Tokens
-from evoprune.pruning.score import settle
+from evoprune.pruning.types import Tokens
+from evoprune.pruning.score import snap
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
     """float32 `[T - 1]`: the cosine of the mean tokens of each two neighbouring grids, rounded so that equals are ties."""
     mean = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1]).mean(1)
-    return settle(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
+    return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:

@@ -1,76 +1,46 @@
-"""Which of a video's N places the language model reads: greedy farthest point over features and time.
+"""The selection: farthest-point sampling over features and time, and the clusters that it makes.
 
-What the encoder computes (rows) and what the language model reads (tokens) need not be the same units. Through `owner` every
-unit has a feature at its own place and time, its row's; of these N the K most different are chosen, one after another, each as
-far as can be from all chosen before:
-
-    d(i, j) = (1 - cos(f_i, f_j)) + alpha / 2 * sal_j^2 * min(|t_i - t_j| / tau, 1)
-
-where i is chosen, j a candidate and sal_j = 1 - cos(f_j, mean over all units), scaled to a maximum of 1. So the same thing at
-another moment is news in proportion to how much the thing stands out: what stays or goes is told, background is not told twice.
-Max-min diversity among features alone (alpha = 0) is DivPrune's choice (arXiv 2503.02175); the term in time is this project's.
-
-Each unit that is not chosen is then nearest, by the same distance, to one that is: that one stands for it (`nearest_chosen`).
-
-The choice is the exact greedy one; nothing as large as N x N, nor N x K, is ever held.
+The K most different units of a video are selected, one after another, each as far as can be from all that were selected before
+(pruning/distance.py). What the encoder computes (rows) and what is selected (units) need not be the same: each unit has its row's
+feature at its own place and time. The selection is the exact greedy one; nothing as large as N x N, nor N x K, is ever held.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from evoprune.pruning.budget import spread
+from evoprune.pruning.distance import Points, lapse, snap
 
-ALPHA = 1.5
-DIMENSIONS = 128  # to which features are projected
-FEW = 512  # rows, up to which features are not projected
-POOL = 512  # candidates looked at between two passes over all of them; a matter of speed alone
-AT_ONCE = 1024  # rows of which there are float32 copies
+POOL = 512  # candidates compared between two passes over all of them; a matter of speed alone
 PIECE = 1 << 20  # numbers in the largest tensor of a pass
-STEP = 1 / 16384  # distances are told apart to this; see `evoprune.pruning.score.settle`
 
 
-def choose_units(
-    features: torch.Tensor,
-    owner: torch.Tensor,
+def farthest_points(
+    points: Points,
     grid: tuple[int, int, int],
-    seconds: Sequence[float],
     keep: int,
     *,
-    alpha: float = ALPHA,
-    tau: float | None = None,
-    dimensions: int | None = DIMENSIONS,
-    pool: int = POOL,
     within: float = 0.0,
     least: int = 1,
     floor: float = 0.0,
-    known: tuple[torch.Tensor, torch.Tensor] | None = None,
+    pool: int = POOL,
 ) -> torch.Tensor:
-    """Chooses `keep` units of one video, or as many as it takes until every unit is near a chosen one.
+    """Selects `keep` units of one video, or as many as it takes until every unit is near a selected one.
 
-    The first is the most salient: unlike the start of DivPrune (the unit whose nearest neighbour is farthest) it needs no
-    N x N distances. Ties go to the lower index. What is left to choose when nothing differs any more (equal features at equal
-    times, say a black video) is spread evenly over time, and over each grid.
+    The first is the most salient: unlike DivPrune's start (the unit whose nearest neighbour is farthest) this needs no N x N
+    distances. Ties go to the lower index. Where nothing differs any more (equal features at equal times, such as a black video) the
+    rest is spread evenly over time and over each frame pair.
 
     Args:
-        features: `[E, D]`, any float dtype, one a row.
-        owner: int64 `[T * H * W]`, the row that stands for each unit, or -1 for a unit that cannot be chosen.
+        points: all units that may be selected.
         grid: (T, H, W) in units.
-        seconds: T times, one a grid.
-        keep: K, from 1 to the number of units that can be chosen.
-        within: stop before K once no unit is farther from what is chosen than this; 0 for exactly K.
-        least: but not before so many are chosen.
-        floor: share of an even spread over the grids that each of them gets, of the units that are most different there, before any
-            are chosen among all; 0 for none, 1 for the even spread itself.
-        alpha: weight of time.
-        tau: seconds from which on moments are as far apart as can be; default: from the first grid to the last.
-        dimensions: project features to so many if they have more than four times as many, and there are more than a few rows;
-            None for never.
-        known: from `points_and_salience` for these features, owners and dimensions, if it is there already.
+        keep: K, from 1 to the number of points.
+        within: stop before K once no unit is farther than this from a selected one; 0 for exactly K.
+        least: but not before so many are selected.
+        floor: share of an even spread over the frame pairs that each of them gets before units are selected among all; 0 for
+            none, 1 for the even spread.
 
     Returns:
         int64 `[keep]`, or fewer if `within` is above 0: units, ascending.
@@ -78,206 +48,118 @@ def choose_units(
     Raises:
         ValueError: `keep` is out of range.
     """
-    units = (owner >= 0).nonzero()[:, 0]
-    if not 1 <= keep <= len(units):
-        raise ValueError(f"cannot choose {keep} of {len(units)} units")
-    if keep == len(units) and not within:
-        return units
+    if not 1 <= keep <= len(points):
+        raise ValueError(f"cannot select {keep} of {len(points)} units")
+    if keep == len(points) and not within:
+        return points.units
     least = min(least, keep) if within else keep
-    row, time = owner[units], _time(units, grid, seconds, tau)
-    points, salience = known or points_and_salience(features, owner, dimensions)
-    weight = alpha / 2 * salience**2
-
-    def choose(among: torch.Tensor, start: list[int], keep: int, within: float, least: int) -> torch.Tensor:
-        chosen = _farthest(points, weight, row[among], time[among], start, keep, pool, within, least)
-        if len(chosen) < least:
-            left = torch.ones(len(among), dtype=torch.bool, device=features.device)
-            left[chosen] = False
-            left = left.nonzero()[:, 0]
-            chosen = torch.cat([chosen, left[_even(units[among[left]], grid, least - len(chosen))]])
-        return among[chosen]
-
-    start = []
-    if floor:
-        due = spread(least if within else keep, grid[0])
-        for there, share in zip(_by_grid(units, grid), due, strict=True):
-            few = min(math.floor(floor * share), len(there))
-            if few:
-                start += choose(there, _start(salience, row[there]), few, 0.0, few).tolist()
-    every = torch.arange(len(units), device=features.device)
-    chosen = choose(every, start or _start(salience, row), keep, within, least)
-    return units[chosen].sort().values
+    start = _of_each_pair(points, grid, least if within else keep, floor, pool) if floor else []
+    start = start or _most_salient(points)
+    selected = _filled(points, grid, _farthest(points, start, keep, pool, within, least), least)
+    return points.units[selected].sort().values
 
 
-def nearest_chosen(
-    features: torch.Tensor,
-    owner: torch.Tensor,
-    grid: tuple[int, int, int],
-    seconds: Sequence[float],
-    kept: torch.Tensor,
-    *,
-    alpha: float = ALPHA,
-    tau: float | None = None,
-    dimensions: int | None = DIMENSIONS,
-    known: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Which chosen unit stands for each unit: the nearest, ties to the lower index; a chosen one for itself.
+def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Tensor:
+    """The selected unit nearest to each unit, ties to the lower index; a selected unit belongs to itself.
 
     Args:
-        kept: int64 `[K]`, ascending, of `choose_units` with the same settings.
+        points: all units that may be selected.
+        kept: int64 `[K]`, ascending, from `farthest_points`.
+        total: N, units of the video.
 
     Returns:
-        int64 `[T * H * W]`, indices into `kept`; -1 where `owner` is -1.
+        int64 `[N]`, indices into `kept`; -1 for a unit that is not among the points.
     """
-    device = features.device
-    units = (owner >= 0).nonzero()[:, 0]
-    row, time = owner[units], _time(units, grid, seconds, tau)
-    points, salience = known or points_and_salience(features, owner, dimensions)
-    weight, half = alpha / 2 * salience**2, points.square().sum(1) / 2
-    few, back = owner[kept].unique(return_inverse=True)  # the same row at many times is common
-    moment = _time(kept, grid, seconds, tau)
-    found = torch.empty(len(units), dtype=torch.int64, device=device)
-    for some in torch.arange(len(units), device=device).split(max(1, PIECE // len(kept))):
-        of, place = row[some].unique(return_inverse=True)
-        distance = _lapse(time[some], moment).mul_(weight[row[some]][:, None])
-        distance.add_(_apart(points, half, of, few)[place[:, None], back])
-        found[some] = _settle(distance).argmin(1)
-    stands = torch.full_like(owner, -1)
-    stands[units] = found
-    stands[kept] = torch.arange(len(kept), device=device)
-    return stands
+    device = points.units.device
+    selected = points.some(torch.searchsorted(points.units, kept))
+    few, back = selected.row.unique(return_inverse=True)  # one row is often selected at many times
+    found = torch.empty(len(points), dtype=torch.int64, device=device)
+    for some in torch.arange(len(points), device=device).split(max(1, PIECE // len(kept))):
+        of, place = points.row[some].unique(return_inverse=True)
+        distance = lapse(points.time[some], selected.time).mul_(points.weight[points.row[some]][:, None])
+        distance.add_(points.apart(of, few)[place[:, None], back])
+        found[some] = snap(distance).argmin(1)
+    owner = torch.full((total,), -1, dtype=torch.int64, device=device)
+    owner[points.units] = found
+    owner[kept] = torch.arange(len(kept), device=device)
+    return owner
 
 
-def _by_grid(units: torch.Tensor, grid: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
-    """Of `units` (ascending), the indices of those in each grid."""
-    counts = torch.bincount(units // (grid[1] * grid[2]), minlength=grid[0])
-    return torch.arange(len(units), device=units.device).split(counts.tolist())
+def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: float, pool: int) -> list[int]:
+    """Indices of the units that each frame pair is sure of: its most different ones, `floor` times its even share of `keep`."""
+    selected, pair = [], points.units // (grid[1] * grid[2])
+    counts = torch.bincount(pair, minlength=grid[0]).tolist()
+    pairs = torch.arange(len(points), device=pair.device).split(counts)
+    for there, share in zip(pairs, spread(keep, grid[0]), strict=True):
+        few = min(math.floor(floor * share), len(there))
+        if few:
+            inside = points.some(there)
+            found = _filled(inside, grid, _farthest(inside, _most_salient(inside), few, pool, 0.0, few), few)
+            selected += there[found].tolist()
+    return selected
 
 
-def _time(units: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], tau: float | None) -> torch.Tensor:
-    """float32: when each of `units` is, in tau from the first grid on."""
-    time = torch.tensor(seconds, dtype=torch.float64)
-    time = (time - time.min()) / (tau or float(time.max() - time.min()) or 1.0)
-    return time.float().to(units.device)[units // (grid[1] * grid[2])]
+def _filled(points: Points, grid: tuple[int, int, int], selected: torch.Tensor, least: int) -> torch.Tensor:
+    """`selected` and, where they are fewer than `least`, others at even distances."""
+    if len(selected) >= least:
+        return selected
+    left = torch.ones(len(points), dtype=torch.bool, device=selected.device)
+    left[selected] = False
+    left = left.nonzero()[:, 0]
+    return torch.cat([selected, left[_even(points.units[left], grid, least - len(selected))]])
 
 
-def points_and_salience(
-    features: torch.Tensor, owner: torch.Tensor, dimensions: int | None = DIMENSIONS
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What distances are computed from.
-
-    Args:
-        features: `[E, D]`.
-        owner: int64 `[N]`, the row of each unit, -1 for none.
-
-    Returns:
-        float32 `[E, d]`, points with |p_i - p_j|^2 / 2 = 1 - cos(f_i, f_j), about, if projected; equal features give equal
-        points. And the salience `[E]`, from the features themselves, at most 1; all 0 where none stands out.
-    """
-    count = torch.bincount(owner[owner >= 0], minlength=len(features))
-    project = dimensions and features.shape[1] > 4 * dimensions and len(features) > FEW  # else there is nothing to gain
-    to = _projection(features.shape[1], dimensions).to(features.device) if project else None
-
-    def units() -> Iterator[torch.Tensor]:  # float32 and of length one, of a few rows at a time, for a row may be long
-        return (F.normalize(some.float(), dim=1) for some in features.split(AT_ONCE))
-
-    weights = count.float().split(AT_ONCE)
-    mean = sum(weight @ unit for weight, unit in zip(weights, units(), strict=True)) / count.sum()
-    common = F.normalize(mean, dim=0)
-    made = [(unit if to is None else unit @ to, 1 - unit @ common) for unit in units()]
-    points, apart = (torch.cat(parts) for parts in zip(*made, strict=True))
-    salience = _settle(apart) * (count > 0)
-    return points, salience / salience.max().clamp(min=STEP)
-
-
-@lru_cache(maxsize=8)
-def _projection(wide: int, narrow: int) -> torch.Tensor:
-    """float32 `[wide, narrow]`: orthogonal columns in random directions, always the same, which keep squared lengths on average
-    (with 128 columns to an eighth or so, whatever the features).
-    """
-    generator = torch.Generator("cpu").manual_seed(0)
-    columns = torch.linalg.qr(torch.randn(wide, narrow, generator=generator, device="cpu")).Q
-    return columns * math.sqrt(wide / narrow)
-
-
-def _settle(x: torch.Tensor) -> torch.Tensor:
-    """Rounded to steps, so that equal rows are at distance 0 and equal distances are ties. The least of several can be rounded
-    instead of all of them."""
-    return (x * (1 / STEP)).round_().mul_(STEP).clamp_(min=0)
-
-
-def _start(salience: torch.Tensor, row: torch.Tensor) -> list[int]:
-    """The first candidate of the most salient row; none if no row stands out."""
-    of_each = salience[row]
+def _most_salient(points: Points) -> list[int]:
+    """The first point of the most salient row; none if no row stands out."""
+    of_each = points.salience[points.row]
     top = of_each.max()
     return [int((of_each == top).to(torch.uint8).argmax())] if top > 0 else []
 
 
-def _farthest(
-    points: torch.Tensor,
-    weight: torch.Tensor,
-    row: torch.Tensor,
-    time: torch.Tensor,
-    start: list[int],
-    keep: int,
-    pool: int,
-    within: float,
-    least: int,
-) -> torch.Tensor:
-    """Greedy farthest point, exactly as if after each choice all candidates were compared with it.
+def _farthest(points: Points, start: list[int], keep: int, pool: int, within: float, least: int) -> torch.Tensor:
+    """Greedy farthest points, exactly as if after each selection all candidates were compared with it.
 
-    They are not: a distance to what is chosen can only shrink. So the `pool` farthest candidates are compared among
-    themselves, and chosen from while the farthest is farther than all outside ever were; only then are those brought up to date
-    with what was chosen, all of it in one matrix product.
+    They are not: a distance to what is selected can only shrink. So the `pool` farthest candidates are compared among themselves,
+    and selected from while the farthest is farther than all outside ever were. Only then are the others brought up to date with
+    what was selected, all of it in one matrix product.
 
     Args:
-        points: `[E, d]`.
-        weight: `[E]`, of time.
-        row: int64 `[N]`, of each candidate.
-        time: `[N]`, in tau.
-        start: the first choice, or nothing.
+        start: what is selected already.
 
     Returns:
-        int64 `[at most keep]`, candidates in the order of their choice; fewer if all others are at distance 0 of a choice, or,
-        once there are `least`, at distance `within` at most.
+        int64 `[at most keep]`, indices in the order of selection; fewer if all others are at distance 0 of a selected one, or, once
+        there are `least`, at distance `within` at most.
     """
-    half = points.square().sum(1) / 2
-    chosen, fresh = list(start), list(start)
-    nearest = torch.full((len(row),), torch.inf, device=points.device)  # the distance to what is chosen; -1 once chosen
-    while fresh and len(chosen) < keep:
-        _update(nearest, points, half, weight, row, time, torch.tensor(fresh, device=points.device))
-        nearest[torch.tensor(fresh, device=points.device)] = -1
+    device = points.row.device
+    selected, fresh = list(start), list(start)
+    nearest = torch.full(
+        (len(points),), torch.inf, dtype=torch.float32, device=device
+    )  # to what is selected; -1 once selected
+    while fresh and len(selected) < keep:
+        latest = torch.tensor(fresh, dtype=torch.int64, device=device)
+        _update(nearest, points, latest)
+        nearest[latest] = -1
         members, bound, before = _farthest_few(nearest, pool)
-        of = row[members]
-        few, back = of.unique(return_inverse=True)  # the same row at many times is common
-        apart = _apart(points, half, few, few)[back[:, None], back]
-        apart.add_(_lapse(time[members], time[members]).mul_(weight[of]))
-        most, fewest = keep - len(chosen), least - len(chosen)
-        fresh = _choose(nearest[members], _settle(apart), members, bound, before, most, within, fewest)
-        chosen += fresh
-    return torch.tensor(chosen, dtype=torch.int64, device=points.device)
+        few, back = points.row[members].unique(return_inverse=True)  # one row is often there at many times
+        apart = points.apart(few, few)[back[:, None], back]
+        apart.add_(lapse(points.time[members], points.time[members]).mul_(points.weight[points.row[members]]))
+        most, fewest = keep - len(selected), least - len(selected)
+        fresh = _select_in_pool(nearest[members], snap(apart), members, bound, before, most, within, fewest)
+        selected += fresh
+    return torch.tensor(selected, dtype=torch.int64, device=device)
 
 
-def _apart(points: torch.Tensor, half: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Distances `[a, b]` of rows without the term of time, not settled yet."""
-    return torch.addmm(half[b], points[a], points[b].T, alpha=-1).add_(half[a][:, None])
-
-
-def _lapse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How much time lies between, at most 1: `[a, b]`."""
-    return (a[:, None] - b).abs_().clamp_(max=1)
-
-
-def _update(nearest, points, half, weight, row, time, fresh) -> None:
-    """Brings `nearest` up to date with the choices `fresh`."""
-    every = torch.arange(len(points), device=points.device)
-    for few in fresh.split(max(1, PIECE // len(points))):
-        apart = _apart(points, half, every, row[few])
-        # Time only adds to a distance: whoever is nearer already than without it stays as it is. Those are nearly all.
-        near = (nearest > _settle(apart.amin(1))[row]).nonzero()[:, 0]
+def _update(nearest: torch.Tensor, points: Points, fresh: torch.Tensor) -> None:
+    """Brings `nearest` up to date with newly selected points."""
+    every = torch.arange(len(points.place), device=nearest.device)
+    for few in fresh.split(max(1, PIECE // len(every))):
+        apart = points.apart(every, points.row[few])
+        # Time only adds to a distance: a point nearer already than without it stays as it is. Those are nearly all.
+        near = (nearest > snap(apart.amin(1))[points.row]).nonzero()[:, 0]
         for some in near.split(max(1, PIECE // len(few))):
-            distance = _lapse(time[some], time[few]).mul_(weight[row[some]][:, None]).add_(apart[row[some]])
-            nearest[some] = torch.minimum(nearest[some], _settle(distance.amin(1)))
+            row = points.row[some]
+            distance = lapse(points.time[some], points.time[few]).mul_(points.weight[row][:, None]).add_(apart[row])
+            nearest[some] = torch.minimum(nearest[some], snap(distance.amin(1)))
 
 
 def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, float, int]:
@@ -292,7 +174,7 @@ def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, floa
     return torch.cat([farther, ties[:inside]]).sort().values, float(bound), first
 
 
-def _choose(
+def _select_in_pool(
     nearest: torch.Tensor,
     apart: torch.Tensor,
     members: torch.Tensor,
@@ -302,28 +184,28 @@ def _choose(
     within: float,
     least: int,
 ) -> list[int]:
-    """Chooses among the members of a pool while the farthest is certain to be the farthest of all.
+    """Selects among the members of a pool while the farthest is certain to be the farthest of all.
 
     Args:
-        apart: `[n, n]`, distances to each member (the first index) once it is chosen.
+        apart: `[n, n]`, distances to each member (the first index) once it is selected.
         bound, before: no candidate outside is farther than `bound`; the first that is exactly so far.
     """
     at, apart, index = nearest.cpu().numpy().copy(), apart.cpu().numpy(), members.cpu().numpy()
-    chosen = []
-    while len(chosen) < most:
+    selected = []
+    while len(selected) < most:
         i = int(at.argmax())  # the first of equals
-        if at[i] <= (within if len(chosen) >= least else 0):
+        if at[i] <= (within if len(selected) >= least else 0):
             break  # if others may be farther, they come first in the next pool
         if at[i] < bound or (at[i] == bound and index[i] > before):
             break
-        chosen.append(int(index[i]))
+        selected.append(int(index[i]))
         np.minimum(at, apart[i], out=at)
         at[i] = -1
-    return chosen
+    return selected
 
 
 def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.Tensor:
-    """`keep` of `units` (ascending) at even distances in time, and in each grid evenly over its places: indices into `units`."""
+    """`keep` of `units` (ascending) at even distances in time, and in each frame pair evenly over its places: indices into `units`."""
     places = grid[1] * grid[2]
     g, place = units // places, units % places
     last = torch.bincount(g, minlength=grid[0]).cumsum(0)

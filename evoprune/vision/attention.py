@@ -1,4 +1,4 @@
-"""Attention inside groups of rows (windows or grids), batched.
+"""Attention inside groups of rows (windows or frame pairs), batched.
 
 Hugging Face's tower under sdpa loops over windows in Python; here groups of like length share one call. A *bucket* is such
 a batch: its groups padded to a common length, with a mask where padding or unequal sizes ask for one. The plain case, equal
@@ -18,11 +18,12 @@ from functools import cached_property, lru_cache
 import torch
 import torch.nn.functional as F
 
+from evoprune.model.config import PATCHES
 from evoprune.pruning.indices import runs
 from evoprune.vision.layout import Groups
-from evoprune.vision.stopwatch import Stopwatch
+from evoprune.vision.timer import Timer
 
-PATCHES = 4  # rows of patches a unit
+
 # Entries of a score matrix held at a time: what a CPU's caches hold; a GPU wants more at once.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
@@ -156,7 +157,7 @@ def grouped_attention(
     plan: list[Bucket] | Packed,
     size_bias: bool = False,
     received: torch.Tensor | None = None,
-    watch: Stopwatch | None = None,
+    timer: Timer | None = None,
 ) -> torch.Tensor:
     """Softmax attention of every row to the key rows of its group.
 
@@ -169,18 +170,18 @@ def grouped_attention(
             the queries of each group, summed over its 4 patches and over the groups of its own block that see it: what later
             blocks look at is not known where a chunk ends with it. Over the rows of a group whose keys are its own rows it sums
             to one. It costs little where the probabilities are at hand anyway.
-        watch: measures what `received` takes.
+        timer: measures what `received` takes.
 
     Returns:
         `[R, 4, heads, d]`.
     """
-    out, watch = torch.empty_like(q), watch or nullcontext()
+    out, timer = torch.empty_like(q), timer or nullcontext()
     heads, dim = q.shape[2:]
     if isinstance(plan, Packed):
         kernel = varlen_kernel(q.device, q.dtype)
         if kernel is not None:
             if received is not None:
-                with watch:
+                with timer:
                     queries, keys = plan.bucket.by_head(q, "query"), plan.bucket.by_head(k, "key")
                     _add_by_row(received, _received_by_keys(queries, keys, plan.bucket, size_bias), plan.bucket)
             return _attend_packed(kernel, q, k, v, plan, size_bias)
@@ -191,13 +192,13 @@ def grouped_attention(
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             weight = None
             if received is not None:
-                with watch:
+                with timer:
                     weight = _query_weight(bucket, heads)
-            answer, per_key = _attend_in_the_open(*parts, bias, weight, watch)
+            answer, per_key = attend_by_products(*parts, bias, weight, timer)
         else:
             answer = F.scaled_dot_product_attention(*parts, attn_mask=bias)
         if received is not None:
-            with watch:
+            with timer:
                 if per_key is None:
                     per_key = _received_by_keys(*parts[:2], bucket, size_bias)
                 _add_by_row(received, per_key, bucket)
@@ -266,13 +267,13 @@ def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: torch.Te
     return torch.cat([q, ones], -1), torch.cat([k, more], -1), F.pad(v, (0, extra))
 
 
-def _attend_in_the_open(
+def attend_by_products(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor | None,
     weight: torch.Tensor | None,
-    watch: AbstractContextManager,
+    timer: AbstractContextManager,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention as two plain products: in bf16 on CPUs they take half the time of the fused kernel, if the scores between
     them stay in the cache. Scores are rounded to bf16 on the way, as in Hugging Face's eager attention.
@@ -280,7 +281,7 @@ def _attend_in_the_open(
     Args:
         q: `[B, heads, Q, d]`, k and v: `[B, heads, K, d]`, bias: `[B, 1, 1, K]` or None.
         weight: float32 `[B, Q]`, of each query in what the keys receive; None if nobody asks.
-        watch: measures what that takes.
+        timer: measures what that takes.
 
     Returns:
         `[B, heads, Q, d]`, and attention received, float32 `[B, K]` or None.
@@ -292,7 +293,7 @@ def _attend_in_the_open(
         bias = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys)
     out, received = torch.empty_like(q), None
     if weight is not None:
-        with watch:
+        with timer:
             received = torch.zeros(batch * heads, keys)
             weight = weight.repeat_interleave(heads, 0)[:, :, None]
     rows = max(1, min(queries, SCORES // keys))
@@ -305,20 +306,17 @@ def _attend_in_the_open(
             scores = torch.baddbmm(some, q[of, part], k[of].transpose(1, 2), beta=beta, alpha=dim**-0.5).softmax(-1)
             out[of, part] = torch.bmm(scores, v[of])
             if received is not None:
-                with watch:
+                with timer:
                     received[of] += (scores * weight[of, part]).sum(1)
     out = out.view(batch, heads, queries, dim)
     return out, None if received is None else received.view(batch, heads, keys).sum(1)
 
 
-def attention_received(
-    q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Packed, size_bias: bool, size: torch.Tensor
-) -> torch.Tensor:
+def attention_received(q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Packed, size_bias: bool) -> torch.Tensor:
     """How much attention each row gets, by itself, without the answers.
 
     Args:
         q: `[R, 4, heads, d]`, k: `[R or more, 4, heads, d]`, plan, size_bias: as in `grouped_attention`.
-        size: int64 `[R]`, for how many units of its group each row asks: so often it counts in the mean over the queries.
 
     Returns:
         float32 `[R]`, otherwise as `received` there.
@@ -326,27 +324,20 @@ def attention_received(
     total = torch.zeros(len(k))
     for bucket in [plan.bucket] if isinstance(plan, Packed) else plan:
         queries, keys = bucket.by_head(q, "query"), bucket.by_head(k, "key")
-        _add_by_row(total, _received_by_keys(queries, keys, bucket, size_bias, size), bucket)
+        _add_by_row(total, _received_by_keys(queries, keys, bucket, size_bias), bucket)
     return total[: len(q)]
 
 
-def _query_weight(bucket: Bucket, heads: int, size: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 `[B, Q*4]`: each query patch's share in the mean over the queries of its group and over heads, 0 at padding.
-
-    `size`: int64 `[R]`, how often each row counts; None for once.
-    """
+def _query_weight(bucket: Bucket, heads: int) -> torch.Tensor:
+    """float32 `[B, Q*4]`: each query patch's share in the mean over the queries of its group and over heads, 0 at padding."""
     valid = torch.ones(bucket.shape) if bucket.query_valid is None else bucket.query_valid.float()
-    if size is not None:
-        valid = valid * (size.view(bucket.shape) if bucket.query is None else size[bucket.query])
     return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
 
 
-def _received_by_keys(
-    queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool, size: torch.Tensor | None = None
-) -> torch.Tensor:
+def _received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool) -> torch.Tensor:
     """Attention received by each key patch of a bucket, float32 `[B, K*4]`; queries and keys `[B, heads, Q*4 or K*4, d]`."""
     batch, heads, _, dim = queries.shape
-    bias, weight = key_bias(bucket, size_bias, torch.float32), _query_weight(bucket, heads, size)
+    bias, weight = key_bias(bucket, size_bias, torch.float32), _query_weight(bucket, heads)
     total = torch.zeros(batch, keys.shape[2])
     held = SCORES if queries.device.type == "cpu" else GPU_SCORES
     step = max(1, held // (batch * heads * keys.shape[2]))

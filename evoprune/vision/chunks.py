@@ -1,8 +1,8 @@
-"""Which grids of a video go through the tower together, known from their pixels.
+"""Which frame pairs of a video go through the tower together, known from their pixels.
 
-A chunk is filled with whole blocks of grids until it has enough rows, for the tower's products want many, and its memory few.
-Where units may refer to earlier grids, a block of a still picture has few rows. So blocks are looked at ahead of the tower, one
-after another, and of each unit that needs no row only the number of its reference is kept.
+A chunk has enough rows to make the tower's matrix products efficient, and few enough to bound the memory. Where units may refer to
+earlier frame pairs, a frame pair of a still picture has few rows. So frame pairs are scanned before the tower sees them, one after
+another, and for a unit that needs no row only the number of its reference is kept.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,27 +10,27 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from evoprune.model.config import PATCHES
 from evoprune.pruning.reference import scan
 from evoprune.vision import devices
-from evoprune.vision.attention import PATCHES
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
 from evoprune.vision.preprocess import patch_means
-from evoprune.vision.stopwatch import Stopwatch
+from evoprune.vision.timer import Timer
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole blocks of grids.
+    """Some whole frame pairs.
 
     Attributes:
-        first: number of the first grid in the video. `grids`: how many.
+        first: number of the first frame pair in the video. pairs: how many.
         patches: `[R, 4, 1176]`, of the units that are rows, in window order.
-        source: int64 `[grids, H*W]` on the CPU, the number of the grid whose row stands for each unit, its own if it has one; None
-            without references, where every unit is a row.
+        source: int64 `[pairs, H*W]` on the CPU, the number of the frame pair whose row represents each unit, its own if it has one;
+            None without reuse, where every unit is a row.
     """
 
     first: int
-    grids: int
+    pairs: int
     patches: torch.Tensor
     source: torch.Tensor | None = None
 
@@ -38,28 +38,28 @@ class Chunk:
     def rows(self) -> int:
         return len(self.patches)
 
-    def layout(self, geo: Geometry, block: int) -> tuple[TokenLayout, torch.Tensor | None]:
-        """Where its rows are and whom they stand for, on torch's default device; found on the CPU where units refer to others.
+    def layout(self, geo: Geometry) -> tuple[TokenLayout, torch.Tensor | None]:
+        """The layout of its rows, on torch's default device; found on the CPU where units refer to others.
 
         Returns:
-            The layout; and int64 `[P]`, the unit of this chunk that is the reference of each place after it, -1 where it stays the
-            one it was. None without references.
+            The layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference stays
+            the one that it was. None without reuse.
         """
         if self.source is None:
-            return full_layout(geo, self.grids, block), None
+            return full_layout(geo, self.pairs), None
         device = torch.get_default_device()
         with torch.device("cpu"):
             here = geometry(geo.height, geo.width, geo.side, "cpu")
-            layout = referring_layout(here, self.source - self.first, block)
-            grid = self.source[-1] - self.first
-            last = torch.where(grid < 0, -1, grid * geo.units + torch.arange(geo.units))
-        home, owner, last = (devices.uploaded(x, device) for x in (layout.home, layout.owner, last))
-        return replace(layout, geometry=geo, home=home, owner=owner), last
+            layout = referring_layout(here, self.source - self.first)
+            pair = self.source[-1] - self.first
+            latest = torch.where(pair < 0, -1, pair * geo.units + torch.arange(geo.units))
+        unit, owner, latest = (devices.to_device(x, device) for x in (layout.unit, layout.owner, latest))
+        return replace(layout, geometry=geo, unit=unit, owner=owner), latest
 
 
-def in_grids(patches: Iterable[torch.Tensor], rows_per_grid: int, grids: int) -> Iterator[torch.Tensor]:
-    """Re-cuts a stream of patch rows into pieces of `grids` whole grids; the last may be shorter."""
-    held, size = [], rows_per_grid * grids
+def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
+    """Cuts a stream of patch rows into pieces of `pairs` whole frame pairs; the last may be shorter."""
+    held, size = [], rows_per_pair * pairs
     for piece in patches:
         if not len(piece):
             continue
@@ -75,73 +75,68 @@ def in_grids(patches: Iterable[torch.Tensor], rows_per_grid: int, grids: int) ->
 def in_chunks(
     patches: Iterable[torch.Tensor],
     geo: Geometry,
-    grids: int,
+    pairs: int,
     *,
-    block: int,
     rows: int,
     threshold: float,
     dtype: torch.dtype,
-    watch: Stopwatch,
-    refresh: int = 0,
+    timer: Timer,
     even: list[torch.Tensor] | None = None,
 ) -> Iterator[Chunk]:
-    """Cuts a video into chunks of `rows` rows or more, but so many by less than a block; the last may have fewer.
+    """Cuts a video into chunks of at least `rows` rows, by less than a frame pair more; the last may have fewer.
 
-    A chunk also ends once it stands for `devices.SPARSE` times as many units. So what is held, of patches as of numbers, does not
-    grow with the video; and nothing is looked at that is not needed to fill the chunk.
+    A chunk also ends once it represents `devices.SPARSE` times as many units. So what is held does not grow with the video.
 
     Args:
-        patches: pieces of `[n, 1176]` that add up to so many grids.
-        block: grids of a block.
-        threshold, refresh: of the method's references; no threshold, no references.
+        patches: pieces of `[n, 1176]` that add up to so many frame pairs.
+        threshold: of reuse; 0 for no reuse.
         dtype: of the patches that are kept.
-        watch: measures what finding references takes.
-        even: gets whether the grids are of one even colour each, until they are not; None if nobody asks.
+        timer: measures the search for references.
+        even: gets whether the frame pairs are of one colour each, until they are not; None if nobody asks.
 
     Raises:
-        ValueError: `patches` do not add up to the grids.
+        ValueError: `patches` do not add up to the frame pairs.
     """
-    step = block if threshold else -(-rows // (geo.units * block)) * block
+    step = 1 if threshold else -(-rows // geo.units)
     done, references, held = 0, None, []
-    for piece in in_grids(patches, geo.units * PATCHES, step):
+    for piece in in_pairs(patches, geo.units * PATCHES, step):
         count, rest = divmod(len(piece), geo.units * PATCHES)
-        if rest or done + count > grids:
-            raise ValueError(f"patches do not add up to {grids} grids of {geo.units} units")
+        if rest or done + count > pairs:
+            raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
         if even is not None and (not even or devices.static_shapes(piece.device) or even[-1]):
             even.append(_is_even(piece.view(count, -1, piece.shape[1])))
         source = None
         if threshold:
-            with watch:
-                reuse, references = scan(patch_means(piece.cpu(), geo.units), references, threshold, refresh)
-                source = reuse.grid
+            with timer:
+                source, references = scan(patch_means(piece.cpu(), geo.units), references, threshold)
         held.append(Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source))
         done += count
         units = (done - held[0].first) * geo.units
         if sum(part.rows for part in held) >= rows or units >= devices.SPARSE * rows:
             yield _joined(held)
             held = []
-    if done != grids:
-        raise ValueError(f"patches end after {done} of {grids} grids")
+    if done != pairs:
+        raise ValueError(f"patches end after {done} of {pairs} frame pairs")
     if held:
         yield _joined(held)
 
 
-def _rows_of(patches: torch.Tensor, geo: Geometry, first: int, grids: int, source: torch.Tensor | None) -> torch.Tensor:
-    """`[R, 4, 1176]`: the units of some grids that are rows, in window order."""
+def _rows_of(patches: torch.Tensor, geo: Geometry, first: int, pairs: int, source: torch.Tensor | None) -> torch.Tensor:
+    """`[R, 4, 1176]`: the units of some frame pairs that are rows, in window order."""
     with torch.device("cpu"):
-        alive = None if source is None else source == torch.arange(first, first + grids)[:, None]
-        home = window_order(geometry(geo.height, geo.width, geo.side, "cpu"), grids, alive)
-    return patches.view(-1, PATCHES, patches.shape[1])[devices.uploaded(home, patches.device)]
+        alive = None if source is None else source == torch.arange(first, first + pairs)[:, None]
+        unit = window_order(geometry(geo.height, geo.width, geo.side, "cpu"), pairs, alive)
+    return patches.view(-1, PATCHES, patches.shape[1])[devices.to_device(unit, patches.device)]
 
 
-def _joined(parts: list[Chunk]) -> Chunk:
-    """Several as one; there are several only with references."""
-    if len(parts) == 1:
-        return parts[0]
-    patches, source = torch.cat([part.patches for part in parts]), torch.cat([part.source for part in parts])
-    return Chunk(parts[0].first, sum(part.grids for part in parts), patches, source)
+def _joined(chunks: list[Chunk]) -> Chunk:
+    """Several as one; there are several only with reuse."""
+    if len(chunks) == 1:
+        return chunks[0]
+    patches, source = torch.cat([chunk.patches for chunk in chunks]), torch.cat([chunk.source for chunk in chunks])
+    return Chunk(chunks[0].first, sum(chunk.pairs for chunk in chunks), patches, source)
 
 
-def _is_even(grids: torch.Tensor) -> torch.Tensor:
-    """Whether all patches of each grid `[T, patches, 1176]` are the same but for less than a level of 255; bool, no dimension."""
-    return (grids.amax(1) - grids.amin(1)).max() < 1 / 255
+def _is_even(pairs: torch.Tensor) -> torch.Tensor:
+    """Whether all patches of each frame pair `[T, patches, 1176]` are the same within one level of 255; bool, no dimension."""
+    return (pairs.amax(1) - pairs.amin(1)).max() < 1 / 255

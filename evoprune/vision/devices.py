@@ -30,7 +30,7 @@ def static_shapes(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def uploaded(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`x` from the host, sent without waiting for what the device still has to do."""
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()

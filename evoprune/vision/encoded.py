@@ -1,4 +1,4 @@
-"""What comes out of the encoder: the tokens of a video, and which of the encoder's rows stands for each of its units."""
+"""What comes out of the encoder: the tokens of a video, and which of the encoder's rows represents each of its units."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,12 +14,12 @@ class Encoded:
         features: `[K, D]`, the tokens.
         kept: int64 `[K]`, the unit at whose place each token sits, Hugging Face's order, ascending.
         rows: `[E, D]`, what the encoder ended with, ordered by place.
-        owner: int64 `[N]`, which of `rows` stands for each unit, -1 for none.
+        owner: int64 `[N]`, which of `rows` represents each unit, -1 for none.
         grids: (T, H, W) in units, of each video.
         layers: (layer, rows that it computes), over all of the video.
         prune_seconds: time spent on scores, merging and selection, part of the encoding time.
-        counts: float32 `[K]`, as how many tokens the language model's attention counts each; None for one each.
-        flat: whether every grid was one even colour, so that no unit differs from another and what was merged says nothing.
+        size: float32 `[K]`, the cluster size that the language model's attention assumes for each token; None for 1.
+        flat: whether every frame pair was of one colour, so that no unit differs from another.
     """
 
     features: torch.Tensor
@@ -30,7 +30,7 @@ class Encoded:
     layers: list[tuple[int, int]]
     prune_seconds: float
     flat: bool = False
-    counts: torch.Tensor | None = None
+    size: torch.Tensor | None = None
 
     @property
     def live_share(self) -> float:
@@ -38,11 +38,11 @@ class Encoded:
         return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.owner)
 
     @property
-    def kept_per_grid(self) -> list[int]:
-        """Tokens of each grid, video after video."""
+    def kept_per_pair(self) -> list[int]:
+        """Tokens of each frame pair, video after video."""
         edges = [h * w for t, h, w in self.grids for _ in range(t)]
-        grid = torch.arange(len(edges)).repeat_interleave(torch.tensor(edges))
-        return torch.bincount(grid[self.kept.cpu()], minlength=len(edges)).tolist()
+        pair = torch.arange(len(edges)).repeat_interleave(torch.tensor(edges))
+        return torch.bincount(pair[self.kept.cpu()], minlength=len(edges)).tolist()
 
 
 def joined(videos: list[Encoded]) -> Encoded:
@@ -60,13 +60,13 @@ def joined(videos: list[Encoded]) -> Encoded:
         [(layers[0][0], sum(n for _, n in layers)) for layers in zip(*(v.layers for v in videos), strict=True)],
         sum(v.prune_seconds for v in videos),
         all(v.flat for v in videos),
-        _joined_counts(videos),
+        _joined_sizes(videos),
     )
 
 
-def _joined_counts(videos: list[Encoded]) -> torch.Tensor | None:
-    if all(v.counts is None for v in videos):
+def _joined_sizes(videos: list[Encoded]) -> torch.Tensor | None:
+    if all(v.size is None for v in videos):
         return None
     return torch.cat(
-        [v.features.new_ones(len(v.kept), dtype=torch.float32) if v.counts is None else v.counts for v in videos]
+        [v.features.new_ones(len(v.kept), dtype=torch.float32) if v.size is None else v.size for v in videos]
     )

@@ -1,312 +1,256 @@
-"""The vision tower, run on a model's weights, with rows merged or chosen between its layers.
+"""The pruned vision encoder: embed, run layers, select rows, run the other layers, merge patches.
 
-Video comes in as patches, grid after grid, and is encoded in chunks of whole grids: no layer of the tower looks across grids, but
-for references to earlier ones, of which keys and values are kept. So memory stays constant and the result does not depend on the
+A video comes in as patches, frame pair after frame pair, and is encoded in chunks of whole frame pairs: no layer of the tower looks
+across them, except at reused rows, of which keys and values are kept. So memory stays constant and the result does not depend on the
 chunk size. Without pruning the output is Hugging Face's, up to rounding.
 
-A method may choose, after some layers, which rows go through the others. It chooses among all of the video, so from there on all of
-it goes together, as many rows as were chosen, and what they are chosen from is held until then.
+Where the plan selects rows inside the tower, it selects among all of the video. From there on all of it goes together, as many rows as
+were selected, and what they are selected from is held until then.
 
-How many rows merging leaves after each layer is known before the tower runs. So on a GPU every shape is known too, and the host
-waits for a result only where rows are chosen, and at the end, when all is looked at that has to be.
+The plan knows how many rows every layer computes, so on a GPU every shape is known too. The host waits for a result only where rows
+are selected, and at the end, when all checks are read.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
 
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.base import Method, Selection, Tokens
+from evoprune.methods.base import Method
 from evoprune.model.numerics import is_finite, not_finite
-from evoprune.pruning.budget import spread
-from evoprune.pruning.indices import tally
+from evoprune.pruning.plan import EncoderPlan
+from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
-from evoprune.vision.chunks import in_chunks
+from evoprune.vision.chunks import Chunk, in_chunks
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.families import family
+from evoprune.vision.rows import Checks, EncodedRows, all_true, select_tokens
 from evoprune.vision.gather import Gathering
-from evoprune.vision.layout import chosen_layout
-from evoprune.vision.stopwatch import Stopwatch
-from evoprune.vision.tower import Past, embed, merged_patches, run_layers, tower_geometry, tower_shape
+from evoprune.vision.layout import TokenLayout, selected_layout
+from evoprune.vision.reduce import Merging
+from evoprune.vision.references import References
+from evoprune.vision.timer import Timer
+from evoprune.vision.tower import Passage, embed, merge_patches, run_layers, tower_geometry, tower_shape
+
+OnLayer = Callable[[int, int], None]
 
 
 def encode(
     visual,
     patches: Iterable[torch.Tensor],
-    grid: tuple[int, int, int],
+    plan: EncoderPlan,
     method: Method,
-    keep: int,
     *,
     question: torch.Tensor | None = None,
-    seconds_per_grid: float = 1.0,
+    seconds_per_pair: float = 1.0,
     seed: int = 0,
     chunk_units: int | None = None,
 ) -> Encoded:
-    """Encodes one video so that about `keep` of its units reach the language model.
+    """Encodes one video.
 
     Args:
-        visual: the tower's weights, a `qwen.Tower`, or transformers' of Qwen2.5-VL or Qwen2-VL.
+        visual: the tower's weights, a `weights.Tower`, or transformers' of Qwen2.5-VL or Qwen2-VL.
         patches: pieces of `[rows, 1176]` in Hugging Face's order that add up to the whole video.
-        grid: (T, H, W) in merge units (2x2 patches).
+        plan: from `method.plan` for this tower.
         method: the pruning method.
-        keep: K, from 1 to T*H*W. Exactly K tokens come out if the method is `exact`; all T*H*W if it prunes nothing here. At
-            K = T*H*W rows are merged only if the method has an encoder budget of its own.
         question: `[Q, D]`, embeddings of its tokens, for a method that reads it.
-        seconds_per_grid, seed: passed on to the method.
-        chunk_units: rows to encode at a time, rounded up to whole blocks of the method; default: `devices.units_at_a_time`. Bounds
-            the memory.
+        seconds_per_pair, seed: passed on to the method.
+        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.units_at_a_time`. Bounds the memory.
 
     Raises:
         ValueError: `patches` do not add up to the grid.
         UsageError: the method reads the question, and there is none.
         ModelError: what the tower computes is not finite.
     """
-    if method.reads_question and question is None:
+    if method.reads_question and plan.prunes and question is None:
         raise UsageError(
             f"method {method.name} reads the question, and there is none here",
             "give the question with the video, or choose a method that does without",
         )
-    how = {"seconds_per_grid": seconds_per_grid, "seed": seed, "chunk_units": chunk_units}
-    return choose(encode_rows(visual, patches, grid, method, keep, **how), question)
-
-
-@dataclass
-class Unchosen:
-    """A video in the encoder's rows, before it is chosen what the language model reads of them.
-
-    Attributes:
-        method, keep: by whom, and how many tokens.
-        tokens: what there is to choose from; by the method's own `select` only if it `selects` here.
-        inside: whether rows were merged or chosen inside the tower.
-        home: int64 `[E]`, the unit at whose place each row sits.
-        source: int64 `[T, H*W]` on the CPU, the number of the grid whose pixels stand for each unit, its own if they are its own.
-        layers: as in `Encoded`.
-        watch: measures pruning. even: of each chunk, whether it is of one colour. wrong, finite: what was left to be checked at
-            the end, of merging and of the rows of each chunk.
-    """
-
-    method: Method
-    keep: int
-    tokens: Tokens
-    selects: bool
-    inside: bool
-    home: torch.Tensor
-    source: torch.Tensor
-    layers: list[tuple[int, int]]
-    watch: Stopwatch
-    even: list[torch.Tensor]
-    wrong: list[torch.Tensor]
-    finite: list[torch.Tensor]
-
-    def nothing(self) -> Encoded:
-        """None of it is read yet."""
-        flat, seconds = _settled(self)
-        rows, owner, none = self.tokens.rows, self.tokens.owner, self.home[:0]
-        return Encoded(rows[:0], none, rows, owner, (self.tokens.grid,), self.layers, seconds, flat)
+    how = {"seconds_per_pair": seconds_per_pair, "seed": seed, "chunk_units": chunk_units}
+    return select_tokens(encode_rows(visual, patches, plan, method, **how), question)
 
 
 @torch.inference_mode()
 def encode_rows(
     visual,
     patches: Iterable[torch.Tensor],
-    grid: tuple[int, int, int],
+    plan: EncoderPlan,
     method: Method,
-    keep: int,
     *,
-    seconds_per_grid: float = 1.0,
+    seconds_per_pair: float = 1.0,
     seed: int = 0,
     chunk_units: int | None = None,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> Unchosen:
-    """The tower's part of `encode`, which depends on no question; arguments as there.
+    on_layer: OnLayer = lambda done, total: None,
+) -> EncodedRows:
+    """The part of `encode` that depends on no question; arguments as there.
 
     Args:
-        on_layer: told how many of the tower's layers are done, and how many there are, where all of the video goes through some of
-            them together: it begins only when the last of the patches has come.
+        on_layer: called with the number of layers done and in all, where all of the video goes through some of them together: that
+            begins only when the last of the patches has come.
     """
-    count, height, width = grid
-    tower, weight = tower_shape(visual), visual.patch_embed.proj.weight
-    geo = tower_geometry(visual, height, width)
-    budget = keep / (geo.units * count)
-    inside, selects = method.merges(budget), method.chooses(budget)
-    early = method.narrows_after(tower, budget) if inside else None
-    layers = range(tower.depth if early is None else early)
-    gathering = Gathering(method, tower) if selects and method.needs_after else None
-    if gathering and early is not None:
-        raise TypeError(f"method {method.name} narrows, so it is given nothing but the rows after the encoder")
-    block, reuse = (method.block, method.reuse) if inside else (1, 0.0)
-    shares = spread(keep, count)
-    plan_of = cache(lambda rows, windows, left: method.rows(tower, rows, windows, left))
-    rows, owners, homes, sources, base = [], [], [], [], 0
-    past = Past()
-    computed = [0] * tower.depth  # rows, by each layer
-    watch, even, wrong, finite = Stopwatch(weight.device), [], [], []
-    at_once = chunk_units or devices.units_at_a_time(weight.device)
-    chunks = in_chunks(
-        patches,
-        geo,
-        count,
-        block=block,
-        rows=at_once,
-        threshold=reuse,
-        refresh=method.refresh,
-        dtype=weight.dtype,
-        watch=watch,
-        even=even if inside or selects else None,
+    run = _Run(visual, plan, method, chunk_units, on_layer)
+    for chunk in run.chunks(patches):
+        x, layout = run.embedded(chunk)
+        x, layout = run.first_layers(chunk, x, layout)
+        run.collect(chunk, x, layout)
+    rows, selection = run.collected(), None
+    if plan.select_after is not None:
+        rows, selection = run.selected(rows, seconds_per_pair, seed)
+        rows = run.last_layers(rows)
+    tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.given())
+    return EncodedRows(
+        method, plan, tokens, rows.unit, torch.cat(run.sources), run.layers, selection, run.timer, run.checks
     )
-    for chunk in chunks:
-        grids, end = chunk.grids, chunk.first + chunk.grids
-        with devices.here(weight.device):  # all bookkeeping lives beside the features
-            with watch if reuse else nullcontext():
-                layout, last = chunk.layout(geo, block)
-            last = last if end < count else None  # nobody will refer to the last chunk
-            plan = [[n] * tower.depth for n in layout.per_block]
-            if inside:
-                due = [sum(shares[at : at + block]) for at in range(chunk.first, end, block)]
-                units = [geo.units * min(block, grids - at) for at in range(0, grids, block)]
-                plan = [
-                    plan_of(
-                        rows,
-                        size // geo.units * geo.windows,
-                        min(rows, method.allowance(size, max(1, share))),
-                    )
-                    for rows, size, share in zip(layout.per_block, units, due, strict=True)
-                ]
-            plan = list(zip(*plan, strict=True))
-            for layer, blocks in zip(layers, [layout.per_block, *plan], strict=False):
-                computed[layer] += sum(blocks)
-            x = embed(visual, devices.uploaded(chunk.patches, weight.device))
-            x, layout = run_layers(visual, tower, layers, x, layout, plan, method, watch, wrong, last, past, gathering)
-            order = layout.home.argsort()
-            if gathering:
-                with watch:
-                    gathering.settle(layout, order)
-            number = order.argsort() + base  # of each row among all rows
-            if past.row is not None:
-                number = torch.cat([number, past.row])
-            owner = number[layout.owner]
-            if last is not None:
-                past.row = owner[last] if past.row is None else torch.where(last < 0, past.row, owner[last])
-        if layout.rows:
-            rows.append(merged_patches(visual, x[order]) if early is None else x[order])
-            finite.append(is_finite(rows[-1]))
-            if not devices.static_shapes(weight.device) and not finite[-1]:
-                raise not_finite("encode")
-        own = torch.arange(chunk.first, end)[:, None].expand(-1, geo.units)
-        sources.append(own if chunk.source is None else chunk.source)
-        owners.append(owner)
-        homes.append(layout.home[order] + chunk.first * geo.units)
-        base += len(order)
-    rows, owner, home, narrowed = torch.cat(rows), torch.cat(owners), torch.cat(homes), False
-    if early is not None:
-        if not _all(finite):
+
+
+@dataclass
+class _Rows:
+    """All rows of a video, by unit: `x` `[E, 4, hidden]`, or `[E, D]` behind the patch merger; the rest as in `EncodedRows`."""
+
+    x: torch.Tensor
+    unit: torch.Tensor
+    owner: torch.Tensor
+
+
+class _Run:
+    """One video on its way through the tower."""
+
+    def __init__(self, visual, plan: EncoderPlan, method: Method, chunk_units: int | None, on_layer: OnLayer):
+        weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
+        self.visual, self.plan, self.method, self.depth = visual, plan, method, tower.depth
+        self.device, self.dtype = weight.device, weight.dtype
+        self.geometry = tower_geometry(visual, *plan.grid[1:])
+        self.at_once = chunk_units or devices.units_at_a_time(self.device)
+        self.on_layer = on_layer
+        self.first = range(tower.depth if plan.select_after is None else plan.select_after)
+        self.timer, self.checks = Timer(self.device), Checks()
+        self.references = References() if plan.reuse else None
+        selector = method.selector if plan.prunes else None
+        self.gathering = Gathering(selector, tower) if selector and selector.needs else None
+        if self.gathering and plan.select_after is not None:
+            raise TypeError(f"method {method.name} selects between layers, so it is given nothing but the rows")
+        self.computed = [0] * tower.depth
+        self.pieces: list[_Rows] = []
+        self.sources: list[torch.Tensor] = []
+        self.count = 0
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """Each layer's number and the rows that it computed."""
+        return list(enumerate(self.computed))
+
+    def chunks(self, patches: Iterable[torch.Tensor]) -> Iterator[Chunk]:
+        """Whole frame pairs, as many as go through the tower together."""
+        return in_chunks(
+            patches,
+            self.geometry,
+            self.plan.grid[0],
+            rows=self.at_once,
+            threshold=self.plan.reuse,
+            dtype=self.dtype,
+            timer=self.timer,
+            even=self.checks.even if self.plan.prunes else None,
+        )
+
+    def embedded(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
+        """The chunk's rows as the first layer takes them, and their layout."""
+        with devices.here(self.device):  # all bookkeeping lives beside the features
+            with self.timer if self.references else nullcontext():
+                layout, latest = chunk.layout(self.geometry)
+            if self.references:
+                follows = chunk.first + chunk.pairs < self.plan.grid[0]
+                self.references.begin(latest if follows else None)  # nobody will refer to the last chunk
+            return embed(self.visual, devices.to_device(chunk.patches, self.device)), layout
+
+    def first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
+        """The layers before the selection, or all of them."""
+        merger, merging = self.method.merger, None
+        if self.plan.merged:
+            merging = Merging(merger, self.plan.merged[chunk.first : chunk.first + chunk.pairs], self.checks.failed)
+        for layer in self.first:
+            before = layout.rows if not (merging and layer) else sum(merging.target(layer - 1))
+            self.computed[layer] += before
+        passage = Passage(
+            self.visual, self.timer, merging, self.references, self.gathering, merger.size_bias if merging else True
+        )
+        with devices.here(self.device):
+            return run_layers(passage, self.first, x, layout)
+
+    def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
+        """Puts a chunk's rows behind those of the chunks before it; merges their patches if no layer follows."""
+        with devices.here(self.device):
+            order = layout.unit.argsort()
+            if self.gathering:
+                with self.timer:
+                    self.gathering.finish(order)
+            number = order.argsort() + self.count  # of each row among all rows
+            owner = self.references.owners(layout.owner, number) if self.references else number[layout.owner]
+            rows = x[order]
+            if layout.rows and self.plan.select_after is None:
+                rows = merge_patches(self.visual, rows)
+            self._check_finite(rows)
+        self.pieces.append(_Rows(rows, layout.unit[order] + chunk.first * self.geometry.units, owner))
+        own = torch.arange(chunk.first, chunk.first + chunk.pairs)[:, None].expand(-1, self.geometry.units)
+        self.sources.append(own if chunk.source is None else chunk.source)
+        self.count += len(order)
+
+    def collected(self) -> _Rows:
+        """The rows of all chunks; the chunks are let go."""
+        live = [rows.x for rows in self.pieces if len(rows.x)]
+        units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
+        self.pieces, self.references = [], None
+        return _Rows(torch.cat(live), torch.cat(units), torch.cat(owners))
+
+    def selected(self, rows: _Rows, seconds_per_pair: float, seed: int) -> tuple[_Rows, Selection | None]:
+        """The rows that go through the other layers, and their selection if it is what the language model will read.
+
+        Rows are compared as the next layer takes them in, after its norm, which leaves little of the few channels that are large in
+        all rows. A picture that stands still is left whole where the plan allows: each row has seen all that surrounds it.
+        """
+        if not all_true(self.checks.finite):
             raise not_finite("encode")
-        x = chunk = past = None  # nobody needs them any more
-        tokens = Tokens(rows, owner, grid, seconds_per_grid, seed)
-        del rows
-        with devices.here(weight.device):
-            with watch:
-                chosen = _narrowed(partial(family(visual).norm, visual.blocks[early].norm1), tokens, method, keep)
-                narrowed = chosen is not None
-                rows, owner, home = chosen or (tokens.rows, owner, home)
-                layout, order = chosen_layout(geo, count, home, owner)
-            x, tokens, chosen, rows = rows[order], None, None, None
-            computed[early:] = [len(home)] * (tower.depth - early)
-            x, _ = run_layers(
-                visual, tower, range(early, tower.depth), x, layout, None, method, watch, wrong,
-                at_once=at_once, on_layer=lambda done: on_layer(done, tower.depth),
-            )  # fmt: skip
-            rows = torch.cat([merged_patches(visual, some) for some in x[order.argsort()].split(at_once)])
-            finite.append(is_finite(rows))
-    given = gathering.collected() if gathering else {}
-    tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, given, home if narrowed else None)
-    layers = list(enumerate(computed))
-    return Unchosen(method, keep, tokens, selects, inside, home, torch.cat(sources), layers, watch, even, wrong, finite)
+        plan, selector = self.plan, self.method.selector
+        by_pair = rows.owner.view(plan.grid[0], -1)
+        if plan.selected >= len(rows.x) and (by_pair == by_pair[0]).all():
+            return rows, None
+        with devices.here(self.device), self.timer:
+            norm = self.visual.blocks[plan.select_after].norm1
+            seen = family(self.visual).norm(norm, rows.x).flatten(1)
+            tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
+            found = selector.select(tokens, min(plan.selected, len(rows.x)))
+            means = found.features(rows.x.flatten(1), rows.owner).view(-1, *rows.x.shape[1:])
+        final = selector.suffices(len(found.kept), plan.keep, plan.units)
+        return _Rows(means, found.kept, found.owner), found if final else None
 
+    def last_layers(self, rows: _Rows) -> _Rows:
+        """The layers after the selection, on all of the video at once; the patch merger on a part of it at a time."""
+        after = range(self.plan.select_after, self.depth)
+        self.computed[after.start :] = [len(rows.unit)] * len(after)
+        with devices.here(self.device):
+            layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
+            passage = Passage(
+                self.visual,
+                self.timer,
+                mlp_rows=self.at_once,
+                on_layer=lambda done: self.on_layer(done, self.depth),
+            )
+            x, rows.x = rows.x[order], None
+            x, _ = run_layers(passage, after, x, layout)
+            some = x[order.argsort()].split(self.at_once)
+            tokens = torch.cat([merge_patches(self.visual, piece) for piece in some])
+            self.checks.finite.append(is_finite(tokens))
+        return _Rows(tokens, rows.unit, rows.owner)
 
-def _narrowed(
-    next_norm: Callable[[torch.Tensor], torch.Tensor], tokens: Tokens, method: Method, keep: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The rows that go on, `[R, 4, hidden]`, the owner of each unit among them, and the unit at whose place each sits; None if they
-    are those that are there.
+    def given(self) -> dict[str, torch.Tensor]:
+        """What the selector asked for."""
+        return self.gathering.collected() if self.gathering else {}
 
-    Args:
-        next_norm: of the layer that they go on to, as a function of rows. They are compared as it takes them in: it leaves little
-            of the few channels that are large in all of them.
-        tokens: with rows `[E, 4, hidden]`.
-    """
-    chosen = method.narrow(replace(tokens, rows=next_norm(tokens.rows).flatten(1)), keep)
-    if chosen is None:
-        return None
-    means = chosen.features(tokens.rows.flatten(1), tokens.owner)
-    return means.view(-1, *tokens.rows.shape[1:]), chosen.owner, chosen.kept
-
-
-def _all(flags: list[torch.Tensor]) -> bool:
-    """Whether all are true; waits for the device."""
-    return bool(torch.stack(flags).all())
-
-
-@torch.inference_mode()
-def choose(video: Unchosen, question: torch.Tensor | None = None) -> Encoded:
-    """What the language model reads; may be asked for with one question after another.
-
-    Args:
-        question: as in `encode`; not looked at unless the method reads it.
-    """
-    tokens = video.tokens
-    rows, owner = tokens.rows, tokens.owner
-    with devices.here(rows.device), video.watch:
-        kept, counts = selected(video, question), None
-        if isinstance(kept, Selection):
-            chosen_inside = kept.kept is tokens.home
-            kept, features, counts = kept.kept, rows if chosen_inside else kept.features(rows, owner), kept.counts
-        else:
-            kept = devices.uploaded(kept, rows.device)
-            features = rows[owner[kept]]
-    flat, seconds = _settled(video)
-    return Encoded(features, kept, rows, owner, (tokens.grid,), video.layers, seconds, flat, counts)
-
-
-def selected(video: Unchosen, question: torch.Tensor | None = None) -> torch.Tensor | Selection:
-    """Which units the language model reads, as the method says it; arguments as `choose`."""
-    method, tokens, home = video.method, video.tokens, video.home
-    with devices.here(home.device):
-        if video.selects:
-            if method.reads_question:
-                given = {**tokens.given, "question": question.to(home.device).float()}
-                tokens = replace(tokens, given=given)
-            return method.select(tokens, video.keep)
-        if video.inside and len(home) > video.keep:
-            return home[_largest(tally(tokens.owner, len(home)), video.keep)]
-        return home
-
-
-def _settled(video: Unchosen) -> tuple[bool, float]:
-    """Looks at all that was left to be looked at: whether the video is flat, and the seconds of pruning.
-
-    The one place where the host waits for a GPU, but for where rows are chosen.
-
-    Raises:
-        ModelError: some row is not finite. RuntimeError: some group did not lose the rows that it had to.
-    """
-    if not _all(video.finite):
-        raise not_finite("encode")
-    if video.wrong and torch.stack(video.wrong).any():
-        raise RuntimeError(f"method {video.method.name} did not remove as many rows as it was asked to")
-    return bool(video.even) and bool(torch.stack(video.even).all()), video.watch.seconds()
-
-
-def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """The `keep` rows that stand for most units, ascending. Among equals those that lie evenly through the video.
-
-    This is the last resort for a count below one row a grid, which no merging inside grids can reach.
-    """
-    order = torch.arange(len(size))
-    even = order * keep // len(size)  # a new value wherever an even choice would take the next row
-    first = torch.cat([torch.ones(1, dtype=torch.bool), even[1:] != even[:-1]])
-    rank = (size * 2 + first).argsort(descending=True, stable=True)
-    return rank[:keep].sort().values
+    def _check_finite(self, rows: torch.Tensor) -> None:
+        if not len(rows):
+            return
+        self.checks.finite.append(is_finite(rows))
+        if not devices.static_shapes(self.device) and not self.checks.finite[-1]:
+            raise not_finite("encode")

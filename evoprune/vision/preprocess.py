@@ -1,6 +1,6 @@
 """Frames to normalised patches: the one resize, and Hugging Face's patch order.
 
-A *grid* is two frames. Its patches lie so that each merge unit's 2x2 patches are four consecutive rows, units in raster
+A frame pair's patches lie so that each merge unit's 2x2 patches are four consecutive rows, units in raster
 order; a row holds channel, frame, y, x. This is what `Qwen2VLImageProcessor` makes, without needing torchvision.
 """
 
@@ -46,7 +46,7 @@ def patchify(
     f, h, w, c = frames.shape
     unit = patch * merge
     x = frames.reshape(f // temporal, temporal, h // unit, merge, patch, w // unit, merge, patch, c)
-    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous().float()  # grid, unit y, x, patch y, x, channel, frame, y, x
+    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous().float()  # pair, unit y, x, patch y, x, channel, frame, y, x
     shape = (c, 1, 1, 1)
     x -= 255 * torch.tensor(mean).view(shape)
     x /= 255 * torch.tensor(std).view(shape)
@@ -56,16 +56,16 @@ def patchify(
 def patch_means(
     patches: torch.Tensor, units: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> torch.Tensor:
-    """The mean colour of each block of 7x7 pixels, as `pruning.reference.block_means` has it of frames.
+    """The mean colour of each block of 7x7 pixels, as `pruning.reference` compares it.
 
     Args:
-        patches: `[4 * units * G, 1176]`, from `patchify`, of grids of so many units.
+        patches: `[4 * units * T, 1176]`, from `patchify`, of frame pairs of so many units.
 
     Returns:
-        float32 `[G, units, 96]`, levels of 255.
+        float32 `[T, units, 96]`, levels of 255.
     """
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, 7, 2, 7).mean((7, 9))
-    # grid, unit, patch y, x, channel, frame, block y, x -> grid, unit, frame, y, x, channel
+    # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
     levels = 255 * (blocks * blocks.new_tensor(std) + blocks.new_tensor(mean))
     return levels.reshape(-1, units, 96)

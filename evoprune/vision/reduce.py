@@ -1,103 +1,170 @@
-"""Rows merged inside windows or blocks down to counts that were planned, by what a method says of which go together."""
+"""Rows merged inside windows or frame pairs, down to the counts of the plan, by what a merger says of which go together."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from evoprune.methods.base import Candidates, Method
+from evoprune.methods.base import Merger
 from evoprune.pruning.indices import runs, tally, true_indices
 from evoprune.pruning.merge import merge_rows
 from evoprune.pruning.shares import share_rows
+from evoprune.pruning.types import Candidates
 from evoprune.vision import devices
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
 
 
+@dataclass
+class Merging:
+    """The merging of one chunk.
+
+    Attributes:
+        merger: says which rows go together.
+        left: rows of each of the chunk's frame pairs after each layer, `[T][depth]`.
+        failed: bool tensors without dimension, what could not be checked at once: whether some group did not lose its rows.
+    """
+
+    merger: Merger
+    left: Sequence[tuple[int, ...]]
+    failed: list[torch.Tensor] = field(default_factory=list)
+
+    def target(self, layer: int) -> tuple[int, ...]:
+        """Rows of each frame pair after a layer."""
+        return tuple(rows[layer] for rows in self.left)
+
+    def reduces(self, layer: int, layout: TokenLayout) -> bool:
+        """Whether rows go after a layer."""
+        return self.target(layer) != layout.per_pair
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows while they merge: `x` `[R, 4, hidden]`, and what is compared: `features` float32 `[R, D]`, `attention` float32 `[R]`."""
+
+    x: torch.Tensor
+    features: torch.Tensor
+    attention: torch.Tensor | None
+    layout: TokenLayout
+
+
 def reduce_rows(
+    merging: Merging,
+    layer: int,
     x: torch.Tensor,
     layout: TokenLayout,
     scope: Scope,
-    target: Sequence[int],
     features: torch.Tensor,
     attention: torch.Tensor | None,
-    method: Method,
-) -> tuple[torch.Tensor, TokenLayout, torch.Tensor | None]:
-    """Merges rows inside windows or blocks until each block has its target, in as many rounds as the method needs.
+) -> tuple[torch.Tensor, TokenLayout]:
+    """Merges rows inside windows or frame pairs until each frame pair has its target, in as many rounds as the merger needs.
 
-    Where shapes are static nobody looks whether a round is the last one that is needed: there are as many as it can take, and
-    until the last one rows that went are kept at the end as padding.
+    Where shapes are static nobody looks whether a round is the last that is needed: there are as many as it can take, and until the
+    last one the rows that went are kept at the end as padding.
 
     Args:
         x: `[R, 4, hidden]`.
-        target: rows to be left in each block; windows are for blocks of a single grid.
-        features: float32 `[R, D]`, attention: float32 `[R]` or None: what the method compares. A merged row has the mean of the
+        features: float32 `[R, D]`, attention: float32 `[R]` or None: what the merger compares. A merged row has the mean of the
             features and the sum of the attention of what went into it.
 
-    Returns:
-        Rows and layout; and, where shapes are static, whether some group did not lose what it had to (bool, no dimension).
-
     Raises:
-        RuntimeError: the method merged nothing though it was asked to, or too much; where shapes are not static.
+        RuntimeError: the merger merged nothing though it was asked to, or too much; where shapes are not static.
     """
-    static, moves = devices.static_shapes(x.device), layout.rows - sum(target)
+    target, static = merging.target(layer), devices.static_shapes(x.device)
     total, longest = layout.group_count(scope), layout.longest(scope)
-    length = tally(layout.group_of(layout.home, scope), total)
-    goal = devices.uploaded(torch.tensor(target, device="cpu"), x.device)
+    length = tally(layout.group_of(layout.unit, scope), total)
+    goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)
     wanted = share_rows(length.view(len(target), -1), goal, longest).flatten()
-    rounds = most_rounds(layout, scope, target, method) if static else moves
+    rows = _Rows(x, features, attention, layout)
+    rounds = most_rounds(layout, scope, target, merging.merger) if static else layout.rows - sum(target)
     for after in reversed(range(rounds)):
-        length = tally(layout.group_of(layout.home, scope), total + 1)[:total]  # padding is a group more
-        start, remove = length.cumsum(0) - length, length - wanted
-        if not static:
-            busy = (remove > 0).nonzero().flatten()
-            if not len(busy):
-                break
-            start, length, remove = start[busy], length[busy], remove[busy]
-            longest = int(length.max())
-        row, valid = runs(start, length, longest, layout.rows)
-        candidates = Candidates(
-            features[row],
-            None if attention is None else attention[row],
-            layout.place[row],
-            layout.home[row] // layout.geometry.units % layout.block,
-            layout.size[row],
-            valid,
-            layout.geometry.width,
-        )
-        local = method.match(candidates, remove)
-        into = torch.arange(layout.rows + 1)  # the last entry takes what padding says
-        into.scatter_(0, torch.where(valid, row, layout.rows).flatten(), row.gather(1, local).flatten())
-        into = into[:-1]
-        stays = into == torch.arange(layout.rows)
-        left = layout.rows if after else sum(target)
-        if not static:
-            left = int(stays.sum())
-            moves = layout.rows - left
-            if not moves:
-                raise RuntimeError(f"method {method.name} merged nothing in a {scope} that must lose rows")
-        size = layout.size
-        x, features = merge_rows(x, size, into, left, moves), merge_rows(features, size, into, left, moves)
-        if attention is not None:
-            attention = torch.zeros_like(attention).index_add_(0, into, attention)[true_indices(stays, left)]
-        counts = tuple(target) if left == sum(target) else None
-        layout = merged_layout(layout, into, scope, left, counts)
+        merged = _round(rows, scope, wanted, longest, merging.merger, target, last=not after, static=static)
+        if merged is None:
+            break
+        rows = merged
+    layout = rows.layout
     if not static:
         if layout.rows != sum(target):
-            raise RuntimeError(f"method {method.name} left {layout.rows} rows where {sum(target)} were planned")
-        return x, layout, None
-    failed = (tally(layout.group_of(layout.home, scope), total + 1)[:total] != wanted).any()
-    # If it has merged too much there is still padding. Until that can be said, at the end, it must not lead out of the last grid.
-    return x, replace(layout, home=layout.home.clamp(max=len(layout.owner) - 1)), failed
+            raise RuntimeError(f"method {merging.merger.name} left {layout.rows} rows where {sum(target)} were planned")
+        return rows.x, layout
+    left = tally(layout.group_of(layout.unit, scope), total + 1)[:total]
+    merging.failed.append((left != wanted).any())
+    # After too many merges there is still padding. Until that can be said, at the end, it must not lead out of the last frame pair.
+    return rows.x, replace(layout, unit=layout.unit.clamp(max=len(layout.owner) - 1))
 
 
-def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], method: Method) -> int:
+def _round(
+    rows: _Rows,
+    scope: Scope,
+    wanted: torch.Tensor,
+    longest: int,
+    merger: Merger,
+    target: tuple[int, ...],
+    *,
+    last: bool,
+    static: bool,
+) -> _Rows | None:
+    """One call of the merger and what follows from it; None where no group has rows left to lose.
+
+    Args:
+        wanted: int64 `[groups]`, rows that each group is to have. longest: the most that one has.
+    """
+    layout, total = rows.layout, len(wanted)
+    length = tally(layout.group_of(layout.unit, scope), total + 1)[:total]  # padding is one more group
+    start, remove = length.cumsum(0) - length, length - wanted
+    if not static:
+        busy = (remove > 0).nonzero().flatten()
+        if not len(busy):
+            return None
+        start, length, remove = start[busy], length[busy], remove[busy]
+        longest = int(length.max())
+    row, valid = runs(start, length, longest, layout.rows)
+    into = _merged_into(rows, row, valid, remove, merger)
+    stays = into == torch.arange(layout.rows)
+    left = sum(target) if last else layout.rows
+    moves = rows.layout.rows - sum(target)
+    if not static:
+        left = int(stays.sum())
+        moves = layout.rows - left
+        if not moves:
+            raise RuntimeError(f"method {merger.name} merged nothing in a {scope} that must lose rows")
+    attention = rows.attention
+    if attention is not None:
+        attention = torch.zeros_like(attention).index_add_(0, into, attention)[true_indices(stays, left)]
+    return _Rows(
+        merge_rows(rows.x, layout.size, into, left, moves),
+        merge_rows(rows.features, layout.size, into, left, moves),
+        attention,
+        merged_layout(layout, into, scope, left, target if left == sum(target) else None),
+    )
+
+
+def _merged_into(
+    rows: _Rows, row: torch.Tensor, valid: torch.Tensor, remove: torch.Tensor, merger: Merger
+) -> torch.Tensor:
+    """int64 `[R]`: where each row goes. `row`: int64 `[B, n]`, the rows of each group, where `valid`."""
+    layout = rows.layout
+    candidates = Candidates(
+        features=rows.features[row],
+        attention=None if rows.attention is None else rows.attention[row],
+        place=layout.place[row],
+        size=layout.size[row],
+        valid=valid,
+        width=layout.geometry.width,
+    )
+    local = merger.match(candidates, remove)
+    into = torch.arange(layout.rows + 1)  # the last entry takes what padding says
+    into.scatter_(0, torch.where(valid, row, layout.rows).flatten(), row.gather(1, local).flatten())
+    return into[:-1]
+
+
+def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], merger: Merger) -> int:
     """After how many rounds every group has lost what it must, whatever the rows are."""
     worst = 0
-    for rows, left in set(zip(layout.per_block, target, strict=True)):
-        if scope == "block":
-            worst = max(worst, method.rounds(rows, left))
+    for rows, left in set(zip(layout.per_pair, target, strict=True)):
+        if scope == "pair":
+            worst = max(worst, merger.rounds(rows, left))
         else:  # how many rows a window has and loses, only the device knows
             longest = min(rows, layout.geometry.largest_window)
             cases = ((n, max(1, n - (rows - left))) for n in range(1, longest + 1))
-            worst = max([worst, *(method.rounds(n, fewest) for n, fewest in cases)])
+            worst = max([worst, *(merger.rounds(n, fewest) for n, fewest in cases)])
     return worst

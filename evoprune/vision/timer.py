@@ -5,7 +5,7 @@ import time
 import torch
 
 
-class Stopwatch:
+class Timer:
     """Adds up the time of the blocks it is the context of; on CUDA by events, which are read only in `seconds`."""
 
     def __init__(self, device: torch.device):
@@ -18,9 +18,9 @@ class Stopwatch:
     def __exit__(self, *_) -> None:
         self._marks.append(self._mark())
 
-    def copy(self) -> "Stopwatch":
+    def copy(self) -> "Timer":
         """One that goes on from the same sum."""
-        made = Stopwatch(self._cuda or torch.device("cpu"))
+        made = Timer(self._cuda or torch.device("cpu"))
         made._marks = list(self._marks)
         return made
 

@@ -1,0 +1,103 @@
+"""EvoPrune's merging (arXiv 2603.03681) for Qwen2.5-VL, with the settings that won on the demo model (results/ablations.md).
+
+Of the paper: training-free merging of pairs across two disjoint sets, by a score of similarity, diversity and attention; a critical
+share of the most attended rows that merges last; six allocations over the layers.
+Of this project, because the paper covers a tower with global attention: units instead of patches, windows where the tower attends
+to windows and frame pairs where it attends to frame pairs, exact counts, and the exact form of the score.
+
+What won: attention has no say, and the first of the layers merge most. The paper's own settings are `evoprune-paper`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from evoprune.methods.base import Merger
+from evoprune.pruning.merge import alternate, best_partners, match
+from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.schedule import layer_weights, rows_after_layers
+from evoprune.pruning.score import composite_score, local_density, relative_attention, similarity, snap, strips
+from evoprune.pruning.types import Candidates
+
+FEATURES = ("keys", "keys_rotary", "hidden")
+
+
+@dataclass(frozen=True)
+class EvoPruneMerge(Merger):
+    """Fields:
+
+    allocation, first, last: which layers merge and how much; `first` and `last` in relative depth (pruning/schedule.py).
+    diversity, attention: weights of the score's two penalties.
+    critical: share of each group, the most attended rows, that merges only when nothing else is left.
+    neighbours: how many nearest rows make the density.
+    features: what similarity is measured on: the layer's keys, keys after rotary, or hidden states.
+    size_bias: whether attention weighs a merged row by the units that it represents.
+    """
+
+    name: ClassVar[str] = "evoprune-merge"
+    source: ClassVar[str] = "arXiv 2603.03681, with other settings"
+
+    allocation: str = "decreasing"
+    first: float = 0.2
+    last: float = 0.5
+    diversity: float = 0.1
+    attention: float = 0.0
+    critical: float = 0.0
+    neighbours: int = 4
+    features: str = "keys"
+    size_bias: bool = True
+
+    def __post_init__(self):
+        layer_weights(8, self.allocation, self.first, self.last)
+        if self.features not in FEATURES:
+            raise ValueError(f"features is one of {', '.join(FEATURES)}, not {self.features!r}")
+        if not 0 <= self.critical <= 1 or self.neighbours < 1:
+            raise ValueError("critical is a share from 0 to 1, neighbours at least 1")
+        if not (math.isfinite(self.diversity) and math.isfinite(self.attention)):
+            raise ValueError("diversity and attention are finite weights")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.features, "attention"} if self.attention or self.critical else {self.features})
+
+    def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
+        weights = layer_weights(tower.depth, self.allocation, self.first, self.last)
+        return rows_after_layers(tower, units, windows, keep, weights)
+
+    def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
+        c = candidates
+        attention = None if c.attention is None else snap(relative_attention(c.attention, c.valid))
+        source = alternate(c.valid)
+        best, partner = self._best_partners(c, attention, source)
+        return match(best, partner, source, self._critical(attention, c.valid), remove)
+
+    def rounds(self, rows: int, left: int) -> int:
+        count = 0
+        while rows > left:  # every second row may go
+            count, rows = count + 1, rows - min(rows - left, rows // 2)
+        return count
+
+    def _best_partners(
+        self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """`merge.best_partners` of all rows, strip by strip: a group's full score matrix is never held."""
+        pieces, density = strips(*c.valid.shape), None
+        if self.diversity:
+            each = (local_density(similarity(c.features, rows), c.valid, self.neighbours, rows) for rows in pieces)
+            density = torch.cat(list(each), 1)
+        found = []
+        for rows in pieces:
+            cosine = similarity(c.features, rows)
+            score = composite_score(cosine, density, attention, self.diversity, self.attention, rows)
+            found.append(best_partners(snap(score), source[:, rows], c.valid & ~source))
+        return tuple(torch.cat(of_each, 1) for of_each in zip(*found, strict=True))
+
+    def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
+        """bool `[B, n]`: the `critical` share of each group that is most attended, rounded up; ties by index."""
+        if not self.critical:
+            return torch.zeros_like(valid)
+        rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        # In float64 and slightly lower, because 0.15 of 100 rows must not become 16.
+        return valid & (rank < (valid.sum(1, keepdim=True).double() * self.critical - 1e-9).ceil())

@@ -1,0 +1,47 @@
+"""Reuse in time before any selector: `reuse+divprune`, `reuse:threshold=5+visionzip`.
+
+A unit whose pixels have not changed since its place was last encoded is not encoded again (pruning/reference.py). The selector runs
+after the encoder and sees every unit of the clip, each with what its row has.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+from evoprune.methods.base import Method, Selector
+from evoprune.pruning.plan import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.pruning.reference import THRESHOLD
+
+
+@dataclass(frozen=True)
+class Reuse(Method):
+    """Fields:
+
+    threshold: how many levels of 255 a unit must change to be encoded again; above 0.
+    """
+
+    name: ClassVar[str] = "reuse"
+    source: ClassVar[str] = "this project"
+    acts: ClassVar[Literal["inside"]] = "inside"
+
+    threshold: float = THRESHOLD
+    then: Selector | None = field(default=None, metadata={"method": True})
+
+    def __post_init__(self):
+        if not self.threshold > 0:
+            raise ValueError("threshold is above 0")
+
+    @property
+    def selector(self) -> Selector:
+        return self.then
+
+    @property
+    def exact(self) -> bool:
+        return self.then.exact
+
+    @property
+    def reads_question(self) -> bool:
+        return self.then.reads_question
+
+    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
+        plan = full_plan(tower, grid, keep)
+        return replace(plan, exact=False, reuse=self.threshold) if plan.prunes else plan

@@ -1,0 +1,125 @@
+"""The distance of the selection: how different two units of a video are, in features and in time.
+
+    d(i, j) = (1 - cos(f_i, f_j)) + alpha / 2 * salience_j^2 * |t_i - t_j|
+
+i is selected and j is a candidate; t runs from 0 to 1 over the clip. salience_j = 1 - cos(f_j, mean over all units), scaled to a
+maximum of 1. So the same thing at another time is new in proportion to how much it stands out. With alpha = 0 this is DivPrune's
+distance (arXiv 2503.02175); the term in time is this project's.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+ALPHA = 1.5
+DIMENSIONS = 128  # to which features are projected
+FEW = 512  # rows, up to which features are not projected
+AT_ONCE = 1024  # rows of which float32 copies exist at a time
+STEP = 1 / 16384  # resolution of distances; see `evoprune.pruning.score.snap`
+
+
+@dataclass(frozen=True)
+class Points:
+    """The units of a video as points between which distances are computed.
+
+    Attributes:
+        units: int64 `[n]`, their numbers, ascending.
+        row: int64 `[n]`, the row of each unit.
+        time: float32 `[n]`, of each unit, from 0 to 1.
+        place: float32 `[E, d]`, the point of each row: |p_i - p_j|^2 / 2 = 1 - cos(f_i, f_j), approximately where projected.
+        half: float32 `[E]`, half of its squared length.
+        salience: float32 `[E]`, from 0 to 1; all 0 where nothing stands out.
+        weight: float32 `[E]`, weight of time.
+    """
+
+    units: torch.Tensor
+    row: torch.Tensor
+    time: torch.Tensor
+    place: torch.Tensor
+    half: torch.Tensor
+    salience: torch.Tensor
+    weight: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def some(self, index: torch.Tensor) -> "Points":
+        """Those with these indices."""
+        return replace(self, units=self.units[index], row=self.row[index], time=self.time[index])
+
+    def apart(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """`[a, b]`: distances in features between rows, before `snap`."""
+        return torch.addmm(self.half[b], self.place[a], self.place[b].T, alpha=-1).add_(self.half[a][:, None])
+
+
+def points_of(
+    rows: torch.Tensor, owner: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], alpha: float
+) -> Points:
+    """The points of one video.
+
+    Args:
+        rows: `[E, D]`, any float dtype.
+        owner: int64 `[T * H * W]`, the row of each unit, -1 for a unit that cannot be selected.
+        grid: (T, H, W) in units.
+        seconds: T times, one for each frame pair.
+        alpha: weight of time.
+    """
+    units = (owner >= 0).nonzero()[:, 0]
+    time = torch.tensor(seconds, dtype=torch.float64, device="cpu")
+    time = (time - time.min()) / (float(time.max() - time.min()) or 1.0)
+    place, salience = _places_and_salience(rows, owner)
+    return Points(
+        units=units,
+        row=owner[units],
+        time=time.float().to(units.device)[units // (grid[1] * grid[2])],
+        place=place,
+        half=place.square().sum(1) / 2,
+        salience=salience,
+        weight=alpha / 2 * salience**2,
+    )
+
+
+def lapse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`[a, b]`: the time between two sets of times."""
+    return (a[:, None] - b).abs_()
+
+
+def snap(x: torch.Tensor) -> torch.Tensor:
+    """Rounds distances to steps, in place where it can: equal rows are at distance 0, and equal distances are ties.
+
+    The least of several distances may be rounded instead of each of them.
+    """
+    return (x * (1 / STEP)).round_().mul_(STEP).clamp_(min=0)
+
+
+def _places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`place` and `salience` of `Points`. Equal features give equal points."""
+    count = torch.bincount(owner[owner >= 0], minlength=len(rows))
+    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > FEW  # otherwise nothing is gained
+    to = _projection(rows.shape[1]).to(rows.device) if project else None
+
+    def units() -> Iterator[torch.Tensor]:  # float32 and of length one, a few rows at a time, because a row may be long
+        return (F.normalize(some.float(), dim=1) for some in rows.split(AT_ONCE))
+
+    weights = count.float().split(AT_ONCE)
+    mean = sum(weight @ unit for weight, unit in zip(weights, units(), strict=True)) / count.sum()
+    common = F.normalize(mean, dim=0)
+    made = [(unit if to is None else unit @ to, 1 - unit @ common) for unit in units()]
+    place, unlike = (torch.cat(pieces) for pieces in zip(*made, strict=True))
+    salience = snap(unlike) * (count > 0)
+    return place, salience / salience.max().clamp(min=STEP)
+
+
+@lru_cache(maxsize=8)
+def _projection(width: int) -> torch.Tensor:
+    """float32 `[width, DIMENSIONS]`: orthogonal columns in random directions, always the same.
+
+    They keep squared lengths on average, with 128 columns to about an eighth, whatever the features are.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.linalg.qr(normal).Q * math.sqrt(width / DIMENSIONS)

@@ -1,0 +1,77 @@
+"""What the encoder will do with a video, decided before its first frame is read. Plain integers, no tensors.
+
+A method makes the plan once, from the shape of the tower, the grid and the number of tokens to keep. The encoder runs it; the
+memory check, the estimate of the first token and the cache's key read it.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """What a plan must know of a vision tower.
+
+    Attributes:
+        depth: number of layers.
+        full_layers: layers whose attention spans a whole frame pair; the others attend inside windows.
+        window: side of a window in units.
+    """
+
+    depth: int
+    full_layers: tuple[int, ...]
+    window: int = 4
+
+    def scope(self, layer: int) -> Literal["window", "pair"]:
+        """How far attention reaches in a layer."""
+        return "pair" if layer in self.full_layers else "window"
+
+    def windows(self, height: int, width: int) -> int:
+        """Number of windows of a frame pair of `height` x `width` units."""
+        return -(-height // self.window) * -(-width // self.window)
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """The encoder's work on one video.
+
+    Attributes:
+        grid: (T, H, W) in units, as the encoder sees the video; an input method makes it smaller than the video's own.
+        keep: K, the number of tokens for the language model.
+        layers: rows that each layer computes, over the whole video.
+        rows: rows that leave the tower.
+        exact: whether `layers` and `rows` are exact; otherwise the content decides and they are upper bounds.
+        reuse: how many levels of 255 a unit must change to be encoded again; 0 encodes every unit.
+        merged: rows left in each frame pair after each layer, `[T][depth]`; None where nothing merges.
+        select_after: number of layers before rows are selected inside the tower; None where none are.
+        selected: rows that go on from there, at most.
+    """
+
+    grid: Grid
+    keep: int
+    layers: tuple[int, ...]
+    rows: int
+    exact: bool = True
+    reuse: float = 0.0
+    merged: tuple[tuple[int, ...], ...] | None = None
+    select_after: int | None = None
+    selected: int = 0
+
+    @property
+    def units(self) -> int:
+        """N, all units of the grid."""
+        return prod(self.grid)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether fewer tokens come out than there are units."""
+        return self.keep < self.units
+
+
+def full_plan(tower: TowerShape, grid: Grid, keep: int | None = None) -> EncoderPlan:
+    """Every unit goes through every layer; `keep` of them, all by default, are selected after the last."""
+    units = prod(grid)
+    return EncoderPlan(grid, units if keep is None else keep, (units,) * tower.depth, units)

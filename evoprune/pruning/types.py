@@ -1,0 +1,141 @@
+"""What pruning methods see and what they answer: small frozen dataclasses over tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+AT_ONCE = 4096  # units of which float32 copies exist at a time
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A video as a selector sees it, after the encoder or between two of its layers.
+
+    Attributes:
+        rows: `[E, D]`, the encoder's rows, ordered by unit; one for each unit unless some units were not encoded.
+        owner: int64 `[N]`, the row that represents each unit, -1 for none.
+        grid: (T, H, W) in units.
+        seconds_per_pair: time from one frame pair to the next.
+        seed: for methods that draw at random.
+        given: what the method declared that it needs: float32 "attention" `[E]` and "keys" `[E, 4 d]`, and "question" `[Q, D]`.
+    """
+
+    rows: torch.Tensor
+    owner: torch.Tensor
+    grid: tuple[int, int, int]
+    seconds_per_pair: float = 1.0
+    seed: int = 0
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """`[N, D]`: the feature of each unit, in raster order, frame pair after frame pair."""
+        return self._of_units(self.rows)
+
+    @cached_property
+    def attention(self) -> torch.Tensor:
+        """float32 `[N]`: attention that each unit receives in its frame pair, in the tower's last full-attention layer.
+
+        The mean over heads and over all encoded units of the frame pair as queries, summed over the unit's patches, times the number
+        of units of a frame pair: 1 is an even share. A reused unit has what its row received when it was encoded.
+
+        Raises:
+            TypeError: the method did not declare "attention" in `needs`.
+        """
+        return self._of_units(self._given("attention"))
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """float32 `[N, 4 d]`: the key of each unit in the same layer before rotary: mean over heads, the four patches joined.
+
+        Patches are joined, not averaged, because the place inside a unit is part of what it shows.
+
+        Raises:
+            TypeError: the method did not declare "keys" in `needs`.
+        """
+        return self._of_units(self._given("keys"))
+
+    @property
+    def question(self) -> torch.Tensor:
+        """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the prompt around them.
+
+        Raises:
+            TypeError: the method did not declare `reads_question`.
+        """
+        return self._given("question")
+
+    def _given(self, name: str) -> torch.Tensor:
+        if name not in self.given:
+            how = "`reads_question`" if name == "question" else f'"{name}" in its `needs`'
+            raise TypeError(f"there is no {name} here: the method must declare {how}")
+        return self.given[name]
+
+    def _of_units(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if len(rows) == len(self.owner) else rows[self.owner]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that a selector keeps.
+
+    Attributes:
+        kept: int64 `[K]`, ascending units; each token keeps the position of its unit.
+        owner: int64 `[N]`, the index in `kept` of the token whose mean each unit joins, -1 for none; every kept unit joins its own
+            token. None: each token is the feature of its unit alone.
+        weight: float32 `[N]`, weight of each unit in that mean, at least 0, above 0 for kept units; None for equal weights.
+        size: float32 `[K]`, the cluster size that the language model assumes: its attention adds log(size) to the logits of each
+            token. None for 1.
+    """
+
+    kept: torch.Tensor
+    owner: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    size: torch.Tensor | None = None
+
+    def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
+        """`[K, D]`: the tokens, means accumulated in float32.
+
+        Args:
+            rows: `[E, D]`.
+            row_of: int64 `[N]`, the row of each unit; None where each unit has its own.
+        """
+        if self.owner is None:
+            return rows[self.kept if row_of is None else row_of[self.kept]]
+        total = torch.zeros(len(self.kept), rows.shape[1], dtype=torch.float32, device=rows.device)
+        size = torch.zeros(len(self.kept), dtype=torch.float32, device=rows.device)
+        units = (self.owner >= 0).nonzero()[:, 0]
+        into, row = self.owner[units], units if row_of is None else row_of[units]
+        weight = torch.ones(len(units), dtype=torch.float32, device=rows.device)
+        if self.weight is not None:
+            weight = self.weight[units]
+        if row_of is not None:  # one row joins the same token many times: once with the summed weight costs less
+            pair, back = (into * len(rows) + row).unique(return_inverse=True)
+            weight = torch.zeros(len(pair), dtype=torch.float32, device=rows.device).index_add_(0, back, weight)
+            into, row = pair // len(rows), pair % len(rows)
+        size.index_add_(0, into, weight)
+        for some in torch.arange(len(into), device=rows.device).split(AT_ONCE):
+            total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
+        return (total / size[:, None]).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Groups of rows, windows or frame pairs side by side, of which a merger removes some; padding at a group's end is not `valid`.
+
+    Attributes:
+        features: float32 `[B, n, D]`, what the merger declared in `needs`.
+        attention: float32 `[B, n]`, attention received in this layer; None unless declared.
+        place: int64 `[B, n]`, raster index in the frame pair.
+        size: int64 `[B, n]`, units that each row represents.
+        valid: bool `[B, n]`.
+        width: units in a row of the grid.
+    """
+
+    features: torch.Tensor
+    attention: torch.Tensor | None
+    place: torch.Tensor
+    size: torch.Tensor
+    valid: torch.Tensor
+    width: int
