@@ -1,4 +1,4 @@
-"""What the README shows, run as it stands there."""
+"""The commands of the README run as they stand there, and every link of the documents leads somewhere."""
 
 import os
 import re
@@ -13,12 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
+
+
 def readme_blocks() -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
 
 
 def test_the_transcript_of_the_readme(cli):
-    """What it shows is what comes, but for times, memory, and the processors of whoever tries it."""
+    """The output equals it, except for times, memory and the processor."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command, shown = re.search(r"^```text\n\$ evoprune (ask samples.*?)\n(.*?)^```", readme, re.S | re.M).groups()
     result = cli(*shlex.split(command))
@@ -32,7 +35,7 @@ def test_the_transcript_of_the_readme(cli):
 
 @pytest.mark.parametrize("number", range(2, len(readme_blocks())))
 def test_loops_of_the_readme(tmp_path, number):
-    """Every shell block after the two that install, run as it stands in a folder that looks like an installed clone."""
+    """Every shell block after the two that install runs in a folder that looks like an installed clone."""
     block = readme_blocks()[number]
     if "jq" in block and not shutil.which("jq"):
         pytest.skip("jq is not installed")
@@ -52,3 +55,36 @@ def test_loops_of_the_readme(tmp_path, number):
     written = "".join(path.read_text() for path in tmp_path.glob("*.jsonl")) + done.stdout.decode()
     clips = len(list((ROOT / "samples").glob("*.webm" if "webm" in block else "*.mp4")))
     assert len(written.splitlines()) == clips
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.*)$", without_code(page), re.M):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found[anchor] = found.get(anchor, -1) + 1
+    return {f"{anchor}-{n}" if n else anchor for anchor, last in found.items() for n in range(last + 1)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_resolves(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_names_a_module_that_exists(page):
+    for name in re.findall(
+        r"python -m ((?:evoprune|evoprune_cli|experiments|tests)[\w.]*)", page.read_text(encoding="utf-8")
+    ):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name

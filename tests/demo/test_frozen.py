@@ -1,6 +1,6 @@
 """The generator is frozen: figures about its clips compare only with figures about the same clips.
 
-Where this fails, something has changed what is drawn or asked; so everything in docs/ would have to be measured anew.
+Where this fails, something has changed what is drawn or asked; so everything in results/ would have to be measured anew.
 """
 
 import hashlib

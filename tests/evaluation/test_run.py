@@ -309,7 +309,7 @@ def test_names_that_are_no_text(loaded, tmp_path):
 
 
 def test_the_demo_model_on_the_sample_questions():
-    """Ten of the twelve are right at full budget, as docs/demo-model.md says."""
+    """Ten of the twelve are right at full budget, as results/demo-model.md says."""
     run = Evaluation(Settings("samples/questions.jsonl", (0.25,), ("none",)), load_items(SAMPLES / "questions.jsonl"))
     run.load()
     run.run()

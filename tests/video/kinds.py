@@ -137,7 +137,7 @@ def _upright(kind: Kind) -> list[np.ndarray]:
 
 
 def table() -> str:
-    """The kinds and what becomes of them, as in `docs/video.md`."""
+    """The kinds and what becomes of them, as in `results/video.md`."""
     lines = ["| file | pyav | decord |", "|---|---|---|"]
     for name, kind in KINDS.items():
         refused = "refused, exit 3" if kind.decord_refuses else "answered"
