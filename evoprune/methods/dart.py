@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.ranking import ranked
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

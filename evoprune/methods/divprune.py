@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.ranking import highest
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
 from evoprune.pruning.ranking import gathered, highest, nearest
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.methods.divprune import most_diverse
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
 from evoprune.pruning.ranking import closest, gathered, nearest, ranked
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

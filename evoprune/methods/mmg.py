@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peak_scores
 from evoprune.pruning.ranking import closest, highest
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.shapes import smaller_frame
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import peaks
 from evoprune.pruning.ranking import gathered, nearest
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import averaged
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

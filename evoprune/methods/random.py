@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import spread
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

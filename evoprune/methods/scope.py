@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
 
 AT_ONCE = 32  # sums brought up to date at a time
 STEPS = 16384  # in which cosines are counted, as `snap` has it

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.ranking import highest
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 TEMPERATURE = 0.01

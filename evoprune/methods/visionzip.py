@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.types import Selection, Tokens
 from evoprune.pruning.budget import spread
 from evoprune.pruning.ranking import gathered, highest, nearest
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)

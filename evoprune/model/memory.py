@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 from evoprune.errors import LESS, OutOfMemory, is_out_of_memory
 from evoprune.language.generate import ANSWER_COLUMNS
-from evoprune.model.config import Config
+from evoprune.model.config import PATCHES, Config
 from evoprune.model.machine import available_memory
 from evoprune.pipeline.inspection import kv_bytes
-from evoprune.model.config import PATCHES
 
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from evoprune.pruning.types import Selection
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection
 
 BLOCK = 512  # rows of a matrix of all pairs that are held at a time
 

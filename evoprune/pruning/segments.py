@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import torch
 
-from evoprune.pruning.types import Tokens
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Tokens
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:

@@ -23,7 +23,6 @@ from evoprune.pruning.indices import runs
 from evoprune.vision.layout import Groups
 from evoprune.vision.timer import Timer
 
-
 # Entries of a score matrix held at a time: what a CPU's caches hold; a GPU wants more at once.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26

@@ -26,11 +26,11 @@ from evoprune.vision import devices
 from evoprune.vision.chunks import Chunk, in_chunks
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.families import family
-from evoprune.vision.rows import Checks, EncodedRows, all_true, select_tokens
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, selected_layout
 from evoprune.vision.reduce import Merging
 from evoprune.vision.references import References
+from evoprune.vision.rows import Checks, EncodedRows, all_true, select_tokens
 from evoprune.vision.timer import Timer
 from evoprune.vision.tower import Passage, embed, merge_patches, run_layers, tower_geometry, tower_shape
 
