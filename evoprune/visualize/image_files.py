@@ -11,7 +11,7 @@ from PIL import Image
 def png(picture: Image.Image) -> bytes:
     """An RGB picture as PNG."""
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    picture.save(file, "PNG")
     return file.getvalue()
 
 
@@ -36,7 +36,7 @@ def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
     column = Image.new("RGB", (width, height * len(samples)))
     for number, sample in enumerate(samples):
         column.paste(sample, (0, number * height))
-    return column.quantize(256, Image.Quantize.MAXCOVERAGE)
+    return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
 
 
 def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:

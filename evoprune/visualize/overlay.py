@@ -15,7 +15,7 @@ MAX_PANELS = 12
 MIN_WIDTH = 480  # pixels, so that text has room
 GAP = 12
 SHEET_RATIO = 1.6  # of width to height, about a screen's
-PALETTE_FRAMES = 16  # from which a GIF's colours are taken
+PALETTE_FRAMES = 4  # from which a GIF's colours are taken
 MIN_SECONDS, MAX_SECONDS = 0.1, 0.5  # that a frame of a film is shown
 
 
@@ -61,7 +61,7 @@ class Overlay:
         return _framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
 
     def frames(self, every: int = 1) -> Iterator[Image.Image]:
-        """RGB pictures of the frames, or of each so-manieth, one after another, all of one size."""
+        """RGB pictures of the frames, or of every `every`-th one, all of one size."""
         width = max(MIN_WIDTH, self._panels.width)
         size = _text_size(width)
         above, legend = text_picture(self._title, width, size), self._legend(width, size)
@@ -84,10 +84,10 @@ class Overlay:
     def _legend(self, width: int, size: int) -> list[Image.Image]:
         counts = self._video.fates.counts()
         meanings = {
-            "read": f"Bright: read by the language model, {counts['chosen']} of {counts['units']} units.",
+            "read": f"Bright: read by the language model, {counts['chosen']:,} of {counts['units']:,} units.",
             "unread": "Dark: not read.",
-            "reused": f"Blue: unchanged since an earlier frame pair and not encoded again, {counts['reused']} units.",
-            "merged": f"Outlined: {counts['merged']} units merged into the unit with a dot of the same colour, which may be in "
+            "reused": f"Blue: unchanged since an earlier frame pair and not encoded again, {counts['reused']:,} units.",
+            "merged": f"Outlined: {counts['merged']:,} units merged into the unit with a dot of the same colour, which may be in "
             "another frame pair.",
         }
         return [_legend_entry(kind, text, width, size) for kind, text in meanings.items() if counts.get(kind, 1)]
