@@ -14,7 +14,7 @@ def start() -> None:
     finally:
         # Python takes an interruption inside `exec("...")`, as dataclasses use it, for one that nobody caught, even if somebody
         # did, and kills itself by SIGINT in the end. The next `exec` makes it forget.
-        exec("")
+        exec("")  # noqa: S102 (runs nothing)
 
 
 if __name__ == "__main__":

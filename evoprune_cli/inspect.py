@@ -177,7 +177,7 @@ class _Overlay:
         """Raises UsageError where such a file cannot be drawn or must not be written."""
         if self._ending not in OVERLAYS:
             ending = repr(self._ending) if self._ending else "no ending"
-            hint = ".png shows grids side by side, .gif and .mp4 one frame after another"
+            hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
             raise UsageError(f"--overlay {self.file} has {ending}, which cannot be drawn", hint)
         check_writable(self.file)
         folder = os.path.dirname(os.path.abspath(self.file))
@@ -190,23 +190,23 @@ class _Overlay:
         """Draws; what there is to tell of it."""
         with progress(True) as show:
             from evoprune.pipeline.video_qa import VideoQA
-            from evoprune.visualize.fates import look_at
-            from evoprune.visualize.overlay import as_file
+            from evoprune.visualize.fates import trace
+            from evoprune.visualize.overlay import overlay_file
 
             show("loading model")
             qa = VideoQA.load(model, **self.settings)
             with closing(qa.prepare(path, name=video, decoder=self.decoder, **sampling)) as prepared:
                 show("reading video")
-                look = look_at(prepared, encoding(show))
+                traced = trace(prepared, encoding(show))
             show("drawing")
             told = qa.method.told(qa.asked_budget)
             how = f"{qa.method_name} -b {told if told == AUTO else f'{told:g}'}"
-            title = f"{os.path.basename(os.path.abspath(video))}, {how}. {look.summary}"
-            write_bytes(self.file, as_file(look, title, self._ending))
-        for name in look.warnings:
-            print_warning(name, VideoFacts(path=video, damaged=look.damaged))
+            title = f"{os.path.basename(os.path.abspath(video))}, {how}. {traced.summary}"
+            write_bytes(self.file, overlay_file(traced, title, self._ending))
+        for name in traced.warnings:
+            print_warning(name, VideoFacts(path=video, damaged=traced.damaged))
         share = qa.method.encoder_share(qa.budget)
-        counts = look.fates.counts()
+        counts = traced.fates.counts()
         return {
             "file": self.file,
             "method": qa.method_name,
@@ -214,7 +214,7 @@ class _Overlay:
             "budget": told,
             "encoder_budget": share,
             **counts,
-            "warnings": look.warnings,
+            "warnings": traced.warnings,
         }
 
     @property

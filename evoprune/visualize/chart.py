@@ -1,24 +1,24 @@
-"""Charts as SVG, written by hand: axes from zero, ticks at round numbers, a legend. The same data give the same bytes."""
+"""Charts as SVG: axes that start at zero, ticks at round numbers, a legend. The same data give the same bytes."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-# Told apart by people who do not see all colours (Okabe and Ito, https://jfly.uni-koeln.de/color/), on white.
+# Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, SOFT, GRID = "#222222", "#666666", "#E4E4E4"
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
-PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # of a panel's plot, in pixels
-LEFT, GAP, TOP, BOTTOM = 62, 74, 104, 58  # before the first plot, between plots, above and below them
-LETTER = 6.7  # average width of a 12-pixel letter
-CLOSE = 26  # labels nearer to one another would touch
+PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # pixels of a panel's plot
+LEFT, GAP, TOP, BOTTOM = 62, 74, 104, 58  # pixels left of the first plot, between plots, above and below them
+LETTER = 6.7  # pixels: the average width of a letter of size 12
+CLOSE = 26  # pixels: labels that are nearer to one another overlap
 ROW = 20  # pixels from one named row to the next
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value, from `low` to `high` where that is known, with a word beside it."""
+    """A measured value, its interval from `low` to `high` where that is known, and a label beside it."""
 
     x: float
     y: float
@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together. Dashed lines are derived, not measured, and have no marks."""
+    """Points joined by a line. A dashed line is derived, not measured, and has no marks."""
 
     name: str
     points: tuple[Point, ...]
@@ -39,7 +39,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. `x_ticks`: where to put them instead of at round numbers."""
+    """One plot. `x_ticks` replace the ticks at round numbers."""
 
     title: str
     x_label: str
@@ -49,7 +49,7 @@ class Panel:
 
 
 def ticks(top: float, most: int = 6) -> list[float]:
-    """Round numbers from 0 to at least `top`, no more than `most` + 1 of them."""
+    """At most `most` + 1 round numbers, from 0 to at least `top`."""
     if not top > 0:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(top / most))
@@ -58,39 +58,39 @@ def ticks(top: float, most: int = 6) -> list[float]:
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
-    """The chart as an SVG document: panels side by side, one legend for all."""
+    """An SVG document of panels side by side with one legend."""
     legend = {series.name: series for panel in panels for series in panel.series}
-    beside = LEFT + len(panels) * PLOT_WIDTH + (len(panels) - 1) * GAP + 28
+    right = LEFT + len(panels) * PLOT_WIDTH + (len(panels) - 1) * GAP + 28
     width = max(
-        beside + 34 + LETTER * max(map(len, legend), default=0) + 16, 24 + LETTER * max(len(subtitle), 1.3 * len(title))
+        right + 34 + LETTER * max(map(len, legend), default=0) + 16, 24 + LETTER * max(len(subtitle), 1.3 * len(title))
     )
-    parts = _begun(title, subtitle, math.ceil(width), TOP + PLOT_HEIGHT + BOTTOM)
+    elements = _opening(title, subtitle, math.ceil(width), TOP + PLOT_HEIGHT + BOTTOM)
     for number, panel in enumerate(panels):
-        parts += _panel(panel, LEFT + number * (PLOT_WIDTH + GAP))
-    parts += _legend(legend.values(), beside)
-    return "\n".join([*parts, "</svg>", ""])
+        elements += _panel(panel, LEFT + number * (PLOT_WIDTH + GAP))
+    elements += _legend(legend.values(), right)
+    return "\n".join([*elements, "</svg>", ""])
 
 
 def draw_rows(title: str, subtitle: str, names: Sequence[str], panels: Sequence[Panel]) -> str:
-    """A chart of named rows, the first on top: dots on them, with their intervals, in panels side by side.
+    """An SVG document of named rows, the first on top, with dots and their intervals, in panels side by side.
 
-    Of a point `x` is the value, from `low` to `high`, and `y` the number of its row; series of a panel lie a little apart. A dashed
-    line is drawn through its points.
+    A point's `x` is the value, `low` and `high` are its interval, and `y` is the number of its row. The series of a panel are drawn
+    a little above one another. A dashed line is drawn through its points.
     """
     legend = {series.name: series for panel in panels for series in panel.series}
     left = 24 + LETTER * max(map(len, names), default=0) + 12
-    beside = left + len(panels) * (PLOT_WIDTH + GAP / 2)
+    right = left + len(panels) * (PLOT_WIDTH + GAP / 2)
     width = max(
-        beside + 34 + LETTER * max(map(len, legend), default=0) + 16, 24 + LETTER * max(len(subtitle), 1.3 * len(title))
+        right + 34 + LETTER * max(map(len, legend), default=0) + 16, 24 + LETTER * max(len(subtitle), 1.3 * len(title))
     )
     bottom = TOP + ROW * len(names)
-    parts = _begun(title, subtitle, math.ceil(width), bottom + BOTTOM)
+    elements = _opening(title, subtitle, math.ceil(width), bottom + BOTTOM)
     for row, name in enumerate(names):
-        parts.append(_text(left - 12, TOP + ROW * (row + 0.5) + 4, name, anchor="end"))
+        elements.append(_text(left - 12, TOP + ROW * (row + 0.5) + 4, name, anchor="end"))
     for number, panel in enumerate(panels):
-        parts += _rows(panel, left + number * (PLOT_WIDTH + GAP / 2), bottom)
-    parts += _legend(legend.values(), beside)
-    return "\n".join([*parts, "</svg>", ""])
+        elements += _rows(panel, left + number * (PLOT_WIDTH + GAP / 2), bottom)
+    elements += _legend(legend.values(), right)
+    return "\n".join([*elements, "</svg>", ""])
 
 
 def _rows(panel: Panel, left: float, bottom: float) -> Iterable[str]:
@@ -117,8 +117,8 @@ def _rows(panel: Panel, left: float, bottom: float) -> Iterable[str]:
             yield _mark(x, y, series.colour)
 
 
-def _begun(title: str, subtitle: str, width: int, height: int) -> list[str]:
-    """How every chart begins."""
+def _opening(title: str, subtitle: str, width: int, height: int) -> list[str]:
+    """The opening elements of every chart: its size, title and subtitle."""
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
         f' font-family="{FONT}" font-size="12" fill="{INK}">',
@@ -129,12 +129,12 @@ def _begun(title: str, subtitle: str, width: int, height: int) -> list[str]:
     ]
 
 
-def _legend(found: Iterable[Series], beside: float) -> Iterable[str]:
+def _legend(found: Iterable[Series], left: float) -> Iterable[str]:
     for row, series in enumerate(found):
         y = TOP + 8 + 22 * row
-        yield _line([(beside, y), (beside + 22, y)], series)
-        yield from [] if series.dashed else [_mark(beside + 11, y, series.colour)]
-        yield _text(beside + 30, y + 4, series.name)
+        yield _line([(left, y), (left + 22, y)], series)
+        yield from [] if series.dashed else [_mark(left + 11, y, series.colour)]
+        yield _text(left + 30, y + 4, series.name)
 
 
 def _panel(panel: Panel, left: float) -> Iterable[str]:
@@ -161,7 +161,7 @@ def _panel(panel: Panel, left: float) -> Iterable[str]:
             yield _text(x, y + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
     yield _text(left + PLOT_WIDTH / 2, TOP + PLOT_HEIGHT + 44, panel.x_label, anchor="middle")
     y = TOP + PLOT_HEIGHT / 2
-    yield _text(left - 46, y, panel.y_label, anchor="middle", turn=f"rotate(-90 {left - 46:.1f} {y:.1f})")
+    yield _text(left - 46, y, panel.y_label, anchor="middle", transform=f"rotate(-90 {left - 46:.1f} {y:.1f})")
 
     for series in panel.series:
         yield _line([at(p.x, p.y) for p in series.points], series)
@@ -196,9 +196,9 @@ def _text(
     fill: str = INK,
     size: int = 12,
     weight: int = 400,
-    turn: str = "",
+    transform: str = "",
 ) -> str:
     more = f' text-anchor="{anchor}"' * (anchor != "start") + f' fill="{fill}"' * (fill != INK)
     more += f' font-size="{size}"' * (size != 12) + f' font-weight="{weight}"' * (weight != 400)
-    more += f' transform="{turn}"' * bool(turn)
+    more += f' transform="{transform}"' * bool(transform)
     return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(text)}</text>'

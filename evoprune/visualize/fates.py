@@ -1,6 +1,6 @@
-"""What becomes of each part of a video: which units the language model reads, and which row of the encoder stands for the others.
+"""What became of each unit of a video: which ones the language model reads, which are reused, and which merged into another.
 
-`look_at` encodes a video and keeps its frames beside the bookkeeping; `drawing` makes pictures of it, `film` makes them files.
+`trace` encodes a video and keeps its frames; `overlay` draws them.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,15 +22,15 @@ from evoprune.vision.preprocess import patchify, resize
 
 @dataclass(frozen=True)
 class Fates:
-    """What became of the N units of a video; units are numbered grid after grid, in raster order.
+    """What became of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
 
     Attributes:
-        grid: (T, H, W) in units.
+        grid: (T, H, W): frame pairs, and the height and width of one in units.
         chosen: bool `[N]`, whether the language model reads a token at the unit's place.
-        source: int64 `[N]`, the unit whose pixels stand for it: itself, or the same place in an earlier grid.
-        owner: int64 `[N]`, the unit at whose place its row, or the token that it was averaged into, ended: itself where it was
-            not merged; -1 where it is part of nothing.
-        rows: with how many the encoder ended.
+        source: int64 `[N]`, the unit whose pixels represent it: itself, or the same place in an earlier frame pair.
+        owner: int64 `[N]`, the unit at whose place the row or token that represents it ends: itself where it did not merge, -1
+            where no row or token represents it.
+        rows: how many rows the encoder returns.
     """
 
     grid: tuple[int, int, int]
@@ -41,16 +41,16 @@ class Fates:
 
     @property
     def reused(self) -> torch.Tensor:
-        """bool `[N]`: not encoded, since it has not changed since an earlier grid."""
+        """bool `[N]`: not encoded, because it has not changed since an earlier frame pair."""
         return self.source != torch.arange(len(self.source))
 
     @property
     def merged(self) -> torch.Tensor:
-        """bool `[N]`: encoded at first, and then merged into what sits elsewhere."""
+        """bool `[N]`: encoded, and then merged into a row at another unit's place."""
         return ~self.reused & (self.owner >= 0) & (self.owner != torch.arange(len(self.owner)))
 
     def counts(self) -> dict[str, int]:
-        """All units; of these the ones that are chosen, reused and merged; and rows."""
+        """How many units there are, how many of them are chosen, reused and merged, and how many rows are left."""
         return {
             "units": len(self.owner),
             "chosen": int(self.chosen.sum()),
@@ -62,7 +62,7 @@ class Fates:
 
 @torch.inference_mode()
 def fates(video: Unchosen) -> Fates:
-    """What becomes of the units of an encoded video; the method does not read the question."""
+    """What became of the units of an encoded video. The method must not read the question."""
     units = len(video.tokens.owner)
     row = video.tokens.owner.cpu()
     owner = torch.where(row >= 0, video.home.cpu()[row.clamp(min=0)], -1)
@@ -80,15 +80,15 @@ def fates(video: Unchosen) -> Fates:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A video as a model looked at it.
+class TracedVideo:
+    """A video's frames and what the encoder did with them.
 
     Attributes:
-        plan: what was looked at.
-        frames: uint8 `[F, H, W, 3]`, of the size that the encoder saw; two are a grid.
+        plan: which frames were read, and at what size.
+        frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair.
         fates: of the units.
-        warnings: as in a report, but `demo_overlay` where the demo model saw what it does not know.
-        damaged: packets that could not be decoded.
+        warnings: as in a report, and `demo_overlay` where the demo model read a video that it was not trained for.
+        damaged: how many packets could not be decoded.
     """
 
     plan: Plan
@@ -103,20 +103,22 @@ class Look:
         n, (count, height, width) = self.fates.counts(), self.plan.grid
         encoded = n["units"] - n["reused"]
         return (
-            f"{count} grid{'' if count == 1 else 's'} of {height}x{width} units: {n['units']:,} units, {encoded:,} encoded, "
+            f"{count} frame pair{'' if count == 1 else 's'} of {height}x{width} units: {n['units']:,} units, {encoded:,} encoded, "
             f"{n['rows']:,} left at the end, {n['chosen']:,} tokens read"
         )
 
 
-def look_at(prepared: PreparedVideo, progress: Callable[[str, int, int], None] | None = None) -> Look:
-    """Encodes a prepared video, one part after another, and keeps what is needed to show what was done.
+def trace(prepared: PreparedVideo, progress: Callable[[str, int, int], None] | None = None) -> TracedVideo:
+    """Encodes a prepared video chunk by chunk, and keeps its frames and the fates of its units.
 
     Args:
-        prepared: from `VideoQA.prepare`, not begun.
+        prepared: from `VideoQA.prepare`; nothing has been read from it yet.
         progress: as of `VideoQA.encode`.
 
     Raises:
-        UsageError: the method reads the question. VideoError: unreadable. OutOfMemory.
+        UsageError: the method reads the question.
+        VideoError: the video cannot be read.
+        OutOfMemory: memory does not suffice.
     """
     qa, plan = prepared.qa, prepared.plan
     if qa.method.reads_question:
@@ -151,11 +153,10 @@ def look_at(prepared: PreparedVideo, progress: Callable[[str, int, int], None] |
         )
         found = fates(video)
     info = prepared.info
-    told = {
+    warnings = {
         "cut_short": info.cut_short and plan.sampling.end_s == info.duration_s,
         "damaged_video": damaged > 0,
         "equal_scores": video.nothing().flat,
         "demo_overlay": qa.loaded.is_demo and not is_demo_clip(info),
     }
-    warnings = [name for name, so in told.items() if so]
-    return Look(plan, torch.cat(frames), found, warnings, damaged)
+    return TracedVideo(plan, torch.cat(frames), found, [name for name, applies in warnings.items() if applies], damaged)

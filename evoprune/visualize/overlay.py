@@ -1,212 +1,150 @@
-"""Pictures of what became of each part of a video: grids side by side, or frame after frame, with a legend.
+"""A video's frames with what became of each unit: frame pairs side by side, or frame after frame, with a title and a legend."""
 
-What the language model reads is bright, the rest dark. Blue is what was not encoded again. Units that were merged have an outline
-in the colour of the row that they went into, whose own place has a dot. Only numbers in, pixels out.
-"""
-
-import colorsys
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 
 import numpy as np
+from PIL import Image
 
-from evoprune.visualize import film
-from evoprune.visualize.fates import Look
-from evoprune.visualize.lettering import HEIGHT, WIDTH, text_mask
+from evoprune.visualize.fates import TracedVideo
+from evoprune.visualize.image_files import gif, mp4, png, shared_palette
+from evoprune.visualize.panel import Panels, cluster_colour, light, outline
+from evoprune.visualize.text import BACKGROUND, FAINT, text_picture, wrap
 
-MOST_PANELS = 12
-NARROWEST, FRAME = 480, 700  # pixels: so that words have room; about as wide as a frame is drawn
-PAPER, INK, FAINT = (18, 18, 22), (235, 235, 240), (160, 160, 170)
-BLUE, TINT = np.array((40, 110, 255), np.float32), 0.4  # of what was reused, and how much of it
-READ, UNREAD = (0.8, 50.0), (0.45, 0.0)  # light: a factor, and levels more, so that a dark video has bright parts too
+MAX_PANELS = 12
+MIN_WIDTH = 480  # pixels, so that text has room
 GAP = 12
+SHEET_RATIO = 1.6  # of width to height, about a screen's
+PALETTE_FRAMES = 4  # from which a GIF's colours are taken
+MIN_SECONDS, MAX_SECONDS = 0.1, 0.5  # that a frame of a film is shown
 
 
-def as_file(look: Look, title: str, ending: str) -> bytes:
-    """What a file of that ending (one of `choices.OVERLAYS`) holds: `Drawing.sheet` for `.png`, `Drawing.film` for the others.
-
-    A film goes at the video's own pace where that is between two and ten frames a second, otherwise at the nearer of the two.
-    """
-    drawing = Drawing(look, title)
-    if ending == ".png":
-        return film.png(drawing.sheet())
-    pace = min(0.5, max(0.1, look.plan.sampling.seconds_per_frame))
-    return {".gif": film.gif, ".mp4": film.mp4}[ending](drawing.film(), pace)
-
-
-class Drawing:
-    """Draws one look at a video.
+def overlay_file(video: TracedVideo, title: str, ending: str) -> bytes:
+    """The content of an overlay file.
 
     Args:
-        look: what there is to show.
-        title: what is to be said above.
+        video: from `fates.trace`.
+        title: one or more lines at the top.
+        ending: `.png` for `Overlay.sheet`, `.gif` or `.mp4` for `Overlay.frames`, at the video's own pace but between two and
+            ten frames a second.
     """
+    overlay = Overlay(video, title)
+    if ending == ".png":
+        return png(overlay.sheet())
+    seconds = min(MAX_SECONDS, max(MIN_SECONDS, video.plan.sampling.seconds_per_frame))
+    if ending == ".mp4":
+        return mp4(overlay.frames(), seconds)
+    every = math.ceil(len(video.frames) / PALETTE_FRAMES)
+    return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
 
-    def __init__(self, look: Look, title: str):
-        self._look, self._title = look, title
-        count, height, width = look.plan.grid
-        self._shape = (height, width)
-        self._zoom = max(1, min(4, round(FRAME / look.plan.width)))
-        self._side = look.plan.width // width * self._zoom  # of a unit, in pixels
-        self._per_grid = len(look.frames) // count
 
-    def sheet(self) -> np.ndarray:
-        """At most twelve grids, spread over the video, of each the first frame: uint8 `[H, W, 3]`."""
-        count = self._look.plan.grid[0]
-        shown = [i * count // min(count, MOST_PANELS) for i in range(min(count, MOST_PANELS))]
-        panels = [self._panel(grid * self._per_grid) for grid in shown]
-        height, width, _ = panels[0].shape
-        across = _across(len(panels), width / height)
+class Overlay:
+    """Lays out the panels of one video under a title and above a legend."""
+
+    def __init__(self, video: TracedVideo, title: str):
+        self._video, self._title, self._panels = video, title, Panels(video)
+
+    def sheet(self) -> Image.Image:
+        """RGB picture of the first frame of each frame pair, or of twelve that are spread over the video."""
+        count = self._video.plan.grid[0]
+        shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
+        frames = [pair * (len(self._video.frames) // count) for pair in shown]
+        height = self._video.plan.height * self._panels.width / self._video.plan.width
+        across = _columns(len(frames), self._panels.width / height)
+        width = max(MIN_WIDTH, across * (self._panels.width + GAP) - GAP)
+        size = _text_size(width)
+        panels = self._captioned(frames, round(0.85 * size))
         rows = [_beside(panels[at : at + across]) for at in range(0, len(panels), across)]
-        wide = max(NARROWEST, rows[0].shape[1])
-        some = f"{len(shown)} of {count} grids" if len(shown) < count else "Each grid"
-        note = f"{some}, by the first of {self._per_grid} frames. A square is a unit: what can become one token."
-        dot = max(2, round(wide / 700))
-        above, below = _lines(self._title, wide, dot), [*_lines(note, wide, dot, FAINT), *self._legend(wide, dot)]
-        parts = [*above, *rows, *below]
-        return _framed(_stacked(parts, wide))
+        number = f"{len(shown)} of {count} frame pairs" if len(shown) < count else "Each frame pair"
+        note = f"{number}, by its first frame. A square is a unit, which can become one token."
+        above = text_picture(self._title, width, size)
+        return _framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
 
-    def film(self) -> Iterator[np.ndarray]:
-        """Every frame, one after another: uint8 `[H, W, 3]` each, all of one size with even sides."""
-        wide = max(NARROWEST, self._look.plan.width * self._zoom)
-        above, below = _lines(self._title, wide, 2), self._legend(wide, 2)
-        for frame in range(len(self._look.frames)):
-            yield _framed(_stacked([*above, self._panel(frame), *below], wide))
+    def frames(self, every: int = 1) -> Iterator[Image.Image]:
+        """RGB pictures of the frames, or of every `every`-th one, all of one size."""
+        width = max(MIN_WIDTH, self._panels.width)
+        size = _text_size(width)
+        above, legend = text_picture(self._title, width, size), self._legend(width, size)
+        rows = self._caption_rows(range(len(self._video.frames)), size)
+        for frame in range(0, len(self._video.frames), every):
+            yield _framed([above, self._captioned_frame(frame, size, rows), *legend])
 
-    @cached_property
-    def _colours(self) -> dict[int, tuple[int, int, int]]:
-        """Of every group that was merged, by the unit at which its row sits; groups that follow each other differ."""
-        fates = self._look.fates
-        return {owner: _colour(n) for n, owner in enumerate(fates.owner[fates.merged].unique().tolist())}
+    def _captioned(self, frames: Sequence[int], size: int) -> list[Image.Image]:
+        """Panels of one size."""
+        rows = self._caption_rows(frames, size)
+        return [self._captioned_frame(frame, size, rows) for frame in frames]
 
-    def _panel(self, frame: int) -> np.ndarray:
-        """A frame with what became of its units, and below it its time and counts."""
-        fates, grid, units = self._look.fates, frame // self._per_grid, self._shape[0] * self._shape[1]
-        first = grid * units
+    def _captioned_frame(self, frame: int, size: int, rows: int) -> Image.Image:
+        caption = text_picture(self._panels.caption(frame), self._panels.width, size, FAINT, rows)
+        return _below([self._panels.draw(frame), caption], GAP // 4)
 
-        def here(of_units) -> np.ndarray:
-            return of_units[first : first + units].view(self._shape).numpy()
+    def _caption_rows(self, frames: Sequence[int], size: int) -> int:
+        return max(len(wrap(self._panels.caption(frame), self._panels.width, size)) for frame in frames)
 
-        chosen, reused, merged, owner = (here(x) for x in (fates.chosen, fates.reused, fates.merged, fates.owner))
-        picture = _larger(self._look.frames[frame].numpy().astype(np.float32), self._zoom)
-        picture = _lit(picture, _larger(chosen[..., None], self._side), _larger(reused[..., None], self._side))
-        group = np.where(~reused & np.isin(owner, list(self._colours)), owner, -1)
-        for y, x in np.argwhere(group >= 0).tolist():
-            home = group[y, x] == first + y * self._shape[1] + x
-            _outline(picture, group, y, x, self._colours[int(group[y, x])], self._side, dot=home)
-        counts = f"read {chosen.sum()}  reused {reused.sum()}  merged {merged.sum()}"
-        said = f"{clock(self._look.plan.sampling.times_s[frame])}  {counts}"
-        wide = picture.shape[1]
-        return _stacked([picture.clip(0, 255).astype(np.uint8), *_lines(said, wide, 2, FAINT)], wide)
-
-    def _legend(self, wide: int, dot: int) -> list[np.ndarray]:
-        counts = self._look.fates.counts()
-        said = {
-            "read": f"Bright: read by the language model, {counts['chosen']} of {counts['units']} units.",
+    def _legend(self, width: int, size: int) -> list[Image.Image]:
+        counts = self._video.fates.counts()
+        meanings = {
+            "read": f"Bright: read by the language model, {counts['chosen']:,} of {counts['units']:,} units.",
             "unread": "Dark: not read.",
-            "reused": f"Blue: as it was in an earlier grid, so not encoded again, {counts['reused']}.",
-            "merged": f"Outlined: {counts['merged']} merged into the unit with the dot and outline of the same colour, "
-            "perhaps in another grid.",
+            "reused": f"Blue: unchanged since an earlier frame pair and not encoded again, {counts['reused']:,} units.",
+            "merged": f"Outlined: {counts['merged']:,} units merged into the unit with a dot of the same colour, which may be in "
+            "another frame pair.",
         }
-        return [_entry(kind, text, wide, dot) for kind, text in said.items() if counts.get(kind, 1)]
+        return [_legend_entry(kind, text, width, size) for kind, text in meanings.items() if counts.get(kind, 1)]
 
 
-def _across(panels: int, ratio: float) -> int:
-    """How many panels, so much wider than high, to put in a row: the sheet should be like a screen, and have few places empty."""
+def _text_size(width: int) -> int:
+    """Letters that are legible where a picture of so many pixels is shown about 900 wide."""
+    return max(16, round(width / 62))
 
-    def cost(across: int) -> float:
-        rows = -(-panels // across)
-        return abs(math.log(across * ratio / rows / 1.6)) + (rows * across - panels) / panels
+
+def _columns(panels: int, ratio: float) -> int:
+    """How many panels of that ratio of width to height go into a row: the sheet is like a screen and leaves few places empty."""
+
+    def cost(columns: int) -> float:
+        rows = -(-panels // columns)
+        return abs(math.log(columns * ratio / rows / SHEET_RATIO)) + (rows * columns - panels) / panels
 
     return min(range(1, panels + 1), key=cost)
 
 
-def _larger(values: np.ndarray, times: int) -> np.ndarray:
-    return values.repeat(times, 0).repeat(times, 1)
-
-
-def _lit(picture: np.ndarray, read: np.ndarray, reused: np.ndarray) -> np.ndarray:
-    """Brighter where it is read, bluer where it is reused; float32 levels of 255."""
-    picture = np.where(reused, picture * (1 - TINT) + BLUE * TINT, picture)
-    return np.where(read, picture * READ[0] + READ[1], picture * UNREAD[0] + UNREAD[1])
-
-
-def _outline(
-    picture: np.ndarray, group: np.ndarray, y: int, x: int, colour: Sequence[int], side: int, *, dot: bool
-) -> None:
-    """Draws the sides of unit (y, x) that are borders of its group, and a dot where the group's row sits."""
-    area = picture[y * side : (y + 1) * side, x * side : (x + 1) * side]
-    thick = max(1, round(side / 28))
-    strips = {(-1, 0): np.s_[:thick], (1, 0): np.s_[-thick:], (0, -1): np.s_[:, :thick], (0, 1): np.s_[:, -thick:]}
-    around = np.pad(group, 1, constant_values=-1)
-    for (dy, dx), strip in strips.items():
-        if around[y + 1 + dy, x + 1 + dx] != group[y, x]:
-            area[strip] = 0.3 * area[strip] + 0.7 * np.float32(colour)
-    if dot:
-        area[side * 3 // 8 : side * 5 // 8, side * 3 // 8 : side * 5 // 8] = colour
-
-
-def _colour(number: int) -> tuple[int, ...]:
-    """Bright colours, far from the one before, and none of them blue."""
-    hue = 0.75 + 0.8 * (number * 0.618034 % 1.0)
-    return tuple(round(255 * level) for level in colorsys.hsv_to_rgb(hue % 1.0, 0.8, 1.0))
-
-
-def clock(seconds: float) -> str:
-    """1:02.35"""
-    minutes, rest = divmod(round(seconds * 100), 6000)
-    return f"{minutes}:{rest // 100:02d}.{rest % 100:02d}"
-
-
-def _entry(kind: str, text: str, wide: int, dot: int) -> np.ndarray:
-    """A line of the legend: two small units as they are drawn above, and what that means."""
-    side = 14 * dot
-    read, reused = np.array([[kind in ("read", "reused"), kind == "read"]])[..., None], np.array(kind == "reused")
-    swatch = _lit(np.full((side, 2 * side, 3), 120, np.float32), _larger(read, side), reused)
+def _legend_entry(kind: str, text: str, width: int, size: int) -> Image.Image:
+    """A row of the legend: two small units, drawn as in a panel, and what they mean."""
+    side = round(1.4 * size)
+    shape = (side, 2 * side)
+    first, second = np.full(shape, kind in ("read", "reused")), np.full(shape, kind == "read")
+    read = np.where(np.arange(2 * side) < side, first, second)
+    swatch = Image.fromarray(light(np.full((*shape, 3), 120, np.uint8), read, np.full(shape, kind == "reused")))
     if kind == "merged":
         for x in (0, 1):
-            _outline(swatch, np.array([[0, 0]]), 0, x, _colour(0), side, dot=x == 1)
-    room = wide - 2 * side - GAP
-    words = _stacked(_lines(text, room, dot), room)
-    made = _padded(swatch.astype(np.uint8), max(side, len(words)), wide)
-    top = max(0, (side - len(words)) // 2)
-    made[top : top + len(words), 2 * side + GAP :] = words
+            outline(swatch, np.zeros((1, 2), int), 0, x, side, cluster_colour(0), dot=x == 1)
+    return _beside([swatch, text_picture(text, width - 2 * side - GAP, size)])
+
+
+def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a row, centred vertically."""
+    width, height = sum(p.width + GAP for p in pictures) - GAP, max(p.height for p in pictures)
+    made, left = Image.new("RGB", (width, height), BACKGROUND), 0
+    for picture in pictures:
+        made.paste(picture, (left, (height - picture.height) // 2))
+        left += picture.width + GAP
     return made
 
 
-def _lines(text: str, wide: int, dot: int, colour: Sequence[int] = INK) -> list[np.ndarray]:
-    """Words folded to a width, a picture a line, in letters whose dots are so many pixels wide."""
-    made = []
-    for line in textwrap.wrap(text, max(8, wide // (WIDTH * dot))):
-        mask = text_mask(line, dot)[:, :wide]
-        picture = np.full((HEIGHT * dot, wide, 3), PAPER, np.uint8)
-        picture[:, : mask.shape[1]][mask] = colour
-        made.append(picture)
+def _below(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    """Pictures in a column, aligned to the left."""
+    width, height = max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap
+    made, top = Image.new("RGB", (width, height), BACKGROUND), 0
+    for picture in pictures:
+        made.paste(picture, (0, top))
+        top += picture.height + gap
     return made
 
 
-def _beside(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures of one height in a row."""
-    return np.concatenate([_padded(p, len(p), p.shape[1] + (GAP if p is not pictures[-1] else 0)) for p in pictures], 1)
-
-
-def _stacked(pictures: Sequence[np.ndarray], wide: int) -> np.ndarray:
-    """Pictures below each other."""
-    return np.concatenate([_padded(p, len(p) + (GAP // 2 if p is not pictures[-1] else 0), wide) for p in pictures])
-
-
-def _padded(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """With room at the bottom and on the right."""
-    made = np.full((height, width, 3), PAPER, np.uint8)
-    made[: picture.shape[0], : picture.shape[1]] = picture
-    return made
-
-
-def _framed(picture: np.ndarray) -> np.ndarray:
-    """With a margin, and even sides, which video wants."""
-    height, width, _ = picture.shape
-    made = np.full((height + 2 * GAP + height % 2, width + 2 * GAP + width % 2, 3), PAPER, np.uint8)
-    made[GAP : GAP + height, GAP : GAP + width] = picture
+def _framed(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a column with a margin around it; width and height are even, as H.264 needs."""
+    column = _below(pictures, GAP // 2)
+    size = (column.width + 2 * GAP + column.width % 2, column.height + 2 * GAP + column.height % 2)
+    made = Image.new("RGB", size, BACKGROUND)
+    made.paste(column, (GAP, GAP))
     return made

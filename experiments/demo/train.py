@@ -138,7 +138,7 @@ class Run:
     def load(self) -> dict | None:
         if not self.checkpoint.exists():
             return None
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, weights_only=True)  # noqa: TID251 (opens tensors only)
         if state["recipe"] != asdict(self.recipe):
             raise SystemExit(f"{self.checkpoint} comes from another recipe: use another folder, or remove it")
         return state

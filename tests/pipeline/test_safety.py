@@ -1,9 +1,9 @@
 """What comes from elsewhere runs nothing, reaches nothing and spoils nothing: models, names, networks, disks."""
 
-import ast
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import socket
@@ -27,64 +27,13 @@ QUICK = ("-m", "demo", "-n", "2", "--frames", "4")
 
 # --- the code ---
 
-MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "yaml", "code", "runpy", "pty"}
-CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "torch.load",
-    "torch.hub.load",
-    "np.load",
-    "numpy.load",
-    "os.system",
-    "os.popen",
-}
-CALLS |= {f"os.{kind}{how}" for kind in ("exec", "spawn") for how in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")}
-RUNNERS = {"run", "Popen", "call", "check_call", "check_output", "getoutput", "getstatusoutput"}
 
-
-def name_of(node: ast.expr) -> str:
-    return ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
-
-
-def complaints(source: str) -> list[str]:
-    """What in a source runs code or a shell, or opens pickles."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Import(names=names):
-                found += [name.name for name in names if name.name.partition(".")[0] in MODULES]
-            case ast.ImportFrom(module=str(module)):
-                found += [module] if module.partition(".")[0] in MODULES else []
-            case ast.Call(func=function, args=args, keywords=keywords):
-                called = name_of(function)
-                # The first is a trick against a flaw of Python's, see __main__; the second reads tensors and nothing else.
-                harmless = ("exec('')", "weights_only=True)")
-                found += [called] if called in CALLS and not ast.unparse(node).endswith(harmless) else []
-                for keyword in keywords:
-                    off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-                    if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and not off:
-                        found.append(f"{called}({keyword.arg})")
-                if called.startswith("subprocess.") and called.partition(".")[2] in RUNNERS:
-                    found += [] if isinstance(args[0], ast.List) else [f"{called} of a text"]
-    return found
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_in_the_code_runs_what_it_reads(path):
-    assert complaints(path.read_text(encoding="utf-8")) == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle", "from pickle import loads", "torch.load(f)", "np.load(f, allow_pickle=True)", "os.system('ls')",
-        "subprocess.run('ls', shell=True)", "subprocess.run(command)", "f(trust_remote_code=x)", "eval(text)",
-    ],
-)  # fmt: skip
-def test_the_search_finds_what_it_looks_for(source):
-    assert complaints(source)
+def test_the_code_compiles_no_text_and_trusts_no_remote_code():
+    """Ruff forbids eval, exec, shells and pickles (pyproject.toml); it has no rule for these."""
+    for path in SOURCES:
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"(?<![.\w])(compile|__import__)\(", source), path
+        assert set(re.findall(r"trust_remote_code\W+(\w+)", source)) <= {"False"}, path
 
 
 # --- models ---

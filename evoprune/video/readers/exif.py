@@ -1,6 +1,7 @@
 """Which way up a picture is: the orientation in the EXIF data of a JPEG, PNG or WebP file.
 
-FFmpeg reads it too, but PyAV (18) cannot hand over whether the picture is mirrored.
+FFmpeg reads it too, but PyAV 18 does not report whether the picture is mirrored. Pillow would read all of it, but its import (8 ms,
+and 6 ms for the formats) delays the process that reads videos, whose other imports take 140 ms.
 """
 
 import struct

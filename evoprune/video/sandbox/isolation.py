@@ -202,7 +202,7 @@ class _Worker:
         self._said = os.fdopen(os.memfd_create("evoprune-stderr"), "rb", buffering=0)
         program = PROGRAM.format(paths=[os.path.abspath(path) for path in sys.path], socket=there.fileno())
         with there:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 (this Python, and a program of our own)
                 # No site: the paths are all that is needed of it.
                 [sys.executable, "-I", "-S", f"-Xutf8={sys.flags.utf8_mode}", "-c", program],
                 stdin=subprocess.PIPE,  # which ends with this process, and that one with it
