@@ -130,7 +130,7 @@ class Merger(Method, ABC):
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Rows of one frame pair after each layer, when `keep` of its `units` are to be left; here the same number in each layer."""
+        """Rows of one frame pair after each layer, when `keep` of its `units` are to be left; here each layer removes as many."""
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:

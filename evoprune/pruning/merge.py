@@ -6,7 +6,7 @@ from evoprune.pruning.indices import true_indices
 
 
 def alternate(valid: torch.Tensor) -> torch.Tensor:
-    """Which rows may merge into others this round: every second row of each group; bool `[B, n]`, like `valid`, valid rows first."""
+    """Which rows may merge into others this round: every second row of each group; bool `[B, n]`. Valid rows come first."""
     return (torch.arange(valid.shape[1], dtype=torch.int64, device=valid.device) % 2 == 1) & valid
 
 

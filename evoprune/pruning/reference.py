@@ -2,8 +2,8 @@
 
 Each unit is compared with the frame pair that was last encoded at its place, never with the pair just before, so that slow drift
 cannot add up unseen. What is compared are mean colours of blocks of 7x7 pixels: noise averages out in them, a stroke one pixel wide
-does not. A unit has changed if any one block has: a mean over the unit would lose a small digit. The brightness of the whole picture
-may drift a little without counting as a change. A cut changes everything and so starts new references by itself.
+does not. A unit has changed if any one block has: a mean over the unit would lose a small digit. The brightness of the whole
+picture may drift a little without counting as a change. A cut changes everything and so starts new references by itself.
 """
 
 from dataclasses import dataclass

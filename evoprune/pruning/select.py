@@ -205,7 +205,7 @@ def _select_in_pool(
 
 
 def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.Tensor:
-    """`keep` of `units` (ascending) at even distances in time, and in each frame pair evenly over its places: indices into `units`."""
+    """`keep` of `units` (ascending) at even distances in time, in each frame pair evenly over its places; indices into `units`."""
     places = grid[1] * grid[2]
     g, place = units // places, units % places
     last = torch.bincount(g, minlength=grid[0]).cumsum(0)

@@ -38,8 +38,8 @@ class Tokens:
     def attention(self) -> torch.Tensor:
         """float32 `[N]`: attention that each unit receives in its frame pair, in the tower's last full-attention layer.
 
-        The mean over heads and over all encoded units of the frame pair as queries, summed over the unit's patches, times the number
-        of units of a frame pair: 1 is an even share. A reused unit has what its row received when it was encoded.
+        The mean over heads and over all encoded units of the frame pair as queries, summed over the unit's patches, times the
+        number of units of a frame pair: 1 is an even share. A reused unit has what its row received when it was encoded.
 
         Raises:
             TypeError: the method did not declare "attention" in `needs`.

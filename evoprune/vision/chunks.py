@@ -42,8 +42,8 @@ class Chunk:
         """The layout of its rows, on torch's default device; found on the CPU where units refer to others.
 
         Returns:
-            The layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference stays
-            the one that it was. None without reuse.
+            The layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference
+            stays the one that it was. None without reuse.
         """
         if self.source is None:
             return full_layout(geo, self.pairs), None

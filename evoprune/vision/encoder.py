@@ -1,11 +1,11 @@
 """The pruned vision encoder: embed, run layers, select rows, run the other layers, merge patches.
 
 A video comes in as patches, frame pair after frame pair, and is encoded in chunks of whole frame pairs: no layer of the tower looks
-across them, except at reused rows, of which keys and values are kept. So memory stays constant and the result does not depend on the
-chunk size. Without pruning the output is Hugging Face's, up to rounding.
+across them, except at reused rows, of which keys and values are kept. So memory stays constant, and the result does not depend on
+the chunk size. Without pruning the output is Hugging Face's, up to rounding.
 
-Where the plan selects rows inside the tower, it selects among all of the video. From there on all of it goes together, as many rows as
-were selected, and what they are selected from is held until then.
+Where the plan selects rows inside the tower, it selects among all of the video. From there on all of it goes together, as many rows
+as were selected, and what they are selected from is held until then.
 
 The plan knows how many rows every layer computes, so on a GPU every shape is known too. The host waits for a result only where rows
 are selected, and at the end, when all checks are read.
@@ -57,7 +57,7 @@ def encode(
         method: the pruning method.
         question: `[Q, D]`, embeddings of its tokens, for a method that reads it.
         seconds_per_pair, seed: passed on to the method.
-        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.units_at_a_time`. Bounds the memory.
+        chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.units_at_a_time`.
 
     Raises:
         ValueError: `patches` do not add up to the grid.

@@ -1,8 +1,8 @@
 """Which rows the encoder computes, which units they represent, and who attends to whom. Index bookkeeping, no features.
 
 A *unit* is a 2x2 block of patches, the smallest thing that is kept, merged or dropped, because the patch merger turns each into one
-token. A video of T frame pairs with H x W units each has N = T*H*W units, in raster order, frame pair after frame pair (Hugging Face's
-order). A *row* is a unit that is still computed. It has the place of one unit (`unit`) and may represent many (`owner`). Everything
+token. A video of T frame pairs with H x W units each has N = T*H*W units, in raster order, frame pair after frame pair (Hugging
+Face's order). A *row* is a unit that is still computed. It has the place of one unit (`unit`) and may represent many (`owner`). Everything
 else follows from these two.
 
 Rows always lie in *window order*: by frame pair, then by window of 4x4 units, then in raster order. So windows and frame pairs are
@@ -203,8 +203,8 @@ def merged_layout(
 class Groups:
     """Windows or frame pairs as attention sees them: each with its query rows and its list of key/value rows.
 
-    Query rows of a group are neighbours: `start[g] : start[g] + length[g]`. A list that is not `exact` has what a device can compute
-    without waiting: also groups without rows, and unused keys after the last group's.
+    Query rows of a group are neighbours: `start[g] : start[g] + length[g]`. A list that is not `exact` has what a device can
+    compute without waiting: also groups without rows, and unused keys after the last group's.
 
     Attributes:
         start, length: int64 `[G]`.
@@ -231,10 +231,8 @@ class Groups:
 def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> Groups:
     """Who attends to whom in a layer whose attention is limited to `scope`."""
     length = tally(layout.group_of(layout.unit, scope), layout.group_count(scope))
-    if WIDTH[layout.reach] <= WIDTH[scope]:
-        groups = _own_groups(layout, scope, length)
-    else:
-        groups = _owner_groups(layout, scope, length)
+    make = _own_groups if WIDTH[layout.reach] <= WIDTH[scope] else _owner_groups
+    groups = make(layout, scope, length)
     return _trimmed(groups) if exact else groups
 
 

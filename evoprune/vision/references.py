@@ -1,4 +1,4 @@
-"""What the frame pairs of earlier chunks leave for the next one, where units are reused in time: bounded, however long the video."""
+"""What the frame pairs of earlier chunks leave for the next one where units are reused in time; of constant size."""
 
 import torch
 

@@ -4,13 +4,13 @@ from math import prod
 
 import pytest
 import torch
+from evoprune.methods.shapes import smaller_frame
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.methods.base import Selection, Tokens
 from evoprune.methods.divprune import most_diverse, nearest_cosine
-from evoprune.methods.shapes import smaller_frame
 from evoprune.pruning.score import settle
 from tests.methods.tokens import KINDS, chosen, cosine, features_of, first_of, tokens_of
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
+from evoprune.vision.stopwatch import Stopwatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evoprune.vision.attention import buckets, grouped_attention
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout, referring_layout
-from evoprune.vision.stopwatch import Stopwatch
 from tests.vision.tower import groups_by_hand, random_layout
 
 HEADS, DIM = 2, 8

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from evoprune.vision.stopwatch import Stopwatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,6 @@ from evoprune.vision import devices
 from evoprune.vision.chunks import in_chunks, in_grids
 from evoprune.vision.layout import geometry, referring_layout
 from evoprune.vision.preprocess import patch_means
-from evoprune.vision.stopwatch import Stopwatch
 from tests.vision.clips import changes, clip
 from tests.vision.tower import PATCH_WIDTH, random_patches
 

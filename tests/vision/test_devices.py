@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from evoprune.vision.stopwatch import Stopwatch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +20,6 @@ from evoprune.vision import attention, devices, encoder
 from evoprune.vision.attention import Packed, buckets, grouped_attention, with_bias
 from evoprune.vision.encoder import encode
 from evoprune.vision.layout import attention_groups, geometry
-from evoprune.vision.stopwatch import Stopwatch
 from tests.methods.published import late, published
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, take_gpu_route, varlen_by_hand
