@@ -2,8 +2,8 @@
 
 A *unit* is a 2x2 block of patches, the smallest thing that is kept, merged or dropped, because the patch merger turns each into one
 token. A video of T frame pairs with H x W units each has N = T*H*W units, in raster order, frame pair after frame pair (Hugging
-Face's order). A *row* is a unit that is still computed. It has the place of one unit (`unit`) and may represent many (`owner`). Everything
-else follows from these two.
+Face's order). A *row* is a unit that is still computed. It has the place of one unit (`unit`) and may represent many
+(`owner`). Everything else follows from these two.
 
 Rows always lie in *window order*: by frame pair, then by window of 4x4 units, then in raster order. So windows and frame pairs are
 runs of neighbouring rows.
