@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.base import Selection
 from evoprune.model.clock import memory_guard
 from evoprune.pipeline.answering import is_demo_clip
 from evoprune.pipeline.encoding import CHUNK_BYTES, PreparedVideo
 from evoprune.video.decode import read_frames
 from evoprune.video.plan import Plan
-from evoprune.vision.encoder import Unchosen, encode_rows, selected
+from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.rows import EncodedRows, selected
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,19 @@ class Fates:
 
 
 @torch.inference_mode()
-def fates(video: Unchosen) -> Fates:
+def fates(video: EncodedRows) -> Fates:
     """What became of the units of an encoded video. The method must not read the question."""
-    units = len(video.tokens.owner)
-    row = video.tokens.owner.cpu()
-    owner = torch.where(row >= 0, video.home.cpu()[row.clamp(min=0)], -1)
-    kept = selected(video)
-    if isinstance(kept, Selection):
-        into, kept = kept.owner.cpu(), kept.kept.cpu()
-        if not video.inside:  # else what merged inside the encoder is what is shown
-            owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
-    chosen = torch.zeros(units, dtype=torch.bool)
-    chosen[kept.cpu()] = True
-    count, height, width = video.tokens.grid
-    places = torch.arange(height * width)
-    source = (video.source * height * width + places).flatten()
-    return Fates((count, height, width), chosen, source, owner, len(video.home))
+    row, selection = video.tokens.owner.cpu(), selected(video)
+    owner = torch.where(row >= 0, video.unit.cpu()[row.clamp(min=0)], -1)
+    kept = selection.kept.cpu()
+    if selection.owner is not None and not video.changed_inside:  # otherwise the merging inside the encoder is what is drawn
+        into = selection.owner.cpu()
+        owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
+    chosen = torch.zeros(len(row), dtype=torch.bool)
+    chosen[kept] = True
+    _, height, width = video.plan.grid
+    source = (video.source * height * width + torch.arange(height * width)).flatten()
+    return Fates(video.plan.grid, chosen, source, owner, len(video.unit))
 
 
 @dataclass(frozen=True)
