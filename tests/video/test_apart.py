@@ -7,9 +7,8 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.decode import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.probe import probe, scan
 from evoprune.video.sandbox import isolation
-from evoprune.video.scan import scan
 from experiments.decoders import in_this_process
 from tests.video.files import numbered_frames, pixels, write_image
 from tests.video.good import good_files

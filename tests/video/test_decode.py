@@ -69,7 +69,7 @@ def test_frames_come_in_the_order_they_were_written(info):
 def test_any_moments_with_or_without_jumps(long_file, moments, jump_from):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(isolation, "POSSIBLE", False)
-        patch.setattr(pyav, "SEEK_AHEAD_S", jump_from)
+        patch.setattr(pyav, "MIN_JUMP_S", jump_from)
         got = numbers(probe(long_file), moments)
     assert got == [max(0, sum(i / 10 <= t + TOLERANCE_S for i in range(256)) - 1) for t in moments]
 
@@ -98,9 +98,9 @@ def test_jumps_change_nothing(name, folder, in_process, monkeypatch):
     info = probe(write_video(folder / f"jump_{name}", numbered_frames(256), **LONG_FILES[name]))
     for step in (0.7, 3.3, 6.1):
         moments = np.arange(0.05, info.duration_s + step, step)
-        monkeypatch.setattr(pyav, "SEEK_AHEAD_S", 1e9)
+        monkeypatch.setattr(pyav, "MIN_JUMP_S", 1e9)
         straight = list(read_frames(info, moments))
-        monkeypatch.setattr(pyav, "SEEK_AHEAD_S", 0.3)
+        monkeypatch.setattr(pyav, "MIN_JUMP_S", 0.3)
         jumping = list(read_frames(info, moments))
         np.testing.assert_array_equal(pixels(straight), pixels(jumping))
         assert [c.times_s for c in straight] == [c.times_s for c in jumping]

@@ -6,8 +6,7 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.decode import read_frames
-from evoprune.video.probe import probe
-from evoprune.video.scan import scan
+from evoprune.video.probe import probe, scan
 from tests.video.files import numbered_frame, numbered_frames, numbers, write_image, write_video
 
 NAMES = [
