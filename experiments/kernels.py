@@ -17,7 +17,7 @@ from torch import nn
 
 from evoprune import methods
 from evoprune.errors import UsageError, first_line
-from evoprune.model.config import Config
+from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import matmul_rate
 from evoprune.model.linear import PackedLinear, can_pack, linear, pack
 from evoprune.model.machine import environment
@@ -26,7 +26,7 @@ from evoprune.model.weights import Part, QwenVL, shared
 from evoprune.pipeline.loading import describe_model
 from evoprune.pipeline.random_weights import random_model
 from evoprune.vision import rowwise
-from evoprune.vision.attention import PATCHES, _attend_in_the_open
+from evoprune.vision.attention import _attend_in_the_open
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry

@@ -13,7 +13,7 @@ from evoprune.errors import UsageError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.model.numerics import not_finite
+from evoprune.model.numerics import not_a_number_error
 
 # Columns a prompt's cache has to spare: an answer of the usual length needs no second cache.
 ANSWER_COLUMNS = 256
@@ -175,7 +175,7 @@ class TokenStream(Iterator[int]):
         # The pass after a token runs only once another token is wanted.
         logits = self._state.logits if self._last is None else self._step(self._last)
         if not logits.max().isfinite():  # the largest is NaN where any is
-            raise not_finite("prefill" if self._last is None else "generate")
+            raise not_a_number_error("prefill" if self._last is None else "generate")
         token = choose(logits, self._settings, self._random)
         if token in self._eos_ids:
             self.finish_reason = "stop"

@@ -20,7 +20,7 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method, Selection, Tokens
-from evoprune.model.numerics import is_finite, not_finite
+from evoprune.model.numerics import all_numbers, not_a_number_error
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import tally
 from evoprune.vision import devices
@@ -192,9 +192,9 @@ def encode_rows(
                 past.row = owner[last] if past.row is None else torch.where(last < 0, past.row, owner[last])
         if layout.rows:
             rows.append(merged_patches(visual, x[order]) if early is None else x[order])
-            finite.append(is_finite(rows[-1]))
+            finite.append(all_numbers(rows[-1]))
             if not devices.static_shapes(weight.device) and not finite[-1]:
-                raise not_finite("encode")
+                raise not_a_number_error("encode")
         own = torch.arange(chunk.first, end)[:, None].expand(-1, geo.units)
         sources.append(own if chunk.source is None else chunk.source)
         owners.append(owner)
@@ -203,7 +203,7 @@ def encode_rows(
     rows, owner, home, narrowed = torch.cat(rows), torch.cat(owners), torch.cat(homes), False
     if early is not None:
         if not _all(finite):
-            raise not_finite("encode")
+            raise not_a_number_error("encode")
         x = chunk = past = None  # nobody needs them any more
         tokens = Tokens(rows, owner, grid, seconds_per_grid, seed)
         del rows
@@ -220,7 +220,7 @@ def encode_rows(
                 at_once=at_once, on_layer=lambda done: on_layer(done, tower.depth),
             )  # fmt: skip
             rows = torch.cat([merged_patches(visual, some) for some in x[order.argsort()].split(at_once)])
-            finite.append(is_finite(rows))
+            finite.append(all_numbers(rows))
     given = gathering.collected() if gathering else {}
     tokens = Tokens(rows, owner, grid, seconds_per_grid, seed, given, home if narrowed else None)
     layers = list(enumerate(computed))
@@ -294,7 +294,7 @@ def _settled(video: Unchosen) -> tuple[bool, float]:
         ModelError: some row is not finite. RuntimeError: some group did not lose the rows that it had to.
     """
     if not _all(video.finite):
-        raise not_finite("encode")
+        raise not_a_number_error("encode")
     if video.wrong and torch.stack(video.wrong).any():
         raise RuntimeError(f"method {video.method.name} did not remove as many rows as it was asked to")
     return bool(video.even) and bool(torch.stack(video.even).all()), video.watch.seconds()
