@@ -93,7 +93,7 @@ def _render(tokenizer: Tokenizer, with_system: bool) -> str:
     messages.append({"role": "user", "content": [{"type": "video"}, {"type": "text", "text": _QUESTION}]})
     try:
         return tokenizer.render(messages)
-    except Exception as problem:  # a template is a program that somebody else wrote
+    except Exception as problem:  # a template is a program, and may raise anything
         raise _unusable(str(problem).partition("\n")[0]) from problem
 
 

@@ -92,7 +92,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, fact
         ValueError: a side is not positive, or one is more than 200 times the other.
     """
     if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise ValueError(f"cannot resize {width}x{height}: sides must be positive and within a ratio of 200")
+        raise ValueError(f"cannot resize {width}x{height}: width and height must be positive and within a ratio of 200")
     rows, cols = round(height / factor), round(width / factor)
     if rows * cols * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

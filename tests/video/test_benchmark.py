@@ -23,8 +23,8 @@ def test_tables(monkeypatch, capsys):
 
 def test_sides_alternate_and_the_first_round_does_not_count():
     calls = []
-    sides = [lambda: calls.append("a"), lambda: calls.append("b")]
-    assert all(spent >= 0 for spent in decoders.medians(sides, 2))
+    functions = [lambda: calls.append("a"), lambda: calls.append("b")]
+    assert all(spent >= 0 for spent in decoders.medians(functions, 2))
     assert calls == list("ababab")
 
 
