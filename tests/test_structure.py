@@ -196,7 +196,7 @@ def test_the_library_imports_neither_the_command_line_nor_experiments_nor_tests(
     fail_on(wrong, "imports from outside the library")
 
 
-def test_the_library_has_exactly_the_entries_of_the_order():
+def test_the_library_has_no_entries_outside_the_order():
     entries = {
         path.stem
         for path in (ROOT / "evoprune").iterdir()
