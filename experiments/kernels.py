@@ -22,7 +22,7 @@ from evoprune.model.cost import matmul_rate
 from evoprune.model.linear import PackedLinear, can_pack, linear, pack
 from evoprune.model.machine import environment
 from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
-from evoprune.model.weights import Tree, QwenVL, shared
+from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading import describe_model
 from evoprune.pipeline.random_weights import random_model
 from evoprune.vision import rowwise
