@@ -141,7 +141,7 @@ def _about(video, model, which, device, sampling, start, end, scan, draw) -> Ite
         info = replace(probe(path), path=video)
         yield {"video": video_facts(info)}
         if scan:
-            from evoprune.video.scan import scan as scan_video
+            from evoprune.video.probe import scan as scan_video
 
             yield {"scan": asdict(scan_video(path))}
         from evoprune.pipeline.loading import describe_model, has_cuda

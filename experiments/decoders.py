@@ -165,12 +165,12 @@ def compare_processes(folder: Path, repeat: int) -> None:
 
 def read_with(info: VideoInfo, moments: Sequence[float], seek_ahead_s: float) -> None:
     """Read with PyAV, jumping wherever the next moment is farther ahead than this."""
-    usual, pyav.SEEK_AHEAD_S = pyav.SEEK_AHEAD_S, seek_ahead_s
+    usual, pyav.MIN_JUMP_S = pyav.MIN_JUMP_S, seek_ahead_s
     try:
         for _ in pyav.read(info, moments):
             pass
     finally:
-        pyav.SEEK_AHEAD_S = usual
+        pyav.MIN_JUMP_S = usual
 
 
 def compare_jumps(folder: Path, minutes: float, repeat: int) -> None:
@@ -189,7 +189,7 @@ def compare_jumps(folder: Path, minutes: float, repeat: int) -> None:
             count = round(minutes * 60 / apart)
             if count < 2:
                 continue
-            limits = (0.0, float("inf"), pyav.SEEK_AHEAD_S)
+            limits = (0.0, float("inf"), pyav.MIN_JUMP_S)
             jumps, one_pass, built = medians(
                 [partial(read_with, info, middles(info, count), limit) for limit in limits], repeat
             )

@@ -22,7 +22,7 @@ from evoprune.model.cost import matmul_rate
 from evoprune.model.linear import PackedLinear, can_pack, linear, pack
 from evoprune.model.machine import environment
 from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
-from evoprune.model.weights import Part, QwenVL, shared
+from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading import describe_model
 from evoprune.pipeline.random_weights import random_model
 from evoprune.vision import rowwise
@@ -134,11 +134,11 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
     for form in ("packed", "int8", "int4"):
         fresh = shared(model)  # other layers on the same weights
         parts = {
-            "a decoder layer": (text.num_hidden_layers, Part(model=Part(language_model=fresh.model.language_model))),
-            "the output layer": (1, Part(lm_head=fresh.lm_head)),
+            "a decoder layer": (text.num_hidden_layers, Tree(model=Tree(language_model=fresh.model.language_model))),
+            "the output layer": (1, Tree(lm_head=fresh.lm_head)),
         }
         if form == "packed":
-            parts["a tower layer"] = vision.depth, Part(block=fresh.model.visual.blocks[0])
+            parts["a tower layer"] = vision.depth, Tree(block=fresh.model.visual.blocks[0])
         total = 0.0
         for name, (count, part) in parts.items():
             start = time.perf_counter()

@@ -1,1 +1,4 @@
-"""From visual tokens and a question to an answer: prompt, positions, prefill and streamed decoding."""
+"""From a question and visual tokens to an answer: tokenizer, prompt, positions, and the language model's forward pass.
+
+The order of use: `tokenizer`, `prompt`, `positions`, `decoder`, `generate`.
+"""

@@ -1,8 +1,8 @@
-"""The decoder of Qwen2 and Qwen2.5: a pass of the language model over new columns of a prompt, or over one generated token.
+"""The forward pass of the language model (Qwen2 and Qwen2.5) over new columns of a prompt, or over one generated token.
 
-Runs on the weights alone, under Hugging Face's names, so on a model of transformers as well as on `qwen.QwenVL`. Queries and
-keys are turned by three positions at once (M-RoPE, arXiv 2409.12191, section 2.1), heads share keys and values in groups (arXiv
-2305.13245). Numbers are rounded where Hugging Face rounds them.
+It computes on a tree of weights under Hugging Face's names: a `model.weights.QwenVL`, or a model of transformers. A *column*
+is one token of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191, section
+2.1); groups of heads share keys and values (arXiv 2305.13245). Results are rounded where Hugging Face rounds them.
 """
 
 from functools import lru_cache
@@ -12,20 +12,20 @@ import torch.nn.functional as F
 
 from evoprune.model.linear import linear
 
-STRIP = 1024  # columns that are masked at a time
+STRIP = 1024  # query columns that share one mask
 
 
 class KVCache:
     """Keys and values of every layer for the columns read so far.
 
     Args:
-        model: whose passes it serves; dtype and device are those of its embeddings.
-        capacity: columns to make room for, at least 1. More is made as it is needed, half as much again at a time.
+        model: its config, and the dtype and device of its embeddings, decide the shape.
+        capacity: columns to allocate, at least 1. The cache grows by half when it is full.
 
     Attributes:
-        length: columns that count. Those behind them are a pass's own until it is done, so one that breaks off leaves the
-            cache as it was.
-        counts: float32 `[length]`, as how many columns attention counts each; None for one each.
+        length: columns that are valid. A forward pass writes after them and raises `length` at its end, so a pass that fails
+            leaves the cache as it was.
+        counts: float32 `[length]`, the cluster size of each column: attention treats it as that many columns; None for 1 each.
     """
 
     def __init__(self, model, capacity: int):
@@ -38,14 +38,14 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Columns there is room for in every layer."""
+        """Columns that are allocated in every layer."""
         return min(keys.shape[2] for keys, _ in self._layers)
 
     def crop(self, length: int) -> None:
-        """Forgets all but the first `length` columns.
+        """Drops all but the first `length` columns.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: the cache holds fewer.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
@@ -53,30 +53,30 @@ class KVCache:
         self.counts = None if self.counts is None else self.counts[:length]
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a layer's new columns behind those that count, which they do not do themselves yet.
+        """Writes a layer's new columns after the valid ones. They become valid when `length` is raised.
 
         Args:
-            layer: which.
+            layer: index of the layer.
             keys, values: `[1, kv_heads, L, head_dim]`.
 
         Returns:
-            All its keys and values `[1, kv_heads, length + L, head_dim]`, views.
+            All keys and values of the layer `[1, kv_heads, length + L, head_dim]`, views.
         """
         columns = keys.shape[2]
         end = self.length + columns
         stored = self._layers[layer]
         if end > stored[0].shape[2]:
-            # Layer by layer, so that no more than one is there twice.
-            stored = self._layers[layer] = self._widened(stored[0], end), self._widened(stored[1], end)
+            # Layer by layer, so that only one layer is in memory twice.
+            stored = self._layers[layer] = self._grown(stored[0], end), self._grown(stored[1], end)
         stored[0].narrow(2, self.length, columns).copy_(keys)
         stored[1].narrow(2, self.length, columns).copy_(values)
         return stored[0].narrow(2, 0, end), stored[1].narrow(2, 0, end)
 
-    def _widened(self, tensor: torch.Tensor, needed: int) -> torch.Tensor:
+    def _grown(self, tensor: torch.Tensor, needed: int) -> torch.Tensor:
         one, heads, capacity, dim = tensor.shape
-        wide = tensor.new_empty(one, heads, max(needed, capacity * 3 // 2), dim)
-        wide[:, :, : self.length] = tensor[:, :, : self.length]
-        return wide
+        grown = tensor.new_empty(one, heads, max(needed, capacity * 3 // 2), dim)
+        grown[:, :, : self.length] = tensor[:, :, : self.length]
+        return grown
 
 
 @torch.inference_mode()
@@ -87,20 +87,20 @@ def forward(
     cache: KVCache,
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Reads new columns behind those in the cache, and puts them there.
+    """Reads new columns after those in the cache, and adds them to it.
 
     Args:
-        model: weights under Hugging Face's names; only its linear layers are called.
+        model: tree of weights under Hugging Face's names; only its linear layers are called.
         inputs_embeds: `[L, hidden]`, on the device of the weights, L at least 1.
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
         cache: of the columns before; L longer afterwards, or unchanged if this raises.
-        counts: float32 `[L]`, as how many columns attention counts each, as if it stood there so often; None for one each.
+        counts: float32 `[L]`, the cluster size of each new column; None for 1 each.
 
     Returns:
         The last column after the final norm, `[hidden]`.
 
     Raises:
-        ValueError: no columns, or not one position for each.
+        ValueError: no columns, or not one position for each column.
     """
     columns = len(inputs_embeds)
     if not columns or positions.shape != (3, columns):
@@ -117,7 +117,7 @@ def forward(
         keys = _rotate(attention.k_proj(h).view(1, columns, -1, dim), cos, sin).transpose(1, 2)
         values = attention.v_proj(h).view(1, columns, -1, dim).transpose(1, 2)
         keys, values = cache.put(i, keys, values)
-        if i == last:  # nobody reads what the columns before the last one would become
+        if i == last:  # only the last column's output is used
             x, h, cos, sin = x[-1:], h[-1:], cos[-1:], sin[-1:]
         queries = _rotate(attention.q_proj(h).view(1, len(h), -1, dim), cos, sin)
         x = linear(attention.o_proj, _attend(queries, keys, values, bias), plus=x)
@@ -137,13 +137,13 @@ def logits(
     cache: KVCache,
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`forward`, and what the last column foretells: logits float32 `[vocabulary]`."""
-    # The vocabulary is the widest layer there is, and only one column of a prompt needs it.
+    """As `forward`, but returns the logits of the token after the last column: float32 `[vocabulary]`."""
+    # The output layer is the largest of all, and only the last column needs it.
     return model.lm_head(forward(model, inputs_embeds, positions, cache, counts)[None])[0].float()
 
 
 def _counts(cache: KVCache, counts: torch.Tensor | None, columns: int, device) -> torch.Tensor | None:
-    """Of the columns in the cache and the new ones; None where all of them count once."""
+    """Cluster sizes of the columns in the cache and the new ones, float32; None if all are 1."""
     if counts is None and cache.counts is None:
         return None
     before = torch.ones(cache.length, device=device) if cache.counts is None else cache.counts
@@ -151,13 +151,13 @@ def _counts(cache: KVCache, counts: torch.Tensor | None, columns: int, device) -
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm in float32, rounded before it is scaled, as Hugging Face has it; given the weight, torch would not."""
+    """RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 @lru_cache
 def _frequencies(theta: float, sections: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each pair of features: radians a position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
+    """For each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     return frequencies, torch.tensor([axis for axis, size in enumerate(sections) for _ in range(size)], device="cpu")
@@ -173,18 +173,18 @@ def _rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torc
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns each feature of `[1, L, heads, head_dim]` with the one half a head away (arXiv 2104.09864)."""
+    """Rotates each feature of `[1, L, heads, head_dim]` with the one half a head away (arXiv 2104.09864)."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Attention of the last L columns, each to all up to itself.
+    """Causal attention of the last L columns.
 
     Args:
         queries: `[1, L, heads, head_dim]`; neighbouring heads share keys and values.
         keys, values: `[1, kv_heads, n, head_dim]`.
-        bias: `[n]`, added to the logits of each key; with the logarithms of counts it is as if a key stood there so often (arXiv
-            2210.09461, section 3). None for nothing.
+        bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
+            equal keys (arXiv 2210.09461, section 3). None for no bias.
 
     Returns:
         `[L, heads * head_dim]`.
@@ -195,21 +195,37 @@ def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bia
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
         queries, mask = queries.view(1, kv_heads, -1, dim), None if bias is None else bias[None]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
-    # Key/value heads become the batch, so that keys need not be repeated, nor any kernel know of groups.
+    # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
     keys, values = (t.transpose(0, 1).expand(-1, group, -1, -1) for t in (keys, values))
-    before = keys.shape[2] - columns
-    if before or bias is not None:
-        parts = []
-        for start in range(0, columns, STRIP):  # or the mask would grow with the square of the prompt
-            some = queries[:, :, start : start + STRIP]
-            end = before + start + some.shape[2]
-            mask = torch.ones(some.shape[2], end, dtype=torch.bool, device=queries.device).tril(end - some.shape[2])
-            if bias is not None:
-                mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
-            parts.append(F.scaled_dot_product_attention(some, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
-        out = torch.cat(parts, 2)
+    if keys.shape[2] > columns or bias is not None:
+        out = _attend_in_strips(queries, keys, values, bias)
     else:
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     return out.permute(2, 0, 1, 3).reshape(columns, -1)
+
+
+def _attend_in_strips(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal attention with an explicit mask, a strip of queries at a time: a whole mask grows with the square of the prompt.
+
+    Args:
+        queries: `[kv_heads, group, L, head_dim]`, of the last L of n columns.
+        keys, values: `[kv_heads, group, n, head_dim]`.
+        bias: as in `_attend`.
+
+    Returns:
+        As `queries`.
+    """
+    columns, strips = queries.shape[2], []
+    before = keys.shape[2] - columns
+    for start in range(0, columns, STRIP):
+        strip = queries[:, :, start : start + STRIP]
+        end = before + start + strip.shape[2]
+        mask = torch.ones(strip.shape[2], end, dtype=torch.bool, device=queries.device).tril(end - strip.shape[2])
+        if bias is not None:
+            mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
+        strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
+    return torch.cat(strips, 2)

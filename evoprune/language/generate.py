@@ -1,7 +1,7 @@
-"""From visual features to words: prompt embeddings, prefill, decoding token by token, text as it arrives.
+"""From visual features to text: prompt embeddings, prefill, decoding token by token, streamed text.
 
-The language model itself is in `decoder.py`; its positions, which keep their gaps where columns were pruned, in
-`positions.py`.
+The language model's forward pass is in `decoder`. Positions come from `positions`, and keep their gaps where columns were
+pruned.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,21 +13,21 @@ from evoprune.errors import UsageError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.model.numerics import not_finite
+from evoprune.model.numerics import not_a_number_error
 
-# Columns a prompt's cache has to spare: an answer of the usual length needs no second cache.
+# Columns that are allocated for the answer, so that the cache of a usual answer does not have to grow.
 ANSWER_COLUMNS = 256
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How an answer is decoded.
+    """How an answer is generated.
 
     Attributes:
-        max_new_tokens: at most so many tokens, at least 1.
+        max_new_tokens: limit of the answer's length, at least 1.
         temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn.
-        top_p: draw only among the most probable tokens that together reach this probability, in (0, 1].
-        seed: of the draw; the same seed gives the same answer.
+        top_p: tokens are drawn from the most probable ones that together reach this probability, in (0, 1].
+        seed: of the random draw; the same seed gives the same answer.
 
     Raises:
         UsageError: a value out of range.
@@ -49,11 +49,11 @@ class GenerationSettings:
 
 @dataclass
 class PrefillState:
-    """What decoding starts from.
+    """The state after a prompt was read, from which decoding starts.
 
     Attributes:
         cache: keys and values of the prompt; decoding extends it in place.
-        logits: float32 `[vocabulary]`, of the prompt's last column.
+        logits: float32 `[vocabulary]`, of the token after the prompt.
         next_position: M-RoPE position of the first generated token, the same in time, height and width.
     """
 
@@ -72,19 +72,19 @@ def embed_question(model, tokenizer: Tokenizer, question: str) -> torch.Tensor:
 def embed_prompt(
     model, input_ids: torch.Tensor, features: torch.Tensor, video_start: int, visual_tokens: int, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeds a prompt in which only some of the visual tokens are left.
+    """Embeds a prompt of which only some visual tokens are kept.
 
     Args:
-        model: weights under Hugging Face's names.
+        model: tree of weights under Hugging Face's names.
         input_ids: int64 `[L]`, the unpruned prompt.
-        features: `[K, hidden]`, what stands at the visual tokens that are left.
+        features: `[K, hidden]`, the embeddings of the kept visual tokens.
         video_start: index of the first video placeholder.
         visual_tokens: N, the unpruned number of placeholders.
-        kept: int64 `[K]`, which of the N are left, ascending.
+        kept: int64 `[K]`, indices of the kept tokens among the N, ascending.
 
     Returns:
-        Embeddings `[L - N + K, hidden]` in the model's dtype, and which columns of the unpruned prompt they are, int64
-        `[L - N + K]` on the CPU: `positions[:, columns]` are their positions, never renumbered.
+        Embeddings `[L - N + K, hidden]` in the model's dtype; and their columns in the unpruned prompt, int64 `[L - N + K]` on
+        the CPU. `positions[:, columns]` are their positions, which are not renumbered.
 
     Raises:
         ValueError: `kept` and `features` differ in length, or `kept` is not ascending within `0..N-1`.
@@ -98,19 +98,20 @@ def embed_prompt(
     columns = torch.cat([torch.arange(video_start), video_start + kept, torch.arange(video_end, len(input_ids))])
     embed = model.model.language_model.embed_tokens
     with torch.inference_mode():
-        before, after = (
-            embed(part.to(embed.weight.device)) for part in (input_ids[:video_start], input_ids[video_end:])
-        )
+        before, after = (embed(ids.to(embed.weight.device)) for ids in (input_ids[:video_start], input_ids[video_end:]))
         return torch.cat([before, features.to(before), after]), columns
 
 
 def column_counts(counts: torch.Tensor | None, video_start: int, columns: int) -> torch.Tensor | None:
-    """As how many columns attention counts each of a prompt's, for `prefill`: text once, the visual tokens as `counts` says.
+    """The cluster sizes of all columns of a pruned prompt, for `prefill`: 1 for text, `counts` for visual tokens.
 
     Args:
-        counts: float32 `[K]`; None for one each.
+        counts: float32 `[K]`, the cluster sizes of the kept visual tokens; None for 1 each.
         video_start: index of the first visual token.
-        columns: of the prompt as it is read.
+        columns: length of the pruned prompt.
+
+    Returns:
+        float32 `[columns]`, or None if `counts` is None.
     """
     if counts is None:
         return None
@@ -127,34 +128,36 @@ def prefill(
     cache: KVCache | None = None,
     counts: torch.Tensor | None = None,
 ) -> PrefillState:
-    """Reads a prompt, or goes on reading one.
+    """Reads a prompt, or continues one that is in a cache.
 
     Args:
-        model: weights under Hugging Face's names.
+        model: tree of weights under Hugging Face's names.
         inputs_embeds: `[L, hidden]`.
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
-        next_position: where the first generated token will sit, by Qwen's rule the *unpruned* prompt's largest position
-            plus one. Only decoding reads it.
-        cache: of an earlier call whose prompt this one continues; it is extended in place.
-        counts: float32 `[L]`, as how many columns attention counts each; None for one each.
+        next_position: position of the first generated token: by Qwen's rule the *unpruned* prompt's largest position plus
+            one. Only decoding uses it.
+        cache: of the columns before; it is extended in place. None starts a new prompt.
+        counts: float32 `[L]`, the cluster size of each column; None for 1 each.
 
     Returns:
         The state after the last column.
 
     Raises:
-        ValueError: no columns, or not one position for each.
+        ValueError: no columns, or not one position for each column.
     """
     cache = KVCache(model, len(inputs_embeds) + ANSWER_COLUMNS) if cache is None else cache
     return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache, counts), next_position)
 
 
 class TokenStream(Iterator[int]):
-    """Generated token ids, one forward pass at a time. Ends of sequence are not yielded. Raises ModelError where logits are not
-    finite.
+    """Generated token ids, one forward pass at a time. End-of-sequence tokens are not yielded.
 
     Attributes:
-        finish_reason: None while tokens may come, then "stop" (the model ended its turn) or "length".
-        tokens: how many were yielded.
+        finish_reason: None until the end, then "stop" (the model ended its turn) or "length".
+        tokens: number of tokens yielded.
+
+    Raises:
+        ModelError: while iterating, if a logit is NaN or infinite.
     """
 
     def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]):
@@ -162,7 +165,7 @@ class TokenStream(Iterator[int]):
         self.tokens = 0
         self._model, self._state, self._settings = model, state, settings
         self._eos_ids = frozenset(eos_ids)
-        # Drawn on the CPU, so that a seed means the same on every device.
+        # On the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(settings.seed)
         self._last: int | None = None
 
@@ -172,10 +175,10 @@ class TokenStream(Iterator[int]):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
-        # The pass after a token runs only once another token is wanted.
+        # The pass after a token runs only when another token is requested.
         logits = self._state.logits if self._last is None else self._step(self._last)
         if not logits.max().isfinite():  # the largest is NaN where any is
-            raise not_finite("prefill" if self._last is None else "generate")
+            raise not_a_number_error("prefill" if self._last is None else "generate")
         token = choose(logits, self._settings, self._random)
         if token in self._eos_ids:
             self.finish_reason = "stop"
@@ -192,16 +195,16 @@ class TokenStream(Iterator[int]):
 
 
 def stream(model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]) -> TokenStream:
-    """Decodes from `state`, lazily: each token is computed when it is asked for.
+    """Decodes from `state`, lazily: each token is computed when it is requested.
 
     Args:
         model: the model that made `state`.
-        state: of `prefill`; its cache grows by the tokens decoded, so a state serves one answer.
+        state: from `prefill`. Its cache grows by the decoded tokens, so a state serves one answer.
         settings: length and sampling.
         eos_ids: token ids that end the answer.
 
     Returns:
-        An iterator of token ids, with `finish_reason` once it is exhausted.
+        An iterator of token ids, with `finish_reason` set at its end.
     """
     return TokenStream(model, state, settings, eos_ids)
 
@@ -221,17 +224,17 @@ def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Gen
     probabilities = ((logits - logits.max()) / settings.temperature).softmax(-1)
     if settings.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
-        # A token stays if those before it have not reached top_p yet; so the first always stays.
+        # A token is kept if those before it do not reach top_p, so the first one is always kept.
         ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
     return int(torch.multinomial(probabilities, 1, generator=random))
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text of token ids as they come, in pieces that are final once yielded.
+    """The text of token ids, in pieces, as the ids arrive.
 
-    A byte-level token may end in the middle of a character; such an end is held back until the rest of it has come.
-    Special tokens are left out. The pieces joined are `tokenizer.decode` of all ids.
+    A byte-level token may end inside a character. Its last bytes are held back until the character is complete. Special tokens
+    are left out. The joined pieces equal `tokenizer.decode` of all ids.
 
     Args:
         tokenizer: a byte-level one, as Qwen's is.
@@ -241,12 +244,12 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     for token in ids:
         pending.append(token)
         piece = tokenizer.decode(pending)
-        # Unfinished bytes decode to one replacement character, always the last; what stands before it is settled.
-        settled = piece.removesuffix("\ufffd")
-        if len(settled) > yielded:
-            yield settled[yielded:]
-            yielded = len(settled)
-        if settled == piece:
+        # An incomplete character decodes to one replacement character, always the last; the text before it is final.
+        final = piece.removesuffix("\ufffd")
+        if len(final) > yielded:
+            yield final[yielded:]
+            yielded = len(final)
+        if final == piece:
             pending, yielded = [], 0
     if rest := tokenizer.decode(pending)[yielded:]:
         yield rest

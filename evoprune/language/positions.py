@@ -1,8 +1,8 @@
-"""Where each prompt token sits in time, height and width (M-RoPE).
+"""The positions of prompt tokens in time, height and width (M-RoPE).
 
 Qwen2.5-VL rotates queries and keys by three positions at once. Text has the same number in all three; a video token has
-the time of its grid and the row and column of its merge unit, all counted from where the video starts. Qwen2-VL counts
-grids instead of time. Text after a video goes on at *the largest position used so far plus one* (Qwen2-VL, arXiv 2409.12191,
+the time of its frame pair and the row and column of its unit, counted from where the video starts. Qwen2-VL counts frame
+pairs instead of time. Text after a video continues at *the largest position so far plus one* (Qwen2-VL, arXiv 2409.12191,
 section 2.1; the models were trained so).
 """
 
@@ -14,10 +14,12 @@ import torch
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """A video inside a prompt: `start` is the index of its first token, `grid` = (T, H, W) in merge units.
+    """A video inside a prompt.
 
     Attributes:
-        seconds_per_grid: time from one grid to the next, in seconds; fractions count.
+        start: index of its first token.
+        grid: (T, H, W): frame pairs, and rows and columns of units.
+        seconds_per_grid: time from one frame pair to the next, in seconds, with fractions.
     """
 
     start: int
@@ -36,15 +38,15 @@ def video_positions(
     """Positions of a video's units, counted from its own start.
 
     Args:
-        grid: (T, H, W) in merge units.
-        seconds_per_grid: seconds between neighbouring grids.
-        tokens_per_second: time positions a second (`config.VisionConfig`); None for one a grid.
+        grid: (T, H, W): frame pairs, and rows and columns of units.
+        seconds_per_grid: time from one frame pair to the next.
+        tokens_per_second: time positions per second (`config.VisionConfig`); None for one per frame pair.
 
     Returns:
-        int64 `[3, T*H*W]`, rows time, height, width; units in raster order of each grid, grid after grid.
+        int64 `[3, T*H*W]`: time, height, width; frame pair after frame pair, units in raster order.
     """
     t, h, w = grid
-    # In float64 and cut once at the end: multiplying cut numbers would let the clock drift.
+    # In float64, and rounded down once at the end: multiples of a rounded step would drift.
     step = 1.0 if tokens_per_second is None else seconds_per_grid * tokens_per_second
     clock = (torch.arange(t, dtype=torch.float64) * step).floor().long()
     return torch.stack(torch.meshgrid(clock, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
@@ -54,25 +56,25 @@ def prompt_positions(length: int, videos: Sequence[VideoSpan], tokens_per_second
     """M-RoPE positions of an unpruned prompt of `length` tokens, by Qwen's rule.
 
     Args:
-        length: number of tokens, video tokens included.
+        length: number of tokens, including video tokens.
         videos: the videos in it, in order and without overlap.
         tokens_per_second: see `video_positions`.
 
     Returns:
-        int64 `[3, length]`. The first generated token sits at `positions.max() + 1`.
+        int64 `[3, length]`. The first generated token has the position `positions.max() + 1`.
 
     Raises:
         ValueError: a video overlaps another or does not fit into the prompt.
     """
-    parts, at, following = [], 0, 0
+    pieces, at, following = [], 0, 0
     for video in videos:
         if video.start < at or video.start + video.tokens > length:
             raise ValueError(f"video at {video.start} with {video.tokens} tokens does not fit the prompt")
-        parts.append((torch.arange(video.start - at) + following).expand(3, -1))
+        pieces.append((torch.arange(video.start - at) + following).expand(3, -1))
         following += video.start - at
         inside = video_positions(video.grid, video.seconds_per_grid, tokens_per_second) + following
-        parts.append(inside)
+        pieces.append(inside)
         following = int(inside.max()) + 1
         at = video.start + video.tokens
-    parts.append((torch.arange(length - at) + following).expand(3, -1))
-    return torch.cat(parts, dim=1)
+    pieces.append((torch.arange(length - at) + following).expand(3, -1))
+    return torch.cat(pieces, dim=1)

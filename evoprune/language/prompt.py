@@ -1,7 +1,7 @@
 """A question about a video as token ids, through the model's own chat template.
 
-What the user writes is text and nothing else: `<|im_end|>` or `<|video_pad|>` inside a question is spelled out in
-ordinary tokens, so nobody can end their turn early or fake a video. Only the template itself places special tokens.
+The user's words are only text: `<|im_end|>` or `<|video_pad|>` inside a question becomes ordinary tokens, so a question can
+neither end its turn early nor fake a video. Only the template places special tokens.
 """
 
 import re
@@ -14,7 +14,7 @@ from evoprune.language.tokenizer import Tokenizer
 
 VIDEO_TOKEN = "<|video_pad|>"
 
-# Stand in for the user's words while the template is rendered. Private-use characters, so no template contains them.
+# Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
 _QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
 
 
@@ -25,9 +25,9 @@ class Prompt:
     Attributes:
         input_ids: int64 `[L]`.
         video_start: index of the first video placeholder.
-        visual_tokens: N, how many placeholders follow one another from there.
-        prefix_length: so many of the first ids do not depend on the question, up to and including `<|vision_end|>`; their
-            keys and values serve every question about the same video (with the same system prompt).
+        visual_tokens: N, the number of consecutive placeholders from there.
+        prefix_length: number of leading ids that do not depend on the question, up to and including `<|vision_end|>`. Their keys
+            and values serve every question about the same video (with the same system prompt).
     """
 
     input_ids: torch.Tensor
@@ -37,21 +37,21 @@ class Prompt:
 
     @property
     def text_tokens(self) -> int:
-        """How many ids are not video placeholders."""
+        """Number of ids that are not video placeholders."""
         return len(self.input_ids) - self.visual_tokens
 
 
 def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, system: str | None = None) -> Prompt:
-    """One user turn, the video and then the question, up to where the answer begins.
+    """The prompt of one user turn: the video, then the question, up to where the answer begins.
 
     Args:
         tokenizer: with Qwen's special tokens and chat template.
-        question: what to ask, taken literally.
+        question: taken literally.
         visual_tokens: N of the unpruned video, at least 1.
         system: a system prompt, taken literally; None leaves it to the template.
 
     Returns:
-        The same ids as tokenising the rendered conversation at once, wherever the user's text holds no special token.
+        The same ids as tokenising the rendered conversation at once, if the user's text holds no special token.
 
     Raises:
         ModelError: the chat template is broken, or does not write one video and then the question.
@@ -64,14 +64,14 @@ def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, sys
     rendered = _render(tokenizer, system is not None)
     before, _, after = rendered.partition(VIDEO_TOKEN)
     if VIDEO_TOKEN not in specials or VIDEO_TOKEN in after or _QUESTION in before or _QUESTION not in after:
-        raise _unfit("it does not write one video and then the question")
+        raise _unusable("it does not write one video and then the question")
 
     words = {_QUESTION: question, _SYSTEM: system or ""}
     if any("\ud800" <= character <= "\udfff" for text in words.values() for character in text):
         raise UsageError("the question or the system prompt is not valid text", "write it in UTF-8")
     ids, video_start, prefix_length = [], 0, 0
-    # Cut only at the template's special tokens, where the tokenizer cuts as well. What lies between is encoded as one
-    # piece, so that merges across the edge of the user's text (a newline before it, say) come out as in the whole.
+    # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
+    # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
     for piece in re.split(f"({'|'.join(map(re.escape, specials))})", rendered):
         if piece == VIDEO_TOKEN:
             video_start = len(ids)
@@ -81,23 +81,23 @@ def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, sys
         else:
             if _QUESTION in piece:
                 prefix_length = len(ids)
-            # One pass, so that a stand-in inside the user's words stays what it is.
+            # In one pass, so that a placeholder inside the user's words is not replaced.
             text = re.sub(f"{_QUESTION}|{_SYSTEM}", lambda match: words[match[0]], piece)
             ids += tokenizer.encode(text)
     return Prompt(torch.tensor(ids), video_start, visual_tokens, prefix_length)
 
 
 def _render(tokenizer: Tokenizer, with_system: bool) -> str:
-    """The conversation as text, with stand-ins for the user's words."""
+    """The conversation as text, with placeholders for the user's words."""
     messages = [{"role": "system", "content": _SYSTEM}] if with_system else []
     messages.append({"role": "user", "content": [{"type": "video"}, {"type": "text", "text": _QUESTION}]})
     try:
         return tokenizer.render(messages)
-    except Exception as problem:  # a template is a program that somebody else wrote
-        raise _unfit(str(problem).partition("\n")[0]) from problem
+    except Exception as problem:  # a template is a program, and may raise anything
+        raise _unusable(str(problem).partition("\n")[0]) from problem
 
 
-def _unfit(reason: str) -> ModelError:
+def _unusable(reason: str) -> ModelError:
     return ModelError(
         f"the model's chat template cannot be used for video: {reason}",
         "take tokenizer and chat template from the model that this one was made from",

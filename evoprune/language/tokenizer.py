@@ -1,6 +1,6 @@
 """Text to token ids and back, and the model's own chat template.
 
-On the `tokenizers` library directly: transformers' wrapper round it takes longer to import than a short answer to compute.
+Uses the `tokenizers` library directly: transformers' wrapper takes longer to import than a short answer takes to compute.
 """
 
 import json
@@ -19,7 +19,7 @@ class Tokenizer:
     Attributes:
         backend: a `tokenizers.Tokenizer`.
         chat_template: Jinja source.
-        named: what the tokenizer's settings call its tokens, "eos_token" and the like; templates may use them.
+        named: tokens by their names in the tokenizer's settings, such as "eos_token"; templates may use them.
     """
 
     backend: Any
@@ -27,8 +27,8 @@ class Tokenizer:
     named: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.backend.encode_special_tokens = True  # special tokens in what a user writes are words
-        # A tokenizer that was saved after training may still hold the lengths of its batches.
+        self.backend.encode_special_tokens = True  # special tokens in a user's text are ordinary words
+        # A tokenizer that was saved after training may still truncate or pad to the lengths of its batches.
         self.backend.no_truncation()
         self.backend.no_padding()
 
@@ -37,17 +37,17 @@ class Tokenizer:
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, in which special tokens are spelled out like any other words."""
+        """Ids of `text`. Special tokens in it are encoded as ordinary words."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, special tokens left out; unfinished bytes come out as U+FFFD."""
+        """Text of `ids` without special tokens. Incomplete characters become U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def render(self, messages: list[dict]) -> str:
-        """A conversation as the model was trained to see it, up to where its answer begins.
+        """A conversation in the model's own format, up to where its answer begins.
 
-        The template is a program that somebody else wrote: it runs in Jinja's sandbox.
+        The template is a program from an untrusted source: it runs in Jinja's sandbox.
 
         Raises:
             jinja2.TemplateError: the template is broken, or refuses the messages.
@@ -58,14 +58,14 @@ class Tokenizer:
 
 @lru_cache(maxsize=4)
 def _compiled(source: str):
-    """A chat template, ready to render: compiling takes longer than rendering."""
+    """A compiled chat template; compiling takes longer than rendering."""
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    # As transformers has it, so that a template's line breaks come out the same.
+    # The same settings as in transformers, so that line breaks are the same.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -75,7 +75,7 @@ def _compiled(source: str):
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder holds tokenizer files."""
+    """Whether a model's folder has tokenizer files."""
     return (folder / "tokenizer.json").is_file() or all(
         (folder / name).is_file() for name in ("vocab.json", "merges.txt")
     )
@@ -115,7 +115,7 @@ def _backend(folder: Path):
         import tokenizers
 
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    # vocab.json and merges.txt alone: transformers knows what Qwen puts round them.
+    # Only vocab.json and merges.txt: transformers knows the rest of Qwen's tokenizer.
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
@@ -126,8 +126,10 @@ def _settings(path: Path) -> dict:
 
 
 def _template(folder: Path, settings: dict) -> str | None:
-    """The chat template: a file of its own, or where the hub's older repositories keep it, of which the processor's comes
-    first, because it is the one that knows about video."""
+    """The chat template, from its own file or from one of the files that older repositories use.
+
+    Of these, the processor's comes first: it is the one that supports video.
+    """
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     found = _settings(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")

@@ -1,7 +1,7 @@
-"""The numbers in a `config.json` of Qwen2.5-VL or Qwen2-VL, under Hugging Face's names; no torch, no transformers.
+"""The content of a `config.json` of Qwen2.5-VL or Qwen2-VL, under Hugging Face's names. Needs neither torch nor transformers.
 
-Published checkpoints keep the language model's numbers at the top level, newer ones in `text_config`; both are read. What this
-program could not run faithfully is refused here, before any weights are read.
+Published checkpoints keep the language model's numbers at the top level, newer ones in `text_config`; both are read. A model
+that this program could not run faithfully is refused here, before any weights are read.
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -13,17 +13,23 @@ QWEN2_5, QWEN2 = "qwen2_5_vl", "qwen2_vl"
 MODEL_TYPES = (QWEN2_5, QWEN2)
 ACTIVATIONS = {QWEN2_5: "silu", QWEN2: "quick_gelu"}  # of the tower
 PATCHES = 4  # patches of a unit (2x2)
+QUANTIZE = ("none", "int8", "int4")  # how the language model's weights may be held, see `quantize`
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower; sizes in pixels, patches or features.
+    """The vision tower of either family.
 
     Attributes:
-        hidden_size: of the tower, which Qwen2-VL's files call `embed_dim`; `out_hidden_size`: of the language model.
-        fullatt_block_indexes: layers over whole grids; in Qwen2-VL all of them, so that windows are only the order of rows.
-        tokens_per_second: of M-RoPE's clock; None where it counts grids.
-        family: one of `MODEL_TYPES`; how its layers are built (`vision.families`).
+        depth: number of layers.
+        hidden_size, intermediate_size: features of a patch in the tower and inside its MLPs.
+        out_hidden_size: features of a unit after the merger: the language model's hidden size.
+        fullatt_block_indexes: layers that attend over whole frame pairs, not windows; in Qwen2-VL all of them.
+        window_size: side of an attention window in pixels. Where no layer attends over windows it only sets the order of rows.
+        patch_size: side of a patch in pixels; `temporal_patch_size`: frames in a frame pair.
+        spatial_merge_size: side of a unit in patches.
+        tokens_per_second: time positions of M-RoPE per second; None if M-RoPE counts frame pairs.
+        family: one of `MODEL_TYPES`; it decides how the layers are built (`vision.families`).
     """
 
     depth: int
@@ -43,13 +49,13 @@ class VisionConfig:
 
     @property
     def mlp_matrices(self) -> int:
-        """Matrices of hidden x intermediate in a layer's MLP: a gated one has three."""
+        """Number of hidden x intermediate matrices in a layer's MLP: a gated one has three."""
         return 3 if self.family == QWEN2_5 else 2
 
 
 @dataclass(frozen=True)
 class Qwen2VisionConfig:
-    """The same in a Qwen2-VL's file."""
+    """The vision tower as Qwen2-VL's files describe it: `embed_dim` is the tower's size, `hidden_size` the language model's."""
 
     depth: int
     embed_dim: int
@@ -82,7 +88,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Both, and whether input and output embeddings are one matrix."""
+    """Vision tower and language model, and whether input and output embeddings share one matrix."""
 
     vision_config: VisionConfig
     text_config: TextConfig
@@ -93,40 +99,48 @@ def parse_config(content: dict) -> Config:
     """Reads the content of a `config.json`.
 
     Raises:
-        ValueError: a number is missing or makes no sense, or the model needs something that this program does not have.
+        ValueError: a number is missing or out of range, or this program cannot run the model.
     """
     text, vision = content.get("text_config") or content, content.get("vision_config") or {}
     rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
     rope.setdefault("rope_theta", text.get("rope_theta", 1e6))
     rope.setdefault("mrope_section", [16, 24, 24])
-    kind = rope.get("rope_type", rope.get("type", "default"))
     heads = text.get("num_attention_heads")
     text = text | {"rope_parameters": rope, "num_key_value_heads": text.get("num_key_value_heads") or heads}
     tied = bool(content.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     family = content.get("model_type", QWEN2_5)
     config = Config(parse_vision(vision, family), _pick(TextConfig, text, "text_config"), tied)
-    v, t = config.vision_config, config.text_config
-
-    _check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
-    _check(not t.use_sliding_window, "sliding window attention is not supported")
-    _check(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
-    check_vision(v)
-    _check(v.out_hidden_size == t.hidden_size, "tower and language model differ in size")
-    _check(t.hidden_size % (2 * t.num_attention_heads) == 0, "hidden_size does not divide into heads")
-    _check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
-    section = rope["mrope_section"]
-    parts = isinstance(section, list) and len(section) == 3 and all(isinstance(n, int) and n >= 0 for n in section)
-    fits = parts and 2 * sum(section) == t.hidden_size // t.num_attention_heads
-    _check(fits, "mrope_section does not fit the heads")
-    _check(_is_number(rope["rope_theta"]) and rope["rope_theta"] > 0, "rope_theta is not a positive number")
+    check_vision(config.vision_config)
+    _check_text(config.text_config)
+    same = config.vision_config.out_hidden_size == config.text_config.hidden_size
+    _check(same, "tower and language model differ in size")
     return config
 
 
+def _check_text(t: TextConfig) -> None:
+    """Raises ValueError if this program cannot run the language model faithfully."""
+    rope = t.rope_parameters
+    kind, section = rope.get("rope_type", rope.get("type", "default")), rope["mrope_section"]
+    _check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
+    _check(not t.use_sliding_window, "sliding window attention is not supported")
+    _check(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
+    _check(t.hidden_size % (2 * t.num_attention_heads) == 0, "hidden_size does not divide into heads")
+    _check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
+    three = isinstance(section, list) and len(section) == 3 and all(isinstance(n, int) and n >= 0 for n in section)
+    fits = three and 2 * sum(section) == t.hidden_size // t.num_attention_heads
+    _check(fits, "mrope_section does not fit the heads")
+    _check(_is_number(rope["rope_theta"]) and rope["rope_theta"] > 0, "rope_theta is not a positive number")
+
+
 def parse_vision(content: dict, family: str) -> VisionConfig:
-    """Reads the `vision_config` of a model of that type; Qwen2-VL's has other names and fewer numbers.
+    """Reads the `vision_config` of a model.
+
+    Args:
+        content: as in the file.
+        family: one of `MODEL_TYPES`; in Qwen2-VL's files names differ, and some numbers are constants.
 
     Raises:
-        ValueError: a number is missing or is none.
+        ValueError: a number is missing, or is not one.
     """
     content = {"in_channels": content.get("in_chans", 3)} | content
     if family != QWEN2:
@@ -139,7 +153,7 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
         num_heads=sizes.num_heads,
         out_hidden_size=sizes.hidden_size,
         fullatt_block_indexes=tuple(range(sizes.depth)),
-        window_size=4 * sizes.patch_size * sizes.spatial_merge_size,  # any will do
+        window_size=4 * sizes.patch_size * sizes.spatial_merge_size,  # of no effect: no layer attends over windows
         patch_size=sizes.patch_size,
         temporal_patch_size=sizes.temporal_patch_size,
         spatial_merge_size=sizes.spatial_merge_size,
@@ -151,14 +165,14 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
 
 
 def vision_sizes(config) -> VisionConfig:
-    """The numbers of a tower, be its config one of these or transformers' own. Raises ValueError as `parse_vision`."""
+    """The config of a tower, from ours or that of transformers. Raises ValueError as `parse_vision`."""
     if isinstance(config, VisionConfig):
         return config
     return parse_vision(config.to_dict(), config.model_type.removesuffix("_vision"))
 
 
 def check_vision(v: VisionConfig) -> None:
-    """Raises ValueError where a tower cannot be run faithfully."""
+    """Raises ValueError if this program cannot run the tower faithfully."""
     act = ACTIVATIONS[v.family]
     _check(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
     _check(v.spatial_merge_size == 2, f"spatial_merge_size {v.spatial_merge_size} is not supported, only 2")
@@ -168,9 +182,9 @@ def check_vision(v: VisionConfig) -> None:
     _check(layers, "fullatt_block_indexes names layers that are not there")
 
 
-def _check(right: bool, what: str) -> None:
-    if not right:
-        raise ValueError(what)
+def _check(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
 
 
 def _is_number(value: Any) -> bool:
@@ -178,7 +192,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _pick(cls: type[T], content: dict, where: str) -> T:
-    """The fields of `cls` out of `content`, each of its declared type; sizes are at least one."""
+    """A `cls` from the entries of `content` with its fields' names. Types are checked; whole numbers are at least one."""
     found = {}
     for f in fields(cls):
         value = content.get(f.name)

@@ -1,6 +1,6 @@
-"""What a run costs, counted and foretold: floating-point operations of tower and prefill, and seconds on this machine.
+"""What a run costs: floating-point operations of tower and prefill, and an estimate of seconds on this machine.
 
-Counts are multiply-adds times two, from the true rows of every layer and the true length of the prompt.
+A multiply-add counts as two operations. Counts use the actual rows of every layer and the actual length of the prompt.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import torch
 from evoprune.model.clock import now
 from evoprune.model.config import PATCHES
 
-# Of a plain matrix product's rate, what a whole forward pass reaches; only for telling a user how long to wait.
-REACHED = 0.5
+# The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
+EFFICIENCY = 0.5
 
 
 def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
@@ -19,8 +19,9 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
 
     Args:
         config: a `VisionConfig`.
-        rows: units that each layer computes, over the whole video, and after them the units that reach the merger.
-        grids: T; `windows`: windows of one grid.
+        rows: rows that each layer computes, over the whole video, and as a last entry the rows that reach the merger.
+        grids: frame pairs T.
+        windows: attention windows of one frame pair.
     """
     h, inner = config.hidden_size, config.intermediate_size
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -34,12 +35,17 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
 
 
 def stretched(rows: Sequence[int], depth: int) -> list[int]:
-    """Rows of each of `depth` layers, by relative depth, from those of a tower of another depth."""
+    """Rows of each of `depth` layers, taken by relative depth from the rows of a tower with another number of layers."""
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
 def prefill_flop(config, length: int) -> float:
-    """Operations of reading a prompt of `length` tokens, logits of the last one alone; `config`: `TextConfig`."""
+    """Operations of reading a prompt of `length` tokens, with logits of the last one only.
+
+    Args:
+        config: a `TextConfig`.
+        length: tokens of the prompt after pruning.
+    """
     h = config.hidden_size
     key_value = h // config.num_attention_heads * config.num_key_value_heads
     layer = 2 * length * (2 * h * h + 2 * h * key_value + 3 * h * config.intermediate_size) + 2 * length * length * h
@@ -52,10 +58,12 @@ def matmul_rate(
     seconds: float = 0.1,
     shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024),),
 ) -> float:
-    """Operations a second of a plain matrix product on this machine, the best of several.
+    """Operations per second of a plain matrix product on this machine, the best of several.
 
     Args:
-        seconds: how long to try each of `shapes`: rows, inner size and columns.
+        dtype, device: of the matrices.
+        seconds: how long each of `shapes` is tried.
+        shapes: rows, inner size and columns.
     """
     best, place = 0.0, torch.device(device)
     for rows, inner, columns in shapes:
@@ -69,7 +77,7 @@ def matmul_rate(
 
 
 def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, prompt: int) -> float:
-    """Seconds until the first token on a CPU, roughly.
+    """Seconds until the first token on a CPU: a rough estimate.
 
     Args:
         model: a `QwenVL` on a CPU.
@@ -77,4 +85,4 @@ def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, p
         prompt: length of the prompt after pruning.
     """
     work = tower_flop(model.config.vision_config, rows, grids, windows) + prefill_flop(model.config.text_config, prompt)
-    return work / (REACHED * matmul_rate(model.dtype))
+    return work / (EFFICIENCY * matmul_rate(model.dtype))

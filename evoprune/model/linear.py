@@ -1,20 +1,20 @@
-"""Linear layers with what follows them: on the CPU their weights are packed once, and activation, product or sum cost no pass.
+"""Linear layers fused with the operation that follows; on the CPU, their weights are packed once.
 
-PyTorch's plain CPU product rearranges the whole weight matrix at every call. Rearranged once instead, products take less time,
-most of all those of a single row, on which decoding spends its life (`python -m experiments.kernels`).
-The operators are those that torch.compile generates code for; where this torch has none, layers stay as they are.
+PyTorch's plain CPU product rearranges the whole weight matrix in every call. Packed layers rearrange it once. That saves most
+for products with a single row, which decoding consists of (`python -m experiments.kernels`). The operators are those that
+torch.compile uses; where this torch has none, layers are not packed.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# What packing assumes about the number of rows. The arrangement is the same for any number from a few dozen up.
+# The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on the CPU whose weights lie as the matrix product wants them. They cannot be read back cheaply."""
+    """A linear layer on the CPU with weights in the order that the matrix product reads. The plain weights are not kept."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """What it holds beside its parameters."""
+        """Bytes that it holds beside its parameters."""
         return self.packed.numel() * self.packed.element_size()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def linear(
     times: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`layer(x)`, then at most one of: SiLU, a product with `times`, a sum with `plus`.
+    """`layer(x)`, followed by at most one of: SiLU, a product with `times`, a sum with `plus`.
 
     Args:
         layer: any module that maps `[..., in]` to `[..., out]`.
@@ -62,14 +62,14 @@ def linear(
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Size of all weights in the form in which the model holds them, shared ones counted once."""
+    """Bytes of all weights as the model holds them (packed, quantised). Shared weights count once."""
     return sum(weight.nbytes for weight in model.parameters()) + sum(
         getattr(module, "nbytes", 0) for module in model.modules()
     )
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether packing works and pays: on the CPU, in a dtype whose products it has in hardware, with this torch."""
+    """Whether packing works and saves time: on the CPU, in a dtype that it multiplies in hardware, with this torch."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -80,7 +80,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 
 def pack(model: nn.Module) -> None:
-    """Replaces the linear layers inside `model` by packed ones, one at a time; the plain weights are let go."""
+    """Replaces the linear layers inside `model` by packed ones, one at a time. The plain weights are freed."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear and can_pack(child.weight):

@@ -1,4 +1,4 @@
-"""NaN and infinity: they are said to be there, not answered over."""
+"""Checks for NaN and infinity. A stage that finds one raises an error instead of answering with it."""
 
 import torch
 
@@ -7,12 +7,16 @@ from evoprune.errors import ModelError
 HINT = "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again"
 
 
-def is_finite(x: torch.Tensor) -> torch.Tensor:
-    """Whether no number in `x`, which has some, is NaN or infinite: bool, no dimension, where `x` is. One pass, no copy."""
+def all_numbers(x: torch.Tensor) -> torch.Tensor:
+    """Whether `x`, which is not empty, holds neither NaN nor infinity.
+
+    Returns:
+        bool, no dimension, on the device of `x`. One pass over `x`, no copy, no synchronisation.
+    """
     low, high = x.aminmax()
     return low.isfinite() & high.isfinite()
 
 
-def not_finite(stage: str) -> ModelError:
-    """The error of a stage that made such numbers."""
+def not_a_number_error(stage: str) -> ModelError:
+    """The error to raise where the output of `stage` holds NaN or infinity."""
     return ModelError(f"NaN or infinity among the numbers of {stage}", HINT, stage=stage)

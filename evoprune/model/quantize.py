@@ -1,8 +1,8 @@
-"""Weight-only quantisation of the language model, so that decoding on a CPU, which reads every weight for every token, reads less.
+"""Weight-only quantisation of the language model. Decoding on a CPU reads every weight for every token, so it gets faster.
 
-int8: one scale for each output feature. The product runs in integers, as the CPU's dot-product instructions want it; so that
-nothing but the weights is rounded, activations go in as 16-bit integers, in two bytes that are two rows of the same product.
-int4: a scale and a zero for every 32 weights, through PyTorch's own kernel.
+int8: one scale for each output feature. The product runs in integers, on the CPU's dot-product instructions. Only the weights
+lose precision: activations become 16-bit integers, split into two bytes, which are two rows of the same product.
+int4: a scale and a zero for every 32 weights, by PyTorch's own kernel.
 """
 
 from collections.abc import Callable
@@ -13,26 +13,31 @@ import torch
 from torch import nn
 
 from evoprune.errors import UsageError
+from evoprune.model.config import QUANTIZE
 from evoprune.model.linear import can_pack
-from evoprune.pipeline.choices import QUANTIZE
 
 GROUP = 32  # int4 weights that share a scale
-ROWS = 1024  # of a weight quantised at a time: what a cache holds, and a multiple of all steps in which kernels arrange rows
+ROWS = 1024  # rows of a weight quantised at a time: they fit into a cache, and kernels arrange rows in steps that divide it
 
 
 class Bytes:
-    """Activations as 16-bit integers in two bytes. Layers that read the same activations share one, and the work."""
+    """Converts activations to 16-bit integers in two bytes. Layers with the same input share one, and its last result."""
 
     def __init__(self):
         self._last: tuple = (None, None)
 
     def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows `[R, K]` as uint8 `[2R, K]`, all low bytes and then all high ones, zero at 32,768; and their steps `[R, 1]`."""
-        known, made = self._last  # read once: another thread may be at work on the same model
+        """Converts rows `[R, K]`.
+
+        Returns:
+            uint8 `[2R, K]`, all low bytes and then all high bytes, with 32,768 for zero; and the step of each row, float32
+            `[R, 1]`.
+        """
+        known, made = self._last  # read once: another thread may run the same model
         if rows is known:
             return made
         step = torch.linalg.vector_norm(rows, float("inf"), 1, True, dtype=torch.float32).clamp_(min=1e-30) / 32767
-        whole = (rows / step).add_(32768.5).to(torch.int32)  # cut, so rounded; 1 to 65,535
+        whole = (rows / step).add_(32768.5).to(torch.int32)  # truncation after adding 0.5 rounds; 1 to 65,535
         both = whole.view(torch.uint8).view(*rows.shape, 4)[..., :2].permute(2, 0, 1).reshape(-1, rows.shape[1])
         self._last = rows, (both, step)
         return both, step
@@ -43,15 +48,15 @@ class Int8Linear(nn.Module):
 
     Args:
         layer: what to quantise, on the CPU.
-        wide: the same layer unquantised, for prompts, that is for more than one row; None to use the int8 weights for them
-            too.
+        full: the same layer unquantised, used for prompts, that is for more than one row; None to use the int8 weights for
+            them too.
         to_bytes: shared with the layers that read the same input.
     """
 
-    def __init__(self, layer: nn.Linear, wide: nn.Module | None = None, to_bytes: Bytes | None = None):
+    def __init__(self, layer: nn.Linear, full: nn.Module | None = None, to_bytes: Bytes | None = None):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        self.wide, self.to_bytes = wide, to_bytes or Bytes()
+        self.full, self.to_bytes = full, to_bytes or Bytes()
         self.bias = None if layer.bias is None else layer.bias.float()
         scales, wholes, sums = [], [], []
         for rows in layer.weight.split(ROWS):
@@ -63,19 +68,19 @@ class Int8Linear(nn.Module):
         self.scale = torch.cat(scales)
         self.packed = torch.ops.onednn.qlinear_prepack(torch.cat(wholes), None)
         self.zero = torch.zeros(self.out_features, dtype=torch.int32)
-        # What 32,768, the zero of the activations, adds to low + 256 * high, taken off half in each of the two.
+        # Activations are offset by 32,768. This takes its contribution to low + 256 * high off again, the same amount from both.
         self.offset = (torch.cat(sums).double() * self.scale.double() * (-32768 / 257)).float()
 
     @property
     def nbytes(self) -> int:
-        """What it holds beside parameters and other modules."""
+        """Bytes that it holds beside parameters and other modules."""
         return self.packed.numel() + 12 * self.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if self.wide is not None and len(rows) > 1:
-            return self.wide(x)
-        # In pieces, for both bytes of many rows take much memory.
+        if self.full is not None and len(rows) > 1:
+            return self.full(x)
+        # In pieces: both bytes of many rows take much memory.
         pieces = [self._product(piece) for piece in (rows.split(ROWS) if len(rows) > ROWS else [rows])]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:-1], -1)
 
@@ -93,36 +98,36 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """`x @ W.T + bias` with int4 weights; arguments as `Int8Linear`."""
 
-    def __init__(self, layer: nn.Linear, wide: nn.Module | None = None):
+    def __init__(self, layer: nn.Linear, full: nn.Module | None = None):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        self.wide, self.bias = wide, layer.bias
+        self.full, self.bias = full, layer.bias
         packed, scales = zip(*(self._pack(rows) for rows in layer.weight.split(ROWS)), strict=True)
         self.packed, self.scales = torch.cat(packed), torch.cat(scales, 1)
 
     @staticmethod
     def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some rows of a weight, in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
-        # The kernel goes in steps of 16 rows; what is added comes out as zeros and is cut off.
+        """Some rows of a weight in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
+        # The kernel works in steps of 16 rows. Rows that are added here are cut off from the output.
         rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
         groups = rows.view(len(rows), -1, GROUP)
         low, high = groups.aminmax(dim=-1, keepdim=True)
-        # Rounded as the kernel will read them, before anything is measured in them.
+        # Rounded to the dtype in which the kernel reads them, before weights are expressed in them.
         scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
-        middle = (low + 8 * scale).to(weight.dtype).float()  # what 8, the kernel's zero, stands for
+        middle = (low + 8 * scale).to(weight.dtype).float()  # the weight that the kernel's zero, 8, represents
         whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
         scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
 
     @property
     def nbytes(self) -> int:
-        """What it holds beside parameters and other modules."""
+        """Bytes that it holds beside parameters and other modules."""
         return self.packed.nbytes + self.scales.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if self.wide is not None and len(rows) > 1:
-            return self.wide(x)
+        if self.full is not None and len(rows) > 1:
+            return self.full(x)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
         y = y[:, : self.out_features]
         if self.bias is not None:
@@ -131,8 +136,10 @@ class Int4Linear(nn.Module):
 
 
 def check(kind: str, device: torch.device) -> None:
-    """Raises:
-    UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
+    """Check that a kind of quantisation works here.
+
+    Raises:
+        UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
     """
     if kind not in QUANTIZE:
         raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(QUANTIZE)}")
@@ -146,7 +153,7 @@ def check(kind: str, device: torch.device) -> None:
 
 @lru_cache
 def _int8_is_exact() -> bool:
-    """Whether products of bytes are there and exact: CPUs without dot-product instructions (VNNI) cut sums of pairs to 16 bits."""
+    """Whether products of bytes exist and are exact: CPUs without dot-product instructions (VNNI) clip sums of pairs to 16 bits."""
     if not can_pack(torch.empty(1)) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
     packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8), None)
@@ -158,15 +165,15 @@ def _int8_is_exact() -> bool:
 
 
 def quantize(
-    model: nn.Module, kind: str, wide: nn.Module | None = None, progress: Callable[[int, int], None] | None = None
+    model: nn.Module, kind: str, full: nn.Module | None = None, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Quantises the linear layers of a language model and its output layer, a few at a time.
+    """Quantises the linear layers of a language model and its output layer in place, a few at a time.
 
     Args:
         model: with `model.language_model` and `lm_head`.
         kind: "int8" or "int4".
-        wide: the same model unquantised, whose layers are to be kept for prompts: faster there, at the price of memory.
-        progress: called with layers done and layers in all.
+        full: the same model unquantised, if its layers are kept for prompts: faster there, but takes more memory.
+        progress: called with the number of layers done and of all layers.
     """
     to_bytes = Bytes()
     places = [
@@ -178,13 +185,13 @@ def quantize(
 
     def make(path: str) -> None:
         layer = model.get_submodule(path)
-        # Only ever one row of the output layer is asked for.
-        kept = None if wide is None or path == "lm_head" else wide.get_submodule(path)
+        # The output layer is only called with one row.
+        kept = None if full is None or path == "lm_head" else full.get_submodule(path)
         made = Int8Linear(layer, kept, to_bytes) if kind == "int8" else Int4Linear(layer, kept)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, made)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # much of it is not parallel in itself
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # much of the work runs on one thread
         for done, _ in enumerate(pool.map(make, places), 1):
             if progress:
                 progress(done, len(places))

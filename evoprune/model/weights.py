@@ -1,8 +1,8 @@
-"""The weights of a Qwen2.5-VL or Qwen2-VL, under Hugging Face's names, and nothing else.
+"""The bare tree of weights of a Qwen2.5-VL or Qwen2-VL, under Hugging Face's names. It has no forward pass.
 
-`vision/tower.py` and `language/decoder.py` run on the weights alone. They run as well on a model that somebody loaded with
-transformers, because the names are the same; but that library takes longer to import than a short answer takes, so a model
-loaded here does without it.
+`vision/tower.py` and `language/decoder.py` compute on such a tree. They also run on a model that was loaded with transformers,
+because the names are the same. Models loaded by this package do without transformers, whose import takes longer than a short
+answer.
 """
 
 import torch
@@ -11,17 +11,17 @@ from torch import nn
 from evoprune.model.config import QWEN2, Config, TextConfig, VisionConfig
 
 
-class Part(nn.Module):
-    """Named modules side by side."""
+class Tree(nn.Module):
+    """A node of the tree: a module whose children have these names."""
 
-    def __init__(self, **parts: nn.Module):
+    def __init__(self, **children: nn.Module):
         super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
+        for name, child in children.items():
+            self.add_module(name, child)
 
 
 class Norm(nn.Module):
-    """The scale of an RMS norm, `[size]`; or with a bias, that of a layer norm."""
+    """The scale of an RMS norm, `[size]`; with a bias, scale and bias of a layer norm."""
 
     def __init__(self, size: int, bias: bool = False):
         super().__init__()
@@ -29,35 +29,35 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
 
-def _mlp(hidden: int, inner: int, bias: bool) -> Part:
-    return Part(
+def _mlp(hidden: int, inner: int, bias: bool) -> Tree:
+    return Tree(
         gate_proj=nn.Linear(hidden, inner, bias=bias),
         up_proj=nn.Linear(hidden, inner, bias=bias),
         down_proj=nn.Linear(inner, hidden, bias=bias),
     )
 
 
-class Tower(Part):
-    """The vision tower's weights. `config`: `VisionConfig`."""
+class Tower(Tree):
+    """The vision tower's weights."""
 
     def __init__(self, config: VisionConfig):
         wide, patch = config.hidden_size, (config.temporal_patch_size, config.patch_size, config.patch_size)
         qwen2, inner = config.family == QWEN2, config.intermediate_size
         joined = wide * config.spatial_merge_size**2
         super().__init__(
-            patch_embed=Part(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=False)),
+            patch_embed=Tree(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=False)),
             blocks=nn.ModuleList(
-                Part(
+                Tree(
                     norm1=Norm(wide, bias=qwen2),
                     norm2=Norm(wide, bias=qwen2),
-                    attn=Part(qkv=nn.Linear(wide, 3 * wide), proj=nn.Linear(wide, wide)),
-                    mlp=Part(fc1=nn.Linear(wide, inner), fc2=nn.Linear(inner, wide))
+                    attn=Tree(qkv=nn.Linear(wide, 3 * wide), proj=nn.Linear(wide, wide)),
+                    mlp=Tree(fc1=nn.Linear(wide, inner), fc2=nn.Linear(inner, wide))
                     if qwen2
                     else _mlp(wide, inner, True),
                 )
                 for _ in range(config.depth)
             ),
-            merger=Part(
+            merger=Tree(
                 ln_q=Norm(wide, bias=qwen2),
                 mlp=nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.out_hidden_size)),
             ),
@@ -65,22 +65,22 @@ class Tower(Part):
         self.config = config
 
 
-class LanguageModel(Part):
-    """The decoder's weights. `config`: `TextConfig`."""
+class LanguageModel(Tree):
+    """The language model's weights, without its output layer."""
 
     def __init__(self, config: TextConfig):
         wide, heads = config.hidden_size, config.num_attention_heads
-        narrow = wide // heads * config.num_key_value_heads
+        key_value = wide // heads * config.num_key_value_heads
         super().__init__(
             embed_tokens=nn.Embedding.from_pretrained(torch.empty(config.vocab_size, wide)),
             layers=nn.ModuleList(
-                Part(
+                Tree(
                     input_layernorm=Norm(wide),
                     post_attention_layernorm=Norm(wide),
-                    self_attn=Part(
+                    self_attn=Tree(
                         q_proj=nn.Linear(wide, wide),
-                        k_proj=nn.Linear(wide, narrow),
-                        v_proj=nn.Linear(wide, narrow),
+                        k_proj=nn.Linear(wide, key_value),
+                        v_proj=nn.Linear(wide, key_value),
                         o_proj=nn.Linear(wide, wide, bias=False),
                     ),
                     mlp=_mlp(wide, config.intermediate_size, bias=False),
@@ -92,19 +92,19 @@ class LanguageModel(Part):
         self.config = config
 
 
-class QwenVL(Part):
-    """All weights: `model.visual`, `model.language_model`, `lm_head`. `config`: `Config`."""
+class QwenVL(Tree):
+    """All weights: `model.visual`, `model.language_model` and `lm_head`, the output layer."""
 
     def __init__(self, config: Config):
         super().__init__(
-            model=Part(visual=Tower(config.vision_config), language_model=LanguageModel(config.text_config)),
+            model=Tree(visual=Tower(config.vision_config), language_model=LanguageModel(config.text_config)),
             lm_head=nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False),
         )
         self.config = config
         self.tie()
 
     def tie(self) -> None:
-        """Makes input and output embeddings one, where the config says so."""
+        """Makes input and output embeddings share one tensor, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
 
@@ -118,13 +118,13 @@ class QwenVL(Part):
 
 
 def empty(config: Config) -> QwenVL:
-    """A model on the meta device: names and shapes, no memory."""
+    """A model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return QwenVL(config).eval().requires_grad_(False)
 
 
 def shared(model: QwenVL) -> QwenVL:
-    """Another model on the same tensors, whose layers can be exchanged without touching those of the first."""
+    """Another tree on the same tensors. Its layers can be replaced without changing the first one."""
     other = empty(model.config)
     other.load_state_dict(model.state_dict(), assign=True)
     other.tie()
@@ -132,7 +132,7 @@ def shared(model: QwenVL) -> QwenVL:
 
 
 def name_in_memory(name: str) -> str:
-    """Where a tensor of a checkpoint belongs: published ones keep tower and language model under older names."""
+    """The name in the tree of a tensor in a checkpoint. Published checkpoints use older names for tower and language model."""
     if name.startswith("visual."):
         return "model." + name
     if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):

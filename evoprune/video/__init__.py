@@ -1,6 +1,4 @@
-"""Reading videos: where they come from (`source`), what they hold (`probe`, `scan`), which moments to look at (`sampling`),
-and the frames shown then (`decode`).
+"""Videos: what is in a file (`probe`), which frames to take (`sampling`, `plan`), and the frames themselves (`decode`).
 
-Videos are not trusted. These modules only ask; FFmpeg is used by others (`tasks`: with `facts`, `survey`, and `pyav` or `decord`
-for files, `folder` for images), in a process apart (`isolation` here, `worker` there, `channel` between them).
+`readers` calls FFmpeg. Files are not trusted: `sandbox` runs the readers in another process, which a broken file may crash.
 """

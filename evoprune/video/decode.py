@@ -1,4 +1,4 @@
-"""From moments to frames: full-size RGB, in chunks of bounded size, with work in proportion to what is needed."""
+"""The frames at given times: full-size RGB, in chunks of bounded size. Work grows with what is asked for, not with the file."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from evoprune.errors import UsageError
 from evoprune.video.info import VideoInfo
-from evoprune.video.sandbox.isolation import call, pictures
+from evoprune.video.sandbox.isolation import run_task, stream_frames
 
 DECODERS = ("auto", "pyav", "decord")
 
@@ -21,8 +21,9 @@ class FrameChunk:
     Attributes:
         first: index of the first of them among the plan's times.
         frames: uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous.
-        times_s: when each frame that is used is really shown, in seconds from the video's first frame.
-        damaged: packets (of a folder: images) met on the way to these frames, and not before, that are damaged.
+        times_s: the time of each frame itself, which may be earlier than the time that was asked for; seconds from the
+            video's first frame.
+        damaged: damaged packets (of a folder: images) that were met on the way to these frames, and not in earlier chunks.
     """
 
     first: int
@@ -39,27 +40,27 @@ def read_frames(
     chunk_bytes: int = 64 * 2**20,
     even: bool = True,
 ) -> Iterator[FrameChunk]:
-    """The frame on screen at each moment: the first frame before the video begins, the last one after it ends.
+    """The frame on screen at each time: the first frame before the video begins, the last one after it ends.
 
     All frames have the size in `info`; where a video changes its size, they are scaled to it. Damaged packets are
-    skipped: the frame before them stays on screen. (decord does not tell of damage: it stops, or patches up silently.) Close the
-    iterator to stop early.
+    skipped: the frame before them stays on screen. (decord does not report damage: it stops, or patches up silently.)
+    Close the iterator to stop early.
 
     Args:
         info: the video, from `probe`.
-        times_s: moments in seconds from the video's first frame, ascending; a moment may repeat.
+        times_s: seconds from the video's first frame, ascending; a time may repeat.
         decoder: `auto`, `pyav` or `decord`, see `choose_decoder`.
         chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger.
-        even: chunks hold an even number of frames (the last one the rest), so that no pair is torn apart.
+        even: every chunk but the last holds an even number of frames, so that no frame pair is split.
 
     Raises:
         UsageError: unknown or missing decoder, or times that do not ascend.
         VideoError: the decoder refuses such videos; or, while iterating, the file cannot be read (any more), or
-            nothing in it can be decoded; see also `isolation.call`.
+            no frame can be decoded; see also `isolation.run_task`.
     """
     times = tuple(float(t) for t in times_s)
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
-        raise UsageError("times of frames must be finite and ascend")
+        raise UsageError("times of frames must be numbers that ascend")
     decoder = choose_decoder(decoder, info)
     per_chunk = max(2, chunk_bytes // (info.width * info.height * 3))
     if even:
@@ -68,7 +69,7 @@ def read_frames(
 
 
 def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
-    """The decoder that a name stands for, `pyav` or `decord`, once it is sure that it can be used.
+    """The decoder to use, `pyav` or `decord`, after a check that it can be used.
 
     `auto` is PyAV. decord finds frames by counting them, and after a jump its count is wrong wherever groups of pictures
     are open (x265's default), refreshed gradually, or stored out of order in AVI: its `get_batch` then returns other
@@ -87,14 +88,15 @@ def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
         raise UsageError(f"unknown decoder {decoder!r}", f"choose one of {', '.join(DECODERS)}")
     if decoder != "decord":
         return "pyav"
-    call("check_decord", info.path if info else "", {"info": asdict(info) if info else None})
+    run_task("check_decord", info.path if info else "", {"info": asdict(info) if info else None})
     return "decord"
 
 
 def _chunks(info: VideoInfo, times: Sequence[float], decoder: str, per_chunk: int) -> Iterator[FrameChunk]:
     firsts = range(0, len(times), per_chunk)
-    counts = [min(per_chunk, len(times) - first) for first in firsts]
-    if not counts:
+    sizes = [min(per_chunk, len(times) - first) for first in firsts]
+    if not sizes:
         return
-    for first, (frames, shown, damaged) in zip(firsts, pictures(info, times, decoder, counts), strict=True):
-        yield FrameChunk(first, frames, tuple(shown), damaged)
+    arrays = stream_frames(info, times, decoder, sizes)
+    for first, (frames, frame_times, damaged) in zip(firsts, arrays, strict=True):
+        yield FrameChunk(first, frames, tuple(frame_times), damaged)

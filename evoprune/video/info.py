@@ -1,39 +1,31 @@
-"""What is known about a video: the facts that everything else starts from, and what only reading all of it tells."""
+"""What is known about a video: `VideoInfo` from its metadata, `ScanResult` from decoding all of it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-# Images of a folder per second, unless the caller says otherwise: the rate at which frames for Qwen2.5-VL are usually extracted.
+# Default frame rate of a folder of images: the rate at which frames for Qwen2.5-VL are usually extracted.
 FOLDER_FPS = 2.0
-
-# Is told of what is damaged in a video: its number, by which it is known if it is met again; None where the file breaks off.
-Damage = Callable[[int | None], None]
-
-
-def ignored(what: int | None) -> None:
-    """A `Damage` that nobody wants to know of."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Facts about a video file, or about a folder of images that stands for one.
+    """Metadata of a video file, or of a folder of images that is read as a video.
 
     Attributes:
-        path: as it was given.
+        path: as the caller gave it.
         duration_s: seconds from the first frame to the end of the last one; None if unknown.
-        width, height: pixels as displayed, after rotation (the shape of a pixel is not taken into account).
-        rotation_deg: how far stored frames are turned clockwise for display: 0, 90, 180 or 270.
-        codec: such as `h264`; of a folder that of its first image, such as `png`.
+        width, height: pixels as displayed, after rotation. Non-square pixels are not corrected.
+        rotation_deg: clockwise rotation that turns stored frames into displayed ones: 0, 90, 180 or 270.
+        codec: such as `h264`; for a folder the codec of its first image, such as `png`.
         pix_fmt: such as `yuv420p`.
         container: FFmpeg's name of the format, such as `matroska,webm`; `folder` for a folder.
         fps: average frames per second; None if unknown.
-        variable_rate: None if only a scan of the whole file could tell.
+        variable_rate: whether frame intervals differ; None if only a scan of the whole file could tell.
         frames_total: None if only a scan of the whole file could tell.
-        start_s: the file's own time of the first frame; all other times in this package count from there.
-        tags: the container's metadata.
-        mirrored: stored frames are flipped left to right before they are turned.
-        stated_s: seconds from the first frame to the end of the last one by the file's own word, which is more than `duration_s`
-            where it was cut off; None where the file does not say, or says so of sound and pictures together.
+        start_s: the file's own timestamp of the first frame. All other times in this package count from there.
+        tags: metadata tags of the container.
+        mirrored: stored frames are flipped left to right before they are rotated.
+        stated_s: the duration that the file states, in seconds from the first frame to the end of the last one. It exceeds
+            `duration_s` if the file was cut off. None if the file states none, or only one for sound and pictures together.
     """
 
     path: str
@@ -54,7 +46,7 @@ class VideoInfo:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the end that the file states is missing: half a second, and 2%, are mere ways of counting."""
+        """Whether the end of the video is missing. Differences up to 0.5 s or 2% come from ways of counting."""
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
@@ -65,14 +57,14 @@ class ScanResult:
     """What decoding a video from beginning to end found.
 
     Attributes:
-        frames: how many can be decoded.
-        damaged: packets (of a folder: images) that are damaged, and were skipped or patched up. Containers that hide their
-            damage, such as Matroska, show it only by a `duration_s` below `stated_s`.
+        frames: how many frames can be decoded.
+        damaged: damaged packets (of a folder: images) that were skipped or patched up. Containers that hide their
+            damage, such as Matroska, reveal it only by a `duration_s` below `stated_s`.
         duration_s: seconds from the first frame to the end of the last one.
         stated_s: as in `VideoInfo`.
-        variable_rate: whether more frame intervals are out of step than damage explains.
+        variable_rate: whether more frame intervals are irregular than damage explains.
         largest_gap_s: longest time in seconds from one frame to the next; 0 for a single frame.
-        keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, from the last one to the end.
+        keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, or from the last one to the end.
         seconds: how long the scan took.
     """
 

@@ -1,34 +1,35 @@
-"""What of a video will be looked at: which moments, at which size, within every limit. Numbers only, no torch, no files."""
+"""Which frames a model sees, and how large: sampling times and frame size within all limits. Numbers only, no files."""
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.probe import VideoInfo
+from evoprune.video.info import VideoInfo
 from evoprune.video.sampling import SamplingPlan, plan_sampling
 
-# Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU gets through in about a minute.
+# Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS = 24_576
 MAX_VISUAL_TOKENS_CPU = 4_096
 
 
 def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
-    """A real model on a CPU would be at it for many minutes, so it gets less to look at."""
+    """The limit before pruning. A real model on a CPU gets a lower one: more would take many minutes."""
     return MAX_VISUAL_TOKENS_CPU if on_cpu and not is_demo else MAX_VISUAL_TOKENS
 
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """How a model wants its video: which frames, how large, normalised how. The defaults are Qwen2.5-VL's own for video.
+    """What a model expects of a video: frame rate, frame size, normalisation. The defaults are Qwen2.5-VL's for video.
 
     Attributes:
         min_pixels, max_pixels: area of one frame after resizing.
-        fps: frames a second to take.
-        min_frames, max_frames: bounds on their number.
+        fps: frames to take per second of video.
+        min_frames, max_frames: bounds on the number of frames.
         image_mean, image_std: of the red, green and blue channel, values in 0..1.
         patch_size: side of a patch in pixels.
-        temporal_patch_size: frames in a grid.
-        merge_size: side of a merge unit in patches.
+        temporal_patch_size: frames in a frame pair.
+        merge_size: side of a unit in patches.
     """
 
     min_pixels: int = 128 * 28 * 28
@@ -44,21 +45,21 @@ class VideoLimits:
 
     @property
     def unit(self) -> int:
-        """Side of a merge unit in pixels."""
+        """Side of a unit in pixels."""
         return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be looked at.
+    """Which frames of a video the model sees, and how large.
 
     Attributes:
-        sampling: the moments.
+        sampling: the times of the frames.
         height, width: of the frames after resizing, in pixels.
-        grid: (T, H, W) in merge units.
-        frame_limit: the most frames that the model, or the caller instead, allows; more may be `sampling.wanted`.
-        token_limit: the most visual tokens.
-        capped: whether the token limit made frames smaller or fewer than the model's own limits ask for.
+        grid: (T, H, W): frame pairs, and rows and columns of units.
+        frame_limit: the largest number of frames, by the model or the caller; `sampling.wanted` may be larger.
+        token_limit: the largest number of visual tokens before pruning.
+        capped: whether the token limit made frames smaller or fewer than the model's own limits require.
     """
 
     sampling: SamplingPlan
@@ -71,27 +72,27 @@ class Plan:
 
     @property
     def visual_tokens(self) -> int:
-        """N, before pruning."""
+        """Number of units: visual tokens before pruning."""
         t, h, w = self.grid
         return t * h * w
 
     def shrunk(self, grid: tuple[int, int, int], limits: VideoLimits) -> "Plan":
-        """The same part of the video on another grid: so many frames spread over it, resized to so many units."""
-        count, height, width = grid
-        sampling = self.sampling.thinned(count * limits.temporal_patch_size)
+        """The same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
+        pairs, height, width = grid
+        sampling = self.sampling.thinned(pairs * limits.temporal_patch_size)
         return replace(self, sampling=sampling, height=height * limits.unit, width=width * limits.unit, grid=grid)
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
     """The frame size that Qwen2.5-VL sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
 
-    The area wins over the ratio (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
+    Where both cannot be had, the area is kept and the ratio is not (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
 
     Raises:
         ValueError: a side is not positive, or one is more than 200 times the other.
     """
     if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise ValueError(f"cannot resize {width}x{height}: sides must be positive and within a ratio of 200")
+        raise ValueError(f"cannot resize {width}x{height}: width and height must be positive and within a ratio of 200")
     rows, cols = round(height / factor), round(width / factor)
     if rows * cols * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -114,21 +115,21 @@ def make_plan(
     max_frames: int | None = None,
     max_visual_tokens: int = MAX_VISUAL_TOKENS,
 ) -> Plan:
-    """Moments and frame size for a video, within the model's limits and the token limit.
+    """Sampling times and frame size for a video, within the model's limits and the token limit.
 
-    Where there would be more than `max_visual_tokens`, frames become smaller, down to the model's smallest; then fewer; and where
-    even two of them are too many, smaller still.
+    If there would be more than `max_visual_tokens`, frames become smaller, down to the model's smallest; then fewer; and if
+    one frame pair is still too much, smaller than the model's smallest.
 
     Args:
         info: the video.
         limits: the model's.
-        fps, frames: frames a second, or in all; default: the model's rate.
-        start_s, end_s: the part to look at.
-        max_frames: instead of the model's limit.
+        fps, frames: frames per second, or in all; default: the model's rate.
+        start_s, end_s: the span to sample, in seconds.
+        max_frames: replaces the model's limit.
         max_visual_tokens: limit before pruning, at least 1.
 
     Raises:
-        VideoError: no length, nothing in the part, or a shape that cannot be resized. UsageError: numbers that make no sense.
+        VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range.
     """
     if max_visual_tokens < 1:
         raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
@@ -136,50 +137,64 @@ def make_plan(
         raise UsageError("fps and frames exclude each other", "give one of the two")
     if info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
-
-    def sample(most: int) -> SamplingPlan:
-        return plan_sampling(
-            info.duration_s,
-            fps=limits.fps if fps is None else fps,
-            frames=frames,
-            start_s=start_s,
-            end_s=end_s,
-            min_frames=limits.min_frames,
-            max_frames=most,
-        )
-
-    unit, pair = limits.unit, limits.temporal_patch_size
+    rate = limits.fps if fps is None else fps
+    sample = partial(
+        plan_sampling,
+        info.duration_s,
+        fps=rate,
+        frames=frames,
+        start_s=start_s,
+        end_s=end_s,
+        min_frames=limits.min_frames,
+    )
+    pair = limits.temporal_patch_size
     most_frames = limits.max_frames if max_frames is None else max_frames
-    # No more grids than there may be tokens: what nobody will look at needs no place in a list.
-    sampling = free = sample(min(most_frames, pair * max_visual_tokens))
+    # No more pairs than tokens are allowed, so that `times_s` stays short where `most_frames` is huge.
+    sampling = free = sample(max_frames=min(most_frames, pair * max_visual_tokens))
     try:
-        wished = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, unit)
-        height, width = wished
-        grids = sampling.frames // pair
-        if grids * _units(wished, unit) > max_visual_tokens:
-            least = min(limits.min_pixels, limits.max_pixels)
-            most = max(least, max_visual_tokens * unit**2 // grids)
-            height, width = smart_resize(info.height, info.width, least, most, unit)
-        if grids * _units((height, width), unit) > max_visual_tokens:
-            grids = max(1, max_visual_tokens // _units((height, width), unit))
-            sampling = sample(grids * pair)
-        if grids * _units((height, width), unit) > max_visual_tokens:
-            small = smart_resize(info.height, info.width, 1, max_visual_tokens * unit**2, unit)
-            height, width = _within(*small, unit, max_visual_tokens)
+        preferred = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, limits.unit)
+        size, pairs = _fit(info, limits, preferred, sampling.frames // pair, max_visual_tokens)
     except ValueError as problem:
         raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
-    grid = (sampling.frames // pair, height // unit, width // unit)
+    if pairs < sampling.frames // pair:
+        sampling = sample(max_frames=pairs * pair)
+    grid = (sampling.frames // pair, size[0] // limits.unit, size[1] // limits.unit)
     wanted = min(free.wanted, most_frames - most_frames % pair)
-    capped = (height, width) != wished or sampling.frames < wanted
-    return Plan(sampling, height, width, grid, most_frames, max_visual_tokens, capped)
+    capped = size != preferred or sampling.frames < wanted
+    return Plan(sampling, *size, grid, most_frames, max_visual_tokens, capped)
+
+
+def _fit(
+    info: VideoInfo, limits: VideoLimits, size: tuple[int, int], pairs: int, max_tokens: int
+) -> tuple[tuple[int, int], int]:
+    """The frame size, (height, width) in pixels, and the number of frame pairs that together have at most `max_tokens` units.
+
+    Args:
+        info: the video.
+        limits: the model's.
+        size, pairs: without a limit on tokens.
+        max_tokens: first the size is reduced, down to the model's smallest; then the pairs, down to one; then the size again.
+
+    Raises:
+        ValueError: a shape that cannot be resized.
+    """
+    unit = limits.unit
+    if pairs * _units(size, unit) > max_tokens:
+        least = min(limits.min_pixels, limits.max_pixels)
+        size = smart_resize(info.height, info.width, least, max(least, max_tokens * unit**2 // pairs), unit)
+    if pairs * _units(size, unit) > max_tokens:
+        pairs = max(1, max_tokens // _units(size, unit))
+    if pairs * _units(size, unit) > max_tokens:
+        size = _cut(*smart_resize(info.height, info.width, 1, max_tokens * unit**2, unit), unit, max_tokens)
+    return size, pairs
 
 
 def _units(size: tuple[int, int], unit: int) -> int:
     return (size[0] // unit) * (size[1] // unit)
 
 
-def _within(height: int, width: int, unit: int, most: int) -> tuple[int, int]:
-    """Cuts the longer side of a very long picture until it has at most `most` units."""
+def _cut(height: int, width: int, unit: int, most: int) -> tuple[int, int]:
+    """Shortens the longer side of a very long picture until it has at most `most` units. In pixels."""
     rows, cols = height // unit, width // unit
     if rows <= cols:
         cols = min(cols, most // rows)

@@ -1,27 +1,44 @@
-"""The facts about a video that everything else starts from."""
+"""What is in a video: `probe` reads its metadata, `scan` decodes all of it."""
 
 import os
 
-from evoprune.video.info import FOLDER_FPS, VideoInfo
-from evoprune.video.sandbox.isolation import call
+from evoprune.video.info import FOLDER_FPS, ScanResult, VideoInfo
+from evoprune.video.sandbox.isolation import run_task
 
-__all__ = ["VideoInfo", "probe"]
+__all__ = ["VideoInfo", "probe", "scan"]
 
 
 def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> VideoInfo:
-    """Read the facts about a video file, or about a folder of images, which are then its frames.
+    """Read the metadata of a video file, or of a folder of images, which then become its frames.
 
-    Decodes the first frame and reads the packets of the last seconds; a file that cannot be entered near its end is
-    read through once, without decoding.
+    Decodes the first frame and reads the packets of the last seconds. If the file cannot be entered near its end, all its
+    packets are read once, without decoding.
 
     Args:
-        path: the file or folder. It is never taken for a URL or a pattern, and a playlist is not followed.
-        folder_fps: how many images of a folder make a second.
+        path: the file or folder. It is never taken for a URL or a pattern, and playlists are not followed.
+        folder_fps: images of a folder per second of video.
 
     Raises:
         UsageError: `folder_fps` is not above 0.
-        VideoError: no such file, not a video, no video stream, or one of which nothing can be decoded; a folder
-            without images; see also `isolation.call`.
+        VideoError: no such file, not a video, no video stream, no frame that can be decoded, or a folder without images;
+            see also `isolation.run_task`.
     """
     path = os.fspath(path)
-    return VideoInfo(**call("probe", path, {"path": path, "folder_fps": folder_fps}))
+    return VideoInfo(**run_task("probe", path, {"path": path, "folder_fps": folder_fps}))
+
+
+def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> ScanResult:
+    """Decode a whole video once, to find damage, its true length, and how regular its frames and keyframes are.
+
+    Memory does not grow with the video: a few frames at a time, and a count of each frame interval.
+
+    Args:
+        path: a file, or a folder of images.
+        folder_fps: images of a folder per second of video.
+
+    Raises:
+        UsageError: `folder_fps` is not above 0.
+        VideoError: not a video, or no frame can be decoded; see also `isolation.run_task`.
+    """
+    path = os.fspath(path)
+    return ScanResult(**run_task("scan", path, {"path": path, "folder_fps": folder_fps}))

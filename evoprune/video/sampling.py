@@ -1,4 +1,4 @@
-"""Which moments of a video to look at: pure functions on numbers, no files.
+"""Which frames of a video are sampled: pure functions on numbers, no files.
 
 All times are seconds from the video's first frame.
 """
@@ -13,12 +13,12 @@ from evoprune.errors import UsageError, VideoError
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The moments at which frames are taken.
+    """The times at which frames are taken.
 
     Attributes:
-        start_s, end_s: the part of the video that is covered, in seconds.
-        times_s: the moments in seconds, ascending, each in the middle of its equal share of the part.
-        wanted: how many moments were called for before `max_frames` limited them.
+        start_s, end_s: the span of the video that is covered, in seconds.
+        times_s: one time for each frame, in seconds, ascending: the middles of equal shares of the span.
+        wanted: the number of frames before `max_frames` limited it.
     """
 
     start_s: float
@@ -37,16 +37,16 @@ class SamplingPlan:
         return (self.end_s - self.start_s) / self.frames
 
     def seconds_per_grid(self, temporal_patch: int = 2) -> float:
-        """Time from one grid, which joins `temporal_patch` frames, to the next."""
+        """Time from one frame pair (`temporal_patch` frames) to the next."""
         return temporal_patch * self.seconds_per_frame
 
     def thinned(self, frames: int) -> "SamplingPlan":
-        """The same part of the video with so many frames."""
+        """The same span of the video with this number of frames."""
         return replace(self, times_s=even_times(self.start_s, self.end_s, frames))
 
 
 def even_times(start_s: float, end_s: float, count: int) -> tuple[float, ...]:
-    """The middles of `count` equal shares of the part from `start_s` to `end_s`, in seconds."""
+    """The middles of `count` equal shares of the span from `start_s` to `end_s`, in seconds."""
     return tuple(start_s + (i + 0.5) * (end_s - start_s) / count for i in range(count))
 
 
@@ -60,20 +60,20 @@ def plan_sampling(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> SamplingPlan:
-    """Spread an even number of frames over a video, or over a part of it: t_i = start + (i + 0.5) * span / n.
+    """Spread an even number of frames over a video, or over a span of it: t_i = start + (i + 0.5) * span / n.
 
     Args:
         duration_s: the video's length in seconds.
         fps: frames to take per second of video; the count is rounded to the nearest even number, at least 2, and kept
             within `min_frames` and `max_frames`. Ignored when `frames` is given.
         frames: exact number of frames; an odd one is rounded up, and only `max_frames` limits it.
-        start_s, end_s: the part to look at, in seconds; `end_s` beyond the video's end, or None, means its end.
+        start_s, end_s: the span to sample, in seconds; `end_s` beyond the video's end, or None, means its end.
         min_frames, max_frames: limits of the count; an odd `min_frames` is rounded up, an odd `max_frames` down, and
             where they contradict each other `max_frames` wins.
 
     Raises:
-        UsageError: a number that makes no sense (nan, infinite, negative, no frames at all).
-        VideoError: the part is empty.
+        UsageError: a number is out of range (nan, infinite, negative, no frames at all).
+        VideoError: the span is empty.
     """
     _check("start", start_s, least=0)
     _check("end", end_s, least=0)
@@ -81,7 +81,22 @@ def plan_sampling(
     _check("min_frames", min_frames, least=0)
     if frames is None and fps is None:
         raise UsageError("neither fps nor frames is given", "give one of the two")
+    end = _span_end(duration_s, start_s, end_s)
+    if frames is not None:
+        _check("frames", frames, least=1)
+        wanted = frames + frames % 2
+    else:
+        _check("fps", fps, least=0)
+        if fps == 0:
+            raise UsageError("fps is 0", "give a number above 0")
+        nearest = 2 * math.floor(min((end - start_s) * fps, sys.maxsize) / 2 + 0.5)
+        wanted = max(nearest, 2, min_frames + min_frames % 2)
+    count = min(wanted, max_frames - max_frames % 2)
+    return SamplingPlan(start_s, end, even_times(start_s, end, count), wanted)
 
+
+def _span_end(duration_s: float, start_s: float, end_s: float | None) -> float:
+    """Where the span ends, in seconds, or the video if that is earlier. Raises VideoError if the span is empty."""
     if not 0 < duration_s < math.inf:
         raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
     end = duration_s if end_s is None else min(end_s, duration_s)
@@ -94,19 +109,7 @@ def plan_sampling(
             f"nothing between start {start_s:g} s and end {end_s:g} s of the video, which is {duration_s:g} s long",
             "choose an end after the start",
         )
-
-    span, most = end - start_s, max_frames - max_frames % 2
-    if frames is not None:
-        _check("frames", frames, least=1)
-        wanted = frames + frames % 2
-    else:
-        _check("fps", fps, least=0)
-        if fps == 0:
-            raise UsageError("fps is 0", "give a number above 0")
-        nearest = 2 * math.floor(min(span * fps, sys.maxsize) / 2 + 0.5)
-        wanted = max(nearest, 2, min_frames + min_frames % 2)
-    count = min(wanted, most)
-    return SamplingPlan(start_s, end, even_times(start_s, end, count), wanted)
+    return end
 
 
 def parse_time(text: str) -> float:
@@ -117,9 +120,9 @@ def parse_time(text: str) -> float:
     """
     match = re.fullmatch(r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)", text.strip())
     if match:
-        hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        hours, minutes, seconds = (float(group or 0) for group in match.groups())
         total = hours * 3600 + minutes * 60 + seconds
-        # The leading part may be any number (90:00 is an hour and a half), those after it stop at 60.
+        # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
         whole = (minutes < 60 or not match[1]) and (seconds < 60 or not match[2])
         if whole and math.isfinite(total):
             return total
@@ -128,4 +131,4 @@ def parse_time(text: str) -> float:
 
 def _check(name: str, value: float | None, *, least: float) -> None:
     if value is not None and not least <= value < math.inf:
-        raise UsageError(f"{name} is {value}", f"give a finite number, {least} or more")
+        raise UsageError(f"{name} is {value}", f"give a number, {least} or more")

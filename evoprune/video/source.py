@@ -1,4 +1,4 @@
-"""Where a video comes from: a path, or standard input."""
+"""The source of a video: a path, or standard input, which is copied to a file."""
 
 import os
 import shutil
@@ -21,12 +21,12 @@ HINT = "pipe a video into it, e.g. evoprune ask - QUESTION < video.mp4"
 def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
     """A path to read the video from: `source` itself, or for `-` a temporary file that holds all of standard input.
 
-    The temporary file is there because videos are not read from front to back only; it is deleted in the end. Names of files that
-    this process has open, such as `/dev/stdin`, become their true ones, because it is another process that reads videos.
+    Readers seek, so standard input itself will not do. The temporary file is deleted at the end. Names of files that this
+    process has open, such as `/dev/stdin`, are resolved, because another process reads the video.
 
     Args:
         source: a path, or `-` (a file of that name is `./-`).
-        stdin: what to read for `-`; the process's standard input by default.
+        stdin: read for `-`; default: the process's standard input.
 
     Raises:
         UsageError: standard input is a terminal.
@@ -61,15 +61,15 @@ def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
             raise VideoError("standard input is empty", "did the command before the pipe fail?")
         try:
             yield path
-        except VideoError as problem:  # nobody knows that file
+        except VideoError as problem:  # the user does not know the temporary file
             problem.message = problem.message.replace(path, "standard input")
             raise
 
 
 def _is_endless(stdin: BinaryIO) -> bool:
-    """Whether it is a device such as /dev/zero, of which there may be no end; /dev/null has one."""
+    """Whether standard input is a device, such as /dev/zero, which may never end. /dev/null does end."""
     try:
         found = os.fstat(stdin.fileno())
-    except OSError:  # it is no file of the system's
+    except OSError:  # not a file of the operating system
         return False
     return stat.S_ISCHR(found.st_mode) and not os.path.samestat(found, os.stat(os.devnull))

@@ -19,7 +19,7 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method
-from evoprune.model.numerics import is_finite, not_finite
+from evoprune.model.numerics import all_numbers, not_a_number_error
 from evoprune.pruning.plan import EncoderPlan
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
@@ -211,7 +211,7 @@ class _Run:
         all rows. A picture that stands still is left whole where the plan allows: each row has seen all that surrounds it.
         """
         if not all_true(self.checks.finite):
-            raise not_finite("encode")
+            raise not_a_number_error("encode")
         plan, selector = self.plan, self.method.selector
         by_pair = rows.owner.view(plan.grid[0], -1)
         if plan.selected >= len(rows.x) and (by_pair == by_pair[0]).all():
@@ -241,7 +241,7 @@ class _Run:
             x, _ = run_layers(passage, after, x, layout)
             some = x[order.argsort()].split(self.at_once)
             tokens = torch.cat([merge_patches(self.visual, piece) for piece in some])
-            self.checks.finite.append(is_finite(tokens))
+            self.checks.finite.append(all_numbers(tokens))
         return _Rows(tokens, rows.unit, rows.owner)
 
     def given(self) -> dict[str, torch.Tensor]:
@@ -251,6 +251,6 @@ class _Run:
     def _check_finite(self, rows: torch.Tensor) -> None:
         if not len(rows):
             return
-        self.checks.finite.append(is_finite(rows))
+        self.checks.finite.append(all_numbers(rows))
         if not devices.static_shapes(self.device) and not self.checks.finite[-1]:
-            raise not_finite("encode")
+            raise not_a_number_error("encode")

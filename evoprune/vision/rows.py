@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from evoprune.methods.base import Method
-from evoprune.model.numerics import not_finite
+from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.indices import tally
 from evoprune.pruning.plan import EncoderPlan
 from evoprune.pruning.types import Selection, Tokens
@@ -73,7 +73,7 @@ class EncodedRows:
             ModelError: a row is not finite. RuntimeError: some group did not lose its rows.
         """
         if not all_true(self.checks.finite):
-            raise not_finite("encode")
+            raise not_a_number_error("encode")
         if self.checks.failed and torch.stack(self.checks.failed).any():
             raise RuntimeError(f"method {self.method.name} did not remove as many rows as it was asked to")
         return bool(self.checks.even) and all_true(self.checks.even), self.timer.seconds()

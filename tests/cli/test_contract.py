@@ -248,7 +248,7 @@ CASES = {
     "weights do not fit": out_of_memory(
         "load", "evoprune.pipeline.loading._load_weights", CPU_FULL, says="the weights of demo"
     ),
-    "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.isolation.mmap.mmap", OSError(12, "no memory")),
+    "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.memory.mmap.mmap", OSError(12, "no memory")),
     "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.patchify", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encoding.encode_rows", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.answering.prefill", CUDA_FULL),
@@ -260,12 +260,12 @@ CASES = {
     "interrupted while loading": Case(
         ASK, 130, "", breaks=("evoprune.pipeline.loading._load_weights", KeyboardInterrupt())
     ),
-    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.pictures", Terminated())),
+    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.stream_frames", Terminated())),
     "batch interrupted while loading": Case(
         BATCH, 130, "", breaks=("evoprune.pipeline.loading._load_weights", KeyboardInterrupt()), ways=EVERYWHERE
     ),
     "interrupted scan": Case(
-        ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.scan.scan", KeyboardInterrupt())
+        ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.probe.scan", KeyboardInterrupt())
     ),
 }
 WAYS = [pytest.param(case, way, id=f"{name}-{way}") for name, case in CASES.items() for way in case.ways]

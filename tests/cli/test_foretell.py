@@ -36,8 +36,8 @@ def told(cli, tiny_folder, monkeypatch):
             raise VideoError("enough", "for this test")
 
         with monkeypatch.context() as patch:
-            read = decode.pictures
-            patch.setattr(decode, "pictures", announced)
+            read = decode.stream_frames
+            patch.setattr(decode, "stream_frames", announced)
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
         assert result.code == (0 if whole else 3), result.err
         before, after = result.err.split("READING\n")

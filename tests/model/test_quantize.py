@@ -83,9 +83,9 @@ def test_zeros_and_constants(make):
 def test_prompts_go_through_the_unquantised_layer_if_it_was_kept(make):
     layer = layer_of()
     x = torch.randn(20, 96)
-    assert torch.equal(make(layer, wide=layer)(x), layer(x))
+    assert torch.equal(make(layer, full=layer)(x), layer(x))
     assert not torch.equal(make(layer)(x), layer(x))
-    assert not torch.equal(make(layer, wide=layer)(x[:1]), layer(x[:1]))
+    assert not torch.equal(make(layer, full=layer)(x[:1]), layer(x[:1]))
 
 
 @pytest.mark.parametrize(("kind", "near"), [("int8", 0.05), ("int4", 0.6)])

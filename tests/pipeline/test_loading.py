@@ -112,7 +112,7 @@ def test_forms_of_the_weights(saved, quantize, monkeypatch):
         if quantize == "none":
             assert isinstance(layer, PackedLinear) == (available is None)
         else:
-            assert isinstance(layer.wide, PackedLinear) == (available is None)
+            assert isinstance(layer.full, PackedLinear) == (available is None)
         sizes[available] = loaded.weights_bytes
     plain = sum(weight.nbytes for weight in tiny_model().parameters())
     if quantize == "none":

@@ -52,7 +52,7 @@ def write_video(
     Args:
         codec, options: FFmpeg's name of the encoder, and its options.
         rotation, mirrored: how players turn the frames: flipped left to right first, then so many degrees clockwise.
-        pts: when each frame is shown, in seconds; evenly by `fps` from `start` by default.
+        pts: the time of each frame in seconds; evenly by `fps` from `start` by default.
         gop: longest distance between keyframes.
         audio_s: length of a silent audio track; 0 for none.
         container_options: such as `{"movflags": "faststart"}`.

@@ -13,7 +13,7 @@ from tests.video.files import add_beside, numbered_frames, write_video
 class Kind:
     """How to write a file, and why decord refuses it (a part of its message), or None if it does not.
 
-    `hidden`: some of the frames are there but never shown. `stored`: the file lies in `data/`, because the
+    `hidden`: some frames are stored but never displayed. `stored`: the file lies in `data/`, because the
     encoders in PyAV's wheels cannot write its like. `beside`: another stream that comes first, see `add_beside`.
     """
 
@@ -34,7 +34,7 @@ VP9 = {"codec": "libvpx-vp9"}
 AV1 = {"codec": "libsvtav1"}
 OPEN_GOP = {"options": {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal"}}
 VARY = {"pts": [0.01 * i * i for i in range(40)]}
-NO_TIMES = "does not know when"
+NO_TIMES = "does not know the times"
 UNRELIABLE = "reliably"
 
 KINDS = {
@@ -131,8 +131,8 @@ def write_kind(folder: Path, name: str) -> Path:
 def _upright(kind: Kind) -> list[np.ndarray]:
     """Frames that show their numbers upright when they are displayed."""
     turns, mirrored = kind.how.get("rotation", 0) // 90, kind.how.get("mirrored", False)
-    shown = kind.size if turns % 2 == 0 else kind.size[::-1]
-    frames = [np.rot90(rgb, turns) for rgb in numbered_frames(kind.frames, *shown)]
+    displayed = kind.size if turns % 2 == 0 else kind.size[::-1]
+    frames = [np.rot90(rgb, turns) for rgb in numbered_frames(kind.frames, *displayed)]
     return [np.ascontiguousarray(rgb[:, ::-1] if mirrored else rgb) for rgb in frames]
 
 

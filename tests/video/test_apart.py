@@ -7,9 +7,8 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.decode import read_frames
-from evoprune.video.probe import probe
+from evoprune.video.probe import probe, scan
 from evoprune.video.sandbox import isolation
-from evoprune.video.scan import scan
 from experiments.decoders import in_this_process
 from tests.video.files import numbered_frames, pixels, write_image
 from tests.video.good import good_files
@@ -19,17 +18,17 @@ pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
 
 
 def everything(path, decoder, chunk_frames):
-    """Facts, what a scan finds, the frames at some moments, and since when they are shown; or the error."""
+    """Metadata, the result of a scan, the frames at some times and their own times; or the error."""
     info = probe(path)
     end = info.duration_s
-    moments = sorted([0.0, *np.linspace(0, end, 12), *np.random.default_rng(0).uniform(0, end, 5), end + 1])
+    times = sorted([0.0, *np.linspace(0, end, 12), *np.random.default_rng(0).uniform(0, end, 5), end + 1])
     chunk_bytes = chunk_frames * info.width * info.height * 3
     try:
-        chunks = list(read_frames(info, moments, decoder=decoder, chunk_bytes=chunk_bytes))
+        chunks = list(read_frames(info, times, decoder=decoder, chunk_bytes=chunk_bytes))
     except VideoError as problem:
         return info, None, (problem.message, problem.hint), None
-    shown = [(chunk.first, chunk.times_s, chunk.damaged) for chunk in chunks]
-    return info, replace(scan(path), seconds=0.0), shown, pixels(chunks)
+    displayed = [(chunk.first, chunk.times_s, chunk.damaged) for chunk in chunks]
+    return info, replace(scan(path), seconds=0.0), displayed, pixels(chunks)
 
 
 def check(path, chunk_frames):

@@ -1,6 +1,6 @@
 import numpy as np
 
-from evoprune.video.readers.pyav import SEEK_AHEAD_S
+from evoprune.video.readers.pyav import MIN_JUMP_S
 from evoprune.video.sandbox import isolation
 from experiments import decoders
 
@@ -18,13 +18,13 @@ def test_tables(monkeypatch, capsys):
     assert sum("cheaper" in line for line in lines) == 2
     from evoprune.video.readers import pyav
 
-    assert pyav.SEEK_AHEAD_S == SEEK_AHEAD_S
+    assert pyav.MIN_JUMP_S == MIN_JUMP_S
 
 
 def test_sides_alternate_and_the_first_round_does_not_count():
     calls = []
-    sides = [lambda: calls.append("a"), lambda: calls.append("b")]
-    assert all(spent >= 0 for spent in decoders.medians(sides, 2))
+    functions = [lambda: calls.append("a"), lambda: calls.append("b")]
+    assert all(spent >= 0 for spent in decoders.medians(functions, 2))
     assert calls == list("ababab")
 
 

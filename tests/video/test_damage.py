@@ -68,8 +68,8 @@ SMALL = (
 FORTY = [name for name, kind in KINDS.items() if kind.frames == 40 and not kind.hidden and name not in SPREAD]
 
 
-def shown(path):
-    """The facts, every frame's number as it is shown, how much damage was met."""
+def read(path):
+    """The facts, the number of every frame on screen, and how much damage was met."""
     info = probe(path)
     rate = info.fps or 25
     chunks = list(read_frames(info, [(i + 0.5) / rate for i in range(40)]))
@@ -79,8 +79,8 @@ def shown(path):
 @pytest.mark.parametrize("name", [name for name in FORTY if "vary" not in name])
 def test_one_damaged_packet_in_every_kind(name, folder):
     whole = write_kind(folder, name)
-    assert shown(whole)[2] == 0 and not probe(whole).cut_short
-    info, got, damaged = shown(spoil(whole, folder / f"spoilt_{name}", {14}))
+    assert read(whole)[2] == 0 and not probe(whole).cut_short
+    info, got, damaged = read(spoil(whole, folder / f"spoilt_{name}", {14}))
     assert got[:10] == list(range(10))
     if name not in SMALL + HIDDEN:
         assert damaged or info.cut_short
@@ -94,7 +94,7 @@ def test_a_cut_file_of_every_kind(name, folder):
     cut = folder / f"cut_{name}"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
     try:
-        info, got, _ = shown(cut)
+        info, got, _ = read(cut)
     except VideoError as problem:
         assert problem.exit_code == 3 and str(cut) in problem.message and problem.hint
         assert name.endswith((".mp4", ".mov"))  # their index comes last
@@ -115,10 +115,10 @@ def test_a_hole_is_noticed(way, sound, ending, folder):
     content = whole.read_bytes()
     begin, end = len(content) // 2, len(content) * 3 // 4
     holed = folder / f"holed_{sound}.{ending}"
-    moments = [0.05 + 0.1 * i for i in range(80)]
-    assert sum(chunk.damaged for chunk in read_frames(probe(whole), moments)) == 0
+    times = [0.05 + 0.1 * i for i in range(80)]
+    assert sum(chunk.damaged for chunk in read_frames(probe(whole), times)) == 0
     holed.write_bytes(content[:begin] + (bytes(end - begin) if way == "zeroed" else b"") + content[end:])
-    chunks = list(read_frames(probe(holed), moments))
+    chunks = list(read_frames(probe(holed), times))
     got = [number_of(rgb) for rgb in pixels(chunks)]
     assert got[:20] == list(range(20)) and got[-5:] == list(range(75, 80)) and got[45] < 45
     if way == "zeroed":  # what is left out may leave no trace

@@ -36,7 +36,7 @@ def everything(info):
         stream = container.streams.best("video")
         rate = stream.average_rate or stream.guessed_rate
         frames = [(frame.pts, turned(frame.to_ndarray(format="rgb24"), info)) for frame in container.decode(stream)]
-        if frames[0][0] is None or info.path.endswith("avi"):  # files that do not say when frames are shown
+        if frames[0][0] is None or info.path.endswith("avi"):  # files that state no times
             return [(float(i / rate), rgb) for i, (_, rgb) in enumerate(frames)]
         return [(float((pts - frames[0][0]) * stream.time_base), rgb) for pts, rgb in frames]
 
@@ -45,33 +45,33 @@ def turned(rgb, info):
     return np.rot90(np.fliplr(rgb) if info.mirrored else rgb, -info.rotation_deg // 90)
 
 
-def expected(frames, moment):
-    """What a player shows at that moment."""
-    return max((f for f in frames if f[0] <= moment + TOLERANCE_S), key=lambda f: f[0], default=frames[0])
+def expected(frames, wanted):
+    """What a player displays at that time."""
+    return max((f for f in frames if f[0] <= wanted + TOLERANCE_S), key=lambda f: f[0], default=frames[0])
 
 
 def test_the_frame_on_screen_is_read(info):
     frames = everything(info)
-    moments = sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), *(t for t, _ in frames[::3]), 99.0])
-    chunks = list(read_frames(info, moments))
-    shown = [expected(frames, moment) for moment in moments]
-    assert [t for chunk in chunks for t in chunk.times_s] == pytest.approx([t for t, _ in shown])
-    np.testing.assert_array_equal(pixels(chunks), np.stack([rgb for _, rgb in shown]))
+    times = sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), *(t for t, _ in frames[::3]), 99.0])
+    chunks = list(read_frames(info, times))
+    displayed = [expected(frames, wanted) for wanted in times]
+    assert [t for chunk in chunks for t in chunk.times_s] == pytest.approx([t for t, _ in displayed])
+    np.testing.assert_array_equal(pixels(chunks), np.stack([rgb for _, rgb in displayed]))
 
 
 def test_frames_come_in_the_order_they_were_written(info):
-    moments = [t + 0.001 for t, _ in everything(info)]
-    assert numbers(info, moments) == list(range(40))
+    times = [t + 0.001 for t, _ in everything(info)]
+    assert numbers(info, times) == list(range(40))
 
 
 @given(st.lists(st.floats(-1, 30), min_size=1, max_size=6).map(sorted), st.sampled_from([0.0, 0.5, 4.0, 1e9]))
 @settings(max_examples=60, deadline=None)
-def test_any_moments_with_or_without_jumps(long_file, moments, jump_from):
+def test_any_times_with_or_without_jumps(long_file, times, jump_from):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(isolation, "POSSIBLE", False)
-        patch.setattr(pyav, "SEEK_AHEAD_S", jump_from)
-        got = numbers(probe(long_file), moments)
-    assert got == [max(0, sum(i / 10 <= t + TOLERANCE_S for i in range(256)) - 1) for t in moments]
+        patch.setattr(pyav, "MIN_JUMP_S", jump_from)
+        got = numbers(probe(long_file), times)
+    assert got == [max(0, sum(i / 10 <= t + TOLERANCE_S for i in range(256)) - 1) for t in times]
 
 
 LONG_FILES = {
@@ -97,14 +97,14 @@ LONG_FILES = {
 def test_jumps_change_nothing(name, folder, in_process, monkeypatch):
     info = probe(write_video(folder / f"jump_{name}", numbered_frames(256), **LONG_FILES[name]))
     for step in (0.7, 3.3, 6.1):
-        moments = np.arange(0.05, info.duration_s + step, step)
-        monkeypatch.setattr(pyav, "SEEK_AHEAD_S", 1e9)
-        straight = list(read_frames(info, moments))
-        monkeypatch.setattr(pyav, "SEEK_AHEAD_S", 0.3)
-        jumping = list(read_frames(info, moments))
+        times = np.arange(0.05, info.duration_s + step, step)
+        monkeypatch.setattr(pyav, "MIN_JUMP_S", 1e9)
+        straight = list(read_frames(info, times))
+        monkeypatch.setattr(pyav, "MIN_JUMP_S", 0.3)
+        jumping = list(read_frames(info, times))
         np.testing.assert_array_equal(pixels(straight), pixels(jumping))
         assert [c.times_s for c in straight] == [c.times_s for c in jumping]
-        assert [number_of(rgb) for rgb in pixels(straight)] == [min(int(t * 10 + 0.01), 255) for t in moments]
+        assert [number_of(rgb) for rgb in pixels(straight)] == [min(int(t * 10 + 0.01), 255) for t in times]
 
 
 @pytest.fixture
@@ -160,8 +160,8 @@ def test_no_moments_no_chunks(long_file):
 @pytest.mark.parametrize("total", [2, 7, 10])
 def test_chunks_are_bounded_and_whole_pairs(frames_fitting, even, total, long_file):
     info = probe(long_file)
-    moments = [0.05 + 0.1 * i for i in range(total)]
-    chunks = list(read_frames(info, moments, chunk_bytes=frames_fitting * 64 * 48 * 3 + 100, even=even))
+    times = [0.05 + 0.1 * i for i in range(total)]
+    chunks = list(read_frames(info, times, chunk_bytes=frames_fitting * 64 * 48 * 3 + 100, even=even))
     sizes = [len(chunk.frames) for chunk in chunks]
     assert [chunk.first for chunk in chunks] == [sum(sizes[:i]) for i in range(len(sizes))]
     assert max(sizes) <= max(2, frames_fitting)
@@ -214,9 +214,9 @@ def test_requests_that_make_no_sense(long_file):
     info = probe(long_file)
     with pytest.raises(UsageError, match="unknown decoder 'vhs'"):
         read_frames(info, [0.0], decoder="vhs")
-    for moments in ([1.0, 0.5], [float("nan")], [0.0, float("inf")]):
+    for times in ([1.0, 0.5], [float("nan")], [0.0, float("inf")]):
         with pytest.raises(UsageError, match="ascend"):
-            read_frames(info, moments)
+            read_frames(info, times)
 
 
 def test_numbers_survive_encoding():

@@ -63,8 +63,8 @@ SMOOTH = {
 @pytest.mark.parametrize("name", SMOOTH)
 def test_colours_agree(name, folder):
     info = probe(write_video(folder / name, smooth_frames(96, 128), **SMOOTH[name]))
-    moments = [0.05 + 0.1 * i for i in range(6)]
-    right, got = (pixels(read_frames(info, moments, decoder=d)).astype(int) for d in ("pyav", "decord"))
+    times = [0.05 + 0.1 * i for i in range(6)]
+    right, got = (pixels(read_frames(info, times, decoder=d)).astype(int) for d in ("pyav", "decord"))
     difference = np.abs(got - right)
     assert difference.mean() < 2 if "10" in info.pix_fmt else difference.max() <= 2
 
@@ -86,10 +86,10 @@ def test_why_frames_are_read_in_sequence(folder):
 
 
 def test_times_of_hours_are_not_off_by_rounding(folder):
-    shown = [0.0, 1234.567, 5000.003, 9999.987, 20000.017]
-    info = probe(write_video(folder / "hours.mkv", numbered_frames(5), pts=shown))
-    assert numbers(info, shown, decoder="decord") == numbers(info, shown) == [0, 1, 2, 3, 4]
-    between = [(a + b) / 2 for a, b in pairwise(shown)]
+    displayed = [0.0, 1234.567, 5000.003, 9999.987, 20000.017]
+    info = probe(write_video(folder / "hours.mkv", numbered_frames(5), pts=displayed))
+    assert numbers(info, displayed, decoder="decord") == numbers(info, displayed) == [0, 1, 2, 3, 4]
+    between = [(a + b) / 2 for a, b in pairwise(displayed)]
     assert numbers(info, between, decoder="decord") == [0, 1, 2, 3]
 
 
@@ -97,10 +97,10 @@ def test_times_of_hours_are_not_off_by_rounding(folder):
 def test_damage_is_refused_with_a_way_out(name, folder, capfd):
     whole = write_video(folder / f"whole_{name}", numbered_frames(30), gop=1 if name == "intra.mp4" else 10)
     info = probe(spoil(whole, folder / f"damaged_{name}", {4, 11}))
-    moments = [0.05 + 0.1 * i for i in range(30)]
-    assert len(numbers(info, moments)) == 30
+    times = [0.05 + 0.1 * i for i in range(30)]
+    assert len(numbers(info, times)) == 30
     with pytest.raises(VideoError, match="stops at damage") as caught:
-        numbers(info, moments, decoder="decord")
+        numbers(info, times, decoder="decord")
     assert (caught.value.exit_code, caught.value.hint) == (3, "use --decoder pyav")
     assert capfd.readouterr() == ("", "")
 

@@ -193,8 +193,8 @@ def test_the_image_before_a_damaged_one_stays_on_screen(ending, tmp_path):
     (tmp_path / f"f7.{ending}").write_bytes(b"")
     info = probe(tmp_path)
     assert info.duration_s == 5.0
-    moments = [i / 2 for i in range(10)]
-    chunks = list(read_frames(info, moments))
+    times = [i / 2 for i in range(10)]
+    chunks = list(read_frames(info, times))
     assert [number_of(rgb) for rgb in pixels(chunks)] == [1, 1, 2, 3, 3, 3, 6, 6, 8, 8]
     assert chunks[0].times_s == (0.5, 0.5, 1.0, 1.5, 1.5, 1.5, 3.0, 3.0, 4.0, 4.0)
     assert numbers(info, [2.5, 4.5]) == [3, 8]

@@ -14,14 +14,14 @@ import pytest
 from evoprune.errors import OutOfMemory, VideoError
 from evoprune.video.decode import read_frames
 from evoprune.video.probe import probe
-from evoprune.video.sandbox import isolation
+from evoprune.video.sandbox import isolation, memory, pool, process
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
 from tests.video.unruly import PROGRAM
 
 pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
 
 ROOT = Path(__file__).parents[2]
-MOMENTS = [0.05 + 0.1 * i for i in range(20)]
+TIMES = [0.05 + 0.1 * i for i in range(20)]
 SMALL = 4 * 64 * 48 * 3  # bytes of four frames
 
 
@@ -33,17 +33,17 @@ def good(folder):
 @pytest.fixture
 def started(monkeypatch):
     """Process ids of the unruly workers that are started."""
-    ids, start = [], isolation._Worker.__init__
+    ids, start = [], process.WorkerProcess.__init__
 
     def noting(self):
         start(self)
         ids.append(self.pid)
 
-    isolation.end_all()
-    monkeypatch.setattr(isolation._Worker, "__init__", noting)
-    monkeypatch.setattr(isolation, "PROGRAM", PROGRAM)
+    pool.end_all()
+    monkeypatch.setattr(process.WorkerProcess, "__init__", noting)
+    monkeypatch.setattr(process, "PROGRAM", PROGRAM)
     yield ids
-    isolation.end_all()
+    pool.end_all()
     assert not any(map(lives, ids))
 
 
@@ -78,7 +78,7 @@ CRASHES = {
     "abort": "Aborted",
     "killed": "Killed",
     "exit": "exit code 7",
-    "nonsense": "talks nonsense",
+    "nonsense": "its answer is invalid",
 }
 
 
@@ -96,21 +96,21 @@ def test_a_crash_is_an_error_about_the_video(name, named, good, started):
 @pytest.mark.parametrize("name", ["crash", "nonsense"])
 def test_a_crash_while_frames_are_read(name, named, good, started):
     info = probe(named(f"later_{name}"))
-    chunks = read_frames(info, MOMENTS, chunk_bytes=SMALL)
+    chunks = read_frames(info, TIMES, chunk_bytes=SMALL)
     got = []
     with pytest.raises(VideoError, match=CRASHES[name]):
         for chunk in chunks:
             got += [number_of(rgb) for rgb in chunk.frames]
     # Two arrays, and from where they ended two more.
     assert got == list(range(16)) and len(started) == 2
-    assert numbers(probe(good), MOMENTS) == list(range(20))
+    assert numbers(probe(good), TIMES) == list(range(20))
 
 
 def test_a_process_that_an_earlier_video_has_spoilt_is_replaced(named, started):
     info = probe(named("once_crash"))
     assert info.frames_total == 20 and len(started) == 2
     os.rmdir(info.path + ".done")
-    assert numbers(info, MOMENTS, chunk_bytes=SMALL) == list(range(20)) and len(started) == 3
+    assert numbers(info, TIMES, chunk_bytes=SMALL) == list(range(20)) and len(started) == 3
 
 
 def test_one_that_died_in_its_sleep_is_replaced(good, started):
@@ -122,18 +122,18 @@ def test_one_that_died_in_its_sleep_is_replaced(good, started):
 
 @pytest.mark.parametrize("when", ["", "later_"])
 def test_silence_is_an_error(when, named, started, monkeypatch):
-    monkeypatch.setattr(isolation, "SILENCE_S", 0.6)
+    monkeypatch.setattr(process, "SILENCE_S", 0.6)
     path = named(f"{when}hang")
     begin = time.monotonic()
     with pytest.raises(VideoError, match="standstill") as caught:
-        numbers(probe(path), MOMENTS, chunk_bytes=SMALL)
+        numbers(probe(path), TIMES, chunk_bytes=SMALL)
     assert str(path) in caught.value.message and time.monotonic() - begin < 24  # well before the 25 s that are usual
     assert len(started) == 1 and gone(started[0])
 
 
 def test_taking_long_is_none(named, good, started, monkeypatch):
     probe(good)
-    monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
+    monkeypatch.setattr(process, "SILENCE_S", 2.5)
     assert probe(named("slow")).frames_total == 20  # which takes three seconds
 
 
@@ -165,7 +165,7 @@ def test_neither_side_has_what_it_does_not_need(named, started):
     there = caught.value.message.split()
     assert "av" in there and not {"torch", "transformers", "decord", "subprocess", "site"} & set(there)
     program = (
-        "import sys; from evoprune.video import probe, scan; from evoprune.video.sandbox import isolation\n"
+        "import sys; from evoprune.video import probe; from evoprune.video.sandbox import isolation\n"
         "assert 'numpy' not in sys.modules\n"
         "from evoprune.video import decode; assert 'av' not in sys.modules"
     )
@@ -173,7 +173,7 @@ def test_neither_side_has_what_it_does_not_need(named, started):
 
 
 def test_a_process_that_cannot_start(named, started, monkeypatch):
-    monkeypatch.setattr(isolation, "PROGRAM", "{paths}; import nonexistent{socket}")
+    monkeypatch.setattr(process, "PROGRAM", "{paths}; import nonexistent{socket}")
     with pytest.raises(VideoError, match="exit code 1") as caught:
         probe(named("fine"))
     assert "No module named 'nonexistent" in caught.value.__notes__[0]
@@ -184,11 +184,11 @@ def test_a_process_that_cannot_start(named, started, monkeypatch):
 
 def test_one_process_serves_one_video_after_the_other(good, started):
     for _ in range(3):
-        assert numbers(probe(good), MOMENTS, chunk_bytes=SMALL) == list(range(20))
+        assert numbers(probe(good), TIMES, chunk_bytes=SMALL) == list(range(20))
     assert len(started) == 1
 
 
-def test_one_is_started_ahead_of_the_first_video(good, started):
+def test_one_is_started_before_the_first_video(good, started):
     isolation.warm_up()
     isolation.warm_up()
     assert probe(good).frames_total == 20 and len(started) == 1
@@ -196,13 +196,13 @@ def test_one_is_started_ahead_of_the_first_video(good, started):
 
 def test_two_videos_at_once(good, started):
     info = probe(good)
-    chunks = [read_frames(info, MOMENTS, chunk_bytes=SMALL) for _ in range(3)]
+    chunks = [read_frames(info, TIMES, chunk_bytes=SMALL) for _ in range(3)]
     for first in (0, 4, 8, 12, 16):
         for reading in chunks:
             assert [number_of(rgb) for rgb in next(reading).frames] == list(range(first, first + 4))
     assert len(started) == 3
     assert [next(reading, None) for reading in chunks] == [None] * 3
-    assert sum(map(lives, started)) == isolation.IDLE
+    assert sum(map(lives, started)) == pool.MAX_IDLE
 
 
 def test_threads(good, started):
@@ -210,14 +210,14 @@ def test_threads(good, started):
 
     def read():
         for _ in range(5):
-            got.append(numbers(probe(good), MOMENTS, chunk_bytes=SMALL))
+            got.append(numbers(probe(good), TIMES, chunk_bytes=SMALL))
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert got == [right] * 20 and sum(map(lives, started)) <= isolation.IDLE
+    assert got == [right] * 20 and sum(map(lives, started)) <= pool.MAX_IDLE
 
 
 def test_it_outlives_the_thread_that_started_it(good, started):
@@ -230,7 +230,7 @@ def test_it_outlives_the_thread_that_started_it(good, started):
 
 def test_who_stops_early_leaves_nothing_behind(named, started):
     info = probe(named("later_hang"))
-    chunks = read_frames(info, MOMENTS, chunk_bytes=SMALL)
+    chunks = read_frames(info, TIMES, chunk_bytes=SMALL)
     next(chunks)
     next(chunks)  # and at the third it hangs
     chunks.close()
@@ -239,35 +239,35 @@ def test_who_stops_early_leaves_nothing_behind(named, started):
 
 def test_frames_belong_to_whoever_got_them(good, started):
     info = probe(good)
-    chunks = list(read_frames(info, MOMENTS, chunk_bytes=SMALL))
-    isolation.end_all()
+    chunks = list(read_frames(info, TIMES, chunk_bytes=SMALL))
+    pool.end_all()
     for chunk in chunks:
         assert chunk.frames.flags.writeable and chunk.frames.flags.c_contiguous
         chunk.frames[:, :2] = 0
-    again = list(read_frames(info, MOMENTS, chunk_bytes=SMALL))
+    again = list(read_frames(info, TIMES, chunk_bytes=SMALL))
     assert np.array_equal(pixels(again)[:, 2:], pixels(chunks)[:, 2:]) and pixels(again)[:, :2].all()
 
 
 @pytest.fixture
 def pieces(monkeypatch):
     """Of each video that is read, the memory it takes."""
-    made, start = [], isolation._Memory.__init__
+    made, start = [], memory.FrameMemory.__init__
 
     def noting(self, size):
         start(self, size)
         made.append(self)
 
-    monkeypatch.setattr(isolation._Memory, "__init__", noting)
+    monkeypatch.setattr(memory.FrameMemory, "__init__", noting)
     return made
 
 
 def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pieces):
     found = []
-    for chunk in read_frames(probe(good), MOMENTS, chunk_bytes=SMALL // 2):
+    for chunk in read_frames(probe(good), TIMES, chunk_bytes=SMALL // 2):
         found += map(number_of, chunk.frames)
     assert found == list(range(20))
-    (memory,) = pieces
-    assert len(memory._pieces) <= 3  # the caller's, the one before it, and the one that is being filled
+    (of_video,) = pieces
+    assert len(of_video._pieces) <= 3  # the caller's, the one before it, and the one that is being filled
 
 
 @pytest.mark.parametrize(
@@ -276,17 +276,17 @@ def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pie
 def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
     """Nor what a view of it shows, or what torch makes of it."""
     info = probe(good)
-    kept = [hold(chunk.frames) for chunk in read_frames(info, MOMENTS, chunk_bytes=SMALL // 2)]
-    whole = pixels(list(read_frames(info, MOMENTS)))
+    kept = [hold(chunk.frames) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL // 2)]
+    whole = pixels(list(read_frames(info, TIMES)))
     for first, held in zip(range(0, 20, 2), kept, strict=True):
         assert np.array_equal(held, hold(whole[first : first + 2]))
-    assert len(pieces[0]._pieces) == isolation.PIECES
+    assert len(pieces[0]._pieces) == memory.PIECES
 
 
 def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
     """Memory that is shared stays shared after a fork, but who holds what is then known to each alone."""
     children = []
-    for chunk in read_frames(probe(good), MOMENTS, chunk_bytes=SMALL // 2):
+    for chunk in read_frames(probe(good), TIMES, chunk_bytes=SMALL // 2):
         before, (reads, writes) = chunk.frames.tobytes(), os.pipe()
         child = os.fork()
         if not child:
@@ -303,49 +303,49 @@ def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
 
 def test_memory_for_frames_cannot_be_taken_away():
     """A process that shrank it would end this one."""
-    memory, descriptor = isolation._shared(100)
+    shared, descriptor = memory.shared_memory(100)
     with pytest.raises(OSError):
         os.ftruncate(descriptor, 10)
     os.close(descriptor)
-    assert memory[99] == 0
+    assert shared[99] == 0
 
 
 def test_what_torch_holds_is_not_written_over(good, started):
     torch = pytest.importorskip("torch")
-    kept = [torch.from_numpy(chunk.frames)[:1] for chunk in read_frames(probe(good), MOMENTS, chunk_bytes=SMALL // 2)]
+    kept = [torch.from_numpy(chunk.frames)[:1] for chunk in read_frames(probe(good), TIMES, chunk_bytes=SMALL // 2)]
     assert list(map(number_of, torch.cat(kept).numpy())) == list(range(0, 20, 2))
 
 
 def test_the_process_holds_no_memory_for_frames_afterwards(good, started, tmp_path):
-    list(read_frames(probe(good), MOMENTS, chunk_bytes=SMALL))
+    list(read_frames(probe(good), TIMES, chunk_bytes=SMALL))
     info = probe(good)
     os.rename(good, tmp_path / "away.mp4")
     try:
         with pytest.raises(VideoError):  # an end of another kind
-            list(read_frames(info, MOMENTS, chunk_bytes=SMALL))
+            list(read_frames(info, TIMES, chunk_bytes=SMALL))
     finally:
         os.rename(tmp_path / "away.mp4", good)
-    (process,) = started
-    assert "evoprune-frames" not in Path(f"/proc/{process}/maps").read_text()
+    (pid,) = started
+    assert "evoprune-frames" not in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_a_fork_starts_its_own(good, started):
     probe(good)
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if numbers(probe(good), MOMENTS) == list(range(20)) and len(started) == 2 else 1)
+        os._exit(0 if numbers(probe(good), TIMES) == list(range(20)) and len(started) == 2 else 1)
     assert os.waitpid(pid, 0)[1] == 0
-    assert numbers(probe(good), MOMENTS) == list(range(20)) and len(started) == 1
+    assert numbers(probe(good), TIMES) == list(range(20)) and len(started) == 1
 
 
 PARENT = """
 import sys
-from evoprune.video.sandbox import isolation
+from evoprune.video.sandbox import pool, process
 from evoprune.video.probe import probe
 from tests.video.unruly import PROGRAM
-isolation.PROGRAM = PROGRAM
+process.PROGRAM = PROGRAM
 probe(sys.argv[1])
-print(isolation._idle[0].pid, flush=True)
+print(pool._idle[0].pid, flush=True)
 sys.argv[:2] = ["evoprune", "ask"]
 from evoprune_cli.main import run
 run()

@@ -32,16 +32,16 @@ def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
     kind, path = KINDS[name], write_kind(folder, name)
     capfd.readouterr()  # what encoders print
     info = probe(path)
-    moments = [0.0, info.duration_s / 2, info.duration_s]
+    times = [0.0, info.duration_s / 2, info.duration_s]
     reason = kind.decord_refuses if decoder == "decord" else None
     if reason:
         with pytest.raises(VideoError) as caught:
-            list(read_frames(info, moments, decoder=decoder))
+            list(read_frames(info, times, decoder=decoder))
         assert caught.value.exit_code == 3
         assert reason in caught.value.message and info.path in caught.value.message
         assert caught.value.hint == "use --decoder pyav"
     else:
-        first, middle, last = numbers(info, moments, decoder=decoder)
+        first, middle, last = numbers(info, times, decoder=decoder)
         assert (first, last) == (kind.hidden, kind.frames - 1)
         assert first <= middle <= last
     assert capfd.readouterr() == ("", "")

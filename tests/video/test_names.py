@@ -6,8 +6,7 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.decode import read_frames
-from evoprune.video.probe import probe
-from evoprune.video.scan import scan
+from evoprune.video.probe import probe, scan
 from tests.video.files import numbered_frame, numbered_frames, numbers, write_image, write_video
 
 NAMES = [
@@ -167,7 +166,7 @@ def test_pipes_and_sockets_are_not_waited_for(here):
     assert numbers(probe("images"), [0.0, 0.5]) == [44, 44] and probe("images").frames_total == 2
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="whoever is root may read everything")
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
 def test_what_may_not_be_read(here):
     write_video(here / "a.mp4", numbered_frames(3)).chmod(0)
     closed = here / "closed"

@@ -9,13 +9,12 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.decode import read_frames
-from evoprune.video.probe import probe
-from evoprune.video.sandbox import isolation
-from evoprune.video.scan import scan
+from evoprune.video.probe import probe, scan
+from evoprune.video.sandbox import pool
 from tests.video.files import add_beside, numbered_frames, numbers, quarters, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 
-MOMENTS = np.linspace(0.05, 3.95, 16)
+TIMES = np.linspace(0.05, 3.95, 16)
 
 
 @pytest.fixture
@@ -40,19 +39,19 @@ def lying(folder, tmp_path):
 @pytest.fixture
 def peak():
     """Bytes that the process that reads videos has had at most, since this test began."""
-    isolation.end_all()
+    pool.end_all()
 
     def call():
-        with open(f"/proc/{isolation._idle[0].pid}/status") as file:
+        with open(f"/proc/{pool._idle[0].pid}/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
     yield call
-    isolation.end_all()
+    pool.end_all()
 
 
 def refused(path, *words):
     with pytest.raises(VideoError) as caught:
-        list(read_frames(probe(path), MOMENTS))
+        list(read_frames(probe(path), TIMES))
     assert caught.value.exit_code == 3 and str(path) in caught.value.message
     for word in words:
         assert word in caught.value.message + caught.value.hint
@@ -76,7 +75,7 @@ def test_a_thousand_million_frames(name, lying, peak):
     try:
         info = probe(path)
         assert info.frames_total in (None, 40) and info.duration_s == pytest.approx(4.0)
-        assert len(numbers(info, MOMENTS)) == 16
+        assert len(numbers(info, TIMES)) == 16
     except VideoError as problem:
         assert str(path) in problem.message
     assert peak() < 2**28
@@ -176,7 +175,7 @@ def test_no_frames_at_all(folder, tmp_path):
 
 
 def test_no_times_in_a_transport_stream(folder, tmp_path):
-    """PES headers, told that they hold no times."""
+    """PES headers, changed to state that they hold no times."""
     content = bytearray(write_kind(folder, "h264.ts").read_bytes())
     at, count = content.find(b"\0\0\1\xe0"), 0
     while at >= 0:

@@ -16,7 +16,7 @@ def video(width=640, height=360, duration=60.0) -> VideoInfo:
     )  # fmt: skip
 
 
-sides = st.integers(1, 5000)
+lengths = st.integers(1, 5000)
 limits = st.builds(
     VideoLimits,
     min_pixels=st.integers(1, 300).map(lambda n: n * 784),
@@ -29,7 +29,7 @@ limits = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @example(42, 42, 1.0, VideoLimits(min_pixels=2352, max_pixels=235200, fps=1.0, min_frames=3, max_frames=8), 2, None)
-@given(sides, sides, st.floats(0.05, 20_000), limits, st.integers(1, 30_000), st.none() | st.integers(1, 2000))
+@given(lengths, lengths, st.floats(0.05, 20_000), limits, st.integers(1, 30_000), st.none() | st.integers(1, 2000))
 def test_every_limit_holds(width, height, duration, limit, cap, frames):
     assume(max(width, height) <= 200 * min(width, height))
     plan = make_plan(video(width, height, duration), limit, frames=frames, max_visual_tokens=cap)

@@ -1,8 +1,7 @@
 import pytest
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.probe import probe
-from evoprune.video.scan import scan
+from evoprune.video.probe import probe, scan
 from tests.video.files import numbered_frames, spoil, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 
@@ -22,8 +21,8 @@ def test_whole_files(name, folder):
 
 
 def test_intervals(tmp_path):
-    shown = [0.0, 0.1, 0.2, 0.9, 1.0, 1.1]
-    found = scan(write_video(tmp_path / "gap.mp4", numbered_frames(6), pts=shown))
+    displayed = [0.0, 0.1, 0.2, 0.9, 1.0, 1.1]
+    found = scan(write_video(tmp_path / "gap.mp4", numbered_frames(6), pts=displayed))
     assert found.largest_gap_s == pytest.approx(0.7)
     assert found.variable_rate
     steady = {"options": {"sc_threshold": "0"}}

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 from evoprune.errors import VideoError
-from evoprune.video import heartbeat
-from evoprune.video.readers import facts
+from evoprune.video.readers import heartbeat, metadata
 from evoprune.video.sandbox import tasks, worker
 
 C = ctypes.PyDLL(None)  # calls into C keep Python's lock, as a decoder's callbacks may
@@ -81,7 +80,7 @@ def behave(path: str) -> None:
     DEEDS.get(name, lambda: None)()
 
 
-class UnrulyPictures(tasks.Pictures):
+class UnrulyReader(tasks.FrameReader):
     """Reads two arrays of frames; before the third it does what the name says, `later_` left out."""
 
     def __init__(self, info, times_s, decoder):
@@ -97,10 +96,10 @@ class UnrulyPictures(tasks.Pictures):
 
 def unruly_probe(path, folder_fps):
     behave(path)
-    return facts.probe(path, folder_fps)
+    return metadata.probe(path, folder_fps)
 
 
 def main(socket: int) -> None:
     worker.ALIVE_EVERY_S = 0.05
-    tasks.TASKS["probe"], worker.Pictures = unruly_probe, UnrulyPictures
+    tasks.TASKS["probe"], worker.FrameReader = unruly_probe, UnrulyReader
     worker.main(socket)

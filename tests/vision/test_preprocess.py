@@ -62,7 +62,7 @@ def test_smart_resize_at_its_edges(size, limits):
 
 @pytest.mark.parametrize("size", [(0, 10), (10, 0), (0, 0), (-28, 28)])
 def test_smart_resize_refuses_empty_frames(size):
-    with pytest.raises(ValueError, match="sides must be positive"):
+    with pytest.raises(ValueError, match="must be positive"):
         smart_resize(*size, 3136, 100_000)
 
 

@@ -1,8 +1,8 @@
-"""Opening video files: FFmpeg gets the bytes of the one file that was named, and nothing else."""
+"""Opening video files, and reading their packets. FFmpeg sees the bytes of the one file, and no other file."""
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -14,29 +14,36 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
-from evoprune.video import heartbeat
-from evoprune.video.info import Damage, ignored
+from evoprune.video.readers import heartbeat
+
+# Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
+Damage = Callable[[int | None], None]
 
 # Frame rate of a stream that states none; FFmpeg assumes the same.
 FALLBACK_FPS = 25.0
-# Containers that store when each frame is shown, so that times are the same after a jump; others are read through.
+# Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
-# Larger pictures are refused: 16K video, and photographs of 100 megapixels, are below.
+# Larger pictures are refused. 16K video, and photographs of 100 megapixels, are smaller.
 MAX_PIXELS = 2**27
-# Containers in which packet follows packet, and that look for the next one silently where something is damaged.
+# Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
 DENSE = ("matroska,webm", "flv")
-# There may be so many bytes between two packets, and twice the first one's size (what belongs to it, such as transparency).
+# Bytes between two packets that are no damage, beside twice the first packet's size (its transparency, for example).
 HEADERS = 2**12
-# A frame counts as shown this much before its time: Matroska rounds times to milliseconds, half of one up or down.
+# A frame counts as on screen this much before its time: Matroska rounds times to the nearest millisecond.
 TOLERANCE_S = 0.0006
+
+
+def ignore_damage(number: int | None) -> None:
+    """A `Damage` that does nothing."""
 
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Turn what PyAV and the file system raise about the file into `VideoError`.
 
-    That FFmpeg has no memory is the file's fault (a damaged one may ask for any amount); that numpy has none is not.
+    If FFmpeg runs out of memory, it is the file's fault (a damaged one may ask for any amount). If numpy does, it is not, so
+    `MemoryError` is left as it is.
     """
     try:
         yield
@@ -77,21 +84,20 @@ def open_video(path: str) -> Iterator[InputContainer]:
         yield container
 
 
-# Tags that are no text are no reason to refuse a video. PyAV 19 sees to that by itself.
+# A video is not refused for tags that are not valid text. PyAV 19 does not refuse it anyway.
 _TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def open_bytes(file: BinaryIO) -> InputContainer:
     """Open what a seekable binary file holds; PyAV raises its own errors."""
-    # By bytes, because a name can be more than a name to FFmpeg: what stands before a colon is taken for a protocol,
-    # %d for a pattern. The whitelist that allows nothing keeps playlists in the file from reaching other files, or the
-    # network.
+    # FFmpeg gets bytes and no name, because it takes what precedes a colon in a name for a protocol, and %d for a pattern.
+    # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
     return av.open(_Nameless(file), options=options, **_TAGS)
 
 
 class _Nameless:
-    """All of a binary file that FFmpeg may know: not where it lies."""
+    """What FFmpeg may use of a binary file: everything but its name."""
 
     def __init__(self, file: BinaryIO):
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
@@ -121,8 +127,8 @@ def video_stream(container: InputContainer, path: str) -> VideoStream:
             f"{path} says that its pictures have {width:,} x {height:,} pixels",
             f"at most {MAX_PIXELS // 10**6} megapixels can be read; is it damaged?",
         )
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # what a frame says may be something else
-    heartbeat.pixels(width * height)
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may state another size
+    heartbeat.picture_size(width * height)
     return stream
 
 
@@ -132,16 +138,16 @@ def nothing_decoded(path: str) -> VideoError:
     return VideoError(f"no frame of {path} can be decoded", hint)
 
 
-def packets(container: InputContainer, stream: VideoStream, damaged: Damage = ignored) -> Iterator[Packet | None]:
-    """Packets up to the end; where the file breaks off, a last None makes the decoder hand out what it still holds.
+def packets(container: InputContainer, stream: VideoStream, damaged: Damage = ignore_damage) -> Iterator[Packet | None]:
+    """Packets up to the end. If the file breaks off, the last one is None, which makes the decoder return what it still holds.
 
-    `damaged` is told where bytes were passed over in search of the next packet, as far as containers let that be seen.
+    `damaged` is called where bytes were skipped in search of the next packet, in containers that make it visible.
     """
     dense = container.format.name in DENSE
     end, slack = None, 0
     try:
         for count, packet in enumerate(container.demux() if dense else container.demux(stream)):
-            if count > container.size:  # more packets than bytes: the index goes round in circles
+            if count > container.size:  # more packets than bytes: the index is a loop
                 raise av.error.InvalidDataError(0, "endless")
             if dense and packet.pos is not None:
                 if end is not None and packet.pos - end > slack:
@@ -149,7 +155,7 @@ def packets(container: InputContainer, stream: VideoStream, damaged: Damage = ig
                 end, slack = max(end or 0, packet.pos) + packet.size, HEADERS + 2 * packet.size
             if packet.stream.index == stream.index:  # in the packet itself, the one at the end has none
                 yield packet
-    # The latter where damage looks like a new stream, for which PyAV (18) has no place.
+    # PyAV (18) raises IndexError where damage looks like a new stream.
     except (av.error.FFmpegError, IndexError):
         yield None
 
@@ -167,8 +173,8 @@ def first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | 
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
-    """When a frame is shown, in the file's own time; None where the file does not say (raw streams)."""
-    # AVI stores decoding times only. What FFmpeg makes of them for presentation is wrong as soon as frames are stored
-    # out of order, whereas the decoding times are right up to a constant.
+    """The time of a frame by the file's own clock, in seconds; None where the file states none (raw streams)."""
+    # AVI stores decoding times only. The presentation times that FFmpeg derives are wrong if frames are stored out of
+    # order; the decoding times are right up to a constant.
     stamp = frame.dts if stream.container.format.name == "avi" else frame.pts
     return None if stamp is None else float(stamp * stream.time_base)

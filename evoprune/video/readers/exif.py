@@ -1,4 +1,4 @@
-"""Which way up a picture is: the orientation in the EXIF data of a JPEG, PNG or WebP file.
+"""The orientation of a picture: the tag in the EXIF data of a JPEG, PNG or WebP file.
 
 FFmpeg reads it too, but PyAV 18 does not report whether the picture is mirrored. Pillow would read all of it, but its import (8 ms,
 and 6 ms for the formats) delays the process that reads videos, whose other imports take 140 ms.
@@ -7,7 +7,7 @@ and 6 ms for the formats) delays the process that reads videos, whose other impo
 import struct
 from collections.abc import Iterator
 
-# For every value of the tag, see `pixels.orientation`: clockwise degrees, and whether a left-right flip comes before.
+# For every value of the tag, as `pixels.orientation`: clockwise degrees, and whether a left-right flip comes first.
 ORIENTATIONS = {
     1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True),
     5: (270, True), 6: (90, False), 7: (90, True), 8: (270, False),
@@ -16,18 +16,18 @@ _TAG = 0x0112
 
 
 def exif_orientation(content: bytes) -> tuple[int, bool] | None:
-    """Clockwise rotation in degrees, and whether a left-right flip comes before it; None where the file does not say."""
+    """Clockwise rotation in degrees, and whether a left-right flip comes before it; None without a valid tag."""
     try:
         for block in _exif_blocks(content):
             if found := ORIENTATIONS.get(_orientation_tag(block.removeprefix(b"Exif\0\0"))):
                 return found
-    except struct.error:  # cut off, or not what it seemed to be
+    except struct.error:  # cut off, or another format
         pass
     return None
 
 
 def _exif_blocks(content: bytes) -> Iterator[bytes]:
-    """What the file marks as EXIF data."""
+    """The EXIF data in the file."""
     if content.startswith(b"\xff\xd8"):  # JPEG: segments up to the first that holds pixels
         at = 2
         while content[at : at + 1] == b"\xff":

@@ -1,4 +1,4 @@
-"""A folder of images as a video: each is a frame, in the natural order of their names (frame2 before frame10)."""
+"""A folder of images as a video: each image is a frame, in natural order of names (frame2 before frame10)."""
 
 import io
 import math
@@ -12,19 +12,26 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import FOLDER_FPS, Damage, VideoInfo, ignored
-from evoprune.video.readers.container import TOLERANCE_S, first_frame, open_bytes, video_stream
+from evoprune.video.info import FOLDER_FPS, VideoInfo
+from evoprune.video.readers.container import (
+    TOLERANCE_S,
+    Damage,
+    first_frame,
+    ignore_damage,
+    open_bytes,
+    video_stream,
+)
 from evoprune.video.readers.exif import exif_orientation
 from evoprune.video.readers.pixels import orientation, to_rgb
 
 CONTAINER = "folder"
-# No image is longer.
+# Larger files count as damaged.
 MAX_BYTES = 2**29
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def list_images(folder: str) -> list[str]:
-    """Paths of the images in a folder, in the order in which they are shown; hidden files are left out.
+    """Paths of the images in a folder, in display order. Hidden files are left out.
 
     Raises:
         VideoError: the folder cannot be read, or has no image.
@@ -42,14 +49,14 @@ def list_images(folder: str) -> list[str]:
 
 
 def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
-    """Facts about a folder as a video. Opens images up to the first that can be decoded, which sets the size.
+    """Metadata of a folder as a video. Opens images up to the first that can be decoded; it sets the size.
 
     Raises:
         UsageError: `fps` is not above 0.
         VideoError: no images, or none that can be decoded.
     """
     if not 0 < fps < math.inf:
-        raise UsageError(f"{fps} images per second make no video", "give a finite number above 0")
+        raise UsageError(f"{fps} images per second make no video", "give a number above 0")
     images = list_images(folder)
     for image in images:
         decoded = decode_image(image)
@@ -77,42 +84,44 @@ def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
     )
 
 
-def read(info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignored) -> Iterator[tuple[float, np.ndarray]]:
-    """The picture on screen at each moment, and since when: seconds from the first image, uint8 `[H, W, 3]` as displayed.
+def read(
+    info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
+) -> Iterator[tuple[float, np.ndarray]]:
+    """The image on screen at each time: its own time in seconds from the first image, and uint8 `[H, W, 3]` as displayed.
 
-    Opens only the images that are shown, one at a time. Instead of a damaged one the image before it is shown, at the
-    beginning the first one that can be decoded. `times_s` ascend. `damaged` is told of each that cannot be decoded.
+    Opens only the images that are needed, one at a time. A damaged image is replaced by the one before it, at the beginning
+    by the first that can be decoded. `times_s` ascend. `damaged` is called with the index of each damaged image.
 
     Raises:
         VideoError: the folder cannot be read (any more), or none of its images can be decoded.
     """
     images, reformatter = list_images(info.path), VideoReformatter()
     last = len(images) - 1
-    done, shown, rgb = -1, -1, None  # `done`: the last image that was looked at; `shown`: the one on screen
-    for moment in times_s:
-        wanted = int(min(max((moment + TOLERANCE_S) * info.fps, 0), last))
+    done, current, rgb = -1, -1, None  # `done`: the last image that was opened; `current`: the one on screen
+    for time in times_s:
+        wanted = int(min(max((time + TOLERANCE_S) * info.fps, 0), last))
         candidates = [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]
         for i in candidates:
             decoded = decode_image(images[i])
             if decoded is not None:
                 _, frame, turn = decoded
-                shown, rgb = i, to_rgb(frame, info.width, info.height, *turn, reformatter)
+                current, rgb = i, to_rgb(frame, info.width, info.height, *turn, reformatter)
                 break
             damaged(i)
-        done = max(done, wanted, shown)
+        done = max(done, wanted, current)
         if rgb is None:
             raise VideoError(f"no image in the folder {info.path} can be decoded", "the files are damaged")
-        yield shown / info.fps, rgb
+        yield current / info.fps, rgb
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """Name of the codec, the stored pixels and their orientation (see `pixels`) of an image; None if it is damaged or too large."""
+    """An image's codec, stored pixels and orientation (see `pixels.orientation`); None if it is damaged or too large."""
     try:
         with open(path, "rb") as file:
             content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
         with open_bytes(io.BytesIO(content)) as container:
             stream = video_stream(container, path)
-            # Else half a JPEG passes for a grey-bottomed one.
+            # Without it, half a JPEG decodes to a picture with a grey bottom.
             stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
             frame = first_frame(container, stream)
             if frame is None:
@@ -123,6 +132,6 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts runs of digits by their value; equal values, such as 1 and 01, by the letters."""
-    parts = re.split("([0-9]+)", name.casefold())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+    """A sort key: runs of digits by their value; equal values, such as 1 and 01, by the characters."""
+    pieces = re.split("([0-9]+)", name.casefold())
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name

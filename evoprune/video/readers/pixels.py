@@ -1,4 +1,4 @@
-"""From a decoder's frame to pixels as displayed."""
+"""From a decoded frame to RGB pixels as displayed."""
 
 import math
 
@@ -8,10 +8,10 @@ from av.video.reformatter import VideoReformatter
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
-    """Clockwise rotation in degrees (0, 90, 180 or 270) and whether a left-right flip comes before it."""
+    """Clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip comes before it."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV does not know EXIF and then shows no side data; the rotation it reads without its help
+    except ValueError:  # PyAV cannot list side data that includes EXIF, but it reads the rotation
         return round(-frame.rotation / 90) * 90 % 360, False
     if matrix is None:
         return 0, False
@@ -26,13 +26,13 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
 def to_rgb(
     frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, reformatter: VideoReformatter
 ) -> np.ndarray:
-    """uint8 `[height, width, 3]`: the frame by libswscale's default conversion, turned and scaled to this size."""
+    """uint8 `[height, width, 3]`: the frame by libswscale's default conversion, rotated and scaled to this size."""
     stored = (width, height) if rotation_deg % 180 == 0 else (height, width)
-    return turned(reformatter.reformat(frame, *stored, format="rgb24").to_ndarray(), rotation_deg, mirrored)
+    return rotated(reformatter.reformat(frame, *stored, format="rgb24").to_ndarray(), rotation_deg, mirrored)
 
 
-def turned(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:
-    """A view of stored pixels `[h, w, 3]` as displayed: flipped left to right if `mirrored`, then turned clockwise."""
+def rotated(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:
+    """A view of stored pixels `[h, w, 3]` as displayed: flipped left to right if `mirrored`, then rotated clockwise."""
     if mirrored:
         rgb = rgb[:, ::-1]
-    return np.rot90(rgb, -rotation_deg // 90)  # rot90 turns anticlockwise
+    return np.rot90(rgb, -rotation_deg // 90)  # rot90 rotates anticlockwise

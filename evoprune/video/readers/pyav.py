@@ -1,4 +1,4 @@
-"""Frames of a file by PyAV: jumps over what nobody asked for, goes on after damage, and opens everything FFmpeg does."""
+"""Frames of a file by PyAV: it jumps over long gaps, continues after damage, and opens everything that FFmpeg opens."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,15 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from evoprune.video import heartbeat
-from evoprune.video.info import Damage, VideoInfo, ignored
+from evoprune.video.info import VideoInfo
+from evoprune.video.readers import heartbeat
 from evoprune.video.readers.container import (
     FALLBACK_FPS,
     SEEKABLE,
     TOLERANCE_S,
+    Damage,
     frame_time,
+    ignore_damage,
     nothing_decoded,
     open_video,
     packets,
@@ -27,28 +29,30 @@ from evoprune.video.readers.container import (
 )
 from evoprune.video.readers.pixels import to_rgb
 
-# Jump to a moment this far ahead instead of decoding all frames in between. Keyframes are commonly 1 to 10 s apart; a
-# jump lands on the one before the moment, so short jumps would decode the same frames again. Where keyframes turn out
-# to lie further apart than this, only longer jumps are made.
-SEEK_AHEAD_S = 4.0
-# A jump may land behind the moment (MPEG-TS has no index); then try again from so many seconds earlier.
+# Jump over gaps longer than this, in seconds, instead of decoding all frames in between. Keyframes are commonly 1 to 10 s
+# apart; a jump lands on the one before the wanted time, so short jumps would decode the same frames again. Where keyframes
+# turn out to be further apart than this, only longer jumps are made.
+MIN_JUMP_S = 4.0
+# A jump may land after the wanted time (MPEG-TS has no index). Then these many seconds earlier are tried.
 SEEK_BACK_S = (0.0, 4.0, 16.0)
 
-TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet turned
+TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
 
-def read(info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignored) -> Iterator[tuple[float, np.ndarray]]:
-    """The picture on screen at each moment, and since when: seconds from the first frame, uint8 `[H, W, 3]` as displayed.
+def read(
+    info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
+) -> Iterator[tuple[float, np.ndarray]]:
+    """The frame on screen at each time: its own time in seconds from the first frame, and uint8 `[H, W, 3]` as displayed.
 
-    The same array comes again where the same frame is shown. Holds two decoded frames at a time. `times_s` ascend.
-    `damaged` is told what was skipped or patched up on the way, perhaps more than once.
+    Where one frame serves several times, the same array is returned. Holds two decoded frames at a time. `times_s` ascend.
+    `damaged` is called for what was skipped or patched up on the way, perhaps more than once.
 
     Raises:
         VideoError: the file cannot be read (any more), or nothing in it can be decoded.
     """
     reformatter, converted, rgb = VideoReformatter(), None, None
-    with reading(info.path), closing(_on_screen(info, times_s, damaged)) as shown:
-        for time, frame in shown:
+    with reading(info.path), closing(_on_screen(info, times_s, damaged)) as on_screen:
+        for time, frame in on_screen:
             if frame is not converted:
                 converted = frame
                 rgb = to_rgb(frame, info.width, info.height, info.rotation_deg, info.mirrored, reformatter)
@@ -56,47 +60,47 @@ def read(info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignored) -
 
 
 def _on_screen(info: VideoInfo, times: Sequence[float], damaged: Damage, *, seek: bool = True) -> Iterator[TimedFrame]:
-    """The frame on screen at each moment; holds no more than that frame and the one after it."""
+    """The frame on screen at each time. Holds no more than that frame and the one after it."""
     end = info.duration_s if seek and info.container in SEEKABLE else None
-    jump_from, keyframe_time = SEEK_AHEAD_S, 0.0
+    jump_from, keyframe_time = MIN_JUMP_S, 0.0
     with open_video(info.path) as container:
         stream = video_stream(container, info.path)
         stream.thread_type = "AUTO"
         frames = decode(container, stream, info, damaged)
-        shown, coming = None, next(frames, None)
+        current, coming = None, next(frames, None)
         if coming is None:
             raise nothing_decoded(info.path)
-        for i, moment in enumerate(times):
-            if end is not None and coming and min(moment, end) - coming[0] > jump_from:
-                frames = _jump(container, stream, info, min(moment, end), damaged)
+        for i, wanted in enumerate(times):
+            if end is not None and coming and min(wanted, end) - coming[0] > jump_from:
+                frames = _jump(container, stream, info, min(wanted, end), damaged)
                 if frames is None:
                     yield from _on_screen(info, times[i:], damaged, seek=False)
                     return
-                shown, coming = None, next(frames)
-            while coming and coming[0] <= moment + TOLERANCE_S:
+                current, coming = None, next(frames)
+            while coming and coming[0] <= wanted + TOLERANCE_S:
                 if coming[1].key_frame:
                     keyframe_time = coming[0]
                 jump_from = max(jump_from, coming[0] - keyframe_time)
-                shown, coming = coming, next(frames, None)
-            yield shown or coming
+                current, coming = coming, next(frames, None)
+            yield current or coming
 
 
 def _jump(
-    container: InputContainer, stream: VideoStream, info: VideoInfo, moment: float, damaged: Damage
+    container: InputContainer, stream: VideoStream, info: VideoInfo, wanted: float, damaged: Damage
 ) -> Iterator[TimedFrame] | None:
-    """The frames from a keyframe at or before `moment` on; None if none could be reached."""
+    """The frames from a keyframe at or before the wanted time on; None if none could be reached."""
     for back in SEEK_BACK_S:
         try:
-            container.seek(math.floor((moment - back + info.start_s) / stream.time_base), stream=stream)
+            container.seek(math.floor((wanted - back + info.start_s) / stream.time_base), stream=stream)
         except av.error.FFmpegError:
             return None
-        # What lacks its beginning, because it is entered in the middle, is not damaged.
+        # Frames that lack what they depend on, because decoding starts in the middle, are not damaged.
         landed = False
-        frames = decode(container, stream, info, lambda what: landed and damaged(what))  # noqa: B023
+        frames = decode(container, stream, info, lambda number: landed and damaged(number))  # noqa: B023
         for time, frame in frames:
-            if time > moment + TOLERANCE_S:
+            if time > wanted + TOLERANCE_S:
                 break
-            # Until the first true keyframe, frames may lack those that they were predicted from.
+            # Before the first true keyframe, frames may lack the frames that they were predicted from.
             if frame.key_frame and frame.pict_type == PictureType.I:
                 landed = True
                 return chain([(time, frame)], frames)
@@ -104,9 +108,10 @@ def _jump(
 
 
 def decode(container: InputContainer, stream: VideoStream, info: VideoInfo, damaged: Damage) -> Iterator[TimedFrame]:
-    """All frames from where the container stands, in the order in which they are shown.
+    """All frames from the container's position on, in display order.
 
-    Damaged packets are skipped, frames that the decoder patched up are not; `damaged` is told of both, and of an end that is none.
+    Damaged packets are skipped; frames that the decoder patched up are not. `damaged` is called for both, and where the file
+    breaks off.
     """
     step = 1 / (info.fps or FALLBACK_FPS)
     time = -step
@@ -114,7 +119,7 @@ def decode(container: InputContainer, stream: VideoStream, info: VideoInfo, dama
         broken, frames = packet is None or packet.is_corrupt, []
         try:
             frames = stream.decode(packet)
-        except av.error.FFmpegError:  # the next may be whole
+        except av.error.FFmpegError:  # the next packet may be whole
             broken = True
         if broken:
             damaged(None if packet is None else packet.dts if packet.pts is None else packet.pts)

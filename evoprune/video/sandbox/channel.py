@@ -1,6 +1,6 @@
-"""Messages between two processes: plain data as JSON, with it at most one file descriptor, and signs of life in between.
+"""Messages between two processes: plain data as JSON, with at most one file descriptor, and signs of life in between.
 
-No pickles: a video may have taken over whoever reads it, and must not be able to run anything at the other end.
+No pickle: a malicious video may have taken over the process that reads it, and must not run code in the other one.
 """
 
 import json
@@ -13,18 +13,18 @@ _ALIVE = _LENGTH.pack(0)
 
 
 class Channel:
-    """One end of a connected Unix socket. What is sent or received may raise OSError.
+    """One end of a connected Unix socket. Sending and receiving may raise OSError.
 
     Args:
         end: of the socket.
-        descriptors: how many a message may bring, 0 or 1; the caller closes them.
+        descriptors: how many file descriptors a received message may bring, 0 or 1; the caller closes them.
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
         self._socket, self._descriptors = end, descriptors
 
     def send(self, message: dict, descriptor: int | None = None) -> None:
-        """Raises ValueError where the message is too large."""
+        """Send a message. Raises ValueError if it is too large."""
         content = json.dumps(message).encode()
         if len(content) > LARGEST:
             raise ValueError(f"a message of {len(content):,} bytes")
@@ -35,13 +35,14 @@ class Channel:
         self._socket.sendall(head + content)
 
     def send_alive(self) -> None:
-        """Tell the other end that there is progress, though no message yet."""
+        """Report progress before there is a message."""
         self._socket.sendall(_ALIVE)
 
     def receive(self, patience_s: float | None = None) -> tuple[dict, int | None]:
         """The next message, and the descriptor that came with it.
 
-        Raises EOFError where the other end is closed, TimeoutError where there is not even a sign of life for so long.
+        Raises:
+            EOFError: the other end is closed. TimeoutError: neither a message nor a sign of life for `patience_s`.
         """
         self._socket.settimeout(patience_s)
         while True:

@@ -1,4 +1,4 @@
-"""What a video file holds, found out without decoding more than its first frame."""
+"""Metadata of a video file, read without decoding more than its first frame."""
 
 import math
 import os
@@ -12,8 +12,8 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from evoprune.video import heartbeat
 from evoprune.video.info import VideoInfo
+from evoprune.video.readers import heartbeat
 from evoprune.video.readers.container import (
     FALLBACK_FPS,
     MOV,
@@ -29,17 +29,16 @@ from evoprune.video.readers.exif import exif_orientation
 from evoprune.video.readers.folder import probe_folder
 from evoprune.video.readers.pixels import orientation
 
-# The video's end is read off the packets of its last seconds. So many, because the frame shown last is not always the
-# one stored last.
+# The video's end is read from the packets of its last seconds: the frame displayed last is not always the one stored last.
 TAIL_S = 3.0
-# Frame intervals that differ by less are rounded (Matroska counts milliseconds), not variable.
+# Frame intervals that differ by less are constant: Matroska rounds times to milliseconds.
 RATE_JITTER_S = 0.0025
-# Tags beyond these are left out.
+# At most this many tags, and characters of a tag, are kept.
 TAGS, TAG_CHARACTERS = 200, 4000
 
 
 def probe(path: str, folder_fps: float) -> VideoInfo:
-    """See `evoprune.video.probe`."""
+    """See `evoprune.video.probe.probe`."""
     with reading(path):
         if os.path.isdir(path):
             return probe_folder(path, folder_fps)
@@ -57,10 +56,10 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
     width, height = size if rotation % 180 == 0 else size[::-1]
     rate = stream.average_rate or stream.guessed_rate
     step = 1 / float(rate or FALLBACK_FPS)
-    # The header's count cannot be right where it has more frames than the file has bytes.
+    # The header's count is wrong if it has more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
     duration = _duration(path, container, stream, first, step)
-    stated = _stated(container, stream, first, step)  # after that, when fragments have been found
+    stated = _stated(container, stream, first, step)  # after `_duration`, which makes FFmpeg find fragments
     return VideoInfo(
         path=path,
         duration_s=duration,
@@ -81,13 +80,13 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
 
 
 def _tags(container: InputContainer) -> dict[str, str]:
-    """Not those that are books: they are carried about with the video."""
+    """The container's tags, without very long ones: they travel with every `VideoInfo`."""
     short = {key: text for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS}
     return dict(islice(short.items(), TAGS))
 
 
 def _picture_orientation(path: str, container: InputContainer) -> tuple[int, bool] | None:
-    """What the EXIF data say, where the video is a single picture (FFmpeg calls their formats `jpeg_pipe` and so on)."""
+    """The EXIF orientation, if the video is a single picture (FFmpeg names such formats `jpeg_pipe` and so on)."""
     if not container.format.name.endswith("_pipe"):
         return None
     with open(path, "rb") as file:
@@ -97,13 +96,13 @@ def _picture_orientation(path: str, container: InputContainer) -> tuple[int, boo
 def _duration(
     path: str, container: InputContainer, stream: VideoStream, first: VideoFrame, step: float
 ) -> float | None:
-    # The header's word is not taken where packets have times: it counts audio too, may count from zero instead of from
-    # the first frame, and does not know that the file was cut off.
+    # The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first
+    # frame, and does not know that the file was cut off.
     start = frame_time(first, stream)
     if start is None:
         return step * sum(1 for _ in _all_packets(path))
     if container.format.name == "avi":
-        # Where the index does not list as many frames as the header, the file was cut off, or has gaps.
+        # If the index does not list as many frames as the header, the file was cut off, or has gaps.
         if stream.frames == len(stream.index_entries):
             return step * stream.frames
         times = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
@@ -115,11 +114,11 @@ def _duration(
 
 
 def _stated(container: InputContainer, stream: VideoStream, first: VideoFrame, step: float) -> float | None:
-    """See `VideoInfo.stated_s`. Where FFmpeg guesses by what the file holds, that is no word of the file's."""
+    """See `VideoInfo.stated_s`. Containers whose duration FFmpeg estimates from their content state none."""
     kind, start = container.format.name, frame_time(first, stream) or 0.0
     if kind == "avi":
         return step * stream.frames or None
-    if kind == MOV and len(stream.index_entries):  # which tell when frames are decoded, a little before they are shown
+    if kind == MOV and len(stream.index_entries):  # decoding times, a little earlier than display
         return float(stream.index_entries[-1].timestamp * stream.time_base) + step - start
     if kind in ("matroska,webm", "flv") and container.duration is not None and len(container.streams) == 1:
         return container.duration / av.time_base - start
@@ -127,14 +126,14 @@ def _stated(container: InputContainer, stream: VideoStream, first: VideoFrame, s
 
 
 def _end(found: Iterable[Packet], step: float) -> float | None:
-    """When the last of these packets stops being shown; `step` stands in for durations that are not stored."""
-    shown = (p for p in found if p.pts is not None and not p.is_discard)
-    ends = (float(p.pts * p.time_base) + (float((p.duration or 0) * p.time_base) or step) for p in shown)
+    """When the last of these packets leaves the screen; `step` replaces durations that are not stored."""
+    displayed = (p for p in found if p.pts is not None and not p.is_discard)
+    ends = (float(p.pts * p.time_base) + (float((p.duration or 0) * p.time_base) or step) for p in displayed)
     return max(ends, default=None)
 
 
 def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """Packets of the last seconds; none if the file cannot be entered there."""
+    """Packets of the last seconds; none if FFmpeg cannot seek there."""
     if container.duration is None:
         return
     end = ((container.start_time or 0) + container.duration) / av.time_base
@@ -146,7 +145,7 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
-    """All packets of the stream that hold something, up to where the file breaks off."""
+    """All packets of the stream that are not empty, up to where the file breaks off."""
     with open_video(path) as container:
         yield from (p for p in _packets(container, video_stream(container, path)) if p.size)
 
@@ -160,6 +159,6 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]
 
 def _variable_rate(stream: VideoStream) -> bool | None:
     if stream.frames < 3 or len(stream.index_entries) != stream.frames:
-        return None  # only MP4 and its relatives list every frame up front
+        return None  # only MP4 and related containers list every frame in advance
     steps = np.diff([entry.timestamp for entry in stream.index_entries])
     return bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)

@@ -1,0 +1,163 @@
+"""One worker process, as the process that started it sees it: starting it, asking it, taking its answers."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import evoprune
+from evoprune.errors import OutOfMemory, UsageError, VideoError
+from evoprune.video.sandbox.channel import Channel
+from evoprune.video.sandbox.memory import FrameMemory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# A worker that reports no progress for this long counts as hung, in seconds.
+SILENCE_S = 25.0
+# What the process runs. It imports from the same paths as this one.
+PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
+ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
+HINT = "it is damaged, or made to do harm; if it plays elsewhere, convert it, e.g. with ffmpeg"
+
+
+class Crash(VideoError):
+    """The worker process has ended, or cannot be used any more."""
+
+
+class WorkerProcess:
+    """A process that reads videos, one request at a time.
+
+    Attributes:
+        path: the video that it reads, for messages.
+        busy: whether a request is unanswered.
+
+    Raises:
+        OSError: the process cannot be started.
+    """
+
+    def __init__(self):
+        self.path, self.busy = "", False
+        here, there = socket.socketpair()
+        here.settimeout(SILENCE_S)
+        self._channel = Channel(here)
+        self._stderr = os.fdopen(os.memfd_create("evoprune-stderr"), "rb", buffering=0)
+        # An editable install is found by an import hook, which the worker does not have: it needs the folder itself.
+        paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
+        program = PROGRAM.format(paths=list(dict.fromkeys(paths)), socket=there.fileno())
+        with there:
+            self._process = subprocess.Popen(  # noqa: S603 (this Python, and a program of our own)
+                # -S: `site` would only set paths, which PROGRAM sets.
+                [sys.executable, "-I", "-S", f"-Xutf8={sys.flags.utf8_mode}", "-c", program],
+                stdin=subprocess.PIPE,  # closes when this process ends, and that ends the worker
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy would start threads that nobody needs
+                pass_fds=[there.fileno()],
+                start_new_session=True,  # Ctrl-C is for this process
+            )
+        self.pid = self._process.pid
+
+    def ask(self, task: str, arguments: dict[str, Any]) -> None:
+        """Request a task; `answer` returns its result."""
+        self._send(self.request(task, arguments))
+
+    def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The message that requests a task.
+
+        Raises:
+            VideoError: the path is relative to a working directory that no longer exists.
+        """
+        try:
+            folder = None if os.path.isabs(self.path) else os.getcwd()
+        except FileNotFoundError as error:
+            raise VideoError(f"cannot read {self.path}: the current folder is gone", "go to another") from error
+        return {"task": task, "folder": folder, "arguments": arguments}
+
+    def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
+        """Request the next frames.
+
+        Args:
+            memory: where the array is taken from.
+            shape: `(n, H, W, 3)`.
+            more: further entries of the message.
+
+        Returns:
+            uint8 of that shape, which holds the frames after `answer` has returned.
+
+        Raises:
+            VideoError: a limit on the size of files forbids such memory. MemoryError: there is none.
+        """
+        try:
+            frames, number, descriptor = memory.take(shape)
+        except OSError as error:
+            self.busy = True  # in the middle of a video, so the process cannot serve another one
+            if error.errno == errno.EFBIG:
+                raise VideoError(
+                    "the limit on the size of files is below that of a few frames", "ulimit -f unlimited"
+                ) from error
+            raise MemoryError(f"no memory for frames: {error.strerror}") from error
+        try:
+            self._send({"shape": shape, "piece": number, **more}, descriptor)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        return frames
+
+    def _send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
+        self.busy = True
+        try:
+            self._channel.send(message, descriptor)
+        except OSError as error:
+            raise self._crash() from error
+
+    def answer(self) -> Any:
+        """The result of the request.
+
+        Raises:
+            Crash: the process ended, or took too much memory. VideoError: no progress for `SILENCE_S`.
+            RuntimeError: a bug in the reader, with its traceback as a note.
+            What the task raised.
+        """
+        try:
+            message, _ = self._channel.receive(SILENCE_S)
+        except TimeoutError as error:
+            raise VideoError(
+                f"reading {self.path} has come to a standstill: nothing for {SILENCE_S:g} s", HINT
+            ) from error
+        except (OSError, EOFError, ValueError) as error:
+            raise self._crash() from error
+        # An earlier video in the same process may have taken the memory, so this is a crash: it is tried again.
+        if limit := message.get("memory"):
+            raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
+        self.busy = False
+        if error := message.get("error"):
+            raise ERRORS[error.pop("type")](**error)
+        if bug := message.get("bug"):
+            problem = RuntimeError(bug.splitlines()[-1])
+            problem.add_note(bug)
+            raise problem
+        return message["result"]
+
+    def _crash(self) -> Crash:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        code = self._process.returncode
+        how = "its answer is invalid" if code is None else signal.strsignal(-code) if code < 0 else f"exit code {code}"
+        problem = Crash(f"the decoder crashed on {self.path} ({how})", HINT)
+        problem.add_note(os.pread(self._stderr.fileno(), 2**16, 0).decode(errors="replace"))
+        return problem
+
+    def end(self) -> None:
+        """Kill the process, whatever it does."""
+        self._process.kill()
+        self._process.stdin.close()
+        self._channel.close()
+        self._stderr.close()
+        with suppress(subprocess.TimeoutExpired):  # a process that waits for a disk ends once the disk answers
+            self._process.wait(1)

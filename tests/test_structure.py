@@ -1,0 +1,264 @@
+"""The layout of the code: which file may import which, how long files and functions are, which words names use."""
+
+import ast
+import re
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Entries of evoprune/ in their order: each imports only what comes before it.
+ORDER = (
+    "errors", "report", "model", "pruning", "methods", "video", "vision", "language", "pipeline", "huggingface", "batch", "demo",
+    "evaluation", "profiling", "visualize", "integrations",
+)  # fmt: skip
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+# Words that the glossary replaces by plainer ones, as regular expressions of whole words.
+FORBIDDEN = (
+    "told", "choosers?", "stands for", "homes?", "moments?", "sides", "forms", "shown", "shortened", "hosts?", "ahead",
+    "lettering", "finite", "parts", "watch(es|ed|er|ers|ing)?", "narrow(s|ed|er|ing)?", "allowances?", "settle(s|d)?", "uploaded",
+)  # fmt: skip
+
+Graph = dict[str, dict[str, str]]  # importer -> imported -> "file:line" of one such import
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the program by its dotted name; a package is the module of its `__init__.py`."""
+    found = {}
+    for top in ("evoprune", "evoprune_cli"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            names = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
+    return found
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+
+
+def is_package(name: str) -> bool:
+    return modules()[name].name == "__init__.py"
+
+
+def targets(name: str, node: ast.AST) -> Iterator[str]:
+    """Dotted names that a node of module `name` imports: modules, or names inside modules."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = name.split(".") if is_package(name) else name.split(".")[:-1]
+        prefix = base[: len(base) - node.level + 1] if node.level else []
+        source = ".".join([*prefix, *([node.module] if node.module else [])])
+        yield from (f"{source}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+            yield node.args[0].value
+
+
+def imports(name: str) -> Iterator[tuple[str, str]]:
+    """Each import in a module, wherever it is written: the dotted name, and "file:line"."""
+    for node in ast.walk(tree(name)):
+        for target in targets(name, node):
+            yield target, f"{modules()[name].relative_to(ROOT)}:{node.lineno}"
+
+
+def module_of(target: str) -> str | None:
+    """The module of the program that holds a dotted name; None for a module of another project."""
+    while target and target not in modules():
+        target = target.rpartition(".")[0]
+    return target or None
+
+
+@cache
+def import_graph() -> Graph:
+    """Which module imports which. The public names of `evoprune/__init__.py`, loaded on first use, are left out."""
+    graph: Graph = {name: {} for name in modules()}
+    for name in modules():
+        for target, where in imports(name):
+            imported = module_of(target)
+            if imported not in (None, name) and name != "evoprune":
+                graph[name].setdefault(imported, where)
+    return graph
+
+
+def children_graph(package: str) -> Graph:
+    """Which child of a package imports which: modules, sub-packages as one node each, and the `__init__` of the package."""
+
+    def child(module: str) -> str | None:
+        if module == package:
+            return "__init__"
+        return module[len(package) + 1 :].split(".")[0] if module.startswith(package + ".") else None
+
+    graph: Graph = defaultdict(dict)
+    for importer, imported in import_graph().items():
+        for module, where in imported.items():
+            a, b = child(importer), child(module)
+            if a and b and a != b:
+                graph[a].setdefault(b, where)
+    return graph
+
+
+def path_between(graph: Graph, start: str, end: str) -> list[str] | None:
+    """The shortest chain of imports from `start` to `end`, both included."""
+    before, queue = {start: None}, deque([start])
+    while queue:
+        node = queue.popleft()
+        for following in graph.get(node, {}):
+            if following == end:
+                chain = [end, node]
+                while before[chain[-1]] is not None:
+                    chain.append(before[chain[-1]])
+                return chain[::-1]
+            if following not in before:
+                before[following] = node
+                queue.append(following)
+    return None
+
+
+def circles(graph: Graph) -> list[str]:
+    """Each circle once, by its shortest chain, with the line of every import."""
+    found, seen = [], set()
+    for node in sorted(graph):
+        chain = path_between(graph, node, node) if node not in seen else None
+        if chain:
+            seen.update(chain)
+            steps = (f"-> {b} ({graph[a][b]})" for a, b in pairwise(chain))
+            found.append(" ".join([node, *steps]))
+    return found
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, path in modules().items():
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node
+
+
+def names() -> Iterator[tuple[str, str]]:
+    """Names of modules, classes, functions and arguments, each with the place where it is defined."""
+    for module, path in modules().items():
+        yield module.rpartition(".")[2], str(path.relative_to(ROOT))
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield node.name, f"{path.relative_to(ROOT)}:{node.lineno}"
+            elif isinstance(node, ast.arg):
+                yield node.arg, f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def words(name: str) -> str:
+    """The words of a snake_case or CamelCase name, lower case, with spaces between them."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", name)).lower()
+
+
+def fail_on(offenders: Iterable[str], problem: str) -> None:
+    found = list(offenders)
+    assert not found, "\n".join([f"{problem}:", *found])
+
+
+def test_no_file_imports_itself_through_others():
+    fail_on(circles(import_graph()), "files that import each other in a circle")
+
+
+@pytest.mark.parametrize("package", [name for name in modules() if is_package(name)])
+def test_the_children_of_a_package_form_no_circle(package):
+    fail_on(circles(children_graph(package)), f"children of {package} that import each other in a circle")
+
+
+def test_a_package_imports_only_those_before_it_in_the_order():
+    def wrong() -> Iterator[str]:
+        for importer, imported in import_graph().items():
+            for module, where in imported.items():
+                a, b = (name.split(".")[1:2] for name in (importer, module))
+                if importer.startswith("evoprune.") and module.startswith("evoprune.") and a != b:
+                    known = a[0] in ORDER and b[0] in ORDER
+                    if not known or ORDER.index(b[0]) > ORDER.index(a[0]):
+                        yield f"{where}: {importer} imports {module}"
+
+    fail_on(wrong(), "imports of a package that comes later in the order, or is not in it")
+
+
+def test_the_library_imports_neither_the_command_line_nor_experiments_nor_tests():
+    outside = ("evoprune_cli", "experiments", "tests")
+    wrong = (
+        f"{where}: {name} imports {target}"
+        for name in modules()
+        if name.split(".")[0] == "evoprune"
+        for target, where in imports(name)
+        if target.split(".")[0] in outside
+    )
+    fail_on(wrong, "imports from outside the library")
+
+
+def test_the_library_has_no_entries_outside_the_order():
+    entries = {
+        path.stem
+        for path in (ROOT / "evoprune").iterdir()
+        if path.name not in ("__init__.py", "py.typed", "__pycache__") and not path.name.startswith(".")
+    }
+    assert len(ORDER) == 16 and entries <= set(ORDER), f"not in the order: {sorted(entries - set(ORDER))}"
+
+
+def test_no_file_is_longer_than_the_limit():
+    lengths = ((path, len(path.read_text(encoding="utf-8").splitlines())) for path in modules().values())
+    fail_on(
+        (f"{path.relative_to(ROOT)}: {lines} lines" for path, lines in lengths if lines > MAX_FILE_LINES),
+        f"files of more than {MAX_FILE_LINES} lines",
+    )
+
+
+def test_no_function_is_longer_than_the_limit():
+    lengths = ((where, node.end_lineno - node.lineno + 1) for where, node in functions())
+    fail_on(
+        (f"{where}: {lines} lines" for where, lines in lengths if lines > MAX_FUNCTION_LINES),
+        f"functions of more than {MAX_FUNCTION_LINES} lines",
+    )
+
+
+def test_every_package_says_what_it_is_for():
+    fail_on(
+        (
+            str(path.relative_to(ROOT))
+            for name, path in modules().items()
+            if is_package(name) and not ast.get_docstring(tree(name))
+        ),
+        "packages without a docstring",
+    )
+
+
+def test_no_name_uses_a_word_that_the_glossary_replaces():
+    forbidden = re.compile(rf"\b({'|'.join(FORBIDDEN)})\b")
+    fail_on((f"{where} {name}" for name, where in names() if forbidden.search(words(name))), "forbidden words in names")
+
+
+def test_a_circle_is_reported_with_the_line_of_every_import():
+    graph = {"a": {"b": "a.py:1"}, "b": {"c": "b.py:2", "d": "b.py:3"}, "c": {"a": "c.py:4"}, "d": {}}
+    assert circles(graph) == ["a -> b (a.py:1) -> c (b.py:2) -> a (c.py:4)"]
+    assert circles({"a": {"b": ""}, "b": {"c": ""}, "c": {}}) == []
+
+
+def test_imports_are_found_wherever_they_are_written(monkeypatch):
+    code = (
+        "from evoprune import methods\nfrom . import decoder\nfrom ..video.info import VideoInfo\n"
+        "def f():\n    import evoprune.report\n    import_module('evoprune.errors')\n"
+        "if TYPE_CHECKING:\n    from evoprune.pruning.merge import merge\n"
+    )
+    monkeypatch.setitem(globals(), "tree", lambda name: ast.parse(code))
+    assert {target for target, _ in imports("evoprune.language.generate")} == {
+        "evoprune.methods", "evoprune.language.decoder", "evoprune.video.info.VideoInfo", "evoprune.report",
+        "evoprune.errors", "evoprune.pruning.merge.merge",
+    }  # fmt: skip
+    assert module_of("evoprune.video.info.VideoInfo") == "evoprune.video.info" and module_of("torch.nn") is None
+
+
+@pytest.mark.parametrize(
+    "name, plain", [("stands_for", "stands for"), ("isFinite2", "is finite 2"), ("KVCache", "kv cache")]
+)
+def test_names_are_split_into_words(name, plain):
+    assert words(name) == plain
