@@ -140,7 +140,7 @@ def batch(
     if address and engine != "ray":
         raise UsageError("--address is of a Ray cluster", "add --engine ray")
     from evoprune.batch.output import RecordFile
-    from evoprune.batch.rows import grouped
+    from evoprune.batch.rows import group_by_span
     from evoprune.batch.run import Settings, remaining
 
     settings = Settings(
@@ -167,9 +167,9 @@ def batch(
                 return 0
             where = {"device": device, "offline": offline}
             if engine == "ray":
-                made = _on_ray(grouped(left), settings, where | {"address": address, "cache": cache}, show, ready)
+                made = _on_ray(group_by_span(left), settings, where | {"address": address, "cache": cache}, show, ready)
             else:
-                made = _here(grouped(left), settings, where, cache, show, ready)
+                made = _here(group_by_span(left), settings, where, cache, show, ready)
             with closing(made):
                 for record in made:
                     if not file.written:  # what was there before stays until there is something to write

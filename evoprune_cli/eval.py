@@ -199,9 +199,9 @@ def _questions(data: str):
     """The videos of a file; None for the demo's own clips."""
     if data == "demo":
         return None
-    from evoprune.evaluation.questions import load_items
+    from evoprune.evaluation.questions import load_questions
 
-    return load_items(Path(data))
+    return load_questions(Path(data))
 
 
 def _deliver(evaluation, error: dict | None, json: bool, chart: str | None) -> None:

@@ -55,7 +55,7 @@ def _head(document: dict) -> list[str]:
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
     return [
         f"{shown(model['id'])}, {model['dtype']}, {model['device']}",
-        f"{data}: {plural(document['items']['answered'], 'question')} about {videos['shown']} of "
+        f"{data}: {plural(document['items']['answered'], 'question')} about {videos['evaluated']} of "
         f"{plural(videos['wanted'], 'video')}{failed}",
     ]
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.evaluation.run import Evaluation, Settings
-from evoprune.evaluation.scores import FULL, in_points, paired_difference
+from evoprune.evaluation.scores import FULL
 from evoprune.pruning.schedule import ALLOCATIONS
 from evoprune.pruning.score import LONELY
+from experiments.paired import in_points, paired_difference
 
 
 @dataclass(frozen=True)

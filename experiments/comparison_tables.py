@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from evoprune import methods
-from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, in_points, paired_difference, row_name
+from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw_rows
+from experiments.paired import in_points, paired_difference
 
 OURS, SHARE = methods.DEFAULT, f"{methods.DEFAULT}:encoder_budget="
 CAMERAS = ("static", "panning")  # groups that are told apart at equal cost
@@ -186,7 +187,7 @@ def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, 
         full, blind = whole.get(FULL), whole.get(BLIND)
         parts += [
             f"## {outcome.name}",
-            f"{items['answered']:,} questions about {videos['shown']:,} of {videos['wanted']:,} clips{failed}. In full: "
+            f"{items['answered']:,} questions about {videos['evaluated']:,} of {videos['wanted']:,} clips{failed}. In full: "
             + (f"{_accuracy(full)}, {full['tokens']:,.0f} tokens, {full['tflop_3b']:.3g} TFLOP." if full else "-")
             + (f" The question alone, without the video: {_accuracy(blind)}." if blind else ""),
         ]
@@ -281,7 +282,7 @@ def chart(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
                 full = 100 * row["accuracy"]
                 series.append(Series("full", (Point(full, -0.5), Point(full, len(names) - 0.5)), INK, dashed=True))
         panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series)))
-    settings, shown = outcomes[0].document["settings"], outcomes[0].document["videos"]["shown"]
+    settings, shown = outcomes[0].document["settings"], outcomes[0].document["videos"]["evaluated"]
     facts = f"demo ({settings['split']}, block {settings['seed']}), {shown:,} clips, 95% intervals over videos"
     return draw_rows("Accuracy of each method at the same budgets", facts, names, panels)
 

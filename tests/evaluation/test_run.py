@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from evoprune.batch.rows import Row
 from evoprune.errors import OutOfMemory, UsageError
+from evoprune.evaluation import frames as evaluation_frames
 from evoprune.evaluation import run as evaluation_run
-from evoprune.evaluation.questions import Item, Video, load_items
-from evoprune.evaluation.run import COST_MODEL, Evaluation, Settings, grey_frames, sides
+from evoprune.evaluation.cost import COST_MODEL
+from evoprune.evaluation.frames import SharedFrames, grey_frames
+from evoprune.evaluation.questions import Video, load_questions
+from evoprune.evaluation.run import Evaluation, Settings, variants
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.loading import describe_model
 from evoprune.pipeline.video_qa import VideoQA
@@ -32,10 +36,11 @@ def loaded(saved):
 def videos(names=CLIPS):
     made = []
     for name in names:
-        items = tuple(
-            Item(f"{name}-{i}", q, "blue", type=f"t{i}", groups=("g",)) for i, q in enumerate(("What?", "Why?"))
+        rows = tuple(
+            Row(f"{name}-{i}", name, name, q, answer="blue", type=f"t{i}", groups=("g",))
+            for i, q in enumerate(("What?", "Why?"))
         )
-        made.append(Video(name, SAMPLES / name, items))
+        made.append(Video(name, SAMPLES / name, rows))
     return made
 
 
@@ -52,8 +57,8 @@ def begun(loaded, settings=SETTINGS, shown=None, folder=None, resume=False) -> E
 
 def test_full_comes_first_and_nothing_twice():
     asked = replace(SETTINGS, budgets=(0.5, 1.0), methods=("none", "random", "pool"), blind=True)
-    assert [side.name for side in sides(asked)] == ["full", "blind", "random -b 0.5", "pool -b 0.5"]
-    assert [side.name for side in sides(replace(SETTINGS, budgets=(1.0,)))] == ["full"]
+    assert [variant.name for variant in variants(asked)] == ["full", "blind", "random -b 0.5", "pool -b 0.5"]
+    assert [variant.name for variant in variants(replace(SETTINGS, budgets=(1.0,)))] == ["full"]
 
 
 def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
@@ -66,9 +71,9 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     monkeypatch.setattr(VideoQA, "encode", encode)
     run = begun(loaded, replace(SETTINGS, blind=True, limit=2))
     run.run()
-    sided = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
-    assert encoded == [(name, *side) for name in CLIPS[:2] for side in sided]
-    assert len(run.samples) == 2 * 4 * 2 and run.document()["videos"] == {"wanted": 2, "shown": 2, "failed": 0}
+    expected = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
+    assert encoded == [(name, *each) for name in CLIPS[:2] for each in expected]
+    assert len(run.samples) == 2 * 4 * 2 and run.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
 
 
 def test_samples_say_what_ask_says(loaded):
@@ -139,11 +144,11 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
 
 
 def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
-    missing = Video("gone.mp4", SAMPLES / "gone.mp4", (Item("x", "What?", "blue"), Item("y", "Why?", "blue")))
+    missing = Video("gone.mp4", SAMPLES / "gone.mp4", videos()[0].rows)
     run = begun(loaded, shown=[videos()[0], missing, videos()[1]])
     run.run()
     document = run.document()
-    assert run.failed and document["videos"] == {"wanted": 3, "shown": 2, "failed": 1}
+    assert run.failed and document["videos"] == {"wanted": 3, "evaluated": 2, "failed": 1}
     assert document["items"] == {"answered": 4, "failed": 2} and document["rows"][0]["n"] == 4
     assert document["failures"] == [{"video": "gone.mp4", "message": "no such file: samples/gone.mp4"}]
     real = VideoQA.encode
@@ -160,13 +165,13 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
 
 
 def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded, monkeypatch):
-    read, real = [], evaluation_run.read_frames
+    read, real = [], evaluation_frames.read_frames
 
     def counted(info, times_s, **how):
         read.append(len(times_s))
         yield from real(info, times_s, **how)
 
-    monkeypatch.setattr(evaluation_run, "read_frames", counted)
+    monkeypatch.setattr(evaluation_frames, "read_frames", counted)
     settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
     run = begun(loaded, settings, videos(CLIPS[:2]))
     run.run()
@@ -176,7 +181,7 @@ def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded,
         4,
         2,
     ]  # of each video: everyone's four frames, and the two of those who take fewer (a grid at least)
-    frames, info = evaluation_run.Frames(), probe(SAMPLES / "square.mp4")
+    frames, info = SharedFrames(), probe(SAMPLES / "square.mp4")
     plain = list(real(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=2**26))
     for _ in range(2):
         (chunk,) = frames.read(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=2**26)
@@ -230,7 +235,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         torn.run()
     torn.folder.finish(torn.document({"code": 130}))
-    assert results(tmp_path / "torn")["videos"]["shown"] == (at - 1) // 3
+    assert results(tmp_path / "torn")["videos"]["evaluated"] == (at - 1) // 3
     again = begun(loaded, folder=tmp_path / "torn", resume=True)
     before = len(shown)
     again.run()
@@ -255,14 +260,14 @@ def test_a_torn_file_is_mended(loaded, tmp_path, cut):
 
 def test_what_failed_is_tried_again(loaded, tmp_path):
     moved = tmp_path / "square.mp4"
-    shown = [Video("square.mp4", moved, videos()[0].items), videos()[1]]
+    shown = [Video("square.mp4", moved, videos()[0].rows), videos()[1]]
     first = begun(loaded, shown=shown, folder=tmp_path / "run")
     first.run()
     assert first.failed
     moved.write_bytes((SAMPLES / "square.mp4").read_bytes())
     again = begun(loaded, shown=shown, folder=tmp_path / "run", resume=True)
     again.run()
-    assert not again.failed and again.document()["videos"] == {"wanted": 2, "shown": 2, "failed": 0}
+    assert not again.failed and again.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
     whole = begun(loaded, shown=shown)
     whole.run()
     assert again.document() == whole.document()
@@ -299,7 +304,7 @@ def test_blocks_do_not_meet():
 def test_names_that_are_no_text(loaded, tmp_path):
     """A file name of stray bytes comes through samples, settings and results."""
     name = "caf\udce9.mp4"
-    shown = [Video(name, SAMPLES / "square.mp4", videos()[0].items)]
+    shown = [Video(name, SAMPLES / "square.mp4", videos()[0].rows)]
     asked = replace(SETTINGS, data=name)
     first = begun(loaded, asked, shown, tmp_path / "run")
     first.run()
@@ -310,7 +315,9 @@ def test_names_that_are_no_text(loaded, tmp_path):
 
 def test_the_demo_model_on_the_sample_questions():
     """Ten of the twelve are right at full budget, as docs/demo-model.md says."""
-    run = Evaluation(Settings("samples/questions.jsonl", (0.25,), ("none",)), load_items(SAMPLES / "questions.jsonl"))
+    run = Evaluation(
+        Settings("samples/questions.jsonl", (0.25,), ("none",)), load_questions(SAMPLES / "questions.jsonl")
+    )
     run.load()
     run.run()
     document = run.document()

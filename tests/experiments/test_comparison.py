@@ -47,7 +47,10 @@ def outcome(name: str, right: dict[str, str], budgets=(0.5,)) -> Outcome:
     made = [s for budget in budgets for s in samples(right, budget)]
     n = len(next(iter(right.values())))
     full = [s | {"row": "full", "method": "none", "budget": 1.0} for s in samples({"": "1" * n})]
-    about = {"settings": {"split": "heldout", "seed": 3}, "videos": {"wanted": n // 2, "shown": n // 2, "failed": 0}}
+    about = {
+        "settings": {"split": "heldout", "seed": 3},
+        "videos": {"wanted": n // 2, "evaluated": n // 2, "failed": 0},
+    }
     found = about | {"items": {"answered": n, "failed": 0}, "rows": score_rows(full + made)}
     return Outcome(name, found, full + made)
 
