@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.batch.rows import Row
-from evoprune.demo.clips import Clip, make_clip, write_video
+from evoprune.demo.clips import Clip, make_clip
+from evoprune.demo.drawing import write_video
 from evoprune.demo.questions import Question, ask
 from evoprune.errors import UsageError
 from evoprune.evaluation.questions import Video

@@ -15,16 +15,11 @@ from evoprune.demo.clips import (
     VIDEO_TAG,
     Clip,
     Thing,
-    dense_grid,
-    digit_mask,
-    frame_times,
     make_clip,
-    render,
     setting,
-    shape_mask,
-    through_codec,
-    write_video,
 )
+from evoprune.demo.drawing import digit_mask, render, shape_mask, write_video
+from evoprune.video.sampling import even_times
 
 SETTINGS = [{}, {"height": 112, "width": 168}, {"height": 112, "width": 112, "seconds": 3.0, "grids": 3}]
 
@@ -34,7 +29,7 @@ def clips(count, split="validation", **how):
 
 
 def sampled(clip: Clip, grids: int) -> list[float]:
-    return frame_times(clip.seconds, 2 * grids)
+    return even_times(0.0, clip.seconds, 2 * grids)
 
 
 def painted(clip: Clip, thing: Thing, t: float) -> np.ndarray:
@@ -110,14 +105,6 @@ def test_portrait_clips_are_upright_and_always_pan():
         assert (clip.height, clip.width) == (12 * 28, 8 * 28) and any(clip.pan)
     panning = np.mean([any(clip.pan) for clip in clips(400, "heldout")])
     assert 0.28 < panning < 0.42
-
-
-def test_dense_grids_show_everything_at_once():
-    for seed in range(5):
-        clip = dense_grid(np.random.default_rng(seed), 112, 168, 14)
-        assert 5 <= len(clip.things) <= 14
-        assert all(thing.visible(t) for thing in clip.things for t in frame_times(1.0, 2))
-        assert len({tuple(map(round, thing.centre(0))) for thing in clip.things}) == len(clip.things)
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -233,24 +220,11 @@ def test_clutter_is_grey_and_as_dense_as_said():
     assert np.median(painted_over.max(-1) - painted_over.min(-1)) < 60
 
 
-@pytest.mark.parametrize("quality", [2, 5])
-def test_a_codec_leaves_nearly_the_same_frames(quality):
-    frames = render(make_clip("train", 4, 112, 168, 3.0, 3), frame_times(3.0, 6))
-    coded = through_codec(frames, quality)
-    assert coded.shape == frames.shape and coded.dtype == frames.dtype
-    assert 0.3 < abs(coded.astype(int) - frames).mean() < 8
-
-
 def test_a_frame_does_not_depend_on_the_frame_rate_but_for_its_noise():
     clip = replace(make_clip("validation", 2), noise=0.0)
     fine = render(clip, [i / 12 for i in range(72)])
     coarse = render(clip, [i / 2 for i in range(12)])
     assert np.array_equal(fine[::6], coarse)
-
-
-def test_frame_times_are_the_middles_of_equal_spans():
-    assert frame_times(6.0, 4) == [0.75, 2.25, 3.75, 5.25]
-    assert frame_times(1.0, 1) == [0.5]
 
 
 @pytest.mark.parametrize("kind", SHAPES)
