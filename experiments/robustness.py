@@ -2,7 +2,7 @@
 
 A unit is not encoded again while it differs from its reference by less than some levels of 255 (pruning/reference.py). Coarse
 compression and light that changes make everything differ a little, and fine compression keeps small changes that matter. So the
-demo's clips with a standing camera are written by x264 at several qualities, or shown while their light swells and fades, and asked
+demo's clips with a standing camera are written by x264 at several qualities, or get light that swells and fades, and are asked
 about with nothing pruned and with `evoprune`: how much is encoded, and what is still answered.
 """
 
@@ -32,7 +32,7 @@ PERIOD_S = 4.0  # of the light
 
 @dataclass(frozen=True)
 class Noise:
-    """A clip as it is shown: x264's constant rate factor, and by how many levels its light rises and falls."""
+    """A disturbance: x264's constant rate factor, and by how many levels of 255 the light rises and falls."""
 
     crf: int
     light: float = 0.0

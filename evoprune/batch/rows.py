@@ -63,12 +63,13 @@ class Rules:
     """What the rows of a file must hold beyond `video` and `question`.
 
     Attributes:
-        hint: names the fields, for errors.
+        fields, file: hints for errors, on the fields of a row and on the file.
         numbered: a row without an id is named by its line's number; else by a digest of what it asks.
         complete: called with each row and its fields; returns the row completed, or raises ValueError to refuse it.
     """
 
-    hint: str
+    fields: str
+    file: str = "give a JSONL or CSV file of rows"
     numbered: bool = False
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
 
@@ -128,7 +129,7 @@ def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules
     Raises:
         UsageError: the file cannot be read, and what `read_rows` raises.
     """
-    return read_rows(read_file(path), path, os.path.dirname(path), start_s, end_s, rules)
+    return read_rows(read_file(path, rules.file), path, os.path.dirname(path), start_s, end_s, rules)
 
 
 def read_rows(
@@ -148,11 +149,11 @@ def read_rows(
         UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong row and counts the others.
     """
     reader = _Reader(folder, start_s, end_s, rules)
-    for number, fields in read_lines(content, name, ("video", "question")):
+    for number, fields in read_lines(content, name, ("video", "question"), rules.file):
         reader.add(f"{name}, line {number}", number, fields)
     rows = reader.finish()
     if not rows:
-        raise UsageError(f"{name} holds no rows", rules.hint)
+        raise UsageError(f"{name} holds no rows", rules.fields)
     return rows
 
 
@@ -170,7 +171,7 @@ class _Reader:
         try:
             row = self._row(number, fields)
         except (ValueError, EvopruneError) as problem:
-            self._wrong.append((f"{place}: {problem}", self._rules.hint))
+            self._wrong.append((f"{place}: {problem}", self._rules.fields))
             return
         if row.id in self._rows:
             message = f"{place}: the same id, or question, as {self._places[row.id]}"

@@ -11,11 +11,10 @@ from evoprune.errors import UsageError
 LIST_COLUMNS = ("options", "groups")  # columns whose cells in a CSV file are lists
 SEPARATOR = "|"  # between the entries of such a cell
 Line = tuple[int, dict[str, Any] | ValueError]  # its number from 1, and its fields or why it has none
-HINT = "give a JSONL or CSV file of rows"
 
 
-def read_file(path: str) -> bytes:
-    """The content of a file.
+def read_file(path: str, hint: str) -> bytes:
+    """The content of a file. `hint` goes into errors.
 
     Raises:
         UsageError: it cannot be read.
@@ -24,17 +23,17 @@ def read_file(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as problem:
-        raise UsageError(f"cannot read {path}: {problem.strerror}", HINT) from problem
+        raise UsageError(f"cannot read {path}: {problem.strerror}", hint) from problem
 
 
-def read_lines(content: bytes, name: str, required: tuple[str, ...]) -> Iterator[Line]:
+def read_lines(content: bytes, name: str, required: tuple[str, ...], hint: str) -> Iterator[Line]:
     """The lines of a file, in order: JSON objects, one a line, or CSV. The first character decides which.
 
     Empty lines are skipped. Empty cells of a CSV file are left out of a line's fields.
 
     Args:
         content: UTF-8, with or without a byte order mark.
-        name: of the file, for errors.
+        name, hint: of the file, and what to give instead, for errors.
         required: columns without which a CSV file is refused.
 
     Raises:
@@ -43,7 +42,7 @@ def read_lines(content: bytes, name: str, required: tuple[str, ...]) -> Iterator
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise UsageError(f"{name} is not UTF-8", HINT) from problem
+        raise UsageError(f"{name} is not UTF-8", hint) from problem
     return _json_lines(text) if text.lstrip()[:1] in ("{", "[", "") else _csv_lines(text, required)
 
 

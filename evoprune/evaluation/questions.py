@@ -60,5 +60,8 @@ def _answer(row: Row) -> str:
 
 
 GRADED = Rules(
-    "a row has video, question and answer, and may have id, options, type and groups", numbered=True, complete=_complete
+    fields="a row has video, question and answer, and may have id, options, type and groups",
+    file="give a JSONL or CSV file of questions, or demo",
+    numbered=True,
+    complete=_complete,
 )

@@ -185,5 +185,5 @@ class _Stream(torch.utils.data.IterableDataset):
 
 
 def in_worker(make, *args):
-    """Runs a batch generator in one worker process, a few batches ahead."""
+    """Runs a batch generator in one worker process, a few batches in advance."""
     return iter(torch.utils.data.DataLoader(_Stream(make, *args), batch_size=None, num_workers=1, prefetch_factor=4))

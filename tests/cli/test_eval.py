@@ -166,7 +166,7 @@ def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monke
     if form == "json":
         assert torn.record["error"]["code"] == code and torn.record["videos"]["evaluated"] == 1
     else:
-        assert "2 questions about 1 of 2 videos" in torn.out and "not all videos were shown" in torn.out
+        assert "2 questions about 1 of 2 videos" in torn.out and "not all videos were evaluated" in torn.out
     again = run(*asked, "--resume", place)
     assert (again.code, again.out, again.err) == (0, whole.out, "")
     for name in ("results.json", "samples.jsonl"):
