@@ -179,12 +179,12 @@ some_rows = st.lists(
 @settings(deadline=None)
 @given(some_rows)
 def test_rows_that_one_encoding_serves_are_together(rows):
-    parts = group_by_span(rows)
-    assert sorted((row for part in parts for row in part.rows), key=id) == sorted(rows, key=id)
-    keys = [(part.path, part.range["start_s"]) for part in parts]
+    spans = group_by_span(rows)
+    assert sorted((row for span in spans for row in span.rows), key=id) == sorted(rows, key=id)
+    keys = [(span.path, span.range["start_s"]) for span in spans]
     assert len(set(keys)) == len(keys)  # one encoding each
-    for part, key in zip(parts, keys, strict=True):
-        assert list(part.rows) == [row for row in rows if (row.path, row.start_s) == key]  # in their order
+    for span, key in zip(spans, keys, strict=True):
+        assert list(span.rows) == [row for row in rows if (row.path, row.start_s) == key]  # in their order
     videos = [path for path, _ in keys]
     assert [v for i, v in enumerate(videos) if i == 0 or videos[i - 1] != v] == list(
         dict.fromkeys(r.path for r in rows)

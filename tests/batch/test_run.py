@@ -88,8 +88,8 @@ def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
     monkeypatch.setattr(
         PreparedVideo, "encode", lambda self, **how: encoded.append(self.info.path) or real(self, **how)
     )
-    parts = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
-    made = list(answers(qa, group_by_span(parts), replace(SETTINGS, max_new_tokens=1)))
+    rows = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
+    made = list(answers(qa, group_by_span(rows), replace(SETTINGS, max_new_tokens=1)))
     assert encoded == [clip for clip in CLIPS for _ in range(2)] and len({report.id for report in made}) == 12
 
 
@@ -141,7 +141,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
     settings = replace(SETTINGS, max_new_tokens=1)
     whole = [report.answer for report in answers(qa, group_by_span(ROWS), settings)]
     module, _, name = where.rpartition(".")
-    real, calls, told = getattr(__import__(module, fromlist=[name]), name), [], []
+    real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
 
     def breaks(*args, **how):
         at_once = how.get("chunk_units", 0)
@@ -153,7 +153,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
         return real(*args, **how)
 
     monkeypatch.setattr(where, breaks)
-    made = list(answers(qa, group_by_span(ROWS), settings, on_failure=told.append))
+    made = list(answers(qa, group_by_span(ROWS), settings, on_failure=problems.append))
     first = (at - 1) * failing
     failed = list(range(first, first + failing))
     assert [report.id for report in made] == [row.id for row in ROWS]
@@ -165,8 +165,8 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
             assert report.batch == made[0].batch | {"row": ROWS[i].asked | {"answer": None}}
         else:
             assert report.answer == whole[i]
-    assert len(told) == 1
-    assert isinstance(told[0], OutOfMemory) or told[0] is problem
+    assert len(problems) == 1
+    assert isinstance(problems[0], OutOfMemory) or problems[0] is problem
 
 
 def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):

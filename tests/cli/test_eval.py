@@ -44,11 +44,11 @@ def choices(tmp_path):
 
 def breaking(monkeypatch, at: int, problem: BaseException):
     """Makes the `at`-th encoding fail."""
-    shown, real = [], VideoQA.encode
+    encoded, real = [], VideoQA.encode
 
     def encode(self, *args, **more):
-        shown.append(args)
-        if len(shown) == at:
+        encoded.append(args)
+        if len(encoded) == at:
             raise problem
         return real(self, *args, **more)
 

@@ -58,9 +58,9 @@ def test_a_narrow_terminal(profile, monkeypatch, columns):
     assert max(map(len, result.out.splitlines())) <= min(columns, 80)
     rows = table_rows(result.out)
     assert len(rows) == 6 and all("%" in row and "x" in row for row in rows)
-    shown = {"encode ms": 60, "prefill": 80, "vs HF": 40, "tok/s": 80, "tower vs HF": 60, "peak": 80}
+    widths = {"encode ms": 60, "prefill": 80, "vs HF": 40, "tok/s": 80, "tower vs HF": 60, "peak": 80}
     heads = [line for line in result.out.splitlines() if line.startswith("   ")]
-    for title, least in shown.items():
+    for title, least in widths.items():
         assert (title in " ".join(heads)) == (columns >= least), title
 
 

@@ -89,13 +89,13 @@ def test_things_are_what_they_say():
 
 def test_sizes_and_lengths_are_drawn_as_often_as_said():
     drawn = [setting("heldout", seed) for seed in range(4000)]
-    for choices, shown in (
+    for choices, seen in (
         (FRAMES, [(h // 28, w // 28) for h, w, _ in drawn]),
         (LENGTHS, [grids for _, _, grids in drawn]),
     ):
         assert sum(odds for _, odds in choices) == pytest.approx(1)
         for value, odds in choices:
-            assert shown.count(value) / len(shown) == pytest.approx(odds, abs=0.03)
+            assert seen.count(value) / len(seen) == pytest.approx(odds, abs=0.03)
     clip = make_clip("heldout", 3)
     assert (clip.height, clip.width, clip.seconds) == setting("heldout", 3)
 
@@ -130,12 +130,12 @@ def test_flashes_last_two_or_three_sampled_frames(grids):
 def test_events_can_be_seen_in_the_sampled_frames(grids, event, first, last):
     wrong, seen = [], 0
     for clip in clips(200, seconds=float(grids), grids=grids):
-        shown = sampled(clip, grids)
+        times = sampled(clip, grids)
         for thing in clip.things:
             if thing.event(clip.seconds) == event:
                 seen += 1
-                assert any(thing.visible(t) for t in shown)
-                if (thing.visible(shown[0]), thing.visible(shown[-1])) != (first, last):
+                assert any(thing.visible(t) for t in times)
+                if (thing.visible(times[0]), thing.visible(times[-1])) != (first, last):
                     wrong.append((clip.seed, thing.name, thing.start, thing.end))
     assert seen > 20
     assert not wrong, f"{len(wrong)} of {seen}, such as {wrong[0]}"
@@ -153,8 +153,8 @@ def test_nothing_comes_or_goes_in_the_shortest_clips(grids):
 def test_event_follows_from_start_and_end(start, end, event):
     thing = Thing("circle", "red", (225, 40, 40), "small", 6, 20.0, 20.0, "still", 0.0, float(start), float(end))
     assert thing.event(6.0) == event
-    shown = [t / 2 for t in range(12) if thing.visible(t / 2)]
-    assert shown == [t / 2 for t in range(12) if start <= t / 2 < end]
+    seen = [t / 2 for t in range(12) if thing.visible(t / 2)]
+    assert seen == [t / 2 for t in range(12) if start <= t / 2 < end]
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_event_follows_from_start_and_end(start, end, event):
 
 @pytest.mark.parametrize("how", SETTINGS)
 def test_things_are_drawn_where_centre_says_and_only_while_visible(how):
-    moments = 0
+    checked = 0
     for clip in clips(12, **how):
         for thing in clip.things:
             for t in (0.1, 0.5 * clip.seconds, 0.95 * clip.seconds):
@@ -170,13 +170,13 @@ def test_things_are_drawn_where_centre_says_and_only_while_visible(how):
                 if not thing.visible(t):
                     assert not changed.any()
                     continue
-                moments += 1
+                checked += 1
                 rows, columns = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
                 x, y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
                 assert thing.centre(t) == pytest.approx((x, y), abs=1.6)
                 reach = max(columns[-1] - columns[0], rows[-1] - rows[0]) + 1
                 assert 2 * thing.radius - 4 <= reach <= 2 * thing.radius
-    assert moments > 30
+    assert checked > 30
 
 
 def test_things_are_drawn_in_their_colour():

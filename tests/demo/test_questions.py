@@ -41,7 +41,7 @@ def parse(question: Question, *patterns: str) -> tuple[str, ...]:
     return found[0]
 
 
-def moments(clip: Clip) -> list[float]:
+def times(clip: Clip) -> list[float]:
     return [float(t) for t in np.linspace(0, clip.seconds, 60, endpoint=False)]
 
 
@@ -85,7 +85,7 @@ def size(clip, question):
 
 
 def count(clip, question):
-    seen = {t.name for t in clip.things if t.kind in SHAPES and any(t.visible(m) for m in moments(clip))}
+    seen = {t.name for t in clip.things if t.kind in SHAPES and any(t.visible(m) for m in times(clip))}
     return str(len(seen))
 
 
@@ -117,12 +117,12 @@ def order(clip, question):
     a, b = referred(clip, one), referred(clip, two)
     assert a is not b and fate(clip, a) == fate(clip, b) == verb
 
-    def moment(thing):
-        there = [t for t in moments(clip) if thing.visible(t)]
+    def time_of(thing):
+        there = [t for t in times(clip) if thing.visible(t)]
         return there[0] if verb == "appears" else there[-1]
 
-    assert abs(moment(a) - moment(b)) > clip.seconds * 0.15  # far enough apart to tell
-    return one if moment(a) < moment(b) else two
+    assert abs(time_of(a) - time_of(b)) > clip.seconds * 0.15  # far enough apart to tell
+    return one if time_of(a) < time_of(b) else two
 
 
 def relation(clip, question):
@@ -133,7 +133,7 @@ def relation(clip, question):
         a.centre(s)[axis] + a.radius < b.centre(t)[axis] - b.radius
         if a.centre(0)[axis] < b.centre(0)[axis]
         else a.centre(s)[axis] - a.radius > b.centre(t)[axis] + b.radius
-        for s in moments(clip)
+        for s in times(clip)
         for t in (0.0, clip.seconds / 2, clip.seconds)
     }
     assert a is not b and apart == {True}  # at all times, wherever either is

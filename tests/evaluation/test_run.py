@@ -1,4 +1,4 @@
-"""Running an evaluation: what is shown how often, what it is said to cost, and going on after an interruption."""
+"""Running an evaluation: what is encoded how often, what it is said to cost, and going on after an interruption."""
 
 import json
 import multiprocessing
@@ -47,8 +47,8 @@ def videos(names=CLIPS):
 SETTINGS = Settings("q.jsonl", (0.5, 0.25), ("random",), max_new_tokens=2, frames=4)
 
 
-def begun(loaded, settings=SETTINGS, shown=None, folder=None, resume=False) -> Evaluation:
-    made = Evaluation(settings, videos() if shown is None else shown)
+def begun(loaded, settings=SETTINGS, clips=None, folder=None, resume=False) -> Evaluation:
+    made = Evaluation(settings, videos() if clips is None else clips)
     if folder:
         made.keep_in(folder, resume)
     made.loaded = loaded
@@ -92,7 +92,7 @@ def test_samples_say_what_ask_says(loaded):
 
 def test_operations_at_3b(loaded):
     """Full: every layer of the 3B sees all units of two grids of 4x6, which make two windows each."""
-    run = begun(loaded, shown=videos(CLIPS[:1]))
+    run = begun(loaded, clips=videos(CLIPS[:1]))
     run.run()
     config, _ = describe_model(COST_MODEL)
     full, half = run.samples[0], run.samples[2]
@@ -145,7 +145,7 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
 
 def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     missing = Video("gone.mp4", SAMPLES / "gone.mp4", videos()[0].rows)
-    run = begun(loaded, shown=[videos()[0], missing, videos()[1]])
+    run = begun(loaded, clips=[videos()[0], missing, videos()[1]])
     run.run()
     document = run.document()
     assert run.failed and document["videos"] == {"wanted": 3, "evaluated": 2, "failed": 1}
@@ -159,7 +159,7 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
         return real(self, path, **more)
 
     monkeypatch.setattr(VideoQA, "encode", encode)
-    run = begun(loaded, shown=videos(CLIPS[:2]))
+    run = begun(loaded, clips=videos(CLIPS[:2]))
     run.run()
     assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # in full either, or no pairs
 
@@ -222,11 +222,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     whole = begun(loaded, folder=tmp_path / "whole")
     whole.run()
     whole.folder.finish(whole.document())
-    shown, real = [], VideoQA.encode
+    encoded, real = [], VideoQA.encode
 
     def encode(self, *args, **more):
-        shown.append(args)
-        if len(shown) == at:
+        encoded.append(args)
+        if len(encoded) == at:
             raise KeyboardInterrupt
         return real(self, *args, **more)
 
@@ -237,10 +237,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     torn.folder.finish(torn.document({"code": 130}))
     assert results(tmp_path / "torn")["videos"]["evaluated"] == (at - 1) // 3
     again = begun(loaded, folder=tmp_path / "torn", resume=True)
-    before = len(shown)
+    before = len(encoded)
     again.run()
     again.folder.finish(again.document())
-    assert len(shown) - before == 3 * (4 - (at - 1) // 3)  # finished videos are not shown again
+    assert len(encoded) - before == 3 * (4 - (at - 1) // 3)  # finished videos are not encoded again
     for name in ("results.json", "settings.json", "samples.jsonl"):
         assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
@@ -260,15 +260,15 @@ def test_a_torn_file_is_mended(loaded, tmp_path, cut):
 
 def test_what_failed_is_tried_again(loaded, tmp_path):
     moved = tmp_path / "square.mp4"
-    shown = [Video("square.mp4", moved, videos()[0].rows), videos()[1]]
-    first = begun(loaded, shown=shown, folder=tmp_path / "run")
+    clips = [Video("square.mp4", moved, videos()[0].rows), videos()[1]]
+    first = begun(loaded, clips=clips, folder=tmp_path / "run")
     first.run()
     assert first.failed
     moved.write_bytes((SAMPLES / "square.mp4").read_bytes())
-    again = begun(loaded, shown=shown, folder=tmp_path / "run", resume=True)
+    again = begun(loaded, clips=clips, folder=tmp_path / "run", resume=True)
     again.run()
     assert not again.failed and again.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
-    whole = begun(loaded, shown=shown)
+    whole = begun(loaded, clips=clips)
     whole.run()
     assert again.document() == whole.document()
 
@@ -304,12 +304,12 @@ def test_blocks_do_not_meet():
 def test_names_that_are_no_text(loaded, tmp_path):
     """A file name of stray bytes comes through samples, settings and results."""
     name = "caf\udce9.mp4"
-    shown = [Video(name, SAMPLES / "square.mp4", videos()[0].rows)]
+    clips = [Video(name, SAMPLES / "square.mp4", videos()[0].rows)]
     asked = replace(SETTINGS, data=name)
-    first = begun(loaded, asked, shown, tmp_path / "run")
+    first = begun(loaded, asked, clips, tmp_path / "run")
     first.run()
     first.folder.finish(first.document())
-    again = begun(loaded, asked, shown, tmp_path / "run", resume=True)
+    again = begun(loaded, asked, clips, tmp_path / "run", resume=True)
     assert {s["video"] for s in again.samples} == {name} and results(tmp_path / "run")["settings"]["data"] == name
 
 
@@ -328,9 +328,9 @@ def test_the_demo_model_on_the_sample_questions():
 def test_demo_clips():
     run = Evaluation(Settings("demo", (0.25,), ("pool",), split="validation", limit=2), None)
     run.load()
-    told = []
-    run.run(told.append)
-    assert told[0] == "video 1 of 2: full" and told[-1] == "video 2 of 2: pool -b 0.25"
+    said = []
+    run.run(said.append)
+    assert said[0] == "video 1 of 2: full" and said[-1] == "video 2 of 2: pool -b 0.25"
     document = run.document()
     groups = {row["group"] for row in document["rows"]}
     assert (

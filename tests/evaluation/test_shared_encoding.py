@@ -20,8 +20,8 @@ CHOICES = (
 )
 
 
-def samples(loaded, settings, shown) -> list[dict]:  # noqa: F811
-    run = begun(loaded, settings, shown)
+def samples(loaded, settings, clips) -> list[dict]:  # noqa: F811
+    run = begun(loaded, settings, clips)
     run.run()
     return run.samples
 

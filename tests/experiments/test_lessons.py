@@ -41,13 +41,13 @@ def when(clip, question):
     thing = referred(clip, name)
     assert {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}[fate(clip, thing)] == verb
     there = [t for t in np.linspace(0, clip.seconds, 3001)[:-1] if thing.visible(t)]
-    moment = (there[-1] if verb == "vanish" else there[0]) / clip.seconds
-    return "early" if moment < 1 / 3 else "midway" if moment < 2 / 3 else "late"
+    when_ = (there[-1] if verb == "vanish" else there[0]) / clip.seconds
+    return "early" if when_ < 1 / 3 else "midway" if when_ < 2 / 3 else "late"
 
 
 def there(clip, question):
-    name, moment = parse(question, r"Is the (.+) there at the (start|end)\?")
-    return "yes" if referred(clip, name).visible(0.0 if moment == "start" else clip.seconds * 0.999) else "no"
+    name, when_ = parse(question, r"Is the (.+) there at the (start|end)\?")
+    return "yes" if referred(clip, name).visible(0.0 if when_ == "start" else clip.seconds * 0.999) else "no"
 
 
 def listed(things):
