@@ -1,18 +1,17 @@
-"""`evoprune batch`: many questions about many videos, one JSON line each, in a file that can be gone on with."""
+"""`evoprune batch`: many questions about many videos, one JSON line each, in a file that a later run can go on with."""
 
 import os
 import sys
 import traceback
 from contextlib import closing
 from functools import partial
-from typing import Annotated
-
-import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
+from evoprune_cli import batch_options as own
 from evoprune_cli import options as opt
+from evoprune_cli.batch_options import ENGINES
 from evoprune_cli.failures import debugging
 from evoprune_cli.render import progress, tell
 from evoprune_cli.tally import Tally
@@ -20,60 +19,15 @@ from evoprune_cli.tally import Tally
 SOME_FAILED = 6
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
-ENGINES = ("local", "ray")
-_ROWS, _OUTPUT, _ENGINE = "Rows", "Output", "Engine"
 
 
 def batch(
-    videos: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="VIDEO", help="Video files, or folders of frames.", show_default=False),
-    ] = None,
-    questions: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-Q",
-            "--question",
-            metavar="TEXT",
-            help="Asked of every video; repeatable.",
-            show_default=False,
-            rich_help_panel=_ROWS,
-        ),
-    ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="FILE|-",
-            help="Instead: JSONL or CSV rows with video, question and perhaps id, start, end, options (in CSV a|b|c), answer. "
-            "Videos are relative to the file; - is stdin. It is read to its end before anything is asked.",
-            show_default=False,
-            rich_help_panel=_ROWS,
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE|-",
-            help="Where the records go, each as soon as it is finished, those of a video together; - is stdout.",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with FILE if it is there: rows that have an answer are skipped, those that failed are asked again.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Do without what is in FILE.", rich_help_panel=_OUTPUT),
-    ] = False,
+    videos: own.Videos = None,
+    questions: own.Questions = None,
+    source: own.Source = None,
+    output: own.Output = None,
+    resume: own.Resume = False,
+    overwrite: own.Overwrite = False,
     model: opt.Model = "",
     revision: opt.Revision = None,
     device: opt.Device = "auto",
@@ -97,25 +51,8 @@ def batch(
     temperature: opt.Temperature = 0.0,
     top_p: opt.TopP = 1.0,
     system: opt.System = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            "--engine",
-            metavar="|".join(ENGINES),
-            help="ray: on a Ray cluster, a model a GPU, or a node where there are none. Needs evoprune[ray].",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = ENGINES[0],
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="auto|HOST:PORT",
-            help="Of the Ray cluster; default: RAY_ADDRESS, or the one on this machine, made if there is none.",
-            show_default=False,
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None,
+    engine: own.Engine = ENGINES[0],
+    address: own.Address = None,
     quiet: opt.Quiet = False,
     cache: opt.Cache = False,
     debug: opt.Debug = False,
@@ -131,6 +68,68 @@ def batch(
     evoprune batch --from rows.csv -o answers.jsonl --resume
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
+    _check_flags(output, model, engine, address)
+    asked = {"budget": parse_budget_or_auto(budget), "method": method, "seed": seed}
+    asked |= {"model": model, "revision": revision, "dtype": dtype, "quantize": quantize, "load_format": load_format}
+    asked |= {"fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens}
+    asked |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "system": system}
+    settings = _settings(**asked, method_args=opt.settings(method_arg, encoder_budget), decoder=decoder)
+    rows = _rows(videos or [], questions or [], source, start, end)
+    _check_files(rows, source, output, quiet)
+    where = {"device": device, "offline": offline, "cache": cache}
+    ask = partial(_on_ray, address=address, **where) if engine == "ray" else partial(_here, **where)
+    return _run(rows, settings, ask, partial(_open, output, resume, overwrite), quiet)
+
+
+def _run(rows, settings, ask, open_output, quiet: bool) -> int:
+    """Asks what has no answer yet; returns the exit code. `ask` makes records, `open_output` opens the output file."""
+    from evoprune.batch.rows import group_by_span
+    from evoprune.batch.run import remaining
+
+    tally = Tally(len(rows), quiet)
+    with tally, closing(open_output()) as file:
+        left = remaining(rows, settings, file.found)
+        with progress(not quiet) as show:
+            ready = partial(tally.start, file, len(left), show)
+            if not left:
+                ready()
+                file.begin()
+                return 0
+            with closing(ask(group_by_span(left), settings, show, ready)) as records:
+                for record in records:
+                    if not file.written:  # earlier records stay until there is one to write
+                        file.begin(again={row.id for row in left})
+                    file.add(record)
+                    tally.add(record)
+    return SOME_FAILED if tally.failed else 0
+
+
+def _open(output: str, resume: bool, overwrite: bool):
+    from evoprune.batch.output import RecordFile
+
+    return RecordFile(output, resume=resume, overwrite=overwrite)
+
+
+def _here(spans, settings, show, ready, *, device: str, offline: bool, cache: bool):
+    """Records made in this process."""
+    from evoprune.batch.run import answers
+    from evoprune.pipeline.cache import Cache, default_folder
+
+    show("loading model")
+    qa = settings.load(device=device, offline=offline, progress=lambda done, total: show("quantizing", done, total))
+    ready()
+    yield from answers(qa, spans, settings, Cache(default_folder()) if cache else None, _print_traceback)
+
+
+def _on_ray(spans, settings, show, ready, **where):
+    """Records made on a Ray cluster."""
+    from evoprune.batch.ray import answers_on_ray
+
+    show("connecting to Ray")
+    yield from answers_on_ray(spans, settings, **where, on_ready=ready)
+
+
+def _check_flags(output: str | None, model: str, engine: str, address: str | None) -> None:
     if output is None:
         raise UsageError("no output", f"name a file with -o: {USAGE}")
     if not model:
@@ -139,70 +138,17 @@ def batch(
         raise UsageError(f"no engine {engine!r}", f"one of {', '.join(ENGINES)}")
     if address and engine != "ray":
         raise UsageError("--address is of a Ray cluster", "add --engine ray")
-    from evoprune.batch.output import RecordFile
-    from evoprune.batch.rows import grouped
-    from evoprune.batch.run import Settings, remaining
-
-    settings = Settings(
-        model, parse_budget_or_auto(budget), method, opt.settings(method_arg, encoder_budget), seed=seed,
-        revision=revision, dtype=dtype,
-        quantize=quantize, load_format=load_format, fps=fps, frames=frames, max_frames=max_frames,
-        max_visual_tokens=max_visual_tokens, decoder=decoder, system=system, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p,
-    )  # fmt: skip
-    _check(settings)
-    rows = _rows(videos or [], questions or [], source, start, end)
-    _check_videos(rows, quiet)
-    read = [row.path for row in rows] + ([source] if source else [])
-    if output != DASH and os.path.realpath(output) in map(os.path.realpath, read):
-        raise UsageError(f"{output} is what is to be read", "choose another -o")
-    tally = Tally(len(rows), quiet)
-    with tally, closing(RecordFile(output, resume=resume, overwrite=overwrite)) as file:
-        left = remaining(rows, settings, file.found)
-        with progress(not quiet) as show:
-            ready = partial(tally.start, file, len(left), show)
-            if not left:
-                ready()
-                file.begin()
-                return 0
-            where = {"device": device, "offline": offline}
-            if engine == "ray":
-                made = _on_ray(grouped(left), settings, where | {"address": address, "cache": cache}, show, ready)
-            else:
-                made = _here(grouped(left), settings, where, cache, show, ready)
-            with closing(made):
-                for record in made:
-                    if not file.written:  # what was there before stays until there is something to write
-                        file.begin(again={row.id for row in left})
-                    file.add(record)
-                    tally.add(record)
-    return SOME_FAILED if tally.failed else 0
 
 
-def _here(parts, settings, where: dict, cache: bool, show, ready):
-    from evoprune.batch.run import answers
-    from evoprune.pipeline.cache import Cache, default_folder
-
-    show("loading model")
-    qa = settings.load(**where, progress=lambda done, total: show("quantizing", done, total))
-    ready()
-    yield from answers(qa, parts, settings, Cache(default_folder()) if cache else None, _tell_failure)
-
-
-def _on_ray(parts, settings, where: dict, show, ready):
-    from evoprune.batch.ray import answers_on_ray
-
-    show("connecting to Ray")
-    yield from answers_on_ray(parts, settings, **where, on_ready=ready)
-
-
-def _check(settings) -> None:
-    """All that can be wrong with settings and needs no model to be seen."""
+def _settings(**asked):
+    """The settings. Refuses those that are wrong whatever the model and the videos are."""
     from evoprune.batch.rows import is_text
+    from evoprune.batch.run import Settings
     from evoprune.video.decode import choose_decoder
     from evoprune.video.info import VideoInfo
     from evoprune.video.plan import VideoLimits, make_plan
 
+    settings = Settings(**asked)
     if not methods.known(settings.method):
         raise UsageError(f"no pruning method {settings.method!r}", f"one of {', '.join(methods.available())}")
     choose_decoder(settings.decoder)
@@ -211,6 +157,14 @@ def _check(settings) -> None:
     any_video = VideoInfo("", 60.0, 320, 240, 0, "h264", None, "", 25.0, False, 1500, 0.0, {})
     numbers = {name: value for name, value in settings.sampling.items() if name != "decoder" and value is not None}
     make_plan(any_video, VideoLimits(), **numbers)
+    return settings
+
+
+def _check_files(rows, source: str | None, output: str, quiet: bool) -> None:
+    _check_videos(rows, quiet)
+    read = [row.path for row in rows] + ([source] if source else [])
+    if output != DASH and os.path.realpath(output) in map(os.path.realpath, read):
+        raise UsageError(f"{output} is what is to be read", "choose another -o")
 
 
 def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None):
@@ -235,7 +189,7 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
 
 
 def _check_videos(rows, quiet: bool) -> None:
-    """One that is missing is a failed row, but told at once; where all are, something else is wrong."""
+    """Names missing videos at once, though their rows only fail later. If all are missing, the command is wrong."""
     videos = list(dict.fromkeys(row.path for row in rows))
     missing = [path for path in videos if not os.path.exists(path)]
     if len(missing) == len(videos):
@@ -248,6 +202,6 @@ def _check_videos(rows, quiet: bool) -> None:
         tell(f"missing: {missing[0]}{', ...' if missing[1:] else ''} ({len(missing):,} of {len(videos):,} videos)")
 
 
-def _tell_failure(problem: Exception) -> None:
+def _print_traceback(problem: Exception) -> None:
     if debugging():
         traceback.print_exception(problem)

@@ -4,13 +4,13 @@ import json as jsonlib
 import shutil
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.pipeline.choices import SPLITS
+from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
@@ -18,64 +18,18 @@ from evoprune_cli.render import WIDTH, note, progress
 
 SCHEMA = "evoprune/eval@1"
 SOME_FAILED = 6
-_DATA, _SWEEP, _OUTPUT = "Data", opt.SWEEP, "Output"
 
 
 def evaluate(
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="FILE.jsonl|demo",
-            help="Questions: lines with video, question, answer and perhaps id, options, type, groups. Or demo: clips of the "
-            "demo model's generator.",
-            show_default=False,
-            rich_help_panel=_DATA,
-        ),
-    ],
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            help="At most so many videos; default: all of a file, 100 demo clips.",
-            min=1,
-            show_default=False,
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            "--split",
-            metavar="|".join(SPLITS),
-            help="Of the demo: clips to report on, to tune on, or upright ones with a panning camera, to report on.",
-            rich_help_panel=_DATA,
-        ),
-    ] = SPLITS[0],
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            metavar="<int>",
-            help="Which block of the demo's clips, none of which meet; and of methods that draw lots.",
-            min=0,
-            max=2**31 - 1,
-            rich_help_panel=_DATA,
-        ),
-    ] = 0,
+    data: own.Data,
+    limit: own.Limit = None,
+    split: own.Split = SPLITS[0],
+    seed: own.Seed = 0,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
     encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
-    blind: Annotated[
-        bool,
-        typer.Option(
-            "--blind",
-            help="Also ask without the video: a grey one of the same size and length.",
-            rich_help_panel=_SWEEP,
-        ),
-    ] = False,
+    blind: own.Blind = False,
     model: opt.Model = "demo",
     revision: opt.Revision = None,
     device: opt.Device = "auto",
@@ -87,52 +41,11 @@ def evaluate(
     max_frames: opt.MaxFrames = None,
     max_visual_tokens: opt.MaxVisualTokens = None,
     max_new_tokens: opt.MaxNewTokens = 64,
-    processes: Annotated[
-        int,
-        typer.Option(
-            "--processes",
-            metavar="N",
-            help="Show so many videos at a time, each in a process with its own copy of the model.",
-            min=1,
-            max=256,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = 1,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="Write settings, samples and results there; if it exists, to DIR-2 and so on.",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            "--resume",
-            metavar="DIR",
-            help="Go on with the run in DIR that was cut short, given the same options.",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
-    chart: Annotated[
-        str | None,
-        typer.Option(
-            "--chart",
-            metavar="FILE.svg",
-            help="Draw accuracy against tokens and against cost.",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="The results as one JSON line instead of a table.", rich_help_panel=_OUTPUT),
-    ] = False,
+    processes: own.Processes = 1,
+    output: own.Output = None,
+    resume: own.Resume = None,
+    chart: own.Chart = None,
+    json: own.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> int:
@@ -146,27 +59,41 @@ def evaluate(
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    sweep = opt.sweep(budget, method, method_arg, encoder_budget)
+    asked = opt.sweep(budget, method, method_arg, encoder_budget)
     _check_flags(split, output, resume, fps, frames, max_new_tokens)
     check_chart(chart, beside=output)
-    videos, evaluation = _questions(data), None
+    videos = _questions(data)
+    asked |= {"data": data, "blind": blind, "split": split, "seed": seed, "limit": limit}
+    asked |= {"model": model, "revision": revision, "dtype": dtype, "quantize": quantize}
+    asked |= {"fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens}
+    asked |= {"max_new_tokens": max_new_tokens}
+    deliver = partial(_deliver, json=json, chart=chart)
+    return _run(asked, videos, {"device": device, "offline": offline}, output, resume, processes, deliver, quiet)
+
+
+def _run(
+    asked: dict[str, Any],
+    videos,
+    loading: dict[str, Any],
+    output: str | None,
+    resume: str | None,
+    processes: int,
+    deliver,
+    quiet: bool,
+) -> int:
+    """Runs an evaluation; returns the exit code. A run that breaks off delivers the results so far.
+
+    Args:
+        asked: fields of `evaluation.run.Settings`. videos: see `Evaluation`. loading: arguments of `Evaluation.load`.
+        output, resume: the folder to write to, or the one to go on in.
+        deliver: writes the results so far; called with the evaluation and the error that ended it, or None.
+    """
+    evaluation = None
     try:
         with progress(not quiet) as show:
-            show("loading libraries")
-            from evoprune.evaluation.run import Evaluation, Settings, digest
-
-            settings = Settings(
-                data, **sweep, blind=blind, split=split, seed=seed, limit=limit, fps=fps, frames=frames,
-                max_frames=max_frames, max_visual_tokens=max_visual_tokens, max_new_tokens=max_new_tokens, model=model,
-                revision=revision, dtype=dtype, quantize=quantize, digest=None if videos is None else digest(Path(data)),
-            )  # fmt: skip
-            evaluation = Evaluation(settings, videos)
-            if resume:
-                evaluation.keep_in(Path(resume), resume=True)
+            evaluation = _checked(asked, videos, resume, show)
             show("loading model")
-            evaluation.load(
-                device=device, offline=offline, progress=lambda done, total: show("quantizing", done, total)
-            )
+            evaluation.load(**loading, progress=lambda done, total: show("quantizing", done, total))
             if output:
                 evaluation.keep_in(Path(output))
                 if not quiet and evaluation.folder.path != Path(output):
@@ -174,14 +101,25 @@ def evaluate(
             evaluation.run(show, processes)
     except BaseException as problem:
         if evaluation is not None and evaluation.loaded and not isinstance(problem, BrokenPipeError | SystemExit):
-            with suppress(UsageError):  # what went wrong first is what counts
-                _deliver(evaluation, failure(problem), json, chart)
+            with suppress(UsageError):  # the first problem is the one to report
+                deliver(evaluation, failure(problem))
             problem.told = True
             if evaluation.folder and not quiet:
                 note(f"to go on: the same command with --resume {evaluation.folder.path} instead of -o")
         raise
-    _deliver(evaluation, None, json, chart)
+    deliver(evaluation, None)
     return SOME_FAILED if evaluation.failed else 0
+
+
+def _checked(asked: dict[str, Any], videos, resume: str | None, show):
+    """The evaluation, without a model. Wrong settings and a wrong folder are refused here."""
+    show("loading libraries")
+    from evoprune.evaluation.run import Evaluation, Settings, digest
+
+    made = Evaluation(Settings(**asked, digest=None if videos is None else digest(Path(asked["data"]))), videos)
+    if resume:
+        made.keep_in(Path(resume), resume=True)
+    return made
 
 
 def _check_flags(split, output, resume, fps, frames, max_new_tokens) -> None:
@@ -196,16 +134,16 @@ def _check_flags(split, output, resume, fps, frames, max_new_tokens) -> None:
 
 
 def _questions(data: str):
-    """The videos of a file; None for the demo's own clips."""
+    """The videos of a file of questions; None for the demo's own clips."""
     if data == "demo":
         return None
-    from evoprune.evaluation.questions import load_items
+    from evoprune.evaluation.questions import load_questions
 
-    return load_items(Path(data))
+    return load_questions(Path(data))
 
 
 def _deliver(evaluation, error: dict | None, json: bool, chart: str | None) -> None:
-    """The results so far: to stdout first, into the folder, as a chart."""
+    """Writes the results so far: to stdout first, then into the folder, then as a chart."""
     from evoprune_cli.eval_tables import draw_chart, table
 
     document = evaluation.document(error)

@@ -1,4 +1,4 @@
-"""What `evoprune eval` found, as tables for a terminal and as a chart."""
+"""The results of `evoprune eval` as tables for a terminal and as a chart."""
 
 import io
 import textwrap
@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
-from evoprune_cli.profile_tables import plural, shown
+from evoprune_cli.profile_tables import one_line, plural
 
 Cell = Callable[[dict], str]
 GREY, BLACK = "#9A9A9A", "#222222"
@@ -32,8 +32,8 @@ def table(document: dict, width: int = 80) -> str:
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
             notes.append("unparsed: answers that name none of the options; they count as wrong")
-        for shown_here in (columns, COSTS):
-            lines += ["", *_fitting(rows, shown_here, console, width)]
+        for table_columns in (columns, COSTS):
+            lines += ["", *_fitting(rows, table_columns, console, width)]
         names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
         for title, typed in (("group", False), ("type", True)):
             found = [row for row in rest if row["group"].startswith("type:") == typed]
@@ -41,21 +41,21 @@ def table(document: dict, width: int = 80) -> str:
     lines.append("")
     failures = [f"failed: {failure['video']}: {failure['message']}" for failure in document["failures"]]
     if document["error"]:
-        notes.append(f"{document['error']['message']}: not all videos were shown")
-    for note in (*notes, *map(shown, failures), *document["notes"]):
+        notes.append(f"{document['error']['message']}: not all videos were evaluated")
+    for note in (*notes, *map(one_line, failures), *document["notes"]):
         lines += textwrap.wrap(note, width, subsequent_indent="  ")
     return "\n".join(lines) + "\n"
 
 
 def _head(document: dict) -> list[str]:
     model, settings, videos = document["model"], document["settings"], document["videos"]
-    data = shown(settings["data"])
+    data = one_line(settings["data"])
     if settings["data"] == "demo":
         data += f" ({settings['split']}, block {settings['seed']})"
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
     return [
-        f"{shown(model['id'])}, {model['dtype']}, {model['device']}",
-        f"{data}: {plural(document['items']['answered'], 'question')} about {videos['shown']} of "
+        f"{one_line(model['id'])}, {model['dtype']}, {model['device']}",
+        f"{data}: {plural(document['items']['answered'], 'question')} about {videos['evaluated']} of "
         f"{plural(videos['wanted'], 'video')}{failed}",
     ]
 
@@ -78,7 +78,7 @@ def _difference(row: dict) -> str:
     return f"{_signed(row['difference'])} ({_signed(row['difference_low'])} to {_signed(row['difference_high'])})"
 
 
-# The later a column is named in `LEAST`, the longer it stays on a narrow terminal.
+# Columns to drop where the terminal has too few characters, in this order: `LEAST`.
 ANSWERS: dict[str, Cell] = {
     "accuracy": _accuracy,
     "vs full": _difference,
@@ -167,8 +167,8 @@ def draw_chart(document: dict) -> str:
         panels.append(Panel(title, label, "accuracy, %", tuple(series)))
     settings, model = document["settings"], document["model"]
     split = f" ({settings['split']}, block {settings['seed']})" if settings["data"] == "demo" else ""
-    facts = f"{shown(settings['data'])}{split}, {plural(rows[0]['n'], 'question')} about {plural(rows[0]['videos'], 'video')}"
-    title = f"{shown(model['id']).rpartition('/')[2]}: accuracy against tokens and against cost"
+    facts = f"{one_line(settings['data'])}{split}, {plural(rows[0]['n'], 'question')} about {plural(rows[0]['videos'], 'video')}"
+    title = f"{one_line(model['id']).rpartition('/')[2]}: accuracy against tokens and against cost"
     return draw(title, f"{facts}, 95% intervals over videos", panels)
 
 

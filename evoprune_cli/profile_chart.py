@@ -1,11 +1,11 @@
-"""What `evoprune profile` found, as a picture."""
+"""The results of `evoprune profile` as a chart."""
 
 from collections.abc import Sequence
 from itertools import cycle
 
 from evoprune.profiling.results import BOUND, METHOD, Results, Row, Spread
 from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
-from evoprune_cli.profile_tables import device, shown, source
+from evoprune_cli.profile_tables import device, one_line, source
 
 GREY, BLACK = "#9A9A9A", "#222222"
 
@@ -18,9 +18,7 @@ def draw_chart(results: Results) -> str:
     facts = ["random weights"] if model.load_format == "dummy" else []
     facts += [model.dtype, device(results), f"frames of {sizes}" if sweep else str(cases[0]), source(results)]
     facts.append(f"median and range of {results.rounds} rounds" if results.rounds > 1 else "1 round")
-    title = (
-        f"{shown(model.id).rpartition('/')[2]}: {'time to the first token' if sweep else 'encode against live share'}"
-    )
+    title = f"{one_line(model.id).rpartition('/')[2]}: {'time to the first token' if sweep else 'encode against live share'}"
     return draw(title, ", ".join(facts), _sweep(results) if sweep else [_live_share(results)])
 
 

@@ -1,4 +1,4 @@
-"""What `evoprune profile` found, as text: a table for a terminal, Markdown, CSV or JSON."""
+"""The results of `evoprune profile` as text: a table for a terminal, Markdown, CSV or JSON."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ Cell = Callable[[Row, Figures | None], str]
 
 LEGEND = (
     "Hugging Face: plain transformers under sdpa, on the same weights; budget 1.0: evoprune, nothing pruned",
-    "bound: the best that pruning after the encoder can do, put together from the same round: encode of budget 1.0, a choice "
+    "bound: the best that pruning after the encoder can do, put together from the same round: encode of budget 1.0, a selection "
     "that costs nothing, prefill and generation of as many tokens as the row below it keeps",
     "vs HF, vs bound: how many times faster, the median of the rounds' own ratios; first token is encode + prefill",
     "live: share of the rows that the tower computes, mean over its layers; matmul: of the machine's rate, what it reaches",
@@ -32,7 +32,7 @@ def render(results: Results, form: str, width: int = 80) -> str:
     return {"table": lambda r: _table(r, width), "md": _markdown, "csv": _csv}[form](results)
 
 
-# What stands in the cells.
+# The cells.
 
 
 def _ms(seconds: float) -> str:
@@ -40,13 +40,13 @@ def _ms(seconds: float) -> str:
 
 
 def _near(spread: Spread) -> str:
-    """The median, and how far the farthest round is from it; nothing of the kind where there was but one."""
+    """The median, and how far the farthest round is from it, if there is more than one round."""
     far = max(spread.high - spread.median, spread.median - spread.low)
     return f"{_ms(spread.median)} ±{far / spread.median:.0%}" if far else _ms(spread.median)
 
 
 def _range(spread: Spread) -> str:
-    """The median, and within what bounds the rounds lie."""
+    """The median, and the range of the rounds."""
     apart = spread.low < spread.high
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})" if apart else _ms(spread.median)
 
@@ -86,18 +86,18 @@ def _peak(row: Row, figures: Figures | None) -> str:
 
 
 def source(results: Results) -> str:
-    """What the frames are of."""
+    """The video, or the kind of synthetic clip."""
     settings = results.settings
-    return shown(settings.get("video") or f"synthetic {settings.get('synthetic', 'clip')}")
+    return one_line(settings.get("video") or f"synthetic {settings.get('synthetic', 'clip')}")
 
 
-def shown(name: str) -> str:
-    """A path as one line of proper text."""
+def one_line(name: str) -> str:
+    """A path as one line of printable text."""
     return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def device(results: Results) -> str:
-    """Where it ran."""
+    """The device, with its threads if it is a CPU."""
     name = results.model.device
     return f"{name} ({plural(results.env.threads, 'thread')})" if name.startswith("cpu") else name
 
@@ -107,10 +107,10 @@ def _head(results: Results) -> list[str]:
     args = "; ".join(f"{name}={value}" for name, value in (asked["method_args"] or {}).items())
     weights = " (true dimensions, random weights)" if model.load_format == "dummy" else ""
     return [
-        f"{shown(model.id)}{weights}, {model.dtype}",
+        f"{one_line(model.id)}{weights}, {model.dtype}",
         f"{device(results)}: {env.device_name}, {median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
         f"{source(results)}; {asked['text_tokens']} text tokens; {plural(asked['new_tokens'], 'new token')}"
-        + (f"; {shown(args)}" if args else ""),
+        + (f"; {one_line(args)}" if args else ""),
         f"{plural(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
         f"evoprune {env.evoprune}, torch {env.torch}, transformers {env.transformers}",
     ]
@@ -121,7 +121,7 @@ def plural(count: int, what: str) -> str:
 
 
 def _tail(results: Results) -> list[str]:
-    """Rows that failed, and what else a reader must know."""
+    """Rows that failed, and the remarks."""
     failed = [f"{row.name}, {row.case}: {row.error}" for row in results.rows if row.error and row.kind != BOUND]
     return [*failed, *results.remarks]
 
@@ -131,7 +131,8 @@ def _caption(results: Results, case: Case) -> str:
     return f"{case}" + (f": {units:,} units" if units else "")
 
 
-# For a terminal: what it took, and below it why. The later a column is named in `LEAST`, the longer it stays on a narrow one.
+# For a terminal: a table of times, and below it one of the work behind them. Columns are dropped in the order of `LEAST` where
+# the terminal has too few characters.
 
 TIMES: dict[str, Cell] = {
     "encode ms": _of(_near, "encode"),
@@ -226,7 +227,7 @@ def _csv(results: Results) -> str:
     document, made = results.document(), []
     common = {"rounds": results.rounds, "warmups": results.warmups, "new_tokens": results.settings["new_tokens"]}
     common |= {"source": source(results), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
-    common |= {f"model_{name}": shown(document["model"][name]) for name in ("id", "dtype", "device", "load_format")}
+    common |= {f"model_{name}": one_line(document["model"][name]) for name in ("id", "dtype", "device", "load_format")}
     common |= document["env"]
     for facts in document["rows"]:
         counts = facts["counts"] or {}

@@ -1,4 +1,4 @@
-"""How far a batch is: a line that changes on a terminal, a line a minute elsewhere, failures as they come, and a summary."""
+"""The progress of a batch on stderr: a changing line on a terminal, a line a minute elsewhere, failures, and a summary."""
 
 import sys
 import time
@@ -14,11 +14,11 @@ EVERY_S = 60.0
 
 
 class Tally:
-    """Counts records, and tells about them on stderr. As a context it ends with a summary, also of a batch that was cut short.
+    """Counts records and reports on stderr. As a context it ends with a summary, also of a batch that is cut short.
 
     Args:
-        total: rows in all, answered before or not.
-        quiet: tell nothing but warnings.
+        total: all rows, including those that an earlier run answered.
+        quiet: print warnings only.
 
     Attributes:
         failed: rows that failed in this run.
@@ -28,26 +28,26 @@ class Tally:
         self.failed = 0
         self._total, self._quiet = total, quiet
         self._file: RecordFile | None = None
-        self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # of each, the videos by path
+        self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # by name, the videos that have it by path
         self._last_failure = ""
 
     def start(self, file: "RecordFile", left: int, show) -> None:
-        """The model is there, and so many rows are left. `show`: see `render.progress`."""
+        """The model is loaded, and `left` rows have no answer yet. `show`: see `render.progress`."""
         self._file, self._before, self._show = file, self._total - left, show
-        self._begun = self._told = time.monotonic()
+        self._begun = self._reported = time.monotonic()
         show(self._line(self._before))
 
     def add(self, record: Report) -> None:
-        """One more, which is in the file by now."""
+        """Counts a record that is already in the file."""
         for name in record.warnings:
             self._warnings.setdefault(name, {}).setdefault(record.video.path, record.video)
         if record.error:
             self.failed += 1
-            self._tell_failure(record.video.path, record.error["message"])
+            self._report_failure(record.video.path, record.error["message"])
         line = self._line(self._before + self._file.written)
         self._show(line)
-        if time.monotonic() - self._told >= EVERY_S and not self._quiet and not sys.stderr.isatty():
-            self._told = time.monotonic()
+        if time.monotonic() - self._reported >= EVERY_S and not self._quiet and not sys.stderr.isatty():
+            self._reported = time.monotonic()
             tell(line)
 
     def __enter__(self) -> "Tally":
@@ -77,7 +77,7 @@ class Tally:
         rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
         return f"{done:,} of {self._total:,} rows{failed}{rest}"
 
-    def _tell_failure(self, video: str, message: str) -> None:
+    def _report_failure(self, video: str, message: str) -> None:
         said = f"failed: {message if video in message else f'{video}: {message}'}"
         if said != self._last_failure and not self._quiet:  # all rows of a video fail for the same reason
             tell(said)
@@ -85,7 +85,7 @@ class Tally:
 
 
 def pace(made: int, seconds: float) -> str:
-    """Rows a second, a minute or an hour: the first of them that is a number above one."""
+    """Rows a second, a minute or an hour, whichever is the first above one."""
     units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
     unit, length = next((unit for unit in units if made * unit[1] >= seconds), units[-1])
     return f"{made * length / max(seconds, 1e-3):,.3g} {unit}"

@@ -1,8 +1,8 @@
-"""What each part of the method is worth: `python -m experiments.ablations OUT`.
+"""What each element of the method is worth: `python -m experiments.ablations OUT`.
 
-One evaluation of all variants (the run's folder is OUT, and is gone on with if it is there), and of it a table for each question:
-accuracy at each budget, and the paired difference to the table's first row, which is the method as it stands or stood. Variants
-are tuned on the split "validation" and reported once on seeds that were never used (`--split heldout --seed N`).
+All variants run in one evaluation, whose folder is OUT; an existing one is resumed. Each question has a table: accuracy at each
+budget, and the paired difference to the table's first row, which is the method as it is or was. Variants are tuned on the split
+"validation" and reported once on seeds that were never used (`--split heldout --seed N`).
 """
 
 import argparse
@@ -14,30 +14,31 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.evaluation.run import Evaluation, Settings
-from evoprune.evaluation.scores import FULL, in_points, paired_difference
+from evoprune.evaluation.scores import FULL
 from evoprune.pruning.schedule import ALLOCATIONS
 from evoprune.pruning.score import LONELY
+from experiments.paired import in_points, paired_difference
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """A question, and the variants that answer it: what each is called, and its settings beyond those of `method`, a name with or
-    without settings."""
+    """A question, and the variants that answer it: by label, their settings beyond those of `method`, a name with or without
+    settings."""
 
     title: str
     method: str
     variants: dict[str, str]
 
     def specs(self) -> dict[str, str]:
-        """Variants as names that `methods.get` takes, which lets the last of two values of a setting stand."""
+        """Variants by label, as names that `methods.get` takes. Of two values of a setting it uses the last."""
         return {label: f"{self.method}:{args}" if args else self.method for label, args in self.variants.items()}
 
 
-PAPER = (
-    "evoprune-paper:allocation=skip:attention=0.1:critical=0.1"  # the paper's form; the defaults came of these tables
-)
+PAPER = "evoprune-paper:allocation=skip:attention=0.1:critical=0.1"  # the paper's settings; the defaults follow from these tables
 OURS = "evoprune"
-LATE = "evoprune:depth=1:merge=0.5:last=0.25:alpha=4:reuse=12"  # rows merged early, and chosen after the tower alone
+LATE = (
+    "evoprune:depth=1:merge=0.5:last=0.25:alpha=4:reuse=12"  # rows merge early, and are selected after the tower alone
+)
 NO_ATTENTION = "attention=0:critical=0"
 ABLATIONS = {
     "allocation": Ablation(
@@ -106,7 +107,7 @@ ABLATIONS = {
         },
     ),
     "depth": Ablation(
-        "After which part of the layers rows are chosen",
+        "After which share of the layers rows are selected",
         OURS,
         {"0.125": ""}
         | {str(depth): f"depth={depth}" for depth in (0.25, 0.375, 0.5, 0.75)}
@@ -136,7 +137,7 @@ ABLATIONS = {
         {"never": ""} | {str(grids): f"refresh={grids}" for grids in (16, 8, 4)},
     ),
     "stands": Ablation(
-        "What a chosen row is, and as how many it counts in the language model's attention",
+        "What a selected row is, and as how many units it counts in the language model's attention",
         OURS,
         {
             "mean of its units, their number to the power 0.5": "",

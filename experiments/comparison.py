@@ -1,15 +1,13 @@
 """Every method at the same budgets on the same clips, as a document and a chart: `python -m experiments.comparison`.
 
-The rows are all methods; `evoprune` with more and with fewer rows in the encoder; and its references in time before each method
-that chooses after the encoder (`evoprune:choice=NAME`) and before its own choice (`evoprune:depth=1`), so that what is saved in
-time and what is read of it can be compared apart. Each
-row answers the same questions about the demo's clips, once in every model given; each model's run has a folder, and the same
-command goes on where one was cut short.
+The rows are all methods; `evoprune` with more and with fewer rows in the encoder; and its reuse in time before each method that
+selects after the encoder (`evoprune:choice=NAME`) and before its own selection (`evoprune:depth=1`), so that reuse and selection
+can be compared separately. Each row answers the same questions about the demo's clips, once in every model given. Each model's run
+has a folder, and the same command goes on with a run that was cut short.
 
-Within a budget every row is paired with the best one: where the 95% interval of the difference, over videos, includes zero, the
-row is called a tie with it. The best is found by the same answers, and many rows are compared: both make it look a little better
-than it is. At equal cost every row of another method is paired with the dearest row of `evoprune` that costs no more, which is
-found by the costs alone.
+Within a budget every row is paired with the best one. If the 95% interval of the difference, over videos, includes zero, the row is
+called a tie. The best row is found by the same answers, among many rows: both make it look a little better than it is. At equal
+cost every row of another method is paired with the dearest row of `evoprune` that costs no more, which is found by the costs alone.
 """
 
 import argparse
@@ -38,14 +36,14 @@ SHARES = (
 
 
 def compared() -> list[str]:
-    """What is compared: methods by name, this package's own first, then `evoprune` in its other forms."""
+    """The rows: methods by name, this package's own first, then variants of `evoprune`."""
     names = [name for name in methods.available() if name != "none"]
     shares = [*(f"{SHARE}{share:g}" for share in SHARES), f"{OURS}:depth=1"]
     return [*names, *shares, *(f"{OURS}:choice={name}" for name in names if methods.get(name).acts == "after")]
 
 
-def measure(settings: Settings, folder: Path, processes: int, tell: Callable[[str], None]) -> Outcome:
-    """Runs a model's part, or the rest of it, in a folder of its own below `folder`, so many clips at a time.
+def measure(settings: Settings, folder: Path, processes: int, progress: Callable[[str], None]) -> Outcome:
+    """Runs a model's evaluation, or the rest of it, in a folder of its own below `folder`, `processes` clips at a time.
 
     Raises:
         EvopruneError: what `Evaluation` and `load_model` raise; among others, if it was begun with other settings.
@@ -58,7 +56,7 @@ def measure(settings: Settings, folder: Path, processes: int, tell: Callable[[st
     run.load()
     if not begun:
         run.keep_in(place)
-    run.run(lambda what: tell(f"{settings.model}: {what}"), processes)
+    run.run(lambda what: progress(f"{settings.model}: {what}"), processes)
     made = run.document()
     run.folder.finish(made)
     return Outcome(settings.model, made, run.samples)
@@ -74,7 +72,7 @@ def compare(
     seed: int = 0,
     limit: int = CLIPS,
     processes: int = 1,
-    tell: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> list[Outcome]:
     """Each of the methods `names`, or all there is, at every budget in every model, one after another; raises as `measure`."""
     settings = Settings(
@@ -88,10 +86,10 @@ def compare(
         dtype="fp32",  # as the demo's own; all that know its clips are as small
         timed=True,
     )
-    return [measure(replace(settings, model=model), folder, processes, tell) for model in models]
+    return [measure(replace(settings, model=model), folder, processes, progress) for model in models]
 
 
-def _tell(what: str) -> None:
+def _print_progress(what: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[K{what[:78]}", end="", file=sys.stderr, flush=True)
 
@@ -118,11 +116,11 @@ def main(args: Sequence[str] | None = None) -> None:
             )
         for path in (asked.table, asked.chart):
             if not path.parent.is_dir():
-                raise UsageError(f"cannot write {path}", "name a file in a folder that is there")
+                raise UsageError(f"cannot write {path}", "name a file in an existing folder")
         outcomes = compare(
             list(dict.fromkeys(asked.model or [DEMO])), budgets, asked.output,
             names=asked.method and list(dict.fromkeys(asked.method.split(","))),
-            split=asked.split, seed=asked.seed, limit=asked.limit, processes=asked.processes, tell=_tell,
+            split=asked.split, seed=asked.seed, limit=asked.limit, processes=asked.processes, progress=_print_progress,
         )  # fmt: skip
     except EvopruneError as problem:
         parser.exit(problem.exit_code, f"error: {problem.message}\nhint: {problem.hint}\n")

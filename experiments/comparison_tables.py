@@ -1,15 +1,16 @@
-"""What the comparison found, as tables and a chart: who is best, who ties with it, who is ahead at equal cost."""
+"""The results of `experiments.comparison` as tables and a chart: the best, ties with it, and who is better at equal cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from evoprune import methods
-from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, in_points, paired_difference, row_name
+from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw_rows
+from experiments.paired import in_points, paired_difference
 
 OURS, SHARE = methods.DEFAULT, f"{methods.DEFAULT}:encoder_budget="
-CAMERAS = ("static", "panning")  # groups that are told apart at equal cost
+CAMERAS = ("static", "panning")  # groups with columns of their own at equal cost
 
 LEGEND = (
     "Accuracy in percent, with its 95% interval over videos, over all questions and by what a question is about. Kept: accuracy as "
@@ -32,7 +33,7 @@ COST_LEGEND = (
 
 @dataclass(frozen=True)
 class Standing:
-    """How a row stands to the best of its budget: its accuracy less the best's, with the 95% interval of that, as shares."""
+    """A row against the best of its budget: its accuracy minus the best's, with its 95% interval, as shares."""
 
     difference: float
     low: float
@@ -89,7 +90,7 @@ class Match:
 
 
 def equal_cost(outcome: Outcome) -> list[Match]:
-    """Each row of another method, the dearest first. Rows that are `evoprune` with another's choice count as neither."""
+    """Each row of another method, the dearest first. Rows of `evoprune` with another method's selection are left out."""
     rows = [row for row in outcome.document["rows"] if row["row"] == METHOD and row["group"] == ALL]
     ours = [row for row in rows if row["method"] == OURS or row["method"].startswith(SHARE)]
     others = [row for row in rows if row["method"].partition(":")[0] != OURS]
@@ -112,7 +113,7 @@ def equal_cost(outcome: Outcome) -> list[Match]:
 
 
 def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
-    """What each method keeps in each model, and what it costs in the first, the best on average on top; without its variants."""
+    """What each method keeps in each model, and what it costs in the first one. The best on average comes first; no variants."""
     found: dict[str, dict[float, list[dict]]] = {}
     for outcome in outcomes:
         for budget in budgets:
@@ -155,13 +156,13 @@ def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
     for sample in outcome.samples:
         if "error" not in sample and sample["row"] == METHOD:
             found.setdefault((sample["method"], sample["budget"]), []).append(sample)
-    shown = [budget for budget in budgets if (OURS, budget) in found]
+    given = [budget for budget in budgets if (OURS, budget) in found]
     names = [name for name in dict.fromkeys(name for name, _ in found) if name != OURS]
-    if not (shown and names):
+    if not (given and names):
         return ""
-    lines = [["", *(f"-b {budget:g}" for budget in shown)], ["---"] * (len(shown) + 1)]
+    lines = [["", *(f"-b {budget:g}" for budget in given)], ["---"] * (len(given) + 1)]
     for name in names:
-        pairs = [(found[OURS, budget], found.get((name, budget))) for budget in shown]
+        pairs = [(found[OURS, budget], found.get((name, budget))) for budget in given]
         lines.append([f"`{name}`", *(_difference(*paired_difference(a, b)) if b else "" for a, b in pairs)])
     return _joined(lines)
 
@@ -169,7 +170,7 @@ def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
 def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, command: str) -> str:
     """All of it in Markdown."""
     settings = outcomes[0].document["settings"]
-    parts = [
+    blocks = [
         "# The methods side by side",
         f"`{command}`",
         f"Clips of the demo's generator ({settings['split']}, block {settings['seed']}), small and synthetic: how methods rank on "
@@ -177,29 +178,29 @@ def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, 
         f"![Accuracy of each method]({chart})",
     ]
     if len(outcomes) > 1:
-        parts += ["## Best, or a tie with the best, in all models", _shared(outcomes, budgets)]
-    parts += ["## In short", SHORT_LEGEND, short(outcomes, budgets)]
+        blocks += ["## Best, or a tie with the best, in all models", _shared(outcomes, budgets)]
+    blocks += ["## In short", SHORT_LEGEND, short(outcomes, budgets)]
     for outcome in outcomes:
         videos, items = outcome.document["videos"], outcome.document["items"]
         failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""
         whole = {row["row"]: row for row in outcome.document["rows"] if row["row"] != METHOD and row["group"] == ALL}
         full, blind = whole.get(FULL), whole.get(BLIND)
-        parts += [
+        blocks += [
             f"## {outcome.name}",
-            f"{items['answered']:,} questions about {videos['shown']:,} of {videos['wanted']:,} clips{failed}. In full: "
+            f"{items['answered']:,} questions about {videos['evaluated']:,} of {videos['wanted']:,} clips{failed}. In full: "
             + (f"{_accuracy(full)}, {full['tokens']:,.0f} tokens, {full['tflop_3b']:.3g} TFLOP." if full else "-")
             + (f" The question alone, without the video: {_accuracy(blind)}." if blind else ""),
         ]
         for budget in budgets:
-            parts += [f"### `-b {budget:g}`", _table(outcome, budget), *_spread(outcome, budget)]
+            blocks += [f"### `-b {budget:g}`", _table(outcome, budget), *_spread(outcome, budget)]
         if steps := own_steps(outcome, budgets):
-            parts += [f"### `{OURS}` from one budget to the next", "\n".join(steps)]
+            blocks += [f"### `{OURS}` from one budget to the next", "\n".join(steps)]
         if others := against_ours(outcome, budgets):
-            parts += [f"### `{OURS}` less each other row at the same budget", others]
+            blocks += [f"### `{OURS}` less each other row at the same budget", others]
         if matches := equal_cost(outcome):
-            parts += ["### At equal cost", COST_LEGEND, _cost_table(matches)]
-    parts.append(LEGEND)
-    return "\n\n".join(parts) + "\n"
+            blocks += ["### At equal cost", COST_LEGEND, _cost_table(matches)]
+    blocks.append(LEGEND)
+    return "\n\n".join(blocks) + "\n"
 
 
 def _table(outcome: Outcome, budget: float) -> str:
@@ -222,7 +223,7 @@ def _table(outcome: Outcome, budget: float) -> str:
 
 
 def _spread(outcome: Outcome, budget: float) -> list[str]:
-    """Whether the clips tell methods apart: from tokens drawn by lot to the best that any row does with as many, in half-widths."""
+    """How well the clips separate methods: from randomly drawn tokens to the best row, in half-widths of the interval."""
     rows = outcome.rows(budget)
     lots = next((row for row in rows if row["method"] == "random"), None)
     if lots is None:
@@ -281,8 +282,8 @@ def chart(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
                 full = 100 * row["accuracy"]
                 series.append(Series("full", (Point(full, -0.5), Point(full, len(names) - 0.5)), INK, dashed=True))
         panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series)))
-    settings, shown = outcomes[0].document["settings"], outcomes[0].document["videos"]["shown"]
-    facts = f"demo ({settings['split']}, block {settings['seed']}), {shown:,} clips, 95% intervals over videos"
+    settings, count = outcomes[0].document["settings"], outcomes[0].document["videos"]["evaluated"]
+    facts = f"demo ({settings['split']}, block {settings['seed']}), {count:,} clips, 95% intervals over videos"
     return draw_rows("Accuracy of each method at the same budgets", facts, names, panels)
 
 
@@ -291,7 +292,7 @@ def _at(row: dict, budget: float) -> bool:
 
 
 def _selection_ms(samples: Sequence[dict], method: str, budget: float) -> str:
-    """The mean; nothing where answers were taken over from a run that was not timed."""
+    """The mean; empty if some answers come from a run that was not timed."""
     mine = [s for s in samples if "error" not in s and _at(s, budget) and s["method"] == method]
     times = [s["prune_ms"] for s in mine if "prune_ms" in s]
     return f"{sum(times) / len(times):.2f}" if len(times) == len(mine) else ""
@@ -309,5 +310,5 @@ def _kept(row: dict) -> str:
 
 def _difference(mean: float, low: float, high: float) -> str:
     """In points; called a tie where the interval includes zero."""
-    told = in_points(mean, low, high)
-    return f"tie {told}" if low <= 0 <= high else told
+    text = in_points(mean, low, high)
+    return f"tie {text}" if low <= 0 <= high else text

@@ -71,36 +71,36 @@ def write_clip(path: Path, kind: Kind, seconds: float, size: tuple[int, int]) ->
         out.mux(stream.encode(None))
 
 
-def medians(sides: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """Median milliseconds of each, called in turn so that all meet the same disturbances; a first round is thrown away."""
-    spent = [[] for _ in sides]
+def medians(runs: Sequence[Callable[[], object]], repeat: int) -> list[float]:
+    """Median milliseconds of each, called in turn so that all meet the same disturbances. The first round does not count."""
+    spent = [[] for _ in runs]
     for _ in range(repeat + 1):
-        for side, times in zip(sides, spent, strict=True):
+        for run, times in zip(runs, spent, strict=True):
             begin = time.perf_counter()
-            side()
+            run()
             times.append(1000 * (time.perf_counter() - begin))
     return [median(times[1:]) for times in spent]
 
 
 def middles(info: VideoInfo, count: int) -> list[float]:
-    """`count` moments, spread evenly over the video."""
+    """`count` times in seconds, spread evenly over the video."""
     return [(i + 0.5) * info.duration_s / count for i in range(count)]
 
 
-def frames_at(info: VideoInfo, moments: Sequence[float], decoder: str) -> np.ndarray:
+def frames_at(info: VideoInfo, times_s: Sequence[float], decoder: str) -> np.ndarray:
     """uint8 `[n, H, W, 3]`"""
-    return np.concatenate([chunk.frames for chunk in read_frames(info, moments, decoder=decoder)])
+    return np.concatenate([chunk.frames for chunk in read_frames(info, times_s, decoder=decoder)])
 
 
-def get_batch(info: VideoInfo, moments: Sequence[float]) -> np.ndarray:
-    """uint8 `[n, H, W, 3]`: decord's own way, which jumps, right or wrong."""
+def get_batch(info: VideoInfo, times_s: Sequence[float]) -> np.ndarray:
+    """uint8 `[n, H, W, 3]`: decord's own way, which jumps and may return wrong frames."""
     reader = decord.load().VideoReader(info.path)
-    return reader.get_batch([int(moment * FPS + 0.01) for moment in moments]).asnumpy()
+    return reader.get_batch([int(time_s * FPS + 0.01) for time_s in times_s]).asnumpy()
 
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """Videos are read here, not in a process apart."""
+    """Videos are read in this process, not in one of their own."""
     usual, isolation.POSSIBLE = isolation.POSSIBLE, False
     try:
         yield
@@ -108,10 +108,10 @@ def in_this_process() -> Iterator[None]:
         isolation.POSSIBLE = usual
 
 
-def frames_here(info: VideoInfo, moments: Sequence[float], decoder: str) -> np.ndarray:
+def frames_here(info: VideoInfo, times_s: Sequence[float], decoder: str) -> np.ndarray:
     """uint8 `[n, H, W, 3]`"""
     with in_this_process():
-        return frames_at(info, moments, decoder)
+        return frames_at(info, times_s, decoder)
 
 
 def compare_decoders(folder: Path, repeat: int) -> None:
@@ -124,10 +124,10 @@ def compare_decoders(folder: Path, repeat: int) -> None:
         write_clip(path, kind, CLIP_S, CLIP_SIZE)
         info = probe(path)
         for count in (FEW, CLIP_S * FPS // 2):
-            moments = middles(info, count)
-            sides = [partial(frames_here, info, moments, name) for name in ("pyav", "decord")]
-            ours, theirs, batch = medians([*sides, partial(get_batch, info, moments)], repeat)
-            difference = np.abs(get_batch(info, moments).astype(np.int16) - frames_at(info, moments, "pyav"))
+            times_s = middles(info, count)
+            runs = [partial(frames_here, info, times_s, name) for name in ("pyav", "decord")]
+            ours, theirs, batch = medians([*runs, partial(get_batch, info, times_s)], repeat)
+            difference = np.abs(get_batch(info, times_s).astype(np.int16) - frames_at(info, times_s, "pyav"))
             wrong = int((difference.mean((1, 2, 3)) > OTHER_FRAME).sum())
             print(
                 f"| {kind.name} | {count} of {CLIP_S * FPS} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.2f} "
@@ -136,10 +136,10 @@ def compare_decoders(folder: Path, repeat: int) -> None:
             )
 
 
-def pass_through(info: VideoInfo, moments: Sequence[float], here: bool) -> None:
+def pass_through(info: VideoInfo, times_s: Sequence[float], here: bool) -> None:
     """Read as the encoder does, so many frames at a time, and hold none."""
     with in_this_process() if here else nullcontext():
-        for _ in read_frames(info, moments, chunk_bytes=AT_A_TIME * info.width * info.height * 3):
+        for _ in read_frames(info, times_s, chunk_bytes=AT_A_TIME * info.width * info.height * 3):
             pass
 
 
@@ -154,8 +154,8 @@ def compare_processes(folder: Path, repeat: int) -> None:
     for kind, path in [*files, (KINDS[1], large)]:
         info = probe(path)
         for count in (FEW, CLIP_S * FPS // 2):
-            moments = middles(info, count)
-            here, apart = medians([partial(pass_through, info, moments, here) for here in (True, False)], repeat)
+            times_s = middles(info, count)
+            here, apart = medians([partial(pass_through, info, times_s, here) for here in (True, False)], repeat)
             print(
                 f"| {kind.name} | {info.width}x{info.height} | {count} of {CLIP_S * FPS} | {here:.0f} | {apart:.0f} "
                 f"| {apart / here:.2f} |",
@@ -163,11 +163,11 @@ def compare_processes(folder: Path, repeat: int) -> None:
             )
 
 
-def read_with(info: VideoInfo, moments: Sequence[float], seek_ahead_s: float) -> None:
-    """Read with PyAV, jumping wherever the next moment is farther ahead than this."""
+def read_with(info: VideoInfo, times_s: Sequence[float], seek_ahead_s: float) -> None:
+    """Read with PyAV, jumping wherever the next time_s is farther away than this."""
     usual, pyav.MIN_JUMP_S = pyav.MIN_JUMP_S, seek_ahead_s
     try:
-        for _ in pyav.read(info, moments):
+        for _ in pyav.read(info, times_s):
             pass
     finally:
         pyav.MIN_JUMP_S = usual

@@ -1,13 +1,12 @@
-"""The parts that speed is made of, each by itself, as Markdown tables: `python -m experiments.kernels`.
+"""What speed depends on, piece by piece, as Markdown tables: `python -m experiments.kernels`.
 
-Products of single rows, memory, the making of packed and quantised weights, and one layer of the tower as it is built against
-what could stand in its place. On random weights of true dimensions, on the CPU, in bf16.
+Products of single rows, memory, packing and quantising weights, and one layer of the tower against alternatives to it. On random
+weights of true dimensions, on the CPU, in bf16.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,7 +25,7 @@ from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading import describe_model
 from evoprune.pipeline.random_weights import random_model
 from evoprune.vision import rowwise
-from evoprune.vision.attention import attend_by_products
+from evoprune.vision.attention import Bucket, grouped_attention
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry
@@ -69,7 +68,7 @@ def times(ms: Sequence[float]) -> list[tuple[str, str]]:
     return [(f"{each:,.0f}" if each >= 100 else f"{each:.3g}", f"{each / ms[0]:.2f}x") for each in ms]
 
 
-# Decoding: one row, and all weights read for it.
+# Decoding: products of one row, which read all weights.
 
 
 def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, list[Callable]]]:
@@ -90,7 +89,7 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
     yield "int8, integer products (as built)", int8[0].nbytes, int8
     int4 = [Int4Linear(layer) for layer in layers]
     yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
-    # The quantised layer knows groups of 32 only. The time does not depend on what the numbers are.
+    # The quantised layer knows groups of 32 only. The time does not depend on the values.
     group, numbers = 128, torch.randint(16, (outer, inner), dtype=torch.int32)
     scales = torch.ones(inner // group, outer, 2, dtype=DTYPE)
     held = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1) for _ in layers]
@@ -103,10 +102,10 @@ def _int4_product(x: torch.Tensor, packed: torch.Tensor, group: int, scales: tor
 
 
 def single_rows(sizes: Sizes, repeat: int) -> None:
-    """Prints what one product of one row takes with each kernel, and how fast it reads its weights."""
+    """Prints how long a product of one row takes with each kernel, and how fast it reads its weights."""
     x = torch.randn(1, sizes.product[0]).to(DTYPE)
     names, sizes_bytes, weights = zip(*kernels(*sizes.product, sizes.copies), strict=True)
-    # A view for each, or layers that share the conversion of their activations would do none.
+    # A new view each time, because layers share the conversion of the same activations.
     ms = medians([lambda products=products: [product(x[:]) for product in products] for products in weights], repeat)
     ms = [each / sizes.copies for each in ms]
     rows = [
@@ -124,30 +123,30 @@ def memory(sizes: Sizes, repeat: int) -> None:
     print(f"\nMemory: {sizes.read_bytes / 2**20:,.0f} MiB summed at {numbers.nbytes / ms / 1e6:.1f} GB/s")
 
 
-# Start-up: weights brought into another form.
+# Start-up: weights packed and quantised.
 
 
 def conversions(model: QwenVL, sizes: Sizes) -> None:
-    """Prints what packing and quantising take for a layer, and so for all of the model. `model`: with one decoder layer."""
+    """Prints how long packing and quantising take for a layer, and for the whole model. `model`: with one decoder layer."""
     text, vision = sizes.config.text_config, sizes.config.vision_config
     rows = []
-    for form in ("packed", "int8", "int4"):
+    for kind in ("packed", "int8", "int4"):
         fresh = shared(model)  # other layers on the same weights
-        parts = {
+        pieces = {
             "a decoder layer": (text.num_hidden_layers, Tree(model=Tree(language_model=fresh.model.language_model))),
             "the output layer": (1, Tree(lm_head=fresh.lm_head)),
         }
-        if form == "packed":
-            parts["a tower layer"] = vision.depth, Tree(block=fresh.model.visual.blocks[0])
+        if kind == "packed":
+            pieces["a tower layer"] = vision.depth, Tree(block=fresh.model.visual.blocks[0])
         total = 0.0
-        for name, (count, part) in parts.items():
+        for name, (count, module) in pieces.items():
             start = time.perf_counter()
-            pack(part) if form == "packed" else quantize(part, form)
+            pack(module) if kind == "packed" else quantize(module, kind)
             spent = time.perf_counter() - start
             total += count * spent
-            rows.append((form, name, f"{spent:.2f}", f"{count}", f"{count * spent:.1f}"))
-        rows.append((form, "all", "", "", f"{total:.1f}"))
-    show("Seconds to make weights of another form", ("form", "of", "s", "times", "s in all"), rows)
+            rows.append((kind, name, f"{spent:.2f}", f"{count}", f"{count * spent:.1f}"))
+        rows.append((kind, "all", "", "", f"{total:.1f}"))
+    show("Seconds to pack and to quantise weights", ("form", "of", "s", "times", "s in all"), rows)
 
 
 # The tower: one layer, as it is built and otherwise.
@@ -156,8 +155,12 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def as_built(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention `[B, heads, rows, d]` as two plain products."""
-    return attend_by_products(q, k, v, None, None, nullcontext())[0]
+    """Attention `[B, heads, rows, d]` by the encoder's own function. Its inputs and its result are views here."""
+    groups, heads, rows, dim = q.shape
+    units = rows // PATCHES
+    bucket = Bucket((groups, units), None, None, None, torch.ones(groups, units, dtype=torch.int64), False)
+    q, k, v = (x.transpose(1, 2).reshape(-1, PATCHES, heads, dim) for x in (q, k, v))
+    return grouped_attention(q, k, v, [bucket]).view(groups, rows, heads, dim).transpose(1, 2)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -183,8 +186,8 @@ def layer(
     """
     qkv = linear(block.attn.qkv, norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
     q, k = rowwise.rotate(qkv[:, :, :2], *turn).unbind(2)
-    parts = [part.reshape(-1, group, heads, part.shape[-1]).transpose(1, 2) for part in (q, k, qkv[:, :, 2])]
-    mixed = attend(*parts).transpose(1, 2).reshape(x.shape)
+    by_head = [rows.reshape(-1, group, heads, rows.shape[-1]).transpose(1, 2) for rows in (q, k, qkv[:, :, 2])]
+    mixed = attend(*by_head).transpose(1, 2).reshape(x.shape)
     x = linear(block.attn.proj, mixed, plus=x)
     hidden = norm(x, block.norm2.weight)
     hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
@@ -229,19 +232,19 @@ def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
     config, units = packed.config, sizes.clip * sizes.grid[0] * sizes.grid[1]
     patches = torch.randn(units * PATCHES, packed.patch_embed.proj.weight[0].numel()).to(DTYPE)
     some = min(CHUNK_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
-    sides = [
+    runs = [
         partial(
             encode, packed, [patches], (sizes.clip, *sizes.grid), methods.get("none"), units, chunk_units=chunk_units
         )
         for chunk_units in (some, units)
     ]
-    ms = times(medians(sides, repeat))
+    ms = times(medians(runs, repeat))
     rows = [(f"{some} units at a time", *ms[0]), (f"all {units:,} at once", *ms[1])]
     show(f"A tower of {config.depth} layers on {2 * sizes.clip} frames", ("", "ms", "of as built"), rows)
 
 
 def compiled(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
-    """Prints what torch.compile makes of one layer, in windows, against running it as it stands."""
+    """Prints how long one layer takes in windows, as it is built and compiled by torch.compile."""
     from torch._inductor import config as settings
     from torch._inductor.utils import fresh_cache
 
@@ -263,7 +266,7 @@ def compiled(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int, bac
             with fresh_cache(), settings.patch(freezing=freezing):
                 run = torch.compile(fixed, backend=backend, dynamic=False)
                 apart = (run(x) - fixed(x)).abs().max() / fixed(x).abs().max()
-        except Exception as problem:  # no compiler, or one that fails: also an answer
+        except Exception as problem:  # no compiler, or one that fails, is a result too
             print(f"\n{name}: {type(problem).__name__}: {first_line(problem)}")
             continue
         ways[name] = partial(run, x)

@@ -2,7 +2,7 @@
 
 A unit is not encoded again while it differs from its reference by less than some levels of 255 (pruning/reference.py). Coarse
 compression and light that changes make everything differ a little, and fine compression keeps small changes that matter. So the
-demo's clips with a standing camera are written by x264 at several qualities, or shown while their light swells and fades, and asked
+demo's clips with a standing camera are written by x264 at several qualities, or get light that swells and fades, and are asked
 about with nothing pruned and with `evoprune`: how much is encoded, and what is still answered.
 """
 
@@ -20,18 +20,19 @@ import numpy as np
 from evoprune import methods
 from evoprune.demo.clips import make_clip
 from evoprune.evaluation.demo_clips import demo_video, seeds
+from evoprune.evaluation.grading import grade
 from evoprune.evaluation.questions import Video
-from evoprune.evaluation.scores import in_points, paired_difference
 from evoprune.pipeline.loading import LoadedModel, load_model
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.decode import FrameChunk, read_frames
+from experiments.paired import in_points, paired_difference
 
 PERIOD_S = 4.0  # of the light
 
 
 @dataclass(frozen=True)
 class Noise:
-    """A clip as it is shown: x264's constant rate factor, and by how many levels its light rises and falls."""
+    """A disturbance: x264's constant rate factor, and by how many levels of 255 the light rises and falls."""
 
     crf: int
     light: float = 0.0
@@ -50,8 +51,8 @@ def in_changing_light(light: float) -> Callable[..., Iterator[FrameChunk]]:
         with closing(read_frames(info, times_s, **how)) as chunks:
             for chunk in chunks:
                 wave = [round(light * math.sin(2 * math.pi * t / PERIOD_S)) for t in chunk.times_s]
-                shown = chunk.frames.astype(np.int16) + np.array(wave, np.int16)[:, None, None, None]
-                yield replace(chunk, frames=shown.clip(0, 255).astype(np.uint8))
+                lit = chunk.frames.astype(np.int16) + np.array(wave, np.int16)[:, None, None, None]
+                yield replace(chunk, frames=lit.clip(0, 255).astype(np.uint8))
 
     return read
 
@@ -59,18 +60,18 @@ def in_changing_light(light: float) -> Callable[..., Iterator[FrameChunk]]:
 def answers(loaded: LoadedModel, video: Video, noise: Noise, method: str, budget: float) -> list[dict]:
     """A sample a question: whether it was answered, the live share, and the share of units that were encoded at all."""
     qa = VideoQA(loaded, budget=budget, method=method)
-    shown = qa.encode(video.path, name=video.name, read=in_changing_light(noise.light))
-    pruning = shown.report.pruning
-    encoded = pruning.layers[0][1] / pruning.visual_tokens_in
+    encoded = qa.encode(video.path, name=video.name, read=in_changing_light(noise.light))
+    pruning = encoded.report.pruning
+    share = pruning.layers[0][1] / pruning.visual_tokens_in
     return [
         {
             "video": video.name,
-            "id": item.id,
-            "right": bool(item.grade("".join(shown.ask(item.prompt, max_new_tokens=64)))),
+            "id": row.id,
+            "right": bool(grade(row, "".join(encoded.ask(row.prompt, max_new_tokens=64)))),
             "live": pruning.encoder_live_share,
-            "encoded": encoded,
+            "encoded": share,
         }
-        for item in video.items
+        for row in video.rows
     ]
 
 

@@ -1,7 +1,7 @@
-"""Where a batch leaves its records: a file that grows by whole lines, whatever ends the program, and that one writes at a time.
+"""The output file of a batch: it grows by whole lines, however the program ends, and one program writes it at a time.
 
-There is nothing beside it: every record holds what was asked and with which settings, and the lock is on the file itself, so that
-it is gone with the process that held it. No torch.
+No other file belongs to it. Every record holds its row and its settings, and the lock is on the file itself, so it ends with the
+process that holds it. No torch.
 """
 
 import errno
@@ -18,13 +18,13 @@ from evoprune.errors import UsageError
 from evoprune.report import SCHEMA, Report
 
 STDOUT = "-"
-HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # what every record begins with
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that has none
+HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system without locks
 
 
 @dataclass(frozen=True)
 class Found:
-    """A record that was there before: what was asked, with which settings, whether that failed, and where in the file it stands."""
+    """A record that an earlier run wrote: its row and settings, whether the row failed, and its bytes [start, end) of the file."""
 
     id: str
     row: dict[str, Any]
@@ -35,19 +35,19 @@ class Found:
 
 
 class RecordFile:
-    """Opened and locked when it is made, changed from `begin` on. What is no regular file, stdout or a pipe, is only written.
+    """Opened and locked by the constructor, changed from `begin` on. Stdout or a pipe is only written.
 
     Args:
         path: of the file, or "-" for stdout.
-        resume: go on with what there is, if anything. overwrite: do without what there is. Otherwise there must be nothing, or an
-            empty file.
+        resume: keep the records of an existing file. overwrite: drop them. With neither, the file must not exist or be empty.
 
     Attributes:
-        found: the records that were there, in their order; empty unless `resume`.
-        written: how many have been added since.
+        found: the records of an earlier run, in order; empty unless `resume`.
+        written: how many records this run has added.
+        regular: whether it is a regular file.
 
     Raises:
-        UsageError: it cannot be written, is there already, is no file of such records, or another program is writing it.
+        UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
     """
 
     def __init__(self, path: str, *, resume: bool = False, overwrite: bool = False):
@@ -67,20 +67,20 @@ class RecordFile:
         try:
             if self.regular and os.fstat(self._number).st_size and not overwrite:
                 if not resume:
-                    hint = "--resume goes on with it, --overwrite does without it"
+                    hint = "--resume goes on with it, --overwrite replaces it"
                     raise UsageError(f"{path} is there already", hint)
                 self.found = self._read()
         except BaseException:
             os.close(self._number)
             raise
-        # Signals become exceptions in the main thread only: what another one writes is written to its end.
+        # Signals become exceptions in the main thread only, so what another thread writes is written completely.
         self._writer = ThreadPoolExecutor(1)
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Leaves of what was there whole records, without those of the ids that are to come `again`; without `resume` nothing.
+        """Cuts the file down to its whole records, without those whose ids are in `again`; without `resume`, to nothing.
 
         Raises:
-            UsageError: it cannot be written.
+            UsageError: the file cannot be written.
         """
         self._begun = True
         if self.regular:
@@ -90,7 +90,7 @@ class RecordFile:
         kept = [record for record in self.found if record.id not in again]
         size = sum(record.end - record.start for record in kept)
         try:
-            if kept and kept[-1].end != size:  # some before it go
+            if kept and kept[-1].end != size:  # some records before the last one go
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
             if kept and os.pread(self._number, 1, size - 1) != b"\n":
@@ -100,19 +100,19 @@ class RecordFile:
         self._size = size
 
     def add(self, record: Report) -> None:
-        """Appends a record; it is on the disk when this returns. A signal meanwhile does not tear it.
+        """Appends a record. It is on the disk when this returns, and a signal does not tear it.
 
         Raises:
-            UsageError: it cannot be written. What was there before is whole. BrokenPipeError: nobody reads stdout any more.
+            UsageError: it cannot be written; earlier records stay whole. BrokenPipeError: stdout was closed.
         """
         try:
             line = record.to_json().encode()
-        except UnicodeEncodeError:  # a path of stray bytes
+        except UnicodeEncodeError:  # a path that is not valid Unicode
             line = record.to_json(ascii_only=True).encode()
         self._writer.submit(self._write, line + b"\n").result()
 
     def close(self) -> None:
-        """Waits for a line that is being written. Leaves no empty file behind where there was none."""
+        """Waits for the line that is being written. Removes the file if this run created it and it is empty."""
         self._writer.shutdown()
         if self._made and not os.fstat(self._number).st_size:
             os.unlink(self.path)
@@ -152,7 +152,7 @@ class RecordFile:
                 self._made = False
             try:
                 self._lock(number)
-                # Whoever held the lock may have put another file in its place, or none.
+                # The program that held the lock may have replaced or removed the file.
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(number), os.stat(self.path)):
                     return number
             except BaseException:
@@ -176,7 +176,7 @@ class RecordFile:
                 raise
 
     def _read(self) -> list[Found]:
-        """All whole records. After them there may be one that was torn; anything else is not ours."""
+        """All whole records. A torn one may follow them; a file with anything else is refused."""
         found, end, strange, settings = [], 0, 0, None
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -187,7 +187,9 @@ class RecordFile:
                     if record["schema"] != SCHEMA:
                         raise ValueError
                     about, row = record["batch"], record["batch"]["row"]
-                    settings = settings if about["settings"] == settings else about["settings"]  # as a rule one for all
+                    settings = (
+                        settings if about["settings"] == settings else about["settings"]
+                    )  # usually one object serves all records
                     failed = record["error"] is not None
                     found.append(Found(record["id"], row, settings, failed, end, end + len(line)))
                 except (ValueError, KeyError, TypeError):
@@ -200,7 +202,7 @@ class RecordFile:
         return found
 
     def _copied(self, kept: list[Found]) -> int:
-        """Puts a file of these records in the place of the old one, in one step; the descriptor of the new one, locked."""
+        """Replaces the file by one with these records, in one step; returns the new file's descriptor, locked."""
         place = f"{self.path}.new"
         number = os.open(place, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -225,6 +227,6 @@ class RecordFile:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether this is how a record begins, and no more; a computer that lost its power may have left zeros for the rest."""
+    """Whether the line is the beginning of a record and no more. After a power failure the rest may be zeros."""
     begun = line.rstrip(b"\0")
     return not line.endswith(b"\n") and (begun.startswith(HEAD) or HEAD.startswith(begun))

@@ -1,9 +1,9 @@
-"""A batch on a Ray cluster, by Ray Data: a worker a GPU, or a node where there are none, each with a model of its own.
+"""A batch on a Ray cluster, with Ray Data: one worker for each GPU, or for each node without GPUs, each with its own model.
 
-Parts of videos go out to the workers, records come back to the program that began it. It alone writes the output, so that its lock,
-its lines and how it is resumed are the same as without Ray. Every node sees the same files under the same names, and has evoprune
-installed. A worker that dies is replaced, and what it was at is done again; a part that it died of again and again is given up, and
-its rows get records that say so.
+Spans of videos go to the workers, and records come back to the program that started the batch. That program alone writes the
+output, so locking and resuming work as without Ray. Every node must see the same files under the same names, and have evoprune
+installed. A worker that dies is replaced, and its span is done again. A span whose workers die three times is given up, and its
+rows get records with an error.
 
 Needs `pip install 'evoprune[ray]'`.
 """
@@ -19,23 +19,23 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
-from evoprune.batch.rows import Part, Row
+from evoprune.batch.rows import Row, Span
 from evoprune.batch.run import Settings, answers, failure_report
 from evoprune.errors import EvopruneError, UsageError, error_record, first_line
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
-TRIES = 3  # of a part whose workers die
+TRIES = 3  # for a span whose workers die
 
 
 class WorkerDied(EvopruneError):
-    """Nobody got to the end of it."""
+    """The worker died each time that it tried a span."""
 
     type = "worker_died"
 
 
 class RemoteError(EvopruneError):
-    """What went wrong in another process, as its record tells it."""
+    """An error in another process, made from its record."""
 
     def __init__(self, error: dict[str, Any]):
         super().__init__(error["message"], error["hint"], stage=error["stage"])
@@ -43,7 +43,7 @@ class RemoteError(EvopruneError):
 
 
 def answers_on_ray(
-    parts: Sequence[Part],
+    spans: Sequence[Span],
     settings: Settings,
     *,
     address: str | None = None,
@@ -52,44 +52,44 @@ def answers_on_ray(
     cache: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> Iterator[Report]:
-    """Asks it all, as `batch.answers`: a record for every row, as they are finished. No video is read ahead of the one before it.
+    """A record for every row, as `batch.run.answers`, in the order in which they finish. No video is read in advance.
 
     Args:
-        address: of a cluster, such as "auto"; None for that of RAY_ADDRESS, or one on this machine, made if there is none.
+        address: of a cluster, such as "auto"; None for RAY_ADDRESS, or else a new cluster on this machine.
         device, offline: see `VideoQA.load`; a worker has the GPU that Ray gives it.
-        cache: whether encoded videos are kept, where each node has its cache.
-        on_ready: called when there is a cluster.
+        cache: whether each node keeps encoded videos in its cache.
+        on_ready: called when the cluster is connected.
 
     Raises:
-        UsageError: Ray is not there, or no cluster. RemoteError: no worker can load the model.
+        UsageError: Ray is not installed, or there is no cluster. RemoteError: no worker can load the model.
     """
-    left = {row.id for part in parts for row in part.rows}
+    left = {row.id for span in spans for row in span.rows}
     with _cluster(address) as ray:
         on_ready()
         tries = ray.remote(num_cpus=0)(Tries).remote()
         how = {"folder": os.getcwd(), "device": device, "offline": offline, "cache": cache, "tries": tries}
-        for line in _lines(ray, parts, settings, how):
+        for line in _lines(ray, spans, settings, how):
             if error := json.loads(line).get("broken"):
                 raise RemoteError(error)
             record = Report.from_json(line)
-            if record.id in left:  # what is done again may come again
+            if record.id in left:  # a span that is done again repeats its records
                 left.remove(record.id)
                 yield record
     if left:
         raise EvopruneError(f"Ray has lost {len(left):,} rows", "go on with --resume")
 
 
-def _lines(ray, parts: Sequence[Part], settings: Settings, how: dict[str, Any]) -> Iterator[str]:
-    """What the workers make of the parts, as it comes."""
+def _lines(ray, spans: Sequence[Span], settings: Settings, how: dict[str, Any]) -> Iterator[str]:
+    """The lines that the workers make, as they come."""
     workers, share = _workers(ray, how["device"])
-    # A block a part: no more is lost with a worker than what it was at.
-    rows = [{"part": json.dumps([asdict(row) for row in part.rows])} for part in parts]
+    # One block for each span: a worker that dies loses no more than its span.
+    rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         fn_constructor_args=(settings,),
         fn_constructor_kwargs=how,
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(parts))),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(spans))),
         **share,
     )
     for block in data.iter_batches(batch_size=None, prefetch_batches=0):
@@ -97,7 +97,7 @@ def _lines(ray, parts: Sequence[Part], settings: Settings, how: dict[str, Any]) 
 
 
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
-    """How many there is room for, and what each is given: a GPU, or as many cores as the smallest node has."""
+    """How many workers there is room for, and the share of each: a GPU, or as many cores as the smallest node has."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if device.startswith("cuda") or (device == "auto" and gpus):
         return max(1, gpus), {"num_gpus": 1}
@@ -107,7 +107,7 @@ def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
 
 
 class Tries:
-    """Counts them for all workers, and outlives them."""
+    """Counts the tries of all workers, and outlives them."""
 
     def __init__(self):
         self._made = Counter()
@@ -118,14 +118,14 @@ class Tries:
 
 
 class Worker:
-    """Has the model, and asks. Lives in a process of its own, on any node."""
+    """Holds the model and answers. Runs in a process of its own, on any node."""
 
     def __init__(self, settings: Settings, folder: str, device: str, offline: bool, cache: bool, tries):
         self._settings, self._tries, self._cache, self._broken = settings, tries, None, None
         try:
             _enter(folder)  # names of videos and models are relative to it
             self._qa = settings.load(device=device, offline=offline)
-        except EvopruneError as problem:  # raised here, it would be tried again
+        except EvopruneError as problem:  # if it were raised here, Ray would try again
             self._broken = error_record(problem)
         if cache:
             from evoprune.pipeline.cache import Cache, default_folder
@@ -135,21 +135,21 @@ class Worker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         if self._broken:
             return {"line": [json.dumps({"broken": self._broken})]}
-        (text,) = batch["part"]
-        part = Part(tuple(Row(**fields | {"options": tuple(fields["options"])}) for fields in json.loads(text)))
-        return {"line": [record.to_json(ascii_only=True) for record in self._records(part)]}
+        (text,) = batch["span"]
+        span = Span(tuple(Row(**fields | {"options": tuple(fields["options"])}) for fields in json.loads(text)))
+        return {"line": [record.to_json(ascii_only=True) for record in self._records(span)]}
 
-    def _asked(self, part: Part) -> Iterator[Report]:
-        return answers(self._qa, [part], self._settings, self._cache)
+    def _asked(self, span: Span) -> Iterator[Report]:
+        return answers(self._qa, [span], self._settings, self._cache)
 
-    def _records(self, part: Part) -> Iterator[Report]:
+    def _records(self, span: Span) -> Iterator[Report]:
         import ray
 
-        if ray.get(self._tries.another.remote(part.rows[0].id)) <= TRIES:
-            return self._asked(part)
+        if ray.get(self._tries.another.remote(span.rows[0].id)) <= TRIES:
+            return self._asked(span)
         hint = "was there too little memory? take fewer frames (--frames)"
         error = error_record(WorkerDied(f"the worker died, {TRIES} times", hint))
-        return (failure_report(row, self._settings, error) for row in part.rows)
+        return (failure_report(row, self._settings, error) for row in span.rows)
 
 
 def _enter(folder: str) -> None:
@@ -162,14 +162,14 @@ def _enter(folder: str) -> None:
 
 @contextmanager
 def _cluster(address: str | None):
-    """Ray, connected to a cluster, and as quiet as it can be."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is made here: nothing is told to anybody
+    """Ray, connected to a cluster, with its own output turned off."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster made here sends no usage statistics
     try:
         import ray
         import ray.data
     except ImportError as problem:
         raise UsageError(f"--engine ray needs Ray: {first_line(problem)}", INSTALL) from problem
-    # Ray tells of workers that died on stdout, and of the last ones when it ends.
+    # Ray reports workers that died on stdout, also while it shuts down.
     with redirect_stdout(sys.stderr):
         try:
             with _own_signals():
@@ -187,11 +187,11 @@ def _cluster(address: str | None):
 
 @contextmanager
 def _own_signals():
-    """Keeps what this program does on SIGTERM: Ray puts an exit of its own in its place."""
+    """Keeps this program's handler of SIGTERM, which Ray replaces."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit:  # which that was
+    except SystemExit:  # from Ray's own handler
         if callable(before):
             before(signal.SIGTERM, None)
         raise

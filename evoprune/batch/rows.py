@@ -1,34 +1,34 @@
-"""What a batch asks: rows from a JSONL or CSV file, or every question about every video. No torch."""
+"""Rows: questions about videos, read from a JSONL or CSV file or made of videos and questions. No torch.
 
-import csv
+`evoprune batch` and `evoprune eval` read the same files. What a file must hold beyond videos and questions is in `Rules`.
+"""
+
 import hashlib
-import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from evoprune.batch.table import read_file, read_lines
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.evaluation.questions import LETTERS, Item
 from evoprune.video.sampling import parse_time
 
-FIELDS = "a row has video and question, and may have id, start, end, options and answer"
-BETWEEN_OPTIONS = "|"  # in a cell of a CSV file
-Place = tuple[str, dict[str, Any] | ValueError]  # where a row stands, and its fields, or why there are none
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question about a video, or about a part of it.
+    """A question about a video, or about a span of it.
 
     Attributes:
-        id: what names it in the results; where none was given, made of all the others but the answer.
-        video: as it was written. `path`: where it is.
-        start_s, end_s: the part to look at, in seconds; None for the end of the video.
-        options: what there is to choose from, or nothing for an open question.
-        answer: the expected one, whatever it is; only passed on.
+        id: the row's name in the results.
+        video: the video's path as the user wrote it. `path`: the path that opens it.
+        start_s, end_s: the span to look at, in seconds; `end_s` is None for the end of the video.
+        options: the texts to choose from; empty for an open question.
+        answer: the expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
+        type, groups: in an evaluation, the names under which the row is counted.
     """
 
     id: str
@@ -39,22 +39,47 @@ class Row:
     end_s: float | None = None
     options: tuple[str, ...] = ()
     answer: Any = None
+    type: str | None = None
+    groups: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
-        """What is asked, options included."""
-        return Item(self.id, self.question, "", self.options).prompt
+        """The text that the model gets: the question, then the options as lines with letters, in lmms-eval's wording."""
+        if not self.options:
+            return self.question
+        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
+        request = "Answer with the option's letter from the given choices directly."
+        return "\n".join([self.question, *lines, request])
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What makes it this question and no other, as plain data."""
+        """The fields that the model's answer depends on, as plain data."""
         facts = {name: getattr(self, name) for name in ("video", "question", "start_s", "end_s")}
         return facts | {"options": list(self.options)}
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a video, which is encoded once for all rows that ask about it. There is at least one."""
+class Rules:
+    """What the rows of a file must hold beyond `video` and `question`.
+
+    Attributes:
+        fields, file: hints for errors, on the fields of a row and on the file.
+        numbered: a row without an id is named by its line's number; else by a digest of what it asks.
+        complete: called with each row and its fields; returns the row completed, or raises ValueError to refuse it.
+    """
+
+    fields: str
+    file: str = "give a JSONL or CSV file of rows"
+    numbered: bool = False
+    complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
+
+
+BATCH = Rules("a row has video and question, and may have id, start, end, options and answer")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A span of a video, encoded once for all `rows` that ask about it. There is at least one row."""
 
     rows: tuple[Row, ...]
 
@@ -72,12 +97,12 @@ class Part:
         return {"start_s": self.rows[0].start_s, "end_s": self.rows[0].end_s}
 
 
-def grouped(rows: Iterable[Row]) -> list[Part]:
-    """Rows put together that one encoding serves; videos, their parts, and the rows of each in the order of their first rows."""
+def group_by_span(rows: Iterable[Row]) -> list[Span]:
+    """Rows that share an encoding, together. Videos, their spans, and the rows of each keep the order of their first rows."""
     videos: dict[str, dict[tuple, list[Row]]] = {}
     for row in rows:
         videos.setdefault(row.path, {}).setdefault((row.start_s, row.end_s), []).append(row)
-    return [Part(tuple(found)) for ranges in videos.values() for found in ranges.values()]
+    return [Span(tuple(found)) for spans in videos.values() for found in spans.values()]
 
 
 def product_rows(
@@ -86,128 +111,114 @@ def product_rows(
     """Every question about every video.
 
     Raises:
-        UsageError: a video or a question that is empty or there twice, or a question that is no text.
+        UsageError: a video or a question is empty or given twice, or a question is not valid text.
     """
     for what, texts in (("video", videos), ("question", questions)):
         if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
             raise UsageError(f"the {what} {twice[0]!r} is there twice", f"name every {what} once")
-    fields = [{"video": video, "question": question} for video in videos for question in questions]
-    return _rows(((f"{row['video']}: {row['question']!r}", row) for row in fields), "", start_s, end_s)
+    reader = _Reader("", start_s, end_s, BATCH)
+    for video in videos:
+        for question in questions:
+            reader.add(f"{video}: {question!r}", 0, {"video": video, "question": question})
+    return reader.finish()
 
 
-def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None) -> list[Row]:
-    """The rows of a file, as `read_rows`; videos are named relative to it.
+def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH) -> list[Row]:
+    """The rows of a file, as `read_rows`; paths of videos are relative to the file's folder.
 
     Raises:
-        UsageError: it cannot be read, and what `read_rows` raises.
+        UsageError: the file cannot be read, and what `read_rows` raises.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as problem:
-        raise UsageError(f"cannot read {path}: {problem.strerror}", "give a JSONL or CSV file of rows") from problem
-    return read_rows(content, path, os.path.dirname(path), start_s, end_s)
+    return read_rows(read_file(path, rules.file), path, os.path.dirname(path), start_s, end_s, rules)
 
 
-def read_rows(content: bytes, name: str, folder: str, start_s: float = 0.0, end_s: float | None = None) -> list[Row]:
-    """The rows of a file: JSON objects, one a line, or CSV with a head; which of them it is shows in its first character.
+def read_rows(
+    content: bytes, name: str, folder: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH
+) -> list[Row]:
+    """The rows of a JSONL or CSV file.
 
-    Fields are `video` (relative to `folder`) and `question`, and perhaps `id`, `start` and `end` (seconds, or texts like 1:30),
-    `options` (in CSV with | between them) and `answer`. Others are left alone; null, or an empty cell, is as good as missing.
+    Fields are `video` (relative to `folder`) and `question`, and optionally `id`, `start` and `end` (seconds, or texts like
+    1:30), `options` (in CSV separated by |) and `answer`. Other fields are left to `rules`. Null, or an empty cell, counts as
+    missing.
 
     Args:
         content: UTF-8. name: of the file, for errors.
         start_s, end_s: for rows that have none of their own.
 
     Raises:
-        UsageError: a line that is no such row, a row that is there twice, or no rows at all.
+        UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong row and counts the others.
     """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise UsageError(f"{name} is not UTF-8", "give a JSONL or CSV file of rows") from problem
-    lines = _json_lines if text.lstrip()[:1] in ("{", "[", "") else _csv_lines
-    rows = _rows(((f"{name}, line {number}", row) for number, row in lines(text)), folder, start_s, end_s)
+    reader = _Reader(folder, start_s, end_s, rules)
+    for number, fields in read_lines(content, name, ("video", "question"), rules.file):
+        reader.add(f"{name}, line {number}", number, fields)
+    rows = reader.finish()
     if not rows:
-        raise UsageError(f"{name} holds no rows", FIELDS)
+        raise UsageError(f"{name} holds no rows", rules.fields)
     return rows
 
 
-def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as problem:
-                row = problem
-            yield number, row if isinstance(row, dict | ValueError) else ValueError("not a JSON object")
+class _Reader:
+    """Collects rows and everything that is wrong with them."""
 
+    def __init__(self, folder: str, start_s: float, end_s: float | None, rules: Rules):
+        self._folder, self._span, self._rules = folder, {"start": start_s, "end": end_s}, rules
+        self._rows: dict[str, Row] = {}
+        self._places: dict[str, str] = {}
+        self._wrong: list[tuple[str, str]] = []
 
-def _csv_lines(text: str) -> Iterator[tuple[int, Any]]:
-    head = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
-    try:
-        if missing := [name for name in ("video", "question") if name not in (reader.fieldnames or ())]:
-            yield 1, ValueError(f"no JSON object, nor the head of a table with {missing[0]}")
-            return
-        for row in reader:
-            cells = {name: cell for name, cell in row.items() if cell}
-            if "options" in cells:
-                cells["options"] = [option.strip() for option in cells["options"].split(BETWEEN_OPTIONS)]
-            yield reader.line_num, ValueError("more cells than the head has") if None in row else cells
-    except csv.Error as problem:
-        yield reader.line_num + 1, ValueError(str(problem))  # the last one that was whole is counted
-
-
-def _rows(places: Iterable[Place], folder: str, start_s: float, end_s: float | None) -> list[Row]:
-    """Told is the first row that is wrong, and how many more there are."""
-    rows: dict[str, Row] = {}
-    seen: dict[str, str] = {}
-    wrong: list[tuple[str, str]] = []
-    for place, fields in places:
+    def add(self, place: str, number: int, fields: dict[str, Any] | ValueError) -> None:
+        """Checks a row's fields. `place` names the row in errors; `number` is its line."""
         try:
-            row = _row(fields, folder, start_s, end_s)
+            row = self._row(number, fields)
         except (ValueError, EvopruneError) as problem:
-            wrong.append((f"{place}: {problem}", FIELDS))
-            continue
-        if row.id in rows:
-            wrong.append((f"{place}: the same id, or question, as {seen[row.id]}", "give every row an id of its own"))
-        rows[row.id], seen[row.id] = row, place
-    if wrong:
-        message, hint = wrong[0]
-        raise UsageError(message + (f" (and {len(wrong) - 1:,} more)" if len(wrong) > 1 else ""), hint)
-    return list(rows.values())
+            self._wrong.append((f"{place}: {problem}", self._rules.fields))
+            return
+        if row.id in self._rows:
+            message = f"{place}: the same id, or question, as {self._places[row.id]}"
+            self._wrong.append((message, "give every row an id of its own"))
+        self._rows[row.id], self._places[row.id] = row, place
 
+    def finish(self) -> list[Row]:
+        """All rows; raises UsageError if any was wrong."""
+        if self._wrong:
+            (message, hint), more = self._wrong[0], len(self._wrong) - 1
+            raise UsageError(message + (f" (and {more:,} more)" if more else ""), hint)
+        return list(self._rows.values())
 
-def _row(fields: dict[str, Any] | ValueError, folder: str, start_s: float, end_s: float | None) -> Row:
-    if isinstance(fields, ValueError):
-        raise fields
-    fields = {"start": start_s, "end": end_s} | {name: value for name, value in fields.items() if value is not None}
-    start, end = _seconds(fields, "start"), None if fields["end"] is None else _seconds(fields, "end")
-    if end is not None and end <= start:
-        raise ValueError(f"end {end:g} s is not after start {start:g} s")
-    options = fields.get("options", [])
-    if not isinstance(options, list) or len(options) == 1 or len(options) > len(LETTERS):
-        raise ValueError(f"options are not a list of 2 to {len(LETTERS)} texts")
-    video = _filled(fields, "video")
-    row = Row(
-        id="",
-        video=video,
-        path=os.path.join(folder, video),
-        question=_text(fields, "question"),
-        start_s=start,
-        end_s=end,
-        options=tuple(_text({"option": option}, "option") for option in options),
-        answer=fields.get("answer"),
-    )
-    name = fields.get("id", _digest(row))
-    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        raise ValueError("id is neither a text nor a whole number")
-    return replace(row, id=str(name))
+    def _row(self, number: int, fields: dict[str, Any] | ValueError) -> Row:
+        if isinstance(fields, ValueError):
+            raise fields
+        fields = self._span | {name: value for name, value in fields.items() if value is not None}
+        start, end = _seconds(fields, "start"), None if fields["end"] is None else _seconds(fields, "end")
+        if end is not None and end <= start:
+            raise ValueError(f"end {end:g} s is not after start {start:g} s")
+        video = _filled(fields, "video")
+        row = Row(
+            id="",
+            video=video,
+            path=os.path.join(self._folder, video),
+            question=_text(fields, "question"),
+            start_s=start,
+            end_s=end,
+            options=_options(fields),
+            answer=fields.get("answer"),
+        )
+        row = self._rules.complete(row, fields)
+        name = fields.get("id", number if self._rules.numbered else _digest(row))
+        if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+            raise ValueError("id is neither a text nor a whole number")
+        return replace(row, id=str(name))
 
 
 def _digest(row: Row) -> str:
     return hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _options(fields: dict) -> tuple[str, ...]:
+    options = fields.get("options", [])
+    if not isinstance(options, list) or len(options) == 1 or len(options) > len(LETTERS):
+        raise ValueError(f"options are not a list of 2 to {len(LETTERS)} texts")
+    return tuple(_text({"option": option}, "option") for option in options)
 
 
 def _filled(fields: dict, name: str) -> str:
@@ -229,7 +240,7 @@ def _text(fields: dict, name: str) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether it is Unicode; what the shell hands over in another encoding is not."""
+    """Whether it is valid Unicode; arguments that the shell passes in another encoding hold lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 

@@ -1,7 +1,7 @@
 """Many questions about many videos, with one model: what `evoprune batch` runs.
 
-A record is the one that `evoprune ask --json` would give, with the row's id, and in `batch` the row and the settings. While a
-video is asked about, the next one is made ready: its first chunks lie in memory, preprocessed. No torch before a model is loaded.
+A record is the one that `evoprune ask --json` gives, with the row's id, and with the row and the settings under `batch`. While
+questions about a video are answered, the first chunks of the next one are read and preprocessed. No torch before a model is loaded.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evoprune.batch.output import Found
-from evoprune.batch.rows import Part, Row
+from evoprune.batch.resume import differences
+from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, UsageError, error_record
-from evoprune.evaluation.folder import differences
 from evoprune.pipeline.prefetch import ahead
 from evoprune.report import Report, VideoFacts, rounded
 
@@ -71,10 +71,10 @@ class Settings:
 
 
 def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
-    """The rows that have no answer yet: those that failed are asked again.
+    """The rows that have no answer yet. Rows that failed are asked again.
 
     Raises:
-        UsageError: a record was made with other settings, or its row was another one.
+        UsageError: a record was made with other settings, or its row has changed.
     """
     now, asked, done = rounded(asdict(settings)), {row.id: rounded(row.asked) for row in rows}, set()
     for record in found:
@@ -92,35 +92,35 @@ def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -
 
 def answers(
     qa: "VideoQA",
-    parts: Iterable[Part],
+    spans: Iterable[Span],
     settings: Settings,
     cache: "Cache | None" = None,
     on_failure: OnFailure = lambda problem: None,
 ) -> Iterator[Report]:
-    """Asks it all: a record for every row, as they are answered. One that fails has a record as well; the others go on.
+    """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
 
     Args:
-        on_failure: told what went wrong.
+        on_failure: called with each exception.
     """
-    with closing(ahead(_prepared(qa, parts, settings, cache), depth=1)) as prepared:
-        for part, video in prepared:
-            yield from _asked(part, video, settings, on_failure)
+    with closing(ahead(_prepared(qa, spans, settings, cache), depth=1)) as prepared:
+        for span, video in prepared:
+            yield from _asked(span, video, settings, on_failure)
 
 
 def _prepared(
-    qa: "VideoQA", parts: Iterable[Part], settings: Settings, cache: "Cache | None"
-) -> Generator[tuple[Part, "PreparedVideo | Exception"], None, None]:
-    """Every part with its first chunks read, or with why they cannot be."""
-    for part in parts:
+    qa: "VideoQA", spans: Iterable[Span], settings: Settings, cache: "Cache | None"
+) -> Generator[tuple[Span, "PreparedVideo | Exception"], None, None]:
+    """Every span with its first chunks read, or with the exception that prevents it."""
+    for span in spans:
         try:
-            video = qa.prepare(part.path, name=part.video, cache=cache, **settings.sampling, **part.range)
+            video = qa.prepare(span.path, name=span.video, cache=cache, **settings.sampling, **span.range)
             video.begin()
         except Exception as problem:
-            yield part, problem
+            yield span, problem
             continue
         try:
-            yield part, video
-        except GeneratorExit:  # nobody may have taken it
+            yield span, video
+        except GeneratorExit:  # the consumer may have stopped before it took the video
             video.close()
             raise
 
@@ -138,10 +138,10 @@ def _named(report: Report, row: Row, settings: Settings) -> Report:
 
 
 def _asked(
-    part: Part, video: "PreparedVideo | Exception", settings: Settings, on_failure: OnFailure
+    span: Span, video: "PreparedVideo | Exception", settings: Settings, on_failure: OnFailure
 ) -> Iterator[Report]:
     encoded, error = _tried(lambda: _encoded(video), on_failure)
-    for row in part.rows:
+    for row in span.rows:
         report = None
         if encoded:
             report, error = _tried(lambda row=row: _answered(encoded, row, settings), on_failure)
@@ -162,7 +162,7 @@ def _answered(encoded: "EncodedVideo", row: Row, settings: Settings) -> Report:
 
 
 def _tried(work: Callable[[], T], on_failure: OnFailure) -> tuple[T | None, dict | None]:
-    """What comes of it, or the error as records hold it: the exception, and all the memory that hangs on it, is gone by then."""
+    """The result, or the error as records hold it. By then the exception and the memory that it refers to are freed."""
     try:
         return work(), None
     except Exception as problem:
@@ -171,5 +171,5 @@ def _tried(work: Callable[[], T], on_failure: OnFailure) -> tuple[T | None, dict
     if error["type"] == OutOfMemory.type:
         import torch
 
-        torch.cuda.empty_cache()  # what is free, but in pieces; nothing where there is no CUDA
+        torch.cuda.empty_cache()  # returns free but fragmented memory; does nothing without CUDA
     return None, error

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a folder with settings.json, samples.jsonl and results.json; and going on from it. No torch."""
+"""The folder that an evaluation writes: settings.json, samples.jsonl and results.json. A run can be resumed from it. No torch."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from evoprune.batch.resume import differences
 from evoprune.errors import UsageError
 
 SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
@@ -13,17 +14,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
-    """The folder of one run. `samples` are those of the finished videos that were there when it was opened."""
+    """The folder of one run. `samples` are those of the videos that were finished when it was opened."""
 
     def __init__(self, path: Path, samples: list[dict]):
         self.path, self.samples = path, samples
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """A new folder at `path`; where there is something already, at `path`-2, `path`-3 and so on.
+        """A new folder at `path`; if `path` exists, at `path`-2, `path`-3 and so on.
 
         Raises:
-            UsageError: it cannot be made.
+            UsageError: the folder cannot be made.
         """
         place, number = path, 1
         while True:
@@ -41,10 +42,10 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """The folder of a run that was cut short. What is not of a finished video, or of one that failed, is taken out.
+        """The folder of a run that was cut short. Samples of unfinished and of failed videos are removed.
 
         Raises:
-            UsageError: it is no such folder, or the run had other settings.
+            UsageError: `path` is no such folder, or its run had other settings.
         """
         try:
             before = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
@@ -52,8 +53,8 @@ class RunFolder:
             text = file.read_bytes() if file.exists() else b""
         except (OSError, ValueError) as problem:
             raise UsageError(f"{path} is no folder of an evaluation", f"name one with a {SETTINGS}") from problem
-        if told := differences(before, json.loads(json.dumps(settings))):
-            raise UsageError(f"{path} was begun with other settings: {told}", "give the same ones, or a new -o DIR")
+        if other := differences(before, json.loads(json.dumps(settings))):
+            raise UsageError(f"{path} was begun with other settings: {other}", "give the same ones, or a new -o DIR")
         samples = _finished(text)
         folder = cls(path, samples)
         kept = "".join(_line(sample) for sample in samples)
@@ -62,7 +63,7 @@ class RunFolder:
         return folder
 
     def add(self, samples: list[dict]) -> None:
-        """Appends all samples of a video, on the disk when this returns; or none of them.
+        """Appends all samples of a video, or none of them. They are on the disk when this returns.
 
         Raises:
             UsageError: they cannot be written.
@@ -90,7 +91,7 @@ class RunFolder:
         self._replace(name, json.dumps(content, indent=1) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
-        """All of it or nothing."""
+        """Writes a file completely or not at all."""
         new = self.path / f"{name}.new"
         try:
             try:
@@ -103,18 +104,12 @@ class RunFolder:
             raise _cannot_write(self.path / name, problem) from problem
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What is not the same, in words; nothing where all is."""
-    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
-
-
 def _line(sample: dict) -> str:
     return json.dumps(sample, separators=(",", ":")) + "\n"
 
 
 def _finished(text: bytes) -> list[dict]:
-    """The samples of videos whose last sample is there, failed ones apart; a torn line is the last one."""
+    """The samples of videos whose last sample is there, without failed ones. Reading stops at a torn line."""
     samples, video = [], []
     for line in text.splitlines():
         try:

@@ -1,36 +1,33 @@
-"""An evaluation's videos shared out over processes, each with a model of its own: a small model leaves most cores idle."""
+"""Jobs shared out over processes, each with a model of its own: a small model leaves most cores idle."""
 
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from evoprune.evaluation.run import Evaluation, Settings
+Work = Callable[[Any], list[dict]]
 
-_evaluation: "Evaluation"  # of this process
+_work: Work  # of this process
 
 
-def shown(settings: "Settings", jobs: Iterable[Any], folder: str, processes: int, load: dict) -> Iterator[list[dict]]:
-    """The samples of each job, in the order of the jobs. Closed early, it kills the processes, which have nothing to lose.
+def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
+    """The results of all jobs, in the order of the jobs. Closing the iterator early kills the processes.
 
     Args:
-        settings: of the evaluation.
-        jobs: what `Evaluation.show` takes.
-        folder: for files that live as long as a video is shown.
-        load: what `Evaluation.load` takes.
+        start: called once in each process; returns the function that does a job. It and the jobs are pickled.
+        processes: how many.
 
     Raises:
-        What loading or showing raises in a process.
+        BrokenProcessPool: `start` raised in a process. Whatever a job raises.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, context, _begin, (settings, folder, load, threads))
+    pool = ProcessPoolExecutor(processes, context, _begin, (start, threads))
     try:
-        yield from pool.map(_show, jobs)
+        yield from pool.map(_do, jobs)
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
@@ -39,18 +36,14 @@ def shown(settings: "Settings", jobs: Iterable[Any], folder: str, processes: int
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(settings: "Settings", folder: str, load: dict, threads: int) -> None:
-    global _evaluation
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+def _begin(start: Callable[[], Work], threads: int) -> None:
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     import torch
 
-    from evoprune.evaluation.run import Evaluation
-
     torch.set_num_threads(threads)
-    _evaluation = Evaluation(settings, None)
-    _evaluation.load(**load)
-    _evaluation.files = folder
+    _work = start()
 
 
-def _show(job: Any) -> list[dict]:
-    return _evaluation.show(job)
+def _do(job: Any) -> list[dict]:
+    return _work(job)

@@ -1,7 +1,7 @@
 """From graded answers to a table: accuracy with intervals, beside what it cost (schema `evoprune/eval@1`). No torch.
 
-A sample is one answer of one row (`full`, `blind`, or a method at a budget) to one question, as a flat dict; see `evaluation.py`.
-Every row answered the same questions, so rows are compared pair by pair, and bootstrapped with the same draws of videos.
+A sample is the answer of one row (`full`, `blind`, or a method at a budget) to one question, as a flat dict; `run.py` makes them.
+All rows answer the same questions, so rows are compared question by question, and bootstrapped with the same draws of videos.
 """
 
 import math
@@ -13,12 +13,12 @@ from evoprune.evaluation.statistics import accuracy_interval, percentile_interva
 
 SCHEMA = "evoprune/eval@1"
 FULL, BLIND, METHOD = "full", "blind", "method"
-ALL, TYPE = "all", "type:"  # names of groups: everything, and what types begin with
+ALL, TYPE = "all", "type:"  # the group of all questions, and the prefix of groups that are types
 COSTS = ("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 
 
 def row_name(kind: str, method: str, budget: float) -> str:
-    """What a row is called in tables."""
+    """The name of a row in tables."""
     return kind if kind != METHOD else f"{method} -b {budget:g}"
 
 
@@ -75,22 +75,6 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
                 }
             )
     return made
-
-
-def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:
-    """Accuracy of one row less that of another, on the same questions in any order, and its 95% interval over videos: as shares."""
-    right = {(s["video"], s["id"]): s["right"] for s in others}
-    videos = {name: i for i, name in enumerate(sorted({s["video"] for s in samples}))}
-    sums = np.zeros((len(videos), 2))
-    for s in samples:
-        sums[videos[s["video"]]] += (int(s["right"]) - int(right[s["video"], s["id"]]), 1)
-    drawn = resampled(sums)
-    return float(sums[:, 0].sum() / sums[:, 1].sum()), *percentile_interval(drawn[:, 0] / drawn[:, 1])
-
-
-def in_points(mean: float, low: float, high: float) -> str:
-    """A difference of shares and its interval as text, in points."""
-    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _groups(samples: Sequence[dict]) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
-"""How sure an accuracy is, when questions about one video stand or fall together. numpy only.
+"""Intervals of accuracies whose questions are clustered by video. numpy only.
 
-A cluster is a video. Whole clusters are what is drawn, so questions about one video count as the related evidence they are.
+Results of questions about one video depend on each other. So whole clusters are drawn, and a cluster is a video.
 """
 
 import math
@@ -19,9 +19,9 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
         right, asked: `[C]`, right answers and questions of each cluster; clusters with no questions do not count.
 
     Returns:
-        Low and high. That number is the one at which independent questions would be as uncertain as these clusters are, at most
-        the number of questions; where all are right, or all wrong, it is the number of clusters, for nothing tells how alike
-        the questions in one of them are.
+        Low and high. The effective number is the number of independent questions that would be as uncertain as these clusters
+        are, at most the number of questions. Where all answers are right, or all wrong, their correlation is unknown, and it is
+        the number of clusters.
     """
     right, asked = right[asked > 0].astype(float), asked[asked > 0].astype(float)
     clusters, total = len(asked), float(asked.sum())
@@ -40,7 +40,7 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
 def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
     """Totals of `sums` over clusters drawn with replacement, as many as there are.
 
-    Every column sees the same draws, so that what is computed of several columns is paired.
+    Every column sees the same draws, so that statistics of several columns are paired.
 
     Args:
         sums: `[C, k]`, one row a cluster.
@@ -59,7 +59,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of values, those that are no number left out."""
+    """The middle 95% of the finite values; NaN if there are none."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan

@@ -1,4 +1,4 @@
-"""Plain Hugging Face transformers, the reference that everything is measured against, on the very same weights."""
+"""Plain Hugging Face transformers on the same weights: the reference that everything is measured against."""
 
 from dataclasses import asdict
 

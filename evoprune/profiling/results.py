@@ -1,7 +1,7 @@
 """What a benchmark measured: rows of raw samples, and the figures made of them (schema `evoprune/profile@1`). No torch.
 
-All sides of a round run one after another, so ratios are taken round by round, and the median of those is told: a drift of the
-machine's speed then cancels. Times are seconds here and milliseconds in the document; unknown values are None.
+All rows of a round run one after another. A ratio is taken round by round, and its median is reported, so that a drift of the
+machine's speed cancels. Times are seconds here and milliseconds in the document; unknown values are None.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from evoprune.report import Environment, ModelFacts
 
 SCHEMA = "evoprune/profile@1"
-# What a row is: plain transformers, our own pipeline without pruning, what a post-encoder method could reach at best, a method.
+# Kinds of rows: plain transformers, evoprune without pruning, the best that a post-encoder method could reach, a method.
 HUGGING_FACE, FULL, BOUND, METHOD = "hugging_face", "full", "post_encoder_bound", "method"
 
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """What is looked at: so many frames of height x width pixels."""
+    """The size of a clip: its number of frames, and their height and width in pixels."""
 
     frames: int
     height: int
@@ -30,13 +30,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """One side's turn in one round, in seconds.
+    """One row's turn in one round, in seconds.
 
     Attributes:
-        encode: the tower; `prune`, scores, merging and choice inside it, is part of that.
-        prefill: reading the prompt, up to the logits of its last column.
-        generate: all new tokens, the first of which needs no pass of its own.
-        peak_bytes: the most memory that was in use, weights included.
+        encode: the tower. `prune`: scores, merging and selection, part of `encode`.
+        prefill: the prompt, up to the logits of its last column.
+        generate: all new tokens; the first needs no pass of its own.
+        peak_bytes: the most memory in use, weights included.
     """
 
     encode: float
@@ -53,11 +53,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much work a side has, the same in every round.
+    """How much work a row has, the same in every round.
 
     Attributes:
         units: merge units of the clip, N.
-        encoder_rows: rows that the tower ended with; `live_share`: mean over its layers of rows / N.
+        encoder_rows: rows that leave the tower; `live_share`: mean over its layers of rows / N.
         layers: (layer, rows that it computed).
         tokens: visual tokens that the language model reads, K; `prompt`: those and the text around them.
         tower_flop: floating-point operations of the tower.
@@ -74,7 +74,7 @@ class Counts:
 
 @dataclass
 class Row:
-    """One side at one case. `kind`: see above; `samples`: one a measured round; none where it failed, with an `error`."""
+    """One row at one case. `kind`: see above. `samples`: one for each measured round; none if the row failed with an `error`."""
 
     kind: str
     case: Case
@@ -97,7 +97,7 @@ class Row:
 
 
 class Spread(NamedTuple):
-    """The median of several rounds, and how far they lie apart."""
+    """The median of several rounds, and the lowest and the highest of them."""
 
     median: float
     low: float
@@ -114,10 +114,10 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def bound_of(full: Row, method: Row) -> Row:
-    """The best that a method which acts after the encoder can do with as many tokens as `method` keeps, or why it is unknown.
+    """The best that a method after the encoder can do with as many tokens as `method` keeps, or why it is unknown.
 
-    Not run but put together, round by round: our own tower without pruning, a choice that costs nothing, and prefill and
-    generation of these tokens as `method` took them.
+    It is not run but put together, round by round: the tower without pruning, a selection that costs nothing, and `method`'s own
+    prefill and generation.
     """
     bound = Row(BOUND, method.case, method.budget)
     bound.error = full.error or method.error
@@ -135,14 +135,14 @@ def bound_of(full: Row, method: Row) -> Row:
 
 @dataclass(frozen=True)
 class Figures:
-    """What is told of a row: medians over the rounds in seconds, ratios as medians of the rounds' own.
+    """The figures of a row: medians over the rounds in seconds, and ratios as medians of the rounds' own.
 
     Attributes:
         generate_tok_s: tokens a second over the passes after the first token.
         prune_share: of encode.
-        vs_hf, vs_bound: how many times faster the first token is than plain transformers', than the bound at this budget.
+        vs_hf, vs_bound: how many times faster the first token is than plain transformers', and than the bound's at this budget.
         encode_vs_hf: how many times faster the tower is.
-        matmul_share: of the machine's rate in plain matrix products, what the tower reached.
+        matmul_share: the share of the machine's rate in plain matrix products that the tower reaches.
         peak_bytes: the highest.
     """
 
@@ -164,12 +164,12 @@ class Results:
     """Everything a benchmark found.
 
     Attributes:
-        settings: what was asked for.
+        settings: of the benchmark, as plain data.
         machine: facts beyond `env`.
         rows: case after case: Hugging Face, budget 1.0, then for each budget the bound and the methods.
         matmul_rates: floating-point operations a second in plain matrix products, one figure a measured round.
-        warmups, rounds: how many were really run; `warmup_seconds`, `seconds`: how long the former and all of it took.
-        notes: what is special about this run.
+        warmups, rounds: how many ran. `warmup_seconds`, `seconds`: how long the warm-ups took, and everything.
+        notes: remarks on this run.
         interrupted: whether it was stopped before it was done.
     """
 
@@ -189,7 +189,7 @@ class Results:
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader must know: the notes, and why there are fewer rounds than were asked for."""
+        """The notes, and why there are fewer rounds than the settings ask for."""
         wanted, limit = self.settings["repetitions"], self.settings["time_limit_s"]
         said = list(self.notes)
         if self.interrupted:
@@ -209,7 +209,7 @@ class Results:
         return [row for row in self.rows if row.case == case]
 
     def peer(self, row: Row, kind: str) -> Row | None:
-        """The row of this kind that `row` is held against, if it has samples."""
+        """The row of this kind that `row` is compared with, if it has samples."""
         peers = (r for r in self.of(row.case) if r.kind == kind and (kind != BOUND or r.budget == row.budget))
         return next((r for r in peers if r.samples), None)
 

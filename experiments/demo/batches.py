@@ -1,5 +1,6 @@
-"""What the demo model learns from: endless seeded batches of clips with labels and with questions."""
+"""The demo model's training data: endless seeded batches of clips with labels and with questions. Imported by `train`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,15 +12,15 @@ from evoprune.demo.clips import (
     SHAPES,
     SIZES,
     Clip,
-    dense_grid,
-    frame_times,
     make_clip,
-    render,
-    through_codec,
 )
-from evoprune.demo.questions import LESSONS, TYPES, Question, ask
+from evoprune.demo.drawing import render
+from evoprune.demo.questions import Question
 from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.video.sampling import even_times
 from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
+from experiments.demo.lessons import ask_all
+from experiments.demo.training_clips import dense_grid, through_codec
 
 # What the auxiliary head says about the thing whose centre a unit covers; the last class of each is "nothing here".
 ATTRIBUTES = {
@@ -60,17 +61,17 @@ MOST = 800  # merge units of one clip
 PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds a grid
 
 
-def unit_labels(clip: Clip, times: list[float], height: int, width: int) -> np.ndarray:
-    """What each unit of each grid should say: int64 `[T * height * width, attributes]`, -100 where nothing is asked."""
+def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> np.ndarray:
+    """The labels of each unit of each grid: int64 `[T * height * width, attributes]`, -100 where there is none."""
     grids = len(times) // 2
     labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
     labels[..., 0] = ATTRIBUTES["shape"]  # one past the shapes and the digit: nothing here
     for g in range(grids):
-        moment = (times[2 * g] + times[2 * g + 1]) / 2
+        middle = (times[2 * g] + times[2 * g + 1]) / 2
         for thing in clip.things:
             if not (thing.visible(times[2 * g]) and thing.visible(times[2 * g + 1])):
                 continue
-            x, y = thing.centre(moment)
+            x, y = thing.centre(middle)
             cell = labels[g, min(int(y // 28), height - 1), min(int(x // 28), width - 1)]
             colour, motion = list(COLOURS).index(thing.colour), list(MOTIONS).index(thing.motion)
             if thing.is_digit:
@@ -81,7 +82,7 @@ def unit_labels(clip: Clip, times: list[float], height: int, width: int) -> np.n
 
 
 def noisy(frames: np.ndarray, rng: np.random.Generator, gop: int) -> np.ndarray:
-    """Half of the time as they are, else as a video codec leaves them."""
+    """The frames as they are or, half of the time, as a video codec leaves them."""
     return through_codec(frames, int(rng.integers(2, 6)), gop) if rng.random() < 0.5 else frames
 
 
@@ -94,7 +95,7 @@ def vision_batches(recipe: Recipe, first: int):
         frames, labels = [], []
         for _ in range(max(6, recipe.vision_batch * 24 // (height * width))):
             clip = dense_grid(rng, height * 28, width * 28, round(14 * height * width / 24 * rng.uniform(0.3, 1)))
-            times = frame_times(1.0, 2)
+            times = even_times(0.0, 1.0, 2)
             frames.append(render(clip, times))
             labels.append(unit_labels(clip, times, height, width))
         yield (
@@ -130,8 +131,8 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
         frames, packs = [], [[] for _ in range(recipe.packs)]
         for _ in range(count):
             clip = make_clip("train", int(rng.integers(2**62)), height * 28, width * 28, grids * pace, grids)
-            frames.append(noisy(render(clip, frame_times(clip.seconds, 2 * grids)), rng, gop=12))
-            asked = ask(clip, rng, questions * recipe.packs, TYPES + LESSONS)
+            frames.append(noisy(render(clip, even_times(0.0, clip.seconds, 2 * grids)), rng, gop=12))
+            asked = ask_all(clip, rng, questions * recipe.packs)
             for number, pack in enumerate(packs):
                 pack.append(asked[number :: recipe.packs])
         before = ids(BEFORE_VIDEO)
@@ -184,5 +185,5 @@ class _Stream(torch.utils.data.IterableDataset):
 
 
 def in_worker(make, *args):
-    """Runs a batch generator in one worker process, a few batches ahead."""
+    """Runs a batch generator in one worker process, a few batches in advance."""
     return iter(torch.utils.data.DataLoader(_Stream(make, *args), batch_size=None, num_workers=1, prefetch_factor=4))

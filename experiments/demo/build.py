@@ -1,4 +1,4 @@
-"""The demo model before it has learned anything: its architecture, its tokenizer, its first weights."""
+"""The demo model before it has learned anything: its architecture, its tokenizer, its first weights. Imported by `train`."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from evoprune.demo.clips import make_clip
-from evoprune.demo.questions import LESSONS, TYPES, ask
+from experiments.demo.lessons import ask_all
 
 SPECIALS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -63,7 +63,7 @@ def build_tokenizer():
     raw.decoder = decoders.ByteLevel()
     texts = [BEFORE_VIDEO, AFTER_QUESTION]
     for seed in range(1500):
-        for q in ask(make_clip("train", seed), np.random.default_rng(seed), 20, TYPES + LESSONS):
+        for q in ask_all(make_clip("train", seed), np.random.default_rng(seed), 20):
             texts += [q.question, q.answer]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

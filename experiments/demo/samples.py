@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.demo.clips import make_clip, write_video
+from evoprune.demo.clips import make_clip
+from evoprune.demo.drawing import write_video
 from evoprune.demo.questions import ask
 
 # name: seed, height, width, seconds, codec, types of the questions and a word each must hold

@@ -1,12 +1,11 @@
 """Trains the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
 
-Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the tower is
-frozen, so that what the language model looks at holds still, and the language model learns to answer questions, many packed
-behind each clip: at first about short clips, where things are quickly found, in the end on frames as large as those that are
-evaluated.
+Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the tower is frozen,
+so that the language model's input does not change, and the language model learns to answer questions, many packed behind each
+clip: at first about short clips, in the end on frames as large as those of the evaluation.
 
-Seeded; writes a checkpoint every few minutes and goes on from it when run again; `OUT/log.jsonl` holds the curve. OUT ends up
-in the hub's layout.
+Training is seeded. It writes a checkpoint every few minutes and resumes from it when run again. `OUT/log.jsonl` holds the curve. At
+the end OUT has the layout of a model on the hub.
 """
 
 import argparse
@@ -14,7 +13,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read by torch; the default forgets shapes too soon
@@ -160,6 +161,7 @@ class Run:
 
 
 def train(folder: Path, recipe: Recipe) -> None:
+    """Both stages, from the checkpoint in `folder` if there is one."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     run = Run(folder, recipe)
@@ -167,74 +169,79 @@ def train(folder: Path, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     model = Qwen2_5_VLForConditionalGeneration(build_config())
     init_weights(model, torch.Generator().manual_seed(recipe.seed))
-    visual = model.model.visual
     head = Head(128 * 4)
     init_weights(head, torch.Generator().manual_seed(recipe.seed + 1))
     state = run.load()
     if state:
         model.load_state_dict(state["modules"][0])
         head.load_state_dict(state["modules"][1])
-    stages = {1: recipe.vision_steps, 2: recipe.steps}
-    for stage, steps in stages.items():
-        first = 0
-        if state and state["stage"] > stage:
-            continue
-        modules = [visual, head] if stage == 1 else [visual.merger.mlp, model.model.language_model]
-        opts = optimizers(recipe, modules)
-        if state and state["stage"] == stage:
-            first = state["step"] + 1
-            for optimizer, saved in zip(opts, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-        batches = (
-            in_worker(vision_batches, recipe, first)
-            if stage == 1
-            else in_worker(question_batches, recipe, tokenizer, first)
-        )
-        parameters = [p for module in modules for p in module.parameters()]
-
-        def learn(loss: torch.Tensor) -> None:
-            for optimizer in opts:  # noqa: B023
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)  # noqa: B023
-            for optimizer in opts:  # noqa: B023
-                optimizer.step()
-
-        seen, clock = {}, time.monotonic()
-        for step in range(first, steps):
-            batch = next(batches)
-            for optimizer in opts:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate(step, steps, recipe)
-            reports = []
-            if stage == 1:
-                frames, labels, (height, width) = batch
-                with torch.autocast("cpu", torch.bfloat16):
-                    _, flat = tower(visual, patchify(frames), height, width)
-                    loss, report = head(flat, labels, height, width)
-                reports.append({"loss": loss.item(), **report})
-                learn(loss)
-            else:
-                with torch.autocast("cpu", torch.bfloat16):
-                    flat = look(visual, batch)
-                for pack in batch["packs"]:
-                    with torch.autocast("cpu", torch.bfloat16):
-                        loss, report = answer_loss(model, flat, batch, pack)
-                    reports.append({"loss": loss.item(), **report})
-                    learn(loss)
-            for k, v in (item for report in reports for item in report.items()):
-                seen.setdefault(k, []).append(v)
-            if (step + 1) % 50 == 0 or step + 1 == steps:
-                means = {k: float(np.mean(v)) for k, v in seen.items()}
-                run.log(stage=stage, step=step + 1, seconds=time.monotonic() - clock, **means)
-                seen, clock = {}, time.monotonic()
-            run.save(stage, step, (model, head), opts)
-        run.saved = -math.inf
-        run.save(stage, steps - 1, (model, head), opts)
-        if stage == 1:
-            state = None
+    reached = state["stage"] if state else 1
+    if reached == 1:
+        train_stage(run, 1, recipe.vision_steps, model, head, tokenizer, state)
+    train_stage(run, 2, recipe.steps, model, head, tokenizer, state if reached == 2 else None)
     export(folder, model, tokenizer)
     run.log(done=True)
+
+
+def train_stage(run: Run, stage: int, steps: int, model, head: Head, tokenizer, state: dict | None) -> None:
+    """One stage, from `state` if it is a checkpoint of this stage."""
+    recipe, visual, first = run.recipe, model.model.visual, 0
+    modules = [visual, head] if stage == 1 else [visual.merger.mlp, model.model.language_model]
+    opts = optimizers(recipe, modules)
+    if state:
+        first = state["step"] + 1
+        for optimizer, saved in zip(opts, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    made = (vision_batches, recipe, first) if stage == 1 else (question_batches, recipe, tokenizer, first)
+    batches = in_worker(*made)
+    learn = partial(learn_from, opts=opts, parameters=[p for module in modules for p in module.parameters()])
+    seen, clock = {}, time.monotonic()
+    for step in range(first, steps):
+        batch = next(batches)
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(step, steps, recipe)
+        for report in vision_step(visual, head, batch, learn) if stage == 1 else question_steps(model, batch, learn):
+            for name, value in report.items():
+                seen.setdefault(name, []).append(value)
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            means = {name: float(np.mean(values)) for name, values in seen.items()}
+            run.log(stage=stage, step=step + 1, seconds=time.monotonic() - clock, **means)
+            seen, clock = {}, time.monotonic()
+        run.save(stage, step, (model, head), opts)
+    run.saved = -math.inf
+    run.save(stage, steps - 1, (model, head), opts)
+
+
+def learn_from(loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> None:
+    """One step of all optimizers."""
+    for optimizer in opts:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+    for optimizer in opts:
+        optimizer.step()
+
+
+def vision_step(visual, head: Head, batch: tuple, learn: Callable[[torch.Tensor], None]) -> Iterator[dict]:
+    """One step of stage 1; yields what to log."""
+    frames, labels, (height, width) = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        _, flat = tower(visual, patchify(frames), height, width)
+        loss, report = head(flat, labels, height, width)
+    learn(loss)
+    yield {"loss": loss.item(), **report}
+
+
+def question_steps(model, batch: dict, learn: Callable[[torch.Tensor], None]) -> Iterator[dict]:
+    """The steps of stage 2 on one batch, one a pack of questions; yields what to log of each."""
+    with torch.autocast("cpu", torch.bfloat16):
+        flat = look(model.model.visual, batch)
+    for pack in batch["packs"]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, report = answer_loss(model, flat, batch, pack)
+        learn(loss)
+        yield {"loss": loss.item(), **report}
 
 
 def export(folder: Path, model, tokenizer) -> None:

@@ -277,14 +277,14 @@ def test_a_path_of_stray_bytes_is_escaped(path):
 def test_a_signal_does_not_tear_a_line(path, monkeypatch):
     """Ctrl-C while half of the line is written: the other half follows."""
     real, main = os.write, threading.main_thread().ident
-    parts = []
+    written = []
 
     def slow(number, content):
-        parts.append(real(number, bytes(content[: max(1, len(content) // 2)])))
-        if len(parts) == 1:
+        written.append(real(number, bytes(content[: max(1, len(content) // 2)])))
+        if len(written) == 1:
             signal.pthread_kill(main, signal.SIGINT)
             time.sleep(0.2)
-        return parts[-1]
+        return written[-1]
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -294,4 +294,4 @@ def test_a_signal_does_not_tear_a_line(path, monkeypatch):
             file.add(record(1))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert len(parts) > 2 and ids(path) == ["1"] and file.written == 1
+    assert len(written) > 2 and ids(path) == ["1"] and file.written == 1

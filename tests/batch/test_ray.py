@@ -18,7 +18,7 @@ import pytest
 
 from evoprune.batch import ray as integration
 from evoprune.batch.ray import TRIES, RemoteError, Tries, Worker, answers_on_ray
-from evoprune.batch.rows import Part, grouped, product_rows
+from evoprune.batch.rows import Span, group_by_span, product_rows
 from evoprune.batch.run import Settings, answers
 from evoprune.errors import UsageError
 from evoprune.report import Report
@@ -43,7 +43,7 @@ def facts(record) -> tuple:
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="--engine ray needs Ray") as caught:
-        list(answers_on_ray(grouped(ROWS), SETTINGS))
+        list(answers_on_ray(group_by_span(ROWS), SETTINGS))
     assert "evoprune[ray]" in caught.value.hint
 
 
@@ -75,10 +75,10 @@ def workers(cluster) -> list[int]:
 
 @pytest.mark.slow
 def test_the_same_records_though_workers_are_killed(cluster, capfd):
-    lines = [record.to_json() for record in answers(SETTINGS.load(), grouped(ROWS), SETTINGS)]
+    lines = [record.to_json() for record in answers(SETTINGS.load(), group_by_span(ROWS), SETTINGS)]
     here = {record.id: record for record in map(Report.from_json, lines)}
     made, killed = [], []
-    with closing(answers_on_ray(grouped(ROWS), SETTINGS, address=cluster.address)) as there:
+    with closing(answers_on_ray(group_by_span(ROWS), SETTINGS, address=cluster.address)) as there:
         for record in there:
             made.append(record)
             if len(made) in (3, 8, 13):
@@ -96,17 +96,17 @@ def test_the_same_records_though_workers_are_killed(cluster, capfd):
 class Deadly(Worker):
     """Dies of one of the videos."""
 
-    def _asked(self, part: Part):
-        if "three" in part.video:
+    def _asked(self, span: Span):
+        if "three" in span.video:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super()._asked(part)
+        return super()._asked(span)
 
 
 @pytest.mark.slow
-def test_a_part_that_kills_its_workers_is_given_up(cluster, monkeypatch):
+def test_a_span_that_kills_its_workers_is_given_up(cluster, monkeypatch):
     monkeypatch.setattr(integration, "Worker", Deadly)
     rows = product_rows(CLIPS, QUESTIONS)
-    made = {record.id: record for record in answers_on_ray(grouped(rows), SETTINGS, address=cluster.address)}
+    made = {record.id: record for record in answers_on_ray(group_by_span(rows), SETTINGS, address=cluster.address)}
     assert made.keys() == {row.id for row in rows}
     for row in rows:
         error = made[row.id].error
@@ -119,7 +119,7 @@ def test_a_part_that_kills_its_workers_is_given_up(cluster, monkeypatch):
 @pytest.mark.slow
 def test_a_model_that_no_worker_can_load(cluster):
     with pytest.raises(RemoteError, match=r"config\.json") as caught:
-        list(answers_on_ray(grouped(ROWS), replace(SETTINGS, model="samples"), address=cluster.address))
+        list(answers_on_ray(group_by_span(ROWS), replace(SETTINGS, model="samples"), address=cluster.address))
     assert (caught.value.exit_code, caught.value.type, caught.value.stage) == (4, "model", "load") and caught.value.hint
 
 
@@ -131,7 +131,7 @@ def test_no_cluster(monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(UsageError, match=r"no Ray cluster: Could not find any running Ray instance\.$") as caught:
-        list(answers_on_ray(grouped(ROWS), SETTINGS, address="auto"))
+        list(answers_on_ray(group_by_span(ROWS), SETTINGS, address="auto"))
     assert "ray start" in caught.value.hint
 
 
@@ -148,7 +148,9 @@ def test_sigterm_stays_ours(monkeypatch, when):
     before = signal.signal(signal.SIGTERM, lambda *_: 1 / 0)
     try:
         with pytest.raises(ZeroDivisionError):
-            for _ in answers_on_ray(grouped(ROWS), SETTINGS, on_ready=lambda: signal.raise_signal(signal.SIGTERM)):
+            for _ in answers_on_ray(
+                group_by_span(ROWS), SETTINGS, on_ready=lambda: signal.raise_signal(signal.SIGTERM)
+            ):
                 pass
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -224,7 +226,7 @@ def test_stopping_early_lets_go_of_the_cluster(cluster):
     import ray
 
     before = set(threading.enumerate())
-    with closing(answers_on_ray(grouped(ROWS), SETTINGS, address=cluster.address)) as made:
+    with closing(answers_on_ray(group_by_span(ROWS), SETTINGS, address=cluster.address)) as made:
         next(made)
     assert not ray.is_initialized()
     until = time.monotonic() + 30

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch.rows import Row, grouped, load_rows, product_rows, read_rows
+from evoprune.batch.rows import Row, group_by_span, load_rows, product_rows, read_rows
 from evoprune.errors import UsageError
-from evoprune.evaluation.questions import Item
 
 ROW = {"video": "a.mp4", "question": "What?"}
 
@@ -30,7 +29,10 @@ def test_json_lines(tmp_path):
     assert (first.video, first.path, first.prompt) == ("a.mp4", str(tmp_path / "a.mp4"), "What?")
     assert (second.id, second.start_s, second.end_s, second.answer) == ("7", 90.0, 99.5, 3)
     assert (third.id, third.start_s, third.end_s, third.options) == ("x", 0.0, None, ("red", "blue"))
-    assert third.prompt == Item("x", "Which?\u2028", "red", ("red", "blue")).prompt
+    assert (
+        third.prompt
+        == "Which?\u2028\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
+    )
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -42,6 +44,12 @@ def test_csv(delimiter, head):
     assert (first.id, first.path, first.question) == ("7", "/a b.mp4", "What,; \tnow?\nthen?")
     assert (first.start_s, first.options, second.options, second.start_s) == (90.0, (), ("red", "blue"), 0.0)
     assert second.path == "there/b.mp4" and second.id != first.id
+
+
+def test_the_prompt_holds_the_options_with_their_letters():
+    assert Row("1", "v", "v", "Which?").prompt == "Which?"
+    lines = Row("1", "v", "v", "Which?", options=("apple", "a pear", "plum")).prompt.splitlines()
+    assert lines[:4] == ["Which?", "A. apple", "B. a pear", "C. plum"] and "letter" in lines[4] and len(lines) == 5
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
@@ -171,12 +179,12 @@ some_rows = st.lists(
 @settings(deadline=None)
 @given(some_rows)
 def test_rows_that_one_encoding_serves_are_together(rows):
-    parts = grouped(rows)
-    assert sorted((row for part in parts for row in part.rows), key=id) == sorted(rows, key=id)
-    keys = [(part.path, part.range["start_s"]) for part in parts]
+    spans = group_by_span(rows)
+    assert sorted((row for span in spans for row in span.rows), key=id) == sorted(rows, key=id)
+    keys = [(span.path, span.range["start_s"]) for span in spans]
     assert len(set(keys)) == len(keys)  # one encoding each
-    for part, key in zip(parts, keys, strict=True):
-        assert list(part.rows) == [row for row in rows if (row.path, row.start_s) == key]  # in their order
+    for span, key in zip(spans, keys, strict=True):
+        assert list(span.rows) == [row for row in rows if (row.path, row.start_s) == key]  # in their order
     videos = [path for path, _ in keys]
     assert [v for i, v in enumerate(videos) if i == 0 or videos[i - 1] != v] == list(
         dict.fromkeys(r.path for r in rows)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.batch.output import Found
-from evoprune.batch.rows import Row, grouped, product_rows
+from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import Settings, answers, remaining
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.pipeline.video_qa import PreparedVideo, VideoQA
@@ -69,7 +69,7 @@ def qa(saved):
 def test_each_record_is_what_asking_alone_gives(qa):
     settings = replace(SETTINGS, max_new_tokens=8, temperature=0.7, fps=1.0, system="Be brief.")
     rows = [replace(row, start_s=1.0, answer="?") for row in ROWS]
-    made = list(answers(qa, grouped(rows), settings))
+    made = list(answers(qa, group_by_span(rows), settings))
     assert [report.id for report in made] == [row.id for row in rows]
     for row, report in zip(rows, made, strict=True):
         video = qa.encode(row.path, fps=1.0, start_s=1.0)
@@ -88,14 +88,14 @@ def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
     monkeypatch.setattr(
         PreparedVideo, "encode", lambda self, **how: encoded.append(self.info.path) or real(self, **how)
     )
-    parts = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
-    made = list(answers(qa, grouped(parts), replace(SETTINGS, max_new_tokens=1)))
+    rows = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
+    made = list(answers(qa, group_by_span(rows), replace(SETTINGS, max_new_tokens=1)))
     assert encoded == [clip for clip in CLIPS for _ in range(2)] and len({report.id for report in made}) == 12
 
 
 def test_options_are_asked_with_their_letters(qa):
     row = replace(ROWS[0], options=("red", "blue"))
-    (report,) = answers(qa, grouped([row]), replace(SETTINGS, max_new_tokens=1))
+    (report,) = answers(qa, group_by_span([row]), replace(SETTINGS, max_new_tokens=1))
     assert report.question == row.prompt and "\nA. red\nB. blue\n" in report.question
 
 
@@ -111,7 +111,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
 
     prepare = VideoQA.prepare
     monkeypatch.setattr(VideoQA, "prepare", lambda self, *args, **how: prepare(self, *args, read=read, **how))
-    with closing(answers(qa, grouped(ROWS), replace(SETTINGS, max_new_tokens=1))) as made:
+    with closing(answers(qa, group_by_span(ROWS), replace(SETTINGS, max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)
         time.sleep(0.1)
@@ -139,9 +139,9 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, problem, kind, stage, failing, at):
     """What breaks at its `at`-th call fails the rows it is for, one question or all of the video's."""
     settings = replace(SETTINGS, max_new_tokens=1)
-    whole = [report.answer for report in answers(qa, grouped(ROWS), settings)]
+    whole = [report.answer for report in answers(qa, group_by_span(ROWS), settings)]
     module, _, name = where.rpartition(".")
-    real, calls, told = getattr(__import__(module, fromlist=[name]), name), [], []
+    real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
 
     def breaks(*args, **how):
         at_once = how.get("chunk_units", 0)
@@ -153,7 +153,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
         return real(*args, **how)
 
     monkeypatch.setattr(where, breaks)
-    made = list(answers(qa, grouped(ROWS), settings, on_failure=told.append))
+    made = list(answers(qa, group_by_span(ROWS), settings, on_failure=problems.append))
     first = (at - 1) * failing
     failed = list(range(first, first + failing))
     assert [report.id for report in made] == [row.id for row in ROWS]
@@ -165,8 +165,8 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
             assert report.batch == made[0].batch | {"row": ROWS[i].asked | {"answer": None}}
         else:
             assert report.answer == whole[i]
-    assert len(told) == 1
-    assert isinstance(told[0], OutOfMemory) or told[0] is problem
+    assert len(problems) == 1
+    assert isinstance(problems[0], OutOfMemory) or problems[0] is problem
 
 
 def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
@@ -188,7 +188,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
     monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", encode)
     gc.disable()
     try:
-        assert all(report.error for report in answers(qa, grouped(ROWS), SETTINGS))
+        assert all(report.error for report in answers(qa, group_by_span(ROWS), SETTINGS))
     finally:
         gc.enable()
     assert len(alive) > 3 and set(alive) == {1}  # three videos, and less of each at a time
@@ -202,13 +202,13 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
 
     monkeypatch.setattr(f"evoprune.{where}", stops)
     with pytest.raises(type(stop)):
-        list(answers(qa, grouped(ROWS), SETTINGS))
+        list(answers(qa, group_by_span(ROWS), SETTINGS))
     assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-ahead"]
 
 
 def test_stopping_ends_all_threads(qa):
     before = set(threading.enumerate())
-    with closing(answers(qa, grouped(ROWS), replace(SETTINGS, max_new_tokens=1))) as made:
+    with closing(answers(qa, group_by_span(ROWS), replace(SETTINGS, max_new_tokens=1))) as made:
         next(made)
     assert set(threading.enumerate()) == before
 
@@ -219,7 +219,7 @@ def test_encoded_videos_come_from_the_cache(qa, tmp_path):
     settings = replace(SETTINGS, max_new_tokens=4)
     states = []
     for _ in range(2):
-        made = list(answers(qa, grouped(ROWS), settings, Cache(tmp_path)))
+        made = list(answers(qa, group_by_span(ROWS), settings, Cache(tmp_path)))
         states.append([(report.cache, report.answer) for report in made])
     assert [cache for cache, _ in states[0]] == ["miss"] * 6 and [cache for cache, _ in states[1]] == ["hit"] * 6
     assert [said for _, said in states[0]] == [said for _, said in states[1]]

@@ -371,7 +371,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE
 
 @pytest.fixture
 def start(tiny_folder, tmp_path):
-    """Starts a batch of 20 or more rows about all samples: two parts of each video, so many questions."""
+    """Starts a batch of 20 or more rows about all samples: two spans of each video, so many questions."""
     videos = sorted(map(str, (ROOT / "samples").glob("*.[mw]*")))
 
     def call(*args, questions: int = 2, out: Path = tmp_path / "out.jsonl", **how) -> subprocess.Popen:

@@ -44,11 +44,11 @@ def choices(tmp_path):
 
 def breaking(monkeypatch, at: int, problem: BaseException):
     """Makes the `at`-th encoding fail."""
-    shown, real = [], VideoQA.encode
+    encoded, real = [], VideoQA.encode
 
     def encode(self, *args, **more):
-        shown.append(args)
-        if len(shown) == at:
+        encoded.append(args)
+        if len(encoded) == at:
             raise problem
         return real(self, *args, **more)
 
@@ -164,9 +164,9 @@ def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monke
     assert torn.code == code
     assert torn.err == f"to go on: the same command with --resume {place} instead of -o\n"
     if form == "json":
-        assert torn.record["error"]["code"] == code and torn.record["videos"]["shown"] == 1
+        assert torn.record["error"]["code"] == code and torn.record["videos"]["evaluated"] == 1
     else:
-        assert "2 questions about 1 of 2 videos" in torn.out and "not all videos were shown" in torn.out
+        assert "2 questions about 1 of 2 videos" in torn.out and "not all videos were evaluated" in torn.out
     again = run(*asked, "--resume", place)
     assert (again.code, again.out, again.err) == (0, whole.out, "")
     for name in ("results.json", "samples.jsonl"):
@@ -269,9 +269,7 @@ def test_wrong_data(run, cli, tmp_path):
     assert "No such file" in run(data="no/such.jsonl").err
     (tmp_path / "q.jsonl").write_text("{}\n")
     result = run(data=tmp_path / "q.jsonl")
-    assert (
-        result.code == 2 and "line 1 is not a question: no 'answer'" in result.err and "hint: a line has" in result.err
-    )
+    assert result.code == 2 and "line 1: no video" in result.err and "hint: a row has" in result.err
     assert cli("eval").code == 2
 
 
@@ -362,5 +360,5 @@ def test_ctrl_c(tiny_folder, tmp_path):
     document = json.loads(out)
     assert process.returncode == 130 and err.decode().startswith("to go on: ") and document["error"]["code"] == 130
     # The last one may be on the disk and not be counted yet.
-    assert 2 <= document["videos"]["shown"] < 100 and document["rows"][0]["n"] > 6
+    assert 2 <= document["videos"]["evaluated"] < 100 and document["rows"][0]["n"] > 6
     assert json.loads((place / "results.json").read_text()) == document

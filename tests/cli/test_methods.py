@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evoprune import methods
-from evoprune.profiling import run
+from evoprune.profiling import bench
 
 CLIP = "samples/square.mp4"
 NAMES = methods.available()
@@ -63,7 +63,7 @@ def test_eval(tiny, tmp_path):
 
 
 def test_profile(tiny, monkeypatch):
-    monkeypatch.setattr(run, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     quick = ("-r", 1, "-w", 0, "--size", "112x168", "--frames", 4, "-b", 0.25, "-n", 1, "--format", "json")
     result = tiny("profile", *quick, "--method", ",".join(NAMES))
     made = json.loads(result.out)

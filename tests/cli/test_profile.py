@@ -10,7 +10,7 @@ import pytest
 
 from evoprune.errors import ModelError
 from evoprune.model import memory
-from evoprune.profiling import run, variants
+from evoprune.profiling import bench, settings, weights
 from evoprune.profiling.results import Case
 from tests.cli.screen import visible
 
@@ -21,7 +21,7 @@ QUICK = ("-r", "1", "--size", "112x168", "--frames", "4", "-b", "0.5")
 
 @pytest.fixture(autouse=True)
 def quick_rate(monkeypatch):
-    monkeypatch.setattr(run, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
 
 
 @pytest.fixture
@@ -58,14 +58,14 @@ def test_a_narrow_terminal(profile, monkeypatch, columns):
     assert max(map(len, result.out.splitlines())) <= min(columns, 80)
     rows = table_rows(result.out)
     assert len(rows) == 6 and all("%" in row and "x" in row for row in rows)
-    shown = {"encode ms": 60, "prefill": 80, "vs HF": 40, "tok/s": 80, "tower vs HF": 60, "peak": 80}
+    widths = {"encode ms": 60, "prefill": 80, "vs HF": 40, "tok/s": 80, "tower vs HF": 60, "peak": 80}
     heads = [line for line in result.out.splitlines() if line.startswith("   ")]
-    for title, least in shown.items():
+    for title, least in widths.items():
         assert (title in " ".join(heads)) == (columns >= least), title
 
 
-def test_random_weights_are_told(profile):
-    assert "model (true dimensions, random weights)" in profile("--load-format", "dummy").out
+def test_random_weights_are_named(profile):
+    assert "model (true dimensions, random weights)" in " ".join(profile("--load-format", "dummy").out.split())
 
 
 def test_markdown(profile):
@@ -228,13 +228,13 @@ def test_other_failures(cli, profile, monkeypatch):
 
 
 def test_a_row_without_memory_stays(profile, monkeypatch):
-    def run_ours(loaded, clip, method, *rest):
+    def run_evoprune(loaded, clip, method, *rest):
         if method.name == "random":
-            raise run.OutOfMemory("out of memory in encode")
+            raise bench.OutOfMemory("out of memory in encode")
         return real(loaded, clip, method, *rest)
 
-    real = run.run_ours
-    monkeypatch.setattr(run, "run_ours", run_ours)
+    real = bench.run_evoprune
+    monkeypatch.setattr(bench, "run_evoprune", run_evoprune)
     result = profile("--method", "evoprune,random")
     assert (result.code, result.err) == (6, "")
     assert table_rows(result.out)[-1].split() == ["random", "-b", "0.5", *"------"]
@@ -247,14 +247,14 @@ def test_a_row_without_memory_stays(profile, monkeypatch):
 def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch, finished):
     turns = []
 
-    def run_ours(*args):
+    def run_evoprune(*args):
         turns.append(args)
         if len(turns) == 2 * (1 + finished) + 2:  # in the last turn of a round
             raise KeyboardInterrupt
         return real(*args)
 
-    real = run.run_ours
-    monkeypatch.setattr(run, "run_ours", run_ours)
+    real = bench.run_evoprune
+    monkeypatch.setattr(bench, "run_evoprune", run_evoprune)
     result = profile("-r", "3", "--format", "json")
     assert (result.code, result.err) == (130, "")
     if not finished:
@@ -267,28 +267,28 @@ def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch, finish
 
 def test_defaults(cli, monkeypatch):
     """The true dimensions of the 3B model, whatever EVOPRUNE_MODEL says; EVOPRUNE_BUDGET is heard."""
-    asked, settings = [], []
+    asked, recorded = [], []
 
     def load(name, cases, **more):
         asked.append((name, cases, more["load_format"]))
         raise ModelError("enough")
 
     def record(**more):
-        settings.append(made(**more))
-        return settings[-1]
+        recorded.append(made(**more))
+        return recorded[-1]
 
-    made = run.Settings
-    monkeypatch.setattr(variants, "load", load)
-    monkeypatch.setattr(run, "Settings", record)
+    made = settings.Settings
+    monkeypatch.setattr(weights, "load", load)
+    monkeypatch.setattr(settings, "Settings", record)
     monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], None)]
-    (s,) = settings
+    (s,) = recorded
     assert (s.budgets, s.methods, s.method_args, s.seed) == ((0.5, 0.25, 0.1), ("evoprune",), {}, 0)
     assert (s.new_tokens, s.warmups, s.repetitions, s.time_limit_s) == (4, 1, 3, 150)
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     cli("profile")
-    assert settings[-1].budgets == (0.1,)
+    assert recorded[-1].budgets == (0.1,)
 
 
 def test_help_imports_neither_torch_nor_numpy():

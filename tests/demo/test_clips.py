@@ -15,16 +15,11 @@ from evoprune.demo.clips import (
     VIDEO_TAG,
     Clip,
     Thing,
-    dense_grid,
-    digit_mask,
-    frame_times,
     make_clip,
-    render,
     setting,
-    shape_mask,
-    through_codec,
-    write_video,
 )
+from evoprune.demo.drawing import digit_mask, render, shape_mask, write_video
+from evoprune.video.sampling import even_times
 
 SETTINGS = [{}, {"height": 112, "width": 168}, {"height": 112, "width": 112, "seconds": 3.0, "grids": 3}]
 
@@ -34,7 +29,7 @@ def clips(count, split="validation", **how):
 
 
 def sampled(clip: Clip, grids: int) -> list[float]:
-    return frame_times(clip.seconds, 2 * grids)
+    return even_times(0.0, clip.seconds, 2 * grids)
 
 
 def painted(clip: Clip, thing: Thing, t: float) -> np.ndarray:
@@ -94,13 +89,13 @@ def test_things_are_what_they_say():
 
 def test_sizes_and_lengths_are_drawn_as_often_as_said():
     drawn = [setting("heldout", seed) for seed in range(4000)]
-    for choices, shown in (
+    for choices, seen in (
         (FRAMES, [(h // 28, w // 28) for h, w, _ in drawn]),
         (LENGTHS, [grids for _, _, grids in drawn]),
     ):
         assert sum(odds for _, odds in choices) == pytest.approx(1)
         for value, odds in choices:
-            assert shown.count(value) / len(shown) == pytest.approx(odds, abs=0.03)
+            assert seen.count(value) / len(seen) == pytest.approx(odds, abs=0.03)
     clip = make_clip("heldout", 3)
     assert (clip.height, clip.width, clip.seconds) == setting("heldout", 3)
 
@@ -110,14 +105,6 @@ def test_portrait_clips_are_upright_and_always_pan():
         assert (clip.height, clip.width) == (12 * 28, 8 * 28) and any(clip.pan)
     panning = np.mean([any(clip.pan) for clip in clips(400, "heldout")])
     assert 0.28 < panning < 0.42
-
-
-def test_dense_grids_show_everything_at_once():
-    for seed in range(5):
-        clip = dense_grid(np.random.default_rng(seed), 112, 168, 14)
-        assert 5 <= len(clip.things) <= 14
-        assert all(thing.visible(t) for thing in clip.things for t in frame_times(1.0, 2))
-        assert len({tuple(map(round, thing.centre(0))) for thing in clip.things}) == len(clip.things)
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -143,12 +130,12 @@ def test_flashes_last_two_or_three_sampled_frames(grids):
 def test_events_can_be_seen_in_the_sampled_frames(grids, event, first, last):
     wrong, seen = [], 0
     for clip in clips(200, seconds=float(grids), grids=grids):
-        shown = sampled(clip, grids)
+        times = sampled(clip, grids)
         for thing in clip.things:
             if thing.event(clip.seconds) == event:
                 seen += 1
-                assert any(thing.visible(t) for t in shown)
-                if (thing.visible(shown[0]), thing.visible(shown[-1])) != (first, last):
+                assert any(thing.visible(t) for t in times)
+                if (thing.visible(times[0]), thing.visible(times[-1])) != (first, last):
                     wrong.append((clip.seed, thing.name, thing.start, thing.end))
     assert seen > 20
     assert not wrong, f"{len(wrong)} of {seen}, such as {wrong[0]}"
@@ -166,8 +153,8 @@ def test_nothing_comes_or_goes_in_the_shortest_clips(grids):
 def test_event_follows_from_start_and_end(start, end, event):
     thing = Thing("circle", "red", (225, 40, 40), "small", 6, 20.0, 20.0, "still", 0.0, float(start), float(end))
     assert thing.event(6.0) == event
-    shown = [t / 2 for t in range(12) if thing.visible(t / 2)]
-    assert shown == [t / 2 for t in range(12) if start <= t / 2 < end]
+    seen = [t / 2 for t in range(12) if thing.visible(t / 2)]
+    assert seen == [t / 2 for t in range(12) if start <= t / 2 < end]
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -175,7 +162,7 @@ def test_event_follows_from_start_and_end(start, end, event):
 
 @pytest.mark.parametrize("how", SETTINGS)
 def test_things_are_drawn_where_centre_says_and_only_while_visible(how):
-    moments = 0
+    checked = 0
     for clip in clips(12, **how):
         for thing in clip.things:
             for t in (0.1, 0.5 * clip.seconds, 0.95 * clip.seconds):
@@ -183,13 +170,13 @@ def test_things_are_drawn_where_centre_says_and_only_while_visible(how):
                 if not thing.visible(t):
                     assert not changed.any()
                     continue
-                moments += 1
+                checked += 1
                 rows, columns = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
                 x, y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
                 assert thing.centre(t) == pytest.approx((x, y), abs=1.6)
                 reach = max(columns[-1] - columns[0], rows[-1] - rows[0]) + 1
                 assert 2 * thing.radius - 4 <= reach <= 2 * thing.radius
-    assert moments > 30
+    assert checked > 30
 
 
 def test_things_are_drawn_in_their_colour():
@@ -233,24 +220,11 @@ def test_clutter_is_grey_and_as_dense_as_said():
     assert np.median(painted_over.max(-1) - painted_over.min(-1)) < 60
 
 
-@pytest.mark.parametrize("quality", [2, 5])
-def test_a_codec_leaves_nearly_the_same_frames(quality):
-    frames = render(make_clip("train", 4, 112, 168, 3.0, 3), frame_times(3.0, 6))
-    coded = through_codec(frames, quality)
-    assert coded.shape == frames.shape and coded.dtype == frames.dtype
-    assert 0.3 < abs(coded.astype(int) - frames).mean() < 8
-
-
 def test_a_frame_does_not_depend_on_the_frame_rate_but_for_its_noise():
     clip = replace(make_clip("validation", 2), noise=0.0)
     fine = render(clip, [i / 12 for i in range(72)])
     coarse = render(clip, [i / 2 for i in range(12)])
     assert np.array_equal(fine[::6], coarse)
-
-
-def test_frame_times_are_the_middles_of_equal_spans():
-    assert frame_times(6.0, 4) == [0.75, 2.25, 3.75, 5.25]
-    assert frame_times(1.0, 1) == [0.5]
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -8,9 +8,11 @@ import hashlib
 import numpy as np
 import pytest
 
-from evoprune.demo.clips import frame_times, make_clip, render
+from evoprune.demo.clips import make_clip
+from evoprune.demo.drawing import render
 from evoprune.demo.questions import ask
 from evoprune.evaluation.demo_clips import BLOCK, QUESTIONS
+from evoprune.video.sampling import even_times
 
 FROZEN = {
     ("train", 0): ("f4cf8aab466a77a5", 50.956),
@@ -23,13 +25,13 @@ FROZEN = {
 
 def look(split: str, seeds: range) -> tuple[str, float]:
     """A digest of what is in the clips and what is asked, and the mean of all pixels, which may differ a little elsewhere."""
-    told, means = hashlib.sha256(), []
+    content, means = hashlib.sha256(), []
     for seed in seeds:
         clip = make_clip(split, seed)
         asked = [(q.type, q.question, q.answer) for q in ask(clip, np.random.default_rng(seed), QUESTIONS)]
-        told.update(repr((clip, asked)).encode())
-        means.append(render(clip, frame_times(clip.seconds, 4)).mean())
-    return told.hexdigest()[:16], float(np.mean(means))
+        content.update(repr((clip, asked)).encode())
+        means.append(render(clip, even_times(0.0, clip.seconds, 4)).mean())
+    return content.hexdigest()[:16], float(np.mean(means))
 
 
 @pytest.mark.parametrize(("split", "first"), FROZEN, ids=str)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evoprune.demo.clips import COLOURS, SHAPES, Clip, Thing, make_clip
-from evoprune.demo.questions import LESSONS, TYPES, Question, ask
+from evoprune.demo.questions import TYPES, Question, ask
 
 MANY = 1000
 
@@ -17,7 +17,7 @@ def asked(types=None, clips=150, **how) -> list[tuple[Clip, Question]]:
     return [
         (clip, question)
         for clip in (make_clip("validation", seed, **how) for seed in range(clips))
-        for question in ask(clip, np.random.default_rng(clip.seed), MANY, TYPES + LESSONS)
+        for question in ask(clip, np.random.default_rng(clip.seed), MANY)
         if types is None or question.type in types
     ]
 
@@ -41,7 +41,7 @@ def parse(question: Question, *patterns: str) -> tuple[str, ...]:
     return found[0]
 
 
-def moments(clip: Clip) -> list[float]:
+def times(clip: Clip) -> list[float]:
     return [float(t) for t in np.linspace(0, clip.seconds, 60, endpoint=False)]
 
 
@@ -85,7 +85,7 @@ def size(clip, question):
 
 
 def count(clip, question):
-    seen = {t.name for t in clip.things if t.kind in SHAPES and any(t.visible(m) for m in moments(clip))}
+    seen = {t.name for t in clip.things if t.kind in SHAPES and any(t.visible(m) for m in times(clip))}
     return str(len(seen))
 
 
@@ -117,12 +117,12 @@ def order(clip, question):
     a, b = referred(clip, one), referred(clip, two)
     assert a is not b and fate(clip, a) == fate(clip, b) == verb
 
-    def moment(thing):
-        there = [t for t in moments(clip) if thing.visible(t)]
+    def time_of(thing):
+        there = [t for t in times(clip) if thing.visible(t)]
         return there[0] if verb == "appears" else there[-1]
 
-    assert abs(moment(a) - moment(b)) > clip.seconds * 0.15  # far enough apart to be told
-    return one if moment(a) < moment(b) else two
+    assert abs(time_of(a) - time_of(b)) > clip.seconds * 0.15  # far enough apart to tell
+    return one if time_of(a) < time_of(b) else two
 
 
 def relation(clip, question):
@@ -133,7 +133,7 @@ def relation(clip, question):
         a.centre(s)[axis] + a.radius < b.centre(t)[axis] - b.radius
         if a.centre(0)[axis] < b.centre(0)[axis]
         else a.centre(s)[axis] - a.radius > b.centre(t)[axis] + b.radius
-        for s in moments(clip)
+        for s in times(clip)
         for t in (0.0, clip.seconds / 2, clip.seconds)
     }
     assert a is not b and apart == {True}  # at all times, wherever either is
@@ -170,69 +170,18 @@ def describe(clip, question):
     return " ".join(said)
 
 
-def cell(clip, question, axis, word):
-    (name,) = parse(question, rf"Which {word} is the (.+) in\?")
-    thing = referred(clip, name)
-    assert way(clip, thing) == "still"
-    return str(1 + sum(thing.centre(0.0)[axis] >= edge for edge in range(28, 28 * 20, 28)))
-
-
-def row(clip, question):
-    return cell(clip, question, 1, "row")
-
-
-def column(clip, question):
-    return cell(clip, question, 0, "column")
-
-
-def when(clip, question):
-    name, verb = parse(question, r"When does the (.+) (appear|vanish|flash)\?")
-    thing = referred(clip, name)
-    assert {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}[fate(clip, thing)] == verb
-    there = [t for t in np.linspace(0, clip.seconds, 3001)[:-1] if thing.visible(t)]
-    moment = (there[-1] if verb == "vanish" else there[0]) / clip.seconds
-    return "early" if moment < 1 / 3 else "midway" if moment < 2 / 3 else "late"
-
-
-def there(clip, question):
-    name, moment = parse(question, r"Is the (.+) there at the (start|end)\?")
-    return "yes" if referred(clip, name).visible(0.0 if moment == "start" else clip.seconds * 0.999) else "no"
-
-
-def listed(things):
-    return ", ".join(f"digit {t.kind}" if t.kind in "0123456789" else f"{t.colour} {t.kind}" for t in things)
-
-
-def list_across(clip, question):
-    parse(question, r"List everything from left to right\.")
-    return listed(sorted(clip.things, key=lambda t: t.centre(t.start)[0]))
-
-
-def list_down(clip, question):
-    parse(question, r"List everything from top to bottom\.")
-    return listed(sorted(clip.things, key=lambda t: t.centre(t.start)[1]))
-
-
-def list_times(clip, question):
-    (verb,) = parse(question, r"List what (appears|vanishes), in order\.")
-    things = [t for t in clip.things if fate(clip, t) == verb]
-    return listed(sorted(things, key=lambda t: t.start if verb == "appears" else t.end))
-
-
 ANSWERS = {
     "colour": colour, "shape": shape, "motion": motion, "size": size, "count": count, "count_end": count_end,
     "digit": digit, "digit_colour": digit_colour, "event": event, "which": which, "order": order,
     "relation": relation, "place": place, "exists": exists, "describe": describe,
-    "row": row, "column": column, "when": when, "there": there,
-    "list_across": list_across, "list_down": list_down, "list_times": list_times,
 }  # fmt: skip
 
 
 def test_every_type_is_checked_here():
-    assert set(ANSWERS) == {*TYPES, *LESSONS}
+    assert set(ANSWERS) == {*TYPES}
 
 
-@pytest.mark.parametrize("kind", TYPES + LESSONS)
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("how", [{}, {"height": 112, "width": 168, "seconds": 12.0, "grids": 12}], ids=["drawn", "12s"])
 def test_answers_follow_from_the_scene(kind, how):
     found = asked({kind}, clips=60, **how)
@@ -253,8 +202,6 @@ def test_answers_follow_from_the_scene(kind, how):
         ("place", {"left", "right", "top", "bottom"}),
         ("exists", {"yes", "no"}),
         ("count", {"1", "2", "3", "4", "5", "6"}),
-        ("there", {"yes", "no"}),
-        ("when", {"early", "midway", "late"}),
     ],
 )
 def test_no_answer_is_never_or_nearly_always_right(kind, answers):

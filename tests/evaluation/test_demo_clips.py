@@ -31,8 +31,8 @@ def test_questions_are_the_generators_own(tmp_path):
     with demo_video("heldout", seed, tmp_path) as video:
         pass
     asked = ask(make_clip("heldout", seed), np.random.default_rng(seed), QUESTIONS)
-    assert [(i.question, i.answer, i.type) for i in video.items] == [(q.question, q.answer, q.type) for q in asked]
-    assert all(item.id.startswith(video.name) for item in video.items)
+    assert [(i.question, i.answer, i.type) for i in video.rows] == [(q.question, q.answer, q.type) for q in asked]
+    assert all(item.id.startswith(video.name) for item in video.rows)
 
 
 def test_groups_tell_needs_flashes_and_the_camera_apart():

@@ -1,4 +1,4 @@
-"""Running an evaluation: what is shown how often, what it is said to cost, and going on after an interruption."""
+"""Running an evaluation: what is encoded how often, what it is said to cost, and going on after an interruption."""
 
 import json
 import multiprocessing
@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from evoprune.batch.rows import Row
 from evoprune.errors import OutOfMemory, UsageError
+from evoprune.evaluation import frames as evaluation_frames
 from evoprune.evaluation import run as evaluation_run
-from evoprune.evaluation.questions import Item, Video, load_items
-from evoprune.evaluation.run import COST_MODEL, Evaluation, Settings, grey_frames, sides
+from evoprune.evaluation.cost import COST_MODEL
+from evoprune.evaluation.frames import SharedFrames, grey_frames
+from evoprune.evaluation.questions import Video, load_questions
+from evoprune.evaluation.run import Evaluation, Settings, variants
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.loading import describe_model
 from evoprune.pipeline.video_qa import VideoQA
@@ -32,18 +36,19 @@ def loaded(saved):
 def videos(names=CLIPS):
     made = []
     for name in names:
-        items = tuple(
-            Item(f"{name}-{i}", q, "blue", type=f"t{i}", groups=("g",)) for i, q in enumerate(("What?", "Why?"))
+        rows = tuple(
+            Row(f"{name}-{i}", name, name, q, answer="blue", type=f"t{i}", groups=("g",))
+            for i, q in enumerate(("What?", "Why?"))
         )
-        made.append(Video(name, SAMPLES / name, items))
+        made.append(Video(name, SAMPLES / name, rows))
     return made
 
 
 SETTINGS = Settings("q.jsonl", (0.5, 0.25), ("random",), max_new_tokens=2, frames=4)
 
 
-def begun(loaded, settings=SETTINGS, shown=None, folder=None, resume=False) -> Evaluation:
-    made = Evaluation(settings, videos() if shown is None else shown)
+def begun(loaded, settings=SETTINGS, clips=None, folder=None, resume=False) -> Evaluation:
+    made = Evaluation(settings, videos() if clips is None else clips)
     if folder:
         made.keep_in(folder, resume)
     made.loaded = loaded
@@ -52,8 +57,8 @@ def begun(loaded, settings=SETTINGS, shown=None, folder=None, resume=False) -> E
 
 def test_full_comes_first_and_nothing_twice():
     asked = replace(SETTINGS, budgets=(0.5, 1.0), methods=("none", "random", "pool"), blind=True)
-    assert [side.name for side in sides(asked)] == ["full", "blind", "random -b 0.5", "pool -b 0.5"]
-    assert [side.name for side in sides(replace(SETTINGS, budgets=(1.0,)))] == ["full"]
+    assert [variant.name for variant in variants(asked)] == ["full", "blind", "random -b 0.5", "pool -b 0.5"]
+    assert [variant.name for variant in variants(replace(SETTINGS, budgets=(1.0,)))] == ["full"]
 
 
 def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
@@ -66,9 +71,9 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     monkeypatch.setattr(VideoQA, "encode", encode)
     run = begun(loaded, replace(SETTINGS, blind=True, limit=2))
     run.run()
-    sided = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
-    assert encoded == [(name, *side) for name in CLIPS[:2] for side in sided]
-    assert len(run.samples) == 2 * 4 * 2 and run.document()["videos"] == {"wanted": 2, "shown": 2, "failed": 0}
+    expected = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
+    assert encoded == [(name, *each) for name in CLIPS[:2] for each in expected]
+    assert len(run.samples) == 2 * 4 * 2 and run.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
 
 
 def test_samples_say_what_ask_says(loaded):
@@ -87,7 +92,7 @@ def test_samples_say_what_ask_says(loaded):
 
 def test_operations_at_3b(loaded):
     """Full: every layer of the 3B sees all units of two grids of 4x6, which make two windows each."""
-    run = begun(loaded, shown=videos(CLIPS[:1]))
+    run = begun(loaded, clips=videos(CLIPS[:1]))
     run.run()
     config, _ = describe_model(COST_MODEL)
     full, half = run.samples[0], run.samples[2]
@@ -139,11 +144,11 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
 
 
 def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
-    missing = Video("gone.mp4", SAMPLES / "gone.mp4", (Item("x", "What?", "blue"), Item("y", "Why?", "blue")))
-    run = begun(loaded, shown=[videos()[0], missing, videos()[1]])
+    missing = Video("gone.mp4", SAMPLES / "gone.mp4", videos()[0].rows)
+    run = begun(loaded, clips=[videos()[0], missing, videos()[1]])
     run.run()
     document = run.document()
-    assert run.failed and document["videos"] == {"wanted": 3, "shown": 2, "failed": 1}
+    assert run.failed and document["videos"] == {"wanted": 3, "evaluated": 2, "failed": 1}
     assert document["items"] == {"answered": 4, "failed": 2} and document["rows"][0]["n"] == 4
     assert document["failures"] == [{"video": "gone.mp4", "message": "no such file: samples/gone.mp4"}]
     real = VideoQA.encode
@@ -154,19 +159,19 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
         return real(self, path, **more)
 
     monkeypatch.setattr(VideoQA, "encode", encode)
-    run = begun(loaded, shown=videos(CLIPS[:2]))
+    run = begun(loaded, clips=videos(CLIPS[:2]))
     run.run()
     assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # in full either, or no pairs
 
 
 def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded, monkeypatch):
-    read, real = [], evaluation_run.read_frames
+    read, real = [], evaluation_frames.read_frames
 
     def counted(info, times_s, **how):
         read.append(len(times_s))
         yield from real(info, times_s, **how)
 
-    monkeypatch.setattr(evaluation_run, "read_frames", counted)
+    monkeypatch.setattr(evaluation_frames, "read_frames", counted)
     settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
     run = begun(loaded, settings, videos(CLIPS[:2]))
     run.run()
@@ -176,7 +181,7 @@ def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded,
         4,
         2,
     ]  # of each video: everyone's four frames, and the two of those who take fewer (a grid at least)
-    frames, info = evaluation_run.Frames(), probe(SAMPLES / "square.mp4")
+    frames, info = SharedFrames(), probe(SAMPLES / "square.mp4")
     plain = list(real(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=2**26))
     for _ in range(2):
         (chunk,) = frames.read(info, (0.0, 1.0, 2.0, 3.0), decoder="auto", chunk_bytes=2**26)
@@ -217,11 +222,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     whole = begun(loaded, folder=tmp_path / "whole")
     whole.run()
     whole.folder.finish(whole.document())
-    shown, real = [], VideoQA.encode
+    encoded, real = [], VideoQA.encode
 
     def encode(self, *args, **more):
-        shown.append(args)
-        if len(shown) == at:
+        encoded.append(args)
+        if len(encoded) == at:
             raise KeyboardInterrupt
         return real(self, *args, **more)
 
@@ -230,12 +235,12 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         torn.run()
     torn.folder.finish(torn.document({"code": 130}))
-    assert results(tmp_path / "torn")["videos"]["shown"] == (at - 1) // 3
+    assert results(tmp_path / "torn")["videos"]["evaluated"] == (at - 1) // 3
     again = begun(loaded, folder=tmp_path / "torn", resume=True)
-    before = len(shown)
+    before = len(encoded)
     again.run()
     again.folder.finish(again.document())
-    assert len(shown) - before == 3 * (4 - (at - 1) // 3)  # finished videos are not shown again
+    assert len(encoded) - before == 3 * (4 - (at - 1) // 3)  # finished videos are not encoded again
     for name in ("results.json", "settings.json", "samples.jsonl"):
         assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
@@ -255,15 +260,15 @@ def test_a_torn_file_is_mended(loaded, tmp_path, cut):
 
 def test_what_failed_is_tried_again(loaded, tmp_path):
     moved = tmp_path / "square.mp4"
-    shown = [Video("square.mp4", moved, videos()[0].items), videos()[1]]
-    first = begun(loaded, shown=shown, folder=tmp_path / "run")
+    clips = [Video("square.mp4", moved, videos()[0].rows), videos()[1]]
+    first = begun(loaded, clips=clips, folder=tmp_path / "run")
     first.run()
     assert first.failed
     moved.write_bytes((SAMPLES / "square.mp4").read_bytes())
-    again = begun(loaded, shown=shown, folder=tmp_path / "run", resume=True)
+    again = begun(loaded, clips=clips, folder=tmp_path / "run", resume=True)
     again.run()
-    assert not again.failed and again.document()["videos"] == {"wanted": 2, "shown": 2, "failed": 0}
-    whole = begun(loaded, shown=shown)
+    assert not again.failed and again.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
+    whole = begun(loaded, clips=clips)
     whole.run()
     assert again.document() == whole.document()
 
@@ -299,18 +304,20 @@ def test_blocks_do_not_meet():
 def test_names_that_are_no_text(loaded, tmp_path):
     """A file name of stray bytes comes through samples, settings and results."""
     name = "caf\udce9.mp4"
-    shown = [Video(name, SAMPLES / "square.mp4", videos()[0].items)]
+    clips = [Video(name, SAMPLES / "square.mp4", videos()[0].rows)]
     asked = replace(SETTINGS, data=name)
-    first = begun(loaded, asked, shown, tmp_path / "run")
+    first = begun(loaded, asked, clips, tmp_path / "run")
     first.run()
     first.folder.finish(first.document())
-    again = begun(loaded, asked, shown, tmp_path / "run", resume=True)
+    again = begun(loaded, asked, clips, tmp_path / "run", resume=True)
     assert {s["video"] for s in again.samples} == {name} and results(tmp_path / "run")["settings"]["data"] == name
 
 
 def test_the_demo_model_on_the_sample_questions():
     """Ten of the twelve are right at full budget, as results/demo-model.md says."""
-    run = Evaluation(Settings("samples/questions.jsonl", (0.25,), ("none",)), load_items(SAMPLES / "questions.jsonl"))
+    run = Evaluation(
+        Settings("samples/questions.jsonl", (0.25,), ("none",)), load_questions(SAMPLES / "questions.jsonl")
+    )
     run.load()
     run.run()
     document = run.document()
@@ -321,9 +328,9 @@ def test_the_demo_model_on_the_sample_questions():
 def test_demo_clips():
     run = Evaluation(Settings("demo", (0.25,), ("pool",), split="validation", limit=2), None)
     run.load()
-    told = []
-    run.run(told.append)
-    assert told[0] == "video 1 of 2: full" and told[-1] == "video 2 of 2: pool -b 0.25"
+    said = []
+    run.run(said.append)
+    assert said[0] == "video 1 of 2: full" and said[-1] == "video 2 of 2: pool -b 0.25"
     document = run.document()
     groups = {row["group"] for row in document["rows"]}
     assert (

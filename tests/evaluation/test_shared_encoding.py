@@ -20,8 +20,8 @@ CHOICES = (
 )
 
 
-def samples(loaded, settings, shown) -> list[dict]:  # noqa: F811
-    run = begun(loaded, settings, shown)
+def samples(loaded, settings, clips) -> list[dict]:  # noqa: F811
+    run = begun(loaded, settings, clips)
     run.run()
     return run.samples
 
@@ -52,7 +52,7 @@ def test_samples_are_those_of_rows_of_their_own(loaded, names, monkeypatch, towe
 
     monkeypatch.setattr(run, "SharedRows", Alone)
     assert samples(loaded, settings, videos(CLIPS[:1])) == shared
-    assert len(towers) - few == len(run.sides(settings)) > few
+    assert len(towers) - few == len(run.variants(settings)) > few
 
 
 def test_what_shares_rows(loaded, towers):  # noqa: F811

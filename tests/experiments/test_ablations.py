@@ -5,9 +5,9 @@ import pytest
 
 from evoprune import methods
 from evoprune.evaluation.run import Settings
-from evoprune.evaluation.scores import in_points, paired_difference
 from experiments import ablations
 from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
+from experiments.paired import in_points, paired_difference
 
 
 def sample(method, budget, video, number, right, live=0.5):

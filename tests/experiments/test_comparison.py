@@ -47,7 +47,10 @@ def outcome(name: str, right: dict[str, str], budgets=(0.5,)) -> Outcome:
     made = [s for budget in budgets for s in samples(right, budget)]
     n = len(next(iter(right.values())))
     full = [s | {"row": "full", "method": "none", "budget": 1.0} for s in samples({"": "1" * n})]
-    about = {"settings": {"split": "heldout", "seed": 3}, "videos": {"wanted": n // 2, "shown": n // 2, "failed": 0}}
+    about = {
+        "settings": {"split": "heldout", "seed": 3},
+        "videos": {"wanted": n // 2, "evaluated": n // 2, "failed": 0},
+    }
     found = about | {"items": {"answered": n, "failed": 0}, "rows": score_rows(full + made)}
     return Outcome(name, found, full + made)
 
@@ -216,13 +219,13 @@ def asked(saved, tmp_path, monkeypatch):
 
 def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
     names, args, table, picture = asked
-    shown, real = [], VideoQA.encode
+    encoded, real = [], VideoQA.encode
 
     def encode(self, path, **more):
-        if len(shown) == 6:
-            shown.append(None)
+        if len(encoded) == 6:
+            encoded.append(None)
             raise KeyboardInterrupt
-        shown.append(self.method_name)
+        encoded.append(self.method_name)
         return real(self, path, **more)
 
     monkeypatch.setattr(VideoQA, "encode", encode)
@@ -230,7 +233,7 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
         main(args)
     assert not table.exists() and not picture.exists()
     main(args)
-    assert len(shown) == 6 + 1 + 5  # the first clip is not shown again
+    assert len(encoded) == 6 + 1 + 5  # the first clip is not encoded again
     text = table.read_text()
     in_short, at_half = (text.split(heading)[1].split("\n#")[0] for heading in ("## In short\n", "### `-b 0.5`\n"))
     assert at_half.count("| best |") == 1 and all(at_half.count(f"| `{name}` |") == 1 for name in names)
@@ -239,22 +242,22 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
     ElementTree.fromstring(picture.read_text())
     before = text
     main(args)  # nothing is left to be done
-    assert len(shown) == 12 and table.read_text() == before
+    assert len(encoded) == 12 and table.read_text() == before
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "says"),
     [
         (["-b", "2"], "budget '2'"), (["-b", "1"], "shares below 1"), (["--limit", "0"], "one or more"),
         (["--table", "nowhere/a.md"], "cannot write"), (["--split", "magic"], "invalid choice"),
         (["--model", "/no/such"], "no/such"),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused(asked, capsys, more, told):
+def test_what_makes_no_sense_is_refused(asked, capsys, more, says):
     _, args, table, _ = asked
     with pytest.raises(SystemExit) as left:
         main([*args[2:], *more] if more[0] == "--model" else [*args, *more])
-    assert left.value.code in (2, 4) and told in capsys.readouterr().err and not table.exists()
+    assert left.value.code in (2, 4) and says in capsys.readouterr().err and not table.exists()
 
 
 def test_rows_of_one_budget_do_not_mix_with_others():

@@ -36,7 +36,7 @@ def needs_bytes_and_bf16():
 def test_tables(monkeypatch, capsys, sizes, needs_bytes_and_bf16):
     monkeypatch.setattr(kernels, "Sizes", lambda config: sizes)
     monkeypatch.setattr(kernels, "matmul_rate", lambda dtype: 1e11)
-    monkeypatch.setattr(sys, "argv", ["parts", "--repeat", "1"])
+    monkeypatch.setattr(sys, "argv", ["kernels", "--repeat", "1"])
     monkeypatch.setattr(kernels, "measure", partial(kernels.measure, backend="eager"))  # the compiler takes long
     kernels.main()
     out = capsys.readouterr().out

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.batch.rows import grouped, product_rows
+from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import Settings, answers
 from evoprune.errors import ModelError, VideoError
-from evoprune.evaluation.questions import Item
 from evoprune.evaluation.run import Evaluation, Video
 from evoprune.evaluation.run import Settings as EvalSettings
 from evoprune.model.numerics import all_numbers
@@ -107,14 +106,14 @@ def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
 
     monkeypatch.setattr(VideoQA, "prepare", prepare)
     rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
-    made = list(answers(VideoQA(loaded), grouped(rows), Settings("x", 0.5, "evoprune", max_new_tokens=1)))
+    made = list(answers(VideoQA(loaded), group_by_span(rows), Settings("x", 0.5, "evoprune", max_new_tokens=1)))
     assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]
     calls.clear()
-    videos = [Video(name, name, (Item("a", "What?", "x"),)) for name in (CLIP, "samples/three.mp4")]
+    videos = [Video(name, name, (Row("a", name, name, "What?", answer="x"),)) for name in (CLIP, "samples/three.mp4")]
     run = Evaluation(EvalSettings("d", (0.5,), ("evs",), {}, max_new_tokens=1), videos)
     run.loaded = loaded
     run.run()
-    assert run.document()["videos"] == {"wanted": 2, "shown": 1, "failed": 1}
+    assert run.document()["videos"] == {"wanted": 2, "evaluated": 1, "failed": 1}
 
 
 SHAPES = {(1, 64): True, (64, 1): True, (1, 1): True, (2, 199): True, (1, 201): False, (300, 1): False}

@@ -257,7 +257,7 @@ def test_the_disk_is_full_while_an_evaluation_writes(cli, tmp_path, monkeypatch,
     ]
     first = (place / "samples.jsonl").read_bytes()
     assert first and (whole / "samples.jsonl").read_bytes().startswith(first)
-    assert json.loads((place / "results.json").read_text())["videos"]["shown"] == 1
+    assert json.loads((place / "results.json").read_text())["videos"]["evaluated"] == 1
     assert {path.name for path in place.iterdir()} == {"settings.json", "samples.jsonl", "results.json"}
     assert cli(*asked, "--resume", place).code == 0
     assert (place / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()

@@ -42,7 +42,7 @@ def results(*rows, rates=(1e12, 2e12, 1e12), **more):
 
 @pytest.fixture
 def measured():
-    """The machine is twice as slow in the second round, and the sides do not feel it alike."""
+    """The machine is twice as slow in the second round, and the rows do not feel it alike."""
     hugging_face = row(HUGGING_FACE, (8.0, 16.0, 9.0), (4.0, 8.0, 3.0))
     full = row(FULL, (6.0, 12.0, 6.0), (3.0, 6.0, 3.0), method="none")
     method = row(METHOD, (2.0, 6.0, 3.0), (1.0, 1.0, 1.0), 38, 0.1, "evoprune", prune=0.25, live=0.5)

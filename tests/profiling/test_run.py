@@ -1,4 +1,4 @@
-"""The measuring: who takes part, in which order, what is counted, when it stops; figures are in test_measurements.py."""
+"""The measuring: which rows there are, in which order, what is counted, when it stops. Figures are in test_results.py."""
 
 import json
 from dataclasses import replace
@@ -14,29 +14,29 @@ from evoprune.model import memory
 from evoprune.model.clock import Clock
 from evoprune.model.machine import available_memory, peak_memory, reset_peak_memory
 from evoprune.pipeline.loading import describe_model
-from evoprune.profiling import run as profiling_run
-from evoprune.profiling import runners, variants
+from evoprune.profiling import bench, clips, runners, weights
 from evoprune.profiling.reference import hugging_face_model
 from evoprune.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case
-from evoprune.profiling.run import Settings, measure, paced
-from evoprune.profiling.runners import run_hugging_face, run_ours
+from evoprune.profiling.run import measure, paced
+from evoprune.profiling.runners import run_evoprune, run_hugging_face
+from evoprune.profiling.settings import Settings
 from evoprune.video.probe import probe
 from tests.threads import one_thread  # noqa: F401
 
 CASE, OTHER = Case(4, 112, 168), Case(8, 84, 84)
 SETTINGS = Settings(budgets=(0.5, 0.1), methods=("evoprune-paper", "random"), repetitions=2)
-MOTION = partial(runners.synthetic_frames, "motion")
+MOTION = partial(clips.synthetic_frames, "motion")
 
 
 @pytest.fixture(autouse=True)
 def quick_rate(monkeypatch):
     """No test needs to know how fast this machine multiplies."""
-    monkeypatch.setattr(profiling_run, "matmul_rate", lambda *_, **__: 1e11)
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
 
 
 @pytest.fixture(scope="module")
 def loaded(saved):
-    return variants.load(str(saved), [CASE], dtype="fp32")
+    return weights.load(str(saved), [CASE], dtype="fp32")
 
 
 def last(*args, **settings):
@@ -47,7 +47,7 @@ def last(*args, **settings):
 @pytest.fixture(scope="module")
 def results(loaded):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling_run, "matmul_rate", lambda *_, **__: 1e11)
+        patch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
         return last(loaded, [CASE, OTHER], MOTION, SETTINGS)
 
 
@@ -108,14 +108,14 @@ def test_quantised_weights_have_rows_of_their_own(loaded):
     assert type(loaded.model.model.language_model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
-def test_sides_take_turns(loaded):
+def test_rows_take_turns(loaded):
     said = []
     last(loaded, [CASE, OTHER], MOTION, SETTINGS, progress=said.append)
-    sides = ["Hugging Face", "budget 1.0", *(f"{m} -b {b:g}" for b in SETTINGS.budgets for m in SETTINGS.methods)]
+    names = ["Hugging Face", "budget 1.0", *(f"{m} -b {b:g}" for b in SETTINGS.budgets for m in SETTINGS.methods)]
     expected = ["preparing", "packing weights"]
     for title in ("warm-up 1 of 1", "round 1 of 2", "round 2 of 2"):
         expected.append(f"{title}: matrix products")
-        expected += [f"{title}: {side}, {case}" for case in (CASE, OTHER) for side in sides]
+        expected += [f"{title}: {name}, {case}" for case in (CASE, OTHER) for name in names]
     assert said == expected
 
 
@@ -129,19 +129,19 @@ def test_what_prunes_nothing_is_there_once(loaded):
 
 @pytest.mark.parametrize("case", [CASE, OTHER, Case(2, 28, 28)])
 def test_transformers_generates_what_budget_one_does(loaded, case):
-    clip = runners.prepare(loaded, *MOTION(case))
+    clip = clips.prepare(loaded, *MOTION(case))
     settings = replace(SETTINGS, new_tokens=12)
     clock, reference = Clock(torch.device("cpu")), hugging_face_model(loaded.model)
     theirs = run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
-    ours = run_ours(loaded, clip, methods.get("none"), clip.units, settings.new_tokens, settings.seed, clock)
+    ours = run_evoprune(loaded, clip, methods.get("none"), clip.units, settings.new_tokens, settings.seed, clock)
     assert len(theirs.tokens) == 12 and len(set(theirs.tokens)) > 1
     assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
 
 
 def test_generation_is_forced(loaded, monkeypatch):
     """An end of sequence does not end it."""
-    clip = runners.prepare(loaded, *MOTION(CASE))
-    run = partial(run_ours, loaded, clip, methods.get("none"), clip.units, 6, 0)
+    clip = clips.prepare(loaded, *MOTION(CASE))
+    run = partial(run_evoprune, loaded, clip, methods.get("none"), clip.units, 6, 0)
     first = run(Clock(torch.device("cpu"))).tokens
     assert len(first) == 6
     monkeypatch.setattr(loaded, "eos_ids", tuple(first))
@@ -154,7 +154,7 @@ class Time:
     def __init__(self, *lasts: float):
         self.lasts, self.now, self.titles = list(lasts), 100.0, []
 
-    def round_(self, title: str, measured: bool) -> None:
+    def run_round(self, title: str, measured: bool) -> None:
         self.titles.append(title)
         self.now += self.lasts.pop(0)
 
@@ -176,15 +176,15 @@ class Time:
 def test_the_time_limit(lasts, warmups, repetitions, limit, run):
     time = Time(*lasts)
     settings = Settings((0.5,), warmups=warmups, repetitions=repetitions, time_limit_s=limit)
-    measured = list(paced(time.round_, settings, lambda: time.now))
+    measured = list(paced(time.run_round, settings, lambda: time.now))
     assert time.titles == run and not time.lasts
     assert measured == [title.startswith("round") for title in run]
 
 
-def test_fewer_rounds_are_told(loaded):
+def test_fewer_rounds_are_reported(loaded):
     ticks = []
 
-    def now():  # every side takes ten seconds: a round of four with its matrix products, forty
+    def now():  # every row takes ten seconds: a round of four with its matrix products, forty
         return 10.0 * len([t for t in ticks if t != "preparing"])
 
     settings = replace(SETTINGS, budgets=(0.5,), methods=("random",), repetitions=3, time_limit_s=100)
@@ -224,9 +224,9 @@ def test_no_bound_without_budget_one(loaded, monkeypatch):
     def run(loaded, clip, method, *more):
         if method.name == "none":
             raise OutOfMemory("out of memory in prefill")
-        return run_ours(loaded, clip, method, *more)
+        return run_evoprune(loaded, clip, method, *more)
 
-    monkeypatch.setattr(profiling_run, "run_ours", run)
+    monkeypatch.setattr(bench, "run_evoprune", run)
     results = last(loaded, [CASE], MOTION, replace(SETTINGS, budgets=(0.5,), methods=("random",)))
     assert [row.error for row in results.rows] == [None, *["out of memory in prefill"] * 2, None]
     assert results.figures(results.rows[-1]).vs_bound is None and results.figures(results.rows[-1]).vs_hf > 0
@@ -248,18 +248,18 @@ def test_an_interruption_leaves_the_finished_rounds(loaded):
 
 
 def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
-    monkeypatch.setattr(variants, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**6)
     with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0.0 GiB are available") as problem:
-        variants.load("Qwen/Qwen2.5-VL-3B-Instruct", [CASE], dtype="bf16")
+        weights.load("Qwen/Qwen2.5-VL-3B-Instruct", [CASE], dtype="bf16")
     assert problem.value.exit_code == 5 and "--frames, --size" in problem.value.hint and "-m" in problem.value.hint
     with pytest.raises(OutOfMemory):
-        variants.load(str(saved), [CASE])
+        weights.load(str(saved), [CASE])
 
 
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
     large = Case(64, 560, 560)
-    enough = variants.working_memory(loaded.model.config, variants.case_units(CASE, loaded.video), 4)
+    enough = weights.working_memory(loaded.model.config, weights.case_units(CASE, loaded.video), 4)
     monkeypatch.setattr(memory, "available_memory", lambda device: enough)
 
     def source(case):
@@ -274,29 +274,29 @@ def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
 
 def test_working_memory_grows_with_the_clip():
     config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
-    few, many = (variants.working_memory(config, units, 2) for units in (384, 3840))
+    few, many = (weights.working_memory(config, units, 2) for units in (384, 3840))
     assert 2**29 > few > 2**27 and 4 * few < many < 10 * few
 
 
 def test_frames_must_be_whole_units(saved):
     with pytest.raises(UsageError, match="120x168") as problem:
-        variants.load(str(saved), [Case(4, 120, 168)])
+        weights.load(str(saved), [Case(4, 120, 168)])
     assert "multiples of 28" in problem.value.hint
 
 
 def test_random_weights_are_the_default_of_a_bundled_config(saved, monkeypatch):
     asked = []
-    monkeypatch.setattr(variants, "load_model", lambda name, **more: asked.append(more["load_format"]))
+    monkeypatch.setattr(weights, "load_model", lambda name, **more: asked.append(more["load_format"]))
     for name, load_format in (("Qwen/Qwen2.5-VL-3B-Instruct", None), (str(saved), None), (str(saved), "dummy")):
-        variants.load(name, [CASE], load_format=load_format)
+        weights.load(name, [CASE], load_format=load_format)
     assert asked == ["dummy", "auto", "dummy"]
     monkeypatch.undo()
     with pytest.raises(ModelError, match="no bundled config"):  # and the hub is not asked
-        variants.load("nobody/nothing", [CASE], load_format="dummy")
+        weights.load("nobody/nothing", [CASE], load_format="dummy")
 
 
 def test_the_prompt_is_the_same_every_time(loaded):
-    one, two = (runners.prepare(loaded, *MOTION(CASE)) for _ in range(2))
+    one, two = (clips.prepare(loaded, *MOTION(CASE)) for _ in range(2))
     assert torch.equal(one.ids, two.ids) and len(one.ids) == 48 + 30
     assert int(one.ids.max()) < loaded.model.config.text_config.vocab_size
     assert one.patches.shape == (192, 1176) and one.grid == (2, 4, 6) and one.following == int(one.positions.max()) + 1
@@ -305,7 +305,7 @@ def test_the_prompt_is_the_same_every_time(loaded):
 @pytest.mark.parametrize("frames", [4, 40])
 def test_frames_of_a_video(frames):
     info = probe("samples/square.mp4")  # six seconds
-    pictures, seconds_per_grid = runners.video_frames(info, Case(frames, 84, 112))
+    pictures, seconds_per_grid = clips.video_frames(info, Case(frames, 84, 112))
     assert pictures.shape == (frames, 84, 112, 3) and pictures.dtype == torch.uint8
     assert seconds_per_grid == pytest.approx(12 / frames) and len(np.unique(pictures)) > 10
 
@@ -348,7 +348,7 @@ def test_the_matrix_product_rate_is_that_of_the_best_shape():
 
 def test_methods_that_act_on_the_input_look_at_less(loaded):
     settings = Settings((0.25,), ("downscale", "subsample"), repetitions=1, warmups=0)
-    (results,) = measure(loaded, [Case(8, 112, 168)], partial(runners.synthetic_frames, "motion"), settings)
+    (results,) = measure(loaded, [Case(8, 112, 168)], partial(clips.synthetic_frames, "motion"), settings)
     smaller, fewer = (row.counts for row in results.rows if row.kind == METHOD)
     assert (smaller.units, smaller.tokens, smaller.prompt) == (96, 24, 54)
     assert (fewer.units, fewer.tokens, fewer.prompt) == (96, 24, 54)

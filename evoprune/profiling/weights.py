@@ -1,4 +1,4 @@
-"""The model that is measured, in every form of its weights, as far as there is memory for it."""
+"""The model that is measured, with its weights plain, packed and quantised, as far as there is memory for them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,8 +23,8 @@ from evoprune.pipeline.loading import (
     pick_device,
     pick_dtype,
 )
+from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import Case
-from evoprune.profiling.runners import TEXT_AFTER, TEXT_BEFORE
 from evoprune.video.plan import VideoLimits
 
 MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
@@ -34,7 +34,7 @@ def case_units(case: Case, limits: VideoLimits) -> int:
     """N of a case.
 
     Raises:
-        UsageError: its frames cannot be cut into merge units.
+        UsageError: the frames cannot be cut into merge units.
     """
     if case.height % limits.unit or case.width % limits.unit:
         raise UsageError(
@@ -54,13 +54,13 @@ def load(
     offline: bool = False,
     load_format: str | None = None,
 ) -> LoadedModel:
-    """Loads a model after it has made sure that there is memory for it and for the smallest case; see `models.load_model`.
+    """Loads a model if there is memory for it and for the smallest case; see `loading.load_model`.
 
     Args:
-        load_format: by default "dummy" where there is a bundled config of that name, else "auto".
+        load_format: default: "dummy" for a model whose config is bundled, else "auto".
 
     Raises:
-        UsageError: a case that cannot be cut into merge units. OutOfMemory: there is not enough. What `load_model` raises.
+        UsageError: a case cannot be cut into merge units. OutOfMemory: there is too little memory. What `load_model` raises.
     """
     load_format = load_format or ("dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto")
     if load_format == "auto" or name in BUNDLED_CONFIGS or name == "demo" or Path(name).is_dir():
@@ -77,16 +77,18 @@ def load(
     )  # fmt: skip
 
 
-def make_forms(
-    loaded: LoadedModel, kinds: Sequence[str], working: int, tell: Callable[[str], None]
+def quantized_models(
+    loaded: LoadedModel, kinds: Sequence[str], working: int, progress: Callable[[str], None]
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """The model with its weights in each form, beside the plain ones that transformers runs on.
+    """The model with its weights packed and in each quantisation, beside the plain weights that transformers runs on.
 
     Args:
+        kinds: quantisations, by name.
         working: bytes that must stay free.
+        progress: called with a description of what comes next.
 
     Returns:
-        The forms there is memory for, why the others are missing, and what is to be noted.
+        By quantisation: the models that there is memory for, and why the others are missing. And remarks for the results.
     """
     for kind in kinds:
         check_quantize(kind, torch.device(loaded.device))
@@ -95,7 +97,7 @@ def make_forms(
         sum(p.nbytes for p in part.parameters()) for part in (ours.model.visual, ours.model.language_model)
     )
     if can_pack(next(ours.parameters())):
-        tell("packing weights")
+        progress("packing weights")
         start = now(loaded.model.device)
         free = memory.available_memory(loaded.device)
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
@@ -105,7 +107,7 @@ def make_forms(
         if not isinstance(ours.lm_head, PackedLinear):
             notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
         notes.append(_ready("packed", ours, start))
-    forms, missing = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}, {}
+    models, missing = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}, {}
     for kind in kinds:
         if kind != "none":
             if short := memory.shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
@@ -113,20 +115,22 @@ def make_forms(
                 continue
             start, model = now(loaded.model.device), shared(loaded.model)
             model.model.visual = ours.model.visual
-            quantize(model, kind, ours, lambda done, total, kind=kind: tell(f"quantizing to {kind}: {done} of {total}"))
-            forms[kind] = replace(loaded, model=model, quantize=kind, weights_bytes=weights_bytes(model))
+            quantize(
+                model, kind, ours, lambda done, total, kind=kind: progress(f"quantizing to {kind}: {done} of {total}")
+            )
+            models[kind] = replace(loaded, model=model, quantize=kind, weights_bytes=weights_bytes(model))
             notes.append(_ready(kind, model, start))
     if not loaded.device.startswith("cuda"):
-        notes.append("peak memory is the process's, with the weights of all sides in it")
-    return forms, missing, notes
+        notes.append("peak memory is the process's, with the weights of all rows in it")
+    return models, missing, notes
 
 
-def _ready(form: str, model: QwenVL, start: float) -> str:
-    return f"{form} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
+def _ready(kind: str, model: QwenVL, start: float) -> str:
+    return f"{kind} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
 
 
 def working_memory(config: Config, units: int, bytes_each: int) -> int:
-    """Bytes that are in use at once beside the weights, at most: transformers' way, all units at a time, takes the most.
+    """The most bytes in use beside the weights. Transformers takes the most, with all units at a time.
 
     Args:
         units: N. `bytes_each`: of a weight.

@@ -1,0 +1,73 @@
+"""Tables of plain values: a JSONL file, or a CSV file with a head, line by line. No torch."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from evoprune.errors import UsageError
+
+LIST_COLUMNS = ("options", "groups")  # columns whose cells in a CSV file are lists
+SEPARATOR = "|"  # between the entries of such a cell
+Line = tuple[int, dict[str, Any] | ValueError]  # its number from 1, and its fields or why it has none
+
+
+def read_file(path: str, hint: str) -> bytes:
+    """The content of a file. `hint` goes into errors.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as problem:
+        raise UsageError(f"cannot read {path}: {problem.strerror}", hint) from problem
+
+
+def read_lines(content: bytes, name: str, required: tuple[str, ...], hint: str) -> Iterator[Line]:
+    """The lines of a file, in order: JSON objects, one a line, or CSV. The first character decides which.
+
+    Empty lines are skipped. Empty cells of a CSV file are left out of a line's fields.
+
+    Args:
+        content: UTF-8, with or without a byte order mark.
+        name, hint: of the file, and what to give instead, for errors.
+        required: columns without which a CSV file is refused.
+
+    Raises:
+        UsageError: the content is not UTF-8.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise UsageError(f"{name} is not UTF-8", hint) from problem
+    return _json_lines(text) if text.lstrip()[:1] in ("{", "[", "") else _csv_lines(text, required)
+
+
+def _json_lines(text: str) -> Iterator[Line]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                fields = json.loads(line)
+            except ValueError as problem:
+                fields = problem
+            yield number, fields if isinstance(fields, dict | ValueError) else ValueError("not a JSON object")
+
+
+def _csv_lines(text: str, required: tuple[str, ...]) -> Iterator[Line]:
+    head = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    try:
+        if missing := [name for name in required if name not in (reader.fieldnames or ())]:
+            yield 1, ValueError(f"no JSON object, nor the head of a table with {missing[0]}")
+            return
+        for row in reader:
+            cells = {name: cell for name, cell in row.items() if cell}
+            for name in LIST_COLUMNS:
+                if name in cells:
+                    cells[name] = [entry.strip() for entry in cells[name].split(SEPARATOR)]
+            yield reader.line_num, ValueError("more cells than the head has") if None in row else cells
+    except csv.Error as problem:
+        yield reader.line_num + 1, ValueError(str(problem))  # line_num counts the last line that was whole

@@ -1,0 +1,45 @@
+"""What answering a question costs, in operations at the dimensions of Qwen2.5-VL-3B.
+
+The run's own tower says how many rows it computed in each layer. These counts are stretched to the 3B's 32 layers by relative
+depth: layer l of 32 takes the count of layer floor(l * depth / 32) of a tower with `depth` layers. The prompt's true length is
+used as it is. Scoring and merging, a few percent of the tower, are left out.
+"""
+
+from evoprune.model.cost import prefill_flop, stretched, tower_flop
+from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.loading import describe_model
+from evoprune.report import Report
+from evoprune.vision.tower import tower_geometry
+
+COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+NOTE = (
+    f"operations: tower and prefill at the dimensions of {COST_MODEL.rpartition('/')[2]}, from the true rows of each layer, by "
+    "relative depth, and the true length of the prompt"
+)
+
+
+class Cost:
+    """The rows, tokens and operations of an encoded video and of the questions about it."""
+
+    def __init__(self, encoded: EncodedVideo):
+        config, _ = describe_model(COST_MODEL)
+        vision, (grids, height, width) = config.vision_config, encoded.plan.grid
+        windows = tower_geometry(encoded.qa.loaded.model.model.visual, height, width).windows
+        entered = [rows for _, rows in encoded.report.pruning.layers]
+        rows = [*stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
+        self._text = config.text_config
+        self._tower = tower_flop(vision, rows, grids, windows) / 1e12
+
+    def of(self, report: Report) -> dict[str, float]:
+        """The cost of an answered question, as fields of a sample. `tflop`: 10^12 multiplications and additions."""
+        pruning, prefill = report.pruning, prefill_flop(self._text, report.tokens.prompt) / 1e12
+        return {
+            "units": pruning.visual_tokens_in,
+            "tokens": pruning.visual_tokens_kept,
+            "kept_share": pruning.kept_ratio,
+            "live_share": pruning.encoder_live_share,
+            "prompt": report.tokens.prompt,
+            "tflop_3b": self._tower + prefill,
+            "tflop_3b_tower": self._tower,
+            "tflop_3b_prefill": prefill,
+        }

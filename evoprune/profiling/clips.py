@@ -1,0 +1,96 @@
+"""The clips that are measured: their frames, and what is made of them before the tower runs."""
+
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.methods.base import Method
+from evoprune.model.config import PATCHES
+from evoprune.pipeline.loading import LoadedModel
+from evoprune.profiling import synthetic
+from evoprune.profiling.results import Case
+from evoprune.pruning.budget import keep_count
+from evoprune.video.decode import read_frames
+from evoprune.video.plan import VideoLimits, make_plan
+from evoprune.video.probe import VideoInfo
+from evoprune.video.sampling import even_times
+from evoprune.vision.preprocess import patchify, resize
+
+# Text tokens before and after the video, as many as a chat template and a short question have.
+TEXT_BEFORE, TEXT_AFTER = 15, 15
+SYNTHETIC_FPS = 2.0
+
+Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from one grid to the next
+
+
+def synthetic_frames(kind: str, case: Case) -> Frames:
+    """A clip made by formula, at Qwen's own frame rate."""
+    return torch.from_numpy(synthetic.clip(kind, case.frames, case.height, case.width)), 2 / SYNTHETIC_FPS
+
+
+def video_frames(info: VideoInfo, case: Case) -> Frames:
+    """Frames of a video, spread over all of it."""
+    plan = make_plan(info, VideoLimits(), frames=case.frames, max_frames=case.frames, max_visual_tokens=sys.maxsize)
+    with closing(read_frames(info, plan.sampling.times_s)) as chunks:
+        small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
+    return torch.cat(small), plan.sampling.seconds_per_grid()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip ready for the tower, and the prompt around it.
+
+    Attributes:
+        patches: `[4 * N, 1176]` in Hugging Face's order, on the device and in the dtype of the weights.
+        grid: (T, H, W) in units. `seconds_per_grid`: from one grid to the next.
+        ids: int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video.
+        positions: int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token.
+        whole: units of the clip without pruning; more than N if a method made the input smaller.
+    """
+
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+    seconds_per_grid: float
+    ids: torch.Tensor
+    positions: torch.Tensor
+    following: int
+    whole: int
+
+    @property
+    def units(self) -> int:
+        return len(self.patches) // PATCHES
+
+
+def prepare(
+    loaded: LoadedModel,
+    frames: torch.Tensor,
+    seconds_per_grid: float,
+    method: Method | None = None,
+    budget: float = 1.0,
+) -> Clip:
+    """Preprocesses a clip, made smaller if `method` acts on the input.
+
+    The text's tokens are drawn from the whole vocabulary with a fixed seed.
+    """
+    v, visual = loaded.video, loaded.model.model.visual
+    count, height, width, _ = frames.shape
+    grid = (count // v.temporal_patch_size, height // v.unit, width // v.unit)
+    whole = prod(grid)
+    if method is not None and (smaller := method.plan(grid, keep_count(budget, whole))) != grid:
+        grid, fewer = smaller, smaller[0] * v.temporal_patch_size
+        picked = [int(time) for time in even_times(0, count, fewer)]
+        frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)
+        seconds_per_grid *= count / fewer
+    patches = patchify(frames, v.image_mean, v.image_std, v.patch_size, v.temporal_patch_size, v.merge_size)
+    random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
+    text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random)
+    video = torch.zeros(len(patches) // PATCHES, dtype=torch.int64)
+    ids = torch.cat([text[:TEXT_BEFORE], video, text[TEXT_BEFORE:]])
+    span = VideoSpan(TEXT_BEFORE, grid, seconds_per_grid)
+    positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)
+    patches = patches.to(visual.patch_embed.proj.weight)
+    return Clip(patches, grid, seconds_per_grid, ids, positions, int(positions.max()) + 1, whole)

@@ -1,0 +1,28 @@
+"""What a benchmark sweeps, and how often it measures."""
+
+from dataclasses import dataclass
+
+from evoprune import methods
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is swept, and how often it is measured.
+
+    Attributes:
+        budgets, methods, quantize: every method runs at every budget, with each quantisation of the language model's weights.
+        method_args: settings of the methods, as texts. `seed`: for methods that draw at random.
+        new_tokens: generated in any case; ends of sequence are ignored.
+        warmups, repetitions: rounds; warm-ups are not counted.
+        time_limit_s: from the start of the first warm-up. A round that would end later is not begun, except the first of each kind.
+    """
+
+    budgets: tuple[float, ...]
+    methods: tuple[str, ...] = (methods.DEFAULT,)
+    quantize: tuple[str, ...] = ("none",)
+    method_args: dict[str, str] | None = None
+    seed: int = 0
+    new_tokens: int = 4
+    warmups: int = 1
+    repetitions: int = 3
+    time_limit_s: float = 150.0

@@ -1,0 +1,107 @@
+"""Options of `evoprune eval` alone."""
+
+from typing import Annotated
+
+import typer
+
+from evoprune.pipeline.choices import SPLITS
+from evoprune_cli.options import SWEEP
+
+_DATA, _OUTPUT = "Data", "Output"
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="FILE|demo",
+        help="Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
+        "of the demo model's generator.",
+        show_default=False,
+        rich_help_panel=_DATA,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        metavar="N",
+        help="At most so many videos; default: all of a file, 100 demo clips.",
+        min=1,
+        show_default=False,
+        rich_help_panel=_DATA,
+    ),
+]
+Split = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        metavar="|".join(SPLITS),
+        help="The demo's clips: to report on, to tune on, or upright ones with a panning camera, to report on.",
+        rich_help_panel=_DATA,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        metavar="<int>",
+        help="Block of the demo's clips; blocks share no clip. Also the seed of methods that draw at random.",
+        min=0,
+        max=2**31 - 1,
+        rich_help_panel=_DATA,
+    ),
+]
+Blind = Annotated[
+    bool,
+    typer.Option(
+        "--blind",
+        help="Also ask without the video: a grey one of the same size and length.",
+        rich_help_panel=SWEEP,
+    ),
+]
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        help="Videos at a time, each in a process with its own copy of the model.",
+        min=1,
+        max=256,
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="Write settings, samples and results there; if it exists, to DIR-2 and so on.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="DIR",
+        help="Go on with the run in DIR that was cut short, given the same options.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Chart = Annotated[
+    str | None,
+    typer.Option(
+        "--chart",
+        metavar="FILE.svg",
+        help="Draw accuracy against tokens and against cost.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="The results as one JSON line instead of a table.", rich_help_panel=_OUTPUT),
+]

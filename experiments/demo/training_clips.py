@@ -1,0 +1,41 @@
+"""Clips for training alone: crowded single grids, and the traces of a video codec. Imported by `experiments.demo.batches`."""
+
+from fractions import Fraction
+
+import numpy as np
+
+from evoprune.demo.clips import COLOURS, SHAPES, Clip, Thing, place
+
+
+def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) -> Clip:
+    """A one-second scene crowded with up to `count` things, to teach the eyes before the words."""
+    things: list[Thing] = []
+    for _ in range(count):
+        kind = str(rng.integers(10)) if rng.random() < 0.4 else str(rng.choice(SHAPES))
+        thing = place(rng, kind, str(rng.choice(list(COLOURS))), height, width, 1.0, 1.0, (1, 0, 0, 0), things)
+        if thing:
+            things.append(thing)
+    seed = tuple(int(v) for v in rng.integers(2**31, size=2))
+    clutter = float(rng.uniform(50, 300)) if rng.random() < 0.5 else 0.0
+    return Clip(seed, height, width, 1.0, tuple(things), float(rng.uniform(1, 5)), clutter=clutter)
+
+
+def through_codec(frames: np.ndarray, quality: int, gop: int = 12) -> np.ndarray:
+    """The frames as MPEG-4 leaves them: uint8 `[T, H, W, 3]`, sides even.
+
+    Args:
+        quality: 2 (fine) to 31 (coarse).
+        gop: frames from one key frame to the next.
+    """
+    import av
+
+    encoder = av.CodecContext.create("mpeg4", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+    encoder.time_base, encoder.gop_size = Fraction(1, 12), gop
+    encoder.options, encoder.thread_count = {"qmin": str(quality), "qmax": str(quality)}, 1
+    decoder = av.CodecContext.create("mpeg4", "r")
+    packets = [p for f in frames for p in encoder.encode(av.VideoFrame.from_ndarray(f, format="rgb24"))]
+    packets += encoder.encode()
+    decoder.extradata = encoder.extradata
+    decoded = [f for p in packets for f in decoder.decode(p)] + decoder.decode(None)
+    return np.stack([f.to_ndarray(format="rgb24") for f in decoded])

@@ -1,0 +1,26 @@
+"""Two rows of an evaluation compared on the same questions. Imported by the experiments; not run by itself."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evoprune.evaluation.statistics import percentile_interval, resampled
+
+
+def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:
+    """Accuracy of one row minus that of another, and its 95% interval over videos, as shares.
+
+    Both answered the same questions, in any order.
+    """
+    right = {(s["video"], s["id"]): s["right"] for s in others}
+    videos = {name: i for i, name in enumerate(sorted({s["video"] for s in samples}))}
+    sums = np.zeros((len(videos), 2))
+    for s in samples:
+        sums[videos[s["video"]]] += (int(s["right"]) - int(right[s["video"], s["id"]]), 1)
+    drawn = resampled(sums)
+    return float(sums[:, 0].sum() / sums[:, 1].sum()), *percentile_interval(drawn[:, 0] / drawn[:, 1])
+
+
+def in_points(mean: float, low: float, high: float) -> str:
+    """A difference of shares and its interval as text, in percentage points."""
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

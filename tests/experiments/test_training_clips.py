@@ -1,0 +1,25 @@
+"""Clips for training: crowded grids, and frames as a codec leaves them."""
+
+import numpy as np
+import pytest
+
+from evoprune.demo.clips import make_clip
+from evoprune.demo.drawing import render
+from evoprune.video.sampling import even_times
+from experiments.demo.training_clips import dense_grid, through_codec
+
+
+def test_dense_grids_show_everything_at_once():
+    for seed in range(5):
+        clip = dense_grid(np.random.default_rng(seed), 112, 168, 14)
+        assert 5 <= len(clip.things) <= 14
+        assert all(thing.visible(t) for thing in clip.things for t in even_times(0.0, 1.0, 2))
+        assert len({tuple(map(round, thing.centre(0))) for thing in clip.things}) == len(clip.things)
+
+
+@pytest.mark.parametrize("quality", [2, 5])
+def test_a_codec_leaves_nearly_the_same_frames(quality):
+    frames = render(make_clip("train", 4, 112, 168, 3.0, 3), even_times(0.0, 3.0, 6))
+    coded = through_codec(frames, quality)
+    assert coded.shape == frames.shape and coded.dtype == frames.dtype
+    assert 0.3 < abs(coded.astype(int) - frames).mean() < 8
