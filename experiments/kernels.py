@@ -24,11 +24,12 @@ from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
 from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading import describe_model
 from evoprune.pipeline.random_weights import random_model
+from evoprune.pruning.plan import full_plan
 from evoprune.vision import rowwise
 from evoprune.vision.attention import Bucket, grouped_attention
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_geometry
+from evoprune.vision.tower import tower_geometry, tower_shape
 from experiments.decoders import medians
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -232,10 +233,9 @@ def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
     config, units = packed.config, sizes.clip * sizes.grid[0] * sizes.grid[1]
     patches = torch.randn(units * PATCHES, packed.patch_embed.proj.weight[0].numel()).to(DTYPE)
     some = min(CHUNK_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
+    plan = full_plan(tower_shape(packed), (sizes.clip, *sizes.grid))
     runs = [
-        partial(
-            encode, packed, [patches], (sizes.clip, *sizes.grid), methods.get("none"), units, chunk_units=chunk_units
-        )
+        partial(encode, packed, [patches], plan, methods.get("none"), chunk_units=chunk_units)
         for chunk_units in (some, units)
     ]
     ms = times(medians(runs, repeat))

@@ -1,6 +1,6 @@
-"""The encoder's rows of a video, computed once for all methods and budgets with the same work in the tower.
+"""The encoder's rows of a video, computed once for all methods and budgets that give the tower the same work.
 
-Methods that act after the encoder, and selections that follow a method inside it, differ only in the rows that they select.
+Methods that act after the encoder differ only in what they select.
 """
 
 from collections import OrderedDict
@@ -10,10 +10,12 @@ from dataclasses import replace
 import torch
 
 from evoprune.methods.base import Method
-from evoprune.vision.encoder import Unchosen, encode_rows
+from evoprune.pruning.plan import EncoderPlan
+from evoprune.vision.encoder import encode_rows
+from evoprune.vision.rows import EncodedRows
 
-# Encodings held: enough for the selections behind `evoprune`, which need attention, keys, both or nothing, at three budgets,
-# whatever other methods run between them.
+# Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
+# other methods run between them.
 HELD = 32
 
 
@@ -21,24 +23,28 @@ class SharedRows:
     """Of one video, in one model."""
 
     def __init__(self):
-        self._held: OrderedDict[tuple, Unchosen] = OrderedDict()
+        self._held: OrderedDict[tuple, EncodedRows] = OrderedDict()
 
     def encode_rows(
-        self, visual, patches: Iterable[torch.Tensor], grid: tuple[int, int, int], method: Method, keep: int, **how
-    ) -> Unchosen:
+        self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, method: Method, **how
+    ) -> EncodedRows:
         """As `vision.encoder.encode_rows`."""
-        count, height, width = grid
-        budget = keep / (count * height * width)
-        tower = (method.merger, keep) if method.merges(budget) else None
-        needs = method.needs_after if method.chooses(budget) else None
-        key = (grid, tower, needs, *sorted(how.items()))
+        key = (_tower_work(plan, method), *sorted(how.items()))
         if key in self._held:
             for _ in patches:  # the reader of the patches counts damaged frames
                 pass
             self._held.move_to_end(key)
         else:
-            self._held[key] = encode_rows(visual, patches, grid, method, keep, **how)
+            self._held[key] = encode_rows(visual, patches, plan, method, **how)
             if len(self._held) > HELD:
                 self._held.popitem(last=False)
         rows = self._held[key]
-        return replace(rows, method=method, keep=keep, watch=rows.watch.copy())  # each caller adds its own times
+        return replace(rows, method=method, plan=plan, timer=rows.timer.copy())  # each caller adds its own times
+
+
+def _tower_work(plan: EncoderPlan, method: Method) -> tuple:
+    """What the tower's rows depend on: everything for a method that acts between its layers, else what is collected."""
+    if plan.merged is not None or plan.select_after is not None:
+        return plan, method
+    needs = method.selector.needs if plan.prunes and method.selector else frozenset()
+    return plan.grid, plan.reuse, needs, plan.prunes

@@ -63,6 +63,10 @@ class Method:
             f"method {self.name} cannot choose a budget by itself", "give a share (-b 0.25), or take --method evoprune"
         )
 
+    def prunes(self, budget: float) -> bool:
+        """Whether the method does anything at a budget."""
+        return self.acts != "none" and budget < 1
+
     def reported_budget(self, budget: float | str) -> float | str:
         """The budget as reports show it: 1.0 for a method that prunes nothing."""
         return 1.0 if self.acts == "none" else budget

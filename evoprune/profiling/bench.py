@@ -22,6 +22,7 @@ from evoprune.profiling.settings import Settings
 from evoprune.profiling.weights import case_units, quantized_models, working_memory
 from evoprune.pruning.budget import keep_count
 from evoprune.vision.devices import units_at_a_time
+from evoprune.vision.tower import tower_shape
 
 Source = Callable[[Case], Frames]
 Progress = Callable[[str], None]
@@ -97,8 +98,9 @@ class Bench:
         if row.kind == HUGGING_FACE:
             return run_hugging_face(self._loaded, self._reference, clip, settings.new_tokens, clock)
         method = methods.get(row.method, settings.method_args if row.kind == METHOD else None)
-        keep, model = keep_count(row.budget, clip.whole), self._models[row.quantize]
-        return run_evoprune(model, clip, method, keep, settings.new_tokens, settings.seed, clock)
+        model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.whole), clip.units)
+        plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
+        return run_evoprune(model, clip, plan, method, settings.new_tokens, settings.seed, clock)
 
 
 def _rows(case: Case, settings: Settings) -> list[Row]:

@@ -19,6 +19,7 @@ from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import VideoInfo
 from evoprune.video.sampling import even_times
 from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.tower import tower_shape
 
 # Text tokens before and after the video, as many as a chat template and a short question have.
 TEXT_BEFORE, TEXT_AFTER = 15, 15
@@ -80,7 +81,8 @@ def prepare(
     count, height, width, _ = frames.shape
     grid = (count // v.temporal_patch_size, height // v.unit, width // v.unit)
     whole = prod(grid)
-    if method is not None and (smaller := method.plan(grid, keep_count(budget, whole))) != grid:
+    smaller = method.plan(tower_shape(visual), grid, keep_count(budget, whole)).grid if method else grid
+    if smaller != grid:
         grid, fewer = smaller, smaller[0] * v.temporal_patch_size
         picked = [int(time) for time in even_times(0, count, fewer)]
         frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)

@@ -11,6 +11,7 @@ from evoprune.model.cost import tower_flop
 from evoprune.pipeline.loading import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, Clip
 from evoprune.profiling.results import Counts
+from evoprune.pruning.plan import EncoderPlan
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry
 
@@ -25,20 +26,18 @@ class Turn:
 
 
 def run_evoprune(
-    loaded: LoadedModel, clip: Clip, method: Method, keep: int, new_tokens: int, seed: int, clock: Clock
+    loaded: LoadedModel, clip: Clip, plan: EncoderPlan, method: Method, new_tokens: int, seed: int, clock: Clock
 ) -> Turn:
-    """evoprune from patches to new tokens; the language model reads `keep` visual tokens."""
+    """evoprune from patches to new tokens; the language model reads as many visual tokens as `plan` keeps."""
     model, visual = loaded.model, loaded.model.model.visual
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        encoded = encode(
-            visual, [clip.patches], clip.grid, method, min(keep, clip.units), question=question,
-            seconds_per_grid=clip.seconds_per_grid, seed=seed,
-        )  # fmt: skip
+        how = {"question": question, "seconds_per_pair": clip.seconds_per_grid, "seed": seed}
+        encoded = encode(visual, [clip.patches], plan, method, **how)
     with clock.stage("prefill"):
         embeds, columns = embed_prompt(model, clip.ids, encoded.features, TEXT_BEFORE, clip.units, encoded.kept)
-        counts = column_counts(encoded.counts, TEXT_BEFORE, len(embeds))
+        counts = column_counts(encoded.size, TEXT_BEFORE, len(embeds))
         state = prefill(model, embeds, clip.positions[:, columns], clip.following, counts=counts)
     with clock.stage("generate"):
         tokens = list(stream(model, state, GenerationSettings(new_tokens), eos_ids=()))
