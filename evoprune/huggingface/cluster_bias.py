@@ -1,7 +1,7 @@
-"""Attention of a Hugging Face model counts some columns more than once: what it masks its keys with is added to on the way in.
+"""The cluster-size bias inside a Hugging Face model: log(size) is added to the attention logits of each visual token.
 
-`decoder.forward` does the same for this project's own decoder. Here the model's layers run by themselves, so hooks before the
-attention of each put the logarithms of the counts into the mask that it is given.
+`decoder.forward` does the same for this project's own decoder. Here the model's layers run by themselves, so a hook before the
+attention of each layer adds the bias to the mask that it gets.
 """
 
 from collections.abc import Iterator
@@ -13,24 +13,24 @@ from evoprune.huggingface import interface
 
 
 @contextmanager
-def counting(model, counts: torch.Tensor | None) -> Iterator[None]:
-    """Meanwhile attention counts columns as often as is said.
+def cluster_bias(model, counts: torch.Tensor | None) -> Iterator[None]:
+    """While the context lasts, attention weighs each column by its cluster size.
 
     Args:
         model: a Hugging Face `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`, under an attention that takes masks of numbers
             (`interface.takes_numbers`).
-        counts: float32 `[B, C]`, of the prompt's columns; those behind count once. None for one each. Where the model runs more
-            rows than B, as with beams, each stands for so many neighbouring ones.
+        counts: float32 `[B, C]`, sizes of the prompt's columns; later columns have size 1. None for 1 everywhere. Where the model
+            runs more rows than B, as with beams, each row of `counts` covers as many neighbouring ones.
     """
     if counts is None:
         yield
         return
     bias = counts.log()
 
-    def count(attention, args: tuple, call: dict) -> tuple[tuple, dict]:
+    def add_bias(attention, args: tuple, call: dict) -> tuple[tuple, dict]:
         states, mask, cache = call["hidden_states"], call.get("attention_mask"), call.get("past_key_values")
         rows, columns = states.shape[:2]
-        if mask is None:  # then there is nothing that a column may not see but what comes after it
+        if mask is None:  # every column sees all that comes before it
             layer = attention.layer_idx
             keys, seen = (
                 (columns, 0)
@@ -44,10 +44,10 @@ def counting(model, counts: torch.Tensor | None) -> Iterator[None]:
         keys = mask.shape[-1]
         added = bias.to(mask)[:, :keys].repeat_interleave(rows // len(bias), 0)
         added = torch.nn.functional.pad(added, (0, keys - added.shape[1]))[:, None, None]
-        # Twice the least would be minus infinity, and a row of nothing else not a number.
+        # Adding to a masked entry could overflow to minus infinity, and a row of those would be NaN.
         return args, call | {"attention_mask": torch.where(mask > torch.finfo(mask.dtype).min / 2, mask + added, mask)}
 
-    hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in interface.attention_layers(model)]
+    hooks = [layer.register_forward_pre_hook(add_bias, with_kwargs=True) for layer in interface.attention_layers(model)]
     try:
         yield
     finally:

@@ -22,10 +22,10 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
-from evoprune.huggingface.cluster_bias import counting
+from evoprune.huggingface.cluster_bias import cluster_bias
 from evoprune.huggingface.columns import with_whole_prompt
-from evoprune.huggingface.inputs import Past, check_prompt, continued, shortened
-from evoprune.huggingface.whole_prompt import showing_whole_prompts
+from evoprune.huggingface.inputs import Past, check_prompt, continued, without_pruned
+from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.methods.base import Method
 from evoprune.model.clock import Clock
 from evoprune.model.linear import weights_bytes
@@ -164,7 +164,7 @@ class Pruned:
         self.report, self.columns = Report(), None
         self._patches: dict[str, _Patch] = {}
         self._replaced: dict[str, Any] = {}
-        self.inside = False  # the model is at work on what was shortened
+        self.inside = False  # the model runs on a pruned prompt
 
     def __enter__(self) -> "Pruned":
         if self._patches:
@@ -199,7 +199,7 @@ class Pruned:
 
     def _forward(self, stock: Callable, call: dict) -> Any:
         small, past = self._short(call, generating=False)
-        with counting(self.model, past and past.counts):
+        with cluster_bias(self.model, past and past.counts):
             out = stock(**small)
         _remember(past, out if isinstance(out, tuple) else out.to_tuple())
         return out
@@ -214,8 +214,8 @@ class Pruned:
         if past is None:
             return self._undisturbed(stock, small)
         prompt, places = call["input_ids"], small["input_ids"].shape[1]
-        with counting(self.model, past.counts):
-            out = self._undisturbed(stock, showing_whole_prompts(self.model, call, small))
+        with cluster_bias(self.model, past.counts):
+            out = self._undisturbed(stock, with_whole_prompts(self.model, call, small))
         _remember(past, (call.get("past_key_values"), getattr(out, "past_key_values", None)))
         if call.get("pixel_values_videos") is not None:
             self.report.time_ms.total = (clock.now() - start) * 1000
@@ -270,7 +270,7 @@ class Pruned:
             )  # fmt: skip
         if not interface.takes_numbers(self.model):
             encoded = replace(encoded, size=None)
-        small, past = shortened(self.model, call, video, encoded, settings.positions, generating)
+        small, past = without_pruned(self.model, call, video, encoded, settings.positions, generating)
         self.columns = past.columns
         self.report = self._report(call, small, encoded, clock.seconds["encode"])
         return small, past

@@ -17,7 +17,7 @@ from evoprune.vision.encoded import Encoded
 
 @dataclass(frozen=True)
 class Past:
-    """What is to be known of a cache whose prompt was shortened, to go on from it.
+    """What is to be known of a cache whose prompt was pruned, to go on from it.
 
     Attributes:
         columns: what is left of the prompt.
@@ -43,7 +43,7 @@ def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
     """Which columns of a call, to `generate` or by hand, are video placeholders: bool `[B, L]`.
 
     Raises:
-        UsageError: the videos and the prompt do not fit together, or something cannot be shortened.
+        UsageError: the videos and the prompt do not fit together, or something cannot go with the pruned prompt.
     """
     ids, mask, grids = call.get("input_ids"), call.get("attention_mask"), call.get("video_grid_thw")
     if ids is None or call.get("inputs_embeds") is not None:
@@ -73,12 +73,12 @@ def _check_arguments(call: dict) -> None:
     for name, value in call.items():
         per_column = isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in known
         if per_column or name.startswith("cu_seq_lens"):
-            raise UsageError(f"{name} cannot be shortened with the prompt", "leave it out, or remove the pruning first")
+            raise UsageError(f"{name} cannot go with a pruned prompt", "leave it out, or remove the pruning first")
     if isinstance(call.get("logits_to_keep"), torch.Tensor):
         raise UsageError("logits_to_keep as indices would miss their columns", "pass how many at the end, or 0")
 
 
-def shortened(
+def without_pruned(
     model, call: dict, video: torch.Tensor, encoded: Encoded, positions: str, generating: bool
 ) -> tuple[dict, Past]:
     """The call without what was pruned from its videos.
@@ -134,7 +134,7 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
     used = torch.ones_like(ids) if mask is None else mask
     given = call.get("position_ids")
     if given is None and rule == "host":
-        given = interface.host_positions(model, call, mask, generating)
+        given = interface.model_positions(model, call, mask, generating)
     elif given is None:
         given = interface.qwen_positions(model, call, mask)
         if generating:

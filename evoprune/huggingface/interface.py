@@ -94,7 +94,7 @@ def text_positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
 
 
-def host_positions(model, call: dict, mask: torch.Tensor | None, generating: bool) -> torch.Tensor:
+def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bool) -> torch.Tensor:
     """Where the model itself would have each column of a prompt, in `generate` (`[4, B, L]`) or in `forward` (`[3, B, L]`)."""
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
