@@ -144,7 +144,8 @@ def _about(video, model, which, device, sampling, start, end, scan, draw) -> Ite
             from evoprune.video.scan import scan as scan_video
 
             yield {"scan": asdict(scan_video(path))}
-        from evoprune.pipeline.loading import describe_model, has_cuda
+        from evoprune.pipeline.device import has_cuda
+        from evoprune.pipeline.model_folder import describe_model
 
         config, limits = describe_model(model, **which)
         if sampling["max_visual_tokens"] is None:

@@ -6,7 +6,8 @@ import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.pipeline.choices import LOAD_FORMATS, QUANTIZE
+from evoprune.model.precision import QUANTIZE
+from evoprune.pipeline.options import LOAD_FORMATS
 from evoprune.pruning.budget import PRESETS, parse_budget
 
 _PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())

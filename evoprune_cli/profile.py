@@ -12,7 +12,9 @@ import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.pipeline.choices import LOAD_FORMATS, QUANTIZE, SYNTHETIC
+from evoprune.model.precision import QUANTIZE
+from evoprune.pipeline.choices import SYNTHETIC
+from evoprune.pipeline.options import LOAD_FORMATS
 from evoprune.profiling.results import Case
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text

@@ -22,11 +22,12 @@ from evoprune.model.cost import matmul_rate
 from evoprune.model.linear import PackedLinear, can_pack, linear, pack
 from evoprune.model.machine import environment
 from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
+from evoprune.model.sizes import PATCHES
 from evoprune.model.weights import Part, QwenVL, shared
-from evoprune.pipeline.loading import describe_model
+from evoprune.pipeline.model_folder import describe_model
 from evoprune.pipeline.random_weights import random_model
 from evoprune.vision import rowwise
-from evoprune.vision.attention import PATCHES, _attend_in_the_open
+from evoprune.vision.attention import _attend_in_the_open
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from evoprune.video.info import DEMO_TAG
+
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLOURS = {
     "red": (225, 40, 40),
@@ -38,7 +40,6 @@ SPLITS = {"train": 0, "validation": 1, "heldout": 2, "samples": 3, "portrait": 4
 # two of each were never trained on.
 FRAMES = (((8, 12), 0.55), ((6, 8), 0.25), ((8, 10), 0.1), ((10, 14), 0.1))
 LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
-VIDEO_TAG = "evoprune demo clip"
 DIGIT_FONT = (
     "01110 10001 10011 10101 11001 10001 01110",
     "00100 01100 00100 00100 00100 00100 01110",
@@ -367,7 +368,7 @@ def write_video(
     # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
     x264 = {"preset": preset, "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
-        container.metadata["comment"] = VIDEO_TAG
+        container.metadata["comment"] = DEMO_TAG
         stream = container.add_stream(
             codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else x264)
         )

@@ -32,7 +32,8 @@ from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.model.machine import environment
 from evoprune.pipeline.answering import EncodedVideo
-from evoprune.pipeline.loading import LoadedModel, describe_model, load_model
+from evoprune.pipeline.loading import LoadedModel, load_model
+from evoprune.pipeline.model_folder import describe_model
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.report import Report
 from evoprune.video.decode import FrameChunk, read_frames

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from evoprune.model.clock import now
-from evoprune.vision.attention import PATCHES
+from evoprune.model.sizes import PATCHES
 
 # Of a plain matrix product's rate, what a whole forward pass reaches; only for telling a user how long to wait.
 REACHED = 0.5

@@ -14,7 +14,7 @@ from torch import nn
 
 from evoprune.errors import UsageError
 from evoprune.model.linear import can_pack
-from evoprune.pipeline.choices import QUANTIZE
+from evoprune.model.precision import check_quantize
 
 GROUP = 32  # int4 weights that share a scale
 ROWS = 1024  # of a weight quantised at a time: what a cache holds, and a multiple of all steps in which kernels arrange rows
@@ -134,8 +134,7 @@ def check(kind: str, device: torch.device) -> None:
     """Raises:
     UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
     """
-    if kind not in QUANTIZE:
-        raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(QUANTIZE)}")
+    check_quantize(kind)
     if kind == "none":
         return
     if device.type != "cpu":

@@ -22,6 +22,7 @@ from evoprune.language.prompt import build_prompt
 from evoprune.model.clock import Clock
 from evoprune.model.machine import environment, peak_memory
 from evoprune.report import Memory, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
+from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import Plan
 from evoprune.video.probe import VideoInfo
 from evoprune.vision.encoded import Encoded
@@ -250,10 +251,3 @@ class EncodedVideo:
         made = deepcopy(report)
         self._fill_times(made, self._wall)
         return made
-
-
-def is_demo_clip(info: VideoInfo) -> bool:
-    """Whether the demo model's own generator made this file: it tags its clips."""
-    from evoprune.demo.clips import VIDEO_TAG
-
-    return any(key.lower() == "comment" and value == VIDEO_TAG for key, value in info.tags.items())

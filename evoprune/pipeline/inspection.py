@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import evoprune
 from evoprune.errors import EvopruneError
+from evoprune.model.sizes import kv_bytes
 from evoprune.pruning.budget import PRESETS, keep_count
 from evoprune.video.plan import Plan
 from evoprune.video.probe import VideoInfo
@@ -23,7 +24,8 @@ def environment_facts() -> dict:
     from evoprune import methods
     from evoprune.model.machine import cpu_name
     from evoprune.pipeline.cache import Cache, default_folder
-    from evoprune.pipeline.loading import BUNDLED_CONFIGS, DEMO_FOLDER, cpu_has_bf16
+    from evoprune.pipeline.device import cpu_has_bf16
+    from evoprune.pipeline.model_folder import BUNDLED_CONFIGS, DEMO_FOLDER
     from evoprune.video.decode import choose_decoder
 
     decoders = {"pyav": "works"}
@@ -99,10 +101,3 @@ def plan_facts(plan: Plan, config) -> dict:
             for name, budget in PRESETS.items()
         },
     }
-
-
-def kv_bytes(config, tokens: int, bytes_each: int = 2) -> int:
-    """Bytes of keys and values of `tokens` prompt tokens in the language model, in bf16 unless said otherwise."""
-    text = config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * bytes_each

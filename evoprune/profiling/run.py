@@ -21,13 +21,13 @@ from evoprune.model.clock import Clock
 from evoprune.model.cost import matmul_rate
 from evoprune.model.machine import environment, peak_memory, reset_peak_memory
 from evoprune.model.memory import memory_guard, shortage
+from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading import LoadedModel
 from evoprune.profiling.reference import hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Counts, Results, Row, Sample, bound_of
 from evoprune.profiling.runners import TEXT_AFTER, TEXT_BEFORE, Frames, Turn, prepare, run_hugging_face, run_ours
 from evoprune.profiling.variants import case_units, make_forms, working_memory
 from evoprune.pruning.budget import keep_count
-from evoprune.vision.attention import PATCHES
 from evoprune.vision.devices import units_at_a_time
 
 Source = Callable[[Case], Frames]

@@ -12,6 +12,7 @@ from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.methods.base import Method
 from evoprune.model.clock import Clock
 from evoprune.model.cost import tower_flop
+from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading import LoadedModel
 from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case, Counts
@@ -20,7 +21,6 @@ from evoprune.video.decode import read_frames
 from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import VideoInfo
 from evoprune.video.sampling import even_times
-from evoprune.vision.attention import PATCHES
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify, resize
 from evoprune.vision.tower import tower_geometry

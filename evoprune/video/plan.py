@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass, replace
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import VideoError
 from evoprune.video.probe import VideoInfo
-from evoprune.video.sampling import SamplingPlan, plan_sampling
+from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU gets through in about a minute.
 MAX_VISUAL_TOKENS = 24_576
@@ -130,10 +130,9 @@ def make_plan(
     Raises:
         VideoError: no length, nothing in the part, or a shape that cannot be resized. UsageError: numbers that make no sense.
     """
-    if max_visual_tokens < 1:
-        raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
-    if fps is not None and frames is not None:
-        raise UsageError("fps and frames exclude each other", "give one of the two")
+    check_sampling(
+        fps=fps, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames, max_visual_tokens=max_visual_tokens
+    )
     if info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
 

@@ -18,11 +18,11 @@ from functools import cached_property, lru_cache
 import torch
 import torch.nn.functional as F
 
+from evoprune.model.sizes import PATCHES
 from evoprune.pruning.indices import runs
 from evoprune.vision.layout import Groups
 from evoprune.vision.stopwatch import Stopwatch
 
-PATCHES = 4  # rows of patches a unit
 # Entries of a score matrix held at a time: what a CPU's caches hold; a GPU wants more at once.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from evoprune.model.sizes import PATCHES
 from evoprune.pruning.reference import scan
 from evoprune.vision import devices
-from evoprune.vision.attention import PATCHES
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
 from evoprune.vision.preprocess import patch_means
 from evoprune.vision.stopwatch import Stopwatch

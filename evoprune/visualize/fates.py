@@ -11,10 +11,10 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.methods.base import Selection
-from evoprune.model.clock import memory_guard
-from evoprune.pipeline.answering import is_demo_clip
+from evoprune.model.memory import memory_guard
 from evoprune.pipeline.encoding import CHUNK_BYTES, PreparedVideo
 from evoprune.video.decode import read_frames
+from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import Unchosen, encode_rows, selected
 from evoprune.vision.preprocess import patchify, resize

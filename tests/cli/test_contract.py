@@ -246,7 +246,7 @@ CASES = {
     ),
     # 5: out of memory
     "weights do not fit": out_of_memory(
-        "load", "evoprune.pipeline.loading._load_weights", CPU_FULL, says="the weights of demo"
+        "load", "evoprune.pipeline.loading.load_weights", CPU_FULL, says="the weights of demo"
     ),
     "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.isolation.mmap.mmap", OSError(12, "no memory")),
     "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.patchify", CPU_FULL),
@@ -254,15 +254,15 @@ CASES = {
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.answering.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
     "weights do not fit in a batch": Case(
-        BATCH, 5, "the weights of demo", breaks=("evoprune.pipeline.loading._load_weights", CPU_FULL), ways=EVERYWHERE
+        BATCH, 5, "the weights of demo", breaks=("evoprune.pipeline.loading.load_weights", CPU_FULL), ways=EVERYWHERE
     ),
     # stopped from outside
     "interrupted while loading": Case(
-        ASK, 130, "", breaks=("evoprune.pipeline.loading._load_weights", KeyboardInterrupt())
+        ASK, 130, "", breaks=("evoprune.pipeline.loading.load_weights", KeyboardInterrupt())
     ),
     "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.pictures", Terminated())),
     "batch interrupted while loading": Case(
-        BATCH, 130, "", breaks=("evoprune.pipeline.loading._load_weights", KeyboardInterrupt()), ways=EVERYWHERE
+        BATCH, 130, "", breaks=("evoprune.pipeline.loading.load_weights", KeyboardInterrupt()), ways=EVERYWHERE
     ),
     "interrupted scan": Case(
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.scan.scan", KeyboardInterrupt())

@@ -15,7 +15,7 @@ from evoprune.evaluation import run as evaluation_run
 from evoprune.evaluation.questions import Item, Video, load_items
 from evoprune.evaluation.run import COST_MODEL, Evaluation, Settings, grey_frames, sides
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
-from evoprune.pipeline.loading import describe_model
+from evoprune.pipeline.model_folder import describe_model
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.probe import probe
 from tests.threads import one_thread  # noqa: F401

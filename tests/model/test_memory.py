@@ -11,7 +11,8 @@ from evoprune.model import memory
 from evoprune.model.machine import available_memory
 from evoprune.model.memory import memory_guard, working_memory
 from evoprune.pipeline import encoding
-from evoprune.pipeline.loading import describe_model, load_model
+from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.model_folder import describe_model
 from evoprune.pipeline.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 
@@ -96,13 +97,13 @@ def test_memory_that_this_process_may_not_have_is_not_available(where, monkeypat
 
 def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
-    monkeypatch.setattr("evoprune.pipeline.loading._load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading.load_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(OutOfMemory, match=r"^loading .* needs about 0.0 GiB of memory, and 0.0 GiB are ava") as caught:
         load_model(str(saved), dtype="bf16")  # in the file they are fp32
     assert (caught.value.stage, caught.value.exit_code) == ("load", 5) and "smaller model" in caught.value.hint
     monkeypatch.undo()
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
-    monkeypatch.setattr("evoprune.pipeline.loading.available_memory", lambda device: 10**5)
+    monkeypatch.setattr("evoprune.pipeline.weights.available_memory", lambda device: 10**5)
     load_model(str(saved), dtype="fp32")  # they stay in the file
 
 

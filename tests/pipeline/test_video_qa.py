@@ -15,8 +15,9 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.model.weights import shared
-from evoprune.pipeline.loading import load_model, make_ready
+from evoprune.pipeline.loading import load_model
 from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.weights import make_ready
 from evoprune.profiling.reference import hugging_face_model
 from evoprune.report import Report
 from evoprune.video.decode import read_frames

@@ -13,7 +13,7 @@ from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.model import memory
 from evoprune.model.clock import Clock
 from evoprune.model.machine import available_memory, peak_memory, reset_peak_memory
-from evoprune.pipeline.loading import describe_model
+from evoprune.pipeline.model_folder import describe_model
 from evoprune.profiling import run as profiling_run
 from evoprune.profiling import runners, variants
 from evoprune.profiling.reference import hugging_face_model
