@@ -11,7 +11,7 @@ import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
+from evoprune.pruning.budget import DEFAULT
 from evoprune_cli import options as opt
 from evoprune_cli.failures import debugging
 from evoprune_cli.render import progress, tell
@@ -82,7 +82,6 @@ def batch(
     load_format: opt.LoadFormat = "auto",
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
-    encoder_budget: opt.EncoderBudget = None,
     method: opt.MethodName = methods.DEFAULT,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
@@ -143,12 +142,11 @@ def batch(
     from evoprune.batch.rows import grouped
     from evoprune.batch.run import Settings, remaining
 
-    settings = Settings(
-        model, parse_budget_or_auto(budget), method, opt.settings(method_arg, encoder_budget), seed=seed,
-        revision=revision, dtype=dtype,
-        quantize=quantize, load_format=load_format, fps=fps, frames=frames, max_frames=max_frames,
-        max_visual_tokens=max_visual_tokens, decoder=decoder, system=system, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p,
+    settings = Settings.of(
+        model=model, revision=revision, device=device, dtype=dtype, quantize=quantize, load_format=load_format,
+        offline=offline, budget=budget, method=method, method_args=opt.settings(method_arg), seed=seed, fps=fps,
+        frames=frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens, decoder=decoder, system=system,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
     )  # fmt: skip
     _check(settings)
     rows = _rows(videos or [], questions or [], source, start, end)
@@ -165,11 +163,10 @@ def batch(
                 ready()
                 file.begin()
                 return 0
-            where = {"device": device, "offline": offline}
             if engine == "ray":
-                made = _on_ray(grouped(left), settings, where | {"address": address, "cache": cache}, show, ready)
+                made = _on_ray(grouped(left), settings, address, cache, show, ready)
             else:
-                made = _here(grouped(left), settings, where, cache, show, ready)
+                made = _here(grouped(left), settings, cache, show, ready)
             with closing(made):
                 for record in made:
                     if not file.written:  # what was there before stays until there is something to write
@@ -179,38 +176,31 @@ def batch(
     return SOME_FAILED if tally.failed else 0
 
 
-def _here(parts, settings, where: dict, cache: bool, show, ready):
+def _here(parts, settings, cache: bool, show, ready):
     from evoprune.batch.run import answers
     from evoprune.pipeline.cache import Cache, default_folder
 
     show("loading model")
-    qa = settings.load(**where, progress=lambda done, total: show("quantizing", done, total))
+    qa = settings.load(lambda done, total: show("quantizing", done, total))
     ready()
     yield from answers(qa, parts, settings, Cache(default_folder()) if cache else None, _tell_failure)
 
 
-def _on_ray(parts, settings, where: dict, show, ready):
+def _on_ray(parts, settings, address: str | None, cache: bool, show, ready):
     from evoprune.batch.ray import answers_on_ray
 
     show("connecting to Ray")
-    yield from answers_on_ray(parts, settings, **where, on_ready=ready)
+    yield from answers_on_ray(parts, settings, address=address, cache=cache, on_ready=ready)
 
 
 def _check(settings) -> None:
-    """All that can be wrong with settings and needs no model to be seen."""
+    """Checks what the options do not check themselves, as far as that needs no model."""
     from evoprune.batch.rows import is_text
     from evoprune.video.decode import choose_decoder
-    from evoprune.video.info import VideoInfo
-    from evoprune.video.plan import VideoLimits, make_plan
 
-    if not methods.known(settings.method):
-        raise UsageError(f"no pruning method {settings.method!r}", f"one of {', '.join(methods.available())}")
-    choose_decoder(settings.decoder)
-    if settings.system is not None and not is_text(settings.system):
+    choose_decoder(settings.sampling.decoder)
+    if settings.generation.system is not None and not is_text(settings.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
-    any_video = VideoInfo("", 60.0, 320, 240, 0, "h264", None, "", 25.0, False, 1500, 0.0, {})
-    numbers = {name: value for name, value in settings.sampling.items() if name != "decoder" and value is not None}
-    make_plan(any_video, VideoLimits(), **numbers)
 
 
 def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None):

@@ -11,6 +11,7 @@ import typer
 
 from evoprune.errors import UsageError
 from evoprune.pipeline.choices import SPLITS
+from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
@@ -66,7 +67,6 @@ def evaluate(
     ] = 0,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
-    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     blind: Annotated[
         bool,
@@ -146,8 +146,8 @@ def evaluate(
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    sweep = opt.sweep(budget, method, method_arg, encoder_budget)
-    _check_flags(split, output, resume, fps, frames, max_new_tokens)
+    sweep = opt.sweep(budget, method, method_arg)
+    _check_flags(split, output, resume)
     check_chart(chart, beside=output)
     videos, evaluation = _questions(data), None
     try:
@@ -156,17 +156,17 @@ def evaluate(
             from evoprune.evaluation.run import Evaluation, Settings, digest
 
             settings = Settings(
-                data, **sweep, blind=blind, split=split, seed=seed, limit=limit, fps=fps, frames=frames,
-                max_frames=max_frames, max_visual_tokens=max_visual_tokens, max_new_tokens=max_new_tokens, model=model,
-                revision=revision, dtype=dtype, quantize=quantize, digest=None if videos is None else digest(Path(data)),
+                data, **sweep, blind=blind, split=split, seed=seed, limit=limit,
+                model=ModelOptions(model, revision, device, dtype, quantize, offline=offline),
+                sampling=SamplingOptions(fps, frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens),
+                generation=GenerationOptions(max_new_tokens),
+                digest=None if videos is None else digest(Path(data)),
             )  # fmt: skip
             evaluation = Evaluation(settings, videos)
             if resume:
                 evaluation.keep_in(Path(resume), resume=True)
             show("loading model")
-            evaluation.load(
-                device=device, offline=offline, progress=lambda done, total: show("quantizing", done, total)
-            )
+            evaluation.load(lambda done, total: show("quantizing", done, total))
             if output:
                 evaluation.keep_in(Path(output))
                 if not quiet and evaluation.folder.path != Path(output):
@@ -176,7 +176,7 @@ def evaluate(
         if evaluation is not None and evaluation.loaded and not isinstance(problem, BrokenPipeError | SystemExit):
             with suppress(UsageError):  # what went wrong first is what counts
                 _deliver(evaluation, failure(problem), json, chart)
-            problem.told = True
+            problem.reported = True
             if evaluation.folder and not quiet:
                 note(f"to go on: the same command with --resume {evaluation.folder.path} instead of -o")
         raise
@@ -184,15 +184,11 @@ def evaluate(
     return SOME_FAILED if evaluation.failed else 0
 
 
-def _check_flags(split, output, resume, fps, frames, max_new_tokens) -> None:
+def _check_flags(split, output, resume) -> None:
     if split not in SPLITS:
         raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")
     if output is not None and resume is not None:
         raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
-    if fps is not None and frames is not None:
-        raise UsageError("fps and frames exclude each other", "give one of the two")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}", "allow at least one")
 
 
 def _questions(data: str):

@@ -139,11 +139,11 @@ def _report(problem: Exception) -> int:
         _nobody_reads([sys.stdout])
         print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
         return UsageError.exit_code
-    told = getattr(problem, "told", False)
+    reported = getattr(problem, "reported", False)
     if isinstance(problem, ParserError):
         problem = UsageError(_sentence(problem), _hint(problem))
     error = failure(problem)
-    if "--json" in sys.argv[1:] and not told:
+    if "--json" in sys.argv[1:] and not reported:
         if _command() == "inspect":
             print_failure({}, problem)
         elif _command() == "eval":

@@ -1,15 +1,26 @@
 """Options that several commands share, declared once."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.precision import QUANTIZE
-from evoprune.pipeline.options import LOAD_FORMATS
+from evoprune.pipeline.options import (
+    LOAD_FORMATS,
+    GenerationOptions,
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    from_keywords,
+)
 from evoprune.pruning.budget import PRESETS, parse_budget
+from evoprune.video.sampling import parse_time
 
+OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
 _PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())
 
 
@@ -103,17 +114,6 @@ Methods = Annotated[
         show_default=False,
     ),
 ]
-EncoderBudget = Annotated[
-    float | None,
-    _option(
-        _PRUNING,
-        "--encoder-budget",
-        metavar="SHARE",
-        help="Share of the units that the encoder goes on computing, in (0, 1], whatever -b keeps for the language model; "
-        "default: follows from -b.",
-        show_default=False,
-    ),
-]
 MethodArg = Annotated[
     list[str] | None,
     _option(
@@ -165,6 +165,70 @@ System = Annotated[
     str | None, _option(_GENERATION, "-s", "--system", metavar="TEXT", help="A system prompt.", show_default=False)
 ]
 
+Video = Annotated[
+    str,
+    typer.Argument(metavar="VIDEO", help="The video file, a folder of frames, or - for stdin.", show_default=False),
+]
+Question = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="QUESTION",
+        help="The question, quoted. If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
+        show_default=False,
+    ),
+]
+MoreQuestions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-Q",
+        "--question",
+        metavar="TEXT",
+        help="A further question; repeatable. All share one encoding.",
+        show_default=False,
+    ),
+]
+Interactive = Annotated[
+    bool,
+    typer.Option(
+        "--interactive",
+        help="Keep the video and ask on at a prompt: Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        help="Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
+    ),
+]
+
+InspectedVideo = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="VIDEO",
+        help="A video file, a folder of frames, or - for stdin; without it, a report on this machine.",
+        show_default=False,
+    ),
+]
+Overlay = Annotated[
+    str | None,
+    typer.Option(
+        "--overlay",
+        metavar="FILE",
+        help=f"Draw what the model reads of the video, what is reused and what is merged ({', '.join(OVERLAYS)}). "
+        "Loads the model; pruning options are for this.",
+        show_default=False,
+    ),
+]
+Scan = Annotated[
+    bool, typer.Option("--scan", help="Decode the whole video and report damage, true length and variable rate.")
+]
+ClearCache = Annotated[
+    bool,
+    typer.Option("--clear-cache", help="First delete the encoded videos that `ask --cache` keeps on disk."),
+]
+JsonDocument = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
+
 Json = Annotated[bool, _option(_OUTPUT, "--json", help="One JSON line a question on stdout, instead of text.")]
 Stats = Annotated[
     bool | None,
@@ -188,11 +252,38 @@ Cache = Annotated[
 Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
 
 
-def settings(texts: list[str] | None, encoder_budget: float | None) -> dict[str, str]:
-    """A method's settings: NAME=VALUE texts, and its encoder's budget.
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What a command's options say of the pipeline."""
+
+    model: ModelOptions
+    pruning: PruneOptions
+    sampling: SamplingOptions
+    generation: GenerationOptions
+
+
+def pipeline_options(given: Mapping[str, Any]) -> PipelineOptions:
+    """The pipeline's options, made of a command's arguments by their names (`locals()`); other arguments are ignored.
 
     Raises:
-        UsageError: a text without an equals sign or a name, or a setting that is given twice.
+        UsageError: a bad value.
+    """
+    given = {
+        **given,
+        "method_args": settings(given.get("method_arg")),
+        "start_s": parse_time(given["start"]),
+        "end_s": parse_time(given["end"]) if given["end"] else None,
+    }
+    kinds = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+    known = {f.name for kind in kinds for f in fields(kind)}
+    return PipelineOptions(*from_keywords({k: v for k, v in given.items() if k in known}, *kinds))
+
+
+def settings(texts: list[str] | None) -> dict[str, str]:
+    """A method's settings, of NAME=VALUE texts.
+
+    Raises:
+        UsageError: a text without an equals sign or a name.
     """
     made = {}
     for text in texts or []:
@@ -200,7 +291,7 @@ def settings(texts: list[str] | None, encoder_budget: float | None) -> dict[str,
         if not equals or not name:
             raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg allocation=mean")
         made[name] = value
-    return methods.with_encoder_budget(made, encoder_budget)
+    return made
 
 
 def listed(texts: list[str] | None) -> list[str]:
@@ -208,16 +299,14 @@ def listed(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
 
-def sweep(
-    budgets: list[str] | None, names: list[str] | None, args: list[str] | None, encoder_budget: float | None
-) -> dict:
+def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None) -> dict:
     """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
 
     Raises:
-        UsageError: a bad budget, no such method, a setting that is not NAME=VALUE or given twice.
+        UsageError: a bad budget, no such method, or a setting that is not NAME=VALUE.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     if unknown := [name for name in wanted if not methods.known(name)]:
         raise UsageError(f"--method {unknown[0]!r} is unknown", f"one of {', '.join(methods.available())}")
     shares = tuple(dict.fromkeys(map(parse_budget, listed(budgets) or list(PRESETS)[1:])))
-    return {"budgets": shares, "methods": wanted, "method_args": settings(args, encoder_budget)}
+    return {"budgets": shares, "methods": wanted, "method_args": settings(args)}

@@ -103,7 +103,6 @@ def profile(
             rich_help_panel=_SWEEP,
         ),
     ] = None,
-    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
     new_tokens: Annotated[
@@ -167,7 +166,7 @@ def profile(
     evoprune profile --synthetic static90 --frames 32 -b fast --format json
     """
     sweep = {
-        **opt.sweep(budget, method, method_arg, encoder_budget),
+        **opt.sweep(budget, method, method_arg),
         "quantize": tuple(dict.fromkeys(opt.listed(quantize) or ["none"])),
     }
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))

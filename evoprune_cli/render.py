@@ -138,8 +138,6 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
     asked = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
     budget = "" if pruning.method == "none" else f" -b {asked}"
-    if pruning.args.get("encoder_budget") is not None:
-        budget += f" --encoder-budget {pruning.encoder_budget:g}"
     grids, rows, columns = sampling.grid_thw
     facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
     name = printable(os.path.basename(os.path.abspath(video.path)))

@@ -22,8 +22,10 @@ from evoprune.demo.clips import make_clip
 from evoprune.evaluation.demo_clips import demo_video, seeds
 from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import in_points, paired_difference
+from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading import LoadedModel, load_model
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.options import PruneOptions
 from evoprune.video.decode import FrameChunk, read_frames
 
 PERIOD_S = 4.0  # of the light
@@ -58,8 +60,9 @@ def in_changing_light(light: float) -> Callable[..., Iterator[FrameChunk]]:
 
 def answers(loaded: LoadedModel, video: Video, noise: Noise, method: str, budget: float) -> list[dict]:
     """A sample a question: whether it was answered, the live share, and the share of units that were encoded at all."""
-    qa = VideoQA(loaded, budget=budget, method=method)
-    shown = qa.encode(video.path, name=video.name, read=in_changing_light(noise.light))
+    engine = make_engine(loaded, PruneOptions(budget, method))
+    with closing(open_video(engine, video.path, name=video.name, read=in_changing_light(noise.light))) as opened:
+        shown = opened.encode()
     pruning = shown.report.pruning
     encoded = pruning.layers[0][1] / pruning.visual_tokens_in
     return [

@@ -68,7 +68,7 @@ class Part:
 
     @property
     def range(self) -> dict[str, float | None]:
-        """Arguments of `VideoQA.prepare`."""
+        """The fields of `SamplingOptions` that a row gives."""
         return {"start_s": self.rows[0].start_s, "end_s": self.rows[0].end_s}
 
 

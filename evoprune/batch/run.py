@@ -6,68 +6,59 @@ video is asked about, the next one is made ready: its first chunks lie in memory
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evoprune.batch.output import Found
 from evoprune.batch.rows import Part, Row
 from evoprune.errors import OutOfMemory, UsageError, error_record
 from evoprune.evaluation.folder import differences
+from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, from_keywords
 from evoprune.pipeline.prefetch import ahead
 from evoprune.report import Report, VideoFacts, rounded
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import EncodedVideo
     from evoprune.pipeline.cache import Cache
-    from evoprune.pipeline.encoding import PreparedVideo
+    from evoprune.pipeline.opening import OpenVideo
     from evoprune.pipeline.video_qa import VideoQA
 
 T = TypeVar("T")
 OnFailure = Callable[[Exception], None]
 
 
+# What an answer does not depend on, or what each row says itself.
+NOT_RECORDED = ("device", "offline", "start_s", "end_s")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """All that an answer depends on besides its row and the machine. See `VideoQA`, `VideoQA.prepare` and `EncodedVideo.ask`."""
+    """Everything that an answer depends on besides its row: the options of the pipeline."""
 
-    model: str
-    budget: float | str
-    method: str
-    method_args: dict[str, str] = field(default_factory=dict)
-    seed: int = 0
-    revision: str | None = None
-    dtype: str = "auto"
-    quantize: str = "none"
-    load_format: str = "auto"
-    fps: float | None = None
-    frames: int | None = None
-    max_frames: int | None = None
-    max_visual_tokens: int | None = None
-    decoder: str = "auto"
-    system: str | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
+    model: ModelOptions
+    pruning: PruneOptions
+    sampling: SamplingOptions
+    generation: GenerationOptions
 
-    def load(self, **how) -> "VideoQA":
-        """Loads the model. `how`: `device`, `offline` and `progress` of `VideoQA.load`, which says what is raised."""
-        from evoprune.language.generate import GenerationSettings
+    @classmethod
+    def of(cls, **options) -> "Settings":
+        """Made of the fields of all four.
+
+        Raises:
+            UsageError: a bad value. TypeError: an unknown option.
+        """
+        return cls(*from_keywords(options, ModelOptions, PruneOptions, SamplingOptions, GenerationOptions))
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
+        """Loads the model; raises what `VideoQA.load` raises."""
         from evoprune.pipeline.video_qa import VideoQA
 
-        GenerationSettings(self.max_new_tokens, self.temperature, self.top_p, self.seed)
-        names = ("budget", "method", "method_args", "seed", "revision", "dtype", "quantize", "load_format")
-        return VideoQA.load(self.model, **self._some(*names), **how)
+        return VideoQA.load(**vars(self.model), **vars(self.pruning), progress=progress)
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        return self._some("fps", "frames", "max_frames", "max_visual_tokens", "decoder")
-
-    @property
-    def generation(self) -> dict[str, Any]:
-        return self._some("system", "max_new_tokens", "temperature", "top_p")
-
-    def _some(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
+    def record(self) -> dict[str, Any]:
+        """All of it as flat data for JSON, as records hold it."""
+        both = asdict(self.model) | asdict(self.pruning) | asdict(self.sampling) | asdict(self.generation)
+        return {name: value for name, value in both.items() if name not in NOT_RECORDED}
 
 
 def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
@@ -76,7 +67,7 @@ def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -
     Raises:
         UsageError: a record was made with other settings, or its row was another one.
     """
-    now, asked, done = rounded(asdict(settings)), {row.id: rounded(row.asked) for row in rows}, set()
+    now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
     for record in found:
         if other := differences(record.settings, now):
             raise UsageError(f"the output was begun with other settings: {other}", "give the same ones, or another -o")
@@ -109,11 +100,14 @@ def answers(
 
 def _prepared(
     qa: "VideoQA", parts: Iterable[Part], settings: Settings, cache: "Cache | None"
-) -> Generator[tuple[Part, "PreparedVideo | Exception"], None, None]:
+) -> Generator[tuple[Part, "OpenVideo | Exception"], None, None]:
     """Every part with its first chunks read, or with why they cannot be."""
+    from evoprune.pipeline.opening import open_video
+
     for part in parts:
         try:
-            video = qa.prepare(part.path, name=part.video, cache=cache, **settings.sampling, **part.range)
+            sampling = replace(settings.sampling, **part.range)
+            video = open_video(qa.engine, part.path, sampling, name=part.video, cache=cache)
             video.begin()
         except Exception as problem:
             yield part, problem
@@ -133,13 +127,11 @@ def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Repor
 
 def _named(report: Report, row: Row, settings: Settings) -> Report:
     report.id = row.id
-    report.batch = {"row": row.asked | {"answer": row.answer}, "settings": asdict(settings)}
+    report.batch = {"row": row.asked | {"answer": row.answer}, "settings": settings.record()}
     return report
 
 
-def _asked(
-    part: Part, video: "PreparedVideo | Exception", settings: Settings, on_failure: OnFailure
-) -> Iterator[Report]:
+def _asked(part: Part, video: "OpenVideo | Exception", settings: Settings, on_failure: OnFailure) -> Iterator[Report]:
     encoded, error = _tried(lambda: _encoded(video), on_failure)
     for row in part.rows:
         report = None
@@ -148,7 +140,7 @@ def _asked(
         yield _named(report, row, settings) if report else failure_report(row, settings, error)
 
 
-def _encoded(video: "PreparedVideo | Exception") -> "EncodedVideo":
+def _encoded(video: "OpenVideo | Exception") -> "EncodedVideo":
     if isinstance(video, Exception):
         raise video
     with closing(video):
@@ -156,9 +148,10 @@ def _encoded(video: "PreparedVideo | Exception") -> "EncodedVideo":
 
 
 def _answered(encoded: "EncodedVideo", row: Row, settings: Settings) -> Report:
-    for _ in encoded.ask(row.prompt, **settings.generation):
+    answer = encoded.ask(row.prompt, **vars(settings.generation))
+    for _ in answer:
         pass
-    return encoded.report
+    return answer.report
 
 
 def _tried(work: Callable[[], T], on_failure: OnFailure) -> tuple[T | None, dict | None]:

@@ -13,14 +13,13 @@ if TYPE_CHECKING:
 _evaluation: "Evaluation"  # of this process
 
 
-def shown(settings: "Settings", jobs: Iterable[Any], folder: str, processes: int, load: dict) -> Iterator[list[dict]]:
+def shown(settings: "Settings", jobs: Iterable[Any], folder: str, processes: int) -> Iterator[list[dict]]:
     """The samples of each job, in the order of the jobs. Closed early, it kills the processes, which have nothing to lose.
 
     Args:
         settings: of the evaluation.
         jobs: what `Evaluation.show` takes.
         folder: for files that live as long as a video is shown.
-        load: what `Evaluation.load` takes.
 
     Raises:
         What loading or showing raises in a process.
@@ -28,7 +27,7 @@ def shown(settings: "Settings", jobs: Iterable[Any], folder: str, processes: int
     threads = max(1, (os.cpu_count() or 1) // processes)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, context, _begin, (settings, folder, load, threads))
+    pool = ProcessPoolExecutor(processes, context, _begin, (settings, folder, threads))
     try:
         yield from pool.map(_show, jobs)
     except BaseException:
@@ -39,7 +38,7 @@ def shown(settings: "Settings", jobs: Iterable[Any], folder: str, processes: int
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(settings: "Settings", folder: str, load: dict, threads: int) -> None:
+def _begin(settings: "Settings", folder: str, threads: int) -> None:
     global _evaluation
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     import torch
@@ -48,7 +47,7 @@ def _begin(settings: "Settings", folder: str, load: dict, threads: int) -> None:
 
     torch.set_num_threads(threads)
     _evaluation = Evaluation(settings, None)
-    _evaluation.load(**load)
+    _evaluation.load()
     _evaluation.files = folder
 
 

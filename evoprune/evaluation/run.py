@@ -32,9 +32,11 @@ from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.model.machine import environment
 from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading import LoadedModel, load_model
 from evoprune.pipeline.model_folder import describe_model
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.report import Report
 from evoprune.video.decode import FrameChunk, read_frames
 from evoprune.video.probe import VideoInfo
@@ -43,6 +45,17 @@ from evoprune.vision.tower import tower_geometry
 DEMO, DEMO_CLIPS = "demo", 100
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 Progress = Callable[[str], None]
+RECORDED = (
+    "fps",
+    "frames",
+    "max_frames",
+    "max_visual_tokens",
+    "max_new_tokens",
+    "model",
+    "revision",
+    "dtype",
+    "quantize",
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +68,9 @@ class Settings:
         limit: at most so many videos; None for all of a file, and 100 clips of the demo's.
         budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts.
         blind: also ask without the video.
-        fps, frames, max_frames, max_visual_tokens: see `VideoQA.encode`.
-        max_new_tokens: of an answer.
+        model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise.
         timed: whether samples hold `prune_ms` too, milliseconds that scores, merging and choice took, for the video or, where the
             choice depends on it, for the question; in these two runs differ.
-        model, revision, dtype, quantize: see `load_model`.
         version: of this program.
     """
 
@@ -71,23 +82,18 @@ class Settings:
     split: str = "heldout"
     seed: int = 0
     limit: int | None = None
-    fps: float | None = None
-    frames: int | None = None
-    max_frames: int | None = None
-    max_visual_tokens: int | None = None
-    max_new_tokens: int = 64
-    model: str = "demo"
-    revision: str | None = None
-    dtype: str = "auto"
-    quantize: str = "none"
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
     digest: str | None = None
     timed: bool = False
     version: str = evoprune.__version__
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        names = ("fps", "frames", "max_frames", "max_visual_tokens")
-        return {name: getattr(self, name) for name in names}
+    def record(self) -> dict[str, Any]:
+        """All that results depend on, as flat data for JSON."""
+        groups = asdict(self.model) | asdict(self.sampling) | asdict(self.generation)
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
+        return own | {name: groups[name] for name in RECORDED}
 
 
 @dataclass(frozen=True)
@@ -145,14 +151,9 @@ class Evaluation:
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
 
-    def load(self, *, device: str = "auto", offline: bool = False, progress: Callable | None = None) -> None:
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
-        s = self.settings
-        self._load = {"device": device, "offline": offline}
-        self.loaded = load_model(
-            s.model, revision=s.revision, device=device, dtype=s.dtype, offline=offline, quantize=s.quantize,
-            progress=progress,
-        )  # fmt: skip
+        self.loaded = load_model(self.settings.model, progress=progress)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; to `resume`, into that of a run cut short, whose samples it takes over.
@@ -160,7 +161,7 @@ class Evaluation:
         Raises:
             UsageError: it cannot be made, or there is no such run with the same settings.
         """
-        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, asdict(self.settings))
+        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self.settings.record())
         self.samples = list(self.folder.samples)
 
     @property
@@ -180,7 +181,7 @@ class Evaluation:
         missing = self._missing(done)
         with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
             if processes > 1:
-                each = shown(self.settings, missing, self.files, processes, self._load)
+                each = shown(self.settings, missing, self.files, processes)
             else:
                 each = (
                     self.show(job, lambda what, at=number: tell(f"video {at} of {self.total}: {what}"))
@@ -218,21 +219,23 @@ class Evaluation:
 
     def _asked(self, side: Side, video: Video, frames: "Frames", rows: SharedRows) -> Iterator[dict]:
         settings, method = self.settings, side.kind == METHOD
-        qa = VideoQA(
-            self.loaded,
+        options = PruneOptions(
             budget=side.budget,
             method=side.method,
-            method_args=settings.method_args if method else None,
+            method_args=settings.method_args if method else {},
             seed=((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63,
         )
-        how = {"read": grey_frames} if side.kind == BLIND else {"read": frames.read, "tower": rows.encode_rows}
-        encoded = qa.encode(video.path, name=video.name, **settings.sampling, **how)
-        cost, pruned = Cost(encoded), encoded.report.time_ms.encode_prune
+        engine = make_engine(self.loaded, options)
+        how = {"read": grey_frames} if side.kind == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
+        with closing(open_video(engine, video.path, settings.sampling, name=video.name, **how)) as opened:
+            encoded = opened.encode()
+        cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for number, item in enumerate(video.items):
-            said = "".join(encoded.ask(item.prompt, max_new_tokens=settings.max_new_tokens))
+            answer = encoded.ask(item.prompt, **vars(settings.generation))
+            said = "".join(answer)
             grade = item.grade(said)
             # Where it does not depend on the question it was all done before the first.
-            prune_ms = encoded.report.time_ms.encode_prune if qa.method.reads_question else pruned
+            prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
             times = {"prune_ms": prune_ms} if settings.timed else {}
             yield _about(video, number) | {
                 "row": side.kind,
@@ -243,8 +246,8 @@ class Evaluation:
                 "answer": said,
                 "right": bool(grade),
                 "unparseable": grade is None,
-                "warnings": encoded.report.warnings,
-                **cost.of(encoded.report),
+                "warnings": answer.report.warnings,
+                **cost.of(answer.report),
                 **times,
             }
 
@@ -257,7 +260,7 @@ class Evaluation:
             "schema": SCHEMA,
             "model": asdict(loaded.facts()) if loaded else None,
             "env": asdict(environment(loaded.device)) if loaded else None,
-            "settings": asdict(self.settings),
+            "settings": self.settings.record(),
             "videos": {"wanted": self.total, "shown": len({s["video"] for s in good}), "failed": len(failed)},
             "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},
             "rows": score_rows(self.samples),
@@ -284,10 +287,10 @@ class Evaluation:
 class Cost:
     """What showing a video took: rows, tokens, and operations at 3B dimensions."""
 
-    def __init__(self, encoded: EncodedVideo):
+    def __init__(self, loaded: LoadedModel, encoded: EncodedVideo):
         config, _ = describe_model(COST_MODEL)
         vision, (grids, height, width) = config.vision_config, encoded.plan.grid
-        windows = tower_geometry(encoded.qa.loaded.model.model.visual, height, width).windows
+        windows = tower_geometry(loaded.model.model.visual, height, width).windows
         entered = [rows for _, rows in encoded.report.pruning.layers]
         rows = [*stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
         self._text = config.text_config

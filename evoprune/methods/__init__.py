@@ -77,21 +77,6 @@ def get(name: str, args: dict[str, str] | None = None) -> "Method":
     raise UsageError(f"no pruning method {name!r}", f"one of {', '.join(available())}")
 
 
-def with_encoder_budget(args: dict[str, str] | None, share: float | None) -> dict[str, str]:
-    """Settings of a method together with its encoder's budget, which is one of them; None for no such setting.
-
-    Raises:
-        UsageError: it is among `args` already.
-    """
-    if share is None:
-        return args or {}
-    if "encoder_budget" in (args or {}):
-        raise UsageError(
-            "encoder_budget is given twice", "the method's setting of that name is the same: give one of the two"
-        )
-    return {**(args or {}), "encoder_budget": str(share)}
-
-
 def plugins() -> dict[str, str]:
     """What is to be said of each entry point of other packages, by its name: whose it is, and whether it works. Loads them."""
     told = {}

@@ -3,5 +3,3 @@
 SYNTHETIC = ("motion", "static90", "noise")
 # Clips of the demo's generator: to report on, to tune on, and a family of its own that is never tuned on.
 SPLITS = ("heldout", "validation", "portrait")
-# Endings of the pictures that `inspect --overlay` draws.
-OVERLAYS = (".png", ".gif", ".mp4")

@@ -12,7 +12,8 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.methods.base import Selection
 from evoprune.model.memory import memory_guard
-from evoprune.pipeline.encoding import CHUNK_BYTES, PreparedVideo
+from evoprune.pipeline.opening import OpenVideo
+from evoprune.pipeline.work import CHUNK_BYTES
 from evoprune.video.decode import read_frames
 from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import Plan
@@ -108,25 +109,27 @@ class Look:
         )
 
 
-def look_at(prepared: PreparedVideo, progress: Callable[[str, int, int], None] | None = None) -> Look:
-    """Encodes a prepared video, one part after another, and keeps what is needed to show what was done.
+def look_at(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = None) -> Look:
+    """Encodes a video, one part after another, and keeps what is needed to show what was done.
 
     Args:
-        prepared: from `VideoQA.prepare`, not begun.
+        opened: from `pipeline.opening.open_video`, not begun.
         progress: as of `VideoQA.encode`.
 
     Raises:
         UsageError: the method reads the question. VideoError: unreadable. OutOfMemory.
     """
-    qa, plan = prepared.qa, prepared.plan
-    if qa.method.reads_question:
+    engine, view, plan = opened.engine, opened.view, opened.view.plan
+    if engine.method.reads_question:
         hint = "choose a method that does without"
-        raise UsageError(f"method {qa.method_name} chooses for a question, and there is none to draw it for", hint)
-    limits, frames, damaged = qa.loaded.video, [], 0
+        raise UsageError(
+            f"method {engine.options.method} chooses for a question, and there is none to draw it for", hint
+        )
+    limits, frames, damaged = engine.loaded.video, [], 0
 
     def patches() -> Iterator[torch.Tensor]:
         nonlocal damaged
-        read = read_frames(prepared.info, plan.sampling.times_s, decoder=prepared.decoder, chunk_bytes=CHUNK_BYTES)
+        read = read_frames(view.info, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=CHUNK_BYTES)
         with closing(read) as chunks:
             for chunk in chunks:
                 damaged += chunk.damaged
@@ -140,22 +143,21 @@ def look_at(prepared: PreparedVideo, progress: Callable[[str, int, int], None] |
 
     with memory_guard("encode"):
         video = encode_rows(
-            qa.loaded.model.model.visual,
+            engine.loaded.model.model.visual,
             patches(),
             plan.grid,
-            qa.method,
-            prepared.keep,
+            engine.method,
+            view.keep,
             seconds_per_grid=plan.sampling.seconds_per_grid(limits.temporal_patch_size),
-            seed=qa.seed,
+            seed=engine.seed,
             on_layer=lambda done, total: progress("layers", done, total) if progress else None,
         )
         found = fates(video)
-    info = prepared.info
     told = {
-        "cut_short": info.cut_short and plan.sampling.end_s == info.duration_s,
+        "cut_short": view.cut_short,
         "damaged_video": damaged > 0,
         "equal_scores": video.nothing().flat,
-        "demo_overlay": qa.loaded.is_demo and not is_demo_clip(info),
+        "demo_overlay": engine.loaded.is_demo and not is_demo_clip(view.info),
     }
     warnings = [name for name, so in told.items() if so]
     return Look(plan, torch.cat(frames), found, warnings, damaged)

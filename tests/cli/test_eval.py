@@ -13,7 +13,6 @@ import pytest
 
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.evaluation import run as evaluation_run
-from evoprune.pipeline.video_qa import VideoQA
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import visible
 
@@ -44,15 +43,15 @@ def choices(tmp_path):
 
 def breaking(monkeypatch, at: int, problem: BaseException):
     """Makes the `at`-th encoding fail."""
-    shown, real = [], VideoQA.encode
+    shown, real = [], evaluation_run.open_video
 
-    def encode(self, *args, **more):
+    def opened(*args, **more):
         shown.append(args)
         if len(shown) == at:
             raise problem
-        return real(self, *args, **more)
+        return real(*args, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
 
 
 def table_rows(text: str, title: str = "accuracy") -> list[str]:
@@ -325,7 +324,13 @@ def test_defaults(cli, monkeypatch):
     (demo, none), (file, videos) = made
     assert none is None and len(videos) == 6 and demo.budgets == (0.1,)
     assert (file.budgets, file.methods, file.method_args) == ((0.5, 0.25, 0.1), ("evoprune",), {})
-    assert (file.split, file.seed, file.limit, file.blind, file.max_new_tokens) == ("heldout", 0, None, False, 64)
+    assert (file.split, file.seed, file.limit, file.blind, file.generation.max_new_tokens) == (
+        "heldout",
+        0,
+        None,
+        False,
+        64,
+    )
     assert demo.digest is None and len(file.digest) == 64
 
 

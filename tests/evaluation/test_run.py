@@ -16,6 +16,7 @@ from evoprune.evaluation.questions import Item, Video, load_items
 from evoprune.evaluation.run import COST_MODEL, Evaluation, Settings, grey_frames, sides
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.model_folder import describe_model
+from evoprune.pipeline.options import GenerationOptions, SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.probe import probe
 from tests.threads import one_thread  # noqa: F401
@@ -39,7 +40,8 @@ def videos(names=CLIPS):
     return made
 
 
-SETTINGS = Settings("q.jsonl", (0.5, 0.25), ("random",), max_new_tokens=2, frames=4)
+LITTLE = {"sampling": SamplingOptions(frames=4), "generation": GenerationOptions(max_new_tokens=2)}
+SETTINGS = Settings("q.jsonl", (0.5, 0.25), ("random",), **LITTLE)
 
 
 def begun(loaded, settings=SETTINGS, shown=None, folder=None, resume=False) -> Evaluation:
@@ -57,13 +59,13 @@ def test_full_comes_first_and_nothing_twice():
 
 
 def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
-    encoded, real = [], VideoQA.encode
+    encoded, real = [], evaluation_run.open_video
 
-    def encode(self, path, **more):
-        encoded.append((Path(path).name, self.method_name, self.budget, more["read"] is grey_frames))
-        return real(self, path, **more)
+    def opened(engine, path, sampling, **more):
+        encoded.append((Path(path).name, engine.options.method, engine.budget, more["read"] is grey_frames))
+        return real(engine, path, sampling, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
     run = begun(loaded, replace(SETTINGS, blind=True, limit=2))
     run.run()
     sided = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
@@ -78,8 +80,9 @@ def test_samples_say_what_ask_says(loaded):
     for sample in run.samples[:14]:
         qa = VideoQA(loaded, budget=sample["budget"], method=sample["method"])
         video = qa.encode(SAMPLES / sample["video"], frames=4)
-        assert "".join(video.ask(sample["question"], max_new_tokens=2)) == sample["answer"]
-        report = video.report
+        answer = video.ask(sample["question"], max_new_tokens=2)
+        assert "".join(answer) == sample["answer"]
+        report = answer.report
         assert sample["tokens"] == report.pruning.visual_tokens_kept and sample["prompt"] == report.tokens.prompt
         assert sample["live_share"] == report.pruning.encoder_live_share and sample["units"] == 48
         assert sample["right"] == (sample["answer"].strip() == "blue")
@@ -131,9 +134,9 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
         return [[s["answer"] for s in run.samples] for run in seen]
 
     assert kept(0) == kept(0)
-    seeds, real = [], VideoQA.__init__
+    seeds, real = [], evaluation_run.make_engine
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VideoQA, "__init__", lambda self, *a, **k: (seeds.append(k["seed"]), real(self, *a, **k))[1])
+        patch.setattr(evaluation_run, "make_engine", lambda m, o: seeds.append(o.seed) or real(m, o))
         kept(0), kept(1), kept(2**31 - 1)
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
 
@@ -146,14 +149,14 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     assert run.failed and document["videos"] == {"wanted": 3, "shown": 2, "failed": 1}
     assert document["items"] == {"answered": 4, "failed": 2} and document["rows"][0]["n"] == 4
     assert document["failures"] == [{"video": "gone.mp4", "message": "no such file: samples/gone.mp4"}]
-    real = VideoQA.encode
+    real = evaluation_run.open_video
 
-    def encode(self, path, **more):
-        if self.method_name == "random" and Path(path).name == "three.mp4":
+    def opened(engine, path, *args, **more):
+        if engine.options.method == "random" and Path(path).name == "three.mp4":
             raise OutOfMemory("out of memory in encode", stage="encode")
-        return real(self, path, **more)
+        return real(engine, path, *args, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
     run = begun(loaded, shown=videos(CLIPS[:2]))
     run.run()
     assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # in full either, or no pairs
@@ -217,15 +220,15 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     whole = begun(loaded, folder=tmp_path / "whole")
     whole.run()
     whole.folder.finish(whole.document())
-    shown, real = [], VideoQA.encode
+    shown, real = [], evaluation_run.open_video
 
-    def encode(self, *args, **more):
+    def opened(*args, **more):
         shown.append(args)
         if len(shown) == at:
             raise KeyboardInterrupt
-        return real(self, *args, **more)
+        return real(*args, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
     torn = begun(loaded, folder=tmp_path / "torn")
     with pytest.raises(KeyboardInterrupt):
         torn.run()

@@ -14,7 +14,9 @@ from evoprune.evaluation.questions import Item
 from evoprune.evaluation.run import Evaluation, Video
 from evoprune.evaluation.run import Settings as EvalSettings
 from evoprune.model.numerics import is_finite
+from evoprune.pipeline import opening
 from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import write_image
@@ -93,25 +95,23 @@ def test_the_stage_is_named(loaded, where, stage, bad, temperature):
 
 
 def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
-    calls, real = [], VideoQA.prepare
+    calls, real = [], opening.open_video
 
-    def prepare(self, *args, **how):
+    def opened(*args, **how):
         calls.append(1)
-        video = real(self, *args, **how)
-        if len(calls) == 1:
-            video._read = spoilt
-        return video
+        return real(*args, **(how | {"read": spoilt} if len(calls) == 1 else how))
 
     def spoilt(*_, **__):
         raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
 
-    monkeypatch.setattr(VideoQA, "prepare", prepare)
+    monkeypatch.setattr(opening, "open_video", opened)
+    monkeypatch.setattr("evoprune.evaluation.run.open_video", opened)
     rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
-    made = list(answers(VideoQA(loaded), grouped(rows), Settings("x", 0.5, "evoprune", max_new_tokens=1)))
+    made = list(answers(VideoQA(loaded), grouped(rows), Settings.of(model="x", max_new_tokens=1)))
     assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]
     calls.clear()
     videos = [Video(name, name, (Item("a", "What?", "x"),)) for name in (CLIP, "samples/three.mp4")]
-    run = Evaluation(EvalSettings("d", (0.5,), ("evs",), {}, max_new_tokens=1), videos)
+    run = Evaluation(EvalSettings("d", (0.5,), ("evs",), generation=GenerationOptions(max_new_tokens=1)), videos)
     run.loaded = loaded
     run.run()
     assert run.document()["videos"] == {"wanted": 2, "shown": 1, "failed": 1}
