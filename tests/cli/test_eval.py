@@ -280,24 +280,6 @@ def test_other_settings(run, tmp_path):
     assert result.code == 2 and "other settings: seed was 0, is 1" in result.err and result.out == ""
 
 
-def test_the_encoders_budget_is_one_of_the_settings(cli, tiny_folder, tmp_path):
-    def run(*args, share="0.3", method="evoprune,none"):
-        quick = ("-m", str(tiny_folder), "--limit", "1", "-b", "full,0.25", "-n", "1", "--frames", "4", "--json")
-        return cli("eval", "--data", DATA, *quick, "--method", method, "--encoder-budget", share, *map(str, args))
-
-    document = run("-o", tmp_path / "run").record
-    assert document["settings"]["method_args"] == {"encoder_budget": "0.3"}
-    assert "settings of the methods: encoder_budget=0.3" in document["notes"]
-    rows = {row["name"]: row for row in document["rows"] if row["group"] == "all"}
-    assert list(rows) == ["full", "evoprune -b 1", "evoprune -b 0.25"]
-    assert rows["full"]["tokens"] == rows["evoprune -b 1"]["tokens"] == 48
-    assert rows["evoprune -b 1"]["live_share"] < rows["full"]["live_share"] == 1
-    result = run("--resume", tmp_path / "run", share="0.4")
-    assert result.code == 2 and "other settings: method_args was" in result.err
-    result = run(method="evoprune,pool")
-    assert result.code == 2 and "method pool has no encoder budget" in result.err
-
-
 def test_other_failures(cli, run, monkeypatch):
     result = cli("eval", "--data", DATA, "-m", "samples", "--json")
     assert result.code == 4 and result.record["error"]["stage"] == "load"

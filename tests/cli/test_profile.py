@@ -114,19 +114,6 @@ def test_a_sweep(profile):
     assert cases == [(n, *size) for n in (4, 6) for size in sizes]
 
 
-def test_the_encoders_budget(profile):
-    args = ("-b", "1", "--method", "evoprune,none", "--encoder-budget", "0.25")
-    document = profile(*args, "--format", "json").record
-    assert document["settings"]["method_args"] == {"encoder_budget": "0.25"}
-    counts = {row["name"]: row["counts"] for row in document["rows"]}
-    assert {name for name, row in counts.items() if row["tokens"] == 24} == {"bound -b 0.5", "evoprune -b 0.5"}
-    assert {row["tokens"] for row in counts.values()} == {24, 48}
-    assert counts["evoprune -b 1"]["encoder_rows"] == 12 == counts["evoprune -b 0.5"]["encoder_rows"]
-    assert "4 new tokens; encoder_budget=0.25" in profile(*args).out
-    result = profile("--method", "random", "--encoder-budget", "0.25")
-    assert result.code == 2 and "method random has no encoder budget" in result.err
-
-
 def test_a_video(cli, tiny_folder):
     common = ("-m", str(tiny_folder), "-r", "1", "--frames", "4", "-b", "0.5", "--format", "json")
     document = cli("profile", CLIP, *common).record

@@ -16,7 +16,7 @@ from evoprune.evaluation.questions import Item, Video, load_items
 from evoprune.evaluation.run import COST_MODEL, Evaluation, Settings, grey_frames, sides
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.model_folder import describe_model
-from evoprune.pipeline.options import GenerationOptions, SamplingOptions
+from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.probe import probe
 from tests.threads import one_thread  # noqa: F401
@@ -190,7 +190,8 @@ def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded,
 
 @pytest.mark.parametrize("data", ["q.jsonl", "demo"])
 def test_several_processes_give_the_same_samples_in_the_same_order(saved, data):
-    settings = replace(SETTINGS, data=data, model=str(saved), dtype="fp32", split="validation", limit=3)
+    model = ModelOptions(str(saved), dtype="fp32")
+    settings = replace(SETTINGS, data=data, model=model, split="validation", limit=3)
     runs = []
     for processes in (1, 2):
         run = Evaluation(settings, videos() if data != "demo" else None)
@@ -201,8 +202,8 @@ def test_several_processes_give_the_same_samples_in_the_same_order(saved, data):
 
 
 def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):
-    settings = replace(SETTINGS, model=str(tmp_path / "gone"))
-    run = Evaluation(replace(settings, model=str(saved)), videos())
+    settings = replace(SETTINGS, model=ModelOptions(str(tmp_path / "gone")))
+    run = Evaluation(replace(settings, model=ModelOptions(str(saved))), videos())
     run.load()
     run.settings = settings  # whose model the processes cannot load
     before = set(multiprocessing.active_children())
@@ -273,7 +274,13 @@ def test_what_failed_is_tried_again(loaded, tmp_path):
 
 def test_other_settings_are_refused(loaded, tmp_path):
     begun(loaded, folder=tmp_path / "run")
-    for changes in ({"budgets": (0.5,)}, {"seed": 1}, {"digest": "0"}, {"version": "0"}, {"model": "other"}):
+    for changes in (
+        {"budgets": (0.5,)},
+        {"seed": 1},
+        {"digest": "0"},
+        {"version": "0"},
+        {"model": ModelOptions("other")},
+    ):
         with pytest.raises(UsageError, match=f"other settings: {next(iter(changes))} was"):
             begun(loaded, replace(SETTINGS, **changes), folder=tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match="no folder of an evaluation"):

@@ -142,5 +142,6 @@ def test_one_grid_and_one_token(loaded, tmp_path, method, most):
     for number in range(2):
         write_image(tmp_path / f"{number}.png", np.full((40, 40, 3), 90, np.uint8))
     video = VideoQA(loaded, budget=0.01, method=method).encode(tmp_path, frames=2, max_visual_tokens=most)
-    "".join(video.ask("What?", max_new_tokens=2))
-    assert (video.report.sampling.grid_thw[0], video.report.pruning.visual_tokens_kept) == (1, 1)
+    answer = video.ask("What?", max_new_tokens=2)
+    "".join(answer)
+    assert (answer.report.sampling.grid_thw[0], answer.report.pruning.visual_tokens_kept) == (1, 1)

@@ -31,7 +31,7 @@ def look(loaded, path=CLIP, **settings) -> Look:
 
 
 def test_every_unit_has_one_fate(loaded):
-    seen = look(loaded, budget=0.25, method_args={"depth": "1"})
+    seen = look(loaded, budget=0.25, method_args={"depth": "1", "encoder_budget": "0.2"})
     fates, units = seen.fates, torch.arange(144)
     assert fates.grid == (6, 4, 6) and seen.frames.shape == (12, 112, 168, 3) and seen.warnings == []
     assert fates.chosen.sum() == 36
