@@ -17,8 +17,7 @@ from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.render import encoding, note, progress, roughly
 
-# Below this nobody needs to be told how long it will take, in seconds.
-LONG_WAIT_S = 5.0
+LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 USAGE = 'evoprune ask video.mp4 "What happens?"'
 
 
@@ -149,7 +148,7 @@ def _encode(engine, path: str, request: _Request, sampling: SamplingOptions, sho
 
 
 def _questions(request: _Request, system: str | None) -> list[str]:
-    """All questions in order; from stdin only if there is none, none is to be typed, and the video does not come from there."""
+    """All questions in order. One is read from stdin if none is given, none will be typed, and stdin is not the video."""
     questions = request.questions
     if request.interactive:
         check_terminal()

@@ -82,7 +82,7 @@ class Conversation:
                 with progress(not self._output.quiet) as show:
                     self._full = self._encode_full(show)
             report.compare, self._half = self._say(self._full, question, "full"), None
-        self.answered += 1  # before it is printed: an interrupted record is better lost than there twice
+        self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
         self._finish(report, last)
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
@@ -139,7 +139,7 @@ class Conversation:
 
 
 def _print_answer(first: str, rest: Iterator[str], silent: bool) -> None:
-    """Streams the answer; the closing newline comes even when it is cut short."""
+    """Prints an answer as it is generated, and a newline even when it is interrupted."""
     if silent:
         for _ in rest:
             pass

@@ -206,7 +206,7 @@ def _print_json(facts: dict, error: dict | None) -> None:
 
 
 def lines(facts: dict, indent: int = 0) -> list[str]:
-    """Nested facts as aligned lines of at most 80 columns, if their words allow it; values of known units in words."""
+    """Nested facts as aligned lines, folded at 80 columns."""
     made = []
     for name, value in facts.items():
         title = " " * indent + (
@@ -223,13 +223,13 @@ def lines(facts: dict, indent: int = 0) -> list[str]:
             made += [title, *lines(value, indent + 2)]
         else:
             text = _value(name, value)
-            # A path, or what a file says of itself, stays in one piece.
-            parts = (
+            # Only lists are folded: paths and tags stay in one piece.
+            pieces = (
                 wrap(text, WIDTH - TITLE, break_long_words=False, break_on_hyphens=False)
                 if isinstance(value, list)
                 else [text]
             )
-            made += [f"{title if number == 0 else '':<{TITLE}}{part}" for number, part in enumerate(parts or [""])]
+            made += [f"{title if number == 0 else '':<{TITLE}}{piece}" for number, piece in enumerate(pieces or [""])]
     return made
 
 
@@ -241,8 +241,8 @@ def _value(name: str, value) -> str:
     if name == "grid":
         return " x ".join(map(str, value)) + " units"
     if name in ("timestamps_s",):
-        shown = [f"{t:g}" for t in (value if len(value) <= 8 else [*value[:4], *value[-2:]])]
-        return ", ".join(shown if len(value) <= 8 else [*shown[:4], "...", *shown[4:]]) + " s"
+        times = [f"{t:g}" for t in (value if len(value) <= 8 else [*value[:4], *value[-2:]])]
+        return ", ".join(times if len(value) <= 8 else [*times[:4], "...", *times[4:]]) + " s"
     if isinstance(value, list | dict):
         return ", ".join(map(str, value)) or "none"
     if name.endswith("_bytes"):

@@ -44,7 +44,15 @@ Model = Annotated[
 Revision = Annotated[
     str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub id.", show_default=False)
 ]
-Device = Annotated[str, _option(_MODEL, "--device", metavar="auto|cpu|cuda[:N]", help="Where to run.")]
+Device = Annotated[
+    str,
+    _option(
+        _MODEL,
+        "--device",
+        metavar="auto|cpu|cuda[:N]",
+        help="Device to run on; auto is CUDA if there is any.",
+    ),
+]
 Dtype = Annotated[
     str,
     _option(
@@ -69,8 +77,8 @@ LoadFormat = Annotated[
         _MODEL,
         "--load-format",
         metavar="|".join(LOAD_FORMATS),
-        help="auto reads the weights; dummy takes random ones of the same dimensions, whose answers mean nothing: for times "
-        "and counts, given a folder with config.json and a tokenizer.",
+        help="auto reads the weights. dummy makes random ones of the same dimensions: times and counts are right, answers mean "
+        "nothing. It needs a folder with config.json and a tokenizer.",
     ),
 ]
 Offline = Annotated[bool, _option(_MODEL, "--offline", help="Never use the network.")]
@@ -124,28 +132,35 @@ MethodArg = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, _option(_PRUNING, "--seed", metavar="<int>", help="Of everything random.", min=0, max=2**63 - 1)]
+Seed = Annotated[
+    int, _option(_PRUNING, "--seed", metavar="<int>", help="Seed of everything random.", min=0, max=2**63 - 1)
+]
 
 Fps = Annotated[
     float | None,
-    _option(
-        _SAMPLING, "--fps", help="Frames a second to look at; default: what the model asks for.", show_default=False
-    ),
+    _option(_SAMPLING, "--fps", help="Frames a second to look at; default: the model's rate.", show_default=False),
 ]
 Frames = Annotated[
     int | None,
-    _option(_SAMPLING, "--frames", help="How many frames to look at instead; odd rounds up.", show_default=False),
+    _option(
+        _SAMPLING,
+        "--frames",
+        help="Number of frames to look at, instead of --fps; odd numbers round up.",
+        show_default=False,
+    ),
 ]
 MaxFrames = Annotated[
     int | None,
-    _option(_SAMPLING, "--max-frames", help="At most so many; default: the model's limit.", show_default=False),
+    _option(
+        _SAMPLING, "--max-frames", help="At most this many frames; default: the model's limit.", show_default=False
+    ),
 ]
 MaxVisualTokens = Annotated[
     int | None,
     _option(
         _SAMPLING,
         "--max-visual-tokens",
-        help="Limit before pruning, by smaller, then fewer frames; default: 24576, for real models on a CPU 4096.",
+        help="Limit before pruning, kept by smaller, then fewer frames; default: 24576, for real models on a CPU 4096.",
         show_default=False,
     ),
 ]
@@ -155,7 +170,7 @@ End = Annotated[
     _option(_SAMPLING, "--end", metavar="TIME", help="Where to stop; default: the end.", show_default=False),
 ]
 Decoder = Annotated[
-    str, _option(_SAMPLING, "--decoder", metavar="auto|pyav|decord", help="What reads the video; auto is pyav.")
+    str, _option(_SAMPLING, "--decoder", metavar="auto|pyav|decord", help="Library that reads the video; auto is pyav.")
 ]
 
 MaxNewTokens = Annotated[int, _option(_GENERATION, "-n", "--max-new-tokens", help="Longest answer.")]
@@ -240,13 +255,15 @@ Stats = Annotated[
     ),
 ]
 Quiet = Annotated[bool, _option(_OUTPUT, "-q", "--quiet", help="No progress, notes or stats; warnings remain.")]
-Verbose = Annotated[bool, _option(_OUTPUT, "-v", "--verbose", help="Also rows of every layer, settings, versions.")]
+Verbose = Annotated[
+    bool, _option(_OUTPUT, "-v", "--verbose", help="Also print rows of every layer, settings, versions.")
+]
 Cache = Annotated[
     bool,
     _option(
         _OUTPUT,
         "--cache/--no-cache",
-        help="Keep encoded videos on disk (at most 2 GiB), and take them from there.  [env var: EVOPRUNE_CACHE_DIR]",
+        help="Keep encoded videos on disk (at most 2 GiB) and reuse them.  [env var: EVOPRUNE_CACHE_DIR]",
     ),
 ]
 Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]

@@ -14,7 +14,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.precision import QUANTIZE
 from evoprune.pipeline.choices import SYNTHETIC
-from evoprune.pipeline.options import LOAD_FORMATS
+from evoprune.pipeline.options import LOAD_FORMATS, ModelOptions
 from evoprune.profiling.results import Case
 from evoprune_cli import options as opt
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
@@ -193,9 +193,9 @@ def profile(
                     time_limit_s=time_limit,
                 )
                 show("loading model")
-                loaded = variants.load(
-                    model, cases, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format
-                )  # fmt: skip
+                load_format = load_format or variants.default_load_format(model)
+                options = ModelOptions(model, revision, device, dtype, load_format=load_format, offline=offline)
+                loaded = variants.load(options, cases)
                 source = partial(runners.video_frames, info) if info else partial(runners.synthetic_frames, kind)
                 about = {"video": video, "synthetic": None if info else kind}
                 for found in run.measure(loaded, cases, source, settings, about=about, progress=show):

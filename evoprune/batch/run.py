@@ -14,7 +14,7 @@ from evoprune.batch.rows import Part, Row
 from evoprune.errors import OutOfMemory, UsageError, error_record
 from evoprune.evaluation.folder import differences
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, from_keywords
-from evoprune.pipeline.prefetch import ahead
+from evoprune.pipeline.prefetch import prefetched
 from evoprune.report import Report, VideoFacts, rounded
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def answers(
     Args:
         on_failure: told what went wrong.
     """
-    with closing(ahead(_prepared(qa, parts, settings, cache), depth=1)) as prepared:
+    with closing(prefetched(_prepared(qa, parts, settings, cache), depth=1)) as prepared:
         for part, video in prepared:
             yield from _asked(part, video, settings, on_failure)
 

@@ -100,7 +100,7 @@ class EncodedVideo:
 
         Args:
             question: taken literally.
-            options: fields of `GenerationOptions`: `max_new_tokens`, `temperature`, `top_p`, `system`. The seed is the engine's.
+            options: fields of `GenerationOptions`: `max_new_tokens`, `temperature`, `top_p`, `system`.
 
         Raises:
             UsageError: an option out of range, or an empty question. TypeError: an unknown option.

@@ -15,7 +15,11 @@ def has_cuda() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a name stands for; see `load_model`."""
+    """The device of a name; "auto" is CUDA if there is any, else the CPU.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if has_cuda() else "cpu"
     try:
@@ -30,7 +34,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
-    """The dtype, by its short name, that is meant on a device; see `load_model`."""
+    """The short name of a dtype; "auto" depends on the device, see `ModelOptions`.
+
+    Raises:
+        UsageError: an unknown name.
+    """
     check_dtype(name)
     if name == "auto":
         bf16 = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
@@ -39,7 +47,7 @@ def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware; without, bf16 is slower than fp32."""
+    """Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than fp32."""
     if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
         found = {name for name, value in torch.cpu.get_capabilities().items() if value}
     else:

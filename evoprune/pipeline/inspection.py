@@ -1,4 +1,4 @@
-"""What `evoprune inspect` tells: about this machine, or about a video and what a model would look at in it."""
+"""The facts that `evoprune inspect` prints: about this machine, or about a video and what a model would look at."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 
 def environment_facts() -> dict:
-    """Versions, devices, what decoders work and why not, where models and encoded videos are kept."""
+    """Versions, devices, decoders, methods, caches and environment variables."""
     import torch
     from huggingface_hub import constants
 
@@ -76,7 +76,7 @@ def video_facts(info: VideoInfo) -> dict:
 
 
 def plan_facts(plan: Plan, config) -> dict:
-    """What a model would look at: moments, sizes, tokens at each preset, and the memory that goes with them.
+    """What a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache.
 
     Args:
         plan: from `plan.make_plan`.

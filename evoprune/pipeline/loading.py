@@ -1,7 +1,7 @@
 """Loading a model: the bundled demo, a folder, a hub id, or true dimensions with random weights for benchmarks.
 
-What can be wrong with a model is found before its weights are read, as far as it can be, and each has an error with a
-hint. Only safetensors are read, and no code that comes with a model is ever run.
+Whatever can be checked is checked before the weights are read. Only safetensors are read, and no code that comes with a model is
+ever run.
 """
 
 from collections.abc import Callable
@@ -42,19 +42,18 @@ class LoadedModel:
 
     Attributes:
         model: the weights, on `device` in `dtype`, and their config.
-        tokenizer: with a chat template. None only where random weights have no tokenizer files beside them; their answers
-            would mean nothing anyway.
+        tokenizer: with a chat template; None only for random weights without tokenizer files.
         video: see `plan.VideoLimits`.
         eos_ids: token ids that end an answer.
-        id: "demo", or the folder or hub id as it was asked for.
+        id: "demo", or the folder or hub id as given.
         revision: commit on the hub, None for anything local.
         dtype: "bf16", "fp16" or "fp32".
         device: torch's name of the device.
         is_demo: whether this is the bundled demo model with its trained weights.
         load_format: "auto" or "dummy" (random weights).
         quantize: "none", "int8" or "int4".
-        weights_bytes: size of all weights as they are held, tied ones counted once.
-        fingerprint: changes when the weights do; None where that cannot be told.
+        weights_bytes: of all weights in memory, tied ones counted once.
+        fingerprint: changes when the weights do; None where that is unknown.
     """
 
     model: QwenVL
@@ -72,7 +71,7 @@ class LoadedModel:
     fingerprint: str | None = None
 
     def facts(self) -> ModelFacts:
-        """What a report says of it."""
+        """The model's part of a report."""
         return ModelFacts(self.id, self.revision, self.dtype, self.quantize, self.device, self.load_format)
 
 
@@ -171,6 +170,6 @@ def _weights(
 
 
 def no_tokenizer(name: str) -> ModelError:
-    """The error of whoever wants answers of a model that has dimensions only."""
+    """The error for a model that has dimensions but no tokenizer, and is to answer."""
     hint = "name a folder that holds config.json and a tokenizer; to measure speed without one: evoprune profile"
     return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)

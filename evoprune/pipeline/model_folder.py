@@ -22,10 +22,7 @@ BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "mode
 def describe_model(
     name: str = "demo", *, revision: str | None = None, offline: bool = False
 ) -> tuple[Config, VideoLimits]:
-    """A model's config and what it wants of a video, without its weights; for a bundled config without the hub.
-
-    Returns:
-        The config, and the limits.
+    """A model's config and its limits for video, without its weights. A bundled config needs no hub.
 
     Raises:
         ModelError: as `load_model`.
@@ -39,7 +36,11 @@ def describe_model(
 
 
 def locate(name: str, revision: str | None, offline: bool, *, files: list[str] | None) -> tuple[Path, str | None]:
-    """The folder that holds a model, and its commit if it came from the hub, which is asked for `files` if at all."""
+    """The folder of a model, and its commit if it is a hub id.
+
+    Args:
+        files: patterns of what to download from the hub; None if nothing may be downloaded.
+    """
     folder = DEMO_FOLDER if name == "demo" else Path(os.path.expanduser(name))
     if name == "demo" and not (folder / "config.json").is_file():
         raise ModelError(
@@ -60,7 +61,7 @@ def locate(name: str, revision: str | None, offline: bool, *, files: list[str] |
 
 
 def read_config(path: Path) -> Config:
-    """The checked config in a config.json."""
+    """Reads and checks a config.json."""
     if not path.is_file():
         raise ModelError(
             f"{path.parent} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name"
@@ -72,7 +73,7 @@ def read_config(path: Path) -> Config:
         raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
     try:
         return parse_config(content)
-    except (ValueError, TypeError, AttributeError) as problem:  # a text where an object should be has no `get`
+    except (ValueError, TypeError, AttributeError) as problem:  # AttributeError: a string where an object should be
         raise ModelError(f"{path} is no valid {kind} config: {first_line(problem)}", "get the file again") from problem
 
 
@@ -87,7 +88,7 @@ def _json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, all there and whole as far as their headers tell."""
+    """The safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
     from safetensors import SafetensorError, safe_open
 
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -123,11 +124,11 @@ def eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) ->
 
 
 def video_limits(folder: Path | None, vision_config: VisionConfig) -> VideoLimits:
-    """Limits from a model folder's processor settings, patch sizes from its config: those are the shape of the weights.
+    """Limits from a model folder's processor settings, and patch sizes from its config, which fix the shape of the weights.
 
-    `preprocessor_config.json` is the image processor's, so only its mean and std are used. It allows 12.8 million pixels,
-    meant for a single picture: 16,000 tokens, for every two frames of a video. Qwen's own code limits the frames of a video
-    apart and far lower; those limits are the defaults here.
+    `preprocessor_config.json` belongs to the image processor: only its mean and std are used. Its limit of 12.8 million pixels is
+    meant for one picture; every frame pair would get 16,000 tokens. Qwen's own code limits the frames of a video far lower, and
+    those limits are the defaults here.
     """
     files = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
     image, video, joint = (_json(folder / name) if folder and (folder / name).is_file() else {} for name in files)
@@ -150,8 +151,8 @@ def video_limits(folder: Path | None, vision_config: VisionConfig) -> VideoLimit
 
 
 def fingerprint(name: str, commit: str | None, folder: Path | None, files: list[Path]) -> str:
-    """Of a hub's model its id and commit; of a folder the config and what the weight files are called, hold and when they changed:
-    they are too large to be read once more."""
+    """A text that changes when the weights do. For a hub model its id and commit; for a folder a hash of the config and of the
+    weight files' names, sizes and times, because hashing gigabytes takes too long."""
     if commit is not None and files:
         return f"{name}@{commit}"
     config = BUNDLED_CONFIGS[name] if folder is None else folder / "config.json"

@@ -7,7 +7,7 @@ from itertools import chain, islice
 import torch
 
 from evoprune.model.clock import Clock
-from evoprune.pipeline.prefetch import ahead
+from evoprune.pipeline.prefetch import prefetched
 from evoprune.pipeline.view import View
 from evoprune.video.decode import FrameChunk, read_frames
 from evoprune.video.plan import VideoLimits
@@ -69,7 +69,7 @@ class PatchReader:
     def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
         self.damaged = 0
         made = self._make()
-        return self._open.enter_context(closing(ahead(made) if self._threaded else made))
+        return self._open.enter_context(closing(prefetched(made) if self._threaded else made))
 
     def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
         view, plan, limits = self._view, self._view.plan, self._limits

@@ -16,8 +16,11 @@ IN_FILE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  
 
 
 def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> QwenVL:
-    """Weights stay memory-mapped where they can be used as they lie in the file: on the CPU, in its own dtype. What is packed
-    later is copied then."""
+    """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
+
+    Raises:
+        ModelError: tensors are missing or have another shape than the config says.
+    """
     from safetensors import safe_open
 
     model = empty(config)
@@ -49,7 +52,7 @@ def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: 
 
 
 def allocated_bytes(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that loading takes: none for weights that stay in their file. Random ones have no file."""
+    """Bytes that loading allocates: none for weights that stay memory-mapped. Random weights have no file."""
     from safetensors import safe_open
 
     if files and device.type == "cpu":
@@ -63,10 +66,10 @@ def allocated_bytes(config: Config, files: list[Path], dtype: torch.dtype, devic
 def make_ready(
     model: QwenVL, quantize: str, *, pack: bool = True, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Brings the linear layers of a model into the form in which they are fastest here, in place; arguments as `load_model`.
+    """Packs and quantises the linear layers of a model on the CPU, in place; arguments as `load_model`.
 
-    Where memory is short, layers stay as they are in the file, and a quantised model reads prompts through its quantised
-    layers, which is slower.
+    Where memory is short, layers are not packed, and a quantised model reads prompts through its quantised layers, which is
+    slower.
     """
     if model.device.type != "cpu":
         return

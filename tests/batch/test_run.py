@@ -130,7 +130,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
         assert events == CLIPS[:2]
         next(made), next(made)
         assert events[:2] == CLIPS[:2]
-    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-ahead"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
 
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -215,7 +215,7 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     monkeypatch.setattr(f"evoprune.{where}", stops)
     with pytest.raises(type(stop)):
         list(answers(qa, grouped(ROWS), SETTINGS))
-    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-ahead"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
 
 
 def test_stopping_ends_all_threads(qa):

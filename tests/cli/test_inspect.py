@@ -111,7 +111,7 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
 def test_overlay_of_a_foreign_video_warns(cli, tmp_path):
     write_video(tmp_path / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
     result = cli("inspect", tmp_path / "foreign.mp4", "--overlay", tmp_path / "a.gif")
-    assert result.code == 0 and result.err.startswith("warning: the demo model knows only its own")
+    assert result.code == 0 and result.err.startswith("warning: the demo model knows only coloured shapes")
     assert "merged" in result.out and (tmp_path / "a.gif").read_bytes().startswith(b"GIF89a")
 
 

@@ -65,7 +65,7 @@ def test_a_narrow_terminal(profile, monkeypatch, columns):
 
 
 def test_random_weights_are_told(profile):
-    assert "model (true dimensions, random weights)" in profile("--load-format", "dummy").out
+    assert "model (true dimensions, random weights)" in " ".join(profile("--load-format", "dummy").out.split())
 
 
 def test_markdown(profile):
@@ -256,8 +256,8 @@ def test_defaults(cli, monkeypatch):
     """The true dimensions of the 3B model, whatever EVOPRUNE_MODEL says; EVOPRUNE_BUDGET is heard."""
     asked, settings = [], []
 
-    def load(name, cases, **more):
-        asked.append((name, cases, more["load_format"]))
+    def load(options, cases):
+        asked.append((options.model, cases, options.load_format))
         raise ModelError("enough")
 
     def record(**more):
@@ -269,7 +269,7 @@ def test_defaults(cli, monkeypatch):
     monkeypatch.setattr(run, "Settings", record)
     monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
     assert cli("profile").code == 4
-    assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], None)]
+    assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]
     (s,) = settings
     assert (s.budgets, s.methods, s.method_args, s.seed) == ((0.5, 0.25, 0.1), ("evoprune",), {}, 0)
     assert (s.new_tokens, s.warmups, s.repetitions, s.time_limit_s) == (4, 1, 3, 150)
