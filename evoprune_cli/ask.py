@@ -9,7 +9,7 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.pipeline.options import SamplingOptions
+from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.pruning.budget import DEFAULT
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -113,7 +113,7 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
             raise
 
 
-def _encode_into(talk: Conversation, path: str, request: _Request, options: opt.PipelineOptions) -> None:
+def _encode_into(talk: Conversation, path: str, request: _Request, options: PipelineOptions) -> None:
     """Loads the model, encodes the video, and hands it to the conversation."""
     with progress(not request.quiet) as show:
         from evoprune.pipeline.video_qa import VideoQA
@@ -184,7 +184,7 @@ def _local(request: _Request):
     return local_file(video)
 
 
-def _check_flags(given: Mapping[str, Any]) -> opt.PipelineOptions:
+def _check_flags(given: Mapping[str, Any]) -> PipelineOptions:
     """The options of the pipeline, with everything checked that can be wrong with flags alone."""
     from evoprune.video.decode import choose_decoder
 

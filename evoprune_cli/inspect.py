@@ -11,12 +11,13 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.pipeline.options import PipelineOptions
 from evoprune.pruning.budget import AUTO, DEFAULT
 from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
-from evoprune_cli.options import OVERLAYS, PipelineOptions
+from evoprune_cli.options import OVERLAYS
 from evoprune_cli.render import clock, encoding, print_warning, printable, progress, size
 
 SCHEMA = "evoprune/inspect@1"

@@ -1,7 +1,7 @@
 """Options that several commands share, declared once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +13,9 @@ from evoprune.pipeline.options import (
     LOAD_FORMATS,
     GenerationOptions,
     ModelOptions,
+    PipelineOptions,
     PruneOptions,
     SamplingOptions,
-    from_keywords,
 )
 from evoprune.pruning.budget import PRESETS, parse_budget
 from evoprune.video.sampling import parse_time
@@ -269,16 +269,6 @@ Cache = Annotated[
 Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
 
 
-@dataclass(frozen=True)
-class PipelineOptions:
-    """What a command's options say of the pipeline."""
-
-    model: ModelOptions
-    pruning: PruneOptions
-    sampling: SamplingOptions
-    generation: GenerationOptions
-
-
 def pipeline_options(given: Mapping[str, Any]) -> PipelineOptions:
     """The pipeline's options, made of a command's arguments by their names (`locals()`); other arguments are ignored.
 
@@ -293,7 +283,7 @@ def pipeline_options(given: Mapping[str, Any]) -> PipelineOptions:
     }
     kinds = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
     known = {f.name for kind in kinds for f in fields(kind)}
-    return PipelineOptions(*from_keywords({k: v for k, v in given.items() if k in known}, *kinds))
+    return PipelineOptions.of(**{name: value for name, value in given.items() if name in known})
 
 
 def settings(texts: list[str] | None) -> dict[str, str]:

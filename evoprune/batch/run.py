@@ -6,14 +6,14 @@ video is asked about, the next one is made ready: its first chunks lie in memory
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evoprune.batch.output import Found
 from evoprune.batch.rows import Part, Row
 from evoprune.errors import OutOfMemory, UsageError, error_record
 from evoprune.evaluation.folder import differences
-from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, from_keywords
+from evoprune.pipeline.options import PipelineOptions
 from evoprune.pipeline.prefetch import prefetched
 from evoprune.report import Report, VideoFacts, rounded
 
@@ -31,23 +31,8 @@ OnFailure = Callable[[Exception], None]
 NOT_RECORDED = ("device", "offline", "start_s", "end_s")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that an answer depends on besides its row: the options of the pipeline."""
-
-    model: ModelOptions
-    pruning: PruneOptions
-    sampling: SamplingOptions
-    generation: GenerationOptions
-
-    @classmethod
-    def of(cls, **options) -> "Settings":
-        """Made of the fields of all four.
-
-        Raises:
-            UsageError: a bad value. TypeError: an unknown option.
-        """
-        return cls(*from_keywords(options, ModelOptions, PruneOptions, SamplingOptions, GenerationOptions))
+class Settings(PipelineOptions):
+    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
         """Loads the model; raises what `VideoQA.load` raises."""

@@ -5,7 +5,7 @@ Values are checked when an object is made, as far as that needs neither a model 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from evoprune import methods
 from evoprune.errors import UsageError
@@ -148,3 +148,22 @@ def from_keywords(given: Mapping[str, Any], *kinds: type) -> list:
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
     return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds]
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Everything that an answer depends on, besides the video, the question and the machine."""
+
+    model: ModelOptions
+    pruning: PruneOptions
+    sampling: SamplingOptions
+    generation: GenerationOptions
+
+    @classmethod
+    def of(cls, **options) -> Self:
+        """Made of the fields of all four.
+
+        Raises:
+            UsageError: a bad value. TypeError: an unknown option.
+        """
+        return cls(*from_keywords(options, ModelOptions, PruneOptions, SamplingOptions, GenerationOptions))
