@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
     from evoprune.huggingface.context import EvoPrune, apply, encode
-    from evoprune.pipeline.answering import EncodedVideo
+    from evoprune.pipeline.answering import Answer, EncodedVideo
     from evoprune.pipeline.video_qa import VideoQA
     from evoprune.report import Report
 
-_HOMES = {
-    "EvoPrune": "evoprune.huggingface.context",
+_MODULES = {
+    "Answer": "evoprune.pipeline.answering",
     "EncodedVideo": "evoprune.pipeline.answering",
+    "EvoPrune": "evoprune.huggingface.context",
     "EvopruneError": "evoprune.errors",
     "ModelError": "evoprune.errors",
     "OutOfMemory": "evoprune.errors",
@@ -30,6 +31,7 @@ _HOMES = {
     "encode": "evoprune.huggingface.context",
 }
 __all__ = [
+    "Answer",
     "EncodedVideo",
     "EvoPrune",
     "EvopruneError",
@@ -48,6 +50,10 @@ __all__ = [
 def __getattr__(name: str):
     if name == "methods":
         return import_module("evoprune.methods")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'evoprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *__all__]

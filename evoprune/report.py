@@ -49,7 +49,6 @@ class Pruning:
     method: str | None = None
     args: dict[str, Any] | None = None
     budget: float | str | None = None  # "auto" if the content decides
-    encoder_budget: float | None = None
     kept_ratio: float | None = None
     visual_tokens_in: int | None = None
     visual_tokens_kept: int | None = None

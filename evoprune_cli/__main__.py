@@ -1,4 +1,4 @@
-"""Where the process begins: all imports come after there is somebody to end it quietly when it is interrupted."""
+"""Where the process begins. Everything else is imported inside `start`, so that Ctrl-C during imports ends quietly."""
 
 import sys
 
@@ -9,7 +9,7 @@ def start() -> None:
         from evoprune_cli.main import run
 
         run()
-    except KeyboardInterrupt:  # before `run` could take care of it
+    except KeyboardInterrupt:  # before `run` handles it
         sys.exit(130)
     finally:
         # Python takes an interruption inside `exec("...")`, as dataclasses use it, for one that nobody caught, even if somebody

@@ -2,62 +2,31 @@
 
 import os
 import sys
-from contextlib import ExitStack
-from typing import Annotated
-
-import typer
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
+from evoprune.pipeline.options import PipelineOptions, SamplingOptions
+from evoprune.pruning.budget import DEFAULT
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.render import encoding, note, progress, roughly
 
-# Below this nobody needs to be told how long it will take, in seconds.
-LONG_WAIT_S = 5.0
+LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 USAGE = 'evoprune ask video.mp4 "What happens?"'
 
 
 def ask(
-    video: Annotated[
-        str,
-        typer.Argument(metavar="VIDEO", help="The video file, a folder of frames, or - for stdin.", show_default=False),
-    ],
-    question: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="QUESTION",
-            help="The question, quoted. If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
-            show_default=False,
-        ),
-    ] = None,
-    more: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-Q",
-            "--question",
-            metavar="TEXT",
-            help="A further question; repeatable. All share one encoding.",
-            show_default=False,
-        ),
-    ] = None,
-    interactive: Annotated[
-        bool,
-        typer.Option(
-            "--interactive",
-            help="Keep the video and ask on at a prompt: Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
-        ),
-    ] = False,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare",
-            help="Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
-        ),
-    ] = False,
+    video: opt.Video,
+    question: opt.Question = None,
+    more: opt.MoreQuestions = None,
+    interactive: opt.Interactive = False,
+    compare: opt.Compare = False,
     model: opt.Model = "demo",
     revision: opt.Revision = None,
     device: opt.Device = "auto",
@@ -67,7 +36,6 @@ def ask(
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
-    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
     fps: opt.Fps = None,
@@ -98,71 +66,94 @@ def ask(
     evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
-    output = Output(json, bool(stats or verbose or (stats is None and not json and not quiet)), verbose, quiet)
-    generation = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    talk, questions = Conversation(video, output, generation), _asked(question, more) or [""]
-    with ExitStack() as cleanup:
-        try:
-            warm_up()  # while this process imports what it needs
-            questions = _questions(question, more, system, video == "-", interactive)
-            sampling = _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens)
-            path = cleanup.enter_context(_local(video, question))
-            _check_video(path, decoder, sampling)
-            with progress(not quiet) as show:
-                from evoprune.language.generate import GenerationSettings
-                from evoprune.pipeline.cache import Cache, default_folder
-                from evoprune.pipeline.video_qa import VideoQA
-
-                GenerationSettings(max_new_tokens, temperature, top_p, seed)
-                show("loading model")
-                qa = VideoQA.load(
-                    model, revision=revision, device=device, dtype=dtype, offline=offline,
-                    load_format=load_format, quantize=quantize,
-                    progress=lambda done, total: show("quantizing", done, total), budget=budget,
-                    method=method, method_args=opt.settings(method_arg, encoder_budget), seed=seed,
-                )  # fmt: skip
-
-                def encode(qa, show, **told):
-                    show("reading video")
-                    return qa.encode(
-                        path, name=video, decoder=decoder, cache=Cache(default_folder()) if cache else None,
-                        progress=encoding(show), **told, **sampling,
-                    )  # fmt: skip
-
-                talk.session = encode(
-                    qa, show,
-                    on_plan=lambda plan: _foretell_limits(plan, sampling, quiet),
-                    on_encode=lambda plan: _foretell_wait(qa, plan, quiet),
-                )  # fmt: skip
-            if compare:
-                full = qa.unpruned()
-                talk.encode_full = lambda show: encode(
-                    full, show, on_encode=lambda plan: _foretell_wait(full, plan, quiet, "with nothing pruned ")
-                )
-            if interactive:
-                converse(talk, questions)
-                return 0
-            for asked in questions:
-                talk.answer(asked, last=talk.answered + 1 == len(questions))
-        except BaseException as problem:
-            talk.break_off(problem, questions[talk.answered :])
-            raise
+    _run(_Request(video, question, more or [], interactive, compare, cache, quiet), Output.of(locals()), locals())
     return 0
 
 
-def _asked(question: str | None, more: list[str] | None) -> list[str]:
-    return [*([question] if question is not None else []), *(more or [])]
+@dataclass(frozen=True)
+class _Request:
+    """What is asked, besides the options of the pipeline and of the output."""
+
+    video: str
+    question: str | None
+    more: list[str]
+    interactive: bool
+    compare: bool
+    cache: bool
+    quiet: bool
+
+    @property
+    def questions(self) -> list[str]:
+        """Those of the command line, in order."""
+        return [*([self.question] if self.question is not None else []), *self.more]
 
 
-def _questions(
-    question: str | None, more: list[str] | None, system: str | None, from_pipe: bool, interactive: bool
-) -> list[str]:
-    """All questions in order; from stdin only if there is none, none is to be typed, and the video does not come from there."""
-    questions = _asked(question, more)
-    if interactive:
+def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
+    """Answers all questions. Where something goes wrong, prints what there is, and raises it.
+
+    Args:
+        given: the command's arguments.
+    """
+    talk, questions = Conversation(request.video, output), request.questions or [""]
+    with ExitStack() as cleanup:
+        try:
+            warm_up()  # while this process imports what it needs
+            questions = _questions(request, given["system"])
+            options = _check_flags(given)
+            path = cleanup.enter_context(_local(request))
+            _check_video(path, options.sampling)
+            _encode_into(talk, path, request, options)
+            if request.interactive:
+                converse(talk, questions)
+                return
+            for question in questions:
+                talk.answer(question, last=talk.answered + 1 == len(questions))
+        except BaseException as problem:
+            talk.break_off(problem, questions[talk.answered :])
+            raise
+
+
+def _encode_into(talk: Conversation, path: str, request: _Request, options: PipelineOptions) -> None:
+    """Loads the model, encodes the video, and hands it to the conversation."""
+    with progress(not request.quiet) as show:
+        from evoprune.pipeline.video_qa import VideoQA
+
+        show("loading model")
+        qa = VideoQA.load(
+            **vars(options.model), **vars(options.pruning),
+            progress=lambda done, total: show("quantizing", done, total),
+        )  # fmt: skip
+        video = _encode(qa.engine, path, request, options.sampling, show)
+
+    def encode_full(show):
+        return _encode(qa.unpruned().engine, path, request, options.sampling, show, full=True)
+
+    talk.begin(video, options.generation, encode_full if request.compare else None)
+
+
+def _encode(engine, path: str, request: _Request, sampling: SamplingOptions, show, full: bool = False):
+    """The video, encoded; first says on stderr which limits apply, and how long it will take if that is long."""
+    from evoprune.pipeline.cache import Cache, default_folder
+    from evoprune.pipeline.opening import open_video
+
+    show("reading video")
+    cache = Cache(default_folder()) if request.cache else None
+    with closing(open_video(engine, path, sampling, name=request.video, cache=cache)) as opened:
+        if not request.quiet:
+            if not full:
+                _note_limits(opened.view.full, sampling)
+            if not opened.in_cache:
+                _note_wait(engine, opened.view, "with nothing pruned " if full else "")
+        return opened.encode(encoding(show))
+
+
+def _questions(request: _Request, system: str | None) -> list[str]:
+    """All questions in order. One is read from stdin if none is given, none will be typed, and stdin is not the video."""
+    questions = request.questions
+    if request.interactive:
         check_terminal()
     elif not questions:
-        if from_pipe:
+        if request.video == "-":
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
         questions = [_question_from_stdin()]
     if not all(q.strip() for q in questions):
@@ -184,63 +175,56 @@ def _question_from_stdin() -> str:
     return question
 
 
-def _local(video: str, question: str | None):
+def _local(request: _Request):
     from evoprune.video.source import local_file
 
+    video, question = request.video, request.question
     if question and os.path.isfile(question) and not os.path.exists(video) and video != "-":
         raise VideoError(f"no such file: {video}", f"the video comes first: {USAGE}")
     return local_file(video)
 
 
-def _check_flags(budget, method, decoder, start, end, fps, frames, max_frames, max_visual_tokens) -> dict:
-    """All that can be wrong with flags alone; what `VideoQA.encode` wants to know of sampling."""
+def _check_flags(given: Mapping[str, Any]) -> PipelineOptions:
+    """The options of the pipeline, with everything checked that can be wrong with flags alone."""
     from evoprune.video.decode import choose_decoder
-    from evoprune.video.sampling import parse_time
 
-    parse_budget_or_auto(budget)
-    if not methods.known(method):
-        raise UsageError(f"no pruning method {method!r}", f"one of {', '.join(methods.available())}")
-    choose_decoder(decoder)
-    return {
-        "fps": fps,
-        "frames": frames,
-        "start_s": parse_time(start),
-        "end_s": parse_time(end) if end else None,
-        "max_frames": max_frames,
-        "max_visual_tokens": max_visual_tokens,
-    }
+    options = opt.pipeline_options(given)
+    choose_decoder(options.sampling.decoder)
+    return options
 
 
-def _check_video(path: str, decoder: str, sampling: dict) -> None:
-    """All that can be wrong with the video, found out in milliseconds, before torch is imported or weights are read."""
+def _check_video(path: str, sampling: SamplingOptions) -> None:
+    """Checks the video in milliseconds, before torch is imported or weights are read."""
     from evoprune.video.decode import choose_decoder
     from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
     from evoprune.video.probe import probe
 
     info = probe(path)
-    choose_decoder(decoder, info)
-    limit = sampling["max_visual_tokens"]
-    make_plan(info, VideoLimits(), **(sampling | {"max_visual_tokens": MAX_VISUAL_TOKENS if limit is None else limit}))
+    choose_decoder(sampling.decoder, info)
+    numbers = sampling.numbers
+    if numbers["max_visual_tokens"] is None:
+        numbers["max_visual_tokens"] = MAX_VISUAL_TOKENS
+    make_plan(info, VideoLimits(), **numbers)
 
 
-def _foretell_wait(qa, plan, quiet: bool, how: str = "") -> None:
+def _note_wait(engine, view, how: str) -> None:
     """How long it will take, if it is long."""
-    wait = None if quiet else qa.estimate_first_token(plan)
+    from evoprune.pipeline.work import estimate_first_token
+
+    wait = estimate_first_token(engine, view)
     if wait is not None and wait > LONG_WAIT_S:
         note(f"estimated first token {how}{roughly(wait)}")
 
 
-def _foretell_limits(plan, sampling: dict, quiet: bool) -> None:
-    """That it is less than was asked for, or than the model's own rate asks for, that is looked at."""
-    if quiet:
-        return
-    asked = sampling["frames"] is not None or sampling["fps"] is not None
-    if sampling["max_frames"] is None and plan.sampling.wanted > plan.frame_limit:
+def _note_limits(plan, sampling: SamplingOptions) -> None:
+    """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
+    if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
+        asked = sampling.frames is not None or sampling.fps is not None
         whence = "asked for" if asked else "at this model's rate"
         note(f"{plan.sampling.wanted:,} frames {whence}; it takes {plan.frame_limit:,} (--max-frames)")
     if plan.capped:
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 
-        where = " on a CPU" if sampling["max_visual_tokens"] is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
+        where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
         seen = f"{plan.sampling.frames} frames of {plan.width}x{plan.height}"
         note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen}")

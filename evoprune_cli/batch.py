@@ -8,7 +8,7 @@ from functools import partial
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
+from evoprune.pruning.budget import DEFAULT
 from evoprune_cli import batch_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.batch_options import ENGINES
@@ -36,7 +36,6 @@ def batch(
     load_format: opt.LoadFormat = "auto",
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
-    encoder_budget: opt.EncoderBudget = None,
     method: opt.MethodName = methods.DEFAULT,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
@@ -69,15 +68,15 @@ def batch(
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
     _check_flags(output, model, engine, address)
-    asked = {"budget": parse_budget_or_auto(budget), "method": method, "seed": seed}
-    asked |= {"model": model, "revision": revision, "dtype": dtype, "quantize": quantize, "load_format": load_format}
-    asked |= {"fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens}
-    asked |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "system": system}
-    settings = _settings(**asked, method_args=opt.settings(method_arg, encoder_budget), decoder=decoder)
+    settings = _settings(
+        model=model, revision=revision, device=device, dtype=dtype, quantize=quantize, load_format=load_format,
+        offline=offline, budget=budget, method=method, method_args=opt.settings(method_arg), seed=seed, fps=fps,
+        frames=frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens, decoder=decoder, system=system,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+    )  # fmt: skip
     rows = _rows(videos or [], questions or [], source, start, end)
     _check_files(rows, source, output, quiet)
-    where = {"device": device, "offline": offline, "cache": cache}
-    ask = partial(_on_ray, address=address, **where) if engine == "ray" else partial(_here, **where)
+    ask = partial(_on_ray, address=address, cache=cache) if engine == "ray" else partial(_here, cache=cache)
     return _run(rows, settings, ask, partial(_open, output, resume, overwrite), quiet)
 
 
@@ -110,13 +109,13 @@ def _open(output: str, resume: bool, overwrite: bool):
     return RecordFile(output, resume=resume, overwrite=overwrite)
 
 
-def _here(spans, settings, show, ready, *, device: str, offline: bool, cache: bool):
+def _here(spans, settings, show, ready, *, cache: bool):
     """Records made in this process."""
     from evoprune.batch.run import answers
     from evoprune.pipeline.cache import Cache, default_folder
 
     show("loading model")
-    qa = settings.load(device=device, offline=offline, progress=lambda done, total: show("quantizing", done, total))
+    qa = settings.load(lambda done, total: show("quantizing", done, total))
     ready()
     yield from answers(qa, spans, settings, Cache(default_folder()) if cache else None, _print_traceback)
 
@@ -140,23 +139,16 @@ def _check_flags(output: str | None, model: str, engine: str, address: str | Non
         raise UsageError("--address is of a Ray cluster", "add --engine ray")
 
 
-def _settings(**asked):
+def _settings(**given):
     """The settings. Refuses those that are wrong whatever the model and the videos are."""
     from evoprune.batch.rows import is_text
     from evoprune.batch.run import Settings
     from evoprune.video.decode import choose_decoder
-    from evoprune.video.info import VideoInfo
-    from evoprune.video.plan import VideoLimits, make_plan
 
-    settings = Settings(**asked)
-    if not methods.known(settings.method):
-        raise UsageError(f"no pruning method {settings.method!r}", f"one of {', '.join(methods.available())}")
-    choose_decoder(settings.decoder)
-    if settings.system is not None and not is_text(settings.system):
+    settings = Settings.of(**given)
+    choose_decoder(settings.sampling.decoder)
+    if settings.generation.system is not None and not is_text(settings.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
-    any_video = VideoInfo("", 60.0, 320, 240, 0, "h264", None, "", 25.0, False, 1500, 0.0, {})
-    numbers = {name: value for name, value in settings.sampling.items() if name != "decoder" and value is not None}
-    make_plan(any_video, VideoLimits(), **numbers)
     return settings
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.pipeline.choices import SPLITS
+from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
@@ -27,7 +28,6 @@ def evaluate(
     seed: own.Seed = 0,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
-    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     blind: own.Blind = False,
     model: opt.Model = "demo",
@@ -59,22 +59,23 @@ def evaluate(
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    asked = opt.sweep(budget, method, method_arg, encoder_budget)
-    _check_flags(split, output, resume, fps, frames, max_new_tokens)
+    sweep = opt.sweep(budget, method, method_arg)
+    _check_flags(split, output, resume)
     check_chart(chart, beside=output)
     videos = _questions(data)
-    asked |= {"data": data, "blind": blind, "split": split, "seed": seed, "limit": limit}
-    asked |= {"model": model, "revision": revision, "dtype": dtype, "quantize": quantize}
-    asked |= {"fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens}
-    asked |= {"max_new_tokens": max_new_tokens}
+    asked = {
+        **sweep, "data": data, "blind": blind, "split": split, "seed": seed, "limit": limit,
+        "model": ModelOptions(model, revision, device, dtype, quantize, offline=offline),
+        "sampling": SamplingOptions(fps, frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens),
+        "generation": GenerationOptions(max_new_tokens),
+    }  # fmt: skip
     deliver = partial(_deliver, json=json, chart=chart)
-    return _run(asked, videos, {"device": device, "offline": offline}, output, resume, processes, deliver, quiet)
+    return _run(asked, videos, output, resume, processes, deliver, quiet)
 
 
 def _run(
     asked: dict[str, Any],
     videos,
-    loading: dict[str, Any],
     output: str | None,
     resume: str | None,
     processes: int,
@@ -84,7 +85,7 @@ def _run(
     """Runs an evaluation; returns the exit code. A run that breaks off delivers the results so far.
 
     Args:
-        asked: fields of `evaluation.run.Settings`. videos: see `Evaluation`. loading: arguments of `Evaluation.load`.
+        asked: fields of `evaluation.run.Settings`. videos: see `Evaluation`.
         output, resume: the folder to write to, or the one to go on in.
         deliver: writes the results so far; called with the evaluation and the error that ended it, or None.
     """
@@ -93,7 +94,7 @@ def _run(
         with progress(not quiet) as show:
             evaluation = _checked(asked, videos, resume, show)
             show("loading model")
-            evaluation.load(**loading, progress=lambda done, total: show("quantizing", done, total))
+            evaluation.load(lambda done, total: show("quantizing", done, total))
             if output:
                 evaluation.keep_in(Path(output))
                 if not quiet and evaluation.folder.path != Path(output):
@@ -103,7 +104,7 @@ def _run(
         if evaluation is not None and evaluation.loaded and not isinstance(problem, BrokenPipeError | SystemExit):
             with suppress(UsageError):  # the first problem is the one to report
                 deliver(evaluation, failure(problem))
-            problem.told = True
+            problem.reported = True
             if evaluation.folder and not quiet:
                 note(f"to go on: the same command with --resume {evaluation.folder.path} instead of -o")
         raise
@@ -122,15 +123,11 @@ def _checked(asked: dict[str, Any], videos, resume: str | None, show):
     return made
 
 
-def _check_flags(split, output, resume, fps, frames, max_new_tokens) -> None:
+def _check_flags(split, output, resume) -> None:
     if split not in SPLITS:
         raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")
     if output is not None and resume is not None:
         raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
-    if fps is not None and frames is not None:
-        raise UsageError("fps and frames exclude each other", "give one of the two")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}", "allow at least one")
 
 
 def _questions(data: str):

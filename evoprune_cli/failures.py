@@ -1,19 +1,19 @@
-"""How a command ends that does not end well: as JSON records name it, with its exit code."""
+"""Errors and signals as JSON records have them, with the exit code."""
 
 import os
 import sys
 
 from evoprune.errors import error_record
 
-FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b"}  # and the option that it stands for
+FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b"}  # with the option each sets
 
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception, so that what there is gets printed and files get closed."""
+    """SIGTERM as an exception, so that finished results are printed and files closed."""
 
 
 def failure(problem: BaseException) -> dict:
-    """`errors.error_record`, which knows nothing of signals and of the environment, for everything that can end a command."""
+    """`errors.error_record` for everything that can end a command: also signals, and values from the environment."""
     stops = {KeyboardInterrupt: (130, "interrupted"), Terminated: (143, "terminated")}
     if type(problem) not in stops:
         record = error_record(problem)

@@ -1,4 +1,4 @@
-"""Text that is a result: to stdout, or to a file that was asked for."""
+"""Results as text: to stdout or to a file."""
 
 import os
 import sys
@@ -11,17 +11,21 @@ OPEN_FILES = ("/dev/", "/proc/self/fd/")
 
 
 def check_chart(path: str | None, beside: str | None = None) -> None:
-    """As `check_writable`, of an SVG file."""
+    """As `check_writable`, for an SVG file."""
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
     check_writable(path, beside)
 
 
 def check_writable(path: str | None, beside: str | None = None) -> None:
-    """Better now than when everything is measured.
+    """Checks that a file can be written, before anything is measured.
 
     Args:
-        path: of the file. beside: a folder that will be made, with all folders above it.
+        path: the file.
+        beside: a folder that will be made, with its parents.
+
+    Raises:
+        UsageError: it cannot.
     """
     if path is None:
         return
@@ -33,11 +37,11 @@ def check_writable(path: str | None, beside: str | None = None) -> None:
         or not os.path.isdir(folder)
         or not os.access(path if os.path.exists(path) else folder, os.W_OK)
     ):
-        raise UsageError(f"cannot write {path}", "name a file in a folder that is there and can be written")
+        raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
 
 
 def print_text(text: str) -> None:
-    """To stdout, in what characters it can take."""
+    """Prints to stdout, with escapes for characters outside its encoding."""
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

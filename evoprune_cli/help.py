@@ -1,4 +1,4 @@
-"""Help as plain text in sections: no boxes that cut off the names of options on a narrow terminal, nothing that hinders a pipe."""
+"""Help as plain text in sections, which can be piped and keeps the names of options whole on a narrow terminal."""
 
 from typer.core import TyperCommand
 
@@ -16,4 +16,4 @@ class Command(TyperCommand):
         for title, rows in sections.items():
             if rows:
                 with formatter.section(title):
-                    formatter.write_dl(rows, col_max=formatter.width // 3)  # a longer name gets a line of its own
+                    formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a line of their own

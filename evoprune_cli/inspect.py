@@ -3,22 +3,21 @@
 import json as jsonlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from textwrap import wrap
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.pipeline.choices import OVERLAYS
-from evoprune.pruning.budget import AUTO, DEFAULT, parse_budget_or_auto
+from evoprune.pipeline.options import PipelineOptions
+from evoprune.pruning.budget import AUTO, DEFAULT
 from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
+from evoprune_cli.options import OVERLAYS
 from evoprune_cli.render import clock, encoding, print_warning, printable, progress, size
 
 SCHEMA = "evoprune/inspect@1"
@@ -26,24 +25,8 @@ WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
 
 def inspect(
-    video: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="VIDEO",
-            help="A video file, a folder of frames, or - for stdin; without it, a report on this machine.",
-            show_default=False,
-        ),
-    ] = None,
-    overlay: Annotated[
-        str | None,
-        typer.Option(
-            "--overlay",
-            metavar="FILE",
-            help=f"Draw what the model reads of the video, what is reused and what is merged ({', '.join(OVERLAYS)}). "
-            "Loads the model; pruning options are for this.",
-            show_default=False,
-        ),
-    ] = None,
+    video: opt.InspectedVideo = None,
+    overlay: opt.Overlay = None,
     model: opt.Model = "demo",
     revision: opt.Revision = None,
     device: opt.Device = "auto",
@@ -51,7 +34,6 @@ def inspect(
     offline: opt.Offline = False,
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
-    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
     fps: opt.Fps = None,
@@ -61,14 +43,9 @@ def inspect(
     start: opt.Start = "0",
     end: opt.End = None,
     decoder: opt.Decoder = "auto",
-    scan: Annotated[
-        bool,
-        typer.Option("--scan", help="Decode the whole video and report damage, true length and variable rate."),
-    ] = False,
-    clear_cache: Annotated[
-        bool, typer.Option("--clear-cache", help="First throw out the encoded videos that `ask --cache` keeps on disk.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")] = False,
+    scan: opt.Scan = False,
+    clear_cache: opt.ClearCache = False,
+    json: opt.JsonDocument = False,
     debug: opt.Debug = False,
 ) -> int:
     """Show what is installed, or what is in a video.
@@ -81,40 +58,40 @@ def inspect(
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
     evoprune inspect clip.mp4 --overlay clip.png -b 0.1
     """
+    _run(locals())
+    return 0
+
+
+def _run(given: Mapping[str, Any]) -> None:
+    """Prints all facts; with JSON, where something goes wrong, those that were found before it did."""
+    video, json = given["video"], given["json"]
     facts = {} if video is None else {"video": {"path": video}}
     try:
-        if clear_cache:
-            if video is not None:
-                raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
-            _clear_cache()
-        if video is None:
-            if scan:
-                raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
-            if overlay is not None:
-                raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
-            from evoprune.pipeline.inspection import environment_facts
-
-            facts |= environment_facts()
-        else:
-            sampling = {"fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens}
-            which = {"revision": revision, "offline": offline}
-            draw, pruning = None, _pruning(budget, method, method_arg, encoder_budget, seed)
-            if overlay is not None:
-                draw = _Overlay(overlay, which | {"device": device, "dtype": dtype} | pruning, decoder)
-                draw.check(video)
-            for found in _about(video, model, which, device, sampling, start, end, scan, draw):
-                facts |= found
+        for found in _about_machine(given) if video is None else _about_video(video, given):
+            facts |= found
     except BaseException as problem:
         if json and not isinstance(problem, BrokenPipeError | SystemExit):
             print_failure(facts, problem)
-            problem.told = True
+            problem.reported = True
         raise
     if json:
         _print_json(facts, None)
     else:
         for line in lines(facts):
             print(printable(line, sys.stdout))
-    return 0
+
+
+def _about_machine(given: Mapping[str, Any]) -> Iterator[dict]:
+    """Versions, devices, decoders, caches."""
+    if given["clear_cache"]:
+        _clear_cache()
+    if given["scan"]:
+        raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
+    if given["overlay"] is not None:
+        raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
+    from evoprune.pipeline.inspection import environment_facts
+
+    yield environment_facts()
 
 
 def _clear_cache() -> None:
@@ -128,50 +105,50 @@ def _clear_cache() -> None:
         raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
 
 
-def _about(video, model, which, device, sampling, start, end, scan, draw) -> Iterator[dict]:
-    """What a video holds, what a scan tells, what a model would look at, and what it makes of it: each as soon as it is known."""
-    from evoprune.pipeline.inspection import plan_facts, video_facts
-    from evoprune.video.plan import default_max_visual_tokens, make_plan
+def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
+    """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
+    if given["clear_cache"]:
+        raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
+    from evoprune.pipeline.inspection import video_facts
     from evoprune.video.probe import probe
-    from evoprune.video.sampling import parse_time
     from evoprune.video.source import local_file
 
-    sampling = sampling | {"start_s": parse_time(start), "end_s": parse_time(end) if end else None}
+    options = opt.pipeline_options(given)
+    overlay = None if given["overlay"] is None else _Overlay(given["overlay"])
+    if overlay:
+        overlay.check(video)
     with local_file(video) as path:
         info = replace(probe(path), path=video)
         yield {"video": video_facts(info)}
-        if scan:
+        if given["scan"]:
             from evoprune.video.probe import scan as scan_video
 
             yield {"scan": asdict(scan_video(path))}
-        from evoprune.pipeline.loading import describe_model, has_cuda
-
-        config, limits = describe_model(model, **which)
-        if sampling["max_visual_tokens"] is None:
-            on_cpu = not has_cuda() if device == "auto" else device.startswith("cpu")
-            most = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model == "demo")
-            sampling = sampling | {"max_visual_tokens": most}
-        yield {"plan": {"model": model, **plan_facts(make_plan(info, limits, **sampling), config)}}
-        if draw:
-            yield {"overlay": draw(path, video, model, sampling)}
+        yield {"plan": _plan(info, options)}
+        if overlay:
+            yield {"overlay": overlay.draw(path, video, options)}
 
 
-def _pruning(budget, method, method_arg, encoder_budget, seed) -> dict:
-    """How an overlay's video is pruned, as `VideoQA` takes it, checked as far as can be before anything is loaded."""
-    parse_budget_or_auto(budget)
-    if not methods.known(method):
-        raise UsageError(f"no pruning method {method!r}", f"one of {', '.join(methods.available())}")
-    args = opt.settings(method_arg, encoder_budget)
-    return {"budget": budget, "method": method, "method_args": args, "seed": seed}
+def _plan(info, options: PipelineOptions) -> dict:
+    """What a model would look at."""
+    from evoprune.pipeline.device import has_cuda
+    from evoprune.pipeline.inspection import plan_facts
+    from evoprune.pipeline.model_folder import describe_model
+    from evoprune.video.plan import default_max_visual_tokens, make_plan
+
+    model, numbers = options.model, options.sampling.numbers
+    config, limits = describe_model(model.model, revision=model.revision, offline=model.offline)
+    if numbers["max_visual_tokens"] is None:
+        on_cpu = not has_cuda() if model.device == "auto" else model.device.startswith("cpu")
+        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.model == "demo")
+    return {"model": model.model, **plan_facts(make_plan(info, limits, **numbers), config)}
 
 
 @dataclass(frozen=True)
 class _Overlay:
-    """Draws what a model makes of a video into `file`; `settings` are those of `VideoQA.load`."""
+    """A picture or film of what a model makes of a video, in `file`."""
 
     file: str
-    settings: dict
-    decoder: str
 
     def check(self, video: str) -> None:
         """Raises UsageError where such a file cannot be drawn or must not be written."""
@@ -186,34 +163,32 @@ class _Overlay:
         ):
             raise UsageError(f"--overlay {self.file} would change the video", "name another place")
 
-    def __call__(self, path: str, video: str, model: str, sampling: dict) -> dict:
-        """Draws; what there is to tell of it."""
+    def draw(self, path: str, video: str, options: PipelineOptions) -> dict:
+        """Draws it; the facts to report."""
         with progress(True) as show:
+            from evoprune.pipeline.opening import open_video
             from evoprune.pipeline.video_qa import VideoQA
             from evoprune.visualize.fates import trace
             from evoprune.visualize.overlay import overlay_file
 
             show("loading model")
-            qa = VideoQA.load(model, **self.settings)
-            with closing(qa.prepare(path, name=video, decoder=self.decoder, **sampling)) as prepared:
+            engine = VideoQA.load(**vars(options.model), **vars(options.pruning)).engine
+            with closing(open_video(engine, path, options.sampling, name=video)) as opened:
                 show("reading video")
-                traced = trace(prepared, encoding(show))
+                traced = trace(opened, encoding(show))
             show("drawing")
-            told = qa.method.told(qa.asked_budget)
-            how = f"{qa.method_name} -b {told if told == AUTO else f'{told:g}'}"
+            name, budget = engine.options.method, engine.reported_budget
+            how = f"{name} -b {budget if budget == AUTO else f'{budget:g}'}"
             title = f"{os.path.basename(os.path.abspath(video))}, {how}. {traced.summary}"
             write_bytes(self.file, overlay_file(traced, title, self._ending))
-        for name in traced.warnings:
-            print_warning(name, VideoFacts(path=video, damaged=traced.damaged))
-        share = qa.method.encoder_share(qa.budget)
-        counts = traced.fates.counts()
+        for warning in traced.warnings:
+            print_warning(warning, VideoFacts(path=video, damaged=traced.damaged))
         return {
             "file": self.file,
-            "method": qa.method_name,
-            "args": asdict(qa.method),
-            "budget": told,
-            "encoder_budget": share,
-            **counts,
+            "method": name,
+            "args": asdict(engine.method),
+            "budget": budget,
+            **traced.fates.counts(),
             "warnings": traced.warnings,
         }
 
@@ -232,13 +207,13 @@ def _print_json(facts: dict, error: dict | None) -> None:
 
 
 def lines(facts: dict, indent: int = 0) -> list[str]:
-    """Nested facts as aligned lines of at most 80 columns, if their words allow it; values of known units in words."""
+    """Nested facts as aligned lines, folded at 80 columns."""
     made = []
     for name, value in facts.items():
         title = " " * indent + (
             name if name.isupper() else name.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
         )
-        if name == "args" or (name == "encoder_budget" and value is None):
+        if name == "args":
             continue  # for programs
         if name == "presets":
             made.append(title)
@@ -249,13 +224,13 @@ def lines(facts: dict, indent: int = 0) -> list[str]:
             made += [title, *lines(value, indent + 2)]
         else:
             text = _value(name, value)
-            # A path, or what a file says of itself, stays in one piece.
-            parts = (
+            # Only lists are folded: paths and tags stay in one piece.
+            pieces = (
                 wrap(text, WIDTH - TITLE, break_long_words=False, break_on_hyphens=False)
                 if isinstance(value, list)
                 else [text]
             )
-            made += [f"{title if number == 0 else '':<{TITLE}}{part}" for number, part in enumerate(parts or [""])]
+            made += [f"{title if number == 0 else '':<{TITLE}}{piece}" for number, piece in enumerate(pieces or [""])]
     return made
 
 
@@ -267,8 +242,8 @@ def _value(name: str, value) -> str:
     if name == "grid":
         return " x ".join(map(str, value)) + " units"
     if name in ("timestamps_s",):
-        shown = [f"{t:g}" for t in (value if len(value) <= 8 else [*value[:4], *value[-2:]])]
-        return ", ".join(shown if len(value) <= 8 else [*shown[:4], "...", *shown[4:]]) + " s"
+        times = [f"{t:g}" for t in (value if len(value) <= 8 else [*value[:4], *value[-2:]])]
+        return ", ".join(times if len(value) <= 8 else [*times[:4], "...", *times[4:]]) + " s"
     if isinstance(value, list | dict):
         return ", ".join(map(str, value)) or "none"
     if name.endswith("_bytes"):

@@ -1,4 +1,4 @@
-"""Asking on about one video: questions typed at a terminal, until there are no more."""
+"""`ask --interactive`: questions about one video, typed at a terminal."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ PROMPT = "> "
 
 
 def check_terminal() -> None:
-    """Raises: UsageError: nobody can type."""
+    """Raises UsageError where stdin is not a terminal."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(
-            "--interactive reads questions from a terminal, and stdin is none",
+            "--interactive reads questions from a terminal, and stdin is not one",
             "several questions at once: -Q, repeatable",
         )
 
 
 def converse(talk: Conversation, questions: list[str]) -> None:
-    """Answers `questions`, and then what is typed, which is added to them.
+    """Answers `questions`, and then each question that is typed, which is appended to them.
 
-    Ctrl-C ends an answer; where nothing is being answered, twice running, it ends the conversation.
+    Ctrl-C ends an answer. Pressed twice at the prompt, it ends the conversation.
     """
     for question in list(questions):
         _answer(talk, question)
@@ -38,19 +38,19 @@ def _answer(talk: Conversation, question: str) -> None:
         talk.answer(question, last=True)
     except KeyboardInterrupt as stop:
         talk.break_off(stop, [question])
-        note()  # the terminal has shown ^C
+        note()  # ends the line on which the terminal printed ^C
     except UsageError as problem:
         talk.break_off(problem, [question])
         print_error(problem.message, problem.hint)
 
 
 def typed() -> Iterator[str]:
-    """Questions, one a line, until the input ends (Ctrl-D); empty lines are none.
+    """Questions, one a line, until the input ends (Ctrl-D). Empty lines are skipped.
 
     Raises:
-        KeyboardInterrupt: at the prompt, twice running: the first may have been meant for an answer, or for what was typed.
+        KeyboardInterrupt: on the second Ctrl-C in a row at the prompt: the first may have been meant for an answer.
     """
-    with contextlib.suppress(ImportError):  # where there is none, lines are plain
+    with contextlib.suppress(ImportError):  # without it lines cannot be edited
         import readline  # noqa: F401 (editing and history for `input`)
     warned = False
     while True:
@@ -77,7 +77,7 @@ def typed() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _output_on_stderr() -> Iterator[None]:
-    """`input`, and readline below it, prompt on standard output, where only answers belong, and edit lines only on a terminal."""
+    """Sends stdout to stderr: `input` and readline print their prompt on stdout, which is for answers only."""
     sys.stdout.flush()
     number = sys.stdout.fileno()
     kept = os.dup(number)

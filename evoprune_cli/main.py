@@ -1,4 +1,4 @@
-"""The `evoprune` command: its subcommands, and what every one of them does about errors, signals and closed pipes."""
+"""The `evoprune` command: its subcommands, and how all of them handle errors, signals and closed pipes."""
 
 import contextlib
 import errno
@@ -23,10 +23,10 @@ from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
 from evoprune_cli.render import WIDTH, print_error, print_json
 
-# What the parser raises. Typer carries click inside in some versions and beside it in others, so ask the class it exports.
+# What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-# Files that are read name themselves in the error; what is left is the redirected output.
+# Of the redirected output. Errors of files that are read have a filename.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
@@ -69,16 +69,18 @@ def _terminate(*_) -> None:
     raise Terminated
 
 
-_AGAIN: list[threading.Timer] = []  # interruptions on their second way
+_AGAIN: list[threading.Timer] = []  # signals that are sent again
 
 
 def _once_more(lost) -> None:
-    """A hook for exceptions that nobody can catch: an interruption that came while Python threw something away comes again."""
+    """A hook for exceptions that cannot be caught: a signal that arrived in a destructor is sent again."""
     signals = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
     if lost.exc_type not in signals:
         sys.__unraisablehook__(lost)
         return
-    again = threading.Timer(0.01, os.kill, (os.getpid(), signals[lost.exc_type]))  # in here it would be lost as well
+    again = threading.Timer(
+        0.01, os.kill, (os.getpid(), signals[lost.exc_type])
+    )  # from inside the hook it would be lost too
     again.daemon = True
     _AGAIN.append(again)
     again.start()
@@ -93,17 +95,17 @@ def run() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
     streams = sys.stdout, sys.stderr
     try:
-        # Not "standalone": then click would print errors its own way. Commands return their exit code.
+        # Not standalone, or click would print errors its own way. Commands return their exit code.
         columns = min(shutil.get_terminal_size().columns, WIDTH)
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         finally:
-            for again in _AGAIN:  # a command that ends sooner than they come has been interrupted all the same
+            for again in _AGAIN:  # the command may end before they arrive, and was interrupted all the same
                 again.join()
         sys.stdout.flush()
     except BrokenPipeError:
         code = _nobody_reads(streams)
-    except SystemExit:  # Typer's and rich's way with a closed pipe; nothing here exits like that
+    except SystemExit:  # Typer and rich raise it for a closed pipe; nothing else here does
         code = _nobody_reads(streams)
     except typer.Exit as done:
         code = done.exit_code
@@ -120,7 +122,7 @@ def run() -> None:
 
 
 def _nobody_reads(streams) -> int:
-    """Whoever read has had enough: that is no error. What is still buffered goes nowhere, or the last flush would fail."""
+    """The reader closed the pipe, which is no error. What is still buffered is dropped, or the last flush would fail."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):
@@ -132,23 +134,23 @@ def _nobody_reads(streams) -> int:
 
 
 def _report(problem: Exception) -> int:
-    """The two lines of an error, and for `--json` a line on stdout unless the command has written it; the exit code."""
+    """Prints the two lines of an error, and for `--json` a record unless the command has printed it; returns the exit code."""
     if debugging():
         traceback.print_exception(problem)
     if isinstance(problem, OSError) and problem.errno in CANNOT_WRITE and problem.filename is None:
         _nobody_reads([sys.stdout])
         print_error(f"cannot write the output: {problem.strerror}", "is the disk full?")
         return UsageError.exit_code
-    told = getattr(problem, "told", False)
+    reported = getattr(problem, "reported", False)
     if isinstance(problem, ParserError):
         problem = UsageError(_sentence(problem), _hint(problem))
     error = failure(problem)
-    if "--json" in sys.argv[1:] and not told:
+    if "--json" in sys.argv[1:] and not reported:
         if _command() == "inspect":
             print_failure({}, problem)
         elif _command() == "eval":
             print_document({"error": error})
-        elif _command() != "profile":  # which has no --json, but --format json
+        elif _command() != "profile":  # it has --format json instead
             from evoprune.report import Report
 
             print_json(Report(finish_reason="error", error=error))
@@ -157,7 +159,7 @@ def _report(problem: Exception) -> int:
 
 
 def _command() -> str | None:
-    """The subcommand that was typed; no option that comes before it takes a value."""
+    """The subcommand that was typed: the first word that is no option, since no option before it takes a value."""
     return next((word for word in sys.argv[1:] if not word.startswith("-")), None)
 
 

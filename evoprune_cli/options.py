@@ -1,15 +1,26 @@
 """Options that several commands share, declared once."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any
 
 import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.model.config import QUANTIZE
-from evoprune.pipeline.choices import LOAD_FORMATS
+from evoprune.model.precision import QUANTIZE
+from evoprune.pipeline.options import (
+    LOAD_FORMATS,
+    GenerationOptions,
+    ModelOptions,
+    PipelineOptions,
+    PruneOptions,
+    SamplingOptions,
+)
 from evoprune.pruning.budget import PRESETS, parse_budget
+from evoprune.video.sampling import parse_time
 
+OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
 _PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())
 
 
@@ -33,7 +44,15 @@ Model = Annotated[
 Revision = Annotated[
     str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub id.", show_default=False)
 ]
-Device = Annotated[str, _option(_MODEL, "--device", metavar="auto|cpu|cuda[:N]", help="Where to run.")]
+Device = Annotated[
+    str,
+    _option(
+        _MODEL,
+        "--device",
+        metavar="auto|cpu|cuda[:N]",
+        help="Device to run on; auto is CUDA if there is any.",
+    ),
+]
 Dtype = Annotated[
     str,
     _option(
@@ -58,8 +77,8 @@ LoadFormat = Annotated[
         _MODEL,
         "--load-format",
         metavar="|".join(LOAD_FORMATS),
-        help="auto reads the weights; dummy takes random ones of the same dimensions, whose answers mean nothing: for times "
-        "and counts, given a folder with config.json and a tokenizer.",
+        help="auto reads the weights. dummy makes random ones of the same dimensions: times and counts are right, answers mean "
+        "nothing. It needs a folder with config.json and a tokenizer.",
     ),
 ]
 Offline = Annotated[bool, _option(_MODEL, "--offline", help="Never use the network.")]
@@ -103,17 +122,6 @@ Methods = Annotated[
         show_default=False,
     ),
 ]
-EncoderBudget = Annotated[
-    float | None,
-    _option(
-        _PRUNING,
-        "--encoder-budget",
-        metavar="SHARE",
-        help="Share of the units that the encoder goes on computing, in (0, 1], whatever -b keeps for the language model; "
-        "default: follows from -b.",
-        show_default=False,
-    ),
-]
 MethodArg = Annotated[
     list[str] | None,
     _option(
@@ -124,28 +132,35 @@ MethodArg = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, _option(_PRUNING, "--seed", metavar="<int>", help="Of everything random.", min=0, max=2**63 - 1)]
+Seed = Annotated[
+    int, _option(_PRUNING, "--seed", metavar="<int>", help="Seed of everything random.", min=0, max=2**63 - 1)
+]
 
 Fps = Annotated[
     float | None,
-    _option(
-        _SAMPLING, "--fps", help="Frames a second to look at; default: what the model asks for.", show_default=False
-    ),
+    _option(_SAMPLING, "--fps", help="Frames a second to look at; default: the model's rate.", show_default=False),
 ]
 Frames = Annotated[
     int | None,
-    _option(_SAMPLING, "--frames", help="How many frames to look at instead; odd rounds up.", show_default=False),
+    _option(
+        _SAMPLING,
+        "--frames",
+        help="Number of frames to look at, instead of --fps; odd numbers round up.",
+        show_default=False,
+    ),
 ]
 MaxFrames = Annotated[
     int | None,
-    _option(_SAMPLING, "--max-frames", help="At most so many; default: the model's limit.", show_default=False),
+    _option(
+        _SAMPLING, "--max-frames", help="At most this many frames; default: the model's limit.", show_default=False
+    ),
 ]
 MaxVisualTokens = Annotated[
     int | None,
     _option(
         _SAMPLING,
         "--max-visual-tokens",
-        help="Limit before pruning, by smaller, then fewer frames; default: 24576, for real models on a CPU 4096.",
+        help="Limit before pruning, kept by smaller, then fewer frames; default: 24576, for real models on a CPU 4096.",
         show_default=False,
     ),
 ]
@@ -155,7 +170,7 @@ End = Annotated[
     _option(_SAMPLING, "--end", metavar="TIME", help="Where to stop; default: the end.", show_default=False),
 ]
 Decoder = Annotated[
-    str, _option(_SAMPLING, "--decoder", metavar="auto|pyav|decord", help="What reads the video; auto is pyav.")
+    str, _option(_SAMPLING, "--decoder", metavar="auto|pyav|decord", help="Library that reads the video; auto is pyav.")
 ]
 
 MaxNewTokens = Annotated[int, _option(_GENERATION, "-n", "--max-new-tokens", help="Longest answer.")]
@@ -164,6 +179,70 @@ TopP = Annotated[float, _option(_GENERATION, "--top-p", help="Nucleus sampling."
 System = Annotated[
     str | None, _option(_GENERATION, "-s", "--system", metavar="TEXT", help="A system prompt.", show_default=False)
 ]
+
+Video = Annotated[
+    str,
+    typer.Argument(metavar="VIDEO", help="The video file, a folder of frames, or - for stdin.", show_default=False),
+]
+Question = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="QUESTION",
+        help="The question, quoted. If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
+        show_default=False,
+    ),
+]
+MoreQuestions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-Q",
+        "--question",
+        metavar="TEXT",
+        help="A further question; repeatable. All share one encoding.",
+        show_default=False,
+    ),
+]
+Interactive = Annotated[
+    bool,
+    typer.Option(
+        "--interactive",
+        help="Keep the video and ask on at a prompt: Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        help="Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
+    ),
+]
+
+InspectedVideo = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="VIDEO",
+        help="A video file, a folder of frames, or - for stdin; without it, a report on this machine.",
+        show_default=False,
+    ),
+]
+Overlay = Annotated[
+    str | None,
+    typer.Option(
+        "--overlay",
+        metavar="FILE",
+        help=f"Draw what the model reads of the video, what is reused and what is merged ({', '.join(OVERLAYS)}). "
+        "Loads the model; pruning options are for this.",
+        show_default=False,
+    ),
+]
+Scan = Annotated[
+    bool, typer.Option("--scan", help="Decode the whole video and report damage, true length and variable rate.")
+]
+ClearCache = Annotated[
+    bool,
+    typer.Option("--clear-cache", help="First delete the encoded videos that `ask --cache` keeps on disk."),
+]
+JsonDocument = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
 
 Json = Annotated[bool, _option(_OUTPUT, "--json", help="One JSON line a question on stdout, instead of text.")]
 Stats = Annotated[
@@ -176,23 +255,42 @@ Stats = Annotated[
     ),
 ]
 Quiet = Annotated[bool, _option(_OUTPUT, "-q", "--quiet", help="No progress, notes or stats; warnings remain.")]
-Verbose = Annotated[bool, _option(_OUTPUT, "-v", "--verbose", help="Also rows of every layer, settings, versions.")]
+Verbose = Annotated[
+    bool, _option(_OUTPUT, "-v", "--verbose", help="Also print rows of every layer, settings, versions.")
+]
 Cache = Annotated[
     bool,
     _option(
         _OUTPUT,
         "--cache/--no-cache",
-        help="Keep encoded videos on disk (at most 2 GiB), and take them from there.  [env var: EVOPRUNE_CACHE_DIR]",
+        help="Keep encoded videos on disk (at most 2 GiB) and reuse them.  [env var: EVOPRUNE_CACHE_DIR]",
     ),
 ]
 Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
 
 
-def settings(texts: list[str] | None, encoder_budget: float | None) -> dict[str, str]:
-    """A method's settings: NAME=VALUE texts, and its encoder's budget.
+def pipeline_options(given: Mapping[str, Any]) -> PipelineOptions:
+    """The pipeline's options, made of a command's arguments by their names (`locals()`); other arguments are ignored.
 
     Raises:
-        UsageError: a text without an equals sign or a name, or a setting that is given twice.
+        UsageError: a bad value.
+    """
+    given = {
+        **given,
+        "method_args": settings(given.get("method_arg")),
+        "start_s": parse_time(given["start"]),
+        "end_s": parse_time(given["end"]) if given["end"] else None,
+    }
+    kinds = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+    known = {f.name for kind in kinds for f in fields(kind)}
+    return PipelineOptions.of(**{name: value for name, value in given.items() if name in known})
+
+
+def settings(texts: list[str] | None) -> dict[str, str]:
+    """A method's settings, of NAME=VALUE texts.
+
+    Raises:
+        UsageError: a text without an equals sign or a name.
     """
     made = {}
     for text in texts or []:
@@ -200,7 +298,7 @@ def settings(texts: list[str] | None, encoder_budget: float | None) -> dict[str,
         if not equals or not name:
             raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg allocation=mean")
         made[name] = value
-    return methods.with_encoder_budget(made, encoder_budget)
+    return made
 
 
 def listed(texts: list[str] | None) -> list[str]:
@@ -208,16 +306,14 @@ def listed(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
 
-def sweep(
-    budgets: list[str] | None, names: list[str] | None, args: list[str] | None, encoder_budget: float | None
-) -> dict:
+def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None) -> dict:
     """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
 
     Raises:
-        UsageError: a bad budget, no such method, a setting that is not NAME=VALUE or given twice.
+        UsageError: a bad budget, no such method, or a setting that is not NAME=VALUE.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     if unknown := [name for name in wanted if not methods.known(name)]:
         raise UsageError(f"--method {unknown[0]!r} is unknown", f"one of {', '.join(methods.available())}")
     shares = tuple(dict.fromkeys(map(parse_budget, listed(budgets) or list(PRESETS)[1:])))
-    return {"budgets": shares, "methods": wanted, "method_args": settings(args, encoder_budget)}
+    return {"budgets": shares, "methods": wanted, "method_args": settings(args)}

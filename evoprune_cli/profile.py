@@ -10,8 +10,9 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.model.config import QUANTIZE
-from evoprune.pipeline.choices import LOAD_FORMATS, SYNTHETIC
+from evoprune.model.precision import QUANTIZE
+from evoprune.pipeline.choices import SYNTHETIC
+from evoprune.pipeline.options import LOAD_FORMATS, ModelOptions
 from evoprune.profiling.results import Case
 from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
@@ -38,7 +39,6 @@ def profile(
     dtype: opt.Dtype = "auto",
     offline: opt.Offline = False,
     quantize: own.Quantize = None,
-    encoder_budget: opt.EncoderBudget = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
     new_tokens: own.NewTokens = 4,
@@ -63,7 +63,7 @@ def profile(
     evoprune profile --synthetic static90 --frames 32 -b fast --format json
     """
     kinds = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
-    sweep = {**opt.sweep(budget, method, method_arg, encoder_budget), "quantize": kinds}
+    sweep = {**opt.sweep(budget, method, method_arg), "quantize": kinds}
     rounds = {"new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat, "time_limit_s": time_limit}
     loading = {"revision": revision, "device": device, "dtype": dtype, "offline": offline, "load_format": load_format}
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
@@ -103,7 +103,8 @@ def _measured(
         methods.get(name, asked["method_args"])
     swept = settings.Settings(**asked)
     show("loading model")
-    loaded = weights.load(model, cases, **loading)
+    loading = loading | {"load_format": loading["load_format"] or weights.default_load_format(model)}
+    loaded = weights.load(ModelOptions(model, **loading), cases)
     yield from run.measure(loaded, cases, source, swept, about=about, progress=show)
 
 

@@ -1,6 +1,6 @@
-"""The command-line reference, made of what `--help` says: `python -m evoprune_cli.reference > docs/cli.md`.
+"""The command-line reference, made of `--help`: `python -m evoprune_cli.reference > docs/cli.md`.
 
-Always as on a terminal of 80 columns and without colour, wherever it is made.
+It is formatted for 80 columns and without colour, whatever the terminal.
 """
 
 from typer.main import get_command
@@ -10,19 +10,19 @@ from evoprune_cli.render import WIDTH
 
 INTRODUCTION = """# The command line
 
-What `--help` says, of every command. Made by `python -m evoprune_cli.reference > docs/cli.md`; not to be edited.
+The `--help` of every command. Made by `python -m evoprune_cli.reference > docs/cli.md`; do not edit.
 """
 
 
 def reference() -> str:
-    """What `docs/cli.md` holds."""
+    """The text of `docs/cli.md`."""
     group = get_command(app)
     above = group.make_context("evoprune", [], resilient_parsing=True, terminal_width=WIDTH - 2)
-    parts = [INTRODUCTION, _section("evoprune", above.get_help())]
+    sections = [INTRODUCTION, _section("evoprune", above.get_help())]
     for name in sorted(group.commands):
         context = group.commands[name].make_context(name, [], parent=above, resilient_parsing=True)
-        parts.append(_section(context.command_path, context.get_help()))
-    return "\n".join(parts)
+        sections.append(_section(context.command_path, context.get_help()))
+    return "\n".join(sections)
 
 
 def _section(title: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a person reads on stderr: errors, warnings, the stats block. Plain text first; colour only on a terminal."""
+"""What a person reads on stderr: errors, warnings, notes, the stats block. Colour only on a terminal."""
 
 import os
 import sys
@@ -11,26 +11,26 @@ from evoprune.report import STAGES, Report, VideoFacts
 WIDTH = 80
 BAR = 12
 WARNINGS = {
-    "equal_scores": "in at least one step all parts of the picture looked the same; which of them were merged or kept says nothing",
+    "equal_scores": "every frame is one even colour, so which units were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
-    "cache_not_written": "the encoded video could not be stored; `evoprune inspect` shows where: is there room, and may you write?",
-    "damaged_video": "the video is damaged ({damaged:,} of its packets or images); what cannot be decoded was skipped, "
-    "and the picture before it shown instead",
+    "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
+    "damaged_video": "the video is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
+    "replaced by the one before it",
     "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
-    "demo_model": "the demo model knows only its own little world of coloured shapes and digits; its answer about "
-    "this video means nothing. For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
-    "demo_overlay": "the demo model knows only its own little world of coloured shapes and digits; what it merges and chooses "
-    "in this video says little. For a real model: -m Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_model": "the demo model knows only coloured shapes and digits; its answer about this video means nothing. "
+    "For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in this video "
+    "says little. For a real model: -m Qwen/Qwen2.5-VL-3B-Instruct",
 }
 
 
 def colourful() -> bool:
-    """Colour on stderr: a terminal that wants it (https://no-color.org)."""
+    """Whether stderr is a terminal that wants colour (https://no-color.org)."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def columns() -> int:
-    """Columns of stderr: those of the terminal, but no more than 80."""
+    """Columns of stderr: those of the terminal, at most 80."""
     if not sys.stderr.isatty():
         return WIDTH
     stated = os.environ.get("COLUMNS", "")
@@ -46,7 +46,7 @@ def _paint(text: str, code: str) -> str:
 
 
 def encodable(text: str, stream=None) -> str:
-    """What a stream (default: stderr) can take: characters outside its encoding become escapes instead of an error."""
+    """The text as a stream (default: stderr) can print it: characters outside its encoding become escapes."""
     encoding = (stream or sys.stderr).encoding or "ascii"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -57,7 +57,7 @@ def printable(text: str, stream=None) -> str:
 
 
 def note(text: str = "") -> None:
-    """One line to stderr; if nobody reads that, or it cannot be written, nobody needs to know."""
+    """Prints a line to stderr. If that fails, for example because the reader is gone, all further lines are dropped."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -65,11 +65,11 @@ def note(text: str = "") -> None:
 
 
 def print_json(report: Report) -> None:
-    """A report as one line on stdout; in plain ASCII where stdout, or the text itself, is not proper Unicode."""
+    """Prints a report as one line on stdout, in plain ASCII where stdout or the text is not valid UTF-8."""
     text = report.to_json()
     try:
         proper = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
-    except UnicodeEncodeError:  # a path of stray bytes
+    except UnicodeEncodeError:  # a path with bytes that are not UTF-8
         proper = False
     print(text if proper else report.to_json(ascii_only=True), flush=True)
 
@@ -82,7 +82,7 @@ def print_error(message: str, hint: str | None) -> None:
 
 
 def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
-    """A warning about a video; one of a batch is named, and how many `more` it is true of."""
+    """Prints a warning about a video; in a batch with its name, and with how many `more` videos it applies to."""
     facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
     text = WARNINGS.get(name, name).format(**facts)
     if more is not None:
@@ -94,7 +94,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
 
 
 def tell(text: str) -> None:
-    """A sentence on stderr, folded to the terminal's width."""
+    """Prints a sentence on stderr, folded to the terminal's width."""
     for line in textwrap.wrap(printable(text), max(columns(), 30), subsequent_indent="  "):
         note(_paint(line, "2"))
 
@@ -110,14 +110,14 @@ def clock(seconds: float | None) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """~40 s, ~12 min or ~9 h: an estimate, no more exact than it is."""
+    """~40 s, ~12 min or ~9 h: an estimate with one digit or two."""
     if seconds >= 5700:
         return f"~{seconds / 3600:,.0f} h"
     return f"~{seconds / 60:,.0f} min" if seconds >= 95 else f"~{float(f'{seconds:.1g}'):.0f} s"
 
 
 def shorten(text: str, width: int) -> str:
-    """The middle left out where the text is too long."""
+    """The text with its middle left out where it is too long."""
     if len(text) <= width:
         return text
     head = max(0, (width - 3) // 2)
@@ -131,15 +131,13 @@ def size(count: int | None) -> str:
 
 
 def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> list[str]:
-    """The stats of one question, one line a stage: time, bar, and what goes in and comes out."""
+    """The stats of one question, one line a stage: its time, a bar, what goes in and what comes out."""
     model, video, pruning, sampling, times = report.model, report.video, report.pruning, report.sampling, report.time_ms
     threads = f" ({report.env.threads} threads)" if (model.device or "").startswith("cpu") else ""
     kept = 100 * (pruning.kept_ratio or 0)
     fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
     asked = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
     budget = "" if pruning.method == "none" else f" -b {asked}"
-    if pruning.args.get("encoder_budget") is not None:
-        budget += f" --encoder-budget {pruning.encoder_budget:g}"
     grids, rows, columns = sampling.grid_thw
     facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
     name = printable(os.path.basename(os.path.abspath(video.path)))
@@ -166,12 +164,12 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     if report.cache == "hit":
         said["read"] = f"{_tokens(pruning.visual_tokens_kept)} from the cache"
     longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
-    room = width - 21 - max(map(len, said.values()))  # what the bars can have
+    room = width - 21 - max(map(len, said.values()))  # columns left for the bars
     bar = min(BAR, room - 2) if room >= 6 else 0
     for stage in STAGES:
         spent = getattr(times, stage) or 0
         if not spent and stage not in ("prefill", "generate"):
-            continue  # a later question: the video was paid for by the first one
+            continue  # a later question: the first one's report has the video's time
         marks = "#" * (round(bar * spent / longest) if longest else 0)
         lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{said[stage]}")
         if stage == "encode" and times.encode_prune:
@@ -184,7 +182,7 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
         lines += _side_by_side(report, report.compare)
     if verbose:
         lines += _verbose(report)
-    return [part for line in lines for part in _folded(line, width)]
+    return [piece for line in lines for piece in _folded(line, width)]
 
 
 def _side_by_side(pruned: Report, full: Report) -> list[str]:
@@ -202,14 +200,14 @@ def _side_by_side(pruned: Report, full: Report) -> list[str]:
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """The line in pieces that fit, cut between words, the later ones set in."""
+    """The line in pieces that fit, broken between words, the later ones indented."""
     if len(line) <= width:
         return [line]
     return textwrap.wrap(line, max(width, 30), subsequent_indent=" " * 11, drop_whitespace=True) or [line]
 
 
 def _verbose(report: Report) -> list[str]:
-    """Rows of every layer, tokens of every grid, versions."""
+    """Rows of every layer, tokens of every frame pair, settings, versions."""
     env = report.env
     return [
         *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in report.pruning.layers]),
@@ -235,7 +233,7 @@ def _tokens(count: int) -> str:
 
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:
-    """What `VideoQA.encode` tells of its progress, as a line of it."""
+    """A callback for `VideoQA.encode` that shows its progress."""
     named = {"encode": "encoding, frame", "layers": "encoding, layer"}
     return lambda stage, done, total: show(named[stage], done, total)
 
@@ -247,7 +245,7 @@ def print_stats(report: Report, verbose: bool = False) -> None:
 
 @contextmanager
 def progress(active: bool) -> Iterator:
-    """A line of progress on stderr while a block runs, on a terminal only: yields `show(what, done, total)`."""
+    """Shows a line of progress on stderr while a block runs, on a terminal only. Yields `show(what, done, total)`."""
     if not active or not sys.stderr.isatty():
         yield lambda what, done=0, total=0: None
         return

@@ -15,6 +15,7 @@ import numpy as np
 
 from evoprune.evaluation.run import Evaluation, Settings
 from evoprune.evaluation.scores import FULL
+from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.schedule import ALLOCATIONS
 from evoprune.pruning.score import LONELY
 from experiments.paired import in_points, paired_difference
@@ -262,8 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         split=args.split,
         seed=args.seed,
         limit=args.limit,
-        model=args.model,
-        dtype="fp32",  # as the demo's own; all that know its clips are as small
+        model=ModelOptions(args.model, dtype="fp32"),  # as the demo's own; all that know its clips are as small
     )
     run = Evaluation(settings, None)
     run.keep_in(args.out, resume=args.out.exists())

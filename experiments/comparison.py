@@ -24,6 +24,7 @@ from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation.folder import SETTINGS
 from evoprune.evaluation.run import DEMO, Evaluation, Settings
 from evoprune.pipeline.choices import SPLITS
+from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.visualize.chart import COLOURS
 from experiments.comparison_tables import OURS, SHARE, Outcome, chart, document
@@ -49,17 +50,17 @@ def measure(settings: Settings, folder: Path, processes: int, progress: Callable
         EvopruneError: what `Evaluation` and `load_model` raise; among others, if it was begun with other settings.
     """
     run = Evaluation(settings, None)
-    place = folder / re.sub(r"[^A-Za-z0-9._-]+", "-", settings.model).strip("-")
+    place = folder / re.sub(r"[^A-Za-z0-9._-]+", "-", settings.model.model).strip("-")
     begun = (place / SETTINGS).exists()
     if begun:
         run.keep_in(place, resume=True)
     run.load()
     if not begun:
         run.keep_in(place)
-    run.run(lambda what: progress(f"{settings.model}: {what}"), processes)
+    run.run(lambda what: progress(f"{settings.model.model}: {what}"), processes)
     made = run.document()
     run.folder.finish(made)
-    return Outcome(settings.model, made, run.samples)
+    return Outcome(settings.model.model, made, run.samples)
 
 
 def compare(
@@ -83,10 +84,13 @@ def compare(
         split=split,
         seed=seed,
         limit=limit,
-        dtype="fp32",  # as the demo's own; all that know its clips are as small
+        model=ModelOptions(dtype="fp32"),  # as the demo's own; all that know its clips are as small
         timed=True,
     )
-    return [measure(replace(settings, model=model), folder, processes, progress) for model in models]
+    return [
+        measure(replace(settings, model=replace(settings.model, model=model)), folder, processes, progress)
+        for model in models
+    ]
 
 
 def _print_progress(what: str) -> None:

@@ -22,8 +22,10 @@ from evoprune.demo.clips import make_clip
 from evoprune.evaluation.demo_clips import demo_video, seeds
 from evoprune.evaluation.grading import grade
 from evoprune.evaluation.questions import Video
+from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading import LoadedModel, load_model
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.options import PruneOptions
 from evoprune.video.decode import FrameChunk, read_frames
 from experiments.paired import in_points, paired_difference
 
@@ -59,8 +61,9 @@ def in_changing_light(light: float) -> Callable[..., Iterator[FrameChunk]]:
 
 def answers(loaded: LoadedModel, video: Video, noise: Noise, method: str, budget: float) -> list[dict]:
     """A sample a question: whether it was answered, the live share, and the share of units that were encoded at all."""
-    qa = VideoQA(loaded, budget=budget, method=method)
-    encoded = qa.encode(video.path, name=video.name, read=in_changing_light(noise.light))
+    engine = make_engine(loaded, PruneOptions(budget, method))
+    with closing(open_video(engine, video.path, name=video.name, read=in_changing_light(noise.light))) as opened:
+        encoded = opened.encode()
     pruning = encoded.report.pruning
     share = pruning.layers[0][1] / pruning.visual_tokens_in
     return [

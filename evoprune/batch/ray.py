@@ -47,8 +47,6 @@ def answers_on_ray(
     settings: Settings,
     *,
     address: str | None = None,
-    device: str = "auto",
-    offline: bool = False,
     cache: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> Iterator[Report]:
@@ -56,7 +54,6 @@ def answers_on_ray(
 
     Args:
         address: of a cluster, such as "auto"; None for RAY_ADDRESS, or else a new cluster on this machine.
-        device, offline: see `VideoQA.load`; a worker has the GPU that Ray gives it.
         cache: whether each node keeps encoded videos in its cache.
         on_ready: called when the cluster is connected.
 
@@ -67,7 +64,7 @@ def answers_on_ray(
     with _cluster(address) as ray:
         on_ready()
         tries = ray.remote(num_cpus=0)(Tries).remote()
-        how = {"folder": os.getcwd(), "device": device, "offline": offline, "cache": cache, "tries": tries}
+        how = {"folder": os.getcwd(), "cache": cache, "tries": tries}
         for line in _lines(ray, spans, settings, how):
             if error := json.loads(line).get("broken"):
                 raise RemoteError(error)
@@ -81,7 +78,7 @@ def answers_on_ray(
 
 def _lines(ray, spans: Sequence[Span], settings: Settings, how: dict[str, Any]) -> Iterator[str]:
     """The lines that the workers make, as they come."""
-    workers, share = _workers(ray, how["device"])
+    workers, share = _workers(ray, settings.model.device)
     # One block for each span: a worker that dies loses no more than its span.
     rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -120,11 +117,11 @@ class Tries:
 class Worker:
     """Holds the model and answers. Runs in a process of its own, on any node."""
 
-    def __init__(self, settings: Settings, folder: str, device: str, offline: bool, cache: bool, tries):
+    def __init__(self, settings: Settings, folder: str, cache: bool, tries):
         self._settings, self._tries, self._cache, self._broken = settings, tries, None, None
         try:
             _enter(folder)  # names of videos and models are relative to it
-            self._qa = settings.load(device=device, offline=offline)
+            self._qa = settings.load()
         except EvopruneError as problem:  # if it were raised here, Ray would try again
             self._broken = error_record(problem)
         if cache:

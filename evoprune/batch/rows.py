@@ -93,7 +93,7 @@ class Span:
 
     @property
     def range(self) -> dict[str, float | None]:
-        """Arguments of `VideoQA.prepare`."""
+        """The fields of `SamplingOptions` that a row gives."""
         return {"start_s": self.rows[0].start_s, "end_s": self.rows[0].end_s}
 
 

@@ -6,68 +6,44 @@ questions about a video are answered, the first chunks of the next one are read 
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evoprune.batch.output import Found
 from evoprune.batch.resume import differences
 from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, UsageError, error_record
-from evoprune.pipeline.prefetch import ahead
+from evoprune.pipeline.options import PipelineOptions
+from evoprune.pipeline.prefetch import prefetched
 from evoprune.report import Report, VideoFacts, rounded
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import EncodedVideo
     from evoprune.pipeline.cache import Cache
-    from evoprune.pipeline.encoding import PreparedVideo
+    from evoprune.pipeline.opening import OpenVideo
     from evoprune.pipeline.video_qa import VideoQA
 
 T = TypeVar("T")
 OnFailure = Callable[[Exception], None]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All that an answer depends on besides its row and the machine. See `VideoQA`, `VideoQA.prepare` and `EncodedVideo.ask`."""
+# What an answer does not depend on, or what each row says itself.
+NOT_RECORDED = ("device", "offline", "start_s", "end_s")
 
-    model: str
-    budget: float | str
-    method: str
-    method_args: dict[str, str] = field(default_factory=dict)
-    seed: int = 0
-    revision: str | None = None
-    dtype: str = "auto"
-    quantize: str = "none"
-    load_format: str = "auto"
-    fps: float | None = None
-    frames: int | None = None
-    max_frames: int | None = None
-    max_visual_tokens: int | None = None
-    decoder: str = "auto"
-    system: str | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
 
-    def load(self, **how) -> "VideoQA":
-        """Loads the model. `how`: `device`, `offline` and `progress` of `VideoQA.load`, which says what is raised."""
-        from evoprune.language.generate import GenerationSettings
+class Settings(PipelineOptions):
+    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
+        """Loads the model; raises what `VideoQA.load` raises."""
         from evoprune.pipeline.video_qa import VideoQA
 
-        GenerationSettings(self.max_new_tokens, self.temperature, self.top_p, self.seed)
-        names = ("budget", "method", "method_args", "seed", "revision", "dtype", "quantize", "load_format")
-        return VideoQA.load(self.model, **self._some(*names), **how)
+        return VideoQA.load(**vars(self.model), **vars(self.pruning), progress=progress)
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        return self._some("fps", "frames", "max_frames", "max_visual_tokens", "decoder")
-
-    @property
-    def generation(self) -> dict[str, Any]:
-        return self._some("system", "max_new_tokens", "temperature", "top_p")
-
-    def _some(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
+    def record(self) -> dict[str, Any]:
+        """All of it as flat data for JSON, as records hold it."""
+        both = asdict(self.model) | asdict(self.pruning) | asdict(self.sampling) | asdict(self.generation)
+        return {name: value for name, value in both.items() if name not in NOT_RECORDED}
 
 
 def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
@@ -76,7 +52,7 @@ def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -
     Raises:
         UsageError: a record was made with other settings, or its row has changed.
     """
-    now, asked, done = rounded(asdict(settings)), {row.id: rounded(row.asked) for row in rows}, set()
+    now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
     for record in found:
         if other := differences(record.settings, now):
             raise UsageError(f"the output was begun with other settings: {other}", "give the same ones, or another -o")
@@ -102,18 +78,21 @@ def answers(
     Args:
         on_failure: called with each exception.
     """
-    with closing(ahead(_prepared(qa, spans, settings, cache), depth=1)) as prepared:
+    with closing(prefetched(_prepared(qa, spans, settings, cache), depth=1)) as prepared:
         for span, video in prepared:
             yield from _asked(span, video, settings, on_failure)
 
 
 def _prepared(
     qa: "VideoQA", spans: Iterable[Span], settings: Settings, cache: "Cache | None"
-) -> Generator[tuple[Span, "PreparedVideo | Exception"], None, None]:
+) -> Generator[tuple[Span, "OpenVideo | Exception"], None, None]:
     """Every span with its first chunks read, or with the exception that prevents it."""
+    from evoprune.pipeline.opening import open_video
+
     for span in spans:
         try:
-            video = qa.prepare(span.path, name=span.video, cache=cache, **settings.sampling, **span.range)
+            sampling = replace(settings.sampling, **span.range)
+            video = open_video(qa.engine, span.path, sampling, name=span.video, cache=cache)
             video.begin()
         except Exception as problem:
             yield span, problem
@@ -133,13 +112,11 @@ def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Repor
 
 def _named(report: Report, row: Row, settings: Settings) -> Report:
     report.id = row.id
-    report.batch = {"row": row.asked | {"answer": row.answer}, "settings": asdict(settings)}
+    report.batch = {"row": row.asked | {"answer": row.answer}, "settings": settings.record()}
     return report
 
 
-def _asked(
-    span: Span, video: "PreparedVideo | Exception", settings: Settings, on_failure: OnFailure
-) -> Iterator[Report]:
+def _asked(span: Span, video: "OpenVideo | Exception", settings: Settings, on_failure: OnFailure) -> Iterator[Report]:
     encoded, error = _tried(lambda: _encoded(video), on_failure)
     for row in span.rows:
         report = None
@@ -148,7 +125,7 @@ def _asked(
         yield _named(report, row, settings) if report else failure_report(row, settings, error)
 
 
-def _encoded(video: "PreparedVideo | Exception") -> "EncodedVideo":
+def _encoded(video: "OpenVideo | Exception") -> "EncodedVideo":
     if isinstance(video, Exception):
         raise video
     with closing(video):
@@ -156,9 +133,10 @@ def _encoded(video: "PreparedVideo | Exception") -> "EncodedVideo":
 
 
 def _answered(encoded: "EncodedVideo", row: Row, settings: Settings) -> Report:
-    for _ in encoded.ask(row.prompt, **settings.generation):
+    answer = encoded.ask(row.prompt, **vars(settings.generation))
+    for _ in answer:
         pass
-    return encoded.report
+    return answer.report
 
 
 def _tried(work: Callable[[], T], on_failure: OnFailure) -> tuple[T | None, dict | None]:

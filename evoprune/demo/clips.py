@@ -34,7 +34,6 @@ SPLITS = {"train": 0, "validation": 1, "heldout": 2, "samples": 3, "portrait": 4
 # two of each were never trained on.
 FRAMES = (((8, 12), 0.55), ((6, 8), 0.25), ((8, 10), 0.1), ((10, 14), 0.1))
 LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
-VIDEO_TAG = "evoprune demo clip"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.demo.clips import VIDEO_TAG, Clip, Thing
+from evoprune.demo.clips import Clip, Thing
+from evoprune.video.info import DEMO_TAG
 
 DIGIT_FONT = (
     "01110 10001 10011 10101 11001 10001 01110",
@@ -136,7 +137,7 @@ def write_video(
     # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
     x264 = {"preset": preset, "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
-        container.metadata["comment"] = VIDEO_TAG
+        container.metadata["comment"] = DEMO_TAG
         stream = container.add_stream(
             codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else x264)
         )

@@ -7,7 +7,8 @@ used as it is. Scoring and merging, a few percent of the tower, are left out.
 
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.answering import EncodedVideo
-from evoprune.pipeline.loading import describe_model
+from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.model_folder import describe_model
 from evoprune.report import Report
 from evoprune.vision.tower import tower_geometry
 
@@ -21,10 +22,10 @@ NOTE = (
 class Cost:
     """The rows, tokens and operations of an encoded video and of the questions about it."""
 
-    def __init__(self, encoded: EncodedVideo):
+    def __init__(self, loaded: LoadedModel, encoded: EncodedVideo):
         config, _ = describe_model(COST_MODEL)
         vision, (grids, height, width) = config.vision_config, encoded.plan.grid
-        windows = tower_geometry(encoded.qa.loaded.model.model.visual, height, width).windows
+        windows = tower_geometry(loaded.model.model.visual, height, width).windows
         entered = [rows for _, rows in encoded.report.pruning.layers]
         rows = [*stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
         self._text = config.text_config

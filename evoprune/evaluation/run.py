@@ -28,11 +28,24 @@ from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.machine import environment
+from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading import LoadedModel, load_model
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 
 DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
+RECORDED = (
+    "fps",
+    "frames",
+    "max_frames",
+    "max_visual_tokens",
+    "max_new_tokens",
+    "model",
+    "revision",
+    "dtype",
+    "quantize",
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,9 @@ class Settings:
         limit: at most so many videos; None for all of a file, and 100 clips of the demo's.
         budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts.
         blind: also ask without the video.
-        fps, frames, max_frames, max_visual_tokens: see `VideoQA.encode`.
-        max_new_tokens: of an answer.
+        model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise.
         timed: whether samples hold `prune_ms` too, milliseconds that scores, merging and choice took, for the video or, where the
             choice depends on it, for the question; in these two runs differ.
-        model, revision, dtype, quantize: see `load_model`.
         version: of this program.
     """
 
@@ -61,23 +72,18 @@ class Settings:
     split: str = "heldout"
     seed: int = 0
     limit: int | None = None
-    fps: float | None = None
-    frames: int | None = None
-    max_frames: int | None = None
-    max_visual_tokens: int | None = None
-    max_new_tokens: int = 64
-    model: str = "demo"
-    revision: str | None = None
-    dtype: str = "auto"
-    quantize: str = "none"
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
     digest: str | None = None
     timed: bool = False
     version: str = evoprune.__version__
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        names = ("fps", "frames", "max_frames", "max_visual_tokens")
-        return {name: getattr(self, name) for name in names}
+    def record(self) -> dict[str, Any]:
+        """All that results depend on, as flat data for JSON."""
+        groups = asdict(self.model) | asdict(self.sampling) | asdict(self.generation)
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
+        return own | {name: groups[name] for name in RECORDED}
 
 
 @dataclass(frozen=True)
@@ -135,14 +141,9 @@ class Evaluation:
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
 
-    def load(self, *, device: str = "auto", offline: bool = False, progress: Callable | None = None) -> None:
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
-        s = self.settings
-        self._load = {"device": device, "offline": offline}
-        self.loaded = load_model(
-            s.model, revision=s.revision, device=device, dtype=s.dtype, offline=offline, quantize=s.quantize,
-            progress=progress,
-        )  # fmt: skip
+        self.loaded = load_model(self.settings.model, progress=progress)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on. With `resume` it is the folder of an earlier run, whose samples are kept.
@@ -150,7 +151,7 @@ class Evaluation:
         Raises:
             UsageError: the folder cannot be made, or holds no run with the same settings.
         """
-        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, asdict(self.settings))
+        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self.settings.record())
         self.samples = list(self.folder.samples)
 
     @property
@@ -171,7 +172,7 @@ class Evaluation:
         missing = self._missing(done)
         with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
             if processes > 1:
-                each = map_in_processes(partial(_start, self.settings, self.files, self._load), missing, processes)
+                each = map_in_processes(partial(_start, self.settings, self.files), missing, processes)
             else:
                 each = (
                     self.evaluate(job, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
@@ -212,21 +213,23 @@ class Evaluation:
 
     def _asked(self, variant: Variant, video: Video, frames: SharedFrames, rows: SharedRows) -> Iterator[dict]:
         settings, method = self.settings, variant.kind == METHOD
-        qa = VideoQA(
-            self.loaded,
+        options = PruneOptions(
             budget=variant.budget,
             method=variant.method,
-            method_args=settings.method_args if method else None,
+            method_args=settings.method_args if method else {},
             seed=((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63,
         )
-        how = {"read": grey_frames} if variant.kind == BLIND else {"read": frames.read, "tower": rows.encode_rows}
-        encoded = qa.encode(video.path, name=video.name, **settings.sampling, **how)
-        cost, pruned = Cost(encoded), encoded.report.time_ms.encode_prune
+        engine = make_engine(self.loaded, options)
+        how = {"read": grey_frames} if variant.kind == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
+        with closing(open_video(engine, video.path, settings.sampling, name=video.name, **how)) as opened:
+            encoded = opened.encode()
+        cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for number, row in enumerate(video.rows):
-            said = "".join(encoded.ask(row.prompt, max_new_tokens=settings.max_new_tokens))
+            answer = encoded.ask(row.prompt, **vars(settings.generation))
+            said = "".join(answer)
             right = grade(row, said)
             # A method that does not read the question did all its work before the first one.
-            prune_ms = encoded.report.time_ms.encode_prune if qa.method.reads_question else pruned
+            prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
             times = {"prune_ms": prune_ms} if settings.timed else {}
             yield _about(video, number) | {
                 "row": variant.kind,
@@ -237,8 +240,8 @@ class Evaluation:
                 "answer": said,
                 "right": bool(right),
                 "unparseable": right is None,
-                "warnings": encoded.report.warnings,
-                **cost.of(encoded.report),
+                "warnings": answer.report.warnings,
+                **cost.of(answer.report),
                 **times,
             }
 
@@ -251,7 +254,7 @@ class Evaluation:
             "schema": SCHEMA,
             "model": asdict(loaded.facts()) if loaded else None,
             "env": asdict(environment(loaded.device)) if loaded else None,
-            "settings": asdict(self.settings),
+            "settings": self.settings.record(),
             "videos": {"wanted": self.total, "evaluated": len({s["video"] for s in good}), "failed": len(failed)},
             "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},
             "rows": score_rows(self.samples),
@@ -272,10 +275,10 @@ class Evaluation:
         return notes
 
 
-def _start(settings: Settings, files: str, load: dict) -> Callable[[Video | int], list[dict]]:
+def _start(settings: Settings, files: str) -> Callable[[Video | int], list[dict]]:
     """`evaluate` of an evaluation of its own, with a model loaded: what a process runs."""
     evaluation = Evaluation(settings, None)
-    evaluation.load(**load)
+    evaluation.load()
     evaluation.files = files
     return evaluation.evaluate
 

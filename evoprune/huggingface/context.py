@@ -30,7 +30,7 @@ from evoprune.methods.base import Method
 from evoprune.model.clock import Clock
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, peak_memory
-from evoprune.pipeline.loading import DTYPES
+from evoprune.pipeline.device import DTYPES
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.report import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.vision.encoded import Encoded, joined

@@ -3,9 +3,9 @@
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
-Tasks ask one question at a time about a video or a folder of frames; questions about the same video that follow each other share
-its encoding. What each one took stands in its sample's `token_counts`, beside the tokens: visual tokens in and kept, the share of
-the tower that was computed, milliseconds of every stage, warnings.
+Tasks ask one question at a time about a video or a folder of frames. Consecutive questions about the same video share its
+encoding. Each sample's `token_counts` also holds visual tokens in and kept, the tower's live share, milliseconds of every stage,
+and warnings.
 """
 
 import os
@@ -17,11 +17,10 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions, from_keywords
 from evoprune.pipeline.video_qa import VideoQA
-from evoprune.pruning.budget import DEFAULT
 from evoprune.report import Report
 
 MAX_NEW_TOKENS = 128  # where the task does not say
@@ -39,53 +38,37 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """Settings are model_args; those that say nothing of lmms-eval are options of `evoprune ask`, with its defaults.
+    """Its arguments are lmms-eval's model_args.
 
     Args:
         pretrained: hub id, local folder, or `demo`.
-        budget, method, encoder_budget, seed: how visual tokens are pruned. `method` may bring settings: `evoprune:reuse=0`.
-        revision, device, dtype, quantize: of the model.
-        fps, frames, max_frames, max_visual_tokens, decoder: what is looked at.
         system_prompt: instead of the model's own.
-        batch_size: 1. max_batch_size: not looked at.
+        batch_size: must be 1.
+        max_batch_size: ignored.
+        options: fields of `ModelOptions`, `PruneOptions` and `SamplingOptions`, such as `budget`, `method`, `fps`. `method` may
+            bring settings: `evoprune:reuse=0`.
 
     Raises:
-        EvopruneError: as `VideoQA.load`; a larger batch, or several processes.
+        EvopruneError: as `VideoQA.load`; a larger batch, or several processes. TypeError: an unknown option.
     """
 
     def __init__(
         self,
         pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct",
-        budget: float | str = DEFAULT,
-        method: str = methods.DEFAULT,
-        encoder_budget: float | None = None,
-        seed: int = 0,
-        revision: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        quantize: str = "none",
-        fps: float | None = None,
-        frames: int | None = None,
-        max_frames: int | None = None,
-        max_visual_tokens: int | None = None,
-        decoder: str = "auto",
         system_prompt: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        **options,
     ):
         super().__init__()
         if str(batch_size) != "1":
             raise UsageError(f"batch_size {batch_size}: videos are answered one at a time", "leave it at 1")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UsageError("this model runs in one process", "start one run a GPU, each with tasks of its own")
-        self._qa = VideoQA.load(
-            pretrained, revision=revision, device=device, dtype=dtype, quantize=quantize,
-            budget=budget, method=method, encoder_budget=encoder_budget, seed=seed,
-        )  # fmt: skip
-        self._sampling = {
-            "fps": fps, "frames": frames, "max_frames": max_frames, "max_visual_tokens": max_visual_tokens,
-            "decoder": decoder,
-        }  # fmt: skip
+        model, pruning, self._sampling = from_keywords(
+            {"model": pretrained, **options}, ModelOptions, PruneOptions, SamplingOptions
+        )
+        self._qa = VideoQA.load(**vars(model), **vars(pruning))
         self._system = system_prompt
         self._video: EncodedVideo | None = None
         self._path: str | None = None
@@ -104,38 +87,36 @@ class EvoPruneQwen25VL(lmms):
         for request in requests:
             question, settings, doc_to_visual, doc_id, task, split = request.args
             video = self._encoded(_only_video(doc_to_visual(self.task_dict[task][split][doc_id])))
-            answer = self._answer(video, question, settings)
-            self.cache_hook.add_partial("generate_until", (question, settings), answer)
-            yield GenerationResult(answer, _measured(video.report))
+            text, report = self._answer(video, question, settings)
+            self.cache_hook.add_partial("generate_until", (question, settings), text)
+            yield GenerationResult(text, _measured(report))
 
     def _encoded(self, path: str) -> EncodedVideo:
         if self._path != path:
             self._video = self._path = None  # its memory goes before the next one is encoded
-            self._video = self._qa.encode(path, **self._sampling)
+            self._video = self._qa.encode(path, **vars(self._sampling))
             self._path = path
         return self._video
 
-    def _answer(self, video: EncodedVideo, question: str, settings: dict[str, Any]) -> str:
-        """What the model says, up to the first of the task's stop words."""
+    def _answer(self, video: EncodedVideo, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
+        """What the model says, up to the first of the task's stop words, and the report of it."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beams are not searched here", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
         until = settings.get("until") or []
-        pieces = video.ask(
+        until = [until] if isinstance(until, str) else until
+        answer = video.ask(
             question,
             system=self._system,
             max_new_tokens=settings.get("max_new_tokens") or MAX_NEW_TOKENS,
             temperature=(settings.get("temperature") or 0.0) if sampled else 0.0,
             top_p=settings.get("top_p") or 1.0,
         )
-        answer = ""
-        for piece in pieces:
-            answer += piece
-            ends = [answer.index(stop) for stop in ([until] if isinstance(until, str) else until) if stop in answer]
-            if ends:
-                pieces.close()
-                return answer[: min(ends)]
-        return answer
+        for _ in answer:
+            if ends := [answer.text.index(stop) for stop in until if stop in answer.text]:
+                answer.close()
+                return answer.text[: min(ends)], answer.report
+        return answer.text, answer.report
 
 
 def _only_video(visuals: list) -> str:

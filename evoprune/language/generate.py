@@ -9,42 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.errors import UsageError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
+from evoprune.language.settings import GenerationSettings
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.numerics import not_a_number_error
-
-# Columns that are allocated for the answer, so that the cache of a usual answer does not have to grow.
-ANSWER_COLUMNS = 256
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How an answer is generated.
-
-    Attributes:
-        max_new_tokens: limit of the answer's length, at least 1.
-        temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn.
-        top_p: tokens are drawn from the most probable ones that together reach this probability, in (0, 1].
-        seed: of the random draw; the same seed gives the same answer.
-
-    Raises:
-        UsageError: a value out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "ask for at least one token")
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature is {self.temperature}", "0 is greedy, 1 samples as the model was trained")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}", "top_p is a probability above 0, and 1 keeps every token")
+from evoprune.model.sizes import ANSWER_COLUMNS
 
 
 @dataclass

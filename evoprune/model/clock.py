@@ -1,4 +1,4 @@
-"""How long each stage is busy."""
+"""The time that each stage is busy."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 def now(device: torch.device) -> float:
-    """Seconds. On CUDA only once what was asked for is done: kernels run on after Python has gone ahead."""
+    """Seconds. On CUDA it waits until all kernels are done, which run on after Python has gone on."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Clock:
-    """Adds up the time each stage is busy, in seconds."""
+    """Adds up the seconds that each stage is busy."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
@@ -40,7 +40,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Passes items on, timing only the making of them."""
+        """Yields items, and times only how they are made."""
         source = iter(items)
         while True:
             with self.stage(name):

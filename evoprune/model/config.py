@@ -12,8 +12,6 @@ T = TypeVar("T")
 QWEN2_5, QWEN2 = "qwen2_5_vl", "qwen2_vl"
 MODEL_TYPES = (QWEN2_5, QWEN2)
 ACTIVATIONS = {QWEN2_5: "silu", QWEN2: "quick_gelu"}  # of the tower
-PATCHES = 4  # patches of a unit (2x2)
-QUANTIZE = ("none", "int8", "int4")  # how the language model's weights may be held, see `quantize`
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Facts about this machine and process that belong beside every measurement."""
+"""Facts about this machine and process, for reports and for checks of memory."""
 
 import math
 import platform
@@ -35,11 +35,11 @@ def cpu_name() -> str:
 
 
 def peak_memory(device: str) -> int | None:
-    """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far; None where unknown."""
+    """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
-        # Not getrusage first: on Linux its peak goes back to the process that started this one.
+        # Not getrusage: on Linux its peak includes the process that started this one.
         return _kib("/proc/self/status", "VmHWM")
     except (OSError, StopIteration):
         pass
@@ -51,7 +51,7 @@ def peak_memory(device: str) -> int | None:
 
 
 def reset_peak_memory(device: str) -> bool:
-    """Lets `peak_memory` count from now on; False where the system cannot."""
+    """Restarts the count of `peak_memory`; False where the system cannot."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -64,8 +64,11 @@ def reset_peak_memory(device: str) -> bool:
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that this process could have now without swapping: on CUDA what is free, in torch's own store as well; else what
-    Linux, its control group and its limits allow. None where unknown."""
+    """Bytes that this process can get now without swapping; None where unknown.
+
+    On CUDA: what is free on the device and in torch's own allocator. Else the least of what Linux has, what the control group
+    allows and what `ulimit -v` allows.
+    """
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -83,18 +86,18 @@ def _kib(path: str, name: str) -> int:
 
 
 def _left_of_group() -> float:
-    """Of the control group's memory; infinite where there is no such group, or no limit."""
+    """What is left of the control group's memory; infinite where there is no group or no limit."""
     try:
         limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.M)
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # no such file, or "max" for no limit
         return math.inf
     return limit - used + int(cached[1] if cached else 0)
 
 
 def _left_of_limit(mapped: int) -> float:
-    """Of the addresses that this process may use (`ulimit -v`)."""
-    import resource  # there is one where there is /proc
+    """What is left of the address space of this process (`ulimit -v`)."""
+    import resource  # exists wherever /proc does
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return math.inf if limit == resource.RLIM_INFINITY else limit - mapped

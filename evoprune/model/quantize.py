@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from evoprune.errors import UsageError
-from evoprune.model.config import QUANTIZE
 from evoprune.model.linear import can_pack
+from evoprune.model.precision import check_quantize
 
 GROUP = 32  # int4 weights that share a scale
 ROWS = 1024  # rows of a weight quantised at a time: they fit into a cache, and kernels arrange rows in steps that divide it
@@ -141,8 +141,7 @@ def check(kind: str, device: torch.device) -> None:
     Raises:
         UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
     """
-    if kind not in QUANTIZE:
-        raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(QUANTIZE)}")
+    check_quantize(kind)
     if kind == "none":
         return
     if device.type != "cpu":

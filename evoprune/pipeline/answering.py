@@ -1,120 +1,145 @@
-"""A video that was encoded, and the last stages, through which each question goes: prefill and generate. Reports tell of all."""
+"""The last stages, through which each question goes: an encoded video is asked, and an answer is read piece by piece."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
-from evoprune.language.decoder import KVCache
-from evoprune.language.generate import (
-    GenerationSettings,
-    TokenStream,
-    column_counts,
-    embed_prompt,
-    embed_question,
-    prefill,
-    stream,
-    stream_text,
-)
-from evoprune.language.positions import VideoSpan, prompt_positions
-from evoprune.language.prompt import build_prompt
+from evoprune.language.generate import GenerationSettings, TokenStream, embed_question, stream, stream_text
 from evoprune.model.clock import Clock
-from evoprune.model.machine import environment, peak_memory
-from evoprune.report import Memory, Pruning, Rate, Report, Sampling, TokenCounts, VideoFacts
+from evoprune.pipeline.encoding import Encoding
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.options import GenerationOptions, from_keywords
+from evoprune.pipeline.prompting import PromptReader
+from evoprune.pipeline.reporting import fill_kept, fill_times, video_report
+from evoprune.pipeline.view import View
+from evoprune.report import Report, TokenCounts
+from evoprune.video.info import VideoInfo
 from evoprune.video.plan import Plan
-from evoprune.video.probe import VideoInfo
 from evoprune.vision.encoded import Encoded
-from evoprune.vision.encoder import Unchosen, choose
+from evoprune.vision.rows import EncodedRows, select_tokens
 
-if TYPE_CHECKING:
-    from evoprune.pipeline.video_qa import VideoQA
+
+class Answer(Iterator[str]):
+    """An answer, in pieces as they are generated: iterate over it once. Generation begins with the first piece.
+
+    Attributes:
+        report: of this answer; up to date after each piece, complete after the last.
+
+    Raises, while it is read:
+        UsageError: another question was asked meanwhile. OutOfMemory. ModelError: numbers that are NaN or infinite.
+    """
+
+    def __init__(self, report: Report, pieces: Iterator[str]):
+        self.report = report
+        self._pieces = pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def text(self) -> str:
+        """What has been generated so far; reading it generates nothing."""
+        return self.report.answer or ""
+
+    def close(self) -> None:
+        """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
+        self._pieces.close()
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.text!r}, {self.report.finish_reason or 'not complete'}>"
 
 
 class EncodedVideo:
-    """A video that was encoded once and can be asked about. `report` describes the latest question (or none yet).
+    """A video that was encoded once and can be asked about, one question at a time.
 
-    `plan` is what was looked at; `units` are the visual tokens there would be without pruning, which are more if the method
-    made the input smaller. From the cache, `encoded.rows` have a shape but hold no data. A method that reads the question chooses
-    for each one anew, among the rows of the one encoding; before the first, `encoded` has no tokens.
+    A method that reads the question selects tokens for each one anew, among the rows of the one encoding; before the first
+    question `encoded` has no tokens.
+
+    Attributes:
+        report: describes the encoding; it never changes. Each answer has a report of its own.
+        encoded: the tokens that the language model reads. From the cache, `encoded.rows` have a shape but hold no data.
+        view: what was looked at.
     """
 
-    def __init__(
-        self,
-        qa: "VideoQA",
-        info: VideoInfo,
-        decoder: str,
-        plan: Plan,
-        units: int,
-        encoded: Encoded | Unchosen,
-        clock: Clock,
-        wall_seconds: float,
-        cache: str = "off",
-        warnings: Sequence[str] = (),
-        damaged: int = 0,
-    ):
-        self.qa, self.info, self.decoder, self.plan, self.units = qa, info, decoder, plan, units
-        self._unchosen = encoded if isinstance(encoded, Unchosen) else None
-        self.encoded = encoded.nothing() if self._unchosen else encoded
-        self._clock, self._wall, self._cache, self._warnings = clock, wall_seconds, cache, warnings
-        self._damaged = damaged
-        # The system prompt, the cache, and how many of its columns no question changes.
-        self._prefix: tuple[str | None, KVCache, int] | None = None
+    def __init__(self, engine: Engine, view: View, encoding: Encoding):
+        result = encoding.result
+        self.view = view
+        self.encoded: Encoded = result.nothing_selected() if isinstance(result, EncodedRows) else result
+        self._engine, self._encoding = engine, encoding
+        self._prompts = PromptReader(engine.loaded, view)
         self._turn, self._paid = 0, False
-        self.report = self._blank_report()
+        self._blank = video_report(engine, view, encoding, self.encoded)
+        self.report = deepcopy(self._blank)
+        fill_times(self.report, encoding.seconds, encoding.wall_seconds, engine.loaded.device)
 
-    def ask(
-        self,
-        question: str,
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-    ) -> Iterator[str]:
-        """The answer in pieces, as they are generated. `report` is up to date after each piece and complete after the last.
+    @property
+    def info(self) -> VideoInfo:
+        """Facts about the file."""
+        return self.view.info
+
+    @property
+    def plan(self) -> Plan:
+        """Which frames were looked at, and how large."""
+        return self.view.plan
+
+    @property
+    def units(self) -> int:
+        """Visual tokens with nothing pruned; more than were looked at, if the method made the input smaller."""
+        return self.view.units
+
+    def __repr__(self) -> str:
+        (count, height, width), sampling = self.plan.grid, self.plan.sampling
+        return (
+            f"<EncodedVideo {self.view.name!r}: {sampling.frames} frames, {count} frame pairs of {height}x{width} units, "
+            f"{len(self.encoded.kept):,} of {self.units:,} visual tokens kept>"
+        )
+
+    def ask(self, question: str, **options) -> Answer:
+        """Asks a question. The first answer's report includes the time of the video, later ones do not.
 
         Args:
             question: taken literally.
-            system: a system prompt; None for the model's own.
-            max_new_tokens, temperature, top_p: see `GenerationSettings`; the seed is the VideoQA's.
+            options: fields of `GenerationOptions`: `max_new_tokens`, `temperature`, `top_p`, `system`.
 
         Raises:
-            UsageError: settings out of range, or an empty question.
+            UsageError: an option out of range, or an empty question. TypeError: an unknown option.
         """
+        (options,) = from_keywords(options, GenerationOptions)
         if not question.strip():
             raise UsageError("the question is empty", 'put it in quotes: evoprune ask video.mp4 "What happens?"')
-        settings = GenerationSettings(max_new_tokens, temperature, top_p, self.qa.seed)
-        return self._answer(question, system, settings)
+        settings = options.settings(self._engine.seed)
+        report = self._report_of(question, settings)
+        return Answer(report, self._pieces(question, options.system, settings, report))
 
-    def _answer(self, question: str, system: str | None, settings: GenerationSettings) -> Iterator[str]:
-        loaded, clock = self.qa.loaded, self._clock
-        report = self.report = self._next_report(question, settings)
+    def _report_of(self, question: str, settings: GenerationSettings) -> Report:
+        report, fresh = deepcopy(self._blank), Report()
+        report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
+        report.generation = asdict(settings)
+        return report
+
+    def _pieces(self, question: str, system: str | None, settings: GenerationSettings, report: Report) -> Iterator[str]:
+        """Generates an answer and keeps its report up to date."""
         self._turn += 1
         turn = self._turn
-        if self._paid:  # the video's time was counted with the first question that was read
-            clock.seconds, self._wall = dict.fromkeys(clock.seconds, 0.0), 0.0
-            report.time_ms.encode_prune = 0.0
-        clock.seconds.pop("prefill", None), clock.seconds.pop("generate", None)
-        self._fill_times(report, self._wall)
+        clock, earlier = self._new_clock(report)
         start = clock.now()
-        if self._unchosen:
+        if isinstance(self._encoding.result, EncodedRows):
             with clock.stage("encode"):
-                self._choose(question, report)
+                self._select_for(question, report)
         with clock.stage("prefill"):
-            tokens = self._prefill(question, system, settings)
-        encoded, self._paid = self.encoded, True
-        report.tokens = TokenCounts(self._text_tokens, len(encoded.kept), self._text_tokens + len(encoded.kept), 0)
-        report.time_ms.ttft_wall = (self._wall + clock.now() - start) * 1000
+            tokens = self._prefill(question, system, settings, report)
+        self._paid = True
+        report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer = ""
 
         def update() -> None:
             report.tokens.new, report.finish_reason = tokens.tokens, tokens.finish_reason
-            self._fill_times(report, self._wall + clock.now() - start)
+            fill_times(report, clock.seconds, earlier + clock.now() - start, self._engine.loaded.device)
 
         update()
         try:
-            for piece in clock.each("generate", stream_text(loaded.tokenizer, tokens)):
+            for piece in clock.each("generate", stream_text(self._engine.loaded.tokenizer, tokens)):
                 report.answer += piece
                 update()
                 yield piece
@@ -123,137 +148,31 @@ class EncodedVideo:
                         "another question was asked meanwhile", "finish one answer before the next question"
                     )
             update()
-        except GeneratorExit:  # whoever reads stopped early
+        except GeneratorExit:  # the reader stopped early
             update()
             report.finish_reason = report.finish_reason or "interrupt"
             raise
 
-    def _choose(self, question: str, report: Report) -> None:
-        """Has the method choose for this question; what was read of the video before is of no use then."""
-        loaded, before = self.qa.loaded, self.encoded.prune_seconds if self._paid else 0.0
-        self._prefix = None
-        self.encoded = choose(self._unchosen, embed_question(loaded.model, loaded.tokenizer, question))
-        self._fill_kept(report)
+    def _new_clock(self, report: Report) -> tuple[Clock, float]:
+        """A clock for an answer, and the wall-clock seconds before it: the video's time, until a question has paid for it."""
+        clock, wall = Clock(self._engine.device), self._encoding.wall_seconds
+        clock.seconds = dict(self._encoding.seconds)
+        if self._paid:
+            clock.seconds, wall = dict.fromkeys(clock.seconds, 0.0), 0.0
+            report.time_ms.encode_prune = 0.0
+        fill_times(report, clock.seconds, wall, self._engine.loaded.device)
+        return clock, wall
+
+    def _select_for(self, question: str, report: Report) -> None:
+        """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
+        loaded, before = self._engine.loaded, self.encoded.prune_seconds if self._paid else 0.0
+        self._prompts.forget()
+        self.encoded = select_tokens(self._encoding.result, embed_question(loaded.model, loaded.tokenizer, question))
+        fill_kept(report, self.view, self.encoded)
         report.time_ms.encode_prune = (self.encoded.prune_seconds - before) * 1000
 
-    def _prefill(self, question: str, system: str | None, settings: GenerationSettings) -> TokenStream:
-        """Reads the prompt, or, for a later question under the same system prompt, only what follows the video.
-
-        Attention is causal: the keys and values of what comes before the question do not depend on it, so the cache is cut
-        back to there and used again.
-        """
-        loaded, encoded = self.qa.loaded, self.encoded
-        model, n = loaded.model, len(encoded.owner)
-        prompt = build_prompt(loaded.tokenizer, question, n, system=system)
-        seconds = self.plan.sampling.seconds_per_grid(loaded.video.temporal_patch_size)
-        span = VideoSpan(prompt.video_start, self.plan.grid, seconds)
-        positions = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
-        following = int(positions.max()) + 1
-        embeds, columns = embed_prompt(model, prompt.input_ids, encoded.features, prompt.video_start, n, encoded.kept)
-        positions = positions[:, columns]
-        counts = column_counts(encoded.counts, prompt.video_start, len(embeds))
-        cache, known = self._take_prefix(system)
-        counts = None if counts is None else counts[known:]
-        state = prefill(model, embeds[known:], positions[:, known:], following, cache, counts)
-        self._prefix = system, state.cache, prompt.prefix_length - n + len(encoded.kept)
-        self._text_tokens = prompt.text_tokens
-        return stream(model, state, settings, loaded.eos_ids)
-
-    def _take_prefix(self, system: str | None) -> tuple[KVCache | None, int]:
-        """The cache up to the question, and its columns; nothing where there is none for this system prompt."""
-        if self._prefix is None or self._prefix[0] != system:
-            self._prefix = None  # its memory goes before the next one is made
-            return None, 0
-        _, cache, known = self._prefix
-        cache.crop(known)
-        return cache, known
-
-    def _fill_times(self, report: Report, total: float) -> None:
-        seconds = self._clock.seconds
-        times = report.time_ms
-        for stage, spent in seconds.items():
-            setattr(times, stage, spent * 1000)
-        times.total = total * 1000
-        times.ttft_model = None if times.prefill is None else times.encode + times.prefill
-        # The first token falls out of the prefill; the rate is that of the passes after it.
-        passes = max(0, (report.tokens.new or 0) - 1)
-        report.rate = Rate(passes / seconds["generate"] if passes and seconds.get("generate") else None)
-        report.memory.peak_bytes = peak_memory(self.qa.loaded.device)
-
-    def _fill_kept(self, report: Report) -> None:
-        pruning, kept = report.pruning, len(self.encoded.kept)
-        pruning.visual_tokens_kept, pruning.kept_ratio = kept, kept / self.units
-        pruning.kept_per_grid = self.encoded.kept_per_grid
-
-    def _next_report(self, question: str, settings: GenerationSettings) -> Report:
-        report = deepcopy(self._blank)
-        fresh = Report()
-        report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
-        report.generation = asdict(settings)
-        return report
-
-    def _blank_report(self) -> Report:
-        qa, info, plan, encoded, loaded = self.qa, self.info, self.plan, self.encoded, self.qa.loaded
-        merge = loaded.video.merge_size
-        t, h, w = plan.grid
-        report = Report(
-            video=VideoFacts(
-                path=info.path,
-                duration_s=info.duration_s,
-                width=info.width,
-                height=info.height,
-                rotation_deg=info.rotation_deg,
-                codec=info.codec,
-                fps=info.fps,
-                variable_rate=info.variable_rate,
-                frames_total=info.frames_total,
-                decoder=self.decoder,
-                stated_s=info.stated_s,
-                damaged=self._damaged,
-            ),
-            sampling=Sampling(
-                start_s=plan.sampling.start_s,
-                end_s=plan.sampling.end_s,
-                frames=plan.sampling.frames,
-                timestamps_s=list(plan.sampling.times_s),
-                resized_hw=[plan.height, plan.width],
-                grid_thw=[t, h * merge, w * merge],
-                seconds_per_grid=plan.sampling.seconds_per_grid(loaded.video.temporal_patch_size),
-            ),
-            pruning=Pruning(
-                method=qa.method_name,
-                args=asdict(qa.method),
-                budget=qa.method.told(qa.asked_budget),
-                encoder_budget=qa.method.encoder_share(qa.budget),
-                visual_tokens_in=self.units,
-                encoder_rows=len(encoded.rows),
-                encoder_live_share=encoded.live_share * len(encoded.owner) / self.units,
-                layers=[list(layer) for layer in encoded.layers],
-                positions="qwen",
-            ),
-            memory=Memory(weights_bytes=loaded.weights_bytes),
-            model=loaded.facts(),
-            env=environment(loaded.device),
-            warnings=list(self._warnings),
-            cache=self._cache,
-        )
-        self._fill_kept(report)
-        report.time_ms.load = None if qa.load_seconds is None else qa.load_seconds * 1000
-        report.time_ms.encode_prune = encoded.prune_seconds * 1000
-        if loaded.is_demo and not is_demo_clip(info):
-            report.warnings.append("demo_model")
-        if loaded.load_format == "dummy":
-            report.warnings.append("random_weights")
-        if encoded.flat:
-            report.warnings.append("equal_scores")
-        self._blank = report
-        made = deepcopy(report)
-        self._fill_times(made, self._wall)
-        return made
-
-
-def is_demo_clip(info: VideoInfo) -> bool:
-    """Whether the demo model's own generator made this file: it tags its clips."""
-    from evoprune.demo.clips import VIDEO_TAG
-
-    return any(key.lower() == "comment" and value == VIDEO_TAG for key, value in info.tags.items())
+    def _prefill(self, question: str, system: str | None, settings: GenerationSettings, report: Report) -> TokenStream:
+        loaded, visual = self._engine.loaded, len(self.encoded.kept)
+        state, text = self._prompts.read(self.encoded, question, system)
+        report.tokens = TokenCounts(text, visual, text + visual, 0)
+        return stream(loaded.model, state, settings, loaded.eos_ids)

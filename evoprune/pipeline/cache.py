@@ -1,7 +1,7 @@
 """Encoded videos on disk: the same file, looked at in the same way by the same model, is encoded once.
 
-An entry is a safetensors file named by a hash over all that its numbers depend on. Nothing in here fails a run: what is damaged is
-as good as missing, and what cannot be written is left.
+An entry is a safetensors file named by a hash of everything that its numbers depend on. The cache never fails a run: a damaged
+entry counts as missing, and an entry that cannot be written is skipped.
 """
 
 import hashlib
@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 import evoprune
-from evoprune.methods.base import Method
-from evoprune.pipeline.loading import LoadedModel
-from evoprune.video.plan import Plan
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.view import View
 from evoprune.vision.encoded import Encoded
 
 LIMIT_BYTES = 2 * 2**30
@@ -42,7 +41,7 @@ class Cache:
 
     Attributes:
         folder: made when something is stored.
-        limit_bytes: of all entries together; those used longest ago are thrown out.
+        limit_bytes: of all entries together; the least recently used are deleted.
     """
 
     folder: Path
@@ -76,16 +75,16 @@ class Cache:
                 [tuple(layer) for layer in facts["layers"]],
                 0.0,
                 facts["flat"],
-                tensors["counts"].to(device) if "counts" in tensors else None,
+                tensors["size"].to(device) if "size" in tensors else None,
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
     def store(self, key: str, encoded: Encoded) -> bool:
-        """Writes an entry, in one step as others see it, and makes room; False if that was not possible."""
+        """Writes an entry atomically, and deletes old ones beyond the limit; False if it cannot be written."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", "counts")}
+        tensors = {name: getattr(encoded, name) for name in ("features", "kept", "owner", "size")}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
         about = json.dumps(
             {"rows": len(encoded.rows), "grids": encoded.grids, "layers": encoded.layers, "flat": encoded.flat}
@@ -136,7 +135,7 @@ class Cache:
                     yield path, path.stat()
 
     def _make_room(self) -> None:
-        """Throws out what was used longest ago until the rest is within the limit, and what a killed process left unfinished."""
+        """Deletes the least recently used entries beyond the limit, and unfinished files that a killed process left."""
         files = sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True)
         total = 0
         for path, stat in files:
@@ -147,29 +146,26 @@ class Cache:
                     path.unlink()
 
 
-def entry_key(
-    path: str | os.PathLike[str], loaded: LoadedModel, plan: Plan, decoder: str, method: Method, keep: int, seed: int
-) -> str | None:
-    """A name for what encoding this video would give: equal names, equal numbers. None where that cannot be told.
+def entry_key(engine: Engine, view: View) -> str | None:
+    """A name for what encoding a video would give: equal names, equal numbers. None where that cannot be known.
 
-    Args:
-        path: a file or a folder of frames. All of it is read: sizes and times of files do not say what is in them.
-        plan: as it is looked at. decoder: the one that reads it.
-        keep: tokens to be kept.
+    All of the file, or of a folder of frames, is read: sizes and times of files do not say what is in them.
     """
+    loaded, plan, method = engine.loaded, view.plan, engine.method
     if loaded.fingerprint is None:
         return None
     try:
-        content = content_hash(path)
+        content = content_hash(view.info.path)
     except OSError:
         return None
-    limits = loaded.video
+    limits, modules = loaded.video, sorted({type(m).__module__ for m in (method, method.selector or method)})
     facts = {
         "video": content,
-        "decoder": decoder,
+        "decoder": view.decoder,
         "times": plan.sampling.times_s,
-        "seconds_per_grid": plan.sampling.seconds_per_grid(limits.temporal_patch_size),
-        "size": [plan.height, plan.width, *plan.grid],
+        "seconds_per_grid": view.seconds_per_grid(limits.temporal_patch_size),
+        "size": [plan.height, plan.width],
+        "encoder": asdict(view.encoder),
         "pixels": [
             limits.image_mean,
             limits.image_std,
@@ -178,18 +174,14 @@ def entry_key(
             limits.merge_size,
         ],
         "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
-        "method": [type(method).__module__, type(method).__qualname__, asdict(method), keep, seed],
-        "code": [
-            evoprune.__version__,
-            torch.__version__,
-            *(_code(type(m).__module__) for m in (method, method.chooser)),
-        ],
+        "method": [type(method).__module__, type(method).__qualname__, asdict(method), engine.seed],
+        "code": [evoprune.__version__, torch.__version__, *map(_code, modules)],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """Of a file's bytes; of a folder's files, with their names.
+    """A hash of a file's bytes; of a folder, of its files and their names.
 
     Raises:
         OSError: it cannot be read.
@@ -204,14 +196,14 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 @cache
 def _code(module: str) -> str:
-    """Of this package's files and the method's: while they are worked on, the version stays the same."""
+    """A hash of this package's files and the method's, which change during development while the version does not."""
     files = [*Path(evoprune.__file__).parent.rglob("*.py"), Path(getattr(sys.modules[module], "__file__", None) or ".")]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
-    """Of all that an entry holds: safetensors notice a file that is too short, but not a flipped bit."""
+    """A hash of everything in an entry: safetensors notices a file that is too short, but not a flipped bit."""
     found = hashlib.blake2b(about.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

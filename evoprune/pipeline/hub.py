@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub: found out quickly whether they can be had, then downloaded into the hub's own cache."""
+"""Models from the Hugging Face hub: checked quickly, then downloaded into the hub's own cache."""
 
 import queue
 import re
@@ -31,8 +31,8 @@ def download(
 
     Args:
         name: `org/name`.
-        files: patterns of what is wanted.
-        check: called with the config's path before anything large is fetched; raises if the model cannot run.
+        files: patterns of the files to download.
+        check: called with the config's path before anything large is downloaded; raises if the model cannot run.
 
     Raises:
         ModelError: no such model or revision, no access, or the hub is out of reach and the cache does not hold it.
@@ -42,7 +42,7 @@ def download(
 
     unreachable = "the hub may not be asked (offline)" if offline else None
     if not offline:
-        # One request without retries settles whether hub and model are there; the library's own calls try for minutes.
+        # One request without retries shows whether hub and model exist; the library's own calls retry for minutes.
         url = hub.hf_hub_url(name, "config.json", revision=revision)
         try:
             _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
@@ -70,7 +70,7 @@ def download(
                 f"the download of {name} broke off: {first_line(problem)}", "run it again to go on"
             ) from problem
 
-    # Before gigabytes are fetched: is it a model that can run?
+    # Checked before gigabytes are downloaded.
     check(fetch("config.json") / "config.json")
     folder = fetch(*files)
     return folder, folder.name

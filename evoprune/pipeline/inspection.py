@@ -1,4 +1,4 @@
-"""What `evoprune inspect` tells: about this machine, or about a video and what a model would look at in it."""
+"""The facts that `evoprune inspect` prints: about this machine, or about a video and what a model would look at."""
 
 import os
 import platform
@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import evoprune
 from evoprune.errors import EvopruneError
+from evoprune.model.sizes import kv_bytes
 from evoprune.pruning.budget import PRESETS, keep_count
 from evoprune.video.plan import Plan
 from evoprune.video.probe import VideoInfo
@@ -16,14 +17,15 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 
 def environment_facts() -> dict:
-    """Versions, devices, what decoders work and why not, where models and encoded videos are kept."""
+    """Versions, devices, decoders, methods, caches and environment variables."""
     import torch
     from huggingface_hub import constants
 
     from evoprune import methods
     from evoprune.model.machine import cpu_name
     from evoprune.pipeline.cache import Cache, default_folder
-    from evoprune.pipeline.loading import BUNDLED_CONFIGS, DEMO_FOLDER, cpu_has_bf16
+    from evoprune.pipeline.device import cpu_has_bf16
+    from evoprune.pipeline.model_folder import BUNDLED_CONFIGS, DEMO_FOLDER
     from evoprune.video.decode import choose_decoder
 
     decoders = {"pyav": "works"}
@@ -74,7 +76,7 @@ def video_facts(info: VideoInfo) -> dict:
 
 
 def plan_facts(plan: Plan, config) -> dict:
-    """What a model would look at: moments, sizes, tokens at each preset, and the memory that goes with them.
+    """What a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache.
 
     Args:
         plan: from `plan.make_plan`.
@@ -99,10 +101,3 @@ def plan_facts(plan: Plan, config) -> dict:
             for name, budget in PRESETS.items()
         },
     }
-
-
-def kv_bytes(config, tokens: int, bytes_each: int = 2) -> int:
-    """Bytes of keys and values of `tokens` prompt tokens in the language model, in bf16 unless said otherwise."""
-    text = config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * bytes_each

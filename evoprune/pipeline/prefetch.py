@@ -1,4 +1,4 @@
-"""Making things before they are asked for, in a thread beside the one that uses them."""
+"""Items made in a thread, before the thread that uses them asks for them."""
 
 import threading
 from collections.abc import Generator, Iterator
@@ -9,23 +9,23 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DEPTH = 2
-# How long whoever stops early waits for what is being made just then, in seconds.
+# How long closing waits for the item that is being made, in seconds.
 PATIENCE_S = 3.0
 
 
-def ahead(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
-    """Passes items on, in order, which a thread makes, at most `depth` more than were taken.
+def prefetched(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
+    """Yields items in order while a thread makes the next ones, at most `depth` of them.
 
-    The thread begins with the first item asked for. It has ended, and has closed `items`, when this iterator has come to its end,
-    was closed, or has raised; only what is being made just then it finishes first. Where that takes longer than `PATIENCE_S`, as a
-    read that hangs does, the thread is left to end by itself.
+    The thread starts with the first item that is asked for. When this iterator is exhausted, is closed or raises, the thread
+    finishes the item it is making, closes `items` and ends. Where that takes longer than `PATIENCE_S`, as a read that hangs does,
+    the thread is left to end by itself.
 
     Args:
         items: run and closed in the thread.
         depth: at least 1.
 
     Raises:
-        Whatever making an item raises, exceptions that are no `Exception` included, after all items before it.
+        Whatever making an item raises, also KeyboardInterrupt and the like, after all items before it.
     """
     made: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
     room, stopped = threading.Semaphore(depth), threading.Event()
@@ -42,8 +42,8 @@ def ahead(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
             problem = found
         made.put(([], problem))
 
-    # A daemon: one that hangs does not keep the program from ending.
-    thread = threading.Thread(target=work, name="evoprune-ahead", daemon=True)
+    # A daemon thread that hangs does not keep the program from ending.
+    thread = threading.Thread(target=work, name="evoprune-prefetch", daemon=True)
     try:
         thread.start()
         while True:

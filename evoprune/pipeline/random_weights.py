@@ -1,4 +1,4 @@
-"""Random weights at true size, for benchmarks: speed does not depend on what the weights are."""
+"""Random weights at true size, for benchmarks: speed does not depend on the values of the weights."""
 
 import torch
 
@@ -7,10 +7,10 @@ from evoprune.model.weights import QwenVL, empty
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> QwenVL:
-    """Seeded random weights at true size, in seconds where ordinary initialisation takes half a minute."""
+    """A model with seeded random weights. Takes seconds at 3B, where ordinary initialisation takes half a minute."""
     model = empty(config).to(dtype).to_empty(device=device)
     model.tie()
-    # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are alike.
+    # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are equal.
     random = torch.Generator().manual_seed(0)
     block = torch.randn(1_048_573, generator=random).mul_(0.02).to(device, dtype)
     with torch.no_grad():
@@ -19,6 +19,6 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
                 weight.fill_(0 if name.endswith("bias") else 1)
                 continue
             noise = block.roll(int(torch.randint(len(block), (), generator=random)))
-            for part in weight.view(-1).split(len(noise)):
-                part.copy_(noise[: len(part)])
+            for piece in weight.view(-1).split(len(noise)):
+                piece.copy_(noise[: len(piece)])
     return model

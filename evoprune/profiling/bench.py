@@ -9,10 +9,10 @@ import torch
 from evoprune import methods
 from evoprune.errors import ModelError, OutOfMemory
 from evoprune.model.clock import Clock
-from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate
 from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.model.memory import memory_guard, shortage
+from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading import LoadedModel
 from evoprune.profiling.clips import Clip, Frames, prepare
 from evoprune.profiling.reference import hugging_face_model

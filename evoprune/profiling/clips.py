@@ -9,7 +9,7 @@ import torch
 
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.methods.base import Method
-from evoprune.model.config import PATCHES
+from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading import LoadedModel
 from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case

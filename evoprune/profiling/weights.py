@@ -14,15 +14,10 @@ from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.quantize import quantize
 from evoprune.model.weights import QwenVL, empty, shared
-from evoprune.pipeline.loading import (
-    BUNDLED_CONFIGS,
-    DTYPES,
-    LoadedModel,
-    describe_model,
-    load_model,
-    pick_device,
-    pick_dtype,
-)
+from evoprune.pipeline.device import DTYPES, pick_device, pick_dtype
+from evoprune.pipeline.loading import LoadedModel, load_model
+from evoprune.pipeline.model_folder import BUNDLED_CONFIGS, describe_model
+from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import Case
 from evoprune.video.plan import VideoLimits
@@ -44,37 +39,28 @@ def case_units(case: Case, limits: VideoLimits) -> int:
     return case.frames // limits.temporal_patch_size * (case.height // limits.unit) * (case.width // limits.unit)
 
 
-def load(
-    name: str,
-    cases: Sequence[Case],
-    *,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offline: bool = False,
-    load_format: str | None = None,
-) -> LoadedModel:
-    """Loads a model if there is memory for it and for the smallest case; see `loading.load_model`.
+def default_load_format(name: str) -> str:
+    """Random weights where there is a bundled config of that name, else the model's own."""
+    return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
-    Args:
-        load_format: default: "dummy" for a model whose config is bundled, else "auto".
+
+def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
+    """Loads a model, after a check that there is memory for it and for the smallest case.
 
     Raises:
         UsageError: a case cannot be cut into merge units. OutOfMemory: there is too little memory. What `load_model` raises.
     """
-    load_format = load_format or ("dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto")
-    if load_format == "auto" or name in BUNDLED_CONFIGS or name == "demo" or Path(name).is_dir():
-        named = revision if load_format == "auto" else None
-        config, limits = describe_model(name, revision=named, offline=offline)
-        place = pick_device(device)
-        bytes_each = DTYPES[pick_dtype(dtype, place, is_demo=name == "demo")].itemsize
+    name, random = options.model, options.load_format == "dummy"
+    if not random or name in BUNDLED_CONFIGS or name == "demo" or Path(name).is_dir():
+        revision = None if random else options.revision
+        config, limits = describe_model(name, revision=revision, offline=options.offline)
+        place = pick_device(options.device)
+        bytes_each = DTYPES[pick_dtype(options.dtype, place, is_demo=name == "demo")].itemsize
         weights = sum(weight.numel() for weight in empty(config).parameters()) * bytes_each
         working = min(working_memory(config, case_units(case, limits), bytes_each) for case in cases)
         if short := memory.shortage(weights + working, str(place)):
             raise OutOfMemory(f"{name} at {min(cases)} {short}", MEMORY_HINT, stage="load")
-    return load_model(
-        name, revision=revision, device=device, dtype=dtype, offline=offline, load_format=load_format, pack=False
-    )  # fmt: skip
+    return load_model(options, pack=False)
 
 
 def quantized_models(

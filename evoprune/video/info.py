@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 # Default frame rate of a folder of images: the rate at which frames for Qwen2.5-VL are usually extracted.
 FOLDER_FPS = 2.0
+# What the comment of a clip says that the demo model's own generator made.
+DEMO_TAG = "evoprune demo clip"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class VideoInfo:
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
+
+
+def is_demo_clip(info: VideoInfo) -> bool:
+    """Whether the demo model's own generator made this file: it tags its clips."""
+    return any(key.lower() == "comment" and value == DEMO_TAG for key, value in info.tags.items())
 
 
 @dataclass(frozen=True)

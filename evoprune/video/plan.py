@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import VideoError
 from evoprune.video.info import VideoInfo
-from evoprune.video.sampling import SamplingPlan, plan_sampling
+from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS = 24_576
@@ -131,10 +131,9 @@ def make_plan(
     Raises:
         VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range.
     """
-    if max_visual_tokens < 1:
-        raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
-    if fps is not None and frames is not None:
-        raise UsageError("fps and frames exclude each other", "give one of the two")
+    check_sampling(
+        fps=fps, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames, max_visual_tokens=max_visual_tokens
+    )
     if info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
     rate = limits.fps if fps is None else fps

@@ -112,6 +112,33 @@ def _span_end(duration_s: float, start_s: float, end_s: float | None) -> float:
     return end
 
 
+def check_sampling(
+    *,
+    fps: float | None = None,
+    frames: int | None = None,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    max_frames: int | None = None,
+    max_visual_tokens: int | None = None,
+) -> None:
+    """Checks what can be checked without a video; arguments as of `plan.make_plan`, None for the default.
+
+    Raises:
+        UsageError: a number that makes no sense, or fps and frames together.
+    """
+    if max_visual_tokens is not None and max_visual_tokens < 1:
+        raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
+    if fps is not None and frames is not None:
+        raise UsageError("fps and frames exclude each other", "give one of the two")
+    _check("start", start_s, least=0)
+    _check("end", end_s, least=0)
+    _check("max_frames", max_frames, least=2)
+    _check("frames", frames, least=1)
+    _check("fps", fps, least=0)
+    if fps == 0:
+        raise UsageError("fps is 0", "give a number above 0")
+
+
 def parse_time(text: str) -> float:
     """Seconds from `90`, `90.5`, `1:30`, `01:30:00` or `1:02:03.5`.
 

@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 import torch
 import torch.nn.functional as F
 
-from evoprune.model.config import PATCHES
+from evoprune.model.sizes import PATCHES
 from evoprune.pruning.indices import runs
 from evoprune.vision.layout import Groups
 from evoprune.vision.timer import Timer

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.model.config import PATCHES
+from evoprune.model.sizes import PATCHES
 from evoprune.pruning.reference import scan
 from evoprune.vision import devices
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order

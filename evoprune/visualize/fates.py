@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.model.clock import memory_guard
-from evoprune.pipeline.answering import is_demo_clip
-from evoprune.pipeline.encoding import CHUNK_BYTES, PreparedVideo
+from evoprune.model.memory import memory_guard
+from evoprune.pipeline.opening import OpenVideo
+from evoprune.pipeline.work import CHUNK_BYTES
 from evoprune.video.decode import read_frames
+from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
@@ -107,11 +108,11 @@ class TracedVideo:
         )
 
 
-def trace(prepared: PreparedVideo, progress: Callable[[str, int, int], None] | None = None) -> TracedVideo:
-    """Encodes a prepared video chunk by chunk, and keeps its frames and the fates of its units.
+def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = None) -> TracedVideo:
+    """Encodes a video chunk by chunk, and keeps its frames and the fates of its units.
 
     Args:
-        prepared: from `VideoQA.prepare`; nothing has been read from it yet.
+        opened: from `pipeline.opening.open_video`; nothing has been read from it yet.
         progress: as of `VideoQA.encode`.
 
     Raises:
@@ -119,15 +120,17 @@ def trace(prepared: PreparedVideo, progress: Callable[[str, int, int], None] | N
         VideoError: the video cannot be read.
         OutOfMemory: memory does not suffice.
     """
-    qa, plan = prepared.qa, prepared.plan
-    if qa.method.reads_question:
+    engine, view, plan = opened.engine, opened.view, opened.view.plan
+    if engine.method.reads_question:
         hint = "choose a method that does without"
-        raise UsageError(f"method {qa.method_name} chooses for a question, and there is none to draw it for", hint)
-    limits, frames, damaged = qa.loaded.video, [], 0
+        raise UsageError(
+            f"method {engine.options.method} chooses for a question, and there is none to draw it for", hint
+        )
+    limits, frames, damaged = engine.loaded.video, [], 0
 
     def patches() -> Iterator[torch.Tensor]:
         nonlocal damaged
-        read = read_frames(prepared.info, plan.sampling.times_s, decoder=prepared.decoder, chunk_bytes=CHUNK_BYTES)
+        read = read_frames(view.info, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=CHUNK_BYTES)
         with closing(read) as chunks:
             for chunk in chunks:
                 damaged += chunk.damaged
@@ -141,21 +144,19 @@ def trace(prepared: PreparedVideo, progress: Callable[[str, int, int], None] | N
 
     with memory_guard("encode"):
         video = encode_rows(
-            qa.loaded.model.model.visual,
+            engine.loaded.model.model.visual,
             patches(),
-            plan.grid,
-            qa.method,
-            prepared.keep,
-            seconds_per_grid=plan.sampling.seconds_per_grid(limits.temporal_patch_size),
-            seed=qa.seed,
+            view.encoder,
+            engine.method,
+            seconds_per_pair=plan.sampling.seconds_per_grid(limits.temporal_patch_size),
+            seed=engine.seed,
             on_layer=lambda done, total: progress("layers", done, total) if progress else None,
         )
         found = fates(video)
-    info = prepared.info
     warnings = {
-        "cut_short": info.cut_short and plan.sampling.end_s == info.duration_s,
+        "cut_short": view.cut_short,
         "damaged_video": damaged > 0,
-        "equal_scores": video.nothing().flat,
-        "demo_overlay": qa.loaded.is_demo and not is_demo_clip(info),
+        "equal_scores": video.finish()[0],
+        "demo_overlay": engine.loaded.is_demo and not is_demo_clip(view.info),
     }
     return TracedVideo(plan, torch.cat(frames), found, [name for name, applies in warnings.items() if applies], damaged)

@@ -31,7 +31,7 @@ ROWS = [
     for row in product_rows([*CLIPS, "gone.mp4"], QUESTIONS)
 ]
 REASON = "Ray is not installed: pip install 'evoprune[ray]'"
-SETTINGS = Settings("demo", 0.25, "evoprune", max_new_tokens=16)
+SETTINGS = Settings.of(max_new_tokens=16)
 
 
 def facts(record) -> tuple:
@@ -119,7 +119,11 @@ def test_a_span_that_kills_its_workers_is_given_up(cluster, monkeypatch):
 @pytest.mark.slow
 def test_a_model_that_no_worker_can_load(cluster):
     with pytest.raises(RemoteError, match=r"config\.json") as caught:
-        list(answers_on_ray(group_by_span(ROWS), replace(SETTINGS, model="samples"), address=cluster.address))
+        list(
+            answers_on_ray(
+                group_by_span(ROWS), Settings.of(model="samples", max_new_tokens=16), address=cluster.address
+            )
+        )
     assert (caught.value.exit_code, caught.value.type, caught.value.stage) == (4, "model", "load") and caught.value.hint
 
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,20 +14,28 @@ from evoprune.batch.output import Found
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import Settings, answers, remaining
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.pipeline.video_qa import PreparedVideo, VideoQA
+from evoprune.pipeline import opening
+from evoprune.pipeline.opening import OpenVideo
 from evoprune.report import Report
 from evoprune.video.decode import read_frames
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
 QUESTIONS = ["What happens?", "How many red squares are there in the video?"]
 ROWS = product_rows(CLIPS, QUESTIONS)
-SETTINGS = Settings("demo", 0.25, "evoprune")
+SETTINGS = Settings.of()
+
+
+def changed(settings: Settings = SETTINGS, **options) -> Settings:
+    """The same settings, but for some options."""
+    return Settings.of(
+        **vars(settings.model) | vars(settings.pruning) | vars(settings.sampling) | vars(settings.generation) | options
+    )
 
 
 def found(row: Row, failed: bool = False, settings: Settings = SETTINGS, **other) -> Found:
     """As it is read back from a file."""
     error = {"message": "no"} if failed else None
-    batch = {"row": row.asked | {"answer": row.answer} | other, "settings": asdict(settings)}
+    batch = {"row": row.asked | {"answer": row.answer} | other, "settings": settings.record()}
     back = Report.from_json(Report(id=row.id, error=error, batch=batch).to_json())
     return Found(back.id, back.batch["row"], back.batch["settings"], failed, 0, 0)
 
@@ -35,7 +43,7 @@ def found(row: Row, failed: bool = False, settings: Settings = SETTINGS, **other
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([None, True, False]), min_size=6, max_size=6), st.floats(0, 1e4), st.floats(1e-4, 1))
 def test_what_has_no_answer_is_left(states, start, budget):
-    settings = replace(SETTINGS, budget=budget, method_args={"a": "b"})
+    settings = changed(budget=budget, method_args={"a": "b"})
     rows = [replace(row, start_s=start, options=("a", "b"), answer=3) for row in ROWS]
     before = [found(row, state, settings) for row, state in zip(rows, states, strict=True) if state is not None]
     left = [row for row, state in zip(rows, states, strict=True) if state is not False]
@@ -46,8 +54,14 @@ def test_what_has_no_answer_is_left(states, start, budget):
 @pytest.mark.parametrize("failed", [True, False])
 def test_other_settings_are_refused(failed):
     before = [found(ROWS[0], failed)]
-    for name, value in asdict(SETTINGS).items():
-        other = replace(SETTINGS, **{name: "other" if value is None or isinstance(value, str) else 0.125})
+    others = {
+        "model": "other", "revision": "other", "dtype": "fp16", "quantize": "int8", "load_format": "dummy", "budget": 0.125,
+        "method": "pool", "method_args": {"a": "b"}, "seed": 1, "fps": 1.0, "frames": 4, "max_frames": 4,
+        "max_visual_tokens": 9, "decoder": "decord", "max_new_tokens": 1, "temperature": 0.5, "top_p": 0.5, "system": "other",
+    }  # fmt: skip
+    assert others.keys() == SETTINGS.record().keys()
+    for name, value in others.items():
+        other = changed(**{name: value})
         with pytest.raises(UsageError, match=f"other settings: {name} was .*, is ") as caught:
             remaining(ROWS, other, before)
         assert caught.value.hint
@@ -55,47 +69,45 @@ def test_other_settings_are_refused(failed):
 
 @pytest.mark.parametrize("name", ["video", "question", "start_s", "end_s", "options"])
 def test_a_row_that_changed_is_refused(name):
-    changed = [replace(ROWS[0], **{name: ("a", "b") if name == "options" else 3.0 if "_s" in name else "x"}), *ROWS[1:]]
+    rows = [replace(ROWS[0], **{name: ("a", "b") if name == "options" else 3.0 if "_s" in name else "x"}), *ROWS[1:]]
     with pytest.raises(UsageError, match=f"is not what it was: {name} was "):
-        remaining(changed, SETTINGS, [found(ROWS[0])])
+        remaining(rows, SETTINGS, [found(ROWS[0])])
     assert remaining([replace(ROWS[0], answer="yes")], SETTINGS, [found(ROWS[0])]) == []  # nobody is asked that
 
 
 @pytest.fixture(scope="module")
 def qa(saved):
-    return replace(SETTINGS, model=str(saved)).load()
+    return changed(model=str(saved)).load()
 
 
 def test_each_record_is_what_asking_alone_gives(qa):
-    settings = replace(SETTINGS, max_new_tokens=8, temperature=0.7, fps=1.0, system="Be brief.")
+    settings = changed(max_new_tokens=8, temperature=0.7, fps=1.0, system="Be brief.")
     rows = [replace(row, start_s=1.0, answer="?") for row in ROWS]
     made = list(answers(qa, group_by_span(rows), settings))
     assert [report.id for report in made] == [row.id for row in rows]
     for row, report in zip(rows, made, strict=True):
         video = qa.encode(row.path, fps=1.0, start_s=1.0)
-        said = "".join(video.ask(row.question, system="Be brief.", max_new_tokens=8, temperature=0.7))
-        alone = video.report
+        answer = video.ask(row.question, system="Be brief.", max_new_tokens=8, temperature=0.7)
+        said, alone = "".join(answer), answer.report
         assert (report.answer, report.question, report.error) == (said, row.question, None)
         for name in ("video", "sampling", "pruning", "tokens", "model", "generation", "env", "warnings", "cache"):
             assert getattr(report, name) == getattr(alone, name), name
-        assert report.batch == {"row": row.asked | {"answer": "?"}, "settings": asdict(settings)}
+        assert report.batch == {"row": row.asked | {"answer": "?"}, "settings": settings.record()}
     assert [report.time_ms.encode > 0 for report in made] == [True, False] * 3  # paid for by the first one
     assert all(report.time_ms.ttft_wall <= report.time_ms.total for report in made)
 
 
 def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
-    encoded, real = [], PreparedVideo.encode
-    monkeypatch.setattr(
-        PreparedVideo, "encode", lambda self, **how: encoded.append(self.info.path) or real(self, **how)
-    )
+    encoded, real = [], OpenVideo.encode
+    monkeypatch.setattr(OpenVideo, "encode", lambda self: encoded.append(self.view.info.path) or real(self))
     rows = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
-    made = list(answers(qa, group_by_span(rows), replace(SETTINGS, max_new_tokens=1)))
+    made = list(answers(qa, group_by_span(rows), changed(max_new_tokens=1)))
     assert encoded == [clip for clip in CLIPS for _ in range(2)] and len({report.id for report in made}) == 12
 
 
 def test_options_are_asked_with_their_letters(qa):
     row = replace(ROWS[0], options=("red", "blue"))
-    (report,) = answers(qa, group_by_span([row]), replace(SETTINGS, max_new_tokens=1))
+    (report,) = answers(qa, group_by_span([row]), changed(max_new_tokens=1))
     assert report.question == row.prompt and "\nA. red\nB. blue\n" in report.question
 
 
@@ -109,16 +121,16 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
             second.set()
         return read_frames(info, times, **how)
 
-    prepare = VideoQA.prepare
-    monkeypatch.setattr(VideoQA, "prepare", lambda self, *args, **how: prepare(self, *args, read=read, **how))
-    with closing(answers(qa, group_by_span(ROWS), replace(SETTINGS, max_new_tokens=1))) as made:
+    real = opening.open_video
+    monkeypatch.setattr(opening, "open_video", lambda *args, **how: real(*args, read=read, **how))
+    with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)
         time.sleep(0.1)
         assert events == CLIPS[:2]
         next(made), next(made)
         assert events[:2] == CLIPS[:2]
-    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-ahead"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
 
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -127,10 +139,10 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 @pytest.mark.parametrize(
     ("where", "problem", "kind", "stage", "failing"),
     [
-        ("evoprune.pipeline.video_qa.probe", VideoError("gone"), "video", "read", 2),
-        ("evoprune.pipeline.encoding.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
+        ("evoprune.pipeline.view.probe", VideoError("gone"), "video", "read", 2),
+        ("evoprune.pipeline.patches.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.pipeline.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
-        ("evoprune.pipeline.answering.prefill", FULL, "out_of_memory", "prefill", 1),
+        ("evoprune.pipeline.prompting.prefill", FULL, "out_of_memory", "prefill", 1),
         ("evoprune.language.generate.choose", FULL, "out_of_memory", "generate", 1),
         ("evoprune.pipeline.encoding.encode_rows", ZeroDivisionError("1/0"), "bug", None, 2),
     ],
@@ -138,7 +150,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, problem, kind, stage, failing, at):
     """What breaks at its `at`-th call fails the rows it is for, one question or all of the video's."""
-    settings = replace(SETTINGS, max_new_tokens=1)
+    settings = changed(max_new_tokens=1)
     whole = [report.answer for report in answers(qa, group_by_span(ROWS), settings)]
     module, _, name = where.rpartition(".")
     real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
@@ -195,7 +207,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
-@pytest.mark.parametrize("where", ["pipeline.encoding.encode_rows", "pipeline.answering.prefill"])
+@pytest.mark.parametrize("where", ["pipeline.encoding.encode_rows", "pipeline.prompting.prefill"])
 def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     def stops(*_, **__):
         raise stop
@@ -203,12 +215,12 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     monkeypatch.setattr(f"evoprune.{where}", stops)
     with pytest.raises(type(stop)):
         list(answers(qa, group_by_span(ROWS), SETTINGS))
-    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-ahead"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
 
 
 def test_stopping_ends_all_threads(qa):
     before = set(threading.enumerate())
-    with closing(answers(qa, group_by_span(ROWS), replace(SETTINGS, max_new_tokens=1))) as made:
+    with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
     assert set(threading.enumerate()) == before
 
@@ -216,7 +228,7 @@ def test_stopping_ends_all_threads(qa):
 def test_encoded_videos_come_from_the_cache(qa, tmp_path):
     from evoprune.pipeline.cache import Cache
 
-    settings = replace(SETTINGS, max_new_tokens=4)
+    settings = changed(max_new_tokens=4)
     states = []
     for _ in range(2):
         made = list(answers(qa, group_by_span(ROWS), settings, Cache(tmp_path)))

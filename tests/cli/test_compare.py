@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evoprune.pipeline import answering, encoding
+from evoprune.pipeline import encoding, prompting
 from evoprune.pipeline.answering import EncodedVideo
 from evoprune.report import Report
 
@@ -58,7 +58,7 @@ def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, 
             raise problem.with_traceback(None)
         return real(*args, **settings)
 
-    module, name = {"encode": (encoding, "encode_rows"), "prefill": (answering, "prefill")}[when]
+    module, name = {"encode": (encoding, "encode_rows"), "prefill": (prompting, "prefill")}[when]
     real, interrupted = getattr(module, name), isinstance(problem, KeyboardInterrupt)
     reason, code = ("interrupt", 130) if interrupted else ("error", 5)
     for flags in (("-q",), ("--json",)):

@@ -167,19 +167,6 @@ CASES = {
     "unknown method argument": fails(2, "speed", *ASK, "--method-arg", "speed=1"),
     "bad method argument": fails(2, "first", *ASK, "--method-arg", "first=x"),
     "impossible method argument": fails(2, "allocation", *ASK, "--method-arg", "allocation=x"),
-    "encoder budget zero": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "0"),
-    "encoder budget above one": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "1.5"),
-    "encoder budget nan": fails(2, "encoder_budget is a share", *ASK, "--encoder-budget", "nan"),
-    "encoder budget word": fails(2, "--encoder-budget", *ASK, "--encoder-budget", "fast"),
-    "encoder budget of another method": fails(
-        2, "method divprune has no encoder budget", *ASK, "--method", "divprune", "--encoder-budget", "0.5"
-    ),
-    "encoder budget and nothing pruned": fails(
-        2, "method none has no encoder budget", *ASK, "--method", "none", "--encoder-budget", "0.5"
-    ),
-    "encoder budget twice": fails(
-        2, "encoder_budget is given twice", *ASK, "--encoder-budget", "1", "--method-arg", "encoder_budget=1"
-    ),
     "fps and frames": fails(2, "fps and frames", *ASK, "--fps", "1", "--frames", "2"),
     "fps is no number": fails(2, "--fps", *ASK, "--fps", "many"),
     "zero frames": fails(2, "frames", *ASK, "--frames", "0"),
@@ -246,23 +233,23 @@ CASES = {
     ),
     # 5: out of memory
     "weights do not fit": out_of_memory(
-        "load", "evoprune.pipeline.loading._load_weights", CPU_FULL, says="the weights of demo"
+        "load", "evoprune.pipeline.loading.load_weights", CPU_FULL, says="the weights of demo"
     ),
     "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.memory.mmap.mmap", OSError(12, "no memory")),
-    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.patchify", CPU_FULL),
+    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patches.patchify", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encoding.encode_rows", CUDA_FULL),
-    "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.answering.prefill", CUDA_FULL),
+    "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prompting.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
     "weights do not fit in a batch": Case(
-        BATCH, 5, "the weights of demo", breaks=("evoprune.pipeline.loading._load_weights", CPU_FULL), ways=EVERYWHERE
+        BATCH, 5, "the weights of demo", breaks=("evoprune.pipeline.loading.load_weights", CPU_FULL), ways=EVERYWHERE
     ),
     # stopped from outside
     "interrupted while loading": Case(
-        ASK, 130, "", breaks=("evoprune.pipeline.loading._load_weights", KeyboardInterrupt())
+        ASK, 130, "", breaks=("evoprune.pipeline.loading.load_weights", KeyboardInterrupt())
     ),
     "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.stream_frames", Terminated())),
     "batch interrupted while loading": Case(
-        BATCH, 130, "", breaks=("evoprune.pipeline.loading._load_weights", KeyboardInterrupt()), ways=EVERYWHERE
+        BATCH, 130, "", breaks=("evoprune.pipeline.loading.load_weights", KeyboardInterrupt()), ways=EVERYWHERE
     ),
     "interrupted scan": Case(
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.probe.scan", KeyboardInterrupt())

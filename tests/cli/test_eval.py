@@ -13,7 +13,6 @@ import pytest
 
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.evaluation import run as evaluation_run
-from evoprune.pipeline.video_qa import VideoQA
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import visible
 
@@ -44,15 +43,15 @@ def choices(tmp_path):
 
 def breaking(monkeypatch, at: int, problem: BaseException):
     """Makes the `at`-th encoding fail."""
-    encoded, real = [], VideoQA.encode
+    shown, real = [], evaluation_run.open_video
 
-    def encode(self, *args, **more):
-        encoded.append(args)
-        if len(encoded) == at:
+    def opened(*args, **more):
+        shown.append(args)
+        if len(shown) == at:
             raise problem
-        return real(self, *args, **more)
+        return real(*args, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
 
 
 def table_rows(text: str, title: str = "accuracy") -> list[str]:
@@ -254,7 +253,7 @@ def test_the_demo(cli):
 )
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_wrong_flags(run, monkeypatch, args, says, form):
-    monkeypatch.setattr("evoprune.pipeline.loading._load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading.load_weights", lambda *_: pytest.fail("weights were read"))
     result = run(*args, *(["--json"] if form == "json" else []))
     assert result.code == 2
     error, hint = result.err.splitlines()
@@ -277,24 +276,6 @@ def test_other_settings(run, tmp_path):
     run("-o", tmp_path / "run")
     result = run("--resume", tmp_path / "run", "--seed", "1")
     assert result.code == 2 and "other settings: seed was 0, is 1" in result.err and result.out == ""
-
-
-def test_the_encoders_budget_is_one_of_the_settings(cli, tiny_folder, tmp_path):
-    def run(*args, share="0.3", method="evoprune,none"):
-        quick = ("-m", str(tiny_folder), "--limit", "1", "-b", "full,0.25", "-n", "1", "--frames", "4", "--json")
-        return cli("eval", "--data", DATA, *quick, "--method", method, "--encoder-budget", share, *map(str, args))
-
-    document = run("-o", tmp_path / "run").record
-    assert document["settings"]["method_args"] == {"encoder_budget": "0.3"}
-    assert "settings of the methods: encoder_budget=0.3" in document["notes"]
-    rows = {row["name"]: row for row in document["rows"] if row["group"] == "all"}
-    assert list(rows) == ["full", "evoprune -b 1", "evoprune -b 0.25"]
-    assert rows["full"]["tokens"] == rows["evoprune -b 1"]["tokens"] == 48
-    assert rows["evoprune -b 1"]["live_share"] < rows["full"]["live_share"] == 1
-    result = run("--resume", tmp_path / "run", share="0.4")
-    assert result.code == 2 and "other settings: method_args was" in result.err
-    result = run(method="evoprune,pool")
-    assert result.code == 2 and "method pool has no encoder budget" in result.err
 
 
 def test_other_failures(cli, run, monkeypatch):
@@ -323,7 +304,13 @@ def test_defaults(cli, monkeypatch):
     (demo, none), (file, videos) = made
     assert none is None and len(videos) == 6 and demo.budgets == (0.1,)
     assert (file.budgets, file.methods, file.method_args) == ((0.5, 0.25, 0.1), ("evoprune",), {})
-    assert (file.split, file.seed, file.limit, file.blind, file.max_new_tokens) == ("heldout", 0, None, False, 64)
+    assert (file.split, file.seed, file.limit, file.blind, file.generation.max_new_tokens) == (
+        "heldout",
+        0,
+        None,
+        False,
+        64,
+    )
     assert demo.digest is None and len(file.digest) == 64
 
 

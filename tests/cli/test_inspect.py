@@ -96,7 +96,7 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
         "evoprune",
         "--method-arg",
         "reuse=0",
-        "--encoder-budget",
+        "-b",
         "0.5",
         "--frames",
         "4",
@@ -105,13 +105,13 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
     )
     told = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", *options, "--decoder", "decord", "--json").record
     assert told["plan"]["grid"] == [2, 4, 6] and told["plan"]["end_s"] == 3
-    assert told["overlay"]["reused"] == 0 and told["overlay"]["rows"] == 24 and told["overlay"]["encoder_budget"] == 0.5
+    assert told["overlay"]["reused"] == 0 and told["overlay"]["rows"] == 24 and told["overlay"]["budget"] == 0.5
 
 
 def test_overlay_of_a_foreign_video_warns(cli, tmp_path):
     write_video(tmp_path / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
     result = cli("inspect", tmp_path / "foreign.mp4", "--overlay", tmp_path / "a.gif")
-    assert result.code == 0 and result.err.startswith("warning: the demo model knows only its own")
+    assert result.code == 0 and result.err.startswith("warning: the demo model knows only coloured shapes")
     assert "merged" in result.out and (tmp_path / "a.gif").read_bytes().startswith(b"GIF89a")
 
 

@@ -114,19 +114,6 @@ def test_a_sweep(profile):
     assert cases == [(n, *size) for n in (4, 6) for size in sizes]
 
 
-def test_the_encoders_budget(profile):
-    args = ("-b", "1", "--method", "evoprune,none", "--encoder-budget", "0.25")
-    document = profile(*args, "--format", "json").record
-    assert document["settings"]["method_args"] == {"encoder_budget": "0.25"}
-    counts = {row["name"]: row["counts"] for row in document["rows"]}
-    assert {name for name, row in counts.items() if row["tokens"] == 24} == {"bound -b 0.5", "evoprune -b 0.5"}
-    assert {row["tokens"] for row in counts.values()} == {24, 48}
-    assert counts["evoprune -b 1"]["encoder_rows"] == 12 == counts["evoprune -b 0.5"]["encoder_rows"]
-    assert "4 new tokens; encoder_budget=0.25" in profile(*args).out
-    result = profile("--method", "random", "--encoder-budget", "0.25")
-    assert result.code == 2 and "method random has no encoder budget" in result.err
-
-
 def test_a_video(cli, tiny_folder):
     common = ("-m", str(tiny_folder), "-r", "1", "--frames", "4", "-b", "0.5", "--format", "json")
     document = cli("profile", CLIP, *common).record
@@ -212,7 +199,7 @@ def test_progress_on_a_terminal_only(profile):
     ],
 )
 def test_wrong_flags(profile, monkeypatch, args, says):
-    monkeypatch.setattr("evoprune.pipeline.loading._load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading.load_weights", lambda *_: pytest.fail("weights were read"))
     result = profile(*args)
     assert (result.code, result.out) == (2, "")
     error, hint = result.err.splitlines()
@@ -269,8 +256,8 @@ def test_defaults(cli, monkeypatch):
     """The true dimensions of the 3B model, whatever EVOPRUNE_MODEL says; EVOPRUNE_BUDGET is heard."""
     asked, recorded = [], []
 
-    def load(name, cases, **more):
-        asked.append((name, cases, more["load_format"]))
+    def load(options, cases):
+        asked.append((options.model, cases, options.load_format))
         raise ModelError("enough")
 
     def record(**more):
@@ -282,7 +269,7 @@ def test_defaults(cli, monkeypatch):
     monkeypatch.setattr(settings, "Settings", record)
     monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
     assert cli("profile").code == 4
-    assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], None)]
+    assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]
     (s,) = recorded
     assert (s.budgets, s.methods, s.method_args, s.seed) == ((0.5, 0.25, 0.1), ("evoprune",), {}, 0)
     assert (s.new_tokens, s.warmups, s.repetitions, s.time_limit_s) == (4, 1, 3, 150)

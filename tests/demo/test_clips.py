@@ -12,13 +12,13 @@ from evoprune.demo.clips import (
     SHAPES,
     SIZES,
     SPLITS,
-    VIDEO_TAG,
     Clip,
     Thing,
     make_clip,
     setting,
 )
 from evoprune.demo.drawing import digit_mask, render, shape_mask, write_video
+from evoprune.video.info import DEMO_TAG
 from evoprune.video.sampling import even_times
 
 SETTINGS = [{}, {"height": 112, "width": 168}, {"height": 112, "width": 112, "seconds": 3.0, "grids": 3}]
@@ -252,7 +252,7 @@ def test_a_written_video_shows_the_clip_and_says_where_it_is_from(tmp_path):
     clip = make_clip("samples", 0, seconds=1.0, grids=1)
     write_video(clip, tmp_path / "clip.mp4", fps=6)
     with av.open(str(tmp_path / "clip.mp4")) as container:
-        assert container.metadata["comment"] == VIDEO_TAG
+        assert container.metadata["comment"] == DEMO_TAG
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     drawn = render(clip, [i / 6 for i in range(6)])
     assert len(frames) == 6

@@ -6,7 +6,7 @@ import pytest
 from evoprune.demo.clips import make_clip
 from evoprune.demo.questions import TYPES, ask
 from evoprune.evaluation.demo_clips import BLOCK, GROUPS, QUESTIONS, clip_name, demo_video, groups, seeds
-from evoprune.pipeline.answering import is_demo_clip
+from evoprune.video.info import is_demo_clip
 from evoprune.video.probe import probe
 
 

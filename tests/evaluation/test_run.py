@@ -19,7 +19,8 @@ from evoprune.evaluation.frames import SharedFrames, grey_frames
 from evoprune.evaluation.questions import Video, load_questions
 from evoprune.evaluation.run import Evaluation, Settings, variants
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
-from evoprune.pipeline.loading import describe_model
+from evoprune.pipeline.model_folder import describe_model
+from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.probe import probe
 from tests.threads import one_thread  # noqa: F401
@@ -44,7 +45,8 @@ def videos(names=CLIPS):
     return made
 
 
-SETTINGS = Settings("q.jsonl", (0.5, 0.25), ("random",), max_new_tokens=2, frames=4)
+LITTLE = {"sampling": SamplingOptions(frames=4), "generation": GenerationOptions(max_new_tokens=2)}
+SETTINGS = Settings("q.jsonl", (0.5, 0.25), ("random",), **LITTLE)
 
 
 def begun(loaded, settings=SETTINGS, clips=None, folder=None, resume=False) -> Evaluation:
@@ -62,13 +64,13 @@ def test_full_comes_first_and_nothing_twice():
 
 
 def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
-    encoded, real = [], VideoQA.encode
+    encoded, real = [], evaluation_run.open_video
 
-    def encode(self, path, **more):
-        encoded.append((Path(path).name, self.method_name, self.budget, more["read"] is grey_frames))
-        return real(self, path, **more)
+    def opened(engine, path, sampling, **more):
+        encoded.append((Path(path).name, engine.options.method, engine.budget, more["read"] is grey_frames))
+        return real(engine, path, sampling, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
     run = begun(loaded, replace(SETTINGS, blind=True, limit=2))
     run.run()
     expected = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
@@ -83,8 +85,9 @@ def test_samples_say_what_ask_says(loaded):
     for sample in run.samples[:14]:
         qa = VideoQA(loaded, budget=sample["budget"], method=sample["method"])
         video = qa.encode(SAMPLES / sample["video"], frames=4)
-        assert "".join(video.ask(sample["question"], max_new_tokens=2)) == sample["answer"]
-        report = video.report
+        answer = video.ask(sample["question"], max_new_tokens=2)
+        assert "".join(answer) == sample["answer"]
+        report = answer.report
         assert sample["tokens"] == report.pruning.visual_tokens_kept and sample["prompt"] == report.tokens.prompt
         assert sample["live_share"] == report.pruning.encoder_live_share and sample["units"] == 48
         assert sample["right"] == (sample["answer"].strip() == "blue")
@@ -136,9 +139,9 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
         return [[s["answer"] for s in run.samples] for run in seen]
 
     assert kept(0) == kept(0)
-    seeds, real = [], VideoQA.__init__
+    seeds, real = [], evaluation_run.make_engine
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VideoQA, "__init__", lambda self, *a, **k: (seeds.append(k["seed"]), real(self, *a, **k))[1])
+        patch.setattr(evaluation_run, "make_engine", lambda m, o: seeds.append(o.seed) or real(m, o))
         kept(0), kept(1), kept(2**31 - 1)
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
 
@@ -151,14 +154,14 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     assert run.failed and document["videos"] == {"wanted": 3, "evaluated": 2, "failed": 1}
     assert document["items"] == {"answered": 4, "failed": 2} and document["rows"][0]["n"] == 4
     assert document["failures"] == [{"video": "gone.mp4", "message": "no such file: samples/gone.mp4"}]
-    real = VideoQA.encode
+    real = evaluation_run.open_video
 
-    def encode(self, path, **more):
-        if self.method_name == "random" and Path(path).name == "three.mp4":
+    def opened(engine, path, *args, **more):
+        if engine.options.method == "random" and Path(path).name == "three.mp4":
             raise OutOfMemory("out of memory in encode", stage="encode")
-        return real(self, path, **more)
+        return real(engine, path, *args, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
     run = begun(loaded, clips=videos(CLIPS[:2]))
     run.run()
     assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # in full either, or no pairs
@@ -192,7 +195,8 @@ def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded,
 
 @pytest.mark.parametrize("data", ["q.jsonl", "demo"])
 def test_several_processes_give_the_same_samples_in_the_same_order(saved, data):
-    settings = replace(SETTINGS, data=data, model=str(saved), dtype="fp32", split="validation", limit=3)
+    model = ModelOptions(str(saved), dtype="fp32")
+    settings = replace(SETTINGS, data=data, model=model, split="validation", limit=3)
     runs = []
     for processes in (1, 2):
         run = Evaluation(settings, videos() if data != "demo" else None)
@@ -203,8 +207,8 @@ def test_several_processes_give_the_same_samples_in_the_same_order(saved, data):
 
 
 def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):
-    settings = replace(SETTINGS, model=str(tmp_path / "gone"))
-    run = Evaluation(replace(settings, model=str(saved)), videos())
+    settings = replace(SETTINGS, model=ModelOptions(str(tmp_path / "gone")))
+    run = Evaluation(replace(settings, model=ModelOptions(str(saved))), videos())
     run.load()
     run.settings = settings  # whose model the processes cannot load
     before = set(multiprocessing.active_children())
@@ -222,15 +226,15 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     whole = begun(loaded, folder=tmp_path / "whole")
     whole.run()
     whole.folder.finish(whole.document())
-    encoded, real = [], VideoQA.encode
+    shown, real = [], evaluation_run.open_video
 
-    def encode(self, *args, **more):
-        encoded.append(args)
-        if len(encoded) == at:
+    def opened(*args, **more):
+        shown.append(args)
+        if len(shown) == at:
             raise KeyboardInterrupt
-        return real(self, *args, **more)
+        return real(*args, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
     torn = begun(loaded, folder=tmp_path / "torn")
     with pytest.raises(KeyboardInterrupt):
         torn.run()
@@ -275,7 +279,13 @@ def test_what_failed_is_tried_again(loaded, tmp_path):
 
 def test_other_settings_are_refused(loaded, tmp_path):
     begun(loaded, folder=tmp_path / "run")
-    for changes in ({"budgets": (0.5,)}, {"seed": 1}, {"digest": "0"}, {"version": "0"}, {"model": "other"}):
+    for changes in (
+        {"budgets": (0.5,)},
+        {"seed": 1},
+        {"digest": "0"},
+        {"version": "0"},
+        {"model": ModelOptions("other")},
+    ):
         with pytest.raises(UsageError, match=f"other settings: {next(iter(changes))} was"):
             begun(loaded, replace(SETTINGS, **changes), folder=tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match="no folder of an evaluation"):

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune import methods
+from evoprune.evaluation import run as evaluation_run
 from evoprune.evaluation.scores import score_rows
-from evoprune.pipeline.video_qa import VideoQA
 from experiments import comparison
 from experiments.comparison import compared, main
 from experiments.comparison_tables import (
@@ -219,16 +219,16 @@ def asked(saved, tmp_path, monkeypatch):
 
 def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
     names, args, table, picture = asked
-    encoded, real = [], VideoQA.encode
+    shown, real = [], evaluation_run.open_video
 
-    def encode(self, path, **more):
-        if len(encoded) == 6:
-            encoded.append(None)
+    def opened(engine, *args, **more):
+        if len(shown) == 6:
+            shown.append(None)
             raise KeyboardInterrupt
-        encoded.append(self.method_name)
-        return real(self, path, **more)
+        shown.append(engine.options.method)
+        return real(engine, *args, **more)
 
-    monkeypatch.setattr(VideoQA, "encode", encode)
+    monkeypatch.setattr(evaluation_run, "open_video", opened)
     with pytest.raises(KeyboardInterrupt):  # in the second clip
         main(args)
     assert not table.exists() and not picture.exists()

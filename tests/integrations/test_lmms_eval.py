@@ -15,7 +15,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from evoprune.errors import UsageError
+from evoprune.pipeline.answering import Answer
 from evoprune.pipeline.video_qa import VideoQA
+from evoprune.report import Report
 
 CLIPS, QUESTIONS = (
     ("samples/square.mp4", "samples/three.mp4"),
@@ -99,9 +101,18 @@ def test_answers_and_what_they_took(model_class, monkeypatch):
 
 def test_an_answer_ends_at_the_task_s_stop_words(model_class, monkeypatch):
     model = model_class(pretrained="demo")
-    monkeypatch.setattr(
-        "evoprune.pipeline.answering.EncodedVideo.ask", lambda *_, **__: (c for c in "yes, no. Perhaps")
-    )
+
+    def ask(*_, **__):
+        report = Report(answer="")
+
+        def pieces():
+            for character in "yes, no. Perhaps":
+                report.answer += character
+                yield character
+
+        return Answer(report, pieces())
+
+    monkeypatch.setattr("evoprune.pipeline.answering.EncodedVideo.ask", ask)
     given = [request(model, "?", [CLIPS[0]], until=stops) for stops in (["no", ","], ". P", ["never"], [])]
     assert [r.text for r in model.generate_until(given)] == ["yes", "yes, no", "yes, no. Perhaps", "yes, no. Perhaps"]
 

@@ -264,10 +264,3 @@ def test_what_prunes_at_which_budget():
     for name in methods.available():
         assert methods.get(name).prunes(0.99) == (name != "none") and not methods.get(name).prunes(1.0)
     assert methods.get("evoprune:encoder_budget=1").prunes(1.0)
-
-
-def test_the_encoders_budget_given_twice():
-    assert methods.with_encoder_budget(None, None) == {}
-    assert methods.with_encoder_budget({"alpha": "1"}, 0.3) == {"alpha": "1", "encoder_budget": "0.3"}
-    with pytest.raises(UsageError, match="twice"):
-        methods.with_encoder_budget({"encoder_budget": "0.3"}, 0.3)

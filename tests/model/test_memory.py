@@ -10,8 +10,11 @@ from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_o
 from evoprune.model import memory
 from evoprune.model.machine import available_memory
 from evoprune.model.memory import memory_guard, working_memory
-from evoprune.pipeline import encoding
-from evoprune.pipeline.loading import describe_model, load_model
+from evoprune.pipeline import encoding, work
+from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.model_folder import describe_model
+from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 
@@ -96,20 +99,20 @@ def test_memory_that_this_process_may_not_have_is_not_available(where, monkeypat
 
 def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
-    monkeypatch.setattr("evoprune.pipeline.loading._load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading.load_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(OutOfMemory, match=r"^loading .* needs about 0.0 GiB of memory, and 0.0 GiB are ava") as caught:
         load_model(str(saved), dtype="bf16")  # in the file they are fp32
     assert (caught.value.stage, caught.value.exit_code) == ("load", 5) and "smaller model" in caught.value.hint
     monkeypatch.undo()
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
-    monkeypatch.setattr("evoprune.pipeline.loading.available_memory", lambda device: 10**5)
+    monkeypatch.setattr("evoprune.pipeline.weights.available_memory", lambda device: 10**5)
     load_model(str(saved), dtype="fp32")  # they stay in the file
 
 
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 2**26)
     read = []
-    video = VideoQA(loaded, budget=0.5).prepare(CLIP, read=lambda *_, **__: read.append(1))
+    video = open_video(VideoQA(loaded, budget=0.5).engine, CLIP, read=lambda *_, **__: read.append(1))
     with pytest.raises(OutOfMemory, match=r"square.mp4 needs about 0\.\d GiB of memory, and 0.1 .*12 frames") as caught:
         video.encode()
     assert (caught.value.stage, caught.value.hint, read) == ("encode", LESS, [])
@@ -126,22 +129,22 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
         return real(*args, chunk_units=chunk_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(encoding, "units_at_a_time", lambda device: 4 * per_grid)
+    monkeypatch.setattr(work, "units_at_a_time", lambda device: 4 * per_grid)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
-    free = needed(loaded.model.config, video.plan.visual_tokens, 48, qa.prepare(CLIP).keep + encoding.TEXT, 4)
+    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.view.keep + work.TEXT, 4)
     monkeypatch.setattr(memory, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
     torch.testing.assert_close(again.encoded.features, video.encoded.features)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize(("method", "budget", "tried"), [("evs", 0.5, [96, 48, 24]), ("evoprune", 0.25, [96])])
-def test_blocks_shrink_before_it_gives_up(loaded, monkeypatch, overlap, method, budget, tried):
+def test_blocks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, method, budget, tried):
     """A tower that has room for a single grid; and one for which even a block is too much."""
     qa, used, real = VideoQA(loaded, budget=budget, method=method), [], encoding.encode_rows
-    whole = "".join(qa.encode(CLIP, overlap=overlap).ask("What happens?", max_new_tokens=4))
+    whole = "".join(open_video(qa.engine, CLIP, threaded=threaded).encode().ask("What happens?", max_new_tokens=4))
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
@@ -151,14 +154,15 @@ def test_blocks_shrink_before_it_gives_up(loaded, monkeypatch, overlap, method, 
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(encoding, "units_at_a_time", lambda device: 96)
+    monkeypatch.setattr(work, "units_at_a_time", lambda device: 96)
     if method == "evoprune":
         with pytest.raises(OutOfMemory, match=r"^out of memory in encode$"):
-            qa.encode(CLIP, overlap=overlap)
+            open_video(qa.engine, CLIP, threaded=threaded).encode()
     else:
-        video = qa.encode(CLIP, overlap=overlap)
-        assert "".join(video.ask("What happens?", max_new_tokens=4)) == whole
-        times = video.report.time_ms
+        video = open_video(qa.engine, CLIP, threaded=threaded).encode()
+        answer = video.ask("What happens?", max_new_tokens=4)
+        assert "".join(answer) == whole
+        times = answer.report.time_ms
         assert min(times.read, times.preprocess, times.encode) > 0 and times.total >= times.encode
     assert used == tried
 
@@ -166,6 +170,7 @@ def test_blocks_shrink_before_it_gives_up(loaded, monkeypatch, overlap, method, 
 def test_a_thousand_million_frames_to_look_at(loaded):
     """What is asked for is counted, and no list of it made."""
     tracked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    plan = VideoQA(loaded).prepare(CLIP, frames=10**9, max_frames=10**9).full
+    sampling = SamplingOptions(frames=10**9, max_frames=10**9)
+    plan = open_video(VideoQA(loaded).engine, CLIP, sampling).view.full
     assert plan.capped and plan.visual_tokens <= plan.token_limit and plan.sampling.wanted == 10**9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - tracked < 2**16  # KiB

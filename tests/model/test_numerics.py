@@ -13,7 +13,9 @@ from evoprune.errors import ModelError, VideoError
 from evoprune.evaluation.run import Evaluation, Video
 from evoprune.evaluation.run import Settings as EvalSettings
 from evoprune.model.numerics import all_numbers
+from evoprune.pipeline import opening
 from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import write_image
@@ -92,25 +94,23 @@ def test_the_stage_is_named(loaded, where, stage, bad, temperature):
 
 
 def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
-    calls, real = [], VideoQA.prepare
+    calls, real = [], opening.open_video
 
-    def prepare(self, *args, **how):
+    def opened(*args, **how):
         calls.append(1)
-        video = real(self, *args, **how)
-        if len(calls) == 1:
-            video._read = spoilt
-        return video
+        return real(*args, **(how | {"read": spoilt} if len(calls) == 1 else how))
 
     def spoilt(*_, **__):
         raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
 
-    monkeypatch.setattr(VideoQA, "prepare", prepare)
+    monkeypatch.setattr(opening, "open_video", opened)
+    monkeypatch.setattr("evoprune.evaluation.run.open_video", opened)
     rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
-    made = list(answers(VideoQA(loaded), group_by_span(rows), Settings("x", 0.5, "evoprune", max_new_tokens=1)))
+    made = list(answers(VideoQA(loaded), group_by_span(rows), Settings.of(model="x", max_new_tokens=1)))
     assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]
     calls.clear()
     videos = [Video(name, name, (Row("a", name, name, "What?", answer="x"),)) for name in (CLIP, "samples/three.mp4")]
-    run = Evaluation(EvalSettings("d", (0.5,), ("evs",), {}, max_new_tokens=1), videos)
+    run = Evaluation(EvalSettings("d", (0.5,), ("evs",), generation=GenerationOptions(max_new_tokens=1)), videos)
     run.loaded = loaded
     run.run()
     assert run.document()["videos"] == {"wanted": 2, "evaluated": 1, "failed": 1}
@@ -141,5 +141,6 @@ def test_one_grid_and_one_token(loaded, tmp_path, method, most):
     for number in range(2):
         write_image(tmp_path / f"{number}.png", np.full((40, 40, 3), 90, np.uint8))
     video = VideoQA(loaded, budget=0.01, method=method).encode(tmp_path, frames=2, max_visual_tokens=most)
-    "".join(video.ask("What?", max_new_tokens=2))
-    assert (video.report.sampling.grid_thw[0], video.report.pruning.visual_tokens_kept) == (1, 1)
+    answer = video.ask("What?", max_new_tokens=2)
+    "".join(answer)
+    assert (answer.report.sampling.grid_thw[0], answer.report.pruning.visual_tokens_kept) == (1, 1)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evoprune.methods.evs import Evs
 from evoprune.pipeline import cache as cache_module
 from evoprune.pipeline.cache import Cache, content_hash, default_folder
 from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.decode import read_frames
 from evoprune.vision.encoded import Encoded
@@ -86,10 +88,13 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(loaded, cache, c
     plain = qa.encode(clip)
     first = qa.encode(clip, cache=cache)
     monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
-    second = qa.encode(clip, cache=cache, on_encode=lambda plan: pytest.fail("said to be encoded"))
+    with closing(open_video(qa.engine, clip, cache=cache)) as opened:
+        assert opened.in_cache
+        second = opened.encode()
     assert [video.report.cache for video in (plain, first, second)] == ["off", "miss", "hit"]
-    assert answer(plain) == answer(first) == answer(second)
-    a, b = first.report, second.report
+    answers = [video.ask("What happens?", max_new_tokens=12) for video in (plain, first, second)]
+    assert "".join(answers[0]) == "".join(answers[1]) == "".join(answers[2])
+    a, b = answers[1].report, answers[2].report
     assert (a.pruning, a.sampling, a.video, a.tokens, a.warnings) == (
         b.pruning,
         b.sampling,
@@ -116,7 +121,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"qa": VideoQA(loaded, budget=0.5)},
         {"qa": VideoQA(loaded, budget=0.25, seed=1)},
         {"qa": VideoQA(loaded, budget=0.25, method="evs")},
-        {"qa": VideoQA(loaded, budget=0.25, encoder_budget=0.2)},
+        {"qa": VideoQA(loaded, budget=0.25, method_args={"alpha": "3"})},
         {"qa": VideoQA(loaded, budget=0.25, method="evoprune-paper", method_args={"allocation": "mean"})},
         {"qa": VideoQA(replace(loaded, fingerprint="other"), budget=0.25)},
         {"qa": VideoQA(replace(loaded, dtype="bf16"), budget=0.25)},
@@ -128,7 +133,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         assert state(**other) == "hit", other
     for same in (
         {"qa": VideoQA(loaded, budget="balanced")},
-        {"qa": VideoQA(loaded, budget=0.25, method_args={"encoder_budget": "0.2"})},
+        {"qa": VideoQA(loaded, budget=0.25, method="evoprune:alpha=3")},
         {"frames": 12},
         {"path": shutil.copy(clip, tmp_path / "elsewhere.mp4")},
         {"name": "other"},
@@ -174,7 +179,8 @@ def test_changed_code_and_weights_make_other_entries(loaded, cache, clip, folder
 
 def test_who_leaves_the_cache_alone(loaded, cache, clip, monkeypatch):
     qa = VideoQA(loaded, budget=0.25, method="evs")
-    assert qa.encode(clip, cache=cache, read=lambda *a, **k: read_frames(*a, **k)).report.cache == "off"
+    with closing(open_video(qa.engine, clip, cache=cache, read=lambda *a, **k: read_frames(*a, **k))) as opened:
+        assert not opened.in_cache and opened.encode().report.cache == "off"
     assert VideoQA(replace(loaded, fingerprint=None)).encode(clip, cache=cache).report.cache == "off"
     monkeypatch.setattr(Evs, "reads_question", True)
     assert qa.encode(clip, cache=cache).report.cache == "off" and cache.size()[0] == 0

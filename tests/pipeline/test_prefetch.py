@@ -6,7 +6,7 @@ import time
 import pytest
 
 from evoprune.pipeline import prefetch as module
-from evoprune.pipeline.prefetch import ahead
+from evoprune.pipeline.prefetch import prefetched
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +35,15 @@ def wait_for(condition):
 
 def test_all_of_it_in_order():
     closed = []
-    assert list(ahead(numbers(1000, closed))) == list(range(1000))
+    assert list(prefetched(numbers(1000, closed))) == list(range(1000))
     assert len(closed) == 1 and closed[0] is not threading.current_thread()
-    assert list(ahead(numbers(0))) == [] and list(ahead(x for x in [None, None])) == [None, None]
+    assert list(prefetched(numbers(0))) == [] and list(prefetched(x for x in [None, None])) == [None, None]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_no_more_than_the_depth_is_made_ahead(depth):
     made = []
-    items = ahead((made.append(i) or i for i in range(20)), depth)
+    items = prefetched((made.append(i) or i for i in range(20)), depth)
     assert made == []  # nothing before the first is asked for
     for taken in range(1, 15):
         next(items)
@@ -57,7 +57,7 @@ def test_no_more_than_the_depth_is_made_ahead(depth):
 def test_what_making_raises_comes_after_what_was_made(problem):
     closed, taken = [], []
     with pytest.raises(type(problem)) as caught:
-        taken.extend(iter_all(ahead(numbers(5, closed, problem)), taken))
+        taken.extend(iter_all(prefetched(numbers(5, closed, problem)), taken))
     assert caught.value is problem and taken == [0, 1, 2, 3, 4] and len(closed) == 1
 
 
@@ -69,7 +69,7 @@ def iter_all(items, taken):
 
 def test_whoever_stops_early_stops_the_making():
     closed = []
-    items = ahead(numbers(10**9, closed))
+    items = prefetched(numbers(10**9, closed))
     assert [next(items), next(items)] == [0, 1]
     items.close()
     assert len(closed) == 1 and list(items) == []
@@ -85,7 +85,7 @@ def test_stopping_waits_for_what_is_being_made():
         done.append(1)
         yield 1
 
-    items = ahead(slow())
+    items = prefetched(slow())
     next(items)
     assert going.wait(10)
     items.close()
@@ -94,7 +94,7 @@ def test_stopping_waits_for_what_is_being_made():
 
 def test_closed_before_it_began():
     closed = []
-    ahead(numbers(3, closed)).close()
+    prefetched(numbers(3, closed)).close()
     assert closed == []
 
 
@@ -111,12 +111,12 @@ def test_what_hangs_is_not_waited_for_to_its_end(monkeypatch):
         finally:
             closed.append(1)
 
-    items = ahead(hangs())
+    items = prefetched(hangs())
     next(items)
     assert going.wait(10)
     before = threading.enumerate()
     items.close()
-    (left,) = (thread for thread in threading.enumerate() if thread.name == "evoprune-ahead")
+    (left,) = (thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch")
     assert left in before and left.daemon and closed == []
     released.set()
     left.join(10)

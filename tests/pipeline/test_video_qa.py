@@ -15,8 +15,12 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.model.weights import shared
-from evoprune.pipeline.loading import load_model, make_ready
+from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline.weights import make_ready
+from evoprune.pipeline.work import estimate_first_token
 from evoprune.profiling.reference import hugging_face_model
 from evoprune.report import Report
 from evoprune.video.decode import read_frames
@@ -38,8 +42,21 @@ def qwen2(tmp_path_factory):
     return load_model(str(save_tiny(tmp_path_factory.mktemp("qwen2"), family="qwen2_vl")), dtype="fp32", pack=False)
 
 
+def asked(video, question="What happens?", n=24, **settings):
+    """An answer, read to its end."""
+    made = video.ask(question, max_new_tokens=n, **settings)
+    assert "".join(made) == made.text
+    return made
+
+
 def answer(video, question="What happens?", n=24, **settings):
-    return "".join(video.ask(question, max_new_tokens=n, **settings))
+    return asked(video, question, n, **settings).text
+
+
+def encode(qa, path, *, progress=None, sampling=None, **how):
+    """What only the pipeline's own parts can do: other frames, another encoder, no thread."""
+    with closing(open_video(qa.engine, path, SamplingOptions(**(sampling or {})), **how)) as opened:
+        return opened.encode(progress)
 
 
 @pytest.mark.parametrize("clip", [CLIP, LONG])
@@ -50,7 +67,7 @@ def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack)
     ours = replace(loaded, model=shared(loaded.model))
     make_ready(ours.model, "none", pack=pack)
     video = VideoQA(ours, budget=1.0).encode(clip)
-    mine = answer(video, "Describe the video.")
+    mine = asked(video, "Describe the video.")
     plan, model = video.plan, hugging_face_model(loaded.model)
     chunks = read_frames(video.info, plan.sampling.times_s)
     frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
@@ -73,19 +90,19 @@ def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack)
         eos_token_id=list(loaded.eos_ids),
     )[0, len(prompt.input_ids) :]
     expected = loaded.tokenizer.decode(ids.tolist())
-    assert mine == expected and video.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
+    assert mine.text == expected and mine.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
 
 
 @pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])
 def test_a_qwen2_vl_is_pruned_too(qwen2, method):
     qa = VideoQA(qwen2, budget=0.25, method=method)
     video = qa.encode(LONG)
-    made = answer(video)
-    pruning = video.report.pruning
+    made = asked(video)
+    pruning = made.report.pruning
     due = pruning.visual_tokens_in // 4
-    assert video.report.tokens.visual == pruning.visual_tokens_kept == due
+    assert made.report.tokens.visual == pruning.visual_tokens_kept == due
     assert (pruning.encoder_live_share < 1) == (method != "divprune")
-    assert answer(qa.encode(LONG)) == made
+    assert answer(qa.encode(LONG)) == made.text
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.25])
@@ -127,7 +144,7 @@ def test_report_of_an_answer_that_was_cut_short(loaded):
     pieces = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
     said = next(pieces)
     pieces.close()
-    assert video.report.finish_reason == "interrupt" and video.report.answer == said
+    assert pieces.report.finish_reason == "interrupt" and pieces.report.answer == pieces.text == said
 
 
 @pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
@@ -156,38 +173,35 @@ def test_the_video_is_paid_for_by_the_first_answer_that_comes(loaded):
     with pytest.raises(ZeroDivisionError):
         answer(video)
     hook.remove()
-    answer(video)
-    assert video.report.time_ms.encode > 0
+    assert asked(video).report.time_ms.encode > 0
 
 
 def test_one_token_has_no_rate(loaded):
     video = VideoQA(loaded).encode(CLIP)
-    answer(video, n=1)
-    assert video.report.tokens.new == 1 and video.report.rate.generate_tok_s is None
+    report = asked(video, n=1).report
+    assert report.tokens.new == 1 and report.rate.generate_tok_s is None
 
 
 def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 8)
+    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_times_add_up(loaded, overlap):
-    video = VideoQA(loaded, budget=0.25).encode(CLIP, overlap=overlap)
-    answer(video)
-    times = video.report.time_ms
+@pytest.mark.parametrize("threaded", [True, False])
+def test_times_add_up(loaded, threaded):
+    video = encode(VideoQA(loaded, budget=0.25), CLIP, threaded=threaded)
+    times = asked(video).report.time_ms
     busy = times.read + times.preprocess + times.encode + times.prefill + times.generate
     assert times.ttft_wall <= times.total and times.encode + times.prefill <= times.ttft_wall
     assert times.read + times.preprocess + times.prefill <= times.ttft_wall
-    assert overlap or busy <= times.total + 1
+    assert threaded or busy <= times.total + 1
     assert times.encode_prune < times.encode and times.ttft_model == times.encode + times.prefill
-    answer(video, "And then?")
-    again = video.report.time_ms
+    again = asked(video, "And then?").report.time_ms
     assert again.read == again.encode == again.encode_prune == 0 and again.ttft_model == again.prefill > 0
 
 
@@ -201,13 +215,13 @@ def slow(work, seconds):
 
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
-    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 24)
-    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 0.02))
+    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
     try:
         times = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
-        apart = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20, overlap=False).report.time_ms
+        apart = encode(VideoQA(loaded, budget=1.0), CLIP, sampling={"frames": 20}, threaded=False).report.time_ms
     finally:
         hook.remove()
     assert times.preprocess >= 200 and times.encode >= 300 and apart.preprocess >= 200 and apart.encode >= 300
@@ -217,11 +231,11 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
 
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
-def test_overlap_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 24)
+def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
+    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
-    apart = qa.encode(LONG, overlap=False)
+    apart = encode(qa, LONG, threaded=False)
     for name in ("features", "kept", "rows", "owner"):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
     assert beside.encoded.layers == apart.encoded.layers
@@ -230,35 +244,35 @@ def test_overlap_changes_nothing(loaded, monkeypatch, budget, method):
     assert done == [("encode", n, 16) for n in range(2, 17, 2)] + late
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_a_video_that_is_begun_ahead_is_the_same_video(loaded, monkeypatch, overlap):
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
     """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 24)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
         made.append(1)
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", counted)
+    monkeypatch.setattr("evoprune.pipeline.patches.patchify", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
-    with closing(qa.prepare(LONG, overlap=overlap)) as video:
+    with closing(open_video(qa.engine, LONG, threaded=threaded)) as video:
         assert made == []
         video.begin()
-        ready, until = 3 if overlap else 1, time.monotonic() + 10
+        ready, until = 3 if threaded else 1, time.monotonic() + 10
         while len(made) < ready and time.monotonic() < until:
             time.sleep(0.001)
         time.sleep(0.02)
         assert len(made) == ready
-        ahead = video.encode()
-    assert len(made) == chunks and torch.equal(ahead.encoded.features, at_once.encoded.features)
-    assert answer(ahead) == answer(at_once) and ahead.report.sampling == at_once.report.sampling
+        early = video.encode()
+    assert len(made) == chunks and torch.equal(early.encoded.features, at_once.encoded.features)
+    assert answer(early) == answer(at_once) and early.report.sampling == at_once.report.sampling
 
 
-def test_what_was_done_ahead_costs_no_time_on_the_wall(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 0.2))
-    with closing(VideoQA(loaded).prepare(CLIP)) as video:
+def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
+    monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 0.2))
+    with closing(open_video(VideoQA(loaded).engine, CLIP)) as video:
         video.begin()
         times = video.encode().report.time_ms
     assert times.preprocess >= 200 > times.total
@@ -273,7 +287,7 @@ def test_a_video_that_was_begun_and_is_not_wanted(loaded):
         finally:
             closed.append(1)
 
-    video = VideoQA(loaded).prepare(CLIP, read=read)
+    video = open_video(VideoQA(loaded).engine, CLIP, read=read)
     video.begin()
     video.close()
     video.close()
@@ -303,13 +317,15 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.encoding.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 24)
     if stage == "preprocess":
-        monkeypatch.setattr("evoprune.pipeline.encoding.patchify", preprocess)
+        monkeypatch.setattr("evoprune.pipeline.patches.patchify", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
-        VideoQA(loaded, method_args={"reuse": "0"}).encode(CLIP, frames=20, read=read)  # three blocks of grids
+        encode(
+            VideoQA(loaded, method_args={"reuse": "0"}), CLIP, sampling={"frames": 20}, read=read
+        )  # three blocks of grids
     hook.remove()
     assert caught.value is problem and closed == [1] and set(threading.enumerate()) == threads
 
@@ -330,21 +346,20 @@ def test_a_signal_while_a_frame_is_waited_for(loaded):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            VideoQA(loaded).encode(CLIP, read=read)
+            encode(VideoQA(loaded), CLIP, read=read)
     finally:
         signal.signal(signal.SIGINT, before)
     assert closed == [1] and set(threading.enumerate()) == threads
 
 
-def test_the_estimate_goes_by_both_budgets(loaded, monkeypatch):
+def test_the_estimate_goes_by_the_budget(loaded, monkeypatch):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
     plan = VideoQA(loaded).encode(CLIP).plan
 
-    def seconds(budget, share=None):
-        return VideoQA(loaded, budget=budget, encoder_budget=share).estimate_first_token(plan)
+    def seconds(budget):
+        return estimate_first_token(VideoQA(loaded, budget=budget).engine, plan)
 
-    assert seconds(1.0, 0.1) < seconds(1.0)
-    assert seconds(0.1) == seconds(0.1, 0.1) < seconds(0.1, 0.5) < seconds(0.1, 1.0)
+    assert seconds(0.1) < seconds(0.5) < seconds(1.0)
 
 
 def test_settings_are_checked_before_weights_are_read():
@@ -352,12 +367,48 @@ def test_settings_are_checked_before_weights_are_read():
         {"budget": 2},
         {"method": "magic"},
         {"method_args": {"speed": "1"}},
-        {"encoder_budget": 0.0},
-        {"encoder_budget": 0.3, "method": "pool"},
-        {"encoder_budget": 0.3, "method_args": {"encoder_budget": "0.3"}},
+        {"dtype": "fp64"},
+        {"quantize": "int2"},
+        {"load_format": "gguf"},
     ):
         with pytest.raises(UsageError):
             VideoQA.load("no/such", **settings)
+
+
+def test_unknown_options_are_named_with_the_known_ones(loaded):
+    qa = VideoQA(loaded)
+    for call, known in (
+        (lambda: VideoQA.load("no/such", bugdet=0.5), "load_format, offline, budget, method"),
+        (lambda: VideoQA(loaded, bugdet=0.5), "budget, method, method_args, seed"),
+        (lambda: qa.encode(CLIP, fsp=2), "fps, frames, start_s"),
+        (lambda: qa.encode(CLIP).ask("What?", temprature=1), "max_new_tokens, temperature"),
+    ):
+        with pytest.raises(TypeError, match=f"unknown option '.*; known: .*{known}"):
+            call()
+
+
+def test_an_answer_is_read_once_and_has_a_report_of_its_own(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    before = video.report.to_json()
+    first = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
+    assert first.text == "" and first.report.finish_reason is None and first.report.answer is None
+    pieces = [next(first)]
+    assert first.text == first.text == pieces[0] == first.report.answer
+    pieces += first
+    assert first.text == "".join(pieces) and list(first) == [] and first.report.finish_reason in ("stop", "length")
+    second = asked(video, "And then?", n=2)
+    assert first.report.question == "What happens?" and second.report.question == "And then?"
+    assert first.report.id != second.report.id and first.report.time_ms.encode > second.report.time_ms.encode == 0
+    assert video.report.to_json() == before
+
+
+def test_they_say_in_a_line_what_they_are(loaded):
+    qa = VideoQA(loaded, budget="fast", seed=3)
+    assert repr(qa) == f"<VideoQA {loaded.id!r} in fp32 on cpu: method 'evoprune', budget 0.1, seed 3>"
+    video = qa.encode(CLIP, name="clip")
+    assert repr(video) == ("<EncodedVideo 'clip': 12 frames, 6 frame pairs of 4x6 units, 14 of 144 visual tokens kept>")
+    made = asked(video, n=1)
+    assert repr(made) == f"<Answer {made.text!r}, length>"
 
 
 def test_questions_are_checked(loaded):
@@ -372,8 +423,7 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
     write_video(tmp_path / "black.mp4", np.zeros((8, 112, 112, 3), np.uint8), fps=4)
     video = VideoQA(loaded, budget=0.25, method=method).encode(tmp_path / "black.mp4")
     assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
-    answer(video)
-    assert video.report.warnings == ["equal_scores"]
+    assert asked(video).report.warnings == video.report.warnings == ["equal_scores"]
 
 
 def test_extreme_shapes(loaded, tmp_path):
@@ -395,8 +445,7 @@ def test_blank_report_before_any_question(loaded):
 def test_methods_that_a_shape_binds(loaded, method, grid, tokens):
     """A quarter of 6 grids of 4x6 units; `downscale` and `subsample` look at less, at its own places and times."""
     video = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
-    assert answer(video)
-    report, share = video.report, grid[0] * grid[1] * grid[2] / 4 / 144
+    report, share = asked(video).report, grid[0] * grid[1] * grid[2] / 4 / 144
     assert report.sampling.grid_thw == grid and report.pruning.visual_tokens_kept == report.tokens.visual == tokens
     assert report.pruning.visual_tokens_in == 144 and report.pruning.kept_ratio == pytest.approx(tokens / 144)
     assert report.pruning.encoder_live_share == pytest.approx(share)
@@ -444,10 +493,9 @@ def test_what_is_reported_of_it(loaded):
     video = VideoQA(loaded, budget=0.25, method="cdpruner").encode(CLIP)
     blank = video.report.pruning
     assert (blank.visual_tokens_kept, blank.kept_ratio, blank.visual_tokens_in) == (0, 0.0, 144)
-    encoding = video._clock.seconds["encode"] = 1000.0  # so that it cannot be mistaken for a choice
+    encoding = video._encoding.seconds["encode"] = 1000.0  # so that it cannot be mistaken for a choice
     for turn, question in enumerate(ASKED):
-        answer(video, question)
-        report = video.report
+        report = asked(video, question).report
         assert report.pruning.visual_tokens_kept == report.tokens.visual == 36 and report.pruning.kept_ratio == 0.25
         assert report.pruning.kept_per_grid == [6] * 6 and report.cache == "off"
         times = report.time_ms
@@ -468,8 +516,7 @@ def test_evoprune_may_leave_its_choice_to_one_that_reads_the_question(loaded):
 def test_auto_keeps_as_much_as_the_content_asks_for():
     loaded = load_model("demo")
     video = VideoQA(loaded, budget="auto").encode(CLIP)
-    answer(video, n=1)
-    pruning = video.report.pruning
+    pruning = asked(video, n=1).report.pruning
     units = pruning.visual_tokens_in
     assert pruning.budget == "auto" and pruning.args["within"] > 0
     assert round(0.05 * units) <= pruning.visual_tokens_kept <= round(0.5 * units)

@@ -13,7 +13,8 @@ from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.model import memory
 from evoprune.model.clock import Clock
 from evoprune.model.machine import available_memory, peak_memory, reset_peak_memory
-from evoprune.pipeline.loading import describe_model
+from evoprune.pipeline.model_folder import describe_model
+from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling import bench, clips, runners, weights
 from evoprune.profiling.reference import hugging_face_model
 from evoprune.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case
@@ -36,7 +37,7 @@ def quick_rate(monkeypatch):
 
 @pytest.fixture(scope="module")
 def loaded(saved):
-    return weights.load(str(saved), [CASE], dtype="fp32")
+    return weights.load(ModelOptions(str(saved), dtype="fp32"), [CASE])
 
 
 def last(*args, **settings):
@@ -251,10 +252,10 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**6)
     with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0.0 GiB are available") as problem:
-        weights.load("Qwen/Qwen2.5-VL-3B-Instruct", [CASE], dtype="bf16")
+        weights.load(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", dtype="bf16", load_format="dummy"), [CASE])
     assert problem.value.exit_code == 5 and "--frames, --size" in problem.value.hint and "-m" in problem.value.hint
     with pytest.raises(OutOfMemory):
-        weights.load(str(saved), [CASE])
+        weights.load(ModelOptions(str(saved)), [CASE])
 
 
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
@@ -280,19 +281,15 @@ def test_working_memory_grows_with_the_clip():
 
 def test_frames_must_be_whole_units(saved):
     with pytest.raises(UsageError, match="120x168") as problem:
-        weights.load(str(saved), [Case(4, 120, 168)])
+        weights.load(ModelOptions(str(saved)), [Case(4, 120, 168)])
     assert "multiples of 28" in problem.value.hint
 
 
-def test_random_weights_are_the_default_of_a_bundled_config(saved, monkeypatch):
-    asked = []
-    monkeypatch.setattr(weights, "load_model", lambda name, **more: asked.append(more["load_format"]))
-    for name, load_format in (("Qwen/Qwen2.5-VL-3B-Instruct", None), (str(saved), None), (str(saved), "dummy")):
-        weights.load(name, [CASE], load_format=load_format)
-    assert asked == ["dummy", "auto", "dummy"]
-    monkeypatch.undo()
+def test_random_weights_are_the_default_of_a_bundled_config(saved):
+    names = ("Qwen/Qwen2.5-VL-3B-Instruct", str(saved))
+    assert [weights.default_load_format(name) for name in names] == ["dummy", "auto"]
     with pytest.raises(ModelError, match="no bundled config"):  # and the hub is not asked
-        weights.load("nobody/nothing", [CASE], load_format="dummy")
+        weights.load(ModelOptions("nobody/nothing", load_format="dummy"), [CASE])
 
 
 def test_the_prompt_is_the_same_every_time(loaded):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageChops
 
 from evoprune.errors import UsageError
+from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan, even_times
@@ -27,11 +28,11 @@ def loaded():
 
 
 def traced(loaded, path=CLIP, **settings) -> TracedVideo:
-    return trace(VideoQA(loaded, **settings).prepare(path))
+    return trace(open_video(VideoQA(loaded, **settings).engine, path))
 
 
 def test_every_unit_has_one_fate(loaded):
-    seen = traced(loaded, budget=0.25, encoder_budget=0.2, method_args={"depth": "1"})
+    seen = traced(loaded, budget=0.25, method_args={"depth": "1"})
     fates, units = seen.fates, torch.arange(144)
     assert fates.grid == (6, 4, 6) and seen.frames.shape == (12, 112, 168, 3) and seen.warnings == []
     assert fates.chosen.sum() == 36
@@ -56,7 +57,7 @@ def test_what_is_chosen_inside_the_tower_may_be_a_time_when_nothing_changed(load
 def test_what_is_drawn_is_what_the_language_model_reads(loaded):
     qa = VideoQA(loaded, budget=0.1)
     kept = qa.encode(CLIP).encoded.kept
-    assert torch.equal(trace(qa.prepare(CLIP)).fates.chosen.nonzero().flatten(), kept)
+    assert torch.equal(trace(open_video(qa.engine, CLIP)).fates.chosen.nonzero().flatten(), kept)
 
 
 def test_methods_after_the_encoder(loaded):

@@ -1,4 +1,4 @@
-"""What is said before the first frame is read: how long it will take, and which limits apply."""
+"""The notes before the first frame is read: how long it will take, and which limits apply."""
 
 import sys
 
@@ -22,10 +22,10 @@ def long_clip(tmp_path_factory):
 
 
 @pytest.fixture
-def told(cli, tiny_folder, monkeypatch):
-    """`told(clip, flags...)`: the lines on stderr before the first frame is read, by default from a model that is not the demo.
+def notes(cli, tiny_folder, monkeypatch):
+    """`notes(clip, flags...)`: the lines on stderr before the first frame is read, by default from a model that is not the demo.
 
-    With `whole` the command then runs to its end, and nothing of this may be told again; else it stops there.
+    With `whole` the command runs to its end, and no note may be printed twice; else it stops there.
     """
 
     def call(clip, *flags: str, model=tiny_folder, whole: bool = False) -> list[str]:
@@ -49,31 +49,31 @@ def told(cli, tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(("rate", "says"), [(1e6, " min"), (2e7, " s"), (1e15, None)])
-def test_a_long_wait_is_told_before_it_begins(told, monkeypatch, rate, says):
+def test_a_long_wait_is_estimated_before_it_begins(notes, monkeypatch, rate, says):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: rate)
-    lines = told(CLIP, whole=True)
+    lines = notes(CLIP, whole=True)
     if says is None:
         assert lines == []
     else:
         assert len(lines) == 1 and lines[0].startswith("estimated first token ~") and lines[0].endswith(says)
 
 
-def test_not_told_where_nobody_wants_to_know(told, monkeypatch):
+def test_no_estimate_with_quiet_or_for_the_demo(notes, monkeypatch):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e6)
-    assert told(CLIP, "-q") == []
-    assert told(CLIP, model="demo") == []  # nobody has to wait for that
+    assert notes(CLIP, "-q") == []
+    assert notes(CLIP, model="demo") == []  # nobody has to wait for that
 
 
-def test_the_token_limit_of_a_cpu_is_told(told, long_clip):
+def test_the_token_limit_of_a_cpu_is_noted(notes, long_clip):
     flags = ("--max-frames", "300", "-b", "fast")
     assert MAX_VISUAL_TOKENS_CPU == 4096
-    (line,) = told(long_clip, *flags)
+    (line,) = notes(long_clip, *flags)
     assert line == "at most 4,096 tokens on a CPU (--max-visual-tokens): 300 frames of 140x140"
-    assert told(long_clip, *flags, "-q") == []
+    assert notes(long_clip, *flags, "-q") == []
 
 
-def test_a_token_limit_of_ones_own_is_told(told):
-    assert told(CLIP, "--max-visual-tokens", "50", model="demo") == [
+def test_a_token_limit_that_was_set_is_noted(notes):
+    assert notes(CLIP, "--max-visual-tokens", "50", model="demo") == [
         "at most 50 tokens (--max-visual-tokens): 8 frames of 112x84"
     ]
 
@@ -91,11 +91,11 @@ def test_a_token_limit_of_ones_own_is_told(told):
         (("--frames", "4000"), "4,000 frames asked for"),
     ],
 )
-def test_the_frame_limit_of_the_model_is_told(told, long_clip, flags, asked):
+def test_the_frame_limit_of_the_model_is_noted(notes, long_clip, flags, asked):
     says = [f"{asked}; it takes 32 (--max-frames)"] if asked else []
-    assert told(long_clip, "-b", "fast", *flags) == says
+    assert notes(long_clip, "-b", "fast", *flags) == says
 
 
-def test_both_limits(told, long_clip):
-    lines = told(long_clip, "--frames", "64", "--max-visual-tokens", "100")
+def test_both_limits(notes, long_clip):
+    lines = notes(long_clip, "--frames", "64", "--max-visual-tokens", "100")
     assert [line.split("(")[1].split(")")[0] for line in lines] == ["--max-frames", "--max-visual-tokens"]

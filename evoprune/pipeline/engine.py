@@ -1,0 +1,70 @@
+"""A loaded model and how it prunes: what opening, encoding and answering are given."""
+
+from dataclasses import dataclass
+
+import torch
+
+from evoprune import methods
+from evoprune.methods.base import Method
+from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.options import PruneOptions
+from evoprune.pruning.budget import AUTO, AUTO_MOST
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Made by `make_engine`.
+
+    Attributes:
+        loaded: the model.
+        options: how visual tokens are pruned.
+        method: the method that `options` name.
+        load_seconds: how long loading took, for reports; None where that is unknown.
+    """
+
+    loaded: LoadedModel
+    options: PruneOptions
+    method: Method
+    load_seconds: float | None = None
+
+    @property
+    def budget(self) -> float:
+        """Share of visual tokens kept, at most."""
+        return AUTO_MOST if self.options.budget == AUTO else self.options.budget
+
+    @property
+    def reported_budget(self) -> float | str:
+        """The budget as reports have it: 1.0 for a method that prunes nothing, or "auto"."""
+        return self.method.reported_budget(self.options.budget)
+
+    @property
+    def seed(self) -> int:
+        return self.options.seed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower runs."""
+        return self.loaded.model.model.visual.patch_embed.proj.weight.device
+
+
+def make_method(options: PruneOptions) -> Method:
+    """The method that options name.
+
+    Raises:
+        UsageError: settings that it does not have, or a budget of "auto" where it cannot let the content decide.
+    """
+    method = methods.get(options.method, options.method_args)
+    return method.automatic() if options.budget == AUTO else method
+
+
+def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
+    """Raises:
+    UsageError: as `make_method`.
+    """
+    return Engine(loaded, options, make_method(options), load_seconds)
+
+
+def unpruned(engine: Engine) -> Engine:
+    """The same model and seed with every visual token kept: what pruning is compared with."""
+    options = PruneOptions(budget=1.0, method="none", seed=engine.seed)
+    return make_engine(engine.loaded, options, engine.load_seconds)

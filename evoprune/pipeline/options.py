@@ -1,0 +1,169 @@
+"""What can be set, once for the command line, batches, evaluations, lmms-eval and Python. Imports no torch.
+
+Values are checked when an object is made, as far as that needs neither a model nor a video.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.language.settings import GenerationSettings
+from evoprune.model.precision import check_dtype, check_quantize
+from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
+from evoprune.video.sampling import check_sampling
+
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model is loaded, and how.
+
+    Attributes:
+        model: "demo" for the bundled one, a folder in the hub's file layout, or a hub id `org/name`, tried in this order.
+        revision: branch, tag or commit of a hub id.
+        device: "auto" (CUDA if there is any, else the CPU) or any torch device.
+        dtype: "bf16", "fp16", "fp32", or "auto": fp32 for the demo; else bf16 on CUDA and on CPUs with bf16 instructions,
+            fp32 elsewhere.
+        quantize: "none", or "int8" or "int4" to quantise the language model for decoding on a CPU, see `model.quantize`.
+        load_format: "auto" reads the weights. "dummy" takes the dimensions from a folder, from "demo" or from a bundled config
+            and fills in seeded random weights, without any network.
+        offline: use nothing but the hub's cache on this machine.
+
+    Raises:
+        UsageError: an unknown dtype, quantisation or load format.
+    """
+
+    model: str = "demo"
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str = "none"
+    load_format: str = "auto"
+    offline: bool = False
+
+    def __post_init__(self):
+        if self.load_format not in LOAD_FORMATS:
+            raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
+        check_dtype(self.dtype)
+        check_quantize(self.quantize)
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """How visual tokens are pruned.
+
+    Attributes:
+        budget: share of visual tokens kept, in (0, 1], or a preset's name, which becomes its share; or "auto", if the method
+            can let the content decide.
+        method: name of a pruning method, perhaps with settings: `NAME:SETTING=VALUE`.
+        method_args: its settings as texts.
+        seed: of everything random, generation included.
+
+    Raises:
+        UsageError: a bad budget, or no such method.
+    """
+
+    budget: float | str = DEFAULT
+    method: str = methods.DEFAULT
+    method_args: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "budget", parse_budget_or_auto(self.budget))
+        object.__setattr__(self, "method_args", dict(self.method_args or {}))
+        if not methods.known(self.method):
+            raise UsageError(f"no pruning method {self.method!r}", f"one of {', '.join(methods.available())}")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Which frames of a video are looked at.
+
+    Attributes:
+        fps: frames a second; None for the model's own rate. `frames`: how many in all, instead; odd numbers round up.
+        start_s, end_s: the part of the video, in seconds; None for its end.
+        max_frames: None for the model's own limit.
+        max_visual_tokens: limit before pruning, kept by smaller, then fewer frames; None for 24,576, and for 4,096 where a
+            real model runs on a CPU.
+        decoder: "auto", "pyav" or "decord", see `video.decode.read_frames`.
+
+    Raises:
+        UsageError: a number that makes no sense, or fps and frames together.
+    """
+
+    fps: float | None = None
+    frames: int | None = None
+    start_s: float = 0.0
+    end_s: float | None = None
+    max_frames: int | None = None
+    max_visual_tokens: int | None = None
+    decoder: str = "auto"
+
+    def __post_init__(self):
+        check_sampling(**self.numbers)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the decoder: what `video.plan.make_plan` takes."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "decoder"}
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: at most so many tokens, at least 1.
+        temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn.
+        top_p: draw only among the most probable tokens that together reach this probability, in (0, 1].
+        system: a system prompt; None for the model's own.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    system: str | None = None
+
+    def __post_init__(self):
+        self.settings()
+
+    def settings(self, seed: int = 0) -> GenerationSettings:
+        """What decoding goes by."""
+        return GenerationSettings(self.max_new_tokens, self.temperature, self.top_p, seed)
+
+
+def from_keywords(given: Mapping[str, Any], *kinds: type) -> list:
+    """One object of each of `kinds`, made of the keywords that are its fields.
+
+    Raises:
+        TypeError: a keyword that is a field of none of them. UsageError: a bad value.
+    """
+    known = [f.name for kind in kinds for f in fields(kind)]
+    if unknown := [name for name in given if name not in known]:
+        raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
+    return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds]
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Everything that an answer depends on, besides the video, the question and the machine."""
+
+    model: ModelOptions
+    pruning: PruneOptions
+    sampling: SamplingOptions
+    generation: GenerationOptions
+
+    @classmethod
+    def of(cls, **options) -> Self:
+        """Made of the fields of all four.
+
+        Raises:
+            UsageError: a bad value. TypeError: an unknown option.
+        """
+        return cls(*from_keywords(options, ModelOptions, PruneOptions, SamplingOptions, GenerationOptions))

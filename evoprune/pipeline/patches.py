@@ -1,0 +1,90 @@
+"""The first two stages: frames are read, resized and cut into patches, chunk by chunk."""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
+from itertools import chain, islice
+
+import torch
+
+from evoprune.model.clock import Clock
+from evoprune.pipeline.prefetch import prefetched
+from evoprune.pipeline.view import View
+from evoprune.video.decode import FrameChunk, read_frames
+from evoprune.video.plan import VideoLimits
+from evoprune.vision.preprocess import patchify, resize
+
+ReadFrames = Callable[..., Iterator[FrameChunk]]
+
+
+class PatchReader:
+    """The patches of a video. `chunks` can be called again, which begins anew. To be closed.
+
+    Args:
+        view: what is looked at.
+        limits: of the model.
+        clock: adds up the seconds of "read" and "preprocess".
+        chunk_bytes: of decoded frames, held at a time.
+        read: gives the frames, as `video.decode.read_frames`.
+        threaded: whether a thread prepares the next chunks while one is used.
+
+    Attributes:
+        clock: the one it was given.
+        damaged: packets that could not be decoded, since `chunks` was last called.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        limits: VideoLimits,
+        clock: Clock,
+        chunk_bytes: int,
+        read: ReadFrames = read_frames,
+        threaded: bool = True,
+    ):
+        self.clock, self.damaged = clock, 0
+        self._view, self._limits, self._chunk_bytes = view, limits, chunk_bytes
+        self._read, self._threaded = read, threaded
+        self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
+        self._open = ExitStack()
+
+    def begin(self) -> None:
+        """Has the first chunk ready when it returns; a thread goes on to the next two.
+
+        Raises:
+            VideoError: unreadable. OutOfMemory.
+        """
+        chunks = self._start()
+        self._begun = chain(list(islice(chunks, 1)), chunks)
+
+    def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """For every chunk, how many frames there were up to its end, and its patches `[rows, 1176]`, float32."""
+        begun, self._begun = self._begun, None
+        return begun or self._start()
+
+    def close(self) -> None:
+        """Reads no further."""
+        self._begun = None
+        self._open.close()
+
+    def _start(self) -> Iterator[tuple[int, torch.Tensor]]:
+        self.damaged = 0
+        made = self._make()
+        return self._open.enter_context(closing(prefetched(made) if self._threaded else made))
+
+    def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
+        view, plan, limits = self._view, self._view.plan, self._limits
+        read = self._read(view.info, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=self._chunk_bytes)
+        with closing(read) as chunks:
+            for chunk in self.clock.each("read", chunks):
+                self.damaged += chunk.damaged
+                with self.clock.stage("preprocess"):
+                    frames = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
+                    patches = patchify(
+                        frames,
+                        limits.image_mean,
+                        limits.image_std,
+                        limits.patch_size,
+                        limits.temporal_patch_size,
+                        limits.merge_size,
+                    )
+                yield chunk.first + len(chunk.frames), patches

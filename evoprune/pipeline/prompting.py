@@ -1,0 +1,54 @@
+"""The fourth stage: the language model reads a question about a video (prefill)."""
+
+from evoprune.language.decoder import KVCache
+from evoprune.language.generate import PrefillState, column_counts, embed_prompt, prefill
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.prompt import build_prompt
+from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.view import View
+from evoprune.vision.encoded import Encoded
+
+
+class PromptReader:
+    """Reads prompts about one video, one at a time.
+
+    Attention is causal: keys and values of what precedes the question do not depend on it. So a later question under the same
+    system prompt uses them again, and only what follows the video is read.
+    """
+
+    def __init__(self, loaded: LoadedModel, view: View):
+        self._loaded, self._grid = loaded, view.plan.grid
+        self._seconds = view.seconds_per_grid(loaded.video.temporal_patch_size)
+        # The system prompt, the cache, and how many of its columns no question changes.
+        self._prefix: tuple[str | None, KVCache, int] | None = None
+
+    def forget(self) -> None:
+        """Frees the keys and values of earlier prompts: the next one is about other tokens."""
+        self._prefix = None
+
+    def read(self, encoded: Encoded, question: str, system: str | None) -> tuple[PrefillState, int]:
+        """The state that decoding starts from, and the prompt's number of text tokens."""
+        model, units = self._loaded.model, len(encoded.owner)
+        prompt = build_prompt(self._loaded.tokenizer, question, units, system=system)
+        span = VideoSpan(prompt.video_start, self._grid, self._seconds)
+        positions = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
+        following = int(positions.max()) + 1
+        embeds, columns = embed_prompt(
+            model, prompt.input_ids, encoded.features, prompt.video_start, units, encoded.kept
+        )
+        positions = positions[:, columns]
+        counts = column_counts(encoded.size, prompt.video_start, len(embeds))
+        cache, known = self._take_prefix(system)
+        counts = None if counts is None else counts[known:]
+        state = prefill(model, embeds[known:], positions[:, known:], following, cache, counts)
+        self._prefix = system, state.cache, prompt.prefix_length - units + len(encoded.kept)
+        return state, prompt.text_tokens
+
+    def _take_prefix(self, system: str | None) -> tuple[KVCache | None, int]:
+        """The cache up to the question, and its columns; nothing where there is none for this system prompt."""
+        if self._prefix is None or self._prefix[0] != system:
+            self._prefix = None  # frees its memory before the next one is made
+            return None, 0
+        _, cache, known = self._prefix
+        cache.crop(known)
+        return cache, known

@@ -1,0 +1,101 @@
+"""Reports of the pipeline: what was looked at, what was kept, how long each stage took."""
+
+from dataclasses import asdict
+
+from evoprune.model.machine import environment, peak_memory
+from evoprune.pipeline.encoding import Encoding
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.view import View
+from evoprune.report import Memory, Pruning, Rate, Report, Sampling, VideoFacts
+from evoprune.video.info import is_demo_clip
+from evoprune.vision.encoded import Encoded
+
+
+def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encoded) -> Report:
+    """The report of a video that was encoded, without the times of its stages."""
+    loaded = engine.loaded
+    report = Report(
+        video=_video_facts(view, encoding),
+        sampling=_sampling(engine, view),
+        pruning=_pruning(engine, view, encoded),
+        memory=Memory(weights_bytes=loaded.weights_bytes),
+        model=loaded.facts(),
+        env=environment(loaded.device),
+        warnings=list(encoding.warnings),
+        cache=encoding.cache,
+    )
+    fill_kept(report, view, encoded)
+    report.time_ms.load = None if engine.load_seconds is None else engine.load_seconds * 1000
+    report.time_ms.encode_prune = encoded.prune_seconds * 1000
+    if loaded.is_demo and not is_demo_clip(view.info):
+        report.warnings.append("demo_model")
+    if loaded.load_format == "dummy":
+        report.warnings.append("random_weights")
+    if encoded.flat:
+        report.warnings.append("equal_scores")
+    return report
+
+
+def fill_times(report: Report, seconds: dict[str, float], total: float, device: str) -> None:
+    """Writes the busy seconds of each stage and the seconds in all into a report, and what follows from them."""
+    times = report.time_ms
+    for stage, spent in seconds.items():
+        setattr(times, stage, spent * 1000)
+    times.total = total * 1000
+    times.ttft_model = None if times.prefill is None else times.encode + times.prefill
+    # Prefill gives the first token; the rate is that of the passes after it.
+    passes = max(0, (report.tokens.new or 0) - 1)
+    report.rate = Rate(passes / seconds["generate"] if passes and seconds.get("generate") else None)
+    report.memory.peak_bytes = peak_memory(device)
+
+
+def fill_kept(report: Report, view: View, encoded: Encoded) -> None:
+    """Writes into a report what the language model reads of the video."""
+    pruning, kept = report.pruning, len(encoded.kept)
+    pruning.visual_tokens_kept, pruning.kept_ratio = kept, kept / view.units
+    pruning.kept_per_grid = encoded.kept_per_pair
+
+
+def _video_facts(view: View, encoding: Encoding) -> VideoFacts:
+    info = view.info
+    return VideoFacts(
+        path=view.name,
+        duration_s=info.duration_s,
+        width=info.width,
+        height=info.height,
+        rotation_deg=info.rotation_deg,
+        codec=info.codec,
+        fps=info.fps,
+        variable_rate=info.variable_rate,
+        frames_total=info.frames_total,
+        decoder=view.decoder,
+        stated_s=info.stated_s,
+        damaged=encoding.damaged,
+    )
+
+
+def _sampling(engine: Engine, view: View) -> Sampling:
+    plan, video = view.plan, engine.loaded.video
+    t, h, w = plan.grid
+    return Sampling(
+        start_s=plan.sampling.start_s,
+        end_s=plan.sampling.end_s,
+        frames=plan.sampling.frames,
+        timestamps_s=list(plan.sampling.times_s),
+        resized_hw=[plan.height, plan.width],
+        grid_thw=[t, h * video.merge_size, w * video.merge_size],
+        seconds_per_grid=view.seconds_per_grid(video.temporal_patch_size),
+    )
+
+
+def _pruning(engine: Engine, view: View, encoded: Encoded) -> Pruning:
+    return Pruning(
+        method=engine.options.method,
+        args=asdict(engine.method),
+        budget=engine.reported_budget,
+        visual_tokens_in=view.units,
+        encoder_rows=len(encoded.rows),
+        encoder_live_share=encoded.live_share * len(encoded.owner) / view.units,
+        layers=[list(layer) for layer in encoded.layers],
+        positions="qwen",
+    )

@@ -1,0 +1,76 @@
+"""What of a video will be looked at, decided before any frame is read."""
+
+import os
+from dataclasses import dataclass
+
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.options import SamplingOptions
+from evoprune.pruning.budget import keep_count
+from evoprune.pruning.plan import EncoderPlan
+from evoprune.video.decode import choose_decoder
+from evoprune.video.info import VideoInfo
+from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
+from evoprune.video.probe import probe
+from evoprune.vision.tower import tower_shape
+
+
+@dataclass(frozen=True)
+class View:
+    """A video, and which frames of it are looked at.
+
+    Attributes:
+        info: facts about the file.
+        name: what reports call it.
+        decoder: "pyav" or "decord".
+        full: what would be looked at with nothing pruned.
+        plan: what is looked at, which is less if the method makes the input smaller.
+        encoder: what the encoder does with it.
+    """
+
+    info: VideoInfo
+    name: str
+    decoder: str
+    full: Plan
+    plan: Plan
+    encoder: EncoderPlan
+
+    @property
+    def units(self) -> int:
+        """Visual tokens with nothing pruned."""
+        return self.full.visual_tokens
+
+    @property
+    def units_of_pair(self) -> int:
+        """Units of a frame pair, the least that the tower takes at a time."""
+        return self.plan.grid[1] * self.plan.grid[2]
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether what is looked at ends where the file breaks off."""
+        return self.info.cut_short and self.plan.sampling.end_s == self.info.duration_s
+
+    def seconds_per_grid(self, temporal_patch_size: int) -> float:
+        """Time from one frame pair to the next."""
+        return self.plan.sampling.seconds_per_grid(temporal_patch_size)
+
+
+def make_view(engine: Engine, path: str | os.PathLike[str], sampling: SamplingOptions, name: str | None = None) -> View:
+    """Probes a file and plans which frames of it are looked at.
+
+    Raises:
+        VideoError: missing, unreadable or empty. UsageError: an unknown or missing decoder.
+    """
+    info = probe(path)
+    decoder = choose_decoder(sampling.decoder, info)
+    loaded, numbers = engine.loaded, sampling.numbers
+    if numbers["max_visual_tokens"] is None:
+        on_cpu = loaded.device == "cpu"
+        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
+    full = make_plan(info, loaded.video, **numbers)
+    encoder = _encoder_plan(engine, full)
+    return View(info, name or info.path, decoder, full, full.shrunk(encoder.grid, loaded.video), encoder)
+
+
+def _encoder_plan(engine: Engine, full: Plan) -> EncoderPlan:
+    tower = tower_shape(engine.loaded.model.model.visual)
+    return engine.method.plan(tower, full.grid, keep_count(engine.budget, full.visual_tokens))

@@ -1,0 +1,86 @@
+"""A model's weights: read from safetensors files, and brought into the form in which they are fastest here."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from evoprune.errors import ModelError
+from evoprune.model.config import Config
+from evoprune.model.linear import pack as pack_layers
+from evoprune.model.machine import available_memory
+from evoprune.model.quantize import quantize as quantize_layers
+from evoprune.model.weights import QwenVL, empty, name_in_memory, shared
+
+IN_FILE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors call them
+
+
+def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> QwenVL:
+    """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
+
+    Raises:
+        ModelError: tensors are missing or have another shape than the config says.
+    """
+    from safetensors import safe_open
+
+    model = empty(config)
+    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for stored in content.keys():  # noqa: SIM118 (not a dict)
+                name = name_in_memory(stored)
+                if name not in wanted:
+                    continue
+                weight = content.get_tensor(stored)
+                if weight.shape != wanted[name] or not weight.is_floating_point():
+                    what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
+                    hint = "config.json and the weights must belong together; get the model again"
+                    raise ModelError(
+                        f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", ""), hint
+                    )
+                found[name] = weight.to(device, dtype)
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ModelError(
+            f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
+        )
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie()
+    return model.requires_grad_(False)
+
+
+def allocated_bytes(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that loading allocates: none for weights that stay memory-mapped. Random weights have no file."""
+    from safetensors import safe_open
+
+    if files and device.type == "cpu":
+        with safe_open(files[0], framework="pt") as content:
+            stored = {content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118 (not a dict)
+        if stored == {IN_FILE[dtype]}:
+            return 0
+    return sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
+
+
+def make_ready(
+    model: QwenVL, quantize: str, *, pack: bool = True, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Packs and quantises the linear layers of a model on the CPU, in place; arguments as `load_model`.
+
+    Where memory is short, layers are not packed, and a quantised model reads prompts through its quantised layers, which is
+    slower.
+    """
+    if model.device.type != "cpu":
+        return
+    linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
+    available = available_memory("cpu")
+    pack = pack and (available is None or available > 1.1 * linear_bytes)
+    if quantize != "none":
+        wide = None
+        if pack and (available is None or available > 1.7 * linear_bytes):
+            wide = shared(model)
+            pack_layers(wide.model.language_model)
+        quantize_layers(model, quantize, wide, progress)
+    if pack:
+        pack_layers(model)

@@ -1,0 +1,49 @@
+"""How much work a video is: the memory that encoding takes, and the time until the first token."""
+
+from evoprune.errors import LESS, OutOfMemory
+from evoprune.model.cost import estimate_first_token as estimate_seconds
+from evoprune.model.memory import shortage, working_memory
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.view import View
+from evoprune.vision.devices import units_at_a_time
+from evoprune.vision.tower import tower_shape
+
+CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
+TEXT = 64  # tokens of a prompt around the video, roughly
+QUESTION = 40  # tokens of a prompt around the video, for the estimate of time
+
+
+def chunk_bytes(engine: Engine, view: View) -> int:
+    """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
+    limits, (_, height, width) = engine.loaded.video, view.plan.grid
+    pairs = -(-units_at_a_time(engine.loaded.model.device) // (height * width))
+    return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * view.info.width * view.info.height * 3)
+
+
+def units_at_once(engine: Engine, view: View) -> int:
+    """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
+
+    Raises:
+        OutOfMemory: there is not enough even for a frame pair, or for the prompt.
+    """
+    model, plan, encoder = engine.loaded.model, view.plan, view.encoder
+    at_once, least = units_at_a_time(model.device), view.units_of_pair
+    sizes = encoder.keep + TEXT, model.dtype.itemsize, encoder.selected
+    while short := shortage(
+        working_memory(model.config, encoder.units, max(least, at_once), *sizes), str(model.device)
+    ):
+        if at_once <= least:
+            size = f"{plan.sampling.frames} frames of {plan.width}x{plan.height} pixels, {encoder.keep:,} visual tokens kept"
+            raise OutOfMemory(f"{view.name} {short}: {size}", LESS, stage="encode")
+        at_once = max(least, at_once // 2)
+    return at_once
+
+
+def estimate_first_token(engine: Engine, view: View) -> float | None:
+    """Seconds until the first token, roughly; None where nobody has to wait for it (CUDA, the demo model)."""
+    if engine.loaded.device != "cpu" or engine.loaded.is_demo:
+        return None
+    model, encoder = engine.loaded.model, view.encoder
+    count, height, width = encoder.grid
+    windows = tower_shape(model.model.visual).windows(height, width)
+    return estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, encoder.keep + QUESTION)

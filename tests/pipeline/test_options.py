@@ -1,0 +1,77 @@
+"""Options of the pipeline: checked when they are made, without torch, and made of keywords."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from evoprune.errors import UsageError
+from evoprune.pipeline.options import (
+    GenerationOptions,
+    ModelOptions,
+    PipelineOptions,
+    PruneOptions,
+    SamplingOptions,
+    from_keywords,
+)
+
+WRONG = [
+    (ModelOptions, "load_format", "gguf", "unknown load format 'gguf'"),
+    (ModelOptions, "dtype", "fp64", "unknown dtype 'fp64'"),
+    (ModelOptions, "quantize", "int2", "unknown quantisation 'int2'"),
+    (PruneOptions, "budget", 0, "budget 0 is not a share"),
+    (PruneOptions, "budget", "lots", "budget 'lots' is not a share"),
+    (PruneOptions, "method", "magic", "no pruning method 'magic'"),
+    (SamplingOptions, "fps", 0, "fps is 0"),
+    (SamplingOptions, "fps", float("nan"), "fps is nan"),
+    (SamplingOptions, "frames", 0, "frames is 0"),
+    (SamplingOptions, "start_s", -1.0, "start is -1.0"),
+    (SamplingOptions, "end_s", float("inf"), "end is inf"),
+    (SamplingOptions, "max_frames", 1, "max_frames is 1"),
+    (SamplingOptions, "max_visual_tokens", 0, "at most 0 visual tokens"),
+    (GenerationOptions, "max_new_tokens", 0, "max_new_tokens is 0"),
+    (GenerationOptions, "temperature", -0.1, "temperature is -0.1"),
+    (GenerationOptions, "top_p", 0.0, "top_p is 0.0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "message"), WRONG)
+def test_a_bad_value_is_refused(kind, name, value, message):
+    with pytest.raises(UsageError) as caught:
+        kind(**{name: value})
+    assert caught.value.message.startswith(message) and caught.value.hint
+
+
+def test_fps_and_frames_exclude_each_other():
+    with pytest.raises(UsageError, match="fps and frames exclude each other"):
+        SamplingOptions(fps=1.0, frames=4)
+
+
+def test_a_preset_becomes_its_share():
+    assert PruneOptions("fast") == PruneOptions(0.1) == PruneOptions("0.1")
+    assert PruneOptions("auto").budget == "auto" and PruneOptions(method_args=None).method_args == {}
+
+
+def test_keywords_go_to_the_options_that_have_them():
+    pruning, sampling = from_keywords({"fps": 1.0, "budget": 0.5}, PruneOptions, SamplingOptions)
+    assert (pruning, sampling) == (PruneOptions(0.5), SamplingOptions(1.0))
+    with pytest.raises(TypeError, match=r"unknown option 'speed'; known: fps, frames, start_s"):
+        from_keywords({"speed": 1.0}, SamplingOptions)
+    assert PipelineOptions.of(model="demo", seed=3, frames=4).pruning.seed == 3
+
+
+def test_no_two_options_have_the_same_name():
+    kinds = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+    names = [name for kind in kinds for name in kind.__dataclass_fields__]
+    assert len(names) == len(set(names))
+
+
+def test_options_do_not_change():
+    with pytest.raises(FrozenInstanceError):
+        PruneOptions().budget = 1.0
+
+
+def test_they_import_no_torch():
+    code = "import sys, evoprune.pipeline.options; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
