@@ -72,7 +72,7 @@ def test_spread_below_one_a_grid():
     assert spread(0, 4) == [0] * 4
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0, 2.5, 7.0]), st.integers(0, 9)), min_size=1), st.data())
 def test_apportion(parts, data):
     weights, most = zip(*parts, strict=True)
