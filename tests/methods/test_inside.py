@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.base import Candidates
 from evoprune.pruning.budget import spread
 from evoprune.pruning.schedule import TowerShape
+from evoprune.pruning.types import Candidates
 from evoprune.vision.encoder import encode
 from evoprune.vision.layout import geometry
 from tests.methods.tokens import KINDS, cosine, features_of

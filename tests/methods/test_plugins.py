@@ -11,7 +11,7 @@ import pytest
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from tests.methods.tokens import chosen, tokens_of
+from tests.methods.tokens import selected, tokens_of
 
 MODULE = """
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ def test_what_the_documentation_shows_works(documented):
     assert done.returncode == 0 and [r["pruning"]["visual_tokens_kept"] for r in records] == [36, 36]
     tokens = tokens_of("random", (2, 4, 5))
     other = replace(tokens, given=tokens.given | {"question": -tokens.question})
-    assert method.select(tokens, 9).tolist() != method.select(other, 9).tolist() != chosen("asked", other, 9)
+    assert method.select(tokens, 9).tolist() != method.select(other, 9).tolist() != selected("asked", other, 9)
 
 
 def test_every_command_knows_them(package):

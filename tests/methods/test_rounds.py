@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.methods.base import Candidates
+from evoprune.pruning.types import Candidates
 from tests.methods.published import published
 
 

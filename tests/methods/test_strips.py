@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.methods.base import Candidates
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.pruning import score
 from evoprune.pruning.score import LONELY, strips
+from evoprune.pruning.types import Candidates
 from tests.methods.published import published
 
 WIDTH = 9

@@ -29,9 +29,9 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.methods.base import Selection
+from evoprune.pruning.types import Selection
 from evoprune.vision.encoder import encode
-from tests.methods.tokens import chosen, tokens_of
+from tests.methods.tokens import selected, tokens_of
 from tests.vision.clips import changes, clip
 from tests.vision.tower import random_patches, tiny_tower
 
@@ -70,7 +70,7 @@ def test_nothing_is_drawn(name):
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        made.append(chosen(name, tokens, 23))
+        made.append(selected(name, tokens, 23))
         assert torch.equal(before, torch.get_rng_state())
     assert made[0] == made[1]
 
@@ -80,7 +80,7 @@ def test_nothing_is_drawn(name):
 def test_every_tensor_is_made_beside_the_tokens(name, kind):
     """What is made on the default device, which has no values here, cannot be mixed with them."""
     tokens, method = tokens_of(kind, GRID), methods.get(name)
-    expected = chosen(name, tokens, 23)
+    expected = selected(name, tokens, 23)
     with torch.device("meta"):
         made = method.select(tokens, 23)
         if isinstance(made, Selection):
@@ -96,7 +96,7 @@ IN_EACH_GRID = ["cdpruner", "vidcom2", "visionzip"]
 @pytest.mark.parametrize("kind", ["constant", "zero"])
 def test_equal_tokens_go_by_index(name, kind):
     """The first of the video, or of each grid. The others' papers spread equal tokens out in ways of their own."""
-    kept = chosen(name, tokens_of(kind, (3, 4, 5)), 6)
+    kept = selected(name, tokens_of(kind, (3, 4, 5)), 6)
     firsts = [0, 1, 2, 3, 4, 5] if name in INDEXED else [0, 1, 20, 21, 40, 41]
     assert kept == firsts
 
@@ -104,13 +104,13 @@ def test_equal_tokens_go_by_index(name, kind):
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_nothing_depends_on_hashes(seed):
     code = (
-        "from tests.methods.tokens import chosen, tokens_of\n"
+        "from tests.methods.tokens import selected, tokens_of\n"
         "from tests.methods.test_traps import AFTER\n"
-        "print([chosen(name, tokens_of(kind, (5, 4, 5)), 23) for name in AFTER for kind in ('duplicates', 'drift')])"
+        "print([selected(name, tokens_of(kind, (5, 4, 5)), 23) for name in AFTER for kind in ('duplicates', 'drift')])"
     )
     env = os.environ | {"PYTHONHASHSEED": seed}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    here = [chosen(name, tokens_of(kind, GRID), 23) for name in AFTER for kind in ("duplicates", "drift")]
+    here = [selected(name, tokens_of(kind, GRID), 23) for name in AFTER for kind in ("duplicates", "drift")]
     assert done.stdout.strip() == str(here)
 
 
@@ -119,4 +119,4 @@ def test_nothing_depends_on_hashes(seed):
 def test_small_and_single_grids(name, grid):
     for kind in ("random", "duplicates"):
         for keep in {1, prod(grid)}:
-            assert len(chosen(name, tokens_of(kind, grid), keep)) == keep or not methods.get(name).exact
+            assert len(selected(name, tokens_of(kind, grid), keep)) == keep or not methods.get(name).exact
