@@ -3,10 +3,10 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 
 
 def published(**settings) -> EvoPrunePaper:
-    """The method with all parts that the paper has at work, of which the defaults leave some out."""
-    return EvoPrunePaper(**{"allocation": "skip", "attention": 0.1, "critical": 0.1} | settings)
+    """Merging with all that the paper has at work."""
+    return EvoPrunePaper(**settings)
 
 
 def late(**settings) -> EvoPrune:
-    """Our own method with nothing chosen before all layers are done: the encoder's budget is what is left after merging."""
+    """This project's method with the selection after all layers."""
     return EvoPrune(**{"depth": 1.0} | settings)

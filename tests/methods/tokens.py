@@ -6,8 +6,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune import methods
+from evoprune.methods.base import Method
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
+from tests.vision.tower import tiny_tower
 
 KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
 
@@ -70,6 +74,12 @@ def first_of(values: list[float], best) -> int:
 def ranked(values: list[float]) -> list[int]:
     """Indices from the highest value to the lowest, ties by index."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+
+def encoded(method: Method, patches: torch.Tensor, grid: tuple[int, int, int], keep: int, full_layers=(1, 3), **how):
+    """What the tiny tower makes of a video; `how`: further arguments of `encode`."""
+    visual = tiny_tower(full_layers)
+    return encode(visual, [patches], method.plan(tower_shape(visual), grid, keep), method, **how)
 
 
 class Largest(TorchDispatchMode):
