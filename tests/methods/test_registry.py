@@ -67,6 +67,12 @@ BAD_VALUES = {
         "reuse=-1", "reuse=nan", "reuse=x", "depth=0", "depth=1.1", "depth=nan", "alpha=-1", "alpha=nan", "alpha=inf",
         "floor=1.1", "count=-1", "within=inf", "average=maybe",
     ],
+    "mmr": ["lam=1.1", "lam=nan", "importance=queries"],
+    "scope": ["alpha=-1"],
+    "vispruner": ["important=-0.1", "step=0"],
+    "dart": ["text=0:visual=0"],
+    "fastvid": ["salient=1.1", "centre=0", "threshold=2", "segments=0", "every=0", "neighbours=0"],
+    "mmg": ["threshold=2", "beta=-0.1", "neighbours=0"],
 }  # fmt: skip
 
 

@@ -59,34 +59,12 @@ def test_match_against_loops(case):
     assert matched(*case).tolist() == match_by_hand(*case)
 
 
-@settings(deadline=None, max_examples=40)
-@given(matchings())
-def test_a_match_moves_sources_to_rows_that_stay_and_as_many_as_asked_for(case):
-    _, source, valid, _, remove = case
-    into = matched(*case)
-    index = torch.arange(into.shape[1]).expand_as(into)
-    moved = into != index
-    assert (moved <= source).all() and valid.gather(1, into)[valid].all()
-    assert torch.equal(into.gather(1, into), into)
-    assert moved.sum(1).tolist() == torch.minimum(remove, source.sum(1)).tolist()
-
-
 def test_equal_scores_go_by_index_in_large_groups_too():
     n = 500
     source = (torch.arange(n) % 2 == 1)[None]
     valid, last = torch.ones(1, n, dtype=torch.bool), torch.zeros(1, n, dtype=torch.bool)
     into = matched(torch.full((1, n, n), 0.25), source, valid, last, torch.tensor([100]))[0]
     assert into.tolist() == [0 if i % 2 and i < 200 else i for i in range(n)]
-
-
-def test_critical_rows_go_last_however_similar_they_are():
-    score = torch.full((1, 6, 6), -0.9)
-    score[0, 1, 0] = 1.0
-    source = torch.tensor([[False, True, False, True, False, True]])
-    last = torch.tensor([[False, True, False, False, False, False]])
-    valid = torch.ones(1, 6, dtype=torch.bool)
-    moved = [matched(score, source, valid, last, torch.tensor([r]))[0].tolist() for r in (1, 2, 3)]
-    assert moved == [[0, 1, 2, 0, 4, 5], [0, 1, 2, 0, 4, 0], [0, 0, 2, 0, 4, 0]]
 
 
 # --- mean ----------------------------------------------------------------------------------------------------------------
@@ -110,8 +88,9 @@ def merges(draw):
 def test_merge_rows_against_loops(case, dtype):
     x, size, into = case
     x = x.to(dtype)
+    copies = x.clone(), size.clone(), into.clone()
     made = merge_rows(x, size, into)
-    assert made.dtype == dtype
+    assert made.dtype == dtype and all(torch.equal(a, b) for a, b in zip((x, size, into), copies, strict=True))
     staying = [r for r in range(len(x)) if into[r] == r]
     assert len(made) == len(staying)
     for out, row in zip(made, staying, strict=True):
@@ -122,21 +101,3 @@ def test_merge_rows_against_loops(case, dtype):
         else:
             near = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-6, "rtol": 2**-8}
             torch.testing.assert_close(out.double(), mean, **near)
-
-
-@settings(deadline=None, max_examples=40)
-@given(merges())
-def test_merging_keeps_the_mass(case):
-    x, size, into = case
-    stays = into == torch.arange(len(into))
-    sizes = torch.zeros_like(size).index_add_(0, into, size)[stays]
-    by_row = (-1, *[1] * (x.ndim - 1))
-    before, after = (x * size.view(by_row)).sum(0), (merge_rows(x, size, into) * sizes.view(by_row)).sum(0)
-    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-5)
-
-
-def test_merge_rows_leaves_its_input_alone():
-    x, size, into = torch.randn(4, 3), torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 2, 2])
-    copies = x.clone(), size.clone(), into.clone()
-    merge_rows(x, size, into)
-    assert all(torch.equal(a, b) for a, b in zip((x, size, into), copies, strict=True))

@@ -12,7 +12,7 @@ HEIGHT, WIDTH, UNITS = 56, 84, 6
 
 
 def block_means(frames: torch.Tensor) -> torch.Tensor:
-    """`[T, units, 96]`: the mean of every 7x7 block of frames `[2 T, H, W, 3]`; of a unit: frame, block row, block column, channel."""
+    """`[T, units, 96]`: the mean of every 7x7 block of frames `[2 T, H, W, 3]`; in a unit by frame, row, column, channel."""
     _, height, width, _ = frames.shape
     blocks = frames.float().reshape(-1, 2, height // 28, 4, 7, width // 28, 4, 7, 3).mean((4, 7))
     return blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(len(blocks), -1, 96)

@@ -54,21 +54,6 @@ def test_local_density_against_loops(neighbours):
     torch.testing.assert_close(made[valid], density_by_hand(features, valid, neighbours)[valid], atol=1e-6, rtol=0)
 
 
-def test_padding_does_not_change_the_density():
-    features, valid = groups([4])
-    alone = local_density(similarity(features), valid, 2)
-    wide = torch.cat([features, 100 * features], 1)
-    padded = local_density(similarity(wide), torch.cat([valid, ~valid], 1), 2)
-    torch.testing.assert_close(padded[:, :4], alone)
-
-
-def test_a_lone_row_among_twins_is_the_least_dense():
-    features = torch.tensor([[[1.0, 0, 0], [1, 0.01, 0], [1, 0, 0.01], [0, 1, 0]]])
-    density = local_density(similarity(features), torch.ones(1, 4, dtype=torch.bool), 2)
-    assert density.argmin() == 3
-    assert density[0, 3] < 0.1 and (density[0, :3] > 0.99).all()
-
-
 def test_relative_attention_against_loops():
     received = torch.tensor([[0.2, 0.5, 0.1, 9.0], [0.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]])
     valid = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).bool()
