@@ -241,10 +241,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     torn.folder.finish(torn.document({"code": 130}))
     assert results(tmp_path / "torn")["videos"]["evaluated"] == (at - 1) // 3
     again = begun(loaded, folder=tmp_path / "torn", resume=True)
-    before = len(encoded)
+    before = len(shown)
     again.run()
     again.folder.finish(again.document())
-    assert len(encoded) - before == 3 * (4 - (at - 1) // 3)  # finished videos are not encoded again
+    assert len(shown) - before == 3 * (4 - (at - 1) // 3)  # finished videos are not shown again
     for name in ("results.json", "settings.json", "samples.jsonl"):
         assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

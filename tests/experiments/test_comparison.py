@@ -233,7 +233,7 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
         main(args)
     assert not table.exists() and not picture.exists()
     main(args)
-    assert len(encoded) == 6 + 1 + 5  # the first clip is not encoded again
+    assert len(shown) == 6 + 1 + 5  # the first clip is not encoded again
     text = table.read_text()
     in_short, at_half = (text.split(heading)[1].split("\n#")[0] for heading in ("## In short\n", "### `-b 0.5`\n"))
     assert at_half.count("| best |") == 1 and all(at_half.count(f"| `{name}` |") == 1 for name in names)
@@ -242,7 +242,7 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
     ElementTree.fromstring(picture.read_text())
     before = text
     main(args)  # nothing is left to be done
-    assert len(encoded) == 12 and table.read_text() == before
+    assert len(shown) == 12 and table.read_text() == before
 
 
 @pytest.mark.parametrize(

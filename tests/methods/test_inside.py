@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.base import Candidates
+from evoprune.methods.evoprune_merge import EvoPruneMerge
+from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning.budget import spread
-from evoprune.pruning.schedule import TowerShape
-from evoprune.vision.encoder import encode
+from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.types import Candidates
 from evoprune.vision.layout import geometry
-from tests.methods.tokens import KINDS, cosine, features_of
-from tests.vision.reference import Row, largest_remainder, linear, rms_norm, run_layer
+from tests.methods.tokens import KINDS, cosine, encoded, features_of
+from tests.vision.reference import Row, embedded, largest_remainder, linear, owners, rms_norm, run_layer
 from tests.vision.tower import group_key, place_key, random_patches, tiny_tower
 
 # --- ToMe --------------------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def group_of(kind: str, sizes: list[int], seed: int) -> Candidates:
     valid = torch.arange(longest) < torch.tensor(sizes)[:, None]
     features[~valid] = features[:, :1].expand_as(features)[~valid]  # the likeness of the first of all
     place = torch.arange(longest).expand(len(sizes), -1)
-    return Candidates(features, None, place, place * 0, place * 0 + 1, valid, 3)
+    return Candidates(features, None, place, place * 0 + 1, valid, 3)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -61,55 +62,51 @@ def test_among_equals_the_first_pairs_merge_into_the_first_row(kind):
 
 @torch.no_grad()
 def tome_slowly(visual, patches, grid, keep, proportional=True) -> tuple[list[int], list[int], torch.Tensor]:
-    """The whole encoder with ToMe in it: homes of the rows that are left, which stands for each unit, and tokens `[R, D]`.
+    """The whole encoder with ToMe in it: units of the rows that are left, the row of each unit, and tokens `[R, D]`.
 
-    The rows of every grid become fewer by the same number in each layer, inside windows or grids as the layer attends.
+    The rows of every frame pair become fewer by the same number in each layer, inside windows or pairs as the layer attends.
     """
-    count, height, width = grid
-    geo, depth = geometry(height, width, 4), len(visual.blocks)
-    embedding = visual.patch_embed.proj.weight.double().flatten(1)
-    pixels = patches.double().view(count * geo.units, 4, -1)
-    rows = [Row(unit, [unit], pixels[unit] @ embedding.T) for unit in range(count * geo.units)]
-    rows.sort(key=lambda row: place_key(geo, row.home))
-    method = methods.get("tome", {"size_bias": str(proportional)})  # for its bias and block alone
+    geo, depth = geometry(*grid[1:]), len(visual.blocks)
+    method = methods.get("tome", {"size_bias": str(proportional)})  # for its bias alone
+    rows = embedded(visual, patches, geo, math.prod(grid))
     for layer, block in enumerate(visual.blocks):
-        whole = layer in visual.fullatt_block_indexes
-        run_layer(block, rows, geo, "grid" if whole else "window", method)
+        scope = "pair" if layer in visual.fullatt_block_indexes else "window"
+        run_layer(block, rows, geo, scope, method)
         left = []
-        for g, due in enumerate(spread(keep, count)):
-            mine = [row for row in rows if row.home // geo.units == g]
+        for pair, due in enumerate(spread(keep, grid[0])):
+            mine = [row for row in rows if row.unit // geo.units == pair]
             wish = geo.units - math.floor((geo.units - max(due, 1)) * (layer + 1) / depth + 0.5)
-            wish = min(len(mine), wish if whole else max(wish, geo.windows))
-            windows: dict[tuple, list[Row]] = {}
+            wish = min(len(mine), wish if scope == "pair" else max(wish, geo.windows))
+            groups: dict[tuple, list[Row]] = {}
             for row in mine:
-                windows.setdefault(() if whole else group_key(geo, row.home, "window"), []).append(row)
-            shares = largest_remainder([len(window) for window in windows.values()], wish)
-            for window, share in zip(windows.values(), shares, strict=True):
-                for row in window:
+                groups.setdefault(group_key(geo, row.unit, scope), []).append(row)
+            counts = largest_remainder([len(group) for group in groups.values()], wish)
+            for group, count in zip(groups.values(), counts, strict=True):
+                for row in group:
                     row.feature = row.plain.mean(1).flatten()
-                while len(window) > share:  # more than one round only where more than half must go
-                    r = min(len(window) - share, len(window) // 2)
-                    into = tome_line_by_line([row.feature for row in window], r)
-                    window = [
-                        merged(window, [i for i, j in enumerate(into) if j == at], at) for at in sorted(set(into))
-                    ]
-                left += window
-        rows = sorted(left, key=lambda row: place_key(geo, row.home))
-    rows.sort(key=lambda row: row.home)
-    owner = [next(i for i, row in enumerate(rows) if unit in row.units) for unit in range(count * geo.units)]
+                while len(group) > count:  # more than one round only where more than half must go
+                    r = min(len(group) - count, len(group) // 2)
+                    into = tome_line_by_line([row.feature for row in group], r)
+                    group = [merged(group, [i for i, j in enumerate(into) if j == at], at) for at in sorted(set(into))]
+                left += group
+        rows = sorted(left, key=lambda row: place_key(geo, row.unit))
+    rows.sort(key=lambda row: row.unit)
     first, second = visual.merger.mlp[0], visual.merger.mlp[2]
     hidden = [linear(first, rms_norm(visual.merger.ln_q, row.x).flatten()) for row in rows]
     tokens = [linear(second, torch.nn.functional.gelu(h)) for h in hidden]
-    return [row.home for row in rows], owner, torch.stack(tokens)
+    return [row.unit for row in rows], owners(rows, math.prod(grid)), torch.stack(tokens)
 
 
-def merged(rows: list[Row], party: list[int], at: int) -> Row:
-    """The mean of some rows, weighted with how many units each stands for, in place of one of them."""
-    size = [len(rows[i].units) for i in party]
-    mean = [sum(s * each for s, each in zip(size, what, strict=True)) / sum(size) for what in (
-        [rows[i].x for i in party], [rows[i].feature for i in party],
-    )]  # fmt: skip
-    return replace(rows[at], units=[unit for i in party for unit in rows[i].units], x=mean[0], feature=mean[1])
+def merged(rows: list[Row], members: list[int], at: int) -> Row:
+    """The mean of some rows, weighted with how many units each represents, in place of one of them."""
+    size = [len(rows[i].units) for i in members]
+
+    def mean(of: list[torch.Tensor]) -> torch.Tensor:
+        return sum(s * each for s, each in zip(size, of, strict=True)) / sum(size)
+
+    units = [unit for i in members for unit in rows[i].units]
+    x, feature = mean([rows[i].x for i in members]), mean([rows[i].feature for i in members])
+    return replace(rows[at], units=units, x=x, feature=feature)
 
 
 def patches_of(scene: str, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -132,10 +129,9 @@ def patches_of(scene: str, grid: tuple[int, int, int]) -> torch.Tensor:
 )  # fmt: skip
 def test_tome_inside_the_encoder(grid, keep, proportional, scene):
     patches, method = patches_of(scene, grid), methods.get("tome", {"size_bias": str(proportional)})
-    made = encode(tiny_tower(), [patches], grid, method, keep)
-    home, owner, tokens = tome_slowly(tiny_tower(), patches, grid, keep, proportional)
-    assert len(home) == len(made.kept) == keep
-    assert made.kept.tolist() == home
+    made = encoded(method, patches, grid, keep)
+    units, owner, tokens = tome_slowly(tiny_tower(), patches, grid, keep, proportional)
+    assert len(units) == keep and made.kept.tolist() == units
     assert made.owner.tolist() == owner
     torch.testing.assert_close(made.features.double(), tokens, atol=1e-4, rtol=1e-4)
 
@@ -147,30 +143,28 @@ def test_tome_inside_the_encoder(grid, keep, proportional, scene):
 def test_tome_counts_owners_and_determinism(keep, scene):
     grid, method = (5, 4, 5), methods.get("tome")
     patches = patches_of(scene, grid)
-    made, again, in_pieces = (
-        encode(tiny_tower(), [patches], grid, method, keep, chunk_units=size) for size in (10**6, 10**6, 1)
-    )
+    made, again, in_pieces = (encoded(method, patches, grid, keep, chunk_units=size) for size in (10**6, 10**6, 1))
     assert len(made.kept) == keep and (made.kept.diff() > 0).all() and made.features.isfinite().all()
-    # Every unit has an owner, which is a row of the same grid and owns the unit at whose place it sits.
-    home = made.kept if len(made.rows) == keep else torch.stack([(made.owner == r).nonzero()[0, 0] for r in range(5)])
+    # Every unit has an owner, which is a row of the same frame pair and represents the unit at whose place it sits.
+    unit = made.kept if len(made.rows) == keep else torch.stack([(made.owner == r).nonzero()[0, 0] for r in range(5)])
     assert made.owner.unique().tolist() == list(range(len(made.rows)))
-    assert torch.equal(home[made.owner] // 20, torch.arange(100) // 20)
+    assert torch.equal(unit[made.owner] // 20, torch.arange(100) // 20)
     assert torch.equal(made.owner[made.kept].unique(), made.owner[made.kept])
     assert torch.equal(made.kept, again.kept) and torch.equal(made.features, again.features)
     assert torch.equal(made.kept, in_pieces.kept) and torch.equal(made.owner, in_pieces.owner)
     torch.testing.assert_close(made.features, in_pieces.features, atol=2e-5, rtol=1e-5)
 
 
-def test_tome_takes_the_same_from_every_layer_and_window():
+def test_tome_takes_as_many_from_every_layer():
     tower, method = TowerShape(8, (1, 3, 5, 7)), methods.get("tome")
     assert method.rows(tower, 96, 6, 16) == [86, 76, 66, 56, 46, 36, 26, 16]
     assert method.rows(tower, 96, 6, 2) == [84, 72, 61, 49, 37, 25, 14, 2]
-    # A window keeps a row, which grids make up for.
+    # A window keeps a row; the next layer over whole pairs makes up for it.
     assert method.rows(TowerShape(4, (3,)), 40, 9, 1) == [30, 20, 11, 1]
     assert method.rows(TowerShape(4, (3,)), 40, 20, 1) == [30, 20, 20, 1]
     early = methods.get("tome:allocation=decreasing").rows(tower, 96, 6, 24)
     assert [a - b for a, b in zip([96, *early], early, strict=False)] == [16, 14, 12, 10, 8, 6, 4, 2]
-    made = encode(tiny_tower((3,)), [random_patches((1, 8, 12))], (1, 8, 12), method, 48)
+    made = encoded(method, random_patches((1, 8, 12)), (1, 8, 12), 48, full_layers=(3,))
     assert made.layers == [(0, 96), (1, 84), (2, 72), (3, 60)] and len(made.rows) == 48
 
 
@@ -181,13 +175,72 @@ def test_tome_is_the_papers_method_without_its_penalties():
         tome = methods.get("tome", schedule)
         whole = {"allocation": tome.allocation, "first": str(tome.first), "last": str(tome.last)}
         one, other = (
-            encode(tiny_tower(), [patches], grid, method, 17)
-            for method in (tome, methods.get("evoprune-paper", plain | whole))
+            encoded(method, patches, grid, 17) for method in (tome, methods.get("evoprune-paper", plain | whole))
         )
         assert torch.equal(one.kept, other.kept) and torch.equal(one.features, other.features)
 
 
-@pytest.mark.parametrize("argument", ["diversity", "attention", "critical", "block", "split", "windows", "features"])
+@pytest.mark.parametrize("argument", ["diversity", "attention", "critical", "features"])
 def test_what_is_fixed_in_tome_is_no_setting(argument):
     with pytest.raises(UsageError, match="no argument"):
         methods.get("tome", {argument: "1"})
+
+
+# --- EvoPrune's paper ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({}, {"keys"}),
+        ({"features": "hidden"}, {"hidden"}),
+        ({"features": "hidden", "attention": 0.1}, {"hidden", "attention"}),
+        ({"critical": 0.1}, {"keys", "attention"}),
+    ],
+)
+def test_merging_asks_for_no_more_than_it_uses(settings, needs):
+    assert EvoPruneMerge(**settings).needs == needs
+
+
+def test_the_papers_settings():
+    paper, other = methods.get("evoprune-paper"), methods.get("evoprune-merge")
+    assert (paper.allocation, paper.attention, paper.critical) == ("skip", 0.1, 0.1)
+    assert (other.allocation, other.attention, other.critical) == ("decreasing", 0.0, 0.0)
+    assert (paper.first, paper.last, paper.diversity) == (other.first, other.last, other.diversity)
+
+
+def attended(n, attention, seed=0):
+    """One group of n random rows."""
+    features = torch.randn(1, n, 6, generator=torch.Generator().manual_seed(seed))
+    ones = torch.ones(1, n, dtype=torch.int64)
+    return Candidates(features, torch.tensor([attention]), torch.arange(n)[None], ones, ones.bool(), n)
+
+
+def test_critical_rows_are_the_most_attended_and_the_last_to_be_absorbed():
+    group = attended(8, [0.1, 0.9, 0.1, 0.2, 0.1, 0.8, 0.1, 0.1])  # of the sources, 1 and 5 are critical
+    method = EvoPruneMerge(critical=0.25, diversity=0.0)
+    assert [i for i, at in enumerate(method.match(group, torch.tensor([2]))[0].tolist()) if at != i] == [3, 7]
+    assert [i for i, at in enumerate(method.match(group, torch.tensor([4]))[0].tolist()) if at != i] == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "critical"), [(0.1, 1, 1), (0.1, 10, 1), (0.1, 11, 2), (0.5, 5, 3), (0.55, 100, 55), (1.0, 4, 4)]
+)
+def test_the_critical_share_is_rounded_up(share, n, critical):
+    group = attended(n, [1.0 - i / 1000 for i in range(n)])  # so the critical rows are the first ones
+    group.features[0, :critical] = group.features[0, 0]  # and go first, if nothing holds them back
+    free = [i for i in range(critical, n) if i % 2]  # sources that may go
+    into = EvoPruneMerge(critical=share, diversity=0.0).match(group, torch.tensor([len(free)]))[0].tolist()
+    assert [i for i in range(n) if into[i] != i] == free
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
+def test_no_group_takes_more_rounds_than_the_method_says(n, left, seed):
+    random, left, taken, rows = torch.Generator().manual_seed(seed), min(left, n), 0, n
+    while rows > left:
+        group = attended(rows, torch.rand(rows, generator=random).tolist(), seed + taken)
+        into = EvoPrunePaper().match(group, torch.tensor([rows - left]))[0]
+        rows, taken = int((into == torch.arange(rows)).sum()), taken + 1
+    assert rows == left
+    assert taken == EvoPrunePaper().rounds(n, left) == math.ceil(math.log2(math.ceil(n / left))) <= n - left

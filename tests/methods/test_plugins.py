@@ -1,4 +1,4 @@
-"""Methods of other packages, by entry points of a distribution that is made up for the test."""
+"""Methods of other packages, by entry points of distributions that are made up for the tests, and those that docs/ shows."""
 
 import json
 import re
@@ -8,72 +8,85 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
-from tests.methods.tokens import chosen, tokens_of
+from evoprune.methods import registry
+from tests.cli.conftest import cli  # noqa: F401
+from tests.methods.tokens import encoded, selected, tokens_of
+from tests.prompts import VIDEO, processed
+from tests.tiny import tiny_model
+from tests.vision.clips import changes, clip
 
 MODULE = """
 from dataclasses import dataclass
 from typing import ClassVar
 import torch
-from evoprune.methods.base import Method
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection
 
 @dataclass(frozen=True)
-class First(Method):
+class First(Selector):
     "The first tokens of the video."
     name: ClassVar[str] = "first"
-    acts: ClassVar[str] = "after"
     skip: int = 0
 
     def select(self, tokens, keep):
-        return torch.arange(self.skip, self.skip + keep)
+        return Selection(torch.arange(self.skip, self.skip + keep))
 """
 ENTRIES = """[evoprune.methods]
 first = extra_methods:First
 absent = no_such_module:Thing
 wrong = extra_methods:torch
 random = extra_methods:First
+reuse = extra_methods:First
 with,comma = extra_methods:First
 """
+DOCUMENTED = ["longest", "neighbours", "mixed", "asked"]
+GRID = (4, 4, 6)
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A folder with an installed package that brings methods, on the path."""
-    yield from _installed(tmp_path, monkeypatch, "extra_methods", MODULE, ENTRIES)
+    yield from installed(tmp_path, monkeypatch, "extra_methods", {"extra_methods": MODULE}, ENTRIES)
 
 
 @pytest.fixture
 def documented(tmp_path, monkeypatch):
-    """The same with the package that docs/methods.md shows."""
-    page = Path("docs/methods.md").read_text(encoding="utf-8")
-    (module,) = re.findall(r"^```python\n# asked.py\n(.*?)^```", page, re.S | re.M)
-    (entry,) = re.findall(r'^\[project\.entry-points\."evoprune\.methods"\]\nasked = "(.*)"$', page, re.M)
-    assert module.count("\n") < 40
-    yield from _installed(tmp_path, monkeypatch, "asked", module, f"[evoprune.methods]\nasked = {entry}\n")
+    """The same with the modules and entry points that docs/ shows; yields the modules by name."""
+    pages = "\n".join(Path(page).read_text(encoding="utf-8") for page in ("docs/house.md", "docs/methods.md"))
+    modules = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", pages, re.S | re.M))
+    entries = re.findall(r'^\[project\.entry-points\."evoprune\.methods"\]\n(.*?)^```', pages, re.S | re.M)
+    texts = "[evoprune.methods]\n" + "".join(entries).replace('"', "")
+    for _ in installed(tmp_path, monkeypatch, "docs_examples", modules, texts):
+        yield modules
 
 
-def _installed(folder, monkeypatch, name, module, entries):
-    (folder / f"{name}.py").write_text(module)
+def installed(folder, monkeypatch, name, modules, entries):
+    for module, text in modules.items():
+        (folder / f"{module}.py").write_text(text)
     facts = folder / f"{name}-1.2.dist-info"
     facts.mkdir()
     title = name.replace("_", "-")
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {title}\nVersion: 1.2\n")
     (facts / "entry_points.txt").write_text(entries)
     monkeypatch.syspath_prepend(folder)
-    _forget()
+    forget()
     yield folder
-    _forget()
-    sys.modules.pop(name, None)
+    forget()
+    for module in modules:
+        sys.modules.pop(module, None)
 
 
-def _forget():
-    methods._entry_points.cache_clear()
-    methods._plugins.cache_clear()
+def forget():
+    registry._entry_points.cache_clear()
+    registry._plugins.cache_clear()
 
 
-def test_they_are_listed_after_the_built_in_ones_and_loaded_when_chosen(package):
+def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(package):
     assert methods.available()[-3:] == ["absent", "first", "wrong"] and methods.available().count("random") == 1
     assert "extra_methods" not in sys.modules
     made = methods.get("first", {"skip": "2"})
@@ -84,55 +97,114 @@ def test_they_are_listed_after_the_built_in_ones_and_loaded_when_chosen(package)
 
 def test_a_built_in_name_cannot_be_taken(package):
     assert type(methods.get("random")).__module__ == "evoprune.methods.random"
+    assert methods.get("reuse+first:skip=3").selector == methods.get("first:skip=3")
 
 
 @pytest.mark.parametrize(("name", "says"), [("absent", "No module named"), ("wrong", "is not a Method")])
-def test_a_broken_one_fails_only_when_it_is_chosen(package, name, says):
-    with pytest.raises(UsageError, match=says) as caught:
-        methods.get(name)
-    assert "extra-methods 1.2" in caught.value.message and "uninstall" in caught.value.hint
+def test_a_broken_one_fails_only_when_it_is_selected(package, name, says):
+    for text in (name, f"reuse+{name}"):
+        with pytest.raises(UsageError, match=says) as caught:
+            methods.get(text)
+        assert "extra-methods 1.2" in caught.value.message and "uninstall" in caught.value.hint
     with pytest.raises(UsageError, match="no pruning method 'with,comma'"):
         methods.get("with,comma")
 
 
-def test_what_inspect_says(package):
-    told = methods.plugins()
-    assert told["first"] == "of extra-methods 1.2"
-    assert "broken" in told["absent"] and "broken" in told["wrong"]
-    assert "ignored" in told["random"] and "ignored" in told["with,comma"]
+def test_each_has_a_line_in_inspect(package):
+    lines = methods.plugins()
+    assert lines["first"] == "of extra-methods 1.2"
+    assert "broken" in lines["absent"] and "broken" in lines["wrong"]
+    assert all("ignored" in lines[name] for name in ("random", "reuse", "with,comma"))
 
 
-def runner(folder):
-    def evoprune(*args):
-        code = f"import sys; sys.path.insert(0, {str(folder)!r}); from evoprune_cli.main import run; run()"
-        return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
-
-    return evoprune
+# --- what docs/ shows ----------------------------------------------------------------------------------------------------
 
 
-def test_what_the_documentation_shows_works(documented):
-    """A method of under 40 lines that asks for attention and reads the question."""
-    method = methods.get("asked:power=0")
-    assert method.needs_after == {"attention"} and method.reads_question and method.power == 0
-    asked = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
-    done = runner(documented)("ask", "samples/square.mp4", *asked, "--json", "-b", "0.25", "--method", "asked")
-    records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and [r["pruning"]["visual_tokens_kept"] for r in records] == [36, 36]
+def test_the_documented_methods_are_short_and_complete(documented):
+    assert set(documented) == set(DOCUMENTED) == set(methods.plugins())
+    assert methods.available()[-4:] == sorted(DOCUMENTED)
+    for name, module in documented.items():
+        assert module.count("\n") < 40
+        assert methods.plugins()[name] == "of docs-examples 1.2" and methods.get(name).name == name
+    kinds = [methods.get(name).acts for name in DOCUMENTED]
+    assert kinds == ["after", "inside", "input", "after"]
+
+
+@pytest.mark.parametrize("keep", [1, 9, 50, 96])
+@pytest.mark.parametrize("name", ["longest", "neighbours", "asked", "reuse+longest", "reuse:threshold=5+asked:power=0"])
+def test_the_documented_methods_keep_their_budget_in_the_encoder(documented, name, keep):
+    patches, question = clip(GRID, changes(GRID, 0.5)), torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    args = methods.get(name), patches, GRID, keep
+    made, in_pieces = (encoded(*args, question=question, chunk_units=size) for size in (10**6, 1))
+    assert len(made.kept) == keep and torch.equal(made.kept, in_pieces.kept)
+    if keep < 96:
+        live = [rows for _, rows in made.layers]
+        assert (live[0] < 96) == name.startswith("reuse") and (live[-1] < live[0]) == (name == "neighbours")
+
+
+def test_the_documented_input_method_goes_from_smaller_to_fewer_frames(documented):
+    grids = [methods.get(f"mixed:time={time}").resize((8, 8, 12), 192) for time in (0, 0.5, 1)]
+    assert grids == [methods.get("downscale").resize((8, 8, 12), 192), (4, 6, 8), (2, 8, 12)]
+    method = methods.get("mixed")
+    for keep in (1, 24, 40, 96):
+        small = method.resize(GRID, keep)
+        assert len(encoded(method, clip(small, changes(small, 1.0)), GRID, keep).kept) <= keep
+
+
+def test_the_documented_merger_merges_neighbours(documented):
+    patches = clip((1, 4, 4), changes((1, 4, 4), 1.0)).view(16, 4, -1)
+    patches[5] = patches[4]  # at another place, but in one window still the most alike
+    made = encoded(methods.get("neighbours"), patches.view(64, -1), (1, 4, 4), 15)
+    assert made.kept.tolist() == [0, 1, 2, 3, 4, *range(6, 16)] and made.owner[5] == made.owner[4] == 4
+
+
+def test_the_documented_selectors_read_what_they_say(documented):
     tokens = tokens_of("random", (2, 4, 5))
+    assert methods.get("asked").needs == {"attention"} and methods.get("asked").reads_question
     other = replace(tokens, given=tokens.given | {"question": -tokens.question})
-    assert method.select(tokens, 9).tolist() != method.select(other, 9).tolist() != chosen("asked", other, 9)
+    assert selected("asked:power=0", tokens, 9) != selected("asked:power=0", other, 9) != selected("asked", other, 9)
+    length = tokens.features.norm(dim=1)
+    assert selected("longest", tokens, 9) == sorted(length.argsort(descending=True)[:9].tolist())
+    assert selected("longest:shortest=true", tokens, 9) == sorted(length.argsort()[:9].tolist())
 
 
-def test_every_command_knows_them(package):
-    evoprune = runner(package)
+def test_the_documented_methods_work_on_a_hugging_face_model(documented):
+    model, question = tiny_model(), torch.randn(3, 64)
+    video = processed(model, [3, (VIDEO, 2, 8, 8), 3])
+    args = model, video["pixel_values_videos"], video["video_grid_thw"]
+    for name in ("longest", "neighbours", "asked", "reuse+longest"):
+        made = evoprune.encode(*args, budget=0.25, method=name, question=question)
+        assert made.features.shape == (8, 64)
+    with pytest.raises(UsageError, match="acts on frames"):
+        evoprune.encode(*args, budget=0.25, method="mixed")
 
-    for command in ("ask", "profile"):
-        text = " ".join(evoprune(command, "--help").stdout.split())
-        assert "absent, first, wrong" in text
-    asked = ("ask", "samples/square.mp4", "What colour is the square?", "--json", "-b", "0.25", "--method")
-    done = evoprune(*asked, "first", "--method-arg", "skip=3")
-    assert done.returncode == 0 and json.loads(done.stdout)["pruning"]["kept_per_grid"] == [21, 15, 0, 0, 0, 0]
-    done = evoprune(*asked, "absent")
-    assert done.returncode == 2 and "'absent' of extra-methods 1.2 cannot be loaded" in done.stderr
-    done = evoprune("inspect")
-    assert done.returncode == 0 and "broken: method 'absent'" in done.stdout
+
+# --- the command line ----------------------------------------------------------------------------------------------------
+
+ASK = ("ask", "samples/square.mp4", "--json", "-n", "2", "-b", "0.25")
+QUESTIONS = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
+
+
+def test_the_help_names_them(package):
+    code = f"import sys; sys.path.insert(0, {str(package)!r}); from evoprune_cli.main import run; run()"
+    done = subprocess.run([sys.executable, "-c", code, "ask", "--help"], capture_output=True, text=True)
+    assert "absent, first, wrong" in " ".join(done.stdout.split())
+
+
+def test_commands_know_them(package, cli):  # noqa: F811
+    record = cli(*ASK, *QUESTIONS[:2], "--method", "first", "--method-arg", "skip=3").record
+    assert record["pruning"]["kept_per_grid"] == [21, 15, 0, 0, 0, 0]
+    done = cli(*ASK, *QUESTIONS[:2], "--method", "absent")
+    assert done.code == 2 and "'absent' of extra-methods 1.2 cannot be loaded" in done.err
+    done = cli("inspect")
+    assert done.code == 0 and "broken: method 'absent'" in done.out
+
+
+def test_a_documented_method_reads_each_question_of_a_command(documented, cli):  # noqa: F811
+    records = [json.loads(line) for line in cli(*ASK, *QUESTIONS, "--method", "asked").out.splitlines()]
+    assert [record["pruning"]["visual_tokens_kept"] for record in records] == [36, 36]
+
+
+def test_a_documented_input_method_makes_the_video_smaller(documented, cli):  # noqa: F811
+    pruning = cli(*ASK, *QUESTIONS[:2], "--method", "mixed").record["pruning"]
+    assert 0 < pruning["visual_tokens_kept"] <= 36

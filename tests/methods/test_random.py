@@ -3,25 +3,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.methods.base import Tokens
 from evoprune.methods.random import Random
 from evoprune.pruning.budget import spread
+from evoprune.pruning.types import Tokens
 
 
 def select(grid, keep, seed=0):
     n = grid[0] * grid[1] * grid[2]
-    return Random().select(Tokens(torch.zeros(n, 2), torch.arange(n), grid, 1.0, seed), keep)
+    return Random().select(Tokens(torch.zeros(n, 2), torch.arange(n), grid, 1.0, seed), keep).kept
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5)), st.data(), st.integers(0, 2**63 - 1))
-def test_the_count_is_exact_and_spread_over_the_grids(grid, data, seed):
+def test_the_count_is_exact_and_spread_over_the_pairs(grid, data, seed):
     n = grid[0] * grid[1] * grid[2]
     keep = data.draw(st.integers(1, n))
-    chosen = select(grid, keep, seed)
-    assert chosen.dtype == torch.int64 and len(chosen) == keep
-    assert (chosen.diff() > 0).all() and chosen[0] >= 0 and chosen[-1] < n
-    assert torch.bincount(chosen // (grid[1] * grid[2]), minlength=grid[0]).tolist() == spread(keep, grid[0])
+    kept = select(grid, keep, seed)
+    assert kept.dtype == torch.int64 and len(kept) == keep
+    assert (kept.diff() > 0).all() and kept[0] >= 0 and kept[-1] < n
+    assert torch.bincount(kept // (grid[1] * grid[2]), minlength=grid[0]).tolist() == spread(keep, grid[0])
 
 
 def test_a_seed_gives_one_draw_and_another_seed_another():
@@ -46,7 +46,7 @@ def test_every_unit_is_as_likely_as_any_other(keep):
     assert ((counts - expected).abs() < 5 * expected**0.5).all()
 
 
-def test_grids_do_not_repeat_each_others_draw():
-    chosen = select((2, 10, 10), 50, 3)
-    first, second = chosen[:25].tolist(), (chosen[25:] - 100).tolist()
+def test_pairs_do_not_repeat_each_others_draw():
+    kept = select((2, 10, 10), 50, 3)
+    first, second = kept[:25].tolist(), (kept[25:] - 100).tolist()
     assert first != second

@@ -3,10 +3,15 @@
 from math import prod
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune import methods
-from evoprune.methods.base import Selection, Tokens
-from evoprune.pruning.score import settle
+from evoprune.methods.base import Method
+from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
+from tests.vision.tower import tiny_tower
 
 KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
 
@@ -42,20 +47,19 @@ def tokens_of(kind: str, grid: tuple[int, int, int], seed: int = 0, width: int =
     return Tokens(features_of(kind, n, seed, width), torch.arange(n), grid, 1.0, seed, given)
 
 
-def chosen(name: str, tokens: Tokens, keep: int) -> list[int]:
+def selected(name: str, tokens: Tokens, keep: int) -> list[int]:
     made = methods.get(name).select(tokens, keep)
-    made = made.kept if isinstance(made, Selection) else made
-    assert made.dtype == torch.int64
-    return made.tolist()
+    assert isinstance(made, Selection) and made.kept.dtype == torch.int64
+    return made.kept.tolist()
 
 
-def settled(value: float) -> float:
-    return float(settle(torch.tensor(value, dtype=torch.float64)))
+def snapped(value: float) -> float:
+    return float(snap(torch.tensor(value, dtype=torch.float64)))
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = (x / x.norm().clamp(min=1e-12) for x in (a, b))
-    return float(settle(a @ b))
+    return float(snap(a @ b))
 
 
 def scaled(values: list[float]) -> list[float]:
@@ -70,3 +74,22 @@ def first_of(values: list[float], best) -> int:
 def ranked(values: list[float]) -> list[int]:
     """Indices from the highest value to the lowest, ties by index."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+
+def encoded(method: Method, patches: torch.Tensor, grid: tuple[int, int, int], keep: int, full_layers=(1, 3), **how):
+    """What the tiny tower makes of a video; `how`: further arguments of `encode`."""
+    visual = tiny_tower(full_layers)
+    return encode(visual, [patches], method.plan(tower_shape(visual), grid, keep), method, **how)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that any tensor has which is made meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.numbers = max(self.numbers, each.untyped_storage().nbytes() // each.itemsize)
+        return made

@@ -72,21 +72,21 @@ def test_spread_below_one_a_grid():
     assert spread(0, 4) == [0] * 4
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0, 2.5, 7.0]), st.integers(0, 9)), min_size=1), st.data())
-def test_apportion(parts, data):
-    weights, most = zip(*parts, strict=True)
+def test_apportion(groups, data):
+    weights, most = zip(*groups, strict=True)
     total = data.draw(st.integers(0, sum(most)))
     counts = apportion(total, weights, most)
     assert sum(counts) == total and all(0 <= count <= limit for count, limit in zip(counts, most, strict=True))
-    free = [i for i in range(len(parts)) if counts[i] < most[i]]
+    free = [i for i in range(len(groups)) if counts[i] < most[i]]
     for i in free:
         for j in free:
             if weights[i] > weights[j]:  # with more weight never less
                 assert counts[i] >= counts[j]
             if weights[i] == weights[j] and i < j:  # with the same the first has the odd one
                 assert 0 <= counts[i] - counts[j] <= 1
-    if all(total * weight <= limit * sum(weights) for weight, limit in parts) and sum(weights):
+    if all(total * weight <= limit * sum(weights) for weight, limit in groups) and sum(weights):
         assert all(
             abs(count * sum(weights) - total * w) < sum(weights) for count, w in zip(counts, weights, strict=True)
         )

@@ -16,7 +16,7 @@ def sizes_and_totals(draw):
     return sizes, [draw(st.integers(sum(map(bool, row)), sum(row))) for row in sizes], most
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sizes_and_totals(), st.integers(0, 3))
 def test_many_shares_at_once_are_the_shares_one_by_one(case, slack):
     sizes, totals, most = case

@@ -1,0 +1,49 @@
+"""What the tests share that follow a method's specification line by line."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evoprune import methods
+from evoprune.pruning.types import Tokens
+from tests.methods.tokens import KINDS
+
+grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+
+
+def examples(count: int = 60):
+    """The same examples every time: at the edge of rounding the last bits of two ways to compute a score decide."""
+
+    def decorate(test):
+        test = given(grids, st.sampled_from(KINDS), st.integers(0, 1000), st.data())(test)
+        return settings(max_examples=count, deadline=None, derandomize=True)(test)
+
+    return decorate
+
+
+def shares(keep: int, count: int) -> list[int]:
+    """`keep` over `count` grids, the rounded means of what is due so far."""
+    due = [grid * keep // count for grid in range(count + 1)]
+    return [later - before for before, later in pairwise(due)]
+
+
+def assert_selects(name: str, tokens: Tokens, keep: int, members_of: dict[int, list[tuple[int, float]]]) -> None:
+    """`members_of`: of each kept unit, whose mean it becomes, with weights."""
+    made = methods.get(name).select(tokens, keep)
+    assert made.kept.tolist() == sorted(members_of) and len(members_of) == keep
+    owner = [-1] * len(tokens.owner)
+    for number, unit in enumerate(sorted(members_of)):
+        for member, _ in members_of[unit]:
+            owner[member] = number
+    assert made.owner.tolist() == owner
+    x = tokens.features
+    for unit, token in zip(sorted(members_of), made.features(x), strict=True):
+        total = sum(weight for _, weight in members_of[unit])
+        mean = sum(weight * x[member].double() for member, weight in members_of[unit]) / total
+        torch.testing.assert_close(token.double(), mean, atol=1e-5, rtol=1e-5)
+
+
+def mean_of(vectors: list[torch.Tensor]) -> torch.Tensor:
+    return sum(vectors) / len(vectors)

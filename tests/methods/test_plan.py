@@ -1,0 +1,105 @@
+"""What methods plan, and that the encoder does what was planned."""
+
+from math import prod
+
+import pytest
+import torch
+
+from evoprune import methods
+from evoprune.pruning.plan import EncoderPlan, TowerShape, full_plan
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
+from tests.vision.clips import changes, clip
+from tests.vision.tower import tiny_tower
+
+DEMO = TowerShape(8, (1, 3, 5, 7))
+GRID = (5, 4, 6)
+UNITS = prod(GRID)
+QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+NAMES = [
+    *methods.available(),
+    "evoprune:reuse=0",
+    "evoprune:depth=1",
+    "evoprune:within=0.3",
+    "reuse+divprune",
+    "reuse+pool",
+]
+
+
+@pytest.mark.parametrize("keep", [1, 12, 77])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_encoder_computes_what_was_planned(name, keep):
+    method = methods.get(name)
+    plan = method.plan(tower_shape(tiny_tower()), GRID, keep)
+    patches = clip(plan.grid, changes(plan.grid, 0.3))
+    made = encode(tiny_tower(), [patches], plan, method, question=QUESTION)
+    rows = [count for _, count in made.layers]
+    assert [layer for layer, _ in made.layers] == list(range(4)) and len(plan.layers) == 4
+    if plan.exact:
+        assert (rows, len(made.rows)) == (list(plan.layers), plan.rows)
+    else:
+        assert all(
+            count <= most for count, most in zip([*rows, len(made.rows)], [*plan.layers, plan.rows], strict=True)
+        )
+        assert rows[0] < plan.layers[0] or "reuse=0" in name
+    if method.exact and plan.prunes:
+        assert len(made.kept) == plan.keep == keep
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_the_whole_budget_every_unit_goes_through_every_layer(name):
+    plan = methods.get(name).plan(DEMO, GRID, UNITS)
+    assert plan == full_plan(DEMO, GRID) == EncoderPlan(GRID, UNITS, (UNITS,) * 8, UNITS)
+    assert not plan.prunes and plan.exact
+
+
+@pytest.mark.parametrize("name", [name for name in methods.available() if methods.get(name).acts == "after"])
+def test_a_selector_needs_the_whole_encoder(name):
+    assert methods.get(name).plan(DEMO, GRID, 9) == EncoderPlan(GRID, 9, (UNITS,) * 8, UNITS)
+    assert methods.get(f"reuse:threshold=5+{name}").plan(DEMO, GRID, 9) == EncoderPlan(
+        GRID, 9, (UNITS,) * 8, UNITS, exact=False, reuse=5.0
+    )
+
+
+def test_an_input_method_plans_a_smaller_grid():
+    assert methods.get("subsample").plan(DEMO, GRID, 50) == full_plan(DEMO, (2, 4, 6))
+    assert methods.get("downscale").plan(DEMO, GRID, 35) == full_plan(DEMO, (5, 2, 3))
+
+
+def test_evoprune_selects_between_two_layers():
+    layers = (UNITS, *(30,) * 7)
+    common = {"select_after": 1, "selected": 30}
+    assert methods.get("evoprune").plan(DEMO, GRID, 30) == EncoderPlan(
+        GRID, 30, layers, 30, exact=False, reuse=8.0, **common
+    )
+    assert methods.get("evoprune:reuse=0").plan(DEMO, GRID, 30) == EncoderPlan(GRID, 30, layers, 30, **common)
+    assert not methods.get("evoprune:reuse=0").automatic().plan(DEMO, GRID, 30).exact  # fewer rows may be enough
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(0.25, 2), (0.125, 1), (0.01, 1), (0.5, 4), (0.99, 7), (1, None)])
+def test_after_how_many_layers_evoprune_selects(depth, layers):
+    plan = methods.get(f"evoprune:depth={depth}").plan(DEMO, GRID, 30)
+    assert plan.select_after == layers
+    assert plan.layers == (UNITS,) * (layers or 8) + (30,) * (8 - (layers or 8)) and plan.rows == plan.layers[-1]
+
+
+def test_a_tower_of_one_layer_selects_after_it():
+    plan = methods.get("evoprune").plan(TowerShape(1, (0,)), GRID, 30)
+    assert (plan.select_after, plan.layers, plan.rows) == (None, (UNITS,), UNITS)
+
+
+def test_a_merger_plans_rows_for_each_frame_pair():
+    plan = methods.get("tome").plan(TowerShape(4, (1, 3)), (2, 4, 6), 9)  # 4 and 5 of 24
+    assert plan.merged == ((19, 14, 9, 4), (19, 14, 10, 5))
+    assert (plan.layers, plan.rows, plan.exact) == ((48, 38, 28, 19), 9, True)
+
+
+def test_merging_leaves_a_row_in_each_frame_pair_at_least():
+    plan = methods.get("evoprune-merge").plan(DEMO, GRID, 2)
+    assert (plan.keep, plan.rows) == (2, 5)  # the most that were merged are kept of these
+    assert all(rows[-1] == 1 for rows in plan.merged)
+
+
+def test_windows_are_counted_at_the_towers_own_size():
+    assert [TowerShape(4, (3,), window).windows(5, 9) for window in (2, 4, 16)] == [15, 6, 1]
+    assert [TowerShape(4, (1, 3)).scope(layer) for layer in range(4)] == ["window", "pair"] * 2
