@@ -5,9 +5,11 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.methods import evoprune
-from evoprune.methods.base import Selection
-from evoprune.vision import attention, chunks, devices, encoder
+from evoprune.methods.evoprune import FarthestPoints
+from evoprune.pruning.types import Selection
+from evoprune.vision import attention, chunks, devices, encoder, rows
+from tests.vision.results import assert_same, check_result, encode_patches
+from tests.vision.tower import tiny_tower
 
 # Operators whose result has a shape that depends on values, or is itself read by the host. On CUDA they wait for the device.
 WAITING = {
@@ -55,9 +57,9 @@ def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
 
 
 def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
-    """From now on the encoder treats the CPU as a GPU, with or without the kernel; what is returned is to be entered around it.
+    """From now on the encoder treats the CPU as a GPU, with or without the kernel; enter the result around it.
 
-    What may wait, or is the CPU's work anyway: comparing pixels, choosing rows and tokens, and what is looked at then.
+    What may wait, or is the CPU's work anyway: comparing pixels, selecting rows and tokens, and reading the checks at the end.
     """
     mode = NoWaiting()
 
@@ -71,17 +73,26 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     by_hand = pausing(varlen_by_hand)
     monkeypatch.setattr(devices, "static_shapes", lambda device: True)
     for where, name in (
-        (encoder, "_settled"),
-        (encoder, "_all"),
+        (rows.EncodedRows, "finish"),
         (chunks, "scan"),
         (chunks, "_rows_of"),
         (chunks.Chunk, "layout"),
-        (evoprune, "choose_units"),
-        (evoprune.EvoPrune, "narrow"),
-        (evoprune, "nearest_chosen"),
-        (evoprune, "points_and_salience"),
+        (encoder._Run, "selected"),
+        (FarthestPoints, "select"),
         (Selection, "features"),
     ):
         monkeypatch.setattr(where, name, pausing(getattr(where, name)))
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)
     return mode
+
+
+def assert_same_on_a_gpu(
+    monkeypatch, patches, grid, method, keep, kernel, full_layers=(1, 3), chunk_units=10**6
+) -> None:
+    """Encodes a video both ways and compares; raises where the host would wait for a GPU."""
+    how = {"visual": tiny_tower(full_layers), "chunk_units": chunk_units}
+    expected = encode_patches(patches, grid, method, keep, **how)
+    with monkeypatch.context() as patch, take_gpu_route(patch, kernel):
+        made = encode_patches(patches, grid, method, keep, **how)
+    assert_same(made, expected, atol=1e-4)
+    check_result(made, grid, whole_clip=not method.merger)
