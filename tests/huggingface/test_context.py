@@ -57,7 +57,7 @@ def test_several_videos_are_pruned_each_on_its_own(model):
         torch.testing.assert_close(made.features[mine], alone.features)
         assert torch.equal(made.owner[first_unit : first_unit + n // 4] - first_row, alone.owner)
         first_unit, first_row = first_unit + n // 4, first_row + len(alone.rows)
-    assert sum(made.kept_per_grid) == len(made.kept) and len(made.kept_per_grid) == 6
+    assert sum(made.kept_per_pair) == len(made.kept) and len(made.kept_per_pair) == 6
 
 
 def test_patches_that_do_not_fit(model):
@@ -84,11 +84,11 @@ def test_seconds_of_each_video_reach_the_method(model):
     grids = [(4, 8, 12), (4, 8, 12)]
     patches, thw = inputs(*grids)
     patches[len(patches) // 2 :] = patches[: len(patches) // 2]
-    made = evoprune.encode(model, patches, thw, budget=0.1, seconds_per_grid=[0.5, 0.5])
-    alone = evoprune.encode(model, patches[: len(patches) // 2], thw[:1], budget=0.1, seconds_per_grid=0.5)
+    made = evoprune.encode(model, patches, thw, budget=0.1, seconds_per_pair=[0.5, 0.5])
+    alone = evoprune.encode(model, patches[: len(patches) // 2], thw[:1], budget=0.1, seconds_per_pair=0.5)
     assert torch.equal(made.kept[: len(alone.kept)], alone.kept)
     with pytest.raises(ValueError):
-        evoprune.encode(model, patches, thw, budget=0.1, seconds_per_grid=[0.5])
+        evoprune.encode(model, patches, thw, budget=0.1, seconds_per_pair=[0.5])
 
 
 def loaded_by_hand(name, question, clip=CLIP):

@@ -1,4 +1,4 @@
-"""The encoder's GPU route on a CPU: what it is given there, imitated, and whatever would make the host wait, forbidden."""
+"""The encoder's GPU route on a CPU: static shapes, an imitated kernel, and an error wherever the host would wait."""
 
 from contextlib import contextmanager
 
@@ -41,7 +41,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
-    """What `torch.nn.attention.varlen.varlen_attn` promises, and what flash kernels insist on."""
+    """What `torch.nn.attention.varlen.varlen_attn` computes, and the checks that flash kernels make."""
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and k.shape == v.shape
     assert ends_q.dtype == ends_k.dtype == torch.int32 and ends_q.is_contiguous() and ends_k.is_contiguous()
     assert all(x.stride(-1) == 1 for x in (q, k, v)) and ends_q.shape == ends_k.shape
@@ -49,10 +49,10 @@ def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
     assert ends_q[0] == ends_k[0] == 0 and ends_q[-1] == len(q) and ends_k[-1] <= len(k)
     out = torch.zeros_like(q)
     for g in range(len(ends_q) - 1):
-        asks, seen = slice(*ends_q[g : g + 2]), slice(*ends_k[g : g + 2])
-        assert 0 <= asks.stop - asks.start <= longest_q and 0 <= seen.stop - seen.start <= longest_k
-        scores = torch.einsum("qhd,khd->hqk", q[asks].double(), k[seen].double()) * scale
-        out[asks] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[seen].double()).to(q.dtype)
+        queries, keys = slice(*ends_q[g : g + 2]), slice(*ends_k[g : g + 2])
+        assert 0 <= queries.stop - queries.start <= longest_q and 0 <= keys.stop - keys.start <= longest_k
+        scores = torch.einsum("qhd,khd->hqk", q[queries].double(), k[keys].double()) * scale
+        out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys].double()).to(q.dtype)
     return out
 
 

