@@ -155,9 +155,9 @@ def test_torchs_own_kernel_accepts_the_arguments():
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("full_layers", [(1, 3), (0, 3), (2,), ()])
-@pytest.mark.parametrize("share", [1.0, 0.25, 0.1, 0.0])  # nothing pruned, to a token a frame pair and below
-@pytest.mark.parametrize("grid", [(1, 4, 4), (2, 5, 7), (5, 6, 9)])
+@pytest.mark.parametrize("full_layers", [(1, 3), (0, 3), ()])
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.0])  # nothing pruned, and to less than a token a frame pair
+@pytest.mark.parametrize("grid", [(2, 5, 7), (5, 6, 9)])
 def test_nothing_waits_and_the_result_is_the_cpus(grid, share, full_layers, kernel, monkeypatch):
     keep = max(int(prod(grid) * share), 1 if grid[0] < 5 else 3)
     assert_same_on_a_gpu(monkeypatch, random_patches(grid), grid, EvoPrunePaper(), keep, kernel, full_layers)

@@ -82,21 +82,20 @@ def test_a_selector_after_the_tower_gets_all_rows_and_keeps_some(keep):
     "name", ["evoprune", "evoprune:reuse=0", "evoprune-merge", "divprune", "reuse+divprune", "downscale"]
 )
 @pytest.mark.parametrize("budget", [1.0, 0.5, 0.1])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_layers_compute_the_rows_of_the_plan(name, budget, share):
-    """Exactly so many where the plan is exact; with reuse at most so many."""
+def test_the_layers_compute_the_rows_of_the_plan(name, budget):
+    """Exactly so many where the plan is exact; with reuse at most so many, and all where everything changes."""
     grid, method, visual = (6, 4, 6), methods.get(name), tiny_tower()
     plan = method.plan(tower_shape(visual), grid, keep_count(budget, prod(grid)))
-    made = encode(visual, [clip(plan.grid, changes(plan.grid, share))], plan, method)
-    rows = [count for _, count in made.layers]
-    assert [layer for layer, _ in made.layers] == list(range(4)) and made.grids == (plan.grid,)
-    assert plan.exact == (not plan.reuse) and len(made.kept) == plan.keep
-    if plan.exact:
-        assert tuple(rows) == plan.layers and len(made.rows) == plan.rows
-    else:
-        assert all(count <= most for count, most in zip(rows, plan.layers, strict=True))
-        assert len(made.rows) <= plan.rows
-        assert (tuple(rows) == plan.layers) if share == 1.0 else (rows[0] < plan.layers[0])
+    assert plan.exact == (not plan.reuse)
+    for share in (0.0, 0.3, 1.0):
+        made = encode(visual, [clip(plan.grid, changes(plan.grid, share))], plan, method)
+        layers, rows = zip(*made.layers, strict=True)
+        assert layers == (0, 1, 2, 3) and made.grids == (plan.grid,) and len(made.kept) == plan.keep
+        if plan.exact or share == 1.0:
+            assert rows == plan.layers and len(made.rows) == plan.rows
+        else:
+            assert all(count <= most for count, most in zip(rows, plan.layers, strict=True))
+            assert len(made.rows) <= plan.rows and rows[0] < plan.layers[0]
 
 
 # --- chunks, pieces and threads ----------------------------------------------------------------------------------------

@@ -68,6 +68,18 @@ def test_a_threshold_of_zero_is_no_reuse(method):
             assert_same(other, encode_clip(grid, moving, none, 9, chunk_units=size))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_at_budget_one_nothing_is_reused(share):
+    grid = (5, 5, 6)
+    patches = clip(grid, changes(grid, share))
+    with torch.inference_mode():
+        theirs = tiny_tower()(patches, torch.tensor([[5, 10, 12]])).pooler_output
+    for method in (EvoPrune(), methods.get("reuse+divprune")):
+        ours = encode_patches(patches, grid, method, 150, chunk_units=60)
+        torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+        assert torch.equal(ours.kept, torch.arange(150)) and ours.live_share == 1
+
+
 @pytest.mark.parametrize("chunk_units", [1, 60, 10**6])
 @pytest.mark.parametrize("pairs", [2, 9])
 def test_the_rows_of_a_still_clip_are_those_of_its_first_frame_pair(pairs, chunk_units):
