@@ -283,7 +283,7 @@ def test_the_context_refuses_methods_that_read_the_question(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["evoprune-paper", "divprune", "pool", "evs-nofloor", "random", "none"])
-def test_every_method_that_works_on_patches(model, method):
+def test_methods_of_each_kind_prune_inside_generate(model, method):
     prompt = processed(model, (5, ("video", 4, 8, 12), 3, ("video", 2, 4, 4), 7))
     with evoprune.EvoPrune(budget=0.25, method=method)(model) as run:
         out = model.generate(**prompt, max_new_tokens=3, do_sample=False)
@@ -363,7 +363,7 @@ def test_calls_that_cannot_go_on_from_a_pruned_prompt_are_refused(model):
             model(input_ids=ids[:, :2], past_key_values=cache)
 
 
-def test_report(model):
+def test_the_report_counts_tokens_rows_and_times(model):
     prompt = processed(model, (5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 2))
     with evoprune.EvoPrune(budget=0.25, method="evoprune", positions="qwen")(model) as run:
         assert run.report.pruning.visual_tokens_in is None

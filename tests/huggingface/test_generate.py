@@ -133,7 +133,7 @@ def every_prompt(*families):
 
 
 def every_setting(prompt):
-    """The settings of `generate` do not see the family of the model, only whether the batch is padded."""
+    """The settings of `generate` interact with the padding of a batch, not with the family of the model."""
     return [(FAMILIES[0], prompt, "left", name) for name in SETTINGS if prompt == "one video" or name not in ONE_ROW]
 
 
@@ -207,7 +207,7 @@ def test_a_prompt_in_a_padded_batch_gives_the_same_as_alone(model):
 
 @pytest.mark.parametrize("left_out", ["mm_token_type_ids", "second_per_grid_ts", "attention_mask"])
 @pytest.mark.parametrize("prompt", ["one video", "batch"])
-def test_inputs_of_other_processors(model, prompt, left_out):
+def test_inputs_without_types_seconds_or_mask_are_accepted(model, prompt, left_out):
     """Older ones give no token types, some no seconds; without a mask the model makes its own."""
     inputs = processed(model, *PROMPTS[prompt])
     inputs.pop(left_out, None)
@@ -260,7 +260,7 @@ def test_positions_that_are_given_are_taken(model, rows):
     assert torch.equal(out, generated(model, expected)) and run.report.pruning.positions == "given"
 
 
-def test_all_that_generate_returns(model):
+def test_scores_and_logits_of_generate_are_the_same(model):
     inputs = processed(model, *PROMPTS["batch"])
     wish = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "num_beams": 2}
     expected = generated(model, masked(model, inputs, encoded(model, inputs, 0.3)), **wish)
@@ -321,7 +321,7 @@ def test_a_streamer_gets_the_whole_prompt_and_then_tokens(model):
 
 
 @pytest.mark.parametrize("prompt", ["one video", "batch", "long video"])
-def test_qwens_positions(model, prompt):
+def test_qwens_positions_are_those_counted_by_hand(model, prompt):
     """The same on the whole prompt, at positions counted by hand."""
     inputs = processed(model, *PROMPTS[prompt], seconds=9.0)
     made = encoded(model, inputs, 0.3)
@@ -408,7 +408,7 @@ def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
         assert torch.equal(stock, expected)
 
 
-def test_many_questions_to_one_prefix(model):
+def test_one_cached_prefix_answers_many_questions(model):
     """A prompt is read once, up to the question. Copies of its cache, and one that was cut back, answer like fresh prompts."""
     inputs = processed(model, (5, ("video", 4, 8, 12), 1))
     with evoprune.EvoPrune(budget=0.2)(model), torch.no_grad():
@@ -427,7 +427,7 @@ def test_many_questions_to_one_prefix(model):
             used.crop(prefix.get_seq_length() - used.get_seq_length())
 
 
-def test_a_cache_that_is_cut_inside_the_prompt(model):
+def test_a_cache_that_is_cut_inside_the_prompt_can_go_on(model):
     """Before the last words, which are given again, or others instead; or before the video."""
     inputs = processed(model, (5, ("video", 4, 8, 12), 7))
     ids = inputs["input_ids"]
@@ -481,7 +481,7 @@ def whole_mask(inputs, step):
 
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 @pytest.mark.parametrize("prompt", ["one video", "batch"])
-def test_a_loop_by_hand(model, prompt, budget):
+def test_decoding_by_hand_is_the_same(model, prompt, budget):
     inputs = processed(model, *PROMPTS[prompt])
     call = masked(model, inputs, encoded(model, inputs, budget))
     delta = model.model.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel")})[1]
@@ -504,7 +504,7 @@ def test_a_loop_by_hand(model, prompt, budget):
 
 @pytest.mark.parametrize("prompt", ["batch", "picture and video"])
 @pytest.mark.parametrize("budget", [1.0, 0.2])
-def test_logits_and_loss_of_a_call(model, prompt, budget):
+def test_a_call_returns_logits_and_loss_of_the_columns_left(model, prompt, budget):
     inputs = processed(model, *PROMPTS[prompt], side="right")
     labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
     labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
@@ -531,7 +531,7 @@ def test_logits_and_loss_of_a_call(model, prompt, budget):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_the_language_model(checkpointing):
+def test_the_language_model_can_be_trained(checkpointing):
     model = tiny_model().train()
     model.model.visual.requires_grad_(False)
     if checkpointing:

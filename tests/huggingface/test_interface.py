@@ -63,12 +63,12 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
-def test_signatures(function):
+def test_signatures_are_the_known_ones(function):
     assert list(inspect.signature(function).parameters) == SIGNATURES[function]
 
 
 @pytest.mark.parametrize("function", QWEN2_VL, ids=lambda function: function.__qualname__)
-def test_signatures_of_qwen2_vl(function):
+def test_signatures_of_qwen2_vl_differ_in_the_seconds(function):
     given = set(inspect.signature(QWEN2_VL[function]).parameters)
     assert given == set(SIGNATURES[function]) - {"second_per_grid_ts"}
 

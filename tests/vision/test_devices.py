@@ -164,13 +164,13 @@ def test_nothing_waits_and_the_result_is_the_cpus(grid, share, full_layers, kern
 
 
 @pytest.mark.parametrize("features", ["keys", "keys_rotary", "hidden"])
-def test_it_is_the_cpus_where_windows_lose_all_rows_but_one_in_a_layer(features, monkeypatch):
+def test_the_result_is_the_cpus_where_windows_lose_all_rows_but_one_in_a_layer(features, monkeypatch):
     method = EvoPrunePaper(allocation="mean", first=0.0, last=0.8, features=features)
     assert_same_on_a_gpu(monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 16, True, (0, 3))
 
 
 @pytest.mark.parametrize("method", [Nothing(), Random()], ids=["none", "random"])
-def test_it_is_the_cpus_where_nothing_is_merged(method, monkeypatch):
+def test_the_result_is_the_cpus_where_nothing_is_merged(method, monkeypatch):
     assert_same_on_a_gpu(monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 16, True)
 
 

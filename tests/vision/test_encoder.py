@@ -45,7 +45,7 @@ def test_budget_one_is_hugging_faces_tower(grid, full_layers):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("grid", [(2, 8, 12), (1, 5, 7)])
-def test_in_bf16_it_is_as_near_to_float32_as_hugging_faces(grid, packed):
+def test_bf16_is_as_near_to_float32_as_hugging_faces(grid, packed):
     exact, half, own = (deepcopy(tiny_tower()) for _ in range(3))
     half.bfloat16(), own.bfloat16()
     if packed:
@@ -110,7 +110,7 @@ def test_the_result_does_not_depend_on_the_chunk_size(method, keep):
 
 
 @pytest.mark.parametrize("name", ["evoprune", "evoprune-paper", "divprune"])
-def test_nor_on_the_number_of_threads(name):
+def test_the_result_does_not_depend_on_the_number_of_threads(name):
     grid, made = (4, 6, 8), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -142,7 +142,7 @@ def still_frames(grid, scene: str) -> torch.Tensor:
         ((3, 6, 9), 16, EvoPrunePaper(features="hidden")),
     ],
 )
-def test_nor_does_it_where_rows_are_equal_and_ties_decide(scene, grid, keep, method):
+def test_the_result_does_not_depend_on_the_chunk_size_where_ties_decide(scene, grid, keep, method):
     patches, units = patchify(still_frames(grid, scene)), grid[1] * grid[2]
     whole, *others = (
         encode_patches(patches, grid, method, keep, chunk_units=size) for size in (10**6, 1, 2 * units, 3 * units)
@@ -153,7 +153,7 @@ def test_nor_does_it_where_rows_are_equal_and_ties_decide(scene, grid, keep, met
 
 @pytest.mark.parametrize("cuts", [[139], [140, 140], [0, 5, 400], [140, 280, 420, 560], [700]])
 @pytest.mark.parametrize("chunk_units", [35, 70])
-def test_nor_on_how_the_patches_are_cut_into_pieces(cuts, chunk_units):
+def test_the_result_does_not_depend_on_how_patches_are_cut_into_pieces(cuts, chunk_units):
     grid, method = (5, 5, 7), EvoPrunePaper()
     whole = encode_noise(grid, method, 40, chunk_units=chunk_units)
     pieces = iter(random_patches(grid).tensor_split(cuts))

@@ -53,7 +53,7 @@ def tokens_of(patches, grid, reuse=False, full_layers=(1, 3), selector=None, **h
 
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), (2,)])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_it_is_that_of_the_last_full_attention_layer(share, full_layers):
+def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, full_layers):
     """A reused unit has what its row had when it was encoded."""
     grid, visual, method = (3, 5, 7), tiny_tower(full_layers), Reuse(then=Looks())
     changed, geo = changes(grid, share), geometry(5, 7)
@@ -97,7 +97,7 @@ def assert_same_tokens(a: Tokens, b: Tokens) -> None:
     reuse=st.booleans(),
     chunk_units=st.integers(1, 120),
 )
-def test_it_does_not_depend_on_the_chunk_size(grid, share, seed, full_layers, reuse, chunk_units):
+def test_attention_and_keys_do_not_depend_on_the_chunk_size(grid, share, seed, full_layers, reuse, chunk_units):
     patches = clip(grid, changes(grid, share, seed), seed)
     whole = tokens_of(patches, grid, reuse, full_layers, chunk_units=10**6)
     assert_same_tokens(tokens_of(patches, grid, reuse, full_layers, chunk_units=chunk_units), whole)
@@ -107,7 +107,7 @@ def test_it_does_not_depend_on_the_chunk_size(grid, share, seed, full_layers, re
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("chunk_units", [1, 10**6])
 @pytest.mark.parametrize("reuse", [True, False])
-def test_it_does_not_depend_on_the_device(reuse, chunk_units, kernel, monkeypatch):
+def test_attention_and_keys_do_not_depend_on_the_device(reuse, chunk_units, kernel, monkeypatch):
     grid = (6, 4, 5)
     patches = clip(grid, changes(grid, 0.4))
     expected = tokens_of(patches, grid, reuse, chunk_units=chunk_units)
