@@ -1,7 +1,7 @@
 """The encoder without reuse: at budget 1, with merging between its layers, and with selection after it."""
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import pytest
@@ -228,6 +228,29 @@ def test_the_largest_rows_are_kept_where_merging_cannot_reach_the_count():
     sizes = torch.bincount(encoded.owner)
     assert sizes.tolist() == [16, 16, 16, 4, 4, 4]
     assert sizes[encoded.owner[encoded.kept]].tolist() == [16, 16]
+
+
+@dataclass(frozen=True, eq=False)
+class Looks(EvoPrunePaper):
+    """Keeps what it is given."""
+
+    seen: list = field(default_factory=list)
+
+    def match(self, candidates, remove):
+        self.seen.append(candidates)
+        return super().match(candidates, remove)
+
+
+def test_a_merger_sees_the_places_of_rows_and_how_many_units_they_represent():
+    method = Looks(first=0.0, last=1.0)
+    encode_noise((3, 5, 7), method, 12, full_layers=(0, 1, 2, 3))
+    for seen in method.seen:
+        assert seen.width == 7 and torch.equal(seen.size.masked_fill(~seen.valid, 0).sum(1), torch.tensor([35] * 3))
+        assert all(
+            len({*place[valid].tolist()}) == int(valid.sum())
+            for place, valid in zip(seen.place, seen.valid, strict=True)
+        )
+    assert method.seen[0].place.sort().values.tolist() == [list(range(35))] * 3 and method.seen[-1].size.max() > 1
 
 
 # --- merging against the slow encoder ----------------------------------------------------------------------------------
