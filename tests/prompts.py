@@ -1,10 +1,9 @@
-"""Inputs of a Hugging Face model as its processor makes them, which cannot be imported without torchvision."""
+"""Inputs of a Hugging Face model as its processor makes them. The processor itself needs torchvision."""
 
 from collections.abc import Sequence
 
 import torch
 
-Part = str | tuple[int, int, int]
 VIDEO, IMAGE = "video", "image"
 
 
@@ -12,26 +11,26 @@ def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds
     """A batch of prompts.
 
     Args:
-        rows: of each prompt its parts, in order: a number of text tokens, or ("video", T, H, W) or ("image", H, W) in patches.
-        side: where padding stands.
-        seconds: of the first video's grids; each later one has so much more.
-        steps: frames of a video that differ; the others repeat the one before, with a little noise.
+        rows: the pieces of each prompt, in order: a number of text tokens, or ("video", T, H, W) or ("image", H, W) in patches.
+        side: of the padding.
+        seconds: of the first video's frame pairs; each later video has so much more.
+        steps: frame pairs of a video that differ; the others repeat the one before, with a little noise.
     """
     config, random = model.config, torch.Generator().manual_seed(seed)
     pad = model.generation_config.pad_token_id or 0
     ids, videos, images, grids, shapes = [], [], [], [], []
-    for parts in rows:
+    for pieces in rows:
         row = []
-        for part in parts:
-            if isinstance(part, int):
-                row += torch.randint(1, 200, (part,), generator=random).tolist()
+        for piece in pieces:
+            if isinstance(piece, int):
+                row += torch.randint(1, 200, (piece,), generator=random).tolist()
                 continue
-            kind, *grid = part
+            kind, *grid = piece
             t, h, w = grid if kind == VIDEO else (1, *grid)
             scene = torch.randn(1, h * w, 1176, generator=random)
             patches = []
-            for moment in range(t):
-                if moment and moment % max(1, t // steps) == 0:
+            for pair in range(t):
+                if pair and pair % max(1, t // steps) == 0:
                     moved = torch.rand(h * w // 4, generator=random).repeat_interleave(4) < 0.3
                     scene = torch.where(moved[:, None], torch.randn(scene.shape, generator=random), scene)
                 patches.append(scene[0] + 1e-3 * torch.randn(scene[0].shape, generator=random))

@@ -1,4 +1,4 @@
-"""Which columns of a batch are left, against lists."""
+"""The columns of a batch that are left, against lists."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def by_hand(dropped, mask):
 
 @settings(deadline=None)
 @given(batches())
-def test_rows_lose_their_own_and_end_together(batch):
+def test_each_row_loses_its_own_columns_and_all_end_together(batch):
     dropped, mask = batch
     columns = Columns.without(dropped, mask)
     assert columns.index.tolist() == by_hand(dropped, mask)
@@ -43,7 +43,7 @@ def test_rows_lose_their_own_and_end_together(batch):
 
 @settings(deadline=None)
 @given(batches(), st.integers(0, 3))
-def test_taking(batch, more):
+def test_take_reads_the_columns_that_are_left(batch, more):
     dropped, mask = batch
     columns = Columns.without(dropped, mask).following(dropped.shape[1] + more)
     assert columns.places == columns.index.shape[1] and columns.width == dropped.shape[1] + more
@@ -58,7 +58,7 @@ def test_taking(batch, more):
 
 @settings(deadline=None)
 @given(batches(), st.integers(1, 3))
-def test_nothing_dropped_from_full_rows_is_nothing_changed(batch, times):
+def test_full_rows_that_lose_nothing_do_not_change(batch, times):
     _, mask = batch
     mask[0] = 1
     columns = Columns.without(torch.zeros_like(mask, dtype=torch.bool), mask)
@@ -66,7 +66,7 @@ def test_nothing_dropped_from_full_rows_is_nothing_changed(batch, times):
     assert torch.equal(columns.repeated(times).take(mask.repeat_interleave(times, 0)), mask.repeat_interleave(times, 0))
 
 
-def test_cut_back():
+def test_columns_can_be_cut_back_unless_padded():
     dropped = torch.tensor([[0, 1, 1, 0, 0, 1, 0, 0]], dtype=torch.bool)
     columns = Columns.without(dropped)
     assert columns.index.tolist() == [[0, 3, 4, 6, 7]]
@@ -77,6 +77,6 @@ def test_cut_back():
         Columns.without(torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]], dtype=torch.bool)).first(1)
 
 
-def test_the_whole_prompt_comes_back():
+def test_the_whole_prompt_is_put_before_what_was_generated():
     prompt, ids = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[3, 7], [3, 8], [6, 9], [6, 10]])
     assert with_whole_prompt(prompt, 1, ids).tolist() == [[1, 2, 3, 7], [1, 2, 3, 8], [4, 5, 6, 9], [4, 5, 6, 10]]

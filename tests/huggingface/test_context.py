@@ -1,4 +1,4 @@
-"""The two-line use on somebody's own model: what it does, what it refuses, what it leaves behind. See test_huggingface_generate."""
+"""The context that prunes inside a Hugging Face model: what it does, what it refuses, and that it leaves nothing behind."""
 
 import copy
 import functools
@@ -57,10 +57,10 @@ def test_several_videos_are_pruned_each_on_its_own(model):
         torch.testing.assert_close(made.features[mine], alone.features)
         assert torch.equal(made.owner[first_unit : first_unit + n // 4] - first_row, alone.owner)
         first_unit, first_row = first_unit + n // 4, first_row + len(alone.rows)
-    assert sum(made.kept_per_grid) == len(made.kept) and len(made.kept_per_grid) == 6
+    assert sum(made.kept_per_pair) == len(made.kept) and len(made.kept_per_pair) == 6
 
 
-def test_patches_that_do_not_fit(model):
+def test_patches_that_do_not_fit_the_grids_are_refused(model):
     patches, thw = inputs((1, 4, 4))
     with pytest.raises(evoprune.UsageError, match="do not fit"):
         evoprune.encode(model, patches[:-4], thw)
@@ -71,7 +71,7 @@ def test_methods_that_act_on_frames_are_refused():
         evoprune.encode(None, torch.zeros(4, 1176), torch.tensor([[1, 2, 2]]), method="downscale")
 
 
-def test_methods_that_read_the_question_are_given_it_or_refused(model):
+def test_encode_gives_the_question_to_methods_that_read_it(model):
     patches, thw = inputs((2, 10, 14))
     with pytest.raises(evoprune.UsageError, match="cdpruner reads the question"):
         evoprune.encode(model, patches, thw, budget=0.25, method="cdpruner")
@@ -84,22 +84,22 @@ def test_seconds_of_each_video_reach_the_method(model):
     grids = [(4, 8, 12), (4, 8, 12)]
     patches, thw = inputs(*grids)
     patches[len(patches) // 2 :] = patches[: len(patches) // 2]
-    made = evoprune.encode(model, patches, thw, budget=0.1, seconds_per_grid=[0.5, 0.5])
-    alone = evoprune.encode(model, patches[: len(patches) // 2], thw[:1], budget=0.1, seconds_per_grid=0.5)
+    made = evoprune.encode(model, patches, thw, budget=0.1, seconds_per_pair=[0.5, 0.5])
+    alone = evoprune.encode(model, patches[: len(patches) // 2], thw[:1], budget=0.1, seconds_per_pair=0.5)
     assert torch.equal(made.kept[: len(alone.kept)], alone.kept)
     with pytest.raises(ValueError):
-        evoprune.encode(model, patches, thw, budget=0.1, seconds_per_grid=[0.5])
+        evoprune.encode(model, patches, thw, budget=0.1, seconds_per_pair=[0.5])
 
 
 def loaded_by_hand(name, question, clip=CLIP):
-    """A model as Hugging Face has it, and what its processor would make of a question about a clip; and the same for VideoQA."""
+    """For VideoQA a loaded model; for Hugging Face the same model, and its processor's inputs for a question about a clip."""
     loaded = load_model(name, dtype="fp32", pack=False)
     model, special = hugging_face_model(loaded.model), loaded.tokenizer.specials()
     model.config.video_token_id = special["<|video_pad|>"]
     model.config.image_token_id = special["<|image_pad|>"]
     model.generation_config.eos_token_id = list(loaded.eos_ids)
-    plan = evoprune.VideoQA(loaded, budget=1.0).encode(clip).plan
-    info = evoprune.VideoQA(loaded, budget=1.0).encode(clip).info
+    video = evoprune.VideoQA(loaded, budget=1.0).encode(clip)
+    plan, info = video.plan, video.info
     frames = np.concatenate([chunk.frames for chunk in read_frames(info, plan.sampling.times_s)])
     t, h, w = plan.grid
     ids = build_prompt(loaded.tokenizer, question, t * h * w).input_ids[None]
@@ -118,7 +118,7 @@ def loaded_by_hand(name, question, clip=CLIP):
     ("tiny", CLIP, "Describe the video."), ("tiny", LONG, "What happens?"), ("demo", CLIP, "What colour is the square?"),
     ("demo", LONG, "What happens?"),
 ])  # fmt: skip
-def test_the_same_answer_as_the_pipelines(saved, name, clip, question):
+def test_the_answer_is_that_of_video_qa(saved, name, clip, question):
     loaded, model, inputs = loaded_by_hand(str(saved) if name == "tiny" else name, question, clip)
     for budget in (1.0, 0.5, 0.1):
         expected = "".join(evoprune.VideoQA(loaded, budget=budget).encode(clip).ask(question, max_new_tokens=24))
@@ -129,7 +129,7 @@ def test_the_same_answer_as_the_pipelines(saved, name, clip, question):
 
 
 def state(model):
-    """All there is of a model that a caller could see."""
+    """All of a model that a caller can see."""
     return (
         {name: copy.copy(value) for name, value in vars(model).items()},
         {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()},
@@ -169,7 +169,7 @@ def test_nothing_is_left_behind(leaves):
     assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), expected)
 
 
-def test_an_error_inside_generate_leaves_it_pruning(model):
+def test_after_an_error_in_generate_the_model_still_prunes(model):
     prompt = processed(model, (5, ("video", 4, 8, 12), 7))
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         with pytest.raises(ZeroDivisionError):
@@ -177,7 +177,7 @@ def test_an_error_inside_generate_leaves_it_pruning(model):
         assert model(**prompt).logits.shape[1] == run.columns.places < prompt["input_ids"].shape[1]
 
 
-def test_what_was_there_before_comes_back(model):
+def test_a_forward_that_was_replaced_before_comes_back(model):
     """Accelerate and others put a `forward` of their own on a model."""
     stock, calls = model.forward, []
 
@@ -197,7 +197,7 @@ def test_what_was_there_before_comes_back(model):
         del model.forward
 
 
-def test_twice_is_refused(model):
+def test_pruning_a_model_twice_is_refused(model):
     with evoprune.EvoPrune(budget=0.5)(model) as run:
         for again in (lambda: evoprune.apply(model), lambda: evoprune.EvoPrune()(model).__enter__()):
             with pytest.raises(evoprune.UsageError, match="pruned already"):
@@ -217,7 +217,7 @@ def test_twice_is_refused(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: torch.save(model, io.BytesIO())])
-def test_copies_would_generate_with_the_original(model, copied):
+def test_copying_a_model_that_prunes_is_refused(model, copied):
     with evoprune.EvoPrune()(model), pytest.raises(evoprune.UsageError, match="copied or pickled"):
         copied(model)
 
@@ -245,7 +245,7 @@ def test_other_models_are_refused():
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
-def test_a_tower_that_is_built_otherwise_is_refused(family):
+def test_a_tower_with_another_activation_is_refused(family):
     model = tiny_model(family=family)
     model.model.visual.config.hidden_act = "gelu"
     with pytest.raises(evoprune.ModelError, match="cannot be run: activation gelu"):
@@ -274,7 +274,7 @@ def test_settings_are_checked_at_once(settings, message):
         evoprune.EvoPrune(**settings)
 
 
-def test_methods_that_read_the_question_are_refused(monkeypatch):
+def test_the_context_refuses_methods_that_read_the_question(monkeypatch):
     monkeypatch.setattr(Evs, "reads_question", True)
     with pytest.raises(evoprune.UsageError, match="reads the question"):
         evoprune.EvoPrune(method="evs")
@@ -283,7 +283,7 @@ def test_methods_that_read_the_question_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["evoprune-paper", "divprune", "pool", "evs-nofloor", "random", "none"])
-def test_every_method_that_works_on_patches(model, method):
+def test_methods_of_each_kind_prune_inside_generate(model, method):
     prompt = processed(model, (5, ("video", 4, 8, 12), 3, ("video", 2, 4, 4), 7))
     with evoprune.EvoPrune(budget=0.25, method=method)(model) as run:
         out = model.generate(**prompt, max_new_tokens=3, do_sample=False)
@@ -327,7 +327,7 @@ def test_what_cannot_be_pruned_is_refused(model, number, way):
         assert caught.value.hint and "\n" not in caught.value.message
 
 
-def test_more_that_a_call_by_hand_cannot_have(model):
+def test_arguments_for_columns_that_cannot_be_pruned_are_refused(model):
     prompt = processed(model, (5, ("video", 4, 8, 12), 7), (5, ("video", 4, 8, 12), 7))
     ids = prompt["input_ids"]
     with evoprune.EvoPrune(budget=0.25)(model), torch.no_grad():
@@ -340,7 +340,7 @@ def test_more_that_a_call_by_hand_cannot_have(model):
                 model(**prompt, **more)
 
 
-def test_what_cannot_go_on_from_a_pruned_prompt(model):
+def test_calls_that_cannot_go_on_from_a_pruned_prompt_are_refused(model):
     prompt = processed(model, (5, ("video", 4, 8, 12), 7), (4, ("video", 4, 8, 12), 7))
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
     text = {"input_ids": ids[:, :2], "attention_mask": mask}
@@ -363,7 +363,7 @@ def test_what_cannot_go_on_from_a_pruned_prompt(model):
             model(input_ids=ids[:, :2], past_key_values=cache)
 
 
-def test_report(model):
+def test_the_report_counts_tokens_rows_and_times(model):
     prompt = processed(model, (5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 2))
     with evoprune.EvoPrune(budget=0.25, method="evoprune", positions="qwen")(model) as run:
         assert run.report.pruning.visual_tokens_in is None
@@ -380,8 +380,8 @@ def test_report(model):
     assert report.sampling.grid_thw is None and report.env.transformers and report.model.dtype == "fp32"
 
 
-def test_the_readme(model):
-    """Its lines for a model that one already holds, as they stand there."""
+def test_the_readme_runs(model):
+    """Its code for a Hugging Face model, as it is printed there."""
     readme = Path(__file__).parents[2] / "README.md"
     blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.S | re.M)
     prompt = processed(model, (5, ("video", 4, 8, 12), 7))

@@ -1,7 +1,7 @@
-"""Somebody's own model, pruning: `generate` and `forward` on a processor's inputs, whatever is asked of them.
+"""`generate` and `forward` of a Hugging Face model that prunes, on a processor's inputs.
 
-What a shortened prompt gives is compared with the stock model on the whole prompt, in which the dropped columns are masked: to
-attention that is the same, and none of this project's bookkeeping takes part in it.
+What a pruned prompt gives is compared with the stock model on the whole prompt in which the dropped columns are masked. Attention
+sees the same in both, and the stock model uses none of this project's bookkeeping.
 """
 
 import copy
@@ -32,7 +32,7 @@ PROMPTS = {
     "two videos": [(5, ("video", 4, 8, 12), 3, ("video", 2, 4, 8), 7)],
     "picture and video": [(5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7, ("image", 4, 4), 1)],
     "batch": [(5, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 9, ("video", 1, 4, 4), 2)],
-    "long video": [(5, ("video", 8, 4, 4), 7)],  # more grids than units to a side
+    "long video": [(5, ("video", 8, 4, 4), 7)],  # more frame pairs than units in a row
     "batch with text and a picture": [(5, ("video", 4, 8, 12), 7), (12,), (3, ("image", 4, 8), 4)],
 }
 SETTINGS = {
@@ -53,15 +53,16 @@ SETTINGS = {
 ONE_ROW = ("assistant", "prompt lookup")
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+ONCE = {"method_args": {"count": "0"}}  # every token counts once
+BY_SIZE = {}  # a token counts by the size of its cluster
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     model = tiny_model(family=request.param)
-    # No padding id of a tokenizer stands at 0 here, where Hugging Face would not see it either.
-    model.generation_config.pad_token_id = 398
+    model.generation_config.pad_token_id = 398  # not 0, a token that would not be noticed as padding
     return model
-
-
-ONCE = {"method_args": {"count": "0"}}  # every token counts once, as in a model of whose columns some are masked
 
 
 def generated(model, inputs, **settings):
@@ -82,13 +83,13 @@ def encoded(model, inputs, budget, how=ONCE):
         inputs["pixel_values_videos"],
         inputs["video_grid_thw"],
         budget=budget,
-        seconds_per_grid=seconds_of(inputs),
+        seconds_per_pair=seconds_of(inputs),
         **how,
     )
 
 
 def seconds_of(inputs):
-    """Qwen2-VL is told of none."""
+    """Qwen2-VL's processor gives none."""
     seconds = inputs.get("second_per_grid_ts")
     return [1.0] * len(inputs["video_grid_thw"]) if seconds is None else seconds.tolist()
 
@@ -113,27 +114,33 @@ def masked(model, inputs, made):
     return call
 
 
-def counts_of(model, inputs, made):
-    """As how many columns each of the whole prompt counts."""
-    if made.counts is None:
+def sizes_of(model, inputs, made):
+    """The cluster size that attention assumes for each column of the whole prompt."""
+    if made.size is None:
         return None
     video = inputs["input_ids"] == model.config.video_token_id
-    units = torch.ones(len(made.owner)).index_copy(0, made.kept, made.counts)
+    units = torch.ones(len(made.owner)).index_copy(0, made.kept, made.size)
     return torch.ones(video.shape).masked_scatter(video, units)
 
 
-def cases():
-    for prompt, rows in PROMPTS.items():
-        yield prompt, "left", "greedy"
-        if len(rows) > 1:
-            yield prompt, "right", "greedy"
-    for settings in SETTINGS:
-        yield "one video", "left", settings
-        if settings not in ONE_ROW:
-            yield "batch", "left", settings
+def every_prompt(*families):
+    return [
+        (family, prompt, side, "greedy")
+        for family in families
+        for prompt, rows in PROMPTS.items()
+        for side in (("left", "right") if len(rows) > 1 else ("left",))
+    ]
 
 
-@pytest.mark.parametrize(("prompt", "side", "settings"), [*dict.fromkeys(cases())])
+def every_setting(prompt):
+    """The settings of `generate` interact with the padding of a batch, not with the family of the model."""
+    return [(FAMILIES[0], prompt, "left", name) for name in SETTINGS if prompt == "one video" or name not in ONE_ROW]
+
+
+CASES = ("model", "prompt", "side", "settings")
+
+
+@pytest.mark.parametrize(CASES, [*every_prompt(*FAMILIES), *every_setting("batch")], indirect=["model"])
 def test_full_budget_is_the_models_own(model, prompt, side, settings):
     inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]
     expected = generated(model, inputs, **settings)
@@ -142,23 +149,26 @@ def test_full_budget_is_the_models_own(model, prompt, side, settings):
     assert run.report.pruning.kept_ratio == 1
 
 
-@pytest.mark.parametrize("how", [ONCE, {}], ids=["once", "as often as the units"])
-@pytest.mark.parametrize(("prompt", "side", "settings"), [*dict.fromkeys(cases())])
+@pytest.mark.parametrize(
+    (*CASES, "how"),
+    [(*case, ONCE) for case in [*every_prompt(*FAMILIES), *every_setting("one video")]]
+    + [(*case, BY_SIZE) for case in [*every_prompt(FAMILIES[0]), *every_setting("batch")]],
+    indirect=["model"],
+)
 def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, side, settings, how):
     inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]
     made = encoded(model, inputs, 0.2, how)
-    with counting(model, counts_of(model, inputs, made)):
+    with counting(model, sizes_of(model, inputs, made)):
         expected = generated(model, masked(model, inputs, made), **settings)
     out, run = pruned(model, inputs, 0.2, how=how, **settings)
     assert torch.equal(out, expected)
-    assert torch.equal(
-        out[:: len(out) // len(inputs["input_ids"]), : inputs["input_ids"].shape[1]], inputs["input_ids"]
-    )
+    prompts = inputs["input_ids"]
+    assert torch.equal(out[:: len(out) // len(prompts), : prompts.shape[1]], prompts)
     assert run.report.pruning.visual_tokens_kept == len(made.kept) < len(made.owner)
 
 
-def test_nothing_that_is_pruned_is_read(model):
-    """The budget buys shorter prompts, not masks; also where a batch was padded."""
+def test_pruned_columns_are_not_computed(model):
+    """They are gone from the prompt, not masked; also where a batch is padded."""
     seen = []
     hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     inputs = processed(model, (5, ("video", 4, 8, 12), 7), (4, ("video", 2, 4, 4), 7), (3,))
@@ -171,15 +181,14 @@ def test_nothing_that_is_pruned_is_read(model):
     assert run.columns.index.shape == (3, 38)
 
 
-def test_what_is_padded_and_what_is_not_gives_the_same(model):
-    """Each prompt of a batch as if it were alone."""
+def test_a_prompt_in_a_padded_batch_gives_the_same_as_alone(model):
     rows = PROMPTS["batch"]
     for budget in (1.0, 0.2):
         inputs = processed(model, *rows)
         out, _ = pruned(model, inputs, budget)
         first = 0
-        for row, parts in enumerate(rows):
-            videos = sum(isinstance(part, tuple) for part in parts)
+        for row, pieces in enumerate(rows):
+            videos = sum(isinstance(piece, tuple) for piece in pieces)
             patches = inputs["video_grid_thw"].prod(-1)
             start, size = int(patches[:first].sum()), int(patches[first : first + videos].sum())
             used = inputs["attention_mask"][row].bool()
@@ -198,8 +207,8 @@ def test_what_is_padded_and_what_is_not_gives_the_same(model):
 
 @pytest.mark.parametrize("left_out", ["mm_token_type_ids", "second_per_grid_ts", "attention_mask"])
 @pytest.mark.parametrize("prompt", ["one video", "batch"])
-def test_inputs_of_other_processors(model, prompt, left_out):
-    """Older ones have no token types, some no seconds; who has no mask leaves it to the model."""
+def test_inputs_without_types_seconds_or_mask_are_accepted(model, prompt, left_out):
+    """Older ones give no token types, some no seconds; without a mask the model makes its own."""
     inputs = processed(model, *PROMPTS[prompt])
     inputs.pop(left_out, None)
     assert torch.equal(pruned(model, inputs, 1.0)[0], generated(model, inputs))
@@ -207,7 +216,7 @@ def test_inputs_of_other_processors(model, prompt, left_out):
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.2])
-def test_the_least_length_counts_the_whole_prompt(model, budget):
+def test_min_length_counts_the_whole_prompt(model, budget):
     """A model that wants to end at once, as soon as it may."""
     inputs = processed(model, *ONE)
     length = inputs["input_ids"].shape[1]
@@ -219,7 +228,7 @@ def test_the_least_length_counts_the_whole_prompt(model, budget):
         assert out.shape[1] == max(length, least) + 1
 
 
-def test_no_mask_is_made_of_padding_that_is_an_end(model):
+def test_padding_that_is_an_end_token_is_not_masked(model):
     inputs = processed(model, *PROMPTS["batch"])
     del inputs["attention_mask"]
     for end in ({"eos_token_id": [398, 2]}, {"pad_token_id": None, "eos_token_id": 398}, {"pad_token_id": 3}):
@@ -251,7 +260,7 @@ def test_positions_that_are_given_are_taken(model, rows):
     assert torch.equal(out, generated(model, expected)) and run.report.pruning.positions == "given"
 
 
-def test_all_that_generate_returns(model):
+def test_scores_and_logits_of_generate_are_the_same(model):
     inputs = processed(model, *PROMPTS["batch"])
     wish = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "num_beams": 2}
     expected = generated(model, masked(model, inputs, encoded(model, inputs, 0.3)), **wish)
@@ -280,7 +289,7 @@ class Seen(LogitsProcessor, StoppingCriteria):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_whoever_is_shown_ids_sees_the_whole_prompt(model, beams):
+def test_processors_and_criteria_see_the_ids_of_the_whole_prompt(model, beams):
     inputs, seen = processed(model, *PROMPTS["batch"]), [Seen() for _ in range(3)]
     settings = {
         "logits_processor": LogitsProcessorList([seen[0]]),
@@ -312,26 +321,26 @@ def test_a_streamer_gets_the_whole_prompt_and_then_tokens(model):
 
 
 @pytest.mark.parametrize("prompt", ["one video", "batch", "long video"])
-def test_qwens_positions(model, prompt):
+def test_qwens_positions_are_those_counted_by_hand(model, prompt):
     """The same on the whole prompt, at positions counted by hand."""
     inputs = processed(model, *PROMPTS[prompt], seconds=9.0)
     made = encoded(model, inputs, 0.3)
     call = masked(model, inputs, made)
-    timed = "second_per_grid_ts" in inputs  # Qwen2-VL counts grids
+    timed = "second_per_grid_ts" in inputs  # Qwen2-VL counts frame pairs
     steps = [seconds * 2 if timed else 1 for seconds in seconds_of(inputs)]
     grids, first = inputs["video_grid_thw"].tolist(), 0
-    for row, parts in enumerate(PROMPTS[prompt]):
+    for row, pieces in enumerate(PROMPTS[prompt]):
         at, column = 0, int((inputs["attention_mask"][row] == 0).sum())
-        for part in parts:
-            if isinstance(part, int):
-                call["position_ids"][1:, row, column : column + part] = torch.arange(at, at + part)
-                at, column = at + part, column + part
+        for piece in pieces:
+            if isinstance(piece, int):
+                call["position_ids"][1:, row, column : column + piece] = torch.arange(at, at + piece)
+                at, column = at + piece, column + piece
                 continue
             call["position_ids"][1:, row, column] = at
             t, h, w = grids[first]
             for unit in range(t * h * w // 4):
-                grid, place = divmod(unit, h * w // 4)
-                where = (int(grid * steps[first]), place // (w // 2), place % (w // 2))
+                pair, place = divmod(unit, h * w // 4)
+                where = (int(pair * steps[first]), place // (w // 2), place % (w // 2))
                 call["position_ids"][1:, row, column + 1 + unit] = torch.tensor(where) + at + 1
             at += 1 + max(int((t - 1) * steps[first]) + 1, h // 2, w // 2)
             column += t * h * w // 4 + 1
@@ -343,13 +352,12 @@ def test_qwens_positions(model, prompt):
     for positions in ("host", "qwen"):
         with evoprune.EvoPrune(budget=0.3, positions=positions, **ONCE)(model), torch.no_grad():
             logits.append(model(**inputs).logits[:, -1])
-    # Without a clock the two rules part only where a video has more grids than units to a side.
+    # Without a clock the two rules differ only where a video has more frame pairs than units in a row.
     assert torch.equal(*logits) == (not timed and prompt != "long video")
 
 
 @pytest.mark.parametrize("positions", ["host", "qwen"])
-def test_a_clock_for_a_model_that_has_none(positions):
-    """It is for the method alone then: Qwen2-VL's positions do not know of it."""
+def test_seconds_for_a_model_without_a_clock_reach_the_method_alone(positions):
     model = tiny_model(family="qwen2_vl")
     inputs = processed(model, *ONE)
     seconds = {"second_per_grid_ts": torch.tensor([0.25])}
@@ -369,7 +377,7 @@ def talk(model, inputs, further, **settings):
     return first, ids, mask
 
 
-@pytest.mark.parametrize("prompt", ["one video", "batch", "picture and video"])
+@pytest.mark.parametrize("prompt", ["batch", "picture and video"])
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
     inputs, further = processed(model, *PROMPTS[prompt]), torch.arange(10, 16)
@@ -400,8 +408,8 @@ def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
         assert torch.equal(stock, expected)
 
 
-def test_many_questions_to_one_prefix(model):
-    """A prompt is read once, up to the question; copies of its cache, and one that was cut back, answer like fresh prompts."""
+def test_one_cached_prefix_answers_many_questions(model):
+    """A prompt is read once, up to the question. Copies of its cache, and one that was cut back, answer like fresh prompts."""
     inputs = processed(model, (5, ("video", 4, 8, 12), 1))
     with evoprune.EvoPrune(budget=0.2)(model), torch.no_grad():
         prefix = model(**inputs, past_key_values=DynamicCache(config=model.config.text_config)).past_key_values
@@ -419,8 +427,8 @@ def test_many_questions_to_one_prefix(model):
             used.crop(prefix.get_seq_length() - used.get_seq_length())
 
 
-def test_a_cache_that_is_cut_inside_the_prompt(model):
-    """Back to before the last words, which can be said again, or others; or to before the video."""
+def test_a_cache_that_is_cut_inside_the_prompt_can_go_on(model):
+    """Before the last words, which are given again, or others instead; or before the video."""
     inputs = processed(model, (5, ("video", 4, 8, 12), 7))
     ids = inputs["input_ids"]
     with evoprune.EvoPrune(budget=0.2)(model), torch.no_grad():
@@ -440,7 +448,7 @@ def test_a_cache_that_is_cut_inside_the_prompt(model):
         assert torch.equal(generated(model, text, past_key_values=cache), generated(model, text))
 
 
-def test_a_cache_that_was_emptied_knows_nothing(model):
+def test_a_cache_that_was_emptied_starts_anew(model):
     inputs = processed(model, *ONE)
     text = {"input_ids": torch.arange(10, 30)[None], "attention_mask": torch.ones(1, 20, dtype=torch.int64)}
     cache = StaticCache(model.config.text_config, max_cache_len=200)
@@ -473,7 +481,7 @@ def whole_mask(inputs, step):
 
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 @pytest.mark.parametrize("prompt", ["one video", "batch"])
-def test_a_loop_by_hand(model, prompt, budget):
+def test_decoding_by_hand_is_the_same(model, prompt, budget):
     inputs = processed(model, *PROMPTS[prompt])
     call = masked(model, inputs, encoded(model, inputs, budget))
     delta = model.model.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel")})[1]
@@ -494,9 +502,9 @@ def test_a_loop_by_hand(model, prompt, budget):
             assert torch.equal(loop(model, inputs), expected)
 
 
-@pytest.mark.parametrize("prompt", ["one video", "batch", "picture and video"])
+@pytest.mark.parametrize("prompt", ["batch", "picture and video"])
 @pytest.mark.parametrize("budget", [1.0, 0.2])
-def test_logits_and_loss_of_a_call(model, prompt, budget):
+def test_a_call_returns_logits_and_loss_of_the_columns_left(model, prompt, budget):
     inputs = processed(model, *PROMPTS[prompt], side="right")
     labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
     labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
@@ -523,7 +531,7 @@ def test_logits_and_loss_of_a_call(model, prompt, budget):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_the_language_model(checkpointing):
+def test_the_language_model_can_be_trained(checkpointing):
     model = tiny_model().train()
     model.model.visual.requires_grad_(False)
     if checkpointing:

@@ -1,4 +1,4 @@
-"""What evoprune/host.py relies on, held against the transformers that is installed.
+"""What evoprune/huggingface/interface.py relies on, checked against the installed transformers.
 
 Where this fails, a release has changed something: read the new code before changing the line that fails here.
 """
@@ -27,7 +27,7 @@ GENERATE = [
     "self", "inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
     "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "kwargs",
 ]  # fmt: skip
-# Qwen2-VL's have what Qwen2.5-VL's have, but for the seconds.
+# Qwen2-VL's have the parameters of Qwen2.5-VL's, except the seconds.
 QWEN2_VL = {
     Qwen2_5_VLForConditionalGeneration.forward: Qwen2VLForConditionalGeneration.forward,
     Qwen2_5_VLForConditionalGeneration.generate: Qwen2VLForConditionalGeneration.generate,
@@ -63,25 +63,25 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
-def test_signatures(function):
+def test_signatures_are_the_known_ones(function):
     assert list(inspect.signature(function).parameters) == SIGNATURES[function]
 
 
 @pytest.mark.parametrize("function", QWEN2_VL, ids=lambda function: function.__qualname__)
-def test_signatures_of_qwen2_vl(function):
+def test_signatures_of_qwen2_vl_differ_in_the_seconds(function):
     given = set(inspect.signature(QWEN2_VL[function]).parameters)
     assert given == set(SIGNATURES[function]) - {"second_per_grid_ts"}
 
 
 def test_every_argument_for_vision_is_known():
-    """One that came with a release would reach the model beside what was encoded here."""
+    """A new one would reach the model beside what was encoded here."""
     vision = [name for name in FORWARD if name.startswith(("pixel", "image", "video", "second"))]
     assert sorted(vision) == sorted(interface.VISION_INPUTS)
     assert {interface.ENCODED, *interface.PER_COLUMN} < set(FORWARD)
 
 
-def test_generate_goes_by_what_is_encoded_already():
-    """Features that are not as many as the grids say, and positions in four rows, are taken as they are."""
+def test_generate_takes_encoded_videos_and_positions_as_they_are():
+    """Also fewer features than video_grid_thw says, and positions in four rows."""
     model = tiny_model()
     inputs = processed(model, (5, ("video", 1, 4, 4), 3))
     seen = []
@@ -97,7 +97,7 @@ def test_generate_goes_by_what_is_encoded_already():
     assert seen[1]["position_ids"].flatten().tolist() == [12, 12, 24, 36]
 
 
-def test_a_generation_setting_is_found_where_generate_finds_it():
+def test_generation_settings_have_generates_precedence():
     model = tiny_model()
     model.generation_config.max_length, model.generation_config.pad_token_id = 50, None
     model.generation_config.eos_token_id = [7, 8]
@@ -109,7 +109,7 @@ def test_a_generation_setting_is_found_where_generate_finds_it():
     assert interface.pad_id(model, {}) == 7 and interface.pad_id(model, {"pad_token_id": 3}) == 3
 
 
-def test_attention_is_called_by_these_names():
+def test_attention_is_called_with_these_arguments():
     model, seen = tiny_model(), []
     layers = interface.attention_layers(model)
     hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call), with_kwargs=True) for layer in layers]
@@ -125,14 +125,14 @@ def test_attention_is_called_by_these_names():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_adds_a_mask_of_numbers(attention):
-    """A column that counts twice is one that stands there twice; and when all is done no hook is left."""
+    """A column of size two is the same as two equal columns; and no hook is left afterwards."""
     model = tiny_model()
     model.set_attn_implementation(attention)
     assert interface.takes_numbers(model)
     embeds = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
     twice, at = embeds[:, [0, 1, 1, 2, 3]], torch.tensor([0, 1, 1, 2, 3])
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
-    seen[1, 2] = True  # the two see each other, as each sees itself as often as it counts
+    seen[1, 2] = True  # the two see each other, as a column of size two sees itself twice
     mask = torch.zeros(5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
     with torch.no_grad():
         expected = model.model.language_model(

@@ -12,16 +12,16 @@ def clip(grid: tuple[int, int, int], changed: torch.Tensor, seed: int = 0, drift
     """
     t, h, w = grid
     random = torch.Generator().manual_seed(seed)
-    now, grids = torch.zeros(h * w, 4, PATCH_WIDTH), []
-    for g in range(t):
-        new = changed[g] if g else torch.ones(h * w, dtype=torch.bool)
+    now, pairs = torch.zeros(h * w, 4, PATCH_WIDTH), []
+    for pair in range(t):
+        new = changed[pair] if pair else torch.ones(h * w, dtype=torch.bool)
         now = torch.where(new[:, None, None], torch.randn(now.shape, generator=random), now)
-        grids.append(now + drift * torch.randn(now.shape, generator=random) * ~new[:, None, None])
-    return torch.stack(grids).view(-1, PATCH_WIDTH)
+        pairs.append(now + drift * torch.randn(now.shape, generator=random) * ~new[:, None, None])
+    return torch.stack(pairs).view(-1, PATCH_WIDTH)
 
 
 def changes(grid: tuple[int, int, int], share: float, seed: int = 0) -> torch.Tensor:
-    """bool `[T, H*W]`: all of the first grid, about `share` of the others."""
+    """bool `[T, H*W]`: all of the first frame pair, about `share` of the others."""
     t, h, w = grid
     made = torch.rand(t, h * w, generator=torch.Generator().manual_seed(seed)) < share
     made[0] = True

@@ -1,13 +1,15 @@
-"""The encoder's GPU route on a CPU: what it is given there, imitated, and whatever would make the host wait, forbidden."""
+"""The encoder's GPU route on a CPU: static shapes, an imitated kernel, and an error wherever the host would wait."""
 
 from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.methods import evoprune
-from evoprune.methods.base import Selection
-from evoprune.vision import attention, chunks, devices, encoder
+from evoprune.methods.evoprune import FarthestPoints
+from evoprune.pruning.types import Selection
+from evoprune.vision import attention, chunks, devices, encoder, rows
+from tests.vision.results import assert_same, check_result, encode_patches
+from tests.vision.tower import tiny_tower
 
 # Operators whose result has a shape that depends on values, or is itself read by the host. On CUDA they wait for the device.
 WAITING = {
@@ -39,7 +41,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
-    """What `torch.nn.attention.varlen.varlen_attn` promises, and what flash kernels insist on."""
+    """What `torch.nn.attention.varlen.varlen_attn` computes, and the checks that flash kernels make."""
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and k.shape == v.shape
     assert ends_q.dtype == ends_k.dtype == torch.int32 and ends_q.is_contiguous() and ends_k.is_contiguous()
     assert all(x.stride(-1) == 1 for x in (q, k, v)) and ends_q.shape == ends_k.shape
@@ -47,17 +49,17 @@ def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
     assert ends_q[0] == ends_k[0] == 0 and ends_q[-1] == len(q) and ends_k[-1] <= len(k)
     out = torch.zeros_like(q)
     for g in range(len(ends_q) - 1):
-        asks, seen = slice(*ends_q[g : g + 2]), slice(*ends_k[g : g + 2])
-        assert 0 <= asks.stop - asks.start <= longest_q and 0 <= seen.stop - seen.start <= longest_k
-        scores = torch.einsum("qhd,khd->hqk", q[asks].double(), k[seen].double()) * scale
-        out[asks] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[seen].double()).to(q.dtype)
+        queries, keys = slice(*ends_q[g : g + 2]), slice(*ends_k[g : g + 2])
+        assert 0 <= queries.stop - queries.start <= longest_q and 0 <= keys.stop - keys.start <= longest_k
+        scores = torch.einsum("qhd,khd->hqk", q[queries].double(), k[keys].double()) * scale
+        out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys].double()).to(q.dtype)
     return out
 
 
 def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
-    """From now on the encoder treats the CPU as a GPU, with or without the kernel; what is returned is to be entered around it.
+    """From now on the encoder treats the CPU as a GPU, with or without the kernel; enter the result around it.
 
-    What may wait, or is the CPU's work anyway: comparing pixels, choosing rows and tokens, and what is looked at then.
+    What may wait, or is the CPU's work anyway: comparing pixels, selecting rows and tokens, and reading the checks at the end.
     """
     mode = NoWaiting()
 
@@ -71,17 +73,26 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     by_hand = pausing(varlen_by_hand)
     monkeypatch.setattr(devices, "static_shapes", lambda device: True)
     for where, name in (
-        (encoder, "_settled"),
-        (encoder, "_all"),
+        (rows.EncodedRows, "finish"),
         (chunks, "scan"),
         (chunks, "_rows_of"),
         (chunks.Chunk, "layout"),
-        (evoprune, "choose_units"),
-        (evoprune.EvoPrune, "narrow"),
-        (evoprune, "nearest_chosen"),
-        (evoprune, "points_and_salience"),
+        (encoder._Run, "selected"),
+        (FarthestPoints, "select"),
         (Selection, "features"),
     ):
         monkeypatch.setattr(where, name, pausing(getattr(where, name)))
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)
     return mode
+
+
+def assert_same_on_a_gpu(
+    monkeypatch, patches, grid, method, keep, kernel, full_layers=(1, 3), chunk_units=10**6
+) -> None:
+    """Encodes a video both ways and compares; raises where the host would wait for a GPU."""
+    how = {"visual": tiny_tower(full_layers), "chunk_units": chunk_units}
+    expected = encode_patches(patches, grid, method, keep, **how)
+    with monkeypatch.context() as patch, take_gpu_route(patch, kernel):
+        made = encode_patches(patches, grid, method, keep, **how)
+    assert_same(made, expected, atol=1e-4)
+    check_result(made, grid, whole_clip=not method.merger)

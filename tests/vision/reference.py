@@ -1,8 +1,7 @@
 """The pruned encoder once more, slowly: Python loops over rows and groups, dense mathematics in float64.
 
-Written from what the docstrings of the encoder and of the method promise; shares nothing with them but the row counts of the
-schedule, which rows a method chooses inside the tower, and the module's weights. All grids are encoded at once, whatever refers to
-whatever: no chunks, nothing carried.
+Written from what the docstrings of the encoder and of the methods promise. It shares with them only the plan's row counts, the
+selector, and the weights. All frame pairs are encoded at once: no chunks, nothing carried from one to the next.
 """
 
 import math
@@ -13,17 +12,16 @@ from functools import cache
 
 import torch
 
-from evoprune.methods.base import Tokens
-from evoprune.pruning.budget import spread
-from evoprune.pruning.schedule import TowerShape
+from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.types import Tokens
 from evoprune.vision.layout import Geometry, geometry
 from tests.vision.tower import group_key, place_key
 
 
 @dataclass
 class Row:
-    home: int
-    units: list[int]  # all that it owns, of its own block and of later ones
+    unit: int  # whose place it has
+    units: list[int]  # all that it represents
     x: torch.Tensor  # [4, hidden]
     q: torch.Tensor | None = None  # [4, heads, d], as are k, v and the keys before rotary
     k: torch.Tensor | None = None
@@ -35,84 +33,86 @@ class Row:
 
 @torch.no_grad()
 def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[list[int], list[int], torch.Tensor]:
-    """Homes of the rows that are left, ascending; which of them stands for each unit; and their tokens `[R, D]`.
+    """The units whose places the last rows have, ascending; the row that represents each unit; and the rows' tokens `[R, D]`.
 
     Args:
-        changed: bool `[T, H*W]`, which units differ from what was last encoded in their place; None for all. The first grid's do.
+        changed: bool `[T, H*W]`, which units differ from what was last encoded at their place; None for all. Those of the first
+            frame pair do.
     """
-    count, height, width = grid
-    geo = geometry(height, width, 4)
-    tower = TowerShape(len(visual.blocks), tuple(visual.fullatt_block_indexes))
-    embedding = visual.patch_embed.proj.weight.double().flatten(1)
-    pixels = patches.double().view(count * geo.units, 4, -1)
-    newest: dict[int, Row] = {}  # of each place
-    rows = []
-    for unit in range(count * geo.units):
-        g, place = divmod(unit, geo.units)
-        if changed is None or changed[g, place]:
-            newest[place] = Row(unit, [], pixels[unit] @ embedding.T)
-            rows.append(newest[place])
-        newest[place].units.append(unit)
-    rows.sort(key=lambda row: place_key(geo, row.home))
-    plans = []
-    for first in range(0, count, method.block):
-        grids = min(method.block, count - first)
-        live = sum(first <= row.home // geo.units < first + grids for row in rows)
-        due = max(1, sum(spread(keep, count)[first : first + grids]))
-        left = min(live, method.allowance(grids * geo.units, due))
-        plans.append(method.rows(tower, live, grids * geo.windows, left))
-    early = (
-        method.narrows_after(tower, keep / (count * geo.units)) if method.prunes(keep / (count * geo.units)) else None
-    )
+    geo, total = geometry(*grid[1:]), math.prod(grid)
+    full = tuple(visual.fullatt_block_indexes)
+    plan = method.plan(TowerShape(len(visual.blocks), full), grid, keep)
+    rows = embedded(visual, patches, geo, total, changed)
     for layer, block in enumerate(visual.blocks):
-        if layer == early:
-            rows, plans = narrowed(block, rows, geo, grid, method, keep), []
-        scope = "grid" if layer in visual.fullatt_block_indexes else "window"
+        if layer == plan.select_after:
+            rows = selected(block, rows, geo, grid, method, keep)
+        scope = "pair" if layer in full else "window"
         run_layer(block, rows, geo, scope, method)
-        for row in rows:
-            by = {"keys": row.plain, "keys_rotary": row.k}.get(method.features)
-            row.feature = row.x.flatten() if by is None else by.mean(1).flatten()
-        for b, plan in enumerate(plans):
-            inside = [row for row in rows if block_of(geo, row.home, method) == b]
-            if len(inside) > plan[layer]:
-                groups: dict[tuple, list[Row]] = {}
-                for row in inside:
-                    windows = scope == "window" and method.windows and method.block == 1
-                    groups.setdefault(group_key(geo, row.home, "window") if windows else (), []).append(row)
-                left = largest_remainder([len(group) for group in groups.values()], plan[layer])
-                for group, wanted in zip(groups.values(), left, strict=True):
-                    merged = reduce_group(group, wanted, method, geo)
-                    rows = [row for row in rows if all(row is not old for old in group)] + merged
-        rows.sort(key=lambda row: place_key(geo, row.home))
-    rows.sort(key=lambda row: row.home)
-    owner = [next(i for i, row in enumerate(rows) if unit in row.units) for unit in range(count * geo.units)]
+        if plan.merged:
+            rows = merged(rows, geo, scope, method, [left[layer] for left in plan.merged])
+    rows.sort(key=lambda row: row.unit)
+    owner = owners(rows, total)
     first, second = visual.merger.mlp[0], visual.merger.mlp[2]
     tokens = []
     for row in rows:
         hidden = linear(first, rms_norm(visual.merger.ln_q, row.x).flatten())
         tokens.append(linear(second, hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))))
-    return [row.home for row in rows], owner, torch.stack(tokens)
+    return [row.unit for row in rows], owner, torch.stack(tokens)
 
 
-def narrowed(block, rows: list[Row], geo: Geometry, grid, method, keep) -> list[Row]:
-    """The rows that the method chooses, each the mean over the units that it then stands for; all if it chooses none."""
-    rows = sorted(rows, key=lambda row: row.home)
-    units = range(grid[0] * geo.units)
-    owner = torch.tensor([next(i for i, row in enumerate(rows) if unit in row.units) for unit in units])
-    seen = torch.stack([rms_norm(block.norm1, row.x).flatten() for row in rows])
-    chosen = method.narrow(Tokens(seen, owner, grid, 1.0, 0), keep)
-    if chosen is not None:
+def embedded(visual, patches, geo: Geometry, total: int, changed: torch.Tensor | None = None) -> list[Row]:
+    """A row for each unit that is encoded, in window order; it represents its place until the place is encoded again."""
+    embedding = visual.patch_embed.proj.weight.double().flatten(1)
+    pixels = patches.double().view(total, 4, -1)
+    latest: dict[int, Row] = {}  # of each place
+    rows = []
+    for unit in range(total):
+        pair, place = divmod(unit, geo.units)
+        if changed is None or changed[pair, place]:
+            latest[place] = Row(unit, [], pixels[unit] @ embedding.T)
+            rows.append(latest[place])
+        latest[place].units.append(unit)
+    return sorted(rows, key=lambda row: place_key(geo, row.unit))
+
+
+def owners(rows: list[Row], total: int) -> list[int]:
+    return [next(i for i, row in enumerate(rows) if unit in row.units) for unit in range(total)]
+
+
+def selected(block, rows: list[Row], geo: Geometry, grid, method, keep) -> list[Row]:
+    """The rows that the method selects, each the mean over its cluster; all of a clip that stands still and is kept whole."""
+    rows = sorted(rows, key=lambda row: row.unit)
+    units = range(math.prod(grid))
+    owner = owners(rows, len(units))
+    if keep < len(rows) or any(owner[unit] != owner[unit % geo.units] for unit in units):
+        seen = torch.stack([rms_norm(block.norm1, row.x).flatten() for row in rows])
+        found = method.selector.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
         made = []
-        for k, home in enumerate(chosen.kept.tolist()):
-            stands = [unit for unit in units if chosen.owner[unit] == k]
-            shown = stands if method.average else [home]
-            made.append(Row(home, stands, sum(rows[owner[unit]].x for unit in shown) / len(shown)))
+        for k, unit in enumerate(found.kept.tolist()):
+            cluster = [other for other in units if found.owner[other] == k]
+            mean_of = cluster if method.average else [unit]
+            made.append(Row(unit, cluster, sum(rows[owner[other]].x for other in mean_of) / len(mean_of)))
         rows = made
-    return sorted(rows, key=lambda row: place_key(geo, row.home))
+    return sorted(rows, key=lambda row: place_key(geo, row.unit))
 
 
-def block_of(geo: Geometry, unit: int, method) -> int:
-    return unit // geo.units // method.block
+def merged(rows: list[Row], geo: Geometry, scope: str, method, left: list[int]) -> list[Row]:
+    """The rows after a layer's merging; `left`: of each frame pair."""
+    result = []
+    for row in rows:
+        by = {"keys": row.plain, "keys_rotary": row.k}.get(method.features)
+        row.feature = row.x.flatten() if by is None else by.mean(1).flatten()
+    for pair, wanted in enumerate(left):
+        groups: dict[tuple, list[Row]] = {}
+        for row in rows:
+            if row.unit // geo.units == pair:
+                groups.setdefault(group_key(geo, row.unit, scope), []).append(row)
+        counts = largest_remainder([len(group) for group in groups.values()], wanted)
+        for group, few in zip(groups.values(), counts, strict=True):
+            while len(group) > few:
+                group = one_round(group, len(group) - few, method, geo)
+            result += group
+    return sorted(result, key=lambda row: place_key(geo, row.unit))
 
 
 def linear(module, x: torch.Tensor) -> torch.Tensor:
@@ -133,39 +133,36 @@ def angles(geo: Geometry, place: int, d: int) -> torch.Tensor:
     return torch.tensor([[[row * s for s in speeds] + [column * s for s in speeds]] for row, column in at]).double()
 
 
-def rotate(x: torch.Tensor, geo: Geometry, home: int) -> torch.Tensor:
+def rotate(x: torch.Tensor, geo: Geometry, unit: int) -> torch.Tensor:
     """Rotary embedding of `[4, heads, d]` as a product of complex numbers: pair i is made of entries i and i + d / 2."""
     a, b = x.chunk(2, dim=-1)
-    turn = angles(geo, home % geo.units, x.shape[-1])
+    turn = angles(geo, unit % geo.units, x.shape[-1])
     turned = torch.complex(a, b) * torch.polar(torch.ones_like(turn), turn)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
 def run_layer(block, rows: list[Row], geo: Geometry, scope: str, method) -> None:
-    """One layer of the tower; leaves queries, keys and the attention received in the rows.
-
-    What later blocks attend to is not known when a block is encoded, so a row receives attention from its own block alone.
-    """
-    heads = block.attn.num_heads
+    """One layer of the tower; leaves queries, keys and the attention received from the own frame pair in the rows."""
+    heads, size_bias = block.attn.num_heads, not method.merger or method.merger.size_bias
     for row in rows:
         qkv = linear(block.attn.qkv, rms_norm(block.norm1, row.x)).view(4, 3, heads, -1)
         row.plain, row.v = qkv[:, 1], qkv[:, 2]
-        row.q, row.k = rotate(qkv[:, 0], geo, row.home), rotate(qkv[:, 1], geo, row.home)
+        row.q, row.k = rotate(qkv[:, 0], geo, row.unit), rotate(qkv[:, 1], geo, row.unit)
         row.attention = 0.0
     answers = []
     owned = [Counter(group_key(geo, unit, scope) for unit in row.units) for row in rows]
-    for name in sorted({group_key(geo, row.home, scope) for row in rows}):
-        asking = [row for row in rows if group_key(geo, row.home, scope) == name]
+    for name in sorted({group_key(geo, row.unit, scope) for row in rows}):
+        asking = [row for row in rows if group_key(geo, row.unit, scope) == name]
         held = [(row, units[name]) for row, units in zip(rows, owned, strict=True) if units[name]]
         keys = torch.stack([row.k for row, _ in held])
         values = torch.stack([row.v for row, _ in held])
-        bias = torch.tensor([math.log(times) if method.size_bias else 0.0 for _, times in held], dtype=torch.float64)
+        bias = torch.tensor([math.log(times) if size_bias else 0.0 for _, times in held], dtype=torch.float64)
         for row in asking:
             scores = torch.einsum("phd,kshd->phks", row.q, keys) / math.sqrt(row.q.shape[-1]) + bias[:, None]
             share = scores.flatten(2).softmax(-1).view(scores.shape)
             answers.append((row, torch.einsum("phks,kshd->phd", share, values)))
             for (seen, _), got in zip(held, share.sum((0, 1, 3)) / (4 * heads * len(asking)), strict=True):
-                if block_of(geo, seen.home, method) == block_of(geo, asking[0].home, method):
+                if seen.unit // geo.units == asking[0].unit // geo.units:
                     seen.attention += float(got)
     for row, answer in answers:
         row.x = row.x + linear(block.attn.proj, answer.flatten(1))
@@ -190,25 +187,13 @@ def largest_remainder(sizes: list[int], total: int) -> list[int]:
     return counts
 
 
-def reduce_group(rows: list[Row], wanted: int, method, geo: Geometry) -> list[Row]:
-    """Rounds of bipartite merging until `wanted` rows are left."""
-    while len(rows) > wanted:
-        rows = one_round(rows, len(rows) - wanted, method, geo)
-    return rows
-
-
-def settled(value: float) -> float:
+def rounded(value: float) -> float:
     """Differences below 1/16384 do not count."""
     return round(value * 16384) / 16384
 
 
-def dark_place(unit: int, method, geo: Geometry) -> bool:
-    """The colour of a place on a checkerboard that is turned round in every second grid of a block."""
-    grid, place = divmod(unit, geo.units)
-    return (sum(divmod(place, geo.width)) + grid % method.block) % 2 == 1
-
-
 def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
+    """Bipartite merging: the best pairs of every second row with one of the others."""
     n = len(rows)
     unit = torch.stack([row.feature / row.feature.norm() for row in rows])
     cos = (unit @ unit.T).tolist()
@@ -217,36 +202,29 @@ def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
         nearest = sorted((cos[i][j] for j in range(n) if j != i), reverse=True)[: method.neighbours]
         density.append(sum(nearest) / len(nearest))
     top = max(row.attention for row in rows)
-    attention = [settled(row.attention / top) for row in rows]
+    attention = [rounded(row.attention / top) for row in rows]
 
     def score(i: int, j: int) -> float:
         lone = max(1 - density[i], 1 - density[j])
-        return settled(cos[i][j] - method.diversity * lone - method.attention * max(attention[i], attention[j]))
+        return rounded(cos[i][j] - method.diversity * lone - method.attention * max(attention[i], attention[j]))
 
-    sources = [i for i in range(n) if i % 2 == 1]
-    if method.split == "checkerboard":
-        dark = [i for i in range(n) if dark_place(rows[i].home, method, geo)]
-        if 0 < len(dark) < n:
-            sources = dark
-    destinations = [j for j in range(n) if j not in sources]
+    sources, destinations = range(1, n, 2), range(0, n, 2)
     best = {i: max(destinations, key=lambda j: (score(i, j), -j)) for i in sources}
     ranked = sorted(range(n), key=lambda i: (-attention[i], i))
     critical = ranked[: math.ceil(n * Fraction(str(method.critical)))]
     order = sorted(sources, key=lambda i: (i in critical, -score(i, best[i]), i))
-    parties = {j: [j] for j in destinations} | {i: [i] for i in order[remove:]}
+    clusters = {j: [j] for j in destinations} | {i: [i] for i in order[remove:]}
     for i in order[:remove]:
-        parties[best[i]].append(i)
+        clusters[best[i]].append(i)
     left = []
-    for stays, party in parties.items():
-        if len(party) == 1:
+    for stays, cluster in clusters.items():
+        if len(cluster) == 1:
             left.append(rows[stays])
             continue
-        at = min(party, key=lambda i: (-attention[i], i)) if method.survivor == "attended" else stays
-        own = block_of(geo, rows[at].home, method)
-        size = [sum(block_of(geo, unit, method) == own for unit in rows[i].units) for i in party]
-        row = Row(rows[at].home, [unit for i in party for unit in rows[i].units], rows[at].x)
-        row.x = sum(s * rows[i].x for s, i in zip(size, party, strict=True)) / sum(size)
-        row.feature = sum(s * rows[i].feature for s, i in zip(size, party, strict=True)) / sum(size)
-        row.attention = sum(rows[i].attention for i in party)
+        size = [len(rows[i].units) for i in cluster]
+        row = Row(rows[stays].unit, [unit for i in cluster for unit in rows[i].units], rows[stays].x)
+        row.x = sum(s * rows[i].x for s, i in zip(size, cluster, strict=True)) / sum(size)
+        row.feature = sum(s * rows[i].feature for s, i in zip(size, cluster, strict=True)) / sum(size)
+        row.attention = sum(rows[i].attention for i in cluster)
         left.append(row)
-    return sorted(left, key=lambda row: place_key(geo, row.home))
+    return sorted(left, key=lambda row: place_key(geo, row.unit))

@@ -1,28 +1,28 @@
+"""Attention inside windows and frame pairs, against loops over groups, heads and patches."""
+
 import pytest
 import torch
-from evoprune.vision.stopwatch import Stopwatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evoprune.vision.attention import buckets, grouped_attention
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout, referring_layout
+from evoprune.vision.timer import Timer
 from tests.vision.tower import groups_by_hand, random_layout
 
 HEADS, DIM = 2, 8
-LAYOUTS = [  # (grids, height, width), merges so far, scope of the layer
+LAYOUTS = [  # (frame pairs, height, width), merges so far, scope of the layer
     ((1, 1, 1), [], "window"),
     ((2, 4, 8), [], "window"),
     ((2, 5, 7), [], "window"),
-    ((3, 4, 4), [], "grid"),
+    ((3, 4, 4), [], "pair"),
     ((2, 5, 7), ["window"], "window"),
-    ((3, 4, 8), ["window"], "grid"),
+    ((3, 4, 8), ["window"], "pair"),
     ((2, 9, 13), ["window", "window"], "window"),  # many lengths: groups share buckets
-    ((2, 5, 7), ["grid"], "grid"),
-    ((2, 5, 7), ["window", "grid"], "window"),
-    ((2, 9, 13), ["grid", "window"], "window"),
-    ((3, 4, 6), ["block"], "grid"),
-    ((3, 5, 7), ["window", "block"], "window"),
+    ((2, 5, 7), ["pair"], "pair"),
+    ((2, 5, 7), ["window", "pair"], "window"),
+    ((2, 9, 13), ["pair", "window"], "window"),
 ]
 
 
@@ -60,24 +60,32 @@ def by_hand(q, k, v, layout, scope, size_bias):
 
 @pytest.mark.parametrize("size_bias", [False, True])
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
-def test_both_against_loops(shape, merges, scope, size_bias):
+@pytest.mark.parametrize(("dtype", "scores"), [(torch.float32, 100), (torch.bfloat16, 1 << 23), (torch.bfloat16, 100)])
+def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, dtype, scores, monkeypatch):
+    monkeypatch.setattr("evoprune.vision.attention.SCORES", scores)  # also in many small pieces
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
-    q, k, v = rows_of(layout)
-    plan = plan_of(layout, scope)
-    out, received = by_hand(q, k, v, layout, scope, size_bias)
-    torch.testing.assert_close(grouped_attention(q, k, v, plan, size_bias), out, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
+    q, k, v = (x.to(dtype) for x in rows_of(layout))
+    plan, received = plan_of(layout, scope), torch.zeros(layout.rows)
+    timer, unused = Timer(q.device), Timer(q.device)
+    out = grouped_attention(q, k, v, plan, size_bias, received, timer)
+    exact, expected = by_hand(*(x.float() for x in (q, k, v)), layout, scope, size_bias)
+    near = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.08, "rtol": 0.02}
+    torch.testing.assert_close(out.float(), exact, **near)
+    close = near if dtype == torch.float32 else {"atol": 3e-3, "rtol": 0.03}
+    torch.testing.assert_close(received, expected, **close)
+    assert torch.equal(grouped_attention(q, k, v, plan, size_bias, timer=unused), out)
+    assert timer.seconds() > 0 and unused.seconds() == 0
 
 
 @settings(deadline=None, max_examples=25)
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6)),
-    st.lists(st.sampled_from(["window", "grid"]), min_size=1, max_size=3),
-    st.sampled_from(["window", "grid"]),
+    st.lists(st.sampled_from(["window", "pair"]), min_size=1, max_size=3),
+    st.sampled_from(["window", "pair"]),
     st.booleans(),
     st.integers(0, 99),
 )
-def test_both_against_loops_on_any_layout(shape, merges, scope, size_bias, seed):
+def test_attention_against_loops_on_any_layout(shape, merges, scope, size_bias, seed):
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed)
     q, k, v = rows_of(layout, seed)
     plan = plan_of(layout, scope)
@@ -86,20 +94,8 @@ def test_both_against_loops_on_any_layout(shape, merges, scope, size_bias, seed)
     torch.testing.assert_close(attention_received(q, k, plan, size_bias), received, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size_bias", [False, True])
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
-def test_attention_received_does_not_depend_on_how_much_is_held_at_a_time(shape, merges, scope, size_bias, monkeypatch):
-    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=2)
-    q, k, _ = rows_of(layout)
-    plan = plan_of(layout, scope)
-    whole = attention_received(q, k, plan, size_bias)
-    for scores in (1, 1000, 5000):
-        monkeypatch.setattr("evoprune.vision.attention.SCORES", scores)
-        torch.testing.assert_close(attention_received(q, k, plan, size_bias), whole, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
-def test_each_group_hands_out_attention_of_one(shape, merges, scope):
+def test_the_rows_of_a_group_receive_one_in_all(shape, merges, scope):
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=5)
     q, k, _ = rows_of(layout)
     groups = attention_groups(layout, scope)
@@ -111,15 +107,15 @@ def test_each_group_hands_out_attention_of_one(shape, merges, scope):
 
 
 @pytest.mark.parametrize("size_bias", [False, True])
-def test_a_merged_row_weighs_as_much_as_the_equal_rows_it_stands_for_only_with_the_bias(size_bias):
+def test_with_the_bias_a_merged_row_weighs_as_much_as_the_equal_rows_that_went_into_it(size_bias):
     layout = full_layout(geometry(4, 8), 1)
     into = torch.arange(32)
     into[[3, 9, 20, 30]] = torch.tensor([1, 1, 1, 25])
     q, k, v = rows_of(layout)
     k, v = k[into], v[into]
     stays = into == torch.arange(32)
-    merged = merged_layout(layout, into, "grid")
-    for scope in ("window", "grid"):
+    merged = merged_layout(layout, into, "pair")
+    for scope in ("window", "pair"):
         before = grouped_attention(q, k, v, plan_of(layout, scope))[stays]
         after = grouped_attention(q[stays], k[stays], v[stays], plan_of(merged, scope), size_bias)
         assert torch.allclose(before, after, atol=2e-6) == size_bias
@@ -129,10 +125,10 @@ def test_a_merged_row_weighs_as_much_as_the_equal_rows_it_stands_for_only_with_t
 def test_groups_do_not_see_each_other(size_bias):
     layout = random_layout(geometry(5, 7), 2, ["window"], seed=4)
     q, k, v = rows_of(layout)
-    for scope in ("window", "grid"):
+    for scope in ("window", "pair"):
         plan = plan_of(layout, scope)
         before = grouped_attention(q, k, v, plan, size_bias)
-        group = layout.group_of(layout.home, scope)
+        group = layout.group_of(layout.unit, scope)
         changed = group == group[0]
         k2, v2 = k.clone(), v.clone()
         k2[changed] += 1.0
@@ -156,7 +152,7 @@ def test_every_backend_of_torch_gives_the_same(shape, merges, scope, backend):
 def test_equal_groups_of_neighbours_are_one_view_without_mask():
     for layout, scope, shape in (
         (full_layout(geometry(8, 4), 3), "window", (6, 16)),
-        (full_layout(geometry(5, 3), 2), "grid", (2, 15)),
+        (full_layout(geometry(5, 3), 2), "pair", (2, 15)),
     ):
         (bucket,) = plan_of(layout, scope)
         assert bucket.shape == shape
@@ -180,12 +176,12 @@ def test_groups_of_much_different_length_do_not_pad_each_other():
     assert len(plan) < len(groups.length.unique())
 
 
-@pytest.mark.parametrize("scope", ["window", "grid"])
-def test_nor_do_groups_with_few_queries_and_many_keys(scope):
-    """A still picture: all rows in the first of ten grids, one new row in each other."""
+@pytest.mark.parametrize("scope", ["window", "pair"])
+def test_groups_with_few_queries_do_not_pad_to_those_with_many(scope):
+    """A still picture: all rows in the first of ten frame pairs, one new row in each other."""
     source = torch.zeros(10, 64, dtype=torch.int64)
-    for grid in range(1, 10):
-        source[grid:, grid] = grid
+    for pair in range(1, 10):
+        source[pair:, pair] = pair
     groups = attention_groups(referring_layout(geometry(8, 8), source), scope)
     keys = 16 if scope == "window" else 64
     assert (groups.key_length == keys).all() and groups.length.unique().tolist() == [1, keys]
@@ -202,23 +198,3 @@ def test_nor_do_groups_with_few_queries_and_many_keys(scope):
         lengths = torch.ones(bucket.shape) if bucket.query_valid is None else bucket.query_valid.float()
         assert lengths.sum(1).min() > 0.5 * lengths.sum(1).max()
     assert sum(len(b.query.unique()) for b in plan) == groups.length.sum()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size_bias", [False, True])
-@pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
-@pytest.mark.parametrize("scores", [1 << 23, 100])
-def test_what_is_received_comes_with_the_attention(shape, merges, scope, size_bias, dtype, scores, monkeypatch):
-    monkeypatch.setattr("evoprune.vision.attention.SCORES", scores)  # also in many small pieces
-    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
-    q, k, v = (x.to(dtype) for x in rows_of(layout))
-    plan, received = plan_of(layout, scope), torch.zeros(layout.rows)
-    watch, unused = Stopwatch(q.device), Stopwatch(q.device)
-    out = grouped_attention(q, k, v, plan, size_bias, received, watch)
-    exact, expected = by_hand(*(x.float() for x in (q, k, v)), layout, scope, size_bias)
-    near = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.08, "rtol": 0.02}
-    torch.testing.assert_close(out.float(), exact, **near)
-    close = near if dtype == torch.float32 else {"atol": 3e-3, "rtol": 0.03}
-    torch.testing.assert_close(received, expected, **close)
-    grouped_attention(q, k, v, plan, size_bias, watch=unused)
-    assert watch.seconds() > 0 and unused.seconds() == 0

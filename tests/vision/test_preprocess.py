@@ -1,3 +1,5 @@
+"""Frames to patches: the resize, and Hugging Face's order and values."""
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def hf_patches(frame: torch.Tensor, smallest: int, largest: int) -> tuple[torch.
     return made["pixel_values"], made["image_grid_thw"][0].tolist()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(
     st.integers(1, 5000),
     st.integers(1, 5000),
@@ -60,7 +62,7 @@ def test_smart_resize_at_its_edges(size, limits):
     )
 
 
-@pytest.mark.parametrize("size", [(0, 10), (10, 0), (0, 0), (-28, 28)])
+@pytest.mark.parametrize("size", [(0, 10), (10, 0), (-28, 28)])
 def test_smart_resize_refuses_empty_frames(size):
     with pytest.raises(ValueError, match="must be positive"):
         smart_resize(*size, 3136, 100_000)
@@ -106,12 +108,12 @@ def test_resize_treats_every_frame_by_itself():
 
 
 def patches_by_hand(frames, mean, std, patch, temporal, merge):
-    """Grid, unit row, unit column, row and column in the unit; then channel, frame, row, column."""
+    """Frame pair, unit row, unit column, row and column in the unit; then channel, frame, row, column."""
     f, h, w, channels = frames.shape
     unit = patch * merge
     pixels = frames.numpy().astype(np.float64) / 255
     rows = []
-    for grid in range(f // temporal):
+    for pair in range(f // temporal):
         for top in range(0, h, unit):
             for left in range(0, w, unit):
                 for py in range(merge):
@@ -119,7 +121,7 @@ def patches_by_hand(frames, mean, std, patch, temporal, merge):
                         y0, x0 = top + py * patch, left + px * patch
                         rows.append(
                             [
-                                (pixels[grid * temporal + t, y0 + y, x0 + x, c] - mean[c]) / std[c]
+                                (pixels[pair * temporal + t, y0 + y, x0 + x, c] - mean[c]) / std[c]
                                 for c in range(channels)
                                 for t in range(temporal)
                                 for y in range(patch)

@@ -52,9 +52,9 @@ def random_patches(grid: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
 
 
 def merge_at_random(layout: TokenLayout, scope: str, seed: int, share: float = 0.6) -> tuple[TokenLayout, torch.Tensor]:
-    """Sends about `share` of the rows of each window, grid or block into others of it; also returns where each row went."""
+    """Merges about `share` of the rows of each window or frame pair into others of it; also returns where each row went."""
     random = torch.Generator().manual_seed(seed)
-    group = layout.group_of(layout.home, scope)
+    group = layout.group_of(layout.unit, scope)
     into = torch.arange(layout.rows)
     for g in group.unique():
         members = (group == g).nonzero().flatten()
@@ -66,34 +66,32 @@ def merge_at_random(layout: TokenLayout, scope: str, seed: int, share: float = 0
     return merged_layout(layout, into, scope), into
 
 
-def random_layout(
-    geo: Geometry, grids: int, scopes: list[str], seed: int = 0, share: float = 0.6, block: int = 2
-) -> TokenLayout:
+def random_layout(geo: Geometry, pairs: int, scopes: list[str], seed: int = 0, share: float = 0.6) -> TokenLayout:
     """A full layout after one round of random merges for each of `scopes`."""
-    layout = full_layout(geo, grids, block)
+    layout = full_layout(geo, pairs)
     for step, scope in enumerate(scopes):
         layout, _ = merge_at_random(layout, scope, seed * 31 + step, share)
     return layout
 
 
 def place_key(geo: Geometry, unit: int) -> tuple[int, int, int, int, int]:
-    """Grid, window row, window column, row, column: sorts units into window order."""
-    grid, place = divmod(unit, geo.units)
+    """Frame pair, window row, window column, row, column: sorts units into window order."""
+    pair, place = divmod(unit, geo.units)
     y, x = divmod(place, geo.width)
-    return grid, y // geo.side, x // geo.side, y, x
+    return pair, y // geo.side, x // geo.side, y, x
 
 
 def group_key(geo: Geometry, unit: int, scope: str) -> tuple[int, ...]:
-    """Names the grid or window in which a unit lies."""
-    return place_key(geo, unit)[: 1 if scope == "grid" else 3]
+    """Names the frame pair or window in which a unit lies."""
+    return place_key(geo, unit)[: 1 if scope == "pair" else 3]
 
 
 def groups_by_hand(layout: TokenLayout, scope: str) -> list[tuple[list[int], dict[int, int]]]:
-    """Of every group with query rows: those rows, and how many of the group's units each key row stands for."""
+    """Of every group with query rows: those rows, and how many of the group's units each key row represents."""
     geo = layout.geometry
     groups: dict[tuple, tuple[list[int], dict[int, int]]] = {}
-    for row, home in enumerate(layout.home.tolist()):
-        groups.setdefault(group_key(geo, home, scope), ([], {}))[0].append(row)
+    for row, unit in enumerate(layout.unit.tolist()):
+        groups.setdefault(group_key(geo, unit, scope), ([], {}))[0].append(row)
     for unit, row in enumerate(layout.owner.tolist()):
         key = group_key(geo, unit, scope)
         if row >= 0 and key in groups:

@@ -1,0 +1,50 @@
+"""Encoding in one call, and what holds for every result."""
+
+from math import prod
+
+import torch
+
+from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
+from tests.vision.clips import clip
+from tests.vision.tower import random_patches, tiny_tower
+
+
+def encode_patches(patches, grid, method, keep, visual=None, **how) -> Encoded:
+    """`encode` by the method's own plan; `patches`: one tensor, or pieces."""
+    visual = visual or tiny_tower()
+    pieces = [patches] if isinstance(patches, torch.Tensor) else patches
+    return encode(visual, pieces, method.plan(tower_shape(visual), grid, keep), method, **how)
+
+
+def encode_noise(grid, method, keep, full_layers=(1, 3), seed=0, **how) -> Encoded:
+    return encode_patches(random_patches(grid, seed), grid, method, keep, tiny_tower(full_layers), **how)
+
+
+def encode_clip(grid, changed, method, keep, seed=0, **how) -> Encoded:
+    return encode_patches(clip(grid, changed, seed), grid, method, keep, **how)
+
+
+def assert_same(a: Encoded, b: Encoded, atol: float = 2e-5) -> None:
+    assert torch.equal(a.kept, b.kept)
+    assert torch.equal(a.owner, b.owner)
+    assert a.layers == b.layers and a.flat == b.flat
+    torch.testing.assert_close(a.rows, b.rows, atol=atol, rtol=1e-5)
+    torch.testing.assert_close(a.features, b.features, atol=atol, rtol=1e-5)
+
+
+def check_result(encoded: Encoded, grid: tuple[int, int, int], whole_clip: bool = False) -> None:
+    """What holds whatever the method; a row represents units of one frame pair, unless of the `whole_clip`."""
+    n = prod(grid)
+    assert encoded.owner.shape == (n,) and encoded.grids == (grid,)
+    assert ((encoded.owner >= 0) & (encoded.owner < len(encoded.rows))).all()
+    assert encoded.owner.unique().numel() == len(encoded.rows)  # every row represents something
+    assert (encoded.kept.diff() > 0).all()
+    assert encoded.kept.min() >= 0 and encoded.kept.max() < n
+    if encoded.size is None:  # else tokens are means of clusters
+        assert torch.equal(encoded.features, encoded.rows[encoded.owner[encoded.kept]])
+    pair = torch.arange(n) // (grid[1] * grid[2])
+    if not whole_clip:
+        assert all(pair[encoded.owner == row].unique().numel() == 1 for row in range(len(encoded.rows)))
+    assert encoded.kept_per_pair == torch.bincount(pair[encoded.kept], minlength=grid[0]).tolist()
