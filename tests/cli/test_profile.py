@@ -215,10 +215,10 @@ def test_other_failures(cli, profile, monkeypatch):
 
 
 def test_a_row_without_memory_stays(profile, monkeypatch):
-    def run_evoprune(loaded, clip, method, *rest):
+    def run_evoprune(loaded, clip, plan, method, *rest):
         if method.name == "random":
             raise bench.OutOfMemory("out of memory in encode")
-        return real(loaded, clip, method, *rest)
+        return real(loaded, clip, plan, method, *rest)
 
     real = bench.run_evoprune
     monkeypatch.setattr(bench, "run_evoprune", run_evoprune)

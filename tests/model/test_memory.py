@@ -132,7 +132,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
     monkeypatch.setattr(work, "units_at_a_time", lambda device: 4 * per_grid)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
-    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.view.keep + work.TEXT, 4)
+    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.view.encoder.keep + work.TEXT, 4)
     monkeypatch.setattr(memory, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
@@ -140,22 +140,22 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
 
 
 @pytest.mark.parametrize("threaded", [True, False])
-@pytest.mark.parametrize(("method", "budget", "tried"), [("evs", 0.5, [96, 48, 24]), ("evoprune", 0.25, [96])])
-def test_blocks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, method, budget, tried):
-    """A tower that has room for a single grid; and one for which even a block is too much."""
-    qa, used, real = VideoQA(loaded, budget=budget, method=method), [], encoding.encode_rows
+@pytest.mark.parametrize(("room", "tried"), [(24, [96, 48, 24]), (23, [96, 48, 24])])
+def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, tried):
+    """A tower that has room for a single frame pair, and one that has not."""
+    qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
     whole = "".join(open_video(qa.engine, CLIP, threaded=threaded).encode().ask("What happens?", max_new_tokens=4))
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
         made = real(*args, chunk_units=chunk_units, **how)  # all of it was read by then
-        if chunk_units > 24:
+        if chunk_units > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
     monkeypatch.setattr(work, "units_at_a_time", lambda device: 96)
-    if method == "evoprune":
+    if room < 24:
         with pytest.raises(OutOfMemory, match=r"^out of memory in encode$"):
             open_video(qa.engine, CLIP, threaded=threaded).encode()
     else:

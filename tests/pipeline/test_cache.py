@@ -44,7 +44,7 @@ def answer(video):
     return "".join(video.ask("What happens?", max_new_tokens=12))
 
 
-def encoded(count=4, width=8, rows=6, dtype=torch.float32, counts=None):
+def encoded(count=4, width=8, rows=6, dtype=torch.float32, size=None):
     random = torch.Generator().manual_seed(count)
     features = torch.randn(count, width, generator=random).to(dtype)
     owner = torch.arange(12) % rows
@@ -57,7 +57,7 @@ def encoded(count=4, width=8, rows=6, dtype=torch.float32, counts=None):
         [(0, 12)],
         1.0,
         True,
-        counts,
+        size,
     )
 
 
@@ -69,15 +69,15 @@ def test_what_was_stored_comes_back(cache, dtype):
     after = cache.load("0" * 64, torch.device("cpu"))
     for name in ("features", "kept", "owner"):
         assert torch.equal(getattr(after, name), getattr(before, name)), name
-    assert after.counts is None
+    assert after.size is None
     assert after.features.dtype == dtype and after.rows.shape == before.rows.shape
     assert (after.grids, after.layers, after.flat, after.prune_seconds) == (before.grids, before.layers, True, 0.0)
     assert cache.size()[0] == 1 and cache.size()[1] > 0
 
 
 def test_and_how_often_tokens_count(cache):
-    assert cache.store("0" * 64, encoded(counts=torch.tensor([1.0, 2.5, 1.0, 4.0])))
-    assert cache.load("0" * 64, torch.device("cpu")).counts.tolist() == [1.0, 2.5, 1.0, 4.0]
+    assert cache.store("0" * 64, encoded(size=torch.tensor([1.0, 2.5, 1.0, 4.0])))
+    assert cache.load("0" * 64, torch.device("cpu")).size.tolist() == [1.0, 2.5, 1.0, 4.0]
 
 
 @pytest.mark.parametrize(

@@ -354,10 +354,10 @@ def test_a_signal_while_a_frame_is_waited_for(loaded):
 
 def test_the_estimate_goes_by_the_budget(loaded, monkeypatch):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
-    plan = VideoQA(loaded).encode(CLIP).plan
 
     def seconds(budget):
-        return estimate_first_token(VideoQA(loaded, budget=budget).engine, plan)
+        engine = VideoQA(loaded, budget=budget).engine
+        return estimate_first_token(engine, open_video(engine, CLIP).view)
 
     assert seconds(0.1) < seconds(0.5) < seconds(1.0)
 
@@ -507,10 +507,11 @@ def test_what_is_reported_of_it(loaded):
     assert Report.from_json(report.to_json()).pruning == report.pruning
 
 
-def test_evoprune_may_leave_its_choice_to_one_that_reads_the_question(loaded):
-    video = VideoQA(loaded, budget=0.25, method="evoprune:choice=cdpruner").encode(CLIP)
+def test_reuse_may_precede_a_selector_that_reads_the_question(loaded):
+    video = VideoQA(loaded, budget=0.25, method="reuse+cdpruner").encode(CLIP)
     kept = [answer(video, question) and video.encoded.kept.tolist() for question in ASKED[:2]]
-    assert kept[0] != kept[1] and len(video.encoded.rows) < 144 and video.report.pruning.args["choice"] == "cdpruner"
+    assert kept[0] != kept[1] and len(video.encoded.rows) < 144
+    assert video.report.pruning.method == "reuse+cdpruner" and video.report.pruning.args["then"] == {"question": True}
 
 
 def test_auto_keeps_as_much_as_the_content_asks_for():
@@ -530,7 +531,7 @@ def test_auto_keeps_as_much_as_the_content_asks_for():
 
 
 def test_auto_is_for_methods_that_can_choose(loaded):
-    for how in ({"method": "divprune"}, {"method": "evoprune", "method_args": {"choice": "mmr"}}):
+    for how in ({"method": "divprune"}, {"method": "reuse+mmr"}):
         with pytest.raises(UsageError, match="cannot choose a budget"):
             VideoQA(loaded, budget="auto", **how)
     with pytest.raises(UsageError, match="cannot choose a budget"):

@@ -21,12 +21,18 @@ from evoprune.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case
 from evoprune.profiling.run import measure, paced
 from evoprune.profiling.runners import run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
+from evoprune.pruning.plan import full_plan
 from evoprune.video.probe import probe
+from evoprune.vision.tower import tower_shape
 from tests.threads import one_thread  # noqa: F401
 
 CASE, OTHER = Case(4, 112, 168), Case(8, 84, 84)
 SETTINGS = Settings(budgets=(0.5, 0.1), methods=("evoprune-paper", "random"), repetitions=2)
 MOTION = partial(clips.synthetic_frames, "motion")
+
+
+def unpruned(loaded, clip):
+    return full_plan(tower_shape(loaded.model.model.visual), clip.grid)
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +140,9 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
     settings = replace(SETTINGS, new_tokens=12)
     clock, reference = Clock(torch.device("cpu")), hugging_face_model(loaded.model)
     theirs = run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
-    ours = run_evoprune(loaded, clip, methods.get("none"), clip.units, settings.new_tokens, settings.seed, clock)
+    ours = run_evoprune(
+        loaded, clip, unpruned(loaded, clip), methods.get("none"), settings.new_tokens, settings.seed, clock
+    )
     assert len(theirs.tokens) == 12 and len(set(theirs.tokens)) > 1
     assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
 
@@ -142,7 +150,7 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
 def test_generation_is_forced(loaded, monkeypatch):
     """An end of sequence does not end it."""
     clip = clips.prepare(loaded, *MOTION(CASE))
-    run = partial(run_evoprune, loaded, clip, methods.get("none"), clip.units, 6, 0)
+    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), methods.get("none"), 6, 0)
     first = run(Clock(torch.device("cpu"))).tokens
     assert len(first) == 6
     monkeypatch.setattr(loaded, "eos_ids", tuple(first))
@@ -201,11 +209,11 @@ def test_fewer_rounds_are_reported(loaded):
 def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
     asked = []
 
-    def encode(visual, patches, grid, method, keep, **more):
-        asked.append((method.name, keep))
-        if method.name == "evoprune-paper" and keep == 5:
+    def encode(visual, patches, plan, method, **more):
+        asked.append((method.name, plan.keep))
+        if method.name == "evoprune-paper" and plan.keep == 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(visual, patches, grid, method, keep, **more)
+        return real(visual, patches, plan, method, **more)
 
     real = runners.encode
     monkeypatch.setattr(runners, "encode", encode)
@@ -222,10 +230,10 @@ def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
 
 
 def test_no_bound_without_budget_one(loaded, monkeypatch):
-    def run(loaded, clip, method, *more):
+    def run(loaded, clip, plan, method, *more):
         if method.name == "none":
             raise OutOfMemory("out of memory in prefill")
-        return run_evoprune(loaded, clip, method, *more)
+        return run_evoprune(loaded, clip, plan, method, *more)
 
     monkeypatch.setattr(bench, "run_evoprune", run)
     results = last(loaded, [CASE], MOTION, replace(SETTINGS, budgets=(0.5,), methods=("random",)))

@@ -31,18 +31,23 @@ def traced(loaded, path=CLIP, **settings) -> TracedVideo:
     return trace(open_video(VideoQA(loaded, **settings).engine, path))
 
 
-def test_every_unit_has_one_fate(loaded):
-    seen = traced(loaded, budget=0.25, method_args={"depth": "1"})
+def test_reused_units_are_those_whose_pixels_are_older(loaded):
+    seen = traced(loaded, budget=0.25, method="reuse+divprune")
     fates, units = seen.fates, torch.arange(144)
     assert fates.grid == (6, 4, 6) and seen.frames.shape == (12, 112, 168, 3) and seen.warnings == []
     assert fates.chosen.sum() == 36
     assert not fates.reused[:24].any() and fates.reused.sum() > 72  # most of the clip stands still
     assert (fates.source <= units).all() and ((units - fates.source) % 24 == 0).all()
     assert not fates.reused[fates.source].any()  # a reused unit's source has been encoded
-    assert torch.equal(fates.owner[fates.owner], fates.owner)
-    assert torch.equal(fates.owner, fates.owner[fates.source])  # and merges where its source merges
+    assert torch.equal(fates.owner, fates.source) and not fates.merged.any()
+    assert fates.counts()["rows"] == 144 - fates.counts()["reused"]
+
+
+def test_merged_units_belong_to_a_row_of_their_frame_pair(loaded):
+    fates, units = traced(loaded, budget=0.25, method="evoprune-merge").fates, torch.arange(144)
+    assert torch.equal(fates.owner[fates.owner], fates.owner) and torch.equal(fates.owner // 24, units // 24)
     counts = fates.counts()
-    assert counts["merged"] > 0 and counts["rows"] == 144 - counts["reused"] - counts["merged"]
+    assert counts["reused"] == 0 and counts["merged"] > 0 and counts["rows"] == 144 - counts["merged"]
     assert len(fates.owner.unique()) == counts["rows"]
 
 
