@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 
 from evoprune.huggingface import interface
-from evoprune.huggingface.cluster_bias import counting
+from evoprune.huggingface.cluster_bias import cluster_bias
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -138,7 +138,7 @@ def test_attention_adds_a_mask_of_numbers(attention):
         expected = model.model.language_model(
             inputs_embeds=twice, position_ids=at.expand(4, 1, -1), attention_mask=mask
         ).last_hidden_state[:, [0, 1, 3, 4]]
-        with counting(model, torch.tensor([[1.0, 2.0, 1.0]])):
+        with cluster_bias(model, torch.tensor([[1.0, 2.0, 1.0]])):
             made = model.model.language_model(inputs_embeds=embeds, position_ids=torch.arange(4).expand(4, 1, -1))
     torch.testing.assert_close(made.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
     assert not any(layer._forward_pre_hooks for layer in interface.attention_layers(model))
