@@ -15,7 +15,8 @@ from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.render import encoding, note, progress, roughly
+from evoprune_cli.terminal import encoding, note, progress
+from evoprune_cli.text import roughly
 
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 USAGE = 'evoprune ask video.mp4 "What happens?"'

@@ -13,8 +13,8 @@ from evoprune_cli import batch_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.batch_options import ENGINES
 from evoprune_cli.failures import debugging
-from evoprune_cli.render import progress, tell
 from evoprune_cli.tally import Tally
+from evoprune_cli.terminal import progress, tell
 
 SOME_FAILED = 6
 DASH = "-"  # stdin, or stdout
@@ -82,8 +82,8 @@ def batch(
 
 def _run(rows, settings, ask, open_output, quiet: bool) -> int:
     """Asks what has no answer yet; returns the exit code. `ask` makes records, `open_output` opens the output file."""
+    from evoprune.batch.resume import remaining
     from evoprune.batch.rows import group_by_span
-    from evoprune.batch.run import remaining
 
     tally = Tally(len(rows), quiet)
     with tally, closing(open_output()) as file:
@@ -142,7 +142,7 @@ def _check_flags(output: str | None, model: str, engine: str, address: str | Non
 def _settings(**given):
     """The settings. Refuses those that are wrong whatever the model and the videos are."""
     from evoprune.batch.rows import is_text
-    from evoprune.batch.run import Settings
+    from evoprune.batch.settings import Settings
     from evoprune.video.decode import choose_decoder
 
     settings = Settings.of(**given)

@@ -15,7 +15,7 @@ from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
-from evoprune_cli.render import WIDTH, note, progress
+from evoprune_cli.terminal import WIDTH, note, progress
 
 SCHEMA = "evoprune/eval@1"
 SOME_FAILED = 6

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from evoprune.errors import UsageError
-from evoprune_cli.render import encodable
+from evoprune_cli.terminal import encodable
 
 OPEN_FILES = ("/dev/", "/proc/self/fd/")
 

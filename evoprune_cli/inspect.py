@@ -18,7 +18,8 @@ from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.options import OVERLAYS
-from evoprune_cli.render import clock, encoding, print_warning, printable, progress, size
+from evoprune_cli.terminal import encoding, print_warning, printable, progress
+from evoprune_cli.text import clock, size
 
 SCHEMA = "evoprune/inspect@1"
 WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value

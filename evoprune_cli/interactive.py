@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from evoprune.errors import UsageError
 from evoprune_cli.conversation import Conversation
-from evoprune_cli.render import note, print_error
+from evoprune_cli.terminal import note, print_error
 
 PROMPT = "> "
 

@@ -21,7 +21,7 @@ from evoprune_cli.failures import Terminated, debugging, failure
 from evoprune_cli.help import Command
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
-from evoprune_cli.render import WIDTH, print_error, print_json
+from evoprune_cli.terminal import WIDTH, print_error, print_json
 
 # What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")

@@ -18,7 +18,7 @@ from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
 from evoprune_cli.profile_options import FORMATS
-from evoprune_cli.render import WIDTH
+from evoprune_cli.terminal import WIDTH
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 SIZE = (224, 336)  # pixels of a frame, height and width

@@ -6,7 +6,7 @@ It is formatted for 80 columns and without colour, whatever the terminal.
 from typer.main import get_command
 
 from evoprune_cli.main import app
-from evoprune_cli.render import WIDTH
+from evoprune_cli.terminal import WIDTH
 
 INTRODUCTION = """# The command line
 

@@ -5,7 +5,8 @@ import time
 from typing import TYPE_CHECKING
 
 from evoprune.report import Report, VideoFacts
-from evoprune_cli.render import clock, print_warning, roughly, tell
+from evoprune_cli.terminal import print_warning, tell
+from evoprune_cli.text import clock, roughly
 
 if TYPE_CHECKING:
     from evoprune.batch.output import RecordFile
@@ -32,7 +33,7 @@ class Tally:
         self._last_failure = ""
 
     def start(self, file: "RecordFile", left: int, show) -> None:
-        """The model is loaded, and `left` rows have no answer yet. `show`: see `render.progress`."""
+        """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
         self._file, self._before, self._show = file, self._total - left, show
         self._begun = self._reported = time.monotonic()
         show(self._line(self._before))

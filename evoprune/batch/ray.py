@@ -20,7 +20,8 @@ from dataclasses import asdict
 from typing import Any
 
 from evoprune.batch.rows import Row, Span
-from evoprune.batch.run import Settings, answers, failure_report
+from evoprune.batch.run import answers, failure_report
+from evoprune.batch.settings import Settings
 from evoprune.errors import EvopruneError, UsageError, error_record, first_line
 from evoprune.report import Report
 

@@ -4,18 +4,16 @@ A record is the one that `evoprune ask --json` gives, with the row's id, and wit
 questions about a video are answered, the first chunks of the next one are read and preprocessed. No torch before a model is loaded.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from evoprune.batch.output import Found
-from evoprune.batch.resume import differences
 from evoprune.batch.rows import Row, Span
-from evoprune.errors import OutOfMemory, UsageError, error_record
-from evoprune.pipeline.options import PipelineOptions
+from evoprune.batch.settings import Settings
+from evoprune.errors import OutOfMemory, error_record
 from evoprune.pipeline.prefetch import prefetched
-from evoprune.report import Report, VideoFacts, rounded
+from evoprune.report import Report, VideoFacts
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import EncodedVideo
@@ -25,45 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OnFailure = Callable[[Exception], None]
-
-
-# What an answer does not depend on, or what each row says itself.
-NOT_RECORDED = ("device", "offline", "start_s", "end_s")
-
-
-class Settings(PipelineOptions):
-    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
-
-    def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
-        """Loads the model; raises what `VideoQA.load` raises."""
-        from evoprune.pipeline.video_qa import VideoQA
-
-        return VideoQA.load(**vars(self.model), **vars(self.pruning), progress=progress)
-
-    def record(self) -> dict[str, Any]:
-        """All of it as flat data for JSON, as records hold it."""
-        both = asdict(self.model) | asdict(self.pruning) | asdict(self.sampling) | asdict(self.generation)
-        return {name: value for name, value in both.items() if name not in NOT_RECORDED}
-
-
-def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
-    """The rows that have no answer yet. Rows that failed are asked again.
-
-    Raises:
-        UsageError: a record was made with other settings, or its row has changed.
-    """
-    now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
-    for record in found:
-        if other := differences(record.settings, now):
-            raise UsageError(f"the output was begun with other settings: {other}", "give the same ones, or another -o")
-        if record.id in asked and (
-            other := differences(record.row | {"answer": None}, asked[record.id] | {"answer": None})
-        ):
-            hint = "give changed rows ids of their own, or choose another -o"
-            raise UsageError(f"the row {record.id!r} is not what it was: {other}", hint)
-        if not record.failed:
-            done.add(record.id)
-    return [row for row in rows if row.id not in done]
 
 
 def answers(

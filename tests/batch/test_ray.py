@@ -19,7 +19,8 @@ import pytest
 from evoprune.batch import ray as integration
 from evoprune.batch.ray import TRIES, RemoteError, Tries, Worker, answers_on_ray
 from evoprune.batch.rows import Span, group_by_span, product_rows
-from evoprune.batch.run import Settings, answers
+from evoprune.batch.run import answers
+from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
 from evoprune.report import Report
 

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.batch.output import Found
+from evoprune.batch.resume import remaining
 from evoprune.batch.rows import Row, group_by_span, product_rows
-from evoprune.batch.run import Settings, answers, remaining
+from evoprune.batch.run import answers
+from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.pipeline import opening
 from evoprune.pipeline.opening import OpenVideo

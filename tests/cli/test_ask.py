@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from evoprune.report import Report
-from evoprune_cli import render
+from evoprune_cli.stats import stats_block
 from tests.video.files import write_video
 
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
@@ -198,10 +198,10 @@ def test_help_keeps_names_of_options_whole_on_narrow_terminals(cli, monkeypatch)
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_stats_block_fits_the_terminal(cli, width):
     report = Report.from_json(cli("ask", CLIP, QUESTION, "--json").out)
-    assert all(len(line) <= width for line in render.stats_block(report, width))
+    assert all(len(line) <= width for line in stats_block(report, width))
     report.pruning.visual_tokens_in, report.pruning.encoder_rows, report.pruning.visual_tokens_kept = 24576, 12288, 6144
     report.tokens.visual, report.tokens.prompt, report.video.frames_total = 6144, 6190, 1234567
-    assert all(len(line) <= width for line in render.stats_block(report, width))
+    assert all(len(line) <= width for line in stats_block(report, width))
     report.video.path = "/a/" + "long" * 40 + ".mp4"
     report.model.id = "/b/" + "long" * 40
-    assert all(len(line) <= 80 for line in render.stats_block(report))
+    assert all(len(line) <= 80 for line in stats_block(report))

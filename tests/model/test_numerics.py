@@ -8,7 +8,8 @@ import torch
 
 from evoprune import methods
 from evoprune.batch.rows import Row, group_by_span, product_rows
-from evoprune.batch.run import Settings, answers
+from evoprune.batch.run import answers
+from evoprune.batch.settings import Settings
 from evoprune.errors import ModelError, VideoError
 from evoprune.evaluation.run import Evaluation, Video
 from evoprune.evaluation.run import Settings as EvalSettings

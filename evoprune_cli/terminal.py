@@ -1,0 +1,122 @@
+"""What is printed on a terminal: errors, warnings, notes and progress on stderr, JSON on stdout. Colour only on a terminal."""
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from evoprune.report import Report, VideoFacts
+from evoprune_cli.text import clock
+
+WIDTH = 80
+WARNINGS = {
+    "equal_scores": "every frame is one even colour, so which units were merged or kept says nothing",
+    "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
+    "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
+    "damaged_video": "the video is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
+    "replaced by the one before it",
+    "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
+    "demo_model": "the demo model knows only coloured shapes and digits; its answer about this video means nothing. "
+    "For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in this video "
+    "says little. For a real model: -m Qwen/Qwen2.5-VL-3B-Instruct",
+}
+
+
+def colourful() -> bool:
+    """Whether stderr is a terminal that wants colour (https://no-color.org)."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def columns() -> int:
+    """Columns of stderr: those of the terminal, at most 80."""
+    if not sys.stderr.isatty():
+        return WIDTH
+    stated = os.environ.get("COLUMNS", "")
+    try:
+        found = int(stated) if stated.isdigit() else os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        found = 0
+    return min(WIDTH, found) if found > 0 else WIDTH
+
+
+def paint(text: str, code: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if colourful() else text
+
+
+def encodable(text: str, stream=None) -> str:
+    """The text as a stream (default: stderr) can print it: characters outside its encoding become escapes."""
+    encoding = (stream or sys.stderr).encoding or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def printable(text: str, stream=None) -> str:
+    """Text as one line without control characters, within the stream's encoding."""
+    return encodable("".join(c if c.isprintable() else "?" for c in text), stream)
+
+
+def note(text: str = "") -> None:
+    """Prints a line to stderr. If that fails, for example because the reader is gone, all further lines are dropped."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+
+
+def print_json(report: Report) -> None:
+    """Prints a report as one line on stdout, in plain ASCII where stdout or the text is not valid UTF-8."""
+    text = report.to_json()
+    try:
+        proper = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
+    except UnicodeEncodeError:  # a path with bytes that are not UTF-8
+        proper = False
+    print(text if proper else report.to_json(ascii_only=True), flush=True)
+
+
+def print_error(message: str, hint: str | None) -> None:
+    """The two lines of an error."""
+    note(f"{paint('error:', '31;1')} {printable(message)}")
+    if hint:
+        note(f"{paint('hint:', '36')} {printable(hint)}")
+
+
+def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
+    """Prints a warning about a video; in a batch with its name, and with how many `more` videos it applies to."""
+    facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
+    text = WARNINGS.get(name, name).format(**facts)
+    if more is not None:
+        text += f" ({video.path}{f' and {more:,} more' if more else ''})"
+    first, *rest = textwrap.wrap(f"warning: {printable(text)}", max(columns(), 30), subsequent_indent=" " * 9)
+    note(paint("warning:", "33;1") + first.removeprefix("warning:"))
+    for line in rest:
+        note(line)
+
+
+def tell(text: str) -> None:
+    """Prints a sentence on stderr, folded to the terminal's width."""
+    for line in textwrap.wrap(printable(text), max(columns(), 30), subsequent_indent="  "):
+        note(paint(line, "2"))
+
+
+def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:
+    """A callback for `VideoQA.encode` that shows its progress."""
+    named = {"encode": "encoding, frame", "layers": "encoding, layer"}
+    return lambda stage, done, total: show(named[stage], done, total)
+
+
+@contextmanager
+def progress(active: bool) -> Iterator:
+    """Shows a line of progress on stderr while a block runs, on a terminal only. Yields `show(what, done, total)`."""
+    if not active or not sys.stderr.isatty():
+        yield lambda what, done=0, total=0: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("loading", spinner="line") as status:
+
+        def show(what: str, done: int = 0, total: int = 0) -> None:
+            status.update(f"{what} {done:,}/{total:,}" if total else what)
+
+        yield show

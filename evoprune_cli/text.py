@@ -1,0 +1,36 @@
+"""Numbers as short texts: times, sizes, counts, and texts that must fit."""
+
+
+def clock(seconds: float | None) -> str:
+    """1:02:03.5, 2:31.4 or 0:06.0."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds * 10), 600)
+    hours, minutes = divmod(minutes, 60)
+    tail = f"{rest // 10:02d}.{rest % 10}"
+    return f"{hours}:{minutes:02d}:{tail}" if hours else f"{minutes}:{tail}"
+
+
+def roughly(seconds: float) -> str:
+    """~40 s, ~12 min or ~9 h: an estimate with one digit or two."""
+    if seconds >= 5700:
+        return f"~{seconds / 3600:,.0f} h"
+    return f"~{seconds / 60:,.0f} min" if seconds >= 95 else f"~{float(f'{seconds:.1g}'):.0f} s"
+
+
+def shorten(text: str, width: int) -> str:
+    """The text with its middle left out where it is too long."""
+    if len(text) <= width:
+        return text
+    head = max(0, (width - 3) // 2)
+    return text[:head] + "..." + text[len(text) - (width - 3 - head) :]
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
