@@ -5,8 +5,9 @@ import torch
 from evoprune.methods.base import Selector
 from evoprune.pruning.plan import TowerShape
 from evoprune.pruning.score import unit_features
-from evoprune.vision.attention import Bucket, Packed, attention_received
+from evoprune.vision.buckets import Bucket, Packed
 from evoprune.vision.layout import TokenLayout
+from evoprune.vision.received import attention_received
 
 KNOWN = ("attention", "keys")
 

@@ -11,7 +11,8 @@ from evoprune.model.linear import linear
 from evoprune.pruning.plan import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.vision import devices
-from evoprune.vision.attention import Bucket, Packed, buckets, grouped_attention
+from evoprune.vision.attention import grouped_attention
+from evoprune.vision.buckets import Bucket, Packed, buckets
 from evoprune.vision.families import Family, family
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evoprune.vision.attention import buckets, grouped_attention
+from evoprune.vision.attention import grouped_attention
+from evoprune.vision.buckets import buckets
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout, referring_layout
 from tests.vision.tower import groups_by_hand, random_layout
 
@@ -94,7 +95,7 @@ def test_attention_received_does_not_depend_on_how_much_is_held_at_a_time(shape,
     plan = plan_of(layout, scope)
     whole = attention_received(q, k, plan, size_bias)
     for scores in (1, 1000, 5000):
-        monkeypatch.setattr("evoprune.vision.attention.SCORES", scores)
+        monkeypatch.setattr("evoprune.vision.devices.SCORES", scores)
         torch.testing.assert_close(attention_received(q, k, plan, size_bias), whole, atol=1e-6, rtol=1e-5)
 
 
@@ -209,7 +210,7 @@ def test_nor_do_groups_with_few_queries_and_many_keys(scope):
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
 @pytest.mark.parametrize("scores", [1 << 23, 100])
 def test_what_is_received_comes_with_the_attention(shape, merges, scope, size_bias, dtype, scores, monkeypatch):
-    monkeypatch.setattr("evoprune.vision.attention.SCORES", scores)  # also in many small pieces
+    monkeypatch.setattr("evoprune.vision.devices.SCORES", scores)  # also in many small pieces
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = (x.to(dtype) for x in rows_of(layout))
     plan, received = plan_of(layout, scope), torch.zeros(layout.rows)

@@ -17,9 +17,11 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.vision import attention, devices, encoder
-from evoprune.vision.attention import Packed, buckets, grouped_attention, with_bias
+from evoprune.vision.attention import grouped_attention
+from evoprune.vision.buckets import Packed, buckets
 from evoprune.vision.encoder import encode
 from evoprune.vision.layout import attention_groups, geometry
+from evoprune.vision.varlen import attend_packed, with_bias
 from tests.methods.published import late, published
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, take_gpu_route, varlen_by_hand
@@ -148,7 +150,7 @@ def test_torchs_own_kernel_takes_what_it_is_given():
     q, k, v = (x.bfloat16() for x in rows_of(layout))
     plan = packed(layout, "window")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = attention._attend_packed(varlen.varlen_attn, q, k, v, plan, True)
+        made = attend_packed(varlen.varlen_attn, q, k, v, plan, True)
     assert made.shape == q.shape and made.dtype == q.dtype
 
 

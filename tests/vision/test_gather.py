@@ -14,7 +14,7 @@ from evoprune.methods.base import Method, Tokens
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.pruning.score import unit_features
 from evoprune.vision import encoder
-from evoprune.vision.attention import Packed, buckets
+from evoprune.vision.buckets import Packed, buckets
 from evoprune.vision.encoder import choose, encode, encode_rows
 from evoprune.vision.gather import Gathering, rows_attention
 from evoprune.vision.layout import attention_groups, geometry
