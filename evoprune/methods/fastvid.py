@@ -6,7 +6,9 @@ from each frame pair. The others are density peaks of every fourth frame pair. E
 similar peak. The peak stays at its place and has weight 0.6 in its mean, or more if that is its even share.
 Adapted: attention is received in the last full-attention layer (the paper uses a class token or, for Qwen, softmax(mean
 query . key)). Peaks are searched among the tokens that attention did not select. Distances are between tokens of length
-one. Shares are whole numbers; where there are too few tokens for peaks, attention selects more. Ties go by index.
+one. Shares are whole numbers; where there are too few tokens for peaks, attention selects more. Ties go by index. The
+public code also differs in two points: it ignores cuts above 0.95, and counts every fourth frame pair from the end of a
+segment.
 """
 
 import math

@@ -3,10 +3,10 @@
 As in the paper: frame pairs are clustered around density peaks, a quarter as many as there are frame pairs. A place is
 static in a segment if the mean cosine of its tokens, each with each, is above 0.8. Then its tokens become one, the
 mean. The static tokens of a segment are merged around density peaks, and so are the other tokens of each frame pair.
-Adapted: a segment is a run of frame pairs of one cluster. The paper merges to a half and leaves the rest to the
-language model. Here merging continues down to the budget, which is shared in proportion to the numbers of tokens. If
-averaging saves too much, only the most static places are averaged, and the last of them over fewer frame pairs. A mean
-has the place of its peak, or of its first frame pair.
+Adapted: a segment is a run of frame pairs of one cluster (the public code adds runs of one frame pair to their
+neighbours). The paper merges to a half and leaves the rest to the language model. Here merging continues down to the
+budget, which is shared in proportion to the numbers of tokens. If averaging saves too much, only the most static places
+are averaged, and the last of them over fewer frame pairs. A mean has the place of its peak, or of its first frame pair.
 Left out: the stage inside the language model, which uses the question's attention.
 """
 

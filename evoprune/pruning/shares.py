@@ -34,5 +34,5 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """bool `[B, G]`: the first `count` (`[B, 1]`) groups in `order` (`[B, G]`) that are `able`; none if `count` is negative."""
     queue = able.gather(1, order)
-    chosen = queue & (queue.cumsum(1) <= count)
-    return torch.zeros_like(able).scatter_(1, order, chosen)
+    selected = queue & (queue.cumsum(1) <= count)
+    return torch.zeros_like(able).scatter_(1, order, selected)

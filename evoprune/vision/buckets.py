@@ -109,17 +109,17 @@ def buckets(groups: Groups) -> list[Bucket]:
     rows, made = int(groups.length.sum()), []
     for like in _alike(groups.key_length, 0.75 if len(lengths) > 4 else 1.0):
         batches = [like] if groups.consecutive else [like[some] for some in _alike(groups.length[like], 0.5)]
-        for chosen in batches:
-            key_length = groups.key_length[chosen]
-            key, key_valid = runs(key_start[chosen], key_length, int(key_length.max()), len(groups.keys))
+        for members in batches:
+            key_length = groups.key_length[members]
+            key, key_valid = runs(key_start[members], key_length, int(key_length.max()), len(groups.keys))
             count = torch.where(key_valid, groups.count[key], 0)
             near = None if groups.near is None else groups.near[key] & key_valid
             key = groups.keys[key]
             if groups.consecutive:
                 query, query_valid = key, key_valid
             else:
-                length = groups.length[chosen]
-                query, query_valid = runs(groups.start[chosen], length, int(length.max()), rows)
+                length = groups.length[members]
+                query, query_valid = runs(groups.start[members], length, int(length.max()), rows)
             made.append(
                 Bucket(
                     tuple(query.shape),

@@ -139,7 +139,7 @@ class _Run:
         selector = method.selector if plan.prunes else None
         self.gathering = Gathering(selector, tower) if selector and selector.needs else None
         if self.gathering and plan.select_after is not None:
-            raise TypeError(f"method {method.name} selects between layers, where only the rows are known")
+            raise TypeError(f"method {method.name} selects between layers, so it gets nothing but the rows")
         self.computed = [0] * tower.depth
         self.pieces: list[_Rows] = []
         self.sources: list[torch.Tensor] = []
