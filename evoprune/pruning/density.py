@@ -3,7 +3,8 @@
 A peak has near neighbours (a high density) and is far from all denser tokens. Distances are between tokens of length
 one, because the length of a token depends on the projector more than on the picture. Cosines and densities are rounded,
 and of equally dense tokens the first counts as denser, so one of several equal tokens is a peak. Many implementations
-add noise instead.
+add noise instead. The public code of the methods that use peaks divides distances by sqrt(D), and counts a token among
+its own neighbours; this code does neither.
 """
 
 import torch
