@@ -11,24 +11,26 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
-    from evoprune.huggingface.context import EvoPrune, apply, encode
+    from evoprune.huggingface.context import PruningContext as EvoPrune
+    from evoprune.huggingface.context import apply
+    from evoprune.huggingface.encoding import encode
     from evoprune.pipeline.answering import Answer, EncodedVideo
     from evoprune.pipeline.video_qa import VideoQA
     from evoprune.report import Report
 
-_MODULES = {
-    "Answer": "evoprune.pipeline.answering",
-    "EncodedVideo": "evoprune.pipeline.answering",
-    "EvoPrune": "evoprune.huggingface.context",
-    "EvopruneError": "evoprune.errors",
-    "ModelError": "evoprune.errors",
-    "OutOfMemory": "evoprune.errors",
-    "Report": "evoprune.report",
-    "UsageError": "evoprune.errors",
-    "VideoError": "evoprune.errors",
-    "VideoQA": "evoprune.pipeline.video_qa",
-    "apply": "evoprune.huggingface.context",
-    "encode": "evoprune.huggingface.context",
+_SOURCES = {
+    "Answer": "evoprune.pipeline.answering:Answer",
+    "EvoPrune": "evoprune.huggingface.context:PruningContext",
+    "EncodedVideo": "evoprune.pipeline.answering:EncodedVideo",
+    "EvopruneError": "evoprune.errors:EvopruneError",
+    "ModelError": "evoprune.errors:ModelError",
+    "OutOfMemory": "evoprune.errors:OutOfMemory",
+    "Report": "evoprune.report:Report",
+    "UsageError": "evoprune.errors:UsageError",
+    "VideoError": "evoprune.errors:VideoError",
+    "VideoQA": "evoprune.pipeline.video_qa:VideoQA",
+    "apply": "evoprune.huggingface.context:apply",
+    "encode": "evoprune.huggingface.encoding:encode",
 }
 __all__ = [
     "Answer",
@@ -50,8 +52,9 @@ __all__ = [
 def __getattr__(name: str):
     if name == "methods":
         return import_module("evoprune.methods")
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
+    if name in _SOURCES:
+        module, _, attribute = _SOURCES[name].partition(":")
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module 'evoprune' has no attribute {name!r}")
 
 

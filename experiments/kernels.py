@@ -27,7 +27,8 @@ from evoprune.pipeline.model_folder import describe_model
 from evoprune.pipeline.random_weights import random_model
 from evoprune.pruning.plan import full_plan
 from evoprune.vision import rowwise
-from evoprune.vision.attention import Bucket, grouped_attention
+from evoprune.vision.attention import grouped_attention
+from evoprune.vision.buckets import Bucket
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry, tower_shape

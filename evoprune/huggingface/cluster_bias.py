@@ -1,7 +1,7 @@
 """The cluster-size bias inside a Hugging Face model: log(size) is added to the attention logits of each visual token.
 
-`decoder.forward` does the same for this project's own decoder. Here the model's layers run by themselves, so a hook before the
-attention of each layer adds the bias to the mask that it gets.
+In this project's own decoder, `language.decoder.forward` adds it. Here the model's own layers run, so a hook before the
+attention of each layer adds the bias to the attention mask.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ def cluster_bias(model, counts: torch.Tensor | None) -> Iterator[None]:
     """While the context lasts, attention weighs each column by its cluster size.
 
     Args:
-        model: a Hugging Face `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`, under an attention that takes masks of numbers
+        model: a Hugging Face `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration` whose attention takes masks of numbers
             (`interface.takes_numbers`).
-        counts: float32 `[B, C]`, sizes of the prompt's columns; later columns have size 1. None for 1 everywhere. Where the model
-            runs more rows than B, as with beams, each row of `counts` covers as many neighbouring ones.
+        counts: float32 `[B, C]`, the cluster sizes of the prompt's columns; later columns have size 1. None for 1 everywhere.
+            If the model runs n * B rows (beams), each row of `counts` applies to n neighbouring rows.
     """
     if counts is None:
         yield
@@ -30,7 +30,7 @@ def cluster_bias(model, counts: torch.Tensor | None) -> Iterator[None]:
     def add_bias(attention, args: tuple, call: dict) -> tuple[tuple, dict]:
         states, mask, cache = call["hidden_states"], call.get("attention_mask"), call.get("past_key_values")
         rows, columns = states.shape[:2]
-        if mask is None:  # every column sees all that comes before it
+        if mask is None:  # causal attention: every column attends to all columns before it
             layer = attention.layer_idx
             keys, seen = (
                 (columns, 0)

@@ -1,7 +1,7 @@
-"""The columns of a batch of prompts when every row loses some of its own.
+"""The columns of a batch of prompts after each row loses some of its own.
 
-What is left of a row stands together at the right, so that all rows still end where the answer begins; where a row has less left
-than another one there is padding before it. A batch that was padded on the left gives up that padding as far as all rows allow.
+The columns that are left of a row move together to the right, so that all rows still end where the answer begins. A row with fewer
+columns than another gets padding at its start. Padding on the left that no row needs is removed.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from evoprune.errors import UsageError
 
 @dataclass(frozen=True)
 class Columns:
-    """What is left of which columns.
+    """The columns that are left of a batch.
 
     Attributes:
-        index: int64 `[B, C]`, which column of the whole batch stands at each place, ascending; -1 for padding, before all others.
-        width: columns of the whole batch.
+        index: int64 `[B, C]`, for each place the column of the whole batch that it holds, ascending; -1 for padding, at the start.
+        width: number of columns of the whole batch.
     """
 
     index: torch.Tensor
@@ -25,16 +25,18 @@ class Columns:
 
     @classmethod
     def without(cls, dropped: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """All columns but those that are `dropped` (bool `[B, L]`), in as few places as the row with most of them needs.
+        """All columns that are not dropped, in as few places as the longest row needs.
 
         Args:
-            mask: `[B, L]`, 0 where there is padding. That before a row's first token is given up where places are short.
+            dropped: bool `[B, L]`.
+            mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed where it needs more
+                places than the longest row.
         """
         stays, width = ~dropped, dropped.shape[1]
         needed = stays if mask is None else stays & (mask.cumsum(1) > 0)
         places = max(1, int(needed.sum(1).max()))
         from_the_end = stays.flip(1).cumsum(1).flip(1)
-        # Whatever has no place goes to one more at the front, which is cut off.
+        # Columns without a place go to an extra place at the front, which is cut off.
         place = torch.where(stays, (places + 1 - from_the_end).clamp(min=0), 0)
         index = torch.full((len(dropped), places + 1), -1, device=dropped.device)
         index.scatter_(1, place, torch.arange(width, device=dropped.device).expand_as(place))
@@ -42,30 +44,30 @@ class Columns:
 
     @property
     def places(self) -> int:
-        """C, how many columns are left."""
+        """C, the number of places."""
         return self.index.shape[1]
 
     @property
     def padded(self) -> bool:
-        """Whether some row has less left than another one."""
+        """Whether a row has padding, because it has fewer columns left than another."""
         return bool((self.index < 0).any())
 
     def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """What is left of `x` (`[..., B, width]`, where B may be 1): `[..., B, C]`, `fill` at padding."""
+        """The columns of `x` (`[..., B or 1, width]`) that are left: `[..., B, C]`, with `fill` at padding."""
         index = self.index.to(x.device)
         x = x.expand(*x.shape[:-2], len(index), -1)
         return x.gather(-1, index.clamp(min=0).expand(*x.shape[:-1], -1)).masked_fill(index < 0, fill)
 
     def following(self, width: int) -> "Columns":
-        """The same of a batch that goes on up to `width` columns, of which nothing more is dropped."""
+        """The columns of the batch continued up to `width` columns, without further drops."""
         more = torch.arange(self.width, width, device=self.index.device)
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
-        """The same of a batch that ends before what stands at a place, with what was dropped just before it.
+        """The columns of the batch cut before place `places`; dropped columns just before it stay part of the batch.
 
         Raises:
-            UsageError: that is another column in another row.
+            UsageError: the cut is at different columns in different rows.
         """
         ends = self.index[:, places].unique()
         if len(ends) > 1:
@@ -75,17 +77,17 @@ class Columns:
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
-        """Each row so many times, as beams and several answers to a prompt want it."""
+        """Each row repeated `times` times, for beams or several answers to a prompt."""
         return Columns(self.index.repeat_interleave(times, 0), self.width)
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """Ids as they would be had nothing been dropped.
+    """Ids with the whole prompt in place of the pruned one.
 
     Args:
-        prompt: `[B, L]`.
-        places: columns of the prompt that `ids` begin with.
-        ids: `[B * n, places + new]`, n neighbouring rows for each prompt.
+        prompt: int64 `[B, L]`, the whole prompt.
+        places: number of columns of the pruned prompt, with which `ids` begin.
+        ids: int64 `[B * n, places + new]`, n neighbouring rows for each prompt.
 
     Returns:
         `[B * n, L + new]`.

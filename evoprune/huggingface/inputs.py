@@ -1,7 +1,7 @@
-"""Calls of a Hugging Face model without the columns of what was pruned: its own arguments in, its own arguments out.
+"""Rewrites the arguments of a call of a Hugging Face model: the columns of pruned tokens are removed.
 
-A call is a dict of arguments of `forward` or `generate` by name. Positions are those of the whole prompt, so they keep their
-gaps; only the running number of each token, by which attention masks are made, closes up.
+A call is a dict of the arguments of `forward` or `generate` by name. M-RoPE positions are those of the whole prompt, so they
+have gaps. Only the running number of each token, from which attention masks are made, has none.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from evoprune.vision.encoded import Encoded
 
 @dataclass(frozen=True)
 class Past:
-    """What is to be known of a cache whose prompt was pruned, to go on from it.
+    """What later calls must know of a cache whose prompt was pruned.
 
     Attributes:
-        columns: what is left of the prompt.
-        delta: int64 `[B, L]`, for each column of the prompt, were it the last: added to the number of tokens before a later one it
-            gives that one's position.
-        counts: float32 `[B, C]`, as how many attention counts each of the columns left; None for one each.
+        columns: the columns of the prompt that are left.
+        delta: int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number
+            of tokens before it.
+        counts: float32 `[B, C]`, the cluster size of each column that is left; None for 1.
     """
 
     columns: Columns
@@ -31,7 +31,7 @@ class Past:
     counts: torch.Tensor | None = None
 
     def held(self, length: int) -> "Past":
-        """The same of a cache of `length` columns; behind the prompt there may be any others."""
+        """The `Past` of the same cache cut to `length` columns. A greater length, with text behind the prompt, changes nothing."""
         if length >= self.columns.places:
             return self
         columns = self.columns.first(length)
@@ -40,14 +40,21 @@ class Past:
 
 
 def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
-    """Which columns of a call, to `generate` or by hand, are video placeholders: bool `[B, L]`.
+    """The columns that are video placeholders: bool `[B, L]`.
+
+    Args:
+        model: a Hugging Face model.
+        call: the arguments of a new prompt with videos.
+        generating: whether this is a call of `generate`, and not of the model itself.
 
     Raises:
-        UsageError: the videos and the prompt do not fit together, or something cannot go with the pruned prompt.
+        UsageError: the videos do not fit the prompt, or an argument cannot be used with a pruned prompt.
     """
     ids, mask, grids = call.get("input_ids"), call.get("attention_mask"), call.get("video_grid_thw")
     if ids is None or call.get("inputs_embeds") is not None:
-        raise UsageError("inputs_embeds beside a video cannot be pruned", "pass input_ids, in which the video is seen")
+        raise UsageError(
+            "inputs_embeds beside a video cannot be pruned", "pass input_ids, which have the video's tokens"
+        )
     if mask is not None and mask.shape != ids.shape:
         raise UsageError(
             f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}", "pass the processor's own mask"
@@ -67,7 +74,7 @@ def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
 
 
 def _check_arguments(call: dict) -> None:
-    """Raises UsageError if a call by hand has what is meant for its columns but cannot go with them."""
+    """Raises UsageError if a direct call has an argument with a value per column that cannot lose columns."""
     shape = call["input_ids"].shape
     known = {"input_ids", "attention_mask", "position_ids", *interface.PER_COLUMN, *interface.VISION_INPUTS}
     for name, value in call.items():
@@ -75,23 +82,24 @@ def _check_arguments(call: dict) -> None:
         if per_column or name.startswith("cu_seq_lens"):
             raise UsageError(f"{name} cannot go with a pruned prompt", "leave it out, or remove the pruning first")
     if isinstance(call.get("logits_to_keep"), torch.Tensor):
-        raise UsageError("logits_to_keep as indices would miss their columns", "pass how many at the end, or 0")
+        raise UsageError("logits_to_keep as indices would miss their columns", "pass a number of last columns, or 0")
 
 
 def without_pruned(
     model, call: dict, video: torch.Tensor, encoded: Encoded, positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """The call without what was pruned from its videos.
+    """The call without the columns of pruned tokens.
 
     Args:
-        call: a new prompt; it is left as it is.
-        video: from `check_prompt`.
-        encoded: all its videos.
-        positions: "host" or "qwen"; those of the call come first.
-        generating: whether this is for `generate`.
+        model: a Hugging Face model.
+        call: the arguments of a new prompt; not modified.
+        video: bool `[B, L]`, from `check_prompt`.
+        encoded: all videos of the call.
+        positions: "host" or "qwen"; `position_ids` in the call override it.
+        generating: whether this is a call of `generate`.
 
     Returns:
-        The call, and what its cache will have to remember.
+        The new call, and the `Past` of its cache.
 
     Raises:
         UsageError: packed sequences.
@@ -103,24 +111,26 @@ def without_pruned(
     pruned = torch.ones(len(encoded.owner), dtype=torch.bool, device=ids.device)
     pruned[encoded.kept.to(ids.device)] = False
     columns = Columns.without(torch.zeros_like(video).masked_scatter(video, pruned), mask)
-    small = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
-    small["input_ids"] = columns.take(ids, interface.pad_id(model, call))
+    pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
+    pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     if mask is not None or columns.padded:
-        small["attention_mask"] = columns.take(used)
-    small |= {n: columns.take(call[n], fill) for n, fill in interface.PER_COLUMN.items() if call.get(n) is not None}
-    if small.get("labels") is not None:  # no padding foretells a row's first token
-        small["labels"][:, 1:].masked_fill_(columns.index[:, :-1].to(small["labels"].device) < 0, -100)
+        pruned_call["attention_mask"] = columns.take(used)
+    pruned_call |= {
+        n: columns.take(call[n], fill) for n, fill in interface.PER_COLUMN.items() if call.get(n) is not None
+    }
+    if pruned_call.get("labels") is not None:  # the first token of a row has no column before it that predicts it
+        pruned_call["labels"][:, 1:].masked_fill_(columns.index[:, :-1].to(pruned_call["labels"].device) < 0, -100)
     at = _positions(model, call, mask, positions, generating)
-    small["position_ids"] = columns.take(at)
+    pruned_call["position_ids"] = columns.take(at)
     if len(at) == 4:
-        small["position_ids"][0] = interface.text_positions(columns.take(used))
-    small[interface.ENCODED] = _encoded(model, call, encoded)
+        pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
+    pruned_call[interface.ENCODED] = _encoded(model, call, encoded)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
-    return small, Past(columns, furthest + 1 - used.cumsum(1), _counts(video, columns, encoded))
+    return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _counts(video, columns, encoded))
 
 
 def _counts(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
-    """Of the columns that are left, float32 `[B, C]`; None for one each."""
+    """The cluster sizes of the columns that are left, float32 `[B, C]`; None for 1."""
     if encoded.size is None:
         return None
     units = torch.ones(len(encoded.owner), device=video.device)
@@ -129,7 +139,7 @@ def _counts(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Te
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
-    """Of every column of the whole prompt, `[3 or 4, B, L]`; the first of four is the running number."""
+    """The positions of every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
     ids = call["input_ids"]
     used = torch.ones_like(ids) if mask is None else mask
     given = call.get("position_ids")
@@ -148,7 +158,7 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
 
 
 def _encoded(model, call: dict, encoded: Encoded) -> dict:
-    """What the model would have made of videos and pictures; the latter it makes itself."""
+    """The features of videos and pictures in the form of the model's own encoder outputs; the model encodes the pictures."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     per_pair = iter(encoded.kept_per_pair)
@@ -161,14 +171,17 @@ def _encoded(model, call: dict, encoded: Encoded) -> dict:
 
 
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
-    """The call that goes on from a cache of `length` columns.
+    """A call that continues from a cache with a pruned prompt, without the pruned columns.
 
     Args:
-        past: of that cache, and no longer.
-        generating: whether this is for `generate`, whose ids and mask cover what is in the cache too.
+        model: a Hugging Face model.
+        call: the arguments; not modified.
+        past: of the cache, cut to its length (`Past.held`).
+        length: number of columns in the cache.
+        generating: whether this is a call of `generate`, whose ids and mask include the columns in the cache.
 
     Raises:
-        UsageError: the mask does not cover what the cache stands for and what is new.
+        UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
     """
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     if call.get("pixel_values") is not None or (generating and call.get("inputs_embeds") is not None):
@@ -177,33 +190,33 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     if len(new) % len(past.delta):
         raise UsageError(
             f"{len(new)} rows go on from past_key_values of {len(past.delta)} prompts",
-            "go on with all rows, or with none",
+            "continue all rows, or pass the whole conversation",
         )
     columns = past.columns.repeated(len(new) // len(past.columns.index))
     known = columns.width + length - columns.places
     total = mask.shape[1] if mask is not None else new.shape[1] + (0 if generating else known)
     if total <= known or (not generating and total != known + new.shape[1]):
         raise UsageError(
-            f"{total} columns go on from past_key_values that stand for {known}",
-            "ids and attention_mask count the video's tokens that were pruned, as if they were there",
+            f"{total} columns go on from past_key_values that represent {known}",
+            "count the pruned tokens of the video in ids and attention_mask too",
         )
     columns = columns.following(total)
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
     used = torch.ones(len(new), total, dtype=torch.int64, device=new.device) if mask is None else mask
-    small = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
+    pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     if mask is not None or columns.padded:
-        small["attention_mask"] = columns.take(used)
+        pruned_call["attention_mask"] = columns.take(used)
     if ids is not None and ids.shape[1] == total:
-        small["input_ids"] = columns.take(ids, interface.pad_id(model, call))
+        pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     for name, fill in interface.PER_COLUMN.items():
         if call.get(name) is not None and call[name].shape[1] == total:
-            small[name] = columns.take(call[name], fill)
+            pruned_call[name] = columns.take(call[name], fill)
     at = call.get("position_ids")
     if at is None:
         delta = past.delta[:, -1:].to(new.device).repeat_interleave(len(new) // len(past.delta), 0)
         at = (interface.text_positions(used) + delta).expand(3, -1, -1)
-        small["position_ids"] = columns.take(at) if generating else at[..., known:]
+        pruned_call["position_ids"] = columns.take(at) if generating else at[..., known:]
     elif at.shape[-1] == total:
-        small["position_ids"] = columns.take(at)
-    return small
+        pruned_call["position_ids"] = columns.take(at)
+    return pruned_call

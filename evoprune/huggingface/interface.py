@@ -1,6 +1,6 @@
-"""All that is relied upon of Hugging Face's Qwen2.5-VL and Qwen2-VL, beside their weights.
+"""Every property of Hugging Face's Qwen2.5-VL and Qwen2-VL on which this package relies, except their weights.
 
-tests/test_host.py says it a second time, and fails where a release of transformers has changed it.
+tests/huggingface/test_interface.py checks them, and fails if a release of transformers changes one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,17 +15,17 @@ SUPPORTED = (
     "supported are transformers' Qwen2_5_VLForConditionalGeneration and Qwen2VLForConditionalGeneration; take it out of "
     "what wraps it (PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
-# Arguments of `forward` that go with videos and pictures. Once those are encoded it must not see them any more.
+# Arguments of `forward` for videos and pictures. It must not get them once those are encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
-# What it takes instead: a dict of what `get_video_features` and `get_image_features` return, whose `pooler_output` lists
-# features `[tokens, hidden]` of each video or picture.
+# The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Their
+# `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture.
 ENCODED = "mm_encoder_outputs"
-# Arguments with a value for each column, and what stands at padding; beside input_ids, attention_mask and position_ids.
+# Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100}
 
 
 def check_model(model) -> None:
-    """Raises ModelError unless this is a model that can be pruned."""
+    """Raises ModelError unless `model` can be pruned."""
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
     if not isinstance(model, Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration):
@@ -34,10 +34,10 @@ def check_model(model) -> None:
 
 
 def tower_of(model):
-    """The vision tower of a Hugging Face model, or of a `qwen.QwenVL`.
+    """The vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
     Raises:
-        ModelError: it has none of Qwen2.5-VL's or Qwen2-VL's, or one that is built otherwise, or the weights are elsewhere.
+        ModelError: the model has no tower of Qwen2.5-VL or Qwen2-VL, the tower has another structure, or its weights are offloaded.
     """
     from evoprune.model.weights import Tower
 
@@ -58,18 +58,21 @@ def tower_of(model):
 
 
 def attention_layers(model) -> list[torch.nn.Module]:
-    """The attention of each layer of the language model; called with `hidden_states`, `attention_mask` (`[B or 1, 1, L, keys]`,
-    bool or numbers, or None where all before is seen) and `past_key_values`."""
+    """The attention module of each layer of the language model.
+
+    Its arguments are `hidden_states`, `past_key_values` and `attention_mask`: `[B or 1, 1, L, keys]`, bool or numbers, or None for
+    causal attention.
+    """
     return [layer.self_attn for layer in model.model.language_model.layers]
 
 
 def takes_numbers(model) -> bool:
-    """Whether the language model's attention takes a mask of numbers, which are added to its logits."""
+    """Whether the language model's attention takes a mask of numbers that are added to its logits."""
     return model.config.text_config._attn_implementation in ("eager", "sdpa")
 
 
 def setting(model, call: dict, name: str):
-    """A generation setting as `generate` will find it: among its arguments, in the config given, in the model's own."""
+    """A generation setting as `generate` finds it: in its arguments, then in the given config, then in the model's own."""
     for config in (call.get("generation_config"), model.generation_config):
         if call.get(name) is None and getattr(config, name, None) is not None:
             return getattr(config, name)
@@ -77,28 +80,28 @@ def setting(model, call: dict, name: str):
 
 
 def pad_id(model, call: dict) -> int:
-    """The id that stands at padding."""
+    """The token id for padding."""
     pad, ends = setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
     return int(torch.tensor(next(x for x in (pad, ends, 0) if x is not None)).flatten()[0])
 
 
 def inferred_mask(model, call: dict) -> torch.Tensor:
-    """The mask that `generate` makes where none is given, `[B, L]`: padding is what has the pad id, if that ends nothing."""
+    """The mask that `generate` infers if none is given, int64 `[B, L]`: 0 at the pad id, unless that is an end-of-text id too."""
     ids, pad, ends = call["input_ids"], setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
     is_end = ends is not None and pad in torch.tensor(ends).flatten().tolist()
     return torch.ones_like(ids) if pad is None or is_end else ids.ne(pad).long()
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
-    """int64 `[B, L]`: tokens counted from 0 in each row, 0 at padding."""
+    """int64 `[B, L]`: the running number of each token in its row, from 0; 0 at padding."""
     return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
 
 
 def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bool) -> torch.Tensor:
-    """Where the model itself would have each column of a prompt, in `generate` (`[4, B, L]`) or in `forward` (`[3, B, L]`)."""
+    """The model's own positions of a prompt's columns: int64 `[4, B, L]` as in `generate`, or `[3, B, L]` as in `forward`."""
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
-    if not has_clock(model):  # there is no such argument
+    if not has_clock(model):  # Qwen2-VL has no such argument
         del given["second_per_grid_ts"]
     ids = call["input_ids"]
     if generating:
@@ -110,7 +113,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 
 
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
-    """Where Qwen's rule has each column of a prompt (`language.positions`), int64 `[3, B, L]`."""
+    """The positions of a prompt's columns by Qwen's rule (`language.positions`), int64 `[3, B, L]`."""
     config, ids = model.config, call["input_ids"].cpu()
     per_second = vision_sizes(config.vision_config).tokens_per_second
     units = (call["video_grid_thw"], call.get("image_grid_thw"))
@@ -125,12 +128,12 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 
 
 def has_clock(model) -> bool:
-    """Whether positions follow a video's time; Qwen2-VL's count its grids."""
+    """Whether positions follow a video's time in seconds; those of Qwen2-VL count frame pairs."""
     return vision_sizes(model.config.vision_config).tokens_per_second is not None
 
 
 def seconds_per_grid(call: dict) -> Sequence[float]:
-    """Seconds from grid to grid of each video; where nothing is said it is taken for 1, as by Qwen2.5-VL."""
+    """Seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
     seconds = call.get("second_per_grid_ts")
     return [1.0] * len(call["video_grid_thw"]) if seconds is None else [float(x) for x in seconds]
 
@@ -138,7 +141,7 @@ def seconds_per_grid(call: dict) -> Sequence[float]:
 def _spans(
     config, ids: torch.Tensor, videos: Iterator, images: Iterator, seconds: Iterator[float]
 ) -> Iterator[VideoSpan]:
-    """Videos and pictures of one row, in order; a picture is a video of one grid."""
+    """The videos and pictures of one row, in order; a picture is a video of one frame pair."""
     at, merge = 0, config.vision_config.spatial_merge_size
     while len(found := ((ids[at:] == config.video_token_id) | (ids[at:] == config.image_token_id)).nonzero()):
         at += int(found[0])

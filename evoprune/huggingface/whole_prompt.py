@@ -1,4 +1,4 @@
-"""Callbacks of `generate` get ids of the whole prompt, as if nothing had been dropped from it."""
+"""Callbacks of `generate` get ids of the whole prompt although the model runs on a pruned one."""
 
 from collections.abc import Callable
 from copy import copy
@@ -9,31 +9,37 @@ from evoprune.huggingface import interface
 from evoprune.huggingface.columns import with_whole_prompt
 
 
-def with_whole_prompts(model, call: dict, small: dict) -> dict:
-    """The call of `generate` on a pruned prompt: lengths count the dropped tokens, and callbacks see them."""
-    prompt, places = call["input_ids"], small["input_ids"].shape[1]
-    small = dict(small)
+def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
+    """The call of `generate` on a pruned prompt, in which lengths and callbacks refer to the whole prompt.
+
+    Args:
+        model: a Hugging Face model.
+        call: the arguments with the whole prompt.
+        pruned_call: the arguments with the pruned prompt; not modified.
+    """
+    prompt, places = call["input_ids"], pruned_call["input_ids"].shape[1]
+    pruned_call = dict(pruned_call)
     for name in ("logits_processor", "stopping_criteria"):
-        if small.get(name):
-            wrapped = copy(small[name])
+        if pruned_call.get(name):
+            wrapped = copy(pruned_call[name])
             wrapped[:] = [_OnWholePrompts(one, prompt, places) for one in wrapped]
-            small[name] = wrapped
-    if (allowed := small.get("prefix_allowed_tokens_fn")) is not None:
-        small["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            pruned_call[name] = wrapped
+    if (allowed := pruned_call.get("prefix_allowed_tokens_fn")) is not None:
+        pruned_call["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
             row, with_whole_prompt(prompt[row, None], places, ids[None])[0]
         )
-    if small.get("streamer") is not None:
-        small["streamer"] = _WholePromptStreamer(small["streamer"], prompt)
+    if pruned_call.get("streamer") is not None:
+        pruned_call["streamer"] = _WholePromptStreamer(pruned_call["streamer"], prompt)
     for name in ("max_length", "min_length"):
         if (length := interface.setting(model, call, name)) is None:
             continue
         length = max(0, length - prompt.shape[1] + places)
-        if small.get(name) is None and small.get("generation_config") is not None:
-            small["generation_config"] = copy(small["generation_config"])
-            setattr(small["generation_config"], name, length)
+        if pruned_call.get(name) is None and pruned_call.get("generation_config") is not None:
+            pruned_call["generation_config"] = copy(pruned_call["generation_config"])
+            setattr(pruned_call["generation_config"], name, length)
         else:
-            small[name] = length
-    return small
+            pruned_call[name] = length
+    return pruned_call
 
 
 class _OnWholePrompts:
@@ -50,7 +56,7 @@ class _OnWholePrompts:
 
 
 class _WholePromptStreamer:
-    """A streamer that gets the whole prompt, which comes first."""
+    """A streamer that gets the whole prompt in the first call of `put`, which is the prompt's."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
         self._wrapped, self._prompt = wrapped, prompt

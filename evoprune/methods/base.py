@@ -1,8 +1,9 @@
 """What a pruning method is: a small frozen dataclass whose fields are its settings.
 
-There are four kinds. An `InputMethod` makes the video smaller before the encoder. A `Merger` merges rows between the encoder's
-layers. A `Selector` keeps some tokens after the encoder. `EvoPrune` reuses rows in time and puts a selector between two layers.
-Each makes an `EncoderPlan`. None of them knows of windows, rotary positions, patch mergers, placeholders or prompts.
+There are four kinds. An `InputMethod` makes the video smaller before the encoder. A `Merger` merges rows between the
+encoder's layers. A `Selector` keeps some tokens after the encoder. `EvoPrune` reuses rows in time and puts a selector
+between two layers. Each makes an `EncoderPlan`. No method knows of windows, rotary positions, patch mergers,
+placeholders or prompts.
 """
 
 from abc import ABC, abstractmethod
@@ -22,15 +23,15 @@ from evoprune.pruning.types import Candidates, Selection, Tokens
 
 @dataclass(frozen=True)
 class Method:
-    """The base of all methods; by itself it keeps everything.
+    """The base of all methods; by itself it keeps every token.
 
     Class attributes:
-        name: how users select the method.
-        source: the paper and section that it follows.
-        acts: where it acts; for tables and help.
-        exact: whether exactly K tokens come out; otherwise the nearest count that the method's shape allows, at most K unless that
-            is below its least.
-        reads_question: whether the selection depends on the question; it is then made again for each one.
+        name: the name by which users select the method.
+        source: the paper (arXiv id, section where known) that it follows, or "this project".
+        acts: where it acts: nowhere, on the input, inside the encoder, or after it. For tables and help.
+        exact: whether exactly K tokens come out. Otherwise the method keeps the nearest count that its shape allows: at most K, or
+            its own minimum if that is more.
+        reads_question: whether the selection depends on the question. It is then made again for each question.
     """
 
     name: ClassVar[str] = "none"
@@ -40,43 +41,49 @@ class Method:
     reads_question: ClassVar[bool] = False
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        """What the encoder does with a video of `grid` (T, H, W) units, of which `keep` tokens are to be left."""
+        """The encoder's work on one video.
+
+        Args:
+            tower: the shape of the vision tower.
+            grid: (T, H, W) of the video in units.
+            keep: K, the number of tokens for the language model.
+        """
         return full_plan(tower, grid)
 
     @property
     def merger(self) -> "Merger | None":
-        """What merges rows between the encoder's layers."""
+        """The merger that runs between the encoder's layers; None without one."""
         return None
 
     @property
     def selector(self) -> "Selector | None":
-        """What selects tokens, inside the encoder or after it."""
+        """The selector that runs inside the encoder or after it; None without one."""
         return None
 
     def automatic(self) -> Self:
-        """The same method, keeping as many tokens as the content asks for and at most its budget.
+        """The same method with a count that depends on the content, and is at most the budget's.
 
         Raises:
-            UsageError: the method cannot.
+            UsageError: the method cannot do this.
         """
         raise UsageError(
             f"method {self.name} cannot choose a budget by itself", "give a share (-b 0.25), or take --method evoprune"
         )
 
     def prunes(self, budget: float) -> bool:
-        """Whether the method does anything at a budget."""
+        """Whether the method does anything at `budget`, a share in (0, 1]."""
         return self.acts != "none" and budget < 1
 
     def reported_budget(self, budget: float | str) -> float | str:
-        """The budget as reports show it: 1.0 for a method that prunes nothing."""
+        """The budget for reports: 1.0 for a method that prunes nothing, else as given."""
         return 1.0 if self.acts == "none" else budget
 
     @classmethod
     def from_args(cls, args: dict[str, str]) -> Self:
-        """The method with settings given as texts, as on a command line.
+        """The method with settings as texts, as on a command line.
 
         Raises:
-            UsageError: the method has no such setting, or the value is not of its type or out of range.
+            UsageError: the method has no such setting, or a value has the wrong type or is out of range.
         """
         known = {f.name: f for f in _setting_fields(cls)}
         values = {}
@@ -99,9 +106,10 @@ class InputMethod(Method, ABC):
 
     @abstractmethod
     def resize(self, grid: Grid, keep: int) -> Grid:
-        """The grid (T, H, W) in units to look at instead of `grid`, with `keep` units or fewer where its shape allows.
+        """The smaller grid that replaces `grid`; both are (T, H, W) in units.
 
-        No side may grow. Fewer T are fewer frames, spread over the same time; smaller H and W are frames of lower resolution.
+        It has `keep` units or fewer where its shape allows. No dimension may grow. A smaller T means fewer frames over the same
+        time; smaller H and W mean frames of lower resolution.
         """
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
@@ -113,9 +121,9 @@ class Merger(Method, ABC):
     """Merges rows between the encoder's layers, inside each window or frame pair.
 
     Class attributes:
-        needs: the feature that `match` compares, one of "keys" (of the layer, before rotary), "keys_rotary" and "hidden"; and
-            "attention" for attention received in the layer.
-        size_bias: whether attention weighs a merged row by the units that it represents (ToMe, arXiv 2210.09461, section 3).
+        needs: the feature that `match` compares, one of "keys" (of the layer, before rotary), "keys_rotary" and "hidden"; also
+            "attention", for attention received in the layer.
+        size_bias: whether attention weighs a merged row by its cluster size (ToMe, arXiv 2210.09461, section 3).
     """
 
     acts: ClassVar[Literal["inside"]] = "inside"
@@ -124,21 +132,31 @@ class Merger(Method, ABC):
 
     @abstractmethod
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """Where each row of each group goes: int64 `[B, n]`, itself if it stays.
+        """Which row of its group each row merges into.
+
+        The encoder calls this in rounds until every group has lost its rows. On a GPU, it must not read values back (`item`,
+        `nonzero`, masks as indices).
 
         Args:
-            candidates: the groups.
-            remove: int64 `[B]`, how many rows each group must lose. At least one must go where any should, and never more. The
-                encoder calls again for the rest. On a GPU this function must not read values back (`item`, `nonzero`, masks as
-                indices).
+            candidates: B groups of up to n rows.
+            remove: int64 `[B]`, how many rows each group must still lose. A round removes at least one of them, and never more.
+
+        Returns:
+            int64 `[B, n]`, indices inside the group; its own index for a row that stays.
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Rows of one frame pair after each layer, when `keep` of its `units` are to be left; here each layer removes as many."""
+        """Rows of one frame pair after each layer; here every layer removes equally many.
+
+        Args:
+            tower: the shape of the vision tower.
+            units, windows: of the frame pair.
+            keep: rows after the last layer.
+        """
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:
-        """At most how many calls of `match` reduce a group from `rows` to `left` rows, whatever they are."""
+        """The most calls of `match` that reduce a group from `rows` to `left` rows, for any content."""
         return rows - left
 
     @property
@@ -150,19 +168,19 @@ class Merger(Method, ABC):
         if keep >= prod(grid):
             return full_plan(tower, grid)
         units, windows = height * width, tower.windows(height, width)
-        due = [max(1, share) for share in spread(keep, count)]
-        of_share = {share: tuple(self.rows(tower, units, windows, share)) for share in set(due)}
-        merged = tuple(of_share[share] for share in due)
+        shares = [max(1, share) for share in spread(keep, count)]
+        of_share = {share: tuple(self.rows(tower, units, windows, share)) for share in set(shares)}
+        merged = tuple(of_share[share] for share in shares)
         left = [sum(rows) for rows in zip(*merged, strict=True)]
         return EncoderPlan(grid, keep, (prod(grid), *left[:-1]), left[-1], merged=merged)
 
 
 @dataclass(frozen=True)
 class Selector(Method, ABC):
-    """Keeps some of the tokens: one function over what the encoder made of the video.
+    """Keeps some of the tokens: one function over the encoder's output.
 
     Class attributes:
-        needs: what it reads beside the features, of "attention" and "keys" in the tower's last full-attention layer.
+        needs: what it reads beside the features: "attention" or "keys" of the tower's last full-attention layer, or both.
     """
 
     acts: ClassVar[Literal["after"]] = "after"
@@ -170,10 +188,10 @@ class Selector(Method, ABC):
 
     @abstractmethod
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        """The `keep` tokens that the language model reads."""
+        """The tokens that the language model reads: `keep` of them, or another number if not `exact`."""
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
-        """Whether a selection of `count` of `units` is an answer to a request for `keep`."""
+        """Whether a selection of `count` tokens is acceptable where `keep` of `units` were requested."""
         return count == keep
 
     @property
@@ -185,16 +203,18 @@ class Selector(Method, ABC):
 
 
 def _setting_fields(method: type[Method]) -> list[Field]:
-    """The fields that users set: all but other methods."""
+    """The fields that users set: all except those that hold another method."""
     return [f for f in fields(method) if not f.metadata.get("method")]
 
 
 def _settings(method: type[Method]) -> str:
+    """A hint that lists the settings."""
     known = ", ".join(f"{f.name}={f.default}" for f in _setting_fields(method))
     return f"its arguments and defaults: {known or 'none'}"
 
 
 def _parse(method: type[Method], field_: Field, text: str):
+    """The value of a setting given as text, in the type of its default."""
     kind = type(field_.default)
     if field_.default is None:
         if text == "None":

@@ -1,11 +1,12 @@
-"""DART (arXiv 2502.11494): a few pivots, and the tokens that are least like them.
+"""DART (arXiv 2502.11494): a few pivot tokens, and the tokens that are least similar to them.
 
-Faithful: pivots are the 4 visual and the 4 text tokens of greatest L1 norm; for each in turn the least similar of the tokens
-that are left are kept, as many for each pivot. Adapted: the paper does this with keys and states of the language model's first
-layers, which no method after the encoder has. Here norms and cosines are those of the embeddings that the language model reads,
-visual and text, as in NVIDIA's TensorRT-Edge-LLM; the paper finds that little depends on how pivots are chosen. Text is the
-question's. The first pivots, those of visual tokens, have the odd ones. Norms (as a share of the greatest) and cosines are
-rounded so that equals are ties, which go by index.
+As in the paper: pivots are the 4 visual and the 4 text tokens of greatest L1 norm. Each pivot in turn keeps the least
+similar of the tokens that are left, equally many for each.
+Adapted: the paper uses keys and hidden states of the language model's first layers, which do not exist yet after the
+encoder. Here norms and cosines are those of the embeddings that the language model reads, visual and text, as in
+NVIDIA's TensorRT-Edge-LLM; the paper finds that little depends on how pivots are selected. The text is the question's.
+If the count does not divide evenly, the first pivots keep one token more. Norms (relative to the greatest) and cosines
+are rounded, so equal tokens are ties, which go by index.
 """
 
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from evoprune.pruning.types import Selection, Tokens
 class Dart(Selector):
     """O(N D), memory O(N D). Fields:
 
-    visual, text: pivots of either kind; without text it needs no question.
+    visual, text: number of pivots of each kind; with `text` 0 the method does not read the question.
     """
 
     name: ClassVar[str] = "dart"
+    source: ClassVar[str] = "arXiv 2502.11494"
 
     visual: int = 4
     text: int = 4
@@ -49,14 +51,14 @@ class Dart(Selector):
         unlike = -snap(unit @ pivots.T)
         unlike[first] = -torch.inf
         each, odd = divmod(keep - len(first), len(pivots))
-        chosen = [first]
+        selected = [first]
         for pivot in range(len(pivots)):
-            chosen.append(ranked(unlike[:, pivot])[: each + (pivot < odd)])
-            unlike[chosen[-1]] = -torch.inf
-        return Selection(torch.cat(chosen).sort().values)
+            selected.append(ranked(unlike[:, pivot])[: each + (pivot < odd)])
+            unlike[selected[-1]] = -torch.inf
+        return Selection(torch.cat(selected).sort().values)
 
 
 def longest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[count, or fewer]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first."""
+    """int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first; ties by index."""
     norm = x.abs().sum(1)
     return ranked(snap(norm / norm.max().clamp(min=1e-12)))[:count]

@@ -1,9 +1,11 @@
-"""DivPrune (arXiv 2503.02175): the most diverse tokens, chosen one after another, each farthest from those there are.
+"""DivPrune (arXiv 2503.02175): the most diverse tokens, by greedy max-min distance.
 
-Faithful: distance 1 - cosine of the tokens that the language model would read; first the token whose nearest neighbour is
-farthest, then always the one whose nearest chosen token is farthest. Adapted: written from the paper for a whole video at once,
-with a running maximum of the cosine to what is chosen, so that no N x N matrix is ever held; what is chosen cannot be chosen
-again, even if it equals another; cosines are rounded (`score.snap`) so that equals are ties, which go by index.
+As in the paper: the distance of two tokens is 1 - cosine of the features that the language model would read. The first
+token is the one whose nearest neighbour is farthest. Each further token is the one whose nearest selected token is
+farthest.
+Adapted: one selection covers the whole video. A running maximum of the cosines to selected tokens replaces the N x N
+matrix. A token cannot be selected twice, even if it equals another. Cosines are rounded (`score.snap`), so equal tokens
+are ties, which go by index.
 """
 
 from dataclasses import dataclass
@@ -20,36 +22,43 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """O(N^2 D) for the first token, O(K N D) for the others; memory O(N D)."""
+    """O(N^2 D) for the first token, O(K N D) for the others; memory O(N D). No fields."""
 
     name: ClassVar[str] = "divprune"
+    source: ClassVar[str] = "arXiv 2503.02175"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         return Selection(most_diverse(tokens.features, keep))
 
 
 def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """The indices of `keep` rows of `features` (`[N, D]`), ascending: greedy max-min distance. Ties go by index.
+    """Selects rows by greedy max-min distance; ties go to the lower index.
 
-    `weight`: `[N]`, at least 0, by which the distance of a row to those chosen is multiplied; None for none.
+    Args:
+        features: `[N, D]`, any float dtype.
+        keep: K, from 1 to N.
+        weight: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
+
+    Returns:
+        int64 `[K]`, indices of rows, ascending.
     """
     unit = F.normalize(features.float(), dim=1)
-    chosen = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
+    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
 
     def farthest(near: torch.Tensor) -> torch.Tensor:
         far = 1 - near.clamp(min=-1)
-        return (far if weight is None else snap(far * weight)).masked_fill(chosen, -torch.inf).argmax()
+        return (far if weight is None else snap(far * weight)).masked_fill(selected, -torch.inf).argmax()
 
     near = torch.full((len(unit),), -torch.inf, device=unit.device)
     for step in range(keep):
         latest = farthest(near if step else nearest_cosine(unit))[None]
-        chosen.index_fill_(0, latest, True)  # an index in brackets would make the host wait for a GPU
+        selected.index_fill_(0, latest, True)  # an index in brackets would make the program wait for a GPU
         near = torch.maximum(near, snap(unit @ unit.index_select(0, latest)[0]))
-    return chosen.nonzero().flatten()
+    return selected.nonzero().flatten()
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """The cosine of each row to the most similar other one, -inf if there is none; `unit`: `[N, D]`, rows of length one."""
+    """float32 `[N]`: the cosine of each row of `unit` (`[N, D]`, of length one) to the most similar other row, -inf if none."""
     best = []
     for start in range(0, len(unit), BLOCK):
         cosine = snap(unit[start : start + BLOCK] @ unit.T)

@@ -1,7 +1,8 @@
-"""Smaller frames: the simplest rival of pruning, which saves time in the encoder too, at no cost in code.
+"""Smaller frames: the simplest rival of pruning, which saves encoder time too.
 
-VTC-Bench finds that it beats many methods of token compression. Nothing is adapted: the frames are resized
-from the file straight to the smaller size. A model's own least size of a frame is not kept, or small budgets were out of reach.
+VTC-Bench finds that it beats many methods of token compression. Nothing is adapted: the frames are resized from the
+file straight to the smaller size. The model's own minimum frame size is ignored, because it would put small budgets out
+of reach.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from evoprune.pruning.shapes import smaller_frame
 
 @dataclass(frozen=True)
 class Downscale(InputMethod):
-    """As many grids, of frames with whole units in nearly the same ratio; at least one unit a grid."""
+    """As many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one. No fields."""
 
     name: ClassVar[str] = "downscale"
+    source: ClassVar[str] = "VTC-Bench, a baseline there"
 
     def resize(self, grid: Grid, keep: int) -> Grid:
         count, height, width = grid

@@ -1,14 +1,16 @@
 """evoprune, this project's own method: reuse in time, then a selection between two layers of the encoder.
 
-1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again; its row stays visible to
+1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
    attention (pruning/reference.py).
-2. Selection: after the first eighth of the tower's layers, every unit of the clip has a feature at its own place and time.
-   Farthest-point sampling over features and time selects the rows for the other layers (pruning/select.py). Each becomes the mean
-   of its cluster. A thing that stands still may be selected again at a later time: there it sees what has changed around it.
-3. The language model's attention adds half the log of the cluster's size to each token's logits, because what many units show
-   would otherwise weigh as little as what one unit shows.
+2. Selection: after the first eighth of the tower's layers, every unit of the clip has a feature, a place and a time.
+   Farthest-point sampling over features and time selects the rows for the other layers (pruning/select.py). Each selected row
+   becomes the mean of its cluster. A thing that stands still can be selected again at a later time, where it sees what has changed
+   around it.
+3. Bias: the language model's attention adds half the log of the cluster size to each token's logits. Otherwise a token of
+   many units would weigh as little as a token of one.
 
-Settings that were tried and brought nothing are recorded in results/ablations.md.
+No paper describes this method. It shares its aim, pruning inside the encoder, with EvoPrune (arXiv 2603.03681), and its distance of
+features with DivPrune (arXiv 2503.02175). results/ablations.md records the settings that were tried and brought nothing.
 """
 
 import math
@@ -26,12 +28,14 @@ from evoprune.pruning.reference import THRESHOLD
 from evoprune.pruning.select import assign_clusters, farthest_points
 from evoprune.pruning.types import Selection, Tokens
 
-WITHIN = 0.01  # under `--budget auto`: how near a selected unit every unit must be
+WITHIN = 0.01  # `within` under `--budget auto`
 
 
 @dataclass(frozen=True)
 class FarthestPoints(Selector):
-    """Farthest-point sampling over features and time; fields as in `EvoPrune`."""
+    """Farthest-point sampling over features and time. Fields as in `EvoPrune`."""
+
+    source: ClassVar[str] = "this project"
 
     alpha: float = ALPHA
     floor: float = 0.0
@@ -46,15 +50,16 @@ class FarthestPoints(Selector):
         least = keep_count(AUTO_LEAST, units)
         kept = farthest_points(points, tokens.grid, keep, within=self.within, least=least, floor=self.floor)
         owner = assign_clusters(points, kept, units)
-        alone = None
+        weight = None
         if not self.average:
-            alone = torch.zeros(len(owner), dtype=torch.float32, device=owner.device).index_fill_(0, kept, 1.0)
-        return Selection(kept, owner, alone, self._sizes(owner, len(kept)))
+            weight = torch.zeros(len(owner), dtype=torch.float32, device=owner.device).index_fill_(0, kept, 1.0)
+        return Selection(kept, owner, weight, self._sizes(owner, len(kept)))
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
         return count == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= count <= keep)
 
     def _sizes(self, owner: torch.Tensor, tokens: int) -> torch.Tensor | None:
+        """float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
         if not self.count or tokens == len(owner):
             return None
         return tally(owner, tokens).float() ** self.count
@@ -64,19 +69,19 @@ class FarthestPoints(Selector):
 class EvoPrune(Method):
     """Fields:
 
-    reuse: how many levels of 255 a unit must change to be encoded again; 0 encodes every unit.
+    reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
     depth: share of the tower's layers before the selection; 1 selects after the tower.
     alpha: weight of time in the selection's distance.
-    floor: share of an even spread over the frame pairs that each of them gets at least; 0 for none, 1 for the even spread.
-    average: whether a selected row becomes the mean of its cluster; otherwise it stays itself.
-    count: the language model counts a token as (units of its cluster) ** count; 0 counts each once, 1 is ToMe's proportional
-        attention (arXiv 2210.09461, section 3).
-    within: select no more once every unit is within this distance of a selected one, but a twentieth of all units at least; 0
-        selects as many as the budget says.
+    floor: share of its even part of the budget that each frame pair gets at least; 0 for none, 1 for an even spread.
+    average: whether a selected row becomes the mean of its cluster, or stays as it is.
+    count: the language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
+        proportional attention (arXiv 2210.09461, section 3).
+    within: the selection ends early once every unit is within this distance of a selected one, but not below a twentieth of all
+        units; 0 selects as many as the budget says.
     """
 
     name: ClassVar[str] = "evoprune"
-    source: ClassVar[str] = "this project; reuse and selection inside the encoder, after arXiv 2603.03681's aim"
+    source: ClassVar[str] = "this project; its aim is that of arXiv 2603.03681"
     acts: ClassVar[Literal["inside"]] = "inside"
 
     reuse: float = THRESHOLD
@@ -109,7 +114,7 @@ class EvoPrune(Method):
             return whole
         plan = replace(whole, exact=not self.reuse, reuse=self.reuse)
         after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
-        if self.depth == 1 or not after:  # a tower of one layer has no rest
+        if self.depth == 1 or not after:  # a tower of one layer has no layer after the selection
             return plan
         layers = (plan.units,) * after + (keep,) * (tower.depth - after)
         exact = plan.exact and self.exact

@@ -1,11 +1,12 @@
 """EvoPrune's merging (arXiv 2603.03681) for Qwen2.5-VL, with the settings that won on the demo model (results/ablations.md).
 
-Of the paper: training-free merging of pairs across two disjoint sets, by a score of similarity, diversity and attention; a critical
-share of the most attended rows that merges last; six allocations over the layers.
-Of this project, because the paper covers a tower with global attention: units instead of patches, windows where the tower attends
-to windows and frame pairs where it attends to frame pairs, exact counts, and the exact form of the score.
+As in the paper: rows of two disjoint sets merge in pairs, without training, by a score of similarity, diversity and
+attention. The most attended rows, a critical share, merge last. Six allocations divide the reduction among the layers.
+Adapted, because the paper covers a tower with global attention: units instead of patches; groups that are windows where
+the tower attends to windows, and frame pairs elsewhere; exact counts; and the exact form of the score, which the paper
+does not state.
 
-What won: attention has no say, and the first of the layers merge most. The paper's own settings are `evoprune-paper`.
+The winning settings ignore attention and merge most in the first layers. `evoprune-paper` has the paper's own settings.
 """
 
 import math
@@ -29,11 +30,11 @@ class EvoPruneMerge(Merger):
     """Fields:
 
     allocation, first, last: which layers merge and how much; `first` and `last` in relative depth (pruning/schedule.py).
-    diversity, attention: weights of the score's two penalties.
-    critical: share of each group, the most attended rows, that merges only when nothing else is left.
-    neighbours: how many nearest rows make the density.
-    features: what similarity is measured on: the layer's keys, keys after rotary, or hidden states.
-    size_bias: whether attention weighs a merged row by the units that it represents.
+    diversity, attention: weights of the score's two penalties (pruning/score.py).
+    critical: share of each group, its most attended rows, that merges only when no other row is left.
+    neighbours: how many nearest rows the density is computed from.
+    features: what similarity compares: `keys` of the layer, `keys_rotary` (after rotary), or `hidden` states.
+    size_bias: whether attention weighs a merged row by its cluster size.
     """
 
     name: ClassVar[str] = "evoprune-merge"
@@ -56,7 +57,7 @@ class EvoPruneMerge(Merger):
         if not 0 <= self.critical <= 1 or self.neighbours < 1:
             raise ValueError("critical is a share from 0 to 1, neighbours at least 1")
         if not (math.isfinite(self.diversity) and math.isfinite(self.attention)):
-            raise ValueError("diversity and attention are finite weights")
+            raise ValueError("diversity and attention are weights, not infinite")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -75,14 +76,14 @@ class EvoPruneMerge(Merger):
 
     def rounds(self, rows: int, left: int) -> int:
         count = 0
-        while rows > left:  # every second row may go
+        while rows > left:  # a round removes at most every second row
             count, rows = count + 1, rows - min(rows - left, rows // 2)
         return count
 
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """`merge.best_partners` of all rows, strip by strip: a group's full score matrix is never held."""
+        """`merge.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
         pieces, density = strips(*c.valid.shape), None
         if self.diversity:
             each = (local_density(similarity(c.features, rows), c.valid, self.neighbours, rows) for rows in pieces)
@@ -95,7 +96,7 @@ class EvoPruneMerge(Merger):
         return tuple(torch.cat(of_each, 1) for of_each in zip(*found, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-        """bool `[B, n]`: the `critical` share of each group that is most attended, rounded up; ties by index."""
+        """bool `[B, n]`: the most attended rows of each group, a share of `critical`, rounded up; ties by index."""
         if not self.critical:
             return torch.zeros_like(valid)
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)

@@ -1,6 +1,6 @@
 """EvoPrune with the paper's own settings (arXiv 2603.03681): `skip` allocation, attention in the score, a critical share.
 
-What is adapted to Qwen2.5-VL is in `evoprune-merge`, which has the same code and other defaults.
+The code is that of `evoprune-merge`, whose file states what is adapted to Qwen2.5-VL.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from evoprune.methods.evoprune_merge import EvoPruneMerge
 
 @dataclass(frozen=True)
 class EvoPrunePaper(EvoPruneMerge):
-    """Fields as in `evoprune-merge`."""
+    """Fields as in `evoprune-merge`, with other defaults."""
 
     name: ClassVar[str] = "evoprune-paper"
     source: ClassVar[str] = "arXiv 2603.03681"

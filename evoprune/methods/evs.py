@@ -1,9 +1,11 @@
-"""EVS, Efficient Video Sampling (arXiv 2510.14624; in vLLM `--video-pruning-rate`): what repeats the grid before it goes.
+"""EVS, Efficient Video Sampling (arXiv 2510.14624; `--video-pruning-rate` in vLLM): drops what repeats the frame pair before.
 
-Faithful: dissimilarity 1 - cosine of each token to the one at the same place in the previous grid; the first grid is kept whole;
-of all other tokens of the video the most dissimilar are kept, at their own positions. So at least one whole grid is left: the
-nearest count, where the budget is smaller, is H * W. Adapted: cosines are rounded so that equals are ties, which go by index.
-`evs-nofloor` is ours: the first grid has no privilege and is compared with the second, so that every budget can be reached.
+As in the paper: the dissimilarity of a token is 1 - cosine to the token at the same place in the frame pair before. The
+first frame pair is kept whole. Of all other tokens of the video, the most dissimilar are kept, at their own positions.
+So at least one whole frame pair is left: H * W tokens, even if the budget is smaller.
+Adapted: cosines are rounded, so equal tokens are ties, which go by index.
+`evs-nofloor` is this project's variant: the first frame pair is compared with the second, so every budget can be
+reached.
 """
 
 from dataclasses import dataclass
@@ -19,9 +21,10 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Evs(Selector):
-    """O(N D)."""
+    """O(N D). No fields."""
 
     name: ClassVar[str] = "evs"
+    source: ClassVar[str] = "arXiv 2510.14624"
     exact: ClassVar[bool] = False
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -32,9 +35,10 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """O(N D)."""
+    """O(N D). No fields."""
 
     name: ClassVar[str] = "evs-nofloor"
+    source: ClassVar[str] = "this project; after arXiv 2510.14624"
     exact: ClassVar[bool] = True
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -42,8 +46,11 @@ class EvsNoFloor(Evs):
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
-    """float32 `[T, H * W]`: 1 - cosine to the same place one grid before, of the first grid to the second; 0 if it is alone."""
-    grids = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
-    later = 1 - snap(torch.cosine_similarity(grids[1:].float(), grids[:-1].float(), dim=-1))
-    first = later[:1] if len(later) else torch.zeros(grids.shape[:2], device=grids.device)
+    """float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
+
+    The first frame pair is compared with the second; 0 if there is only one.
+    """
+    pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
+    later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
+    first = later[:1] if len(later) else torch.zeros(pairs.shape[:2], device=pairs.device)
     return torch.cat([first, later])

@@ -1,11 +1,14 @@
-"""FastVID (arXiv 2503.11187): segments; in each, the most attended tokens, and means around density peaks of every fourth grid.
+"""FastVID (arXiv 2503.11187): the most attended tokens of a segment, and means around density peaks.
 
-Faithful: the video is cut where neighbouring grids, pooled, are least alike (into 8 segments at least) and wherever they are less
-alike than 0.84. 60% of a segment's tokens are its most attended ones, evenly from its grids; the others are the density peaks
-of every fourth grid. Of what is left each token goes to the most similar peak, which keeps its place and counts 0.6 in the mean,
-however many there are. Adapted: attention received at the last layer that sees whole grids, where the paper has a class token
-or, for Qwen, softmax(mean query . key); peaks are looked for among the tokens that attention has not taken; distances are those
-of tokens at length one; shares are whole, and what is more than there are tokens for peaks goes by attention. Ties go by index.
+As in the paper: the video is cut into 8 segments at least, where the mean tokens of neighbouring frame pairs are least
+similar, and wherever their cosine is below 0.84. 60% of a segment's tokens are the most attended ones, equally many
+from each frame pair. The others are density peaks of every fourth frame pair. Each remaining token joins the most
+similar peak. The peak stays at its place and has weight 0.6 in its mean, or more if that is its even share.
+Adapted: attention is received in the last full-attention layer (the paper uses a class token or, for Qwen, softmax(mean
+query . key)). Peaks are searched among the tokens that attention did not select. Distances are between tokens of length
+one. Shares are whole numbers; where there are too few tokens for peaks, attention selects more. Ties go by index. The
+public code also differs in two points: it ignores cuts above 0.95, and counts every fourth frame pair from the end of a
+segment.
 """
 
 import math
@@ -26,15 +29,18 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FastVid(Selector):
-    """O(N n D) for n tokens a grid, memory O(N D). Fields:
+    """O(N n D) for n tokens per frame pair, memory O(N D). Fields:
 
-    segments: how many there are at least. threshold: similarity of neighbouring grids below which there is always a cut.
-    salient: share of the tokens that attention chooses.
-    every: how far apart the grids are in which peaks are looked for. neighbours: of which densities are made.
-    centre: how much a peak counts in its mean, at least.
+    segments: the least number of segments.
+    threshold: cosine of neighbouring frame pairs below which the video is always cut.
+    salient: share of the tokens that attention selects.
+    every: peaks are searched in one of so many frame pairs.
+    neighbours: how many nearest tokens a density is computed from.
+    centre: the least weight of a peak in its mean.
     """
 
     name: ClassVar[str] = "fastvid"
+    source: ClassVar[str] = "arXiv 2503.11187"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     segments: int = 8
@@ -51,34 +57,39 @@ class FastVid(Selector):
             raise ValueError("segments, every and neighbours are at least 1")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        shares = spread(keep, grids)
-        attention = snap(tokens.attention).view(grids, per_pair)
-        unit = F.normalize(tokens.features.float(), dim=1).view(grids, per_pair, -1)
-        into = torch.full_like(tokens.owner, -1).view(grids, per_pair)
-        for part in segments(transitions(tokens), self.segments, self.threshold):
-            some = slice(part.start, part.stop)
+        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        shares = spread(keep, pairs)
+        attention = snap(tokens.attention).view(pairs, per_pair)
+        unit = F.normalize(tokens.features.float(), dim=1).view(pairs, per_pair, -1)
+        into = torch.full_like(tokens.owner, -1).view(pairs, per_pair)
+        for span in segments(transitions(tokens), self.segments, self.threshold):
+            some = slice(span.start, span.stop)
             local = self.condensed(attention[some], unit[some], sum(shares[some]))
-            into[some] = torch.where(local < 0, -1, local + part.start * per_pair)
+            into[some] = torch.where(local < 0, -1, local + span.start * per_pair)
         into = into.flatten()
         return gathered(into, self.weights(into))
 
     def condensed(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
-        """int64 `[g, n]`: the token of a segment that each goes into, itself if it stays, -1 for none; `keep` stay.
+        """Which token of a segment each of its tokens joins.
 
         Args:
-            attention: `[g, n]`, of its grids. unit: `[g, n, D]`, of length one.
+            attention: `[g, n]`, of the segment's frame pairs.
+            unit: `[g, n, D]`, the features, of length one.
+            keep: how many tokens stay.
+
+        Returns:
+            int64 `[g, n]`, indices into the segment: its own if a token stays, -1 if it is dropped.
         """
-        grids, per_pair = attention.shape
-        index = torch.arange(attention.numel(), device=unit.device).view(grids, per_pair)
+        pairs, per_pair = attention.shape
+        index = torch.arange(attention.numel(), device=unit.device).view(pairs, per_pair)
         into = torch.full_like(index, -1).flatten()
-        salient = spread(math.floor(self.salient * keep + 0.5), grids)
-        best = torch.cat([index[grid, highest(attention[grid], share)] for grid, share in enumerate(salient)])
+        salient = spread(math.floor(self.salient * keep + 0.5), pairs)
+        best = torch.cat([index[pair, highest(attention[pair], share)] for pair, share in enumerate(salient)])
         into[best] = best
-        anchors = range(0, grids, self.every)
-        rooms = [per_pair - salient[grid] for grid in anchors]
+        anchors = range(0, pairs, self.every)
+        rooms = [per_pair - salient[pair] for pair in anchors]
         wanted = apportion(keep - len(best), [1] * len(anchors), rooms)
-        free = [index[grid, into[index[grid]] < 0] for grid in anchors]
+        free = [index[pair, into[index[pair]] < 0] for pair in anchors]
         unit = unit.flatten(0, 1)
         found = [some[peaks(unit[some], count, self.neighbours)] for some, count in zip(free, wanted, strict=True)]
         centres = torch.cat(found)
@@ -91,7 +102,7 @@ class FastVid(Selector):
         return into.view_as(index)
 
     def weights(self, into: torch.Tensor) -> torch.Tensor:
-        """float32 `[N]`: of a peak with n others max(1 / (n + 1), `centre`), the rest shared out among them evenly."""
+        """float32 `[N]`: a peak that n tokens join has weight max(1 / (n + 1), `centre`); the n tokens share the rest evenly."""
         stays = into == torch.arange(len(into), device=into.device)
         others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
         own = torch.where(others > 0, (1 / (others + 1)).clamp(min=self.centre), 1.0)

@@ -1,14 +1,15 @@
-"""FlashVID (arXiv 2602.08024), its stage before the language model: attended and diverse tokens, and trees of tokens through
-time.
+"""FlashVID (arXiv 2602.08024), the stage before the language model: attended and diverse tokens, and trees of tokens through time.
 
-Faithful: the video is cut where neighbouring grids, pooled, are less alike than 0.9, and into 4 segments at least. 70% of the
-tokens are chosen in each grid by max-min diversity in which the distance of a token counts as much as the attention it
-receives. Of the others each is linked to the most similar one in the grid before, wherever that is, if their cosine is above
-0.8; each tree of links becomes one token, the mean, at its earliest place; where there are more trees than tokens, they are
-merged around density peaks. Adapted: the budget holds exactly: links are made from the strongest on, and only as many as it
-takes, and trees of a grid are merged among themselves, shared out by how many there are. Attention is that received at the
-tower's last layer that sees whole grids. Left out: the stage inside the language model, and the relevance to an event that the
-paper adds for other models than Qwen2.5-VL.
+As in the paper: the video is cut between neighbouring frame pairs whose mean tokens have a cosine below 0.9, and into 4
+segments at least. Max-min diversity selects 70% of the tokens in each frame pair, with distances multiplied by the
+attention that a token receives. Each other token is linked to the most similar one in the frame pair before, at any
+place, if their cosine is above 0.8. Each tree of links becomes one token, the mean, at its earliest place. If there are
+more trees than tokens left, trees are merged around density peaks.
+Adapted: exactly the budget is kept. The strongest links are made first, and no more than necessary. Trees are merged
+inside one frame pair, which gets tokens in proportion to its trees. Attention is received in the tower's last
+full-attention layer.
+Left out: the stage inside the language model, and the relevance to an event, which the paper does not use for
+Qwen2.5-VL.
 """
 
 import math
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from evoprune.methods.base import Selector
 from evoprune.methods.divprune import most_diverse
 from evoprune.pruning.budget import apportion, spread
-from evoprune.pruning.density import peaks
-from evoprune.pruning.ranking import closest, gathered, nearest, ranked
+from evoprune.pruning.density import joined_peaks
+from evoprune.pruning.ranking import closest, gathered, ranked
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
 from evoprune.pruning.types import Selection, Tokens
@@ -30,15 +31,17 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FlashVid(Selector):
-    """O(N n D) for n tokens a grid, memory O(N D). Fields:
+    """O(N n D) for n tokens per frame pair, memory O(N D). Fields:
 
-    segments: how many there are at least. threshold: similarity of neighbouring grids below which there is always a cut.
-    diverse: share of the tokens chosen by attention and diversity.
-    link: cosine above which a token may be linked to one of the grid before.
-    neighbours: of which densities are made.
+    segments: the least number of segments.
+    threshold: cosine of neighbouring frame pairs below which the video is always cut.
+    diverse: share of the tokens that attention and diversity select.
+    link: cosine above which a token may be linked to one of the frame pair before.
+    neighbours: how many nearest tokens a density is computed from.
     """
 
     name: ClassVar[str] = "flashvid"
+    source: ClassVar[str] = "arXiv 2602.08024, the stage before the language model"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     segments: int = 4
@@ -54,29 +57,33 @@ class FlashVid(Selector):
             raise ValueError("segments and neighbours are at least 1")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        shares = spread(keep, grids)
-        attention = snap(tokens.attention).view(grids, per_pair)
-        x = tokens.features.float().view(grids, per_pair, -1)
-        into = torch.full_like(tokens.owner, -1).view(grids, per_pair)
+        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        shares = spread(keep, pairs)
+        attention = snap(tokens.attention).view(pairs, per_pair)
+        x = tokens.features.float().view(pairs, per_pair, -1)
+        into = torch.full_like(tokens.owner, -1).view(pairs, per_pair)
         weight = torch.ones(into.shape, device=x.device)
-        for part in segments(transitions(tokens), self.segments, self.threshold):
-            some = slice(part.start, part.stop)
+        for span in segments(transitions(tokens), self.segments, self.threshold):
+            some = slice(span.start, span.stop)
             local, weight[some] = self.condensed(attention[some], x[some], sum(shares[some]))
-            into[some] = torch.where(local < 0, -1, local + part.start * per_pair)
+            into[some] = torch.where(local < 0, -1, local + span.start * per_pair)
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each token of a segment goes, int64 `[g, n]`: itself if it stays, -1 for none; and how much it counts there.
+        """Which token each token of a segment joins, and with what weight.
 
         Args:
-            attention: `[g, n]`, of its grids. x: `[g, n, D]`.
-            keep: how many stay.
+            attention: `[g, n]`, of the segment's frame pairs.
+            x: `[g, n, D]`, the features.
+            keep: how many tokens stay.
+
+        Returns:
+            int64 `[g, n]`, indices into the segment: its own if a token stays, -1 if it is dropped; and float32 `[g, n]`, weights.
         """
-        grids, per_pair = attention.shape
-        index = torch.arange(attention.numel(), device=x.device).view(grids, per_pair)
+        pairs, per_pair = attention.shape
+        index = torch.arange(attention.numel(), device=x.device).view(pairs, per_pair)
         into = torch.full_like(index, -1).flatten()
-        diverse = spread(math.floor(self.diverse * keep + 0.5), grids)
+        diverse = spread(math.floor(self.diverse * keep + 0.5), pairs)
         best = torch.cat([index[g, most_diverse(x[g], count, attention[g])] for g, count in enumerate(diverse)])
         into[best] = best
         weight = torch.ones(len(into), device=x.device)
@@ -92,12 +99,18 @@ class FlashVid(Selector):
                 into[rest] = self.merged(F.normalize(mean, dim=1), roots, roots // per_pair, trees, into)[rest]
         return into.view_as(index), weight.view_as(index)
 
-    def linked(self, unit: torch.Tensor, rest: torch.Tensor, grid: torch.Tensor, most: int) -> torch.Tensor:
-        """int64 `[r]`: the root of the tree of each of the tokens `rest` (of `unit`, `[n, D]`) with at most `most` links."""
+    def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
+        """int64 `[r]`: the root of each token's tree, where at most `most` links are made, the strongest first.
+
+        Args:
+            unit: `[n, D]`, all tokens of the segment, of length one.
+            rest: int64 `[r]`, the tokens to link, ascending.
+            pair: int64 `[r]`, their frame pairs.
+        """
         parent, like = rest.clone(), torch.full((len(rest),), -torch.inf, device=unit.device)
-        last = int(grid[-1])
+        last = int(pair[-1])
         for g in range(1, last + 1):
-            before, now = rest[grid == g - 1], grid == g
+            before, now = rest[pair == g - 1], pair == g
             if len(before) and now.any():
                 like[now], to = closest(unit[rest[now]], unit[before])
                 parent[now] = before[to]
@@ -105,23 +118,27 @@ class FlashVid(Selector):
         links = torch.zeros(len(rest), dtype=torch.bool, device=unit.device)
         links[strongest] = like[strongest] > self.link
         root = torch.arange(len(unit), device=unit.device)
-        for g in range(1, last + 1):  # what a link leads to has found its root by then
-            now = links & (grid == g)
+        for g in range(1, last + 1):  # a link leads to the frame pair before, whose roots are known by now
+            now = links & (pair == g)
             root[rest[now]] = root[parent[now]]
         return root[rest]
 
     def merged(
-        self, unit: torch.Tensor, roots: torch.Tensor, grid: torch.Tensor, keep: int, into: torch.Tensor
+        self, unit: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
     ) -> torch.Tensor:
-        """int64 like `into`, where each token goes once the trees of `roots`, means `unit` (`[r, D]`), are merged to `keep`."""
-        sizes = torch.bincount(grid).tolist()
+        """`into` after trees are merged around density peaks until `keep` are left.
+
+        Args:
+            unit: `[r, D]`, the means of the trees, of length one.
+            roots, pair: int64 `[r]`, the root of each tree and the root's frame pair.
+            into: int64 `[n]`, the root of each token.
+        """
+        sizes = torch.bincount(pair).tolist()
         to = torch.full_like(into, -1)
         start = 0
         for size, count in zip(sizes, apportion(keep, sizes, sizes), strict=True):
             if count:
-                some = unit[start : start + size]
-                centres = peaks(some, count, self.neighbours)
-                local = centres[nearest(some, some[centres])].index_copy(0, centres, centres)
+                local = joined_peaks(unit[start : start + size], count, self.neighbours)
                 to[roots[start : start + size]] = roots[start + local]
             start += size
         return to[into]

@@ -1,11 +1,13 @@
-"""HoliTom (arXiv 2505.21334), its part before the language model: segments that save most by averaging what stands still.
+"""HoliTom (arXiv 2505.21334), the stage before the language model: segments that save most by averaging what stands still.
 
-Faithful: a place stands still in a segment if each of its tokens is similar to the next, cosine above 0.8; of all ways to cut
-the video, dynamic programming finds one in which most tokens are saved; what stands still becomes one token, the mean, at its
-first grid. Then of the others in each grid the most attended ones are kept, and the means of a segment are merged around
-density peaks. Adapted: the budget holds exactly and is shared out by how many tokens there are; where standing still saves more
-than is to be saved, only the stillest places are averaged, the last of them over fewer grids; of ways that save equally much
-the one with the longest last segments is taken. Attention is that received at the tower's last layer that sees whole grids.
+As in the paper: a place stands still in a segment if each of its tokens has a cosine above 0.8 to the next. Dynamic
+programming cuts the video so that most tokens are saved. A place that stands still becomes one token, the mean, in its
+first frame pair. Of the other tokens, each frame pair keeps the most attended ones. The means of a segment are merged
+around density peaks.
+Adapted: exactly the budget is kept, shared in proportion to the numbers of tokens. If averaging saves too much, only
+the stillest places are averaged, and the last of them over fewer frame pairs. Of cuts that save equally much, the one
+with the longest last segments is taken. Attention is received in the tower's last full-attention layer. All tokens
+around a peak have equal weights.
 Left out: merging inside the language model.
 """
 
@@ -13,12 +15,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import apportion
-from evoprune.pruning.density import peaks
-from evoprune.pruning.ranking import gathered, highest, nearest
+from evoprune.pruning.density import join_groups
+from evoprune.pruning.ranking import gathered, highest
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import averaged
 from evoprune.pruning.types import Selection, Tokens
@@ -26,13 +27,14 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """O(N D + T^2 + N n D / L) for n tokens a grid and segments of L grids, memory O(N D). Fields:
+    """O(N D + T^2 + N n D / L) for n tokens per frame pair and segments of L frame pairs, memory O(N D). Fields:
 
-    static: cosine of a token to the next at its place above which the place stands still.
-    neighbours: of which densities are made.
+    static: a place stands still if the cosines of its neighbouring tokens are above this.
+    neighbours: how many nearest tokens a density is computed from.
     """
 
     name: ClassVar[str] = "holitom"
+    source: ClassVar[str] = "arXiv 2505.21334, the stage before the language model"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     static: float = 0.8
@@ -45,62 +47,67 @@ class HoliTom(Selector):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])
         index = torch.arange(len(tokens.owner), device=x.device).view(x.shape[:2])
-        like = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
-        parts = most_saving(like > self.static)
-        alike = [stillness(like, part, index.shape[1]) for part in parts]
-        saved = sum(
-            int((still > self.static).sum()) * (len(part) - 1) for part, still in zip(parts, alike, strict=True)
-        )
+        cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
+        spans = most_saving(cosine > self.static)
+        least = [stillness(cosine, span, index.shape[1]) for span in spans]
+        still = [lowest > self.static for lowest in least]
+        saved = sum(int(places.sum()) * (len(span) - 1) for span, places in zip(spans, still, strict=True))
         if index.numel() - saved <= keep:
-            return gathered(averaged(index, parts, alike, index.numel() - keep).flatten())
-        attention = snap(tokens.attention).view(index.shape)
+            return gathered(averaged(index, spans, least, index.numel() - keep).flatten())
+        attention = snap(tokens.attention)
         into, weight = torch.full_like(index, -1).flatten(), torch.ones(index.shape, device=x.device)
-        groups, moving = [], []  # the units of each token that stands still, a row each; the others of each grid
-        for part, still in zip(parts, alike, strict=True):
-            still = still > self.static
-            weight[part.start : part.stop, still] = 1 / len(part)
-            groups.append(index[part.start : part.stop, still].T)
-            moving += [index[grid, ~still] for grid in part]
+        groups, moving = (
+            [],
+            [],
+        )  # units of the places that stand still, one row per place; the others of each frame pair
+        for span, places in zip(spans, still, strict=True):
+            weight[span.start : span.stop, places] = 1 / len(span)
+            groups.append(index[span.start : span.stop, places].T)
+            moving += [index[pair, ~places] for pair in span]
         sizes = [len(group) for group in (*groups, *moving)]
         counts = apportion(keep, sizes, sizes)
-        x = x.flatten(0, 1)
-        for group, count in zip(groups, counts, strict=False):
-            if count:
-                unit = F.normalize(x[group].mean(1), dim=1)
-                centres = peaks(unit, count, self.neighbours)
-                to = centres[nearest(unit, unit[centres])].index_copy(0, centres, centres)
-                into[group] = group[to, :1].expand(group.shape)
+        join_groups(into, x.flatten(0, 1), groups, counts[: len(groups)], self.neighbours)
         for some, count in zip(moving, counts[len(groups) :], strict=True):
-            best = some[highest(attention.flatten()[some], count)]
+            best = some[highest(attention[some], count)]
             into[best] = best
         return gathered(into, weight.flatten())
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
-    """The segments in which most tokens are saved; `same`: bool `[T - 1, n]`, whether a token is similar to the next.
+    """The segments that save most tokens, by dynamic programming, as ranges of frame pairs in order.
 
-    A segment of L grids saves L - 1 tokens for each place that never changes in it.
+    A segment of L frame pairs saves L - 1 tokens for each place that does not change in it.
+
+    Args:
+        same: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
     """
     back, backs = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device), []
-    for each in same:  # for how many grids before this one nothing has changed
+    for each in same:  # counts for how many frame pairs each place has not changed
         back = (back + 1) * each
         backs.append(torch.bincount(back, minlength=len(same) + 1))
-    never = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []  # at least so many grids
-    best, start = [0, 0], [0, 0]  # of the first grids: what is saved, and where the last segment begins
+    # still[t][n]: the places that have not changed in the last n steps up to frame pair t + 1
+    still = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []
+    best, start = [0, 0], [0, 0]  # for the first t frame pairs: tokens saved, and the start of the last segment
     for last in range(1, len(same) + 1):
-        saves = [best[first] + (last - first) * never[last - 1][last - first] for first in range(last)]
+        saves = [best[first] + (last - first) * still[last - 1][last - first] for first in range(last)]
         saves.append(best[last])
         best.append(max(saves))
         start.append(saves.index(best[-1]))
-    parts, stop = [], len(same) + 1
+    spans, stop = [], len(same) + 1
     while stop:
-        parts.append(range(start[stop], stop))
+        spans.append(range(start[stop], stop))
         stop = start[stop]
-    return parts[::-1]
+    return spans[::-1]
 
 
-def stillness(like: torch.Tensor, part: range, places: int) -> torch.Tensor:
-    """float32 `[n]`: the least cosine of a token to the next at each place of a segment; -inf for one grid."""
-    if len(part) == 1:
-        return torch.full((places,), -torch.inf, device=like.device)
-    return like[part.start : part.stop - 1].amin(0)
+def stillness(cosine: torch.Tensor, span: range, places: int) -> torch.Tensor:
+    """float32 `[n]`: the least cosine of neighbouring tokens at each place of a segment; -inf if it has one frame pair.
+
+    Args:
+        cosine: `[T - 1, n]`, of each token to the next one at its place.
+        span: the frame pairs of the segment.
+        places: n.
+    """
+    if len(span) == 1:
+        return torch.full((places,), -torch.inf, device=cosine.device)
+    return cosine[span.start : span.stop - 1].amin(0)

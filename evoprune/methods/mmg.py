@@ -1,14 +1,16 @@
-"""Marginal gains of segments and of tokens, after the outline of MMG-Vid (arXiv 2508.21044), which had to be filled in.
+"""Marginal gains of segments and tokens, after the outline of MMG-Vid (arXiv 2508.21044).
 
-Faithful: what is kept shall represent the video and repeat itself little, the sum of what each piece represents less `beta` times
-what it repeats, and is chosen in three steps. The video is cut where neighbouring grids, pooled, are less alike than 0.95, and a
-segment of one grid joins a neighbour. Segments get tokens by what each adds to those chosen before it. In a segment, tokens are
-density peaks of their grid that are unlike what the grid before has kept. Ours, because the formulas could not be read and no
-code is public: a segment, pooled, represents the video as far as its cosine to the mean of all tokens says, and repeats its most
-similar segment among those chosen before; its weight is its grids times exp(gain). A token's gain is its score as a peak times 1
-less its greatest cosine to a token kept in the grid before. From left to right, a lone grid joins the neighbour it is more like;
-one that waits for the next takes it whatever that is like. So it bears a name of its own, and what it scores is not the paper's
-figure. Ties go by index.
+As in the paper: the kept tokens should represent the video and repeat each other little. The value of a piece is what
+it represents less `beta` times what it repeats. The video is cut between neighbouring frame pairs whose mean tokens
+have a cosine below 0.95, and a segment of one frame pair joins a neighbour. A segment gets tokens by the gain that it
+adds to the segments before it. In a segment, tokens are density peaks of their frame pair that differ from the tokens
+kept in the frame pair before.
+Adapted: no code is public and the formulas were not readable, so this project fills them in, and the method has a name
+of its own; its results are not the paper's. A segment represents the video by the cosine of its mean token to the mean
+of all tokens. It repeats the most similar segment that was taken before it. Its weight is its number of frame pairs
+times exp(gain). The gain of a token is its peak score times 1 less its greatest cosine to a token kept in the frame
+pair before. From left to right, a lone frame pair joins the more similar neighbour; one that is left for the next
+segment joins it in any case. Ties go by index.
 """
 
 import math
@@ -29,14 +31,15 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Mmg(Selector):
-    """O(N n D) for n tokens a grid, and O(S^2 D) for S segments; memory O(N D). Fields:
+    """O(N n D) for n tokens per frame pair, and O(S^2 D) for S segments; memory O(N D). Fields:
 
-    threshold: similarity of neighbouring grids below which there is a cut.
-    beta: how much repetition counts against a segment.
-    neighbours: of which densities are made.
+    threshold: cosine of neighbouring frame pairs below which the video is cut.
+    beta: weight of repetition in the gain of a segment.
+    neighbours: how many nearest tokens a density is computed from.
     """
 
     name: ClassVar[str] = "mmg"
+    source: ClassVar[str] = "after arXiv 2508.21044, whose formulas this project fills in"
 
     threshold: float = 0.95
     beta: float = 0.5
@@ -47,53 +50,60 @@ class Mmg(Selector):
             raise ValueError("threshold is a cosine, beta from 0 to 1, neighbours at least 1")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        x = tokens.features.float().view(grids, per_pair, -1)
+        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        x = tokens.features.float().view(pairs, per_pair, -1)
         like = transitions(tokens)
-        parts = joined(segments(like, 1, self.threshold), like.tolist())
-        gains = marginal_gains(
-            torch.stack([x[part.start : part.stop].mean((0, 1)) for part in parts]), x.mean((0, 1)), self.beta
-        )
-        weights = [len(part) * math.exp(gain) for part, gain in zip(parts, gains, strict=True)]
-        shares = apportion(keep, weights, [len(part) * per_pair for part in parts])
+        spans = joined(segments(like, 1, self.threshold), like.tolist())
+        means = torch.stack([x[span.start : span.stop].mean((0, 1)) for span in spans])
+        gains = marginal_gains(means, x.mean((0, 1)), self.beta)
+        weights = [len(span) * math.exp(gain) for span, gain in zip(spans, gains, strict=True)]
+        shares = apportion(keep, weights, [len(span) * per_pair for span in spans])
         unit = F.normalize(x, dim=2)
-        kept = [self.distinct(unit, part, share) for part, share in zip(parts, shares, strict=True)]
+        kept = [self.distinct(unit, span, share) for span, share in zip(spans, shares, strict=True)]
         return Selection(torch.cat(kept))
 
-    def distinct(self, unit: torch.Tensor, part: range, keep: int) -> torch.Tensor:
-        """int64 `[keep]`, ascending: the tokens of a segment that are peaks of their grids and new in them.
+    def distinct(self, unit: torch.Tensor, span: range, keep: int) -> torch.Tensor:
+        """int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the frame pair before.
 
         Args:
-            unit: `[T, n, D]`, of length one, of all grids.
+            unit: `[T, n, D]`, the features of the video, of length one.
+            span: the frame pairs of the segment.
         """
         per_pair, kept, before = unit.shape[1], [], None
-        for grid, share in zip(part, spread(keep, len(part)), strict=True):
-            gain = peak_scores(unit[grid], self.neighbours)
+        for pair, share in zip(span, spread(keep, len(span)), strict=True):
+            gain = peak_scores(unit[pair], self.neighbours)
             if before is not None and len(before):
-                gain = snap(gain * (1 - closest(unit[grid], before)[0]))
+                gain = snap(gain * (1 - closest(unit[pair], before)[0]))
             best = highest(gain, share)
-            before = unit[grid, best]
-            kept.append(best + grid * per_pair)
+            before = unit[pair, best]
+            kept.append(best + pair * per_pair)
         return torch.cat(kept)
 
 
-def joined(parts: list[range], like: list[float]) -> list[range]:
-    """The segments after each of one grid has joined the neighbour it is more like (`like[g]`: grid g to g + 1), in order."""
+def joined(spans: list[range], like: list[float]) -> list[range]:
+    """The segments, in order, after each segment of one frame pair has joined the more similar neighbour.
+
+    Args:
+        like: `like[t]` is the cosine of the mean tokens of frame pairs t and t + 1.
+    """
     made: list[range] = []
-    for number, part in enumerate(parts):
-        left = like[part.start - 1] if made else -math.inf
-        right = like[part.stop - 1] if number + 1 < len(parts) else -math.inf
-        if made and (len(made[-1]) == 1 or (len(part) == 1 and left >= right)):
-            part = range(made.pop().start, part.stop)
-        made.append(part)
+    for number, span in enumerate(spans):
+        left = like[span.start - 1] if made else -math.inf
+        right = like[span.stop - 1] if number + 1 < len(spans) else -math.inf
+        if made and (len(made[-1]) == 1 or (len(span) == 1 and left >= right)):
+            span = range(made.pop().start, span.stop)
+        made.append(span)
     return made
 
 
 def marginal_gains(means: torch.Tensor, whole: torch.Tensor, beta: float) -> list[float]:
-    """What each segment adds when the best is always taken next: cosine to `whole` less `beta` times that to its like so far.
+    """The gain of each segment when the segment of highest gain is always taken next.
+
+    The gain is the cosine to `whole`, less `beta` times the greatest cosine to a segment taken before.
 
     Args:
-        means: `[S, D]`, a segment each. whole: `[D]`.
+        means: `[S, D]`, the mean token of each segment.
+        whole: `[D]`, the mean token of the video.
     """
     unit = F.normalize(means, dim=1)
     represents = snap(unit @ F.normalize(whole, dim=0))

@@ -1,11 +1,13 @@
-"""Maximal marginal relevance, the choice of IDPruner (arXiv 2602.13315): important tokens that are unlike those chosen before.
+"""Maximal marginal relevance, the selection of IDPruner (arXiv 2602.13315): important tokens that differ from each other.
 
-Faithful: importance brought to [0, 1] by its least and greatest value; first the most important token, then always the one with
-the highest lam * importance - (1 - lam) * (greatest cosine to what is chosen), lam 0.5. Left out: the paper's importance comes
-from a scorer that was trained for it, and no such weights are at hand; so this is called `mmr` and not IDPruner. Importance is the
-attention received at the last layer that sees whole grids, the norm of the keys there, or in Python any vector
-(`most_relevant`). Adapted: a whole video at once, with a running maximum instead of an N x N matrix; scores are rounded so that
-equals are ties, which go by index.
+As in the paper: importance is scaled to [0, 1] by its least and greatest value. The first token is the most important
+one. Each further token has the highest lam * importance - (1 - lam) * (greatest cosine to a selected token), with lam
+0.5.
+Left out: the paper's importance comes from a trained scorer whose weights are not public. So this method is called
+`mmr` and not IDPruner. Importance is the attention received in the last full-attention layer, or the norm of the keys
+there, or in Python any vector (`most_relevant`).
+Adapted: one selection covers the whole video, with a running maximum instead of an N x N matrix. Scores are rounded, so
+equal tokens are ties, which go by index.
 """
 
 from dataclasses import dataclass
@@ -26,11 +28,12 @@ IMPORTANCE = ("attention", "keynorm")
 class Mmr(Selector):
     """O(K N D), memory O(N D). Fields:
 
-    importance: attention received (`attention`), or the length of a unit's key (`keynorm`).
-    lam: weight of importance, the rest is that of being different.
+    importance: `attention` for attention received, or `keynorm` for the norm of a unit's key.
+    lam: weight of importance, from 0 to 1; diversity has the weight 1 - lam.
     """
 
     name: ClassVar[str] = "mmr"
+    source: ClassVar[str] = "after arXiv 2602.13315, without its trained scorer"
 
     importance: str = "attention"
     lam: float = 0.5
@@ -51,14 +54,24 @@ class Mmr(Selector):
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """The indices of `keep` rows of `features` (`[N, D]`), ascending; `importance`: `[N]`, on any scale."""
+    """Selects rows by maximal marginal relevance; ties go to the lower index.
+
+    Args:
+        features: `[N, D]`, any float dtype.
+        importance: float `[N]`, on any scale.
+        keep: K, from 1 to N.
+        lam: weight of importance, from 0 to 1.
+
+    Returns:
+        int64 `[K]`, indices of rows, ascending.
+    """
     unit = F.normalize(features.float(), dim=1)
     important = lam * snap(scaled(importance.float()))
-    chosen = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
+    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     near = torch.zeros(len(unit), device=unit.device)
     for step in range(keep):
-        latest = snap(important - (1 - lam) * near).masked_fill(chosen, -torch.inf).argmax()
-        chosen[latest] = True
+        latest = snap(important - (1 - lam) * near).masked_fill(selected, -torch.inf).argmax()
+        selected[latest] = True
         cosine = snap(unit @ unit[latest])
         near = torch.maximum(near, cosine) if step else cosine
-    return chosen.nonzero().flatten()
+    return selected.nonzero().flatten()

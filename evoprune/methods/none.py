@@ -1,10 +1,13 @@
-"""No pruning: the language model reads every token, whatever the budget."""
+"""No pruning: the language model reads every token, whatever the budget is."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from evoprune.methods.base import Method
 
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    """The base class's hooks as they are."""
+    """The base class as it is. No fields."""
+
+    source: ClassVar[str] = "this project; the unpruned model"

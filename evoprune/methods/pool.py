@@ -1,7 +1,8 @@
-"""Average pooling of neighbouring tokens after the encoder: a baseline in EarlyTom (arXiv 2605.30010) and many others.
+"""Average pooling of neighbouring tokens after the encoder: a baseline in EarlyTom (arXiv 2605.30010) and many other papers.
 
-Ours: blocks are those of a smaller picture in nearly the same ratio, so that a budget gives `pool` and `downscale` equally many
-tokens; the sides of blocks differ by a unit where they do not divide. A block's token sits at its middle unit.
+The papers pool fixed blocks. Here the budget sets the number of blocks: they form a smaller picture of nearly the same
+ratio, so `pool` and `downscale` keep equally many tokens at one budget. Where a side does not divide evenly, its blocks
+differ by one unit. The token of a block has the position of its middle unit.
 """
 
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Pool(Selector):
-    """Blocks lie inside one grid as long as every grid can have a token, else a block is several whole grids."""
+    """A block lies inside one frame pair, unless there are fewer tokens than frame pairs: then it spans whole ones. No fields."""
 
     name: ClassVar[str] = "pool"
+    source: ClassVar[str] = "arXiv 2605.30010, a baseline there"
     exact: ClassVar[bool] = False
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         count, height, width = tokens.grid
-        grids = min(count, keep)
-        shape = (grids, *smaller_frame(height, width, keep // grids))
-        block, middle = zip(*(_blocks(n, parts) for n, parts in zip(tokens.grid, shape, strict=True)), strict=True)
+        pairs = min(count, keep)
+        shape = (pairs, *smaller_frame(height, width, keep // pairs))
+        block, middle = zip(*(_blocks(n, blocks) for n, blocks in zip(tokens.grid, shape, strict=True)), strict=True)
         places = torch.meshgrid(*middle, indexing="ij")
         kept = (places[0] * height + places[1]) * width + places[2]
         blocks = torch.meshgrid(*block, indexing="ij")
@@ -33,7 +35,11 @@ class Pool(Selector):
         return Selection(kept.flatten().to(tokens.owner.device), owner.flatten().to(tokens.owner.device))
 
 
-def _blocks(length: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The number of the part that each of `length` places is in, and the middle place of each part; parts as even as can be."""
-    edges = torch.tensor([i * length // parts for i in range(parts + 1)])
-    return torch.arange(parts).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
+def _blocks(length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divides `length` places into `count` blocks of nearly equal length.
+
+    Returns:
+        int64 `[length]`, the block of each place; and int64 `[count]`, the middle place of each block.
+    """
+    edges = torch.tensor([i * length // count for i in range(count + 1)])
+    return torch.arange(count).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2

@@ -1,15 +1,15 @@
-"""PruneVid (arXiv 2412.16117), its stage before the language model: what stands still is averaged over time, then neighbours merge.
+"""PruneVid (arXiv 2412.16117), the stage before the language model: averages what stands still over time, then merges neighbours.
 
-Faithful: grids are clustered around density peaks, a quarter as many as there are; in each segment a place is static if the
-cosines of each two of its tokens are above 0.8 on average, and is then one token, the mean; static tokens of a segment, and the
-others of each grid, are merged around density peaks among themselves. Adapted: a segment is a run of grids of one cluster; the
-paper merges to half and leaves the rest to the language model, here merging goes on to the budget, shared out by how many tokens
-there are; where standing still saves more than is to be saved, only the most static places are averaged, the last of them over
-fewer grids. A mean stays at the place of its peak, or of its first grid. Left out: the stage inside the language model (attention
-of the question).
+As in the paper: frame pairs are clustered around density peaks, a quarter as many as there are frame pairs. A place is
+static in a segment if the mean cosine of its tokens, each with each, is above 0.8. Then its tokens become one, the
+mean. The static tokens of a segment are merged around density peaks, and so are the other tokens of each frame pair.
+Adapted: a segment is a run of frame pairs of one cluster (the public code adds runs of one frame pair to their
+neighbours). The paper merges to a half and leaves the rest to the language model. Here merging continues down to the
+budget, which is shared in proportion to the numbers of tokens. If averaging saves too much, only the most static places
+are averaged, and the last of them over fewer frame pairs. A mean has the place of its peak, or of its first frame pair.
+Left out: the stage inside the language model, which uses the question's attention.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import apportion
-from evoprune.pruning.density import peaks
-from evoprune.pruning.ranking import gathered, nearest
+from evoprune.pruning.density import join_groups, joined_peaks
+from evoprune.pruning.ranking import gathered
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import averaged
 from evoprune.pruning.types import Selection, Tokens
@@ -28,14 +28,15 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """O(N n D) for n tokens a grid, memory O(N D). Fields:
+    """O(N n D) for n tokens per frame pair, memory O(N D). Fields:
 
-    scenes: clusters of grids, as a share of the grids.
-    static: mean cosine of its tokens over time above which a place is static.
-    neighbours: of which densities are made.
+    scenes: number of clusters, as a share of the frame pairs.
+    static: a place is static if the mean cosine of its tokens over time is above this.
+    neighbours: how many nearest tokens a density is computed from.
     """
 
     name: ClassVar[str] = "prunevid"
+    source: ClassVar[str] = "arXiv 2412.16117, the stage before the language model"
 
     scenes: float = 0.25
     static: float = 0.8
@@ -48,43 +49,36 @@ class PruneVid(Selector):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])
         index = torch.arange(len(tokens.owner), device=x.device).view(x.shape[:2])
-        parts = self.segments(x)
-        alike = [steadiness(F.normalize(x[part.start : part.stop], dim=2)) for part in parts]
-        saved = sum(int((like > self.static).sum()) * (len(part) - 1) for part, like in zip(parts, alike, strict=True))
+        spans = self.segments(x)
+        steady = [steadiness(F.normalize(x[span.start : span.stop], dim=2)) for span in spans]
+        static = [mean > self.static for mean in steady]
+        saved = sum(int(places.sum()) * (len(span) - 1) for span, places in zip(spans, static, strict=True))
         if index.numel() - saved <= keep:
-            return gathered(averaged(index, parts, alike, index.numel() - keep).flatten())
-        into, weight = torch.full_like(index, -1), torch.ones(index.shape, device=x.device)
-        groups = []  # the units of each token of a group, a row each
-        for part, like in zip(parts, alike, strict=True):
-            still, times = like > self.static, index[part.start : part.stop]
-            weight[part.start : part.stop, still] = 1 / len(part)
-            groups += [times[:, still].T, *(times[grid, ~still][:, None] for grid in range(len(part)))]
+            return gathered(averaged(index, spans, steady, index.numel() - keep).flatten())
+        into, weight = torch.full_like(index, -1).flatten(), torch.ones(index.shape, device=x.device)
+        groups = []  # for each group of tokens, the units of each, one row per token
+        for span, places in zip(spans, static, strict=True):
+            weight[span.start : span.stop, places] = 1 / len(span)
+            groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
-        x, into = x.flatten(0, 1), into.flatten()
-        for group, count in zip(groups, apportion(keep, sizes, sizes), strict=True):
-            if count:
-                unit = F.normalize(x[group].mean(1), dim=1)
-                centres = peaks(unit, count, self.neighbours)
-                to = centres[nearest(unit, unit[centres])].index_copy(0, centres, centres)
-                into[group] = group[to, :1].expand(group.shape)
+        join_groups(into, x.flatten(0, 1), groups, apportion(keep, sizes, sizes), self.neighbours)
         return gathered(into, weight.flatten())
 
     def segments(self, x: torch.Tensor) -> list[range]:
-        """Runs of the grids of `x` (`[T, n, D]`) in one cluster."""
+        """Runs of frame pairs of `x` (`[T, n, D]`) in one cluster."""
         mean = F.normalize(x.mean(1), dim=1)
-        centres = peaks(mean, max(1, int(self.scenes * len(x) + 0.5)), self.neighbours)
-        cluster = nearest(mean, mean[centres]).index_copy(0, centres, torch.arange(len(centres), device=x.device))
-        return [range(run[0], run[-1] + 1) for run in _runs(cluster.tolist())]
+        cluster = joined_peaks(mean, max(1, int(self.scenes * len(x) + 0.5)), self.neighbours)
+        runs = (list(run) for _, run in groupby(range(len(x)), key=cluster.tolist().__getitem__))
+        return [range(run[0], run[-1] + 1) for run in runs]
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:
-    """float32 `[n]`: the mean cosine of each two tokens of a place, -inf of one; `unit`: `[g, n, D]`, of length one or zero."""
-    pairs = len(unit) * (len(unit) - 1)
-    if not pairs:
+    """float32 `[n]`: the mean cosine of each two tokens of a place; -inf if there is one frame pair.
+
+    Args:
+        unit: `[g, n, D]`, features of g frame pairs, of length one or zero.
+    """
+    count = len(unit) * (len(unit) - 1)
+    if not count:
         return torch.full(unit.shape[1:2], -torch.inf, device=unit.device)
-    return snap((unit.sum(0).square().sum(1) - unit.square().sum((0, 2))) / pairs)
-
-
-def _runs(labels: list[int]) -> Iterator[list[int]]:
-    """The indices of each run of equal labels."""
-    return (list(run) for _, run in groupby(range(len(labels)), key=labels.__getitem__))
+    return snap((unit.sum(0).square().sum(1) - unit.square().sum((0, 2))) / count)

@@ -1,4 +1,8 @@
-"""Uniform choice after the encoder: the floor every method must beat."""
+"""Random tokens after the encoder: the floor that every method must beat.
+
+Not from a paper; many papers report it as a baseline. Every frame pair keeps the same number of tokens (stratified
+sampling), because whole clips are compared.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,15 +16,16 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Random(Selector):
-    """Draws without replacement, the same number from every grid (stratified), by `tokens.seed`."""
+    """Draws without replacement inside each frame pair, seeded with `tokens.seed`. No fields."""
 
     name: ClassVar[str] = "random"
+    source: ClassVar[str] = "this project; a common baseline"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         generator = torch.Generator("cpu").manual_seed(tokens.seed)  # the same draw on every device
-        chosen = [
-            torch.randperm(per_pair, generator=generator, device="cpu")[:share].sort().values + grid * per_pair
-            for grid, share in enumerate(spread(keep, grids))
+        selected = [
+            torch.randperm(per_pair, generator=generator, device="cpu")[:share].sort().values + pair * per_pair
+            for pair, share in enumerate(spread(keep, pairs))
         ]
-        return Selection(torch.cat(chosen))
+        return Selection(torch.cat(selected))

@@ -1,7 +1,8 @@
-"""The pruning methods by name: this package's own, and those that other packages add.
+"""The pruning methods by name: this package's own, and those of other packages.
 
-A package adds a method by an entry point of the group `evoprune.methods`, whose name is the method's and whose object is a subclass
-of `Selector`, `Merger` or `InputMethod` (methods/base.py). It is loaded when it is selected.
+Another package adds a method with an entry point in the group `evoprune.methods`. The entry point's name is the
+method's name, and its object is a subclass of `Selector`, `Merger` or `InputMethod` (methods/base.py). It is loaded
+when a user selects it.
 """
 
 import re
@@ -52,7 +53,7 @@ def available() -> list[str]:
 
 
 def known(text: str) -> bool:
-    """Whether every method that `text` names exists; settings are not checked."""
+    """Whether every method named in `text` exists. Settings are not checked."""
     names = [name.partition(":")[0] for name in text.split("+")]
     return names[-1] in available() and all(name == REUSE for name in names[:-1])
 
@@ -61,20 +62,19 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
     """The method that `text` names.
 
     Args:
-        text: `NAME`, or `NAME:SETTING=VALUE:...`, or two of these joined by `+` in the order in which they act:
-            `reuse+divprune`.
-        args: further settings, as texts; those in `text` win. Not for a combination, whose settings stand in `text`.
+        text: `NAME`, or `NAME:SETTING=VALUE:...`, or two of these joined by `+` in the order in which they act: `reuse+divprune`.
+        args: further settings as texts; settings in `text` override them. A combination accepts settings in `text` only.
 
     Raises:
-        UsageError: no such method or combination, a setting that it does not have, or a broken method of another package.
+        UsageError: no such method, combination or setting, or another package's method is broken.
     """
     *before, last = text.split("+")
     if not before:
         if last.partition(":")[0] == REUSE:
-            raise UsageError(f"{REUSE} stands before a method that selects", f"for example {REUSE}+divprune")
+            raise UsageError(f"{REUSE} needs a method that selects after it", f"for example {REUSE}+divprune")
         return _one(last, args)
     if args:
-        raise UsageError(f"settings of {text} must stand in its name", f"for example {REUSE}:threshold=5+mmr:lam=0.7")
+        raise UsageError(f"settings of {text} must be part of its name", f"for example {REUSE}:threshold=5+mmr:lam=0.7")
     return _combined(text, before, last)
 
 
@@ -88,13 +88,13 @@ def _combined(text: str, before: list[str], last: str) -> "Method":
     selector = _one(last, None)
     if len(before) > 1 or name != REUSE or not isinstance(selector, Selector):
         raise UsageError(
-            f"methods cannot be combined as {text!r}", f"{REUSE}+NAME puts reuse in time before a method that selects"
+            f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME, where NAME is a method that selects"
         )
     return replace(Reuse.from_args(settings), then=selector)
 
 
 def _split(text: str) -> tuple[str, dict[str, str]]:
-    """`NAME:SETTING=VALUE:...` as a name and its settings."""
+    """Splits `NAME:SETTING=VALUE:...` into the name and its settings."""
     name, *settings = text.split(":")
     if wrong := [setting for setting in settings if "=" not in setting]:
         raise UsageError(f"method {name}: {wrong[0]!r} is not NAME=VALUE", "for example evoprune:reuse=5")
@@ -113,7 +113,7 @@ def _one(text: str, args: dict[str, str] | None) -> "Method":
 
 
 def plugins() -> dict[str, str]:
-    """For each entry point of other packages, by its name: whose it is, and whether it works. Loads them."""
+    """Each entry point of other packages, by name: its package, and whether it works. Loads all of them."""
     found = {}
     for entry in _entry_points():
         state = f"of {_package(entry)}"
@@ -135,7 +135,7 @@ def _entry_points() -> tuple[EntryPoint, ...]:
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
-    """By name, without names that are taken or that a list of names could not hold."""
+    """The entry points by name, without names that are taken or not valid."""
     made = {}
     for entry in _entry_points():
         if entry.name not in (*_REGISTRY, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):

@@ -1,7 +1,8 @@
 """Reuse in time before any selector: `reuse+divprune`, `reuse:threshold=5+visionzip`.
 
-A unit whose pixels have not changed since its place was last encoded is not encoded again (pruning/reference.py). The selector runs
-after the encoder and sees every unit of the clip, each with what its row has.
+A unit whose pixels have not changed since its place was last encoded is not encoded again (pruning/reference.py). The
+selector runs after the encoder and sees every unit of the clip; a reused unit has the feature of the row that
+represents it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ from evoprune.pruning.reference import THRESHOLD
 class Reuse(Method):
     """Fields:
 
-    threshold: how many levels of 255 a unit must change to be encoded again; above 0.
+    threshold: a unit is encoded again if it changes by at least this many levels of 255; above 0.
+    then: the selector, which users name after `reuse+`.
     """
 
     name: ClassVar[str] = "reuse"

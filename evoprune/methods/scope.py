@@ -1,11 +1,13 @@
-"""SCOPE (arXiv 2510.24214): tokens that are salient and cover what no other covers yet.
+"""SCOPE (arXiv 2510.24214): salient tokens that cover what no selected token covers yet.
 
-Faithful: a token is covered as well as the most similar chosen one is similar to it, at least 0; always the token is chosen with
-the highest product of its saliency and of what it adds to the coverage of all tokens, saliency to the power of alpha, 1.
-Adapted: saliency is the attention received at the tower's last layer that sees whole grids, for want of a class token; a whole
-video at once. What a token adds only shrinks as others are chosen, so sums are kept as upper bounds and only those at the top
-are brought up to date: the choice is the exact greedy one, and no N x N matrix is held. Cosines are rounded to multiples of
-1/16384, whose sums are exact, so that equals are ties, which go by index.
+As in the paper: the coverage of a token is its cosine to the most similar selected token, at least 0. Each step selects
+the token with the highest product of two numbers: its saliency to the power alpha (1), and the coverage that it adds
+over all tokens.
+Adapted: saliency is the attention received in the tower's last full-attention layer, because Qwen's tower has no class
+token. One selection covers the whole video. The added coverage of a token only shrinks while others are selected. So
+earlier sums serve as upper bounds, and only the highest are computed again: the result is the exact greedy one without
+an N x N matrix. Cosines are rounded to multiples of 1/16384, whose sums are exact, so equal tokens are ties, which go
+by index.
 """
 
 import math
@@ -20,18 +22,19 @@ from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
 
-AT_ONCE = 32  # sums brought up to date at a time
-STEPS = 16384  # in which cosines are counted, as `snap` has it
+AT_ONCE = 32  # sums that are computed again at a time
+STEPS = 16384  # cosines are integers of this many steps, as in `score.snap`
 
 
 @dataclass(frozen=True)
 class Scope(Selector):
     """O(N^2 D) for the first token, about O(K N D) for the others; memory O(N D). Fields:
 
-    alpha: power of saliency; 0 leaves coverage alone.
+    alpha: power of saliency; at 0, coverage alone decides.
     """
 
     name: ClassVar[str] = "scope"
+    source: ClassVar[str] = "arXiv 2510.24214"
 
     alpha: float = 1.0
 
@@ -49,7 +52,16 @@ class Scope(Selector):
 
 
 def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int) -> torch.Tensor:
-    """The indices of `keep` rows of `features` (`[N, D]`), ascending; `weight`: float64 `[N]`, at least 0, None for equal ones."""
+    """Selects rows greedily by weighted coverage; ties go to the lower index.
+
+    Args:
+        features: `[N, D]`, any float dtype.
+        weight: float64 `[N]`, at least 0; None for equal weights.
+        keep: K, from 1 to N.
+
+    Returns:
+        int64 `[K]`, indices of rows, ascending.
+    """
     unit = F.normalize(features.float(), dim=1)
     every = torch.arange(len(unit), device=unit.device)
     weight = torch.ones_like(every, dtype=torch.float64) if weight is None else weight
@@ -61,7 +73,7 @@ def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int
     def adds(some: torch.Tensor) -> torch.Tensor:
         return cosine(some).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[some]
 
-    most = torch.cat([adds(some) for some in every.split(BLOCK)])  # what each adds at most; -1 once chosen
+    most = torch.cat([adds(some) for some in every.split(BLOCK)])  # what each adds at most; -1 once selected
     for _ in range(keep):
         known = most <= 0
         while not known[best := most.argmax()]:

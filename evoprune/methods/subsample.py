@@ -1,7 +1,8 @@
-"""Fewer frames, as a lower frame rate takes them: a rival that saves time in the encoder too.
+"""Fewer frames, as at a lower frame rate: a rival of pruning that saves encoder time too.
 
-EarlyTom (arXiv 2605.30010) reports it as a baseline. Nothing is adapted: frames are taken anew at even distances, so the two of
-a grid lie farther apart as well, and the language model is told the true seconds between grids.
+EarlyTom (arXiv 2605.30010) reports it as a baseline. Nothing is adapted: the frames are sampled again at even
+distances. So the two frames of a pair are farther apart as well, and the language model gets the true seconds between
+frame pairs.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from evoprune.pruning.plan import Grid
 
 @dataclass(frozen=True)
 class Subsample(InputMethod):
-    """Whole grids, at least one."""
+    """Fewer whole frame pairs, at least one. No fields."""
 
     name: ClassVar[str] = "subsample"
+    source: ClassVar[str] = "arXiv 2605.30010, a baseline there"
 
     def resize(self, grid: Grid, keep: int) -> Grid:
         count, height, width = grid

@@ -1,13 +1,14 @@
-"""ToMe (arXiv 2210.09461): the most similar rows merge, the same number in every layer of the encoder.
+"""ToMe (arXiv 2210.09461): the most similar rows merge, equally many in every layer of the encoder.
 
-Of the paper: tokens alternate between two sets; each of one set takes the token of the other with the highest cosine of attention
-keys (mean over heads); the r most similar pairs become size-weighted means. r is the same in all layers or falls (`allocation`:
-decreasing). Attention weighs a merged token by what it represents (proportional attention); `size_bias` turns this off, as the
-paper does for some models.
-Of this project, because the paper's tower attends globally and its counts are free: units instead of patches; groups are windows
-where the tower attends to windows and frame pairs elsewhere, and all lose the same share, as the author advises for window
-attention; r follows from the budget, with a second round where it exceeds half of a group; rows merge after a layer's MLP, not
-before it, and stay in order. The paper leaves open which set is absorbed: here the second of each two, which is not the larger one.
+As in the paper: tokens alternate between two sets. Each token of one set is matched with the token of the other set
+that has the highest cosine of attention keys (mean over heads). The r most similar pairs become size-weighted means. r
+is equal in all layers, or falls (`allocation`: decreasing). Attention weighs a merged token by its cluster size
+(proportional attention); `size_bias` turns this off, as the paper does for some models.
+Adapted, because the paper's tower attends globally and its counts are free: units instead of patches. Groups are
+windows where the tower attends to windows, and frame pairs elsewhere; all groups lose the same share, as the author
+advises for window attention. r follows from the budget, with a second round where it exceeds half of a group. Rows
+merge after a layer's MLP, not before it, and keep their order. The paper does not say which set is absorbed: here it is
+the second token of each two, which is never the larger set. The public code absorbs the other one.
 
 It is `evoprune-merge` without penalties and with another schedule.
 """

@@ -1,11 +1,12 @@
-"""VisionZip (arXiv 2412.04467): the most attended tokens as they are, and means of the others around evenly spaced ones.
+"""VisionZip (arXiv 2412.04467): the most attended tokens as they are, and means of the other tokens.
 
-Faithful: dominant tokens are those that receive most attention; of the rest, taken in order, evenly spaced ones are targets, and
-each other token goes to the target with the most similar key and is averaged into it. 85% of the tokens kept are dominant (the
-paper's 54 of 64 and 162 of 192). Adapted: Qwen's tower has no class token, so attention is the mean over all queries, at the
-last layer that sees whole grids, where the keys are taken too; a target counts in its mean as much as what goes into it, and
-stays at its own place; an image of the paper is a grid here, and grids have equal shares. Attention and cosines are rounded so
-that equals are ties, which go by index.
+As in the paper: the tokens that receive most attention are dominant and stay as they are. Of the others, in order,
+evenly spaced tokens are targets. Each other token joins the target with the most similar key, and the language model
+reads the means. 85% of the kept tokens are dominant (54 of 64 and 162 of 192 in the paper).
+Adapted: Qwen's tower has no class token, so attention is the mean over all queries of the last full-attention layer;
+the keys come from there too. A target weighs in its mean as much as each token that joins it (the public code weighs it
+as much as all of them), and stays at its own place. An image of the paper is a frame pair here, and all frame pairs
+have equal shares. Attention and cosines are rounded, so equal tokens are ties, which go by index.
 """
 
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """O(N K d / T) for T grids and keys of d numbers. Fields:
+    """O(N K d / T) for T frame pairs and keys of d numbers. Fields:
 
-    dominant: share of the tokens kept that are chosen by attention.
+    dominant: share of the kept tokens that attention selects.
     """
 
     name: ClassVar[str] = "visionzip"
+    source: ClassVar[str] = "arXiv 2412.04467"
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
 
     dominant: float = 0.85
@@ -38,22 +40,27 @@ class VisionZip(Selector):
             raise ValueError("dominant is a share from 0 to 1")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        grids, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        attention = snap(tokens.attention).view(grids, per_pair)
-        keys = F.normalize(tokens.keys, dim=1).view(grids, per_pair, -1)
-        into = torch.full_like(tokens.owner, -1).view(grids, per_pair)
-        for grid, share in enumerate(spread(keep, grids)):
-            local = zipped(attention[grid], keys[grid], share, round(self.dominant * share))
-            into[grid] = torch.where(local < 0, -1, local + grid * per_pair)
+        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        attention = snap(tokens.attention).view(pairs, per_pair)
+        keys = F.normalize(tokens.keys, dim=1).view(pairs, per_pair, -1)
+        into = torch.full_like(tokens.owner, -1).view(pairs, per_pair)
+        for pair, share in enumerate(spread(keep, pairs)):
+            local = zipped(attention[pair], keys[pair], share, round(self.dominant * share))
+            into[pair] = torch.where(local < 0, -1, local + pair * per_pair)
         return gathered(into.flatten())
 
 
 def zipped(attention: torch.Tensor, keys: torch.Tensor, keep: int, dominant: int) -> torch.Tensor:
-    """int64 `[n]`: the token of a grid that each goes into, itself if it stays, -1 for none.
+    """Which token of a frame pair each token joins.
 
     Args:
-        attention: `[n]`, keys: `[n, d]` of length one.
-        keep: how many stay. dominant: how many of them as they are; without others, what does not stay is dropped.
+        attention: `[n]`.
+        keys: `[n, d]`, of length one.
+        keep: how many tokens stay.
+        dominant: how many of these attention selects. If it is all of them, the other tokens are dropped.
+
+    Returns:
+        int64 `[n]`: the token that each joins, its own index if it stays, -1 if it is dropped.
     """
     index = torch.arange(len(attention), device=attention.device)
     into = torch.full_like(index, -1)

@@ -1,1 +1,4 @@
-"""What pruning is made of: budgets, schedules, scores, merging. Plain functions over tensors."""
+"""The building blocks of pruning methods: budgets, plans, schedules, scores, selection, merging and reuse.
+
+Plain functions and small frozen dataclasses over integers and tensors. They know no method and no model.
+"""

@@ -1,4 +1,4 @@
-"""How many visual tokens a budget buys, and how they are spread over the grids. No tensors, no torch."""
+"""How many visual tokens a budget keeps, and how they are spread over the frame pairs. No tensors, no torch."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from evoprune.errors import UsageError
 
 PRESETS = {"full": 1.0, "high": 0.5, "balanced": 0.25, "fast": 0.1}
 DEFAULT = "balanced"
-# The content decides how much is kept (`Method.automatic`), between these shares.
+# Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
 AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
 
 
 def parse_budget(text: str | float) -> float:
-    """A preset's name or a number in (0, 1], as the share of visual tokens that is kept.
+    """The share of visual tokens to keep, from the name of a preset or a number in (0, 1].
 
     Raises:
-        UsageError: anything else.
+        UsageError: the text is neither.
     """
     if isinstance(text, str) and text in PRESETS:
         return PRESETS[text]
@@ -34,7 +34,7 @@ def parse_budget(text: str | float) -> float:
 
 
 def parse_budget_or_auto(text: str | float) -> float | str:
-    """As `parse_budget`, or `auto` as it is."""
+    """As `parse_budget`, but returns "auto" unchanged."""
     if text == AUTO:
         return AUTO
     try:
@@ -48,20 +48,27 @@ def keep_count(budget: float, units: int) -> int:
     return min(units, max(1, math.floor(budget * units + 0.5)))
 
 
-def spread(keep: int, grids: int) -> list[int]:
-    """Shares `keep` tokens out over equal grids: each gets the rounded-down or rounded-up mean, evenly through time.
+def spread(keep: int, pairs: int) -> list[int]:
+    """Divides `keep` tokens among equal frame pairs; each gets the mean, rounded down or up. Sums to `keep`.
 
-    This is largest remainder with its ties (all remainders are equal) given at even distances instead of to the first grids,
-    so that below one token a grid the whole clip is still covered. Sums to `keep`.
+    This is the method of largest remainder. All remainders are equal; they are resolved at even distances and not in favour of the
+    first frame pairs. So even with fewer tokens than frame pairs the whole clip is covered.
     """
-    return [(i + 1) * keep // grids - i * keep // grids for i in range(grids)]
+    return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
 
 def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Shares `total` out in proportion to `weights` (at least 0), by largest remainder, with at most `most[i]` for each.
+    """Divides `total` in proportion to `weights`, by largest remainder, with a limit for each share.
 
-    What is above that goes to the others, in proportion again; where only weights of zero are left, evenly. Ties go by index.
-    Sums to `total`, or to the sum of `most` if that is less.
+    Excess above a limit goes to the others, in proportion again; if only weights of zero are left, evenly. Ties go by index.
+
+    Args:
+        total: the number to divide.
+        weights: at least 0 each.
+        most: the limit of each share.
+
+    Returns:
+        The shares. They sum to `total`, or to the sum of `most` if that is less.
     """
     counts, quotas = [0] * len(most), {}
     open_ = [i for i, limit in enumerate(most) if limit > 0]

@@ -1,10 +1,10 @@
-"""The distance of the selection: how different two units of a video are, in features and in time.
+"""The distance of the selection: how much two units of a video differ, in features and in time.
 
     d(i, j) = (1 - cos(f_i, f_j)) + alpha / 2 * salience_j^2 * |t_i - t_j|
 
-i is selected and j is a candidate; t runs from 0 to 1 over the clip. salience_j = 1 - cos(f_j, mean over all units), scaled to a
-maximum of 1. So the same thing at another time is new in proportion to how much it stands out. With alpha = 0 this is DivPrune's
-distance (arXiv 2503.02175); the term in time is this project's.
+Unit i is selected and unit j is a candidate. t runs from 0 to 1 over the clip. salience_j = 1 - cos(f_j, mean over all
+units), scaled to a maximum of 1. So the more a thing stands out, the more it counts as new at another time. With alpha
+= 0 this is DivPrune's distance (arXiv 2503.02175); the term in time is this project's.
 """
 
 import math
@@ -16,24 +16,24 @@ import torch
 import torch.nn.functional as F
 
 ALPHA = 1.5
-DIMENSIONS = 128  # to which features are projected
-FEW = 512  # rows, up to which features are not projected
-AT_ONCE = 1024  # rows of which float32 copies exist at a time
+DIMENSIONS = 128  # of the projected features
+FEW = 512  # up to this number of rows, features are not projected
+AT_ONCE = 1024  # rows that have float32 copies at a time
 STEP = 1 / 16384  # resolution of distances; see `evoprune.pruning.score.snap`
 
 
 @dataclass(frozen=True)
 class Points:
-    """The units of a video as points between which distances are computed.
+    """The units of a video as points with distances.
 
     Attributes:
-        units: int64 `[n]`, their numbers, ascending.
-        row: int64 `[n]`, the row of each unit.
-        time: float32 `[n]`, of each unit, from 0 to 1.
-        place: float32 `[E, d]`, the point of each row: |p_i - p_j|^2 / 2 = 1 - cos(f_i, f_j), approximately where projected.
-        half: float32 `[E]`, half of its squared length.
-        salience: float32 `[E]`, from 0 to 1; all 0 where nothing stands out.
-        weight: float32 `[E]`, weight of time.
+        units: int64 `[n]`, the numbers of the units, ascending.
+        row: int64 `[n]`, the row that represents each unit.
+        time: float32 `[n]`, the time of each unit, from 0 to 1.
+        place: float32 `[E, d]`, the point of each row: |p_i - p_j|^2 / 2 = 1 - cos(f_i, f_j), approximately if projected.
+        half: float32 `[E]`, half of the squared length of each point.
+        salience: float32 `[E]`, from 0 to 1; all 0 if nothing stands out.
+        weight: float32 `[E]`, the weight of time: alpha / 2 * salience^2.
     """
 
     units: torch.Tensor
@@ -48,11 +48,11 @@ class Points:
         return len(self.units)
 
     def some(self, index: torch.Tensor) -> "Points":
-        """Those with these indices."""
+        """The points with these indices (int64), with all rows."""
         return replace(self, units=self.units[index], row=self.row[index], time=self.time[index])
 
     def apart(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """`[a, b]`: distances in features between rows, before `snap`."""
+        """float32 `[a, b]`: distances in features between rows `a` and rows `b` (int64), before `snap`."""
         return torch.addmm(self.half[b], self.place[a], self.place[b].T, alpha=-1).add_(self.half[a][:, None])
 
 
@@ -84,25 +84,25 @@ def points_of(
 
 
 def lapse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`[a, b]`: the time between two sets of times."""
+    """`[a, b]`: the absolute differences of times `a` (`[a]`) and `b` (`[b]`)."""
     return (a[:, None] - b).abs_()
 
 
 def snap(x: torch.Tensor) -> torch.Tensor:
-    """Rounds distances to steps, in place where it can: equal rows are at distance 0, and equal distances are ties.
+    """Rounds distances to multiples of `STEP`, so that equal rows are at distance 0 and equal distances are ties.
 
-    The least of several distances may be rounded instead of each of them.
+    Rounding keeps the order, so the minimum of several distances may be rounded instead of each of them.
     """
     return (x * (1 / STEP)).round_().mul_(STEP).clamp_(min=0)
 
 
 def _places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`place` and `salience` of `Points`. Equal features give equal points."""
+    """`place` and `salience` of `Points`; equal features have equal points."""
     count = torch.bincount(owner[owner >= 0], minlength=len(rows))
-    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > FEW  # otherwise nothing is gained
+    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > FEW  # otherwise projection saves nothing
     to = _projection(rows.shape[1]).to(rows.device) if project else None
 
-    def units() -> Iterator[torch.Tensor]:  # float32 and of length one, a few rows at a time, because a row may be long
+    def units() -> Iterator[torch.Tensor]:  # rows in float32 and of length one, a few at a time to save memory
         return (F.normalize(some.float(), dim=1) for some in rows.split(AT_ONCE))
 
     weights = count.float().split(AT_ONCE)
@@ -116,9 +116,9 @@ def _places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch
 
 @lru_cache(maxsize=8)
 def _projection(width: int) -> torch.Tensor:
-    """float32 `[width, DIMENSIONS]`: orthogonal columns in random directions, always the same.
+    """float32 `[width, DIMENSIONS]`: orthogonal columns in random directions, the same in every call.
 
-    They keep squared lengths on average, with 128 columns to about an eighth, whatever the features are.
+    The projection keeps squared lengths on average; with 128 columns the error is about an eighth, for any features.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")

@@ -1,7 +1,7 @@
-"""Counting and choosing rows without asking the device how many there are.
+"""Counting and indexing of rows in shapes that the caller gives.
 
-`bincount`, `nonzero` and masks as indices make the host wait for a GPU, because the shape of what they give depends on values. Here
-shapes are given by the caller, who knows them from the plan.
+`bincount`, `nonzero` and masks as indices make the program wait for a GPU, because the shape of their result depends on
+values. Here the caller knows the shapes from the plan.
 """
 
 import torch
@@ -13,21 +13,21 @@ def tally(index: torch.Tensor, bins: int) -> torch.Tensor:
 
 
 def true_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[count]`: where `mask` (bool `[n]`) is true, ascending; the first if there are more, zeros at the end if fewer."""
+    """int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is true, ascending; filled up with zeros."""
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
     return slot.new_zeros(count + 1).scatter_(0, slot, torch.arange(len(mask)))[:count]
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs of neighbouring rows side by side.
+    """Runs of neighbouring rows as a padded batch of indices.
 
     Args:
-        start, length: int64 `[B]`; a run may be empty.
-        longest: at least the greatest length.
-        rows: how many there are; no index reaches it.
+        start, length: int64 `[B]`, the first row and the number of rows of each run; a run may be empty.
+        longest: an upper bound of the lengths.
+        rows: the number of rows; all indices are below it.
 
     Returns:
-        Rows, int64 `[B, longest]`, and which of them are valid, bool; padding repeats a run's last row.
+        int64 `[B, longest]`, rows; and bool `[B, longest]`, which of them are valid. Padding repeats the last row of a run.
     """
     step = torch.arange(longest)
     last = (length - 1).clamp(min=0)[:, None]

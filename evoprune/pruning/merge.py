@@ -1,4 +1,4 @@
-"""Merging rows in pairs: bipartite matching inside groups, and the size-weighted mean (ToMe, arXiv 2210.09461, section 3)."""
+"""Merging rows two by two: bipartite matching inside groups, and the size-weighted mean (ToMe, arXiv 2210.09461, section 3)."""
 
 import torch
 
@@ -6,22 +6,22 @@ from evoprune.pruning.indices import true_indices
 
 
 def alternate(valid: torch.Tensor) -> torch.Tensor:
-    """Which rows may merge into others this round: every second row of each group; bool `[B, n]`. Valid rows come first."""
+    """The sources of a round, bool `[B, n]`: every second row of each group may merge into another. Valid rows come first."""
     return (torch.arange(valid.shape[1], dtype=torch.int64, device=valid.device) % 2 == 1) & valid
 
 
 def best_partners(
     score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each source would go.
+    """The best destination of each source.
 
     Args:
-        score: `[B, m, n]`, of m rows with all of their group.
-        source: bool `[B, m]`, destination: bool `[B, n]`.
+        score: `[B, m, n]`, of m rows with all rows of their group.
+        source: bool `[B, m]`. destination: bool `[B, n]`.
 
     Returns:
-        `[B, m]`, the highest score of each row with a destination, -inf where it is no source; and int64 `[B, m]`, with which. Ties
-        go to the lower index.
+        `[B, m]`, the highest score of each source with a destination, -inf for other rows; and int64 `[B, m]`, the index of that
+        destination. Ties go to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
@@ -30,20 +30,19 @@ def best_partners(
 def match(
     best: torch.Tensor, partner: torch.Tensor, source: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
 ) -> torch.Tensor:
-    """Merges the best `remove` pairs of each group.
+    """Selects the sources of each group that merge, those of highest score first.
 
     Args:
         best, partner: `[B, n]`, from `best_partners`, of all rows.
         source: bool `[B, n]`.
-        last: bool `[B, n]`, critical rows: absorbed only after all other sources.
-        remove: int64 `[B]`; more than there are sources means all of them.
+        last: bool `[B, n]`, critical rows: they merge only after all other sources.
+        remove: int64 `[B]`, how many sources merge; all of them if there are fewer.
 
     Returns:
-        int64 `[B, n]`: where each row goes, itself if it stays. Ties go to the lower index.
+        int64 `[B, n]`: the row that each row merges into, its own index if it stays. Ties go to the lower index.
     """
     b, n = source.shape
-    # Among sources, by score; critical ones after all others, rows that are no source never. `max` and the stable sort both
-    # give ties to the lower index.
+    # The order: sources by score, then critical sources, then all other rows. The stable sorts give ties to the lower index.
     order = best.argsort(dim=1, descending=True, stable=True)
     late = (last & source).gather(1, order).to(torch.int8) + 2 * (~source).gather(1, order).to(torch.int8)
     order = order.gather(1, late.argsort(dim=1, stable=True))
@@ -55,17 +54,18 @@ def match(
 def merge_rows(
     x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int | None = None, moves: int | None = None
 ) -> torch.Tensor:
-    """The size-weighted mean of what goes into each row that stays.
+    """The size-weighted mean of each row that stays and the rows that merge into it.
 
     Args:
-        x: `[R, ...]`, any float dtype; summed in float32.
-        size: int64 `[R]`, units that each row stands for.
-        into: int64 `[R]`.
-        rows: of the result; default: those that stay, which waits for the device. If it is more, the rest has no meaning.
-        moves: at most how many rows go into others; default `R - rows`.
+        x: `[R, ...]`, any float dtype; sums are computed in float32.
+        size: int64 `[R]`, cluster size of each row.
+        into: int64 `[R]`, the row that each row merges into, its own index if it stays.
+        rows: number of rows in the result. Default: the rows that stay, whose count waits for the device. If it is more, the last
+            rows are padding without meaning.
+        moves: upper bound of the rows that merge; default `R - rows`.
 
     Returns:
-        `[rows, ...]`, dtype of `x`; rows that nothing went into are passed on untouched.
+        `[rows, ...]`, in the dtype of `x`; a row that no other merges into is unchanged.
     """
     goes = into != torch.arange(len(into))
     stays = ~goes
@@ -74,13 +74,12 @@ def merge_rows(
     kept, moved = true_indices(stays, rows), true_indices(goes, moves)
     out, before = x[kept], size[kept]
     to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
-    added = torch.where(
-        torch.arange(moves) < goes.sum(), size[moved], 0
-    )  # entries of `moved` that are padding weigh nothing
+    # Padding in `moved` weighs nothing.
+    added = torch.where(torch.arange(moves) < goes.sum(), size[moved], 0)
     after = before.index_add(0, to, added)
-    # Where several rows go into one, one of their places holds the sum: whichever comes last, they all start from the same.
+    # If several rows merge into one, one of their slots in `total` holds the sum. Any of them will do: all start from the same row.
     place = torch.empty_like(before).scatter_(0, to, torch.arange(moves))[to]
-    grown = (after > before)[to]  # else it must pass through exactly
+    grown = (after > before)[to]  # other rows must stay exactly as they are
     one = (-1, *[1] * (x.ndim - 1))
     total = out[to].float().mul_(torch.where(grown, before[to], 1).view(one))
     total.index_add_(0, place, x[moved].float().mul_(added.view(one)))

@@ -1,7 +1,7 @@
-"""What the encoder will do with a video, decided before its first frame is read. Plain integers, no tensors.
+"""The encoder's plan for a video, made before its first frame is read. Plain integers, no tensors.
 
-A method makes the plan once, from the shape of the tower, the grid and the number of tokens to keep. The encoder runs it; the
-memory check, the estimate of the first token and the cache's key read it.
+A method makes the plan once, from the shape of the tower, the grid and the number of tokens to keep. The encoder runs
+it. The memory check, the estimate of the time to the first token, and the cache's key read it.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TowerShape:
-    """What a plan must know of a vision tower.
+    """The properties of a vision tower that plans depend on.
 
     Attributes:
         depth: number of layers.
@@ -26,11 +26,11 @@ class TowerShape:
     window: int = 4
 
     def scope(self, layer: int) -> Literal["window", "pair"]:
-        """How far attention reaches in a layer."""
+        """The scope of attention in a layer."""
         return "pair" if layer in self.full_layers else "window"
 
     def windows(self, height: int, width: int) -> int:
-        """Number of windows of a frame pair of `height` x `width` units."""
+        """Number of windows in a frame pair of `height` x `width` units."""
         return -(-height // self.window) * -(-width // self.window)
 
 
@@ -43,11 +43,11 @@ class EncoderPlan:
         keep: K, the number of tokens for the language model.
         layers: rows that each layer computes, over the whole video.
         rows: rows that leave the tower.
-        exact: whether `layers` and `rows` are exact; otherwise the content decides and they are upper bounds.
-        reuse: how many levels of 255 a unit must change to be encoded again; 0 encodes every unit.
+        exact: whether `layers` and `rows` are exact; otherwise they are upper bounds, and the content decides.
+        reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
         merged: rows left in each frame pair after each layer, `[T][depth]`; None where nothing merges.
-        select_after: number of layers before rows are selected inside the tower; None where none are.
-        selected: rows that go on from there, at most.
+        select_after: number of layers before the selection inside the tower; None without one.
+        selected: the most rows that the selection keeps.
     """
 
     grid: Grid
@@ -67,11 +67,11 @@ class EncoderPlan:
 
     @property
     def prunes(self) -> bool:
-        """Whether fewer tokens come out than there are units."""
+        """Whether there are fewer tokens than units."""
         return self.keep < self.units
 
 
 def full_plan(tower: TowerShape, grid: Grid, keep: int | None = None) -> EncoderPlan:
-    """Every unit goes through every layer; `keep` of them, all by default, are selected after the last."""
+    """The plan in which every unit goes through every layer, and `keep` tokens (default: all) are selected after the last."""
     units = prod(grid)
     return EncoderPlan(grid, units if keep is None else keep, (units,) * tower.depth, units)

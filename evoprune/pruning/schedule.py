@@ -1,8 +1,9 @@
-"""How many rows are left after every layer, known before the tower runs. Plain integers, no tensors.
+"""How many rows are left after every layer, computed before the tower runs. Plain integers, no tensors.
 
-The six allocations of EvoPrune (arXiv 2603.03681): the reduction is shared out over the layers of a range evenly (`mean`), over
-every other of them (`skip`, the paper's best), over the earlier or the later half (`first`, `last`), or with weights that rise
-or fall (`increasing`, `decreasing`). Ranges are in relative depth, so that towers of 8 and of 32 layers share settings.
+The six allocations of EvoPrune (arXiv 2603.03681) divide the reduction among the layers of a range: evenly (`mean`),
+among every second layer (`skip`, the paper's best), among the first or the second half (`first`, `last`), or with
+weights that rise or fall (`increasing`, `decreasing`). Ranges are in relative depth, so that towers of 8 and of 32
+layers share settings.
 """
 
 import math
@@ -14,12 +15,12 @@ ALLOCATIONS = ("mean", "skip", "first", "last", "increasing", "decreasing")
 
 
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:
-    """Which layers reduce and by what share of the whole reduction; the shares sum to one.
+    """The layers that reduce, each with its share of the whole reduction; the shares sum to one.
 
     Args:
         depth: number of layers.
         allocation: one of ALLOCATIONS.
-        first, last: the range in relative depth; layer l ends at (l + 1) / depth. At least one layer is always in it.
+        first, last: the range in relative depth; layer l ends at (l + 1) / depth. The range always has at least one layer.
 
     Raises:
         ValueError: an unknown allocation or an empty range.
@@ -34,7 +35,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
     n = len(layers)
     weights = {
         "mean": lambda i: 1,
-        "skip": lambda i: (n - 1 - i) % 2 == 0,  # counted from the end, so that the last layer of the range takes part
+        "skip": lambda i: (n - 1 - i) % 2 == 0,  # counted from the end, so that the last layer of the range reduces
         "first": lambda i: i < (n + 1) // 2,
         "last": lambda i: i >= n // 2,
         "increasing": lambda i: i + 1,
@@ -45,24 +46,26 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
 
 
 def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, weights: dict[int, float]) -> list[int]:
-    """Rows of one grid after each layer, from `units` down to `keep`.
+    """Rows of one frame pair after each layer, from `units` down to `keep`.
 
-    A window keeps at least one row in a layer that merges inside windows; what that costs is made up for in the next layer
-    that attends to whole grids, beyond the range if need be.
+    A layer that merges inside windows leaves at least one row in each window. The next full-attention layer removes the
+    excess, even if it is outside the range.
 
     Args:
-        windows: windows a grid.
-        keep: rows to end with, at least 1.
+        tower: the shape of the vision tower.
+        units, windows: of the frame pair.
+        keep: rows after the last layer, at least 1.
+        weights: from `layer_weights`.
 
     Returns:
-        `depth` counts, never rising. The last exceeds `keep` only in a tower without a full layer at or after the range.
+        `depth` counts that never rise. The last exceeds `keep` only in a tower without a full layer at or after the range.
     """
     rows, done, counts = units, 0.0, []
     for layer in range(tower.depth):
         done += weights.get(layer, 0.0)
         wish = units - math.floor((units - keep) * min(done, 1.0) + 0.5)
         if tower.scope(layer) == "window":
-            # Beyond the range a window layer does not reduce: only whole grids make up for what is missing.
+            # Outside the range a window layer does not reduce; only full-attention layers do.
             wish = max(wish, windows) if layer in weights else rows
         rows = min(rows, wish)
         counts.append(rows)
@@ -70,7 +73,7 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
 
 
 def share_by_size(sizes: Sequence[int], total: int) -> list[int]:
-    """Largest remainder: how many of `total` each group keeps, in proportion to `sizes`, at least one where there is any.
+    """How many rows each group keeps: `total` in proportion to `sizes`, by largest remainder, at least one per group with rows.
 
     Args:
         sizes: rows of each group now; zeros stay zero.
@@ -87,7 +90,7 @@ def share_by_size(sizes: Sequence[int], total: int) -> list[int]:
         raise ValueError(f"cannot keep {total} of {whole} rows in {sum(map(bool, sizes))} groups")
     counts = [max(1, total * size // whole) if size else 0 for size in sizes]
     missing = total - sum(counts)
-    # Who got least, or most, of what is due to it; in whole numbers, so that ties are ties.
+    # How far each count is above its exact share, as an integer multiple of 1 / whole, so that ties are exact.
     excess = [count * whole - total * size for count, size in zip(counts, sizes, strict=True)]
     order = sorted(range(len(sizes)), key=lambda i: (excess[i], i))
     while missing > 0:

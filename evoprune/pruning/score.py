@@ -1,30 +1,31 @@
-"""How much a pair of rows wants to be merged: EvoPrune's composite score (arXiv 2603.03681), in merge units.
+"""The score of merging two rows: EvoPrune's composite score (arXiv 2603.03681), on units.
 
     S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
 
-s: cosine of the rows' features. d: local density, the mean cosine to the nearest rows of the group; a lone row has a low one and
-is kept apart. a: attention received, relative to the group's most attended row. The paper names the three parts and their
-purpose; their form for units and windows is this project's.
+s is the cosine of the rows' features. d is the local density, the mean cosine to the nearest rows of the group; a row
+unlike all others has a low density, and the penalty keeps it from merging. a is the attention received, relative to the
+most attended row of the group. The paper names the three terms and their purpose; their form for units and windows is
+this project's.
 
-A group of n rows has n x n scores, which for large grids would be more than all else. So they are made in strips of rows, each
-strip only for as long as it takes to find the best of every row.
+A group of n rows has n x n scores. For large frames they would need more memory than anything else, so they are
+computed in strips of rows, and only the best score of every row is kept.
 """
 
 import torch
 import torch.nn.functional as F
 
-HELD = 1 << 22  # scores that are held at a time, but for a single row of each group: 16 MiB
+HELD = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
 ALL = slice(None)
 
 
 def strips(groups: int, rows: int) -> list[slice]:
-    """All rows of groups that lie side by side, in pieces of which the scores `[groups, piece, rows]` are few enough to be held."""
+    """Divides the rows of `groups` padded groups into strips, so that the scores `[groups, strip, rows]` are at most `HELD`."""
     step = max(1, HELD // max(1, groups * rows))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def unit_features(x: torch.Tensor) -> torch.Tensor:
-    """Keys (or queries) as one vector a row: mean over heads, the four patches joined.
+    """Keys or queries as one vector per row: the mean over heads, with the four patches joined.
 
     Args:
         x: `[R, 4, heads, d]`.
@@ -36,20 +37,20 @@ def unit_features(x: torch.Tensor) -> torch.Tensor:
 
 
 def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
-    """Cosines `[B, m, n]` of m `rows` of features `[B, n, D]` to all of their group; a zero vector is similar to nothing."""
+    """Cosines `[B, m, n]` of the m `rows` of features `[B, n, D]` to all rows of their group; 0 for a zero vector."""
     unit = F.normalize(features.float(), dim=-1)
     return unit[:, rows] @ unit.transpose(1, 2)
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """Mean cosine of each row to its `neighbours` nearest others in the group (fewer where there are fewer).
+    """Mean cosine of each row to its `neighbours` nearest other rows of the group, or to all if there are fewer.
 
     Args:
-        cosine: `[B, m, n]`, of m `rows`.
+        cosine: `[B, m, n]`, of the m `rows`, from `similarity`.
         valid: bool `[B, n]`.
 
     Returns:
-        `[B, m]`; 1 for a row that is alone.
+        `[B, m]`; 1 for the only row of a group.
     """
     n = cosine.shape[2]
     index = torch.arange(n)
@@ -61,7 +62,7 @@ def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, ro
 
 
 def relative_attention(received: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Attention received as a share of the group's highest: `[B, n]` in [0, 1]."""
+    """Attention received (`[B, n]`) divided by the highest of the group: `[B, n]` in [0, 1], 0 at padding."""
     top = received.masked_fill(~valid, 0).amax(1, keepdim=True)
     return torch.where(valid, received / top.clamp(min=1e-12), 0)
 
@@ -74,28 +75,29 @@ def composite_score(
     attention_weight: float,
     rows: slice = ALL,
 ) -> torch.Tensor:
-    """S as above, the row to be absorbed first.
+    """The score S of the module's docstring.
 
     Args:
-        cosine: `[B, m, n]`, of m `rows`.
+        cosine: `[B, m, n]`, of the m `rows`, from `similarity`.
         density, attention: `[B, n]`; None if its weight is zero.
+        diversity_weight, attention_weight: w_div and w_att.
 
     Returns:
-        `[B, m, n]`.
+        `[B, m, n]`, with the row to be absorbed in dimension 1.
     """
     score = cosine
     if diversity_weight:
-        lone = 1 - density
-        score = score - diversity_weight * torch.maximum(lone[:, rows, None], lone[:, None, :])
+        unlike = 1 - density
+        score = score - diversity_weight * torch.maximum(unlike[:, rows, None], unlike[:, None, :])
     if attention_weight:
         score = score - attention_weight * torch.maximum(attention[:, rows, None], attention[:, None, :])
     return score
 
 
 def snap(score: torch.Tensor) -> torch.Tensor:
-    """Rounds scores to 1/16384, far below any difference that means something and far above rounding noise.
+    """Rounds scores to multiples of 1/16384: far below any meaningful difference, and far above rounding noise.
 
-    Equal rows have cosines that differ in the last bits, and not the same way in batches of another size. Without this, such
-    bits would decide between equals, and the answer would depend on the chunk size; so they are ties, which go by index.
+    Cosines of equal rows differ in the last bits, and differently in batches of another size. Without rounding, such bits would
+    decide between equal rows, and the result would depend on the chunk size. Rounded, equal rows are ties, which go by index.
     """
     return (score * 16384).round() / 16384

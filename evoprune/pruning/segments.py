@@ -1,4 +1,4 @@
-"""Stretches of a video in which little changes, shared by the methods that cut one up."""
+"""Segments: runs of frame pairs in which little changes, shared by the methods that cut a video."""
 
 from itertools import pairwise
 
@@ -9,33 +9,44 @@ from evoprune.pruning.types import Tokens
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
-    """float32 `[T - 1]`: the cosine of the mean tokens of each two neighbouring grids, rounded so that equals are ties."""
+    """float32 `[T - 1]`: the cosine of the mean tokens of neighbouring frame pairs, rounded so that equal ones are ties."""
     mean = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1]).mean(1)
     return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
-    """The grids of each segment, in order: cut at the `least - 1` lowest of `similarity` and wherever it is below `threshold`."""
+    """The frame pairs of each segment, in order.
+
+    Args:
+        similarity: `[T - 1]`, from `transitions`.
+        least: number of segments at least; the video is cut at the `least - 1` lowest similarities.
+        threshold: the video is also cut wherever the similarity is below this.
+    """
     lowest = similarity.argsort(stable=True)[: max(0, least - 1)].tolist()
     below = (similarity < threshold).nonzero().flatten().tolist()
     edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
     return [range(first, last) for first, last in pairwise(edges)]
 
 
-def averaged(index: torch.Tensor, parts: list[range], alike: list[torch.Tensor], saved: int) -> torch.Tensor:
-    """The unit that each goes into if exactly `saved` of them go into others, over time, of the places that stand stillest.
+def averaged(index: torch.Tensor, spans: list[range], still: list[torch.Tensor], saved: int) -> torch.Tensor:
+    """Averages the stillest places over time until exactly `saved` units have joined another.
+
+    Places are averaged over their whole segment; the last one only over as many of its first frame pairs as necessary.
 
     Args:
         index: int64 `[T, n]`, the numbers of the units.
-        parts: the segments. alike: of each, how still its places stand, `[n]`.
-        saved: all places whole, except for the last, which may be averaged over the first grids of its segment only.
+        spans: the segments, from `segments`.
+        still: for each segment, `[n]`, how still each place stands; ties go by index.
+
+    Returns:
+        int64 `[T, n]`: the unit that each unit joins, itself if it stays.
     """
     into, n = index.clone(), index.shape[1]
-    for best in torch.cat(alike).argsort(descending=True, stable=True).tolist():
+    for best in torch.cat(still).argsort(descending=True, stable=True).tolist():
         if not saved:
             break
-        part, place = parts[best // n], best % n
-        fewer = min(saved, len(part) - 1)
-        into[part.start : part.start + fewer + 1, place] = index[part.start, place]
+        span, place = spans[best // n], best % n
+        fewer = min(saved, len(span) - 1)
+        into[span.start : span.start + fewer + 1, place] = index[span.start, place]
         saved -= fewer
     return into

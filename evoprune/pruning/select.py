@@ -1,8 +1,9 @@
 """The selection: farthest-point sampling over features and time, and the clusters that it makes.
 
-The K most different units of a video are selected, one after another, each as far as can be from all that were selected before
-(pruning/distance.py). What the encoder computes (rows) and what is selected (units) need not be the same: each unit has its row's
-feature at its own place and time. The selection is the exact greedy one; nothing as large as N x N, nor N x K, is ever held.
+The K most different units of a video are selected, one after another. Each is the unit that is farthest from all units
+selected before (pruning/distance.py). The encoder computes rows and the selection selects units: a unit has the feature
+of the row that represents it, and its own place and time. The selection is the exact greedy one, and holds no matrix of
+N x N or N x K numbers.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from evoprune.pruning.budget import spread
 from evoprune.pruning.distance import Points, lapse, snap
 
-POOL = 512  # candidates compared between two passes over all of them; a matter of speed alone
+POOL = 512  # candidates of a pool; affects the speed alone
 PIECE = 1 << 20  # numbers in the largest tensor of a pass
 
 
@@ -29,18 +30,19 @@ def farthest_points(
 ) -> torch.Tensor:
     """Selects `keep` units of one video, or as many as it takes until every unit is near a selected one.
 
-    The first is the most salient: unlike DivPrune's start (the unit whose nearest neighbour is farthest) this needs no N x N
-    distances. Ties go to the lower index. Where nothing differs any more (equal features at equal times, such as a black video) the
-    rest is spread evenly over time and over each frame pair.
+    The first is the most salient unit; DivPrune starts with the unit whose nearest neighbour is farthest, which needs N x N
+    distances. Ties go to the lower index. Once no remaining unit differs from the selected ones (a black video, for example), the
+    others are spread evenly over time and over each frame pair.
 
     Args:
         points: all units that may be selected.
         grid: (T, H, W) in units.
         keep: K, from 1 to the number of points.
         within: stop before K once no unit is farther than this from a selected one; 0 for exactly K.
-        least: but not before so many are selected.
-        floor: share of an even spread over the frame pairs that each of them gets before units are selected among all; 0 for
-            none, 1 for the even spread.
+        least: with `within`, the least number of units to select.
+        floor: share of its even part of `keep` that each frame pair gets first, before units are selected among all; 0 for none, 1
+            for an even spread.
+        pool: number of candidates in a pool (see `_farthest`).
 
     Returns:
         int64 `[keep]`, or fewer if `within` is above 0: units, ascending.
@@ -53,14 +55,14 @@ def farthest_points(
     if keep == len(points) and not within:
         return points.units
     least = min(least, keep) if within else keep
-    start = _of_each_pair(points, grid, least if within else keep, floor, pool) if floor else []
+    start = _of_each_pair(points, grid, least, floor, pool) if floor else []
     start = start or _most_salient(points)
     selected = _filled(points, grid, _farthest(points, start, keep, pool, within, least), least)
     return points.units[selected].sort().values
 
 
 def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Tensor:
-    """The selected unit nearest to each unit, ties to the lower index; a selected unit belongs to itself.
+    """The selected unit that is nearest to each unit; ties go to the lower index. A selected unit is its own.
 
     Args:
         points: all units that may be selected.
@@ -72,7 +74,7 @@ def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Ten
     """
     device = points.units.device
     selected = points.some(torch.searchsorted(points.units, kept))
-    few, back = selected.row.unique(return_inverse=True)  # one row is often selected at many times
+    few, back = selected.row.unique(return_inverse=True)  # a row is often selected at several times
     found = torch.empty(len(points), dtype=torch.int64, device=device)
     for some in torch.arange(len(points), device=device).split(max(1, PIECE // len(kept))):
         of, place = points.row[some].unique(return_inverse=True)
@@ -86,11 +88,11 @@ def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Ten
 
 
 def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: float, pool: int) -> list[int]:
-    """Indices of the units that each frame pair is sure of: its most different ones, `floor` times its even share of `keep`."""
+    """Indices of points that each frame pair gets first: its most different ones, `floor` times its even part of `keep`."""
     selected, pair = [], points.units // (grid[1] * grid[2])
     counts = torch.bincount(pair, minlength=grid[0]).tolist()
-    pairs = torch.arange(len(points), device=pair.device).split(counts)
-    for there, share in zip(pairs, spread(keep, grid[0]), strict=True):
+    members = torch.arange(len(points), device=pair.device).split(counts)
+    for there, share in zip(members, spread(keep, grid[0]), strict=True):
         few = min(math.floor(floor * share), len(there))
         if few:
             inside = points.some(there)
@@ -100,7 +102,7 @@ def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: 
 
 
 def _filled(points: Points, grid: tuple[int, int, int], selected: torch.Tensor, least: int) -> torch.Tensor:
-    """`selected` and, where they are fewer than `least`, others at even distances."""
+    """`selected`, filled up to `least` with other points at even distances."""
     if len(selected) >= least:
         return selected
     left = torch.ones(len(points), dtype=torch.bool, device=selected.device)
@@ -110,37 +112,36 @@ def _filled(points: Points, grid: tuple[int, int, int], selected: torch.Tensor, 
 
 
 def _most_salient(points: Points) -> list[int]:
-    """The first point of the most salient row; none if no row stands out."""
+    """The index of the first point of the most salient row, in a list; an empty list if no row stands out."""
     of_each = points.salience[points.row]
     top = of_each.max()
     return [int((of_each == top).to(torch.uint8).argmax())] if top > 0 else []
 
 
 def _farthest(points: Points, start: list[int], keep: int, pool: int, within: float, least: int) -> torch.Tensor:
-    """Greedy farthest points, exactly as if after each selection all candidates were compared with it.
+    """Greedy farthest points, exactly as if every candidate were compared with each newly selected point.
 
-    They are not: a distance to what is selected can only shrink. So the `pool` farthest candidates are compared among themselves,
-    and selected from while the farthest is farther than all outside ever were. Only then are the others brought up to date with
-    what was selected, all of it in one matrix product.
+    The distance of a candidate to the selected points can only shrink. So the `pool` farthest candidates are compared among
+    themselves, and points are selected from this pool while its farthest is certain to be the farthest of all. Only then are the
+    distances of all candidates updated, for all newly selected points in one matrix product.
 
     Args:
-        start: what is selected already.
+        start: indices of points that are selected already.
 
     Returns:
-        int64 `[at most keep]`, indices in the order of selection; fewer if all others are at distance 0 of a selected one, or, once
-        there are `least`, at distance `within` at most.
+        int64 `[keep or fewer]`, indices in the order of selection. There are fewer if all other points are at distance 0 of a
+        selected one; or if at least `least` are selected and all other points are at distance `within` or less.
     """
     device = points.row.device
     selected, fresh = list(start), list(start)
-    nearest = torch.full(
-        (len(points),), torch.inf, dtype=torch.float32, device=device
-    )  # to what is selected; -1 once selected
+    # The distance of each point to the nearest selected one; -1 once it is selected itself.
+    nearest = torch.full((len(points),), torch.inf, dtype=torch.float32, device=device)
     while fresh and len(selected) < keep:
         latest = torch.tensor(fresh, dtype=torch.int64, device=device)
         _update(nearest, points, latest)
         nearest[latest] = -1
         members, bound, before = _farthest_few(nearest, pool)
-        few, back = points.row[members].unique(return_inverse=True)  # one row is often there at many times
+        few, back = points.row[members].unique(return_inverse=True)  # a row is often there at several times
         apart = points.apart(few, few)[back[:, None], back]
         apart.add_(lapse(points.time[members], points.time[members]).mul_(points.weight[points.row[members]]))
         most, fewest = keep - len(selected), least - len(selected)
@@ -150,11 +151,11 @@ def _farthest(points: Points, start: list[int], keep: int, pool: int, within: fl
 
 
 def _update(nearest: torch.Tensor, points: Points, fresh: torch.Tensor) -> None:
-    """Brings `nearest` up to date with newly selected points."""
+    """Updates `nearest` (float32 `[n]`) for the newly selected points `fresh` (int64)."""
     every = torch.arange(len(points.place), device=nearest.device)
     for few in fresh.split(max(1, PIECE // len(every))):
         apart = points.apart(every, points.row[few])
-        # Time only adds to a distance: a point nearer already than without it stays as it is. Those are nearly all.
+        # The term in time only adds to a distance. So nearly all points are nearer to an earlier one, and need no term in time.
         near = (nearest > snap(apart.amin(1))[points.row]).nonzero()[:, 0]
         for some in near.split(max(1, PIECE // len(few))):
             row = points.row[some]
@@ -163,7 +164,12 @@ def _update(nearest: torch.Tensor, points: Points, fresh: torch.Tensor) -> None:
 
 
 def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, float, int]:
-    """The `count` farthest candidates, ascending, ties by index; how far others may be at most; the first other so far."""
+    """The `count` farthest candidates.
+
+    Returns:
+        Their indices, int64, ascending (ties by index); the greatest distance of any other candidate; and the index of the first
+        other candidate at exactly that distance.
+    """
     if len(nearest) <= count:
         return torch.arange(len(nearest), device=nearest.device), -1.0, 0
     bound = nearest.topk(count).values[-1]
@@ -184,18 +190,25 @@ def _select_in_pool(
     within: float,
     least: int,
 ) -> list[int]:
-    """Selects among the members of a pool while the farthest is certain to be the farthest of all.
+    """Selects from a pool while its farthest member is certain to be the farthest of all candidates.
 
     Args:
-        apart: `[n, n]`, distances to each member (the first index) once it is selected.
-        bound, before: no candidate outside is farther than `bound`; the first that is exactly so far.
+        nearest: float32 `[n]`, the distance of each member to the nearest selected point.
+        apart: float32 `[n, n]`, the distance of each member (second dimension) to each member that is selected (first dimension).
+        members: int64 `[n]`, indices of the members among all points.
+        bound, before: from `_farthest_few`: the greatest distance outside the pool, and the first candidate at that distance.
+        most: the most points to select.
+        within, least: stop at distance `within` once `least` points are selected.
+
+    Returns:
+        Indices of points, in the order of selection.
     """
     at, apart, index = nearest.cpu().numpy().copy(), apart.cpu().numpy(), members.cpu().numpy()
     selected = []
     while len(selected) < most:
         i = int(at.argmax())  # the first of equals
         if at[i] <= (within if len(selected) >= least else 0):
-            break  # if others may be farther, they come first in the next pool
+            break  # a farther candidate outside comes first in the next pool
         if at[i] < bound or (at[i] == bound and index[i] > before):
             break
         selected.append(int(index[i]))
@@ -205,24 +218,28 @@ def _select_in_pool(
 
 
 def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.Tensor:
-    """`keep` of `units` (ascending) at even distances in time, in each frame pair evenly over its places; indices into `units`."""
+    """Selects `keep` of `units` (int64, ascending) evenly over time, and evenly over the places of each frame pair.
+
+    Returns:
+        int64 `[keep]`, indices into `units`.
+    """
     places = grid[1] * grid[2]
-    g, place = units // places, units % places
-    last = torch.bincount(g, minlength=grid[0]).cumsum(0)
-    ends = last * keep // len(units)  # how many are taken up to the end of each grid
+    pair, place = units // places, units % places
+    last = torch.bincount(pair, minlength=grid[0]).cumsum(0)
+    ends = last * keep // len(units)  # how many are selected up to the end of each frame pair
     before = torch.cat([ends.new_zeros(1), ends])
-    # Each grid goes on where the one before left off in an order of the places of which any stretch lies evenly.
-    turn = (_scattered(grid[1], grid[2]).to(units.device)[place] - before[g]) % places
+    # Any stretch of the order of `_scattered` covers the frame evenly, and each frame pair continues where the last one ended.
+    turn = (_scattered(grid[1], grid[2]).to(units.device)[place] - before[pair]) % places
     order = turn.argsort(stable=True)
-    order = order[g[order].argsort(stable=True)]  # by grid, then by turn
-    rank = torch.arange(len(units), device=units.device) - torch.cat([last.new_zeros(1), last])[g]
-    return order[rank < before.diff()[g]]
+    order = order[pair[order].argsort(stable=True)]  # by frame pair, then by turn
+    rank = torch.arange(len(units), device=units.device) - torch.cat([last.new_zeros(1), last])[pair]
+    return order[rank < before.diff()[pair]]
 
 
 def _scattered(height: int, width: int) -> torch.Tensor:
-    """int64 `[height * width]`, raster: the turn of each place, in the order in which a low-discrepancy sequence comes by.
+    """int64 `[height * width]`, in raster order: when a low-discrepancy sequence first visits each place, as a rank.
 
-    The sequence is Roberts's R2: steps of the powers of 1 / 1.3247..., the root of s^3 = s + 1.
+    The sequence is Roberts's R2: its steps are powers of 1 / 1.3247..., where 1.3247... is the root of s^3 = s + 1.
     """
     n, step = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu"), 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()

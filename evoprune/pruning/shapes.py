@@ -1,11 +1,14 @@
-"""Grids that whole units allow, shared by the methods that a shape binds. No torch."""
+"""Frame sizes in whole units, shared by the methods that make frames smaller. No torch."""
 
 
 def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
-    """The largest frame of at most `most` units whose shape is that of height x width, as near as whole units come.
+    """The largest frame of at most `most` units with nearly the ratio of height x width; at least 1 x 1.
 
-    Each frame looked at has one side of a whole number of units and the other rounded, down or up, from the ratio. Among frames
-    of equally many units the one nearest to the ratio wins, then the lower one. At least 1x1.
+    A candidate has one dimension of any whole number of units; the ratio gives the other, rounded down or up. Among candidates with
+    equally many units, the one nearest to the ratio wins, then the one of lower height.
+
+    Returns:
+        (height, width) in units.
     """
     sizes = {(1, 1)}
     for rows in range(1, height + 1):

@@ -1,28 +1,28 @@
-"""`schedule.share_by_size` for many grids at once, on counts that only the device knows."""
+"""`schedule.share_by_size` for many frame pairs at once, on counts that only the device knows."""
 
 import torch
 
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """How many of its rows each group keeps, as `share_by_size` has it.
+    """How many rows each group keeps, by the rule of `schedule.share_by_size`.
 
     Args:
         sizes: int64 `[B, G]`, rows of each group.
         total: int64 `[B]`, between the number of groups with rows and the sum of sizes.
-        longest: at least the greatest size.
+        longest: an upper bound of the sizes.
 
     Returns:
-        int64 `[B, G]`; its sum is not `total` if that is out of range.
+        int64 `[B, G]`; the sum differs from `total` if `total` is out of range.
     """
     whole, total = sizes.sum(1, keepdim=True), total[:, None]
     counts = torch.where(sizes > 0, (total * sizes // whole.clamp(min=1)).clamp(min=1), 0)
     missing = total - counts.sum(1, keepdim=True)
     excess = counts * whole - total * sizes
-    # Too few: who got least gets one more. One each is enough: what rounding down took is less than one from each group, and those
-    # from which it took something have rows to spare.
+    # Too few: the groups that are furthest below their exact share get one row more. One each is enough, because rounding down took
+    # less than one row from each group, and the groups that lost something have more rows than they keep.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
-    # Too many, where a floor of one gave more than was due: who got most gives first, one row in each turn, down to one row.
-    # After p turns a group has given min(p, spare) rows; `turns` is how many whole turns there are, the rest is one more for some.
+    # Too many, because every group keeps at least one row: the groups furthest above their exact share give one row in each turn,
+    # down to one row. After p turns a group has given min(p, spare) rows. There are `turns` whole turns; some groups give one more.
     spare, give = (counts - 1).clamp(min=0), -missing
     given = torch.minimum(torch.arange(longest)[:, None], spare[:, None]).sum(2)  # [B, longest]
     turns = ((given <= give).sum(1, keepdim=True) - 1).clamp(min=0)
@@ -32,7 +32,7 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 
 
 def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """bool `[B, G]`: the first `count` `[B, 1]` groups in `order` `[B, G]` that are `able`; none if `count` is negative."""
+    """bool `[B, G]`: the first `count` (`[B, 1]`) groups in `order` (`[B, G]`) that are `able`; none if `count` is negative."""
     queue = able.gather(1, order)
-    chosen = queue & (queue.cumsum(1) <= count)
-    return torch.zeros_like(able).scatter_(1, order, chosen)
+    selected = queue & (queue.cumsum(1) <= count)
+    return torch.zeros_like(able).scatter_(1, order, selected)

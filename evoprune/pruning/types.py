@@ -1,4 +1,4 @@
-"""What pruning methods see and what they answer: small frozen dataclasses over tensors."""
+"""The inputs and results of pruning methods: small frozen dataclasses over tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-AT_ONCE = 4096  # units of which float32 copies exist at a time
+AT_ONCE = 4096  # units that have float32 copies at a time
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Tokens:
     """A video as a selector sees it, after the encoder or between two of its layers.
 
     Attributes:
-        rows: `[E, D]`, the encoder's rows, ordered by unit; one for each unit unless some units were not encoded.
+        rows: `[E, D]`, the encoder's rows, ordered by unit; one for each unit, unless some units were not encoded.
         owner: int64 `[N]`, the row that represents each unit, -1 for none.
         grid: (T, H, W) in units.
-        seconds_per_pair: time from one frame pair to the next.
+        seconds_per_pair: time from one frame pair to the next, in seconds.
         seed: for methods that draw at random.
-        given: what the method declared that it needs: float32 "attention" `[E]` and "keys" `[E, 4 d]`, and "question" `[Q, D]`.
+        given: the inputs that the method declared: float32 "attention" `[E]`, "keys" `[E, 4 d]` and "question" `[Q, D]`.
     """
 
     rows: torch.Tensor
@@ -36,10 +36,10 @@ class Tokens:
 
     @cached_property
     def attention(self) -> torch.Tensor:
-        """float32 `[N]`: attention that each unit receives in its frame pair, in the tower's last full-attention layer.
+        """float32 `[N]`: the attention that each unit receives in its frame pair, in the tower's last full-attention layer.
 
-        The mean over heads and over all encoded units of the frame pair as queries, summed over the unit's patches, times the
-        number of units of a frame pair: 1 is an even share. A reused unit has what its row received when it was encoded.
+        It is the mean over heads and over the queries of all encoded units of the frame pair, summed over the unit's patches, times
+        the number of units of a frame pair. So 1 is an even share. A reused unit has the value of the row that represents it.
 
         Raises:
             TypeError: the method did not declare "attention" in `needs`.
@@ -48,9 +48,9 @@ class Tokens:
 
     @cached_property
     def keys(self) -> torch.Tensor:
-        """float32 `[N, 4 d]`: the key of each unit in the same layer before rotary: mean over heads, the four patches joined.
+        """float32 `[N, 4 d]`: the key of each unit in the same layer, before rotary: the mean over heads, four patches joined.
 
-        Patches are joined, not averaged, because the place inside a unit is part of what it shows.
+        The patches are joined and not averaged, because the place of a patch inside its unit matters.
 
         Raises:
             TypeError: the method did not declare "keys" in `needs`.
@@ -59,7 +59,7 @@ class Tokens:
 
     @property
     def question(self) -> torch.Tensor:
-        """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the prompt around them.
+        """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the rest of the prompt.
 
         Raises:
             TypeError: the method did not declare `reads_question`.
@@ -81,11 +81,11 @@ class Selection:
     """The tokens that a selector keeps.
 
     Attributes:
-        kept: int64 `[K]`, ascending units; each token keeps the position of its unit.
-        owner: int64 `[N]`, the index in `kept` of the token whose mean each unit joins, -1 for none; every kept unit joins its own
-            token. None: each token is the feature of its unit alone.
-        weight: float32 `[N]`, weight of each unit in that mean, at least 0, above 0 for kept units; None for equal weights.
-        size: float32 `[K]`, the cluster size that the language model assumes: its attention adds log(size) to the logits of each
+        kept: int64 `[K]`, the kept units, ascending; each token has the position of its unit.
+        owner: int64 `[N]`, for each unit the index in `kept` of the token whose mean it joins, -1 for none. Every kept unit joins
+            its own token. None: each token is the feature of its unit alone.
+        weight: float32 `[N]`, the weight of each unit in that mean: at least 0, and above 0 for kept units. None for equal weights.
+        size: float32 `[K]`, the cluster size that the language model assumes: its attention adds log(size) to the logits of the
             token. None for 1.
     """
 
@@ -95,10 +95,10 @@ class Selection:
     size: torch.Tensor | None = None
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
-        """`[K, D]`: the tokens, means accumulated in float32.
+        """`[K, D]`: the tokens, in the dtype of `rows`; means are computed in float32.
 
         Args:
-            rows: `[E, D]`.
+            rows: `[E, D]`, any float dtype.
             row_of: int64 `[N]`, the row of each unit; None where each unit has its own.
         """
         if self.owner is None:
@@ -110,10 +110,10 @@ class Selection:
         weight = torch.ones(len(units), dtype=torch.float32, device=rows.device)
         if self.weight is not None:
             weight = self.weight[units]
-        if row_of is not None:  # one row joins the same token many times: once with the summed weight costs less
-            pair, back = (into * len(rows) + row).unique(return_inverse=True)
-            weight = torch.zeros(len(pair), dtype=torch.float32, device=rows.device).index_add_(0, back, weight)
-            into, row = pair // len(rows), pair % len(rows)
+        if row_of is not None:  # a row that joins the same token many times joins it once, with the sum of the weights
+            both, back = (into * len(rows) + row).unique(return_inverse=True)
+            weight = torch.zeros(len(both), dtype=torch.float32, device=rows.device).index_add_(0, back, weight)
+            into, row = both // len(rows), both % len(rows)
         size.index_add_(0, into, weight)
         for some in torch.arange(len(into), device=rows.device).split(AT_ONCE):
             total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
@@ -122,15 +122,15 @@ class Selection:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Groups of rows, windows or frame pairs side by side, of which a merger removes some; padding at a group's end is not `valid`.
+    """B groups of rows (windows or frame pairs), padded to n rows each, in which a merger merges rows.
 
     Attributes:
         features: float32 `[B, n, D]`, what the merger declared in `needs`.
         attention: float32 `[B, n]`, attention received in this layer; None unless declared.
-        place: int64 `[B, n]`, raster index in the frame pair.
-        size: int64 `[B, n]`, units that each row represents.
-        valid: bool `[B, n]`.
-        width: units in a row of the grid.
+        place: int64 `[B, n]`, raster index of the row in its frame pair.
+        size: int64 `[B, n]`, cluster size of the row.
+        valid: bool `[B, n]`, False at padding, which is at the end of a group.
+        width: W, units across the frame.
     """
 
     features: torch.Tensor

@@ -1,8 +1,8 @@
-"""Which frame pairs of a video go through the tower together, known from their pixels.
+"""Divides a video into chunks: whole frame pairs that go through the tower together.
 
-A chunk has enough rows to make the tower's matrix products efficient, and few enough to bound the memory. Where units may refer to
-earlier frame pairs, a frame pair of a still picture has few rows. So frame pairs are scanned before the tower sees them, one after
-another, and for a unit that needs no row only the number of its reference is kept.
+A chunk has enough rows for efficient matrix products, and few enough to bound the memory. With reuse, a frame pair of a still
+picture has few rows. So frame pairs are scanned one after another before the tower runs, and a unit that needs no row keeps
+only the number of its reference.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,13 +20,14 @@ from evoprune.vision.timer import Timer
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some whole frame pairs.
+    """Neighbouring whole frame pairs.
 
     Attributes:
-        first: number of the first frame pair in the video. pairs: how many.
+        first: number of the first frame pair in the video.
+        pairs: number of frame pairs.
         patches: `[R, 4, 1176]`, of the units that are rows, in window order.
-        source: int64 `[pairs, H*W]` on the CPU, the number of the frame pair whose row represents each unit, its own if it has one;
-            None without reuse, where every unit is a row.
+        source: int64 `[pairs, H*W]` on the CPU, the number of the frame pair whose row represents each unit: its own if the unit is
+            a row. None without reuse, where every unit is a row.
     """
 
     first: int
@@ -39,11 +40,11 @@ class Chunk:
         return len(self.patches)
 
     def layout(self, geo: Geometry) -> tuple[TokenLayout, torch.Tensor | None]:
-        """The layout of its rows, on torch's default device; found on the CPU where units refer to others.
+        """The layout of the chunk's rows, on torch's default device; with reuse it is computed on the CPU.
 
         Returns:
-            The layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference
-            stays the one that it was. None without reuse.
+            The layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the
+            reference does not change. None without reuse.
         """
         if self.source is None:
             return full_layout(geo, self.pairs), None
@@ -58,7 +59,7 @@ class Chunk:
 
 
 def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
-    """Cuts a stream of patch rows into pieces of `pairs` whole frame pairs; the last may be shorter."""
+    """Cuts a stream of patches (pieces `[n, 1176]`) into pieces of `pairs` whole frame pairs; the last may be shorter."""
     held, size = [], rows_per_pair * pairs
     for piece in patches:
         if not len(piece):
@@ -83,19 +84,23 @@ def in_chunks(
     timer: Timer,
     even: list[torch.Tensor] | None = None,
 ) -> Iterator[Chunk]:
-    """Cuts a video into chunks of at least `rows` rows, by less than a frame pair more; the last may have fewer.
+    """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
 
-    A chunk also ends once it represents `devices.SPARSE` times as many units. So what is held does not grow with the video.
+    A chunk also ends once it represents `devices.SPARSE` * `rows` units, so its memory does not grow with the video.
 
     Args:
-        patches: pieces of `[n, 1176]` that add up to so many frame pairs.
-        threshold: of reuse; 0 for no reuse.
-        dtype: of the patches that are kept.
+        patches: pieces `[n, 1176]` that make up `pairs` frame pairs.
+        geo: of a frame pair.
+        pairs: number of frame pairs of the video.
+        rows: number of rows of a chunk.
+        threshold: of reuse, in levels of 255; 0 for no reuse.
+        dtype: of the chunks' patches.
         timer: measures the search for references.
-        even: gets whether the frame pairs are of one colour each, until they are not; None if nobody asks.
+        even: a list that gets, for each piece, whether each of its frame pairs has one colour, up to the first that has more; or
+            None.
 
     Raises:
-        ValueError: `patches` do not add up to the frame pairs.
+        ValueError: the number of patches does not fit `pairs` frame pairs.
     """
     step = 1 if threshold else -(-rows // geo.units)
     done, references, held = 0, None, []
@@ -112,7 +117,7 @@ def in_chunks(
         held.append(Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source))
         done += count
         units = (done - held[0].first) * geo.units
-        if sum(part.rows for part in held) >= rows or units >= devices.SPARSE * rows:
+        if sum(chunk.rows for chunk in held) >= rows or units >= devices.SPARSE * rows:
             yield _joined(held)
             held = []
     if done != pairs:
@@ -122,7 +127,7 @@ def in_chunks(
 
 
 def _rows_of(patches: torch.Tensor, geo: Geometry, first: int, pairs: int, source: torch.Tensor | None) -> torch.Tensor:
-    """`[R, 4, 1176]`: the units of some frame pairs that are rows, in window order."""
+    """`[R, 4, 1176]`: the patches of the units that are rows, in window order, of `pairs` frame pairs."""
     with torch.device("cpu"):
         alive = None if source is None else source == torch.arange(first, first + pairs)[:, None]
         unit = window_order(geometry(geo.height, geo.width, geo.side, "cpu"), pairs, alive)
@@ -130,7 +135,7 @@ def _rows_of(patches: torch.Tensor, geo: Geometry, first: int, pairs: int, sourc
 
 
 def _joined(chunks: list[Chunk]) -> Chunk:
-    """Several as one; there are several only with reuse."""
+    """Neighbouring chunks as one; there are several only with reuse."""
     if len(chunks) == 1:
         return chunks[0]
     patches, source = torch.cat([chunk.patches for chunk in chunks]), torch.cat([chunk.source for chunk in chunks])
@@ -138,5 +143,5 @@ def _joined(chunks: list[Chunk]) -> Chunk:
 
 
 def _is_even(pairs: torch.Tensor) -> torch.Tensor:
-    """Whether all patches of each frame pair `[T, patches, 1176]` are the same within one level of 255; bool, no dimension."""
+    """Whether all patches of each frame pair (`[T, patches, 1176]`) are equal within one level of 255; bool without dimension."""
     return (pairs.amax(1) - pairs.amin(1)).max() < 1 / 255

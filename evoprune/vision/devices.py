@@ -1,37 +1,48 @@
-"""What differs between a CPU and a GPU: how much is encoded at a time, and what the host may look at meanwhile."""
+"""What differs between a CPU and a GPU: how much is computed at a time, and which values the program may read meanwhile."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-# Units encoded at a time, rounded up to whole blocks of grids. 2,048 rows of patches keep matrix products at full speed and what
-# lies between them in a CPU's caches (`python -m experiments.kernels`). A GPU wants more at once.
+# Units encoded at a time, rounded up to whole frame pairs. 512 units (2,048 patches) keep matrix products at full speed and their
+# results in a CPU's caches (`python -m experiments.kernels`). A GPU needs more to be busy.
 CHUNK_UNITS = 512
 GPU_CHUNK_UNITS = 8192
-# So many times as many units may refer to the rows that are encoded at a time. Each is a key where it is looked at.
+# A chunk may represent this many times more units than it has rows. Attention reads a key for each row that represents its units.
 SPARSE = 8
+# Entries of a score matrix held at a time, for the same reasons.
+SCORES = 1 << 21
+GPU_SCORES = 1 << 26
 
 
 def units_at_a_time(device: torch.device) -> int:
-    """How many units are encoded at a time, rounded up to whole blocks of grids."""
+    """How many units are encoded at a time; the caller rounds up to whole frame pairs."""
     return CHUNK_UNITS if device.type == "cpu" else GPU_CHUNK_UNITS
 
 
+def scores_at_a_time(device: torch.device) -> int:
+    """How many entries of a score matrix are held at a time."""
+    return SCORES if device.type == "cpu" else GPU_SCORES
+
+
 def here(device: torch.device) -> AbstractContextManager:
-    """Where new tensors are made on `device`; nothing to enter where they are anyway, since each operation inside pays for it."""
+    """A context in which new tensors are created on `device`.
+
+    It is empty if that is the default device already, because torch's own context slows down every operation inside.
+    """
     return nullcontext() if torch.get_default_device() == device else device
 
 
 def static_shapes(device: torch.device) -> bool:
-    """Whether shapes may not depend on values: on a GPU the host would have to wait for them.
+    """Whether shapes must not depend on values: on a GPU, reading a value makes the program wait for the device.
 
-    On a CPU looking is free, and saves padding and rounds that have nothing to do.
+    On a CPU reading is free, and saves padding and empty rounds of merging.
     """
     return device.type == "cuda"
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` from the host, sent without waiting for what the device still has to do."""
+    """`x` on `device`; a copy from the CPU to a GPU does not wait for the work that the GPU has to do."""
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)

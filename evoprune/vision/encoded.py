@@ -1,4 +1,4 @@
-"""What comes out of the encoder: the tokens of a video, and which of the encoder's rows represents each of its units."""
+"""The encoder's result: the tokens of a video, and the row that represents each of its units."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -8,18 +8,18 @@ import torch
 
 @dataclass(frozen=True)
 class Encoded:
-    """A video, or several one after another, as the language model will read them.
+    """One encoded video, or several in a row, as the language model reads them.
 
     Attributes:
         features: `[K, D]`, the tokens.
-        kept: int64 `[K]`, the unit at whose place each token sits, Hugging Face's order, ascending.
-        rows: `[E, D]`, what the encoder ended with, ordered by place.
-        owner: int64 `[N]`, which of `rows` represents each unit, -1 for none.
+        kept: int64 `[K]`, the unit whose position each token has, ascending in Hugging Face's order.
+        rows: `[E, D]`, the encoder's rows, ordered by unit.
+        owner: int64 `[N]`, the index in `rows` of the row that represents each unit, -1 for none.
         grids: (T, H, W) in units, of each video.
-        layers: (layer, rows that it computes), over all of the video.
-        prune_seconds: time spent on scores, merging and selection, part of the encoding time.
+        layers: (layer, rows that it computes), summed over the videos.
+        prune_seconds: time spent on scores, merging and selection; part of the encoding time.
+        flat: whether every frame pair has one colour, so that no unit differs from another.
         size: float32 `[K]`, the cluster size that the language model's attention assumes for each token; None for 1.
-        flat: whether every frame pair was of one colour, so that no unit differs from another.
     """
 
     features: torch.Tensor
@@ -34,19 +34,19 @@ class Encoded:
 
     @property
     def live_share(self) -> float:
-        """Mean over the layers of the rows computed, as a share of all units: what the tower's time follows."""
+        """The live share: the mean over the layers of rows computed / units. The tower's time is proportional to it."""
         return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.owner)
 
     @property
     def kept_per_pair(self) -> list[int]:
-        """Tokens of each frame pair, video after video."""
+        """Number of tokens in each frame pair, video after video."""
         edges = [h * w for t, h, w in self.grids for _ in range(t)]
         pair = torch.arange(len(edges)).repeat_interleave(torch.tensor(edges))
         return torch.bincount(pair[self.kept.cpu()], minlength=len(edges)).tolist()
 
 
 def joined(videos: list[Encoded]) -> Encoded:
-    """Several videos as one: units and rows numbered on from video to video."""
+    """Several videos as one; the numbers of units and rows continue from video to video."""
     if len(videos) == 1:
         return videos[0]
     units = [0, *accumulate(len(v.owner) for v in videos)]

@@ -1,14 +1,15 @@
 """The pruned vision encoder: embed, run layers, select rows, run the other layers, merge patches.
 
-A video comes in as patches, frame pair after frame pair, and is encoded in chunks of whole frame pairs: no layer of the tower looks
-across them, except at reused rows, of which keys and values are kept. So memory stays constant, and the result does not depend on
-the chunk size. Without pruning the output is Hugging Face's, up to rounding.
+The patches of a video arrive frame pair after frame pair and are encoded in chunks of whole frame pairs. A layer of the
+tower reads nothing outside a frame pair, except keys and values of reused rows, which are kept. So the memory stays
+constant, and the result does not depend on the chunk size. Without pruning the output is Hugging Face's, up to
+rounding.
 
-Where the plan selects rows inside the tower, it selects among all of the video. From there on all of it goes together, as many rows
-as were selected, and what they are selected from is held until then.
+If the plan selects rows inside the tower, the selection covers the whole video: the rows of all chunks are held until
+then, and the selected rows go through the other layers together.
 
-The plan knows how many rows every layer computes, so on a GPU every shape is known too. The host waits for a result only where rows
-are selected, and at the end, when all checks are read.
+The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program waits for the GPU
+only at the selection inside the tower, and at the end, when it reads all checks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -51,23 +52,24 @@ def encode(
     """Encodes one video.
 
     Args:
-        visual: the tower's weights, a `weights.Tower`, or transformers' of Qwen2.5-VL or Qwen2-VL.
-        patches: pieces of `[rows, 1176]` in Hugging Face's order that add up to the whole video.
+        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of Qwen2.5-VL or Qwen2-VL.
+        patches: pieces `[n, 1176]` in Hugging Face's order that make up the whole video.
         plan: from `method.plan` for this tower.
         method: the pruning method.
-        question: `[Q, D]`, embeddings of its tokens, for a method that reads it.
-        seconds_per_pair, seed: passed on to the method.
+        question: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
+        seconds_per_pair: time from one frame pair to the next, in seconds.
+        seed: for methods that draw at random.
         chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.units_at_a_time`.
 
     Raises:
-        ValueError: `patches` do not add up to the grid.
+        ValueError: the number of patches does not fit the grid.
         UsageError: the method reads the question, and there is none.
-        ModelError: what the tower computes is not finite.
+        ModelError: the tower computes NaN or infinite values.
     """
     if method.reads_question and plan.prunes and question is None:
         raise UsageError(
             f"method {method.name} reads the question, and there is none here",
-            "give the question with the video, or choose a method that does without",
+            "give the question with the video, or choose a method that does not read it",
         )
     how = {"seconds_per_pair": seconds_per_pair, "seed": seed, "chunk_units": chunk_units}
     return select_tokens(encode_rows(visual, patches, plan, method, **how), question)
@@ -85,11 +87,11 @@ def encode_rows(
     chunk_units: int | None = None,
     on_layer: OnLayer = lambda done, total: None,
 ) -> EncodedRows:
-    """The part of `encode` that depends on no question; arguments as there.
+    """The part of `encode` before a question is needed. Arguments and errors as in `encode`.
 
     Args:
-        on_layer: called with the number of layers done and in all, where all of the video goes through some of them together: that
-            begins only when the last of the patches has come.
+        on_layer: called with the number of finished layers and of all layers, after each layer that follows the selection
+            inside the tower.
     """
     run = _Run(visual, plan, method, chunk_units, on_layer)
     for chunk in run.chunks(patches):
@@ -108,7 +110,13 @@ def encode_rows(
 
 @dataclass
 class _Rows:
-    """All rows of a video, by unit: `x` `[E, 4, hidden]`, or `[E, D]` behind the patch merger; the rest as in `EncodedRows`."""
+    """Rows of a video, ordered by unit.
+
+    Attributes:
+        x: `[E, 4, hidden]`, or `[E, D]` after the patch merger.
+        unit: int64 `[E]`, the unit whose place each row has.
+        owner: int64 `[N]`, the row that represents each unit, -1 for none.
+    """
 
     x: torch.Tensor
     unit: torch.Tensor
@@ -116,7 +124,7 @@ class _Rows:
 
 
 class _Run:
-    """One video on its way through the tower."""
+    """The state of one video while the tower encodes it; its methods are the steps of `encode_rows`."""
 
     def __init__(self, visual, plan: EncoderPlan, method: Method, chunk_units: int | None, on_layer: OnLayer):
         weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
@@ -131,7 +139,7 @@ class _Run:
         selector = method.selector if plan.prunes else None
         self.gathering = Gathering(selector, tower) if selector and selector.needs else None
         if self.gathering and plan.select_after is not None:
-            raise TypeError(f"method {method.name} selects between layers, so it is given nothing but the rows")
+            raise TypeError(f"method {method.name} selects between layers, so it gets nothing but the rows")
         self.computed = [0] * tower.depth
         self.pieces: list[_Rows] = []
         self.sources: list[torch.Tensor] = []
@@ -139,11 +147,11 @@ class _Run:
 
     @property
     def layers(self) -> list[tuple[int, int]]:
-        """Each layer's number and the rows that it computed."""
+        """The number of each layer, and the rows that it computed."""
         return list(enumerate(self.computed))
 
     def chunks(self, patches: Iterable[torch.Tensor]) -> Iterator[Chunk]:
-        """Whole frame pairs, as many as go through the tower together."""
+        """The chunks of the video: whole frame pairs that go through the tower together."""
         return in_chunks(
             patches,
             self.geometry,
@@ -156,17 +164,17 @@ class _Run:
         )
 
     def embedded(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
-        """The chunk's rows as the first layer takes them, and their layout."""
-        with devices.here(self.device):  # all bookkeeping lives beside the features
+        """The chunk's rows before the first layer, and their layout."""
+        with devices.here(self.device):  # index tensors are on the device of the features
             with self.timer if self.references else nullcontext():
                 layout, latest = chunk.layout(self.geometry)
             if self.references:
                 follows = chunk.first + chunk.pairs < self.plan.grid[0]
-                self.references.begin(latest if follows else None)  # nobody will refer to the last chunk
+                self.references.begin(latest if follows else None)  # no unit refers to the last chunk
             return embed(self.visual, devices.to_device(chunk.patches, self.device)), layout
 
     def first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
-        """The layers before the selection, or all of them."""
+        """The rows after the layers before the selection, or after all layers."""
         merger, merging = self.method.merger, None
         if self.plan.merged:
             merging = Merging(merger, self.plan.merged[chunk.first : chunk.first + chunk.pairs], self.checks.failed)
@@ -180,37 +188,37 @@ class _Run:
             return run_layers(passage, self.first, x, layout)
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
-        """Puts a chunk's rows behind those of the chunks before it; merges their patches if no layer follows."""
+        """Appends a chunk's rows to those of earlier chunks, after the patch merger if no layer follows."""
         with devices.here(self.device):
             order = layout.unit.argsort()
             if self.gathering:
                 with self.timer:
                     self.gathering.finish(order)
-            number = order.argsort() + self.count  # of each row among all rows
+            number = order.argsort() + self.count  # the index of each row among all rows of the video
             owner = self.references.owners(layout.owner, number) if self.references else number[layout.owner]
             rows = x[order]
             if layout.rows and self.plan.select_after is None:
                 rows = merge_patches(self.visual, rows)
-            self._check_finite(rows)
+            self._check_numbers(rows)
         self.pieces.append(_Rows(rows, layout.unit[order] + chunk.first * self.geometry.units, owner))
         own = torch.arange(chunk.first, chunk.first + chunk.pairs)[:, None].expand(-1, self.geometry.units)
         self.sources.append(own if chunk.source is None else chunk.source)
         self.count += len(order)
 
     def collected(self) -> _Rows:
-        """The rows of all chunks; the chunks are let go."""
+        """The rows of all chunks; frees the chunks."""
         live = [rows.x for rows in self.pieces if len(rows.x)]
         units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
         self.pieces, self.references = [], None
         return _Rows(torch.cat(live), torch.cat(units), torch.cat(owners))
 
     def selected(self, rows: _Rows, seconds_per_pair: float, seed: int) -> tuple[_Rows, Selection | None]:
-        """The rows that go through the other layers, and their selection if it is what the language model will read.
+        """The rows for the other layers; and the selection, if the language model reads exactly these rows.
 
-        Rows are compared as the next layer takes them in, after its norm, which leaves little of the few channels that are large in
-        all rows. A picture that stands still is left whole where the plan allows: each row has seen all that surrounds it.
+        Rows are compared after the norm of the next layer, which reduces the few channels that are large in all rows. A still
+        picture stays whole if the plan allows it: each row has seen everything around it.
         """
-        if not all_true(self.checks.finite):
+        if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
         plan, selector = self.plan, self.method.selector
         by_pair = rows.owner.view(plan.grid[0], -1)
@@ -226,7 +234,7 @@ class _Run:
         return _Rows(means, found.kept, found.owner), found if final else None
 
     def last_layers(self, rows: _Rows) -> _Rows:
-        """The layers after the selection, on all of the video at once; the patch merger on a part of it at a time."""
+        """The tokens of the selected rows: the other layers on the whole video at once, then the patch merger piece by piece."""
         after = range(self.plan.select_after, self.depth)
         self.computed[after.start :] = [len(rows.unit)] * len(after)
         with devices.here(self.device):
@@ -241,16 +249,17 @@ class _Run:
             x, _ = run_layers(passage, after, x, layout)
             some = x[order.argsort()].split(self.at_once)
             tokens = torch.cat([merge_patches(self.visual, piece) for piece in some])
-            self.checks.finite.append(all_numbers(tokens))
+            self.checks.numbers.append(all_numbers(tokens))
         return _Rows(tokens, rows.unit, rows.owner)
 
     def given(self) -> dict[str, torch.Tensor]:
-        """What the selector asked for."""
+        """The inputs that the selector declared, by name."""
         return self.gathering.collected() if self.gathering else {}
 
-    def _check_finite(self, rows: torch.Tensor) -> None:
+    def _check_numbers(self, rows: torch.Tensor) -> None:
+        """Notes whether `rows` are without NaN and infinity; raises ModelError at once where reading values costs nothing."""
         if not len(rows):
             return
-        self.checks.finite.append(all_numbers(rows))
-        if not devices.static_shapes(self.device) and not self.checks.finite[-1]:
+        self.checks.numbers.append(all_numbers(rows))
+        if not devices.static_shapes(self.device) and not self.checks.numbers[-1]:
             raise not_a_number_error("encode")

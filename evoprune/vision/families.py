@@ -1,7 +1,8 @@
-"""What the layers of the two towers do differently: the norm and the MLP. All else about them is the same code.
+"""The differences between the layers of the two towers: the norm and the MLP. The rest of the code is shared.
 
-Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs; Qwen2-VL (arXiv 2409.12191) layer norms, with a bias, and MLPs of two
-matrices with the quick GELU between them. That its layers all look at whole grids is said by its sizes (`config.VisionConfig`).
+Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
+matrices with the quick GELU between them. All layers of Qwen2-VL attend to whole frame pairs, which its sizes state
+(`model.config.vision_sizes`).
 """
 
 from collections.abc import Callable
@@ -17,11 +18,11 @@ from evoprune.vision.rowwise import norm as rms_norm
 
 @dataclass(frozen=True)
 class Family:
-    """Both are given modules under Hugging Face's names.
+    """The functions of one family of towers. Their first argument is a module with Hugging Face's names.
 
     Attributes:
-        norm: of rows `[..., hidden]`.
-        mlp: what it makes of rows that were normed, added to `plus`; all `[..., hidden]`.
+        norm: norm(module, x) of rows `[..., hidden]`.
+        mlp: mlp(module, x, plus) is `plus` plus the MLP of normed rows `x`; all are `[..., hidden]`.
     """
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
@@ -29,7 +30,7 @@ class Family:
 
 
 def family(visual) -> Family:
-    """That of a tower's weights, ours or transformers'."""
+    """The family of a tower, this project's or transformers'."""
     return FAMILIES[vision_sizes(visual.config).family]
 
 

@@ -1,12 +1,13 @@
-"""What selectors may ask for after the encoder, taken from the tower's last full-attention layer."""
+"""Collects the inputs that selectors declare from the tower's last full-attention layer."""
 
 import torch
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.plan import TowerShape
 from evoprune.pruning.score import unit_features
-from evoprune.vision.attention import Bucket, Packed, attention_received
+from evoprune.vision.buckets import Bucket, Packed
 from evoprune.vision.layout import TokenLayout
+from evoprune.vision.received import attention_received
 
 KNOWN = ("attention", "keys")
 
@@ -15,11 +16,12 @@ class Gathering:
     """Collects what a selector needs, chunk after chunk.
 
     Args:
-        selector: whose `needs` are collected.
-        tower: whose last full-attention layer, `layer`, is looked at.
+        selector: its `needs` are collected.
+        tower: the values come from its last full-attention layer, `layer`.
 
     Raises:
-        TypeError: the selector needs something unknown. ValueError: the tower has no full-attention layer.
+        TypeError: the selector needs something unknown.
+        ValueError: the tower has no full-attention layer.
     """
 
     def __init__(self, selector: Selector, tower: TowerShape):
@@ -42,11 +44,13 @@ class Gathering:
         groups: list[Bucket] | Packed,
         bias: bool,
     ) -> None:
-        """Takes what there is of one chunk in that layer.
+        """Computes the values of one chunk, in that layer.
 
         Args:
-            q: `[R, 4, heads, d]` and k: `[R or more, 4, heads, d]` after rotary, plain: keys before it.
-            layout, groups: of its rows, in frame pairs. bias: whether attention weighs a row by the units that it represents.
+            q: `[R, 4, heads, d]` and k: `[R or more, 4, heads, d]`, after rotary.
+            plain: `[R, 4, heads, d]`, keys before rotary.
+            layout, groups: of the chunk's rows, with frame pairs as groups.
+            bias: whether attention weighs a row by its cluster size.
         """
         values = {}
         if "attention" in self._collected:
@@ -56,13 +60,13 @@ class Gathering:
         self._seen = values
 
     def finish(self, order: torch.Tensor) -> None:
-        """Ends a chunk. `order`: int64 `[R]`, its rows by unit."""
-        if self._seen is None:  # nothing new in the chunk
+        """Stores the values of a chunk; `order`, int64 `[R]`, sorts its rows by unit."""
+        if self._seen is None:  # the chunk has no rows
             return
         values, self._seen = self._seen, None
         for name, value in values.items():
             self._collected[name].append(value[order])
 
     def collected(self) -> dict[str, torch.Tensor]:
-        """Everything, by name, `[E, ...]`, rows ordered by unit."""
+        """The values of the whole video by name, float32 `[E, ...]`, rows ordered by unit."""
         return {name: torch.cat(pieces) for name, pieces in self._collected.items()}

@@ -1,12 +1,12 @@
-"""Which rows the encoder computes, which units they represent, and who attends to whom. Index bookkeeping, no features.
+"""The rows that the encoder computes, the units that they represent, and the groups in which they attend. Indices, no features.
 
-A *unit* is a 2x2 block of patches, the smallest thing that is kept, merged or dropped, because the patch merger turns each into one
-token. A video of T frame pairs with H x W units each has N = T*H*W units, in raster order, frame pair after frame pair (Hugging
-Face's order). A *row* is a unit that is still computed. It has the place of one unit (`unit`) and may represent many
+A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns each into one
+token. A video of T frame pairs with H x W units each has N = T*H*W units, in raster order, frame pair after frame pair
+(Hugging Face's order). A *row* is a unit that is still computed. It has the place of one unit (`unit`) and may represent many
 (`owner`). Everything else follows from these two.
 
-Rows always lie in *window order*: by frame pair, then by window of 4x4 units, then in raster order. So windows and frame pairs are
-runs of neighbouring rows.
+Rows are always in *window order*: by frame pair, then by window of 4x4 units, then in raster order. So windows and frame
+pairs are runs of neighbouring rows.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ class Geometry:
 
     @property
     def largest_window(self) -> int:
-        """Units of the largest window."""
+        """Number of units in the largest window."""
         return min(self.height, self.side) * min(self.width, self.side)
 
     @cached_property
@@ -58,23 +58,23 @@ class Geometry:
 
 @lru_cache(maxsize=64)
 def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geometry:
-    """The geometry of `height` x `width` units, made once for a device; its tensors live on torch's default device."""
+    """The geometry of `height` x `width` units, cached for each device; its tensors are on torch's default device."""
     return Geometry(height, width, side)
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The live rows of some frame pairs.
+    """The live rows of a run of frame pairs.
 
     Attributes:
         geometry: of one frame pair.
-        pairs: how many frame pairs there are.
-        unit: int64 `[R]`, the unit whose place each row has; in window order.
-        owner: int64 `[N]`, the row that represents each unit, or -1 for a dropped one. Values from R on are rows of earlier frame
-            pairs, of which only keys and values are left: R + p for the one that was last encoded at place p.
-        reach: how far apart a unit and its owner may be: in the same place, in one window or frame pair, or anywhere in the clip.
-            Groups at least that wide contain all rows that matter to them.
-        counts: rows of each frame pair, where the host knows them.
+        pairs: number of frame pairs.
+        unit: int64 `[R]`, the unit whose place each row has, in window order.
+        owner: int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p means a row of an earlier chunk: the
+            one last encoded at place p, of which only keys and values are left.
+        reach: where a unit's owner may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of
+            at least this scope contains all owners of its units.
+        counts: rows of each frame pair; None where only the device knows them.
     """
 
     geometry: Geometry
@@ -90,18 +90,18 @@ class TokenLayout:
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: how many units each row represents; without references to earlier frame pairs."""
+        """int64 `[R]`: the cluster size of each row; rows of earlier chunks are left out."""
         sizes = torch.zeros(self.rows + 1, dtype=torch.int64)
         row = torch.where(self.owner >= 0, self.owner, self.rows).clamp(max=self.rows)
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
-        """Rows of each frame pair; waits for the device only if `counts` does not say."""
+        """Rows of each frame pair; waits for the device only if `counts` is None."""
         return self.counts or tuple(tally(self.group_of(self.unit, "pair"), self.pairs).tolist())
 
     def longest(self, scope: Scope) -> int:
-        """At most how many rows a group has, as far as the host knows."""
+        """An upper bound of the rows of a group, computed without the device."""
         most = self.geometry.largest_window if scope == "window" else self.geometry.units
         return min(max(self.per_pair), most)
 
@@ -115,7 +115,7 @@ class TokenLayout:
         return self.pairs * (self.geometry.windows if scope == "window" else 1)
 
     def group_of(self, unit: torch.Tensor, scope: Scope) -> torch.Tensor:
-        """The window or frame pair of each of `unit` (int64, any shape), numbered over all frame pairs."""
+        """The number of the window or frame pair of each unit (int64, any shape), counted over all frame pairs."""
         pair = unit // self.geometry.units
         if scope == "window":
             return pair * self.geometry.windows + self.geometry.window[unit % self.geometry.units]
@@ -123,13 +123,13 @@ class TokenLayout:
 
 
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None) -> torch.Tensor:
-    """int64 `[R]`: the units of some frame pairs in window order; only those of `alive` (bool `[T, H*W]`), if given."""
+    """int64 `[R]`: the units of `pairs` frame pairs in window order; only those of `alive` (bool `[T, H*W]`), if given."""
     units = torch.arange(pairs)[:, None] * geo.units + geo.order
     return units.flatten() if alive is None else units[alive[:, geo.order]]
 
 
 def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
-    """Every unit is a row of its own."""
+    """The layout in which every unit is a row."""
     unit = window_order(geo, pairs)
     owner = torch.empty_like(unit)
     owner[unit] = torch.arange(len(unit))
@@ -137,11 +137,11 @@ def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
 
 
 def referring_layout(geo: Geometry, source: torch.Tensor) -> TokenLayout:
-    """Some units are rows; the others have a row of the same place in an earlier frame pair as their owner.
+    """The layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame pair.
 
     Args:
-        source: int64 `[T, H*W]` on the CPU: the frame pair that has the row of each unit, its own number or a lower one; below 0 a
-            frame pair before these.
+        source: int64 `[T, H*W]` on the CPU: the frame pair whose row represents each unit, counted from the first of these; a
+            negative number is a frame pair of an earlier chunk.
     """
     pairs = len(source)
     alive = source == torch.arange(pairs)[:, None]
@@ -158,16 +158,16 @@ def referring_layout(geo: Geometry, source: torch.Tensor) -> TokenLayout:
 def selected_layout(
     geo: Geometry, pairs: int, kept: torch.Tensor, owner: torch.Tensor
 ) -> tuple[TokenLayout, torch.Tensor]:
-    """Some units are rows, and each of the others has one of them as its owner, anywhere in the clip.
+    """The layout after a selection: some units are rows, and each other unit is owned by one of them, anywhere in the clip.
 
     Args:
         kept: int64 `[K]`, ascending: the units that are rows.
         owner: int64 `[T * H*W]`, indices into `kept`, -1 for a unit that is dropped.
 
     Returns:
-        The layout; and int64 `[K]`, which of `kept` each of its rows is.
+        The layout; and int64 `[K]`, the index in `kept` of each of its rows.
     """
-    place = geo.order.argsort()  # where each place comes in window order
+    place = geo.order.argsort()  # the rank of each place in window order
     order = (kept // geo.units * geo.units + place[kept % geo.units]).argsort()
     row = torch.where(owner >= 0, order.argsort()[owner.clamp(min=0)], -1)
     return TokenLayout(geo, pairs, kept[order], row, "clip"), order
@@ -180,14 +180,16 @@ def merged_layout(
     rows: int | None = None,
     counts: tuple[int, ...] | None = None,
 ) -> TokenLayout:
-    """The layout after every row r has gone into row `into[r]`; a row that stays has `into[r] == r`.
+    """The layout after every row r has merged into row `into[r]`; a row that stays has `into[r] == r`.
 
     Args:
-        into: int64 `[R]`; where a row goes must itself stay.
-        scope: the groups inside which rows were merged.
-        rows: how many the result has; default: those that stay, which waits for the device. If it is more, the rest is padding:
-            rows without units, whose `unit` is the first after the last frame pair, so that they form a group of their own.
-        counts: rows of each frame pair, where known.
+        layout: before merging.
+        into: int64 `[R]`; a row that others merge into must stay.
+        scope: the groups inside which rows merged.
+        rows: number of rows in the result. Default: the rows that stay, whose count waits for the device. If it is more, the
+            last rows are padding: they own no unit, and their `unit` is the first after the last frame pair, so they form a
+            group of their own.
+        counts: rows of each frame pair, if known.
     """
     stays = into == torch.arange(len(into))
     rows = int(stays.sum()) if rows is None else rows
@@ -201,20 +203,20 @@ def merged_layout(
 
 @dataclass(frozen=True)
 class Groups:
-    """Windows or frame pairs as attention sees them: each with its query rows and its list of key/value rows.
+    """Windows or frame pairs as attention reads them, each with its query rows and its key rows.
 
-    Query rows of a group are neighbours: `start[g] : start[g] + length[g]`. A list that is not `exact` has what a device can
-    compute without waiting: also groups without rows, and unused keys after the last group's.
+    Query rows of a group are neighbours: `start[g] : start[g] + length[g]`. Groups that are not exact (see `attention_groups`) may
+    include groups without rows, and unused keys at the end.
 
     Attributes:
         start, length: int64 `[G]`.
-        consecutive: the keys are exactly the query rows (plain attention); then `keys` is simply all rows.
-        keys: int64 `[sum of key_length, or more]`, rows, group after group: its own, and rows elsewhere that own some of its units.
+        consecutive: whether the keys of each group are its query rows; then `keys` is all rows.
+        keys: int64 `[sum of key_length, or more]`, key rows, group after group: its own, and other rows that own some of its units.
         key_length: int64 `[G]`.
         count: int64, like `keys`: how many of the group's units each key row represents.
-        near: bool, like `keys`: whether the row is one of the group's own frame pair; None where all are.
-        longest: at most how many rows and how many keys a group has.
-        even: whether all groups are known to be of the first of these lengths.
+        longest: upper bounds of the rows and of the keys of a group.
+        even: whether every group is known to have `longest[0]` rows.
+        near: bool, like `keys`: whether the row belongs to the group's own frame pair; None where all do.
     """
 
     start: torch.Tensor
@@ -229,7 +231,10 @@ class Groups:
 
 
 def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> Groups:
-    """Who attends to whom in a layer whose attention is limited to `scope`."""
+    """The groups of a layer whose attention is limited to `scope`.
+
+    `exact` removes empty groups and unused keys, which waits for the device.
+    """
     length = tally(layout.group_of(layout.unit, scope), layout.group_count(scope))
     make = _own_groups if WIDTH[layout.reach] <= WIDTH[scope] else _owner_groups
     groups = make(layout, scope, length)
@@ -248,19 +253,19 @@ def _own_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Grou
 
 
 def _owner_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Groups:
-    """Groups whose keys are all rows that own some of their units, wherever those rows are.
+    """Groups whose keys are all rows that own some of their units, in any frame pair.
 
-    A row owns the unit whose place it has, so its own group lists it.
+    A row owns the unit whose place it has, so it is a key of its own group.
     """
     geo, total = layout.geometry, layout.group_count(scope)
     units, rows = len(layout.owner), layout.rows + geo.units
     group = layout.group_of(torch.arange(units), scope)
-    asked = (layout.owner >= 0) & (length[group] > 0)  # a group without query rows asks nothing
+    asked = (layout.owner >= 0) & (length[group] > 0)  # a group without query rows needs no keys
     unused = total * rows
-    pairs = torch.where(asked, group * rows + layout.owner, unused).sort().values  # (group, row that owns a unit of it)
-    new = torch.cat([torch.ones(1, dtype=torch.bool), pairs[1:] != pairs[:-1]])
-    slot = torch.where(pairs < unused, new.cumsum(0) - 1, units)
-    keys = torch.full((units + 1,), unused, dtype=torch.int64).scatter_(0, slot, pairs)[:units]
+    both = torch.where(asked, group * rows + layout.owner, unused).sort().values  # (group, row that owns a unit of it)
+    new = torch.cat([torch.ones(1, dtype=torch.bool), both[1:] != both[:-1]])
+    slot = torch.where(both < unused, new.cumsum(0) - 1, units)
+    keys = torch.full((units + 1,), unused, dtype=torch.int64).scatter_(0, slot, both)[:units]
     key_length = tally(keys // rows, total + 1)[:total]
     count = tally(slot, units + 1)[:units]
     longest_keys, near = geo.largest_window if scope == "window" else geo.units, None
@@ -272,7 +277,7 @@ def _owner_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Gr
 
 
 def _trimmed(groups: Groups) -> Groups:
-    """Without empty groups and unused keys."""
+    """The groups without empty ones and without unused keys."""
     used, keys = groups.length > 0, int(groups.key_length.sum())
     return replace(
         groups,

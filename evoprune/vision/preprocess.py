@@ -1,7 +1,7 @@
-"""Frames to normalised patches: the one resize, and Hugging Face's patch order.
+"""Frames to normalised patches: the resize, and Hugging Face's patch order.
 
-A frame pair's patches lie so that each merge unit's 2x2 patches are four consecutive rows, units in raster
-order; a row holds channel, frame, y, x. This is what `Qwen2VLImageProcessor` makes, without needing torchvision.
+The 2x2 patches of a unit are four consecutive rows, and units are in raster order. A row holds the pixels by channel, frame,
+y and x. The result is that of `Qwen2VLImageProcessor`, without torchvision.
 """
 
 import torch
@@ -13,13 +13,13 @@ CLIP_MEAN, CLIP_STD = VideoLimits.image_mean, VideoLimits.image_std
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Antialiased bicubic on bytes, as PIL does it (equal within one level).
+    """Resizes frames by antialiased bicubic interpolation on bytes; the result is PIL's within one level of 255.
 
     Args:
         frames: uint8 `[F, H, W, 3]`.
 
     Returns:
-        uint8 `[F, height, width, 3]`; `frames` itself if the size is already right.
+        uint8 `[F, height, width, 3]`; `frames` itself if it has this size.
     """
     if frames.shape[1:3] == (height, width):
         return frames
@@ -39,6 +39,10 @@ def patchify(
 
     Args:
         frames: uint8 `[F, H, W, 3]`, F a multiple of `temporal`, H and W multiples of `patch * merge`.
+        mean, std: of the normalisation, for red, green and blue, on a scale from 0 to 1.
+        patch: height and width of a patch in pixels.
+        temporal: frames of a frame pair.
+        merge: height and width of a unit in patches.
 
     Returns:
         float32 `[F/temporal * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
@@ -56,13 +60,15 @@ def patchify(
 def patch_means(
     patches: torch.Tensor, units: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> torch.Tensor:
-    """The mean colour of each block of 7x7 pixels, as `pruning.reference` compares it.
+    """The mean colour of each block of 7x7 pixels, for `pruning.reference`.
 
     Args:
-        patches: `[4 * units * T, 1176]`, from `patchify`, of frame pairs of so many units.
+        patches: `[T * units * 4, 1176]`, from `patchify`.
+        units: of a frame pair.
+        mean, std: as in `patchify`.
 
     Returns:
-        float32 `[T, units, 96]`, levels of 255.
+        float32 `[T, units, 96]`, in levels of 255.
     """
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, 7, 2, 7).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel

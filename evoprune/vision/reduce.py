@@ -1,4 +1,4 @@
-"""Rows merged inside windows or frame pairs, down to the counts of the plan, by what a merger says of which go together."""
+"""Merges rows inside windows or frame pairs, down to the counts of the plan; a merger decides which rows go together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,9 +19,9 @@ class Merging:
     """The merging of one chunk.
 
     Attributes:
-        merger: says which rows go together.
+        merger: decides which rows merge.
         left: rows of each of the chunk's frame pairs after each layer, `[T][depth]`.
-        failed: bool tensors without dimension, what could not be checked at once: whether some group did not lose its rows.
+        failed: bool tensors without dimension, read at the end: whether a group did not lose its rows.
     """
 
     merger: Merger
@@ -33,13 +33,19 @@ class Merging:
         return tuple(rows[layer] for rows in self.left)
 
     def reduces(self, layer: int, layout: TokenLayout) -> bool:
-        """Whether rows go after a layer."""
+        """Whether rows merge after a layer."""
         return self.target(layer) != layout.per_pair
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows while they merge: `x` `[R, 4, hidden]`, and what is compared: `features` float32 `[R, D]`, `attention` float32 `[R]`."""
+    """Rows between two rounds of merging.
+
+    Attributes:
+        x: `[R, 4, hidden]`.
+        features: float32 `[R, D]`, attention: float32 `[R]` or None: what the merger compares.
+        layout: of the rows.
+    """
 
     x: torch.Tensor
     features: torch.Tensor
@@ -56,18 +62,25 @@ def reduce_rows(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> tuple[torch.Tensor, TokenLayout]:
-    """Merges rows inside windows or frame pairs until each frame pair has its target, in as many rounds as the merger needs.
+    """Merges rows inside windows or frame pairs, in rounds, until each frame pair has its target.
 
-    Where shapes are static nobody looks whether a round is the last that is needed: there are as many as it can take, and until the
-    last one the rows that went are kept at the end as padding.
+    Where shapes are static, the rounds cannot end early: there are as many as the worst case needs, and until the last one merged
+    rows stay at the end as padding.
 
     Args:
+        merging: of the chunk.
+        layer: the layer after which rows merge.
         x: `[R, 4, hidden]`.
-        features: float32 `[R, D]`, attention: float32 `[R]` or None: what the merger compares. A merged row has the mean of the
-            features and the sum of the attention of what went into it.
+        layout: of the rows.
+        scope: the groups inside which rows merge.
+        features: float32 `[R, D]`, compared by the merger. A merged row has the size-weighted mean.
+        attention: float32 `[R]` or None, compared by the merger. A merged row has the sum.
+
+    Returns:
+        The rows that are left, and their layout.
 
     Raises:
-        RuntimeError: the merger merged nothing though it was asked to, or too much; where shapes are not static.
+        RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
     """
     target, static = merging.target(layer), devices.static_shapes(x.device)
     total, longest = layout.group_count(scope), layout.longest(scope)
@@ -88,7 +101,8 @@ def reduce_rows(
         return rows.x, layout
     left = tally(layout.group_of(layout.unit, scope), total + 1)[:total]
     merging.failed.append((left != wanted).any())
-    # After too many merges there is still padding. Until that can be said, at the end, it must not lead out of the last frame pair.
+    # A merger that removed too many rows leaves padding. `finish` reports it; until then padding must stay inside the last
+    # frame pair.
     return rows.x, replace(layout, unit=layout.unit.clamp(max=len(layout.owner) - 1))
 
 
@@ -103,13 +117,17 @@ def _round(
     last: bool,
     static: bool,
 ) -> _Rows | None:
-    """One call of the merger and what follows from it; None where no group has rows left to lose.
+    """One round: a call of the merger, and the merging that it decides. None if every group has lost its rows.
 
     Args:
-        wanted: int64 `[groups]`, rows that each group is to have. longest: the most that one has.
+        wanted: int64 `[groups]`, the target of each group.
+        longest: upper bound of the rows of a group.
+        target: rows of each frame pair after the last round.
+        last: whether this is the last round.
+        static: whether shapes must not depend on values.
     """
     layout, total = rows.layout, len(wanted)
-    length = tally(layout.group_of(layout.unit, scope), total + 1)[:total]  # padding is one more group
+    length = tally(layout.group_of(layout.unit, scope), total + 1)[:total]  # padding counts as one more group
     start, remove = length.cumsum(0) - length, length - wanted
     if not static:
         busy = (remove > 0).nonzero().flatten()
@@ -141,7 +159,12 @@ def _round(
 def _merged_into(
     rows: _Rows, row: torch.Tensor, valid: torch.Tensor, remove: torch.Tensor, merger: Merger
 ) -> torch.Tensor:
-    """int64 `[R]`: where each row goes. `row`: int64 `[B, n]`, the rows of each group, where `valid`."""
+    """int64 `[R]`: the row that each row merges into, its own index if it stays.
+
+    Args:
+        row: int64 `[B, n]`, the rows of each group, where `valid` (bool `[B, n]`).
+        remove: int64 `[B]`, how many rows each group must lose.
+    """
     layout = rows.layout
     candidates = Candidates(
         features=rows.features[row],
@@ -152,18 +175,18 @@ def _merged_into(
         width=layout.geometry.width,
     )
     local = merger.match(candidates, remove)
-    into = torch.arange(layout.rows + 1)  # the last entry takes what padding says
+    into = torch.arange(layout.rows + 1)  # the last entry takes the values at padding
     into.scatter_(0, torch.where(valid, row, layout.rows).flatten(), row.gather(1, local).flatten())
     return into[:-1]
 
 
 def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], merger: Merger) -> int:
-    """After how many rounds every group has lost what it must, whatever the rows are."""
+    """The most rounds until every group has lost its rows, for any content."""
     worst = 0
     for rows, left in set(zip(layout.per_pair, target, strict=True)):
         if scope == "pair":
             worst = max(worst, merger.rounds(rows, left))
-        else:  # how many rows a window has and loses, only the device knows
+        else:  # only the device knows how many rows a window has and loses
             longest = min(rows, layout.geometry.largest_window)
             cases = ((n, max(1, n - (rows - left))) for n in range(1, longest + 1))
             worst = max([worst, *(merger.rounds(n, fewest) for n, fewest in cases)])

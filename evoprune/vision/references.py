@@ -1,4 +1,4 @@
-"""What the frame pairs of earlier chunks leave for the next one where units are reused in time; of constant size."""
+"""The rows of earlier chunks that reused units refer to. Their number is constant: one per place."""
 
 import torch
 
@@ -6,7 +6,7 @@ from evoprune.vision.layout import TokenLayout
 
 
 class References:
-    """The latest encoded row of each place: its number among all rows, and its keys and values in each layer."""
+    """The latest encoded row of each of P places: its index among all rows, and its keys and values in each layer."""
 
     def __init__(self):
         self._number: torch.Tensor | None = None  # int64 [P]
@@ -17,15 +17,24 @@ class References:
         """Starts a chunk.
 
         Args:
-            latest: int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference stays the
-                one that it was; None where nothing will refer to this chunk.
+            latest: int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference does not
+                change; None if no later chunk follows.
         """
         self._latest = latest
 
     def seen_by(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[R, 4, heads, d]` with those of the references behind them; keeps what later chunks will see."""
+        """Appends the references' keys and values to those of a chunk, and keeps the references of later chunks.
+
+        Args:
+            layer: the layer of the tower.
+            k, v: `[R, 4, heads, d]`, of the chunk's rows.
+            layout: of the chunk's rows.
+
+        Returns:
+            Keys and values `[R or R + P, 4, heads, d]`.
+        """
         earlier = self._keys_values.pop(layer, None)
         if earlier is None and self._latest is None:
             return k, v
@@ -38,10 +47,11 @@ class References:
         return both.unbind(1) if earlier is not None and layout.reach == "clip" else (k, v)
 
     def owners(self, owner: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        """int64, like `owner`: the number, among all rows, of the row that represents each unit of the chunk.
+        """int64, like `owner`: for each unit of the chunk, the index among all rows of the row that represents it.
 
         Args:
-            owner: of the chunk's layout. number: int64 `[R]`, of each of the chunk's rows.
+            owner: int64, of the chunk's layout.
+            number: int64 `[R]`, the index among all rows of each of the chunk's rows.
         """
         if self._number is not None:
             number = torch.cat([number, self._number])

@@ -1,4 +1,4 @@
-"""What leaves the tower, and the selection of the tokens that the language model reads among it."""
+"""The tower's output, and the selection of the tokens that the language model reads."""
 
 from dataclasses import dataclass, field, replace
 
@@ -16,31 +16,32 @@ from evoprune.vision.timer import Timer
 
 @dataclass
 class Checks:
-    """What is read at the end, so that the host need not wait for a GPU before; lists of bool tensors without dimension.
+    """Results that are read at the end, so that the program does not wait for a GPU earlier.
 
-    Attributes:
-        even: for each chunk, whether it is of one colour.
-        failed: whether a merger did not remove its rows.
-        finite: for each chunk, whether its rows are finite.
+    Attributes are lists of bool tensors without dimension:
+        even: for each chunk, whether each of its frame pairs has one colour.
+        failed: for each merging, whether a group did not lose its rows.
+        numbers: for each chunk, whether its rows are without NaN and infinity.
     """
 
     even: list[torch.Tensor] = field(default_factory=list)
     failed: list[torch.Tensor] = field(default_factory=list)
-    finite: list[torch.Tensor] = field(default_factory=list)
+    numbers: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
 class EncodedRows:
-    """A video behind the tower, before tokens are selected.
+    """A video after the tower, before tokens are selected.
 
     Attributes:
-        method, plan: that encoded it.
-        tokens: what there is to select from.
+        method, plan: the method and plan that encoded it.
+        tokens: the input of the selector.
         unit: int64 `[E]`, the unit whose place each row has.
         source: int64 `[T, H*W]` on the CPU, the number of the frame pair whose pixels represent each unit.
         layers: as in `Encoded`.
-        selection: made inside the tower, where that is what the language model reads.
-        timer: measures pruning. checks: what is still to be read.
+        selection: the selection inside the tower, if the language model reads exactly those rows; else None.
+        timer: measures pruning.
+        checks: results that `finish` reads.
     """
 
     method: Method
@@ -59,20 +60,22 @@ class EncodedRows:
         return self.plan.merged is not None or self.plan.select_after is not None
 
     def nothing_selected(self) -> Encoded:
-        """An encoding without tokens, for a method that has still to see the question."""
+        """An encoding without tokens, for a method whose question is not known yet."""
         flat, seconds = self.finish()
         rows, none = self.tokens.rows, self.unit[:0]
         return Encoded(rows[:0], none, rows, self.tokens.owner, (self.plan.grid,), self.layers, seconds, flat)
 
     def finish(self) -> tuple[bool, float]:
-        """Reads all checks: whether the video is of one colour, and the seconds of pruning.
+        """Reads all checks. Only this and the selection inside the tower wait for a GPU.
 
-        The one place where the host waits for a GPU, beside the selection inside the tower.
+        Returns:
+            Whether each frame pair has one colour; and the time spent on pruning, in seconds.
 
         Raises:
-            ModelError: a row is not finite. RuntimeError: some group did not lose its rows.
+            ModelError: a row has NaN or infinite values.
+            RuntimeError: a merger did not remove its rows.
         """
-        if not all_true(self.checks.finite):
+        if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
         if self.checks.failed and torch.stack(self.checks.failed).any():
             raise RuntimeError(f"method {self.method.name} did not remove as many rows as it was asked to")
@@ -80,16 +83,20 @@ class EncodedRows:
 
 
 def all_true(flags: list[torch.Tensor]) -> bool:
-    """Whether all are true; waits for the device."""
+    """Whether all are true (bool tensors without dimension); waits for the device."""
     return bool(torch.stack(flags).all())
 
 
 @torch.inference_mode()
 def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> Encoded:
-    """What the language model reads; may be called with one question after another.
+    """Selects the tokens that the language model reads. May be called again with another question.
 
     Args:
-        question: as in `encoder.encode`; ignored unless the method reads it.
+        video: from `encoder.encode_rows`.
+        question: as in `encoder.encode`; ignored unless the method reads the question.
+
+    Raises:
+        ModelError, RuntimeError: as in `EncodedRows.finish`. TypeError: as in `selected`.
     """
     tokens = video.tokens
     rows, owner = tokens.rows, tokens.owner
@@ -102,10 +109,10 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
 
 
 def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
-    """Which units the language model reads; arguments as `select_tokens`.
+    """The units that the language model reads; arguments as in `select_tokens`.
 
     Raises:
-        TypeError: the method answers with something other than a `Selection`.
+        TypeError: the method returns something other than a `Selection`.
     """
     method, tokens, keep = video.method, video.tokens, video.plan.keep
     if video.selection is not None or not video.plan.prunes:
@@ -124,12 +131,12 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """The `keep` rows that represent most units, ascending. Among equals those that lie evenly through the video.
+    """int64 `[keep]`, ascending: the rows of largest cluster `size` (int64 `[E]`); among equal ones, at even distances.
 
-    This is the last resort for a count below one row a frame pair, which no merging inside frame pairs can reach.
+    This serves counts below one row per frame pair, which merging inside frame pairs cannot reach.
     """
     order = torch.arange(len(size))
-    even = order * keep // len(size)  # a new value wherever an even selection would take the next row
+    even = order * keep // len(size)  # a new value marks each row of an even selection
     first = torch.cat([torch.ones(1, dtype=torch.bool), even[1:] != even[:-1]])
     rank = (size * 2 + first).argsort(descending=True, stable=True)
     return rank[:keep].sort().values

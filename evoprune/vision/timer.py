@@ -1,4 +1,4 @@
-"""How long passages of the encoder take, without making the host wait for the device in between."""
+"""Measures the time of blocks of code without waiting for the device in between."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Timer:
-    """Adds up the time of the blocks it is the context of; on CUDA by events, which are read only in `seconds`."""
+    """A context that adds up the time of its blocks; on CUDA it records events, which only `seconds` reads."""
 
     def __init__(self, device: torch.device):
         self._cuda = device if device.type == "cuda" else None
@@ -19,7 +19,7 @@ class Timer:
         self._marks.append(self._mark())
 
     def copy(self) -> "Timer":
-        """One that goes on from the same sum."""
+        """A new timer that starts from the same sum."""
         made = Timer(self._cuda or torch.device("cpu"))
         made._marks = list(self._marks)
         return made
@@ -32,7 +32,7 @@ class Timer:
         return event
 
     def seconds(self) -> float:
-        """The sum so far. On CUDA this waits for the last of the blocks."""
+        """The sum so far, in seconds. On CUDA this waits for the last block."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
         if self._cuda is None:
             return sum(end - start for start, end in pairs)

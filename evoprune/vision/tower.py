@@ -1,4 +1,4 @@
-"""The layers of a vision tower on rows of a video, run on a model's weights."""
+"""Runs the layers of a vision tower on rows of a video, with a model's weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,8 @@ from evoprune.model.linear import linear
 from evoprune.pruning.plan import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.vision import devices
-from evoprune.vision.attention import Bucket, Packed, buckets, grouped_attention
+from evoprune.vision.attention import grouped_attention
+from evoprune.vision.buckets import Bucket, Packed, buckets
 from evoprune.vision.families import Family, family
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
@@ -22,40 +23,40 @@ from evoprune.vision.timer import Timer
 
 
 def tower_shape(visual) -> TowerShape:
-    """What a plan must know of `model.model.visual`."""
+    """The properties of the tower `visual` (`model.model.visual`) that plans depend on."""
     sizes = vision_sizes(visual.config)
     window = sizes.window_size // sizes.patch_size // sizes.spatial_merge_size
     return TowerShape(len(visual.blocks), sizes.fullatt_block_indexes, window)
 
 
 def tower_geometry(visual, height: int, width: int) -> Geometry:
-    """Units and windows of a frame pair of height x width units, as this tower cuts it."""
+    """The windows into which this tower divides a frame pair of height x width units."""
     return geometry(height, width, tower_shape(visual).window, str(visual.patch_embed.proj.weight.device))
 
 
 def embed(visual, patches: torch.Tensor) -> torch.Tensor:
-    """Rows `[R, 4, hidden]` as the first layer takes them, from patches `[R, 4, 1176]`."""
+    """The rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, 1176]`."""
     return F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
 
 
 def merge_patches(visual, x: torch.Tensor) -> torch.Tensor:
-    """Tokens `[R, D]` as the language model reads them, from the last layer's rows `[R, 4, hidden]`."""
+    """The tokens for the language model, `[R, D]`, from the last layer's rows `[R, 4, hidden]`."""
     return visual.merger.mlp(family(visual).norm(visual.merger.ln_q, x).flatten(1))
 
 
 @dataclass
 class Passage:
-    """What accompanies rows through some layers, beside their layout.
+    """What `run_layers` needs beside rows and layout.
 
     Attributes:
         visual: the tower's weights.
         timer: measures pruning.
-        merging: rows that leave after layers; None where none do.
-        references: rows of earlier chunks that this one sees; None where nothing is reused.
-        gathering: takes what a selector needs after the encoder.
-        size_bias: whether attention weighs a row by the units of the group that it represents.
-        mlp_rows: rows that go through an MLP together, its widest part; None for all.
-        on_layer: called after each layer with the number of the tower's layers that are done.
+        merging: merges rows after layers; None without merging.
+        references: rows of earlier chunks that this chunk attends to; None without reuse.
+        gathering: collects the inputs of a selector; None without one.
+        size_bias: whether attention weighs a row by its cluster size inside the group.
+        mlp_rows: rows that go through an MLP at a time, which bounds the memory; None for all.
+        on_layer: called after each layer with the number of finished layers.
     """
 
     visual: torch.nn.Module
@@ -70,7 +71,14 @@ class Passage:
 
 @dataclass
 class _Rows:
-    """Rows `x` `[R, 4, hidden]` in window order with their layout, and what follows from the layout alone."""
+    """Rows with their layout, and values that depend on the layout alone.
+
+    Attributes:
+        x: `[R, 4, hidden]`, in window order.
+        layout: of the rows.
+        rotation: cos and sin of each row, `[R, 4, 1, 1, d]`.
+        groups: the attention groups of each scope, once they are made.
+    """
 
     x: torch.Tensor
     layout: TokenLayout
@@ -81,12 +89,18 @@ class _Rows:
 def run_layers(
     passage: Passage, layers: range, x: torch.Tensor, layout: TokenLayout
 ) -> tuple[torch.Tensor, TokenLayout]:
-    """Some neighbouring layers on rows `x` `[R, 4, hidden]` in the window order of `layout`.
+    """Runs neighbouring layers of the tower.
+
+    Args:
+        passage: weights, timer and what prunes.
+        layers: the numbers of the layers.
+        x: `[R, 4, hidden]`, rows in the window order of `layout`.
+        layout: of the rows.
 
     Returns:
-        Rows in window order, and the layout they ended in.
+        The rows after the layers, in window order, and their layout, which differs if rows merged.
     """
-    if not layout.rows:  # nothing new in any frame pair
+    if not layout.rows:  # all units are reused
         return x, layout
     tower, table = tower_shape(passage.visual), rotary(vision_sizes(passage.visual.config), layout.geometry)
     rows = _Rows(x, layout, _rotation(table, layout))
@@ -113,10 +127,10 @@ def _rotation(table: tuple[torch.Tensor, torch.Tensor], layout: TokenLayout) -> 
 def _attend(
     passage: Passage, tower: TowerShape, layer: int, rows: _Rows
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The first half of a layer: adds to the rows what they attend to.
+    """The first half of a layer: attention, added to the rows.
 
     Returns:
-        What a merger asked for: keys `[R, 4, heads, d]`, None for hidden states; attention received `[R]`, None if not asked.
+        The inputs of a merger: keys `[R, 4, heads, d]`, None for hidden states; and attention received, float32, or None.
     """
     visual, layout, x = passage.visual, rows.layout, rows.x
     block, kind, scope = visual.blocks[layer], family(visual), tower.scope(layer)
@@ -127,7 +141,7 @@ def _attend(
     if passage.references:
         k, v = passage.references.seen_by(layer, k, v, layout)
     groups = _groups(rows, scope, x.device)
-    bias = passage.size_bias and layout.reach != "place"  # log of one is zero: no bias before anything was merged
+    bias = passage.size_bias and layout.reach != "place"  # before rows merge, every cluster size is 1 and its log is 0
     needs = _merger_needs(passage, layer, layout)
     received = torch.zeros(len(k), dtype=torch.float32) if "attention" in needs else None
     mixed = grouped_attention(q, k, v, groups, bias, received, passage.timer)
@@ -139,13 +153,13 @@ def _attend(
 
 
 def _merger_needs(passage: Passage, layer: int, layout: TokenLayout) -> frozenset[str]:
-    """What the merger compares after this layer; nothing where no rows go."""
+    """The names of what the merger compares after this layer; empty if no rows merge after it."""
     merging = passage.merging
     return merging.merger.needs if merging and merging.reduces(layer, layout) else frozenset()
 
 
 def _groups(rows: _Rows, scope: Scope, device: torch.device) -> list[Bucket] | Packed:
-    """Who attends to whom, made once for a layout and a scope."""
+    """The attention groups of the rows, made once for a layout and a scope."""
     if scope not in rows.groups:
         if devices.static_shapes(device):
             rows.groups[scope] = Packed(attention_groups(rows.layout, scope, exact=False), rows.layout.rows)
@@ -155,7 +169,7 @@ def _groups(rows: _Rows, scope: Scope, device: torch.device) -> list[Bucket] | P
 
 
 def _transform(passage: Passage, layer: int, rows: _Rows) -> None:
-    """The second half of a layer, which looks at no other row."""
+    """The second half of a layer: the MLP, which works on each row alone."""
     block, kind = passage.visual.blocks[layer], family(passage.visual)
     pieces = rows.x.split(passage.mlp_rows) if passage.mlp_rows else [rows.x]
     made = [mlp_half(kind, block, piece) for piece in pieces]
@@ -163,5 +177,5 @@ def _transform(passage: Passage, layer: int, rows: _Rows) -> None:
 
 
 def mlp_half(kind: Family, block, x: torch.Tensor) -> torch.Tensor:
-    """Norm and MLP of a layer on rows `[R, 4, hidden]`, with the residual."""
+    """Norm, MLP and residual of a layer on rows `[R, 4, hidden]`."""
     return kind.mlp(block.mlp, kind.norm(block.norm2, x), x)

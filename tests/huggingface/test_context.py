@@ -344,7 +344,7 @@ def test_calls_that_cannot_go_on_from_a_pruned_prompt_are_refused(model):
     prompt = processed(model, (5, ("video", 4, 8, 12), 7), (4, ("video", 4, 8, 12), 7))
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
     text = {"input_ids": ids[:, :2], "attention_mask": mask}
-    wrong = "110 columns go on from past_key_values that stand for 110"
+    wrong = "110 columns go on from past_key_values that represent 110"
     calls = [
         (wrong, text),
         (wrong.replace("110", "50", 1), text | {"attention_mask": mask[:, :50]}),

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evoprune.vision.attention import buckets, grouped_attention
+from evoprune.vision.attention import grouped_attention
+from evoprune.vision.buckets import buckets
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout, referring_layout
 from evoprune.vision.timer import Timer
 from tests.vision.tower import groups_by_hand, random_layout
@@ -62,7 +63,7 @@ def by_hand(q, k, v, layout, scope, size_bias):
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
 @pytest.mark.parametrize(("dtype", "scores"), [(torch.float32, 100), (torch.bfloat16, 1 << 23), (torch.bfloat16, 100)])
 def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, dtype, scores, monkeypatch):
-    monkeypatch.setattr("evoprune.vision.attention.SCORES", scores)  # also in many small pieces
+    monkeypatch.setattr("evoprune.vision.devices.SCORES", scores)  # also in many small pieces
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = (x.to(dtype) for x in rows_of(layout))
     plan, received = plan_of(layout, scope), torch.zeros(layout.rows)

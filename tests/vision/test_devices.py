@@ -16,9 +16,11 @@ from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.methods.reuse import Reuse
 from evoprune.vision import attention, devices, rows
-from evoprune.vision.attention import Packed, buckets, grouped_attention, with_bias
+from evoprune.vision.attention import grouped_attention
+from evoprune.vision.buckets import Packed, buckets
 from evoprune.vision.layout import attention_groups, geometry
 from evoprune.vision.timer import Timer
+from evoprune.vision.varlen import attend_packed, with_bias
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route, varlen_by_hand
 from tests.vision.results import encode_noise, encode_patches
@@ -147,7 +149,7 @@ def test_torchs_own_kernel_accepts_the_arguments():
     q, k, v = (x.bfloat16() for x in rows_of(layout))
     plan = packed(layout, "window")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = attention._attend_packed(varlen.varlen_attn, q, k, v, plan, True)
+        made = attend_packed(varlen.varlen_attn, q, k, v, plan, True)
     assert made.shape == q.shape and made.dtype == q.dtype
 
 

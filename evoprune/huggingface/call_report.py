@@ -1,0 +1,61 @@
+"""The report of one call of a pruned Hugging Face model."""
+
+from dataclasses import asdict
+
+from evoprune.huggingface import interface
+from evoprune.methods.base import Method
+from evoprune.model.linear import weights_bytes
+from evoprune.model.machine import environment, peak_memory
+from evoprune.pipeline.device import DTYPES
+from evoprune.report import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
+from evoprune.vision.encoded import Encoded
+
+
+def call_report(
+    model, call: dict, pruned: dict, encoded: Encoded, name: str, method: Method, budget: float, positions: str
+) -> Report:
+    """The report of one call with a video; the caller adds the times.
+
+    Args:
+        model: the Hugging Face model.
+        call, pruned: the call's arguments by name, as the user gave them and as the model gets them.
+        encoded: all videos of the call.
+        name, method: the pruning method as the user named it, and itself.
+        budget: share of the visual tokens to keep.
+        positions: where the settings place tokens; the call's own `position_ids` override it.
+    """
+    device, units = str(model.device), len(encoded.owner)
+    mask, grids = pruned.get("attention_mask"), call["video_grid_thw"].tolist()
+    prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
+    image = int((call["input_ids"] == model.config.image_token_id).sum())
+    visual = len(encoded.kept) + image
+    one = len(grids) == 1
+    timed = one and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
+    return Report(
+        sampling=Sampling(
+            grid_thw=grids[0] if one else None,
+            seconds_per_grid=interface.seconds_per_grid(call)[0] if timed else None,
+        ),
+        pruning=Pruning(
+            method=name,
+            args=asdict(method),
+            budget=method.reported_budget(budget),
+            kept_ratio=len(encoded.kept) / units,
+            visual_tokens_in=units,
+            visual_tokens_kept=len(encoded.kept),
+            encoder_rows=len(encoded.rows),
+            encoder_live_share=encoded.live_share,
+            layers=[list(layer) for layer in encoded.layers],
+            kept_per_grid=encoded.kept_per_pair,
+            positions=positions if call.get("position_ids") is None else "given",
+        ),
+        tokens=TokenCounts(prompt - visual, visual, prompt),
+        memory=Memory(weights_bytes(model), peak_memory(device)),
+        model=ModelFacts(
+            id=model.name_or_path or None,
+            dtype=next((name for name, dtype in DTYPES.items() if dtype == model.dtype), str(model.dtype)),
+            device=device,
+        ),
+        env=environment(device),
+        warnings=["equal_scores"] if encoded.flat else [],
+    )

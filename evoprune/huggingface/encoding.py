@@ -1,0 +1,84 @@
+"""The pruned encoder on a Hugging Face model's weights and its processor's output."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.huggingface import interface
+from evoprune.methods.base import Method
+from evoprune.pruning.budget import keep_count, parse_budget
+from evoprune.vision.encoded import Encoded, joined
+from evoprune.vision.encoder import encode as encode_video
+from evoprune.vision.tower import tower_shape
+
+
+def encode(
+    model,
+    pixel_values_videos: torch.Tensor,
+    video_grid_thw: torch.Tensor,
+    *,
+    budget: float | str = 1.0,
+    method: str = methods.DEFAULT,
+    method_args: dict[str, str] | None = None,
+    question: torch.Tensor | None = None,
+    seconds_per_pair: float | Sequence[float] = 1.0,
+    seed: int = 0,
+) -> Encoded:
+    """Runs the vision tower of `model` on one or several videos and prunes each to `budget`.
+
+    Args:
+        model: a Hugging Face `Qwen2_5_VLForConditionalGeneration` or `Qwen2VLForConditionalGeneration`, or any object with such a
+            tower at `model.visual`.
+        pixel_values_videos: float `[patches, 1176]`, from the model's processor.
+        video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across.
+        budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
+        method, method_args: name of a pruning method, and its settings as texts.
+        question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
+        seconds_per_pair: time between frame pairs in seconds, one number or one per video (the processor's `second_per_grid_ts`).
+        seed: for methods that draw at random.
+
+    Returns:
+        `Encoded`. Its `kept` and `owner` number the units over all videos, in the order of the video's placeholder tokens.
+
+    Raises:
+        UsageError: a bad budget or method, a method that resizes frames, a method that reads the question if there is none, or
+            patches that do not fit `video_grid_thw`.
+        ModelError: the model has no such tower.
+    """
+    share, chosen = parse_budget(budget), patch_method(method, method_args, has_question=question is not None)
+    visual = interface.tower_of(model)
+    merge = visual.config.spatial_merge_size
+    grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
+    sizes = [t * h * w * merge**2 for t, h, w in grids]
+    if sum(sizes) != len(pixel_values_videos) or not sizes:
+        raise UsageError(
+            f"{len(pixel_values_videos)} patches do not fit video_grid_thw {video_grid_thw.tolist()}",
+            "pass pixel_values_videos and video_grid_thw of one call of the processor",
+        )
+    seconds = [seconds_per_pair] * len(grids) if isinstance(seconds_per_pair, (int, float)) else seconds_per_pair
+    tower = tower_shape(visual)
+    videos = []
+    for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
+        plan = chosen.plan(tower, grid, keep_count(share, prod(grid)))
+        how = {"question": question, "seconds_per_pair": step, "seed": seed}
+        videos.append(encode_video(visual, [patches], plan, chosen, **how))
+    return joined(videos)
+
+
+def patch_method(name: str, args: dict[str, str] | None, has_question: bool = False) -> Method:
+    """The method `name`, which must be able to work on a processor's patches.
+
+    Raises:
+        UsageError: there is no such method or setting, it resizes frames, or it reads the question and there is none.
+    """
+    found = methods.get(name, args)
+    if found.acts == "input":
+        raise UsageError(
+            f"method {name} acts on frames, and these are patches", "use VideoQA, or shrink the video first"
+        )
+    if found.reads_question and not has_question:
+        raise UsageError(f"method {name} reads the question, which is not known here", "use VideoQA, or another method")
+    return found
