@@ -11,6 +11,7 @@ from evoprune import methods
 from evoprune.model.config import parse_config
 from evoprune.model.quantize import check
 from evoprune.pipeline.random_weights import random_model
+from evoprune.pruning.plan import full_plan
 from evoprune.vision.encoder import encode
 from experiments import kernels
 from tests.threads import one_thread  # noqa: F401
@@ -53,7 +54,8 @@ def test_the_layer_is_the_towers(sizes):
     visual.merger.mlp = torch.nn.Identity()
     units, weight = sizes.grid[0] * sizes.grid[1], visual.patch_embed.proj.weight.flatten(1)
     patches = torch.randn(units * 4, weight.shape[1])
-    whole = encode(visual, [patches], (1, *sizes.grid), methods.get("none"), units).rows
+    plan = full_plan(kernels.tower_shape(visual), (1, *sizes.grid))
+    whole = encode(visual, [patches], plan, methods.get("none")).rows
     _, turn, (window, grid) = kernels.layer_inputs(visual, replace(sizes, grids=1))
     order = kernels.tower_geometry(visual, *sizes.grid).order
     x = (patches @ weight.T).view(units, 4, -1)[order]
