@@ -1,12 +1,14 @@
 """The ablations: every variant exists, and the tables agree with the samples."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from evoprune import methods
 from evoprune.evaluation.run import Settings
+from evoprune.pipeline.options import GenerationOptions
 from experiments import ablations
 from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
 from experiments.paired import in_points, paired_difference
@@ -96,12 +98,14 @@ def test_the_table_holds_every_variant_at_every_budget():
 
 @pytest.fixture
 def few(monkeypatch):
-    """Two ablations of two variants each."""
+    """Two ablations of two variants each, and answers of two tokens."""
     first_two = {
         name: replace(ABLATIONS[name], variants=dict([*ABLATIONS[name].variants.items()][:2]))
         for name in ("spending", "selector")
     }
     monkeypatch.setattr(ablations, "ABLATIONS", first_two)
+    generation = GenerationOptions(max_new_tokens=2)
+    monkeypatch.setattr(ablations, "Settings", partial(Settings, generation=generation))
 
 
 def test_the_command_writes_the_tables_and_resumes_its_run(tmp_path, saved, capsys, few):

@@ -1,5 +1,6 @@
 """The comparison: its rows, its ties, the files that it writes, and an interrupted run."""
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ import pytest
 from evoprune import methods
 from evoprune.evaluation import run as evaluation_run
 from evoprune.evaluation.scores import score_rows
+from evoprune.pipeline.options import GenerationOptions
 from experiments import comparison
 from experiments.comparison import compared, main
 from experiments.comparison_tables import (
@@ -192,8 +194,10 @@ def test_the_chart():
 
 @pytest.fixture
 def asked(saved, tmp_path, monkeypatch):
-    """The command on the tiny model, two clips, and two rows."""
+    """The command on the tiny model, two clips, two rows, and answers of two tokens."""
     names = ["random", "reuse+cdpruner"]
+    generation = GenerationOptions(max_new_tokens=2)
+    monkeypatch.setattr(comparison, "Settings", partial(evaluation_run.Settings, generation=generation))
     monkeypatch.setattr(comparison, "compared", lambda: names)
     table, picture = tmp_path / "table.md", tmp_path / "chart.svg"
     files = ["-o", tmp_path / "runs", "--table", table, "--chart", picture]

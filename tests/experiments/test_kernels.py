@@ -34,7 +34,7 @@ def needs_bytes_and_bf16():
         pytest.skip("no products in bf16 here")
 
 
-def test_tables(monkeypatch, capsys, sizes, needs_bytes_and_bf16):
+def test_the_command_prints_all_tables(monkeypatch, capsys, sizes, needs_bytes_and_bf16):
     monkeypatch.setattr(kernels, "Sizes", lambda config: sizes)
     monkeypatch.setattr(kernels, "matmul_rate", lambda dtype: 1e11)
     monkeypatch.setattr(sys, "argv", ["kernels", "--repeat", "1"])
@@ -47,7 +47,7 @@ def test_tables(monkeypatch, capsys, sizes, needs_bytes_and_bf16):
     assert "100 GFLOP/s" in out and "GB/s" in out and "Error" not in out
 
 
-def test_the_layer_is_the_towers(sizes):
+def test_the_measured_layer_is_that_of_the_tower(sizes):
     """One layer of windows, seen through a merger that only norms."""
     config = replace(sizes.config.vision_config, depth=1, fullatt_block_indexes=())
     visual = random_model(replace(sizes.config, vision_config=config), torch.float32, kernels.CPU).model.visual
