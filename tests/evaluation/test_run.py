@@ -194,18 +194,17 @@ def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded,
     assert [len(chunks) for chunks in in_two] == [2, 2]
 
 
-def test_several_processes_give_the_same_samples_in_the_same_order(saved):
+def test_several_processes_give_the_same_samples_in_the_same_order(loaded, saved):
     settings = replace(SETTINGS, budgets=(0.5,), model=ModelOptions(str(saved), dtype="fp32"))
     runs = []
     for processes in (1, 2):
-        run = Evaluation(settings, videos(CLIPS[:3]))
-        run.load()
+        run = begun(loaded, settings, videos(CLIPS[:3]))
         run.run(processes=processes)
         runs.append(run.samples)
     assert len(runs[0]) == 3 * 2 * 2 and runs[0] == runs[1]
 
 
-def test_a_process_gives_the_same_samples_of_the_demos_clips(saved, monkeypatch):
+def test_a_process_gives_the_same_samples_of_the_demos_clips(loaded, saved, monkeypatch):
     """What is sent to processes and what they do with it, in this process."""
     sent = []
 
@@ -221,7 +220,7 @@ def test_a_process_gives_the_same_samples_of_the_demos_clips(saved, monkeypatch)
     runs = []
     for processes in (1, 2):
         run = Evaluation(settings, None)
-        run.load()
+        run.loaded = loaded
         run.run(processes=processes)
         runs.append(run.samples)
     assert len(runs[0]) == 2 * 2 * 6 and runs[0] == runs[1] and sent == [0, 1]
