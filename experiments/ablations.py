@@ -1,8 +1,10 @@
-"""What each element of the method is worth: `python -m experiments.ablations OUT`.
+"""What each part of a method is worth: `python -m experiments.ablations OUT`.
 
-All variants run in one evaluation, whose folder is OUT; an existing one is resumed. Each question has a table: accuracy at each
-budget, and the paired difference to the table's first row, which is the method as it is or was. Variants are tuned on the split
-"validation" and reported once on seeds that were never used (`--split heldout --seed N`).
+All variants run in one evaluation, whose folder is OUT. An existing run is resumed. Each ablation has a table: accuracy at each
+budget, and the paired difference to the first row, which is the method with its defaults. Variants are compared on the split
+"validation"; a winner is reported once on seeds that were never used (`--split heldout --seed N`).
+
+results/ablations.md also has ablations of settings that are gone, because they brought nothing.
 """
 
 import argparse
@@ -15,31 +17,39 @@ import numpy as np
 
 from evoprune.evaluation.run import Evaluation, Settings
 from evoprune.evaluation.scores import FULL
+from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.schedule import ALLOCATIONS
-from evoprune.pruning.score import LONELY
 from experiments.paired import in_points, paired_difference
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """A question, and the variants that answer it: by label, their settings beyond those of `method`, a name with or without
-    settings."""
+    """Variants of a method that answer one question.
+
+    Attributes:
+        title: of the table.
+        method: a name that `methods.get` takes, with or without settings.
+        variants: by label, the settings of each variant beyond those of `method` ("depth=1:floor=0.5"), or the name of another
+            method to compare with ("reuse+divprune").
+    """
 
     title: str
     method: str
     variants: dict[str, str]
 
     def specs(self) -> dict[str, str]:
-        """Variants by label, as names that `methods.get` takes. Of two values of a setting it uses the last."""
-        return {label: f"{self.method}:{args}" if args else self.method for label, args in self.variants.items()}
+        """Variants by label, as names that `methods.get` takes. Where a setting has two values, `methods.get` uses the last."""
+        return {label: _spec(self.method, variant) for label, variant in self.variants.items()}
 
 
-PAPER = "evoprune-paper:allocation=skip:attention=0.1:critical=0.1"  # the paper's settings; the defaults follow from these tables
-OURS = "evoprune"
-LATE = (
-    "evoprune:depth=1:merge=0.5:last=0.25:alpha=4:reuse=12"  # rows merge early, and are selected after the tower alone
-)
+def _spec(method: str, variant: str) -> str:
+    if "=" in variant.partition(":")[0]:
+        return f"{method}:{variant}"
+    return variant or method
+
+
+PAPER, OURS = "evoprune-paper", "evoprune"
 NO_ATTENTION = "attention=0:critical=0"
 ABLATIONS = {
     "allocation": Ablation(
@@ -56,24 +66,19 @@ ABLATIONS = {
         PAPER,
         {"0.1": ""} | {str(w): f"diversity={w}" for w in (0, 0.3, 1.0, -0.1, -0.3)},
     ),
-    "lonely": Ablation(
-        "Whose loneliness counts, at weight 0.3",
-        PAPER,
-        {name: f"diversity=0.3:lonely={name}" for name in LONELY},
-    ),
     "neighbours": Ablation(
         "Neighbours of the density, at weight 0.3",
         PAPER,
         {str(n): f"diversity=0.3:neighbours={n}" for n in (4, 1, 16)},
     ),
     "attention": Ablation(
-        "Attention preserved", PAPER, {"0.1": ""} | {str(w): f"attention={w}" for w in (0, 0.3, 1.0)}
+        "Weight of attention", PAPER, {"0.1": ""} | {str(w): f"attention={w}" for w in (0, 0.3, 1.0)}
     ),
     "critical": Ablation(
         "Critical share", PAPER, {"0.1": ""} | {str(share): f"critical={share}" for share in (0, 0.05, 0.2, 0.4)}
     ),
     "paper": Ablation(
-        "The paper's ablations: without either, and without both",
+        "The paper's ablations: without diversity, without attention, without both",
         PAPER,
         {
             "all": "",
@@ -87,109 +92,56 @@ ABLATIONS = {
         PAPER,
         {"keys": "", "keys after rotary": "features=keys_rotary", "hidden states": "features=hidden"},
     ),
-    "split": Ablation("The two sets", PAPER, {"alternate": "", "checkerboard": "split=checkerboard"}),
-    "direction": Ablation("Whose place a merged row takes", PAPER, {"destination": "", "attended": "survivor=attended"}),
-    "size": Ablation("Merged rows count in attention", PAPER, {"by size": "", "once": "size_bias=false"}),
-    "scope": Ablation(
-        "Where rows merge",
-        PAPER,
-        {"windows, then grids": "", "grids": "windows=false", "2 grids": "block=2", "4 grids": "block=4"},
-    ),
+    "size": Ablation("How merged rows count in attention", PAPER, {"by size": "", "once": "size_bias=false"}),
     "together": Ablation(
-        "What won, together",
+        "The settings that won, together",
         PAPER,
         {
-            "the paper's form": "",
+            "the paper's settings": "",
             "no attention": NO_ATTENTION,
             "decreasing": "allocation=decreasing",
-            "decreasing, no attention (the defaults)": f"allocation=decreasing:{NO_ATTENTION}",
-            "the same, 4 grids": f"allocation=decreasing:{NO_ATTENTION}:block=4",
-            "the same, 4 grids, all layers": f"allocation=decreasing:{NO_ATTENTION}:block=4:first=0:last=1",
+            "both (`evoprune-merge`)": "evoprune-merge",
         },
     ),
     "depth": Ablation(
         "After which share of the layers rows are selected",
         OURS,
-        {"0.125": ""}
-        | {str(depth): f"depth={depth}" for depth in (0.25, 0.375, 0.5, 0.75)}
-        | {"1, merging early": "depth=1:merge=0.5:last=0.25"},
-    ),
-    "merging": Ablation(
-        "Rows left by merging before the choice", OURS, {"all": ""} | {str(m): f"merge={m}" for m in (0.75, 0.5, 0.35)}
-    ),
-    "rows": Ablation(
-        "The encoder's budget: rows that go on after the choice",
-        OURS,
-        {"as many as are read": ""} | {str(share): f"encoder_budget={share}" for share in (1, 0.5, 0.35, 0.2, 0.15, 0.1, 0.05)},
+        {"0.125": ""} | {str(share): f"depth={share}" for share in (0.25, 0.375, 0.5, 0.75)} | {"1, after the tower": "depth=1"},
     ),
     "spending": Ablation(
-        "Rows and tokens go where something happens, or evenly to all grids",
+        "Share of an even spread that each frame pair gets at least",
         OURS,
-        {"where something happens": "", "half of them evenly": "floor=0.5", "evenly": "floor=1"},
+        {"0": ""} | {str(share): f"floor={share}" for share in (0.5, 1)},
     ),
     "references": Ablation(
-        "References in time: levels of 255 that count as change",
+        "Reuse in time: levels of 255 that count as change",
         OURS,
         {"8": ""} | {str(level): f"reuse={level}" for level in (0, 3, 5, 12, 16)},
     ),
-    "refresh": Ablation(
-        "In how many grids each unit has its turn to be encoded anew",
-        OURS,
-        {"never": ""} | {str(grids): f"refresh={grids}" for grids in (16, 8, 4)},
-    ),
-    "stands": Ablation(
-        "What a selected row is, and as how many units it counts in the language model's attention",
+    "cluster": Ablation(
+        "What a selected row becomes, and how often it counts in the language model's attention",
         OURS,
         {
-            "mean of its units, their number to the power 0.5": "",
-            "itself, one": "average=false:count=0",
-            "mean, one": "count=0",
-            "itself, power 0.5": "average=false",
-            **{f"mean, power {power}": f"count={power}" for power in (0.25, 0.75, 1)},
+            "mean of its cluster, size ** 0.5": "",
+            "itself, once": "average=false:count=0",
+            "mean, once": "count=0",
+            "itself, size ** 0.5": "average=false",
+            **{f"mean, size ** {power}": f"count={power}" for power in (0.25, 0.75, 1)},
         },
     ),
-    "late rows": Ablation(
-        "With the choice after the tower: the encoder's budget",
-        LATE,
-        {"0.5": ""} | {str(share): f"encoder_budget={share}" for share in (0.75, 0.35, 0.25, 0.15)},
-    ),
-    "late rows alone": Ablation(
-        "With the choice after the tower: the encoder's budget without references",
-        LATE,
-        {"0.5": "reuse=0"} | {str(share): f"reuse=0:encoder_budget={share}" for share in (0.75, 0.35, 0.25, 0.15)},
-    ),
-    "early": Ablation(
-        "With the choice after the tower: layers that merge",
-        LATE,
-        {"0-0.25": ""}
-        | {f"{a}-{b}": f"first={a}:last={b}" for a, b in ((0, 0.5), (0.25, 0.5), (0.25, 0.75), (0.5, 0.75))},
-    ),
-    "block": Ablation(
-        "With the choice after the tower: grids of a block", LATE, {"4": ""} | {str(n): f"block={n}" for n in (1, 2, 8)}
-    ),
-    "score": Ablation(
-        "With the choice after the tower: the paper's terms in our merging",
-        LATE,
-        {"none": "", "diversity": "diversity=0.1", "attention": "attention=0.1:critical=0.1"},
-    ),
-    "halves": Ablation(
-        "With the choice after the tower: the two sets", LATE, {"checkerboard": "", "alternate": "split=alternate"}
-    ),
-    "similarity": Ablation(
-        "With the choice after the tower: what similarity is measured on",
-        LATE,
-        {"keys": "", "keys after rotary": "features=keys_rotary", "hidden states": "features=hidden"},
-    ),
     "auto": Ablation(
-        "How near a chosen unit every other is before `-b auto` stops, at most at the column's budget",
+        "Distance to a selected unit at which `-b auto` stops, at most at the column's budget",
         OURS,
-        {"all of the budget": ""} | {str(d): f"within={d}" for d in (0.01, 0.02, 0.03, 0.05, 0.1)},
+        {"never": ""} | {str(d): f"within={d}" for d in (0.01, 0.02, 0.03, 0.05, 0.1)},
     ),
-    "time": Ablation("Weight of time in the choice", OURS, {"1.5": ""} | {str(a): f"alpha={a}" for a in (0, 0.5, 1, 2, 4)}),
-    "choice": Ablation(
-        "With the choice after the tower: who chooses",
-        LATE,
-        {"own": ""} | {name: f"choice={name}" for name in ("random", "divprune", "mmr", "scope", "visionzip")},
+    "time": Ablation(
+        "Weight of time in the selection", OURS, {"1.5": ""} | {str(a): f"alpha={a}" for a in (0, 0.5, 1, 2, 4)}
+    ),
+    "selector": Ablation(
+        "What selects after the tower, with reuse in time",
+        f"{OURS}:depth=1",
+        {"farthest points": ""}
+        | {name: f"{REUSE}+{name}" for name in ("random", "divprune", "mmr", "scope", "visionzip")},
     ),
 }  # fmt: skip
 
@@ -226,7 +178,7 @@ def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float])
 
 
 def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> str:
-    """All tables as Markdown, of the questions of a group if one is given."""
+    """All tables as Markdown, over all questions or those of one group."""
     samples = [s for s in run.samples if "error" not in s and (group is None or group in s["groups"])]
     full = [s for s in samples if s["row"] == FULL]
     settings, of = run.settings, f", group {group!r}" if group else ""
@@ -241,7 +193,7 @@ def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> s
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("out", type=Path, help="folder of the run; an existing run is resumed")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--seed", type=int, default=0, help="block of the split's clips")
     parser.add_argument("--limit", type=int, default=150, help="clips")
@@ -249,8 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(ABLATIONS), help="some of: %(default)s")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--group", help="tables of these questions alone, say static or panning; the run is the same")
-    parser.add_argument("--markdown", type=Path, help="write the tables there as well")
+    parser.add_argument("--group", help="make the tables of these questions alone, say static or panning")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     args = parser.parse_args(arguments)
     names = args.only.split(",")
     if unknown := [name for name in names if name not in ABLATIONS]:

@@ -1,13 +1,12 @@
 """Every method at the same budgets on the same clips, as a document and a chart: `python -m experiments.comparison`.
 
-The rows are all methods; `evoprune` with more and with fewer rows in the encoder; and its reuse in time before each method that
-selects after the encoder (`evoprune:choice=NAME`) and before its own selection (`evoprune:depth=1`), so that reuse and selection
-can be compared separately. Each row answers the same questions about the demo's clips, once in every model given. Each model's run
-has a folder, and the same command goes on with a run that was cut short.
+The rows are all methods; `evoprune` with its selection after the tower (`evoprune:depth=1`); and reuse in time before each method
+that selects after the tower (`reuse+NAME`). So reuse and selection can be compared separately. Each row answers the same questions
+about the demo's clips, once in every model given. Each model's run has a folder. The same command resumes an interrupted run.
 
-Within a budget every row is paired with the best one. If the 95% interval of the difference, over videos, includes zero, the row is
-called a tie. The best row is found by the same answers, among many rows: both make it look a little better than it is. At equal
-cost every row of another method is paired with the dearest row of `evoprune` that costs no more, which is found by the costs alone.
+Within a budget every row is paired with the best one. A row is a tie if the 95% interval of the difference, over videos, includes
+zero. The best row is the best of many on the same answers, so its accuracy is a little too high. At equal cost every row of another
+method is paired with the most expensive row of `evoprune` that costs no more. That row is found by the costs alone.
 """
 
 import argparse
@@ -23,31 +22,27 @@ from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation.folder import SETTINGS
 from evoprune.evaluation.run import DEMO, Evaluation, Settings
+from evoprune.methods.registry import REUSE
 from evoprune.pipeline.choices import SPLITS
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.visualize.chart import COLOURS
-from experiments.comparison_tables import OURS, SHARE, Outcome, chart, document
+from experiments.comparison_tables import OURS, Outcome, chart, document
 
 BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
-SHARES = (
-    0.6,
-    0.15,
-)  # of the encoder, where the default is as many as are read: more; and fewer, but at the least budget
 
 
 def compared() -> list[str]:
-    """The rows: methods by name, this package's own first, then variants of `evoprune`."""
+    """The rows: methods by name, this package's own first, then `evoprune` and each selector after the tower with reuse."""
     names = [name for name in methods.available() if name != "none"]
-    shares = [*(f"{SHARE}{share:g}" for share in SHARES), f"{OURS}:depth=1"]
-    return [*names, *shares, *(f"{OURS}:choice={name}" for name in names if methods.get(name).acts == "after")]
+    return [*names, f"{OURS}:depth=1", *(f"{REUSE}+{name}" for name in names if methods.get(name).acts == "after")]
 
 
 def measure(settings: Settings, folder: Path, processes: int, progress: Callable[[str], None]) -> Outcome:
-    """Runs a model's evaluation, or the rest of it, in a folder of its own below `folder`, `processes` clips at a time.
+    """Runs a model's evaluation, or resumes it, in a folder of its own inside `folder`, `processes` clips at a time.
 
     Raises:
-        EvopruneError: what `Evaluation` and `load_model` raise; among others, if it was begun with other settings.
+        EvopruneError: what `Evaluation` and `load_model` raise. One reason is a run in the folder with other settings.
     """
     run = Evaluation(settings, None)
     place = folder / re.sub(r"[^A-Za-z0-9._-]+", "-", settings.model.model).strip("-")
@@ -75,7 +70,11 @@ def compare(
     processes: int = 1,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Outcome]:
-    """Each of the methods `names`, or all there is, at every budget in every model, one after another; raises as `measure`."""
+    """Every method of `names`, by default all rows, at every budget in every model, one model after another.
+
+    Raises:
+        EvopruneError: what `measure` raises.
+    """
     settings = Settings(
         DEMO,
         tuple(budgets),

@@ -1,4 +1,4 @@
-"""The results of `experiments.comparison` as tables and a chart: the best, ties with it, and who is better at equal cost."""
+"""The results of `experiments.comparison` as tables and a chart: the best, ties with it, and which is better at equal cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw_rows
 from experiments.paired import in_points, paired_difference
 
-OURS, SHARE = methods.DEFAULT, f"{methods.DEFAULT}:encoder_budget="
+OURS = methods.DEFAULT
 CAMERAS = ("static", "panning")  # groups with columns of their own at equal cost
 
 LEGEND = (
@@ -18,16 +18,16 @@ LEGEND = (
     "points; a tie where its interval includes zero. Tokens: what the language model reads, mean of a question; where a method's "
     "shape forbids the budget, what it reached. Live share: rows that the tower computes, mean over its layers. TFLOP: 10^12 "
     "operations of tower and prefill at 3B dimensions, from the true rows of each layer. Selection: milliseconds of scores, "
-    "merging and choice in the run that made this, beside whatever else the machine did, for a video, or for each question where "
-    "the choice depends on it."
+    "merging and selection in this run, with whatever else the machine did, for a video, or for each question where the selection "
+    "depends on it."
 )
 SHORT_LEGEND = (
     "Accuracy as a share of that in full, in percent, one figure a model; operations of tower and prefill at 3B dimensions as a "
     "share of those in full. Intervals and ties are below."
 )
 COST_LEGEND = (
-    "Each row of another method beside the dearest row of `evoprune` (at any budget, with any of the shares above) that costs no "
-    "more operations: accuracy of `evoprune` less that of the other, paired, over all questions and by what the camera does."
+    "Each row of another method beside the most expensive row of `evoprune`, at any budget, that costs no more operations: "
+    "accuracy of `evoprune` less that of the other, paired, over all questions and by what the camera does."
 )
 
 
@@ -77,7 +77,7 @@ def standings(samples: Sequence[dict], budget: float) -> dict[str, Standing]:
 
 @dataclass(frozen=True)
 class Match:
-    """A row of another method beside the dearest row of `evoprune` that costs no more; None where all cost more.
+    """A row of another method beside the most expensive row of `evoprune` that costs no more; None where all cost more.
 
     Attributes:
         other, ours: as in the results, over all questions.
@@ -90,10 +90,10 @@ class Match:
 
 
 def equal_cost(outcome: Outcome) -> list[Match]:
-    """Each row of another method, the dearest first. Rows of `evoprune` with another method's selection are left out."""
+    """Of each row of another method, the most expensive first. Variants of `evoprune` and combinations are left out."""
     rows = [row for row in outcome.document["rows"] if row["row"] == METHOD and row["group"] == ALL]
-    ours = [row for row in rows if row["method"] == OURS or row["method"].startswith(SHARE)]
-    others = [row for row in rows if row["method"].partition(":")[0] != OURS]
+    ours = [row for row in rows if row["method"] == OURS]
+    others = [row for row in rows if row["method"].partition(":")[0] != OURS and "+" not in row["method"]]
     samples: dict[str, list[dict]] = {}
     for sample in outcome.samples:
         if "error" not in sample:
@@ -113,12 +113,15 @@ def equal_cost(outcome: Outcome) -> list[Match]:
 
 
 def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
-    """What each method keeps in each model, and what it costs in the first one. The best on average comes first; no variants."""
+    """What each method keeps in each model, and what it costs in the first one, as a Markdown table.
+
+    The best method on average comes first. Variants and combinations are left out.
+    """
     found: dict[str, dict[float, list[dict]]] = {}
     for outcome in outcomes:
         for budget in budgets:
             for row in outcome.rows(budget):
-                if ":" not in row["method"]:
+                if not {":", "+"} & set(row["method"]):
                     found.setdefault(row["method"], {}).setdefault(budget, []).append(row)
     whole = (row for row in outcomes[0].document["rows"] if row["row"] == FULL and row["group"] == ALL)
     full = next((row["tflop_3b"] for row in whole), None)
@@ -207,14 +210,14 @@ def _table(outcome: Outcome, budget: float) -> str:
     groups = list(dict.fromkeys(row["group"] for row in outcome.document["rows"]))
     groups = [group for group in groups if group != ALL and not group.startswith(TYPE)]
     found = {(row["method"], row["group"]): row for row in outcome.document["rows"] if _at(row, budget)}
-    stands = standings(outcome.samples, budget)
+    against = standings(outcome.samples, budget)
     titles = ["", "accuracy", "kept", "against the best", *groups, "tokens", "live share", "TFLOP", "selection ms"]
     lines = [titles, ["---"] * len(titles)]
     for row in outcome.rows(budget):
         name = row["method"]
         lines.append(
             [
-                f"`{name}`", _accuracy(row), _kept(row), str(stands[name]), *(_accuracy(found[name, group]) for group in groups),
+                f"`{name}`", _accuracy(row), _kept(row), str(against[name]), *(_accuracy(found[name, group]) for group in groups),
                 f"{row['tokens']:,.1f}", f"{row['live_share']:.2f}", f"{row['tflop_3b']:.3g}",
                 _selection_ms(outcome.samples, name, budget),
             ]
@@ -223,12 +226,12 @@ def _table(outcome: Outcome, budget: float) -> str:
 
 
 def _spread(outcome: Outcome, budget: float) -> list[str]:
-    """How well the clips separate methods: from randomly drawn tokens to the best row, in half-widths of the interval."""
+    """How well the clips separate methods: from random tokens to the best row, in half-widths of the interval."""
     rows = outcome.rows(budget)
-    lots = next((row for row in rows if row["method"] == "random"), None)
-    if lots is None:
+    drawn = next((row for row in rows if row["method"] == "random"), None)
+    if drawn is None:
         return []
-    apart, half = rows[0]["accuracy"] - lots["accuracy"], (lots["high"] - lots["low"]) / 2
+    apart, half = rows[0]["accuracy"] - drawn["accuracy"], (drawn["high"] - drawn["low"]) / 2
     times = f", {apart / half:.1f} times the half-width of the interval of `random`" if half else ""
     return [f"From `random` to the best: {100 * apart:.1f} points{times}."]
 

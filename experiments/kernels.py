@@ -1,7 +1,7 @@
-"""What speed depends on, piece by piece, as Markdown tables: `python -m experiments.kernels`.
+"""The time of single kernels and steps, as Markdown tables: `python -m experiments.kernels`.
 
-Products of single rows, memory, packing and quantising weights, and one layer of the tower against alternatives to it. On random
-weights of true dimensions, on the CPU, in bf16.
+It measures products of single rows, memory, packing and quantising of weights, and one layer of the tower against alternatives. The
+weights are random and of the 3B model's dimensions, on the CPU, in bf16.
 """
 
 import argparse
@@ -43,11 +43,13 @@ class Sizes:
     """What is measured.
 
     Attributes:
-        config: whose dimensions. product: (in, out) features of the products of single rows.
-        copies: of each weight of those products, so many that no cache holds them.
+        config: of the model whose dimensions are taken.
+        product: (in, out) features of the products of single rows.
+        copies: of each weight of those products, too many for any cache.
         read_bytes: size of the tensor that is read to measure memory.
-        grid: (H, W) of a grid in units, whole windows. grids: as many as the encoder takes at a time.
-        clip: grids of the clip that the tower encodes in pieces, or in one.
+        grid: (H, W) of a frame pair in units, whole windows.
+        grids: frame pairs that the encoder takes at a time.
+        clip: frame pairs of the clip that the tower encodes in chunks, or at once.
     """
 
     config: Config
@@ -152,7 +154,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
     show("Seconds to pack and to quantise weights", ("form", "of", "s", "times", "s in all"), rows)
 
 
-# The tower: one layer, as it is built and otherwise.
+# The tower: one layer, as it is built and with alternatives.
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -198,7 +200,7 @@ def layer(
 
 
 def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], list[int]]:
-    """x and `turn` of `layer`, in window order; and the patch rows of a window and of a grid."""
+    """x and `turn` of `layer`, in window order; and the patch rows of a window and of a frame pair."""
     geo = tower_geometry(visual, *sizes.grid)
     x = torch.randn(sizes.grids * geo.units, PATCHES, visual.config.hidden_size).to(DTYPE)
     cos, sin = (
@@ -208,7 +210,7 @@ def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[t
 
 
 def layers(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int) -> None:
-    """Prints one layer as built, and with one thing at a time done otherwise. `plain` and `packed`: the tower."""
+    """Prints the time of one layer as built, and with one alternative at a time. `plain` and `packed`: the tower."""
     x, turn, groups = layer_inputs(plain, sizes)
     heads, sdpa = plain.config.num_heads, F.scaled_dot_product_attention
     run = partial(layer, packed.blocks[0])
@@ -231,7 +233,7 @@ def layers(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int) -> No
 
 
 def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
-    """Prints a short tower on a clip, some units at a time and all at once."""
+    """Prints the time of a short tower on a clip, some units at a time and all at once."""
     config, units = packed.config, sizes.clip * sizes.grid[0] * sizes.grid[1]
     patches = torch.randn(units * PATCHES, packed.patch_embed.proj.weight[0].numel()).to(DTYPE)
     some = min(CHUNK_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
@@ -286,7 +288,7 @@ def measure(sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
     vision, text = sizes.config.vision_config, sizes.config.text_config
     small = replace(
         sizes.config,
-        vision_config=replace(vision, depth=2, fullatt_block_indexes=(1,)),  # one layer in windows, one in grids
+        vision_config=replace(vision, depth=2, fullatt_block_indexes=(1,)),  # one layer in windows, one in frame pairs
         text_config=replace(text, num_hidden_layers=1),
     )
     model = random_model(small, DTYPE, CPU)

@@ -1,9 +1,9 @@
-"""What noise does to references in time: `python -m experiments.robustness`.
+"""What noise does to reuse in time: `python -m experiments.robustness`.
 
 A unit is not encoded again while it differs from its reference by less than some levels of 255 (pruning/reference.py). Coarse
-compression and light that changes make everything differ a little, and fine compression keeps small changes that matter. So the
-demo's clips with a standing camera are written by x264 at several qualities, or get light that swells and fades, and are asked
-about with nothing pruned and with `evoprune`: how much is encoded, and what is still answered.
+compression and changing light make every unit differ a little, and fine compression keeps small changes that matter. So the demo's
+clips with a still camera are written by x264 at several qualities, or get light that grows and fades. The questions are asked with
+nothing pruned and with `evoprune`. The table says how much is encoded and how many answers are right.
 """
 
 import argparse
@@ -47,7 +47,7 @@ NOISES = (*(Noise(crf) for crf in (10, 18, 23, 28, 33)), *(Noise(18, light) for 
 
 
 def in_changing_light(light: float) -> Callable[..., Iterator[FrameChunk]]:
-    """`read_frames`, but all of a picture is brighter or darker by up to so many levels, in waves."""
+    """`read_frames`, but with each whole frame brighter or darker by up to `light` levels, in waves over time."""
 
     def read(info, times_s, **how) -> Iterator[FrameChunk]:
         with closing(read_frames(info, times_s, **how)) as chunks:
@@ -60,7 +60,7 @@ def in_changing_light(light: float) -> Callable[..., Iterator[FrameChunk]]:
 
 
 def answers(loaded: LoadedModel, video: Video, noise: Noise, method: str, budget: float) -> list[dict]:
-    """A sample a question: whether it was answered, the live share, and the share of units that were encoded at all."""
+    """A sample for each question: whether the answer is right, the live share, and the share of units that were encoded at all."""
     engine = make_engine(loaded, PruneOptions(budget, method))
     with closing(open_video(engine, video.path, name=video.name, read=in_changing_light(noise.light))) as opened:
         encoded = opened.encode()
@@ -79,7 +79,7 @@ def answers(loaded: LoadedModel, video: Video, noise: Noise, method: str, budget
 
 
 def table(samples: dict[tuple[Noise, str], list[dict]], method: str) -> str:
-    """In Markdown, a noise a row; the difference is that to nothing pruned, with its 95% interval over videos."""
+    """Markdown, a row for each noise; the difference is to nothing pruned, with its 95% interval over videos."""
     lines = ["|  | in full | pruned | difference | encoded | live share |", "|---" * 6 + "|"]
     for noise in dict.fromkeys(noise for noise, _ in samples):
         full, mine = samples[noise, "none"], samples[noise, method]
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-b", "--budget", type=float, default=0.25)
     parser.add_argument("--split", default="validation")
     parser.add_argument("--seed", type=int, default=0, help="block of the split's clips")
-    parser.add_argument("--limit", type=int, default=50, help="clips with a standing camera")
+    parser.add_argument("--limit", type=int, default=50, help="clips with a still camera")
     asked = parser.parse_args(arguments)
     loaded = load_model(asked.model)
     still = [s for s in seeds(asked.seed, 4 * asked.limit) if not any(make_clip(asked.split, s).pan)][: asked.limit]
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     for method, budget in (("none", 1.0), (asked.method, asked.budget)):
                         samples.setdefault((noise, method), []).extend(answers(loaded, video, noise, method, budget))
     print(
-        f"{len(still)} clips with a standing camera, split {asked.split!r}, block {asked.seed}, "
+        f"{len(still)} clips with a still camera, split {asked.split!r}, block {asked.seed}, "
         f"{len(samples[NOISES[0], 'none'])} questions; {asked.method} -b {asked.budget:g}\n"
     )
     print(table(samples, asked.method))

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import pickle
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -193,17 +194,36 @@ def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded,
     assert [len(chunks) for chunks in in_two] == [2, 2]
 
 
-@pytest.mark.parametrize("data", ["q.jsonl", "demo"])
-def test_several_processes_give_the_same_samples_in_the_same_order(saved, data):
-    model = ModelOptions(str(saved), dtype="fp32")
-    settings = replace(SETTINGS, data=data, model=model, split="validation", limit=3)
+def test_several_processes_give_the_same_samples_in_the_same_order(loaded, saved):
+    settings = replace(SETTINGS, budgets=(0.5,), model=ModelOptions(str(saved), dtype="fp32"))
     runs = []
     for processes in (1, 2):
-        run = Evaluation(settings, videos() if data != "demo" else None)
-        run.load()
+        run = begun(loaded, settings, videos(CLIPS[:3]))
         run.run(processes=processes)
         runs.append(run.samples)
-    assert len(runs[0]) >= 3 * 2 * 3 and runs[0] == runs[1]
+    assert len(runs[0]) == 3 * 2 * 2 and runs[0] == runs[1]
+
+
+def test_a_process_gives_the_same_samples_of_the_demos_clips(loaded, saved, monkeypatch):
+    """What is sent to processes and what they do with it, in this process."""
+    sent = []
+
+    def map_here(start, jobs, processes):
+        work = pickle.loads(pickle.dumps(start))()
+        for job in jobs:
+            sent.append(job)
+            yield pickle.loads(pickle.dumps(work(pickle.loads(pickle.dumps(job)))))
+
+    monkeypatch.setattr(evaluation_run, "map_in_processes", map_here)
+    model = ModelOptions(str(saved), dtype="fp32")
+    settings = replace(SETTINGS, data="demo", budgets=(0.5,), model=model, split="validation", limit=2)
+    runs = []
+    for processes in (1, 2):
+        run = Evaluation(settings, None)
+        run.loaded = loaded
+        run.run(processes=processes)
+        runs.append(run.samples)
+    assert len(runs[0]) == 2 * 2 * 6 and runs[0] == runs[1] and sent == [0, 1]
 
 
 def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):

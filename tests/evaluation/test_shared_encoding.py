@@ -1,4 +1,4 @@
-"""Rows shared by methods that would have the tower do the same: everything as without sharing, and the tower runs less often."""
+"""Methods share rows where the tower's work is the same: the samples are as without sharing, and the tower runs less often."""
 
 from dataclasses import replace
 
@@ -11,13 +11,7 @@ from tests.evaluation.test_run import CLIPS, SETTINGS, begun, loaded, videos  # 
 from tests.threads import one_thread  # noqa: F401
 
 AFTER = tuple(name for name in methods.available() if methods.get(name).acts == "after")
-CHOICES = (
-    "evoprune",
-    "evoprune:alpha=0",
-    "evoprune:choice=divprune",
-    "evoprune:choice=scope",
-    "evoprune:choice=cdpruner",
-)
+REUSING = ("evoprune", "evoprune:alpha=0", "reuse+divprune", "reuse+scope", "reuse+cdpruner", "evoprune:depth=1")
 
 
 def samples(loaded, settings, clips) -> list[dict]:  # noqa: F811
@@ -28,19 +22,19 @@ def samples(loaded, settings, clips) -> list[dict]:  # noqa: F811
 
 @pytest.fixture
 def towers(monkeypatch) -> list[tuple]:
-    """The method and the tokens to be kept, of each time that a video went through the tower."""
+    """The method's name and its tokens to keep, each time that a video went through the tower."""
     seen, real = [], shared_encoding.encode_rows
 
-    def encode_rows(visual, patches, grid, method, keep, **how):
-        seen.append((method.name, keep))
-        return real(visual, patches, grid, method, keep, **how)
+    def encode_rows(visual, patches, plan, method, **how):
+        seen.append((method.name, plan.keep))
+        return real(visual, patches, plan, method, **how)
 
     monkeypatch.setattr(shared_encoding, "encode_rows", encode_rows)
     return seen
 
 
-@pytest.mark.parametrize("names", [AFTER, (*CHOICES, "evoprune-paper", "downscale", "evoprune:block=2")])
-def test_samples_are_those_of_rows_of_their_own(loaded, names, monkeypatch, towers):  # noqa: F811
+@pytest.mark.parametrize("names", [AFTER, (*REUSING, "evoprune-paper", "downscale", "reuse:threshold=5+divprune")])
+def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers):  # noqa: F811
     settings = replace(SETTINGS, methods=names)
     shared = samples(loaded, settings, videos(CLIPS[:1]))
     few = len(towers)
@@ -55,19 +49,18 @@ def test_samples_are_those_of_rows_of_their_own(loaded, names, monkeypatch, towe
     assert len(towers) - few == len(run.variants(settings)) > few
 
 
-def test_what_shares_rows(loaded, towers):  # noqa: F811
-    settings = replace(SETTINGS, methods=(*CHOICES, "divprune", "random", "evoprune:block=2"))
+def test_selectors_after_the_same_tower_share_rows(loaded, towers):  # noqa: F811
+    settings = replace(SETTINGS, methods=(*REUSING, "divprune", "random", "reuse:threshold=5+divprune"))
     samples(loaded, settings, videos(CLIPS[:1]))
-    kept = [24, 12]
-    # In full; then evoprune, whose own choice is made inside the tower, and so each of another setting; then for the choices of
-    # others, once more for those that need attention or keys as well; those after the tower; another block.
-    alike = [("evoprune", k) for k in kept]
-    by_need = {methods.get(name).needs_after for name in CHOICES if "choice" in name}
-    assert towers[0][0] == "none" and towers.count(("divprune", 24)) == 1 and ("random", 24) not in towers
-    assert sorted(towers[1:]) == sorted([*alike * (2 + len(by_need)), ("divprune", 24), *alike])
+    inside = [("evoprune", 24), ("evoprune", 12)]  # evoprune selects inside the tower, with other rows in each variant
+    needs = {methods.get(name).selector.needs for name in REUSING[2:]}
+    after_reuse = [("reuse", 24)] * len(needs)  # once for selectors that need attention, keys, both or nothing
+    assert len(needs) >= 2 and frozenset() in needs  # evoprune:depth=1 shares the rows of reuse+divprune
+    other_threshold, after = ("reuse", 24), ("divprune", 24)  # random shares the rows of divprune
+    assert towers == [("none", 48), *inside * 2, *after_reuse, after, other_threshold]
 
 
-def test_each_has_the_pruning_time_of_its_own(loaded):  # noqa: F811
+def test_methods_with_shared_rows_have_their_own_pruning_times(loaded):  # noqa: F811
     names = ("random", "divprune", "scope", "cdpruner")
     run = Evaluation(replace(SETTINGS, methods=names, timed=True), videos(CLIPS[:1]))
     run.loaded = loaded
@@ -75,7 +68,7 @@ def test_each_has_the_pruning_time_of_its_own(loaded):  # noqa: F811
     times = {}
     for sample in run.samples:
         times.setdefault((sample["method"], sample["budget"]), set()).add(sample["prune_ms"])
-    # One for all questions, unless what is chosen depends on them; and no two methods share one.
+    # One for all questions, unless the selection depends on them; and no two methods share one.
     assert all(len(spent) == (2 if name == "cdpruner" else 1) for (name, _), spent in times.items())
     every = [ms for spent in times.values() for ms in spent]
     assert len(set(every)) == len(every) == 11 and min(every) > 0

@@ -1,10 +1,14 @@
-"""The ablations: that every variant exists, and that the tables say what the samples say."""
+"""The ablations: every variant exists, and the tables agree with the samples."""
+
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from evoprune import methods
 from evoprune.evaluation.run import Settings
+from evoprune.pipeline.options import GenerationOptions
 from experiments import ablations
 from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, table
 from experiments.paired import in_points, paired_difference
@@ -18,18 +22,23 @@ def sample(method, budget, video, number, right, live=0.5):
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_every_variant_is_a_method_and_differs_from_the_first(name):
+def test_every_variant_is_a_method_and_differs_from_all_others(name):
     made = [methods.get(spec) for spec in ABLATIONS[name].specs().values()]
     assert len(made) >= 2 and len({repr(method) for method in made}) == len(made)
 
 
-def test_what_is_not_varied_is_the_method_as_it_stands():
+def test_settings_of_the_first_variant_are_in_all_variants():
     for ablation in ABLATIONS.values():
         label, args = next(iter(ablation.variants.items()))
         for setting in filter(None, args.split(":")):
             name, value = setting.split("=")
-            # Set in the first row too: then it is set in all of them, to tell apart what depends on it.
             assert all(name in other for other in ablation.variants.values()), (label, value)
+
+
+def test_a_variant_is_settings_or_the_name_of_another_method():
+    variants = {"as it is": "", "set": "a=1:b=2", "other": "evs", "combined": "reuse:threshold=5+mmr:lam=0.7"}
+    assert [*Ablation("?", "m", variants).specs().values()] == ["m", "m:a=1:b=2", *[*variants.values()][2:]]
+    assert Ablation("?", "reuse+mmr", {"0.7": "lam=0.7"}).specs() == {"0.7": "reuse+mmr:lam=0.7"}
 
 
 def test_a_variant_of_two_ablations_is_run_once():
@@ -52,7 +61,7 @@ def test_differences_are_paired():
 class Run:
     """What `report` reads of an evaluation."""
 
-    settings = Settings("demo", (0.1,), specs(("merging",)), split="validation", seed=7)
+    settings = Settings("demo", (0.1,), specs(("spending",)), split="validation", seed=7)
 
     def __init__(self):
         each = [(spec, {"row": "method", "method": spec, "budget": 0.1}) for spec in self.settings.methods]
@@ -64,14 +73,14 @@ class Run:
 
 
 def test_a_report_may_be_of_one_group():
-    assert report(["merging"], Run()).startswith(
+    assert report(["spending"], Run()).startswith(
         "6 clips of split 'validation', block 7, 6 questions; with nothing pruned 50.0%"
     )
-    said = report(["merging"], Run(), "panning")
+    said = report(["spending"], Run(), "panning")
     assert said.startswith(
         "3 clips of split 'validation', block 7, group 'panning', 3 questions; with nothing pruned 100.0%"
     )
-    assert said.count("| 100.0 |") == len(ABLATIONS["merging"].variants)
+    assert said.count("| 100.0 |") == len(ABLATIONS["spending"].variants)
 
 
 def test_the_table_holds_every_variant_at_every_budget():
@@ -87,14 +96,30 @@ def test_the_table_holds_every_variant_at_every_budget():
     assert all(line.count("|") == lines[0].count("|") for line in lines)
 
 
-def test_the_command_runs_and_goes_on(tmp_path, saved, capsys):
-    asked = [str(tmp_path / "run"), "--limit", "2", "--only", "split,choice", "--model", str(saved), "-b", "0.25"]
+@pytest.fixture
+def few(monkeypatch):
+    """Two ablations of two variants each, and answers of two tokens."""
+    first_two = {
+        name: replace(ABLATIONS[name], variants=dict([*ABLATIONS[name].variants.items()][:2]))
+        for name in ("spending", "selector")
+    }
+    monkeypatch.setattr(ablations, "ABLATIONS", first_two)
+    generation = GenerationOptions(max_new_tokens=2)
+    monkeypatch.setattr(ablations, "Settings", partial(Settings, generation=generation))
+
+
+def test_the_command_writes_the_tables_and_resumes_its_run(tmp_path, saved, capsys, few):
+    asked = [str(tmp_path / "run"), "--limit", "1", "--only", "spending,selector", "--model", str(saved), "-b", "0.1"]
     ablations.main([*asked, "--markdown", str(tmp_path / "a.md")])
     text = (tmp_path / "a.md").read_text()
-    assert text in capsys.readouterr().out and text.startswith("2 clips of split 'validation', block 0,")
-    assert text.count("### ") == 2 and "| checkerboard |" in text and "| divprune |" in text
-    ablations.main(asked)  # all is there
-    out = capsys.readouterr().out
-    assert text in out and "video" not in out
-    with pytest.raises(SystemExit):
-        ablations.main([*asked, "--only", "nothing"])
+    assert text in capsys.readouterr().out and text.startswith("1 clips of split 'validation', block 0,")
+    assert text.count("### ") == 2 and "| 0.5 |" in text and "| random |" in text
+    ablations.main(asked)  # nothing is left to do
+    printed = capsys.readouterr()
+    assert text in printed.out and not printed.err
+
+
+def test_an_unknown_ablation_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        ablations.main([str(tmp_path / "run"), "--only", "nothing"])
+    assert left.value.code == 2 and "no ablation 'nothing'" in capsys.readouterr().err and not [*tmp_path.iterdir()]

@@ -1,5 +1,6 @@
-"""The comparison: who is in it, who ties with whom, what is written, and going on after an interruption."""
+"""The comparison: its rows, its ties, the files that it writes, and an interrupted run."""
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ import pytest
 from evoprune import methods
 from evoprune.evaluation import run as evaluation_run
 from evoprune.evaluation.scores import score_rows
+from evoprune.pipeline.options import GenerationOptions
 from experiments import comparison
 from experiments.comparison import compared, main
 from experiments.comparison_tables import (
@@ -58,12 +60,11 @@ def outcome(name: str, right: dict[str, str], budgets=(0.5,)) -> Outcome:
 RIGHT = {"pool": "1110" * 10, "random": "1111" * 10, "evs": "1111" * 9 + "1110", "dart": "1111" * 10, "mmr": "0" * 40}
 
 
-def test_all_methods_are_in_it_and_all_choices():
+def test_all_methods_are_rows_and_every_selector_also_after_reuse():
     names = compared()
     after = [name for name in methods.available() if methods.get(name).acts == "after"]
     assert len(after) > 10 and len(set(names)) == len(names)
-    shares = {"evoprune:encoder_budget=0.6", "evoprune:encoder_budget=0.15", "evoprune:depth=1"}
-    assert set(names) == {*methods.available()} - {"none"} | {f"evoprune:choice={name}" for name in after} | shares
+    assert set(names) == {*methods.available(), "evoprune:depth=1", *(f"reuse+{name}" for name in after)} - {"none"}
     assert all(methods.get(name).prunes(0.5) for name in names)
 
 
@@ -131,8 +132,9 @@ def test_ours_against_each_at_the_same_budget():
     assert against_ours(Outcome("one", {}, samples({"pool": "0" * 40})), (0.5,)) == ""
 
 
-def test_the_short_table():
-    made = [outcome(name, {"pool": "0011" * 10, "random": "1111" * 10, "evs:a=1": "1" * 40}) for name in ("one", "two")]
+def test_the_short_table_has_no_variants_and_no_combinations():
+    right = {"pool": "0011" * 10, "random": "1111" * 10, "evs:a=1": "1" * 40, "reuse+evs": "1" * 40}
+    made = [outcome(name, right) for name in ("one", "two")]
     assert short(made, (0.5,)).splitlines() == [
         "|  | -b 0.5 keeps | operations |",
         "| --- | --- | --- |",
@@ -148,44 +150,28 @@ def test_the_short_table_in_the_docs_is_that_of_the_comparison():
     assert table.count("\n") > 20 and table.replace("`evoprune-paper`", "`evoprune-merge`") in page
 
 
-def test_equal_cost_is_the_dearest_of_ours_that_costs_no_more():
-    """Found by the costs alone: not by who is right."""
-    costs = {
-        "evoprune": 2.0,
-        "evoprune:encoder_budget=0.6": 3.0,
-        "evoprune:choice=evs": 0.1,
-        "evs": 2.9,
-        "pool": 9.0,
-        "dart": 1.0,
-    }
-    right = {
-        "evoprune": "0011" * 10,
-        "evoprune:encoder_budget=0.6": "0" * 40,
-        "evoprune:choice=evs": "1" * 40,
-        "evs": "1" * 40,
-    }
+def test_equal_cost_is_the_most_expensive_of_ours_that_costs_no_more():
+    """It is found by the costs alone, whatever is right; variants of evoprune and reuse before others take no part."""
+    costs = {"evoprune": 3.0, "evoprune:depth=1": 0.1, "reuse+evs": 0.1, "evs": 2.9, "pool": 9.0, "dart": 1.0}
+    right = {name: "1" * 40 for name in costs} | {"evoprune": "0" * 40, "pool": "0011" * 10}
+    cheap = samples({"evoprune": "0011" * 10}, 0.25)
     made = []
-    for sample in samples(right | {"pool": "0011" * 10, "dart": "0" * 40}):
+    for sample in samples(right) + cheap:
         camera = "static" if int(sample["video"][1:]) % 2 else "panning"
-        made.append(sample | {"tflop_3b": costs[sample["method"]], "groups": [camera]})
+        flop = 2.0 if sample["budget"] == 0.25 else costs[sample["method"]]
+        made.append(sample | {"tflop_3b": flop, "groups": [camera]})
     matches = equal_cost(Outcome("", {"rows": score_rows(made)}, [*made, {"video": "v0", "error": {}}]))
-    assert [(m.other["method"], m.ours and m.ours["method"]) for m in matches] == [
-        ("pool", "evoprune:encoder_budget=0.6"), ("evs", "evoprune"), ("dart", None)
+    assert [(m.other["method"], m.ours and m.ours["name"]) for m in matches] == [
+        ("pool", "evoprune -b 0.5"), ("evs", "evoprune -b 0.25"), ("dart", None)
     ]  # fmt: skip
     assert matches[0].differences["all"][0] == -0.5 and matches[0].differences["panning"] == (0, 0, 0)
-    assert matches[0].differences["static"] == (-1, -1, -1) and set(matches[1].differences) == {
-        "all",
-        "static",
-        "panning",
-    }
+    assert matches[0].differences["static"] == (-1, -1, -1)
+    assert set(matches[1].differences) == {"all", "static", "panning"}
     assert matches[1].differences["all"][0] == -0.5 and matches[2].differences == {}
-    lines = document(
-        [Outcome("x", outcome("x", RIGHT).document | {"rows": score_rows(made)}, made)], (), "", ""
-    ).splitlines()
+    shown = Outcome("x", outcome("x", RIGHT).document | {"rows": score_rows(made)}, made)
+    lines = document([shown], (), "", "").splitlines()
     row = next(line for line in lines if line.startswith("| `pool"))
-    assert (
-        row.startswith("| `pool -b 0.5` | 9 | 50.0 (") and "| `evoprune:encoder_budget=0.6 -b 0.5` | 3 | 0.0 (" in row
-    )
+    assert row.startswith("| `pool -b 0.5` | 9 | 50.0 (") and "| `evoprune -b 0.5` | 3 | 0.0 (" in row
     assert row.endswith("| -100.0 (-100.0 to -100.0) | tie +0.0 (+0.0 to +0.0) |")
     assert next(line for line in lines if line.startswith("| `dart")).endswith(" | all cost more |  |  |  |  |  |")
 
@@ -208,24 +194,25 @@ def test_the_chart():
 
 @pytest.fixture
 def asked(saved, tmp_path, monkeypatch):
-    """The command on the tiny model, two clips, and three rows."""
-    names = ["random", "evs", "evoprune:choice=cdpruner"]
+    """The command on the tiny model, two clips, two rows, and answers of two tokens."""
+    names = ["random", "reuse+cdpruner"]
+    generation = GenerationOptions(max_new_tokens=2)
+    monkeypatch.setattr(comparison, "Settings", partial(evaluation_run.Settings, generation=generation))
     monkeypatch.setattr(comparison, "compared", lambda: names)
     table, picture = tmp_path / "table.md", tmp_path / "chart.svg"
     files = ["-o", tmp_path / "runs", "--table", table, "--chart", picture]
-    args = ["--model", saved, "-b", "0.5", "--limit", "2", "--split", "validation", *files]
+    args = ["--model", saved, "-b", "0.1", "--limit", "2", "--split", "validation", *files]
     return names, [*map(str, args)], table, picture
 
 
-def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
+def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monkeypatch):
     names, args, table, picture = asked
-    shown, real = [], evaluation_run.open_video
+    seen, real = [], evaluation_run.open_video
 
     def opened(engine, *args, **more):
-        if len(shown) == 6:
-            shown.append(None)
+        seen.append(engine.options.method)
+        if len(seen) == 6:
             raise KeyboardInterrupt
-        shown.append(engine.options.method)
         return real(engine, *args, **more)
 
     monkeypatch.setattr(evaluation_run, "open_video", opened)
@@ -233,16 +220,15 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
         main(args)
     assert not table.exists() and not picture.exists()
     main(args)
-    assert len(shown) == 6 + 1 + 5  # the first clip is not encoded again
+    assert len(seen) == 6 + 4  # in full, blind, and both rows of the second clip; the first clip is not encoded again
     text = table.read_text()
-    in_short, at_half = (text.split(heading)[1].split("\n#")[0] for heading in ("## In short\n", "### `-b 0.5`\n"))
-    assert at_half.count("| best |") == 1 and all(at_half.count(f"| `{name}` |") == 1 for name in names)
-    assert all(in_short.count(f"| `{name}` |") == (":" not in name) for name in names)  # without the variants
-    assert "of 2 clips" in text and "-b 0.5" in text and "(chart.svg)" in text and "2 of 2" in text
+    in_short, of_budget = (text.split(heading)[1].split("\n#")[0] for heading in ("## In short\n", "### `-b 0.1`\n"))
+    assert of_budget.count("| best |") == 1 and all(of_budget.count(f"| `{name}` |") == 1 for name in names)
+    assert [in_short.count(f"| `{name}` |") for name in names] == [1, 0]  # without combinations
+    assert "of 2 clips" in text and "-b 0.1" in text and "(chart.svg)" in text and "2 of 2" in text
     ElementTree.fromstring(picture.read_text())
-    before = text
-    main(args)  # nothing is left to be done
-    assert len(shown) == 12 and table.read_text() == before
+    main(args)  # nothing is left to do
+    assert len(seen) == 10 and table.read_text() == text
 
 
 @pytest.mark.parametrize(
@@ -253,7 +239,7 @@ def test_from_clips_to_files_and_on_after_an_interruption(asked, monkeypatch):
         (["--model", "/no/such"], "no/such"),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused(asked, capsys, more, says):
+def test_wrong_arguments_are_refused(asked, capsys, more, says):
     _, args, table, _ = asked
     with pytest.raises(SystemExit) as left:
         main([*args[2:], *more] if more[0] == "--model" else [*args, *more])

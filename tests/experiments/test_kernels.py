@@ -11,6 +11,7 @@ from evoprune import methods
 from evoprune.model.config import parse_config
 from evoprune.model.quantize import check
 from evoprune.pipeline.random_weights import random_model
+from evoprune.pruning.plan import full_plan
 from evoprune.vision.encoder import encode
 from experiments import kernels
 from tests.threads import one_thread  # noqa: F401
@@ -33,7 +34,7 @@ def needs_bytes_and_bf16():
         pytest.skip("no products in bf16 here")
 
 
-def test_tables(monkeypatch, capsys, sizes, needs_bytes_and_bf16):
+def test_the_command_prints_all_tables(monkeypatch, capsys, sizes, needs_bytes_and_bf16):
     monkeypatch.setattr(kernels, "Sizes", lambda config: sizes)
     monkeypatch.setattr(kernels, "matmul_rate", lambda dtype: 1e11)
     monkeypatch.setattr(sys, "argv", ["kernels", "--repeat", "1"])
@@ -46,14 +47,15 @@ def test_tables(monkeypatch, capsys, sizes, needs_bytes_and_bf16):
     assert "100 GFLOP/s" in out and "GB/s" in out and "Error" not in out
 
 
-def test_the_layer_is_the_towers(sizes):
+def test_the_measured_layer_is_that_of_the_tower(sizes):
     """One layer of windows, seen through a merger that only norms."""
     config = replace(sizes.config.vision_config, depth=1, fullatt_block_indexes=())
     visual = random_model(replace(sizes.config, vision_config=config), torch.float32, kernels.CPU).model.visual
     visual.merger.mlp = torch.nn.Identity()
     units, weight = sizes.grid[0] * sizes.grid[1], visual.patch_embed.proj.weight.flatten(1)
     patches = torch.randn(units * 4, weight.shape[1])
-    whole = encode(visual, [patches], (1, *sizes.grid), methods.get("none"), units).rows
+    plan = full_plan(kernels.tower_shape(visual), (1, *sizes.grid))
+    whole = encode(visual, [patches], plan, methods.get("none")).rows
     _, turn, (window, grid) = kernels.layer_inputs(visual, replace(sizes, grids=1))
     order = kernels.tower_geometry(visual, *sizes.grid).order
     x = (patches @ weight.T).view(units, 4, -1)[order]

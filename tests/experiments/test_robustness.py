@@ -1,4 +1,4 @@
-"""Noise: that light does what it says, that the table says what the samples say, and that it runs."""
+"""Noise: the light changes all pixels alike, the table agrees with the samples, and the command runs."""
 
 from pathlib import Path
 
@@ -42,9 +42,9 @@ def test_the_table():
     assert lines[3] == "| crf 18, light +-2 levels | 75.0 | 75.0 | +0.0 (+0.0 to +0.0) | 0.12 | 0.25 |"
 
 
-def test_it_runs_on_clips_with_a_standing_camera(saved, capsys, monkeypatch):
+def test_the_command_runs_on_clips_with_a_still_camera(saved, capsys, monkeypatch):
     monkeypatch.setattr(robustness, "NOISES", (NOISES[0], NOISES[-1]))
     robustness.main(["--model", str(saved), "--limit", "1", "-b", "0.5"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1 clips with a standing camera, split 'validation', block 0, 6 questions; evoprune -b 0.5"
+    assert lines[0] == "1 clips with a still camera, split 'validation', block 0, 6 questions; evoprune -b 0.5"
     assert [line.split(" | ")[0] for line in lines[4:]] == ["| crf 10", "| crf 18, light +-8 levels"]
