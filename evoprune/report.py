@@ -39,7 +39,7 @@ class Sampling:
     timestamps_s: list[float] | None = None
     resized_hw: list[int] | None = None
     grid_thw: list[int] | None = None  # in patches, as Hugging Face counts
-    seconds_per_grid: float | None = None
+    seconds_per_pair: float | None = None
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Pruning:
     encoder_rows: int | None = None
     encoder_live_share: float | None = None
     layers: list[list[int]] | None = None
-    kept_per_grid: list[int] | None = None
+    kept_per_pair: list[int] | None = None
     positions: str | None = None
 
 

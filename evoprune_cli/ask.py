@@ -210,7 +210,7 @@ def _check_video(path: str, sampling: SamplingOptions) -> None:
 
 def _note_wait(engine, view, how: str) -> None:
     """How long it will take, if it is long."""
-    from evoprune.pipeline.work import estimate_first_token
+    from evoprune.pipeline.estimates import estimate_first_token
 
     wait = estimate_first_token(engine, view)
     if wait is not None and wait > LONG_WAIT_S:

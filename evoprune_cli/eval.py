@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.choices import SPLITS
+from evoprune.evaluation.splits import SPLITS
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt

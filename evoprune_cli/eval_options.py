@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from evoprune.pipeline.choices import SPLITS
+from evoprune.evaluation.splits import SPLITS
 from evoprune_cli.options import SWEEP
 
 _DATA, _OUTPUT = "Data", "Output"

@@ -132,9 +132,9 @@ def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
 
 def _plan(info, options: PipelineOptions) -> dict:
     """What a model would look at."""
-    from evoprune.pipeline.device import has_cuda
     from evoprune.pipeline.inspection import plan_facts
-    from evoprune.pipeline.model_folder import describe_model
+    from evoprune.pipeline.loading.device import has_cuda
+    from evoprune.pipeline.loading.folder import describe_model
     from evoprune.video.plan import default_max_visual_tokens, make_plan
 
     model, numbers = options.model, options.sampling.numbers

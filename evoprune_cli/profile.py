@@ -11,9 +11,9 @@ from typing import Any
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.precision import QUANTIZE
-from evoprune.pipeline.choices import SYNTHETIC
 from evoprune.pipeline.options import LOAD_FORMATS, ModelOptions
 from evoprune.profiling.results import Case
+from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
@@ -137,13 +137,13 @@ def _cases(counts: list[int], sizes: list[tuple[int, int]]) -> list[Case]:
 
 
 def _synthetic_frames(kind: str, case: Case):
-    from evoprune.profiling import clips  # torch
+    from evoprune.profiling import clips
 
     return clips.synthetic_frames(kind, case)
 
 
 def _video_frames(info, case: Case):
-    from evoprune.profiling import clips  # torch
+    from evoprune.profiling import clips
 
     return clips.video_frames(info, case)
 

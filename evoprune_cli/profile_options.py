@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from evoprune.pipeline.choices import SYNTHETIC
 from evoprune.pipeline.options import LOAD_FORMATS
+from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli.options import SWEEP
 
 FORMATS = ("table", "md", "csv", "json")

@@ -124,7 +124,7 @@ def _verbose(report: Report) -> list[str]:
     env = report.env
     return [
         *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in report.pruning.layers]),
-        *_wrapped("kept", [f"{n:,}" for n in report.pruning.kept_per_grid]),
+        *_wrapped("kept", [f"{n:,}" for n in report.pruning.kept_per_pair]),
         *_wrapped("settings", [f"{k}={v}" for k, v in report.pruning.args.items()] or ["none"]),
         *_wrapped("versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]),
         f"{'device':<11}{env.device_name}",

@@ -22,8 +22,8 @@ from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation.folder import SETTINGS
 from evoprune.evaluation.run import DEMO, Evaluation, Settings
+from evoprune.evaluation.splits import SPLITS
 from evoprune.methods.registry import REUSE
-from evoprune.pipeline.choices import SPLITS
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.visualize.chart import COLOURS

@@ -23,8 +23,8 @@ from evoprune.model.machine import environment
 from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
 from evoprune.model.sizes import PATCHES
 from evoprune.model.weights import QwenVL, Tree, shared
-from evoprune.pipeline.model_folder import describe_model
-from evoprune.pipeline.random_weights import random_model
+from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.random_weights import random_model
 from evoprune.pruning.plan import full_plan
 from evoprune.vision import rowwise
 from evoprune.vision.attention import grouped_attention

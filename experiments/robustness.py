@@ -23,7 +23,7 @@ from evoprune.evaluation.demo_clips import demo_video, seeds
 from evoprune.evaluation.grading import grade
 from evoprune.evaluation.questions import Video
 from evoprune.pipeline.engine import make_engine
-from evoprune.pipeline.loading import LoadedModel, load_model
+from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import PruneOptions
 from evoprune.video.decode import FrameChunk, read_frames

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 
 from evoprune.errors import ModelError
-from evoprune.pipeline import loading
+from evoprune.pipeline.loading import model
 
 # Weights are compared with those in the file, so they must stay readable.
-load_model = partial(loading.load_model, pack=False)
+load_model = partial(model.load_model, pack=False)
 
 
 def edit(path, **changes):

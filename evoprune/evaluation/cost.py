@@ -7,8 +7,8 @@ used as it is. Scoring and merging, a few percent of the tower, are left out.
 
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.answering import EncodedVideo
-from evoprune.pipeline.loading import LoadedModel
-from evoprune.pipeline.model_folder import describe_model
+from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.report import Report
 from evoprune.vision.tower import tower_geometry
 

@@ -29,7 +29,7 @@ from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, row_name, sc
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.machine import environment
 from evoprune.pipeline.engine import make_engine
-from evoprune.pipeline.loading import LoadedModel, load_model
+from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 

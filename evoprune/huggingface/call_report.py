@@ -6,7 +6,7 @@ from evoprune.huggingface import interface
 from evoprune.methods.base import Method
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, peak_memory
-from evoprune.pipeline.device import DTYPES
+from evoprune.pipeline.loading.device import DTYPES
 from evoprune.report import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.vision.encoded import Encoded
 
@@ -34,7 +34,7 @@ def call_report(
     return Report(
         sampling=Sampling(
             grid_thw=grids[0] if one else None,
-            seconds_per_grid=interface.seconds_per_grid(call)[0] if timed else None,
+            seconds_per_pair=interface.seconds_per_pair(call)[0] if timed else None,
         ),
         pruning=Pruning(
             method=name,
@@ -46,7 +46,7 @@ def call_report(
             encoder_rows=len(encoded.rows),
             encoder_live_share=encoded.live_share,
             layers=[list(layer) for layer in encoded.layers],
-            kept_per_grid=encoded.kept_per_pair,
+            kept_per_pair=encoded.kept_per_pair,
             positions=positions if call.get("position_ids") is None else "given",
         ),
         tokens=TokenCounts(prompt - visual, visual, prompt),

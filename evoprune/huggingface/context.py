@@ -186,7 +186,7 @@ class PrunedModel:
         with clock.stage("encode"):
             encoded = encode(
                 self.model, pixels, call["video_grid_thw"], budget=settings.budget, method=settings.method,
-                method_args=settings.method_args, seconds_per_pair=interface.seconds_per_grid(call), seed=settings.seed,
+                method_args=settings.method_args, seconds_per_pair=interface.seconds_per_pair(call), seed=settings.seed,
             )  # fmt: skip
         if not interface.takes_numbers(self.model):
             encoded = replace(encoded, size=None)

@@ -66,7 +66,7 @@ def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
             f"input_ids have {int(video.sum())} video tokens, video_grid_thw makes {units}",
             "pass all that one call of the processor returned",
         )
-    if len(interface.seconds_per_grid(call)) != len(grids):
+    if len(interface.seconds_per_pair(call)) != len(grids):
         raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
     if not generating:
         _check_arguments(call)

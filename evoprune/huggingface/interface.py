@@ -118,7 +118,7 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     per_second = vision_sizes(config.vision_config).tokens_per_second
     units = (call["video_grid_thw"], call.get("image_grid_thw"))
     videos, images = (iter([] if grids is None else grids.tolist()) for grids in units)
-    seconds = iter(seconds_per_grid(call))
+    seconds = iter(seconds_per_pair(call))
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
     for row, used in enumerate(torch.ones_like(ids) if mask is None else mask.cpu()):
         used = used.bool()
@@ -132,7 +132,7 @@ def has_clock(model) -> bool:
     return vision_sizes(model.config.vision_config).tokens_per_second is not None
 
 
-def seconds_per_grid(call: dict) -> Sequence[float]:
+def seconds_per_pair(call: dict) -> Sequence[float]:
     """Seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
     seconds = call.get("second_per_grid_ts")
     return [1.0] * len(call["video_grid_thw"]) if seconds is None else [float(x) for x in seconds]

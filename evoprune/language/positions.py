@@ -19,12 +19,12 @@ class VideoSpan:
     Attributes:
         start: index of its first token.
         grid: (T, H, W): frame pairs, and rows and columns of units.
-        seconds_per_grid: time from one frame pair to the next, in seconds, with fractions.
+        seconds_per_pair: time from one frame pair to the next, in seconds, with fractions.
     """
 
     start: int
     grid: tuple[int, int, int]
-    seconds_per_grid: float
+    seconds_per_pair: float
 
     @property
     def tokens(self) -> int:
@@ -33,13 +33,13 @@ class VideoSpan:
 
 
 def video_positions(
-    grid: tuple[int, int, int], seconds_per_grid: float, tokens_per_second: float | None
+    grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
 ) -> torch.Tensor:
     """Positions of a video's units, counted from its own start.
 
     Args:
         grid: (T, H, W): frame pairs, and rows and columns of units.
-        seconds_per_grid: time from one frame pair to the next.
+        seconds_per_pair: time from one frame pair to the next.
         tokens_per_second: time positions per second (`config.VisionConfig`); None for one per frame pair.
 
     Returns:
@@ -47,7 +47,7 @@ def video_positions(
     """
     t, h, w = grid
     # In float64, and rounded down once at the end: multiples of a rounded step would drift.
-    step = 1.0 if tokens_per_second is None else seconds_per_grid * tokens_per_second
+    step = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
     clock = (torch.arange(t, dtype=torch.float64) * step).floor().long()
     return torch.stack(torch.meshgrid(clock, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
 
@@ -72,7 +72,7 @@ def prompt_positions(length: int, videos: Sequence[VideoSpan], tokens_per_second
             raise ValueError(f"video at {video.start} with {video.tokens} tokens does not fit the prompt")
         pieces.append((torch.arange(video.start - at) + following).expand(3, -1))
         following += video.start - at
-        inside = video_positions(video.grid, video.seconds_per_grid, tokens_per_second) + following
+        inside = video_positions(video.grid, video.seconds_per_pair, tokens_per_second) + following
         pieces.append(inside)
         following = int(inside.max()) + 1
         at = video.start + video.tokens

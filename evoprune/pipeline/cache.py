@@ -163,7 +163,7 @@ def entry_key(engine: Engine, view: View) -> str | None:
         "video": content,
         "decoder": view.decoder,
         "times": plan.sampling.times_s,
-        "seconds_per_grid": view.seconds_per_grid(limits.temporal_patch_size),
+        "seconds_per_pair": view.seconds_per_pair(limits.temporal_patch_size),
         "size": [plan.height, plan.width],
         "encoder": asdict(view.encoder),
         "pixels": [

@@ -10,9 +10,9 @@ from evoprune.errors import OutOfMemory
 from evoprune.model.clock import Clock
 from evoprune.model.memory import memory_guard
 from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.estimates import units_at_once
 from evoprune.pipeline.patches import PatchReader
 from evoprune.pipeline.view import View
-from evoprune.pipeline.work import units_at_once
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.rows import EncodedRows, select_tokens
@@ -101,7 +101,7 @@ def _run(
         patches,
         view.encoder,
         engine.method,
-        seconds_per_pair=view.seconds_per_grid(loaded.video.temporal_patch_size),
+        seconds_per_pair=view.seconds_per_pair(loaded.video.temporal_patch_size),
         seed=engine.seed,
         chunk_units=at_once,
         **more,

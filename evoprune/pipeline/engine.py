@@ -6,7 +6,7 @@ import torch
 
 from evoprune import methods
 from evoprune.methods.base import Method
-from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pruning.budget import AUTO, AUTO_MOST
 

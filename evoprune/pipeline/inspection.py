@@ -24,8 +24,8 @@ def environment_facts() -> dict:
     from evoprune import methods
     from evoprune.model.machine import cpu_name
     from evoprune.pipeline.cache import Cache, default_folder
-    from evoprune.pipeline.device import cpu_has_bf16
-    from evoprune.pipeline.model_folder import BUNDLED_CONFIGS, DEMO_FOLDER
+    from evoprune.pipeline.loading.device import cpu_has_bf16
+    from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
     from evoprune.video.decode import choose_decoder
 
     decoders = {"pyav": "works"}

@@ -4,7 +4,7 @@ from evoprune.language.decoder import KVCache
 from evoprune.language.generate import PrefillState, column_counts, embed_prompt, prefill
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
-from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.view import View
 from evoprune.vision.encoded import Encoded
 
@@ -18,7 +18,7 @@ class PromptReader:
 
     def __init__(self, loaded: LoadedModel, view: View):
         self._loaded, self._grid = loaded, view.plan.grid
-        self._seconds = view.seconds_per_grid(loaded.video.temporal_patch_size)
+        self._seconds = view.seconds_per_pair(loaded.video.temporal_patch_size)
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
 

@@ -53,7 +53,7 @@ def fill_kept(report: Report, view: View, encoded: Encoded) -> None:
     """Writes into a report what the language model reads of the video."""
     pruning, kept = report.pruning, len(encoded.kept)
     pruning.visual_tokens_kept, pruning.kept_ratio = kept, kept / view.units
-    pruning.kept_per_grid = encoded.kept_per_pair
+    pruning.kept_per_pair = encoded.kept_per_pair
 
 
 def _video_facts(view: View, encoding: Encoding) -> VideoFacts:
@@ -84,7 +84,7 @@ def _sampling(engine: Engine, view: View) -> Sampling:
         timestamps_s=list(plan.sampling.times_s),
         resized_hw=[plan.height, plan.width],
         grid_thw=[t, h * video.merge_size, w * video.merge_size],
-        seconds_per_grid=view.seconds_per_grid(video.temporal_patch_size),
+        seconds_per_pair=view.seconds_per_pair(video.temporal_patch_size),
     )
 
 

@@ -20,7 +20,7 @@ from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, make_method, unpruned
-from evoprune.pipeline.loading import LoadedModel, load_model, no_tokenizer
+from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions, from_keywords
 

@@ -49,9 +49,9 @@ class View:
         """Whether what is looked at ends where the file breaks off."""
         return self.info.cut_short and self.plan.sampling.end_s == self.info.duration_s
 
-    def seconds_per_grid(self, temporal_patch_size: int) -> float:
+    def seconds_per_pair(self, temporal_patch_size: int) -> float:
         """Time from one frame pair to the next."""
-        return self.plan.sampling.seconds_per_grid(temporal_patch_size)
+        return self.plan.sampling.seconds_per_pair(temporal_patch_size)
 
 
 def make_view(engine: Engine, path: str | os.PathLike[str], sampling: SamplingOptions, name: str | None = None) -> View:

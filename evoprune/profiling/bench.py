@@ -13,7 +13,7 @@ from evoprune.model.cost import matmul_rate
 from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.model.memory import memory_guard, shortage
 from evoprune.model.sizes import PATCHES
-from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import Clip, Frames, prepare
 from evoprune.profiling.reference import hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Counts, Row, Sample

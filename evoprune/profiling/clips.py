@@ -10,7 +10,7 @@ import torch
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.methods.base import Method
 from evoprune.model.sizes import PATCHES
-from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case
 from evoprune.pruning.budget import keep_count
@@ -38,7 +38,7 @@ def video_frames(info: VideoInfo, case: Case) -> Frames:
     plan = make_plan(info, VideoLimits(), frames=case.frames, max_frames=case.frames, max_visual_tokens=sys.maxsize)
     with closing(read_frames(info, plan.sampling.times_s)) as chunks:
         small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
-    return torch.cat(small), plan.sampling.seconds_per_grid()
+    return torch.cat(small), plan.sampling.seconds_per_pair()
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Clip:
 
     Attributes:
         patches: `[4 * N, 1176]` in Hugging Face's order, on the device and in the dtype of the weights.
-        grid: (T, H, W) in units. `seconds_per_grid`: from one grid to the next.
+        grid: (T, H, W) in units. `seconds_per_pair`: from one grid to the next.
         ids: int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video.
         positions: int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token.
         whole: units of the clip without pruning; more than N if a method made the input smaller.
@@ -55,7 +55,7 @@ class Clip:
 
     patches: torch.Tensor
     grid: tuple[int, int, int]
-    seconds_per_grid: float
+    seconds_per_pair: float
     ids: torch.Tensor
     positions: torch.Tensor
     following: int
@@ -69,7 +69,7 @@ class Clip:
 def prepare(
     loaded: LoadedModel,
     frames: torch.Tensor,
-    seconds_per_grid: float,
+    seconds_per_pair: float,
     method: Method | None = None,
     budget: float = 1.0,
 ) -> Clip:
@@ -86,13 +86,13 @@ def prepare(
         grid, fewer = smaller, smaller[0] * v.temporal_patch_size
         picked = [int(time) for time in even_times(0, count, fewer)]
         frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)
-        seconds_per_grid *= count / fewer
+        seconds_per_pair *= count / fewer
     patches = patchify(frames, v.image_mean, v.image_std, v.patch_size, v.temporal_patch_size, v.merge_size)
     random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
     text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random)
     video = torch.zeros(len(patches) // PATCHES, dtype=torch.int64)
     ids = torch.cat([text[:TEXT_BEFORE], video, text[TEXT_BEFORE:]])
-    span = VideoSpan(TEXT_BEFORE, grid, seconds_per_grid)
+    span = VideoSpan(TEXT_BEFORE, grid, seconds_per_pair)
     positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)
     patches = patches.to(visual.patch_embed.proj.weight)
-    return Clip(patches, grid, seconds_per_grid, ids, positions, int(positions.max()) + 1, whole)
+    return Clip(patches, grid, seconds_per_pair, ids, positions, int(positions.max()) + 1, whole)

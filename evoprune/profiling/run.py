@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
 from evoprune.model.machine import environment, reset_peak_memory
-from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.bench import Bench, Progress, Source
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import FULL, METHOD, Case, Results, Row, bound_of

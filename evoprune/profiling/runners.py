@@ -8,7 +8,7 @@ from evoprune.language.generate import GenerationSettings, column_counts, embed_
 from evoprune.methods.base import Method
 from evoprune.model.clock import Clock
 from evoprune.model.cost import tower_flop
-from evoprune.pipeline.loading import LoadedModel
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, Clip
 from evoprune.profiling.results import Counts
 from evoprune.pruning.plan import EncoderPlan
@@ -33,7 +33,7 @@ def run_evoprune(
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        how = {"question": question, "seconds_per_pair": clip.seconds_per_grid, "seed": seed}
+        how = {"question": question, "seconds_per_pair": clip.seconds_per_pair, "seed": seed}
         encoded = encode(visual, [clip.patches], plan, method, **how)
     with clock.stage("prefill"):
         embeds, columns = embed_prompt(model, clip.ids, encoded.features, TEXT_BEFORE, clip.units, encoded.kept)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from evoprune import methods
 
+SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `synthetic`
+
 
 @dataclass(frozen=True)
 class Settings:

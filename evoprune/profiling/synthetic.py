@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evoprune.pipeline.choices import SYNTHETIC
+from evoprune.profiling.settings import SYNTHETIC
 
 UNIT, PAIR = 28, 2  # side of a merge unit in pixels, frames in a grid
 SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))

@@ -14,9 +14,9 @@ from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.quantize import quantize
 from evoprune.model.weights import QwenVL, empty, shared
-from evoprune.pipeline.device import DTYPES, pick_device, pick_dtype
-from evoprune.pipeline.loading import LoadedModel, load_model
-from evoprune.pipeline.model_folder import BUNDLED_CONFIGS, describe_model
+from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, describe_model
+from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import Case

@@ -36,7 +36,7 @@ class SamplingPlan:
         """Time from one frame to the next."""
         return (self.end_s - self.start_s) / self.frames
 
-    def seconds_per_grid(self, temporal_patch: int = 2) -> float:
+    def seconds_per_pair(self, temporal_patch: int = 2) -> float:
         """Time from one frame pair (`temporal_patch` frames) to the next."""
         return temporal_patch * self.seconds_per_frame
 

@@ -11,8 +11,8 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.model.memory import memory_guard
+from evoprune.pipeline.estimates import CHUNK_BYTES
 from evoprune.pipeline.opening import OpenVideo
-from evoprune.pipeline.work import CHUNK_BYTES
 from evoprune.video.decode import read_frames
 from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import Plan
@@ -148,7 +148,7 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
             patches(),
             view.encoder,
             engine.method,
-            seconds_per_pair=plan.sampling.seconds_per_grid(limits.temporal_patch_size),
+            seconds_per_pair=plan.sampling.seconds_per_pair(limits.temporal_patch_size),
             seed=engine.seed,
             on_layer=lambda done, total: progress("layers", done, total) if progress else None,
         )

@@ -6,14 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evoprune.demo.clips import (
-    COLOURS,
-    MOTIONS,
-    SHAPES,
-    SIZES,
-    Clip,
-    make_clip,
-)
+from evoprune.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
 from evoprune.demo.drawing import render
 from evoprune.demo.questions import Question
 from evoprune.language.positions import VideoSpan, prompt_positions

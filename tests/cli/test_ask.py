@@ -65,10 +65,10 @@ def test_json_record_holds_the_schema(cli):
     assert record["answer"] and record["finish_reason"] == "stop" and record["question"] == QUESTION
     assert record["video"] | {"duration_s": 6.0, "width": 168, "height": 112, "codec": "h264"} == record["video"]
     assert record["sampling"]["grid_thw"] == [6, 8, 12] and record["sampling"]["frames"] == 12
-    assert record["sampling"]["seconds_per_grid"] == 1.0 and record["sampling"]["resized_hw"] == [112, 168]
+    assert record["sampling"]["seconds_per_pair"] == 1.0 and record["sampling"]["resized_hw"] == [112, 168]
     pruning = record["pruning"]
     assert (pruning["visual_tokens_in"], pruning["visual_tokens_kept"], pruning["encoder_rows"]) == (144, 36, 36)
-    assert sum(pruning["kept_per_grid"]) == 36 and pruning["positions"] == "qwen" and pruning["kept_ratio"] == 0.25
+    assert sum(pruning["kept_per_pair"]) == 36 and pruning["positions"] == "qwen" and pruning["kept_ratio"] == 0.25
     rows = [row for _, row in pruning["layers"]]
     assert rows == sorted(rows, reverse=True) and rows[0] == 144 and rows[-1] == 36
     assert pruning["encoder_live_share"] == pytest.approx(sum(rows) / len(rows) / 144, abs=1e-6)

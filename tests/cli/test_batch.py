@@ -141,7 +141,7 @@ def test_model_from_the_environment(cli, tiny_folder, monkeypatch, out):
 
 
 def no_weights(monkeypatch):
-    monkeypatch.setattr("evoprune.pipeline.loading.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,9 @@ CASES = {
     "bug in inspect": Case(
         ("inspect", CLIP), 1, "KeyError", breaks=("evoprune.pipeline.inspection.video_facts", KeyError(1))
     ),
-    "bug in batch": Case(BATCH, 1, "KeyError", breaks=("evoprune.batch.run.remaining", KeyError(1)), ways=EVERYWHERE),
+    "bug in batch": Case(
+        BATCH, 1, "KeyError", breaks=("evoprune.batch.resume.remaining", KeyError(1)), ways=EVERYWHERE
+    ),
     # 2: usage
     "unknown command": fails(2, "what", "what"),
     "almost a command": fails(2, "Did you mean 'ask'", "aks", CLIP, QUESTION),
@@ -226,14 +228,14 @@ CASES = {
         "--load-format",
         "dummy",
         stage="load",
-        breaks=("evoprune.pipeline.loading.random_model", AssertionError("weights were made")),
+        breaks=("evoprune.pipeline.loading.model.random_model", AssertionError("weights were made")),
     ),
     "random weights of unknown dimensions": fails(
         4, "no bundled config for nobody/nothing", *ASK, "-m", "nobody/nothing", "--load-format", "dummy"
     ),
     # 5: out of memory
     "weights do not fit": out_of_memory(
-        "load", "evoprune.pipeline.loading.load_weights", CPU_FULL, says="the weights of demo"
+        "load", "evoprune.pipeline.loading.model.load_weights", CPU_FULL, says="the weights of demo"
     ),
     "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.memory.mmap.mmap", OSError(12, "no memory")),
     "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patches.patchify", CPU_FULL),
@@ -241,15 +243,19 @@ CASES = {
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prompting.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
     "weights do not fit in a batch": Case(
-        BATCH, 5, "the weights of demo", breaks=("evoprune.pipeline.loading.load_weights", CPU_FULL), ways=EVERYWHERE
+        BATCH,
+        5,
+        "the weights of demo",
+        breaks=("evoprune.pipeline.loading.model.load_weights", CPU_FULL),
+        ways=EVERYWHERE,
     ),
     # stopped from outside
     "interrupted while loading": Case(
-        ASK, 130, "", breaks=("evoprune.pipeline.loading.load_weights", KeyboardInterrupt())
+        ASK, 130, "", breaks=("evoprune.pipeline.loading.model.load_weights", KeyboardInterrupt())
     ),
     "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.stream_frames", Terminated())),
     "batch interrupted while loading": Case(
-        BATCH, 130, "", breaks=("evoprune.pipeline.loading.load_weights", KeyboardInterrupt()), ways=EVERYWHERE
+        BATCH, 130, "", breaks=("evoprune.pipeline.loading.model.load_weights", KeyboardInterrupt()), ways=EVERYWHERE
     ),
     "interrupted scan": Case(
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.probe.scan", KeyboardInterrupt())

@@ -253,7 +253,7 @@ def test_the_demo(cli):
 )
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_wrong_flags(run, monkeypatch, args, says, form):
-    monkeypatch.setattr("evoprune.pipeline.loading.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     result = run(*args, *(["--json"] if form == "json" else []))
     assert result.code == 2
     error, hint = result.err.splitlines()

@@ -199,7 +199,7 @@ def test_progress_on_a_terminal_only(profile):
     ],
 )
 def test_wrong_flags(profile, monkeypatch, args, says):
-    monkeypatch.setattr("evoprune.pipeline.loading.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     result = profile(*args)
     assert (result.code, result.out) == (2, "")
     error, hint = result.err.splitlines()

@@ -20,7 +20,7 @@ from evoprune.evaluation.frames import SharedFrames, grey_frames
 from evoprune.evaluation.questions import Video, load_questions
 from evoprune.evaluation.run import Evaluation, Settings, variants
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
-from evoprune.pipeline.model_folder import describe_model
+from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.probe import probe

@@ -10,7 +10,7 @@ import torch
 from evoprune import methods
 from evoprune.model.config import parse_config
 from evoprune.model.quantize import check
-from evoprune.pipeline.random_weights import random_model
+from evoprune.pipeline.loading.random_weights import random_model
 from evoprune.pruning.plan import full_plan
 from evoprune.vision.encoder import encode
 from experiments import kernels

@@ -14,7 +14,7 @@ import torch
 import evoprune
 from evoprune.language.prompt import build_prompt
 from evoprune.methods.evs import Evs
-from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.loading.model import load_model
 from evoprune.profiling.reference import hugging_face_model
 from evoprune.video.decode import read_frames
 from evoprune.vision.preprocess import patchify, resize
@@ -109,7 +109,7 @@ def loaded_by_hand(name, question, clip=CLIP):
         "mm_token_type_ids": 2 * (ids == model.config.video_token_id),
         "pixel_values_videos": patchify(resize(torch.from_numpy(frames), plan.height, plan.width)),
         "video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]]),
-        "second_per_grid_ts": torch.tensor([plan.sampling.seconds_per_grid()], dtype=torch.float64),
+        "second_per_grid_ts": torch.tensor([plan.sampling.seconds_per_pair()], dtype=torch.float64),
     }
     return loaded, model, inputs
 
@@ -371,7 +371,7 @@ def test_the_report_counts_tokens_rows_and_times(model):
     report = evoprune.Report.from_json(run.report.to_json())
     pruning, times = report.pruning, report.time_ms
     assert (pruning.visual_tokens_in, pruning.visual_tokens_kept, pruning.kept_ratio) == (96 + 32, 24 + 8, 0.25)
-    assert sum(pruning.kept_per_grid) == 32 and len(pruning.kept_per_grid) == 6
+    assert sum(pruning.kept_per_pair) == 32 and len(pruning.kept_per_pair) == 6
     assert (report.tokens.text, report.tokens.visual, report.tokens.prompt) == (14 + 4 + 7, 32 + 16, 73)
     assert [layer for layer, _ in pruning.layers] == [0, 1] and 0 < pruning.encoder_live_share < 1
     assert pruning.encoder_live_share == pytest.approx(sum(rows for _, rows in pruning.layers) / 2 / 128)

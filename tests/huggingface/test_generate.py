@@ -363,9 +363,9 @@ def test_seconds_for_a_model_without_a_clock_reach_the_method_alone(positions):
     seconds = {"second_per_grid_ts": torch.tensor([0.25])}
     with evoprune.EvoPrune(budget=1.0, positions=positions)(model) as run, torch.no_grad():
         assert torch.equal(model(**inputs, **seconds).logits, model(**inputs).logits)
-        assert run.report.sampling.seconds_per_grid is None
+        assert run.report.sampling.seconds_per_pair is None
         model.generate(**inputs, **seconds, max_new_tokens=1)
-        assert run.report.sampling.seconds_per_grid == 0.25
+        assert run.report.sampling.seconds_per_pair == 0.25
 
 
 def talk(model, inputs, further, **settings):

@@ -15,7 +15,7 @@ def by_hand(length, videos, tokens_per_second):
             video = starts[at]
             t, h, w = video.grid
             inside = [
-                [following + int(i * video.seconds_per_grid * tokens_per_second), following + y, following + x]
+                [following + int(i * video.seconds_per_pair * tokens_per_second), following + y, following + x]
                 for i in range(t)
                 for y in range(h)
                 for x in range(w)

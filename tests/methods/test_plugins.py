@@ -193,7 +193,7 @@ def test_the_help_names_them(package):
 
 def test_commands_know_them(package, cli):  # noqa: F811
     record = cli(*ASK, *QUESTIONS[:2], "--method", "first", "--method-arg", "skip=3").record
-    assert record["pruning"]["kept_per_grid"] == [21, 15, 0, 0, 0, 0]
+    assert record["pruning"]["kept_per_pair"] == [21, 15, 0, 0, 0, 0]
     done = cli(*ASK, *QUESTIONS[:2], "--method", "absent")
     assert done.code == 2 and "'absent' of extra-methods 1.2 cannot be loaded" in done.err
     done = cli("inspect")

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from evoprune.model.config import parse_config
-from evoprune.pipeline.model_folder import BUNDLED_CONFIGS, DEMO_FOLDER
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
 from evoprune.profiling.reference import hugging_face_config
 
 NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())

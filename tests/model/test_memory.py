@@ -10,9 +10,9 @@ from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_o
 from evoprune.model import memory
 from evoprune.model.machine import available_memory
 from evoprune.model.memory import memory_guard, working_memory
-from evoprune.pipeline import encoding, work
-from evoprune.pipeline.loading import load_model
-from evoprune.pipeline.model_folder import describe_model
+from evoprune.pipeline import encoding, estimates
+from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
@@ -99,13 +99,13 @@ def test_memory_that_this_process_may_not_have_is_not_available(where, monkeypat
 
 def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
-    monkeypatch.setattr("evoprune.pipeline.loading.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(OutOfMemory, match=r"^loading .* needs about 0.0 GiB of memory, and 0.0 GiB are ava") as caught:
         load_model(str(saved), dtype="bf16")  # in the file they are fp32
     assert (caught.value.stage, caught.value.exit_code) == ("load", 5) and "smaller model" in caught.value.hint
     monkeypatch.undo()
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
-    monkeypatch.setattr("evoprune.pipeline.weights.available_memory", lambda device: 10**5)
+    monkeypatch.setattr("evoprune.pipeline.loading.weights.available_memory", lambda device: 10**5)
     load_model(str(saved), dtype="fp32")  # they stay in the file
 
 
@@ -122,17 +122,17 @@ def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
 
 def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
-    per_grid, needed = 24, memory.working_memory
+    per_pair, needed = 24, memory.working_memory
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
         return real(*args, chunk_units=chunk_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(work, "units_at_a_time", lambda device: 4 * per_grid)
+    monkeypatch.setattr(estimates, "units_at_a_time", lambda device: 4 * per_pair)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
-    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.view.encoder.keep + work.TEXT, 4)
+    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.view.encoder.keep + estimates.TEXT, 4)
     monkeypatch.setattr(memory, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
@@ -154,7 +154,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, t
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(work, "units_at_a_time", lambda device: 96)
+    monkeypatch.setattr(estimates, "units_at_a_time", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=r"^out of memory in encode$"):
             open_video(qa.engine, CLIP, threaded=threaded).encode()

@@ -15,7 +15,7 @@ from evoprune.evaluation.run import Evaluation, Video
 from evoprune.evaluation.run import Settings as EvalSettings
 from evoprune.model.numerics import all_numbers
 from evoprune.pipeline import opening
-from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401

@@ -14,7 +14,7 @@ import torch
 from evoprune.methods.evs import Evs
 from evoprune.pipeline import cache as cache_module
 from evoprune.pipeline.cache import Cache, content_hash, default_folder
-from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.decode import read_frames

@@ -14,7 +14,7 @@ import pytest
 
 from evoprune.errors import ModelError, UsageError
 from evoprune.evaluation.folder import RunFolder
-from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA
 from tests.cli.conftest import cli  # noqa: F401
 from tests.loading import edit

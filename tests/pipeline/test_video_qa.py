@@ -15,12 +15,12 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.model.weights import shared
-from evoprune.pipeline.loading import load_model
+from evoprune.pipeline.estimates import estimate_first_token
+from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.loading.weights import make_ready
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
-from evoprune.pipeline.weights import make_ready
-from evoprune.pipeline.work import estimate_first_token
 from evoprune.profiling.reference import hugging_face_model
 from evoprune.report import Report
 from evoprune.video.decode import read_frames
@@ -74,7 +74,7 @@ def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack)
     patches = patchify(resize(frames, plan.height, plan.width))
     t, h, w = plan.grid
     prompt = build_prompt(loaded.tokenizer, "Describe the video.", t * h * w)
-    span = VideoSpan(prompt.video_start, plan.grid, plan.sampling.seconds_per_grid())
+    span = VideoSpan(prompt.video_start, plan.grid, plan.sampling.seconds_per_pair())
     per_second = getattr(model.config.vision_config, "tokens_per_second", None)
     rope = prompt_positions(len(prompt.input_ids), [span], per_second)
     sequence = torch.arange(len(prompt.input_ids))[None]
@@ -186,7 +186,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 8)
+    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
@@ -215,7 +215,7 @@ def slow(work, seconds):
 
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
-    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 24)
     monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
@@ -232,7 +232,7 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     apart = encode(qa, LONG, threaded=False)
@@ -247,7 +247,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.parametrize("threaded", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
     """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 24)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
@@ -317,7 +317,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.work.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 24)
     if stage == "preprocess":
         monkeypatch.setattr("evoprune.pipeline.patches.patchify", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj
@@ -449,7 +449,7 @@ def test_methods_that_a_shape_binds(loaded, method, grid, tokens):
     assert report.sampling.grid_thw == grid and report.pruning.visual_tokens_kept == report.tokens.visual == tokens
     assert report.pruning.visual_tokens_in == 144 and report.pruning.kept_ratio == pytest.approx(tokens / 144)
     assert report.pruning.encoder_live_share == pytest.approx(share)
-    assert report.sampling.seconds_per_grid * grid[0] == pytest.approx(6.0)
+    assert report.sampling.seconds_per_pair * grid[0] == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize("method", ["downscale", "subsample"])
@@ -497,7 +497,7 @@ def test_what_is_reported_of_it(loaded):
     for turn, question in enumerate(ASKED):
         report = asked(video, question).report
         assert report.pruning.visual_tokens_kept == report.tokens.visual == 36 and report.pruning.kept_ratio == 0.25
-        assert report.pruning.kept_per_grid == [6] * 6 and report.cache == "off"
+        assert report.pruning.kept_per_pair == [6] * 6 and report.cache == "off"
         times = report.time_ms
         assert times.ttft_model == pytest.approx(times.encode + times.prefill)
         if not turn:  # the encoding is counted once, choosing every time

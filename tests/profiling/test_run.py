@@ -13,7 +13,7 @@ from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.model import memory
 from evoprune.model.clock import Clock
 from evoprune.model.machine import available_memory, peak_memory, reset_peak_memory
-from evoprune.pipeline.model_folder import describe_model
+from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling import bench, clips, runners, weights
 from evoprune.profiling.reference import hugging_face_model
@@ -310,9 +310,9 @@ def test_the_prompt_is_the_same_every_time(loaded):
 @pytest.mark.parametrize("frames", [4, 40])
 def test_frames_of_a_video(frames):
     info = probe("samples/square.mp4")  # six seconds
-    pictures, seconds_per_grid = clips.video_frames(info, Case(frames, 84, 112))
+    pictures, seconds_per_pair = clips.video_frames(info, Case(frames, 84, 112))
     assert pictures.shape == (frames, 84, 112, 3) and pictures.dtype == torch.uint8
-    assert seconds_per_grid == pytest.approx(12 / frames) and len(np.unique(pictures)) > 10
+    assert seconds_per_pair == pytest.approx(12 / frames) and len(np.unique(pictures)) > 10
 
 
 def test_peak_memory_counts_from_where_it_is_reset():

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from evoprune.pipeline.choices import SYNTHETIC
 from evoprune.profiling import synthetic
+from evoprune.profiling.settings import SYNTHETIC
 
 SIZES = [(8, 224, 336), (32, 224, 336), (16, 336, 224), (8, 448, 672)]
 

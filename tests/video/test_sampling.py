@@ -39,13 +39,13 @@ def test_times_are_the_middles_of_equal_shares(duration, start_share, length_sha
     assert all(a < b for a, b in pairwise(plan.times_s))
     assert plan.times_s[0] - plan.start_s == pytest.approx(plan.seconds_per_frame / 2, rel=1e-6, abs=1e-9)
     assert plan.times_s[1] - plan.times_s[0] == pytest.approx(plan.seconds_per_frame, rel=1e-6, abs=1e-9)
-    assert plan.seconds_per_grid() == 2 * plan.seconds_per_frame
+    assert plan.seconds_per_pair() == 2 * plan.seconds_per_frame
 
 
 def test_a_plan_by_hand():
     plan = plan_sampling(10.0, fps=0.6, start_s=2.0, end_s=8.0)
     assert plan.times_s == (2.75, 4.25, 5.75, 7.25)  # 3.6 frames are rounded to 4
-    assert (plan.frames, plan.seconds_per_frame, plan.seconds_per_grid(), plan.seconds_per_grid(4)) == (
+    assert (plan.frames, plan.seconds_per_frame, plan.seconds_per_pair(), plan.seconds_per_pair(4)) == (
         4,
         1.5,
         3.0,

@@ -13,14 +13,7 @@ from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import FOLDER_FPS, VideoInfo
-from evoprune.video.readers.container import (
-    TOLERANCE_S,
-    Damage,
-    first_frame,
-    ignore_damage,
-    open_bytes,
-    video_stream,
-)
+from evoprune.video.readers.container import TOLERANCE_S, Damage, first_frame, ignore_damage, open_bytes, video_stream
 from evoprune.video.readers.exif import exif_orientation
 from evoprune.video.readers.pixels import orientation, to_rgb
 

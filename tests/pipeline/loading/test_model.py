@@ -16,10 +16,10 @@ from evoprune.language.generate import GenerationSettings, embed_prompt, prefill
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.model.linear import PackedLinear
-from evoprune.pipeline import device, loading, model_folder, weights
-from evoprune.pipeline.device import DTYPES
-from evoprune.pipeline.loading import VideoLimits
-from evoprune.pipeline.model_folder import BUNDLED_CONFIGS
+from evoprune.pipeline.loading import device, folder, model, weights
+from evoprune.pipeline.loading.device import DTYPES
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
+from evoprune.pipeline.loading.model import VideoLimits
 from evoprune.profiling.reference import hugging_face_model
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import CHAT_TEMPLATE, tiny_model
@@ -50,8 +50,8 @@ def test_weights_come_in_the_dtype_asked_for(saved, dtype):
 def test_auto_dtype_follows_the_hardware_and_the_demo_is_exact(saved, monkeypatch, has_bf16, expected):
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
-    monkeypatch.setattr(model_folder, "DEMO_FOLDER", saved)
-    monkeypatch.setattr(loading, "DEMO_FOLDER", saved)
+    monkeypatch.setattr(folder, "DEMO_FOLDER", saved)
+    monkeypatch.setattr(model, "DEMO_FOLDER", saved)
     demo = load_model("demo", device="cpu")
     assert (demo.dtype, demo.is_demo, demo.id) == ("fp32", True, "demo")
     assert load_model("demo", device="cpu", dtype="bf16").dtype == "bf16"
@@ -84,7 +84,7 @@ def test_shards_load_as_one(folder):
 
 
 def test_loading_leaves_transformers_alone(saved):
-    code = f"""import sys; from evoprune.pipeline.loading import load_model
+    code = f"""import sys; from evoprune.pipeline.loading.model import load_model
 load_model({str(saved)!r}); sys.exit('transformers' in sys.modules)"""
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -108,7 +108,7 @@ def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):
         monkeypatch.setattr(weights, "available_memory", lambda _, available=available: available)
-        loaded = loading.load_model(str(saved), dtype="fp32", quantize=quantize)
+        loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize
         assert isinstance(loaded.model.model.visual.blocks[0].attn.qkv, PackedLinear) == (available is None)
@@ -281,7 +281,7 @@ def test_a_file_is_not_a_model(saved):
 
 
 def test_a_missing_demo_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_folder, "DEMO_FOLDER", tmp_path / "gone")
+    monkeypatch.setattr(folder, "DEMO_FOLDER", tmp_path / "gone")
     assert "bundled demo model is missing" in error_of("demo")
 
 
@@ -306,7 +306,7 @@ def test_running_out_of_memory_has_its_own_error(saved, monkeypatch):
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(loading, "load_weights", full)
+    monkeypatch.setattr(model, "load_weights", full)
     with pytest.raises(OutOfMemory, match="do not fit") as caught:
         load_model(str(saved))
     assert (caught.value.exit_code, caught.value.stage) == (5, "load")

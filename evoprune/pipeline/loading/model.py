@@ -17,9 +17,9 @@ from evoprune.model.linear import weights_bytes
 from evoprune.model.memory import shortage
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.weights import QwenVL
-from evoprune.pipeline import hub
-from evoprune.pipeline.device import DTYPES, pick_device, pick_dtype
-from evoprune.pipeline.model_folder import (
+from evoprune.pipeline.loading import hub
+from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
+from evoprune.pipeline.loading.folder import (
     BUNDLED_CONFIGS,
     DEMO_FOLDER,
     eos_ids,
@@ -29,9 +29,9 @@ from evoprune.pipeline.model_folder import (
     video_limits,
     weight_files,
 )
+from evoprune.pipeline.loading.random_weights import random_model
+from evoprune.pipeline.loading.weights import allocated_bytes, load_weights, make_ready
 from evoprune.pipeline.options import ModelOptions, from_keywords
-from evoprune.pipeline.random_weights import random_model
-from evoprune.pipeline.weights import allocated_bytes, load_weights, make_ready
 from evoprune.report import ModelFacts
 from evoprune.video.plan import VideoLimits
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from evoprune.errors import ModelError, UsageError, first_line
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import MODEL_TYPES, Config, VisionConfig, parse_config
-from evoprune.pipeline import hub
-from evoprune.pipeline.hub import MODEL_HINT
+from evoprune.pipeline.loading import hub
+from evoprune.pipeline.loading.hub import MODEL_HINT
 from evoprune.video.plan import VideoLimits
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 DEMO_FOLDER = PACKAGE / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "model" / "configs").glob("*.json"))}

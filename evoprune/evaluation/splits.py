@@ -1,0 +1,4 @@
+"""The splits of the demo's clips, by name. No numpy, so that the command line's help can list them."""
+
+# To report on, to tune on, and a family of its own that is never tuned on.
+SPLITS = ("heldout", "validation", "portrait")
