@@ -1,8 +1,13 @@
+import os
 import shutil
 
 import pytest
 
-from tests.tiny import save_tiny
+# The workers of pytest-xdist share the cores, so each computes in one thread. Torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.tiny import save_tiny  # noqa: E402 (after the environment is set)
 
 
 @pytest.fixture(scope="session")
