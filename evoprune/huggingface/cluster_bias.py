@@ -13,19 +13,19 @@ from evoprune.huggingface import interface
 
 
 @contextmanager
-def cluster_bias(model, counts: torch.Tensor | None) -> Iterator[None]:
+def cluster_bias(model, sizes: torch.Tensor | None) -> Iterator[None]:
     """While the context lasts, attention weighs each column by its cluster size.
 
     Args:
         model: a Hugging Face `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration` whose attention takes masks of numbers
             (`interface.takes_numbers`).
-        counts: float32 `[B, C]`, the cluster sizes of the prompt's columns; later columns have size 1. None for 1 everywhere.
-            If the model runs n * B rows (beams), each row of `counts` applies to n neighbouring rows.
+        sizes: float32 `[B, C]`, the cluster sizes of the prompt's columns; later columns have size 1. None for 1 everywhere.
+            If the model runs n * B rows (beams), each row of `sizes` applies to n neighbouring rows.
     """
-    if counts is None:
+    if sizes is None:
         yield
         return
-    bias = counts.log()
+    bias = sizes.log()
 
     def add_bias(attention, args: tuple, call: dict) -> tuple[tuple, dict]:
         states, mask, cache = call["hidden_states"], call.get("attention_mask"), call.get("past_key_values")

@@ -122,7 +122,7 @@ class PrunedModel:
 
     def _forward(self, stock: Callable, call: dict) -> Any:
         pruned, past = self._without_pruned(call, generating=False)
-        with cluster_bias(self.model, past and past.counts):
+        with cluster_bias(self.model, past and past.sizes):
             out = stock(**pruned)
         _remember(past, out if isinstance(out, tuple) else out.to_tuple())
         return out
@@ -138,7 +138,7 @@ class PrunedModel:
             with self._patches.suspend():
                 return stock(**pruned)
         prompt, places = call["input_ids"], pruned["input_ids"].shape[1]
-        with cluster_bias(self.model, past.counts), self._patches.suspend():
+        with cluster_bias(self.model, past.sizes), self._patches.suspend():
             out = stock(**with_whole_prompts(self.model, call, pruned))
         _remember(past, (call.get("past_key_values"), getattr(out, "past_key_values", None)))
         if call.get("pixel_values_videos") is not None:

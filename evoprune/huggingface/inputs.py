@@ -23,20 +23,20 @@ class Past:
         columns: the columns of the prompt that are left.
         delta: int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number
             of tokens before it.
-        counts: float32 `[B, C]`, the cluster size of each column that is left; None for 1.
+        sizes: float32 `[B, C]`, the cluster size of each column that is left; None for 1.
     """
 
     columns: Columns
     delta: torch.Tensor
-    counts: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
 
     def held(self, length: int) -> "Past":
         """The `Past` of the same cache cut to `length` columns. A greater length, with text behind the prompt, changes nothing."""
         if length >= self.columns.places:
             return self
         columns = self.columns.first(length)
-        counts = None if self.counts is None else self.counts[:, :length]
-        return Past(columns, self.delta[:, : columns.width], counts)
+        sizes = None if self.sizes is None else self.sizes[:, :length]
+        return Past(columns, self.delta[:, : columns.width], sizes)
 
 
 def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
@@ -126,10 +126,10 @@ def without_pruned(
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     pruned_call[interface.ENCODED] = _encoded(model, call, encoded)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
-    return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _counts(video, columns, encoded))
+    return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(video, columns, encoded))
 
 
-def _counts(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
+def _sizes(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
     """The cluster sizes of the columns that are left, float32 `[B, C]`; None for 1."""
     if encoded.size is None:
         return None

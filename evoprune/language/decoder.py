@@ -25,7 +25,7 @@ class KVCache:
     Attributes:
         length: columns that are valid. A forward pass writes after them and raises `length` at its end, so a pass that fails
             leaves the cache as it was.
-        counts: float32 `[length]`, the cluster size of each column: attention treats it as that many columns; None for 1 each.
+        sizes: float32 `[length]`, the cluster size of each column: attention treats it as that many columns; None for 1 each.
     """
 
     def __init__(self, model, capacity: int):
@@ -34,7 +34,7 @@ class KVCache:
         shape = (1, config.num_key_value_heads, capacity, config.hidden_size // config.num_attention_heads)
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.num_hidden_layers)]
         self.length = 0
-        self.counts: torch.Tensor | None = None
+        self.sizes: torch.Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -50,7 +50,7 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
         self.length = length
-        self.counts = None if self.counts is None else self.counts[:length]
+        self.sizes = None if self.sizes is None else self.sizes[:length]
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns after the valid ones. They become valid when `length` is raised.
@@ -85,7 +85,7 @@ def forward(
     inputs_embeds: torch.Tensor,
     positions: torch.Tensor,
     cache: KVCache,
-    counts: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reads new columns after those in the cache, and adds them to it.
 
@@ -94,7 +94,7 @@ def forward(
         inputs_embeds: `[L, hidden]`, on the device of the weights, L at least 1.
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
         cache: of the columns before; L longer afterwards, or unchanged if this raises.
-        counts: float32 `[L]`, the cluster size of each new column; None for 1 each.
+        sizes: float32 `[L]`, the cluster size of each new column; None for 1 each.
 
     Returns:
         The last column after the final norm, `[hidden]`.
@@ -109,8 +109,8 @@ def forward(
     eps, dim, last = config.rms_norm_eps, config.hidden_size // config.num_attention_heads, len(text.layers) - 1
     x = inputs_embeds
     cos, sin = _rotation(config, positions, x)
-    counts = _counts(cache, counts, columns, x.device)
-    bias = None if counts is None else counts.log().to(x.dtype)
+    sizes = _sizes(cache, sizes, columns, x.device)
+    bias = None if sizes is None else sizes.log().to(x.dtype)
     for i, layer in enumerate(text.layers):
         attention, mlp = layer.self_attn, layer.mlp
         h = _norm(x, layer.input_layernorm.weight, eps)
@@ -125,7 +125,7 @@ def forward(
         x = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
     hidden = _norm(x, text.norm.weight, eps)[0]
     cache.length += columns
-    cache.counts = counts
+    cache.sizes = sizes
     return hidden
 
 
@@ -135,19 +135,19 @@ def logits(
     inputs_embeds: torch.Tensor,
     positions: torch.Tensor,
     cache: KVCache,
-    counts: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `forward`, but returns the logits of the token after the last column: float32 `[vocabulary]`."""
     # The output layer is the largest of all, and only the last column needs it.
-    return model.lm_head(forward(model, inputs_embeds, positions, cache, counts)[None])[0].float()
+    return model.lm_head(forward(model, inputs_embeds, positions, cache, sizes)[None])[0].float()
 
 
-def _counts(cache: KVCache, counts: torch.Tensor | None, columns: int, device) -> torch.Tensor | None:
+def _sizes(cache: KVCache, sizes: torch.Tensor | None, columns: int, device) -> torch.Tensor | None:
     """Cluster sizes of the columns in the cache and the new ones, float32; None if all are 1."""
-    if counts is None and cache.counts is None:
+    if sizes is None and cache.sizes is None:
         return None
-    before = torch.ones(cache.length, device=device) if cache.counts is None else cache.counts
-    return torch.cat([before, torch.ones(columns, device=device) if counts is None else counts.to(device).float()])
+    before = torch.ones(cache.length, device=device) if cache.sizes is None else cache.sizes
+    return torch.cat([before, torch.ones(columns, device=device) if sizes is None else sizes.to(device).float()])
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -72,21 +72,21 @@ def embed_prompt(
         return torch.cat([before, features.to(before), after]), columns
 
 
-def column_counts(counts: torch.Tensor | None, video_start: int, columns: int) -> torch.Tensor | None:
-    """The cluster sizes of all columns of a pruned prompt, for `prefill`: 1 for text, `counts` for visual tokens.
+def column_sizes(sizes: torch.Tensor | None, video_start: int, columns: int) -> torch.Tensor | None:
+    """The cluster sizes of all columns of a pruned prompt, for `prefill`: 1 for text, `sizes` for visual tokens.
 
     Args:
-        counts: float32 `[K]`, the cluster sizes of the kept visual tokens; None for 1 each.
+        sizes: float32 `[K]`, the cluster sizes of the kept visual tokens; None for 1 each.
         video_start: index of the first visual token.
         columns: length of the pruned prompt.
 
     Returns:
-        float32 `[columns]`, or None if `counts` is None.
+        float32 `[columns]`, or None if `sizes` is None.
     """
-    if counts is None:
+    if sizes is None:
         return None
-    every = counts.new_ones(columns)
-    every[video_start : video_start + len(counts)] = counts
+    every = sizes.new_ones(columns)
+    every[video_start : video_start + len(sizes)] = sizes
     return every
 
 
@@ -96,7 +96,7 @@ def prefill(
     positions: torch.Tensor,
     next_position: int,
     cache: KVCache | None = None,
-    counts: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> PrefillState:
     """Reads a prompt, or continues one that is in a cache.
 
@@ -107,7 +107,7 @@ def prefill(
         next_position: position of the first generated token: by Qwen's rule the *unpruned* prompt's largest position plus
             one. Only decoding uses it.
         cache: of the columns before; it is extended in place. None starts a new prompt.
-        counts: float32 `[L]`, the cluster size of each column; None for 1 each.
+        sizes: float32 `[L]`, the cluster size of each column; None for 1 each.
 
     Returns:
         The state after the last column.
@@ -116,7 +116,7 @@ def prefill(
         ValueError: no columns, or not one position for each column.
     """
     cache = KVCache(model, len(inputs_embeds) + ANSWER_COLUMNS) if cache is None else cache
-    return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache, counts), next_position)
+    return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache, sizes), next_position)
 
 
 class TokenStream(Iterator[int]):

@@ -1,7 +1,7 @@
 """The fourth stage: the language model reads a question about a video (prefill)."""
 
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import PrefillState, column_counts, embed_prompt, prefill
+from evoprune.language.generate import PrefillState, column_sizes, embed_prompt, prefill
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.pipeline.loading.model import LoadedModel
@@ -37,10 +37,10 @@ class PromptReader:
             model, prompt.input_ids, encoded.features, prompt.video_start, units, encoded.kept
         )
         positions = positions[:, columns]
-        counts = column_counts(encoded.size, prompt.video_start, len(embeds))
+        sizes = column_sizes(encoded.size, prompt.video_start, len(embeds))
         cache, known = self._take_prefix(system)
-        counts = None if counts is None else counts[known:]
-        state = prefill(model, embeds[known:], positions[:, known:], following, cache, counts)
+        sizes = None if sizes is None else sizes[known:]
+        state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes)
         self._prefix = system, state.cache, prompt.prefix_length - units + len(encoded.kept)
         return state, prompt.text_tokens
 

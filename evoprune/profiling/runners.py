@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.language.generate import GenerationSettings, column_counts, embed_prompt, prefill, stream
+from evoprune.language.generate import GenerationSettings, column_sizes, embed_prompt, prefill, stream
 from evoprune.methods.base import Method
 from evoprune.model.clock import Clock
 from evoprune.model.cost import tower_flop
@@ -37,8 +37,8 @@ def run_evoprune(
         encoded = encode(visual, [clip.patches], plan, method, **how)
     with clock.stage("prefill"):
         embeds, columns = embed_prompt(model, clip.ids, encoded.features, TEXT_BEFORE, clip.units, encoded.kept)
-        counts = column_counts(encoded.size, TEXT_BEFORE, len(embeds))
-        state = prefill(model, embeds, clip.positions[:, columns], clip.following, counts=counts)
+        sizes = column_sizes(encoded.size, TEXT_BEFORE, len(embeds))
+        state = prefill(model, embeds, clip.positions[:, columns], clip.following, sizes=sizes)
     with clock.stage("generate"):
         tokens = list(stream(model, state, GenerationSettings(new_tokens), eos_ids=()))
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept))
