@@ -12,7 +12,6 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.precision import QUANTIZE
 from evoprune.pipeline.options import LOAD_FORMATS, ModelOptions
-from evoprune.profiling.results import Case
 from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
@@ -93,7 +92,7 @@ def _run(clips: Callable, measured: Callable, deliver: Callable, quiet: bool) ->
 
 
 def _measured(
-    model: str, loading: dict[str, Any], asked: dict[str, Any], cases: list[Case], about: dict, source: Callable, show
+    model: str, loading: dict[str, Any], asked: dict[str, Any], cases: list, about: dict, source: Callable, show
 ) -> Iterator:
     """The results after each round; see `profiling.run.measure`."""
     show("loading libraries")
@@ -111,7 +110,7 @@ def _measured(
 @contextmanager
 def _clips(
     video: str | None, synthetic: str, counts: list[int], sizes: list[tuple[int, int]]
-) -> Iterator[tuple[list[Case], dict, Callable]]:
+) -> Iterator[tuple[list, dict, Callable]]:
     """The cases to measure, what to note about their frames, and a function that makes the frames of a case."""
     if video is None:
         yield (
@@ -132,17 +131,19 @@ def _clips(
         yield cases, {"video": video, "synthetic": None}, partial(_video_frames, info)
 
 
-def _cases(counts: list[int], sizes: list[tuple[int, int]]) -> list[Case]:
+def _cases(counts: list[int], sizes: list[tuple[int, int]]) -> list:
+    from evoprune.profiling.results import Case  # its dataclasses take 8 ms, which `--help` need not wait for
+
     return [Case(count, *size) for count in counts for size in sizes]
 
 
-def _synthetic_frames(kind: str, case: Case):
+def _synthetic_frames(kind: str, case):
     from evoprune.profiling import clips
 
     return clips.synthetic_frames(kind, case)
 
 
-def _video_frames(info, case: Case):
+def _video_frames(info, case):
     from evoprune.profiling import clips
 
     return clips.video_frames(info, case)
