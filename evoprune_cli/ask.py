@@ -5,11 +5,10 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.pruning.budget import DEFAULT
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -17,6 +16,9 @@ from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.terminal import encoding, note, progress
 from evoprune_cli.text import roughly
+
+if TYPE_CHECKING:
+    from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 USAGE = 'evoprune ask video.mp4 "What happens?"'
@@ -114,7 +116,7 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
             raise
 
 
-def _encode_into(talk: Conversation, path: str, request: _Request, options: PipelineOptions) -> None:
+def _encode_into(talk: Conversation, path: str, request: _Request, options: "PipelineOptions") -> None:
     """Loads the model, encodes the video, and hands it to the conversation."""
     with progress(not request.quiet) as show:
         from evoprune.pipeline.video_qa import VideoQA
@@ -132,7 +134,7 @@ def _encode_into(talk: Conversation, path: str, request: _Request, options: Pipe
     talk.begin(video, options.generation, encode_full if request.compare else None)
 
 
-def _encode(engine, path: str, request: _Request, sampling: SamplingOptions, show, full: bool = False):
+def _encode(engine, path: str, request: _Request, sampling: "SamplingOptions", show, full: bool = False):
     """The video, encoded; first says on stderr which limits apply, and how long it will take if that is long."""
     from evoprune.pipeline.cache import Cache, default_folder
     from evoprune.pipeline.opening import open_video
@@ -185,7 +187,7 @@ def _local(request: _Request):
     return local_file(video)
 
 
-def _check_flags(given: Mapping[str, Any]) -> PipelineOptions:
+def _check_flags(given: Mapping[str, Any]) -> "PipelineOptions":
     """The options of the pipeline, with everything checked that can be wrong with flags alone."""
     from evoprune.video.decode import choose_decoder
 
@@ -194,7 +196,7 @@ def _check_flags(given: Mapping[str, Any]) -> PipelineOptions:
     return options
 
 
-def _check_video(path: str, sampling: SamplingOptions) -> None:
+def _check_video(path: str, sampling: "SamplingOptions") -> None:
     """Checks the video in milliseconds, before torch is imported or weights are read."""
     from evoprune.video.decode import choose_decoder
     from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
@@ -217,7 +219,7 @@ def _note_wait(engine, view, how: str) -> None:
         note(f"estimated first token {how}{roughly(wait)}")
 
 
-def _note_limits(plan, sampling: SamplingOptions) -> None:
+def _note_limits(plan, sampling: "SamplingOptions") -> None:
     """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         asked = sampling.frames is not None or sampling.fps is not None

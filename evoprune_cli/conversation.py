@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evoprune.pipeline.options import GenerationOptions
 from evoprune.report import Report, VideoFacts
 from evoprune_cli.failures import failure
 from evoprune_cli.stats import print_stats
@@ -13,6 +12,7 @@ from evoprune_cli.terminal import encodable, note, print_json, print_warning, pr
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import Answer, EncodedVideo
+    from evoprune.pipeline.options import GenerationOptions
 
 Show = Callable[..., None]  # what is being done, done, total
 EncodeFull = Callable[[Show], "EncodedVideo"]
@@ -63,7 +63,7 @@ class Conversation:
         self._warned = False
 
     def begin(
-        self, video: "EncodedVideo", generation: GenerationOptions, encode_full: "EncodeFull | None" = None
+        self, video: "EncodedVideo", generation: "GenerationOptions", encode_full: "EncodeFull | None" = None
     ) -> None:
         """From now on questions can be answered.
 

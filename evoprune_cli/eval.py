@@ -10,7 +10,6 @@ from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.evaluation.splits import SPLITS
-from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
@@ -59,6 +58,8 @@ def evaluate(
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
+    from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
+
     sweep = opt.sweep(budget, method, method_arg)
     _check_flags(split, output, resume)
     check_chart(chart, beside=output)

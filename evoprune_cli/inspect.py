@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.pipeline.options import PipelineOptions
 from evoprune.pruning.budget import AUTO, DEFAULT
 from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
@@ -20,6 +19,9 @@ from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.options import OVERLAYS
 from evoprune_cli.terminal import encoding, print_warning, printable, progress
 from evoprune_cli.text import clock, size
+
+if TYPE_CHECKING:
+    from evoprune.pipeline.options import PipelineOptions
 
 SCHEMA = "evoprune/inspect@1"
 WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
@@ -130,7 +132,7 @@ def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
             yield {"overlay": overlay.draw(path, video, options)}
 
 
-def _plan(info, options: PipelineOptions) -> dict:
+def _plan(info, options: "PipelineOptions") -> dict:
     """What a model would look at."""
     from evoprune.pipeline.inspection import plan_facts
     from evoprune.pipeline.loading.device import has_cuda
@@ -164,7 +166,7 @@ class _Overlay:
         ):
             raise UsageError(f"--overlay {self.file} would change the video", "name another place")
 
-    def draw(self, path: str, video: str, options: PipelineOptions) -> dict:
+    def draw(self, path: str, video: str, options: "PipelineOptions") -> dict:
         """Draws it; the facts to report."""
         with progress(True) as show:
             from evoprune.pipeline.opening import open_video

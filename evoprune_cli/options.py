@@ -1,24 +1,17 @@
 """Options that several commands share, declared once."""
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.model.precision import QUANTIZE
-from evoprune.pipeline.options import (
-    LOAD_FORMATS,
-    GenerationOptions,
-    ModelOptions,
-    PipelineOptions,
-    PruneOptions,
-    SamplingOptions,
-)
+from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.pruning.budget import PRESETS, parse_budget
-from evoprune.video.sampling import parse_time
+
+if TYPE_CHECKING:
+    from evoprune.pipeline.options import PipelineOptions
 
 OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
 _PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())
@@ -269,21 +262,26 @@ Cache = Annotated[
 Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
 
 
-def pipeline_options(given: Mapping[str, Any]) -> PipelineOptions:
+def pipeline_options(given: Mapping[str, Any]) -> "PipelineOptions":
     """The pipeline's options, made of a command's arguments by their names (`locals()`); other arguments are ignored.
 
     Raises:
         UsageError: a bad value.
     """
+    from dataclasses import fields
+
+    from evoprune.pipeline import options
+    from evoprune.video.sampling import parse_time
+
     given = {
         **given,
         "method_args": settings(given.get("method_arg")),
         "start_s": parse_time(given["start"]),
         "end_s": parse_time(given["end"]) if given["end"] else None,
     }
-    kinds = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+    kinds = (options.ModelOptions, options.PruneOptions, options.SamplingOptions, options.GenerationOptions)
     known = {f.name for kind in kinds for f in fields(kind)}
-    return PipelineOptions.of(**{name: value for name, value in given.items() if name in known})
+    return options.PipelineOptions.of(**{name: value for name, value in given.items() if name in known})
 
 
 def settings(texts: list[str] | None) -> dict[str, str]:

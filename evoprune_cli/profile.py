@@ -10,8 +10,7 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.model.precision import QUANTIZE
-from evoprune.pipeline.options import LOAD_FORMATS, ModelOptions
+from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
@@ -96,6 +95,7 @@ def _measured(
 ) -> Iterator:
     """The results after each round; see `profiling.run.measure`."""
     show("loading libraries")
+    from evoprune.pipeline.options import ModelOptions
     from evoprune.profiling import run, settings, weights
 
     for name in {*asked["methods"]} - {"none"}:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from evoprune.pipeline.options import LOAD_FORMATS
+from evoprune.model.precision import LOAD_FORMATS
 from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli.options import SWEEP
 

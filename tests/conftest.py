@@ -7,7 +7,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.tiny import save_tiny  # noqa: E402 (after the environment is set)
+from tests.tiny import save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""The names of what weights can be held in. Imports no torch."""
+"""How weights are read and held, by name. Imports no torch."""
 
 from evoprune.errors import UsageError
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 QUANTIZE = ("none", "int8", "int4")
+LOAD_FORMATS = ("auto", "dummy")  # from their files, or random ones of the same shapes
 
 
 def check_dtype(name: str) -> None:

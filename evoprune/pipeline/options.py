@@ -10,11 +10,9 @@ from typing import Any, Self
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationSettings
-from evoprune.model.precision import check_dtype, check_quantize
+from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize
 from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
 from evoprune.video.sampling import check_sampling
-
-LOAD_FORMATS = ("auto", "dummy")
 
 
 @dataclass(frozen=True)
