@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.moments import COMMANDS, SIGNALS
+from tests.cli.interrupts import COMMANDS, SIGNALS
 
 ROOT = Path(__file__).parents[2]
 CODES = {None: 0, "SIGINT": 130, "SIGTERM": 143}
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 def runs_of(folder: Path, count: int) -> list[dict]:
     """What `moments` tells of every run."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cli.moments", str(folder), str(count)],
+        [sys.executable, "-m", "tests.cli.interrupts", str(folder), str(count)],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

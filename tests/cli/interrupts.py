@@ -1,4 +1,4 @@
-"""Signals at chosen moments of commands: `python -m tests.cli.moments FOLDER COUNT`.
+"""Signals at chosen moments of commands: `python -m tests.cli.interrupts FOLDER COUNT`.
 
 A moment is a call of a function of this program in the main thread. The first run of a command counts them, the others get a signal
 at one of COUNT moments spread over them; the last of these is then gone on with, where that is possible. Every run is a copy of
