@@ -19,7 +19,7 @@ ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
 FEW = 512  # up to this number of rows, features are not projected
 AT_ONCE = 1024  # rows that have float32 copies at a time
-STEP = 1 / 16384  # resolution of distances; see `evoprune.pruning.score.snap`
+STEP = 1 / 16384  # resolution of distances
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,14 @@ class Points:
         """The points with these indices (int64), with all rows."""
         return replace(self, units=self.units[index], row=self.row[index], time=self.time[index])
 
-    def apart(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """float32 `[a, b]`: distances in features between rows `a` and rows `b` (int64), before `snap`."""
+    def in_features(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """float32 `[a, b]`: the first term of the distance, between rows `a` and rows `b` (int64), before `rounded`."""
         return torch.addmm(self.half[b], self.place[a], self.place[b].T, alpha=-1).add_(self.half[a][:, None])
+
+    def add_time(self, distance: torch.Tensor, candidates: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+        """Adds the second term in place to `distance` `[candidates, selected]`; both are indices of points (int64)."""
+        lapse = (self.time[candidates][:, None] - self.time[selected]).abs_()
+        return distance.add_(lapse.mul_(self.weight[self.row[candidates]][:, None]))
 
 
 def points_of(
@@ -83,12 +88,7 @@ def points_of(
     )
 
 
-def lapse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`[a, b]`: the absolute differences of times `a` (`[a]`) and `b` (`[b]`)."""
-    return (a[:, None] - b).abs_()
-
-
-def snap(x: torch.Tensor) -> torch.Tensor:
+def rounded(x: torch.Tensor) -> torch.Tensor:
     """Rounds distances to multiples of `STEP`, so that equal rows are at distance 0 and equal distances are ties.
 
     Rounding keeps the order, so the minimum of several distances may be rounded instead of each of them.
@@ -110,7 +110,7 @@ def _places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch
     common = F.normalize(mean, dim=0)
     made = [(unit if to is None else unit @ to, 1 - unit @ common) for unit in units()]
     place, unlike = (torch.cat(pieces) for pieces in zip(*made, strict=True))
-    salience = snap(unlike) * (count > 0)
+    salience = rounded(unlike) * (count > 0)
     return place, salience / salience.max().clamp(min=STEP)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evoprune.pruning.budget import spread
-from evoprune.pruning.distance import Points, lapse, snap
+from evoprune.pruning.distance import Points, rounded
 
 POOL = 512  # candidates of a pool; affects the speed alone
 PIECE = 1 << 20  # numbers in the largest tensor of a pass
@@ -73,14 +73,13 @@ def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Ten
         int64 `[N]`, indices into `kept`; -1 for a unit that is not among the points.
     """
     device = points.units.device
-    selected = points.some(torch.searchsorted(points.units, kept))
-    few, back = selected.row.unique(return_inverse=True)  # a row is often selected at several times
+    selected = torch.searchsorted(points.units, kept)
+    few, back = points.row[selected].unique(return_inverse=True)  # one row is often selected at many times
     found = torch.empty(len(points), dtype=torch.int64, device=device)
     for some in torch.arange(len(points), device=device).split(max(1, PIECE // len(kept))):
         of, place = points.row[some].unique(return_inverse=True)
-        distance = lapse(points.time[some], selected.time).mul_(points.weight[points.row[some]][:, None])
-        distance.add_(points.apart(of, few)[place[:, None], back])
-        found[some] = snap(distance).argmin(1)
+        distance = points.add_time(points.in_features(of, few)[place[:, None], back], some, selected)
+        found[some] = rounded(distance).argmin(1)
     owner = torch.full((total,), -1, dtype=torch.int64, device=device)
     owner[points.units] = found
     owner[kept] = torch.arange(len(kept), device=device)
@@ -142,10 +141,10 @@ def _farthest(points: Points, start: list[int], keep: int, pool: int, within: fl
         nearest[latest] = -1
         members, bound, before = _farthest_few(nearest, pool)
         few, back = points.row[members].unique(return_inverse=True)  # a row is often there at several times
-        apart = points.apart(few, few)[back[:, None], back]
-        apart.add_(lapse(points.time[members], points.time[members]).mul_(points.weight[points.row[members]]))
+        apart = points.in_features(few, few)[back[:, None], back]  # [selected, candidate]
+        points.add_time(apart.T, members, members)
         most, fewest = keep - len(selected), least - len(selected)
-        fresh = _select_in_pool(nearest[members], snap(apart), members, bound, before, most, within, fewest)
+        fresh = _select_in_pool(nearest[members], rounded(apart), members, bound, before, most, within, fewest)
         selected += fresh
     return torch.tensor(selected, dtype=torch.int64, device=device)
 
@@ -154,13 +153,12 @@ def _update(nearest: torch.Tensor, points: Points, fresh: torch.Tensor) -> None:
     """Updates `nearest` (float32 `[n]`) for the newly selected points `fresh` (int64)."""
     every = torch.arange(len(points.place), device=nearest.device)
     for few in fresh.split(max(1, PIECE // len(every))):
-        apart = points.apart(every, points.row[few])
+        apart = points.in_features(every, points.row[few])
         # The term in time only adds to a distance. So nearly all points are nearer to an earlier one, and need no term in time.
-        near = (nearest > snap(apart.amin(1))[points.row]).nonzero()[:, 0]
+        near = (nearest > rounded(apart.amin(1))[points.row]).nonzero()[:, 0]
         for some in near.split(max(1, PIECE // len(few))):
-            row = points.row[some]
-            distance = lapse(points.time[some], points.time[few]).mul_(points.weight[row][:, None]).add_(apart[row])
-            nearest[some] = torch.minimum(nearest[some], snap(distance.amin(1)))
+            distance = points.add_time(apart[points.row[some]], some, few)
+            nearest[some] = torch.minimum(nearest[some], rounded(distance.amin(1)))
 
 
 def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, float, int]:

@@ -95,17 +95,21 @@ def encode_rows(
     """
     run = _Run(visual, plan, method, chunk_units, on_layer)
     for chunk in run.chunks(patches):
-        x, layout = run.embedded(chunk)
-        x, layout = run.first_layers(chunk, x, layout)
+        x, layout = run.embed(chunk)
+        x, layout = run.run_first_layers(chunk, x, layout)
+        if plan.select_after is None:
+            x = run.merge_patches(x)
         run.collect(chunk, x, layout)
-    rows, selection = run.collected(), None
+    chunk = x = layout = None  # frees the memory of the last chunk
+    rows, selection = run.all_rows(), None
     if plan.select_after is not None:
-        rows, selection = run.selected(rows, seconds_per_pair, seed)
-        rows = run.last_layers(rows)
-    tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.given())
-    return EncodedRows(
-        method, plan, tokens, rows.unit, torch.cat(run.sources), run.layers, selection, run.timer, run.checks
-    )
+        rows, selection = run.select_rows(rows, seconds_per_pair, seed)
+        rows = run.run_last_layers(rows)
+        rows.x = run.merge_patches(rows.x)
+        run.checks.numbers.append(all_numbers(rows.x))
+    tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.selector_inputs())
+    source = torch.cat(run.sources)
+    return EncodedRows(method, plan, tokens, rows.unit, source, run.layers, selection, run.timer, run.checks)
 
 
 @dataclass
@@ -133,7 +137,7 @@ class _Run:
         self.geometry = tower_geometry(visual, *plan.grid[1:])
         self.at_once = chunk_units or devices.units_at_a_time(self.device)
         self.on_layer = on_layer
-        self.first = range(tower.depth if plan.select_after is None else plan.select_after)
+        self.layers_before = range(tower.depth if plan.select_after is None else plan.select_after)
         self.timer, self.checks = Timer(self.device), Checks()
         self.references = References() if plan.reuse else None
         selector = method.selector if plan.prunes else None
@@ -163,7 +167,7 @@ class _Run:
             even=self.checks.even if self.plan.prunes else None,
         )
 
-    def embedded(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
+    def embed(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
         """The chunk's rows before the first layer, and their layout."""
         with devices.here(self.device):  # index tensors are on the device of the features
             with self.timer if self.references else nullcontext():
@@ -173,50 +177,48 @@ class _Run:
                 self.references.begin(latest if follows else None)  # no unit refers to the last chunk
             return embed(self.visual, devices.to_device(chunk.patches, self.device)), layout
 
-    def first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
+    def run_first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
         """The rows after the layers before the selection, or after all layers."""
         merger, merging = self.method.merger, None
         if self.plan.merged:
             merging = Merging(merger, self.plan.merged[chunk.first : chunk.first + chunk.pairs], self.checks.failed)
-        for layer in self.first:
-            before = layout.rows if not (merging and layer) else sum(merging.target(layer - 1))
-            self.computed[layer] += before
+        for layer in self.layers_before:
+            merged_before = merging and layer > 0
+            self.computed[layer] += sum(merging.target(layer - 1)) if merged_before else layout.rows
         passage = Passage(
             self.visual, self.timer, merging, self.references, self.gathering, merger.size_bias if merging else True
         )
         with devices.here(self.device):
-            return run_layers(passage, self.first, x, layout)
+            return run_layers(passage, self.layers_before, x, layout)
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
-        """Appends a chunk's rows to those of earlier chunks, after the patch merger if no layer follows."""
+        """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""
         with devices.here(self.device):
             order = layout.unit.argsort()
             if self.gathering:
                 with self.timer:
                     self.gathering.finish(order)
-            number = order.argsort() + self.count  # the index of each row among all rows of the video
-            owner = self.references.owners(layout.owner, number) if self.references else number[layout.owner]
-            rows = x[order]
-            if layout.rows and self.plan.select_after is None:
-                rows = merge_patches(self.visual, rows)
-            self._check_numbers(rows)
-        self.pieces.append(_Rows(rows, layout.unit[order] + chunk.first * self.geometry.units, owner))
+            index = order.argsort() + self.count  # of each row among all rows of the video
+            owner = self.references.owners(layout.owner, index) if self.references else index[layout.owner]
+            x = x[order]
+            self._check_numbers(x)
+        self.pieces.append(_Rows(x, layout.unit[order] + chunk.first * self.geometry.units, owner))
         own = torch.arange(chunk.first, chunk.first + chunk.pairs)[:, None].expand(-1, self.geometry.units)
         self.sources.append(own if chunk.source is None else chunk.source)
         self.count += len(order)
 
-    def collected(self) -> _Rows:
+    def all_rows(self) -> _Rows:
         """The rows of all chunks; frees the chunks."""
         live = [rows.x for rows in self.pieces if len(rows.x)]
         units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
         self.pieces, self.references = [], None
         return _Rows(torch.cat(live), torch.cat(units), torch.cat(owners))
 
-    def selected(self, rows: _Rows, seconds_per_pair: float, seed: int) -> tuple[_Rows, Selection | None]:
+    def select_rows(self, rows: _Rows, seconds_per_pair: float, seed: int) -> tuple[_Rows, Selection | None]:
         """The rows for the other layers; and the selection, if the language model reads exactly these rows.
 
-        Rows are compared after the norm of the next layer, which reduces the few channels that are large in all rows. A still
-        picture stays whole if the plan allows it: each row has seen everything around it.
+        Rows are compared after the norm of the next layer, which reduces the few channels that are large in all rows. Nothing is
+        selected in a video without any change, if all its rows may go on: each of them has seen everything around it.
         """
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
@@ -233,8 +235,8 @@ class _Run:
         final = selector.suffices(len(found.kept), plan.keep, plan.units)
         return _Rows(means, found.kept, found.owner), found if final else None
 
-    def last_layers(self, rows: _Rows) -> _Rows:
-        """The tokens of the selected rows: the other layers on the whole video at once, then the patch merger piece by piece."""
+    def run_last_layers(self, rows: _Rows) -> _Rows:
+        """The selected rows after the other layers, which run on the whole video at once."""
         after = range(self.plan.select_after, self.depth)
         self.computed[after.start :] = [len(rows.unit)] * len(after)
         with devices.here(self.device):
@@ -245,14 +247,18 @@ class _Run:
                 mlp_rows=self.at_once,
                 on_layer=lambda done: self.on_layer(done, self.depth),
             )
-            x, rows.x = rows.x[order], None
+            x, rows.x = rows.x[order], None  # frees the rows in the old order
             x, _ = run_layers(passage, after, x, layout)
-            some = x[order.argsort()].split(self.at_once)
-            tokens = torch.cat([merge_patches(self.visual, piece) for piece in some])
-            self.checks.numbers.append(all_numbers(tokens))
-        return _Rows(tokens, rows.unit, rows.owner)
+            return _Rows(x[order.argsort()], rows.unit, rows.owner)
 
-    def given(self) -> dict[str, torch.Tensor]:
+    def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""
+        if not len(x):
+            return x
+        with devices.here(self.device):
+            return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.at_once)])
+
+    def selector_inputs(self) -> dict[str, torch.Tensor]:
         """The inputs that the selector declared, by name."""
         return self.gathering.collected() if self.gathering else {}
 
