@@ -189,7 +189,7 @@ def _local(request: _Request):
 
 def _check_flags(given: Mapping[str, Any]) -> "PipelineOptions":
     """The options of the pipeline, with everything checked that can be wrong with flags alone."""
-    from evoprune.video.decode import choose_decoder
+    from evoprune.video.frames import choose_decoder
 
     options = opt.pipeline_options(given)
     choose_decoder(options.sampling.decoder)
@@ -198,7 +198,7 @@ def _check_flags(given: Mapping[str, Any]) -> "PipelineOptions":
 
 def _check_video(path: str, sampling: "SamplingOptions") -> None:
     """Checks the video in milliseconds, before torch is imported or weights are read."""
-    from evoprune.video.decode import choose_decoder
+    from evoprune.video.frames import choose_decoder
     from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
     from evoprune.video.probe import probe
 
@@ -212,7 +212,7 @@ def _check_video(path: str, sampling: "SamplingOptions") -> None:
 
 def _note_wait(engine, view, how: str) -> None:
     """How long it will take, if it is long."""
-    from evoprune.pipeline.estimates import estimate_first_token
+    from evoprune.pipeline.estimate import estimate_first_token
 
     wait = estimate_first_token(engine, view)
     if wait is not None and wait > LONG_WAIT_S:

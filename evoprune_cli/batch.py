@@ -143,7 +143,7 @@ def _settings(**given):
     """The settings. Refuses those that are wrong whatever the model and the videos are."""
     from evoprune.batch.rows import is_text
     from evoprune.batch.settings import Settings
-    from evoprune.video.decode import choose_decoder
+    from evoprune.video.frames import choose_decoder
 
     settings = Settings.of(**given)
     choose_decoder(settings.sampling.decoder)

@@ -18,7 +18,7 @@ from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate, print_document
 from evoprune_cli.failures import Terminated, debugging, failure
-from evoprune_cli.help import Command
+from evoprune_cli.help_format import Command
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
 from evoprune_cli.terminal import WIDTH, print_error, print_json

@@ -132,7 +132,7 @@ def _clips(
 
 
 def _cases(counts: list[int], sizes: list[tuple[int, int]]) -> list:
-    from evoprune.profiling.results import Case  # its dataclasses take 8 ms, which `--help` need not wait for
+    from evoprune.profiling.results import Case
 
     return [Case(count, *size) for count in counts for size in sizes]
 

@@ -17,7 +17,7 @@ from statistics import median
 import av
 import numpy as np
 
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.info import VideoInfo
 from evoprune.video.probe import probe
 from evoprune.video.readers import decord, pyav

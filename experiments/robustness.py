@@ -1,6 +1,6 @@
 """What noise does to reuse in time: `python -m experiments.robustness`.
 
-A unit is not encoded again while it differs from its reference by less than some levels of 255 (pruning/reference.py). Coarse
+A unit is not encoded again while it differs from its reference by less than some levels of 255 (pruning/reuse.py). Coarse
 compression and changing light make every unit differ a little, and fine compression keeps small changes that matter. So the demo's
 clips with a still camera are written by x264 at several qualities, or get light that grows and fades. The questions are asked with
 nothing pruned and with `evoprune`. The table says how much is encoded and how many answers are right.
@@ -26,7 +26,7 @@ from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import PruneOptions
-from evoprune.video.decode import FrameChunk, read_frames
+from evoprune.video.frames import FrameChunk, read_frames
 from experiments.paired import in_points, paired_difference
 
 PERIOD_S = 4.0  # of the light

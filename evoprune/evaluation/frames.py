@@ -5,7 +5,7 @@ from contextlib import closing
 
 import numpy as np
 
-from evoprune.video.decode import FrameChunk, read_frames
+from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.probe import VideoInfo
 
 

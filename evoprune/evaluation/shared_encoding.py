@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from evoprune.methods.base import Method
-from evoprune.pruning.plan import EncoderPlan
+from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.rows import EncodedRows
+from evoprune.vision.token_selection import EncodedRows
 
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.

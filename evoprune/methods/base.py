@@ -16,7 +16,7 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.pruning.budget import spread
-from evoprune.pruning.plan import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.pruning.schedule import layer_weights, rows_after_layers
 from evoprune.pruning.types import Candidates, Selection, Tokens
 

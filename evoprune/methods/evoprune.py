@@ -1,7 +1,7 @@
 """evoprune, this project's own method: reuse in time, then a selection between two layers of the encoder.
 
 1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
-   attention (pruning/reference.py).
+   attention (pruning/reuse.py).
 2. Selection: after the first eighth of the tower's layers, every unit of the clip has a feature, a place and a time.
    Farthest-point sampling over features and time selects the rows for the other layers (pruning/select.py). Each selected row
    becomes the mean of its cluster. A thing that stands still can be selected again at a later time, where it sees what has changed
@@ -22,9 +22,9 @@ import torch
 from evoprune.methods.base import Method, Selector
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.distance import ALPHA, points_of
+from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.pruning.indices import tally
-from evoprune.pruning.plan import EncoderPlan, Grid, TowerShape, full_plan
-from evoprune.pruning.reference import THRESHOLD
+from evoprune.pruning.reuse import THRESHOLD
 from evoprune.pruning.select import assign_clusters, farthest_points
 from evoprune.pruning.types import Selection, Tokens
 

@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Merger
-from evoprune.pruning.merge import alternate, best_partners, match
-from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.encoder_plan import TowerShape
+from evoprune.pruning.matching import alternate, best_partners, match
 from evoprune.pruning.schedule import layer_weights, rows_after_layers
 from evoprune.pruning.score import composite_score, local_density, relative_attention, similarity, snap, strips
 from evoprune.pruning.types import Candidates

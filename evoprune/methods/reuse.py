@@ -1,6 +1,6 @@
 """Reuse in time before any selector: `reuse+divprune`, `reuse:threshold=5+visionzip`.
 
-A unit whose pixels have not changed since its place was last encoded is not encoded again (pruning/reference.py). The
+A unit whose pixels have not changed since its place was last encoded is not encoded again (pruning/reuse.py). The
 selector runs after the encoder and sees every unit of the clip; a reused unit has the feature of the row that
 represents it.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from evoprune.methods.base import Method, Selector
-from evoprune.pruning.plan import EncoderPlan, Grid, TowerShape, full_plan
-from evoprune.pruning.reference import THRESHOLD
+from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.pruning.reuse import THRESHOLD
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from evoprune.methods.base import InputMethod
-from evoprune.pruning.plan import Grid
+from evoprune.pruning.encoder_plan import Grid
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from evoprune.language.generate import GenerationSettings, TokenStream, embed_qu
 from evoprune.model.clock import Clock
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.fill_report import fill_kept, fill_times, video_report
 from evoprune.pipeline.options import GenerationOptions, from_keywords
 from evoprune.pipeline.prompting import PromptReader
-from evoprune.pipeline.reporting import fill_kept, fill_times, video_report
 from evoprune.pipeline.view import View
 from evoprune.report import Report, TokenCounts
 from evoprune.video.info import VideoInfo
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
-from evoprune.vision.rows import EncodedRows, select_tokens
+from evoprune.vision.token_selection import EncodedRows, select_tokens
 
 
 class Answer(Iterator[str]):

@@ -10,12 +10,12 @@ from evoprune.errors import OutOfMemory
 from evoprune.model.clock import Clock
 from evoprune.model.memory import memory_guard
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.estimates import units_at_once
+from evoprune.pipeline.memory_check import units_at_once
 from evoprune.pipeline.patches import PatchReader
 from evoprune.pipeline.view import View
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.rows import EncodedRows, select_tokens
+from evoprune.vision.token_selection import EncodedRows, select_tokens
 
 Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
 EncodeRows = Callable[..., EncodedRows]

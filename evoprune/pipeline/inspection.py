@@ -26,7 +26,7 @@ def environment_facts() -> dict:
     from evoprune.pipeline.cache import Cache, default_folder
     from evoprune.pipeline.loading.device import cpu_has_bf16
     from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
-    from evoprune.video.decode import choose_decoder
+    from evoprune.video.frames import choose_decoder
 
     decoders = {"pyav": "works"}
     try:

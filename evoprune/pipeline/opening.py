@@ -9,11 +9,11 @@ from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.cache import Cache, entry_key
 from evoprune.pipeline.encoding import EncodeRows, Encoding, Progress, encode_view
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.estimates import chunk_bytes
+from evoprune.pipeline.memory_check import chunk_bytes
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.patches import PatchReader, ReadFrames
 from evoprune.pipeline.view import View, make_view
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.vision.encoded import Encoded
 
 

@@ -9,7 +9,7 @@ import torch
 from evoprune.model.clock import Clock
 from evoprune.pipeline.prefetch import prefetched
 from evoprune.pipeline.view import View
-from evoprune.video.decode import FrameChunk, read_frames
+from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.plan import VideoLimits
 from evoprune.vision.preprocess import patchify, resize
 

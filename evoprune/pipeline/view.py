@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pruning.budget import keep_count
-from evoprune.pruning.plan import EncoderPlan
-from evoprune.video.decode import choose_decoder
+from evoprune.pruning.encoder_plan import EncoderPlan
+from evoprune.video.frames import choose_decoder
 from evoprune.video.info import VideoInfo
 from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.video.probe import probe

@@ -15,7 +15,7 @@ from evoprune.model.memory import memory_guard, shortage
 from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import Clip, Frames, prepare
-from evoprune.profiling.reference import hugging_face_model
+from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Counts, Row, Sample
 from evoprune.profiling.runners import Turn, run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings

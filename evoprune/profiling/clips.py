@@ -14,7 +14,7 @@ from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case
 from evoprune.pruning.budget import keep_count
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import VideoInfo
 from evoprune.video.sampling import even_times

@@ -11,7 +11,7 @@ from evoprune.model.cost import tower_flop
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, Clip
 from evoprune.profiling.results import Counts
-from evoprune.pruning.plan import EncoderPlan
+from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry
 

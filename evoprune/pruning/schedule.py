@@ -9,7 +9,7 @@ layers share settings.
 import math
 from collections.abc import Sequence
 
-from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.encoder_plan import TowerShape
 
 ALLOCATIONS = ("mean", "skip", "first", "last", "increasing", "decreasing")
 

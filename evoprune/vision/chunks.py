@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.model.sizes import PATCHES
-from evoprune.pruning.reference import scan
+from evoprune.pruning.reuse import scan
 from evoprune.vision import devices
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
 from evoprune.vision.preprocess import patch_means

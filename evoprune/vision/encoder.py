@@ -21,7 +21,7 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method
 from evoprune.model.numerics import all_numbers, not_a_number_error
-from evoprune.pruning.plan import EncoderPlan
+from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
 from evoprune.vision.chunks import Chunk, in_chunks
@@ -29,10 +29,10 @@ from evoprune.vision.encoded import Encoded
 from evoprune.vision.families import family
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, selected_layout
-from evoprune.vision.reduce import Merging
+from evoprune.vision.merging import Merging
 from evoprune.vision.references import References
-from evoprune.vision.rows import Checks, EncodedRows, all_true, select_tokens
 from evoprune.vision.timer import Timer
+from evoprune.vision.token_selection import Checks, EncodedRows, all_true, select_tokens
 from evoprune.vision.tower import Passage, embed, merge_patches, run_layers, tower_geometry, tower_shape
 
 OnLayer = Callable[[int, int], None]

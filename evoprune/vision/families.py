@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from evoprune.model.config import QWEN2, QWEN2_5, vision_sizes
 from evoprune.model.linear import linear
-from evoprune.vision.rowwise import norm as rms_norm
+from evoprune.vision.norm_rotary import norm as rms_norm
 
 
 @dataclass(frozen=True)

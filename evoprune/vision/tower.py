@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from evoprune.model.config import vision_sizes
 from evoprune.model.linear import linear
-from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.score import unit_features
 from evoprune.vision import devices
 from evoprune.vision.attention import grouped_attention
@@ -16,9 +16,9 @@ from evoprune.vision.buckets import Bucket, Packed, buckets
 from evoprune.vision.families import Family, family
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
-from evoprune.vision.reduce import Merging, reduce_rows
+from evoprune.vision.merging import Merging, reduce_rows
+from evoprune.vision.norm_rotary import rotary, rotate
 from evoprune.vision.references import References
-from evoprune.vision.rowwise import rotary, rotate
 from evoprune.vision.timer import Timer
 
 

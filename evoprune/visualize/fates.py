@@ -11,14 +11,14 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.model.memory import memory_guard
-from evoprune.pipeline.estimates import CHUNK_BYTES
+from evoprune.pipeline.memory_check import CHUNK_BYTES
 from evoprune.pipeline.opening import OpenVideo
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
-from evoprune.vision.rows import EncodedRows, selected
+from evoprune.vision.token_selection import EncodedRows, selected
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.pipeline import opening
 from evoprune.pipeline.opening import OpenVideo
 from evoprune.report import Report
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
 QUESTIONS = ["What happens?", "How many red squares are there in the video?"]

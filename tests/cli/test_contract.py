@@ -253,7 +253,7 @@ CASES = {
     "interrupted while loading": Case(
         ASK, 130, "", breaks=("evoprune.pipeline.loading.model.load_weights", KeyboardInterrupt())
     ),
-    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.decode.stream_frames", Terminated())),
+    "terminated while reading": Case(ASK, 143, "", breaks=("evoprune.video.frames.stream_frames", Terminated())),
     "batch interrupted while loading": Case(
         BATCH, 130, "", breaks=("evoprune.pipeline.loading.model.load_weights", KeyboardInterrupt()), ways=EVERYWHERE
     ),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video import decode
+from evoprune.video import frames
 from evoprune.video.plan import MAX_VISUAL_TOKENS_CPU
 from tests.video.files import write_video
 
@@ -36,8 +36,8 @@ def notes(cli, tiny_folder, monkeypatch):
             raise VideoError("enough", "for this test")
 
         with monkeypatch.context() as patch:
-            read = decode.stream_frames
-            patch.setattr(decode, "stream_frames", announced)
+            read = frames.stream_frames
+            patch.setattr(frames, "stream_frames", announced)
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
         assert result.code == (0 if whole else 3), result.err
         before, after = result.err.split("READING\n")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import evoprune
-from evoprune.pruning.reference import THRESHOLD
+from evoprune.pruning.reuse import THRESHOLD
 from tests.video.files import write_video
 
 CLIP = "samples/square.mp4"

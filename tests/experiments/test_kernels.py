@@ -11,7 +11,7 @@ from evoprune import methods
 from evoprune.model.config import parse_config
 from evoprune.model.quantize import check
 from evoprune.pipeline.loading.random_weights import random_model
-from evoprune.pruning.plan import full_plan
+from evoprune.pruning.encoder_plan import full_plan
 from evoprune.vision.encoder import encode
 from experiments import kernels
 from tests.threads import one_thread  # noqa: F401

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from experiments import robustness
 from experiments.robustness import NOISES, Noise, in_changing_light, table

@@ -15,8 +15,8 @@ import evoprune
 from evoprune.language.prompt import build_prompt
 from evoprune.methods.evs import Evs
 from evoprune.pipeline.loading.model import load_model
-from evoprune.profiling.reference import hugging_face_model
-from evoprune.video.decode import read_frames
+from evoprune.profiling.hugging_face import hugging_face_model
+from evoprune.video.frames import read_frames
 from evoprune.vision.preprocess import patchify, resize
 from tests.prompts import processed
 from tests.tiny import tiny_model

@@ -13,7 +13,7 @@ from evoprune.errors import UsageError
 from evoprune.methods.evoprune_merge import EvoPruneMerge
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.pruning.budget import spread
-from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.types import Candidates
 from evoprune.vision.layout import geometry
 from tests.methods.tokens import KINDS, cosine, encoded, features_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.pruning.plan import EncoderPlan, TowerShape, full_plan
+from evoprune.pruning.encoder_plan import EncoderPlan, TowerShape, full_plan
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 from tests.vision.clips import changes, clip

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def documented(tmp_path, monkeypatch):
     """The same with the modules and entry points that docs/ shows; yields the modules by name."""
     pages = "\n".join(Path(page).read_text(encoding="utf-8") for page in ("docs/house.md", "docs/methods.md"))
     modules = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", pages, re.S | re.M))
-    entries = re.findall(r'^\[project\.entry-points\."evoprune\.methods"\]\n(.*?)^```', pages, re.S | re.M)
-    texts = "[evoprune.methods]\n" + "".join(entries).replace('"', "")
+    blocks = map(tomllib.loads, re.findall(r"^```toml\n(.*?)^```", pages, re.S | re.M))
+    entries = [block["project"]["entry-points"]["evoprune.methods"].items() for block in blocks]
+    texts = "[evoprune.methods]\n" + "".join(f"{name} = {place}\n" for block in entries for name, place in block)
     for _ in installed(tmp_path, monkeypatch, "docs_examples", modules, texts):
         yield modules
 

@@ -5,7 +5,7 @@ import pytest
 
 from evoprune.model.config import parse_config
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
-from evoprune.profiling.reference import hugging_face_config
+from evoprune.profiling.hugging_face import hugging_face_config
 
 NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
 

@@ -10,7 +10,7 @@ from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_o
 from evoprune.model import memory
 from evoprune.model.machine import available_memory
 from evoprune.model.memory import memory_guard, working_memory
-from evoprune.pipeline import encoding, estimates
+from evoprune.pipeline import encoding, memory_check
 from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.opening import open_video
@@ -129,10 +129,10 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
         return real(*args, chunk_units=chunk_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(estimates, "units_at_a_time", lambda device: 4 * per_pair)
+    monkeypatch.setattr(memory_check, "units_at_a_time", lambda device: 4 * per_pair)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
-    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.view.encoder.keep + estimates.TEXT, 4)
+    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.view.encoder.keep + memory_check.TEXT, 4)
     monkeypatch.setattr(memory, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
@@ -154,7 +154,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, t
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(estimates, "units_at_a_time", lambda device: 96)
+    monkeypatch.setattr(memory_check, "units_at_a_time", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=r"^out of memory in encode$"):
             open_video(qa.engine, CLIP, threaded=threaded).encode()

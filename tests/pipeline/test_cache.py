@@ -17,7 +17,7 @@ from evoprune.pipeline.cache import Cache, content_hash, default_folder
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.video_qa import VideoQA
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.vision.encoded import Encoded
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import spoil

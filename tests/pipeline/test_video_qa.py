@@ -15,15 +15,15 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.model.weights import shared
-from evoprune.pipeline.estimates import estimate_first_token
+from evoprune.pipeline.estimate import estimate_first_token
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.loading.weights import make_ready
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
-from evoprune.profiling.reference import hugging_face_model
+from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.report import Report
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.vision.preprocess import patchify, resize
 from tests.tiny import save_tiny
 from tests.video.files import write_video
@@ -186,7 +186,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 8)
+    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
@@ -215,7 +215,7 @@ def slow(work, seconds):
 
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
-    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 24)
     monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
@@ -232,7 +232,7 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     apart = encode(qa, LONG, threaded=False)
@@ -247,7 +247,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.parametrize("threaded", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
     """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 24)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
@@ -317,7 +317,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.estimates.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 24)
     if stage == "preprocess":
         monkeypatch.setattr("evoprune.pipeline.patches.patchify", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj

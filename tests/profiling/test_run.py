@@ -16,12 +16,12 @@ from evoprune.model.machine import available_memory, peak_memory, reset_peak_mem
 from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling import bench, clips, runners, weights
-from evoprune.profiling.reference import hugging_face_model
+from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case
 from evoprune.profiling.run import measure, paced
 from evoprune.profiling.runners import run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
-from evoprune.pruning.plan import full_plan
+from evoprune.pruning.encoder_plan import full_plan
 from evoprune.video.probe import probe
 from evoprune.vision.tower import tower_shape
 from tests.threads import one_thread  # noqa: F401

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.methods.evoprune_merge import EvoPruneMerge
-from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.schedule import ALLOCATIONS, layer_weights, rows_after_layers, share_by_size
 
 DEMO, LARGE = TowerShape(8, (1, 3, 5, 7)), TowerShape(32, (7, 15, 23, 31))

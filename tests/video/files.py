@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 
 BITS = 8
 CLOCK = Fraction(1, 1000)

@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from evoprune.pipeline.video_qa import VideoQA
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import probe
 from experiments.decoders import in_this_process, medians

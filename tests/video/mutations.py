@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
-from evoprune.video.decode import choose_decoder, read_frames
+from evoprune.video.frames import choose_decoder, read_frames
 from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import probe
 from evoprune.video.sandbox import pool

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.decode import choose_decoder, read_frames
+from evoprune.video.frames import choose_decoder, read_frames
 from evoprune.video.probe import probe
 from evoprune.video.readers import folder as backend
 from evoprune.video.readers.exif import exif_orientation

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import OutOfMemory, VideoError
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from evoprune.video.sandbox import isolation, memory, pool, process
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from tests.video.files import number_of, numbers, pixels
 from tests.video.kinds import KINDS, table, write_kind

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe, scan
 from evoprune.video.sandbox import pool
 from tests.video.files import add_beside, numbered_frames, numbers, quarters, write_image, write_video

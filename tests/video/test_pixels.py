@@ -3,7 +3,7 @@ import struct
 import numpy as np
 import pytest
 
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from tests.video.files import number_of, numbered_frames, numbers, quarters, write_video
 

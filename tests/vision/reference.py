@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from evoprune.pruning.plan import TowerShape
+from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.types import Tokens
 from evoprune.vision.layout import Geometry, geometry
 from tests.vision.tower import group_key, place_key

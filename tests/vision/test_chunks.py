@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.pruning.reference import scan
+from evoprune.pruning.reuse import scan
 from evoprune.vision import devices
 from evoprune.vision.chunks import in_chunks, in_pairs
 from evoprune.vision.layout import geometry, referring_layout

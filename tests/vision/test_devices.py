@@ -15,7 +15,7 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.methods.reuse import Reuse
-from evoprune.vision import attention, devices, rows
+from evoprune.vision import attention, devices, token_selection
 from evoprune.vision.attention import grouped_attention
 from evoprune.vision.buckets import Packed, buckets
 from evoprune.vision.layout import attention_groups, geometry
@@ -217,7 +217,7 @@ def test_every_shape_is_known_on_a_device_without_values(reuse, keep, kernel, mo
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
     monkeypatch.setattr(devices, "static_shapes", lambda device: device == meta)
-    monkeypatch.setattr(rows.EncodedRows, "finish", lambda _: (False, 0.0))
+    monkeypatch.setattr(token_selection.EncodedRows, "finish", lambda _: (False, 0.0))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = Reuse(then=Random()) if reuse else EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))

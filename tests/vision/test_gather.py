@@ -18,7 +18,7 @@ from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import encoder
 from evoprune.vision.encoder import encode, encode_rows
 from evoprune.vision.layout import geometry
-from evoprune.vision.rows import select_tokens
+from evoprune.vision.token_selection import select_tokens
 from evoprune.vision.tower import tower_shape
 from tests.vision.clips import changes, clip
 from tests.vision.devices import take_gpu_route

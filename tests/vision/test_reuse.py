@@ -14,7 +14,7 @@ from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.none import Nothing
 from evoprune.model.linear import pack
 from evoprune.pruning.distance import points_of
-from evoprune.pruning.reference import THRESHOLD, scan
+from evoprune.pruning.reuse import THRESHOLD, scan
 from evoprune.pruning.select import assign_clusters, farthest_points
 from evoprune.vision import encoder
 from evoprune.vision.preprocess import patch_means

@@ -20,7 +20,7 @@ from evoprune.pipeline.loading import device, folder, model, weights
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import VideoLimits
-from evoprune.profiling.reference import hugging_face_model
+from evoprune.profiling.hugging_face import hugging_face_model
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import CHAT_TEMPLATE, tiny_model
 

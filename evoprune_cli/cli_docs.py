@@ -1,4 +1,4 @@
-"""The command-line reference, made of `--help`: `python -m evoprune_cli.reference > docs/cli.md`.
+"""The command-line reference, made of `--help`: `python -m evoprune_cli.cli_docs > docs/cli.md`.
 
 It is formatted for 80 columns and without colour, whatever the terminal.
 """
@@ -10,7 +10,7 @@ from evoprune_cli.terminal import WIDTH
 
 INTRODUCTION = """# The command line
 
-The `--help` of every command. Made by `python -m evoprune_cli.reference > docs/cli.md`; do not edit.
+The `--help` of every command. Made by `python -m evoprune_cli.cli_docs > docs/cli.md`; do not edit.
 """
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.decode import read_frames
+from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from evoprune.video.readers import pyav
 from evoprune.video.readers.container import TOLERANCE_S

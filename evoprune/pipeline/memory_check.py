@@ -1,16 +1,13 @@
-"""How much work a video is: the memory that encoding takes, and the time until the first token."""
+"""How much of a video is held at a time, so that encoding it fits into memory."""
 
 from evoprune.errors import LESS, OutOfMemory
-from evoprune.model.cost import estimate_first_token as estimate_seconds
 from evoprune.model.memory import shortage, working_memory
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
 from evoprune.vision.devices import units_at_a_time
-from evoprune.vision.tower import tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
 TEXT = 64  # tokens of a prompt around the video, roughly
-QUESTION = 40  # tokens of a prompt around the video, for the estimate of time
 
 
 def chunk_bytes(engine: Engine, view: View) -> int:
@@ -37,13 +34,3 @@ def units_at_once(engine: Engine, view: View) -> int:
             raise OutOfMemory(f"{view.name} {short}: {size}", LESS, stage="encode")
         at_once = max(least, at_once // 2)
     return at_once
-
-
-def estimate_first_token(engine: Engine, view: View) -> float | None:
-    """Seconds until the first token, roughly; None where nobody has to wait for it (CUDA, the demo model)."""
-    if engine.loaded.device != "cpu" or engine.loaded.is_demo:
-        return None
-    model, encoder = engine.loaded.model, view.encoder
-    count, height, width = encoder.grid
-    windows = tower_shape(model.model.visual).windows(height, width)
-    return estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, encoder.keep + QUESTION)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MADE = """
 import sys
-from evoprune_cli.reference import reference
+from evoprune_cli.cli_docs import reference
 text = reference()
 assert "torch" not in sys.modules
 sys.stdout.buffer.write(text.encode())
@@ -26,7 +26,7 @@ def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
     assert made.returncode == 0, made.stderr.decode()
     text = made.stdout.decode()
     stored = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert text == stored, "make it anew: python -m evoprune_cli.reference > docs/cli.md"
+    assert text == stored, "make it anew: python -m evoprune_cli.cli_docs > docs/cli.md"
     assert all(len(line) <= 80 for line in text.split("```text")[1].splitlines()) and "\x1b" not in text
     for command in ("ask", "batch", "eval", "inspect", "profile"):
         assert f"## evoprune {command}\n" in text

@@ -7,7 +7,7 @@ import torch
 
 from evoprune.methods.base import Merger
 from evoprune.pruning.indices import runs, tally, true_indices
-from evoprune.pruning.merge import merge_rows
+from evoprune.pruning.matching import merge_rows
 from evoprune.pruning.shares import share_rows
 from evoprune.pruning.types import Candidates
 from evoprune.vision import devices

@@ -6,8 +6,8 @@ import torch
 
 from evoprune.methods.base import Method
 from evoprune.model.numerics import not_a_number_error
+from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.pruning.indices import tally
-from evoprune.pruning.plan import EncoderPlan
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
 from evoprune.vision.encoded import Encoded

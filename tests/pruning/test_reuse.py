@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.pruning.reference import BLOCKS, scan
+from evoprune.pruning.reuse import BLOCKS, scan
 from evoprune.vision.preprocess import patch_means, patchify
 from tests.threads import one_thread  # noqa: F401
 

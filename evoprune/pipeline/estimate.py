@@ -1,0 +1,18 @@
+"""An estimate of the time until the first token, before the work begins."""
+
+from evoprune.model.cost import estimate_first_token as estimate_seconds
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.view import View
+from evoprune.vision.tower import tower_shape
+
+QUESTION = 40  # tokens of a prompt around the video
+
+
+def estimate_first_token(engine: Engine, view: View) -> float | None:
+    """Seconds until the first token, roughly; None where nobody has to wait for it (CUDA, the demo model)."""
+    if engine.loaded.device != "cpu" or engine.loaded.is_demo:
+        return None
+    model, encoder = engine.loaded.model, view.encoder
+    count, height, width = encoder.grid
+    windows = tower_shape(model.model.visual).windows(height, width)
+    return estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, encoder.keep + QUESTION)
