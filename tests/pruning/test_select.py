@@ -243,7 +243,7 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
     made = points(features, owner, grid)
     assert made.place.shape[1] == 128
     some = torch.arange(100)
-    apart = made.apart(some, some)
+    apart = made.in_features(some, some)
     true = 1 - torch.nn.functional.cosine_similarity(features[some][:, None], features[some], dim=2)
     assert apart[3, 8] < STEP / 2
     other = true > 0.1

@@ -77,7 +77,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
         (chunks, "scan"),
         (chunks, "_rows_of"),
         (chunks.Chunk, "layout"),
-        (encoder._Run, "selected"),
+        (encoder._Run, "select_rows"),
         (FarthestPoints, "select"),
         (Selection, "features"),
     ):
