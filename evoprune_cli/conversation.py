@@ -37,7 +37,8 @@ class Output:
     def of(cls, given: Mapping[str, Any]) -> "Output":
         """Made of a command's arguments; by default there are stats unless --json or -q."""
         json, stats, verbose, quiet = (given[name] for name in ("json", "stats", "verbose", "quiet"))
-        return cls(json, bool(stats or verbose or (stats is None and not json and not quiet)), verbose, quiet)
+        asked = stats if stats is not None else not json and not quiet
+        return cls(json, bool(asked or (verbose and not quiet)), verbose, quiet)
 
 
 class Conversation:

@@ -189,7 +189,7 @@ class _Overlay:
         return {
             "file": self.file,
             "method": name,
-            "args": asdict(engine.method),
+            "args": engine.method.args,
             "budget": budget,
             **traced.fates.counts(),
             "warnings": traced.warnings,

@@ -90,7 +90,13 @@ Budget = Annotated[
 ]
 MethodName = Annotated[
     str,
-    _option(_PRUNING, "--method", metavar="NAME", help=f"How tokens are pruned: {', '.join(methods.available())}."),
+    _option(
+        _PRUNING,
+        "--method",
+        metavar="NAME",
+        help=f"How tokens are pruned: {', '.join(methods.available())}. NAME:SETTING=VALUE for its settings; "
+        "reuse+NAME to encode changed units alone.",
+    ),
 ]
 SWEEP = "Sweep (lists by commas or repetition)"
 Budgets = Annotated[
@@ -111,7 +117,7 @@ Methods = Annotated[
         SWEEP,
         "--method",
         metavar="LIST",
-        help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for a variant.",
+        help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; reuse+NAME.",
         show_default=False,
     ),
 ]
@@ -294,7 +300,7 @@ def settings(texts: list[str] | None) -> dict[str, str]:
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg allocation=mean")
+            raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg alpha=2")
         made[name] = value
     return made
 
@@ -311,7 +317,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | 
         UsageError: a bad budget, no such method, or a setting that is not NAME=VALUE.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
-    if unknown := [name for name in wanted if not methods.known(name)]:
-        raise UsageError(f"--method {unknown[0]!r} is unknown", f"one of {', '.join(methods.available())}")
+    for name in wanted:
+        methods.check(name)
     shares = tuple(dict.fromkeys(map(parse_budget, listed(budgets) or list(PRESETS)[1:])))
     return {"budgets": shares, "methods": wanted, "method_args": settings(args)}

@@ -5,7 +5,7 @@ import textwrap
 
 from evoprune.report import STAGES, Report
 from evoprune_cli.terminal import WIDTH, columns, note, paint, printable
-from evoprune_cli.text import clock, shorten, size, tokens
+from evoprune_cli.text import clock, counted, shorten, size
 
 BAR = 12
 
@@ -56,8 +56,8 @@ def _stages(report: Report, width: int) -> list[str]:
     bar, lines = min(BAR, room - 2) if room >= 6 else 0, []
     for stage in STAGES:
         spent = getattr(times, stage) or 0
-        if not spent and stage not in ("prefill", "generate"):
-            continue  # a later question: the first one's report has the video's time
+        if not spent and (stage not in ("prefill", "generate") or report.tokens.prompt is None):
+            continue  # a later question, whose video was timed with the first; or a stage that was not reached
         marks = "#" * (round(bar * spent / longest) if longest else 0)
         lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}")
         if stage == "encode" and times.encode_prune:
@@ -71,19 +71,19 @@ def _flow(report: Report) -> dict[str, str]:
     (pairs, rows, wide), (height, width) = sampling.grid_thw, sampling.resized_hw
     read = f"{video.frames_total:,} frames -> {sampling.frames}" if video.frames_total else f"{sampling.frames} frames"
     if report.cache == "hit":
-        read = f"{tokens(pruning.visual_tokens_kept)} from the cache"
-    encode = f"{pruning.visual_tokens_in:,} units"
+        read = f"{counted(pruning.visual_tokens_kept, 'token')} from the cache"
+    encode = counted(pruning.visual_tokens_in, "unit")
     if pruning.encoder_rows != pruning.visual_tokens_in:
-        encode += f" -> {pruning.encoder_rows:,} rows (live share {pruning.encoder_live_share:.2f})"
+        encode += f" -> {counted(pruning.encoder_rows, 'row')} (live share {pruning.encoder_live_share:.2f})"
     speed = f", {report.rate.generate_tok_s:.1f} tok/s" if report.rate.generate_tok_s else ""
     count = report.tokens
     return {
         "read": read,
-        "preprocess": f"{sampling.frames} frames {height}x{width} -> {pairs} frame pair{'' if pairs == 1 else 's'} "
+        "preprocess": f"{sampling.frames} frames {height}x{width} -> {counted(pairs, 'frame pair')} "
         f"of {rows}x{wide} patches",
-        "encode": f"{encode} -> {tokens(pruning.visual_tokens_kept)}",
+        "encode": f"{encode} -> {counted(pruning.visual_tokens_kept, 'token')}",
         "prefill": f"{count.prompt or 0:,} tokens = {count.visual or 0:,} visual + {count.text or 0} text",
-        "generate": f"{tokens(count.new or 0)}{speed}",
+        "generate": f"{counted(count.new or 0, 'token')}{speed}",
     }
 
 
@@ -92,8 +92,9 @@ def _totals(report: Report) -> list[str]:
     times, memory = report.time_ms, report.memory
     first = f"(model alone {times.ttft_model:,.0f})" if times.ttft_model is not None else ""
     load = f"load {times.load:,.0f} apart" if times.load is not None else ""
+    reached = "first token" + (f"{times.ttft_wall:>8,.0f}" if times.ttft_wall is not None else "  not reached")
     return [
-        f"first token{times.ttft_wall or 0:>8,.0f}  {first}  total {times.total or 0:,.0f}  {load}".rstrip(),
+        f"{reached}  {first}  total {times.total or 0:,.0f}  {load}".rstrip(),
         f"memory     peak {size(memory.peak_bytes)}, weights {size(memory.weights_bytes)}",
     ]
 

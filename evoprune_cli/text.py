@@ -32,5 +32,6 @@ def size(count: int | None) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def tokens(count: int) -> str:
-    return f"{count:,} token{'' if count == 1 else 's'}"
+def counted(count: int, noun: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

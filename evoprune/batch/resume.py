@@ -1,4 +1,4 @@
-"""Going on with the output of an earlier run: it must be of the same settings, and finished rows are not asked again."""
+"""Resumes an earlier output: the settings must match, and finished rows are skipped."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -59,8 +59,8 @@ class Settings:
         budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts.
         blind: also ask without the video.
         model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise.
-        timed: whether samples hold `prune_ms` too, milliseconds that scores, merging and choice took, for the video or, where the
-            choice depends on it, for the question; in these two runs differ.
+        timed: whether samples hold `prune_ms` too, the milliseconds of pruning for the video, or for the question if the method
+            reads it. Two runs differ in these.
         version: of this program.
     """
 
@@ -112,7 +112,7 @@ def variants(settings: Settings) -> list[Variant]:
     """
     named = {name: methods.get(name, settings.method_args) for name in settings.methods if name != "none"}
     pairs = dict.fromkeys(product(named, settings.budgets))
-    pruned = [Variant(METHOD, name, budget) for name, budget in pairs if named[name].prunes(budget)]
+    pruned = [Variant(METHOD, name, budget) for name, budget in pairs if named[name].acts_at(budget)]
     return [Variant(FULL), *([Variant(BLIND)] if settings.blind else []), *pruned]
 
 

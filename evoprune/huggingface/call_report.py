@@ -1,7 +1,5 @@
 """The report of one call of a pruned Hugging Face model."""
 
-from dataclasses import asdict
-
 from evoprune.huggingface import interface
 from evoprune.methods.base import Method
 from evoprune.model.linear import weights_bytes
@@ -38,7 +36,7 @@ def call_report(
         ),
         pruning=Pruning(
             method=name,
-            args=asdict(method),
+            args=method.args,
             budget=method.reported_budget(budget),
             kept_ratio=len(encoded.kept) / units,
             visual_tokens_in=units,

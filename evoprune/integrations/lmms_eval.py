@@ -113,9 +113,10 @@ class EvoPruneQwen25VL(lmms):
             top_p=settings.get("top_p") or 1.0,
         )
         for _ in answer:
-            if ends := [answer.text.index(stop) for stop in until if stop in answer.text]:
+            said = answer.report.answer
+            if ends := [said.index(stop) for stop in until if stop in said]:
                 answer.close()
-                return answer.text[: min(ends)], answer.report
+                return said[: min(ends)], answer.report
         return answer.text, answer.report
 
 

@@ -7,10 +7,10 @@ placeholders or prompts.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from math import prod
 from types import NoneType
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 
@@ -60,6 +60,11 @@ class Method:
         """The selector that runs inside the encoder or after it; None without one."""
         return None
 
+    @property
+    def args(self) -> dict[str, Any]:
+        """The settings by name, as reports show them."""
+        return asdict(self)
+
     def automatic(self) -> Self:
         """The same method with a count that depends on the content, and is at most the budget's.
 
@@ -67,10 +72,11 @@ class Method:
             UsageError: the method cannot do this.
         """
         raise UsageError(
-            f"method {self.name} cannot choose a budget by itself", "give a share (-b 0.25), or take --method evoprune"
+            f"method {self.name} cannot let the content decide the budget",
+            "give a share (-b 0.25), or take --method evoprune",
         )
 
-    def prunes(self, budget: float) -> bool:
+    def acts_at(self, budget: float) -> bool:
         """Whether the method does anything at `budget`, a share in (0, 1]."""
         return self.acts != "none" and budget < 1
 

@@ -118,7 +118,7 @@ class EvoPrune(Method):
             return plan
         layers = (plan.units,) * after + (keep,) * (tower.depth - after)
         exact = plan.exact and self.exact
-        return replace(plan, layers=layers, rows=keep, exact=exact, select_after=after, selected=keep)
+        return replace(plan, layers=layers, rows=keep, exact=exact, select_after=after)
 
     def automatic(self) -> "EvoPrune":
         return replace(self, within=self.within or WITHIN)

@@ -52,10 +52,29 @@ def available() -> list[str]:
     return [*_REGISTRY, *_plugins()]
 
 
-def known(text: str) -> bool:
-    """Whether every method named in `text` exists. Settings are not checked."""
+def check(text: str) -> None:
+    """Whether every method that `text` names exists, in an order that is possible; settings are not checked. Imports no torch.
+
+    Raises:
+        UsageError: it says which name or order is wrong.
+    """
     names = [name.partition(":")[0] for name in text.split("+")]
-    return names[-1] in available() and all(name == REUSE for name in names[:-1])
+    if names == [REUSE]:
+        raise UsageError(f"{REUSE} needs a method that selects after it", f"for example {REUSE}+divprune")
+    for name in names:
+        if name != REUSE and name not in available():
+            raise UsageError(
+                f"no pruning method {name!r}",
+                f"one of {', '.join(available())}; {REUSE}+NAME encodes changed units alone",
+            )
+    if names[-1] == REUSE or names[:-1] not in ([], [REUSE]):
+        raise _impossible(text)
+
+
+def _impossible(text: str) -> UsageError:
+    return UsageError(
+        f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME, where NAME is a method that selects"
+    )
 
 
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
@@ -68,29 +87,29 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
     Raises:
         UsageError: no such method, combination or setting, or another package's method is broken.
     """
-    *before, last = text.split("+")
-    if not before:
-        if last.partition(":")[0] == REUSE:
-            raise UsageError(f"{REUSE} needs a method that selects after it", f"for example {REUSE}+divprune")
-        return _one(last, args)
+    check(text)
+    first, _, last = text.partition("+")
+    if not last:
+        return _one(first, args)
     if args:
-        raise UsageError(f"settings of {text} must be part of its name", f"for example {REUSE}:threshold=5+mmr:lam=0.7")
-    return _combined(text, before, last)
+        setting = "=".join(next(iter(args.items())))
+        raise UsageError(
+            f"settings of {text} must be part of its name",
+            f"for example {first}+{last}:{setting}, or {REUSE}:threshold=5+{last}",
+        )
+    return _combined(text, first, last)
 
 
-def _combined(text: str, before: list[str], last: str) -> "Method":
+def _combined(text: str, first: str, last: str) -> "Method":
     from dataclasses import replace
 
     from evoprune.methods.base import Selector
     from evoprune.methods.reuse import Reuse
 
-    name, settings = _split(before[0])
     selector = _one(last, None)
-    if len(before) > 1 or name != REUSE or not isinstance(selector, Selector):
-        raise UsageError(
-            f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME, where NAME is a method that selects"
-        )
-    return replace(Reuse.from_args(settings), then=selector)
+    if not isinstance(selector, Selector):
+        raise _impossible(text)
+    return replace(Reuse.from_args(_split(first)[1]), then=selector)
 
 
 def _split(text: str) -> tuple[str, dict[str, str]]:
@@ -107,9 +126,7 @@ def _one(text: str, args: dict[str, str] | None) -> "Method":
     if name in _REGISTRY:
         module, _, cls = _REGISTRY[name].partition(":")
         return getattr(import_module(module), cls).from_args(settings)
-    if name in _plugins():
-        return _load(_plugins()[name]).from_args(settings)
-    raise UsageError(f"no pruning method {name!r}", f"one of {', '.join(available())}")
+    return _load(_plugins()[name]).from_args(settings)
 
 
 def plugins() -> dict[str, str]:

@@ -6,8 +6,9 @@ represents it.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from evoprune.errors import UsageError
 from evoprune.methods.base import Method, Selector
 from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.pruning.reuse import THRESHOLD
@@ -31,6 +32,16 @@ class Reuse(Method):
     def __post_init__(self):
         if not self.threshold > 0:
             raise ValueError("threshold is above 0")
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return {"threshold": self.threshold, self.then.name: self.then.args}
+
+    def automatic(self) -> "Reuse":
+        raise UsageError(
+            f"method {self.name}+{self.then.name} cannot let the content decide the budget",
+            "give a share (-b 0.25), or take --method evoprune",
+        )
 
     @property
     def selector(self) -> Selector:

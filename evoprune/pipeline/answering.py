@@ -1,4 +1,4 @@
-"""The last stages, through which each question goes: an encoded video is asked, and an answer is read piece by piece."""
+"""The last stages: an encoded video is asked a question, and the answer is streamed."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -24,7 +24,8 @@ class Answer(Iterator[str]):
     """An answer, in pieces as they are generated: iterate over it once. Generation begins with the first piece.
 
     Attributes:
-        report: of this answer; up to date after each piece, complete after the last.
+        report: of this answer; up to date after each piece, complete after the last. `report.answer` is what there is so far.
+        text: the whole answer; reading it generates what is left.
 
     Raises, while it is read:
         UsageError: another question was asked meanwhile. OutOfMemory. ModelError: numbers that are NaN or infinite.
@@ -39,15 +40,20 @@ class Answer(Iterator[str]):
 
     @property
     def text(self) -> str:
-        """What has been generated so far; reading it generates nothing."""
+        """The whole answer: generates what is left of it. What there is so far is `report.answer`."""
+        for _ in self:
+            pass
         return self.report.answer or ""
+
+    def __str__(self) -> str:
+        return self.text
 
     def close(self) -> None:
         """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
         self._pieces.close()
 
     def __repr__(self) -> str:
-        return f"<Answer {self.text!r}, {self.report.finish_reason or 'not complete'}>"
+        return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
 
 
 class EncodedVideo:

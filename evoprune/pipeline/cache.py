@@ -147,7 +147,7 @@ class Cache:
 
 
 def entry_key(engine: Engine, view: View) -> str | None:
-    """A name for what encoding a video would give: equal names, equal numbers. None where that cannot be known.
+    """The entry's key: equal keys mean equal encodings. None without a fingerprint of the model or a readable file.
 
     All of the file, or of a folder of frames, is read: sizes and times of files do not say what is in them.
     """
@@ -174,7 +174,7 @@ def entry_key(engine: Engine, view: View) -> str | None:
             limits.merge_size,
         ],
         "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
-        "method": [type(method).__module__, type(method).__qualname__, asdict(method), engine.seed],
+        "method": [type(method).__module__, repr(method), engine.seed],  # the repr names the class and all settings
         "code": [evoprune.__version__, torch.__version__, *map(_code, modules)],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A loaded model and how it prunes: what opening, encoding and answering are given."""
+"""A loaded model with its pruning method, shared by opening, encoding and answering."""
 
 from dataclasses import dataclass
 
@@ -58,8 +58,10 @@ def make_method(options: PruneOptions) -> Method:
 
 
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
-    """Raises:
-    UsageError: as `make_method`.
+    """A loaded model with the method that options name.
+
+    Raises:
+        UsageError: as `make_method`.
     """
     return Engine(loaded, options, make_method(options), load_seconds)
 

@@ -9,7 +9,7 @@ QUESTION = 40  # tokens of a prompt around the video
 
 
 def estimate_first_token(engine: Engine, view: View) -> float | None:
-    """Seconds until the first token, roughly; None where nobody has to wait for it (CUDA, the demo model)."""
+    """Seconds until the first token, roughly; None on CUDA and for the demo model, where it is short."""
     if engine.loaded.device != "cpu" or engine.loaded.is_demo:
         return None
     model, encoder = engine.loaded.model, view.encoder

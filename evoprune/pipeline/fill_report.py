@@ -1,7 +1,5 @@
 """Reports of the pipeline: what was looked at, what was kept, how long each stage took."""
 
-from dataclasses import asdict
-
 from evoprune.model.machine import environment, peak_memory
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
@@ -91,7 +89,7 @@ def _sampling(engine: Engine, view: View) -> Sampling:
 def _pruning(engine: Engine, view: View, encoded: Encoded) -> Pruning:
     return Pruning(
         method=engine.options.method,
-        args=asdict(engine.method),
+        args=engine.method.args,
         budget=engine.reported_budget,
         visual_tokens_in=view.units,
         encoder_rows=len(encoded.rows),

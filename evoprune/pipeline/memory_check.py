@@ -25,7 +25,8 @@ def units_at_once(engine: Engine, view: View) -> int:
     """
     model, plan, encoder = engine.loaded.model, view.plan, view.encoder
     at_once, least = units_at_a_time(model.device), view.units_of_pair
-    sizes = encoder.keep + TEXT, model.dtype.itemsize, encoder.selected
+    selected = encoder.keep if encoder.select_after is not None else 0
+    sizes = encoder.keep + TEXT, model.dtype.itemsize, selected
     while short := shortage(
         working_memory(model.config, encoder.units, max(least, at_once), *sizes), str(model.device)
     ):

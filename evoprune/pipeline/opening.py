@@ -1,4 +1,4 @@
-"""Opening a video: what is looked at is known, reading may begin early, and `encode` does the rest once."""
+"""Opens a video: `begin` starts reading, `encode` encodes it once."""
 
 import os
 
@@ -28,7 +28,7 @@ def open_video(
     encode_rows: EncodeRows | None = None,
     threaded: bool = True,
 ) -> "OpenVideo":
-    """Finds out what there is to look at in a video; no frame is read yet.
+    """Probes a video and plans its frames; reads none.
 
     Args:
         path: the file, or a folder of frames.

@@ -1,4 +1,4 @@
-"""What can be set, once for the command line, batches, evaluations, lmms-eval and Python. Imports no torch.
+"""The options shared by the command line, batches, evaluations, lmms-eval and Python. Imports no torch.
 
 Values are checked when an object is made, as far as that needs neither a model nor a video.
 """
@@ -72,8 +72,7 @@ class PruneOptions:
     def __post_init__(self):
         object.__setattr__(self, "budget", parse_budget_or_auto(self.budget))
         object.__setattr__(self, "method_args", dict(self.method_args or {}))
-        if not methods.known(self.method):
-            raise UsageError(f"no pruning method {self.method!r}", f"one of {', '.join(methods.available())}")
+        methods.check(self.method)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class SamplingOptions:
         max_frames: None for the model's own limit.
         max_visual_tokens: limit before pruning, kept by smaller, then fewer frames; None for 24,576, and for 4,096 where a
             real model runs on a CPU.
-        decoder: "auto", "pyav" or "decord", see `video.decode.read_frames`.
+        decoder: "auto", "pyav" or "decord", see `video.frames.read_frames`.
 
     Raises:
         UsageError: a number that makes no sense, or fps and frames together.
@@ -132,7 +131,7 @@ class GenerationOptions:
         self.settings()
 
     def settings(self, seed: int = 0) -> GenerationSettings:
-        """What decoding goes by."""
+        """The settings for decoding."""
         return GenerationSettings(self.max_new_tokens, self.temperature, self.top_p, seed)
 
 

@@ -109,7 +109,7 @@ def _rows(case: Case, settings: Settings) -> list[Row]:
     pruned = [
         Row(METHOD, case, budget, method, quantize=kind)
         for budget, method, kind in product(settings.budgets, named, settings.quantize)
-        if named[method].prunes(budget)
+        if named[method].acts_at(budget)
     ]
     full = 1.0 in settings.budgets or "none" in settings.methods
     quantized = [

@@ -37,7 +37,7 @@ Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
 def clip(kind: str, frames: int, height: int, width: int) -> np.ndarray:
-    """A clip of one of `choices.SYNTHETIC`.
+    """A clip of one of `settings.SYNTHETIC`.
 
     Args:
         frames: how many, even. `height`, `width`: multiples of 28.

@@ -47,7 +47,6 @@ class EncoderPlan:
         reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
         merged: rows left in each frame pair after each layer, `[T][depth]`; None where nothing merges.
         select_after: number of layers before the selection inside the tower; None without one.
-        selected: the most rows that the selection keeps.
     """
 
     grid: Grid
@@ -58,7 +57,6 @@ class EncoderPlan:
     reuse: float = 0.0
     merged: tuple[tuple[int, ...], ...] | None = None
     select_after: int | None = None
-    selected: int = 0
 
     @property
     def units(self) -> int:

@@ -86,9 +86,7 @@ def plan_sampling(
         _check("frames", frames, least=1)
         wanted = frames + frames % 2
     else:
-        _check("fps", fps, least=0)
-        if fps == 0:
-            raise UsageError("fps is 0", "give a number above 0")
+        _check_fps(fps)
         nearest = 2 * math.floor(min((end - start_s) * fps, sys.maxsize) / 2 + 0.5)
         wanted = max(nearest, 2, min_frames + min_frames % 2)
     count = min(wanted, max_frames - max_frames % 2)
@@ -134,9 +132,7 @@ def check_sampling(
     _check("end", end_s, least=0)
     _check("max_frames", max_frames, least=2)
     _check("frames", frames, least=1)
-    _check("fps", fps, least=0)
-    if fps == 0:
-        raise UsageError("fps is 0", "give a number above 0")
+    _check_fps(fps)
 
 
 def parse_time(text: str) -> float:
@@ -154,6 +150,11 @@ def parse_time(text: str) -> float:
         if whole and math.isfinite(total):
             return total
     raise UsageError(f"{text!r} is not a time", "write seconds (90.5), minutes (1:30) or hours (1:02:03)")
+
+
+def _check_fps(fps: float | None) -> None:
+    if fps is not None and not 0 < fps < math.inf:
+        raise UsageError(f"fps is {fps:g}", "give a number above 0")
 
 
 def _check(name: str, value: float | None, *, least: float) -> None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.errors import UsageError
 from evoprune.methods.base import Method
 from evoprune.model.numerics import all_numbers, not_a_number_error
 from evoprune.pruning.encoder_plan import EncoderPlan
@@ -66,11 +65,6 @@ def encode(
         UsageError: the method reads the question, and there is none.
         ModelError: the tower computes NaN or infinite values.
     """
-    if method.reads_question and plan.prunes and question is None:
-        raise UsageError(
-            f"method {method.name} reads the question, and there is none here",
-            "give the question with the video, or choose a method that does not read it",
-        )
     how = {"seconds_per_pair": seconds_per_pair, "seed": seed, "chunk_units": chunk_units}
     return select_tokens(encode_rows(visual, patches, plan, method, **how), question)
 
@@ -113,7 +107,7 @@ def encode_rows(
 
 
 @dataclass
-class _Rows:
+class _VideoRows:
     """Rows of a video, ordered by unit.
 
     Attributes:
@@ -145,7 +139,7 @@ class _Run:
         if self.gathering and plan.select_after is not None:
             raise TypeError(f"method {method.name} selects between layers, so it gets nothing but the rows")
         self.computed = [0] * tower.depth
-        self.pieces: list[_Rows] = []
+        self.pieces: list[_VideoRows] = []
         self.sources: list[torch.Tensor] = []
         self.count = 0
 
@@ -202,19 +196,19 @@ class _Run:
             owner = self.references.owners(layout.owner, index) if self.references else index[layout.owner]
             x = x[order]
             self._check_numbers(x)
-        self.pieces.append(_Rows(x, layout.unit[order] + chunk.first * self.geometry.units, owner))
+        self.pieces.append(_VideoRows(x, layout.unit[order] + chunk.first * self.geometry.units, owner))
         own = torch.arange(chunk.first, chunk.first + chunk.pairs)[:, None].expand(-1, self.geometry.units)
         self.sources.append(own if chunk.source is None else chunk.source)
         self.count += len(order)
 
-    def all_rows(self) -> _Rows:
+    def all_rows(self) -> _VideoRows:
         """The rows of all chunks; frees the chunks."""
         live = [rows.x for rows in self.pieces if len(rows.x)]
         units, owners = [rows.unit for rows in self.pieces], [rows.owner for rows in self.pieces]
         self.pieces, self.references = [], None
-        return _Rows(torch.cat(live), torch.cat(units), torch.cat(owners))
+        return _VideoRows(torch.cat(live), torch.cat(units), torch.cat(owners))
 
-    def select_rows(self, rows: _Rows, seconds_per_pair: float, seed: int) -> tuple[_Rows, Selection | None]:
+    def select_rows(self, rows: _VideoRows, seconds_per_pair: float, seed: int) -> tuple[_VideoRows, Selection | None]:
         """The rows for the other layers; and the selection, if the language model reads exactly these rows.
 
         Rows are compared after the norm of the next layer, which reduces the few channels that are large in all rows. Nothing is
@@ -224,18 +218,19 @@ class _Run:
             raise not_a_number_error("encode")
         plan, selector = self.plan, self.method.selector
         by_pair = rows.owner.view(plan.grid[0], -1)
-        if plan.selected >= len(rows.x) and (by_pair == by_pair[0]).all():
+        if plan.keep >= len(rows.x) and (by_pair == by_pair[0]).all():
             return rows, None
         with devices.here(self.device), self.timer:
             norm = self.visual.blocks[plan.select_after].norm1
             seen = family(self.visual).norm(norm, rows.x).flatten(1)
             tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
-            found = selector.select(tokens, min(plan.selected, len(rows.x)))
+            found = selector.select(tokens, min(plan.keep, len(rows.x)))
+            del seen, tokens  # as large as all rows
             means = found.features(rows.x.flatten(1), rows.owner).view(-1, *rows.x.shape[1:])
         final = selector.suffices(len(found.kept), plan.keep, plan.units)
-        return _Rows(means, found.kept, found.owner), found if final else None
+        return _VideoRows(means, found.kept, found.owner), found if final else None
 
-    def run_last_layers(self, rows: _Rows) -> _Rows:
+    def run_last_layers(self, rows: _VideoRows) -> _VideoRows:
         """The selected rows after the other layers, which run on the whole video at once."""
         after = range(self.plan.select_after, self.depth)
         self.computed[after.start :] = [len(rows.unit)] * len(after)
@@ -249,7 +244,7 @@ class _Run:
             )
             x, rows.x = rows.x[order], None  # frees the rows in the old order
             x, _ = run_layers(passage, after, x, layout)
-            return _Rows(x[order.argsort()], rows.unit, rows.owner)
+            return _VideoRows(x[order.argsort()], rows.unit, rows.owner)
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""

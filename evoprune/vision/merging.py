@@ -1,7 +1,7 @@
 """Merges rows inside windows or frame pairs, down to the counts of the plan; a merger decides which rows go together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,7 +26,7 @@ class Merging:
 
     merger: Merger
     left: Sequence[tuple[int, ...]]
-    failed: list[torch.Tensor] = field(default_factory=list)
+    failed: list[torch.Tensor]
 
     def target(self, layer: int) -> tuple[int, ...]:
         """Rows of each frame pair after a layer."""
@@ -38,7 +38,7 @@ class Merging:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _RoundRows:
     """Rows between two rounds of merging.
 
     Attributes:
@@ -87,7 +87,7 @@ def reduce_rows(
     length = tally(layout.group_of(layout.unit, scope), total)
     goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)
     wanted = share_rows(length.view(len(target), -1), goal, longest).flatten()
-    rows = _Rows(x, features, attention, layout)
+    rows = _RoundRows(x, features, attention, layout)
     rounds = most_rounds(layout, scope, target, merging.merger) if static else layout.rows - sum(target)
     for after in reversed(range(rounds)):
         merged = _round(rows, scope, wanted, longest, merging.merger, target, last=not after, static=static)
@@ -107,7 +107,7 @@ def reduce_rows(
 
 
 def _round(
-    rows: _Rows,
+    rows: _RoundRows,
     scope: Scope,
     wanted: torch.Tensor,
     longest: int,
@@ -116,7 +116,7 @@ def _round(
     *,
     last: bool,
     static: bool,
-) -> _Rows | None:
+) -> _RoundRows | None:
     """One round: a call of the merger, and the merging that it decides. None if every group has lost its rows.
 
     Args:
@@ -148,7 +148,7 @@ def _round(
     attention = rows.attention
     if attention is not None:
         attention = torch.zeros_like(attention).index_add_(0, into, attention)[true_indices(stays, left)]
-    return _Rows(
+    return _RoundRows(
         merge_rows(rows.x, layout.size, into, left, moves),
         merge_rows(rows.features, layout.size, into, left, moves),
         attention,
@@ -157,7 +157,7 @@ def _round(
 
 
 def _merged_into(
-    rows: _Rows, row: torch.Tensor, valid: torch.Tensor, remove: torch.Tensor, merger: Merger
+    rows: _RoundRows, row: torch.Tensor, valid: torch.Tensor, remove: torch.Tensor, merger: Merger
 ) -> torch.Tensor:
     """int64 `[R]`: the row that each row merges into, its own index if it stays.
 

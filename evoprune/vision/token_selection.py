@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from evoprune.errors import UsageError
 from evoprune.methods.base import Method
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.encoder_plan import EncoderPlan
@@ -112,6 +113,7 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
     """The units that the language model reads; arguments as in `select_tokens`.
 
     Raises:
+        UsageError: the method reads the question, and there is none.
         TypeError: the method returns something other than a `Selection`.
     """
     method, tokens, keep = video.method, video.tokens, video.plan.keep
@@ -122,6 +124,11 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
             few = len(video.unit) > keep
             return Selection(video.unit[_largest(tally(tokens.owner, len(video.unit)), keep)] if few else video.unit)
         if method.reads_question:
+            if question is None:
+                raise UsageError(
+                    f"method {method.name} reads the question, and there is none here",
+                    "give the question with the video, or choose a method that does not read it",
+                )
             given = {**tokens.given, "question": question.to(video.unit.device).float()}
             tokens = replace(tokens, given=given)
         found = method.selector.select(tokens, keep)

@@ -70,7 +70,7 @@ class Passage:
 
 
 @dataclass
-class _Rows:
+class _LayerRows:
     """Rows with their layout, and values that depend on the layout alone.
 
     Attributes:
@@ -103,7 +103,7 @@ def run_layers(
     if not layout.rows:  # all units are reused
         return x, layout
     tower, table = tower_shape(passage.visual), rotary(vision_sizes(passage.visual.config), layout.geometry)
-    rows = _Rows(x, layout, _rotation(table, layout))
+    rows = _LayerRows(x, layout, _rotation(table, layout))
     for layer in layers:
         keys, received = _attend(passage, tower, layer, rows)
         _transform(passage, layer, rows)
@@ -113,7 +113,7 @@ def run_layers(
                 x, layout = reduce_rows(
                     passage.merging, layer, rows.x, rows.layout, tower.scope(layer), features, received
                 )
-                rows = _Rows(x, layout, _rotation(table, layout))
+                rows = _LayerRows(x, layout, _rotation(table, layout))
         passage.on_layer(layer + 1)
     return rows.x, rows.layout
 
@@ -125,7 +125,7 @@ def _rotation(table: tuple[torch.Tensor, torch.Tensor], layout: TokenLayout) -> 
 
 
 def _attend(
-    passage: Passage, tower: TowerShape, layer: int, rows: _Rows
+    passage: Passage, tower: TowerShape, layer: int, rows: _LayerRows
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The first half of a layer: attention, added to the rows.
 
@@ -158,7 +158,7 @@ def _merger_needs(passage: Passage, layer: int, layout: TokenLayout) -> frozense
     return merging.merger.needs if merging and merging.reduces(layer, layout) else frozenset()
 
 
-def _groups(rows: _Rows, scope: Scope, device: torch.device) -> list[Bucket] | Packed:
+def _groups(rows: _LayerRows, scope: Scope, device: torch.device) -> list[Bucket] | Packed:
     """The attention groups of the rows, made once for a layout and a scope."""
     if scope not in rows.groups:
         if devices.static_shapes(device):
@@ -168,7 +168,7 @@ def _groups(rows: _Rows, scope: Scope, device: torch.device) -> list[Bucket] | P
     return rows.groups[scope]
 
 
-def _transform(passage: Passage, layer: int, rows: _Rows) -> None:
+def _transform(passage: Passage, layer: int, rows: _LayerRows) -> None:
     """The second half of a layer: the MLP, which works on each row alone."""
     block, kind = passage.visual.blocks[layer], family(passage.visual)
     pieces = rows.x.split(passage.mlp_rows) if passage.mlp_rows else [rows.x]

@@ -122,10 +122,8 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
     """
     engine, view, plan = opened.engine, opened.view, opened.view.plan
     if engine.method.reads_question:
-        hint = "choose a method that does without"
-        raise UsageError(
-            f"method {engine.options.method} chooses for a question, and there is none to draw it for", hint
-        )
+        hint = "use a method that does not read the question"
+        raise UsageError(f"method {engine.options.method} selects for each question, and an overlay has none", hint)
     limits, frames, damaged = engine.loaded.video, [], 0
 
     def patches() -> Iterator[torch.Tensor]:

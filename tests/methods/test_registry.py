@@ -123,9 +123,10 @@ def test_other_combinations_are_refused(name, args):
 
 def test_whether_a_method_is_known():
     for name in ("random", "evoprune-paper:nonsense", "reuse+divprune", "reuse:threshold=5+mmr:lam=0.7"):
-        assert methods.known(name)
+        methods.check(name)
     for name in ("randomly:a=1", "reuse", "reuse+magic", "divprune+mmr", "divprune+reuse", ""):
-        assert not methods.known(name)
+        with pytest.raises(UsageError):
+            methods.check(name)
 
 
 def test_only_evoprune_finds_a_budget_by_itself():
