@@ -24,7 +24,7 @@ class PatchReader:
         limits: of the model.
         clock: adds up the seconds of "read" and "preprocess".
         chunk_bytes: of decoded frames, held at a time.
-        read: gives the frames, as `video.decode.read_frames`.
+        read: gives the frames, as `video.frames.read_frames`.
         threaded: whether a thread prepares the next chunks while one is used.
 
     Attributes:

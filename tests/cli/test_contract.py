@@ -159,7 +159,9 @@ CASES = {
     "budget word": fails(2, "budget 'tiny'", *ASK, "-b", "tiny"),
     "budget nan": fails(2, "budget 'nan'", *ASK, "-b", "nan"),
     "automatic budget": Case((*ASK, "-b", "auto"), says="-b auto:"),
-    "automatic budget of a method without": fails(2, "cannot choose a budget", *ASK, "-b", "auto", "--method", "pool"),
+    "automatic budget of a method without": fails(
+        2, "cannot let the content decide the budget", *ASK, "-b", "auto", "--method", "pool"
+    ),
     "automatic budget in a comparison": fails(
         2, "not for comparing", "eval", "--data", "demo", "-b", "auto", ways=PIPE
     ),
@@ -191,7 +193,7 @@ CASES = {
     ),
     "overlay by an unknown method": fails(2, "magic", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "magic"),
     "overlay for a question": fails(
-        2, "chooses for a question", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "dart"
+        2, "selects for each question", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "dart"
     ),
     "overlay of a missing video": fails(3, "no such file: a.mp4", "inspect", "a.mp4", "--overlay", "{tmp}/a.png"),
     # 3: video

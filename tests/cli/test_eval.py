@@ -234,7 +234,7 @@ def test_the_demo(cli):
     [
         (("-b", "2"), "budget '2'"),
         (("-b", "0.5,tiny"), "budget 'tiny'"),
-        (("--method", "magic"), "--method 'magic'"),
+        (("--method", "magic"), "no pruning method 'magic'"),
         (("--method-arg", "speed=1"), "speed"),
         (("--method-arg", "speed"), "NAME=VALUE"),
         (("--split", "train"), "one of heldout, validation"),

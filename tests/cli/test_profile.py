@@ -174,7 +174,7 @@ def test_progress_on_a_terminal_only(profile):
     [
         (("-b", "2"), "budget '2'"),
         (("-b", "0.5,tiny"), "budget 'tiny'"),
-        (("--method", "random,magic"), "--method 'magic'"),
+        (("--method", "random,magic"), "no pruning method 'magic'"),
         (("--method-arg", "speed=1"), "speed"),
         (("--method-arg", "speed"), "NAME=VALUE"),
         (("--frames", "0"), "--frames '0'"),

@@ -68,11 +68,10 @@ def test_an_input_method_plans_a_smaller_grid():
 
 def test_evoprune_selects_between_two_layers():
     layers = (UNITS, *(30,) * 7)
-    common = {"select_after": 1, "selected": 30}
     assert methods.get("evoprune").plan(DEMO, GRID, 30) == EncoderPlan(
-        GRID, 30, layers, 30, exact=False, reuse=8.0, **common
+        GRID, 30, layers, 30, exact=False, reuse=8.0, select_after=1
     )
-    assert methods.get("evoprune:reuse=0").plan(DEMO, GRID, 30) == EncoderPlan(GRID, 30, layers, 30, **common)
+    assert methods.get("evoprune:reuse=0").plan(DEMO, GRID, 30) == EncoderPlan(GRID, 30, layers, 30, select_after=1)
     assert not methods.get("evoprune:reuse=0").automatic().plan(DEMO, GRID, 30).exact  # fewer rows may be enough
 
 

@@ -537,7 +537,7 @@ def test_auto_keeps_as_much_as_the_content_asks_for():
 
 def test_auto_is_for_methods_that_can_choose(loaded):
     for how in ({"method": "divprune"}, {"method": "reuse+mmr"}):
-        with pytest.raises(UsageError, match="cannot choose a budget"):
+        with pytest.raises(UsageError, match="cannot let the content decide the budget"):
             VideoQA(loaded, budget="auto", **how)
-    with pytest.raises(UsageError, match="cannot choose a budget"):
+    with pytest.raises(UsageError, match="cannot let the content decide the budget"):
         VideoQA.load("nowhere", budget="auto", method="pool")

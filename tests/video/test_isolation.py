@@ -165,9 +165,9 @@ def test_neither_side_has_what_it_does_not_need(named, started):
     there = caught.value.message.split()
     assert "av" in there and not {"torch", "transformers", "decord", "subprocess", "site"} & set(there)
     program = (
-        "import sys; from evoprune.video import probe; from evoprune.video.sandbox import isolation\n"
+        "import sys; from evoprune.video.probe import probe; from evoprune.video.sandbox import isolation\n"
         "assert 'numpy' not in sys.modules\n"
-        "from evoprune.video import decode; assert 'av' not in sys.modules"
+        "from evoprune.video import frames; assert 'av' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 

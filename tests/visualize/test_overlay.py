@@ -79,7 +79,7 @@ def test_a_method_that_makes_the_input_smaller(loaded):
 
 
 def test_a_method_that_reads_the_question(loaded):
-    with pytest.raises(UsageError, match="chooses for a question"):
+    with pytest.raises(UsageError, match="selects for each question"):
         traced(loaded, method="dart")
 
 
