@@ -1,6 +1,7 @@
 """The errors a user can meet, each with its exit code, what went wrong and a hint that fixes it."""
 
 import errno
+import re
 
 # What takes less memory, at a shell and in Python.
 LESS = (
@@ -8,14 +9,14 @@ LESS = (
     "in Python frames, max_visual_tokens, budget"
 )
 # How torch, oneDNN, CUDA, C++, Python's threads and the loader of libraries say that there is no memory, where they raise
-# something that may mean anything.
+# something that may mean anything; as regular expressions.
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "Cannot allocate memory",
     "std::bad_alloc",
     "ALLOC_FAILED",
-    "could not create a primitive",
+    "could not create a primitive$",  # "a primitive descriptor for ..." is a product that oneDNN does not have
     "can't start new thread",
     "failed to map segment",
 )
@@ -91,8 +92,8 @@ def is_out_of_memory(problem: BaseException) -> bool:
     """Whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
     if isinstance(problem, OSError) and problem.errno == errno.ENOMEM:
         return True
-    says = isinstance(problem, RuntimeError | OSError | ImportError) and any(sign in str(problem) for sign in NO_MEMORY)
-    return says or isinstance(problem, MemoryError)
+    says = isinstance(problem, RuntimeError | OSError | ImportError) and re.search("|".join(NO_MEMORY), str(problem))
+    return bool(says) or isinstance(problem, MemoryError)
 
 
 def first_line(problem: BaseException) -> str:

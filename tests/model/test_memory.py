@@ -42,6 +42,7 @@ def raised_by_torch() -> BaseException:
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         RuntimeError("can't start new thread"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         "torch",
     ],
@@ -58,7 +59,16 @@ def test_its_many_names(problem):
         assert caught.value.stage == "encode" and caught.value.__cause__ is problem
 
 
-@pytest.mark.parametrize("problem", [RuntimeError("shapes"), OSError(28, "No space"), KeyError(NO_MEMORY[0])], ids=repr)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        RuntimeError("shapes"),
+        RuntimeError("could not create a primitive descriptor for a matmul primitive. Run workload with ..."),
+        OSError(28, "No space"),
+        KeyError(NO_MEMORY[0]),
+    ],
+    ids=repr,
+)
 def test_other_problems_are_what_they_are(problem):
     assert not is_out_of_memory(problem)
     with pytest.raises(type(problem)) as caught, memory_guard("encode"):
