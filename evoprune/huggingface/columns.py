@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.pruning.indices import ascending
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Columns:
         from_the_end = stays.flip(1).cumsum(1).flip(1)
         # Columns without a place go to an extra place at the front, which is cut off.
         place = torch.where(stays, (places + 1 - from_the_end).clamp(min=0), 0)
-        index = torch.full((len(dropped), places + 1), -1, device=dropped.device)
-        index.scatter_(1, place, torch.arange(width, device=dropped.device).expand_as(place))
+        index = torch.full((len(dropped), places + 1), -1, dtype=torch.int64, device=dropped.device)
+        index.scatter_(1, place, ascending(width, dropped.device).expand_as(place))
         return cls(index[:, 1:], width)
 
     @property
@@ -60,7 +61,7 @@ class Columns:
 
     def following(self, width: int) -> "Columns":
         """The columns of the batch continued up to `width` columns, without further drops."""
-        more = torch.arange(self.width, width, device=self.index.device)
+        more = ascending(width, self.index.device)[self.width :]
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":

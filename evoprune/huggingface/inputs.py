@@ -133,9 +133,10 @@ def _sizes(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Ten
     """The cluster sizes of the columns that are left, float32 `[B, C]`; None for 1."""
     if encoded.size is None:
         return None
-    units = torch.ones(len(encoded.owner), device=video.device)
+    units = torch.ones(len(encoded.owner), dtype=torch.float32, device=video.device)
     units[encoded.kept.to(video.device)] = encoded.size.to(video.device)
-    return columns.take(torch.ones(video.shape, device=video.device).masked_scatter(video, units), 1)
+    every = torch.ones(video.shape, dtype=torch.float32, device=video.device)
+    return columns.take(every.masked_scatter(video, units), 1)
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:

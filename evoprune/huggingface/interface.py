@@ -10,6 +10,7 @@ import torch
 from evoprune.errors import ModelError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.model.config import check_vision, vision_sizes
+from evoprune.pruning.indices import ascending
 
 SUPPORTED = (
     "supported are transformers' Qwen2_5_VLForConditionalGeneration and Qwen2VLForConditionalGeneration; take it out of "
@@ -82,13 +83,18 @@ def setting(model, call: dict, name: str):
 def pad_id(model, call: dict) -> int:
     """The token id for padding."""
     pad, ends = setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
-    return int(torch.tensor(next(x for x in (pad, ends, 0) if x is not None)).flatten()[0])
+    return next(_ids(x)[0] for x in (pad, ends, 0) if x is not None)
+
+
+def _ids(setting: int | Sequence[int] | torch.Tensor) -> list[int]:
+    """The ids in a setting, which `generate` accepts as a number, a list or a tensor."""
+    return torch.as_tensor(setting, dtype=torch.int64, device="cpu").flatten().tolist()
 
 
 def inferred_mask(model, call: dict) -> torch.Tensor:
     """The mask that `generate` infers if none is given, int64 `[B, L]`: 0 at the pad id, unless that is an end-of-text id too."""
     ids, pad, ends = call["input_ids"], setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
-    is_end = ends is not None and pad in torch.tensor(ends).flatten().tolist()
+    is_end = ends is not None and pad in _ids(ends)
     return torch.ones_like(ids) if pad is None or is_end else ids.ne(pad).long()
 
 
@@ -108,7 +114,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
         return model._prepare_position_ids_for_generation(ids, given)
     positions = model.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, past_key_values=None, **given)
     if positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device)
+        positions = ascending(ids.shape[1], ids.device)
     return positions.expand(3, *ids.shape)
 
 
@@ -119,7 +125,7 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     units = (call["video_grid_thw"], call.get("image_grid_thw"))
     videos, images = (iter([] if grids is None else grids.tolist()) for grids in units)
     seconds = iter(seconds_per_pair(call))
-    positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
+    positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     for row, used in enumerate(torch.ones_like(ids) if mask is None else mask.cpu()):
         used = used.bool()
         spans = list(_spans(config, ids[row, used], videos, images, seconds))

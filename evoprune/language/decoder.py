@@ -2,7 +2,8 @@
 
 It computes on a tree of weights under Hugging Face's names: a `model.weights.QwenVL`, or a model of transformers. A *column*
 is one token of the prompt or answer. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191, section
-2.1); groups of heads share keys and values (arXiv 2305.13245). Results are rounded where Hugging Face rounds them.
+2.1); groups of heads share keys and values (arXiv 2305.13245). Results are rounded where Hugging Face rounds them, and torch's
+autocast changes nothing here.
 """
 
 from functools import lru_cache
@@ -10,6 +11,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from evoprune.model.autocast import without_autocast
 from evoprune.model.linear import linear
 
 STRIP = 1024  # query columns that share one mask
@@ -80,6 +82,7 @@ class KVCache:
 
 
 @torch.inference_mode()
+@without_autocast()
 def forward(
     model,
     inputs_embeds: torch.Tensor,
@@ -130,6 +133,7 @@ def forward(
 
 
 @torch.inference_mode()
+@without_autocast()
 def logits(
     model,
     inputs_embeds: torch.Tensor,
@@ -146,8 +150,9 @@ def _sizes(cache: KVCache, sizes: torch.Tensor | None, columns: int, device) -> 
     """Cluster sizes of the columns in the cache and the new ones, float32; None if all are 1."""
     if sizes is None and cache.sizes is None:
         return None
-    before = torch.ones(cache.length, device=device) if cache.sizes is None else cache.sizes
-    return torch.cat([before, torch.ones(columns, device=device) if sizes is None else sizes.to(device).float()])
+    before = torch.ones(cache.length, dtype=torch.float32, device=device) if cache.sizes is None else cache.sizes
+    new = torch.ones(columns, dtype=torch.float32, device=device) if sizes is None else sizes.to(device).float()
+    return torch.cat([before, new])
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -160,7 +165,8 @@ def _frequencies(theta: float, sections: tuple[int, ...]) -> tuple[torch.Tensor,
     """For each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    return frequencies, torch.tensor([axis for axis, size in enumerate(sections) for _ in range(size)], device="cpu")
+    axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
+    return frequencies, torch.tensor(axes, dtype=torch.int64, device="cpu")
 
 
 def _rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

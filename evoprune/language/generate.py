@@ -15,6 +15,7 @@ from evoprune.language.settings import GenerationSettings
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.numerics import not_a_number_error
 from evoprune.model.sizes import ANSWER_COLUMNS
+from evoprune.pruning.indices import ascending
 
 
 @dataclass
@@ -36,7 +37,7 @@ class PrefillState:
 def embed_question(model, tokenizer: Tokenizer, question: str) -> torch.Tensor:
     """`[Q, hidden]`: the embeddings of the question's own tokens, without the prompt around them, in the model's dtype."""
     embed = model.model.language_model.embed_tokens
-    return embed(torch.tensor(tokenizer.encode(question), device=embed.weight.device))
+    return embed(torch.tensor(tokenizer.encode(question), dtype=torch.int64, device=embed.weight.device))
 
 
 def embed_prompt(
@@ -65,7 +66,8 @@ def embed_prompt(
     if len(kept) and (kept[0] < 0 or kept[-1] >= visual_tokens or bool((kept.diff() <= 0).any())):
         raise ValueError(f"kept visual tokens must ascend within 0..{visual_tokens - 1}")
     video_end = video_start + visual_tokens
-    columns = torch.cat([torch.arange(video_start), video_start + kept, torch.arange(video_end, len(input_ids))])
+    every = ascending(len(input_ids), "cpu")
+    columns = torch.cat([every[:video_start], video_start + kept, every[video_end:]])
     embed = model.model.language_model.embed_tokens
     with torch.inference_mode():
         before, after = (embed(ids.to(embed.weight.device)) for ids in (input_ids[:video_start], input_ids[video_end:]))
@@ -160,8 +162,9 @@ class TokenStream(Iterator[int]):
     def _step(self, token: int) -> torch.Tensor:
         embed = self._model.model.language_model.embed_tokens
         position = self._state.next_position + self.tokens - 1
-        column = embed(torch.tensor([token], device=embed.weight.device))
-        return decoder.logits(self._model, column, torch.full((3, 1), position), self._state.cache)
+        column = embed(torch.tensor([token], dtype=torch.int64, device=embed.weight.device))
+        positions = torch.full((3, 1), position, dtype=torch.int64, device="cpu")
+        return decoder.logits(self._model, column, positions, self._state.cache)
 
 
 def stream(model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]) -> TokenStream:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from evoprune.pruning.indices import ascending
+
 
 @dataclass(frozen=True)
 class VideoSpan:
@@ -48,8 +50,8 @@ def video_positions(
     t, h, w = grid
     # In float64, and rounded down once at the end: multiples of a rounded step would drift.
     step = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
-    clock = (torch.arange(t, dtype=torch.float64) * step).floor().long()
-    return torch.stack(torch.meshgrid(clock, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
+    clock = (torch.arange(t, dtype=torch.float64, device="cpu") * step).floor().long()
+    return torch.stack(torch.meshgrid(clock, ascending(h, "cpu"), ascending(w, "cpu"), indexing="ij")).flatten(1)
 
 
 def prompt_positions(length: int, videos: Sequence[VideoSpan], tokens_per_second: float | None) -> torch.Tensor:
@@ -70,11 +72,11 @@ def prompt_positions(length: int, videos: Sequence[VideoSpan], tokens_per_second
     for video in videos:
         if video.start < at or video.start + video.tokens > length:
             raise ValueError(f"video at {video.start} with {video.tokens} tokens does not fit the prompt")
-        pieces.append((torch.arange(video.start - at) + following).expand(3, -1))
+        pieces.append((ascending(video.start - at, "cpu") + following).expand(3, -1))
         following += video.start - at
         inside = video_positions(video.grid, video.seconds_per_pair, tokens_per_second) + following
         pieces.append(inside)
         following = int(inside.max()) + 1
         at = video.start + video.tokens
-    pieces.append((torch.arange(length - at) + following).expand(3, -1))
+    pieces.append((ascending(length - at, "cpu") + following).expand(3, -1))
     return torch.cat(pieces, dim=1)

@@ -84,7 +84,7 @@ def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, sys
             # In one pass, so that a placeholder inside the user's words is not replaced.
             text = re.sub(f"{_QUESTION}|{_SYSTEM}", lambda match: words[match[0]], piece)
             ids += tokenizer.encode(text)
-    return Prompt(torch.tensor(ids), video_start, visual_tokens, prefix_length)
+    return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), video_start, visual_tokens, prefix_length)
 
 
 def _render(tokenizer: Tokenizer, with_system: bool) -> str:

@@ -44,7 +44,7 @@ class CdPruner(Selector):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         unit = F.normalize(tokens.features.float(), dim=1)
-        relevance = torch.ones(len(unit), device=unit.device)
+        relevance = torch.ones(len(unit), dtype=torch.float32, device=unit.device)
         if self.question:
             relevance = snap((unit @ F.normalize(tokens.question, dim=1).T).mean(1))
         selected = [

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
@@ -49,7 +50,7 @@ def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None 
         far = 1 - near.clamp(min=-1)
         return (far if weight is None else snap(far * weight)).masked_fill(selected, -torch.inf).argmax()
 
-    near = torch.full((len(unit),), -torch.inf, device=unit.device)
+    near = torch.full((len(unit),), -torch.inf, dtype=torch.float32, device=unit.device)
     for step in range(keep):
         latest = farthest(near if step else nearest_cosine(unit))[None]
         selected.index_fill_(0, latest, True)  # an index in brackets would make the program wait for a GPU
@@ -62,7 +63,7 @@ def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
     best = []
     for start in range(0, len(unit), BLOCK):
         cosine = snap(unit[start : start + BLOCK] @ unit.T)
-        itself = torch.arange(len(cosine), device=unit.device)
+        itself = ascending(len(cosine), unit.device)
         cosine[itself, itself + start] = -torch.inf
         best.append(cosine.amax(1))
     return torch.cat(best)

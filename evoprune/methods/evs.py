@@ -52,5 +52,5 @@ def dissimilarity(tokens: Tokens) -> torch.Tensor:
     """
     pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
     later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
-    first = later[:1] if len(later) else torch.zeros(pairs.shape[:2], device=pairs.device)
+    first = later[:1] if len(later) else torch.zeros(pairs.shape[:2], dtype=torch.float32, device=pairs.device)
     return torch.cat([first, later])

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import gathered, highest, nearest
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
@@ -81,7 +82,7 @@ class FastVid(Selector):
             int64 `[g, n]`, indices into the segment: its own if a token stays, -1 if it is dropped.
         """
         pairs, per_pair = attention.shape
-        index = torch.arange(attention.numel(), device=unit.device).view(pairs, per_pair)
+        index = ascending(attention.numel(), unit.device).view(pairs, per_pair)
         into = torch.full_like(index, -1).flatten()
         salient = spread(math.floor(self.salient * keep + 0.5), pairs)
         best = torch.cat([index[pair, highest(attention[pair], share)] for pair, share in enumerate(salient)])
@@ -103,7 +104,7 @@ class FastVid(Selector):
 
     def weights(self, into: torch.Tensor) -> torch.Tensor:
         """float32 `[N]`: a peak that n tokens join has weight max(1 / (n + 1), `centre`); the n tokens share the rest evenly."""
-        stays = into == torch.arange(len(into), device=into.device)
+        stays = into == ascending(len(into), into.device)
         others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
-        own = torch.where(others > 0, (1 / (others + 1)).clamp(min=self.centre), 1.0)
+        own = torch.where(others > 0, (1 / (others + 1).float()).clamp(min=self.centre), 1.0)
         return torch.where(stays, own, (1 - own) / others.clamp(min=1))

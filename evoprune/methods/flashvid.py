@@ -23,6 +23,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.divprune import most_diverse
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import joined_peaks
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import closest, gathered, ranked
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
@@ -62,7 +63,7 @@ class FlashVid(Selector):
         attention = snap(tokens.attention).view(pairs, per_pair)
         x = tokens.features.float().view(pairs, per_pair, -1)
         into = torch.full_like(tokens.owner, -1).view(pairs, per_pair)
-        weight = torch.ones(into.shape, device=x.device)
+        weight = torch.ones(into.shape, dtype=torch.float32, device=x.device)
         for span in segments(transitions(tokens), self.segments, self.threshold):
             some = slice(span.start, span.stop)
             local, weight[some] = self.condensed(attention[some], x[some], sum(shares[some]))
@@ -81,12 +82,12 @@ class FlashVid(Selector):
             int64 `[g, n]`, indices into the segment: its own if a token stays, -1 if it is dropped; and float32 `[g, n]`, weights.
         """
         pairs, per_pair = attention.shape
-        index = torch.arange(attention.numel(), device=x.device).view(pairs, per_pair)
+        index = ascending(attention.numel(), x.device).view(pairs, per_pair)
         into = torch.full_like(index, -1).flatten()
         diverse = spread(math.floor(self.diverse * keep + 0.5), pairs)
         best = torch.cat([index[g, most_diverse(x[g], count, attention[g])] for g, count in enumerate(diverse)])
         into[best] = best
-        weight = torch.ones(len(into), device=x.device)
+        weight = torch.ones(len(into), dtype=torch.float32, device=x.device)
         trees = keep - len(best)
         if trees:
             x, rest = x.flatten(0, 1), (into < 0).nonzero().flatten()
@@ -107,7 +108,7 @@ class FlashVid(Selector):
             rest: int64 `[r]`, the tokens to link, ascending.
             pair: int64 `[r]`, their frame pairs.
         """
-        parent, like = rest.clone(), torch.full((len(rest),), -torch.inf, device=unit.device)
+        parent, like = rest.clone(), torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
         last = int(pair[-1])
         for g in range(1, last + 1):
             before, now = rest[pair == g - 1], pair == g
@@ -117,7 +118,7 @@ class FlashVid(Selector):
         strongest = ranked(like)[:most]
         links = torch.zeros(len(rest), dtype=torch.bool, device=unit.device)
         links[strongest] = like[strongest] > self.link
-        root = torch.arange(len(unit), device=unit.device)
+        root = ascending(len(unit), unit.device)
         for g in range(1, last + 1):  # a link leads to the frame pair before, whose roots are known by now
             now = links & (pair == g)
             root[rest[now]] = root[parent[now]]

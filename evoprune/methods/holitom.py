@@ -19,6 +19,7 @@ import torch
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import join_groups
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import gathered, highest
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import averaged
@@ -46,7 +47,7 @@ class HoliTom(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])
-        index = torch.arange(len(tokens.owner), device=x.device).view(x.shape[:2])
+        index = ascending(len(tokens.owner), x.device).view(x.shape[:2])
         cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
         spans = most_saving(cosine > self.static)
         least = [stillness(cosine, span, index.shape[1]) for span in spans]
@@ -55,7 +56,8 @@ class HoliTom(Selector):
         if index.numel() - saved <= keep:
             return gathered(averaged(index, spans, least, index.numel() - keep).flatten())
         attention = snap(tokens.attention)
-        into, weight = torch.full_like(index, -1).flatten(), torch.ones(index.shape, device=x.device)
+        into = torch.full_like(index, -1).flatten()
+        weight = torch.ones(index.shape, dtype=torch.float32, device=x.device)
         groups, moving = (
             [],
             [],
@@ -109,5 +111,5 @@ def stillness(cosine: torch.Tensor, span: range, places: int) -> torch.Tensor:
         places: n.
     """
     if len(span) == 1:
-        return torch.full((places,), -torch.inf, device=cosine.device)
+        return torch.full((places,), -torch.inf, dtype=torch.float32, device=cosine.device)
     return cosine[span.start : span.stop - 1].amin(0)

@@ -68,7 +68,7 @@ def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, l
     unit = F.normalize(features.float(), dim=1)
     important = lam * snap(scaled(importance.float()))
     selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
-    near = torch.zeros(len(unit), device=unit.device)
+    near = torch.zeros(len(unit), dtype=torch.float32, device=unit.device)
     for step in range(keep):
         latest = snap(important - (1 - lam) * near).masked_fill(selected, -torch.inf).argmax()
         selected[latest] = True

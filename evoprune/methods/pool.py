@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Selector
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.shapes import smaller_frame
 from evoprune.pruning.types import Selection, Tokens
 
@@ -27,19 +28,20 @@ class Pool(Selector):
         count, height, width = tokens.grid
         pairs = min(count, keep)
         shape = (pairs, *smaller_frame(height, width, keep // pairs))
-        block, middle = zip(*(_blocks(n, blocks) for n, blocks in zip(tokens.grid, shape, strict=True)), strict=True)
+        sizes, device = zip(tokens.grid, shape, strict=True), tokens.owner.device
+        block, middle = zip(*(_blocks(n, blocks, device) for n, blocks in sizes), strict=True)
         places = torch.meshgrid(*middle, indexing="ij")
         kept = (places[0] * height + places[1]) * width + places[2]
         blocks = torch.meshgrid(*block, indexing="ij")
         owner = (blocks[0] * shape[1] + blocks[1]) * shape[2] + blocks[2]
-        return Selection(kept.flatten().to(tokens.owner.device), owner.flatten().to(tokens.owner.device))
+        return Selection(kept.flatten(), owner.flatten())
 
 
-def _blocks(length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Divides `length` places into `count` blocks of nearly equal length.
 
     Returns:
         int64 `[length]`, the block of each place; and int64 `[count]`, the middle place of each block.
     """
-    edges = torch.tensor([i * length // count for i in range(count + 1)])
-    return torch.arange(count).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
+    edges = ascending(count + 1, device) * length // count
+    return ascending(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import join_groups, joined_peaks
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import gathered
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import averaged
@@ -48,14 +49,15 @@ class PruneVid(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])
-        index = torch.arange(len(tokens.owner), device=x.device).view(x.shape[:2])
+        index = ascending(len(tokens.owner), x.device).view(x.shape[:2])
         spans = self.segments(x)
         steady = [steadiness(F.normalize(x[span.start : span.stop], dim=2)) for span in spans]
         static = [mean > self.static for mean in steady]
         saved = sum(int(places.sum()) * (len(span) - 1) for span, places in zip(spans, static, strict=True))
         if index.numel() - saved <= keep:
             return gathered(averaged(index, spans, steady, index.numel() - keep).flatten())
-        into, weight = torch.full_like(index, -1).flatten(), torch.ones(index.shape, device=x.device)
+        into = torch.full_like(index, -1).flatten()
+        weight = torch.ones(index.shape, dtype=torch.float32, device=x.device)
         groups = []  # for each group of tokens, the units of each, one row per token
         for span, places in zip(spans, static, strict=True):
             weight[span.start : span.stop, places] = 1 / len(span)
@@ -80,5 +82,5 @@ def steadiness(unit: torch.Tensor) -> torch.Tensor:
     """
     count = len(unit) * (len(unit) - 1)
     if not count:
-        return torch.full(unit.shape[1:2], -torch.inf, device=unit.device)
+        return torch.full(unit.shape[1:2], -torch.inf, dtype=torch.float32, device=unit.device)
     return snap((unit.sum(0).square().sum(1) - unit.square().sum((0, 2))) / count)

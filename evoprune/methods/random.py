@@ -24,8 +24,8 @@ class Random(Selector):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         generator = torch.Generator("cpu").manual_seed(tokens.seed)  # the same draw on every device
-        selected = [
-            torch.randperm(per_pair, generator=generator, device="cpu")[:share].sort().values + pair * per_pair
+        drawn = [
+            torch.randperm(per_pair, generator=generator, dtype=torch.int64, device="cpu")[:share] + pair * per_pair
             for pair, share in enumerate(spread(keep, pairs))
         ]
-        return Selection(torch.cat(selected))
+        return Selection(torch.cat(drawn).sort().values)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
@@ -63,9 +64,9 @@ def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int
         int64 `[K]`, indices of rows, ascending.
     """
     unit = F.normalize(features.float(), dim=1)
-    every = torch.arange(len(unit), device=unit.device)
+    every = ascending(len(unit), unit.device)
     weight = torch.ones_like(every, dtype=torch.float64) if weight is None else weight
-    cover = torch.zeros(len(unit), device=unit.device)
+    cover = torch.zeros(len(unit), dtype=torch.float32, device=unit.device)
 
     def cosine(some: torch.Tensor) -> torch.Tensor:
         return (unit[some] @ unit.T).mul_(STEPS).round_()

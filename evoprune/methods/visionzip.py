@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import spread
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import gathered, highest, nearest
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
@@ -62,7 +63,7 @@ def zipped(attention: torch.Tensor, keys: torch.Tensor, keep: int, dominant: int
     Returns:
         int64 `[n]`: the token that each joins, its own index if it stays, -1 if it is dropped.
     """
-    index = torch.arange(len(attention), device=attention.device)
+    index = ascending(len(attention), attention.device)
     into = torch.full_like(index, -1)
     best = highest(attention, dominant)
     into[best] = best

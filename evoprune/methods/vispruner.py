@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import spread
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
@@ -66,7 +67,7 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
     Returns:
         int64 `[keep]`, the rows that are left, ascending.
     """
-    left = torch.arange(len(unit) if keep else 0, device=unit.device)
+    left = ascending(len(unit) if keep else 0, unit.device)
     while len(left) > keep:
         one, other = left[::2], unit[left[1::2]]
         like = torch.cat([snap(unit[some] @ other.T).amax(1) for some in one.split(BLOCK)])

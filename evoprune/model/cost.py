@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from evoprune.model.autocast import without_autocast
 from evoprune.model.clock import now
 from evoprune.model.sizes import PATCHES
 
@@ -52,6 +53,7 @@ def prefill_flop(config, length: int) -> float:
     return config.num_hidden_layers * layer + 2 * h * config.vocab_size
 
 
+@without_autocast()
 def matmul_rate(
     dtype: torch.dtype,
     device: str = "cpu",
@@ -67,7 +69,7 @@ def matmul_rate(
     """
     best, place = 0.0, torch.device(device)
     for rows, inner, columns in shapes:
-        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
+        a, b = (torch.randn(x, dtype=dtype, device=device) for x in ((rows, inner), (inner, columns)))
         a @ b
         end = now(place) + seconds
         while (start := now(place)) < end:

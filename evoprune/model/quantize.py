@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
             wholes.append(rows.to(torch.int8))
         self.scale = torch.cat(scales)
         self.packed = torch.ops.onednn.qlinear_prepack(torch.cat(wholes), None)
-        self.zero = torch.zeros(self.out_features, dtype=torch.int32)
+        self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
         # Activations are offset by 32,768. This takes its contribution to low + 256 * high off again, the same amount from both.
         self.offset = (torch.cat(sums).double() * self.scale.double() * (-32768 / 257)).float()
 
@@ -153,13 +153,15 @@ def check(kind: str, device: torch.device) -> None:
 @lru_cache
 def _int8_is_exact() -> bool:
     """Whether products of bytes exist and are exact: CPUs without dot-product instructions (VNNI) clip sums of pairs to 16 bits."""
-    if not can_pack(torch.empty(1)) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    scale = torch.ones(64, dtype=torch.float32, device="cpu")
+    if not can_pack(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
-    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8), None)
+    zero = torch.zeros(64, dtype=torch.int32, device="cpu")
+    bytes_ = torch.full((2, 64), 255, dtype=torch.uint8, device="cpu")
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), None)
     found = torch.ops.onednn.qlinear_pointwise(
-        torch.full((2, 64), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(64), torch.zeros(64, dtype=torch.int32),
-        None, 1.0, 0, torch.float32, "none", [], "",
-    )  # fmt: skip
+        bytes_, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
     return bool((found == 64 * 255 * 127).all())
 
 

@@ -20,15 +20,6 @@ class Tree(nn.Module):
             self.add_module(name, child)
 
 
-class Norm(nn.Module):
-    """The scale of an RMS norm, `[size]`; with a bias, scale and bias of a layer norm."""
-
-    def __init__(self, size: int, bias: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
-
-
 def _mlp(hidden: int, inner: int, bias: bool) -> Tree:
     return Tree(
         gate_proj=nn.Linear(hidden, inner, bias=bias),
@@ -43,13 +34,13 @@ class Tower(Tree):
     def __init__(self, config: VisionConfig):
         wide, patch = config.hidden_size, (config.temporal_patch_size, config.patch_size, config.patch_size)
         qwen2, inner = config.family == QWEN2, config.intermediate_size
-        joined = wide * config.spatial_merge_size**2
+        joined, norm = wide * config.spatial_merge_size**2, nn.LayerNorm if qwen2 else nn.RMSNorm
         super().__init__(
             patch_embed=Tree(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=False)),
             blocks=nn.ModuleList(
                 Tree(
-                    norm1=Norm(wide, bias=qwen2),
-                    norm2=Norm(wide, bias=qwen2),
+                    norm1=norm(wide),
+                    norm2=norm(wide),
                     attn=Tree(qkv=nn.Linear(wide, 3 * wide), proj=nn.Linear(wide, wide)),
                     mlp=Tree(fc1=nn.Linear(wide, inner), fc2=nn.Linear(inner, wide))
                     if qwen2
@@ -58,7 +49,7 @@ class Tower(Tree):
                 for _ in range(config.depth)
             ),
             merger=Tree(
-                ln_q=Norm(wide, bias=qwen2),
+                ln_q=norm(wide),
                 mlp=nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.out_hidden_size)),
             ),
         )
@@ -72,11 +63,11 @@ class LanguageModel(Tree):
         wide, heads = config.hidden_size, config.num_attention_heads
         key_value = wide // heads * config.num_key_value_heads
         super().__init__(
-            embed_tokens=nn.Embedding.from_pretrained(torch.empty(config.vocab_size, wide)),
+            embed_tokens=nn.Embedding(config.vocab_size, wide),
             layers=nn.ModuleList(
                 Tree(
-                    input_layernorm=Norm(wide),
-                    post_attention_layernorm=Norm(wide),
+                    input_layernorm=nn.RMSNorm(wide),
+                    post_attention_layernorm=nn.RMSNorm(wide),
                     self_attn=Tree(
                         q_proj=nn.Linear(wide, wide),
                         k_proj=nn.Linear(wide, key_value),
@@ -87,7 +78,7 @@ class LanguageModel(Tree):
                 )
                 for _ in range(config.num_hidden_layers)
             ),
-            norm=Norm(wide),
+            norm=nn.RMSNorm(wide),
         )
         self.config = config
 

@@ -89,8 +89,8 @@ def prepare(
         seconds_per_pair *= count / fewer
     patches = patchify(frames, v.image_mean, v.image_std, v.patch_size, v.temporal_patch_size, v.merge_size)
     random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
-    text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random)
-    video = torch.zeros(len(patches) // PATCHES, dtype=torch.int64)
+    text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random, dtype=torch.int64, device="cpu")
+    video = torch.zeros(len(patches) // PATCHES, dtype=torch.int64, device="cpu")
     ids = torch.cat([text[:TEXT_BEFORE], video, text[TEXT_BEFORE:]])
     span = VideoSpan(TEXT_BEFORE, grid, seconds_per_pair)
     positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)

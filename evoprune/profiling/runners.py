@@ -12,6 +12,7 @@ from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, Clip
 from evoprune.profiling.results import Counts
 from evoprune.pruning.encoder_plan import EncoderPlan
+from evoprune.pruning.indices import ascending
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry
 
@@ -57,9 +58,9 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
 
     text = reference.model.language_model
     device, (time_, rows, columns) = clip.patches.device, clip.grid
-    grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], device=device)
+    grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
     # Row 0 is the column's place in the text; the others are its positions in time, height and width.
-    positions = torch.cat([torch.arange(len(clip.ids))[None], clip.positions])[:, None].to(device)
+    positions = torch.cat([ascending(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
         features = reference.model.visual(clip.patches, grid_thw=grid_thw).pooler_output
     with clock.stage("prefill"):
@@ -71,8 +72,8 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     with clock.stage("generate"):
         tokens = [int(logits.argmax())]
         while len(tokens) < new_tokens:
-            embeds = text.embed_tokens(torch.tensor([tokens[-1:]], device=device))
-            position = torch.full((4, 1, 1), clip.following + len(tokens) - 1, device=device)
+            embeds = text.embed_tokens(torch.tensor([tokens[-1:]], dtype=torch.int64, device=device))
+            position = torch.full((4, 1, 1), clip.following + len(tokens) - 1, dtype=torch.int64, device=device)
             position[0] = len(clip.ids) + len(tokens) - 1
             hidden = text(inputs_embeds=embeds, position_ids=position, past_key_values=cache, use_cache=True)
             tokens.append(int(reference.lm_head(hidden.last_hidden_state[:, -1]).argmax()))

@@ -10,13 +10,14 @@ its own neighbours; this code does neither.
 import torch
 import torch.nn.functional as F
 
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import BLOCK, highest, nearest
 from evoprune.pruning.score import snap
 
 
 def peaks(unit: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
     """int64 `[count]`, ascending: the rows of `unit` (`[n, D]`, of length one) with the highest peak scores; ties by index."""
-    return highest(peak_scores(unit, neighbours), count) if count else torch.arange(0, device=unit.device)
+    return highest(peak_scores(unit, neighbours), count) if count else ascending(0, unit.device)
 
 
 def joined_peaks(unit: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
@@ -49,15 +50,15 @@ def peak_scores(unit: torch.Tensor, neighbours: int) -> torch.Tensor:
     Density is exp(-m), where m is the mean squared distance to the `neighbours` nearest other rows. O(n^2 D), memory O(n).
     """
     n = len(unit)
-    index = torch.arange(n, device=unit.device)
+    index = ascending(n, unit.device)
     blocks = index.split(BLOCK)
     nearest = min(neighbours, n - 1)
-    density = torch.ones(n, device=unit.device)
+    density = torch.ones(n, dtype=torch.float32, device=unit.device)
     for block in blocks if nearest else ():
         squared = _squared(unit, block)
-        squared[torch.arange(len(block), device=unit.device), block] = torch.inf
+        squared[ascending(len(block), unit.device), block] = torch.inf
         density[block] = snap((-squared.topk(nearest, largest=False).values.mean(1)).exp())
-    apart = torch.empty(n, device=unit.device)
+    apart = torch.empty(n, dtype=torch.float32, device=unit.device)
     for block in blocks:
         squared = _squared(unit, block)
         denser = (density > density[block, None]) | ((density == density[block, None]) & (index < block[:, None]))

@@ -7,6 +7,11 @@ values. Here the caller knows the shapes from the plan.
 import torch
 
 
+def ascending(count: int, device: torch.device | str) -> torch.Tensor:
+    """int64 `[count]`: 0, 1, 2 and so on."""
+    return torch.arange(count, dtype=torch.int64, device=device)
+
+
 def tally(index: torch.Tensor, bins: int) -> torch.Tensor:
     """int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
     return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
@@ -15,7 +20,7 @@ def tally(index: torch.Tensor, bins: int) -> torch.Tensor:
 def true_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
     """int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is true, ascending; filled up with zeros."""
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
-    return slot.new_zeros(count + 1).scatter_(0, slot, torch.arange(len(mask)))[:count]
+    return slot.new_zeros(count + 1).scatter_(0, slot, ascending(len(mask), mask.device))[:count]
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,6 +34,6 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
     Returns:
         int64 `[B, longest]`, rows; and bool `[B, longest]`, which of them are valid. Padding repeats the last row of a run.
     """
-    step = torch.arange(longest)
+    step = ascending(longest, start.device)
     last = (length - 1).clamp(min=0)[:, None]
     return (start[:, None] + torch.minimum(step, last)).clamp(max=rows - 1), step < length[:, None]

@@ -2,7 +2,7 @@
 
 import torch
 
-from evoprune.pruning.indices import true_indices
+from evoprune.pruning.indices import ascending, true_indices
 
 
 def alternate(valid: torch.Tensor) -> torch.Tensor:
@@ -46,9 +46,9 @@ def match(
     order = best.argsort(dim=1, descending=True, stable=True)
     late = (last & source).gather(1, order).to(torch.int8) + 2 * (~source).gather(1, order).to(torch.int8)
     order = order.gather(1, late.argsort(dim=1, stable=True))
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n).expand(b, n))
+    rank = torch.empty_like(order).scatter_(1, order, ascending(n, source.device).expand(b, n))
     goes = source & (rank < torch.minimum(remove, source.sum(1))[:, None])
-    return torch.where(goes, partner, torch.arange(n))
+    return torch.where(goes, partner, ascending(n, source.device))
 
 
 def merge_rows(
@@ -67,7 +67,7 @@ def merge_rows(
     Returns:
         `[rows, ...]`, in the dtype of `x`; a row that no other merges into is unchanged.
     """
-    goes = into != torch.arange(len(into))
+    goes = into != ascending(len(into), into.device)
     stays = ~goes
     rows = int(stays.sum()) if rows is None else rows
     moves = len(into) - rows if moves is None else moves
@@ -75,10 +75,10 @@ def merge_rows(
     out, before = x[kept], size[kept]
     to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
     # Padding in `moved` weighs nothing.
-    added = torch.where(torch.arange(moves) < goes.sum(), size[moved], 0)
+    added = torch.where(ascending(moves, into.device) < goes.sum(), size[moved], 0)
     after = before.index_add(0, to, added)
     # If several rows merge into one, one of their slots in `total` holds the sum. Any of them will do: all start from the same row.
-    place = torch.empty_like(before).scatter_(0, to, torch.arange(moves))[to]
+    place = torch.empty_like(before).scatter_(0, to, ascending(moves, into.device))[to]
     grown = (after > before)[to]  # other rows must stay exactly as they are
     one = (-1, *[1] * (x.ndim - 1))
     total = out[to].float().mul_(torch.where(grown, before[to], 1).view(one))

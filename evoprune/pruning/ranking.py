@@ -2,6 +2,7 @@
 
 import torch
 
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection
 
@@ -48,6 +49,6 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
 
     `weight`, float32 `[N]`, is the weight of each unit in its mean; None for equal weights.
     """
-    stays = into == torch.arange(len(into), device=into.device)
+    stays = into == ascending(len(into), into.device)
     number = stays.cumsum(0) - 1
     return Selection(stays.nonzero().flatten(), torch.where(into < 0, -1, number[into]), weight)

@@ -14,6 +14,8 @@ computed in strips of rows, and only the best score of every row is kept.
 import torch
 import torch.nn.functional as F
 
+from evoprune.pruning.indices import ascending
+
 HELD = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
 ALL = slice(None)
 
@@ -53,7 +55,7 @@ def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, ro
         `[B, m]`; 1 for the only row of a group.
     """
     n = cosine.shape[2]
-    index = torch.arange(n)
+    index = ascending(n, cosine.device)
     others = valid[:, None, :] & valid[:, rows, None] & (index[rows, None] != index)
     count = others.sum(-1).clamp(max=neighbours)
     nearest = cosine.masked_fill(~others, -torch.inf).topk(min(neighbours, n), dim=-1).values

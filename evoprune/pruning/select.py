@@ -13,6 +13,7 @@ import torch
 
 from evoprune.pruning.budget import spread
 from evoprune.pruning.distance import Points, rounded
+from evoprune.pruning.indices import ascending
 
 POOL = 512  # candidates of a pool; affects the speed alone
 PIECE = 1 << 20  # numbers in the largest tensor of a pass
@@ -76,13 +77,13 @@ def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Ten
     selected = torch.searchsorted(points.units, kept)
     few, back = points.row[selected].unique(return_inverse=True)  # one row is often selected at many times
     found = torch.empty(len(points), dtype=torch.int64, device=device)
-    for some in torch.arange(len(points), device=device).split(max(1, PIECE // len(kept))):
+    for some in ascending(len(points), device).split(max(1, PIECE // len(kept))):
         of, place = points.row[some].unique(return_inverse=True)
         distance = points.add_time(points.in_features(of, few)[place[:, None], back], some, selected)
         found[some] = rounded(distance).argmin(1)
     owner = torch.full((total,), -1, dtype=torch.int64, device=device)
     owner[points.units] = found
-    owner[kept] = torch.arange(len(kept), device=device)
+    owner[kept] = ascending(len(kept), device)
     return owner
 
 
@@ -90,7 +91,7 @@ def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: 
     """Indices of points that each frame pair gets first: its most different ones, `floor` times its even part of `keep`."""
     selected, pair = [], points.units // (grid[1] * grid[2])
     counts = torch.bincount(pair, minlength=grid[0]).tolist()
-    members = torch.arange(len(points), device=pair.device).split(counts)
+    members = ascending(len(points), pair.device).split(counts)
     for there, share in zip(members, spread(keep, grid[0]), strict=True):
         few = min(math.floor(floor * share), len(there))
         if few:
@@ -151,7 +152,7 @@ def _farthest(points: Points, start: list[int], keep: int, pool: int, within: fl
 
 def _update(nearest: torch.Tensor, points: Points, fresh: torch.Tensor) -> None:
     """Updates `nearest` (float32 `[n]`) for the newly selected points `fresh` (int64)."""
-    every = torch.arange(len(points.place), device=nearest.device)
+    every = ascending(len(points.place), nearest.device)
     for few in fresh.split(max(1, PIECE // len(every))):
         apart = points.in_features(every, points.row[few])
         # The term in time only adds to a distance. So nearly all points are nearer to an earlier one, and need no term in time.
@@ -169,7 +170,7 @@ def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, floa
         other candidate at exactly that distance.
     """
     if len(nearest) <= count:
-        return torch.arange(len(nearest), device=nearest.device), -1.0, 0
+        return ascending(len(nearest), nearest.device), -1.0, 0
     bound = nearest.topk(count).values[-1]
     ties = (nearest == bound).nonzero()[:, 0]
     farther = (nearest > bound).nonzero()[:, 0]
@@ -230,7 +231,7 @@ def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.T
     turn = (_scattered(grid[1], grid[2]).to(units.device)[place] - before[pair]) % places
     order = turn.argsort(stable=True)
     order = order[pair[order].argsort(stable=True)]  # by frame pair, then by turn
-    rank = torch.arange(len(units), device=units.device) - torch.cat([last.new_zeros(1), last])[pair]
+    rank = ascending(len(units), units.device) - torch.cat([last.new_zeros(1), last])[pair]
     return order[rank < before.diff()[pair]]
 
 
@@ -242,7 +243,7 @@ def _scattered(height: int, width: int) -> torch.Tensor:
     n, step = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu"), 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()
     never = len(n)
-    first = torch.full((height * width,), never, device="cpu").scatter_reduce(
-        0, visits, torch.arange(never, device="cpu"), "amin"
+    first = torch.full((height * width,), never, dtype=torch.int64, device="cpu").scatter_reduce(
+        0, visits, ascending(never, "cpu"), "amin"
     )
     return first.argsort(stable=True).argsort()

@@ -2,6 +2,8 @@
 
 import torch
 
+from evoprune.pruning.indices import ascending
+
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
     """How many rows each group keeps, by the rule of `schedule.share_by_size`.
@@ -24,7 +26,7 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     # Too many, because every group keeps at least one row: the groups furthest above their exact share give one row in each turn,
     # down to one row. After p turns a group has given min(p, spare) rows. There are `turns` whole turns; some groups give one more.
     spare, give = (counts - 1).clamp(min=0), -missing
-    given = torch.minimum(torch.arange(longest)[:, None], spare[:, None]).sum(2)  # [B, longest]
+    given = torch.minimum(ascending(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
     turns = ((given <= give).sum(1, keepdim=True) - 1).clamp(min=0)
     rest = give - given.gather(1, turns)
     less = _first(spare > turns, excess.argsort(dim=1, descending=True, stable=True), rest)

@@ -6,6 +6,8 @@ from functools import cached_property
 
 import torch
 
+from evoprune.pruning.indices import ascending
+
 AT_ONCE = 4096  # units that have float32 copies at a time
 
 
@@ -115,7 +117,7 @@ class Selection:
             weight = torch.zeros(len(both), dtype=torch.float32, device=rows.device).index_add_(0, back, weight)
             into, row = both // len(rows), both % len(rows)
         size.index_add_(0, into, weight)
-        for some in torch.arange(len(into), device=rows.device).split(AT_ONCE):
+        for some in ascending(len(into), rows.device).split(AT_ONCE):
             total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
         return (total / size[:, None]).to(rows.dtype)
 

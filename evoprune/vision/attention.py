@@ -119,7 +119,7 @@ def attend_by_products(
     out, received = torch.empty_like(q), None
     if weight is not None:
         with timer:
-            received = torch.zeros(batch * heads, keys)
+            received = torch.zeros(batch * heads, keys, dtype=torch.float32, device=q.device)
             weight = weight.repeat_interleave(heads, 0)[:, :, None]
     held = devices.scores_at_a_time(q.device)
     rows = max(1, min(queries, held // keys))

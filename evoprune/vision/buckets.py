@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.model.sizes import PATCHES
-from evoprune.pruning.indices import runs
+from evoprune.pruning.indices import ascending, runs
 from evoprune.vision.layout import Groups
 
 
@@ -86,7 +86,7 @@ class Packed:
             start = groups.key_length.cumsum(0) - groups.key_length
             key, key_valid = runs(start, groups.key_length, most, len(groups.keys))
         units = torch.where(key_valid, groups.count[key], 0)
-        row = torch.arange(self.rows)
+        row = ascending(self.rows, groups.start.device)
         group = torch.searchsorted(groups.start + groups.length, row, right=True).clamp(max=count - 1)
         back = (group * longest + row - groups.start[group]).clamp(max=count * longest - 1)
         keys = None if groups.consecutive else groups.keys[key]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.model.sizes import PATCHES
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.reuse import scan
 from evoprune.vision import devices
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
@@ -40,7 +41,7 @@ class Chunk:
         return len(self.patches)
 
     def layout(self, geo: Geometry) -> tuple[TokenLayout, torch.Tensor | None]:
-        """The layout of the chunk's rows, on torch's default device; with reuse it is computed on the CPU.
+        """The layout of the chunk's rows, on the device of `geo`; with reuse it is computed on the CPU.
 
         Returns:
             The layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the
@@ -48,12 +49,10 @@ class Chunk:
         """
         if self.source is None:
             return full_layout(geo, self.pairs), None
-        device = torch.get_default_device()
-        with torch.device("cpu"):
-            here = geometry(geo.height, geo.width, geo.side, "cpu")
-            layout = referring_layout(here, self.source - self.first)
-            pair = self.source[-1] - self.first
-            latest = torch.where(pair < 0, -1, pair * geo.units + torch.arange(geo.units))
+        here, device = geometry(geo.height, geo.width, geo.side, "cpu"), torch.device(geo.device)
+        layout = referring_layout(here, self.source - self.first)
+        pair = self.source[-1] - self.first
+        latest = torch.where(pair < 0, -1, pair * geo.units + ascending(geo.units, "cpu"))
         unit, owner, latest = (devices.to_device(x, device) for x in (layout.unit, layout.owner, latest))
         return replace(layout, geometry=geo, unit=unit, owner=owner), latest
 
@@ -128,9 +127,8 @@ def in_chunks(
 
 def _rows_of(patches: torch.Tensor, geo: Geometry, first: int, pairs: int, source: torch.Tensor | None) -> torch.Tensor:
     """`[R, 4, 1176]`: the patches of the units that are rows, in window order, of `pairs` frame pairs."""
-    with torch.device("cpu"):
-        alive = None if source is None else source == torch.arange(first, first + pairs)[:, None]
-        unit = window_order(geometry(geo.height, geo.width, geo.side, "cpu"), pairs, alive)
+    alive = None if source is None else source == first + ascending(pairs, "cpu")[:, None]
+    unit = window_order(geometry(geo.height, geo.width, geo.side, "cpu"), pairs, alive)
     return patches.view(-1, PATCHES, patches.shape[1])[devices.to_device(unit, patches.device)]
 
 

@@ -1,7 +1,5 @@
 """What differs between a CPU and a GPU: how much is computed at a time, and which values the program may read meanwhile."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 
 # Units encoded at a time, rounded up to whole frame pairs. 512 units (2,048 patches) keep matrix products at full speed and their
@@ -23,14 +21,6 @@ def units_at_a_time(device: torch.device) -> int:
 def scores_at_a_time(device: torch.device) -> int:
     """How many entries of a score matrix are held at a time."""
     return SCORES if device.type == "cpu" else GPU_SCORES
-
-
-def here(device: torch.device) -> AbstractContextManager:
-    """A context in which new tensors are created on `device`.
-
-    It is empty if that is the default device already, because torch's own context slows down every operation inside.
-    """
-    return nullcontext() if torch.get_default_device() == device else device
 
 
 def static_shapes(device: torch.device) -> bool:

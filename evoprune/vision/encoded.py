@@ -5,6 +5,8 @@ from itertools import accumulate
 
 import torch
 
+from evoprune.pruning.indices import ascending
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -41,7 +43,7 @@ class Encoded:
     def kept_per_pair(self) -> list[int]:
         """Number of tokens in each frame pair, video after video."""
         edges = [h * w for t, h, w in self.grids for _ in range(t)]
-        pair = torch.arange(len(edges)).repeat_interleave(torch.tensor(edges))
+        pair = ascending(len(edges), "cpu").repeat_interleave(torch.tensor(edges, dtype=torch.int64, device="cpu"))
         return torch.bincount(pair[self.kept.cpu()], minlength=len(edges)).tolist()
 
 

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.methods.base import Method
+from evoprune.model.autocast import without_autocast
 from evoprune.model.numerics import all_numbers, not_a_number_error
+from evoprune.model.weights import Tower
 from evoprune.pruning.encoder_plan import EncoderPlan
+from evoprune.pruning.indices import ascending
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
 from evoprune.vision.chunks import Chunk, in_chunks
@@ -51,7 +54,8 @@ def encode(
     """Encodes one video.
 
     Args:
-        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of Qwen2.5-VL or Qwen2-VL.
+        visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of Qwen2.5-VL or Qwen2-VL, whose layers obey
+            torch's autocast. The rows are then in its dtype.
         patches: pieces `[n, 1176]` in Hugging Face's order that make up the whole video.
         plan: from `method.plan` for this tower.
         method: the pruning method.
@@ -88,19 +92,20 @@ def encode_rows(
             inside the tower.
     """
     run = _Run(visual, plan, method, chunk_units, on_layer)
-    for chunk in run.chunks(patches):
-        x, layout = run.embed(chunk)
-        x, layout = run.run_first_layers(chunk, x, layout)
-        if plan.select_after is None:
-            x = run.merge_patches(x)
-        run.collect(chunk, x, layout)
-    chunk = x = layout = None  # frees the memory of the last chunk
-    rows, selection = run.all_rows(), None
-    if plan.select_after is not None:
-        rows, selection = run.select_rows(rows, seconds_per_pair, seed)
-        rows = run.run_last_layers(rows)
-        rows.x = run.merge_patches(rows.x)
-        run.checks.numbers.append(all_numbers(rows.x))
+    with without_autocast() if isinstance(visual, Tower) else nullcontext():
+        for chunk in run.chunks(patches):
+            x, layout = run.embed(chunk)
+            x, layout = run.run_first_layers(chunk, x, layout)
+            if plan.select_after is None:
+                x = run.merge_patches(x)
+            run.collect(chunk, x, layout)
+        chunk = x = layout = None  # frees the memory of the last chunk
+        rows, selection = run.all_rows(), None
+        if plan.select_after is not None:
+            rows, selection = run.select_rows(rows, seconds_per_pair, seed)
+            rows = run.run_last_layers(rows)
+            rows.x = run.merge_patches(rows.x)
+            run.checks.numbers.append(all_numbers(rows.x))
     tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.selector_inputs())
     source = torch.cat(run.sources)
     return EncodedRows(method, plan, tokens, rows.unit, source, run.layers, selection, run.timer, run.checks)
@@ -163,13 +168,12 @@ class _Run:
 
     def embed(self, chunk: Chunk) -> tuple[torch.Tensor, TokenLayout]:
         """The chunk's rows before the first layer, and their layout."""
-        with devices.here(self.device):  # index tensors are on the device of the features
-            with self.timer if self.references else nullcontext():
-                layout, latest = chunk.layout(self.geometry)
-            if self.references:
-                follows = chunk.first + chunk.pairs < self.plan.grid[0]
-                self.references.begin(latest if follows else None)  # no unit refers to the last chunk
-            return embed(self.visual, devices.to_device(chunk.patches, self.device)), layout
+        with self.timer if self.references else nullcontext():
+            layout, latest = chunk.layout(self.geometry)
+        if self.references:
+            follows = chunk.first + chunk.pairs < self.plan.grid[0]
+            self.references.begin(latest if follows else None)  # no unit refers to the last chunk
+        return embed(self.visual, devices.to_device(chunk.patches, self.device)), layout
 
     def run_first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
         """The rows after the layers before the selection, or after all layers."""
@@ -182,22 +186,20 @@ class _Run:
         passage = Passage(
             self.visual, self.timer, merging, self.references, self.gathering, merger.size_bias if merging else True
         )
-        with devices.here(self.device):
-            return run_layers(passage, self.layers_before, x, layout)
+        return run_layers(passage, self.layers_before, x, layout)
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
         """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""
-        with devices.here(self.device):
-            order = layout.unit.argsort()
-            if self.gathering:
-                with self.timer:
-                    self.gathering.finish(order)
-            index = order.argsort() + self.count  # of each row among all rows of the video
-            owner = self.references.owners(layout.owner, index) if self.references else index[layout.owner]
-            x = x[order]
-            self._check_numbers(x)
+        order = layout.unit.argsort()
+        if self.gathering:
+            with self.timer:
+                self.gathering.finish(order)
+        index = order.argsort() + self.count  # of each row among all rows of the video
+        owner = self.references.owners(layout.owner, index) if self.references else index[layout.owner]
+        x = x[order]
+        self._check_numbers(x)
         self.pieces.append(_VideoRows(x, layout.unit[order] + chunk.first * self.geometry.units, owner))
-        own = torch.arange(chunk.first, chunk.first + chunk.pairs)[:, None].expand(-1, self.geometry.units)
+        own = chunk.first + ascending(chunk.pairs, "cpu")[:, None].expand(-1, self.geometry.units)
         self.sources.append(own if chunk.source is None else chunk.source)
         self.count += len(order)
 
@@ -220,11 +222,12 @@ class _Run:
         by_pair = rows.owner.view(plan.grid[0], -1)
         if plan.keep >= len(rows.x) and (by_pair == by_pair[0]).all():
             return rows, None
-        with devices.here(self.device), self.timer:
+        with self.timer:
             norm = self.visual.blocks[plan.select_after].norm1
             seen = family(self.visual).norm(norm, rows.x).flatten(1)
             tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
-            found = selector.select(tokens, min(plan.keep, len(rows.x)))
+            with without_autocast():
+                found = selector.select(tokens, min(plan.keep, len(rows.x)))
             del seen, tokens  # as large as all rows
             means = found.features(rows.x.flatten(1), rows.owner).view(-1, *rows.x.shape[1:])
         final = selector.suffices(len(found.kept), plan.keep, plan.units)
@@ -234,24 +237,22 @@ class _Run:
         """The selected rows after the other layers, which run on the whole video at once."""
         after = range(self.plan.select_after, self.depth)
         self.computed[after.start :] = [len(rows.unit)] * len(after)
-        with devices.here(self.device):
-            layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
-            passage = Passage(
-                self.visual,
-                self.timer,
-                mlp_rows=self.at_once,
-                on_layer=lambda done: self.on_layer(done, self.depth),
-            )
-            x, rows.x = rows.x[order], None  # frees the rows in the old order
-            x, _ = run_layers(passage, after, x, layout)
-            return _VideoRows(x[order.argsort()], rows.unit, rows.owner)
+        layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
+        passage = Passage(
+            self.visual,
+            self.timer,
+            mlp_rows=self.at_once,
+            on_layer=lambda done: self.on_layer(done, self.depth),
+        )
+        x, rows.x = rows.x[order], None  # frees the rows in the old order
+        x, _ = run_layers(passage, after, x, layout)
+        return _VideoRows(x[order.argsort()], rows.unit, rows.owner)
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""
         if not len(x):
             return x
-        with devices.here(self.device):
-            return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.at_once)])
+        return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.at_once)])
 
     def selector_inputs(self) -> dict[str, torch.Tensor]:
         """The inputs that the selector declared, by name."""

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from evoprune.pruning.indices import tally, true_indices
+from evoprune.pruning.indices import ascending, tally, true_indices
 
 Scope = Literal["window", "pair"]
 Reach = Literal["place", "window", "pair", "clip"]
@@ -25,11 +25,15 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A frame pair of H x W units cut into windows of `side` x `side` units (112 pixels are 4 units)."""
+    """A frame pair of H x W units cut into windows of `side` x `side` units (112 pixels are 4 units).
+
+    `device` is torch's name of the device of its tensors.
+    """
 
     height: int
     width: int
     side: int
+    device: str
 
     @property
     def units(self) -> int:
@@ -47,7 +51,7 @@ class Geometry:
     @cached_property
     def window(self) -> torch.Tensor:
         """int64 `[H*W]`: the window of each place, numbered in raster order."""
-        y, x = torch.arange(self.height) // self.side, torch.arange(self.width) // self.side
+        y, x = ascending(self.height, self.device) // self.side, ascending(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
 
     @cached_property
@@ -58,8 +62,8 @@ class Geometry:
 
 @lru_cache(maxsize=64)
 def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geometry:
-    """The geometry of `height` x `width` units, cached for each device; its tensors are on torch's default device."""
-    return Geometry(height, width, side)
+    """The geometry of `height` x `width` units, cached for each device."""
+    return Geometry(height, width, side, device)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class TokenLayout:
     @cached_property
     def size(self) -> torch.Tensor:
         """int64 `[R]`: the cluster size of each row; rows of earlier chunks are left out."""
-        sizes = torch.zeros(self.rows + 1, dtype=torch.int64)
+        sizes = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.owner.device)
         row = torch.where(self.owner >= 0, self.owner, self.rows).clamp(max=self.rows)
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
@@ -124,7 +128,7 @@ class TokenLayout:
 
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None) -> torch.Tensor:
     """int64 `[R]`: the units of `pairs` frame pairs in window order; only those of `alive` (bool `[T, H*W]`), if given."""
-    units = torch.arange(pairs)[:, None] * geo.units + geo.order
+    units = ascending(pairs, geo.device)[:, None] * geo.units + geo.order
     return units.flatten() if alive is None else units[alive[:, geo.order]]
 
 
@@ -132,7 +136,7 @@ def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
     """The layout in which every unit is a row."""
     unit = window_order(geo, pairs)
     owner = torch.empty_like(unit)
-    owner[unit] = torch.arange(len(unit))
+    owner[unit] = ascending(len(unit), unit.device)
     return TokenLayout(geo, pairs, unit, owner, "place", (geo.units,) * pairs)
 
 
@@ -144,12 +148,12 @@ def referring_layout(geo: Geometry, source: torch.Tensor) -> TokenLayout:
             negative number is a frame pair of an earlier chunk.
     """
     pairs = len(source)
-    alive = source == torch.arange(pairs)[:, None]
+    alive = source == ascending(pairs, source.device)[:, None]
     unit = window_order(geo, pairs, alive)
     rows = len(unit)
-    number = torch.zeros(pairs * geo.units, dtype=torch.int64)
-    number[unit] = torch.arange(rows)
-    place = torch.arange(geo.units)
+    number = torch.zeros(pairs * geo.units, dtype=torch.int64, device=source.device)
+    number[unit] = ascending(rows, source.device)
+    place = ascending(geo.units, source.device)
     owner = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
     counts = tuple(alive.sum(1).tolist())
     return TokenLayout(geo, pairs, unit, owner, "place" if bool(alive.all()) else "clip", counts)
@@ -191,13 +195,13 @@ def merged_layout(
             group of their own.
         counts: rows of each frame pair, if known.
     """
-    stays = into == torch.arange(len(into))
+    stays = into == ascending(len(into), into.device)
     rows = int(stays.sum()) if rows is None else rows
     number = (stays.cumsum(0) - 1).clamp(max=rows - 1)
     owner = torch.where(layout.owner >= 0, number[into][layout.owner.clamp(min=0)], -1)
     reach = max(scope, layout.reach, key=WIDTH.get)
     nowhere = layout.pairs * layout.geometry.units
-    unit = torch.where(torch.arange(rows) < stays.sum(), layout.unit[true_indices(stays, rows)], nowhere)
+    unit = torch.where(ascending(rows, into.device) < stays.sum(), layout.unit[true_indices(stays, rows)], nowhere)
     return TokenLayout(layout.geometry, layout.pairs, unit, owner, reach, counts)
 
 
@@ -248,7 +252,7 @@ def _own_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Grou
         even = layout.reach == "place" and geo.windows * geo.largest_window == geo.units
     else:
         even = min(layout.per_pair) == longest
-    start, keys = length.cumsum(0) - length, torch.arange(layout.rows)
+    start, keys = length.cumsum(0) - length, ascending(layout.rows, length.device)
     return Groups(start, length, True, keys, length, layout.size, (longest, longest), even)
 
 
@@ -259,13 +263,13 @@ def _owner_groups(layout: TokenLayout, scope: Scope, length: torch.Tensor) -> Gr
     """
     geo, total = layout.geometry, layout.group_count(scope)
     units, rows = len(layout.owner), layout.rows + geo.units
-    group = layout.group_of(torch.arange(units), scope)
+    group = layout.group_of(ascending(units, length.device), scope)
     asked = (layout.owner >= 0) & (length[group] > 0)  # a group without query rows needs no keys
     unused = total * rows
     both = torch.where(asked, group * rows + layout.owner, unused).sort().values  # (group, row that owns a unit of it)
-    new = torch.cat([torch.ones(1, dtype=torch.bool), both[1:] != both[:-1]])
+    new = torch.cat([torch.ones(1, dtype=torch.bool, device=length.device), both[1:] != both[:-1]])
     slot = torch.where(both < unused, new.cumsum(0) - 1, units)
-    keys = torch.full((units + 1,), unused, dtype=torch.int64).scatter_(0, slot, both)[:units]
+    keys = torch.full((units + 1,), unused, dtype=torch.int64, device=length.device).scatter_(0, slot, both)[:units]
     key_length = tally(keys // rows, total + 1)[:total]
     count = tally(slot, units + 1)[:units]
     longest_keys, near = geo.largest_window if scope == "window" else geo.units, None

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.methods.base import Merger
-from evoprune.pruning.indices import runs, tally, true_indices
+from evoprune.model.autocast import without_autocast
+from evoprune.pruning.indices import ascending, runs, tally, true_indices
 from evoprune.pruning.matching import merge_rows
 from evoprune.pruning.shares import share_rows
 from evoprune.pruning.types import Candidates
@@ -137,7 +138,7 @@ def _round(
         longest = int(length.max())
     row, valid = runs(start, length, longest, layout.rows)
     into = _merged_into(rows, row, valid, remove, merger)
-    stays = into == torch.arange(layout.rows)
+    stays = into == ascending(layout.rows, into.device)
     left = sum(target) if last else layout.rows
     moves = rows.layout.rows - sum(target)
     if not static:
@@ -174,8 +175,9 @@ def _merged_into(
         valid=valid,
         width=layout.geometry.width,
     )
-    local = merger.match(candidates, remove)
-    into = torch.arange(layout.rows + 1)  # the last entry takes the values at padding
+    with without_autocast():
+        local = merger.match(candidates, remove)
+    into = ascending(layout.rows + 1, row.device)  # the last entry takes the values at padding
     into.scatter_(0, torch.where(valid, row, layout.rows).flatten(), row.gather(1, local).flatten())
     return into[:-1]
 

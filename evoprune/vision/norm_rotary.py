@@ -2,6 +2,7 @@
 
 import torch
 
+from evoprune.pruning.indices import ascending
 from evoprune.vision.layout import Geometry
 
 
@@ -21,9 +22,9 @@ def rotary(config, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
     The first half of the sines is negated. One half of the angles depends on the patch's y, the other half on its x.
     """
     merge, quarter = config.spatial_merge_size, config.hidden_size // config.num_heads // 4
-    speed = 10000.0 ** (torch.arange(quarter) / -quarter)
-    y, x = torch.meshgrid(torch.arange(geo.height), torch.arange(geo.width), indexing="ij")
-    dy, dx = torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij")
+    speed = 10000.0 ** (torch.arange(quarter, dtype=torch.float32, device=geo.device) / -quarter)
+    y, x = torch.meshgrid(ascending(geo.height, geo.device), ascending(geo.width, geo.device), indexing="ij")
+    dy, dx = torch.meshgrid(ascending(merge, geo.device), ascending(merge, geo.device), indexing="ij")
     at = torch.stack([(y.flatten()[:, None] * merge + dy.flatten()), (x.flatten()[:, None] * merge + dx.flatten())], -1)
     angle = (at[..., None].float() * speed).flatten(2)
     cos, sin = angle.cos(), angle.sin()

@@ -52,8 +52,8 @@ def patchify(
     x = frames.reshape(f // temporal, temporal, h // unit, merge, patch, w // unit, merge, patch, c)
     x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous().float()  # pair, unit y, x, patch y, x, channel, frame, y, x
     shape = (c, 1, 1, 1)
-    x -= 255 * torch.tensor(mean).view(shape)
-    x /= 255 * torch.tensor(std).view(shape)
+    x -= 255 * torch.tensor(mean, dtype=torch.float32, device=x.device).view(shape)
+    x /= 255 * torch.tensor(std, dtype=torch.float32, device=x.device).view(shape)
     return x.view(-1, c * temporal * patch * patch)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from evoprune.model.autocast import without_autocast
 from evoprune.model.sizes import PATCHES
 from evoprune.vision import devices
 from evoprune.vision.buckets import Bucket, Packed, key_bias
@@ -16,13 +17,14 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Pa
     Returns:
         float32 `[R]`, as `received` of `attention.grouped_attention`.
     """
-    total = torch.zeros(len(k))
+    total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     for bucket in [plan.bucket] if isinstance(plan, Packed) else plan:
         queries, keys = bucket.by_head(q, "query"), bucket.by_head(k, "key")
         add_by_row(total, received_by_keys(queries, keys, bucket, size_bias), bucket)
     return total[: len(q)]
 
 
+@without_autocast()
 def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool) -> torch.Tensor:
     """The attention that each key patch of a bucket receives, float32 `[B, K*4]`.
 
@@ -31,7 +33,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, 
     """
     batch, heads, _, dim = queries.shape
     bias, weight = key_bias(bucket, size_bias, torch.float32), query_weight(bucket, heads)
-    total = torch.zeros(batch, keys.shape[2])
+    total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
     step = max(1, devices.scores_at_a_time(queries.device) // (batch * heads * keys.shape[2]))
     for at in range(0, queries.shape[2], step):
         scores = (queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)
@@ -42,7 +44,10 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, 
 
 def query_weight(bucket: Bucket, heads: int) -> torch.Tensor:
     """float32 `[B, Q*4]`: the weight of each query patch in the mean over heads and queries of its group; 0 at padding."""
-    valid = torch.ones(bucket.shape) if bucket.query_valid is None else bucket.query_valid.float()
+    valid = bucket.query_valid
+    if valid is None:
+        valid = torch.ones(bucket.shape, dtype=torch.bool, device=bucket.key_count.device)
+    valid = valid.float()
     return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from evoprune.pruning.indices import ascending
 from evoprune.vision.layout import TokenLayout
 
 
@@ -42,7 +43,7 @@ class References:
         if earlier is not None:
             both = torch.cat([both, earlier])
         if self._latest is not None:
-            stays = len(k) + torch.arange(layout.geometry.units) if earlier is not None else 0
+            stays = len(k) + ascending(layout.geometry.units, k.device) if earlier is not None else 0
             self._keys_values[layer] = both[torch.where(self._latest < 0, stays, layout.owner[self._latest])]
         return both.unbind(1) if earlier is not None and layout.reach == "clip" else (k, v)
 

@@ -6,9 +6,10 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method
+from evoprune.model.autocast import without_autocast
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.encoder_plan import EncoderPlan
-from evoprune.pruning.indices import tally
+from evoprune.pruning.indices import ascending, tally
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
 from evoprune.vision.encoded import Encoded
@@ -101,7 +102,7 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
     """
     tokens = video.tokens
     rows, owner = tokens.rows, tokens.owner
-    with devices.here(rows.device), video.timer:
+    with video.timer:
         selection = selected(video, question)
         kept = devices.to_device(selection.kept, rows.device)
         features = rows if selection is video.selection else replace(selection, kept=kept).features(rows, owner)
@@ -119,18 +120,18 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
     method, tokens, keep = video.method, video.tokens, video.plan.keep
     if video.selection is not None or not video.plan.prunes:
         return video.selection or Selection(video.unit)
-    with devices.here(video.unit.device):
-        if method.selector is None:
-            few = len(video.unit) > keep
-            return Selection(video.unit[_largest(tally(tokens.owner, len(video.unit)), keep)] if few else video.unit)
-        if method.reads_question:
-            if question is None:
-                raise UsageError(
-                    f"method {method.name} reads the question, and there is none here",
-                    "give the question with the video, or choose a method that does not read it",
-                )
-            given = {**tokens.given, "question": question.to(video.unit.device).float()}
-            tokens = replace(tokens, given=given)
+    if method.selector is None:
+        few = len(video.unit) > keep
+        return Selection(video.unit[_largest(tally(tokens.owner, len(video.unit)), keep)] if few else video.unit)
+    if method.reads_question:
+        if question is None:
+            raise UsageError(
+                f"method {method.name} reads the question, and there is none here",
+                "give the question with the video, or choose a method that does not read it",
+            )
+        given = {**tokens.given, "question": question.to(video.unit.device).float()}
+        tokens = replace(tokens, given=given)
+    with without_autocast():
         found = method.selector.select(tokens, keep)
     if not isinstance(found, Selection):
         raise TypeError(f"method {method.name} must answer with a Selection, not a {type(found).__name__}")
@@ -142,8 +143,8 @@ def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
 
     This serves counts below one row per frame pair, which merging inside frame pairs cannot reach.
     """
-    order = torch.arange(len(size))
+    order = ascending(len(size), size.device)
     even = order * keep // len(size)  # a new value marks each row of an even selection
-    first = torch.cat([torch.ones(1, dtype=torch.bool), even[1:] != even[:-1]])
+    first = torch.cat([torch.ones(1, dtype=torch.bool, device=size.device), even[1:] != even[:-1]])
     rank = (size * 2 + first).argsort(descending=True, stable=True)
     return rank[:keep].sort().values

@@ -143,7 +143,7 @@ def _attend(
     groups = _groups(rows, scope, x.device)
     bias = passage.size_bias and layout.reach != "place"  # before rows merge, every cluster size is 1 and its log is 0
     needs = _merger_needs(passage, layer, layout)
-    received = torch.zeros(len(k), dtype=torch.float32) if "attention" in needs else None
+    received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
     mixed = grouped_attention(q, k, v, groups, bias, received, passage.timer)
     if passage.gathering and layer == passage.gathering.layer:
         with passage.timer:

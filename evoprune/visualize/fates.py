@@ -13,6 +13,7 @@ from evoprune.errors import UsageError
 from evoprune.model.memory import memory_guard
 from evoprune.pipeline.memory_check import CHUNK_BYTES
 from evoprune.pipeline.opening import OpenVideo
+from evoprune.pruning.indices import ascending
 from evoprune.video.frames import read_frames
 from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import Plan
@@ -43,12 +44,12 @@ class Fates:
     @property
     def reused(self) -> torch.Tensor:
         """bool `[N]`: not encoded, because it has not changed since an earlier frame pair."""
-        return self.source != torch.arange(len(self.source))
+        return self.source != ascending(len(self.source), self.source.device)
 
     @property
     def merged(self) -> torch.Tensor:
         """bool `[N]`: encoded, and then merged into a row at another unit's place."""
-        return ~self.reused & (self.owner >= 0) & (self.owner != torch.arange(len(self.owner)))
+        return ~self.reused & (self.owner >= 0) & (self.owner != ascending(len(self.owner), self.owner.device))
 
     def counts(self) -> dict[str, int]:
         """How many units there are, how many of them are chosen, reused and merged, and how many rows are left."""
@@ -72,10 +73,10 @@ def fates(video: EncodedRows) -> Fates:
     ):  # otherwise the merging inside the encoder is what is drawn
         into = selection.owner.cpu()
         owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
-    chosen = torch.zeros(len(row), dtype=torch.bool)
+    chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     chosen[kept] = True
     _, height, width = video.plan.grid
-    source = (video.source * height * width + torch.arange(height * width)).flatten()
+    source = (video.source * height * width + ascending(height * width, "cpu")).flatten()
     return Fates(video.plan.grid, chosen, source, owner, len(video.unit))
 
 

@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if has_cuda() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
         reason = first_line(problem)
         raise UsageError(
