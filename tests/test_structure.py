@@ -24,6 +24,12 @@ FORBIDDEN = (
     "lettering", "finite", "parts", "watch(es|ed|er|ers|ing)?", "narrow(s|ed|er|ing)?", "allowances?", "settle(s|d)?", "uploaded",
 )  # fmt: skip
 
+# Functions of torch that make a tensor from numbers. Without dtype and device, the result is of the host program's defaults.
+MAKERS = (
+    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
+    "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+)  # fmt: skip
+
 Graph = dict[str, dict[str, str]]  # importer -> imported -> "file:line" of one such import
 
 
@@ -221,6 +227,26 @@ def test_no_function_is_longer_than_the_limit():
     )
 
 
+def without_dtype_or_device(code: ast.Module) -> Iterator[ast.Call]:
+    """Calls that make a tensor and state no dtype or no device."""
+    makers = {f"torch.{name}" for name in MAKERS}
+    for node in ast.walk(code):
+        stated = {keyword.arg for keyword in node.keywords} if isinstance(node, ast.Call) else {"dtype", "device"}
+        if not {"dtype", "device"} <= stated and ast.unparse(node.func) in makers:
+            yield node
+
+
+def test_every_tensor_states_its_dtype_and_its_device():
+    fail_on(
+        (
+            f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+            for name, path in modules().items()
+            for node in without_dtype_or_device(tree(name))
+        ),
+        "tensors of the host program's default dtype or device",
+    )
+
+
 def test_every_package_says_what_it_is_for():
     fail_on(
         (
@@ -255,6 +281,13 @@ def test_imports_are_found_wherever_they_are_written(monkeypatch):
         "evoprune.errors", "evoprune.pruning.matching.merge",
     }  # fmt: skip
     assert module_of("evoprune.video.info.VideoInfo") == "evoprune.video.info" and module_of("torch.nn") is None
+
+
+def test_a_tensor_of_the_defaults_is_found():
+    right = "torch.zeros(3, dtype=x.dtype, device=x.device), torch.zeros_like(x), x.new_zeros(3), torch.cat([x])"
+    assert not list(without_dtype_or_device(ast.parse(right)))
+    for wrong in ("torch.zeros(3)", "torch.tensor([1], dtype=torch.int64)", "torch.arange(3, device=x.device)"):
+        assert list(without_dtype_or_device(ast.parse(f"y = f({wrong})")))
 
 
 @pytest.mark.parametrize(
