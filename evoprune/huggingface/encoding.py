@@ -29,6 +29,8 @@ def encode(
 ) -> Encoded:
     """Runs the vision tower of `model` on one or several videos and prunes each to `budget`.
 
+    The tower's layers obey torch's autocast, as in the model's own forward; tokens are chosen in float32.
+
     Args:
         model: a Hugging Face `Qwen2_5_VLForConditionalGeneration` or `Qwen2VLForConditionalGeneration`, or any object with such a
             tower at `model.visual`.

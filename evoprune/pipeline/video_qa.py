@@ -28,6 +28,8 @@ from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOption
 class VideoQA:
     """A loaded model with a pruning method and a budget, ready for videos.
 
+    It computes in the dtype that the model was loaded with, also inside torch's autocast.
+
     Args:
         loaded: from `loading.load_model`.
         load_seconds: how long loading took, for reports.
