@@ -1,6 +1,10 @@
 """The report of one call of a pruned Hugging Face model."""
 
+import threading
+from dataclasses import dataclass, field
+
 from evoprune.huggingface import interface
+from evoprune.huggingface.columns import Columns
 from evoprune.methods.base import Method
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, peak_memory
@@ -57,3 +61,26 @@ def call_report(
         env=environment(device),
         warnings=["equal_scores"] if encoded.flat else [],
     )
+
+
+@dataclass(frozen=True)
+class LatestCall:
+    """What is known of a call afterwards: its report, and the columns of its prompt that are left."""
+
+    report: Report = field(default_factory=Report)
+    columns: Columns | None = None
+
+
+class LatestCalls:
+    """The latest call of each thread; for a thread that has made none, the latest call of all."""
+
+    def __init__(self):
+        self._of_thread, self._of_all = threading.local(), LatestCall()
+
+    def set(self, call: LatestCall) -> None:
+        """Makes `call` the latest one of the calling thread."""
+        self._of_thread.call = self._of_all = call
+
+    def get(self) -> LatestCall:
+        """The latest call, for the calling thread."""
+        return getattr(self._of_thread, "call", self._of_all)

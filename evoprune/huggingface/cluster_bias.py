@@ -1,55 +1,41 @@
 """The cluster-size bias inside a Hugging Face model: log(size) is added to the attention logits of each visual token.
 
-In this project's own decoder, `language.decoder.forward` adds it. Here the model's own layers run, so a hook before the
-attention of each layer adds the bias to the attention mask.
+In this project's own decoder, `language.decoder.forward` adds it. Here the model's own layers run, and the bias is part of the
+attention mask that a call hands to them. So it belongs to that call: layers that are computed again for the gradient
+(checkpointing) see the same, and other threads do not.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from evoprune.huggingface import interface
 
 
-@contextmanager
-def cluster_bias(model, sizes: torch.Tensor | None) -> Iterator[None]:
-    """While the context lasts, attention weighs each column by its cluster size.
+def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
+    """The call of `forward` in which attention weighs each column by its cluster size.
 
     Args:
         model: a Hugging Face `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration` whose attention takes masks of numbers
             (`interface.takes_numbers`).
-        sizes: float32 `[B, C]`, the cluster sizes of the prompt's columns; later columns have size 1. None for 1 everywhere.
-            If the model runs n * B rows (beams), each row of `sizes` applies to n neighbouring rows.
+        call: the arguments by name, with `position_ids`; not modified.
+        sizes: float32 `[B, C]`, the cluster sizes of the prompt's columns; later columns have size 1. If the call has n * B rows
+            (beams), each row of `sizes` applies to n neighbouring rows.
     """
-    if sizes is None:
-        yield
-        return
-    bias = sizes.log()
+    masks, shape, dtype = interface.attention_masks(model, call)
+    bias = sizes.log().repeat_interleave(shape[0] // len(sizes), 0)
+    weighted = {}
+    for kind, mask in masks.items():
+        first, keys = interface.first_key(model, call, kind), mask.shape[-1]
+        of_keys = torch.nn.functional.pad(bias, (0, max(0, first + keys - bias.shape[1])))[:, first : first + keys]
+        numbers = dtype if mask.dtype == torch.bool else mask.dtype
+        weighted[kind] = _weighted(mask, of_keys[:, None, None].to(mask.device, numbers))
+    return call | {"attention_mask": weighted}
 
-    def add_bias(attention, args: tuple, call: dict) -> tuple[tuple, dict]:
-        states, mask, cache = call["hidden_states"], call.get("attention_mask"), call.get("past_key_values")
-        rows, columns = states.shape[:2]
-        if mask is None:  # causal attention: every column attends to all columns before it
-            layer = attention.layer_idx
-            keys, seen = (
-                (columns, 0)
-                if cache is None
-                else (cache.get_mask_sizes(columns, layer)[0], cache.get_seq_length(layer))
-            )
-            mask = torch.ones(columns, keys, dtype=torch.bool, device=states.device).tril(int(seen))[None, None]
-        if mask.dtype == torch.bool:
-            least = torch.finfo(states.dtype).min
-            mask = torch.zeros(mask.shape, dtype=states.dtype, device=mask.device).masked_fill(~mask, least)
-        keys = mask.shape[-1]
-        added = bias.to(mask)[:, :keys].repeat_interleave(rows // len(bias), 0)
-        added = torch.nn.functional.pad(added, (0, keys - added.shape[1]))[:, None, None]
-        # Adding to a masked entry could overflow to minus infinity, and a row of those would be NaN.
-        return args, call | {"attention_mask": torch.where(mask > torch.finfo(mask.dtype).min / 2, mask + added, mask)}
 
-    hooks = [layer.register_forward_pre_hook(add_bias, with_kwargs=True) for layer in interface.attention_layers(model)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _weighted(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The mask of numbers that has `bias` where `mask` lets a key be seen."""
+    if mask.dtype == torch.bool:
+        # Minus infinity, as sdpa has it for such a mask: a row that sees no key is then zero. The lowest finite number would make
+        # it the mean of all values, of later columns too.
+        return torch.where(mask, bias, -torch.inf)
+    # Adding to a masked entry could overflow to minus infinity. In eager attention a row of those would be NaN.
+    return torch.where(mask > torch.finfo(mask.dtype).min / 2, mask + bias, mask)

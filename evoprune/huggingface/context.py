@@ -10,6 +10,7 @@ never pruned. Flash and flex attention take no mask of numbers, so under them ev
 size is.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,11 +20,11 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
-from evoprune.huggingface.call_report import call_report
-from evoprune.huggingface.cluster_bias import cluster_bias
-from evoprune.huggingface.columns import with_whole_prompt
+from evoprune.huggingface.call_report import LatestCall, LatestCalls, call_report
+from evoprune.huggingface.cluster_bias import with_cluster_bias
+from evoprune.huggingface.columns import Columns, with_whole_prompt
 from evoprune.huggingface.encoding import encode, patch_method
-from evoprune.huggingface.inputs import Past, check_prompt, continued, without_pruned
+from evoprune.huggingface.inputs import Past, continued, find_videos, why_not, without_pruned
 from evoprune.huggingface.patches import Patches
 from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.model.clock import Clock
@@ -31,6 +32,7 @@ from evoprune.pruning.budget import DEFAULT, parse_budget
 from evoprune.report import Report
 
 PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too
+INNER = "evoprune_inside"  # argument of the calls of `forward` that `generate` makes; nothing is pruned in those again
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,39 @@ class PrunedModel:
     """A model that prunes videos, from entering the context (or `apply`) to leaving it (or `remove`).
 
     `generate` and direct calls of the model work as before, on shorter prompts. A direct call returns logits of the columns that
-    are left (`columns`). Later calls may use the caches; their ids and masks count the whole prompt.
-    Refused with UsageError: `inputs_embeds` beside a video, videos or pictures that follow `past_key_values`, videos that are
-    encoded already, packed sequences, and gradients of the tower.
+    are left (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
+    model at the same time.
+
+    Refused with UsageError: videos or pictures that follow `past_key_values`; and where a budget below 1.0 prunes: `inputs_embeds`
+    beside a video, videos that are encoded already, packed sequences, arguments with a value per column other than those of the
+    processor, `labels` and `shift_labels`, and gradients of the tower. With nothing to prune, the model's own code runs such calls.
+    Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
 
     Attributes:
         model, settings: as given.
-        report: of the latest call with a video: tokens before and after pruning, rows of every layer, live share, milliseconds.
-        columns: of the same call: which columns of its prompt are left.
     """
 
     def __init__(self, model, settings: PruningContext):
         interface.check_model(model)
         self.model, self.settings = model, settings
-        self.report, self.columns = Report(), None
-        self._patches = Patches(model, {"generate": self._generate, "forward": self._forward})
+        self._method = patch_method(settings.method, settings.method_args)
+        self._share = parse_budget(settings.budget)
+        self._latest = LatestCalls()
+        self._patches = Patches(model, {"generate": self._generate, "forward": self._forward}, inner=INNER)
+
+    @property
+    def report(self) -> Report:
+        """Of the latest call with a video: tokens before and after pruning, rows of every layer, live share, milliseconds.
+
+        Each thread reads the report of its own latest call; a thread that has made none, that of all threads' latest. The report is
+        empty before the first call, and of a call that the model's own code encoded.
+        """
+        return self._latest.get().report
+
+    @property
+    def columns(self) -> Columns | None:
+        """Which columns of the prompt are left, of the call whose `report` this is; None where that is empty."""
+        return self._latest.get().columns
 
     def __enter__(self) -> "PrunedModel":
         self._patches.install()
@@ -115,15 +135,19 @@ class PrunedModel:
     def remove(self) -> None:
         """Restores the model; does nothing the second time.
 
-        Raises:
-            UsageError: other code has replaced `generate` or `forward` since.
+        What other code has put on top of `generate` or `forward` since (a compiled forward, a hook of accelerate) stays, and runs
+        the model's own methods. A `generate` that runs in another thread ends as it began.
         """
         self._patches.remove()
 
     def _forward(self, stock: Callable, call: dict) -> Any:
-        pruned, past = self._without_pruned(call, generating=False)
-        with cluster_bias(self.model, past and past.sizes):
-            out = stock(**pruned)
+        inside = call.get(INNER)
+        call = {name: value for name, value in call.items() if name != INNER}
+        past = None
+        if inside is None:
+            call, past = self._without_pruned(call, generating=False)
+        sizes = (inside or past) and (inside or past).sizes
+        out = stock(**(call if sizes is None else with_cluster_bias(self.model, call, sizes)))
         _remember(past, out if isinstance(out, tuple) else out.to_tuple())
         return out
 
@@ -133,16 +157,19 @@ class PrunedModel:
             call = call | {"input_ids": call["inputs"], "inputs": None}
         clock = Clock(self.model.device)
         start = clock.now()
-        pruned, past = self._without_pruned(call, generating=True)
-        if past is None:
-            with self._patches.suspend():
-                return stock(**pruned)
-        prompt, places = call["input_ids"], pruned["input_ids"].shape[1]
-        with cluster_bias(self.model, past.sizes), self._patches.suspend():
-            out = stock(**with_whole_prompts(self.model, call, pruned))
-        _remember(past, (call.get("past_key_values"), getattr(out, "past_key_values", None)))
+        with self._patches.outer_call():
+            if interface.is_assistant(call):
+                return stock(**call | {INNER: _Inside()})
+            pruned, past = self._without_pruned(call, generating=True)
+            if past is None:
+                return stock(**(pruned | {INNER: _Inside()} if _has_video(call) else pruned))
+            report = self.report
+            _remember(past, (call.get("past_key_values"),))  # before the run, which a callback may end
+            out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
+        _remember(past, (getattr(out, "past_key_values", None),))
         if call.get("pixel_values_videos") is not None:
-            self.report.time_ms.total = (clock.now() - start) * 1000
+            report.time_ms.total = (clock.now() - start) * 1000
+        prompt, places = call["input_ids"], pruned["input_ids"].shape[1]
         if isinstance(out, torch.Tensor):
             return with_whole_prompt(prompt, places, out)
         out.sequences = with_whole_prompt(prompt, places, out.sequences)
@@ -155,14 +182,18 @@ class PrunedModel:
         """
         cache = call.get("past_key_values")
         length = 0 if cache is None else int(cache.get_seq_length())
-        if (call.get(interface.ENCODED) or {}).get("video") is not None:
-            raise UsageError(f"a video in {interface.ENCODED} is encoded already", "pass pixel_values_videos instead")
-        if call.get("pixel_values_videos") is not None:
+        if _has_video(call):
             if length:
                 raise UsageError(
                     "a video cannot go on from past_key_values", "pass the whole conversation without them"
                 )
-            return self._prune(call, generating)
+            prunes = self._method.acts_at(self._share)
+            if (reason := why_not(self.model, call, generating, prunes)) is None:
+                return self._prune(call, generating)
+            if prunes:
+                raise reason
+            self._latest.set(LatestCall())
+            return call, None
         past = getattr(cache, PAST, None)
         if past is None:
             return call, None
@@ -174,29 +205,55 @@ class PrunedModel:
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
         """Encodes the videos of a call; returns as `_without_pruned`."""
-        settings, visual, pixels = self.settings, self.model.model.visual, call["pixel_values_videos"]
-        trained = visual.training and any(weight.requires_grad for weight in visual.parameters())
-        if torch.is_grad_enabled() and (trained or pixels.requires_grad):
-            raise UsageError(
-                "a vision tower that prunes has no gradients",
-                "to train the language model alone: model.model.visual.requires_grad_(False)",
-            )
-        video = check_prompt(self.model, call, generating)
+        settings, visual = self.settings, self.model.model.visual
+        video = find_videos(self.model, call)
+        _warn_of_hooks(visual)
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
             encoded = encode(
-                self.model, pixels, call["video_grid_thw"], budget=settings.budget, method=settings.method,
-                method_args=settings.method_args, seconds_per_pair=interface.seconds_per_pair(call), seed=settings.seed,
+                self.model, call["pixel_values_videos"], call["video_grid_thw"], budget=settings.budget,
+                method=settings.method, method_args=settings.method_args,
+                seconds_per_pair=interface.seconds_per_pair(call), seed=settings.seed,
             )  # fmt: skip
         if not interface.takes_numbers(self.model):
             encoded = replace(encoded, size=None)
         pruned, past = without_pruned(self.model, call, video, encoded, settings.positions, generating)
-        self.columns = past.columns
-        method, share = patch_method(settings.method, settings.method_args), parse_budget(settings.budget)
-        self.report = call_report(self.model, call, pruned, encoded, settings.method, method, share, settings.positions)
-        self.report.time_ms.encode = clock.seconds["encode"] * 1000
-        self.report.time_ms.encode_prune = encoded.prune_seconds * 1000
+        report = call_report(
+            self.model, call, pruned, encoded, settings.method, self._method, self._share, settings.positions
+        )
+        report.time_ms.encode = clock.seconds["encode"] * 1000
+        report.time_ms.encode_prune = encoded.prune_seconds * 1000
+        self._latest.set(LatestCall(report, past.columns))
         return pruned, past
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What `generate` says in each call of `forward` that it makes: that its columns are the ones to read.
+
+    Attributes:
+        sizes: float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1.
+    """
+
+    sizes: torch.Tensor | None = None
+
+    def __deepcopy__(self, _) -> None:
+        """None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
+        return None
+
+
+def _has_video(call: dict) -> bool:
+    return call.get("pixel_values_videos") is not None or (call.get(interface.ENCODED) or {}).get("video") is not None
+
+
+def _warn_of_hooks(visual) -> None:
+    if hooks := interface.foreign_hooks(visual):
+        warnings.warn(
+            f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {', '.join(hooks[:4])}"
+            + (f" and {len(hooks) - 4} others" if len(hooks) > 4 else "")
+            + "; take what evoprune.encode returns, or remove the pruning first",
+            stacklevel=2,
+        )
 
 
 def _remember(past: Past | None, results: Iterable[Any]) -> None:

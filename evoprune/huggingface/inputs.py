@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
+from evoprune.huggingface.gradients import no_gradients, refusing_gradients, trained_weights
 from evoprune.vision.encoded import Encoded
 
 
@@ -39,27 +41,65 @@ class Past:
         return Past(columns, self.delta[:, : columns.width], sizes)
 
 
-def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
-    """The columns that are video placeholders: bool `[B, L]`.
+def why_not(model, call: dict, generating: bool, prunes: bool) -> UsageError | None:
+    """Why this package cannot run a new prompt with videos, although the model itself may take it; None if it can.
 
     Args:
         model: a Hugging Face model.
         call: the arguments of a new prompt with videos.
         generating: whether this is a call of `generate`, and not of the model itself.
-
-    Raises:
-        UsageError: the videos do not fit the prompt, or an argument cannot be used with a pruned prompt.
+        prunes: whether the budget prunes anything.
     """
-    ids, mask, grids = call.get("input_ids"), call.get("attention_mask"), call.get("video_grid_thw")
+    visual, pixels = model.model.visual, call.get("pixel_values_videos")
+    if pixels is None:
+        return UsageError(f"a video in {interface.ENCODED} is encoded already", "pass pixel_values_videos instead")
+    training = (
+        visual.training or not prunes
+    )  # in eval mode gradients are usually not wanted; `backward` raises if they are
+    if torch.is_grad_enabled() and (pixels.requires_grad or (training and trained_weights(visual))):
+        return no_gradients()
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
     if ids is None or call.get("inputs_embeds") is not None:
-        raise UsageError(
+        return UsageError(
             "inputs_embeds beside a video cannot be pruned", "pass input_ids, which have the video's tokens"
         )
     if mask is not None and mask.shape != ids.shape:
-        raise UsageError(
+        return UsageError(
             f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}", "pass the processor's own mask"
         )
-    video = ids == model.config.video_token_id
+    if _packed(call):
+        return UsageError("several sequences packed in a row cannot be pruned", "pass them as rows of a batch")
+    return None if generating else _why_not_directly(call)
+
+
+def _why_not_directly(call: dict) -> UsageError | None:
+    """As `why_not`, for arguments of direct calls alone: those with a value per column that cannot lose columns."""
+    shape = call["input_ids"].shape
+    known = {"input_ids", "attention_mask", "position_ids", *interface.PER_COLUMN, *interface.VISION_INPUTS}
+    for name, value in call.items():
+        per_column = isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in known
+        if per_column or name.startswith("cu_seq_lens"):
+            return UsageError(f"{name} cannot go with a pruned prompt", "leave it out, or remove the pruning first")
+    if isinstance(call.get("logits_to_keep"), torch.Tensor):
+        return UsageError("logits_to_keep as indices would miss their columns", "pass a number of last columns, or 0")
+    return None
+
+
+def _packed(call: dict) -> bool:
+    """Whether positions in four rows number several sequences in a row of the batch."""
+    at, mask = call.get("position_ids"), call.get("attention_mask")
+    if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
+        return False
+    return not torch.equal(at[0], torch.arange(at.shape[2], device=at.device).expand_as(at[0]))
+
+
+def find_videos(model, call: dict) -> torch.Tensor:
+    """The columns of a new prompt that are video placeholders: bool `[B, L]`.
+
+    Raises:
+        UsageError: the videos do not fit the prompt.
+    """
+    grids, video = call.get("video_grid_thw"), call["input_ids"] == model.config.video_token_id
     units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
     if not units or units != int(video.sum()):
         raise UsageError(
@@ -68,21 +108,7 @@ def check_prompt(model, call: dict, generating: bool) -> torch.Tensor:
         )
     if len(interface.seconds_per_pair(call)) != len(grids):
         raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
-    if not generating:
-        _check_arguments(call)
     return video
-
-
-def _check_arguments(call: dict) -> None:
-    """Raises UsageError if a direct call has an argument with a value per column that cannot lose columns."""
-    shape = call["input_ids"].shape
-    known = {"input_ids", "attention_mask", "position_ids", *interface.PER_COLUMN, *interface.VISION_INPUTS}
-    for name, value in call.items():
-        per_column = isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in known
-        if per_column or name.startswith("cu_seq_lens"):
-            raise UsageError(f"{name} cannot go with a pruned prompt", "leave it out, or remove the pruning first")
-    if isinstance(call.get("logits_to_keep"), torch.Tensor):
-        raise UsageError("logits_to_keep as indices would miss their columns", "pass a number of last columns, or 0")
 
 
 def without_pruned(
@@ -93,33 +119,29 @@ def without_pruned(
     Args:
         model: a Hugging Face model.
         call: the arguments of a new prompt; not modified.
-        video: bool `[B, L]`, from `check_prompt`.
+        video: bool `[B, L]`, from `find_videos`.
         encoded: all videos of the call.
         positions: "host" or "qwen"; `position_ids` in the call override it.
         generating: whether this is a call of `generate`.
 
     Returns:
         The new call, and the `Past` of its cache.
-
-    Raises:
-        UsageError: packed sequences.
     """
     ids, mask = call["input_ids"], call.get("attention_mask")
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
     used = torch.ones_like(ids) if mask is None else mask
-    pruned = torch.ones(len(encoded.owner), dtype=torch.bool, device=ids.device)
-    pruned[encoded.kept.to(ids.device)] = False
-    columns = Columns.without(torch.zeros_like(video).masked_scatter(video, pruned), mask)
+    dropped = torch.ones(len(encoded.owner), dtype=torch.bool, device=ids.device)
+    dropped[encoded.kept.to(ids.device)] = False
+    # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
+    columns = Columns.without(torch.zeros_like(video).masked_scatter(video, dropped), mask if dropped.any() else None)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     if mask is not None or columns.padded:
         pruned_call["attention_mask"] = columns.take(used)
-    pruned_call |= {
-        n: columns.take(call[n], fill) for n, fill in interface.PER_COLUMN.items() if call.get(n) is not None
-    }
-    if pruned_call.get("labels") is not None:  # the first token of a row has no column before it that predicts it
-        pruned_call["labels"][:, 1:].masked_fill_(columns.index[:, :-1].to(pruned_call["labels"].device) < 0, -100)
+    if call.get("mm_token_type_ids") is not None:
+        pruned_call["mm_token_type_ids"] = columns.take(call["mm_token_type_ids"])
+    pruned_call |= _targets(call, columns, used if dropped.any() else torch.ones_like(ids))
     at = _positions(model, call, mask, positions, generating)
     pruned_call["position_ids"] = columns.take(at)
     if len(at) == 4:
@@ -127,6 +149,25 @@ def without_pruned(
     pruned_call[interface.ENCODED] = _encoded(model, call, encoded)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(video, columns, encoded))
+
+
+def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
+    """The labels of the columns that are left, under the names under which the call has them.
+
+    A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it.
+
+    Args:
+        used: `[B, L]`, 0 at padding, which predicts nothing: how much padding a row has depends on what the others lose.
+    """
+    first = columns.take(used).cumsum(1)[:, :-1] == 0
+    targets = {}
+    for name, shifted in (("labels", 0), ("shift_labels", 1)):
+        if (given := call.get(name)) is None:
+            continue
+        labels = columns.take(pad(given, (shifted, 0), value=-100)[:, : columns.width], -100)
+        labels[:, 1:].masked_fill_(first.to(labels.device), -100)
+        targets[name] = torch.cat([labels[:, shifted:], given[:, columns.width - shifted :]], 1)
+    return targets
 
 
 def _sizes(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
@@ -152,10 +193,7 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
             given = torch.cat([interface.text_positions(used)[None], given])
     elif given.ndim == 2:
         given = given.expand(3, *ids.shape)
-    given = given.to(ids.device).expand(-1, *ids.shape)
-    if len(given) == 4 and used.all() and not torch.equal(given[0], interface.text_positions(used)):
-        raise UsageError("several sequences packed in a row cannot be pruned", "pass them as rows of a batch")
-    return given
+    return given.to(ids.device).expand(-1, *ids.shape)
 
 
 def _encoded(model, call: dict, encoded: Encoded) -> dict:
@@ -164,7 +202,8 @@ def _encoded(model, call: dict, encoded: Encoded) -> dict:
 
     per_pair = iter(encoded.kept_per_pair)
     tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
-    video = BaseModelOutputWithPooling(pooler_output=encoded.features.split(tokens))
+    features = refusing_gradients(encoded.features, model.model.visual)
+    video = BaseModelOutputWithPooling(pooler_output=features.split(tokens))
     found = (call.get(interface.ENCODED) or {}) | {"video": video}
     if call.get("pixel_values") is not None:
         found["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)

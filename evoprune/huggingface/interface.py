@@ -22,7 +22,7 @@ VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", 
 # `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture.
 ENCODED = "mm_encoder_outputs"
 # Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
-PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100}
+PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
 
 def check_model(model) -> None:
@@ -58,18 +58,61 @@ def tower_of(model):
     return visual
 
 
-def attention_layers(model) -> list[torch.nn.Module]:
-    """The attention module of each layer of the language model.
-
-    Its arguments are `hidden_states`, `past_key_values` and `attention_mask`: `[B or 1, 1, L, keys]`, bool or numbers, or None for
-    causal attention.
-    """
-    return [layer.self_attn for layer in model.model.language_model.layers]
-
-
 def takes_numbers(model) -> bool:
     """Whether the language model's attention takes a mask of numbers that are added to its logits."""
     return model.config.text_config._attn_implementation in ("eager", "sdpa")
+
+
+def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
+    """The masks that the layers of the language model make of a call's `attention_mask`.
+
+    Args:
+        model: a Hugging Face model with eager or sdpa attention.
+        call: the arguments of `forward`. `attention_mask` may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of
+            those. The model takes such a dict in its place.
+
+    Returns:
+        For each type of layer, `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest where
+        it is not. Then the shape (B, L) of the call's columns, and the dtype of their embeddings.
+    """
+    from transformers import masking_utils
+
+    config, ids = model.config.text_config, call.get("input_ids")
+    embeds = call.get("inputs_embeds")
+    if embeds is None:  # only its shape, dtype and device are read
+        embeds = torch.empty(*ids.shape, 0, dtype=model.get_input_embeddings().weight.dtype, device=ids.device)
+    given, masks = call.get("attention_mask"), {}
+    for kind in dict.fromkeys(config.layer_types):
+        ready = given.get(kind) if isinstance(given, dict) else given
+        if ready is None or ready.ndim == 2:
+            make = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+            ready = make(config, embeds, ready, call.get("past_key_values"), allow_is_causal_skip=False)
+        masks[kind] = ready
+    return masks, embeds.shape[:2], embeds.dtype
+
+
+def first_key(model, call: dict, kind: str) -> int:
+    """The column of the first key that layers of this type see; above 0 where a cache with a sliding window has dropped some."""
+    cache = call.get("past_key_values")
+    if cache is None:
+        return 0
+    columns = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    return cache.get_mask_sizes(columns.shape[1], model.config.text_config.layer_types.index(kind))[1]
+
+
+def foreign_hooks(visual) -> list[str]:
+    """The names of the tower's modules with forward hooks of other code than transformers, which marks inputs for gradients."""
+    return [
+        name or "visual"
+        for name, module in visual.named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if not (getattr(hook, "__module__", None) or "").startswith("transformers.")
+    ]
+
+
+def is_assistant(call: dict) -> bool:
+    """Whether a call of `generate` drafts tokens for another model, whose prompt and encoded videos it gets."""
+    return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
 
 def setting(model, call: dict, name: str):

@@ -1,7 +1,12 @@
-"""Replaces methods of one model object by functions of this package, and puts them back."""
+"""Replaces methods of one model object by functions of this package, and puts them back.
+
+The functions may call one another through the model: `generate` calls `forward` for every token. Such an inner call carries an
+argument that says so (`inner`). No flag on the model does, because other threads call the same model at the same time.
+"""
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +22,14 @@ class Patches:
     Args:
         model: the object whose attributes are set.
         runs: for each method's name, the function that runs instead of it.
+        inner: name of the argument that marks an inner call; the signatures of the replaced methods have it.
     """
 
-    def __init__(self, model, runs: dict[str, Run]):
-        self._model, self._runs = model, runs
+    def __init__(self, model, runs: dict[str, Run], inner: str):
+        self._model, self._runs, self._inner = model, runs, inner
         self._installed: dict[str, _Patch] = {}
         self._replaced: dict[str, Any] = {}
-        self.suspended = False
+        self._lock, self._calls = threading.Lock(), 0
 
     def install(self) -> None:
         """Replaces the methods; does nothing if they are replaced already.
@@ -31,58 +37,91 @@ class Patches:
         Raises:
             UsageError: other `Patches` are installed in the model.
         """
-        if self._installed:
-            return
-        own = vars(self._model)
-        if any(isinstance(inspect.unwrap(own[name], stop=_is_patch), _Patch) for name in self._runs if name in own):
-            raise UsageError("this model is pruned already", "remove that first, or leave its with-block")
-        self._replaced = {name: own[name] for name in self._runs if name in own}
-        self._installed = {name: _Patch(self, getattr(self._model, name), run) for name, run in self._runs.items()}
-        for name, patch in self._installed.items():
-            setattr(self._model, name, patch)
+        with self._lock:
+            if not self._installed:
+                own = vars(self._model)
+                if any(_is_active(inspect.unwrap(own[name], stop=_is_active)) for name in self._runs if name in own):
+                    raise UsageError("this model is pruned already", "remove that first, or leave its with-block")
+                self._replaced = {name: own[name] for name in self._runs if name in own}
+                for name, run in self._runs.items():
+                    self._installed[name] = _Patch(getattr(self._model, name), run, self._inner)
+                    setattr(self._model, name, self._installed[name])
+            self._activate(True)
 
     def remove(self) -> None:
         """Restores the methods; does nothing if none is replaced.
 
-        Raises:
-            UsageError: other code has replaced a method since `install`. Then nothing is restored.
+        What other code has put on top of a replaced method since stays, and calls the model's own method from now on. Inner calls
+        of calls that still run in other threads are served until those end.
         """
-        for name, patch in self._installed.items():
-            if vars(self._model).get(name) is not patch:
-                raise UsageError(f"something else has replaced the model's {name} since", "take that away first")
-        for name in self._installed:
-            delattr(self._model, name)
-        for name, replaced in self._replaced.items():
-            setattr(self._model, name, replaced)
-        self._installed, self._replaced = {}, {}
+        with self._lock:
+            self._activate(False)
+            self._restore()
 
     @contextmanager
-    def suspend(self) -> Iterator[None]:
-        """While the context lasts, the model's own methods run."""
-        self.suspended = True
+    def outer_call(self) -> Iterator[None]:
+        """The time of a call that makes inner calls."""
+        with self._lock:
+            self._calls += 1
         try:
             yield
         finally:
-            self.suspended = False
+            with self._lock:
+                self._calls -= 1
+                self._restore()
+
+    def _activate(self, active: bool) -> None:
+        for patch in self._installed.values():
+            patch.active = active
+
+    def _restore(self) -> None:
+        """Puts the methods back if they are to be, and nobody needs the replaced ones any more."""
+        if self._calls or any(patch.active for patch in self._installed.values()):
+            return
+        for name, patch in self._installed.items():
+            if vars(self._model).get(name) is not patch:
+                continue
+            delattr(self._model, name)
+            if name in self._replaced:
+                setattr(self._model, name, self._replaced[name])
+        self._installed, self._replaced = {}, {}
 
 
 class _Patch:
-    """A callable in place of one method of a model."""
+    """A callable in place of one method of a model. When it is not active, it is that method, except to inner calls."""
 
-    def __init__(self, patches: Patches, stock: Callable, run: Run):
+    def __init__(self, stock: Callable, run: Run, inner: str):
         functools.update_wrapper(self, stock)
-        self._patches, self._stock, self._run = patches, stock, run
-        self._signature = inspect.signature(stock)
+        self.active = True
+        self._stock, self._run, self._inner = stock, run, inner
+        self._own_signature = inspect.signature(stock)
+        # `generate` refuses arguments that the signature of `forward` does not have.
+        self.__signature__ = _with_parameter(self._own_signature, inner)
 
     def __call__(self, *args, **kwargs):
-        if self._patches.suspended:
+        if not (self.active or self._inner in kwargs):
             return self._stock(*args, **kwargs)
-        call = self._signature.bind(*args, **kwargs).arguments
+        if not args:  # as in every inner call, which torch.compile may trace
+            return self._run(self._stock, kwargs)
+        call = self._own_signature.bind(*args, **kwargs).arguments
         return self._run(self._stock, call | call.pop("kwargs", {}))
 
     def __reduce_ex__(self, _):
-        raise UsageError("a model cannot be copied or pickled while it is pruned", "remove the pruning first")
+        if self.active:
+            raise UsageError("a model cannot be copied or pickled while it is pruned", "remove the pruning first")
+        return _itself, (self._stock,)
 
 
-def _is_patch(function: Callable) -> bool:
-    return isinstance(function, _Patch)
+def _with_parameter(signature: inspect.Signature, name: str) -> inspect.Signature:
+    others = [parameter for key, parameter in signature.parameters.items() if key != name]
+    at = next((i for i, each in enumerate(others) if each.kind is each.VAR_KEYWORD), len(others))
+    more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*others[:at], more, *others[at:]])
+
+
+def _is_active(function: Callable) -> bool:
+    return isinstance(function, _Patch) and function.active
+
+
+def _itself(x: Any) -> Any:
+    return x

@@ -209,8 +209,6 @@ def test_pruning_a_model_twice_is_refused(model):
     pruning, model.forward = model.forward, functools.wraps(model.forward)(lambda *a, **k: None)
     with pytest.raises(evoprune.UsageError, match="pruned already"):
         evoprune.apply(model)
-    with pytest.raises(evoprune.UsageError, match="replaced the model's forward"):
-        handle.remove()
     model.forward = pruning
     handle.remove()
     assert not {"forward", "generate"} & vars(model).keys()
@@ -332,7 +330,7 @@ def test_arguments_for_columns_that_cannot_be_pruned_are_refused(model):
     ids = prompt["input_ids"]
     with evoprune.EvoPrune(budget=0.25)(model), torch.no_grad():
         for more in (
-            {"shift_labels": ids},
+            {"token_type_ids": ids},
             {"cu_seq_lens_q": torch.tensor([0, 110])},
             {"logits_to_keep": torch.arange(3)},
         ):

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import evoprune
-from evoprune.huggingface.cluster_bias import cluster_bias
+from tests.huggingface.reference import weighed_by
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -158,7 +158,7 @@ def test_full_budget_is_the_models_own(model, prompt, side, settings):
 def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, side, settings, how):
     inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]
     made = encoded(model, inputs, 0.2, how)
-    with cluster_bias(model, sizes_of(model, inputs, made)):
+    with weighed_by(model, sizes_of(model, inputs, made)):
         expected = generated(model, masked(model, inputs, made), **settings)
     out, run = pruned(model, inputs, 0.2, how=how, **settings)
     assert torch.equal(out, expected)

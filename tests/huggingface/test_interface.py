@@ -8,13 +8,13 @@ import inspect
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 
 from evoprune.huggingface import interface
-from evoprune.huggingface.cluster_bias import cluster_bias
+from evoprune.huggingface.cluster_bias import with_cluster_bias
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -77,7 +77,7 @@ def test_every_argument_for_vision_is_known():
     """A new one would reach the model beside what was encoded here."""
     vision = [name for name in FORWARD if name.startswith(("pixel", "image", "video", "second"))]
     assert sorted(vision) == sorted(interface.VISION_INPUTS)
-    assert {interface.ENCODED, *interface.PER_COLUMN} < set(FORWARD)
+    assert {interface.ENCODED, *interface.PER_COLUMN} - {"shift_labels"} < set(FORWARD)
 
 
 def test_generate_takes_encoded_videos_and_positions_as_they_are():
@@ -109,36 +109,40 @@ def test_generation_settings_have_generates_precedence():
     assert interface.pad_id(model, {}) == 7 and interface.pad_id(model, {"pad_token_id": 3}) == 3
 
 
-def test_attention_is_called_with_these_arguments():
-    model, seen = tiny_model(), []
-    layers = interface.attention_layers(model)
-    hooks = [layer.register_forward_pre_hook(lambda *call: seen.append(call), with_kwargs=True) for layer in layers]
-    model(input_ids=torch.arange(10, 15)[None], use_cache=True)
-    for hook in hooks:
-        hook.remove()
-    assert len(seen) == len(layers) == model.config.text_config.num_hidden_layers
-    for attention, args, call in seen:
-        assert not args and {"hidden_states", "attention_mask", "past_key_values"} <= call.keys()
-        assert isinstance(attention.layer_idx, int)
-        assert call["past_key_values"].get_mask_sizes(3, attention.layer_idx)[0] >= 3
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_adds_a_mask_of_numbers(attention):
-    """A column of size two is the same as two equal columns; and no hook is left afterwards."""
+@pytest.mark.parametrize("layers", ["full_attention", "sliding_attention"])
+def test_attention_adds_a_mask_of_numbers(attention, layers):
+    """A column of size two is the same as two equal columns."""
     model = tiny_model()
     model.set_attn_implementation(attention)
+    text = model.config.text_config
+    text.layer_types, text.sliding_window = ["full_attention", layers], 8
+    model.model.language_model.has_sliding_layers = layers == "sliding_attention"
     assert interface.takes_numbers(model)
     embeds = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
     twice, at = embeds[:, [0, 1, 1, 2, 3]], torch.tensor([0, 1, 1, 2, 3])
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
     seen[1, 2] = True  # the two see each other, as a column of size two sees itself twice
     mask = torch.zeros(5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    call = {"inputs_embeds": embeds, "position_ids": torch.arange(4).expand(4, 1, -1)}
     with torch.no_grad():
         expected = model.model.language_model(
             inputs_embeds=twice, position_ids=at.expand(4, 1, -1), attention_mask=mask
         ).last_hidden_state[:, [0, 1, 3, 4]]
-        with cluster_bias(model, torch.tensor([[1.0, 2.0, 1.0]])):
-            made = model.model.language_model(inputs_embeds=embeds, position_ids=torch.arange(4).expand(4, 1, -1))
+        made = model.model.language_model(**with_cluster_bias(model, call, torch.tensor([[1.0, 2.0, 1.0]])))
     torch.testing.assert_close(made.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
-    assert not any(layer._forward_pre_hooks for layer in interface.attention_layers(model))
+
+
+def test_a_sliding_cache_drops_the_first_keys():
+    model = tiny_model()
+    text = model.config.text_config
+    text.layer_types, text.sliding_window = ["full_attention", "sliding_attention"], 3
+    cache = DynamicCache(config=text)
+    for layer in range(2):
+        cache.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), layer)
+    call = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 6), "past_key_values": cache}
+    sizes = torch.arange(1.0, 6.0)[None]
+    masks = with_cluster_bias(model, call, sizes)["attention_mask"]
+    later = torch.tensor([1.0])
+    assert torch.equal(masks["full_attention"].flatten().exp(), torch.cat([sizes[0], later]).log().exp())
+    assert torch.equal(masks["sliding_attention"].flatten().exp(), torch.cat([sizes[0, 3:], later]).log().exp())
