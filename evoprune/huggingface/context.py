@@ -175,6 +175,7 @@ class PrunedModel:
         out.sequences = with_whole_prompt(prompt, places, out.sequences)
         return out
 
+    @torch.compiler.disable  # in a compiled `forward`, only the model's own code is worth compiling
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
         """The call without pruned columns, and the `Past` that its cache must carry.
 
