@@ -159,7 +159,9 @@ class PrunedModel:
         start = clock.now()
         with self._patches.outer_call():
             if interface.is_assistant(call):
-                return stock(**call | {INNER: _Inside()})
+                call = call | {INNER: _Inside()}
+            if call.get(INNER) is not None:
+                return stock(**call)
             pruned, past = self._without_pruned(call, generating=True)
             if past is None:
                 return stock(**(pruned | {INNER: _Inside()} if _has_video(call) else pruned))

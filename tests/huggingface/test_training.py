@@ -13,6 +13,7 @@ import torch
 
 import evoprune
 from tests.prompts import processed
+from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_model
 
 ROWS = ((5, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 9, ("video", 1, 4, 4), 2))
@@ -153,3 +154,51 @@ def test_qwen2_vl_has_the_same_gradients(attention):
         with evoprune.EvoPrune(budget=budget)(model):
             made = results(model, called, processed(model, *ROWS))
         same(made, reference(budget, attention, "left", "all weights", "qwen2_vl"), 1e-4)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("side", SIDES)
+def test_shifted_labels_give_what_labels_give(attention, side):
+    model, called = trained(attention)
+    inputs = processed(model, *ROWS, side=side)
+    given = labels(inputs)
+    shifted = {"shift_labels": torch.nn.functional.pad(given, (0, 1), value=-100)[:, 1:].contiguous()}
+    expected = results(model, called, inputs, **shifted)
+    for budget in BUDGETS:
+        with evoprune.EvoPrune(budget=budget)(model):
+            same(
+                results(model, called, inputs, **shifted),
+                expected if budget == 1.0 else results(model, called, inputs),
+                1e-4,
+            )
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_without_pruning_the_tower_is_trained_as_ever(mode):
+    model = getattr(tiny_model(), mode)()
+    inputs = processed(model, *ROWS, side="right")
+    expected = results(model, model, inputs)
+    assert any(name.startswith("model.visual") for name in expected[1])
+    with evoprune.EvoPrune(budget=1.0)(model) as run:
+        same(results(model, model, inputs), expected, 1e-6)
+        assert run.columns is None and run.report.pruning.visual_tokens_in is None
+        with torch.no_grad():
+            model(**inputs)
+        assert run.report.pruning.kept_ratio == 1
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_gradients_of_a_tower_in_eval_mode_are_refused(checkpointing):
+    """Its weights ask for gradients by default, so a forward pass alone says nothing about training."""
+    model, _ = trained("sdpa", checkpointing)
+    model.model.visual.requires_grad_(True).eval()
+    inputs = processed(model, *ROWS)
+    with evoprune.EvoPrune(budget=0.25)(model):
+        loss = model(**inputs, labels=labels(inputs)).loss
+        with pytest.raises(evoprune.UsageError, match="no gradients") as caught:
+            loss.backward()
+        assert "requires_grad_(False)" in caught.value.hint
+        language = [weight for name, weight in model.named_parameters() if "language_model.layers" in name]
+        if checkpointing != "reentrant checkpointing":  # which needs `backward`
+            loss = model(**inputs, labels=labels(inputs)).loss
+            assert all(gradient.norm() > 0 for gradient in torch.autograd.grad(loss, language))
