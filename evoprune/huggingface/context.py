@@ -12,7 +12,7 @@ size is.
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -147,7 +147,9 @@ class PrunedModel:
         if inside is None:
             call, past = self._without_pruned(call, generating=False)
         sizes = (inside or past) and (inside or past).sizes
-        out = stock(**(call if sizes is None else with_cluster_bias(self.model, call, sizes)))
+        if sizes is not None and interface.takes_numbers(self.model):
+            call = with_cluster_bias(self.model, call, sizes)
+        out = stock(**call)
         _remember(past, out if isinstance(out, tuple) else out.to_tuple())
         return out
 
@@ -218,8 +220,6 @@ class PrunedModel:
                 method=settings.method, method_args=settings.method_args,
                 seconds_per_pair=interface.seconds_per_pair(call), seed=settings.seed,
             )  # fmt: skip
-        if not interface.takes_numbers(self.model):
-            encoded = replace(encoded, size=None)
         pruned, past = without_pruned(self.model, call, video, encoded, settings.positions, generating)
         report = call_report(
             self.model, call, pruned, encoded, settings.method, self._method, self._share, settings.positions

@@ -18,7 +18,9 @@ from transformers import (
     StoppingCriteriaList,
     set_seed,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import evoprune
 from tests.huggingface.reference import weighed_by
@@ -565,6 +567,15 @@ def test_a_tower_in_training_is_refused():
         model.eval()
         with pytest.raises(evoprune.UsageError, match="no gradients"):
             model(**inputs | {"pixel_values_videos": inputs["pixel_values_videos"].requires_grad_()})
+
+
+def test_attention_that_takes_no_mask_of_numbers_weighs_every_token_as_one(model, monkeypatch):
+    inputs = processed(model, *PROMPTS["batch"])
+    by_size, once = pruned(model, inputs, 0.2, how=BY_SIZE)[0], pruned(model, inputs, 0.2)[0]
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation", "other")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "other", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "other", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    assert torch.equal(pruned(model, inputs, 0.2, how=BY_SIZE)[0], once) and not torch.equal(by_size, once)
 
 
 def test_calls_without_a_video_are_the_models_own(model):
