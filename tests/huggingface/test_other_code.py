@@ -162,6 +162,21 @@ def test_hooks_of_accelerate_on_top(model):
     assert torch.equal(model(**inputs).logits, whole)
 
 
+def test_a_peft_model_around_it(model):
+    peft = pytest.importorskip("peft")
+    inputs = processed(model, ONE)
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*(q_proj|qkv)", init_lora_weights=False))
+    with evoprune.EvoPrune(budget=0.2)(around.get_base_model()) as run, torch.no_grad():
+        expected = generated(model, inputs)
+        assert torch.equal(generated(around, inputs), expected)
+        assert around(**inputs).logits.shape[1] == run.columns.places
+        with around.disable_adapter():
+            assert not torch.equal(generated(around, inputs), expected)
+    with pytest.raises(evoprune.ModelError) as caught:
+        evoprune.apply(around)
+    assert "get_base_model()" in caught.value.hint
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["compiled, then pruned", "pruned, then compiled"])
 def test_a_compiled_forward(model, order):
