@@ -38,7 +38,8 @@ def tower_of(model):
     """The vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
     Raises:
-        ModelError: the model has no tower of Qwen2.5-VL or Qwen2-VL, the tower has another structure, or its weights are offloaded.
+        ModelError: the model has no tower of Qwen2.5-VL or Qwen2-VL, the tower has another structure, its weights are offloaded, or
+            an adapter changes a module that is not called.
     """
     from evoprune.model.weights import Tower
 
@@ -55,7 +56,21 @@ def tower_of(model):
         raise ModelError(f"the vision tower of this model cannot be run: {problem}", SUPPORTED) from problem
     if visual.patch_embed.proj.weight.is_meta:
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
+    for name, module in _not_called(visual):
+        if hasattr(module, "base_layer"):
+            raise ModelError(
+                f"an adapter on {name} of the vision tower would not run",
+                "merge it (PEFT: merge_and_unload), or leave this module out of its target_modules; linear layers may have one",
+            )
     return visual
+
+
+def _not_called(visual) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules of a tower whose weights are read, so that a module that wraps one would go unnoticed; and their names."""
+    yield "patch_embed.proj", visual.patch_embed.proj
+    yield "merger.ln_q", visual.merger.ln_q
+    for i, block in enumerate(visual.blocks):
+        yield from ((f"blocks.{i}.{name}", getattr(block, name)) for name in ("norm1", "norm2"))
 
 
 def takes_numbers(model) -> bool:

@@ -177,6 +177,38 @@ def test_a_peft_model_around_it(model):
     assert "get_base_model()" in caught.value.hint
 
 
+ADAPTERS = {
+    "LoRA on linear layers": ("LoraConfig", r".*visual.*(qkv|attn\.proj|gate_proj|down_proj|mlp\.0)", None),
+    "IA3": ("IA3Config", r".*visual.*qkv", None),
+    "weights of their own": ("LoraConfig", r".*q_proj", None),
+    "LoRA on the convolution": ("LoraConfig", r".*patch_embed\.proj", "patch_embed.proj"),
+    "tuned norms": ("LNTuningConfig", r".*visual.*norm2", "blocks.0.norm2"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_on_the_tower_run_or_are_refused(model, name):
+    peft = pytest.importorskip("peft")
+    kind, modules, refused = ADAPTERS[name]
+    more = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    if name == "weights of their own":
+        more["modules_to_save"] = ["norm1", "patch_embed", "merger"]
+    inputs, plain = processed(model, ONE), model(**processed(model, ONE)).logits
+    around = peft.get_peft_model(model, getattr(peft, kind)(target_modules=modules, **more))
+    with torch.no_grad():
+        for weight in around.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        expected = model(**inputs).logits
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        if refused is None:
+            with evoprune.EvoPrune(budget=1.0)(model):
+                torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+        else:
+            with pytest.raises(evoprune.ModelError, match=f"adapter on {refused}"):
+                evoprune.apply(model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["compiled, then pruned", "pruned, then compiled"])
 def test_a_compiled_forward(model, order):
