@@ -146,7 +146,7 @@ class PrunedModel:
         past = None
         if inside is None:
             call, past = self._without_pruned(call, generating=False)
-        sizes = (inside or past) and (inside or past).sizes
+        sizes = getattr(inside or past, "sizes", None)
         if sizes is not None and interface.takes_numbers(self.model):
             call = with_cluster_bias(self.model, call, sizes)
         out = stock(**call)
