@@ -19,11 +19,10 @@ from transformers import (
     set_seed,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import evoprune
-from tests.huggingface.reference import weighed_by
+from tests.huggingface.reference import ONCE, encoded, masked, seconds_of, sizes_of, weighed_by
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -56,7 +55,6 @@ ONE_ROW = ("assistant", "prompt lookup")
 
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl")
-ONCE = {"method_args": {"count": "0"}}  # every token counts once
 BY_SIZE = {}  # a token counts by the size of its cluster
 
 
@@ -77,52 +75,6 @@ def generated(model, inputs, **settings):
 def pruned(model, inputs, budget, positions="host", how=ONCE, **settings):
     with evoprune.EvoPrune(budget=budget, positions=positions, **how)(model) as run:
         return generated(model, inputs, **settings), run
-
-
-def encoded(model, inputs, budget, how=ONCE):
-    return evoprune.encode(
-        model,
-        inputs["pixel_values_videos"],
-        inputs["video_grid_thw"],
-        budget=budget,
-        seconds_per_pair=seconds_of(inputs),
-        **how,
-    )
-
-
-def seconds_of(inputs):
-    """Qwen2-VL's processor gives none."""
-    seconds = inputs.get("second_per_grid_ts")
-    return [1.0] * len(inputs["video_grid_thw"]) if seconds is None else seconds.tolist()
-
-
-def masked(model, inputs, made):
-    """The whole prompt, features where units were kept, and a mask without the columns of those that were not."""
-    video = inputs["input_ids"] == model.config.video_token_id
-    features = torch.full((len(made.owner), made.features.shape[1]), 7.0)
-    features[made.kept] = made.features.clone()
-    dropped = torch.ones(len(made.owner), dtype=torch.bool).index_fill(0, made.kept, False)
-    sizes = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
-    call = {name: value for name, value in inputs.items() if name not in ("pixel_values_videos", "video_grid_thw")}
-    known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
-    call["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
-    call["attention_mask"] = inputs["attention_mask"].masked_fill(
-        torch.zeros_like(video).masked_scatter(video, dropped), 0
-    )
-    call["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features.split(sizes))}
-    if "pixel_values" in call:
-        pictures = model.get_image_features(call.pop("pixel_values"), call.pop("image_grid_thw"))
-        call["mm_encoder_outputs"]["image"] = pictures
-    return call
-
-
-def sizes_of(model, inputs, made):
-    """The cluster size that attention assumes for each column of the whole prompt."""
-    if made.size is None:
-        return None
-    video = inputs["input_ids"] == model.config.video_token_id
-    units = torch.ones(len(made.owner)).index_copy(0, made.kept, made.size)
-    return torch.ones(video.shape).masked_scatter(video, units)
 
 
 def every_prompt(*families):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import evoprune
+from tests.huggingface.reference import encoded, masked, sizes_of, weighed_by
 from tests.prompts import processed
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_model
@@ -104,6 +105,25 @@ def test_loss_and_gradients_are_those_of_the_reference(attention, checkpointing,
         made = results(model, called, processed(model, *ROWS, side=side))
         assert (run.report.pruning.kept_ratio == 1) == (budget == 1.0)
     same(made, reference(budget, attention, side, kind), 1e-4)
+
+
+def test_the_reference_is_the_stock_model_with_dropped_columns_masked():
+    """The loss by hand: each column that is left predicts the next one."""
+    model, called = trained()
+    inputs = alone(processed(model, *ROWS), 1)
+    with evoprune.EvoPrune(budget=0.25)(model) as run:
+        expected = results(model, called, inputs)
+    made = encoded(model, inputs, 0.25, how={})
+    sizes, left = sizes_of(model, inputs, made), run.columns.index[0]
+    assert sizes.max() > 1 and len(left) == 18 + 9
+    call = masked(model, inputs, made)
+    call["position_ids"] = call["position_ids"][1:]
+    model.zero_grad()
+    with weighed_by(model, sizes):
+        logits = model(**call).logits[0, left[:-1]]
+    loss = torch.nn.functional.cross_entropy(logits, labels(inputs)[0, left[1:]])
+    loss.backward()
+    same((loss.detach(), {name: w.grad for name, w in model.named_parameters() if w.requires_grad}), expected, 1e-4)
 
 
 # Autocast rounds to 8 bits: the stock model's own gradients differ by up to 3% from those in fp32. What the encoder selects may
