@@ -96,8 +96,8 @@ class PrunedModel:
 
     Refused with UsageError: videos or pictures that follow `past_key_values`; and where a budget below 1.0 prunes: `inputs_embeds`
     beside a video, videos that are encoded already, packed sequences, arguments with a value per column other than those of the
-    processor, `labels` and `shift_labels`, and gradients of the tower. With nothing to prune, the model's own code runs such calls.
-    Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
+    processor, `labels` and `shift_labels`, and gradients of the tower. With nothing to prune and `positions="host"`, the model's
+    own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
 
     Attributes:
         model, settings: as given.
@@ -192,10 +192,11 @@ class PrunedModel:
                 raise UsageError(
                     "a video cannot go on from past_key_values", "pass the whole conversation without them"
                 )
-            prunes = self._method.acts_at(self._share)
-            if (reason := why_not(self.model, call, generating, prunes)) is None:
+            as_host = self.settings.positions == "host" or call.get("position_ids") is not None
+            optional = as_host and not self._method.acts_at(self._share)
+            if (reason := why_not(self.model, call, generating, optional)) is None:
                 return self._prune(call, generating)
-            if prunes:
+            if not optional:
                 raise reason
             self._latest.set(LatestCall())
             return call, None

@@ -41,21 +41,20 @@ class Past:
         return Past(columns, self.delta[:, : columns.width], sizes)
 
 
-def why_not(model, call: dict, generating: bool, prunes: bool) -> UsageError | None:
+def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
     """Why this package cannot run a new prompt with videos, although the model itself may take it; None if it can.
 
     Args:
         model: a Hugging Face model.
         call: the arguments of a new prompt with videos.
         generating: whether this is a call of `generate`, and not of the model itself.
-        prunes: whether the budget prunes anything.
+        optional: whether the model's own code does the same, since nothing is pruned.
     """
     visual, pixels = model.model.visual, call.get("pixel_values_videos")
     if pixels is None:
         return UsageError(f"a video in {interface.ENCODED} is encoded already", "pass pixel_values_videos instead")
-    training = (
-        visual.training or not prunes
-    )  # in eval mode gradients are usually not wanted; `backward` raises if they are
+    # In eval mode gradients are seldom wanted, though weights ask for them by default; `backward` raises if they are.
+    training = visual.training or optional
     if torch.is_grad_enabled() and (pixels.requires_grad or (training and trained_weights(visual))):
         return no_gradients()
     ids, mask = call.get("input_ids"), call.get("attention_mask")

@@ -90,6 +90,8 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
             ):
                 torch.testing.assert_close(model(**unusual).logits, usual, atol=1e-5, rtol=1e-5)
             assert run.columns is None
+        with evoprune.EvoPrune(**settings, positions="qwen")(model), pytest.raises(evoprune.UsageError):
+            model(**call)  # the model's own code knows its own positions only
 
 
 def test_hooks_on_the_tower_are_named_in_a_warning(model, recwarn):
