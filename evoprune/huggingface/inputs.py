@@ -14,6 +14,7 @@ from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
 from evoprune.huggingface.gradients import no_gradients, refusing_gradients, trained_weights
+from evoprune.pruning.indices import ascending
 from evoprune.vision.encoded import Encoded
 
 
@@ -89,7 +90,7 @@ def _packed(call: dict) -> bool:
     at, mask = call.get("position_ids"), call.get("attention_mask")
     if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
         return False
-    return not torch.equal(at[0], torch.arange(at.shape[2], device=at.device).expand_as(at[0]))
+    return not torch.equal(at[0], ascending(at.shape[2], at.device).expand_as(at[0]))
 
 
 def find_videos(model, call: dict) -> torch.Tensor:
