@@ -2,15 +2,16 @@
 
 As in the paper: important tokens receive most attention. The rest is sorted by attention and divided into every second
 token and those between. Each round compares the two halves and removes the tokens of the first half that are most
-similar to one of the second, until the wanted number of diverse tokens is left.
-Adapted: between rounds the order of attention stays; the public code sorts the survivors anew, which selects other
-tokens. Qwen's tower has no class token, so attention is the mean over all queries of the last full-attention layer.
-Similarity is the cosine of the features that the language model would read. An image of the paper is a frame pair here,
-and all frame pairs have equal shares. Attention and cosines are rounded, so equal tokens are ties: of equally similar
-tokens the one with less attention goes, and of equally attended ones the one with the higher index.
+similar to one of the second, until the wanted number of diverse tokens is left. As in the authors' code
+(Theia-4869/VisPruner), a round orders the tokens anew: what is left of the first half, the most similar first, and then
+the second half. The important tokens are rounded down.
+Adapted: Qwen's tower has no class token, so attention is the mean over all queries of the last full-attention layer.
+Similarity is the cosine of the features that the language model would read; theirs compares the tower's. An image of
+the paper is a frame pair here, and all frame pairs have equal shares. Odd numbers of tokens are possible: the first
+half then has one more. Attention and cosines are rounded, so equal tokens are ties: of equally similar tokens the later
+one in the order goes.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,7 +51,7 @@ class VisPruner(Selector):
         unit = F.normalize(tokens.features.float(), dim=1).view(pairs, per_pair, -1)
         selected = []
         for pair, share in enumerate(spread(keep, pairs)):
-            first = math.floor(self.important * share + 0.5)
+            first = int(self.important * share)
             important, rest = order[pair, :first], order[pair, first:]
             kept = torch.cat([important, rest[most_distinct(unit[pair, rest], share - first, self.step)]])
             selected.append(kept.sort().values + pair * per_pair)
@@ -65,15 +66,13 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
         step: the most rows that one round removes.
 
     Returns:
-        int64 `[keep]`, the rows that are left, ascending.
+        int64 `[keep]`, the rows that are left, in the order of the last round.
     """
     left = ascending(len(unit) if keep else 0, unit.device)
     while len(left) > keep:
-        one, other = left[::2], unit[left[1::2]]
-        like = torch.cat([snap(unit[some] @ other.T).amax(1) for some in one.split(BLOCK)])
+        one, other = left[::2], left[1::2]
+        like = torch.cat([snap(unit[some] @ unit[other].T).amax(1) for some in one.split(BLOCK)])
         # Of equals the last goes: a stable sort of the reversed rows puts it first.
-        going = len(one) - 1 - like.flip(0).argsort(descending=True, stable=True)[: min(step, len(left) - keep)]
-        stays = torch.ones(len(left), dtype=torch.bool, device=unit.device)
-        stays[2 * going] = False
-        left = left[stays]
+        order = len(one) - 1 - like.flip(0).argsort(descending=True, stable=True)
+        left = torch.cat([one[order[min(step, len(left) - keep) :]], other])
     return left

@@ -125,13 +125,13 @@ def vispruner_line_by_line(tokens: Tokens, keep: int, share: float, step: int) -
     for grid, due in enumerate(shares(keep, t)):
         units = range(grid * h * w, (grid + 1) * h * w)
         order = [units[i] for i in ranked([snapped(float(tokens.attention[i])) for i in units])]
-        important = int(share * due + 0.5)
+        important = int(share * due)
         picked += order[:important]
         rest = order[important:] if due > important else []
         while len(rest) > due - important:
             like = {i: max(cosine(x[i], x[j]) for j in rest[1::2]) for i in rest[::2]}
-            going = sorted(like, key=lambda i: (-like[i], -rest.index(i)))[: min(step, len(rest) - (due - important))]
-            rest = [i for i in rest if i not in going]
+            falling = sorted(like, key=lambda i: (-like[i], -rest.index(i)))  # the most similar first
+            rest = falling[min(step, len(rest) - (due - important)) :] + rest[1::2]
         picked += rest
     return sorted(picked)
 

@@ -1,0 +1,55 @@
+"""Tokens that anyone can make again: float32 from the integers of a seeded generator, without a library's normal numbers."""
+
+from math import prod
+
+import numpy as np
+import torch
+
+from evoprune.pruning.types import Tokens
+
+WIDTH = 32
+
+
+def nearly_normal(random: np.random.Generator, *shape: int) -> np.ndarray:
+    """float32, sums of four even numbers between -1 and 1: multiples of 1/512, so that every machine has the same."""
+    return (random.integers(-512, 512, (4, *shape)).sum(0) / 512).astype(np.float32)
+
+
+def _random(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
+    """No structure."""
+    return nearly_normal(random, pairs, places, WIDTH)
+
+
+def _clustered(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
+    """Twelve things, anywhere."""
+    things, which = nearly_normal(random, 12, WIDTH), random.integers(0, 12, (pairs, places))
+    return things[which] + np.float32(0.5) * nearly_normal(random, pairs, places, WIDTH)
+
+
+def _video(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
+    """Three scenes with something in common; in each, half of the places stand still and the others change by and by."""
+    common, made = nearly_normal(random, places, WIDTH), []
+    for length in (pairs // 2, pairs // 4, pairs - pairs // 2 - pairs // 4):
+        scene = np.float32(0.5) * common + nearly_normal(random, places, WIDTH)
+        moving = np.ones((places, 1), np.float32) / 8
+        moving[random.permutation(places)[: places // 2]] = 1
+        for _ in range(length):
+            scene = scene + moving * (nearly_normal(random, places, WIDTH) - scene / 4)
+            made.append(scene)
+    return np.stack(made)
+
+
+KINDS = {"random": _random, "clustered": _clustered, "video": _video}
+
+
+def public_tokens(kind: str, seed: int, grid: tuple[int, int, int]) -> Tokens:
+    """Tokens with everything that a method may ask for; no two units receive equal attention."""
+    random, n = np.random.Generator(np.random.PCG64(seed)), prod(grid)
+    features = KINDS[kind](random, grid[0], grid[1] * grid[2]).reshape(n, WIDTH)
+    given = {
+        "attention": (random.permutation(n) + 1).astype(np.float32) / np.float32(n),
+        "keys": nearly_normal(random, n, 24),
+        "question": nearly_normal(random, 12, WIDTH),
+    }
+    tensors = {name: torch.from_numpy(each) for name, each in given.items()}
+    return Tokens(torch.from_numpy(features), torch.arange(n), grid, given=tensors)
