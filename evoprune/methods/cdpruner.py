@@ -4,10 +4,12 @@ As in the paper: a determinantal point process, whose kernel is the cosine of tw
 Relevance is scaled to (0, 1] by its least and greatest value. Each step selects the token that raises the determinant
 most, by a growing Cholesky factor.
 Adapted: the paper measures relevance with CLIP's text tower. Qwen has none, so relevance is the mean cosine to the
-embeddings of the question's tokens in the language model's space, as in OpenVINO GenAI. (The authors' public code takes
-the negative mean instead.) An image of the paper is a frame pair here, and all frame pairs have equal shares. Relevance
-is at least 1/128, and 1 where it is the same everywhere. Remaining lengths are rounded, so equal tokens are ties, which
-go by index; so do all tokens once the selected ones span everything.
+embeddings of the question's tokens in the language model's space, as in OpenVINO GenAI. The authors' code
+(Theia-4869/CDPruner) takes the negative mean, which OpenVINO GenAI explains with CLIP: its similarities run against
+intuition. Nothing of the kind is known of a language model's own space, so the positive mean is the default here, as it
+is there; `negative` is the authors' choice. An image of the paper is a frame pair here, and all frame pairs have equal
+shares. Relevance is at least 1/128, and 1 where it is the same everywhere. Remaining lengths are rounded, so equal
+tokens are ties, which go by index; so do all tokens once the selected ones span everything.
 """
 
 from dataclasses import dataclass
@@ -30,12 +32,14 @@ class CdPruner(Selector):
     """O(k n (D + k)) for a frame pair of n tokens of which k are kept, memory O(N D + n k). Fields:
 
     question: whether relevance counts; without it diversity alone decides, and the method does not read the question.
+    negative: whether tokens unlike the question are the relevant ones, as in the authors' code.
     """
 
     name: ClassVar[str] = "cdpruner"
     source: ClassVar[str] = "arXiv 2506.10967"
 
     question: bool = True
+    negative: bool = False
 
     @property
     def reads_question(self) -> bool:
@@ -47,6 +51,7 @@ class CdPruner(Selector):
         relevance = torch.ones(len(unit), dtype=torch.float32, device=unit.device)
         if self.question:
             relevance = snap((unit @ F.normalize(tokens.question, dim=1).T).mean(1))
+            relevance = -relevance if self.negative else relevance
         selected = [
             widest(some, relevant(of_each), share) + pair * per_pair
             for pair, (some, of_each, share) in enumerate(

@@ -22,7 +22,7 @@ from evoprune.methods.base import Selector
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import gathered, highest, nearest
+from evoprune.pruning.ranking import centre_weights, gathered, highest, nearest
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
 from evoprune.pruning.types import Selection, Tokens
@@ -68,7 +68,7 @@ class FastVid(Selector):
             local = self.condensed(attention[some], unit[some], sum(shares[some]))
             into[some] = torch.where(local < 0, -1, local + span.start * per_pair)
         into = into.flatten()
-        return gathered(into, self.weights(into))
+        return gathered(into, centre_weights(into, self.centre))
 
     def condensed(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
         """Which token of a segment each of its tokens joins.
@@ -101,10 +101,3 @@ class FastVid(Selector):
         if len(centres):
             into[rest] = centres[nearest(unit[rest], unit[centres])]
         return into.view_as(index)
-
-    def weights(self, into: torch.Tensor) -> torch.Tensor:
-        """float32 `[N]`: a peak that n tokens join has weight max(1 / (n + 1), `centre`); the n tokens share the rest evenly."""
-        stays = into == ascending(len(into), into.device)
-        others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
-        own = torch.where(others > 0, (1 / (others + 1).float()).clamp(min=self.centre), 1.0)
-        return torch.where(stays, own, (1 - own) / others.clamp(min=1))

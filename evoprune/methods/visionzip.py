@@ -2,11 +2,13 @@
 
 As in the paper: the tokens that receive most attention are dominant and stay as they are. Of the others, in order,
 evenly spaced tokens are targets. Each other token joins the target with the most similar key, and the language model
-reads the means. 85% of the kept tokens are dominant (54 of 64 and 162 of 192 in the paper).
+reads the means. 85% of the kept tokens are dominant (54 of 64 and 162 of 192 in the paper). As in the authors' code
+(dvlab-research/VisionZip), targets are a whole number of tokens apart, and a target weighs in its mean as much as all
+tokens that join it.
 Adapted: Qwen's tower has no class token, so attention is the mean over all queries of the last full-attention layer;
-the keys come from there too. A target weighs in its mean as much as each token that joins it (the public code weighs it
-as much as all of them), and stays at its own place. An image of the paper is a frame pair here, and all frame pairs
-have equal shares. Attention and cosines are rounded, so equal tokens are ties, which go by index.
+the keys come from there too. Their code adds the target and the mean of the others; here a token is half of that sum,
+so it is about as long as any other. It stays at the target's place. An image of the paper is a frame pair here, and all
+frame pairs have equal shares. Attention and cosines are rounded, so equal tokens are ties, which go by index.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import gathered, highest, nearest
+from evoprune.pruning.ranking import centre_weights, gathered, highest, nearest
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
 
@@ -48,7 +50,8 @@ class VisionZip(Selector):
         for pair, share in enumerate(spread(keep, pairs)):
             local = zipped(attention[pair], keys[pair], share, round(self.dominant * share))
             into[pair] = torch.where(local < 0, -1, local + pair * per_pair)
-        return gathered(into.flatten())
+        into = into.flatten()
+        return gathered(into, centre_weights(into, 0.5))
 
 
 def zipped(attention: torch.Tensor, keys: torch.Tensor, keep: int, dominant: int) -> torch.Tensor:
@@ -68,7 +71,7 @@ def zipped(attention: torch.Tensor, keys: torch.Tensor, keep: int, dominant: int
     best = highest(attention, dominant)
     into[best] = best
     rest = index[into < 0]
-    targets = rest[index[: keep - dominant] * len(rest) // max(1, keep - dominant)]
+    targets = rest[index[: keep - dominant] * (len(rest) // max(1, keep - dominant))]
     if len(targets):
         into[rest] = targets[nearest(keys[rest], keys[targets])]
         into[targets] = targets

@@ -52,3 +52,14 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
     stays = into == ascending(len(into), into.device)
     number = stays.cumsum(0) - 1
     return Selection(stays.nonzero().flatten(), torch.where(into < 0, -1, number[into]), weight)
+
+
+def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
+    """float32 `[N]`: the weight of each unit in the mean that it joins; `into` as in `gathered`.
+
+    A unit that n others join has weight max(1 / (n + 1), `least`), and the n share the rest evenly; alone it has weight 1.
+    """
+    stays = into == ascending(len(into), into.device)
+    others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
+    own = torch.where(others > 0, (1 / (others + 1).float()).clamp(min=least), 1.0)
+    return torch.where(stays, own, (1 - own) / others.clamp(min=1))

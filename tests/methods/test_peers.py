@@ -58,12 +58,15 @@ def visionzip_line_by_line(tokens: Tokens, keep: int, share: float) -> dict[int,
         dominant = [units[i] for i in ranked(attention)[: round(share * due)]]
         rest = [i for i in units if i not in dominant]
         count = due - len(dominant)
-        targets = [rest[i * len(rest) // count] for i in range(count)]
+        targets = [rest[i * (len(rest) // count)] for i in range(count)]
         members_of |= {i: [(i, 1.0)] for i in dominant + targets}
+        joins = {target: [] for target in targets}
         for i in rest:
             if i not in targets and targets:
                 like = [cosine(tokens.keys[i], tokens.keys[j]) for j in targets]
-                members_of[targets[first_of(like, max)]].append((i, 1.0))
+                joins[targets[first_of(like, max)]].append(i)
+        for target, others in joins.items():  # the target weighs as much as all others together
+            members_of[target] = [(target, float(len(others) or 1)), *((i, 1.0) for i in others)]
     return members_of
 
 
@@ -147,7 +150,7 @@ def test_vispruner(grid, kind, seed, data):
 # --- cdpruner ----------------------------------------------------------------------------------------------------------
 
 
-def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool) -> list[int]:
+def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool, negative: bool) -> list[int]:
     t, h, w = tokens.grid
     picked = []
     for grid, due in enumerate(shares(keep, t)):
@@ -156,7 +159,7 @@ def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool) -> list[int
         asked = [q / q.norm().clamp(min=1e-12) for q in tokens.question]
         weight = [1.0] * len(x)
         if question:
-            weight = [snapped(sum(float(a @ q) for q in asked) / len(asked)) for a in x]
+            weight = [snapped(sum(float(a @ q) for q in asked) / len(asked)) * (-1 if negative else 1) for a in x]
             weight = [max(value, 1 / 128) for value in scaled(weight)] if max(weight) > min(weight) else [1.0] * len(x)
         kernel = [[weight[i] * weight[j] * x[i].double() @ x[j].double() for j in range(len(x))] for i in range(len(x))]
         kernel = torch.tensor(kernel, dtype=torch.float64)
@@ -173,9 +176,9 @@ def cdpruner_line_by_line(tokens: Tokens, keep: int, question: bool) -> list[int
 @examples()
 def test_cdpruner(grid, kind, seed, data):
     keep, question = data.draw(st.integers(1, prod(grid))), data.draw(st.booleans())
-    tokens = tokens_of(kind, grid, seed)
-    expected = cdpruner_line_by_line(tokens, keep, question)
-    assert selected(f"cdpruner:question={question}", tokens, keep) == expected
+    negative, tokens = data.draw(st.booleans()), tokens_of(kind, grid, seed)
+    expected = cdpruner_line_by_line(tokens, keep, question, negative)
+    assert selected(f"cdpruner:question={question}:negative={negative}", tokens, keep) == expected
 
 
 def test_cdpruner_follows_the_question():

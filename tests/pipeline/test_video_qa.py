@@ -515,7 +515,7 @@ def test_reuse_may_precede_a_selector_that_reads_the_question(loaded):
     assert kept[0] != kept[1] and len(video.encoded.rows) < 144
     assert video.report.pruning.method == "reuse+cdpruner" and video.report.pruning.args == {
         "threshold": 8.0,
-        "cdpruner": {"question": True},
+        "cdpruner": {"question": True, "negative": False},
     }
 
 
