@@ -5,8 +5,10 @@ similar of the tokens that are left, equally many for each.
 Adapted: the paper uses keys and hidden states of the language model's first layers, which do not exist yet after the
 encoder. Here norms and cosines are those of the embeddings that the language model reads, visual and text, as in
 NVIDIA's TensorRT-Edge-LLM; the paper finds that little depends on how pivots are selected. The text is the question's.
-If the count does not divide evenly, the first pivots keep one token more. Norms (relative to the greatest) and cosines
-are rounded, so equal tokens are ties, which go by index.
+The authors' code (ZichenWen1/DART) takes the pivots in the order of a Python set, so chance decides which of two pivots
+keeps a token; here they go by norm, visual ones first. Their code ends at the visual pivots plus a multiple of all
+pivots; if the count does not divide evenly, the first pivots here keep one token more. Norms (relative to the greatest)
+and cosines are rounded, so equal tokens are ties, which go by index.
 """
 
 from dataclasses import dataclass

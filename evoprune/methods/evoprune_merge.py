@@ -39,6 +39,7 @@ class EvoPruneMerge(Merger):
 
     name: ClassVar[str] = "evoprune-merge"
     source: ClassVar[str] = "arXiv 2603.03681, with other settings"
+    absorbed: ClassVar[int] = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
 
     allocation: str = "decreasing"
     first: float = 0.2
@@ -70,9 +71,10 @@ class EvoPruneMerge(Merger):
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         c = candidates
         attention = None if c.attention is None else snap(relative_attention(c.attention, c.valid))
-        source = alternate(c.valid)
+        source = alternate(c.valid, self.absorbed)
         best, partner = self._best_partners(c, attention, source)
-        return match(best, partner, source, self._critical(attention, c.valid), remove)
+        at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left, also where all are sources
+        return match(best, partner, source, self._critical(attention, c.valid), at_most)
 
     def rounds(self, rows: int, left: int) -> int:
         count = 0

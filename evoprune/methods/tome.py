@@ -7,10 +7,11 @@ is equal in all layers, or falls (`allocation`: decreasing). Attention weighs a 
 Adapted, because the paper's tower attends globally and its counts are free: units instead of patches. Groups are
 windows where the tower attends to windows, and frame pairs elsewhere; all groups lose the same share, as the author
 advises for window attention. r follows from the budget, with a second round where it exceeds half of a group. Rows
-merge after a layer's MLP, not before it, and keep their order. The paper does not say which set is absorbed: here it is
-the second token of each two, which is never the larger set. The public code absorbs the other one.
+merge after a layer's MLP, not before it, and keep their order. The paper does not say which set is absorbed: as in the
+authors' code (facebookresearch/ToMe) it is the first token of each two, of which one round removes at most half of a
+group.
 
-It is `evoprune-merge` without penalties and with another schedule.
+It is `evoprune-merge` without penalties, with another schedule and the other set absorbed.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class ToMe(EvoPruneMerge):
 
     name: ClassVar[str] = "tome"
     source: ClassVar[str] = "arXiv 2210.09461, section 3"
+    absorbed: ClassVar[int] = 0
 
     allocation: str = "mean"
     first: float = 0.0

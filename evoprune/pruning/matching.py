@@ -5,9 +5,12 @@ import torch
 from evoprune.pruning.indices import ascending, true_indices
 
 
-def alternate(valid: torch.Tensor) -> torch.Tensor:
-    """The sources of a round, bool `[B, n]`: every second row of each group may merge into another. Valid rows come first."""
-    return (torch.arange(valid.shape[1], dtype=torch.int64, device=valid.device) % 2 == 1) & valid
+def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
+    """The sources of a round, bool `[B, n]`: every second row of each group, from row `first` (0 or 1), may merge into another.
+
+    Valid rows come first.
+    """
+    return (torch.arange(valid.shape[1], dtype=torch.int64, device=valid.device) % 2 == first) & valid
 
 
 def best_partners(

@@ -26,7 +26,7 @@ from tests.vision.tower import group_key, place_key, random_patches, tiny_tower
 def tome_line_by_line(keys: list[torch.Tensor], r: int) -> list[int]:
     """Section 3 of the paper: where each of some tokens goes, itself if it stays; r at most half of them."""
     n = len(keys)
-    a, b = list(range(1, n, 2)), list(range(0, n, 2))  # partition them into two sets, by turns
+    a, b = list(range(0, n, 2)) if n > 1 else [], list(range(1, n, 2))  # partition them into two sets, by turns
     edge = {i: max(b, key=lambda j: (cosine(keys[i], keys[j]), -j)) for i in a}  # one edge from each in A
     strongest = sorted(a, key=lambda i: (-cosine(keys[i], keys[edge[i]]), i))[:r]  # keep the r most similar
     return [edge[i] if i in strongest else i for i in range(n)]
@@ -55,9 +55,9 @@ def test_tome_merges_the_most_similar_pairs(sizes, kind, seed, data):
 
 
 @pytest.mark.parametrize("kind", ["constant", "zero"])
-def test_among_equals_the_first_pairs_merge_into_the_first_row(kind):
+def test_among_equals_the_first_pairs_merge_into_the_second_row(kind):
     into = methods.get("tome").match(group_of(kind, [7], 0), torch.tensor([2]))
-    assert into.tolist() == [[0, 0, 2, 0, 4, 5, 6]]
+    assert into.tolist() == [[1, 1, 1, 3, 4, 5, 6]]
 
 
 @torch.no_grad()
@@ -168,15 +168,18 @@ def test_tome_takes_as_many_from_every_layer():
     assert made.layers == [(0, 96), (1, 84), (2, 72), (3, 60)] and len(made.rows) == 48
 
 
+class FirstAbsorbed(EvoPrunePaper):
+    absorbed = 0
+
+
 def test_tome_is_the_papers_method_without_its_penalties():
+    """And with the other row of each two absorbed."""
     grid, patches = (2, 5, 7), random_patches((2, 5, 7))
-    plain = {"diversity": "0", "attention": "0", "critical": "0"}
+    plain = {"diversity": 0.0, "attention": 0.0, "critical": 0.0}
     for schedule in ({}, {"allocation": "skip", "first": "0.2", "last": "0.5"}):
         tome = methods.get("tome", schedule)
-        whole = {"allocation": tome.allocation, "first": str(tome.first), "last": str(tome.last)}
-        one, other = (
-            encoded(method, patches, grid, 17) for method in (tome, methods.get("evoprune-paper", plain | whole))
-        )
+        whole = {"allocation": tome.allocation, "first": tome.first, "last": tome.last}
+        one, other = (encoded(method, patches, grid, 17) for method in (tome, FirstAbsorbed(**plain, **whole)))
         assert torch.equal(one.kept, other.kept) and torch.equal(one.features, other.features)
 
 

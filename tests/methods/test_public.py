@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.pruning.types import Candidates
 from tests.methods.public_tokens import public_tokens
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))
@@ -35,3 +36,13 @@ def test_keeps_what_the_public_code_keeps(case):
     if "sums" in case:
         sums = made.features(tokens.features).sum(1)
         torch.testing.assert_close(sums, torch.tensor(case["sums"]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "into" in case.values[0]])
+def test_merges_the_rows_that_the_public_code_merges(case):
+    """One round in one group whose keys are the features."""
+    keys = tokens_of(case).features[None]
+    place = torch.arange(keys.shape[1])[None]
+    group = Candidates(keys, None, place, torch.ones_like(place), torch.ones_like(place, dtype=torch.bool), 8)
+    into = methods.get(case["method"]).match(group, torch.tensor([case["remove"]]))
+    assert into[0].tolist() == case["into"]
