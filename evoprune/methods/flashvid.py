@@ -5,9 +5,14 @@ segments at least. Max-min diversity selects 70% of the tokens in each frame pai
 attention that a token receives. Each other token is linked to the most similar one in the frame pair before, at any
 place, if their cosine is above 0.8. Each tree of links becomes one token, the mean, at its earliest place. If there are
 more trees than tokens left, trees are merged around density peaks.
-Adapted: exactly the budget is kept. The strongest links are made first, and no more than necessary. Trees are merged
-inside one frame pair, which gets tokens in proportion to its trees. Attention is received in the tower's last
-full-attention layer.
+As in the authors' code (Fanziyang-v/FlashVID, ADTS and 4 segments as in its script for Qwen2.5-VL): trees are merged
+inside one frame pair, around peaks whose densities are of as many neighbours as there are peaks, if these are fewer
+than 7; with a single peak theirs goes by noise, here two neighbours count.
+Adapted: exactly the budget is kept, and each frame pair gets tokens in proportion to its trees, where theirs rounds up
+each. The strongest links are made first, and no more than necessary; theirs makes one less. Attention is received in
+the tower's last full-attention layer. A tree is the mean of its tokens, as the paper says; their code divides the sum
+by one more than the root's direct links, which makes long trees long tokens. In a segment of a single frame pair their
+code merges all tokens, also those that diversity selected, so that some come twice; here they stay what they are.
 Left out: the stage inside the language model, and the relevance to an event, which the paper does not use for
 Qwen2.5-VL.
 """
@@ -22,7 +27,7 @@ import torch.nn.functional as F
 from evoprune.methods.base import Selector
 from evoprune.methods.divprune import most_diverse
 from evoprune.pruning.budget import apportion, spread
-from evoprune.pruning.density import joined_peaks
+from evoprune.pruning.density import few, joined_peaks
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import closest, gathered, ranked
 from evoprune.pruning.score import snap
@@ -97,7 +102,7 @@ class FlashVid(Selector):
             roots = rest[into[rest] == rest]
             if len(roots) > trees:
                 mean = torch.zeros_like(x).index_add_(0, into, x * weight[:, None])[roots]
-                into[rest] = self.merged(F.normalize(mean, dim=1), roots, roots // per_pair, trees, into)[rest]
+                into[rest] = self.merged(mean, roots, roots // per_pair, trees, into)[rest]
         return into.view_as(index), weight.view_as(index)
 
     def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
@@ -125,12 +130,12 @@ class FlashVid(Selector):
         return root[rest]
 
     def merged(
-        self, unit: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
+        self, mean: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
     ) -> torch.Tensor:
         """`into` after trees are merged around density peaks until `keep` are left.
 
         Args:
-            unit: `[r, D]`, the means of the trees, of length one.
+            mean: `[r, D]`, the means of the trees.
             roots, pair: int64 `[r]`, the root of each tree and the root's frame pair.
             into: int64 `[n]`, the root of each token.
         """
@@ -139,7 +144,7 @@ class FlashVid(Selector):
         start = 0
         for size, count in zip(sizes, apportion(keep, sizes, sizes), strict=True):
             if count:
-                local = joined_peaks(unit[start : start + size], count, self.neighbours)
+                local = joined_peaks(mean[start : start + size], count, few(self.neighbours, count))
                 to[roots[start : start + size]] = roots[start + local]
             start += size
         return to[into]

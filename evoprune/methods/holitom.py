@@ -4,10 +4,12 @@ As in the paper: a place stands still in a segment if each of its tokens has a c
 programming cuts the video so that most tokens are saved. A place that stands still becomes one token, the mean, in its
 first frame pair. Of the other tokens, each frame pair keeps the most attended ones. The means of a segment are merged
 around density peaks.
+As in the authors' code (cokeshao/HoliTom): a peak weighs 0.6 in its mean, and all tokens around it together weigh 0.4.
+Of cuts that save equally much, the one with the shortest last segments is taken. Densities are of as many neighbours as
+there are peaks, if these are fewer than 7; with a single peak theirs goes by noise, here two neighbours count.
 Adapted: exactly the budget is kept, shared in proportion to the numbers of tokens. If averaging saves too much, only
-the stillest places are averaged, and the last of them over fewer frame pairs. Of cuts that save equally much, the one
-with the longest last segments is taken. Attention is received in the tower's last full-attention layer. All tokens
-around a peak have equal weights.
+the stillest places are averaged, and the last of them over fewer frame pairs. Attention is received in the tower's last
+full-attention layer.
 Left out: merging inside the language model.
 """
 
@@ -32,6 +34,7 @@ class HoliTom(Selector):
 
     static: a place stands still if the cosines of its neighbouring tokens are above this.
     neighbours: how many nearest tokens a density is computed from.
+    centre: the least weight of a peak in its mean.
     """
 
     name: ClassVar[str] = "holitom"
@@ -40,10 +43,11 @@ class HoliTom(Selector):
 
     static: float = 0.8
     neighbours: int = 7
+    centre: float = 0.6
 
     def __post_init__(self):
-        if not -1 <= self.static <= 1 or self.neighbours < 1:
-            raise ValueError("static is a cosine, neighbours at least 1")
+        if not (-1 <= self.static <= 1 and 0 < self.centre <= 1) or self.neighbours < 1:
+            raise ValueError("static is a cosine, centre a share, neighbours at least 1")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])
@@ -56,23 +60,18 @@ class HoliTom(Selector):
         if index.numel() - saved <= keep:
             return gathered(averaged(index, spans, least, index.numel() - keep).flatten())
         attention = snap(tokens.attention)
-        into = torch.full_like(index, -1).flatten()
-        weight = torch.ones(index.shape, dtype=torch.float32, device=x.device)
-        groups, moving = (
-            [],
-            [],
-        )  # units of the places that stand still, one row per place; the others of each frame pair
-        for span, places in zip(spans, still, strict=True):
-            weight[span.start : span.stop, places] = 1 / len(span)
-            groups.append(index[span.start : span.stop, places].T)
-            moving += [index[pair, ~places] for pair in span]
+        into = torch.full_like(tokens.owner, -1)
+        weight = torch.ones(len(into), dtype=torch.float32, device=x.device)
+        # The units of the places that stand still, one row per place; and the others of each frame pair.
+        groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
+        moving = [index[pair, ~places] for span, places in zip(spans, still, strict=True) for pair in span]
         sizes = [len(group) for group in (*groups, *moving)]
         counts = apportion(keep, sizes, sizes)
-        join_groups(into, x.flatten(0, 1), groups, counts[: len(groups)], self.neighbours)
+        join_groups(into, weight, x.flatten(0, 1), groups, counts[: len(groups)], self.neighbours, self.centre)
         for some, count in zip(moving, counts[len(groups) :], strict=True):
             best = some[highest(attention[some], count)]
             into[best] = best
-        return gathered(into, weight.flatten())
+        return gathered(into, weight)
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
@@ -91,10 +90,10 @@ def most_saving(same: torch.Tensor) -> list[range]:
     still = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []
     best, start = [0, 0], [0, 0]  # for the first t frame pairs: tokens saved, and the start of the last segment
     for last in range(1, len(same) + 1):
-        saves = [best[first] + (last - first) * still[last - 1][last - first] for first in range(last)]
-        saves.append(best[last])
+        # The last segment has length + 1 frame pairs; of those that save equally much, the shortest.
+        saves = [best[last - length] + length * (length and still[last - 1][length]) for length in range(last + 1)]
         best.append(max(saves))
-        start.append(saves.index(best[-1]))
+        start.append(last - saves.index(best[-1]))
     spans, stop = [], len(same) + 1
     while stop:
         spans.append(range(start[stop], stop))

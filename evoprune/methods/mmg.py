@@ -59,21 +59,22 @@ class Mmg(Selector):
         weights = [len(span) * math.exp(gain) for span, gain in zip(spans, gains, strict=True)]
         shares = apportion(keep, weights, [len(span) * per_pair for span in spans])
         unit = F.normalize(x, dim=2)
-        kept = [self.distinct(unit, span, share) for span, share in zip(spans, shares, strict=True)]
+        kept = [self.distinct(x, unit, span, share) for span, share in zip(spans, shares, strict=True)]
         return Selection(torch.cat(kept))
 
-    def distinct(self, unit: torch.Tensor, span: range, keep: int) -> torch.Tensor:
+    def distinct(self, x: torch.Tensor, unit: torch.Tensor, span: range, keep: int) -> torch.Tensor:
         """int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the frame pair before.
 
         Args:
-            unit: `[T, n, D]`, the features of the video, of length one.
+            x: `[T, n, D]`, the features of the video.
+            unit: the same, of length one.
             span: the frame pairs of the segment.
         """
         per_pair, kept, before = unit.shape[1], [], None
         for pair, share in zip(span, spread(keep, len(span)), strict=True):
-            gain = peak_scores(unit[pair], self.neighbours)
+            gain = peak_scores(x[pair], self.neighbours)  # a logarithm, so factors are added
             if before is not None and len(before):
-                gain = snap(gain * (1 - closest(unit[pair], before)[0]))
+                gain = snap(gain + (1 - closest(unit[pair], before)[0]).log())
             best = highest(gain, share)
             before = unit[pair, best]
             kept.append(best + pair * per_pair)

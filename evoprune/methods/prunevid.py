@@ -3,15 +3,18 @@
 As in the paper: frame pairs are clustered around density peaks, a quarter as many as there are frame pairs. A place is
 static in a segment if the mean cosine of its tokens, each with each, is above 0.8. Then its tokens become one, the
 mean. The static tokens of a segment are merged around density peaks, and so are the other tokens of each frame pair.
-Adapted: a segment is a run of frame pairs of one cluster (the public code adds runs of one frame pair to their
-neighbours). The paper merges to a half and leaves the rest to the language model. Here merging continues down to the
-budget, which is shared in proportion to the numbers of tokens. If averaging saves too much, only the most static places
-are averaged, and the last of them over fewer frame pairs. A mean has the place of its peak, or of its first frame pair.
+As in the authors' code (Visual-AI/PruneVid): a segment is a run of frame pairs of one cluster. Of each cluster only the
+longest runs stay, if they are of two frame pairs or more; what lies between two runs that stay joins the longer of
+them, or the earlier one.
+Adapted: the paper merges to a half and leaves the rest to the language model; groups of 14 tokens or fewer are not
+merged there. Here merging continues down to the budget, which is shared in proportion to the numbers of tokens. If
+averaging saves too much, only the most static places are averaged, and the last of them over fewer frame pairs. A mean
+has the place of its peak, or of its first frame pair.
 Left out: the stage inside the language model, which uses the question's attention.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import ClassVar
 
 import torch
@@ -56,22 +59,48 @@ class PruneVid(Selector):
         saved = sum(int(places.sum()) * (len(span) - 1) for span, places in zip(spans, static, strict=True))
         if index.numel() - saved <= keep:
             return gathered(averaged(index, spans, steady, index.numel() - keep).flatten())
-        into = torch.full_like(index, -1).flatten()
-        weight = torch.ones(index.shape, dtype=torch.float32, device=x.device)
+        into = torch.full_like(tokens.owner, -1)
+        weight = torch.ones(len(into), dtype=torch.float32, device=x.device)
         groups = []  # for each group of tokens, the units of each, one row per token
         for span, places in zip(spans, static, strict=True):
-            weight[span.start : span.stop, places] = 1 / len(span)
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
-        join_groups(into, x.flatten(0, 1), groups, apportion(keep, sizes, sizes), self.neighbours)
-        return gathered(into, weight.flatten())
+        join_groups(into, weight, x.flatten(0, 1), groups, apportion(keep, sizes, sizes), self.neighbours)
+        return gathered(into, weight)
 
     def segments(self, x: torch.Tensor) -> list[range]:
         """Runs of frame pairs of `x` (`[T, n, D]`) in one cluster."""
-        mean = F.normalize(x.mean(1), dim=1)
-        cluster = joined_peaks(mean, max(1, int(self.scenes * len(x) + 0.5)), self.neighbours)
-        runs = (list(run) for _, run in groupby(range(len(x)), key=cluster.tolist().__getitem__))
-        return [range(run[0], run[-1] + 1) for run in runs]
+        cluster = joined_peaks(x.mean(1), max(1, int(self.scenes * len(x))), self.neighbours)
+        stops = list(accumulate(folded(cluster.tolist())))
+        return [range(first, stop) for first, stop in pairwise([0, *stops])]
+
+
+def folded(cluster: list[int]) -> list[int]:
+    """The lengths of the segments of a video.
+
+    Only the longest runs of a cluster stay, and only if they have two frame pairs or more. What is between two runs joins the
+    longer of them, or the earlier of equals.
+
+    Args:
+        cluster: the cluster of each frame pair.
+    """
+    runs = _runs(cluster)
+    longest = {label: max(length for other, length in runs if other == label) for label in cluster}
+    runs = _runs([label if length == longest[label] > 1 else -1 for label, length in runs for _ in range(length)])
+    made: list[tuple[int, int]] = []
+    for (label, length), after in zip(runs, [*runs[1:], (-1, 0)], strict=True):
+        before = made[-1] if made else (-1, 0)
+        if label < 0:
+            label = before[0] if before[1] >= after[1] else after[0]
+        if label == before[0] and made:
+            length += made.pop()[1]
+        made.append((label, length))
+    return [length for _, length in made]
+
+
+def _runs(labels: list[int]) -> list[tuple[int, int]]:
+    """Each run of equal labels, with its length."""
+    return [(label, len(list(run))) for label, run in groupby(labels)]
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:

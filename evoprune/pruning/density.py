@@ -1,72 +1,106 @@
 """Density peaks (Rodriguez and Laio, Science 344, 2014): tokens that other tokens gather around.
 
-A peak has near neighbours (a high density) and is far from all denser tokens. Distances are between tokens of length
-one, because the length of a token depends on the projector more than on the picture. Cosines and densities are rounded,
-and of equally dense tokens the first counts as denser, so one of several equal tokens is a peak. Many implementations
-add noise instead. The public code of the methods that use peaks divides distances by sqrt(D), and counts a token among
-its own neighbours; this code does neither.
+A peak has near neighbours (a high density) and is far from all denser tokens. As in the public code of the methods that
+use peaks, distances are Euclidean, between tokens as they are, and divided by sqrt(D); a token is its own nearest
+neighbour. That code adds noise of 1e-6 to densities; here distances and scores are rounded, and of equally dense tokens
+the first counts as denser, so one of several equal tokens is a peak. Scores are logarithms, because densities of long
+tokens would all round to 0.
 """
 
+from functools import lru_cache
+
 import torch
-import torch.nn.functional as F
 
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import BLOCK, highest, nearest
+from evoprune.pruning.ranking import BLOCK, centre_weights, highest
 from evoprune.pruning.score import snap
 
-
-def peaks(unit: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
-    """int64 `[count]`, ascending: the rows of `unit` (`[n, D]`, of length one) with the highest peak scores; ties by index."""
-    return highest(peak_scores(unit, neighbours), count) if count else ascending(0, unit.device)
+HELD = 4  # blocks of distances that are held; more are computed twice
+STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
 
 
-def joined_peaks(unit: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
-    """int64 `[n]`: the most similar of the `count` peaks to each row of `unit` (`[n, D]`, of length one); a peak joins itself."""
-    centres = peaks(unit, count, neighbours)
-    return centres[nearest(unit, unit[centres])].index_copy(0, centres, centres)
+def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
+    """int64 `[count]`, ascending: the rows of `x` (`[n, D]`) with the highest peak scores; ties by index."""
+    return highest(peak_scores(x, neighbours), count) if count else ascending(0, x.device)
+
+
+def joined_peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
+    """int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself. Ties by index."""
+    centres, (points, _) = peaks(x, count, neighbours), _points(x)
+    to = torch.cat([_distances(some, points[centres]).argmin(1) for some in points.split(BLOCK)])
+    return centres[to].index_copy(0, centres, centres)
+
+
+def few(neighbours: int, count: int) -> int:
+    """As many neighbours as there are peaks, if that is less; at least 2, because a token alone has the same density everywhere."""
+    return min(neighbours, max(2, count))
 
 
 def join_groups(
-    into: torch.Tensor, features: torch.Tensor, groups: list[torch.Tensor], counts: list[int], neighbours: int
+    into: torch.Tensor,
+    weight: torch.Tensor,
+    features: torch.Tensor,
+    groups: list[torch.Tensor],
+    counts: list[int],
+    neighbours: int,
+    centre: float | None = None,
 ) -> None:
-    """Merges the tokens of each group around density peaks; writes the result to `into`.
+    """Merges the tokens of each group around density peaks; writes the result to `into` and `weight`.
 
     Args:
         into: int64 `[N]`, the unit that each unit joins.
+        weight: float32 `[N]`, the weight of each unit in its mean.
         features: float32 `[N, D]`.
         groups: int64 `[m, g]` each: m tokens, each the mean of g units.
         counts: tokens to keep of each group; a group that keeps none is left out of `into`.
-        neighbours: as in `peak_scores`.
+        neighbours: as in `peak_scores`; fewer for fewer peaks (`few`).
+        centre: the least weight of a peak, as in `centre_weights`; None for equal weights.
     """
     for group, count in zip(groups, counts, strict=True):
         if count:
-            to = joined_peaks(F.normalize(features[group].mean(1), dim=1), count, neighbours)
+            to = joined_peaks(features[group].mean(1), count, few(neighbours, count))
             into[group] = group[to, :1].expand(group.shape)
+            own = (
+                torch.ones(len(to), dtype=torch.float32, device=into.device)
+                if centre is None
+                else centre_weights(to, centre)
+            )
+            weight[group] = (own / group.shape[1])[:, None].expand(group.shape)
 
 
-def peak_scores(unit: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """float32 `[n]`: density times the distance to the nearest denser row; for the densest row, to the farthest row.
+def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """float64 `[n]`: the logarithm of density times distance to the nearest denser row; for the densest row, the greatest distance.
 
-    Density is exp(-m), where m is the mean squared distance to the `neighbours` nearest other rows. O(n^2 D), memory O(n).
+    Density is exp(-m), where m is the mean squared distance to the `neighbours` nearest rows, of which a row itself is the first.
+    The logarithms lack a constant. O(n^2 D), memory O(n D).
     """
-    n = len(unit)
-    index = ascending(n, unit.device)
+    points, step = _points(x)
+    index = ascending(len(points), x.device)
     blocks = index.split(BLOCK)
-    nearest = min(neighbours, n - 1)
-    density = torch.ones(n, dtype=torch.float32, device=unit.device)
-    for block in blocks if nearest else ():
-        squared = _squared(unit, block)
-        squared[ascending(len(block), unit.device), block] = torch.inf
-        density[block] = snap((-squared.topk(nearest, largest=False).values.mean(1)).exp())
-    apart = torch.empty(n, dtype=torch.float32, device=unit.device)
-    for block in blocks:
-        squared = _squared(unit, block)
-        denser = (density > density[block, None]) | ((density == density[block, None]) & (index < block[:, None]))
-        farthest = squared.amax(1)
-        apart[block] = torch.where(denser.any(1), squared.masked_fill(~denser, torch.inf).amin(1), farthest)
-    return snap(density * apart.sqrt())
+
+    @lru_cache(HELD if len(blocks) <= HELD else 0)
+    def distances(number: int) -> torch.Tensor:
+        return _distances(points[blocks[number]], points)
+
+    nearest = min(neighbours, len(points))
+    near = [distances(number).topk(nearest, largest=False).values for number in range(len(blocks))]
+    sparse = torch.cat([each.square().mean(1) for each in near])  # exact: integers
+    apart, farthest = torch.empty_like(sparse), sparse.new_zeros(())
+    for number, some in enumerate(blocks):
+        distance = distances(number)
+        denser = (sparse < sparse[some, None]) | ((sparse == sparse[some, None]) & (index < some[:, None]))
+        farthest = torch.maximum(farthest, distance.max())
+        apart[some] = distance.masked_fill(~denser, torch.inf).amin(1)
+    return snap(torch.minimum(apart, farthest).log() - sparse * step.square() / x.shape[1])
 
 
-def _squared(unit: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
-    """`[p, n]`: squared distances of the rows `some` (int64 `[p]`) to all rows; a zero row counts as orthogonal to all."""
-    return (2 - 2 * snap(unit[some] @ unit.T)).clamp_(min=0)
+def _points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 `[n, D]`, the rows of `x` in steps; and the length of a step."""
+    x = x.double()
+    step = x.square().sum(1).mean().sqrt().clamp(min=1e-30) / STEPS
+    return x / step, step
+
+
+def _distances(some: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """`[p, n]`: distances in whole steps."""
+    return torch.cdist(some, points).round_()

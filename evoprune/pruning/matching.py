@@ -10,7 +10,7 @@ def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
 
     Valid rows come first.
     """
-    return (torch.arange(valid.shape[1], dtype=torch.int64, device=valid.device) % 2 == first) & valid
+    return (ascending(valid.shape[1], valid.device) % 2 == first) & valid
 
 
 def best_partners(

@@ -27,14 +27,15 @@ def _clustered(random: np.random.Generator, pairs: int, places: int) -> np.ndarr
 
 
 def _video(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
-    """Three scenes with something in common; in each, half of the places stand still and the others change by and by."""
+    """Three scenes with something in common; half of the places of each nearly stand still, the others change fast or slowly."""
     common, made = nearly_normal(random, places, WIDTH), []
     for length in (pairs // 2, pairs // 4, pairs - pairs // 2 - pairs // 4):
         scene = np.float32(0.5) * common + nearly_normal(random, places, WIDTH)
-        moving = np.ones((places, 1), np.float32) / 8
+        moving = np.ones((places, 1), np.float32) / 16
         moving[random.permutation(places)[: places // 2]] = 1
         for _ in range(length):
-            scene = scene + moving * (nearly_normal(random, places, WIDTH) - scene / 4)
+            pace = np.float32(random.choice([0.125, 0.5, 1.0]))
+            scene = scene + pace * moving * (nearly_normal(random, places, WIDTH) - scene / 4)
             made.append(scene)
     return np.stack(made)
 

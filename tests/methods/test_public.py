@@ -1,8 +1,9 @@
 """Methods of other authors against what their public code keeps of the same tokens.
 
 Each fixture names the repository, the commit and the function that was run, and has the units that it kept. Where their
-code ends at another count than a method here can, or draws, the fixture says so in `note`, and `least` is the least
-Jaccard similarity of the two kept sets. `sums`, where tokens are means, has the sum of each token's channels.
+code ends at another count, or adds noise, the fixture says so in `note`. `counts`, where their shares are rounded
+otherwise, has the number of tokens of each group, which takes the place of ours. `sums`, where tokens are means, has
+the sum of each token's channels.
 """
 
 import json
@@ -28,11 +29,18 @@ def tokens_of(case: dict):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "kept" in case.values[0]])
-def test_keeps_what_the_public_code_keeps(case):
+def test_keeps_what_the_public_code_keeps(case, monkeypatch):
     tokens, theirs = tokens_of(case), set(case["kept"])
-    made = methods.get(case["method"]).select(tokens, case["keep"])
+    method = methods.get(case["method"])
+    if "counts" in case:
+        counts = iter(case["counts"])
+        monkeypatch.setattr(f"evoprune.methods.{method.name}.apportion", lambda *_: next(counts))
+    made = method.select(tokens, case["keep"])
     ours = set(made.kept.tolist())
-    assert len(ours & theirs) / len(ours | theirs) >= case.get("least", 1.0)
+    if len(theirs) < case["keep"]:  # before the rest is filled up
+        assert theirs <= ours and len(ours) == case["keep"]
+    else:
+        assert ours == theirs
     if "sums" in case:
         sums = made.features(tokens.features).sum(1)
         torch.testing.assert_close(sums, torch.tensor(case["sums"]), atol=2e-3, rtol=0)

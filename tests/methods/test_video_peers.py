@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import replace
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, groupby, pairwise, product
 from math import prod
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.methods.holitom import most_saving
 from evoprune.methods.mmg import joined, marginal_gains
+from evoprune.methods.prunevid import folded
 from evoprune.pruning import density
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import peak_scores, peaks
@@ -97,18 +99,22 @@ def test_segments(grid, kind, seed, data):
     assert len(made) >= min(least, tokens.grid[0])
 
 
+def distances_line_by_line(x: list[torch.Tensor]) -> tuple[list[list[int]], float]:
+    """Distances in steps of the root mean square length / 16384, and the step."""
+    x = [each.double() for each in x]
+    step = max(1e-30, math.sqrt(sum(float(a.square().sum()) for a in x) / len(x))) / 16384
+    return [[round(float((a - b).norm()) / step) for b in x] for a in x], step
+
+
 def peak_scores_line_by_line(x: list[torch.Tensor], neighbours: int) -> list[float]:
-    n = len(x)
-    square = [[max(0.0, 2 - 2 * cosine(a, b)) for b in x] for a in x]
-    density = []
-    for i in range(n):
-        near = sorted(square[i][j] for j in range(n) if j != i)[:neighbours]
-        density.append(snapped(math.exp(-sum(near) / len(near))) if near else 1.0)
+    n, (away, step) = len(x), distances_line_by_line(x)
+    near = [sorted(away[i])[:neighbours] for i in range(n)]  # itself is the nearest
+    sparse = [sum(d * d for d in each) / len(each) for each in near]
     score = []
     for i in range(n):
-        denser = [j for j in range(n) if density[j] > density[i] or (density[j] == density[i] and j < i)]
-        apart = min(square[i][j] for j in denser) if denser else max(square[i])
-        score.append(snapped(density[i] * math.sqrt(apart)))
+        denser = [j for j in range(n) if sparse[j] < sparse[i] or (sparse[j] == sparse[i] and j < i)]
+        apart = min(away[i][j] for j in denser) if denser else max(map(max, away))
+        score.append(snapped((math.log(apart) if apart else -math.inf) - sparse[i] * step * step / len(x[0])))
     return score
 
 
@@ -120,12 +126,11 @@ def peaks_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> li
 def test_density_peaks(grid, kind, seed, data):
     n, neighbours = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 9))
     x, count = features_of(kind, n, seed), data.draw(st.integers(0, n))
-    unit = torch.nn.functional.normalize(x, dim=1)
-    assert peaks(unit, count, neighbours).tolist() == peaks_line_by_line(list(x), count, neighbours)
+    assert peaks(x, count, neighbours).tolist() == peaks_line_by_line(list(x), count, neighbours)
 
 
 def test_density_peaks_in_blocks(monkeypatch):
-    x = torch.nn.functional.normalize(features_of("duplicates", 90, width=4), dim=1)
+    x = features_of("duplicates", 90, width=4)
     whole = peak_scores(x, 5)
     monkeypatch.setattr(density, "BLOCK", 16)
     assert torch.equal(peak_scores(x, 5), whole)
@@ -136,31 +141,47 @@ def test_of_equal_tokens_one_is_a_peak():
     assert peaks(unit, 3, 2).tolist() == [0, 4, 8]
 
 
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
+def test_long_tokens_have_peaks_too(length):
+    """Densities of long tokens are too small for any number; of short ones all nearly 1."""
+    x = 10 * torch.eye(3, 4).repeat_interleave(2, 0)
+    x[1::2, 3] = 0.1
+    assert peaks(length * x, 3, 2).tolist() == [0, 2, 4]
+
+
 # --- fastvid -----------------------------------------------------------------------------------------------------------
+
+
+def in_turn(total: int, most: list[int]) -> list[int]:
+    """One each in turn, as long as there is room."""
+    counts = [0] * len(most)
+    while sum(counts) < min(total, sum(most)):
+        for i in range(len(most)):
+            counts[i] += counts[i] < most[i] and sum(counts) < total
+    return counts
 
 
 def fastvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
     t, h, w = tokens.grid
     n, x = h * w, tokens.features
     attention = [snapped(float(value)) for value in tokens.attention]
+    pooled = [mean_of(list(x[g * n : (g + 1) * n])) for g in range(t)]
+    like = [cosine(a, b) for a, b in pairwise(pooled)]
     due, members, centres = shares(keep, t), {}, []
     for piece in segments_line_by_line(tokens, method.segments, method.threshold):
         total = sum(due[g] for g in piece)
-        salient = shares(int(method.salient * total + 0.5), len(piece))
-        stays = []
-        for g, count in zip(piece, salient, strict=True):
+        # What is too similar to the next frame pair of the segment keeps nothing.
+        new = [g for g in piece if g == piece[-1] or like[g] < method.ignore]
+        anchors, stays, peaked = new[::-1][:: method.every], [], []
+        context = min(total, max(1, int((1 - method.salient) * total)))
+        wanted = dict(zip(anchors, in_turn(context, [n // 2] * len(anchors)), strict=True))
+        salient = in_turn(total - context, [n - wanted.get(g, 0) for g in new])
+        for g, count in zip(new, salient, strict=True):
             units = list(range(g * n, (g + 1) * n))
             stays += [units[i] for i in ranked([attention[i] for i in units])[:count]]
-        anchors, peaked = piece[:: method.every], []
-        rooms = [n - salient[piece.index(g)] for g in anchors]
-        wanted = [0] * len(anchors)
-        while sum(wanted) < min(total - len(stays), sum(rooms)):  # one each in turn, as long as there is room
-            for i in range(len(anchors)):
-                if wanted[i] < rooms[i] and sum(wanted) < min(total - len(stays), sum(rooms)):
-                    wanted[i] += 1
-        for g, count in zip(anchors, wanted, strict=True):
+        for g in anchors:
             free = [i for i in range(g * n, (g + 1) * n) if i not in stays]
-            peaked += [free[i] for i in peaks_line_by_line([x[i] for i in free], count, method.neighbours)]
+            peaked += [free[i] for i in peaks_line_by_line([x[i] for i in free], wanted[g], method.neighbours)]
         rest = [i for g in piece for i in range(g * n, (g + 1) * n) if i not in stays + peaked]
         more = [rest[i] for i in ranked([attention[i] for i in rest])[: total - len(stays) - len(peaked)]]
         members |= {i: [] for i in stays + peaked + more}
@@ -181,7 +202,8 @@ def test_fastvid(grid, kind, seed, data):
     keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
     name = (
         f"fastvid:segments={data.draw(st.integers(1, 8))}:every={data.draw(st.integers(1, 4))}"
-        f":salient={data.draw(st.sampled_from([0.0, 0.6, 1.0]))}"
+        f":salient={data.draw(st.sampled_from([0.0, 0.6, 1.0]))}:ignore={data.draw(st.sampled_from([0.1, 0.95, 1.0]))}"
+        f":threshold={data.draw(st.sampled_from([-1.0, 0.84]))}"
     )
     assert_selects(name, tokens, keep, fastvid_line_by_line(tokens, keep, methods.get(name)))
 
@@ -229,7 +251,7 @@ def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
             score = peak_scores_line_by_line([x[i] for i in units], method.neighbours)
             if before:
                 score = [
-                    snapped(s * (1 - max(cosine(x[i], x[j]) for j in before)))
+                    snapped(s + float((1 - torch.tensor(max(cosine(x[i], x[j]) for j in before))).log()))
                     for s, i in zip(score, units, strict=True)
                 ]
             before = sorted(units[i] for i in ranked(score)[:count])
@@ -269,19 +291,54 @@ def test_mmg_gives_less_to_a_scene_that_came_before():
 def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
     """The members of each cluster, by its peak."""
     members = {i: [i] for i in peaks_line_by_line(x, count, neighbours)}
-    centres = list(members)
+    centres, (away, _) = list(members), distances_line_by_line(x)
     for i in range(len(x)):
         if i not in centres:
-            members[centres[first_of([cosine(x[i], x[j]) for j in centres], max)]].append(i)
+            members[centres[first_of([away[i][j] for j in centres], min)]].append(i)
     return members
+
+
+def few_clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
+    """With no more neighbours than peaks, but two."""
+    return clustered_line_by_line(x, count, min(neighbours, max(count, 2)))
+
+
+def folded_line_by_line(label: list[int]) -> list[int]:
+    """Labels after runs that are not the longest of their cluster, or of one frame pair, have joined a neighbour."""
+    start = [max(i for i in range(g + 1) if i == 0 or label[i] != label[i - 1]) for g in range(len(label))]
+    length = [start.count(start[g]) for g in range(len(label))]
+    stays = [
+        length[g] > 1 and length[g] == max(length[i] for i in range(len(label)) if label[i] == label[g])
+        for g in range(len(label))
+    ]
+    label = [each if stay else None for each, stay in zip(label, stays, strict=True)]
+    while None in label:
+        first = label.index(None)
+        last = first
+        while last + 1 < len(label) and label[last + 1] is None:
+            last += 1
+        before, after = label[:first][::-1], label[last + 1 :]
+        left, right = (next((len(list(run)) for _, run in groupby(side)), 0) for side in (before, after))
+        label[first : last + 1] = [(before or after or [0])[0] if left >= right else after[0]] * (last + 1 - first)
+    return label
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=16))
+def test_prunevid_folds_short_runs(cluster):
+    label = folded_line_by_line(cluster)
+    assert folded(cluster) == [len(list(run)) for _, run in groupby(label)] and sum(folded(cluster)) == len(cluster)
+
+
+def test_prunevid_folds_by_hand():
+    assert folded([0, 0, 1, 0, 2, 2, 2, 1, 1, 3]) == [2, 5, 3] and folded([0, 1, 2]) == [3] and folded([5]) == [1]
 
 
 def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tuple[int, float]]]:
     t, h, w = tokens.grid
     n, x = h * w, tokens.features
     pooled = [mean_of(list(x[g * n : (g + 1) * n])) for g in range(t)]
-    clusters = clustered_line_by_line(pooled, max(1, int(method.scenes * t + 0.5)), method.neighbours)
-    label = {g: centre for centre, members in clusters.items() for g in members}
+    clusters = clustered_line_by_line(pooled, max(1, int(method.scenes * t)), method.neighbours)
+    label = folded_line_by_line([next(c for c, members in clusters.items() if g in members) for g in range(t)])
     pieces = [[0]]
     for g in range(1, t):
         if label[g] != label[g - 1]:
@@ -318,7 +375,7 @@ def prunevid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
     for group, count in zip(groups, due, strict=True):
         if count:
             means = [mean_of([x[i] for i in units]) for units in group]
-            for centre, members in clustered_line_by_line(means, count, method.neighbours).items():
+            for centre, members in few_clustered_line_by_line(means, count, method.neighbours).items():
                 members_of[group[centre][0]] = [(i, 1 / len(group[j])) for j in members for i in group[j]]
     return members_of
 
@@ -399,7 +456,9 @@ def flashvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
         for roots, count in zip(of_grid, counts, strict=True):
             clusters = {i: [i] for i in range(len(roots))}
             if count < len(roots):
-                clusters = clustered_line_by_line([means[r] for r in roots], count, method.neighbours) if count else {}
+                clusters = (
+                    few_clustered_line_by_line([means[r] for r in roots], count, method.neighbours) if count else {}
+                )
             for centre, members in clusters.items():
                 members_of[roots[centre]] = [(i, 1 / len(trees[roots[j]])) for j in members for i in trees[roots[j]]]
     return members_of
@@ -449,7 +508,7 @@ def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
             pieces[-1].append(g)
         ways.append((sum(len(still(piece)) * (len(piece) - 1) for piece in pieces), pieces))
     saved = max(total for total, _ in ways)
-    pieces = min((p for total, p in ways if total == saved), key=lambda pieces: [piece[0] for piece in pieces[::-1]])
+    pieces = max((p for total, p in ways if total == saved), key=lambda pieces: [piece[0] for piece in pieces[::-1]])
     if t * n - saved <= keep:
         members_of, missing = {i: [(i, 1.0)] for i in range(t * n)}, t * n - keep
         places = [(min(like[g][p] for g in piece[:-1]), piece, p) for piece in pieces for p in still(piece)]
@@ -472,8 +531,12 @@ def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
                 members_of[group[i][0]] = [(group[i][0], 1.0)]
         elif count:
             means = [mean_of([x[i] for i in units]) for units in group]
-            for centre, members in clustered_line_by_line(means, count, method.neighbours).items():
-                members_of[group[centre][0]] = [(i, 1 / len(group[j])) for j in members for i in group[j]]
+            for centre, members in few_clustered_line_by_line(means, count, method.neighbours).items():
+                others = [j for j in members if j != centre]
+                weight = {j: (1 - method.centre) / len(others) for j in others} | {
+                    centre: method.centre if others else 1.0
+                }
+                members_of[group[centre][0]] = [(i, weight[j] / len(group[j])) for j in members for i in group[j]]
     return members_of
 
 
