@@ -7,7 +7,8 @@ place, if their cosine is above 0.8. Each tree of links becomes one token, the m
 more trees than tokens left, trees are merged around density peaks.
 As in the authors' code (Fanziyang-v/FlashVID, ADTS and 4 segments as in its script for Qwen2.5-VL): trees are merged
 inside one frame pair, around peaks whose densities are of as many neighbours as there are peaks, if these are fewer
-than 7; with a single peak theirs goes by noise, here two neighbours count.
+than 7, but never fewer than 2, because with one neighbour, itself, every token is as dense. With one or two peaks their
+noise decides.
 Adapted: exactly the budget is kept, and each frame pair gets tokens in proportion to its trees, where theirs rounds up
 each. The strongest links are made first, and no more than necessary; theirs makes one less. Attention is received in
 the tower's last full-attention layer. A tree is the mean of its tokens, as the paper says; their code divides the sum

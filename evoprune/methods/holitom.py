@@ -6,7 +6,8 @@ first frame pair. Of the other tokens, each frame pair keeps the most attended o
 around density peaks.
 As in the authors' code (cokeshao/HoliTom): a peak weighs 0.6 in its mean, and all tokens around it together weigh 0.4.
 Of cuts that save equally much, the one with the shortest last segments is taken. Densities are of as many neighbours as
-there are peaks, if these are fewer than 7; with a single peak theirs goes by noise, here two neighbours count.
+there are peaks, if these are fewer than 7, but never fewer than 2, because with one neighbour, itself, every token is
+as dense. With one or two peaks their noise decides.
 Adapted: exactly the budget is kept, shared in proportion to the numbers of tokens. If averaging saves too much, only
 the stillest places are averaged, and the last of them over fewer frame pairs. Attention is received in the tower's last
 full-attention layer.

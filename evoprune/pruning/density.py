@@ -32,7 +32,7 @@ def joined_peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
 
 
 def few(neighbours: int, count: int) -> int:
-    """As many neighbours as there are peaks, if that is less; at least 2, because a token alone has the same density everywhere."""
+    """As many neighbours as there are peaks, if that is less; at least 2: with one, itself, every token would be as dense."""
     return min(neighbours, max(2, count))
 
 
