@@ -1,34 +1,83 @@
 """Linear layers fused with the operation that follows; on the CPU, their weights are packed once.
 
 PyTorch's plain CPU product rearranges the whole weight matrix in every call. Packed layers rearrange it once. That saves most
-for products with a single row, which decoding consists of (`python -m experiments.kernels`). The operators are those that
+for products with a single row, which decoding consists of (`python -m experiments.kernels`). With many rows the plain product
+is as fast, so a layer can wait with packing until few rows come: the first word is there before. The operators are those that
 torch.compile uses; where this torch has none, layers are not packed.
 """
+
+import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evoprune.model.machine import available_memory
+
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512
+# From so many rows on, plain and packed weights give the same numbers equally fast: above it products are not split along the
+# inner dimension. Small weights are split nevertheless, but packing them takes no time.
+MANY_ROWS = 256
+SMALL_WEIGHT = 2**21
+SPARE = 2**28  # bytes that packing leaves free
+
+
+@dataclass
+class PackingTime:
+    """How long layers that share it have packed their weights, in seconds."""
+
+    seconds: float = 0.0
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on the CPU with weights in the order that the matrix product reads. The plain weights are not kept."""
+    """A linear layer on the CPU with weights in the order that the matrix product reads. The plain weights are not kept.
 
-    def __init__(self, layer: nn.Linear):
+    Args:
+        layer: what is replaced.
+        spent: None packs at once. Else the layer packs when it is first called with few rows, unless memory is short then, and
+            adds the seconds here. Until then it computes with the plain weights.
+    """
+
+    def __init__(self, layer: nn.Linear, spent: PackingTime | None = None):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.bias = layer.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+        # The weights, and whether they stay as they are. One attribute, because several threads may run a model.
+        self._held = (_packed(layer.weight), True) if spent is None else (layer.weight.detach(), False)
+        self._spent = spent
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds beside its parameters."""
-        return self.packed.numel() * self.packed.element_size()
+        return self._held[0].numel() * self._held[0].element_size()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the weights are still plain, to be packed when few rows come."""
+        return not self._held[1]
+
+    def weights_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The weights, plain or packed, for a product with `x`, `[..., in]`."""
+        weights, final = self._held
+        if final or (x.numel() >= MANY_ROWS * self.in_features and weights.numel() > SMALL_WEIGHT):
+            return weights
+        start = time.perf_counter()
+        available = available_memory("cpu")
+        if available is None or available > self.nbytes + SPARE:
+            weights = _packed(weights)
+        self._held = weights, True
+        self._spent.seconds += time.perf_counter() - start
+        return weights
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weights_for(x), self.bias, "none", [], "")
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False):  # or it could not be used outside of it later
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
 def linear(
@@ -48,10 +97,10 @@ def linear(
     """
     if isinstance(layer, PackedLinear):
         if silu:
-            return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "swish", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, layer.weights_for(x), layer.bias, "swish", [], "")
         if times is not None or plus is not None:
             other, how = (times, "mul") if plus is None else (plus, "add")
-            return torch.ops.mkldnn._linear_pointwise.binary(x, other, layer.packed, layer.bias, how)
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, layer.weights_for(x), layer.bias, how)
         return layer(x)
     y = layer(x)
     if silu:
@@ -79,9 +128,13 @@ def can_pack(weight: torch.Tensor) -> bool:
     )
 
 
-def pack(model: nn.Module) -> None:
-    """Replaces the linear layers inside `model` by packed ones, one at a time. The plain weights are freed."""
+def pack(model: nn.Module, spent: PackingTime | None = None) -> None:
+    """Replaces the linear layers inside `model` by packed ones, one at a time. The plain weights are freed.
+
+    Args:
+        spent: None packs now; else layers pack when they are called with few rows, and add up the seconds here.
+    """
     for parent in model.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear and can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child))
+                setattr(parent, name, PackedLinear(child, spent))

@@ -7,6 +7,7 @@ import torch
 
 from evoprune.errors import ModelError
 from evoprune.model.config import Config
+from evoprune.model.linear import PackingTime
 from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import available_memory
 from evoprune.model.quantize import quantize as quantize_layers
@@ -65,14 +66,18 @@ def allocated_bytes(config: Config, files: list[Path], dtype: torch.dtype, devic
 
 def make_ready(
     model: QwenVL, quantize: str, *, pack: bool = True, progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Packs and quantises the linear layers of a model on the CPU, in place; arguments as `load_model`.
+) -> PackingTime:
+    """Quantises the linear layers of a model on the CPU, in place, and has the others packed when few rows come.
 
     Where memory is short, layers are not packed, and a quantised model reads prompts through its quantised layers, which is
-    slower.
+    slower. Arguments as `load_model`.
+
+    Returns:
+        How long layers have packed; it grows when they do.
     """
+    spent = PackingTime()
     if model.device.type != "cpu":
-        return
+        return spent
     linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
     available = available_memory("cpu")
     pack = pack and (available is None or available > 1.1 * linear_bytes)
@@ -80,7 +85,8 @@ def make_ready(
         wide = None
         if pack and (available is None or available > 1.7 * linear_bytes):
             wide = shared(model)
-            pack_layers(wide.model.language_model)
+            pack_layers(wide.model.language_model, spent)
         quantize_layers(model, quantize, wide, progress)
     if pack:
-        pack_layers(model)
+        pack_layers(model, spent)
+    return spent
