@@ -62,6 +62,8 @@ def _stages(report: Report, width: int) -> list[str]:
         lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}")
         if stage == "encode" and times.encode_prune:
             lines.append(f"{'  pruning':<11}{times.encode_prune:>8,.0f}")
+        if stage == "generate" and (times.pack or 0) >= 1:
+            lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, the first time only")
     return lines
 
 
@@ -121,9 +123,11 @@ def _folded(line: str, width: int) -> list[str]:
 
 
 def _verbose(report: Report) -> list[str]:
-    """Rows of every layer, tokens of every frame pair, settings, versions."""
-    env = report.env
+    """Parts of loading in ms, rows of every layer, tokens of every frame pair, settings, versions."""
+    env, times = report.env, report.time_ms
+    parts = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "quantizing": times.load_quantize}
     return [
+        *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in parts.items() if spent is not None]),
         *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in report.pruning.layers]),
         *_wrapped("kept", [f"{n:,}" for n in report.pruning.kept_per_pair]),
         *_wrapped("settings", [f"{k}={v}" for k, v in report.pruning.args.items()] or ["none"]),

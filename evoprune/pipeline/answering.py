@@ -129,7 +129,8 @@ class EncodedVideo:
         self._turn += 1
         turn = self._turn
         clock, earlier = self._new_clock(report)
-        start = clock.now()
+        start, packing = clock.now(), self._engine.loaded.packing
+        packed = clock.seconds.get("pack", 0.0) - packing.seconds
         if isinstance(self._encoding.result, EncodedRows):
             with clock.stage("encode"):
                 self._select_for(question, report)
@@ -137,11 +138,13 @@ class EncodedVideo:
             tokens = self._prefill(question, system, settings, report)
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
-        report.answer = ""
+        report.answer, before = "", packing.seconds
 
         def update() -> None:
             report.tokens.new, report.finish_reason = tokens.tokens, tokens.finish_reason
-            fill_times(report, clock.seconds, earlier + clock.now() - start, self._engine.loaded.device)
+            clock.seconds["pack"] = packed + packing.seconds
+            total = earlier + clock.now() - start
+            fill_times(report, clock.seconds, total, self._engine.loaded.device, packing.seconds - before)
 
         update()
         try:

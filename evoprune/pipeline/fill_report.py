@@ -24,6 +24,8 @@ def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encode
     )
     fill_kept(report, view, encoded)
     report.time_ms.load = None if engine.load_seconds is None else engine.load_seconds * 1000
+    for part, spent in loaded.load_seconds.items():
+        setattr(report.time_ms, f"load_{part}", spent * 1000)
     report.time_ms.encode_prune = encoded.prune_seconds * 1000
     if loaded.is_demo and not is_demo_clip(view.info):
         report.warnings.append("demo_model")
@@ -34,8 +36,12 @@ def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encode
     return report
 
 
-def fill_times(report: Report, seconds: dict[str, float], total: float, device: str) -> None:
-    """Writes the busy seconds of each stage and the seconds in all into a report, and what follows from them."""
+def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
+    """Writes the busy seconds of each stage and the seconds in all into a report, and what follows from them.
+
+    Args:
+        late_packing: seconds of "generate" in which weights were packed, which the rate leaves out.
+    """
     times = report.time_ms
     for stage, spent in seconds.items():
         setattr(times, stage, spent * 1000)
@@ -43,7 +49,8 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     times.ttft_model = None if times.prefill is None else times.encode + times.prefill
     # Prefill gives the first token; the rate is that of the passes after it.
     passes = max(0, (report.tokens.new or 0) - 1)
-    report.rate = Rate(passes / seconds["generate"] if passes and seconds.get("generate") else None)
+    generating = seconds.get("generate", 0.0) - late_packing
+    report.rate = Rate(passes / generating if passes and generating > 0 else None)
     report.memory.peak_bytes = peak_memory(device)
 
 

@@ -4,8 +4,9 @@ Whatever can be checked is checked before the weights are read. Only safetensors
 ever run.
 """
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import Config
-from evoprune.model.linear import weights_bytes
+from evoprune.model.linear import PackingTime, weights_bytes
 from evoprune.model.memory import shortage
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.weights import QwenVL
@@ -30,7 +31,7 @@ from evoprune.pipeline.loading.folder import (
     weight_files,
 )
 from evoprune.pipeline.loading.random_weights import random_model
-from evoprune.pipeline.loading.weights import allocated_bytes, load_weights, make_ready
+from evoprune.pipeline.loading.weights import allocated_bytes, load_weights, make_ready, page_in_weights
 from evoprune.pipeline.options import ModelOptions, from_keywords
 from evoprune.report import ModelFacts
 from evoprune.video.plan import VideoLimits
@@ -54,6 +55,8 @@ class LoadedModel:
         quantize: "none", "int8" or "int4".
         weights_bytes: of all weights in memory, tied ones counted once.
         fingerprint: changes when the weights do; None where that is unknown.
+        load_seconds: of the parts of loading: "tokenizer", "weights" and "quantize".
+        packing: how long layers have packed since, which they do when they are first called with few rows.
     """
 
     model: QwenVL
@@ -69,6 +72,8 @@ class LoadedModel:
     quantize: str
     weights_bytes: int
     fingerprint: str | None = None
+    load_seconds: dict[str, float] = field(default_factory=dict)
+    packing: PackingTime = field(default_factory=PackingTime)
 
     def facts(self) -> ModelFacts:
         """The model's part of a report."""
@@ -88,7 +93,8 @@ def load_model(
     Args:
         model: its name, with the other fields of `ModelOptions` as keywords; or all of them. With random weights `tokenizer` is
             None where there are no tokenizer files, so always with a bundled config.
-        pack: on a CPU, rearrange the weights for speed if there is memory for it; they can then no longer be read.
+        pack: on a CPU, rearrange the weights for speed if there is memory for it, each layer's when few rows first come; they
+            can no longer be read.
         to_answer: refuse a model that has no tokenizer, before its weights are read.
         progress: called with layers quantised and layers in all.
 
@@ -106,13 +112,13 @@ def load_model(
     folder, commit, config = _locate(model, random)
     is_demo = folder is not None and folder.resolve() == DEMO_FOLDER.resolve()
     dtype = pick_dtype(model.dtype, device, is_demo)
-    tokenizer = None
+    tokenizer, start = None, time.perf_counter()
     if folder is not None and (has_tokenizer(folder) or not random):
         tokenizer = load_tokenizer(folder)
     if to_answer and tokenizer is None:
         raise no_tokenizer(model.model)
-    files = [] if random else weight_files(folder)
-    weights = _weights(model, config, files, dtype, device, pack, progress)
+    files, seconds = [] if random else weight_files(folder), {"tokenizer": time.perf_counter() - start}
+    weights, packing = _weights(model, config, files, dtype, device, pack, progress, seconds)
     return LoadedModel(
         model=weights,
         tokenizer=tokenizer,
@@ -127,6 +133,8 @@ def load_model(
         quantize=model.quantize,
         weights_bytes=weights_bytes(weights),
         fingerprint=fingerprint(model.model, commit, folder, files),
+        load_seconds=seconds,
+        packing=packing,
     )
 
 
@@ -149,24 +157,30 @@ def _weights(
     device: torch.device,
     pack: bool,
     progress: Callable[[int, int], None] | None,
-) -> QwenVL:
-    """The weights, ready to be used; random ones where there are no files.
+    seconds: dict[str, float],
+) -> tuple[QwenVL, PackingTime]:
+    """The weights, ready to be used; random ones where there are no files. Writes the times of the parts into `seconds`.
 
     Raises:
         OutOfMemory: they do not fit.
     """
     name, how = model.model, (DTYPES[dtype], device)
     hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if dtype == "fp32" else "")
-    if short := shortage(allocated_bytes(config, files, *how), str(device)):
+    start, allocated = time.perf_counter(), allocated_bytes(config, files, *how)
+    if short := shortage(allocated, str(device)):
         raise OutOfMemory(f"loading {name} {short} ({device})", hint, stage="load")
     try:
         weights = load_weights(config, files, *how) if files else random_model(config, *how)
-        make_ready(weights, model.quantize, pack=pack, progress=progress)
+        if not allocated:
+            page_in_weights(weights)
+        read = time.perf_counter()
+        packing = make_ready(weights, model.quantize, pack=pack, progress=progress)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
         raise OutOfMemory(f"the weights of {name} do not fit into memory ({device})", hint, stage="load") from problem
-    return weights
+    seconds |= {"weights": read - start, "quantize": time.perf_counter() - read}
+    return weights, packing
 
 
 def no_tokenizer(name: str) -> ModelError:

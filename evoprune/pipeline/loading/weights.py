@@ -10,6 +10,7 @@ from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime
 from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import available_memory
+from evoprune.model.paging import page_in
 from evoprune.model.quantize import quantize as quantize_layers
 from evoprune.model.weights import QwenVL, empty, name_in_memory, shared
 
@@ -62,6 +63,15 @@ def allocated_bytes(config: Config, files: list[Path], dtype: torch.dtype, devic
         if stored == {IN_FILE[dtype]}:
             return 0
     return sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
+
+
+def page_in_weights(model: QwenVL) -> None:
+    """Starts to read memory-mapped weights in the order of their use, unless memory for all of them is missing."""
+    tower, language = model.model.visual, model.model.language_model
+    weights = [*tower.parameters(), *language.layers.parameters(), *language.embed_tokens.parameters()]
+    available = available_memory("cpu")
+    if available is None or available > sum(weight.nbytes for weight in weights):
+        page_in(weights)
 
 
 def make_ready(
