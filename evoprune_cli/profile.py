@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -94,17 +95,23 @@ def _measured(
     model: str, loading: dict[str, Any], asked: dict[str, Any], cases: list, about: dict, source: Callable, show
 ) -> Iterator:
     """The results after each round; see `profiling.run.measure`."""
+    begun = time.perf_counter()
     show("loading libraries")
     from evoprune.pipeline.options import ModelOptions
-    from evoprune.profiling import run, settings, weights
+    from evoprune.profiling import bench, run, settings, time_limit, weights
 
     for name in {*asked["methods"]} - {"none"}:
         methods.get(name, asked["method_args"])
     swept = settings.Settings(**asked)
-    show("loading model")
     loading = loading | {"load_format": loading["load_format"] or weights.default_load_format(model)}
-    loaded = weights.load(ModelOptions(model, **loading), cases)
-    yield from run.measure(loaded, cases, source, swept, about=about, progress=show)
+    options, limit, how = ModelOptions(model, **loading), time_limit.TimeLimit(swept.time_limit_s, begun=begun), {}
+    if found := weights.describe(options):
+        estimate = time_limit.Estimate(*found[:2], swept, *found[2:])
+        rows = time_limit.choose_rows(bench.all_rows(cases, swept), swept.quantize, estimate, limit)
+        how = {"rows": rows, "estimated": estimate.row}
+    show("loading model")
+    loaded = weights.load(options, cases)
+    yield from run.measure(loaded, cases, source, swept, about=about, progress=show, limit=limit, **how)
 
 
 @contextmanager

@@ -95,7 +95,8 @@ TimeLimit = Annotated[
     typer.Option(
         "--time-limit",
         metavar="SECONDS",
-        help="Begin no round that would end later; one of either kind runs in any case.",
+        help="Of the whole run, loading included. Rows and rounds that would end later are left out; where the least "
+        "would, nothing is run.",
         min=0,
         rich_help_panel=_ROUNDS,
     ),

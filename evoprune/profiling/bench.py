@@ -1,5 +1,6 @@
 """A benchmark in place: its rows, its models and its prepared clips; and one round, in which every row has a turn."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -37,23 +38,39 @@ class Bench:
         source: makes the frames of a case.
         settings: what is swept.
         progress: called with a description of what comes next.
+        rows: from `all_rows`, those that are prepared; None for all.
+        now: a clock in seconds.
 
     Attributes:
         rows: case after case, in the order of their turns. A row that cannot run has an error.
         notes: remarks for the results.
         rates: floating-point operations a second in plain matrix products, one figure a measured round.
+        took: seconds of the last turn of each row that has had one, by its `id`. `rate_took`: of the matrix products of a round.
     """
 
     def __init__(
-        self, loaded: LoadedModel, cases: Sequence[Case], source: Source, settings: Settings, progress: Progress
+        self,
+        loaded: LoadedModel,
+        cases: Sequence[Case],
+        source: Source,
+        settings: Settings,
+        progress: Progress,
+        rows: Sequence[Row] | None = None,
+        now: Callable[[], float] = time.perf_counter,
     ):
         self._loaded, self._settings, self._progress = loaded, settings, progress
         self._reference = hugging_face_model(loaded.model)
-        self.rows = [row for case in cases for row in _rows(case, settings)]
+        self.rows = all_rows(cases, settings) if rows is None else [*rows]
         self.rates: list[float] = []
+        self.took: dict[int, float] = {}
+        self.rate_took = 0.0
+        self._now = now
+        self._last: tuple[float, list[tuple[Row, Sample]]] = (0.0, [])  # of the last round
+        cases = [case for case in cases if self._of(case)]
+        kinds = [kind for kind in settings.quantize if any(row.quantize == kind for row in self.rows)]
         model = loaded.model
         needed = {c: working_memory(model.config, case_units(c, loaded.video), model.dtype.itemsize) for c in cases}
-        self._models, missing, self.notes = quantized_models(loaded, settings.quantize, max(needed.values()), progress)
+        self._models, missing, self.notes = quantized_models(loaded, kinds, max(needed.values()), progress)
         for row in self.rows:
             row.error = missing.get(row.quantize)
         self._clips: dict[Case, Clip] = {}
@@ -67,19 +84,38 @@ class Bench:
                     self._prepare(case, source(case))
         self._shapes = _matmul_shapes(loaded, [clip.units for clip in self._clips.values()])
 
-    def run_round(self, title: str, measured: bool) -> None:
-        """Gives every row a turn. Only whole rounds count: in one that breaks off, not every row has had its turn."""
+    def run_round(self, title: str, before_turn: Callable[[], None] = lambda: None) -> None:
+        """Gives every row a turn; `count` counts the round. In one that breaks off, not every row has had its turn.
+
+        Args:
+            before_turn: called before each turn; it may take rows that have not had their turn out of `rows`.
+        """
+        begun = self._now()
         self._progress(f"{title}: matrix products")
         rate = matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
-        taken = []
-        for row in self.rows:
-            if not row.error:
-                self._progress(f"{title}: {row.name}, {row.case}")
-                taken.append((row, *_take_turn(partial(self._run, row), self._loaded.device)))
-        for row, counts, sample, error in taken:
+        self.rate_took = self._now() - begun
+        taken, turn = [], 0
+        before_turn()
+        while turn < len(self.rows):
+            row, turn = self.rows[turn], turn + 1
+            if row.error:
+                continue
+            start = self._now()
+            self._progress(f"{title}: {row.name}, {row.case}")
+            taken.append((row, *_take_turn(partial(self._run, row), self._loaded.device)))
+            self.took[id(row)] = self._now() - start
+            before_turn()
+        for row, counts, _, error in taken:
             row.counts, row.error = counts or row.counts, error
-            row.samples = [] if error else [*row.samples, sample] if measured else row.samples
-        self.rates.extend([rate] if measured else [])
+            row.samples = [] if error else row.samples
+        self._last = rate, [(row, sample) for row, _, sample, error in taken if not error]
+
+    def count(self) -> None:
+        """Counts the last round as measured."""
+        rate, taken = self._last
+        for row, sample in taken:
+            row.samples = [*row.samples, sample]
+        self.rates.append(rate)
 
     def _of(self, case: Case) -> list[Row]:
         return [row for row in self.rows if row.case == case]
@@ -101,6 +137,11 @@ class Bench:
         model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.whole), clip.units)
         plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
         return run_evoprune(model, clip, plan, method, settings.new_tokens, settings.seed, clock)
+
+
+def all_rows(cases: Sequence[Case], settings: Settings) -> list[Row]:
+    """The rows of all cases, in the order of their turns."""
+    return [row for case in cases for row in _rows(case, settings)]
 
 
 def _rows(case: Case, settings: Settings) -> list[Row]:

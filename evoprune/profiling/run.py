@@ -6,16 +6,18 @@ true dimensions will do. Nor do the counts: how many rows a layer computes follo
 
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
 from evoprune.model.machine import environment, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
-from evoprune.profiling.bench import Bench, Progress, Source
+from evoprune.profiling.bench import Bench, Progress, Source, all_rows
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import FULL, METHOD, Case, Results, Row, bound_of
 from evoprune.profiling.settings import Settings
+from evoprune.profiling.time_limit import Seconds, TimeLimit, left_out, trimmed
+
+WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields
 
 
 def measure(
@@ -26,9 +28,11 @@ def measure(
     *,
     about: dict | None = None,
     progress: Progress = lambda what: None,
-    now: Callable[[], float] = time.perf_counter,
+    limit: TimeLimit | None = None,
+    rows: Sequence[Row] | None = None,
+    estimated: Seconds = lambda row: 1.0,
 ) -> Iterator[Results]:
-    """Runs all rows in turn, round after round.
+    """Runs all rows in turn, round after round, as far as they end in time.
 
     Args:
         loaded: the model.
@@ -37,49 +41,72 @@ def measure(
         settings: what is swept and how often.
         about: what else to note among the settings: `video` or `synthetic`.
         progress: called with a description of what comes next.
-        now: the clock of the time limit, in seconds.
+        limit: of the whole run, which may have begun before; None for that of the settings, from now on.
+        rows: from `bench.all_rows`, those that are measured; None for all.
+        estimated: seconds of a row, or how long it takes beside the others.
 
     Yields:
         The results so far after each measured round, of which there is at least one. A round that breaks off leaves the results of
         the rounds before it as they are.
     """
+    limit = limit or TimeLimit(settings.time_limit_s)
     progress("preparing")
-    bench = Bench(loaded, cases, source, settings, progress)
-    results = _blank_results(loaded, settings, about or {})
-    results.notes.extend(bench.notes)
-    start = now()
-    for measured in paced(bench.run_round, settings, now):
-        spent = now() - start
-        if measured:
-            rows = _with_bounds([replace(row) for row in bench.rows])
-            rounds = results.rounds + 1
-            results = replace(results, rows=rows, matmul_rates=[*bench.rates], rounds=rounds, seconds=spent)
-            yield results
-        else:
-            results = replace(results, warmups=results.warmups + 1, warmup_seconds=spent)
+    bench = Bench(loaded, cases, source, settings, progress, rows, limit.now)
+    results, asked = _blank_results(loaded, settings, about or {}), all_rows(cases, settings)
+    notes = results.notes + bench.notes
+
+    def run_round(title: str, rounds: int) -> None:
+        def trim() -> None:
+            left = limit.left - (rounds - 1) * bench.rate_took
+            bench.rows = trimmed(bench.rows, bench.took, estimated, rounds, left)
+
+        bench.run_round(title, trim if rounds else lambda: None)
+
+    for kind in paced(run_round, settings, limit):
+        if kind == WARM_UP:
+            results = replace(results, warmups=results.warmups + 1, warmup_seconds=limit.spent)
+            continue
+        bench.count()
+        made = _with_bounds([replace(row) for row in bench.rows])
+        if kind == COUNTED:
+            results.warmups -= 1
+            notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
+        results = replace(
+            results,
+            rows=made,
+            matmul_rates=[*bench.rates],
+            rounds=results.rounds + 1,
+            seconds=limit.spent,
+            notes=[*notes, *left_out(asked, bench.rows, limit)],
+        )
+        yield results
 
 
-def paced(run_round: Callable[[str, bool], None], settings: Settings, now: Callable[[], float]) -> Iterator[bool]:
-    """Runs rounds while they fit into the time limit. The previous round says how long the next one takes.
+def paced(run_round: Callable[[str, int], None], settings: Settings, limit: TimeLimit) -> Iterator[str]:
+    """Runs rounds while they end in time. The previous round says how long the next one takes.
 
-    The first warm-up and the first measured round run in any case.
+    The first round runs in any case. If it was a warm-up and no other round ends in time, it counts as the measured one.
 
     Args:
-        run_round: called with a title, and whether the round is measured.
-        now: a clock in seconds.
+        run_round: called with a title; and for the first round, for which rows may be left out, with how many rounds must end in
+            time, this one included; else with 0.
+        limit: of the whole run.
 
     Yields:
-        After each round, whether it was measured.
+        After each round `WARM_UP` or `ROUND`; or `COUNTED`, when the last warm-up counts as the measured round.
     """
-    start, last = now(), 0.0
-    for name, measured, wanted in (("warm-up", False, settings.warmups), ("round", True, settings.repetitions)):
+    last, ran = 0.0, False
+    for kind, name, wanted in ((WARM_UP, "warm-up", settings.warmups), (ROUND, "round", settings.repetitions)):
         for number in range(wanted):
-            begun = now()
-            if number and begun - start + last > settings.time_limit_s:
+            rounds = 1 if kind == ROUND else 2  # a measured round comes after each warm-up
+            if ran and limit.left < last * rounds:
+                if kind == ROUND and not number:
+                    yield COUNTED
                 break
-            run_round(f"{name} {number + 1} of {wanted}", measured)
-            last = now() - begun
-            yield measured
+            begun = limit.spent
+            run_round(f"{name} {number + 1} of {wanted}", 0 if ran else rounds)
+            last, ran = limit.spent - begun, True
+            yield kind
 
 
 def _with_bounds(rows: list[Row]) -> list[Row]:

@@ -16,7 +16,8 @@ class Settings:
         method_args: settings of the methods, as texts. `seed`: for methods that draw at random.
         new_tokens: generated in any case; ends of sequence are ignored.
         warmups, repetitions: rounds; warm-ups are not counted.
-        time_limit_s: from the start of the first warm-up. A round that would end later is not begun, except the first of each kind.
+        time_limit_s: of the whole run. Rows and rounds that would end later are left out; one round of the least rows runs in any
+            case, see `time_limit`.
     """
 
     budgets: tuple[float, ...]

@@ -44,22 +44,32 @@ def default_load_format(name: str) -> str:
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
+def describe(options: ModelOptions) -> tuple[Config, VideoLimits, torch.dtype, torch.device] | None:
+    """What is known of a model before it is loaded: config, limits of its videos, dtype and device; None if only loading tells.
+
+    Raises:
+        What `load_model` raises.
+    """
+    name, random = options.model, options.load_format == "dummy"
+    if random and not (name in BUNDLED_CONFIGS or name == "demo" or Path(name).is_dir()):
+        return None
+    config, limits = describe_model(name, revision=None if random else options.revision, offline=options.offline)
+    place = pick_device(options.device)
+    return config, limits, DTYPES[pick_dtype(options.dtype, place, is_demo=name == "demo")], place
+
+
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
     """Loads a model, after a check that there is memory for it and for the smallest case.
 
     Raises:
         UsageError: a case cannot be cut into merge units. OutOfMemory: there is too little memory. What `load_model` raises.
     """
-    name, random = options.model, options.load_format == "dummy"
-    if not random or name in BUNDLED_CONFIGS or name == "demo" or Path(name).is_dir():
-        revision = None if random else options.revision
-        config, limits = describe_model(name, revision=revision, offline=options.offline)
-        place = pick_device(options.device)
-        bytes_each = DTYPES[pick_dtype(options.dtype, place, is_demo=name == "demo")].itemsize
-        weights = sum(weight.numel() for weight in empty(config).parameters()) * bytes_each
-        working = min(working_memory(config, case_units(case, limits), bytes_each) for case in cases)
+    if found := describe(options):
+        config, limits, dtype, place = found
+        weights = sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
+        working = min(working_memory(config, case_units(case, limits), dtype.itemsize) for case in cases)
         if short := memory.shortage(weights + working, str(place)):
-            raise OutOfMemory(f"{name} at {min(cases)} {short}", MEMORY_HINT, stage="load")
+            raise OutOfMemory(f"{options.model} at {min(cases)} {short}", MEMORY_HINT, stage="load")
     return load_model(options, pack=False)
 
 

@@ -17,10 +17,11 @@ from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling import bench, clips, runners, weights
 from evoprune.profiling.hugging_face import hugging_face_model
-from evoprune.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case
+from evoprune.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case, Row
 from evoprune.profiling.run import measure, paced
 from evoprune.profiling.runners import run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
+from evoprune.profiling.time_limit import Estimate, TimeLimit, choose_rows, fitting
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.video.probe import probe
 from evoprune.vision.tower import tower_shape
@@ -163,8 +164,8 @@ class Time:
     def __init__(self, *lasts: float):
         self.lasts, self.now, self.titles = list(lasts), 100.0, []
 
-    def run_round(self, title: str, measured: bool) -> None:
-        self.titles.append(title)
+    def run_round(self, title: str, rounds: int) -> None:
+        self.titles.append((title, rounds))
         self.now += self.lasts.pop(0)
 
 
@@ -174,36 +175,92 @@ class Time:
         ((10, 10, 10, 10), 1, 3, 40, ["warm-up 1 of 1", "round 1 of 3", "round 2 of 3", "round 3 of 3"]),
         ((10, 10, 10), 1, 3, 39, ["warm-up 1 of 1", "round 1 of 3", "round 2 of 3"]),
         ((10, 10), 1, 3, 25, ["warm-up 1 of 1", "round 1 of 3"]),
-        ((30, 5, 5, 5), 1, 3, 46, ["warm-up 1 of 1", "round 1 of 3", "round 2 of 3", "round 3 of 3"]),
+        ((30, 5, 5, 5), 1, 3, 61, ["warm-up 1 of 1", "round 1 of 3", "round 2 of 3", "round 3 of 3"]),
         ((10, 50), 1, 3, 20, ["warm-up 1 of 1", "round 1 of 3"]),
-        ((99, 1), 1, 1, 5, ["warm-up 1 of 1", "round 1 of 1"]),
-        ((99, 99), 3, 3, 5, ["warm-up 1 of 3", "round 1 of 3"]),
+        ((99,), 1, 1, 5, ["warm-up 1 of 1", "counted"]),
+        ((99,), 3, 3, 5, ["warm-up 1 of 3", "counted"]),
+        ((10, 10), 3, 3, 29, ["warm-up 1 of 3", "round 1 of 3"]),
         ((1, 1), 0, 2, 5, ["round 1 of 2", "round 2 of 2"]),
         ((1,), 0, 2, 0, ["round 1 of 2"]),
     ],
 )
-def test_the_time_limit(lasts, warmups, repetitions, limit, run):
+def test_the_rounds_that_end_within_the_time_limit(lasts, warmups, repetitions, limit, run):
     time = Time(*lasts)
     settings = Settings((0.5,), warmups=warmups, repetitions=repetitions, time_limit_s=limit)
-    measured = list(paced(time.run_round, settings, lambda: time.now))
-    assert time.titles == run and not time.lasts
-    assert measured == [title.startswith("round") for title in run]
+    kinds = list(paced(time.run_round, settings, TimeLimit(limit, lambda: time.now)))
+    titles = [title for title, _ in time.titles]
+    assert not time.lasts and titles == [title for title in run if title != "counted"]
+    assert kinds == [title.partition(" ")[0] for title in run]
+    # Rows are left out in the first round alone, and for the measured round that follows a warm-up.
+    assert [rounds for _, rounds in time.titles] == [2 if warmups else 1] + [0] * (len(titles) - 1)
+
+
+class Ticks(list):
+    """What is said, and a clock: every row and every other step takes ten seconds."""
+
+    def limit(self, seconds: float) -> TimeLimit:
+        return TimeLimit(seconds, lambda: 10.0 * len(self), 0.0)
 
 
 def test_fewer_rounds_are_reported(loaded):
-    ticks = []
+    ticks = Ticks()  # 20 s to prepare, and 40 for a round: matrix products and three rows
+    settings = replace(SETTINGS, budgets=(0.5,), methods=("random",), repetitions=3, time_limit_s=120)
+    results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, limit=ticks.limit(120))
+    assert (results.rounds, results.warmups, results.warmup_seconds, results.seconds) == (1, 1, 60, 100)
+    assert results.remarks == [*results.notes, "1 of 3 rounds: another would not have ended within 120 s"]
 
-    def now():  # every row takes ten seconds: a round of four with its matrix products, forty
-        return 10.0 * len([t for t in ticks if t != "preparing"])
 
-    settings = replace(SETTINGS, budgets=(0.5,), methods=("random",), repetitions=3, time_limit_s=100)
-    results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, now=now)
-    assert (results.rounds, results.warmup_seconds, results.seconds) == (1, 40, 80)
-    assert results.remarks[-1] == "1 of 3 rounds: another would not have ended within 100 s"
-    settings = replace(settings, time_limit_s=30, repetitions=1)
-    ticks.clear()
-    results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, now=now)
-    assert results.remarks[-1] == "the warm-up alone took 40 s, more than the time limit of 30 s"
+def test_the_warm_up_counts_where_there_is_no_time_for_another_round(loaded):
+    ticks = Ticks()
+    settings = replace(SETTINGS, budgets=(0.5,), methods=("random",), repetitions=1, time_limit_s=70)
+    results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, limit=ticks.limit(70))
+    assert (results.rounds, results.warmups, results.seconds) == (1, 0, 60)
+    assert all(len(row.samples) == 1 for row in results.rows) and len(results.matmul_rates) == 1
+    assert any(note.startswith("without a warm-up") for note in results.notes)
+
+
+def test_rows_that_would_end_too_late_are_left_out_and_named(loaded):
+    ticks = Ticks()
+    results = last(loaded, [CASE, OTHER], MOTION, SETTINGS, progress=ticks.append, limit=ticks.limit(150))
+    assert results.seconds <= 150 and (results.warmups, results.rounds) == (1, 1) and results.cases == [CASE]
+    names = [row.name for row in results.rows if row.kind != BOUND]
+    assert names[:3] == ["Hugging Face", "budget 1.0", "evoprune-paper -b 0.5"] and len(names) < 6
+    (note,) = (note for note in results.notes if note.startswith("left out"))
+    assert f"all rows of {OTHER}" in note and f"random -b 0.1, {CASE}" in note
+
+
+def test_the_least_is_refused_before_anything_is_loaded(saved):
+    described = weights.describe(ModelOptions(str(saved), dtype="fp32"))
+    rows = bench.all_rows([CASE, OTHER], SETTINGS)
+    estimate = Estimate(*described[:2], SETTINGS, *described[2:])
+    assert 0 < estimate.row(rows[2]) < estimate.row(rows[1]) == estimate.row(rows[0])
+    with pytest.raises(UsageError, match=r"takes about \d+ s, the time limit is 1 s") as problem:
+        choose_rows(rows, ["none"], estimate, TimeLimit(1))
+    assert "--time-limit" in problem.value.hint
+    assert choose_rows(rows, ["none"], estimate, TimeLimit(1e6)) == rows
+
+
+@pytest.mark.parametrize(
+    ("left", "there"),
+    [
+        (0, ["a", "b", "c"]),  # the least of the fastest case
+        (31, ["a", "b", "c"]),
+        (40, ["a", "b", "c", "d"]),
+        (99, ["a", "b", "c", "d"]),
+        (100, ["A", "B", "C", "a", "b", "c", "d"]),
+        (120, ["A", "B", "C", "D", "a", "b", "c", "d"]),
+    ],
+)
+def test_the_rows_that_fit(left, there):
+    large, small = Case(8, 280, 280), Case(4, 112, 112)
+    kinds = [(HUGGING_FACE, None), (FULL, "none"), (METHOD, "evoprune"), (METHOD, "random")]
+    names = dict(
+        zip(
+            "ABCDabcd", [Row(kind, case, 0.5, method) for case in (large, small) for kind, method in kinds], strict=True
+        )
+    )
+    found = fitting([*names.values()], lambda row: 20 if row.case == large else 10, left)
+    assert [name for name, row in names.items() if any(row is each for each in found)] == there
 
 
 def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
