@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.model.linear import PackedLinear, can_pack, linear, pack
+from evoprune.model import linear as module
+from evoprune.model.linear import MANY_ROWS, SMALL_WEIGHT, PackedLinear, PackingTime, can_pack, linear, pack
+from tests.threads import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
 
@@ -55,3 +57,53 @@ def test_what_cannot_be_packed_stays():
     model = nn.Sequential(layer)
     pack(model)
     assert model[0] is layer
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A layer that is worth waiting with."""
+    torch.manual_seed(0)
+    layer = nn.Linear(1536, 1408).bfloat16().requires_grad_(False)
+    assert layer.weight.numel() > SMALL_WEIGHT
+    if not can_pack(layer.weight):
+        pytest.skip("bf16 is not packed here")
+    return layer
+
+
+def test_a_layer_waits_with_packing_until_few_rows_come(large):
+    spent = PackingTime()
+    waiting, packed = PackedLinear(large, spent), PackedLinear(large)
+    many, few = (torch.randn(rows, 1536, dtype=torch.bfloat16) for rows in (MANY_ROWS, MANY_ROWS - 1))
+    other = torch.randn(MANY_ROWS, 1408, dtype=torch.bfloat16)
+    assert torch.equal(linear(waiting, many, silu=True), linear(packed, many, silu=True))
+    assert torch.equal(linear(waiting, many, plus=other), linear(packed, many, plus=other))
+    assert waiting.waits and not packed.waits and spent.seconds == 0
+    assert waiting.nbytes == packed.nbytes == large.weight.nbytes
+    assert torch.equal(waiting(few), packed(few))
+    assert not waiting.waits and spent.seconds > 0
+    once = spent.seconds
+    assert torch.equal(waiting(many), packed(many)) and torch.equal(waiting(few[:1]), packed(few[:1]))
+    assert spent.seconds == once
+
+
+def test_small_weights_do_not_wait():
+    waiting = PackedLinear(nn.Linear(48, 80).requires_grad_(False), PackingTime())
+    waiting(torch.randn(MANY_ROWS, 48))
+    assert not waiting.waits
+
+
+def test_a_layer_stays_plain_where_memory_is_short_when_few_rows_come(large, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "available_memory", lambda device: asked.append(device) or large.weight.nbytes)
+    waiting, x = PackedLinear(large, PackingTime()), torch.randn(1, 1536, dtype=torch.bfloat16)
+    torch.testing.assert_close(waiting(x), F.linear(x, large.weight, large.bias), rtol=0.02, atol=0.02)
+    waiting(x)
+    assert waiting.weights_for(x).data_ptr() == large.weight.data_ptr() and asked == ["cpu"]
+
+
+def test_what_was_packed_in_inference_mode_serves_outside_of_it(large):
+    waiting = PackedLinear(large, PackingTime())
+    x = torch.randn(1, 1536, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        inside = waiting(x)
+    assert torch.equal(waiting(x.requires_grad_()), inside)

@@ -20,6 +20,7 @@ from evoprune.pipeline.loading import device, folder, model, weights
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import VideoLimits
+from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import CHAT_TEMPLATE, tiny_model
@@ -101,6 +102,20 @@ def test_weights_in_their_own_dtype_stay_in_the_file(folder):
     ]
     at = loaded.model.model.language_model.layers[0].mlp.up_proj.weight.data_ptr()
     assert any(int(start, 16) <= at < int(end, 16) for start, end in mapped)
+
+
+def test_layers_are_packed_when_they_are_used_not_when_they_are_loaded(saved):
+    loaded = model.load_model(str(saved), dtype="fp32")
+    layers = [layer for layer in loaded.model.modules() if isinstance(layer, PackedLinear)]
+    assert len(layers) > 20 and all(layer.waits for layer in layers) and loaded.packing.seconds == 0
+    assert set(loaded.load_seconds) == {"tokenizer", "weights", "quantize"} and min(loaded.load_seconds.values()) > 0
+    report = VideoQA(loaded).encode("samples/square.mp4", frames=4).ask("What?", max_new_tokens=3)
+    assert report.text is not None and not any(layer.waits for layer in layers)
+    times, tokens = report.report.time_ms, report.report.tokens.new
+    assert times.pack == pytest.approx(1000 * loaded.packing.seconds) and times.pack > 0
+    assert times.load_weights == pytest.approx(1000 * loaded.load_seconds["weights"])
+    rate = report.report.rate.generate_tok_s
+    assert rate is None or rate >= (tokens - 1) / times.generate * 1000  # without packing
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
