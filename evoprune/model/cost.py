@@ -87,4 +87,4 @@ def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, p
         prompt: length of the prompt after pruning.
     """
     work = tower_flop(model.config.vision_config, rows, grids, windows) + prefill_flop(model.config.text_config, prompt)
-    return work / (EFFICIENCY * matmul_rate(model.dtype))
+    return work / (EFFICIENCY * matmul_rate(model.dtype, "cpu", 0.04))  # briefly: the first word waits for it
