@@ -13,6 +13,7 @@ from evoprune.pruning.budget import DEFAULT
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
+from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.terminal import encoding, note, progress
 from evoprune_cli.text import roughly
@@ -119,7 +120,8 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
 def _encode_into(talk: Conversation, path: str, request: _Request, options: "PipelineOptions") -> None:
     """Loads the model, encodes the video, and hands it to the conversation."""
     with progress(not request.quiet) as show:
-        from evoprune.pipeline.video_qa import VideoQA
+        with without_collections():
+            from evoprune.pipeline.video_qa import VideoQA
 
         show("loading model")
         qa = VideoQA.load(

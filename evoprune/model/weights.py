@@ -63,7 +63,10 @@ class LanguageModel(Tree):
         wide, heads = config.hidden_size, config.num_attention_heads
         key_value = wide // heads * config.num_key_value_heads
         super().__init__(
-            embed_tokens=nn.Embedding(config.vocab_size, wide),
+            # From a tensor: drawing one imports the whole of torch.compile, even without memory.
+            embed_tokens=nn.Embedding.from_pretrained(
+                torch.empty(config.vocab_size, wide, dtype=torch.float32, device=torch.get_default_device())
+            ),
             layers=nn.ModuleList(
                 Tree(
                     input_layernorm=nn.RMSNorm(wide),

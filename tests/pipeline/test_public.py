@@ -16,3 +16,14 @@ def test_every_public_name_can_be_had_and_is_listed():
 def test_importing_it_costs_nothing():
     code = "import sys, evoprune; dir(evoprune); print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_answer_imports_neither_transformers_nor_the_compiler_of_torch():
+    """Each takes longer to import than a short answer takes."""
+    code = (
+        "import sys, evoprune\n"
+        "video = evoprune.VideoQA.load('demo').encode('samples/square.mp4', frames=4)\n"
+        "assert video.ask('What?', max_new_tokens=1).text\n"
+        "print([m for m in ('transformers', 'torch._dynamo', 'torch._inductor', 'sympy') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
