@@ -71,14 +71,15 @@ class TokenCounts:
 class Times:
     """Milliseconds. `ttft_model` is encode + prefill; `ttft_wall` from the start of reading to the first token, load apart.
 
-    `load_tokenizer`, `load_weights` and `load_quantize` are parts of `load`. `pack` is how long layers rearranged their weights,
-    which they do when they are first called with few rows: part of encode, prefill and mostly generate, whose rate leaves it out.
+    `load_tokenizer`, `load_weights` and `load_prepare` (quantising, packing small layers) are parts of `load`. `pack` is how long
+    other layers rearranged their weights, which they do when they are first called with few rows: part of encode, prefill and
+    mostly generate, whose rate leaves it out.
     """
 
     load: float | None = None
     load_tokenizer: float | None = None
     load_weights: float | None = None
-    load_quantize: float | None = None
+    load_prepare: float | None = None
     read: float | None = None
     preprocess: float | None = None
     encode: float | None = None

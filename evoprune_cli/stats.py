@@ -125,7 +125,7 @@ def _folded(line: str, width: int) -> list[str]:
 def _verbose(report: Report) -> list[str]:
     """Parts of loading in ms, rows of every layer, tokens of every frame pair, settings, versions."""
     env, times = report.env, report.time_ms
-    parts = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "quantizing": times.load_quantize}
+    parts = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "preparing": times.load_prepare}
     return [
         *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in parts.items() if spent is not None]),
         *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in report.pruning.layers]),

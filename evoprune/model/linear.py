@@ -18,7 +18,7 @@ from evoprune.model.machine import available_memory
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512
 # From so many rows on, plain and packed weights give the same numbers equally fast: above it products are not split along the
-# inner dimension. Small weights are split nevertheless, but packing them takes no time.
+# inner dimension. Products with small weights are split nevertheless, but packing these takes no time.
 MANY_ROWS = 256
 SMALL_WEIGHT = 2**21
 SPARE = 2**28  # bytes that packing leaves free
@@ -36,8 +36,8 @@ class PackedLinear(nn.Module):
 
     Args:
         layer: what is replaced.
-        spent: None packs at once. Else the layer packs when it is first called with few rows, unless memory is short then, and
-            adds the seconds here. Until then it computes with the plain weights.
+        spent: None packs at once. Else a layer that is not small packs when it is first called with few rows, unless memory is
+            short then, and adds the seconds here. Until then it computes with the plain weights.
     """
 
     def __init__(self, layer: nn.Linear, spent: PackingTime | None = None):
@@ -45,7 +45,8 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = layer.weight.shape
         self.bias = layer.bias
         # The weights, and whether they stay as they are. One attribute, because several threads may run a model.
-        self._held = (_packed(layer.weight), True) if spent is None else (layer.weight.detach(), False)
+        waits = spent is not None and layer.weight.numel() > SMALL_WEIGHT
+        self._held = (layer.weight.detach(), False) if waits else (_packed(layer.weight), True)
         self._spent = spent
 
     @property
@@ -61,7 +62,7 @@ class PackedLinear(nn.Module):
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
         """The weights, plain or packed, for a product with `x`, `[..., in]`."""
         weights, final = self._held
-        if final or (x.numel() >= MANY_ROWS * self.in_features and weights.numel() > SMALL_WEIGHT):
+        if final or x.numel() >= MANY_ROWS * self.in_features:
             return weights
         start = time.perf_counter()
         available = available_memory("cpu")
@@ -132,7 +133,7 @@ def pack(model: nn.Module, spent: PackingTime | None = None) -> None:
     """Replaces the linear layers inside `model` by packed ones, one at a time. The plain weights are freed.
 
     Args:
-        spent: None packs now; else layers pack when they are called with few rows, and add up the seconds here.
+        spent: None packs now; else all but small layers pack when they are called with few rows, and add up the seconds here.
     """
     for parent in model.modules():
         for name, child in parent.named_children():

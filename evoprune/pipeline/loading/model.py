@@ -55,7 +55,7 @@ class LoadedModel:
         quantize: "none", "int8" or "int4".
         weights_bytes: of all weights in memory, tied ones counted once.
         fingerprint: changes when the weights do; None where that is unknown.
-        load_seconds: of the parts of loading: "tokenizer", "weights" and "quantize".
+        load_seconds: of the steps of loading: "tokenizer", "weights" and "prepare".
         packing: how long layers have packed since, which they do when they are first called with few rows.
     """
 
@@ -179,7 +179,7 @@ def _weights(
         if not is_out_of_memory(problem):
             raise
         raise OutOfMemory(f"the weights of {name} do not fit into memory ({device})", hint, stage="load") from problem
-    seconds |= {"weights": read - start, "quantize": time.perf_counter() - read}
+    seconds |= {"weights": read - start, "prepare": time.perf_counter() - read}
     return weights, packing
 
 

@@ -15,6 +15,7 @@ from evoprune.errors import OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream, stream_text
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
+from evoprune.model import linear
 from evoprune.model.linear import PackedLinear
 from evoprune.pipeline.loading import device, folder, model, weights
 from evoprune.pipeline.loading.device import DTYPES
@@ -104,11 +105,15 @@ def test_weights_in_their_own_dtype_stay_in_the_file(folder):
     assert any(int(start, 16) <= at < int(end, 16) for start, end in mapped)
 
 
-def test_layers_are_packed_when_they_are_used_not_when_they_are_loaded(saved):
+def test_large_layers_are_packed_when_they_are_used_not_when_they_are_loaded(saved, monkeypatch):
+    assert not any(
+        layer.waits for layer in model.load_model(str(saved)).model.modules() if isinstance(layer, PackedLinear)
+    )
+    monkeypatch.setattr(linear, "SMALL_WEIGHT", 0)
     loaded = model.load_model(str(saved), dtype="fp32")
     layers = [layer for layer in loaded.model.modules() if isinstance(layer, PackedLinear)]
     assert len(layers) > 20 and all(layer.waits for layer in layers) and loaded.packing.seconds == 0
-    assert set(loaded.load_seconds) == {"tokenizer", "weights", "quantize"} and min(loaded.load_seconds.values()) > 0
+    assert set(loaded.load_seconds) == {"tokenizer", "weights", "prepare"} and min(loaded.load_seconds.values()) > 0
     report = VideoQA(loaded).encode("samples/square.mp4", frames=4).ask("What?", max_new_tokens=3)
     assert report.text is not None and not any(layer.waits for layer in layers)
     times, tokens = report.report.time_ms, report.report.tokens.new
