@@ -1,8 +1,6 @@
 """Facts about this machine and process, for reports and for checks of memory."""
 
-import math
 import platform
-import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -10,9 +8,8 @@ from pathlib import Path
 import torch
 
 import evoprune
+from evoprune.model import limits
 from evoprune.report import Environment
-
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # of this process, seen from inside a container
 
 
 def environment(device: str) -> Environment:
@@ -40,7 +37,7 @@ def peak_memory(device: str) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     try:
         # Not getrusage: on Linux its peak includes the process that started this one.
-        return _kib("/proc/self/status", "VmHWM")
+        return limits.kib(Path("/proc/self/status"), "VmHWM")
     except (OSError, StopIteration):
         pass
     try:
@@ -66,38 +63,9 @@ def reset_peak_memory(device: str) -> bool:
 def available_memory(device: str) -> int | None:
     """Bytes that this process can get now without swapping; None where unknown.
 
-    On CUDA: what is free on the device and in torch's own allocator. Else the least of what Linux has, what the control group
-    allows and what `ulimit -v` allows.
+    On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
     """
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        free = _kib("/proc/meminfo", "MemAvailable")
-        mapped = _kib("/proc/self/status", "VmSize")
-    except (OSError, StopIteration):
-        return None
-    return min(free, _left_of_group(), _left_of_limit(mapped))
-
-
-def _kib(path: str, name: str) -> int:
-    with open(path) as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
-
-
-def _left_of_group() -> float:
-    """What is left of the control group's memory; infinite where there is no group or no limit."""
-    try:
-        limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.M)
-    except (OSError, ValueError):  # no such file, or "max" for no limit
-        return math.inf
-    return limit - used + int(cached[1] if cached else 0)
-
-
-def _left_of_limit(mapped: int) -> float:
-    """What is left of the address space of this process (`ulimit -v`)."""
-    import resource  # exists wherever /proc does
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return math.inf if limit == resource.RLIM_INFINITY else limit - mapped
+    return limits.available_memory()

@@ -88,23 +88,15 @@ def test_what_is_foretold_of_a_real_model():
     )  # no more than there are
 
 
-@pytest.mark.parametrize("where", ["limit", "group"])
-def test_memory_that_this_process_may_not_have_is_not_available(where, monkeypatch, tmp_path):
+def test_memory_that_this_process_may_not_have_is_not_available():
     if available_memory("cpu") is None:
         pytest.skip("this system does not tell")
-    if where == "limit":
-        pid = os.fork()
-        if pid == 0:
-            mapped = next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmSize")) * 1024  # noqa: SIM115
-            resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**27, -1))
-            os._exit(0 if 2**25 < available_memory("cpu") <= 2**27 else 1)
-        assert os.waitpid(pid, 0)[1] == 0
-    else:
-        for name, text in (("max", "5000"), ("current", "7000"), ("stat", "inactive_file 100\n")):
-            (tmp_path / f"memory.{name}").write_text(text)
-        monkeypatch.setattr("evoprune.model.machine.CONTROL_GROUP", tmp_path)
-        assert available_memory("cpu") == -1900
-        assert "0.0 GiB are available" in memory.shortage(1, "cpu")
+    pid = os.fork()
+    if pid == 0:
+        mapped = next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmSize")) * 1024  # noqa: SIM115
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**27, -1))
+        os._exit(0 if 2**25 < available_memory("cpu") <= 2**27 else 1)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch):

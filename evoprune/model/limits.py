@@ -1,0 +1,111 @@
+"""What the system lets this process use: cores and memory.
+
+Containers limit both by control groups, of version 1, of version 2, or of both side by side. A limit holds for a group and for all
+groups inside it. Functions read `proc` and the mounts below `root`. Where there is no such file, there is no limit.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path("/")
+
+# Files of a group: the limit in bytes, and the bytes in use. Above `high` the group is not killed but slowed to a crawl.
+MEMORY = (
+    ("memory.max", "memory.current"),
+    ("memory.high", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+# Of the bytes in use, what the system takes back when memory is short: cached files, those mapped into memory included.
+# Version 1 counts groups inside the group only in the fields that begin with `total_`.
+RECLAIMABLE = re.compile(r"^(total_)?(?:active_file|inactive_file|slab_reclaimable) (\d+)$", re.MULTILINE)
+
+
+def available_cores(root: Path = ROOT) -> int:
+    """How many cores this process may keep busy, at least 1.
+
+    The cores of its affinity, or fewer where a control group has a quota of CPU time, which counts in whole cores, rounded up.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = min((share for folder in _groups("cpu", root) for share in _quotas(folder)), default=math.inf)
+    return max(1, math.ceil(min(affinity, quota)))
+
+
+def available_memory(root: Path = ROOT) -> int | None:
+    """Bytes that this process can get now without swapping; None where unknown.
+
+    The least of what Linux has, what the control groups leave, and what is left of the address space (`ulimit -v`). Cached files
+    count as available, because the system drops them when memory is short.
+    """
+    try:
+        free = kib(root / "proc/meminfo", "MemAvailable")
+        mapped = kib(root / "proc/self/status", "VmSize")
+    except (OSError, StopIteration):
+        return None
+    groups = (left for folder in _groups("memory", root) for left in _left(folder))
+    return min(free, _left_of_address_space(mapped), *groups)
+
+
+def _quotas(folder: Path) -> Iterator[float]:
+    """The cores' worth of time that a group gets."""
+    with suppress(OSError, ValueError):  # "max" is no limit
+        quota, period = map(int, (folder / "cpu.max").read_text().split())
+        yield quota / period
+    with suppress(OSError, ValueError):
+        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        if quota > 0:  # -1 is no limit
+            yield quota / period
+
+
+def _left(folder: Path) -> Iterator[int]:
+    """What a group's limits leave of memory, in bytes."""
+    for limit, used in MEMORY:
+        with suppress(OSError, ValueError):  # "max" is no limit
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            yield left + _reclaimable((folder / "memory.stat").read_text())
+
+
+def _reclaimable(stat: str) -> int:
+    found = RECLAIMABLE.findall(stat)
+    total = "total_" if any(prefix for prefix, _ in found) else ""
+    return sum(int(size) for prefix, size in found if prefix == total)
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of the control groups that this process is in, from its own to the outermost that is visible.
+
+    Those of version 1 for this controller, and those of version 2, which may or may not have the controller.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    own = {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
+    for mount in mounts:
+        where, _, what = mount.partition(" - ")
+        kind, _, options = what.split(" ")[:3]
+        name = {"cgroup2": "", "cgroup": controller if controller in options.split(",") else None}.get(kind)
+        if name not in own or ".." in own[name].split("/"):  # the latter: it was moved out of the visible groups
+            continue
+        top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
+        # A container sees its own group at the top of the mount, under the same name as in its list of groups.
+        if Path(own[name]).is_relative_to(top):
+            folder, mounted = Path(own[name]).relative_to(top), root / point.lstrip("/")
+            yield from (mounted / inner for inner in (folder, *folder.parents))
+
+
+def kib(path: Path, name: str) -> int:
+    """A figure in kibibytes of a file in /proc, in bytes."""
+    with path.open() as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+def _left_of_address_space(mapped: int) -> float:
+    import resource  # exists wherever /proc does
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return math.inf if limit == resource.RLIM_INFINITY else limit - mapped
