@@ -1,10 +1,18 @@
 """Where the process begins. Everything else is imported inside `start`, so that Ctrl-C during imports ends quietly."""
 
+import os
 import sys
+
+# How the threads of a parallel step wait for the next one. By default they spin for milliseconds, on cores that other programs, or
+# the thread that everybody waits for, need. OpenMP reads this when torch is loaded.
+SLEEP = {"OMP_WAIT_POLICY": "passive"}
+CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def start() -> None:
     """`evoprune` and `python -m evoprune_cli`."""
+    if not any(name in os.environ for name in CHOSEN):
+        os.environ |= SLEEP
     try:
         from evoprune_cli.main import run
 

@@ -38,6 +38,7 @@ def ask(
     quantize: opt.Quantize = "none",
     load_format: opt.LoadFormat = "auto",
     offline: opt.Offline = False,
+    threads: opt.Threads = "auto",
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
     method_arg: opt.MethodArg = None,

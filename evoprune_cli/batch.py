@@ -35,6 +35,7 @@ def batch(
     quantize: opt.Quantize = "none",
     load_format: opt.LoadFormat = "auto",
     offline: opt.Offline = False,
+    threads: opt.Threads = "auto",
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
     method_arg: opt.MethodArg = None,
@@ -70,7 +71,7 @@ def batch(
     _check_flags(output, model, engine, address)
     settings = _settings(
         model=model, revision=revision, device=device, dtype=dtype, quantize=quantize, load_format=load_format,
-        offline=offline, budget=budget, method=method, method_args=opt.settings(method_arg), seed=seed, fps=fps,
+        offline=offline, threads=threads, budget=budget, method=method, method_args=opt.settings(method_arg), seed=seed, fps=fps,
         frames=frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens, decoder=decoder, system=system,
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
     )  # fmt: skip

@@ -35,6 +35,7 @@ def evaluate(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = "none",
     offline: opt.Offline = False,
+    threads: opt.Threads = "auto",
     fps: opt.Fps = None,
     frames: opt.Frames = None,
     max_frames: opt.MaxFrames = None,
@@ -66,7 +67,7 @@ def evaluate(
     videos = _questions(data)
     asked = {
         **sweep, "data": data, "blind": blind, "split": split, "seed": seed, "limit": limit,
-        "model": ModelOptions(model, revision, device, dtype, quantize, offline=offline),
+        "model": ModelOptions(model, revision, device, dtype, quantize, offline=offline, threads=threads),
         "sampling": SamplingOptions(fps, frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens),
         "generation": GenerationOptions(max_new_tokens),
     }  # fmt: skip

@@ -35,6 +35,7 @@ def inspect(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     offline: opt.Offline = False,
+    threads: opt.Threads = "auto",
     budget: opt.Budget = DEFAULT,
     method: opt.MethodName = methods.DEFAULT,
     method_arg: opt.MethodArg = None,

@@ -74,6 +74,16 @@ LoadFormat = Annotated[
         "nothing. It needs a folder with config.json and a tokenizer.",
     ),
 ]
+Threads = Annotated[
+    str,
+    _option(
+        _MODEL,
+        "--threads",
+        envvar="EVOPRUNE_THREADS",
+        metavar="auto|N",
+        help="Threads on the CPU; auto: by the model's size, at most the cores that this process may use, or OMP_NUM_THREADS.",
+    ),
+]
 Offline = Annotated[bool, _option(_MODEL, "--offline", help="Never use the network.")]
 
 Budget = Annotated[

@@ -11,7 +11,7 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
+from evoprune.model.precision import LOAD_FORMATS, QUANTIZE, parse_threads
 from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
@@ -37,6 +37,7 @@ def profile(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     offline: opt.Offline = False,
+    threads: opt.Threads = "auto",
     quantize: own.Quantize = None,
     method_arg: opt.MethodArg = None,
     seed: opt.Seed = 0,
@@ -64,7 +65,10 @@ def profile(
     kinds = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
     sweep = {**opt.sweep(budget, method, method_arg), "quantize": kinds}
     rounds = {"new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat, "time_limit_s": time_limit}
-    loading = {"revision": revision, "device": device, "dtype": dtype, "offline": offline, "load_format": load_format}
+    loading = {
+        "revision": revision, "device": device, "dtype": dtype, "offline": offline, "load_format": load_format,
+        "threads": parse_threads(threads),
+    }  # fmt: skip
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
     _check_flags(kinds, form, load_format, synthetic, video)
     check_writable(output)

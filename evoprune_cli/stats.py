@@ -33,7 +33,8 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
 def _heading(report: Report, width: int) -> list[str]:
     """The model, the pruning and the video."""
     model, video, pruning = report.model, report.video, report.pruning
-    threads = f" ({report.env.threads} threads)" if (model.device or "").startswith("cpu") else ""
+    on_cpu = (model.device or "").startswith("cpu")
+    threads = f" ({counted(report.env.threads, 'thread')})" if on_cpu and report.env.threads else ""
     kept = 100 * (pruning.kept_ratio or 0)
     fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
     asked = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from evoprune.pipeline.video_qa import VideoQA
 
 # What an answer does not depend on, or what each row says itself.
-NOT_RECORDED = ("device", "offline", "start_s", "end_s")
+NOT_RECORDED = ("device", "offline", "threads", "start_s", "end_s")
 
 
 class Settings(PipelineOptions):

@@ -1,7 +1,6 @@
 """Jobs shared out over processes, each with a model of its own: a small model leaves most cores idle."""
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,10 +21,9 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
     Raises:
         BrokenProcessPool: `start` raised in a process. Whatever a job raises.
     """
-    threads = max(1, (os.cpu_count() or 1) // processes)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, context, _begin, (start, threads))
+    pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
         yield from pool.map(_do, jobs)
     except BaseException:
@@ -36,12 +34,9 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(start: Callable[[], Work], threads: int) -> None:
+def _begin(start: Callable[[], Work]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    import torch
-
-    torch.set_num_threads(threads)
     _work = start()
 
 

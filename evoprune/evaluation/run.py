@@ -7,7 +7,7 @@ its questions are asked. Every answer becomes a sample, a plain dict; `scores.py
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,6 +28,7 @@ from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.machine import environment
+from evoprune.model.threads import threads_of_each
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_video
@@ -172,7 +173,10 @@ class Evaluation:
         missing = self._missing(done)
         with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
             if processes > 1:
-                each = map_in_processes(partial(_start, self.settings, self.files), missing, processes)
+                model = self.settings.model
+                model = replace(model, threads=threads_of_each(model.threads, processes))
+                start = partial(_start, replace(self.settings, model=model), self.files)
+                each = map_in_processes(start, missing, processes)
             else:
                 each = (
                     self.evaluate(job, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))

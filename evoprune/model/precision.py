@@ -1,10 +1,11 @@
-"""How weights are read and held, by name. Imports no torch."""
+"""How weights are read and held, by name, and with how many threads they are used. Imports no torch."""
 
 from evoprune.errors import UsageError
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 QUANTIZE = ("none", "int8", "int4")
 LOAD_FORMATS = ("auto", "dummy")  # from their files, or random ones of the same shapes
+AUTO_THREADS, MAX_THREADS = "auto", 256
 
 
 def check_dtype(name: str) -> None:
@@ -21,3 +22,17 @@ def check_quantize(kind: str) -> None:
     """
     if kind not in QUANTIZE:
         raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(QUANTIZE)}")
+
+
+def parse_threads(given: int | str | None) -> int | str | None:
+    """A number of threads, "auto", or None.
+
+    Raises:
+        UsageError: neither, or out of range.
+    """
+    if given is None or given == AUTO_THREADS:
+        return given
+    text = str(given)
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_THREADS):
+        raise UsageError(f"{text!r} is not a number of threads", f"use {AUTO_THREADS}, or 1 to {MAX_THREADS}")
+    return int(text)

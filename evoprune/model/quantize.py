@@ -165,6 +165,32 @@ def _int8_is_exact() -> bool:
     return bool((found == 64 * 255 * 127).all())
 
 
+def _places(model: nn.Module) -> list[str]:
+    """The layers that are quantised, by name."""
+    return [
+        path
+        for path, layer in model.named_modules()
+        if path.startswith(("model.language_model.", "lm_head")) and type(layer) is nn.Linear
+        if layer.in_features % GROUP == 0
+    ]
+
+
+def saved_bytes(model: nn.Module, kind: str) -> int:
+    """Bytes by which quantisation makes a model smaller. An output layer that is the input embedding too stays as well.
+
+    Args:
+        model: unquantised, perhaps on the meta device.
+        kind: "int8" or "int4".
+    """
+    saved, embedding = 0, model.model.language_model.embed_tokens.weight
+    for path in _places(model):
+        weight = model.get_submodule(path).weight
+        rows, columns = weight.shape
+        row = columns + 16 if kind == "int8" else columns // 2 + columns // GROUP * 2 * weight.itemsize
+        saved += (0 if weight is embedding else weight.nbytes) - rows * row
+    return saved
+
+
 def quantize(
     model: nn.Module, kind: str, full: nn.Module | None = None, progress: Callable[[int, int], None] | None = None
 ) -> None:
@@ -176,13 +202,7 @@ def quantize(
         full: the same model unquantised, if its layers are kept for prompts: faster there, but takes more memory.
         progress: called with the number of layers done and of all layers.
     """
-    to_bytes = Bytes()
-    places = [
-        path
-        for path, layer in model.named_modules()
-        if path.startswith(("model.language_model.", "lm_head")) and type(layer) is nn.Linear
-        if layer.in_features % GROUP == 0
-    ]
+    to_bytes, places = Bytes(), _places(model)
 
     def make(path: str) -> None:
         layer = model.get_submodule(path)

@@ -22,6 +22,7 @@ def environment_facts() -> dict:
     from huggingface_hub import constants
 
     from evoprune import methods
+    from evoprune.model.limits import available_cores, available_memory
     from evoprune.model.machine import cpu_name
     from evoprune.pipeline.cache import Cache, default_folder
     from evoprune.pipeline.loading.device import cpu_has_bf16
@@ -34,7 +35,11 @@ def environment_facts() -> dict:
         decoders["decord"] = "works"
     except EvopruneError as problem:
         decoders["decord"] = problem.message
-    devices = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads, bf16 {'yes' if cpu_has_bf16() else 'no'}"}
+    cores, memory = available_cores(), available_memory()
+    free = "unknown memory" if memory is None else f"{max(0, memory) / 2**30:.1f} GiB free"
+    devices = {
+        "cpu": f"{cpu_name()}, {cores} of {os.cpu_count()} cores, {free}, bf16 {'yes' if cpu_has_bf16() else 'no'}"
+    }
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"

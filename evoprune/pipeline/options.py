@@ -10,7 +10,7 @@ from typing import Any, Self
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationSettings
-from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize
+from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize, parse_threads
 from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
 from evoprune.video.sampling import check_sampling
 
@@ -29,9 +29,11 @@ class ModelOptions:
         load_format: "auto" reads the weights. "dummy" takes the dimensions from a folder, from "demo" or from a bundled config
             and fills in seeded random weights, without any network.
         offline: use nothing but the hub's cache on this machine.
+        threads: threads of the whole process on the CPU, set when the model is loaded: a number; "auto" for one by the model's
+            size and the cores that this process may use, see `model.threads`; None to leave torch's number as it is.
 
     Raises:
-        UsageError: an unknown dtype, quantisation or load format.
+        UsageError: an unknown dtype, quantisation or load format, or no number of threads.
     """
 
     model: str = "demo"
@@ -41,8 +43,10 @@ class ModelOptions:
     quantize: str = "none"
     load_format: str = "auto"
     offline: bool = False
+    threads: int | str | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "threads", parse_threads(self.threads))
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
         check_dtype(self.dtype)

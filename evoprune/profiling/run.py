@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
+from evoprune.model.limits import available_cores
 from evoprune.model.machine import environment, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.bench import Bench, Progress, Source, all_rows
@@ -128,7 +129,12 @@ def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Resu
         model=replace(loaded.facts(), quantize="none"),
         weights_bytes=loaded.weights_bytes,
         env=environment(loaded.device),
-        machine={"python": platform.python_version(), "platform": platform.platform(), "processors": os.cpu_count()},
+        machine={
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "cores": available_cores(),
+        },
         settings={**about, **asdict(settings), "text_tokens": TEXT_BEFORE + TEXT_AFTER},
         notes=[]
         if alone

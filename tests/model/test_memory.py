@@ -10,16 +10,19 @@ from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_o
 from evoprune.model import memory
 from evoprune.model.machine import available_memory
 from evoprune.model.memory import memory_guard, working_memory
+from evoprune.model.quantize import saved_bytes
+from evoprune.model.weights import empty
 from evoprune.pipeline import encoding, memory_check
-from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.folder import describe_model, weight_files
 from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.loading.weights import needed_bytes
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 
 CLIP = "samples/square.mp4"
-GIB = 2**30
+CPU, GIB = torch.device("cpu"), 2**30
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +102,35 @@ def test_memory_that_this_process_may_not_have_is_not_available():
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch):
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])  # in the file they are fp32, and stay there, mapped into memory
+def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
     monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(OutOfMemory, match=r"^loading .* needs about 0.0 GiB of memory, and 0.0 GiB are ava") as caught:
-        load_model(str(saved), dtype="bf16")  # in the file they are fp32
+        load_model(str(saved), dtype=dtype)
     assert (caught.value.stage, caught.value.exit_code) == ("load", 5) and "smaller model" in caught.value.hint
-    monkeypatch.undo()
-    monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
-    monkeypatch.setattr("evoprune.pipeline.loading.weights.available_memory", lambda device: 10**5)
-    load_model(str(saved), dtype="fp32")  # they stay in the file
+    assert "quantize" not in caught.value.hint
+
+
+def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
+    config, _ = describe_model(str(saved))
+    wide, small = (needed_bytes(config, weight_files(saved), torch.float32, CPU, kind) for kind in ("none", "int8"))
+    assert small < wide
+    monkeypatch.setattr(memory, "available_memory", lambda device: small)
+    monkeypatch.setattr("evoprune.pipeline.loading.weights.available_memory", lambda device: small)
+    with pytest.raises(OutOfMemory) as caught:
+        load_model(str(saved), dtype="fp32")
+    assert caught.value.hint.endswith("(quantize int8)")
+    assert load_model(str(saved), dtype="fp32", quantize="int8").weights_bytes <= small
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_is_foretold_of_quantised_weights(kind):
+    """At 3B, from a checkpoint in bf16: the tower, the input embedding and the quantised layers."""
+    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    whole = empty(config).to(torch.bfloat16)
+    left = sum(weight.nbytes for weight in whole.parameters()) - saved_bytes(whole, kind)
+    assert {"int8": 4.6, "int4": 3.5}[kind] * GIB < left < {"int8": 4.8, "int4": 3.7}[kind] * GIB
 
 
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):

@@ -16,7 +16,9 @@ from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime, weights_bytes
 from evoprune.model.memory import shortage
+from evoprune.model.precision import QUANTIZE
 from evoprune.model.quantize import check as check_quantize
+from evoprune.model.threads import use_threads
 from evoprune.model.weights import QwenVL
 from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
@@ -31,7 +33,7 @@ from evoprune.pipeline.loading.folder import (
     weight_files,
 )
 from evoprune.pipeline.loading.random_weights import random_model
-from evoprune.pipeline.loading.weights import allocated_bytes, load_weights, make_ready, page_in_weights
+from evoprune.pipeline.loading.weights import load_weights, make_ready, needed_bytes, page_in_weights, stay_mapped
 from evoprune.pipeline.options import ModelOptions, from_keywords
 from evoprune.report import ModelFacts
 from evoprune.video.plan import VideoLimits
@@ -99,7 +101,8 @@ def load_model(
         progress: called with layers quantised and layers in all.
 
     Raises:
-        UsageError: unknown or absent device, unknown dtype, load format or quantisation, a revision of something local.
+        UsageError: unknown or absent device, unknown dtype, load format or quantisation, no number of threads, a revision of
+            something local.
         ModelError: the model is missing, of another kind, damaged, or out of reach.
         OutOfMemory: the weights do not fit.
         TypeError: an unknown keyword.
@@ -110,6 +113,7 @@ def load_model(
     check_quantize(model.quantize, device)
     random = model.load_format == "dummy"
     folder, commit, config = _locate(model, random)
+    use_threads(model.threads, config)
     is_demo = folder is not None and folder.resolve() == DEMO_FOLDER.resolve()
     dtype = pick_dtype(model.dtype, device, is_demo)
     tokenizer, start = None, time.perf_counter()
@@ -166,12 +170,14 @@ def _weights(
     """
     name, how = model.model, (DTYPES[dtype], device)
     hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if dtype == "fp32" else "")
-    start, allocated = time.perf_counter(), allocated_bytes(config, files, *how)
-    if short := shortage(allocated, str(device)):
-        raise OutOfMemory(f"loading {name} {short} ({device})", hint, stage="load")
+    start = time.perf_counter()
+    if short := shortage(needed_bytes(config, files, *how, model.quantize), str(device)):
+        kinds = [kind for kind in QUANTIZE if not shortage(needed_bytes(config, files, *how, kind), str(device))]
+        less = f", or fewer bits (quantize {kinds[0]})" if kinds else ""
+        raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
         weights = load_weights(config, files, *how) if files else random_model(config, *how)
-        if not allocated:
+        if stay_mapped(files, *how):
             page_in_weights(weights)
         read = time.perf_counter()
         packing = make_ready(weights, model.quantize, pack=pack, progress=progress)

@@ -12,8 +12,10 @@ from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import available_memory
 from evoprune.model.paging import page_in
 from evoprune.model.quantize import quantize as quantize_layers
+from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory, shared
 
+RESERVE = 2**29  # bytes that packed weights leave for the work itself
 IN_FILE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors call them
 
 
@@ -53,16 +55,26 @@ def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: 
     return model.requires_grad_(False)
 
 
-def allocated_bytes(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that loading allocates: none for weights that stay memory-mapped. Random weights have no file."""
+def needed_bytes(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str) -> int:
+    """Bytes that the weights take, from when they are read. Random weights have no files.
+
+    Memory-mapped weights count. The system may drop them, but then reads them from the disk again for every token. Only those that
+    are quantised are read no more than once.
+    """
+    model = empty(config).to(dtype)
+    wide = sum(weight.nbytes for weight in model.parameters())
+    return wide - saved_bytes(model, quantize) if quantize != "none" and stay_mapped(files, dtype, device) else wide
+
+
+def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights are used as they are in their files."""
     from safetensors import safe_open
 
-    if files and device.type == "cpu":
-        with safe_open(files[0], framework="pt") as content:
-            stored = {content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118 (not a dict)
-        if stored == {IN_FILE[dtype]}:
-            return 0
-    return sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
+    if not files or device.type != "cpu":
+        return False
+    with safe_open(files[0], framework="pt") as content:
+        stored = {content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118 (not a dict)
+    return stored == {IN_FILE[dtype]}
 
 
 def page_in_weights(model: QwenVL) -> None:
@@ -90,7 +102,7 @@ def make_ready(
         return spent
     linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
     available = available_memory("cpu")
-    pack = pack and (available is None or available > 1.1 * linear_bytes)
+    pack = pack and (available is None or available > linear_bytes + RESERVE)
     if quantize != "none":
         wide = None
         if pack and (available is None or available > 1.7 * linear_bytes):

@@ -1,0 +1,66 @@
+"""How many threads a model computes with, and who may change the number."""
+
+import pytest
+import torch
+
+from evoprune.errors import UsageError
+from evoprune.model import threads
+from evoprune.model.threads import thread_count, threads_of_each
+from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.options import ModelOptions
+
+REAL = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def three_threads(monkeypatch):
+    """A host program with three, on a machine with eight cores."""
+    monkeypatch.setattr(threads, "available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "cores", "count"),
+    [(4_000_000, 64, 1), (72_000_000, 8, 2), (3_754_622_976, 4, 4), (3_754_622_976, 1, 1), (0, 4, 1)],
+)
+def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, count):
+    assert thread_count(weights, cores) == count
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environment", "count"),
+    [(None, "", 3), ("auto", "", 1), ("auto", "5", 3), (2, "", 2), ("2", "5", 2)],
+    ids=str,
+)
+def test_a_model_that_is_loaded_takes_the_threads_it_is_given(saved, monkeypatch, wanted, environment, count):
+    """Without a word from the caller, torch's number stays as the host program has set it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    load_model(str(saved), dtype="fp32", threads=wanted)
+    assert torch.get_num_threads() == count
+
+
+def test_a_real_model_takes_all_cores_that_this_process_may_use():
+    threads.use_threads("auto", describe_model(REAL)[0])
+    assert torch.get_num_threads() == 8
+
+
+@pytest.mark.parametrize(("wanted", "processes", "each"), [("auto", 2, 3), (None, 4, 2), ("auto", 100, 1), (5, 4, 5)])
+def test_several_processes_share_the_cores(wanted, processes, each):
+    assert threads_of_each(wanted, processes) == each
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "257", "two", "1.5", "", 0, True, "²"], ids=repr)
+def test_what_is_no_number_of_threads(wrong):
+    with pytest.raises(UsageError, match="not a number of threads") as caught:
+        ModelOptions(threads=wrong)
+    assert caught.value.hint == "use auto, or 1 to 256"
+
+
+def test_the_defaults():
+    """The library leaves the number alone."""
+    assert ModelOptions().threads is None and ModelOptions(threads="auto").threads == "auto"
