@@ -71,7 +71,9 @@ def print_json(report: Report) -> None:
         proper = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
     except UnicodeEncodeError:  # a path with bytes that are not UTF-8
         proper = False
-    print(text if proper else report.to_json(ascii_only=True), flush=True)
+    # One write, so that lines of processes that share a file stay whole: print would write the end of a long line on its own.
+    sys.stdout.write(f"{text if proper else report.to_json(ascii_only=True)}\n")
+    sys.stdout.flush()
 
 
 def print_error(message: str, hint: str | None) -> None:

@@ -14,6 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
+from evoprune.model.limits import available_cores
 from evoprune.video.readers import heartbeat
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
@@ -26,6 +27,8 @@ MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
 # Larger pictures are refused. 16K video, and photographs of 100 megapixels, are smaller.
 MAX_PIXELS = 2**27
+# More threads than this gain nothing, and each holds a picture.
+MAX_THREADS = 16
 # Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
 DENSE = ("matroska,webm", "flv")
 # Bytes between two packets that are no damage, beside twice the first packet's size (its transparency, for example).
@@ -130,6 +133,18 @@ def video_stream(container: InputContainer, path: str) -> VideoStream:
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may state another size
     heartbeat.picture_size(width * height)
     return stream
+
+
+def decode_in_threads(stream: VideoStream) -> None:
+    """Decode with as many threads as FFmpeg would take, but of the cores that a container's quota of CPU time leaves."""
+    stream.thread_type = "AUTO"
+    stream.codec_context.thread_count = thread_count()
+
+
+def thread_count() -> int:
+    """Threads of a decoder: one more than the cores that this process may use, at most 16; or one."""
+    cores = available_cores()
+    return min(cores + 1, MAX_THREADS) if cores > 1 else 1
 
 
 def nothing_decoded(path: str) -> VideoError:

@@ -15,7 +15,7 @@ import numpy as np
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import VideoInfo
 from evoprune.video.readers import pyav
-from evoprune.video.readers.container import MOV, TOLERANCE_S, Damage, ignore_damage, reading
+from evoprune.video.readers.container import MOV, TOLERANCE_S, Damage, ignore_damage, reading, thread_count
 from evoprune.video.readers.pixels import rotated
 
 # In other containers it does not return to the beginning (MPEG-TS), or it does not open them at all.
@@ -71,7 +71,9 @@ def read(
         # By number where the system can, because decord's FFmpeg takes some names for patterns; else by absolute path,
         # because it takes what precedes a colon for a protocol.
         numbered = f"/dev/fd/{file.fileno()}"
-        reader = decord.VideoReader(numbered if os.path.exists(numbered) else os.path.abspath(info.path))
+        reader = decord.VideoReader(
+            numbered if os.path.exists(numbered) else os.path.abspath(info.path), num_threads=thread_count()
+        )
         stamps = _stamps(info, reader)
         # One float32 step more, because decord rounds its times to 32 bits.
         begins = stamps - np.spacing(stamps) - TOLERANCE_S

@@ -19,6 +19,7 @@ from evoprune.video.readers.container import (
     SEEKABLE,
     TOLERANCE_S,
     Damage,
+    decode_in_threads,
     frame_time,
     ignore_damage,
     nothing_decoded,
@@ -65,7 +66,7 @@ def _on_screen(info: VideoInfo, times: Sequence[float], damaged: Damage, *, seek
     jump_from, keyframe_time = MIN_JUMP_S, 0.0
     with open_video(info.path) as container:
         stream = video_stream(container, info.path)
-        stream.thread_type = "AUTO"
+        decode_in_threads(stream)
         frames = decode(container, stream, info, damaged)
         current, coming = None, next(frames, None)
         if coming is None:

@@ -8,7 +8,14 @@ from itertools import accumulate
 
 from evoprune.video.info import ScanResult, VideoInfo
 from evoprune.video.readers import folder, pyav
-from evoprune.video.readers.container import FALLBACK_FPS, nothing_decoded, open_video, reading, video_stream
+from evoprune.video.readers.container import (
+    FALLBACK_FPS,
+    decode_in_threads,
+    nothing_decoded,
+    open_video,
+    reading,
+    video_stream,
+)
 from evoprune.video.readers.metadata import RATE_JITTER_S, probe
 
 
@@ -73,7 +80,7 @@ def _frames(info: VideoInfo, tally: _Tally) -> Iterator[tuple[float, float, bool
     """Of each frame: its time and duration in seconds, and whether it is a keyframe."""
     with open_video(info.path) as container:
         stream = video_stream(container, info.path)
-        stream.thread_type = "AUTO"
+        decode_in_threads(stream)
         step = 1 / (info.fps or FALLBACK_FPS)
         for time_s, frame in pyav.decode(container, stream, info, tally.damage.add):
             length = frame.duration if frame.pts is not None else 0
