@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
+from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import DEFAULT
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -121,6 +122,7 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
 def _encode_into(talk: Conversation, path: str, request: _Request, options: "PipelineOptions") -> None:
     """Loads the model, encodes the video, and hands it to the conversation."""
     with progress(not request.quiet) as show:
+        check_libraries()
         with without_collections():
             from evoprune.pipeline.video_qa import VideoQA
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
+from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import DEFAULT
 from evoprune_cli import batch_options as own
 from evoprune_cli import options as opt
@@ -116,6 +117,7 @@ def _here(spans, settings, show, ready, *, cache: bool):
     from evoprune.pipeline.cache import Cache, default_folder
 
     show("loading model")
+    check_libraries()
     qa = settings.load(lambda done, total: show("quantizing", done, total))
     ready()
     yield from answers(qa, spans, settings, Cache(default_folder()) if cache else None, _print_traceback)

@@ -10,6 +10,7 @@ from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.evaluation.splits import SPLITS
+from evoprune.model.limits import check_libraries
 from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
@@ -117,6 +118,7 @@ def _run(
 def _checked(asked: dict[str, Any], videos, resume: str | None, show):
     """The evaluation, without a model. Wrong settings and a wrong folder are refused here."""
     show("loading libraries")
+    check_libraries()
     from evoprune.evaluation.run import Evaluation, Settings, digest
 
     made = Evaluation(Settings(**asked, digest=None if videos is None else digest(Path(asked["data"]))), videos)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import AUTO, DEFAULT
 from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
@@ -170,6 +171,7 @@ class _Overlay:
     def draw(self, path: str, video: str, options: "PipelineOptions") -> dict:
         """Draws it; the facts to report."""
         with progress(True) as show:
+            check_libraries()
             from evoprune.pipeline.opening import open_video
             from evoprune.pipeline.video_qa import VideoQA
             from evoprune.visualize.fates import trace

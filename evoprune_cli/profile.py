@@ -11,6 +11,7 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.model.limits import check_libraries
 from evoprune.model.precision import LOAD_FORMATS, QUANTIZE, parse_threads
 from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli import options as opt
@@ -101,6 +102,7 @@ def _measured(
     """The results after each round; see `profiling.run.measure`."""
     begun = time.perf_counter()
     show("loading libraries")
+    check_libraries()
     from evoprune.pipeline.options import ModelOptions
     from evoprune.profiling import bench, run, settings, time_limit, weights
 

@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from evoprune.errors import OutOfMemory
+
 ROOT = Path("/")
+# Bytes that torch and this package take by themselves. No model answers in less.
+LIBRARIES = 2**28
 
 # Files of a group: the limit in bytes, and the bytes in use. Above `high` the group is not killed but slowed to a crawl.
 MEMORY = (
@@ -47,6 +51,27 @@ def available_memory(root: Path = ROOT) -> int | None:
         return None
     groups = (left for folder in _groups("memory", root) for left in _left(folder))
     return min(free, _left_of_address_space(mapped), *groups)
+
+
+def check_libraries(root: Path = ROOT) -> None:
+    """Refuse to load torch where the system would end this process for it, without a message.
+
+    Raises:
+        OutOfMemory: there is not even memory for the libraries.
+    """
+    available = available_memory(root)
+    if available is not None and available < LIBRARIES:
+        found = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
+        raise OutOfMemory(
+            f"too little memory: {found}", "close other programs, or give the container more", stage="load"
+        )
+
+
+def oom_kills(root: Path = ROOT) -> int:
+    """How many processes the system has ended so far because memory ran out, in whichever group; 0 where it does not tell."""
+    with suppress(OSError, ValueError, StopIteration), (root / "proc/vmstat").open() as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
+    return 0
 
 
 def _quotas(folder: Path) -> Iterator[float]:

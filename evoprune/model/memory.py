@@ -27,11 +27,11 @@ def shortage(needed: int, device: str) -> str | None:
     available = available_memory(device)
     if available is None or needed <= available:
         return None
-    return f"needs about {_gib(needed)} of memory, and {_gib(available)} are available"
+    return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
 
 
-def _gib(size: int) -> str:
-    return f"{max(0, size) / 2**30:.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(0, size) >> 20} MiB"
 
 
 def working_memory(config: Config, units: int, at_once: int, prompt: int, bytes_each: int, late: int = 0) -> int:

@@ -1,11 +1,25 @@
 """Cores and memory under made-up control groups of both versions, and under real ones where this machine allows them."""
 
+import json
 import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from evoprune.model.limits import available_cores, available_memory
+from evoprune.errors import OutOfMemory
+from evoprune.model.limits import LIBRARIES, ROOT, _groups, available_cores, available_memory, check_libraries
+from evoprune.model.weights import empty
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
+from tests.video.files import write_video
 
 GIB = 2**30
 V1_HUGE = 9_223_372_036_854_771_712  # no limit
@@ -113,3 +127,130 @@ def test_a_system_without_proc(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert available_cores(tmp_path) == 6 and available_memory(tmp_path) is None
+
+
+def test_without_memory_for_the_libraries(tmp_path):
+    root = made_up(
+        tmp_path, ("0::/a",), (V2,), {"sys/fs/cgroup/a": {"max": LIBRARIES, "current": 0, "stat": ""}}, "memory"
+    )
+    check_libraries(root)
+    (root / "sys/fs/cgroup/a/memory.current").write_text("1")
+    with pytest.raises(OutOfMemory, match=r"^too little memory: 255 MiB are available") as caught:
+        check_libraries(root)
+    assert caught.value.exit_code == 5 and "container" in caught.value.hint
+
+
+# --- real control groups -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limited():
+    """`limited(controller, {file: content}, program)`: runs a program of Python in a new group inside this process's own."""
+    made = []
+
+    def run(controller: str, limits: dict[str, object], *arguments: str) -> subprocess.CompletedProcess:
+        own = next(_groups(controller, ROOT), None)
+        if own is None:
+            pytest.skip("no control groups")
+        group = own / f"evoprune-{os.getpid()}"
+        try:
+            group.mkdir()
+            made.append(group)
+            known = {name: value for name, value in limits.items() if (group / name).exists()}
+            for name, value in known.items():
+                (group / name).write_text(str(value))
+        except OSError as problem:
+            pytest.skip(f"no control group can be made: {problem}")
+        if not known:
+            pytest.skip(f"groups here have no {controller} controller")
+        enter: Callable[[], object] = lambda: (group / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
+        return subprocess.run(
+            [sys.executable, *arguments],
+            preexec_fn=enter,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+
+    yield run
+    for group in made:
+        for _ in range(50):  # the group is busy until its last process is gone
+            with suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(0.1)
+
+
+def test_a_real_quota(limited):
+    limits = {"cpu.cfs_quota_us": 150_000, "cpu.max": "150000 100000"}
+    done = limited("cpu", limits, "-c", "from evoprune.model.limits import available_cores; print(available_cores())")
+    assert done.stdout == f"{min(2, available_cores())}\n", done.stderr
+
+
+def memory_limit(size: int) -> dict[str, object]:
+    return {"memory.limit_in_bytes": size, "memory.max": size, "memory.swap.max": 0}
+
+
+def empty_checkpoint(folder: Path) -> None:
+    """A checkpoint of the 3B model's dimensions, all zeros: 7 GiB that take no room on the disk."""
+    config = BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"]
+    for path in (config, *DEMO_FOLDER.glob("*token*.json"), DEMO_FOLDER / "chat_template.jinja"):
+        shutil.copy(path, folder / ("config.json" if path == config else path.name))
+    header, end = {}, 0
+    for name, weight in empty(read_config(config)).to(torch.bfloat16).state_dict().items():
+        if name != "lm_head.weight":  # tied
+            header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [end, end + weight.nbytes]}
+            end += weight.nbytes
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize(
+    ("limit", "found", "hint"),
+    [(5 * GIB, r"loading .* needs about 7\.0 GiB of memory, and 4\.\d GiB are available", "quantize"),
+     (150 * 2**20, r"too little memory: \d+ MiB are available", "container")],
+    ids=["smaller than the weights", "smaller than the libraries"],
+)  # fmt: skip
+def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
+    """Exit code 5 and a hint, where the system would have ended the process without a word."""
+    empty_checkpoint(tmp_path)
+    if available_memory() < 9 * GIB:
+        pytest.skip("this machine itself has too little memory free")
+    ask = (
+        "-m",
+        "evoprune_cli",
+        "ask",
+        "samples/square.mp4",
+        "What happens?",
+        "-q",
+        "-m",
+        str(tmp_path),
+        "--dtype",
+        "bf16",
+    )
+    done = limited("memory", memory_limit(limit), *ask)
+    error, advice = done.stderr.splitlines()
+    assert done.returncode == 5 and hint in advice
+    assert re.fullmatch(f"error: {found}.*", error)
+
+
+READ = """
+from evoprune.video.frames import read_frames
+from evoprune.video.probe import probe
+from evoprune.errors import OutOfMemory
+try:
+    list(read_frames(probe("{path}"), [0.0, 0.1]))
+except OutOfMemory as problem:
+    print(problem.stage, problem.message)
+"""
+
+
+def test_a_decoder_that_the_system_ends(limited, tmp_path):
+    """Its picture, 100 MiB in the decoder alone, does not fit into the group."""
+    path = tmp_path / "large.mkv"
+    frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    write_video(path, [np.tile(frame, (64, 128, 1))], codec="mjpeg", pix_fmt="yuvj444p")
+    done = limited("memory", memory_limit(140 * 2**20), "-c", READ.format(path=path))
+    assert done.stdout == f"read out of memory: the system ended the decoder of {path}\n", done.stderr

@@ -316,7 +316,7 @@ def test_an_interruption_leaves_the_finished_rounds(loaded):
 def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**6)
-    with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0.0 GiB are available") as problem:
+    with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0 MiB are available") as problem:
         weights.load(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", dtype="bf16", load_format="dummy"), [CASE])
     assert problem.value.exit_code == 5 and "--frames, --size" in problem.value.hint and "-m" in problem.value.hint
     with pytest.raises(OutOfMemory):

@@ -45,7 +45,7 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
 
     Raises:
         VideoError: the process crashed or took too much memory, twice, or made no progress for `process.SILENCE_S`.
-        OutOfMemory: no process can be started.
+        OutOfMemory: no process can be started, or the system ended it because memory ran out.
         What the task raises.
     """
     if not POSSIBLE:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import evoprune
 from evoprune.errors import OutOfMemory, UsageError, VideoError
+from evoprune.model.limits import oom_kills
 from evoprune.video.sandbox.channel import Channel
 from evoprune.video.sandbox.memory import FrameMemory
 
@@ -42,7 +43,7 @@ class WorkerProcess:
     """
 
     def __init__(self):
-        self.path, self.busy = "", False
+        self.path, self.busy, self._oom_kills = "", False, oom_kills()
         here, there = socket.socketpair()
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
@@ -121,6 +122,7 @@ class WorkerProcess:
 
         Raises:
             Crash: the process ended, or took too much memory. VideoError: no progress for `SILENCE_S`.
+            OutOfMemory: the system ended the process, because memory ran out.
             RuntimeError: a bug in the reader, with its traceback as a note.
             What the task raised.
         """
@@ -144,10 +146,13 @@ class WorkerProcess:
             raise problem
         return message["result"]
 
-    def _crash(self) -> Crash:
+    def _crash(self) -> Crash | OutOfMemory:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         code = self._process.returncode
+        if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            hint = "close other programs, give the container more memory, or convert the video to a smaller size"
+            return OutOfMemory(f"out of memory: the system ended the decoder of {self.path}", hint, stage="read")
         how = "its answer is invalid" if code is None else signal.strsignal(-code) if code < 0 else f"exit code {code}"
         problem = Crash(f"the decoder crashed on {self.path} ({how})", HINT)
         problem.add_note(os.pread(self._stderr.fileno(), 2**16, 0).decode(errors="replace"))
