@@ -3,16 +3,16 @@
 import os
 import sys
 
-# How the threads of a parallel step wait for the next one. By default they spin for milliseconds, on cores that other programs, or
-# the thread that everybody waits for, need. OpenMP reads this when torch is loaded.
-SLEEP = {"OMP_WAIT_POLICY": "passive"}
-CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# How long the threads of a parallel step spin before they sleep, waiting for the next one. GNU's OpenMP takes 300,000 turns, many
+# milliseconds, on cores that other programs need, or the thread that all wait for. It reads this when torch is loaded.
+SPIN = {"GOMP_SPINCOUNT": "1000"}
+CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def start() -> None:
     """`evoprune` and `python -m evoprune_cli`."""
     if not any(name in os.environ for name in CHOSEN):
-        os.environ |= SLEEP
+        os.environ |= SPIN
     try:
         from evoprune_cli.main import run
 

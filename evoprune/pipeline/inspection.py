@@ -35,11 +35,7 @@ def environment_facts() -> dict:
         decoders["decord"] = "works"
     except EvopruneError as problem:
         decoders["decord"] = problem.message
-    cores, memory = available_cores(), available_memory()
-    free = "unknown memory" if memory is None else f"{max(0, memory) / 2**30:.1f} GiB free"
-    devices = {
-        "cpu": f"{cpu_name()}, {cores} of {os.cpu_count()} cores, {free}, bf16 {'yes' if cpu_has_bf16() else 'no'}"
-    }
+    devices = {"cpu": f"{cpu_name()}, bf16 {'yes' if cpu_has_bf16() else 'no'}"}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
@@ -50,6 +46,7 @@ def environment_facts() -> dict:
         "platform": platform.platform(),
         "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
         "devices": devices,
+        "available": {"cores": available_cores(), "memory_bytes": available_memory()},
         "decoders": decoders,
         "methods": methods.available(),
         "method_plugins": methods.plugins(),

@@ -1,5 +1,6 @@
 """The commands of the README run as they stand there, and every link of the documents leads somewhere."""
 
+import json
 import os
 import re
 import shlex
@@ -55,6 +56,12 @@ def test_loops_of_the_readme(tmp_path, number):
     written = "".join(path.read_text() for path in tmp_path.glob("*.jsonl")) + done.stdout.decode()
     clips = len(list((ROOT / "samples").glob("*.webm" if "webm" in block else "*.mp4")))
     assert len(written.splitlines()) == clips
+    if "--json" in block and "jq" not in block:
+        records = [json.loads(line) for line in written.splitlines()]
+        assert {record["video"]["path"] for record in records} == {
+            f"samples/{c.name}" for c in ROOT.glob("samples/*.mp4")
+        }
+        assert all(record["answer"] and record["env"]["threads"] == 1 for record in records)
 
 
 def without_code(page: Path) -> str:
