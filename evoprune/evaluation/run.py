@@ -28,6 +28,7 @@ from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.machine import environment
+from evoprune.model.memory import shortage
 from evoprune.model.threads import threads_of_each
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
@@ -168,15 +169,15 @@ class Evaluation:
         Args:
             progress: called with a description of what comes next.
             processes: how many videos at a time, each in a process with a model of its own; samples and their order are the same.
+
+        Raises:
+            OutOfMemory: there is too little memory for so many models.
         """
         done = {sample["video"] for sample in self.samples}
         missing = self._missing(done)
         with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
             if processes > 1:
-                model = self.settings.model
-                model = replace(model, threads=threads_of_each(model.threads, processes))
-                start = partial(_start, replace(self.settings, model=model), self.files)
-                each = map_in_processes(start, missing, processes)
+                each = map_in_processes(self._start_of_each(processes), missing, processes)
             else:
                 each = (
                     self.evaluate(job, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"))
@@ -189,6 +190,15 @@ class Evaluation:
                     if made and self.folder:
                         self.folder.add(made)
                     self.samples += made
+
+    def _start_of_each(self, processes: int) -> Callable[[], Callable[[Video | int], list[dict]]]:
+        """What each of several processes begins with. They share the cores, and need memory for a model each."""
+        if self.loaded and (short := shortage(processes * self.loaded.weights_bytes, self.loaded.device)):
+            hint = "fewer processes (--processes), or a smaller model"
+            raise OutOfMemory(f"{processes} copies of {self.loaded.id}: {short}", hint, stage="load")
+        model = self.settings.model
+        model = replace(model, threads=threads_of_each(model.threads, processes))
+        return partial(_start, replace(self.settings, model=model), self.files)
 
     def _missing(self, done: set[str]) -> list[Video] | list[int]:
         """Videos of the file, or seeds of the demo's clips."""
