@@ -61,11 +61,11 @@ def reset_peak_memory(device: str) -> bool:
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that this process can get now without swapping; None where unknown.
+    """Bytes that this process can get now without swapping; None where unknown, and on the meta device, which needs none.
 
     On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
     """
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return limits.available_memory()
+    return None if device == "meta" else limits.available_memory()

@@ -12,7 +12,7 @@ from evoprune import methods
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.model import memory
 from evoprune.model.clock import Clock
-from evoprune.model.machine import available_memory, peak_memory, reset_peak_memory
+from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling import bench, clips, runners, weights
@@ -381,22 +381,6 @@ def test_peak_memory_counts_from_where_it_is_reset():
     del held
     reset_peak_memory("cpu")
     assert while_held >= before + 2**25 and peak_memory("cpu") <= while_held - 2**25
-
-
-def test_a_control_group_limits_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("evoprune.model.machine.CONTROL_GROUP", tmp_path)
-    free = available_memory("cpu")
-    if free is None:
-        pytest.skip("this system does not tell")
-    for name, text in (
-        ("memory.max", "1000"),
-        ("memory.current", "700"),
-        ("memory.stat", "anon 5\ninactive_file 200\n"),
-    ):
-        (tmp_path / name).write_text(text + "\n")
-    assert available_memory("cpu") == 500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory("cpu") > 1000
 
 
 def test_the_matrix_product_rate_is_that_of_the_best_shape():
