@@ -378,7 +378,7 @@ def test_settings_are_checked_before_weights_are_read():
 def test_unknown_options_are_named_with_the_known_ones(loaded):
     qa = VideoQA(loaded)
     for call, known in (
-        (lambda: VideoQA.load("no/such", bugdet=0.5), "load_format, offline, budget, method"),
+        (lambda: VideoQA.load("no/such", bugdet=0.5), "load_format, offline, threads, budget, method"),
         (lambda: VideoQA(loaded, bugdet=0.5), "budget, method, method_args, seed"),
         (lambda: qa.encode(CLIP, fsp=2), "fps, frames, start_s"),
         (lambda: qa.encode(CLIP).ask("What?", temprature=1), "max_new_tokens, temperature"),
