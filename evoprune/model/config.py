@@ -4,10 +4,19 @@ Published checkpoints keep the language model's numbers at the top level, newer 
 that this program could not run faithfully is refused here, before any weights are read.
 """
 
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-T = TypeVar("T")
+from evoprune.model.rules import OBJECT, TEXT, YES_OR_NO, either, list_of, number, pick, section, whole
+
+Layers = Annotated[int, whole(1, 1000)]  # far more than any model has, and still built in a second
+Size = Annotated[int, whole(1, 2**22)]
+Tokens = Annotated[int, whole(1, 2**24)]
+Text = Annotated[str, TEXT]
+YesOrNo = Annotated[bool, YES_OR_NO]
+TOKEN_ID = whole(0, 2**31)
+END_IDS = either(TOKEN_ID, list_of(TOKEN_ID))  # of the tokens that end an answer
+ROPE_THETA, MROPE_SECTION = number(1e-6, 1e15), list_of(whole(0, 2**16), 3)
 
 QWEN2_5, QWEN2 = "qwen2_5_vl", "qwen2_vl"
 MODEL_TYPES = (QWEN2_5, QWEN2)
@@ -30,19 +39,19 @@ class VisionConfig:
         family: one of `MODEL_TYPES`; it decides how the layers are built (`vision.families`).
     """
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
-    fullatt_block_indexes: tuple[int, ...]
-    window_size: int = 112
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    in_channels: int = 3
-    tokens_per_second: int | float | None = 4
-    hidden_act: str = "silu"
+    depth: Layers
+    hidden_size: Size
+    intermediate_size: Size
+    num_heads: Size
+    out_hidden_size: Size
+    fullatt_block_indexes: Annotated[tuple[int, ...], list_of(whole(0, 1000))]
+    window_size: Size = 112
+    patch_size: Size = 14
+    temporal_patch_size: Size = 2
+    spatial_merge_size: Size = 2
+    in_channels: Size = 3
+    tokens_per_second: Annotated[int | float | None, number(1e-3, 1e6)] = 4
+    hidden_act: Text = "silu"
     family: str = QWEN2_5
 
     @property
@@ -55,33 +64,38 @@ class VisionConfig:
 class Qwen2VisionConfig:
     """The vision tower as Qwen2-VL's files describe it: `embed_dim` is the tower's size, `hidden_size` the language model's."""
 
-    depth: int
-    embed_dim: int
-    hidden_size: int
-    num_heads: int
-    mlp_ratio: int = 4
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    in_channels: int = 3
-    hidden_act: str = "quick_gelu"
+    depth: Layers
+    embed_dim: Size
+    hidden_size: Size
+    num_heads: Size
+    mlp_ratio: Annotated[int, whole(1, 1000)] = 4
+    patch_size: Size = 14
+    temporal_patch_size: Size = 2
+    spatial_merge_size: Size = 2
+    in_channels: Size = 3
+    hidden_act: Text = "quick_gelu"
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model. `rope_parameters` holds `rope_theta` and `mrope_section`."""
+    """The language model.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rope_parameters: dict[str, Any]
-    rms_norm_eps: float = 1e-5
-    hidden_act: str = "silu"
-    use_sliding_window: bool = False
-    eos_token_id: int | list[int] | None = None
+    `rope_parameters` holds `rope_theta` and `mrope_section`. `max_position_embeddings` is the length of its context: how many
+    tokens it reads and writes together; None if the file does not say.
+    """
+
+    vocab_size: Tokens
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    rope_parameters: Annotated[dict[str, Any], OBJECT]
+    rms_norm_eps: Annotated[float, number(1e-30, 1)] = 1e-5
+    hidden_act: Text = "silu"
+    use_sliding_window: YesOrNo = False
+    eos_token_id: Annotated[int | tuple[int, ...] | None, END_IDS] = None
+    max_position_embeddings: Annotated[int | None, whole(1, 2**31)] = None
 
 
 @dataclass(frozen=True)
@@ -99,15 +113,16 @@ def parse_config(content: dict) -> Config:
     Raises:
         ValueError: a number is missing or out of range, or this program cannot run the model.
     """
-    text, vision = content.get("text_config") or content, content.get("vision_config") or {}
-    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    text, vision = section(content, "text_config") or content, section(content, "vision_config")
+    rope = dict(section(text, "rope_parameters") or section(text, "rope_scaling"))
     rope.setdefault("rope_theta", text.get("rope_theta", 1e6))
     rope.setdefault("mrope_section", [16, 24, 24])
     heads = text.get("num_attention_heads")
     text = text | {"rope_parameters": rope, "num_key_value_heads": text.get("num_key_value_heads") or heads}
-    tied = bool(content.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    tied = YES_OR_NO.check(False if tied is None else tied, "tie_word_embeddings")
     family = content.get("model_type", QWEN2_5)
-    config = Config(parse_vision(vision, family), _pick(TextConfig, text, "text_config"), tied)
+    config = Config(parse_vision(vision, family), pick(TextConfig, text, "text_config"), tied)
     check_vision(config.vision_config)
     _check_text(config.text_config)
     same = config.vision_config.out_hidden_size == config.text_config.hidden_size
@@ -118,16 +133,15 @@ def parse_config(content: dict) -> Config:
 def _check_text(t: TextConfig) -> None:
     """Raises ValueError if this program cannot run the language model faithfully."""
     rope = t.rope_parameters
-    kind, section = rope.get("rope_type", rope.get("type", "default")), rope["mrope_section"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
     _check(kind in ("default", "mrope"), f"rope_type {kind!r} is not supported, only Qwen's own")
     _check(not t.use_sliding_window, "sliding window attention is not supported")
     _check(t.hidden_act == "silu", f"activation {t.hidden_act} is not supported, only silu")
     _check(t.hidden_size % (2 * t.num_attention_heads) == 0, "hidden_size does not divide into heads")
     _check(t.num_attention_heads % t.num_key_value_heads == 0, "key/value heads do not divide the heads")
-    three = isinstance(section, list) and len(section) == 3 and all(isinstance(n, int) and n >= 0 for n in section)
-    fits = three and 2 * sum(section) == t.hidden_size // t.num_attention_heads
-    _check(fits, "mrope_section does not fit the heads")
-    _check(_is_number(rope["rope_theta"]) and rope["rope_theta"] > 0, "rope_theta is not a positive number")
+    section = MROPE_SECTION.check(rope["mrope_section"], "mrope_section")
+    _check(2 * sum(section) == t.hidden_size // t.num_attention_heads, "mrope_section does not fit the heads")
+    ROPE_THETA.check(rope["rope_theta"], "rope_theta")
 
 
 def parse_vision(content: dict, family: str) -> VisionConfig:
@@ -142,8 +156,8 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
     """
     content = {"in_channels": content.get("in_chans", 3)} | content
     if family != QWEN2:
-        return _pick(VisionConfig, content, "vision_config")
-    sizes = _pick(Qwen2VisionConfig, content, "vision_config")
+        return pick(VisionConfig, content, "vision_config")
+    sizes = pick(Qwen2VisionConfig, content, "vision_config")
     return VisionConfig(
         depth=sizes.depth,
         hidden_size=sizes.embed_dim,
@@ -173,7 +187,8 @@ def check_vision(v: VisionConfig) -> None:
     """Raises ValueError if this program cannot run the tower faithfully."""
     act = ACTIVATIONS[v.family]
     _check(v.hidden_act == act, f"activation {v.hidden_act} of the tower is not supported, only {act}")
-    _check(v.spatial_merge_size == 2, f"spatial_merge_size {v.spatial_merge_size} is not supported, only 2")
+    for name, only in (("spatial_merge_size", 2), ("temporal_patch_size", 2), ("in_channels", 3)):
+        _check(getattr(v, name) == only, f"{name} {getattr(v, name)} is not supported, only {only}")
     _check(v.hidden_size % (4 * v.num_heads) == 0, "the tower's hidden_size does not divide into heads")
     _check(v.window_size % (v.patch_size * v.spatial_merge_size) == 0, "window_size is no whole number of units")
     layers = all(0 <= i < v.depth for i in v.fullatt_block_indexes)
@@ -183,29 +198,3 @@ def check_vision(v: VisionConfig) -> None:
 def _check(holds: bool, problem: str) -> None:
     if not holds:
         raise ValueError(problem)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _pick(cls: type[T], content: dict, where: str) -> T:
-    """A `cls` from the entries of `content` with its fields' names. Types are checked; whole numbers are at least one."""
-    found = {}
-    for f in fields(cls):
-        value = content.get(f.name)
-        if value is None:
-            if f.default is MISSING:
-                raise ValueError(f"{where} has no {f.name}")
-            continue
-        number = f.type in (int, float, int | float, int | float | None)
-        if f.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{where}.{f.name} is {value!r}, not a whole number above zero")
-        if number and not (_is_number(value) and value > 0):
-            raise ValueError(f"{where}.{f.name} is {value!r}, not a positive number")
-        if f.name == "fullatt_block_indexes":
-            if not isinstance(value, list) or not all(isinstance(i, int) for i in value):
-                raise ValueError(f"{where}.{f.name} is {value!r}, not a list of layers")
-            value = tuple(value)
-        found[f.name] = value
-    return cls(**found)

@@ -16,7 +16,8 @@ def hugging_face_config(config: Config):
     kind = {QWEN2_5: Qwen2_5_VLConfig, QWEN2: Qwen2VLConfig}[config.vision_config.family]
     return kind(
         vision_config=_vision(config.vision_config),
-        text_config=_plain(config.text_config) | {"rope_parameters": rope, "bos_token_id": None},
+        text_config=_plain(config.text_config)
+        | {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": config.text_config.eos_token_id},
         tie_word_embeddings=config.tie_word_embeddings,
     )
 
@@ -45,7 +46,8 @@ def _vision(config: VisionConfig) -> dict:
 
 
 def _plain(config: VisionConfig | TextConfig) -> dict:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    known = {name: value for name, value in asdict(config).items() if value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
 
 
 def _share(made, own):

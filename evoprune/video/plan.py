@@ -3,14 +3,20 @@
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 from evoprune.errors import VideoError
+from evoprune.model.rules import list_of, number, whole
 from evoprune.video.info import VideoInfo
 from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS = 24_576
 MAX_VISUAL_TOKENS_CPU = 4_096
+
+Area = Annotated[int, whole(1, 2**31)]
+Means = Annotated[tuple[float, float, float], list_of(number(-1000, 1000), 3)]
+Deviations = Annotated[tuple[float, float, float], list_of(number(1e-6, 1000), 3)]
 
 
 def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
@@ -22,6 +28,8 @@ def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
 class VideoLimits:
     """What a model expects of a video: frame rate, frame size, normalisation. The defaults are Qwen2.5-VL's for video.
 
+    Fields with a rule can be given by a file of the model.
+
     Attributes:
         min_pixels, max_pixels: area of one frame after resizing.
         fps: frames to take per second of video.
@@ -32,13 +40,13 @@ class VideoLimits:
         merge_size: side of a unit in patches.
     """
 
-    min_pixels: int = 128 * 28 * 28
-    max_pixels: int = 768 * 28 * 28
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    min_pixels: Area = 128 * 28 * 28
+    max_pixels: Area = 768 * 28 * 28
+    fps: Annotated[float, number(1e-6, 1e6)] = 2.0
+    min_frames: Annotated[int, whole(0, 10**6)] = 4
+    max_frames: Annotated[int, whole(2, 10**6)] = 768
+    image_mean: Means = (0.48145466, 0.4578275, 0.40821073)
+    image_std: Deviations = (0.26862954, 0.26130258, 0.27577711)
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2

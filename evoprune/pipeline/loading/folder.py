@@ -1,22 +1,32 @@
 """What a model's folder says: where it is, its config, its limits for video, ends of answers, files of weights."""
 
 import hashlib
-import json
 import os
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from evoprune.errors import ModelError, UsageError, first_line
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.model.config import MODEL_TYPES, Config, VisionConfig, parse_config
+from evoprune.model.config import END_IDS, MODEL_TYPES, Config, VisionConfig, parse_config
+from evoprune.model.rules import Rule, checked, section
 from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.hub import MODEL_HINT
+from evoprune.strict_json import read_object
 from evoprune.video.plan import VideoLimits
 
 PACKAGE = Path(__file__).parents[2]
 DEMO_FOLDER = PACKAGE / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "model" / "configs").glob("*.json"))}
+NORMALISATION = ("image_mean", "image_std")
+# With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
+INSIDE = Rule(
+    "the name of a file in the same folder",
+    lambda v: isinstance(v, str) and v != "" and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
+)
 
 
 def describe_model(
@@ -67,24 +77,32 @@ def read_config(path: Path) -> Config:
             f"{path.parent} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name"
         )
     content = _json(path)
-    if (kind := content.get("model_type")) not in MODEL_TYPES:
-        raise ModelError(f"{path.parent} is a model of type {kind!r}, not {' or '.join(MODEL_TYPES)}", MODEL_HINT)
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        raise ModelError(
+            f"{path.parent} is a model of type {reprlib.repr(kind)}, not {' or '.join(MODEL_TYPES)}", MODEL_HINT
+        )
     if "quantization_config" in content:
         raise ModelError(f"{path.parent} holds quantized weights", "take the original checkpoint in bf16, fp16 or fp32")
-    try:
+    with _valid(f"{path} is no valid {kind} config"):
         return parse_config(content)
-    except (ValueError, TypeError, AttributeError) as problem:  # AttributeError: a string where an object should be
-        raise ModelError(f"{path} is no valid {kind} config: {first_line(problem)}", "get the file again") from problem
+
+
+@contextmanager
+def _valid(problem: str, *more: type[Exception]) -> Iterator[None]:
+    """Turns a rule that does not hold, JSON that is none, a file that cannot be read or `more` into a `ModelError`."""
+    try:
+        yield
+    except (OSError, ValueError, *more) as reason:
+        raise ModelError(f"{problem}: {first_line(reason)}", "get the file again") from reason
 
 
 def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise ModelError(f"{path} cannot be read: {first_line(problem)}", "get the file again") from problem
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object", "get the file again")
-    return content
+    """The object in a JSON file of a model's folder; an empty one if there is no such file."""
+    if not path.is_file():
+        return {}
+    with _valid(f"{path} cannot be read"):
+        return read_object(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -95,7 +113,9 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         files = [single]
     elif index.is_file():
-        files = [folder / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
+        with _valid(f"{index} is damaged"):
+            named = section(_json(index), "weight_map")
+            files = [folder / name for name in sorted({INSIDE.check(v, f"weight_map.{k}") for k, v in named.items()})]
     else:
         files = []
     if not files:
@@ -104,23 +124,25 @@ def weight_files(folder: Path) -> list[Path]:
         )
         raise ModelError(f"{folder} holds no safetensors weights", hint)
     for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as problem:
-            what = "damaged or incomplete" if file.is_file() else "missing"
-            raise ModelError(f"weights file {file} is {what}: {first_line(problem)}", "get the file again") from problem
+        if not file.is_file():
+            raise ModelError(f"weights file {file} is missing", "get the file again")
+        with _valid(f"weights file {file} is damaged or incomplete", SafetensorError), safe_open(file, framework="pt"):
+            pass
     return files
 
 
 def eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    path = folder / "generation_config.json" if folder else None
-    ids = _json(path).get("eos_token_id") if path and path.is_file() else None
+    ids = None
+    if folder:
+        path = folder / "generation_config.json"
+        with _valid(f"{path} is damaged"):
+            ids = _json(path).get("eos_token_id")
+            ids = None if ids is None else END_IDS.check(ids, "eos_token_id")
     if ids is None:
         ids = config.text_config.eos_token_id
     if ids is None and tokenizer is not None:
         ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
 def video_limits(folder: Path | None, vision_config: VisionConfig) -> VideoLimits:
@@ -130,24 +152,33 @@ def video_limits(folder: Path | None, vision_config: VisionConfig) -> VideoLimit
     meant for one picture; every frame pair would get 16,000 tokens. Qwen's own code limits the frames of a video far lower, and
     those limits are the defaults here.
     """
-    files = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-    image, video, joint = (_json(folder / name) if folder and (folder / name).is_file() else {} for name in files)
-    video = joint.get("video_processor") or video  # where transformers 5 saves it
-    image = joint.get("image_processor") or image
-    size = video.get("size") or {}
-    found = {
-        "image_mean": video.get("image_mean") or image.get("image_mean"),
-        "image_std": video.get("image_std") or image.get("image_std"),
-        "min_pixels": video.get("min_pixels") or size.get("shortest_edge"),
-        "max_pixels": video.get("max_pixels") or size.get("longest_edge"),
-        **{name: video.get(name) for name in ("fps", "min_frames", "max_frames")},
-    }
     limits = VideoLimits(
         patch_size=vision_config.patch_size,
         temporal_patch_size=vision_config.temporal_patch_size,
         merge_size=vision_config.spatial_merge_size,
     )
-    return replace(limits, **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if v is not None})
+    if folder is None:
+        return limits
+    joint = folder / "processor_config.json"  # where transformers 5 saves both
+    video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
+    image = _limits(joint, "image_processor", NORMALISATION) or _limits(
+        folder / "preprocessor_config.json", only=NORMALISATION
+    )
+    return replace(limits, **(image | video))
+
+
+def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
+    """The fields of `VideoLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
+    content = _json(path)
+    with _valid(f"{path} is damaged"):
+        content = section(content, inner) if inner else content
+        if only:
+            content = {name: content.get(name) for name in only}
+        else:
+            size = section(content, "size")
+            for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+                content = content | {name: content.get(name) or size.get(edge)}
+        return checked(VideoLimits, content, inner or "")
 
 
 def fingerprint(name: str, commit: str | None, folder: Path | None, files: list[Path]) -> str:

@@ -1,0 +1,100 @@
+"""Rules for values in the settings files of models. A field of a dataclass has its rule in its annotation:
+
+    Layers = Annotated[int, whole(1, 1000)]
+
+`pick` makes such a dataclass of the entries of a file. A model's folder is no more trusted than a video: every value that is
+used has a rule, so that a bad one is named here, and does not become a crash or an endless loop later.
+"""
+
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be.
+
+    Attributes:
+        what: it in words, as after "is not".
+        holds: whether a value is that.
+    """
+
+    what: str
+    holds: Callable[[Any], bool]
+
+    def check(self, value: Any, name: str) -> Any:
+        """The value, lists as tuples. Raises ValueError, with `name`, if the rule does not hold."""
+        if not self.holds(value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
+        return tuple(value) if isinstance(value, list) else value
+
+
+def whole(low: int, high: int) -> Rule:
+    """A whole number from `low` to `high`."""
+    return Rule(f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high)
+
+
+def number(low: float, high: float) -> Rule:
+    """A number from `low` to `high`, whole or not."""
+    return Rule(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
+
+
+def list_of(rule: Rule, length: int | None = None) -> Rule:
+    """A list of values under another rule."""
+    return Rule(
+        f"a list{f' of {length}' if length else ''}, each {rule.what}",
+        lambda v: isinstance(v, list | tuple) and len(v) == (length or len(v)) and all(map(rule.holds, v)),
+    )
+
+
+def either(one: Rule, other: Rule) -> Rule:
+    """A value under one of two rules."""
+    return Rule(f"{one.what}, or {other.what}", lambda v: one.holds(v) or other.holds(v))
+
+
+TEXT = Rule("a text", lambda v: isinstance(v, str))
+YES_OR_NO = Rule("true or false", lambda v: isinstance(v, bool))
+OBJECT = Rule("an object", lambda v: isinstance(v, dict))
+
+
+def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object inside another one; an empty one where it is missing or null. Raises ValueError: it is no object."""
+    value = content.get(name)
+    return {} if value is None else OBJECT.check(value, name)
+
+
+def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The entries of `content` that are fields of a dataclass with rules. Null counts as missing.
+
+    Raises:
+        ValueError: a value is not what its rule says; it names the entry as `where`.NAME.
+    """
+    rules = {
+        name: hint.__metadata__[0] for name, hint in get_type_hints(cls, include_extras=True).items() if _has_rule(hint)
+    }
+    return {
+        name: rule.check(content[name], f"{where}.{name}" if where else name)
+        for name, rule in rules.items()
+        if content.get(name) is not None
+    }
+
+
+def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
+    """A dataclass of the entries of `content` with the names of its fields.
+
+    Raises:
+        ValueError: an entry is missing that has no default, or is not what its rule says.
+    """
+    found = checked(cls, content, where)
+    for field in fields(cls):
+        if field.name not in found and field.default is MISSING:
+            raise ValueError(f"{where} has no {field.name}")
+    return cls(**found)
+
+
+def _has_rule(hint: Any) -> bool:
+    return isinstance(getattr(hint, "__metadata__", (None,))[0], Rule)
