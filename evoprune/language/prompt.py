@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.errors import ModelError, UsageError
+from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.tokenizer import Tokenizer
 
 VIDEO_TOKEN = "<|video_pad|>"
@@ -64,7 +64,7 @@ def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, sys
     rendered = _render(tokenizer, system is not None)
     before, _, after = rendered.partition(VIDEO_TOKEN)
     if VIDEO_TOKEN not in specials or VIDEO_TOKEN in after or _QUESTION in before or _QUESTION not in after:
-        raise _unusable("it does not write one video and then the question")
+        raise _unusable(tokenizer, "it does not write one video and then the question")
 
     words = {_QUESTION: question, _SYSTEM: system or ""}
     if any("\ud800" <= character <= "\udfff" for text in words.values() for character in text):
@@ -93,12 +93,16 @@ def _render(tokenizer: Tokenizer, with_system: bool) -> str:
     messages.append({"role": "user", "content": [{"type": "video"}, {"type": "text", "text": _QUESTION}]})
     try:
         return tokenizer.render(messages)
-    except Exception as problem:  # a template is a program, and may raise anything
-        raise _unusable(str(problem).partition("\n")[0]) from problem
+    except ValueError as problem:
+        raise _unusable(tokenizer, str(problem)) from problem
+    except OSError as problem:
+        message = f"cannot start the process that renders the chat template: {problem.strerror}"
+        raise OutOfMemory(message, "close other programs", stage="prefill") from problem
 
 
-def _unusable(reason: str) -> ModelError:
+def _unusable(tokenizer: Tokenizer, reason: str) -> ModelError:
+    where = f" ({tokenizer.template_file})" if tokenizer.template_file else ""
     return ModelError(
-        f"the model's chat template cannot be used for video: {reason}",
+        f"the model's chat template cannot be used for video{where}: {reason}",
         "take tokenizer and chat template from the model that this one was made from",
     )

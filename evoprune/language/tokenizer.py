@@ -3,13 +3,16 @@
 Uses the `tokenizers` library directly: transformers' wrapper takes longer to import than a short answer takes to compute.
 """
 
-import json
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from evoprune.errors import ModelError, first_line, is_out_of_memory
+from evoprune.language.template import render
+from evoprune.model.rules import TEXT
+from evoprune.strict_json import read_object
+
+MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
 
 
 @dataclass
@@ -20,11 +23,13 @@ class Tokenizer:
         backend: a `tokenizers.Tokenizer`.
         chat_template: Jinja source.
         named: tokens by their names in the tokenizer's settings, such as "eos_token"; templates may use them.
+        template_file: where the template is from, for errors.
     """
 
     backend: Any
     chat_template: str
     named: dict[str, str] = field(default_factory=dict)
+    template_file: str = ""
 
     def __post_init__(self):
         self.backend.encode_special_tokens = True  # special tokens in a user's text are ordinary words
@@ -47,31 +52,11 @@ class Tokenizer:
     def render(self, messages: list[dict]) -> str:
         """A conversation in the model's own format, up to where its answer begins.
 
-        The template is a program from an untrusted source: it runs in Jinja's sandbox.
-
         Raises:
-            jinja2.TemplateError: the template is broken, or refuses the messages.
+            ValueError: the template is broken, refuses the messages, or takes too much. OSError: no process can be started.
         """
-        template = _compiled(self.chat_template)
-        return template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.named)
-
-
-@lru_cache(maxsize=4)
-def _compiled(source: str):
-    """A compiled chat template; compiling takes longer than rendering."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    # The same settings as in transformers, so that line breaks are the same.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(source)
+        context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
+        return render(self.chat_template, context | self.named)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -94,7 +79,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         backend = _backend(folder)
         settings = _settings(folder / "tokenizer_config.json")
-        template = _template(folder, settings)
+        template, source = _template(folder, settings)
     except Exception as problem:  # the Rust parser raises plain Exceptions
         if is_out_of_memory(problem):
             raise
@@ -107,13 +92,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     # Either plain text or {"content": text, ...}.
     tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
-    return Tokenizer(backend, template, {k: v for k, v in tokens.items() if isinstance(v, str)})
+    return Tokenizer(backend, template, {k: v for k, v in tokens.items() if isinstance(v, str)}, str(source))
 
 
 def _backend(folder: Path):
     if (folder / "tokenizer.json").is_file():
         import tokenizers
 
+        _check_size(folder / "tokenizer.json")
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     # Only vocab.json and merges.txt: transformers knows the rest of Qwen's tokenizer.
     from transformers import AutoTokenizer
@@ -121,18 +107,28 @@ def _backend(folder: Path):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
 
 
+def _check_size(file: Path) -> None:
+    if file.stat().st_size > MAX_BYTES[file.name]:
+        raise ValueError(f"{file.name} has more than {MAX_BYTES[file.name] // 2**20} MiB")
+
+
 def _settings(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
-def _template(folder: Path, settings: dict) -> str | None:
-    """The chat template, from its own file or from one of the files that older repositories use.
+def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
+    """The chat template, from its own file or from one of the files that older repositories use; and that file.
 
     Of these, the processor's comes first: it is the one that supports video.
     """
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = _settings(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
-    if isinstance(found, list):  # several templates by name
-        found = {each["name"]: each["template"] for each in found}.get("default")
-    return found
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        _check_size(file)
+        return file.read_text(encoding="utf-8"), file
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        found = (settings if file.name == "tokenizer_config.json" else _settings(file)).get("chat_template")
+        if isinstance(found, list):  # several templates by name
+            found = {each["name"]: each["template"] for each in found}.get("default")
+        if found:
+            return TEXT.check(found, f"{file.name}: chat_template"), file
+    return None, file

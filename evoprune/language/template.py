@@ -1,0 +1,131 @@
+"""A chat template, rendered in a process of its own.
+
+A template is a program from an untrusted source. Jinja's sandbox keeps it from files and from Python's insides, but not from
+running for ever or from filling the memory, and a single operation of it may do either where no signal is seen. So another
+process renders it under limits, and is ended if need be. Starting that process takes little longer than importing Jinja here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import evoprune
+
+CPU_SECONDS = 5  # a real template takes milliseconds, and the imports before it a tenth of a second
+PATIENCE_S = 60.0  # by the clock, where there is no limit on CPU time
+MEMORY_BYTES = 2**29
+MAX_CHARACTERS = 2**20  # of what is rendered, in which the user's words are placeholders
+PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.language.template import main; main({seconds})"
+# Not in a program that was frozen into one file: its executable is no Python.
+POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
+
+
+def render(source: str, variables: dict[str, Any]) -> str:
+    """What a template makes of variables.
+
+    Args:
+        source: Jinja.
+        variables: plain data for JSON.
+
+    Raises:
+        ValueError: the template is broken, refuses the variables, or takes or makes too much; the message says which.
+        OSError: no process can be started.
+    """
+    return _cached(source, json.dumps(variables), CPU_SECONDS)
+
+
+@lru_cache(maxsize=16)
+def _cached(source: str, variables: str, seconds: int) -> str:
+    request = json.dumps({"source": source, "variables": json.loads(variables)})
+    answer = _apart(request, seconds) if POSSIBLE else _answer(request)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["text"]
+
+
+def _apart(request: str, seconds: int) -> dict[str, str]:
+    """The answer of another process."""
+    # As the processes that read videos: an editable install is found by a hook that they do not have.
+    paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
+    program = PROGRAM.format(paths=list(dict.fromkeys(paths)), seconds=seconds)
+    try:
+        done = subprocess.run(  # noqa: S603 (this Python, and a program of our own)
+            [sys.executable, "-I", "-S", "-X", "utf8", "-c", program],
+            input=request.encode(),
+            capture_output=True,
+            timeout=PATIENCE_S,
+            check=False,
+            start_new_session=True,  # Ctrl-C is for this process
+        )
+    except subprocess.TimeoutExpired as problem:
+        raise ValueError("it does not come to an end") from problem
+    with suppress(ValueError):
+        return json.loads(done.stdout)
+    if done.returncode < 0:  # by a signal: of the limit on CPU time, or of the system
+        raise ValueError(f"it does not come to an end within {seconds} s, or takes too much memory")
+    raise RuntimeError(
+        f"the process that renders chat templates failed: {done.stderr.decode(errors='replace')[-2000:]}"
+    )
+
+
+def main(seconds: int) -> None:
+    """The other process: reads a request from stdin, writes an answer to stdout."""
+    request = sys.stdin.read()
+    import jinja2.sandbox  # noqa: F401 (before there is a limit)
+
+    _limit(seconds)
+    print(json.dumps(_answer(request)), flush=True)
+
+
+def _limit(seconds: int) -> None:
+    """Limits memory and CPU time, where the system can."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    for what, most in (
+        (resource.RLIMIT_CPU, int(used) + seconds),
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(what)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(what, (most, most))
+
+
+def _answer(request: str) -> dict[str, str]:
+    """The answer to a request: `text`, or `error`."""
+    request = json.loads(request)
+    try:
+        text = _compiled(request["source"]).render(**request["variables"])
+    except MemoryError:
+        return {"error": "it takes too much memory"}
+    except RecursionError:
+        return {"error": "it is nested too deeply"}
+    except Exception as problem:  # a template is a program, and may raise anything
+        return {"error": (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]}
+    if len(text) > MAX_CHARACTERS:
+        return {"error": f"it makes {len(text):,} characters, more than {MAX_CHARACTERS:,}"}
+    return {"text": text}
+
+
+def _compiled(source: str):
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    # The same settings as in transformers, so that line breaks are the same.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(source)
