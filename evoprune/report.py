@@ -4,12 +4,15 @@ Unknown values are None. Fields are only ever added. Times are milliseconds, siz
 """
 
 import json
+import re
 import uuid
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 SCHEMA = "evoprune/answer@1"
+# Control characters that JSON allows in texts, and marks of direction and of lines.
+INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 STAGES = ("read", "preprocess", "encode", "prefill", "generate")
 
 
@@ -154,8 +157,13 @@ class Report:
     batch: dict[str, Any] | None = None
 
     def to_json(self, ascii_only: bool = False) -> str:
-        """One compact line; `ascii_only` spells everything else as JSON escapes."""
-        return json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
+        """One compact line; `ascii_only` spells everything else as JSON escapes.
+
+        Control characters and those that change the direction of text are always escapes: a file's name, or an answer, must not
+        make a terminal show another text than there is.
+        """
+        text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
+        return INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":

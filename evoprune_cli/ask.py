@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.limits import check_libraries
+from evoprune.language.text import check_text
 from evoprune.pruning.budget import DEFAULT
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.terminal import encoding, note, progress
+from evoprune_cli.terminal import check_output, encoding, note, progress
 from evoprune_cli.text import roughly
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 
+LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 USAGE = 'evoprune ask video.mp4 "What happens?"'
 
@@ -103,12 +105,13 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
     talk, questions = Conversation(request.video, output), request.questions or [""]
     with ExitStack() as cleanup:
         try:
+            check_output()
             warm_up()  # while this process imports what it needs
             questions = _questions(request, given["system"])
             options = _check_flags(given)
             path = cleanup.enter_context(_local(request))
             _check_video(path, options.sampling)
-            _encode_into(talk, path, request, options)
+            _encode_into(talk, path, request, questions, options)
             if request.interactive:
                 converse(talk, questions)
                 return
@@ -119,7 +122,9 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
             raise
 
 
-def _encode_into(talk: Conversation, path: str, request: _Request, options: "PipelineOptions") -> None:
+def _encode_into(
+    talk: Conversation, path: str, request: _Request, questions: list[str], options: "PipelineOptions"
+) -> None:
     """Loads the model, encodes the video, and hands it to the conversation."""
     with progress(not request.quiet) as show:
         check_libraries()
@@ -131,27 +136,32 @@ def _encode_into(talk: Conversation, path: str, request: _Request, options: "Pip
             **vars(options.model), **vars(options.pruning),
             progress=lambda done, total: show("quantizing", done, total),
         )  # fmt: skip
-        video = _encode(qa.engine, path, request, options.sampling, show)
+        video = _encode(qa.engine, path, request, questions, options, show)
 
     def encode_full(show):
-        return _encode(qa.unpruned().engine, path, request, options.sampling, show, full=True)
+        return _encode(qa.unpruned().engine, path, request, questions, options, show, full=True)
 
     talk.begin(video, options.generation, encode_full if request.compare else None)
 
 
-def _encode(engine, path: str, request: _Request, sampling: "SamplingOptions", show, full: bool = False):
+def _encode(
+    engine, path: str, request: _Request, questions: list[str], options: "PipelineOptions", show, full: bool = False
+):
     """The video, encoded; first says on stderr which limits apply, and how long it will take if that is long."""
     from evoprune.pipeline.cache import Cache, default_folder
+    from evoprune.pipeline.estimate import QUESTION
     from evoprune.pipeline.opening import open_video
+    from evoprune.pipeline.question_check import longest_prompt
 
     show("reading video")
-    cache = Cache(default_folder()) if request.cache else None
+    sampling, cache = options.sampling, Cache(default_folder()) if request.cache else None
     with closing(open_video(engine, path, sampling, name=request.video, cache=cache)) as opened:
+        text = longest_prompt(engine, opened.view, questions, options.generation) if questions else QUESTION
         if not request.quiet:
             if not full:
                 _note_limits(opened.view.full, sampling)
             if not opened.in_cache:
-                _note_wait(engine, opened.view, "with nothing pruned " if full else "")
+                _note_wait(engine, opened.view, text, "with nothing pruned " if full else "")
         return opened.encode(encoding(show))
 
 
@@ -166,8 +176,7 @@ def _questions(request: _Request, system: str | None) -> list[str]:
         questions = [_question_from_stdin()]
     if not all(q.strip() for q in questions):
         raise UsageError("the question is empty", USAGE)
-    if any("\ud800" <= character <= "\udfff" for text in (*questions, system or "") for character in text):
-        raise UsageError("the question or the system prompt is not valid text", "write it in UTF-8")
+    check_text(*questions, system)
     return questions
 
 
@@ -175,11 +184,15 @@ def _question_from_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no question", USAGE)
     try:
-        question = sys.stdin.read().strip()
+        question = sys.stdin.read(LONGEST_QUESTION + 1).removeprefix("\ufeff").strip()
     except UnicodeDecodeError as problem:
         raise UsageError("the question on stdin is not valid text", "write it in UTF-8") from problem
     if not question:
         raise UsageError("no question, and stdin is empty", USAGE)
+    if len(question) > LONGEST_QUESTION:
+        raise UsageError(
+            f"the question on stdin has more than {LONGEST_QUESTION:,} characters", "no model reads so much"
+        )
     return question
 
 
@@ -215,11 +228,11 @@ def _check_video(path: str, sampling: "SamplingOptions") -> None:
     make_plan(info, VideoLimits(), **numbers)
 
 
-def _note_wait(engine, view, how: str) -> None:
-    """How long it will take, if it is long."""
+def _note_wait(engine, view, text: int, how: str) -> None:
+    """How long it will take, if it is long. `text`: tokens of the prompt around the video."""
     from evoprune.pipeline.estimate import estimate_first_token
 
-    wait = estimate_first_token(engine, view)
+    wait = estimate_first_token(engine, view, text)
     if wait is not None and wait > LONG_WAIT_S:
         note(f"estimated first token {how}{roughly(wait)}")
 

@@ -144,8 +144,8 @@ def _check_flags(output: str | None, model: str, engine: str, address: str | Non
 
 def _settings(**given):
     """The settings. Refuses those that are wrong whatever the model and the videos are."""
-    from evoprune.batch.rows import is_text
     from evoprune.batch.settings import Settings
+    from evoprune.language.text import is_text
     from evoprune.video.frames import choose_decoder
 
     settings = Settings.of(**given)
@@ -164,6 +164,7 @@ def _check_files(rows, source: str | None, output: str, quiet: bool) -> None:
 
 def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None):
     from evoprune.batch.rows import load_rows, product_rows, read_rows
+    from evoprune.batch.table import read_all
     from evoprune.video.sampling import parse_time
 
     span = parse_time(start), parse_time(end) if end else None
@@ -180,7 +181,7 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():
         raise UsageError("--from - reads stdin, and nothing is piped into it", "pipe rows into it, or name a file")
-    return read_rows(stdin.read(), "stdin", "", *span)
+    return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span)
 
 
 def _check_videos(rows, quiet: bool) -> None:

@@ -15,7 +15,7 @@ from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
-from evoprune_cli.terminal import WIDTH, note, progress
+from evoprune_cli.terminal import WIDTH, check_output, note, progress
 
 SCHEMA = "evoprune/eval@1"
 SOME_FAILED = 6
@@ -128,6 +128,7 @@ def _checked(asked: dict[str, Any], videos, resume: str | None, show):
 
 
 def _check_flags(split, output, resume) -> None:
+    check_output()
     if split not in SPLITS:
         raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")
     if output is not None and resume is not None:

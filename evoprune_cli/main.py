@@ -21,7 +21,7 @@ from evoprune_cli.failures import Terminated, debugging, failure
 from evoprune_cli.help_format import Command
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
-from evoprune_cli.terminal import WIDTH, print_error, print_json
+from evoprune_cli.terminal import WIDTH, ClosedOutput, print_error, print_json
 
 # What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -90,9 +90,31 @@ def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _once_more
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started with the stream closed
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
+    _replace_closed_streams()
+    try:
+        code = _outcome()
+    except KeyboardInterrupt:  # a signal while another ending was being reported
+        code = 130
+    except Terminated:
+        code = 143
+    sys.exit(code)
+
+
+def _replace_closed_streams() -> None:
+    """Puts something in the place of streams that were closed at the start, or the next file that is opened would be there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if sys.stdout is None:
+        sys.stdout = ClosedOutput()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+
+
+def _outcome() -> int:
+    """Runs the command and reports how it ended; the exit code."""
     streams = sys.stdout, sys.stderr
     try:
         # Not standalone, or click would print errors its own way. Commands return their exit code.
@@ -118,7 +140,10 @@ def run() -> None:
             code = _report(problem)
         except BrokenPipeError:
             code = _nobody_reads(streams)
-    sys.exit(code)
+        except (OSError, UsageError) as unwritten:  # the record of the error, on a full disk or a closed stdout
+            unwritten.reported = True
+            code = _report(unwritten)
+    return code
 
 
 def _nobody_reads(streams) -> int:

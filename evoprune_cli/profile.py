@@ -18,7 +18,7 @@ from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
 from evoprune_cli.profile_options import FORMATS
-from evoprune_cli.terminal import WIDTH
+from evoprune_cli.terminal import WIDTH, check_output
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 SIZE = (224, 336)  # pixels of a frame, height and width
@@ -72,7 +72,7 @@ def profile(
     }  # fmt: skip
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
     _check_flags(kinds, form, load_format, synthetic, video)
-    check_writable(output)
+    check_output() if output is None else check_writable(output)
     check_chart(chart)
     clips = partial(_clips, video, synthetic or SYNTHETIC[0], counts, sizes)
     deliver = partial(_deliver, form=form, output=output, chart=chart)

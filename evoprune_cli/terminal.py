@@ -1,11 +1,14 @@
 """What is printed on a terminal: errors, warnings, notes and progress on stderr, JSON on stdout. Colour only on a terminal."""
 
+import io
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from evoprune.errors import UsageError
+from evoprune.language.text import harmless
 from evoprune.report import Report, VideoFacts
 from evoprune_cli.text import clock
 
@@ -45,8 +48,35 @@ def paint(text: str, code: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if colourful() else text
 
 
+class ClosedOutput(io.StringIO):
+    """Stands in for a stdout that was closed when the program was started. Whatever is written there is an error."""
+
+    def write(self, text: str) -> int:
+        """Raises UsageError."""
+        raise OutputClosed("there is nowhere to write to: stdout is closed", "redirect it, for example: > answers.txt")
+
+    def fileno(self) -> int:
+        """Raises UsageError."""
+        return self.write("")
+
+
+class OutputClosed(UsageError):
+    """Stdout is closed, so that no record of this can be printed."""
+
+    reported = True
+
+
+def check_output() -> None:
+    """Raises UsageError, before anything is computed, if stdout is closed."""
+    sys.stdout.write("")
+
+
 def encodable(text: str, stream=None) -> str:
-    """The text as a stream (default: stderr) can print it: characters outside its encoding become escapes."""
+    """The text as a stream (default: stderr) can print it: characters outside its encoding become escapes.
+
+    On a terminal so do control characters: what a model says, and what a file is called, is not to be obeyed.
+    """
+    text = harmless(text) if (stream or sys.stderr).isatty() else text
     encoding = (stream or sys.stderr).encoding or "ascii"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -5,7 +5,6 @@ process that holds it. No torch.
 """
 
 import errno
-import json
 import os
 import stat
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.report import SCHEMA, Report
+from evoprune.strict_json import loads
 
 STDOUT = "-"
 HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
@@ -183,7 +183,7 @@ class RecordFile:
                 if strange:
                     break
                 try:
-                    record = json.loads(line)
+                    record = loads(line)
                     if record["schema"] != SCHEMA:
                         raise ValueError
                     about, row = record["batch"], record["batch"]["row"]

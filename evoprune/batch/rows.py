@@ -13,6 +13,7 @@ from typing import Any
 
 from evoprune.batch.table import read_file, read_lines
 from evoprune.errors import EvopruneError, UsageError
+from evoprune.language.text import is_text
 from evoprune.video.sampling import parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
@@ -237,11 +238,6 @@ def _text(fields: dict, name: str) -> str:
     if not is_text(value):
         raise ValueError(f"{name} is not valid text")
     return value
-
-
-def is_text(value: str) -> bool:
-    """Whether it is valid Unicode; arguments that the shell passes in another encoding hold lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _seconds(fields: dict, name: str) -> float:

@@ -2,14 +2,15 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from evoprune.errors import UsageError
+from evoprune.strict_json import loads
 
 LIST_COLUMNS = ("options", "groups")  # columns whose cells in a CSV file are lists
 SEPARATOR = "|"  # between the entries of such a cell
+MAX_BYTES = 2**28  # of a file: all rows are held in memory
 Line = tuple[int, dict[str, Any] | ValueError]  # its number from 1, and its fields or why it has none
 
 
@@ -21,9 +22,21 @@ def read_file(path: str, hint: str) -> bytes:
     """
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return read_all(file, path, hint)
     except OSError as problem:
         raise UsageError(f"cannot read {path}: {problem.strerror}", hint) from problem
+
+
+def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
+    """All that is in an open file, which may be a pipe or a device that never ends.
+
+    Raises:
+        UsageError: there are more than `MAX_BYTES`.
+    """
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{name} has more than {MAX_BYTES // 2**20} MiB", f"give it in pieces; {hint}")
+    return content
 
 
 def read_lines(content: bytes, name: str, required: tuple[str, ...], hint: str) -> Iterator[Line]:
@@ -50,7 +63,7 @@ def _json_lines(text: str) -> Iterator[Line]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                fields = json.loads(line)
+                fields = loads(line)
             except ValueError as problem:
                 fields = problem
             yield number, fields if isinstance(fields, dict | ValueError) else ValueError("not a JSON object")

@@ -8,6 +8,7 @@ from typing import Any
 
 from evoprune.batch.resume import differences
 from evoprune.errors import UsageError
+from evoprune.strict_json import read_object
 
 SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,7 +49,7 @@ class RunFolder:
             UsageError: `path` is no such folder, or its run had other settings.
         """
         try:
-            before = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+            before = read_object(path / SETTINGS)
             file = path / SAMPLES
             text = file.read_bytes() if file.exists() else b""
         except (OSError, ValueError) as problem:

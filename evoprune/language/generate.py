@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from evoprune.errors import ModelError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.settings import GenerationSettings
@@ -36,8 +37,20 @@ class PrefillState:
 @torch.inference_mode()
 def embed_question(model, tokenizer: Tokenizer, question: str) -> torch.Tensor:
     """`[Q, hidden]`: the embeddings of the question's own tokens, without the prompt around them, in the model's dtype."""
+    return embed_ids(model, torch.tensor(tokenizer.encode(question), dtype=torch.int64, device="cpu"))
+
+
+def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
+    """The embeddings `[n, hidden]` of token ids, int64 `[n]`.
+
+    Raises:
+        ModelError: the model has no embedding for one of them.
+    """
     embed = model.model.language_model.embed_tokens
-    return embed(torch.tensor(tokenizer.encode(question), dtype=torch.int64, device=embed.weight.device))
+    if len(ids) and ids.max() >= len(embed.weight):
+        problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
+        raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
+    return embed(ids.to(embed.weight.device))
 
 
 def embed_prompt(
@@ -58,7 +71,8 @@ def embed_prompt(
         the CPU. `positions[:, columns]` are their positions, which are not renumbered.
 
     Raises:
-        ValueError: `kept` and `features` differ in length, or `kept` is not ascending within `0..N-1`.
+        ValueError: `kept` and `features` differ in length, or `kept` is not ascending within `0..N-1`. ModelError: an id that
+        the model does not know.
     """
     kept = kept.cpu()
     if len(kept) != len(features):
@@ -68,9 +82,8 @@ def embed_prompt(
     video_end = video_start + visual_tokens
     every = ascending(len(input_ids), "cpu")
     columns = torch.cat([every[:video_start], video_start + kept, every[video_end:]])
-    embed = model.model.language_model.embed_tokens
     with torch.inference_mode():
-        before, after = (embed(ids.to(embed.weight.device)) for ids in (input_ids[:video_start], input_ids[video_end:]))
+        before, after = (embed_ids(model, ids) for ids in (input_ids[:video_start], input_ids[video_end:]))
         return torch.cat([before, features.to(before), after]), columns
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.errors import ModelError, OutOfMemory, UsageError
+from evoprune.errors import ModelError, OutOfMemory
+from evoprune.language.text import check_text
 from evoprune.language.tokenizer import Tokenizer
 
 VIDEO_TOKEN = "<|video_pad|>"
@@ -67,8 +68,7 @@ def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, sys
         raise _unusable(tokenizer, "it does not write one video and then the question")
 
     words = {_QUESTION: question, _SYSTEM: system or ""}
-    if any("\ud800" <= character <= "\udfff" for text in words.values() for character in text):
-        raise UsageError("the question or the system prompt is not valid text", "write it in UTF-8")
+    check_text(question, system)
     ids, video_start, prefix_length = [], 0, 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
     # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from evoprune.errors import UsageError
 from evoprune.language.generate import GenerationSettings, TokenStream, embed_question, stream, stream_text
+from evoprune.language.prompt import Prompt
 from evoprune.model.clock import Clock
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
@@ -28,7 +29,8 @@ class Answer(Iterator[str]):
         text: the whole answer; reading it generates what is left.
 
     Raises, while it is read:
-        UsageError: another question was asked meanwhile. OutOfMemory. ModelError: numbers that are NaN or infinite.
+        UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
+        OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
 
     def __init__(self, report: Report, pieces: Iterator[str]):
@@ -116,7 +118,7 @@ class EncodedVideo:
             raise UsageError("the question is empty", 'put it in quotes: evoprune ask video.mp4 "What happens?"')
         settings = options.settings(self._engine.seed)
         report = self._report_of(question, settings)
-        return Answer(report, self._pieces(question, options.system, settings, report))
+        return Answer(report, self._pieces(question, options, settings, report))
 
     def _report_of(self, question: str, settings: GenerationSettings) -> Report:
         report, fresh = deepcopy(self._blank), Report()
@@ -124,18 +126,24 @@ class EncodedVideo:
         report.generation = asdict(settings)
         return report
 
-    def _pieces(self, question: str, system: str | None, settings: GenerationSettings, report: Report) -> Iterator[str]:
+    def _pieces(
+        self, question: str, options: GenerationOptions, settings: GenerationSettings, report: Report
+    ) -> Iterator[str]:
         """Generates an answer and keeps its report up to date."""
         self._turn += 1
         turn = self._turn
         clock, earlier = self._new_clock(report)
         start, packing = clock.now(), self._engine.loaded.packing
         packed = clock.seconds.get("pack", 0.0) - packing.seconds
-        if isinstance(self._encoding.result, EncodedRows):
+        selects = isinstance(self._encoding.result, EncodedRows)
+        with clock.stage("prefill"):
+            kept = self.view.encoder.keep if selects else len(self.encoded.kept)
+            prompt = self._prompts.build(question, options, kept)
+        if selects:
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            tokens = self._prefill(question, system, settings, report)
+            tokens = self._prefill(prompt, options.system, settings, report)
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer, before = "", packing.seconds
@@ -180,8 +188,8 @@ class EncodedVideo:
         fill_kept(report, self.view, self.encoded)
         report.time_ms.encode_prune = (self.encoded.prune_seconds - before) * 1000
 
-    def _prefill(self, question: str, system: str | None, settings: GenerationSettings, report: Report) -> TokenStream:
-        loaded, visual = self._engine.loaded, len(self.encoded.kept)
-        state, text = self._prompts.read(self.encoded, question, system)
+    def _prefill(self, prompt: Prompt, system: str | None, settings: GenerationSettings, report: Report) -> TokenStream:
+        loaded, visual, text = self._engine.loaded, len(self.encoded.kept), prompt.text_tokens
+        state = self._prompts.read(self.encoded, prompt, system)
         report.tokens = TokenCounts(text, visual, text + visual, 0)
         return stream(loaded.model, state, settings, loaded.eos_ids)

@@ -21,6 +21,7 @@ import torch
 import evoprune
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
+from evoprune.strict_json import loads
 from evoprune.vision.encoded import Encoded
 
 LIMIT_BYTES = 2 * 2**30
@@ -55,6 +56,8 @@ class Cache:
         from safetensors import SafetensorError, safe_open
 
         path = self._path(key)
+        if not path.is_file():  # nor a pipe, which nobody may ever write to
+            return None
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata()["about"]
@@ -62,7 +65,7 @@ class Cache:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
                 if file.metadata()["digest"] != _digest(about, tensors):
                     return None
-            facts = json.loads(about)
+            facts = loads(about)
             with suppress(OSError):  # a folder that may only be read
                 os.utime(path)
             features = tensors["features"]
@@ -128,11 +131,12 @@ class Cache:
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Files of this cache, entries and unfinished ones; another process may delete them at any time."""
+        """Regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
         for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
             for path in self.folder.glob(ending):
                 with suppress(OSError):
-                    yield path, path.stat()
+                    if path.is_file():
+                        yield path, path.stat()
 
     def _make_room(self) -> None:
         """Deletes the least recently used entries beyond the limit, and unfinished files that a killed process left."""

@@ -17,8 +17,11 @@ def chunk_bytes(engine: Engine, view: View) -> int:
     return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * view.info.width * view.info.height * 3)
 
 
-def units_at_once(engine: Engine, view: View) -> int:
+def units_at_once(engine: Engine, view: View, text: int = TEXT) -> int:
     """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
+
+    Args:
+        text: tokens of the prompt around the video.
 
     Raises:
         OutOfMemory: there is not enough even for a frame pair, or for the prompt.
@@ -26,12 +29,13 @@ def units_at_once(engine: Engine, view: View) -> int:
     model, plan, encoder = engine.loaded.model, view.plan, view.encoder
     at_once, least = units_at_a_time(model.device), view.units_of_pair
     selected = encoder.keep if encoder.select_after is not None else 0
-    sizes = encoder.keep + TEXT, model.dtype.itemsize, selected
+    sizes = encoder.keep + text, model.dtype.itemsize, selected
     while short := shortage(
         working_memory(model.config, encoder.units, max(least, at_once), *sizes), str(model.device)
     ):
         if at_once <= least:
             size = f"{plan.sampling.frames} frames of {plan.width}x{plan.height} pixels, {encoder.keep:,} visual tokens kept"
+            size += f", {text:,} tokens of text" if text > TEXT else ""
             raise OutOfMemory(f"{view.name} {short}: {size}", LESS, stage="encode")
         at_once = max(least, at_once // 2)
     return at_once

@@ -3,8 +3,10 @@
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import PrefillState, column_sizes, embed_prompt, prefill
 from evoprune.language.positions import VideoSpan, prompt_positions
-from evoprune.language.prompt import build_prompt
+from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.pipeline.loading.model import LoadedModel
+from evoprune.pipeline.options import GenerationOptions
+from evoprune.pipeline.question_check import check_context, check_memory
 from evoprune.pipeline.view import View
 from evoprune.vision.encoded import Encoded
 
@@ -17,7 +19,7 @@ class PromptReader:
     """
 
     def __init__(self, loaded: LoadedModel, view: View):
-        self._loaded, self._grid = loaded, view.plan.grid
+        self._loaded, self._grid, self._units = loaded, view.plan.grid, view.encoder.units
         self._seconds = view.seconds_per_pair(loaded.video.temporal_patch_size)
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
@@ -26,10 +28,20 @@ class PromptReader:
         """Frees the keys and values of earlier prompts: the next one is about other tokens."""
         self._prefix = None
 
-    def read(self, encoded: Encoded, question: str, system: str | None) -> tuple[PrefillState, int]:
-        """The state that decoding starts from, and the prompt's number of text tokens."""
-        model, units = self._loaded.model, len(encoded.owner)
-        prompt = build_prompt(self._loaded.tokenizer, question, units, system=system)
+    def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
+        """The prompt of a question, with room for all visual tokens of the video, of which `kept` will be read.
+
+        Raises:
+            UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
+        """
+        prompt = build_prompt(self._loaded.tokenizer, question, self._units, system=options.system)
+        check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
+        check_memory(self._loaded, prompt.text_tokens, kept)
+        return prompt
+
+    def read(self, encoded: Encoded, prompt: Prompt, system: str | None) -> PrefillState:
+        """The state that decoding starts from. `system` is the prompt's."""
+        model, units = self._loaded.model, prompt.visual_tokens
         span = VideoSpan(prompt.video_start, self._grid, self._seconds)
         positions = prompt_positions(len(prompt.input_ids), [span], model.config.vision_config.tokens_per_second)
         following = int(positions.max()) + 1
@@ -42,7 +54,7 @@ class PromptReader:
         sizes = None if sizes is None else sizes[known:]
         state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes)
         self._prefix = system, state.cache, prompt.prefix_length - units + len(encoded.kept)
-        return state, prompt.text_tokens
+        return state
 
     def _take_prefix(self, system: str | None) -> tuple[KVCache | None, int]:
         """The cache up to the question, and its columns; nothing where there is none for this system prompt."""

@@ -15,6 +15,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import FOLDER_FPS, VideoInfo
 from evoprune.video.readers.container import TOLERANCE_S, Damage, first_frame, ignore_damage, open_bytes, video_stream
 from evoprune.video.readers.exif import exif_orientation
+from evoprune.video.readers.picture_size import check_picture_size
 from evoprune.video.readers.pixels import orientation, to_rgb
 
 CONTAINER = "folder"
@@ -56,6 +57,7 @@ def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
         if decoded is not None:
             break
     else:
+        check_picture_size(images[0])
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
     codec, frame, (rotation, _) = decoded
     size = frame.width, frame.height

@@ -27,6 +27,7 @@ from evoprune.video.readers.container import (
 )
 from evoprune.video.readers.exif import exif_orientation
 from evoprune.video.readers.folder import probe_folder
+from evoprune.video.readers.picture_size import check_picture_size
 from evoprune.video.readers.pixels import orientation
 
 # The video's end is read from the packets of its last seconds: the frame displayed last is not always the one stored last.
@@ -50,6 +51,7 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
     stream = video_stream(container, path)
     first = first_frame(container, stream)
     if first is None:
+        check_picture_size(path)
         raise nothing_decoded(path)
     rotation, mirrored = _picture_orientation(path, container) or orientation(first)
     size = first.width, first.height

@@ -132,7 +132,7 @@ class WorkerProcess:
             raise VideoError(
                 f"reading {self.path} has come to a standstill: nothing for {SILENCE_S:g} s", HINT
             ) from error
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error
         # An earlier video in the same process may have taken the memory, so this is a crash: it is tried again.
         if limit := message.get("memory"):

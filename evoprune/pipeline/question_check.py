@@ -1,0 +1,60 @@
+"""Whether questions about a video can be read, found out before the video is encoded."""
+
+from collections.abc import Sequence
+
+from evoprune.errors import LESS, OutOfMemory, UsageError
+from evoprune.language.prompt import build_prompt
+from evoprune.model.memory import language_bytes, shortage
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.loading.model import LoadedModel
+from evoprune.pipeline.memory_check import TEXT, units_at_once
+from evoprune.pipeline.options import GenerationOptions
+from evoprune.pipeline.view import View
+
+
+def longest_prompt(engine: Engine, view: View, questions: Sequence[str], options: GenerationOptions) -> int:
+    """Tokens of text in the longest prompt of some questions about a video.
+
+    Raises:
+        UsageError: a question does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
+    """
+    tokenizer = engine.loaded.tokenizer
+    longest = max(build_prompt(tokenizer, each, 1, system=options.system).text_tokens for each in questions)
+    check_context(engine.loaded, longest, view.encoder.keep, options.max_new_tokens)
+    if longest > TEXT:
+        units_at_once(engine, view, longest)
+    return longest
+
+
+def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:
+    """Checks that a prompt and its answer fit into the model's context.
+
+    Args:
+        text, visual: tokens of the prompt, of its text and of the video after pruning.
+        new: tokens of the answer, at most.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    context = loaded.model.config.text_config.max_position_embeddings
+    if context is not None and text + visual + new > context:
+        raise UsageError(
+            f"{text:,} tokens of text, {visual:,} visual tokens and an answer of up to {new:,} tokens do not fit into the "
+            f"{context:,} tokens of this model's context",
+            "ask a shorter question, or for a shorter answer (-n, max_new_tokens), or keep fewer visual tokens (-b, budget)",
+        )
+
+
+def check_memory(loaded: LoadedModel, text: int, visual: int) -> None:
+    """Checks that there is memory to read a prompt whose text is longer than the encoder's check of memory assumed.
+
+    Args: as of `check_context`.
+
+    Raises:
+        OutOfMemory: there is too little.
+    """
+    if text <= TEXT:
+        return
+    needed = language_bytes(loaded.model.config, text + visual, loaded.model.dtype.itemsize)
+    if short := shortage(needed, loaded.device):
+        raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", LESS, stage="prefill")
