@@ -2,6 +2,7 @@
 
 import json
 import math
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a settings file.
 
     Raises:
-        ValueError: what `loads` raises; or no object, or more than `MAX_BYTES`. OSError: it cannot be read.
+        ValueError: what `loads` raises; or no object, no regular file, or more than `MAX_BYTES`. OSError: it cannot be read.
     """
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe, perhaps, which nobody ever writes to
+        raise ValueError("it is no regular file")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES // 2**20} MiB")
     value = loads(path.read_text(encoding="utf-8"))

@@ -3,6 +3,8 @@
 Uses the `tokenizers` library directly: transformers' wrapper takes longer to import than a short answer takes to compute.
 """
 
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,12 +110,14 @@ def _backend(folder: Path):
 
 
 def _check_size(file: Path) -> None:
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file.name} is no regular file")
     if file.stat().st_size > MAX_BYTES[file.name]:
         raise ValueError(f"{file.name} has more than {MAX_BYTES[file.name] // 2**20} MiB")
 
 
 def _settings(path: Path) -> dict:
-    return read_object(path) if path.is_file() else {}
+    return read_object(path) if os.path.lexists(path) else {}
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
@@ -122,7 +126,7 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
     Of these, the processor's comes first: it is the one that supports video.
     """
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if os.path.lexists(file):
         _check_size(file)
         return file.read_text(encoding="utf-8"), file
     for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):

@@ -56,11 +56,11 @@ def locate(name: str, revision: str | None, offline: bool, *, files: list[str] |
         raise ModelError(
             f"the bundled demo model is missing: {folder}", "install evoprune again, or name another model"
         )
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
         if revision is not None:
             raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
         return folder, None
-    if folder.exists():
+    if os.path.exists(folder):
         raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
     if not hub.is_id(name):
         raise ModelError(f"{name!r} is neither a folder here nor a hub id", f"a hub id is org/name; {MODEL_HINT}")
@@ -72,7 +72,7 @@ def locate(name: str, revision: str | None, offline: bool, *, files: list[str] |
 
 def read_config(path: Path) -> Config:
     """Reads and checks a config.json."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(
             f"{path.parent} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name"
         )
@@ -99,7 +99,7 @@ def _valid(problem: str, *more: type[Exception]) -> Iterator[None]:
 
 def _json(path: Path) -> dict:
     """The object in a JSON file of a model's folder; an empty one if there is no such file."""
-    if not path.is_file():
+    if not os.path.lexists(path):  # a link that leads nowhere is no missing file
         return {}
     with _valid(f"{path} cannot be read"):
         return read_object(path)

@@ -33,7 +33,14 @@ from evoprune.pipeline.loading.folder import (
     weight_files,
 )
 from evoprune.pipeline.loading.random_weights import random_model
-from evoprune.pipeline.loading.weights import load_weights, make_ready, needed_bytes, page_in_weights, stay_mapped
+from evoprune.pipeline.loading.weights import (
+    check_layers,
+    load_weights,
+    make_ready,
+    needed_bytes,
+    page_in_weights,
+    stay_mapped,
+)
 from evoprune.pipeline.options import ModelOptions, from_keywords
 from evoprune.report import ModelFacts
 from evoprune.video.plan import VideoLimits
@@ -122,6 +129,8 @@ def load_model(
     if to_answer and tokenizer is None:
         raise no_tokenizer(model.model)
     files, seconds = [] if random else weight_files(folder), {"tokenizer": time.perf_counter() - start}
+    if files:
+        check_layers(config, files)
     weights, packing = _weights(model, config, files, dtype, device, pack, progress, seconds)
     return LoadedModel(
         model=weights,

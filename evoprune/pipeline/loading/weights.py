@@ -55,6 +55,30 @@ def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: 
     return model.requires_grad_(False)
 
 
+def check_layers(config: Config, files: list[Path]) -> None:
+    """Compares the numbers of layers with the names in the weights, before a tree of that many is built.
+
+    Raises:
+        ModelError: the last layer of the tower or of the language model is not there.
+    """
+    from safetensors import safe_open
+
+    names = set()
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            names.update(map(name_in_memory, content.keys()))
+    last = {
+        "model.visual.blocks": config.vision_config.depth,
+        "model.language_model.layers": config.text_config.num_hidden_layers,
+    }
+    for layers, count in last.items():
+        if not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
+            raise ModelError(
+                f"the weights in {files[0].parent} lack {layers}.{count - 1}, the last layer that config.json counts",
+                "config.json and the weights must belong together; get the model again",
+            )
+
+
 def needed_bytes(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str) -> int:
     """Bytes that the weights take, from when they are read. Random weights have no files.
 
