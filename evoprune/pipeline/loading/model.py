@@ -118,6 +118,8 @@ def load_model(
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
     device = pick_device(model.device)
     check_quantize(model.quantize, device)
+    if to_answer and device.type == "meta":  # shapes without numbers
+        raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
     random = model.load_format == "dummy"
     folder, commit, config = _locate(model, random)
     use_threads(model.threads, config)
