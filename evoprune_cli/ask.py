@@ -184,15 +184,16 @@ def _question_from_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no question", USAGE)
     try:
-        question = sys.stdin.read(LONGEST_QUESTION + 1).removeprefix("\ufeff").strip()
+        question = sys.stdin.read(LONGEST_QUESTION + 1)
     except UnicodeDecodeError as problem:
         raise UsageError("the question on stdin is not valid text", "write it in UTF-8") from problem
-    if not question:
-        raise UsageError("no question, and stdin is empty", USAGE)
     if len(question) > LONGEST_QUESTION:
         raise UsageError(
             f"the question on stdin has more than {LONGEST_QUESTION:,} characters", "no model reads so much"
         )
+    question = question.removeprefix("\ufeff").strip()
+    if not question:
+        raise UsageError("no question, and stdin is empty", USAGE)
     return question
 
 

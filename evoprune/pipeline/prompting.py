@@ -6,7 +6,7 @@ from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.question_check import check_context, check_memory
+from evoprune.pipeline.question_check import check_context, check_memory, check_question
 from evoprune.pipeline.view import View
 from evoprune.vision.encoded import Encoded
 
@@ -34,6 +34,7 @@ class PromptReader:
         Raises:
             UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
         """
+        check_question(self._loaded, question)
         prompt = build_prompt(self._loaded.tokenizer, question, self._units, system=options.system)
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
         check_memory(self._loaded, prompt.text_tokens, kept)

@@ -11,6 +11,8 @@ from evoprune.pipeline.memory_check import TEXT, units_at_once
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.view import View
 
+BEGINNING = 8  # characters for each token of the context
+
 
 def longest_prompt(engine: Engine, view: View, questions: Sequence[str], options: GenerationOptions) -> int:
     """Tokens of text in the longest prompt of some questions about a video.
@@ -19,11 +21,29 @@ def longest_prompt(engine: Engine, view: View, questions: Sequence[str], options
         UsageError: a question does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
     """
     tokenizer = engine.loaded.tokenizer
+    for question in questions:
+        check_question(engine.loaded, question)
     longest = max(build_prompt(tokenizer, each, 1, system=options.system).text_tokens for each in questions)
     check_context(engine.loaded, longest, view.encoder.keep, options.max_new_tokens)
     if longest > TEXT:
         units_at_once(engine, view, longest)
     return longest
+
+
+def check_question(loaded: LoadedModel, question: str) -> None:
+    """Refuses a question that is far too long after a look at its beginning: all of it might take minutes to encode.
+
+    Raises:
+        UsageError: the beginning alone does not fit into the model's context.
+    """
+    context = loaded.model.config.text_config.max_position_embeddings
+    beginning = question[: BEGINNING * context] if context else question
+    # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
+    if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
+        raise UsageError(
+            f"a question of {len(question):,} characters does not fit into the {context:,} tokens of this model's context",
+            "ask a shorter question",
+        )
 
 
 def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:

@@ -205,3 +205,13 @@ def test_frames_that_change_their_size(tmp_path):
     info = probe(path)
     assert (info.width, info.height) == (64, 48)
     assert numbers(info, [i / 25 + 0.01 for i in range(60)]) == [*range(20)] * 3
+
+
+@pytest.mark.parametrize("name", ["large.png", ""], ids=["a picture", "a folder"])
+def test_a_picture_that_is_too_large_is_not_called_damaged(tmp_path, name):
+    size = struct.pack(">IIBBBBB", 16384, 16384, 8, 0, 0, 0, 0)
+    pieces = [(b"IHDR", size), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in pieces)
+    (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    with pytest.raises(VideoError, match=r"large.png is too large: evoprune reads at most 134 megapixels"):
+        probe(tmp_path / name)
