@@ -384,7 +384,7 @@ class Process:
     env: dict[str, str] = field(default_factory=dict)
 
 
-ENDLESS = ("ask", CLIP, QUESTION, "-m", "{endless}", "-n", "100000", "-t", "1", "--seed", "5")
+ENDLESS = ("ask", CLIP, QUESTION, "-m", "{endless}", "-n", "30000", "-t", "1", "--seed", "5")
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PROCESSES = {
     "video from stdin": Process(("ask", "-", QUESTION, "-q"), 0, f"{ANSWER}\n"),

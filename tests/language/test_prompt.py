@@ -52,7 +52,7 @@ def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, syste
 @settings(deadline=None)
 @given(question=st.text(max_size=30), system=st.none() | st.text(max_size=10))
 def test_any_text_without_special_tokens_gives_the_ids_of_the_whole(question, system):
-    assume(not any(token in question + (system or "") for token in SPECIAL_TOKENS))
+    assume(not any(token in question + (system or "") for token in (*SPECIAL_TOKENS, "\0")))
     tokenizer = own(tiny_tokenizer())
     assert build_prompt(tokenizer, question, 2, system=system).input_ids.tolist() == whole(question, 2, system)
 
@@ -121,6 +121,7 @@ def test_a_video_has_at_least_one_token(tokenizer):
         build_prompt(tokenizer, "Why?", 0)
 
 
-def test_stray_bytes_are_a_usage_error(tokenizer):
+@pytest.mark.parametrize("content", [b"\xff?", "why?".encode("utf-16-le")], ids=["stray bytes", "UTF-16"])
+def test_what_is_no_text_is_a_usage_error(tokenizer, content):
     with pytest.raises(UsageError, match="not valid text"):
-        build_prompt(tokenizer, b"\xff?".decode(errors="surrogateescape"), 1)
+        build_prompt(tokenizer, content.decode(errors="surrogateescape"), 1)
