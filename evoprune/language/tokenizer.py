@@ -16,6 +16,8 @@ from evoprune.strict_json import read_object
 
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
 
+KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
+
 
 @dataclass
 class Tokenizer:
@@ -44,8 +46,18 @@ class Tokenizer:
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Special tokens in it are encoded as ordinary words."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of `text`. Special tokens in it are encoded as ordinary words.
+
+        Raises:
+            ModelError: the tokenizer breaks down, for example over a pattern that takes too many steps.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except BaseException as problem:  # a panic in Rust is no Exception
+            if type(problem).__name__ != "PanicException":
+                raise
+            message = f"the model's tokenizer broke down: {first_line(problem)}"
+            raise ModelError(message, "take the tokenizer of the original model", stage="prefill") from problem
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens. Incomplete characters become U+FFFD."""
@@ -80,6 +92,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     try:
         backend = _backend(folder)
+        _check_kind(backend)
         settings = _settings(folder / "tokenizer_config.json")
         template, source = _template(folder, settings)
     except Exception as problem:  # the Rust parser raises plain Exceptions
@@ -107,6 +120,14 @@ def _backend(folder: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+
+
+def _check_kind(backend) -> None:
+    """Refuses what Qwen's tokenizers do not have: other steps than theirs could make gigabytes of a short text."""
+    for name, kinds in KINDS.items():
+        kind = type(getattr(backend, name)).__name__
+        if kind not in kinds:
+            raise ValueError(f"its {name} is of kind {kind}, not {' or '.join(kinds)}".replace("NoneType", "none"))
 
 
 def _check_size(file: Path) -> None:

@@ -141,6 +141,32 @@ def test_more_tokens_than_embeddings(folder):
         VideoQA.load(str(folder)).encode("samples/square.mp4").ask("What?", max_new_tokens=1).text  # noqa: B018
 
 
+BOMB = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+STEPS = {
+    # a step of tokenizer.json: what the message says of it
+    "a normalizer that multiplies": (
+        "normalizer",
+        {"type": "Sequence", "normalizers": [BOMB] * 9},
+        "normalizer is of kind",
+    ),
+    "a decoder that multiplies": ("decoder", BOMB, "decoder is of kind Replace, not ByteLevel"),
+}
+
+
+@pytest.mark.parametrize(("step", "content", "says"), STEPS.values(), ids=STEPS)
+def test_steps_of_a_tokenizer(folder, step, content, says):
+    edit(folder / "tokenizer.json", **{step: content})
+    assert says in error_of(folder)
+
+
+def test_a_pattern_that_takes_too_many_steps(folder, capfd):
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+c"}, "behavior": "Isolated", "invert": False}
+    edit(folder / "tokenizer.json", pre_tokenizer=split)
+    tokenizer = load(str(folder), pack=False).tokenizer
+    with pytest.raises(ModelError, match=r"broke down: .*limit"):
+        build_prompt(tokenizer, "a" * 99, 1)
+
+
 def test_a_device_that_computes_nothing(folder):
     with pytest.raises(UsageError, match="meta"):
         VideoQA.load(str(folder), device="meta")
