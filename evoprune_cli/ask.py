@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.model.limits import check_libraries
 from evoprune.language.text import check_text
+from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import DEFAULT
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt

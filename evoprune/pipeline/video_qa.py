@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 
+from evoprune.errors import UsageError
 from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
@@ -47,6 +48,8 @@ class VideoQA:
         self.engine = make_engine(loaded, pruning, load_seconds)
         if loaded.tokenizer is None:
             raise no_tokenizer(loaded.id)
+        if loaded.device == "meta":  # shapes without numbers
+            raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod
     def load(cls, model: str = "demo", *, progress: Callable[[int, int], None] | None = None, **options) -> "VideoQA":

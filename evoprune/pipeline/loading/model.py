@@ -118,8 +118,6 @@ def load_model(
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
     device = pick_device(model.device)
     check_quantize(model.quantize, device)
-    if to_answer and device.type == "meta":  # shapes without numbers
-        raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
     random = model.load_format == "dummy"
     folder, commit, config = _locate(model, random)
     use_threads(model.threads, config)
@@ -131,8 +129,7 @@ def load_model(
     if to_answer and tokenizer is None:
         raise no_tokenizer(model.model)
     files, seconds = [] if random else weight_files(folder), {"tokenizer": time.perf_counter() - start}
-    if files:
-        check_layers(config, files)
+    check_layers(config, files)
     weights, packing = _weights(model, config, files, dtype, device, pack, progress, seconds)
     return LoadedModel(
         model=weights,

@@ -56,7 +56,7 @@ def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: 
 
 
 def check_layers(config: Config, files: list[Path]) -> None:
-    """Compares the numbers of layers with the names in the weights, before a tree of that many is built.
+    """Compares the numbers of layers with the names in the weights, if there are any, before a tree of that many is built.
 
     Raises:
         ModelError: the last layer of the tower or of the language model is not there.
@@ -72,7 +72,7 @@ def check_layers(config: Config, files: list[Path]) -> None:
         "model.language_model.layers": config.text_config.num_hidden_layers,
     }
     for layers, count in last.items():
-        if not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
+        if files and not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
             raise ModelError(
                 f"the weights in {files[0].parent} lack {layers}.{count - 1}, the last layer that config.json counts",
                 "config.json and the weights must belong together; get the model again",
