@@ -126,7 +126,7 @@ def test_ctrl_d_ends_it_and_answers_alone_reach_a_pipe(keyboard):
 
 
 def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
-    screen, process = keyboard(*ASK, "-m", endless, "-n", "100000", "-t", "1", "--seed", "5", "-q")
+    screen, process = keyboard(*ASK, "-m", endless, "-n", "30000", "-t", "1", "--seed", "5", "-q")
     for turn in (1, 2):
         screen.wait_for("> ", turn)
         screen.press(b"What happens?\n")
@@ -148,7 +148,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
 
 
 def test_records_of_answers_that_were_stopped(keyboard, endless):
-    screen, process = keyboard("ask", CLIP, QUESTION, "--interactive", "-m", endless, "-n", "100000", "--json")
+    screen, process = keyboard("ask", CLIP, QUESTION, "--interactive", "-m", endless, "-n", "30000", "--json")
     screen.wait_for(re.escape("\x1b[?25h"), 2)  # the second spinner has given the cursor back: there is a first word
     time.sleep(0.2)
     screen.press(b"\x03")
