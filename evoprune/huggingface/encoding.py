@@ -51,7 +51,22 @@ def encode(
         ModelError: the model has no such tower.
     """
     share, chosen = parse_budget(budget), patch_method(method, method_args, has_question=question is not None)
-    visual = interface.tower_of(model)
+    how = {"question": question, "seconds_per_pair": seconds_per_pair, "seed": seed}
+    return encode_with(interface.tower_of(model), pixel_values_videos, video_grid_thw, share, chosen, **how)
+
+
+def encode_with(
+    visual,
+    pixel_values_videos: torch.Tensor,
+    video_grid_thw: torch.Tensor,
+    share: float,
+    method: Method,
+    *,
+    question: torch.Tensor | None = None,
+    seconds_per_pair: float | Sequence[float] = 1.0,
+    seed: int = 0,
+) -> Encoded:
+    """As `encode`, with a tower, a share of the tokens and a method that are known to fit."""
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
@@ -64,9 +79,9 @@ def encode(
     tower = tower_shape(visual)
     videos = []
     for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
-        plan = chosen.plan(tower, grid, keep_count(share, prod(grid)))
+        plan = method.plan(tower, grid, keep_count(share, prod(grid)))
         how = {"question": question, "seconds_per_pair": step, "seed": seed}
-        videos.append(encode_video(visual, [patches], plan, chosen, **how))
+        videos.append(encode_video(visual, [patches], plan, method, **how))
     return joined(videos)
 
 

@@ -126,6 +126,9 @@ def without_pruned(
 
     Returns:
         The new call, and the `Past` of its cache.
+
+    Raises:
+        UsageError: prefill in chunks with a transformers that would leave the videos out (`interface.encoded_inputs`).
     """
     ids, mask = call["input_ids"], call.get("attention_mask")
     if mask is None and generating:
@@ -146,7 +149,10 @@ def without_pruned(
     pruned_call["position_ids"] = columns.take(at)
     if len(at) == 4:
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
-    pruned_call[interface.ENCODED] = _encoded(model, call, encoded)
+    per_pair = iter(encoded.kept_per_pair)
+    tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
+    features = refusing_gradients(encoded.features, model.model.visual)
+    pruned_call |= interface.encoded_inputs(model, call, features.split(tokens))
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(video, columns, encoded))
 
@@ -194,20 +200,6 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
     elif given.ndim == 2:
         given = given.expand(3, *ids.shape)
     return given.to(ids.device).expand(-1, *ids.shape)
-
-
-def _encoded(model, call: dict, encoded: Encoded) -> dict:
-    """The features of videos and pictures in the form of the model's own encoder outputs; the model encodes the pictures."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    per_pair = iter(encoded.kept_per_pair)
-    tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
-    features = refusing_gradients(encoded.features, model.model.visual)
-    video = BaseModelOutputWithPooling(pooler_output=features.split(tokens))
-    found = (call.get(interface.ENCODED) or {}) | {"video": video}
-    if call.get("pixel_values") is not None:
-        found["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)
-    return found
 
 
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:

@@ -4,10 +4,12 @@ tests/huggingface/test_interface.py checks them, and fails if a release of trans
 """
 
 from collections.abc import Iterator, Sequence
+from functools import wraps
+from inspect import signature
 
 import torch
 
-from evoprune.errors import ModelError
+from evoprune.errors import ModelError, UsageError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.model.config import check_vision, vision_sizes
 from evoprune.pruning.indices import ascending
@@ -19,7 +21,8 @@ SUPPORTED = (
 # Arguments of `forward` for videos and pictures. It must not get them once those are encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
 # The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Their
-# `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture.
+# `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture. transformers before 5.18 has no such
+# argument (`encoded_inputs`).
 ENCODED = "mm_encoder_outputs"
 # Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
@@ -71,6 +74,68 @@ def _not_called(visual) -> Iterator[tuple[str, torch.nn.Module]]:
     yield "merger.ln_q", visual.merger.ln_q
     for i, block in enumerate(visual.blocks):
         yield from ((f"blocks.{i}.{name}", getattr(block, name)) for name in ("norm1", "norm2"))
+
+
+class _Features(torch.Tensor):
+    """Features of videos in the place of their pixels."""
+
+
+def encoded_inputs(model, call: dict, videos: Sequence[torch.Tensor]) -> dict:
+    """Arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
+
+    Before transformers 5.18 the features take the place of the pixels, in grids of one row. So generation repeats them for beams,
+    and passes them on to the first step only, as it does with pixels.
+
+    Args:
+        model: a Hugging Face model after `accept_features`.
+        call: the arguments of the whole prompt.
+        videos: the features of each video, `[tokens, hidden]`.
+
+    Raises:
+        UsageError: prefill in chunks, out of which transformers before 5.18 leaves videos.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    if not _takes_encoded(type(model)):
+        if setting(model, call, "prefill_chunk_size") is not None:
+            raise UsageError(
+                "prefill_chunk_size leaves videos out in this transformers",
+                "unset it, or use transformers 5.20 or later",
+            )
+        pictures = {name: call[name] for name in ("pixel_values", "image_grid_thw") if call.get(name) is not None}
+        grids = torch.tensor([[1, 1, len(features)] for features in videos], dtype=torch.int64, device=videos[0].device)
+        return pictures | {"pixel_values_videos": torch.cat(videos).as_subclass(_Features), "video_grid_thw": grids}
+    found = (call.get(ENCODED) or {}) | {"video": BaseModelOutputWithPooling(pooler_output=videos)}
+    if call.get("pixel_values") is not None:
+        found["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)
+    return {ENCODED: found}
+
+
+def accept_features(model) -> None:
+    """Lets the class of `model.model` read the features of `encoded_inputs`, once and for all; nothing else changes in it.
+
+    Nothing to do from transformers 5.18 on. Before, its `get_video_features` returns such features as they are.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    kind = type(model.model)
+    stock = kind.get_video_features
+    if _takes_encoded(type(model)) or hasattr(stock, "returns_features"):
+        return
+
+    @wraps(stock)
+    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
+        if not isinstance(pixel_values_videos, _Features):
+            return stock(self, pixel_values_videos, video_grid_thw, **kwargs)
+        features = pixel_values_videos.as_subclass(torch.Tensor)
+        return BaseModelOutputWithPooling(pooler_output=features.split(video_grid_thw.prod(-1).tolist()))
+
+    get_video_features.returns_features = True
+    kind.get_video_features = get_video_features
+
+
+def _takes_encoded(kind: type) -> bool:
+    return ENCODED in signature(kind.forward).parameters
 
 
 def takes_numbers(model) -> bool:

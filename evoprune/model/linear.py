@@ -7,6 +7,7 @@ torch.compile uses; where this torch has none, layers are not packed.
 """
 
 import time
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -139,3 +140,22 @@ def pack(model: nn.Module, spent: PackingTime | None = None) -> None:
         for name, child in parent.named_children():
             if type(child) is nn.Linear and can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child, spent))
+
+
+def packed_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module` in which linear layers are packed; it shares everything else, and nothing changes in `module`.
+
+    A layer with hooks is shared too, because whoever set them wants to see its calls.
+    """
+    if packs(module):
+        return PackedLinear(module)
+    made = copy(module)
+    made._modules = {name: child and packed_copy(child) for name, child in module.named_children()}
+    return made
+
+
+def packs(module: nn.Module) -> bool:
+    """Whether `packed_copy` packs this module."""
+    if type(module) is not nn.Linear or not can_pack(module.weight):
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -58,6 +58,8 @@ def _share(made, own):
     for parent in list(made.modules()):
         for name, child in parent.named_children():
             if hasattr(child, "inv_freq"):
+                # The tower's module has no config before transformers 5.17.
+                given = (child.config,) if hasattr(child, "config") else (child.dim, child.theta)
                 with device:
-                    setattr(parent, name, type(child)(child.config))
+                    setattr(parent, name, type(child)(*given))
     return made.eval().requires_grad_(False)

@@ -133,6 +133,15 @@ GOOD = record(1).to_json()
         (f"{GOOD[:100]}\n", 1),
         (f"\n{GOOD}\n", 1),
     ],
+    ids=[
+        "text",
+        "empty object",
+        "of ask",
+        "text after a record",
+        "cut in the middle",
+        "cut at the start",
+        "empty line",
+    ],
 )
 def test_a_file_that_is_not_ours_is_left_alone(path, content, line):
     path.write_text(content)

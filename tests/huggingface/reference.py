@@ -1,12 +1,16 @@
 """What a stock model is given, to compute what a model that prunes does: the whole prompt, with the dropped columns masked."""
 
+import inspect
 from contextlib import contextmanager
 
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import evoprune
+from evoprune.huggingface import interface
 
+TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 ONCE = {"method_args": {"count": "0"}}  # every token counts once
 
 
@@ -40,6 +44,9 @@ def masked(model, inputs, made):
     call["attention_mask"] = inputs["attention_mask"].masked_fill(
         torch.zeros_like(video).masked_scatter(video, dropped), 0
     )
+    if not TAKES_ENCODED:  # transformers before 5.18
+        interface.accept_features(model)
+        return call | interface.encoded_inputs(model, call, features.split(sizes))
     call["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features.split(sizes))}
     if "pixel_values" in call:
         pictures = model.get_image_features(call.pop("pixel_values"), call.pop("image_grid_thw"))

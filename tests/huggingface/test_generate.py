@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import evoprune
-from tests.huggingface.reference import ONCE, encoded, masked, seconds_of, sizes_of, weighed_by
+from tests.huggingface.reference import ONCE, TAKES_ENCODED, encoded, masked, seconds_of, sizes_of, weighed_by
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -44,13 +44,14 @@ SETTINGS = {
     "several beams": {"num_beams": 4, "num_return_sequences": 2},
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
-    "chunked prefill": {"prefill_chunk_size": 16},
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "lengths of everything": {"max_new_tokens": None, "max_length": 138, "min_length": 136},
     "config": {"generation_config": GenerationConfig(max_length=138, do_sample=False)},
     "assistant": {"assistant_model": tiny_model(1)},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
 }
+if TAKES_ENCODED:
+    SETTINGS["chunked prefill"] = {"prefill_chunk_size": 16}
 ONE_ROW = ("assistant", "prompt lookup")
 
 
@@ -101,6 +102,14 @@ def test_full_budget_is_the_models_own(model, prompt, side, settings):
     out, run = pruned(model, inputs, 1.0, **settings)
     assert torch.equal(out, expected)
     assert run.report.pruning.kept_ratio == 1
+
+
+@pytest.mark.skipif(TAKES_ENCODED, reason="this transformers prefills videos in chunks")
+def test_prefill_in_chunks_is_refused_where_transformers_would_drop_the_video(model):
+    inputs = processed(model, *ONE)
+    for settings in {"prefill_chunk_size": 16}, {"generation_config": GenerationConfig(prefill_chunk_size=1000)}:
+        with pytest.raises(evoprune.UsageError, match="prefill_chunk_size"):
+            pruned(model, inputs, 0.2, **settings)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +498,7 @@ def test_the_language_model_can_be_trained(checkpointing):
     model = tiny_model().train()
     model.model.visual.requires_grad_(False)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     inputs = processed(model, *PROMPTS["batch"])
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
 

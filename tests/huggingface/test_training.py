@@ -38,7 +38,7 @@ def trained(attention="eager", checkpointing="plain", kind="all weights", family
         called = peft.get_peft_model(model, peft.LoraConfig(target_modules=layers, init_lora_weights=False))
         model = called.get_base_model()
     if (reentrant := CHECKPOINTING[checkpointing]) is not None:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
     return model, called
 

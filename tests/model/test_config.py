@@ -107,7 +107,13 @@ def test_numbers_are_those_that_transformers_reads(path, form):
             assert expected == (list(value) if isinstance(value, tuple) else value), name
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
     back = hugging_face_config(config)
-    assert back.vision_config.to_dict() == {k: v for k, v in theirs.vision_config.to_dict().items() if k != "in_chans"}
+    # The demo's file holds the tower's rope, which is a constant and which older transformers do not know.
+    left_out = ("in_chans", "rope_parameters")
+    made, read = (
+        {k: v for k, v in vision.to_dict().items() if k not in left_out}
+        for vision in (back.vision_config, theirs.vision_config)
+    )
+    assert made == read
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,8 @@ def test_quantising_needs_a_cpu(saved):
 
 
 def test_names_of_older_and_newer_checkpoints(folder):
-    expected = load_model(str(folder), dtype="fp32").model.state_dict()
+    mapped = load_model(str(folder), dtype="fp32").model.state_dict()
+    expected = {name: weight.clone() for name, weight in mapped.items()}  # the file is written anew below
     for name_of in (
         lambda k: k,
         lambda k: k.replace("model.visual.", "visual.").replace("model.language_model.", "model."),
