@@ -9,6 +9,7 @@ import torch
 from transformers import CompileConfig
 
 import evoprune
+from tests.huggingface.reference import TAKES_ENCODED
 from tests.prompts import processed
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_model
@@ -84,10 +85,8 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
             ready = torch.ones(len(mask[0]), len(mask[0]), dtype=torch.bool).tril()[None, None]
             at = model.model.get_rope_index(**known)[0]
             usual = model(**inputs).logits
-            for unusual in (
-                known | {"mm_encoder_outputs": {"video": video}},
-                inputs | {"attention_mask": ready, "position_ids": at},
-            ):
+            encoded = [known | {"mm_encoder_outputs": {"video": video}}] if TAKES_ENCODED else []
+            for unusual in (*encoded, inputs | {"attention_mask": ready, "position_ids": at}):
                 torch.testing.assert_close(model(**unusual).logits, usual, atol=1e-5, rtol=1e-5)
             assert run.columns is None
         with evoprune.EvoPrune(**settings, positions="qwen")(model), pytest.raises(evoprune.UsageError):
