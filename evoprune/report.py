@@ -74,9 +74,9 @@ class TokenCounts:
 class Times:
     """Milliseconds. `ttft_model` is encode + prefill; `ttft_wall` from the start of reading to the first token, load apart.
 
-    `load_tokenizer`, `load_weights` and `load_prepare` (quantising, packing small layers) are parts of `load`. `pack` is how long
-    other layers rearranged their weights, which they do when they are first called with few rows: part of encode, prefill and
-    mostly generate, whose rate leaves it out.
+    `load_tokenizer`, `load_weights` and `load_prepare` (quantising, packing the tower) are parts of `load`. `pack` is how long
+    layers of the language model rearranged their weights, which they do when they are first called with few rows: part of prefill
+    and mostly generate, whose rate leaves it out.
     """
 
     load: float | None = None

@@ -134,7 +134,7 @@ class EncodedVideo:
         turn = self._turn
         clock, earlier = self._new_clock(report)
         start, packing = clock.now(), self._engine.loaded.packing
-        packed = clock.seconds.get("pack", 0.0) - packing.seconds
+        packed = packing.seconds
         selects = isinstance(self._encoding.result, EncodedRows)
         with clock.stage("prefill"):
             kept = self.view.encoder.keep if selects else len(self.encoded.kept)
@@ -150,7 +150,7 @@ class EncodedVideo:
 
         def update() -> None:
             report.tokens.new, report.finish_reason = tokens.tokens, tokens.finish_reason
-            clock.seconds["pack"] = packed + packing.seconds
+            clock.seconds["pack"] = packing.seconds - packed
             total = earlier + clock.now() - start
             fill_times(report, clock.seconds, total, self._engine.loaded.device, packing.seconds - before)
 

@@ -27,8 +27,7 @@ class Encoding:
 
     Attributes:
         result: its tokens; or its rows, where the method selects for each question.
-        seconds: how long each stage was busy: "read", "preprocess" and "encode"; and "pack", the part of "encode" in which
-            weights were packed.
+        seconds: how long each stage was busy: "read", "preprocess" and "encode".
         wall_seconds: from the start of reading to the end of encoding.
         cache: "hit" (from disk), "miss" (encoded, then stored) or "off".
         warnings: names, as in reports.
@@ -63,8 +62,7 @@ def encode_view(
         VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
     clock = Clock(engine.device)
-    at_once, start, packing = units_at_once(engine, view), clock.now(), engine.loaded.packing
-    packed = packing.seconds
+    at_once, start = units_at_once(engine, view), clock.now()
     while True:
         try:
             with memory_guard("encode"), closing(reader):
@@ -77,7 +75,7 @@ def encode_view(
         torch.cuda.empty_cache()  # frees memory that is in pieces; does nothing where there is no CUDA
         at_once = max(least, at_once // 2)
     seconds = clock.now() - start - clock.seconds.pop("wait", 0.0)
-    return result, {"encode": seconds, "pack": packing.seconds - packed} | reader.clock.seconds
+    return result, {"encode": seconds} | reader.clock.seconds
 
 
 def _patches(view: View, reader: PatchReader, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:

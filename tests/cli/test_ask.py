@@ -75,7 +75,7 @@ def test_json_record_holds_the_schema(cli):
     tokens = record["tokens"]
     assert tokens["visual"] == 36 and tokens["prompt"] == tokens["text"] + 36 and tokens["new"] >= 1
     times = record["time_ms"]
-    assert all(times[name] > 0 for name in times)
+    assert all(times[name] > 0 for name in times if name != "pack") and times["pack"] >= 0
     assert times["ttft_model"] == pytest.approx(times["encode"] + times["prefill"], abs=1e-3)
     assert times["ttft_model"] < times["ttft_wall"] < times["total"] + 1
     assert Report.from_json(result.out).to_json() == result.out.strip()

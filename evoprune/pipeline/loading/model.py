@@ -102,8 +102,8 @@ def load_model(
     Args:
         model: its name, with the other fields of `ModelOptions` as keywords; or all of them. With random weights `tokenizer` is
             None where there are no tokenizer files, so always with a bundled config.
-        pack: on a CPU, rearrange the weights for speed if there is memory for it, each layer's when few rows first come; they
-            can no longer be read.
+        pack: on a CPU, rearrange the weights for speed if there is memory for it, those of the language model when
+            few rows first come; they can no longer be read.
         to_answer: refuse a model that has no tokenizer, before its weights are read.
         progress: called with layers quantised and layers in all.
 

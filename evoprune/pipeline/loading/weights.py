@@ -113,7 +113,9 @@ def page_in_weights(model: QwenVL) -> None:
 def make_ready(
     model: QwenVL, quantize: str, *, pack: bool = True, progress: Callable[[int, int], None] | None = None
 ) -> PackingTime:
-    """Quantises the linear layers of a model on the CPU, in place, and has the others packed when few rows come.
+    """Quantises the linear layers of a model on the CPU in place, and packs the others.
+
+    Those of the tower are packed now, those of the language model when few rows come.     The tower is a sixth of a 3B model, and encodes about a tenth faster packed. The language model would make the first word wait.
 
     Where memory is short, layers are not packed, and a quantised model reads prompts through its quantised layers, which is
     slower. Arguments as `load_model`.
@@ -134,5 +136,6 @@ def make_ready(
             pack_layers(wide.model.language_model, spent)
         quantize_layers(model, quantize, wide, progress)
     if pack:
+        pack_layers(model.model.visual)
         pack_layers(model, spent)
     return spent
