@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,7 @@ def keyboard():
         screen = Screen(100)
         process = subprocess.Popen(
             [sys.executable, "-m", "evoprune_cli", *map(str, args)],
+            bufsize=0,  # what is in the pipe is all there is to read
             stdin=screen.end,
             stdout=screen.end if stdout is None else stdout,
             stderr=screen.end,
@@ -125,20 +127,25 @@ def test_ctrl_d_ends_it_and_answers_alone_reach_a_pipe(keyboard):
     assert lines[0] == f"> {QUESTION}" and lines[-1].startswith(">")
 
 
+def stop_an_answer(screen, process) -> None:
+    """Asks at a prompt, and presses Ctrl-C as soon as the answer begins."""
+    while select.select([process.stdout], [], [], 0)[0]:  # what is left of the answer before
+        os.read(process.stdout.fileno(), 2**16)
+    screen.press(b"What happens?\n")
+    assert process.stdout.read(1)
+    screen.press(b"\x03")
+
+
 def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
     screen, process = keyboard(*ASK, "-m", endless, "-n", "30000", "-t", "1", "--seed", "5", "-q")
     for turn in (1, 2):
         screen.wait_for("> ", turn)
-        screen.press(b"What happens?\n")
-        assert process.stdout.read(20)
-        screen.press(b"\x03")
+        stop_an_answer(screen, process)
     screen.wait_for("> ", 3)
     screen.press(b"half a question\x03")  # once it only clears the line
     screen.wait_for("Ctrl-D ends the conversation")
     screen.wait_for("> ", 4)
-    screen.press(b"What happens?\n")
-    assert process.stdout.read(20)
-    screen.press(b"\x03")
+    stop_an_answer(screen, process)
     screen.wait_for("> ", 5)
     screen.press(b"\x03")
     screen.wait_for("> ", 6)

@@ -115,7 +115,8 @@ def make_ready(
 ) -> PackingTime:
     """Quantises the linear layers of a model on the CPU in place, and packs the others.
 
-    Those of the tower are packed now, those of the language model when few rows come.     The tower is a sixth of a 3B model, and encodes about a tenth faster packed. The language model would make the first word wait.
+    Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
+    packed it encodes about a tenth faster; the language model would make the first word wait.
 
     Where memory is short, layers are not packed, and a quantised model reads prompts through its quantised layers, which is
     slower. Arguments as `load_model`.
