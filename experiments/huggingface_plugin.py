@@ -33,20 +33,23 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
-    if report.when != "call" and report.passed:
-        return
     problem = call.excinfo.value if call.excinfo else None
-    _records.append(
-        {
-            "test": item.nodeid,
-            "outcome": report.outcome,
-            "refused": isinstance(problem, EvopruneError),
-            "message": f"{type(problem).__name__}: {problem}".splitlines()[0] if problem else None,
-        }
-    )
+    report.outcome_record = {  # an attribute, because reports reach the main process of several (`-n`)
+        "test": item.nodeid,
+        "outcome": report.outcome,
+        "refused": isinstance(problem, EvopruneError),
+        "message": f"{type(problem).__name__}: {problem}".splitlines()[0] if problem else None,
+    }
+
+
+def pytest_runtest_logreport(report) -> None:
+    if (report.when == "call" or not report.passed) and hasattr(report, "outcome_record"):
+        _records.append(report.outcome_record)
 
 
 def pytest_sessionfinish(session) -> None:
+    if hasattr(session.config, "workerinput"):
+        return
     with open(session.config.getoption("--evoprune-outcomes"), "w", encoding="utf-8") as file:
         json.dump(_records, file)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evoprune.model.machine import available_memory
+from evoprune.model.paging import cool
 
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512
@@ -68,7 +69,8 @@ class PackedLinear(nn.Module):
         start = time.perf_counter()
         available = available_memory("cpu")
         if available is None or available > self.nbytes + SPARE:
-            weights = _packed(weights)
+            plain, weights = weights, _packed(weights)
+            cool(plain)  # a file's pages may count against a container's memory
         self._held = weights, True
         self._spent.seconds += time.perf_counter() - start
         return weights

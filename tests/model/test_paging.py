@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.model.paging import page_in
+from evoprune.model.paging import cool, page_in
 
 
 def resident(file: Path) -> int:
@@ -30,3 +30,12 @@ def test_pages_are_read_without_being_used(tmp_path):
     if resident(file) < size:
         pytest.skip("an older system")
     assert int(second[1]) == 1
+
+
+def test_cool_pages_stay_as_they_are(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(range(256)) * 256)
+    weights = torch.from_file(str(file), shared=False, size=2**16, dtype=torch.uint8)
+    before = weights.clone()
+    cool(weights[10:-10])
+    assert weights.equal(before)
