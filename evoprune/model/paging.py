@@ -1,7 +1,7 @@
 """Tells the system which memory-mapped weights are used soon, and which no longer.
 
-A thread brings those that are used soon into memory. Without it every product waits for the pages of its weights: for the disk, or, where the file is cached, for the entries of the
-page table, which several threads of a product want at once.
+A thread brings those that are used soon into memory. Without it every product waits for the pages of its weights: for the
+disk, or, where the file is cached, for the entries of the page table, which several threads of a product want at once.
 """
 
 import ctypes
