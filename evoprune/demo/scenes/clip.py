@@ -1,0 +1,156 @@
+"""What a clip of scenes is: things and signs on the ground of a scene, and the camera that looks at them. Plain data."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+OUTLINES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
+TEXTURES = ("plain", "striped", "dotted", "checked")
+COLOURS = {
+    "red": (200, 50, 45),
+    "green": (60, 165, 70),
+    "blue": (60, 90, 210),
+    "yellow": (225, 205, 70),
+    "purple": (145, 65, 185),
+    "orange": (230, 135, 45),
+    "cyan": (70, 195, 205),
+    "white": (235, 235, 230),
+}
+MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SIGN = "sign"
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing or a sign. Its place is on the ground of the scene; later things of a clip lie over earlier ones.
+
+    Attributes:
+        outline: a name of OUTLINES, or `sign`.
+        texture, colour: names of TEXTURES and COLOURS; `rgb` is the colour with its jitter.
+        radius: half the height and, unless it is a sign, half the width, in pixels.
+        x, y: centre in pixels at time 0. `motion`: a name of MOTIONS, or `still`; `speed`: pixels a second.
+        spans: when it is there, as ascending intervals [start, end) in seconds.
+        text: what a sign says. `turn`: when it changes to `after`, another colour or another text; infinite if it does not.
+        under: the place in the clip's list of the thing that it lies on, -1 if there is none.
+    """
+
+    outline: str
+    texture: str
+    colour: str
+    rgb: tuple[int, int, int]
+    radius: int
+    x: float
+    y: float
+    motion: str = "still"
+    speed: float = 0.0
+    spans: tuple[Span, ...] = ((0.0, math.inf),)
+    text: str = ""
+    turn: float = math.inf
+    after: str = ""
+    under: int = -1
+
+    @cached_property
+    def is_sign(self) -> bool:
+        return self.outline == SIGN
+
+    @cached_property
+    def colours(self) -> tuple[str, ...]:
+        """All colours that it ever has."""
+        return (self.colour, self.after) if self.after and not self.is_sign else (self.colour,)
+
+    @cached_property
+    def glyph(self) -> int:
+        """Height of a sign's characters in pixels."""
+        return 2 * self.radius - 6
+
+    @cached_property
+    def pitch(self) -> int:
+        """Pixels from one character of a sign to the next."""
+        return max(7, round(self.glyph * 6 / 7))
+
+    @cached_property
+    def half(self) -> float:
+        """Half its width in pixels."""
+        return (len(self.text) * self.pitch + 6) / 2 if self.is_sign else float(self.radius)
+
+    def centre(self, t: float) -> tuple[float, float]:
+        dx, dy = MOTIONS.get(self.motion, (0, 0))
+        return self.x + dx * self.speed * t, self.y + dy * self.speed * t
+
+    def visible(self, t: float) -> bool:
+        return any(start <= t < end for start, end in self.spans)
+
+    def colour_at(self, t: float) -> str:
+        return self.after if t >= self.turn and not self.is_sign else self.colour
+
+    def text_at(self, t: float) -> str:
+        return self.after if t >= self.turn and self.is_sign else self.text
+
+    def event(self, seconds: float) -> str:
+        """What happens to it: stays, appears, vanishes, flashes or blinks."""
+        if len(self.spans) > 1:
+            return "blinks"
+        comes, goes = self.spans[0][0] > 0, self.spans[0][1] < seconds
+        return ("flashes" if goes else "appears") if comes else ("vanishes" if goes else "stays")
+
+
+@dataclass(frozen=True)
+class Camera:
+    """How the camera moves: `still`, `shake`, `pan` by (dx, dy) pixels a second of the ground, or `zoom` from one factor to another.
+
+    Nearer layers move more under a pan than farther ones. A zoom is about the middle of the frame, from `zoom[0]` to `zoom[1]`.
+    """
+
+    kind: str = "still"
+    dx: float = 0.0
+    dy: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    shake: float = 0.0
+
+    def factor(self, t: float, seconds: float) -> float:
+        a, b = self.zoom
+        return a + (b - a) * min(max(t / seconds, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """`seconds` of a frame of height x width pixels that `pairs` frame pairs sample; `seed` also makes scenery and noise.
+
+    Attributes:
+        cut: when one scene gives way to the next; infinite if there is one scene alone.
+        clutter: share of the ground that leaves cover. `poles`: things in the foreground.
+        noise: of the sensor, standard deviation. `blur`: of the lens, times that a small blur is applied.
+    """
+
+    seed: tuple[int, ...]
+    height: int
+    width: int
+    seconds: float
+    pairs: int
+    things: tuple[Thing, ...]
+    camera: Camera = Camera()
+    cut: float = math.inf
+    clutter: float = 0.5
+    poles: int = 0
+    noise: float = 2.0
+    blur: int = 0
+
+    @property
+    def is_still(self) -> bool:
+        """Whether it is a picture: one frame pair in which nothing happens."""
+        return self.pairs == 1
+
+    @cached_property
+    def shapes(self) -> tuple[Thing, ...]:
+        return tuple(t for t in self.things if not t.is_sign)
+
+    @cached_property
+    def signs(self) -> tuple[Thing, ...]:
+        return tuple(t for t in self.things if t.is_sign)
+
+    def on_frame(self, x: float, y: float, t: float, depth: float = 1.0) -> tuple[float, float]:
+        """The pixel that shows the ground's point (x, y) at time t, without the shake."""
+        x, y = x - self.camera.dx * depth * t, y - self.camera.dy * depth * t
+        z = self.camera.factor(t, self.seconds)
+        return self.width / 2 + z * (x - self.width / 2), self.height / 2 + z * (y - self.height / 2)

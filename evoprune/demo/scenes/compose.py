@@ -1,0 +1,224 @@
+"""Draws the content of a clip of scenes from a seed: how large, how long, which things, what happens to them.
+
+Even seeds are pictures, one frame pair in which nothing happens; odd seeds are videos. A video has a plot, the kind of event that
+happens in it most, so that questions that need several such events can be asked often enough.
+"""
+
+import math
+
+import numpy as np
+
+from evoprune.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTURES, Camera, Clip, Span, Thing
+from evoprune.demo.scenes.signs import draw_text, similar_text
+
+SPLITS = {"train": 10, "validation": 11, "heldout": 12, "samples": 13}
+# Frames of height x width units (28 pixels) and lengths in frame pairs that are asked about, with odds. The last two of each are
+# never trained on.
+FRAMES = (((8, 12), 0.5), ((12, 8), 0.1), ((9, 16), 0.15), ((12, 18), 0.1), ((10, 14), 0.1), ((16, 24), 0.05))
+LENGTHS = ((4, 0.2), (8, 0.4), (12, 0.2), (16, 0.05), (6, 0.1), (10, 0.05))
+FATES = ("stays", "appears", "vanishes", "flashes", "blinks", "turns")
+PLOTS = {
+    "quiet": ((0.79, 0.05, 0.05, 0.11, 0.0, 0.0), 0.3),  # odds of the fates, and share of things that move
+    "arrivals": ((0.4, 0.45, 0.03, 0.12, 0.0, 0.0), 0.1),
+    "departures": ((0.4, 0.03, 0.45, 0.12, 0.0, 0.0), 0.1),
+    "blinks": ((0.5, 0.04, 0.04, 0.12, 0.3, 0.0), 0.1),
+    "changes": ((0.5, 0.04, 0.04, 0.12, 0.0, 0.3), 0.1),
+    "traffic": ((0.8, 0.05, 0.05, 0.1, 0.0, 0.0), 0.5),
+}
+CUTS = 0.15  # share of videos with two scenes
+UNITS_PER_THING = (5.0, 12.0)
+MOST = 20
+
+
+def family(seed: int) -> str:
+    """`picture` or `video`: what the clip of a seed is."""
+    return "picture" if seed % 2 == 0 else "video"
+
+
+def make_clip(split: str, seed: int) -> Clip:
+    """The clip number `seed` of a split; splits never share a clip."""
+    key = (SPLITS[split], seed)
+    rng = np.random.default_rng((7, *key))
+    height, width = draw(rng, FRAMES)
+    pairs = 1 if family(seed) == "picture" else draw(rng, LENGTHS)
+    return compose(key, height, width, pairs, float(pairs))
+
+
+def draw(rng: np.random.Generator, choices):
+    """One of `((value, odds), ...)`."""
+    odds = np.array([odds for _, odds in choices])
+    return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
+
+
+def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: float, crowd: float = 1.0) -> Clip:
+    """A clip of `pairs` frame pairs on height x width units; `crowd` times as many things as usual."""
+    rng = np.random.default_rng(key)
+    camera = _camera(rng, width * 28, seconds) if pairs > 1 else Camera()
+    cut = float(rng.uniform(0.35, 0.65)) * seconds if pairs >= 4 and rng.random() < CUTS else math.inf
+    if cut < seconds:
+        camera = Camera()
+    count = int(np.clip(crowd * height * width / rng.uniform(*UNITS_PER_THING), 2, MOST * crowd))
+    placer = _Placer(rng, height * 28, width * 28, seconds, seconds / pairs, camera)
+    odds, moving = list(PLOTS.values())[int(rng.integers(len(PLOTS)))]
+    if pairs < 3 or cut < seconds:
+        odds, moving = (1.0, 0, 0, 0, 0, 0), moving if pairs > 1 else 0.0
+    scenes = [(0.0, math.inf)] if cut > seconds else [(0.0, cut), (cut, math.inf)]
+    for scene in scenes:
+        placer.taken = []
+        for number in range(max(2, count // len(scenes))):
+            fate = FATES[rng.choice(len(FATES), p=np.array(odds) / sum(odds))]
+            # At least one sign in most scenes.
+            sign = rng.random() < (0.7 if number == 0 else 0.22)
+            placer.add(sign, fate, rng.random() < moving, scene)
+    return Clip(
+        key, height * 28, width * 28, seconds, pairs, tuple(placer.things), camera, cut,
+        clutter=float(rng.uniform(0.1, 0.9)), poles=int(rng.integers(1, 4)) if rng.random() < 0.15 else 0,
+        noise=float(rng.uniform(1, 5)), blur=int(rng.random() < 0.25),
+    )  # fmt: skip
+
+
+def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
+    """Six of ten cameras stand still."""
+    kind = draw(rng, (("still", 0.6), ("shake", 0.1), ("pan", 0.2), ("zoom", 0.1)))
+    if kind == "pan":
+        angle, speed = int(rng.integers(4)) * np.pi / 2, rng.uniform(0.12, 0.25) * width / seconds
+        return Camera("pan", float(round(speed * np.cos(angle), 3)), float(round(0.6 * speed * np.sin(angle), 3)))
+    if kind == "zoom":
+        far = float(rng.uniform(1.2, 1.4))
+        return Camera("zoom", zoom=(1.0, far) if rng.random() < 0.5 else (far, 1.0))
+    return Camera(kind, shake=float(rng.uniform(1, 2.5)) if kind == "shake" else 0.0)
+
+
+class _Placer:
+    """Places things so that they can be told: each name once, all of their ways on the frame, no more than partly hidden."""
+
+    def __init__(self, rng, height: int, width: int, seconds: float, step: float, camera: Camera):
+        self.rng, self.height, self.width, self.seconds, self.step, self.camera = (
+            rng,
+            height,
+            width,
+            seconds,
+            step,
+            camera,
+        )
+        self.things: list[Thing] = []
+        self.taken: list[int] = []  # the things of this scene
+        self.names: set[tuple] = set()
+
+    def add(self, sign: bool, fate: str, moves: bool, scene: Span) -> None:
+        """Adds one thing if there is room for it within 8 tries."""
+        rng = self.rng
+        spans, turn = self._spans(fate, scene)
+        for _ in range(8):
+            look = self._look(sign, turn)
+            name = (look["outline"], look["texture"], look["colour"])
+            texts = {t.text for t in self.things} | {t.after for t in self.things if t.is_sign}
+            if name in self.names or (sign and {look["text"], look["after"]} & texts):
+                continue
+            motion = list(MOTIONS)[int(rng.integers(len(MOTIONS)))] if moves else "still"
+            thing = self._somewhere(Thing(**look, x=0.0, y=0.0, motion=motion, spans=spans, turn=turn))
+            if thing is not None:
+                self.names.add(name)
+                self.taken.append(len(self.things))
+                self.things.append(thing)
+                return
+
+    def _look(self, sign: bool, turn: float) -> dict:
+        rng, turns = self.rng, turn < math.inf
+        colour = list(COLOURS)[int(rng.integers(len(COLOURS)))]
+        rgb = tuple(
+            min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], rng.integers(-14, 15, 3), strict=True)
+        )
+        if sign:
+            text = draw_text(rng)
+            # Heights from 8 to 24, small ones most often, as wide as the frame allows.
+            most = min(24.0, 0.6 * self.width / len(text) * 7 / 6)
+            glyph = int(round(8 * (max(most, 8) / 8) ** float(rng.random() ** 1.3)))
+            after = similar_text(text, rng) if turns else ""
+            return {
+                "outline": SIGN, "texture": "plain", "colour": colour, "rgb": rgb, "radius": (glyph + 7) // 2, "text": text,
+                "after": after if after != text else "",
+            }  # fmt: skip
+        radius = int(min(8.0 * (1 - rng.random()) ** (-1 / 1.8), 26, 0.12 * (self.height + self.width)))
+        others = [c for c in COLOURS if c != colour]
+        return {
+            "outline": OUTLINES[int(rng.integers(len(OUTLINES)))], "texture": TEXTURES[int(rng.integers(len(TEXTURES)))], "colour": colour, "rgb": rgb,
+            "radius": radius, "text": "", "after": others[int(rng.integers(len(others)))] if turns else "",
+        }  # fmt: skip
+
+    def _spans(self, fate: str, scene: Span) -> tuple[tuple[Span, ...], float]:
+        """When it is there, and when it changes."""
+        rng, seconds, step = self.rng, self.seconds, self.step
+        if fate == "appears":
+            return ((float(rng.uniform(0.2, 0.8)) * seconds, math.inf),), math.inf
+        if fate == "vanishes":
+            return ((0.0, float(rng.uniform(0.2, 0.8)) * seconds),), math.inf
+        if fate == "flashes":
+            length = float(rng.uniform(1.05, 1.6)) * step
+            start = float(rng.uniform(0.4 * step, seconds - 0.4 * step - length))
+            return ((start, start + length),), math.inf
+        if fate == "turns":
+            return ((0.0, math.inf),), float(rng.uniform(0.3, 0.7)) * seconds
+        gaps = int(rng.integers(1, 1 + min(4, int(seconds / step / 2.4)))) if fate == "blinks" else 0
+        if gaps:
+            # As long to be seen as not, each for more than a frame pair.
+            edges = np.linspace(0, seconds, 2 * gaps + 2)[1:-1] + rng.uniform(-0.08, 0.08, 2 * gaps) * step
+            ends = [0.0, *(float(e) for e in edges), math.inf]
+            return tuple(zip(ends[::2], ends[1::2], strict=True)), math.inf
+        return (scene,), math.inf
+
+    def _somewhere(self, thing: Thing) -> Thing | None:
+        """The thing at a place where its whole way stays on the frame and it hides nothing for good, or None after 12 tries."""
+        rng, seconds, camera = self.rng, self.seconds, self.camera
+        dx, dy = MOTIONS.get(thing.motion, (0, 0))
+        room = (self.width - 2 * thing.half) if dx else (self.height - 2 * thing.radius)
+        far = float(rng.uniform(0.35, 0.7)) * room
+        if thing.motion != "still" and far < 24:
+            thing, far = Thing(**{**vars(thing), "motion": "still"}), 0.0
+            dx = dy = 0
+        speed = far / seconds if dx or dy else 0.0
+        # A zoom shows the middle alone, and what a pan leaves behind was at the rim.
+        rim = (1 - 1 / max(camera.zoom)) / 2
+        for _ in range(12):
+            span = []
+            for way, pan, half, size in (
+                (dx * speed, camera.dx, thing.half, self.width), (dy * speed, camera.dy, thing.radius, self.height),
+            ):  # fmt: skip
+                shift = (way - pan) * seconds
+                low, high = half + 2 + rim * size - min(0, shift), size - half - 2 - rim * size - max(0, shift)
+                if low > high:
+                    return None
+                span.append(float(rng.uniform(low, high)))
+            made = Thing(**{**_fields(thing), "x": round(span[0], 2), "y": round(span[1], 2), "speed": round(speed, 3)})
+            under = self._clear(made)
+            if under is not None:
+                return Thing(**{**_fields(made), "under": under})
+        return None
+
+    def _clear(self, thing: Thing) -> int | None:
+        """-1 if it covers nothing, the number of the thing that it lies on, or None if it hides too much."""
+        under = -1
+        for number in self.taken:
+            other, least = self.things[number], math.inf
+            for share in (0, 0.25, 0.5, 0.75, 1) if thing.speed or other.speed else (0,):
+                t = share * self.seconds
+                (ax, ay), (bx, by) = thing.centre(t), other.centre(t)
+                across, along = abs(ax - bx) / (thing.half + other.half), abs(ay - by) / (thing.radius + other.radius)
+                least = min(least, max(across, along))
+            if least >= 1.02:
+                continue
+            still = (
+                not (thing.speed or other.speed) and thing.event(self.seconds) == other.event(self.seconds) == "stays"
+            )
+            if not still or thing.is_sign or other.is_sign or under >= 0:
+                return None
+            if not 0.5 < least < 0.8 or max(thing.radius, other.radius) > 2.2 * min(thing.radius, other.radius):
+                return None
+            if other.under >= 0 or any(self.things[n].under == number for n in self.taken):
+                return None
+            under = number
+        return under
+
+
+def _fields(thing: Thing) -> dict:
+    return {name: getattr(thing, name) for name in Thing.__dataclass_fields__}

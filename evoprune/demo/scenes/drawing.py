@@ -1,0 +1,132 @@
+"""Frames of a clip of scenes at any times, with a map of what each pixel shows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evoprune.demo.scenes.clip import Clip
+from evoprune.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, make_scenery, white_noise
+from evoprune.demo.scenes.sprites import Sprite, blend, soft_shadow, thing_sprite
+
+NOTHING = -1
+
+
+def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
+    """Draws the clip at `times` (seconds): uint8 `[len(times), height, width, 3]`."""
+    return render_with_map(clip, times)[0]
+
+
+def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """As `render`, and the number of the thing that each pixel shows, NOTHING if none: int8 `[len(times), height, width]`."""
+    rng = np.random.default_rng((9, *clip.seed))
+    frames = np.empty((len(times), clip.height, clip.width, 3), np.uint8)
+    maps = np.empty(frames.shape[:3], np.int8)
+    stage = _Stage(clip)
+    for number, t in enumerate(times):
+        canvas, seen = stage.at(t)
+        for _ in range(clip.blur):
+            canvas = _blurred(canvas)
+        canvas = canvas + np.float32(clip.noise) * _grain(rng, canvas.shape)
+        frames[number] = np.clip(canvas, 0, 255, out=canvas)
+        maps[number] = seen
+    return frames, maps
+
+
+class _Stage:
+    """A clip's scenery and sprites, each made when it is first seen."""
+
+    def __init__(self, clip: Clip):
+        self.clip = clip
+        self.sceneries: dict[int, Scenery] = {}
+        self.sprites: dict[tuple[int, bool], tuple[Sprite, np.ndarray]] = {}
+
+    def at(self, t: float) -> tuple[np.ndarray, np.ndarray]:
+        """The frame at time t without noise, float32, and its map."""
+        clip, camera = self.clip, self.clip.camera
+        scene = int(t >= clip.cut)
+        if scene not in self.sceneries:
+            self.sceneries[scene] = make_scenery(clip, scene)
+        scenery = self.sceneries[scene]
+        shake = _shake(clip, t)
+        canvas = self._cropped(scenery, scenery.far, FAR, t, shake).copy()
+        if scenery.ground:
+            self._lay(canvas, scenery, scenery.ground, GROUND, t, shake)
+        seen = np.full(canvas.shape[:2], NOTHING, np.int8)
+        for number, thing in enumerate(clip.things):
+            if thing.visible(t):
+                x, y = thing.centre(t)
+                self._draw(canvas, seen, number, t, x - camera.dx * t - shake[0], y - camera.dy * t - shake[1])
+        if scenery.near:
+            self._lay(canvas, scenery, scenery.near, NEAR, t, shake)
+            seen[self._cropped(scenery, scenery.near[1], NEAR, t, shake)[..., 0] > 0.5] = NOTHING
+        factor = camera.factor(t, clip.seconds)
+        return (canvas, seen) if factor == 1 else _magnified(canvas, seen, factor)
+
+    def _cropped(
+        self, scenery: Scenery, layer: np.ndarray, depth: float, t: float, shake: tuple[int, int]
+    ) -> np.ndarray:
+        camera, margin = self.clip.camera, scenery.margin
+        left, top = (
+            min(max(margin + round(v * depth * t) + s, 0), 2 * margin)
+            for v, s in zip((camera.dx, camera.dy), shake, strict=True)
+        )
+        return layer[top : top + self.clip.height, left : left + self.clip.width]
+
+    def _lay(self, canvas, scenery: Scenery, layer, depth: float, t: float, shake) -> None:
+        colours, cover = (self._cropped(scenery, part, depth, t, shake) for part in layer)
+        canvas *= 1 - cover
+        canvas += colours * cover
+
+    def _draw(self, canvas, seen, number: int, t: float, x: float, y: float) -> None:
+        thing = self.clip.things[number]
+        key = number, t >= thing.turn
+        if key not in self.sprites:
+            sprite = thing_sprite(thing, key[1])
+            self.sprites[key] = sprite, soft_shadow(sprite[1], 2) * np.float32(0.4)
+        (colours, cover), shadow = self.sprites[key]
+        h, w = cover.shape
+        left, top = round(x - w / 2), round(y - h / 2)
+        blend(canvas, np.float32(0), shadow, left - 1, top)
+        if (inner := blend(canvas, colours, cover, left, top)) is not None:
+            y0, x0 = max(top, 0), max(left, 0)
+            part = cover[inner]
+            seen[y0 : y0 + part.shape[0], x0 : x0 + part.shape[1]][part > 0.5] = number
+
+
+def _shake(clip: Clip, t: float) -> tuple[int, int]:
+    """The offset of a camera in a hand: a sum of slow waves, in whole pixels."""
+    if not clip.camera.shake:
+        return 0, 0
+    a = clip.camera.shake
+    phase = clip.seed[-1] % 628 / 100
+    return (
+        round(a * (0.7 * np.sin(2.3 * t + phase) + 0.5 * np.sin(5.1 * t))),
+        round(a * (0.7 * np.cos(1.9 * t + phase) + 0.5 * np.sin(4.3 * t))),
+    )
+
+
+def _magnified(canvas: np.ndarray, seen: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """The middle of the frame, `factor` times as large, by linear interpolation."""
+    nearest = []
+    for axis in (0, 1):
+        n = canvas.shape[axis]
+        at = np.clip((np.arange(n) + 0.5 - n / 2) / factor + n / 2 - 0.5, 0, n - 1)
+        low = np.minimum(at.astype(int), n - 2)
+        share = (at - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        canvas = np.take(canvas, low, axis) * (1 - share) + np.take(canvas, low + 1, axis) * share
+        nearest.append(np.round(at).astype(int))
+    return canvas, seen[nearest[0]][:, nearest[1]]
+
+
+def _blurred(canvas: np.ndarray) -> np.ndarray:
+    """Averaged with its neighbours, 1-2-1, along both axes."""
+    padded = np.pad(canvas, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
+    return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) * np.float32(1 / 16)
+
+
+def _grain(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Noise of the sensor: a piece of a bank, from anywhere."""
+    bank, pixels = white_noise(), int(np.prod(shape))
+    start = int(rng.integers(len(bank) - pixels)) if pixels < len(bank) else 0
+    return np.resize(bank[start : start + pixels], pixels).reshape(shape)

@@ -1,0 +1,148 @@
+"""What lies behind and before the things: 1/f noise, and dead leaves, which are discs and polygons of power-law sizes.
+
+Leaves come from a bank that is drawn once in a process; a scene recolours them.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from evoprune.demo.scenes.clip import Clip
+from evoprune.demo.scenes.sprites import blend, soft_shadow, texture_field
+
+FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # how much each layer moves with the camera
+BANK, SMALLEST, LARGEST = 384, 4, 60
+PERIOD = 512  # pixels until the bank of noise repeats itself
+
+
+@lru_cache(maxsize=1)
+def pink_noise() -> np.ndarray:
+    """Noise whose amplitude falls as 1/f, without seams: float32 `[PERIOD, PERIOD, 3]`, mean 0, deviation 1."""
+    rng = np.random.default_rng(11)
+    f = np.hypot(np.fft.fftfreq(PERIOD)[:, None], np.fft.fftfreq(PERIOD)[None, :])
+    f[0, 0] = np.inf
+    made = []
+    for _ in range(4):
+        plane = np.fft.ifft2(np.fft.fft2(rng.standard_normal((PERIOD, PERIOD))) / f).real
+        made.append(plane / plane.std())
+    return np.stack([0.85 * made[0] + 0.5 * made[i] for i in (1, 2, 3)], -1).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def white_noise() -> np.ndarray:
+    """float32 `[1 << 21]`, deviation 1."""
+    return np.random.default_rng(0).standard_normal(1 << 21).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The bank, the smallest leaf first: coverage, mixture of two colours, and shadow of each."""
+    rng = np.random.default_rng(12)
+    # Radii with density r^-3, the law that makes dead leaves look the same at every scale.
+    u = (np.arange(BANK) + 0.5) / BANK
+    radii = (SMALLEST**-2.0 * (1 - u) + LARGEST**-2.0 * u) ** -0.5
+    made = []
+    for radius in radii.round().astype(int):
+        field = np.zeros((2 * radius, 2 * radius), np.float32)
+        if rng.random() < 0.6:
+            texture = ("striped", "dotted", "checked")[int(rng.integers(3))]
+            field = texture_field(texture, 2 * radius, int(rng.integers(4, 14)), int(rng.integers(8))) * np.float32(0.5)
+        dy, dx = int(rng.integers(PERIOD - 128)), int(rng.integers(PERIOD - 128))
+        grain = pink_noise()[dy : dy + 2 * radius, dx : dx + 2 * radius, 0]
+        field = np.clip(field + 0.25 * grain, 0, 1).astype(np.float32)
+        cover = _leaf_cover(rng, int(radius))
+        made.append((cover, field, soft_shadow(cover, 2 + int(radius) // 12)))
+    return made
+
+
+def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
+    """A disc, or a convex polygon of 3 to 7 corners, squeezed and turned: float32 `[2 * radius, 2 * radius]`."""
+    axis = (np.arange(2 * radius) + 0.5) - radius
+    angle, squeeze = rng.uniform(0, np.pi), rng.uniform(0.5, 1)
+    u = axis[None, :] * np.cos(angle) + axis[:, None] * np.sin(angle)
+    v = (axis[:, None] * np.cos(angle) - axis[None, :] * np.sin(angle)) / squeeze
+    if rng.random() < 0.4:
+        edge = radius - np.hypot(u, v)
+    else:
+        corners = int(rng.integers(3, 8))
+        normals = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * 2 * np.pi / corners
+        edge = np.min([0.8 * radius - u * np.cos(a) - v * np.sin(a) for a in normals], axis=0)
+    return np.clip(edge + 0.5, 0, 1).astype(np.float32)
+
+
+@dataclass
+class Scenery:
+    """The layers of a scene, each larger than the frame by `margin` pixels at every side.
+
+    Attributes:
+        far: colours float32 `[h, w, 3]`, opaque. ground, near: colours times coverage, and coverage `[h, w, 1]`; None if empty.
+    """
+
+    margin: int
+    far: np.ndarray
+    ground: tuple[np.ndarray, np.ndarray] | None
+    near: tuple[np.ndarray, np.ndarray] | None
+
+
+def make_scenery(clip: Clip, scene: int) -> Scenery:
+    """The scenery of a clip's first or second scene."""
+    rng = np.random.default_rng((13, *clip.seed, scene))
+    camera = clip.camera
+    travel = max(abs(camera.dx), abs(camera.dy)) * clip.seconds + 2 * camera.shake
+    margin = int(np.ceil(travel * NEAR)) + 2 if travel else 0
+    height, width = clip.height + 2 * margin, clip.width + 2 * margin
+    hue, light = rng.uniform(0.65, 1.0, 3), rng.uniform(60, 150)
+    top, left = rng.integers(PERIOD, size=2)
+    noise = pink_noise()[(np.arange(height) + top) % PERIOD][:, (np.arange(width) + left) % PERIOD]
+    far = noise * np.float32(rng.uniform(8, 24)) + (hue * light).astype(np.float32)
+    # With a camera that stands still, or no parallax to see, all leaves lie in one layer.
+    layers = bool(margin) and camera.kind == "pan"
+    _strew(far, None, rng, clip.clutter, hue * light)
+    ground = _layer(height, width) if layers else None
+    if ground:
+        _strew(*ground, rng, 0.3 * clip.clutter, hue * light)
+    near = None
+    if clip.poles:
+        near = _layer(height, width)
+        for _ in range(clip.poles):
+            _pole(*near, rng)
+    return Scenery(margin, far, ground, near)
+
+
+def _layer(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((height, width, 3), np.float32), np.zeros((height, width, 1), np.float32)
+
+
+def _strew(
+    canvas: np.ndarray, cover: np.ndarray | None, rng: np.random.Generator, density: float, tint: np.ndarray
+) -> None:
+    """Covers about this share of a canvas with leaves, from below to above."""
+    bank, (height, width, _) = leaves(), canvas.shape
+    # The mean area of a leaf of the bank, about, with its squeezed and cut shapes.
+    count = int(density * height * width / 190)
+    which, xs, ys = (
+        rng.integers(BANK, size=count),
+        rng.integers(-20, width + 20, count),
+        rng.integers(-20, height + 20, count),
+    )
+    first = np.clip(tint + rng.normal(0, 34, (count, 1)) + rng.normal(0, 20, (count, 3)), 5, 250).astype(np.float32)
+    second = np.clip(first + rng.normal(0, 40, (count, 1)) + rng.normal(0, 15, (count, 3)), 5, 250).astype(np.float32)
+    for i in range(count):
+        mask, field, shadow = bank[which[i]]
+        left, top = int(xs[i]) - mask.shape[1] // 2, int(ys[i]) - mask.shape[0] // 2
+        colours = first[i] + field[..., None] * (second[i] - first[i])
+        if cover is None and len(mask) > 16:
+            reach = (len(shadow) - len(mask)) // 2
+            blend(canvas, np.float32(0), shadow * np.float32(0.35), left - reach + 2, top - reach + 3)
+        blend(canvas, colours, mask, left, top)
+        if cover is not None:
+            blend(cover, np.float32(1), mask, left, top)
+
+
+def _pole(canvas: np.ndarray, cover: np.ndarray, rng: np.random.Generator) -> None:
+    """A dark post in the foreground, from the top to the bottom."""
+    height, width, _ = canvas.shape
+    thick, left, grey = int(rng.integers(3, 8)), int(rng.integers(0, width)), rng.uniform(15, 70)
+    canvas[:, left : left + thick] = np.float32(grey)
+    cover[:, left : left + thick] = 1

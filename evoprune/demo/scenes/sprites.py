@@ -1,0 +1,109 @@
+"""Small pictures with a coverage: outlines, textures, things, boards of signs. All are drawn once and cached where they repeat."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from evoprune.demo.scenes.clip import COLOURS, Thing
+from evoprune.demo.scenes.signs import glyph_mask
+
+Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage float32 [h, w] in [0, 1]
+
+
+@lru_cache(maxsize=1024)
+def outline_mask(outline: str, radius: int) -> np.ndarray:
+    """Coverage of each pixel of a `2 * radius` square, from 4x4 points a pixel: float32."""
+    n = 8 * radius
+    axis = (np.arange(n) + 0.5) / (n / 2) - 1
+    x, y = axis[None, :], axis[:, None]
+    far, angle = np.hypot(x, y), np.arctan2(x, -y)
+    inside = {
+        "circle": lambda: far <= 1,
+        "square": lambda: (np.abs(x) <= 0.88) & (np.abs(y) <= 0.88),
+        "triangle": lambda: (y <= 0.9) & (np.abs(x) <= (y + 1) / 1.9),
+        "star": lambda: far <= 0.42 + 0.58 * np.abs(1 - np.mod(angle * 5 / (2 * np.pi), 1) * 2) ** 1.6,
+        "ring": lambda: (far <= 1) & (far >= 0.5),
+        "cross": lambda: (np.minimum(np.abs(x), np.abs(y)) <= 0.34) & (np.maximum(np.abs(x), np.abs(y)) <= 1),
+        "heart": lambda: (np.hypot(np.abs(x) - 0.48, y + 0.4) <= 0.52) | ((y >= -0.3) & (np.abs(x) + 0.78 * y <= 0.74)),
+        "moon": lambda: (far <= 1) & (np.hypot(x - 0.55, y) >= 0.8),
+    }[outline]()
+    return np.broadcast_to(inside, (n, n)).reshape(2 * radius, 4, 2 * radius, 4).mean((1, 3)).astype(np.float32)
+
+
+@lru_cache(maxsize=1024)
+def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
+    """How far each pixel of a `size` square is from the first colour to the second: float32 in [0, 1].
+
+    Args:
+        period: pixels until the texture repeats itself. turn: eighths of a half circle by which it is rotated.
+    """
+    axis = np.arange(size) - (size - 1) / 2
+    cos, sin = np.cos(turn * np.pi / 8), np.sin(turn * np.pi / 8)
+    u, v = axis[None, :] * cos + axis[:, None] * sin, axis[:, None] * cos - axis[None, :] * sin
+    if texture == "plain":
+        return np.zeros((size, size), np.float32)
+    wave = 2 * np.pi / period
+    field = {
+        "striped": lambda: np.sin(v * wave),
+        "dotted": lambda: np.cos(u * wave) + np.cos(v * wave) - 0.7,
+        "checked": lambda: 2 * np.sin(u * wave) * np.sin(v * wave),
+    }[texture]()
+    return np.clip(0.5 + 2.0 * field, 0, 1).astype(np.float32)
+
+
+def second_colour(rgb: tuple[int, ...]) -> np.ndarray:
+    """The other colour of a texture: darker where the first is light, lighter where it is dark."""
+    first = np.array(rgb, np.float32)
+    return first * np.float32(0.3) if first.mean() > 95 else first * np.float32(0.35) + np.float32(165)
+
+
+def thing_sprite(thing: Thing, changed: bool) -> Sprite:
+    """A thing or a sign, before or after its change."""
+    rgb = COLOURS[thing.after] if changed and not thing.is_sign else thing.rgb
+    if thing.is_sign:
+        return board(thing.after if changed else thing.text, rgb, thing.glyph, thing.pitch)
+    r = thing.radius
+    period = max(5, round(r / 2.2))
+    field = texture_field(thing.texture, 2 * r, period, 2 if thing.texture == "striped" else 0)[..., None]
+    first = np.array(rgb, np.float32)
+    return first + field * (second_colour(rgb) - first), outline_mask(thing.outline, r)
+
+
+def board(text: str, rgb: tuple[int, ...], glyph: int, pitch: int) -> Sprite:
+    """A sign: its text on a board with a rim."""
+    height, width = glyph + 6, len(text) * pitch + 6
+    back = np.array(rgb, np.float32)
+    ink = np.float32(20) if back.mean() > 95 else np.float32(240)
+    colours = np.broadcast_to(back, (height, width, 3)).copy()
+    colours[[0, -1]] = colours[:, [0, -1]] = back * np.float32(0.5)
+    for number, character in enumerate(text):
+        mask = glyph_mask(character, glyph)
+        left = 3 + number * pitch + (pitch - mask.shape[1]) // 2
+        area = colours[3 : 3 + glyph, left : left + mask.shape[1]]
+        area += mask[..., None] * (ink - area)
+    return colours, np.ones((height, width), np.float32)
+
+
+def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:
+    """The shadow of a coverage, `reach` pixels larger to each side: float32."""
+    shadow = np.pad(cover, reach)
+    for axis in (0, 1):
+        total = np.cumsum(np.pad(shadow, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)]), axis=axis)
+        n = shadow.shape[axis]
+        window = 2 * reach + 1
+        shadow = (np.take(total, range(window, window + n), axis) - np.take(total, range(n), axis)) / np.float32(window)
+    return shadow.astype(np.float32)
+
+
+def blend(canvas: np.ndarray, colours, cover: np.ndarray, left: int, top: int) -> tuple[slice, slice] | None:
+    """Draws a sprite whose corner lies at (left, top), where it meets the canvas; returns the area, or None."""
+    h, w = cover.shape
+    x0, y0 = max(left, 0), max(top, 0)
+    x1, y1 = min(left + w, canvas.shape[1]), min(top + h, canvas.shape[0])
+    if x0 >= x1 or y0 >= y1:
+        return None
+    inner = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
+    area = canvas[y0:y1, x0:x1]
+    part = colours[inner] if colours.ndim == 3 else colours
+    area += cover[inner][..., None] * (part - area)
+    return inner
