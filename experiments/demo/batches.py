@@ -136,7 +136,7 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
             "grid": (grids, height, width),
             "prefix": torch.tensor(prefix),
             "where": where,
-            "start": len(before),
+            "slots": torch.tensor([token == 7 for token in prefix]),
             "packs": [packed(pack, ids, int(where.max()) + 1) for pack in packs],
         }
         step += 1
@@ -166,17 +166,3 @@ def packed(clips: list[list[Question]], ids, start: int) -> dict[str, torch.Tens
         return torch.tensor([[*r[column], *[fill] * (longest - len(r[column]))] for r in rows])
 
     return {"tokens": pad(0, 0), "place": pad(1, 0) + start, "segment": pad(2, -1), "target": pad(3, -100)}
-
-
-class _Stream(torch.utils.data.IterableDataset):
-    def __init__(self, make, *args):
-        self.make, self.args = make, args
-
-    def __iter__(self):
-        torch.set_num_threads(1)
-        return self.make(*self.args)
-
-
-def in_worker(make, *args):
-    """Runs a batch generator in one worker process, a few batches in advance."""
-    return iter(torch.utils.data.DataLoader(_Stream(make, *args), batch_size=None, num_workers=1, prefetch_factor=4))

@@ -1,6 +1,7 @@
 """The demo model before it has learned anything: its architecture, its tokenizer, its first weights. Imported by `train`."""
 
 import json
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -47,8 +48,15 @@ def build_config():
     )  # fmt: skip
 
 
-def build_tokenizer():
-    """A byte-level BPE with Qwen's special tokens and pre-tokeniser, trained on the questions themselves."""
+def shapes_texts() -> Iterator[str]:
+    """Questions and answers about shapes, to train the tokenizer on."""
+    for seed in range(1500):
+        for q in ask_all(make_clip("train", seed), np.random.default_rng(seed), 20):
+            yield from (q.question, q.answer)
+
+
+def build_tokenizer(texts: Iterable[str] | None = None):
+    """A byte-level BPE with Qwen's special tokens and pre-tokeniser, trained on the questions themselves, or on other `texts`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
@@ -61,10 +69,7 @@ def build_tokenizer():
         ]
     )
     raw.decoder = decoders.ByteLevel()
-    texts = [BEFORE_VIDEO, AFTER_QUESTION]
-    for seed in range(1500):
-        for q in ask_all(make_clip("train", seed), np.random.default_rng(seed), 20):
-            texts += [q.question, q.answer]
+    texts = [BEFORE_VIDEO, AFTER_QUESTION, *(shapes_texts() if texts is None else texts)]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[AddedToken(t, special=True) for t in SPECIALS],

@@ -1,0 +1,173 @@
+"""Training data of the second world: endless seeded batches of clips with labels and with questions. Imported by `train_scenes`."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from evoprune.demo.scenes.asking import Question, ask
+from evoprune.demo.scenes.clip import Clip
+from evoprune.demo.scenes.compose import SPLITS, compose, draw
+from evoprune.demo.scenes.drawing import render_with_map
+from evoprune.demo.scenes.happening import kinds
+from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.video.sampling import even_times
+from experiments.demo.batches import packed
+from experiments.demo.build import BEFORE_VIDEO
+from experiments.demo.scenes_labels import dense_labels
+from experiments.demo.scenes_model import prompt, said
+from experiments.demo.training_clips import through_codec
+
+IMAGE, VIDEO = 6, 7  # ids of <|image_pad|> and <|video_pad|>
+GROUPS = ("text", "look", "place", "count", "gist", "time", "motion", "moment", "choice", "open")
+
+
+@dataclass(frozen=True)
+class ScenesRecipe:
+    """Everything that decides the outcome, together with the code. Steps of the second stage are counted from its start."""
+
+    seed: int = 0
+    vision_steps: int = 3000
+    steps: int = 14000
+    still_steps: int = 1500  # on pictures alone, small ones
+    small_steps: int = 9000  # without the largest frames and lengths
+    vision_units: int = 768  # a batch of the first stage
+    units: int = 768  # a batch of the second stage, about
+    tower_rate: float = 0.4  # of the learning rate, for the tower in the second stage
+    labels: float = 0.3  # weight of the auxiliary loss in the second stage
+    muon_lr: float = 3e-3
+    adam_lr: float = 1.5e-3
+    warmup: int = 100
+    decay: float = 0.4  # the last part of each stage, along a cosine
+
+
+# (height, width) in units, and how often.
+TINY = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5))
+SMALL = (*TINY, ((6, 8), 2.0))
+LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.6), ((9, 16), 0.8), ((12, 18), 0.4))
+PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
+MOST = 1000  # units of one clip
+PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds a frame pair
+OFFSET = 16_000  # largest number of positions that a prompt's inputs are moved by
+
+
+def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames, one in five times as a video codec leaves them, and the labels of patches and units."""
+    times = even_times(0.0, clip.seconds, 2 * clip.pairs)
+    frames, maps = render_with_map(clip, times)
+    if rng.random() < 0.2:
+        frames = through_codec(frames, int(rng.integers(2, 9)))
+    return frames, *dense_labels(clip, times, maps)
+
+
+def vision_batches(recipe: ScenesRecipe, first: int):
+    """Stage 1: crowded frame pairs, `(frames uint8 [2 * G, H, W, 3], labels of patches, of units, (height, width))` for ever."""
+    step = first
+    while True:
+        rng = np.random.default_rng((recipe.seed, 1, step))
+        height, width = draw(rng, SMALL if step < recipe.vision_steps * 0.8 else (*SMALL, ((8, 12), 3.0)))
+        made = []
+        for _ in range(max(4, recipe.vision_units // (height * width))):
+            clip = compose(_key(rng), height, width, 1, 1.0, crowd=float(rng.uniform(1, 3)))
+            made.append(drawn(clip, rng))
+        frames, patches, units = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
+        yield frames, patches, units, (height, width)
+        step += 1
+
+
+def _key(rng: np.random.Generator) -> tuple[int, int]:
+    return SPLITS["train"], int(rng.integers(2**40, 2**62))
+
+
+def question_batches(recipe: ScenesRecipe, tokenizer, first: int):
+    """Stage 2: prompts of one shape, each with one or two clips and several questions, as a dict of tensors, for ever."""
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    step = first
+    while True:
+        rng = np.random.default_rng((recipe.seed, 2, step))
+        height, width, pairs = _shape(recipe, step, rng)
+        pace = float(rng.choice(PACES)) if pairs > 1 else 1.0
+        n, inputs = height * width * pairs, 2 if rng.random() < 0.15 and height * width * pairs <= MOST // 2 else 1
+        prompts = max(2, round(recipe.units / (n * inputs)))
+        image = pairs == 1 and rng.random() < 0.6
+        asked, made = [], []
+        for _ in range(prompts):
+            clips = [
+                compose(
+                    _key(rng),
+                    height,
+                    width,
+                    pairs,
+                    pairs * pace,
+                    crowd=float(rng.uniform(0.8, 2)) if height * width < 60 else 1.0,
+                )
+                for _ in range(inputs)
+            ]
+            made += [drawn(clip, rng) for clip in clips]
+            asked.append(_asked(clips, "picture" if image else "video", rng, _questions(n)))
+        frames, patches, units = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
+        prefix, where, after = _prefix(ids, (pairs, height, width), pace, inputs, IMAGE if image else VIDEO, rng)
+        yield {
+            "frames": frames,
+            "labels": (patches, units),
+            "grid": (pairs, height, width),
+            "prefix": torch.tensor(prefix),
+            "slots": torch.tensor([token in (IMAGE, VIDEO) for token in prefix]),
+            "where": where,
+            "pack": packed(asked, ids, after),
+            "groups": _numbered_groups(asked),
+        }
+        step += 1
+
+
+def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Height and width in units, and frame pairs."""
+    if step < recipe.still_steps:
+        return *draw(rng, TINY), 1
+    while True:
+        height, width = draw(rng, SMALL if step < recipe.small_steps else LARGE)
+        pairs = draw(rng, PAIRS)
+        if height * width * pairs <= (MOST if step >= recipe.small_steps else MOST // 3):
+            return height, width, pairs
+
+
+def _questions(units: int) -> int:
+    return 6 if units < 60 else 8 if units < 200 else 12
+
+
+def _asked(clips: list[Clip], noun: str, rng: np.random.Generator, count: int) -> list[Question]:
+    """Questions about the clips of one prompt, text and answer as the model gets them, in the order in which they are packed."""
+    questions = []
+    for number, clip in enumerate(clips):
+        which = "" if len(clips) == 1 else f"In the {('first', 'second')[number]} {noun}: "
+        share = -(-count // len(clips))
+        for q in ask(clip, rng, share, kinds(clip), choice=float(rng.choice([0.3, 0.75]))):
+            questions.append(Question(q.type, which + prompt(q), said(q), q.options, q.groups))
+    return questions
+
+
+def _prefix(
+    ids, grid, pace: float, inputs: int, pad: int, rng: np.random.Generator
+) -> tuple[list[int], torch.Tensor, int]:
+    """Ids of all before a question, their positions, and the position after them."""
+    before, n = ids(BEFORE_VIDEO), int(np.prod(grid))
+    prefix, spans = before[:-1], []
+    for _ in range(inputs):
+        prefix = [*prefix, *ids("<|vision_start|>")]
+        spans.append(VideoSpan(len(prefix), grid, pace))
+        prefix = [*prefix, *[pad] * n, *ids("<|vision_end|>")]
+    where = prompt_positions(len(prefix), spans, 2)
+    if rng.random() < 0.3:  # as in a long stream, of which this is the end
+        where[:, len(before) - 1 :] += int(rng.integers(OFFSET))
+    return prefix, where, int(where.max()) + 1
+
+
+def _numbered_groups(asked: list[list[Question]]) -> torch.Tensor:
+    """Which groups each question counts in, by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
+    member = torch.zeros(64 * (len(asked) + 1), len(GROUPS), dtype=torch.bool)
+    for row, questions in enumerate(asked):
+        for segment, q in enumerate(questions, 1):
+            for group in q.groups:
+                if group in GROUPS:
+                    member[64 * row + segment, GROUPS.index(group)] = True
+    return member

@@ -1,0 +1,109 @@
+"""What each patch and unit of a clip of scenes shows: labels for the auxiliary head. Imported by `scenes_batches`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evoprune.demo.scenes.clip import COLOURS, OUTLINES, SIGN, TEXTURES, Clip
+from evoprune.demo.scenes.signs import CHARACTERS
+
+IGNORED = -100
+LOOKS = (*OUTLINES, SIGN)
+NOTHING, BLANK = len(LOOKS), len(CHARACTERS)
+PATCH, SLOT = 14, 7
+# Of a patch: outline of the thing at its middle, texture, colour, and the characters in its left and right half. Of a unit:
+# whether the middle of a thing lies in it.
+PATCH_CLASSES = {
+    "outline": NOTHING + 1, "texture": len(TEXTURES), "colour": len(COLOURS), "left": BLANK + 1, "right": BLANK + 1,
+}  # fmt: skip
+ROWS = COLUMNS = 24
+
+
+def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of each patch and unit of each frame pair, in Hugging Face's order, IGNORED where there is none.
+
+    Args:
+        times: two a frame pair. maps: what each pixel shows, `[len(times), height, width]`.
+
+    Returns:
+        int64 `[pairs, units, 4, 5]` of patches and `[pairs, units]` of units.
+    """
+    pairs, height, width = len(times) // 2, clip.height // PATCH, clip.width // PATCH
+    first, second = (maps[i::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH] for i in (0, 1))
+    labels = np.full((pairs, height, width, len(PATCH_CLASSES)), IGNORED)
+    middles = np.zeros((pairs, height // 2, width // 2), np.int64)
+    for pair in range(pairs):
+        t = times[2 * pair]
+        looks = np.array([_looks(thing, t) for thing in clip.things] + [(NOTHING, IGNORED, IGNORED)])
+        labels[pair, ..., :3] = looks[first[pair]]
+        labels[pair][first[pair] != second[pair]] = IGNORED
+        labels[pair, ..., 3:] = BLANK
+        for number, thing in enumerate(clip.things):
+            if not all(thing.visible(at) for at in times[2 * pair : 2 * pair + 2]):
+                continue
+            x, y = _on_frame(clip, thing, t)
+            if 0 <= x < clip.width and 0 <= y < clip.height and maps[2 * pair, int(y), int(x)] in (number, -1):
+                middles[pair, int(y) // 28, int(x) // 28] = 1
+            if thing.is_sign:
+                _write(labels[pair, ..., 3:], clip, number, t, maps[2 * pair])
+    by_unit = labels.reshape(pairs, height // 2, 2, width // 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+    return by_unit.reshape(pairs, height * width // 4, 4, -1), middles.reshape(pairs, -1)
+
+
+def _looks(thing, t: float) -> tuple[int, int, int]:
+    colour = list(COLOURS).index(thing.colour_at(t))
+    return LOOKS.index(thing.outline), IGNORED if thing.is_sign else TEXTURES.index(thing.texture), colour
+
+
+def _on_frame(clip: Clip, thing, t: float, dx: float = 0.0) -> tuple[float, float]:
+    x, y = thing.centre(t)
+    return clip.on_frame(x + dx, y, t)
+
+
+def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarray) -> None:
+    """Sets the label of each slot in which the middle of a character lies that is to be seen."""
+    thing = clip.things[number]
+    text = thing.text_at(t)
+    for at, character in enumerate(text):
+        x, y = _on_frame(clip, thing, t, (at + 0.5 - len(text) / 2) * thing.pitch)
+        if 0 <= x < clip.width and 0 <= y < clip.height and seen[int(y), int(x)] == number:
+            slots[int(y) // PATCH, int(x) // PATCH, int(x) % PATCH // SLOT] = CHARACTERS.index(character)
+
+
+class Head(nn.Module):
+    """Reads the labels off the tower's last layer, row and column of each unit besides. Thrown away after training."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.patch = nn.Linear(hidden, sum(PATCH_CLASSES.values()))
+        self.unit = nn.Linear(4 * hidden, 2 + ROWS + COLUMNS)
+
+    def forward(self, flat: torch.Tensor, patches: torch.Tensor, units: torch.Tensor, height: int, width: int):
+        """Loss, and for the log how often it is right; flat `[G, units, 4 * hidden]`, labels of `dense_labels`."""
+        outs = self.patch(flat.unflatten(-1, (4, -1))).float().split(list(PATCH_CLASSES.values()), -1)
+        middle, row, column = self.unit(flat).float().split([2, ROWS, COLUMNS], -1)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        loss = 0.2 * sum(
+            F.cross_entropy(out.flatten(0, 1), p.flatten().expand(flat.shape[:2]).flatten())
+            for out, p in ((row, y), (column, x))
+        )
+        loss = loss + 2 * F.cross_entropy(middle.flatten(0, 1), units.flatten(), torch.tensor([0.2, 1.0]))
+        right = {}
+        for name, out, label in zip(PATCH_CLASSES, outs, patches.unbind(-1), strict=True):
+            blank = {"outline": NOTHING, "left": BLANK, "right": BLANK}.get(name, -1)
+            held = (label >= 0) & (label != blank)
+            if not held.any():
+                continue
+            weight = torch.ones(out.shape[-1])
+            if blank >= 0:  # most patches show nothing
+                weight[blank] = 0.2 if name == "outline" else 0.1
+            loss = loss + F.cross_entropy(out.flatten(0, 2), label.flatten(), weight, ignore_index=IGNORED)
+            right["character" if name in ("left", "right") else name] = (
+                (out.argmax(-1) == label)[held].float().mean().item()
+            )
+        there = units == 1
+        right["middle"] = (middle.argmax(-1) == 1)[there].float().mean().item() if there.any() else 1.0
+        return loss, right

@@ -1,0 +1,76 @@
+"""The model of the second world before it has learned anything: architecture, tokenizer, first weights. Imported by `train_scenes`."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from evoprune.batch.rows import Row
+from evoprune.demo.scenes.asking import Question, ask
+from evoprune.demo.scenes.compose import make_clip
+from evoprune.demo.scenes.happening import kinds
+from evoprune.demo.scenes.signs import CHARACTERS
+from experiments.demo.build import VOCABULARY, build_tokenizer
+
+HIDDEN = 128
+# Channels of the residual stream that are large in all rows, as a few are in every trained vision tower, and how large. They are
+# a bias of the first layer, because Qwen's patch embedding has none.
+LARGE = {5: 9.0, 37: -14.0, 90: 7.0}
+
+
+def scenes_config():
+    """The exact Qwen2.5-VL architecture: like the real tower, it first sees a whole frame a quarter of the way in."""
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 16, "hidden_size": HIDDEN, "intermediate_size": 320, "num_heads": 4, "out_hidden_size": 256,
+            "fullatt_block_indexes": [3, 7, 11, 15], "window_size": 112, "patch_size": 14, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "tokens_per_second": 2,
+        },
+        text_config={
+            "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [7, 5, 4]},
+            "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True,
+        },
+        tie_word_embeddings=True, vision_start_token_id=3, vision_end_token_id=4, image_token_id=6, video_token_id=7,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def keep_large(visual) -> None:
+    """Sets the large channels to their values, whatever an optimizer made of them."""
+    bias = visual.blocks[0].mlp.down_proj.bias
+    for channel, value in LARGE.items():
+        bias[channel] = value
+
+
+def prompt(question: Question) -> str:
+    """The text that the model gets: that of `evoprune eval`, options as lines with letters."""
+    return Row("", "", "", question.question, options=question.options).prompt
+
+
+def said(question: Question) -> str:
+    """What the model should answer: the letter of the option, or the answer itself."""
+    return "ABCD"[question.options.index(question.answer)] if question.options else question.answer
+
+
+def scenes_tokenizer():
+    """As that of shapes, trained on the questions of scenes. What signs say is left out, so they are read letter by letter."""
+
+    def texts() -> Iterator[str]:
+        yield " ".join(CHARACTERS)
+        for seed in range(1200):
+            clip = make_clip("train", seed)
+            written = {t.text for t in clip.signs} | {t.after for t in clip.signs}
+            for q in ask(clip, np.random.default_rng(seed), 8, kinds(clip)):
+                yield from (
+                    line
+                    for line in prompt(q).split("\n")
+                    if not any(word.isupper() and len(word) > 1 for word in line.split())
+                )
+                if q.answer not in written:
+                    yield q.answer
+
+    return build_tokenizer(texts())

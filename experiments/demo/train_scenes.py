@@ -1,0 +1,167 @@
+"""Trains the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
+
+Two stages, like those of `train`, but the tower goes on learning in the second one, so that its attention comes to mean something.
+At first it names what each patch shows, characters of signs among it. Then it answers questions with the language model, many packed
+behind each clip: about small pictures, then about short and small videos too, in the end about frames as large as those of the
+evaluation.
+
+Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and goes on from it when it is run again, so it
+can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At the end OUT has the layout of a model on the hub.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batches, vision_batches
+from experiments.demo.training import Run, answer_loss, export, in_worker, learn_from, optimizers, rate  # isort: skip
+
+import torch
+
+from evoprune.vision.preprocess import patchify
+from experiments.demo.build import init_weights
+from experiments.demo.forward import tower
+from experiments.demo.scenes_labels import Head
+from experiments.demo.scenes_model import HIDDEN, keep_large, scenes_config, scenes_tokenizer
+
+LOG_EVERY = 30.0  # seconds
+Learn = Callable[[torch.Tensor], None]
+
+
+def build(seed: int):
+    """The model, the auxiliary head and the tokenizer before training."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(scenes_config())
+    init_weights(model, torch.Generator().manual_seed(seed))
+    head = Head(HIDDEN)
+    init_weights(head, torch.Generator().manual_seed(seed + 1))
+    keep_large(model.model.visual)
+    return model, head, scenes_tokenizer()
+
+
+def train(folder: Path, recipe: ScenesRecipe, minutes: float = math.inf) -> None:
+    """Both stages, from the checkpoint in `folder` if there is one; stops after `minutes` with a checkpoint."""
+    run, end = Run(folder, recipe), time.monotonic() + 60 * minutes
+    model, head, tokenizer = build(recipe.seed)
+    state = run.load()
+    if state:
+        model.load_state_dict(state["modules"][0])
+        head.load_state_dict(state["modules"][1])
+    reached = state["stage"] if state else 1
+    if reached == 1 and not train_stage(run, 1, model, head, tokenizer, state, end):
+        return
+    if not train_stage(run, 2, model, head, tokenizer, state if reached == 2 else None, end):
+        return
+    export(folder, model, tokenizer, most=16 * 24, frames=32)
+    run.log(done=True)
+
+
+def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict | None, end: float) -> bool:
+    """One stage, from `state` if it is a checkpoint of this stage; whether it is finished."""
+    recipe, first = run.recipe, 0
+    steps = recipe.vision_steps if stage == 1 else recipe.steps
+    modules = [model.model.visual, head] if stage == 1 else [model.model.visual, head, model.model.language_model]
+    opts = optimizers(recipe, modules, {} if stage == 1 else {0: recipe.tower_rate, 1: recipe.tower_rate})
+    if state:
+        first = state["step"] + 1
+        for optimizer, saved in zip(opts, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    batches = in_worker(
+        *((vision_batches, recipe, first) if stage == 1 else (question_batches, recipe, tokenizer, first))
+    )
+    learn = partial(learn_from, opts=opts, parameters=[p for module in modules for p in module.parameters()])
+    log = Log(run, stage)
+    for step in range(first, steps):
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(step, steps, recipe)
+        batch = next(batches)
+        if stage == 1:
+            vision_step(model, head, batch, learn, log)
+        else:
+            question_step(model, head, batch, learn, log, recipe.labels)
+        keep_large(model.model.visual)
+        log.write(step + 1, last=step + 1 == steps)
+        late = time.monotonic() > end
+        run.save(stage, step, (model, head), opts, every=0.0 if late or step + 1 == steps else 180.0)
+        if late:
+            return False
+    return True
+
+
+class Log:
+    """Means since the last line: of losses, and of the share of right answers by group."""
+
+    def __init__(self, run: Run, stage: int):
+        self.run, self.stage = run, stage
+        self._clear()
+
+    def _clear(self) -> None:
+        self.clock, self.steps, self.sums = time.monotonic(), 0, {}
+
+    def add(self, name: str, total: float, count: float = 1) -> None:
+        old = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = old[0] + total, old[1] + count
+
+    def write(self, step: int, last: bool = False) -> None:
+        """A line, if it is time for one; `step`: how many are done."""
+        self.steps += 1
+        passed = time.monotonic() - self.clock
+        if passed < LOG_EVERY and not last:
+            return
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        self.run.log(stage=self.stage, step=step, at=round(time.time()), step_s=passed / self.steps, **means)
+        self._clear()
+
+
+def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
+    """One step of stage 1."""
+    frames, patches, units, (height, width) = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        _, flat = tower(model.model.visual, patchify(frames), height, width)
+        loss, right = head(flat, patches, units, height, width)
+    learn(loss)
+    log.add("loss", loss.item())
+    for name, share in right.items():
+        log.add(name, share)
+
+
+def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
+    """One step of stage 2."""
+    _, height, width = batch["grid"]
+    with torch.autocast("cpu", torch.bfloat16):
+        merged, flat = tower(model.model.visual, patchify(batch["frames"]), height, width)
+        seen, right = head(flat, *batch["labels"], height, width)
+        video = merged.reshape(len(batch["pack"]["tokens"]), -1, merged.shape[-1])
+        loss, numbers, good = answer_loss(model, video, batch, batch["pack"])
+    learn(loss + labels * seen)
+    log.add("loss", loss.item())
+    log.add("seen", seen.item())
+    log.add("character", right.get("character", 0.0), "character" in right)
+    log.add("right", good.sum().item(), len(good))
+    family = "picture" if batch["grid"][0] == 1 else "video"
+    for group, member in zip(GROUPS, batch["groups"][numbers].T, strict=True):
+        log.add(f"{family}.{group}", good[member].sum().item(), member.sum().item())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, with a checkpoint")
+    parser.add_argument("--threads", type=int, default=2, help="of the model; data come from one more process")
+    for name, value in asdict(ScenesRecipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    args = vars(parser.parse_args())
+    out, minutes, threads = args.pop("out"), args.pop("minutes"), args.pop("threads")
+    torch.set_num_threads(threads)
+    train(out, ScenesRecipe(**args), minutes)
+
+
+if __name__ == "__main__":
+    main()

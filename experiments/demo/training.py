@@ -1,0 +1,168 @@
+"""What the training of both worlds has in common: optimizers, checkpoints, the loss on answers, the files of a finished model."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read by torch; the default forgets shapes too soon
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD
+from experiments.demo.forward import language
+
+
+def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss on the answers of one pack of questions.
+
+    Args:
+        video: the merger's output, `[prompts, units of a prompt, D]`.
+        batch: `prefix`, ids `[P]` of what all prompts share; `slots`, which of them are visual, bool `[P]`; `where`, `[3, P]`.
+        pack: see `batches.packed`.
+
+    Returns:
+        The loss; the numbers of the answers, `64 * prompt + segment`; and whether every token of each is right, bool.
+    """
+    prompts, longest = pack["tokens"].shape
+    text = model.model.language_model
+    prefix = text.embed_tokens(batch["prefix"]).expand(prompts, -1, -1)
+    prefix = prefix.masked_scatter(batch["slots"][:, None].expand_as(prefix), video.to(prefix.dtype))
+    embeds = torch.cat([prefix, text.embed_tokens(pack["tokens"])], 1)
+    shared = prefix.shape[1]
+    positions = torch.cat([batch["where"][:, None].expand(3, prompts, -1), pack["place"].expand(3, -1, -1)], dim=2)
+    segment = F.pad(pack["segment"], (shared, 0))  # 0: the shared prefix
+    allowed = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+    allowed &= torch.ones(shared + longest, shared + longest, dtype=torch.bool).tril()
+    bias = torch.zeros(allowed.shape).masked_fill_(~allowed, -1e4)[:, None]
+    if torch.is_autocast_enabled("cpu"):
+        bias = bias.bfloat16()
+    hidden = language(text, embeds, positions, bias, model.config.text_config.rope_parameters["mrope_section"])
+    held = pack["target"] >= 0
+    logits = F.linear(hidden[:, shared:][held], text.embed_tokens.weight).float()
+    target = pack["target"][held]
+    each = F.cross_entropy(logits, target, reduction="none")
+    # One number an answer. Long answers count for more than short ones, but not in proportion to their length.
+    number = (torch.arange(prompts)[:, None] * 64 + pack["segment"])[held]
+    numbers, answer = number.unique(return_inverse=True)
+    length = torch.bincount(answer)
+    weight = length.float().rsqrt()[answer]
+    wrong = torch.zeros(len(length)).index_add_(0, answer, (logits.argmax(-1) != target).float())
+    return (each * weight).sum() / weight.sum(), numbers, wrong == 0
+
+
+def optimizers(recipe, modules: list[nn.Module], share: dict[int, float] | None = None) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices, AdamW for the rest.
+
+    Args:
+        share: of the learning rate, by a module's place in the list; 1 where it is missing.
+    """
+    made = []
+    for matrix, rate in ((True, recipe.muon_lr), (False, recipe.adam_lr)):
+        groups: dict[float, list] = {}
+        for number, module in enumerate(modules):
+            for name, p in module.named_parameters():
+                if matrix == (p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name):
+                    groups.setdefault(rate * (share or {}).get(number, 1.0), []).append(p)
+        given = [{"params": params, "lr": lr} for lr, params in groups.items()]
+        if matrix:
+            made.append(torch.optim.Muon(given, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+        else:
+            made.append(torch.optim.AdamW(given, betas=(0.9, 0.98), weight_decay=0.01))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return made
+
+
+def rate(step: int, steps: int, recipe) -> float:
+    """Warm-up, constant, then down a cosine to a fiftieth."""
+    start = steps * (1 - recipe.decay)
+    if step < start:
+        return min(1.0, (step + 1) / recipe.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
+
+
+def learn_from(loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> None:
+    """One step of all optimizers."""
+    for optimizer in opts:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+    for optimizer in opts:
+        optimizer.step()
+
+
+class Run:
+    """One training run in a folder: checkpoints, log, clock."""
+
+    def __init__(self, folder: Path, recipe):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.recipe, self.saved = folder, recipe, time.monotonic()
+        self.checkpoint = folder / "checkpoint.pt"
+
+    def log(self, **record) -> None:
+        line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()})
+        print(line, flush=True)
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(line + "\n")
+
+    def load(self) -> dict | None:
+        if not self.checkpoint.exists():
+            return None
+        state = torch.load(self.checkpoint, weights_only=True)  # noqa: TID251 (opens tensors only)
+        if state["recipe"] != asdict(self.recipe):
+            raise SystemExit(f"{self.checkpoint} comes from another recipe: use another folder, or remove it")
+        return state
+
+    def save(self, stage: int, step: int, modules, opts, every: float = 180.0) -> None:
+        if time.monotonic() - self.saved < every:
+            return
+        state = {
+            "recipe": asdict(self.recipe),
+            "stage": stage,
+            "step": step,
+            "modules": [m.state_dict() for m in modules],
+            "optimizers": [o.state_dict() for o in opts],
+        }
+        unfinished = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(self.checkpoint)
+        self.saved = time.monotonic()
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __init__(self, make, *args):
+        self.make, self.args = make, args
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        return self.make(*self.args)
+
+
+def in_worker(make, *args) -> Iterator:
+    """Runs a batch generator in one worker process, a few batches in advance."""
+    return iter(torch.utils.data.DataLoader(_Stream(make, *args), batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+def export(folder: Path, model, tokenizer, most: int = 10 * 14, frames: int = 24) -> None:
+    """Writes the model in the hub's file layout, weights in bfloat16; `most` units a frame, and this many frames."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    limits = {"size": {"shortest_edge": 4 * 4 * 784, "longest_edge": most * 784}}
+    shared = {
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 2.0, "min_frames": 2, "max_frames": frames}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video | limits | shared, indent=2) + "\n")
+    image = {"image_processor_type": "Qwen2VLImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image | limits | shared, indent=2) + "\n")
