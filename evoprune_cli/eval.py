@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.evaluation.splits import SPLITS
+from evoprune.evaluation.splits import BOTH, SPLITS, WORLDS
 from evoprune.model.limits import check_libraries
 from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
@@ -24,6 +24,8 @@ SOME_FAILED = 6
 def evaluate(
     data: own.Data,
     limit: own.Limit = None,
+    world: own.World = WORLDS[0],
+    group: own.Groups = None,
     split: own.Split = SPLITS[0],
     seed: own.Seed = 0,
     budget: opt.Budgets = None,
@@ -63,11 +65,12 @@ def evaluate(
     from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 
     sweep = opt.sweep(budget, method, method_arg)
-    _check_flags(split, output, resume)
+    _check_flags(world, split, output, resume)
     check_chart(chart, beside=output)
     videos = _questions(data)
     asked = {
         **sweep, "data": data, "blind": blind, "split": split, "seed": seed, "limit": limit,
+        "world": world, "groups": tuple(dict.fromkeys(opt.listed(group))),
         "model": ModelOptions(model, revision, device, dtype, quantize, offline=offline, threads=threads),
         "sampling": SamplingOptions(fps, frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens),
         "generation": GenerationOptions(max_new_tokens),
@@ -127,8 +130,10 @@ def _checked(asked: dict[str, Any], videos, resume: str | None, show):
     return made
 
 
-def _check_flags(split, output, resume) -> None:
+def _check_flags(world, split, output, resume) -> None:
     check_output()
+    if world not in (*WORLDS, BOTH):
+        raise UsageError(f"--world {world!r} is unknown", f"one of {', '.join((*WORLDS, BOTH))}")
     if split not in SPLITS:
         raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")
     if output is not None and resume is not None:

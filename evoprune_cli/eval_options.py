@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from evoprune.evaluation.splits import SPLITS
+from evoprune.evaluation.splits import BOTH, SPLITS, WORLDS
 from evoprune_cli.options import SWEEP
 
 _DATA, _OUTPUT = "Data", "Output"
@@ -25,8 +25,27 @@ Limit = Annotated[
     typer.Option(
         "--limit",
         metavar="N",
-        help="At most so many videos; default: all of a file, 100 demo clips.",
+        help="At most so many videos; default: all of a file, 100 demo clips of a world.",
         min=1,
+        show_default=False,
+        rich_help_panel=_DATA,
+    ),
+]
+World = Annotated[
+    str,
+    typer.Option(
+        "--world",
+        metavar="|".join((*WORLDS, BOTH)),
+        help="The demo's clips: shapes, which the bundled model knows, or crowded scenes with signs.",
+        rich_help_panel=_DATA,
+    ),
+]
+Groups = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--group",
+        metavar="LIST",
+        help="Only questions of these groups; of scenes picture (one frame pair) or video, for example.",
         show_default=False,
         rich_help_panel=_DATA,
     ),

@@ -51,7 +51,7 @@ def _head(document: dict) -> list[str]:
     model, settings, videos = document["model"], document["settings"], document["videos"]
     data = one_line(settings["data"])
     if settings["data"] == "demo":
-        data += f" ({settings['split']}, block {settings['seed']})"
+        data += f" ({settings['world']}, {settings['split']}, block {settings['seed']})"
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
     return [
         f"{one_line(model['id'])}, {model['dtype']}, {model['device']}",
@@ -166,7 +166,9 @@ def draw_chart(document: dict) -> str:
                 series.append(Series(name, tuple(points), colour, dashed=name == "blind"))
         panels.append(Panel(title, label, "accuracy, %", tuple(series)))
     settings, model = document["settings"], document["model"]
-    split = f" ({settings['split']}, block {settings['seed']})" if settings["data"] == "demo" else ""
+    split = (
+        f" ({settings['world']}, {settings['split']}, block {settings['seed']})" if settings["data"] == "demo" else ""
+    )
     facts = f"{one_line(settings['data'])}{split}, {plural(rows[0]['n'], 'question')} about {plural(rows[0]['videos'], 'video')}"
     title = f"{one_line(model['id']).rpartition('/')[2]}: accuracy against tokens and against cost"
     return draw(title, f"{facts}, 95% intervals over videos", panels)

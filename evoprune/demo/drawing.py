@@ -1,13 +1,13 @@
 """Pictures of procedural clips: frames at any times, and video files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from evoprune.demo.clips import Clip, Thing
-from evoprune.video.info import DEMO_TAG
+from evoprune.demo.files import write_frames
 
 DIGIT_FONT = (
     "01110 10001 10011 10101 11001 10001 01110",
@@ -127,22 +127,8 @@ def digit_mask(digit: int, radius: int = 7) -> np.ndarray:
 def write_video(
     clip: Clip, path: str | Path, fps: int = 12, codec: str = "libx264", crf: int = 18, preset: str = "medium"
 ) -> None:
-    """Encodes the clip as a video file, marked as the generator's own in the container's `comment` tag."""
-    import av
-
-    def pictures() -> Iterator[np.ndarray]:
-        frames = round(clip.seconds * fps)
-        yield from render(clip, [i / fps for i in range(frames)])
-
-    # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
-    x264 = {"preset": preset, "x264-params": "mbtree=0"}
-    with av.open(str(path), "w") as container:
-        container.metadata["comment"] = DEMO_TAG
-        stream = container.add_stream(
-            codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else x264)
-        )
-        stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
-        stream.codec_context.thread_count = 1  # what comes out depends on their number
-        for picture in pictures():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    """Encodes the clip as a video file: see `files.write_frames`."""
+    frames = round(clip.seconds * fps)
+    write_frames(
+        render(clip, [i / fps for i in range(frames)]), path, (clip.height, clip.width), fps, codec, crf, preset
+    )

@@ -1,32 +1,29 @@
 """The demo's own clips and questions for `evoprune eval`. Each clip is written as a video file right before it is needed."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from evoprune.batch.rows import Row
-from evoprune.demo.clips import Clip, make_clip
-from evoprune.demo.drawing import write_video
-from evoprune.demo.questions import Question, ask
+from evoprune.demo.worlds import SHAPES, WORLDS
 from evoprune.errors import UsageError
 from evoprune.evaluation.questions import Video
 
 BLOCK = 100_000  # seeds in one block; a block whose results were reported is not used again
-QUESTIONS = 6  # about a clip
-GROUPS = {
-    "detail": ("digit", "digit_colour", "colour", "shape", "size"),
-    "time": ("event", "which", "order", "count_end", "motion"),
-    "space": ("relation", "place", "count"),
-    "rest": ("exists", "describe"),
-}
 
 
-def groups(clip: Clip, question: Question) -> tuple[str, ...]:
-    """The groups that a question counts in: what it needs, whether it is about a flash, and what the camera does."""
-    needs = tuple(name for name, types in GROUPS.items() if question.type in types)
-    return (*needs, *(("flash",) if question.flash else ()), "panning" if any(clip.pan) else "static")
+@dataclass(frozen=True)
+class ClipName:
+    """Which clip of which world."""
+
+    world: str
+    split: str
+    seed: int
+
+    def __str__(self) -> str:
+        return clip_name(self.split, self.seed, self.world)
 
 
 def seeds(block: int, limit: int) -> range:
@@ -34,29 +31,60 @@ def seeds(block: int, limit: int) -> range:
     return range(block * BLOCK, block * BLOCK + limit)
 
 
-def clip_name(split: str, seed: int) -> str:
-    return f"{split}-{seed}"
+def clip_name(split: str, seed: int, world: str = SHAPES.name) -> str:
+    """The name of a clip in results."""
+    return f"{split}-{seed}" if world == SHAPES.name else f"{world}-{split}-{seed}"
+
+
+def clips_asked(
+    worlds: Collection[str], split: str, block: int, limit: int, groups: Collection[str] = ()
+) -> list[ClipName]:
+    """The first clips of a block, up to `limit` of each world, that can have a question of one of the groups.
+
+    Raises:
+        UsageError: a world without this split, or without so many clips in a block.
+    """
+    made = []
+    for name in worlds:
+        world = WORLDS[name]
+        if split not in world.splits:
+            raise UsageError(f"{name} has no split {split!r}", f"one of {', '.join(world.splits)}")
+        fitting = (seed for seed in seeds(block, BLOCK) if not groups or world.may_hold(seed, groups))
+        found = [ClipName(name, split, seed) for seed in islice(fitting, limit)]
+        if len(found) < limit:
+            hint = "lower --limit, or take several blocks (--seed)"
+            raise UsageError(f"a block of the demo's clips holds {len(found):,}", hint)
+        made += found
+    return made
 
 
 @contextmanager
-def demo_video(split: str, seed: int, folder: Path, crf: int | None = None) -> Iterator[Video]:
+def demo_video(
+    split: str, seed: int, folder: Path, crf: int | None = None, world: str = SHAPES.name, groups: Collection[str] = ()
+) -> Iterator[Video]:
     """Clip number `seed` of a split with its questions, as a file in `folder` that is removed at the end.
 
     Args:
-        split: `validation` to tune on, `heldout` to report, `portrait` for the family that is never tuned on.
-        crf: x264's constant rate factor; default: from 18 to 28, by the seed.
+        split: `validation` to tune on, `heldout` to report, `portrait` for the family of shapes that is never tuned on.
+        crf: x264's constant rate factor; default: by the seed, from what the world has.
+        groups: only the questions of these groups; default: all.
 
     Raises:
         UsageError: the file cannot be written.
     """
-    name, clip = clip_name(split, seed), make_clip(split, seed)
+    made, name = WORLDS[world], clip_name(split, seed, world)
+    clip = made.make(split, seed)
     path = folder / f"{name}.mp4"
+    asked = [q for q in made.ask(clip, seed) if not groups or set(groups) & set(q.groups)]
     rows = tuple(
-        Row(f"{name}-{i}", name, str(path), q.question, answer=q.answer, type=q.type, groups=groups(clip, q))
-        for i, q in enumerate(ask(clip, np.random.default_rng(seed), QUESTIONS))
+        Row(
+            f"{name}-{i}", name, str(path), q.question, options=q.options, answer=q.answer, type=q.type, groups=q.groups
+        )
+        for i, q in enumerate(asked)
     )
+    low, high = made.crf
     try:
-        write_video(clip, path, crf=18 + seed % 11 if crf is None else crf, preset="veryfast")
+        made.write(clip, path, low + seed % (high - low + 1) if crf is None else crf)
     except OSError as problem:
         reason = problem.strerror or problem
         raise UsageError(f"cannot write a clip to {folder}: {reason}", "set TMPDIR to a folder with room") from problem

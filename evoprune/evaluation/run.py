@@ -19,7 +19,7 @@ import evoprune
 from evoprune import methods
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.evaluation.cost import NOTE, Cost
-from evoprune.evaluation.demo_clips import BLOCK, clip_name, demo_video, seeds
+from evoprune.evaluation.demo_clips import ClipName, clips_asked, demo_video
 from evoprune.evaluation.folder import RunFolder
 from evoprune.evaluation.frames import SharedFrames, grey_frames
 from evoprune.evaluation.grading import grade
@@ -27,6 +27,7 @@ from evoprune.evaluation.processes import map_in_processes
 from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
 from evoprune.evaluation.shared_encoding import SharedRows
+from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.machine import environment
 from evoprune.model.memory import shortage
 from evoprune.model.threads import threads_of_each
@@ -56,8 +57,9 @@ class Settings:
 
     Attributes:
         data: path of a file of questions, or "demo"; `digest`: of the file's content.
-        split, seed: which clips of the demo's generator; the seed is also that of methods that draw lots.
-        limit: at most so many videos; None for all of a file, and 100 clips of the demo's.
+        split, seed: which clips of the demo's generators; the seed is also that of methods that draw lots.
+        world: which of them, or both. groups: only questions of these groups; all if it is empty.
+        limit: at most so many videos; None for all of a file, and 100 clips of the demo's, of each world.
         budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts.
         blind: also ask without the video.
         model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise.
@@ -73,6 +75,8 @@ class Settings:
     blind: bool = False
     split: str = "heldout"
     seed: int = 0
+    world: str = WORLDS[0]
+    groups: tuple[str, ...] = ()
     limit: int | None = None
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -126,19 +130,15 @@ class Evaluation:
         videos: of a file; None for the demo's clips.
 
     Raises:
-        UsageError: an unknown method, settings that it does not have, or more clips than a block of the demo's holds.
+        UsageError: an unknown method, settings that it does not have, more clips than a block of the demo's holds, a split that a
+            world does not have, or groups that no question is in.
     """
 
     def __init__(self, settings: Settings, videos: Sequence[Video] | None):
         self.settings, self.variants = settings, variants(settings)
         self.folder: RunFolder | None = None
-        limit = settings.limit
-        self.total = len(videos[:limit]) if videos is not None else limit or DEMO_CLIPS
-        if videos is None and self.total > BLOCK:
-            raise UsageError(
-                f"a block of the demo's clips holds {BLOCK:,}", "lower --limit, or take several blocks (--seed)"
-            )
-        self._videos = videos
+        self._jobs = self._all_jobs(videos)
+        self.total = len(self._jobs)
         self.files = ""  # folder for the files of the demo's clips
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
@@ -174,7 +174,7 @@ class Evaluation:
             OutOfMemory: there is too little memory for so many models.
         """
         done = {sample["video"] for sample in self.samples}
-        missing = self._missing(done)
+        missing = [job for job in self._jobs if (job.name if isinstance(job, Video) else str(job)) not in done]
         with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
             if processes > 1:
                 each = map_in_processes(self._start_of_each(processes), missing, processes)
@@ -191,7 +191,7 @@ class Evaluation:
                         self.folder.add(made)
                     self.samples += made
 
-    def _start_of_each(self, processes: int) -> Callable[[], Callable[[Video | int], list[dict]]]:
+    def _start_of_each(self, processes: int) -> Callable[[], Callable[[Video | ClipName], list[dict]]]:
         """What each of several processes begins with. They share the cores, and need memory for a model each."""
         if self.loaded and (short := shortage(processes * self.loaded.weights_bytes, self.loaded.device)):
             hint = "fewer processes (--processes), or a smaller model"
@@ -200,21 +200,30 @@ class Evaluation:
         model = replace(model, threads=threads_of_each(model.threads, processes))
         return partial(_start, replace(self.settings, model=model), self.files)
 
-    def _missing(self, done: set[str]) -> list[Video] | list[int]:
-        """Videos of the file, or seeds of the demo's clips."""
-        if self._videos is not None:
-            return [video for video in self._videos[: self.settings.limit] if video.name not in done]
+    def _all_jobs(self, videos: Sequence[Video] | None) -> list[Video] | list[ClipName]:
+        """The videos of the file with questions of the groups, or the demo's clips."""
         s = self.settings
-        return [seed for seed in seeds(s.seed, self.total) if clip_name(s.split, seed) not in done]
+        if videos is None:
+            return clips_asked(
+                WORLDS if s.world == BOTH else (s.world,), s.split, s.seed, s.limit or DEMO_CLIPS, s.groups
+            )
+        chosen = [
+            replace(v, rows=tuple(r for r in v.rows if not s.groups or set(s.groups) & set(r.groups))) for v in videos
+        ]
+        if not any(video.rows for video in chosen):
+            raise UsageError(f"no question is in {' or '.join(s.groups)}", "see the field groups of the file")
+        return [video for video in chosen if video.rows][: s.limit]
 
-    def evaluate(self, job: Video | int, progress: Progress = lambda what: None) -> list[dict]:
-        """The samples of a video, or of the demo's clip of that seed, variant after variant.
+    def evaluate(self, job: Video | ClipName, progress: Progress = lambda what: None) -> list[dict]:
+        """The samples of a video, or of a clip of the demo's, variant after variant.
 
         If the video fails, there is one sample a question, with an `error`.
         """
-        if isinstance(job, int):
-            with demo_video(self.settings.split, job, Path(self.files)) as video:
-                return self.evaluate(video, progress)
+        if isinstance(job, ClipName):
+            with demo_video(
+                job.split, job.seed, Path(self.files), world=job.world, groups=self.settings.groups
+            ) as video:
+                return self.evaluate(video, progress) if video.rows else []
         video, made, frames, rows = job, [], SharedFrames(), SharedRows()
         try:
             for variant in self.variants:
@@ -289,7 +298,7 @@ class Evaluation:
         return notes
 
 
-def _start(settings: Settings, files: str) -> Callable[[Video | int], list[dict]]:
+def _start(settings: Settings, files: str) -> Callable[[Video | ClipName], list[dict]]:
     """`evaluate` of an evaluation of its own, with a model loaded: what a process runs."""
     evaluation = Evaluation(settings, None)
     evaluation.load()

@@ -50,10 +50,13 @@ def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch
     where = torch.stack(
         [(y.flatten()[:, None] * 2 + inner[0]).flatten(), (xs.flatten()[:, None] * 2 + inner[1]).flatten()]
     )
+    # Rows in the order of their windows, so that a window is a slice.
+    buckets = window_buckets(height, width)
+    order = torch.cat([b.flatten() for b in buckets])
+    x = x.view(grids, units, 4, -1)[:, order].flatten(1, 2)
+    where = where.view(2, units, 4)[:, order].flatten(1)
     freqs = (where[..., None].float() * visual.rotary_pos_emb.inv_freq).transpose(0, 1).flatten(1)
     cos, sin = (f(freqs).repeat(1, 2)[None, :, None] for f in (torch.cos, torch.sin))
-    buckets = window_buckets(height, width)
-    back = torch.cat([b.flatten() for b in buckets]).argsort()
     for layer, block in enumerate(visual.blocks):
         heads = block.attn.num_heads
         q, k, v = block.attn.qkv(block.norm1(x)).view(grids, units * 4, 3, heads, -1).unbind(2)
@@ -61,17 +64,16 @@ def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch
         if layer in visual.fullatt_block_indexes:
             out = attend(*qkv.transpose(2, 3)).transpose(1, 2)
         else:
-            by_unit = qkv.view(3, grids, units, 4, heads, -1)
             parts = []
-            for bucket in buckets:
+            for bucket, part in zip(buckets, qkv.split([b.numel() * 4 for b in buckets], 2), strict=True):
                 windows, size = bucket.shape
-                part = by_unit[:, :, bucket.flatten()].view(3, grids * windows, size * 4, heads, -1)
+                part = part.reshape(3, grids * windows, size * 4, heads, -1)
                 part = attend(*part.transpose(2, 3)).transpose(1, 2)
-                parts.append(part.reshape(grids, windows * size, 4, heads, -1))
-            out = torch.cat(parts, 1)[:, back]
+                parts.append(part.reshape(grids, windows * size * 4, heads, -1))
+            out = torch.cat(parts, 1)
         x = x + block.attn.proj(out.reshape(grids, units * 4, -1).to(x.dtype))
         x = x + block.mlp(block.norm2(x))
-    flat = visual.merger.ln_q(x).view(grids, units, -1)
+    flat = visual.merger.ln_q(x).view(grids, units, -1)[:, order.argsort()]
     return visual.merger.mlp(flat), flat
 
 

@@ -27,7 +27,7 @@ class ScenesRecipe:
     """Everything that decides the outcome, together with the code. Steps of the second stage are counted from its start."""
 
     seed: int = 0
-    vision_steps: int = 3000
+    vision_steps: int = 1600
     steps: int = 14000
     still_steps: int = 1500  # on pictures alone, small ones
     small_steps: int = 9000  # without the largest frames and lengths

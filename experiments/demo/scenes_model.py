@@ -1,4 +1,4 @@
-"""The model of the second world before it has learned anything: architecture, tokenizer, first weights. Imported by `train_scenes`."""
+"""The model of the second world before training: architecture, tokenizer, first weights. Imported by `train_scenes`."""
 
 from collections.abc import Iterator
 

@@ -1,12 +1,12 @@
 """Trains the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
 Two stages, like those of `train`, but the tower goes on learning in the second one, so that its attention comes to mean something.
-At first it names what each patch shows, characters of signs among it. Then it answers questions with the language model, many packed
-behind each clip: about small pictures, then about short and small videos too, in the end about frames as large as those of the
-evaluation.
+At first it names what each patch shows, characters of signs included. Then it answers questions with the language model, many
+packed behind each clip: about small pictures, then about short and small videos too, in the end about frames as large as those
+of the evaluation.
 
-Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and goes on from it when it is run again, so it
-can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At the end OUT has the layout of a model on the hub.
+Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and goes on from it when it is run again,
+so it can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At the end OUT has the layout of a model on the hub.
 """
 
 import argparse
@@ -17,16 +17,15 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batches, vision_batches
-from experiments.demo.training import Run, answer_loss, export, in_worker, learn_from, optimizers, rate  # isort: skip
-
 import torch
 
 from evoprune.vision.preprocess import patchify
 from experiments.demo.build import init_weights
 from experiments.demo.forward import tower
+from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import Head
 from experiments.demo.scenes_model import HIDDEN, keep_large, scenes_config, scenes_tokenizer
+from experiments.demo.training import Run, answer_loss, export, in_worker, learn_from, optimizers, rate
 
 LOG_EVERY = 30.0  # seconds
 Learn = Callable[[torch.Tensor], None]

@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read by torch; the default forgets shapes too soon
 
 import torch
 import torch.nn.functional as F

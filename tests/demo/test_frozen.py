@@ -11,7 +11,8 @@ import pytest
 from evoprune.demo.clips import make_clip
 from evoprune.demo.drawing import render
 from evoprune.demo.questions import ask
-from evoprune.evaluation.demo_clips import BLOCK, QUESTIONS
+from evoprune.demo.worlds import QUESTIONS
+from evoprune.evaluation.demo_clips import BLOCK
 from evoprune.video.sampling import even_times
 
 FROZEN = {

@@ -5,7 +5,8 @@ import pytest
 
 from evoprune.demo.clips import make_clip
 from evoprune.demo.questions import TYPES, ask
-from evoprune.evaluation.demo_clips import BLOCK, GROUPS, QUESTIONS, clip_name, demo_video, groups, seeds
+from evoprune.demo.worlds import GROUPS, QUESTIONS, groups
+from evoprune.evaluation.demo_clips import BLOCK, clip_name, demo_video, seeds
 from evoprune.video.info import is_demo_clip
 from evoprune.video.probe import probe
 

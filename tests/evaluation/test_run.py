@@ -233,7 +233,7 @@ def test_a_process_gives_the_same_samples_of_the_demos_clips(loaded, saved, monk
         run.loaded = loaded
         run.run(processes=processes)
         runs.append(run.samples)
-    assert len(runs[0]) == 2 * 2 * 6 and runs[0] == runs[1] and sent == [0, 1]
+    assert len(runs[0]) == 2 * 2 * 6 and runs[0] == runs[1] and [job.seed for job in sent] == [0, 1]
 
 
 def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):

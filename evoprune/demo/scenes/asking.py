@@ -10,12 +10,12 @@ from evoprune.demo.scenes.clip import COLOURS, OUTLINES, Clip, Thing
 
 OPTIONS = 4
 CHOICE = 0.75  # share of questions that have options, of those that may be open too
-MOMENT = 0.3  # chance that a question about a video is about something to be seen in two or three of the sampled frames, if there is
+MOMENT = 0.3  # chance that a question about a video is about what flashes, if something does
 
 
 @dataclass(frozen=True)
 class Question:
-    """`options` is empty for an open question, else one of them is the answer. `groups`: the family of the clip, then finer ones."""
+    """`options`: empty for an open question, else one of them is the answer. `groups`: the family of the clip, then finer ones."""
 
     type: str
     question: str

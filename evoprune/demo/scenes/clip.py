@@ -97,7 +97,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Camera:
-    """How the camera moves: `still`, `shake`, `pan` by (dx, dy) pixels a second of the ground, or `zoom` from one factor to another.
+    """How the camera moves: `still`, `shake`, `pan` by (dx, dy) pixels a second of the ground, or `zoom` between two factors.
 
     Nearer layers move more under a pan than farther ones. A zoom is about the middle of the frame, from `zoom[0]` to `zoom[1]`.
     """

@@ -133,7 +133,7 @@ class _Placer:
             text = draw_text(rng)
             # Heights from 8 to 24, small ones most often, as wide as the frame allows.
             most = min(24.0, 0.6 * self.width / len(text) * 7 / 6)
-            glyph = int(round(8 * (max(most, 8) / 8) ** float(rng.random() ** 1.3)))
+            glyph = round(8 * (max(most, 8) / 8) ** float(rng.random() ** 1.3))
             after = similar_text(text, rng) if turns else ""
             return {
                 "outline": SIGN, "texture": "plain", "colour": colour, "rgb": rgb, "radius": (glyph + 7) // 2, "text": text,
@@ -141,8 +141,9 @@ class _Placer:
             }  # fmt: skip
         radius = int(min(8.0 * (1 - rng.random()) ** (-1 / 1.8), 26, 0.12 * (self.height + self.width)))
         others = [c for c in COLOURS if c != colour]
+        outline, texture = OUTLINES[int(rng.integers(len(OUTLINES)))], TEXTURES[int(rng.integers(len(TEXTURES)))]
         return {
-            "outline": OUTLINES[int(rng.integers(len(OUTLINES)))], "texture": TEXTURES[int(rng.integers(len(TEXTURES)))], "colour": colour, "rgb": rgb,
+            "outline": outline, "texture": texture, "colour": colour, "rgb": rgb,
             "radius": radius, "text": "", "after": others[int(rng.integers(len(others)))] if turns else "",
         }  # fmt: skip
 

@@ -1,12 +1,14 @@
 """Frames of a clip of scenes at any times, with a map of what each pixel shows."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from evoprune.demo.files import write_frames
 from evoprune.demo.scenes.clip import Clip
 from evoprune.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, make_scenery, white_noise
-from evoprune.demo.scenes.sprites import Sprite, blend, soft_shadow, thing_sprite
+from evoprune.demo.scenes.sprites import Sprite, blend, thing_shadow, thing_sprite
 
 NOTHING = -1
 
@@ -14,6 +16,12 @@ NOTHING = -1
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
     """Draws the clip at `times` (seconds): uint8 `[len(times), height, width, 3]`."""
     return render_with_map(clip, times)[0]
+
+
+def write_video(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
+    """Encodes the clip as a video file: see `files.write_frames`."""
+    frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
+    write_frames(frames, path, (clip.height, clip.width), fps, crf=crf, preset="veryfast")
 
 
 def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +46,7 @@ class _Stage:
     def __init__(self, clip: Clip):
         self.clip = clip
         self.sceneries: dict[int, Scenery] = {}
-        self.sprites: dict[tuple[int, bool], tuple[Sprite, np.ndarray]] = {}
+        self.sprites: dict[tuple[int, bool], Sprite] = {}
 
     def at(self, t: float) -> tuple[np.ndarray, np.ndarray]:
         """The frame at time t without noise, float32, and its map."""
@@ -81,10 +89,10 @@ class _Stage:
         thing = self.clip.things[number]
         key = number, t >= thing.turn
         if key not in self.sprites:
-            sprite = thing_sprite(thing, key[1])
-            self.sprites[key] = sprite, soft_shadow(sprite[1], 2) * np.float32(0.4)
-        (colours, cover), shadow = self.sprites[key]
+            self.sprites[key] = thing_sprite(thing, key[1])
+        colours, cover = self.sprites[key]
         h, w = cover.shape
+        shadow = thing_shadow(thing.outline, h, w)
         left, top = round(x - w / 2), round(y - h / 2)
         blend(canvas, np.float32(0), shadow, left - 1, top)
         if (inner := blend(canvas, colours, cover, left, top)) is not None:

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
-
 from evoprune.demo.scenes.asking import Draft, Kind, absent, distinct, name, pick, refer, shuffled
 from evoprune.demo.scenes.clip import COLOURS, MOTIONS, Clip
 from evoprune.demo.scenes.looking import COUNTED, LOOKING

@@ -142,7 +142,6 @@ def _strew(
 
 def _pole(canvas: np.ndarray, cover: np.ndarray, rng: np.random.Generator) -> None:
     """A dark post in the foreground, from the top to the bottom."""
-    height, width, _ = canvas.shape
-    thick, left, grey = int(rng.integers(3, 8)), int(rng.integers(0, width)), rng.uniform(15, 70)
+    thick, left, grey = int(rng.integers(3, 8)), int(rng.integers(0, canvas.shape[1])), rng.uniform(15, 70)
     canvas[:, left : left + thick] = np.float32(grey)
     cover[:, left : left + thick] = 1

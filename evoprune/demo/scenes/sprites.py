@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from evoprune.demo.scenes.clip import COLOURS, Thing
+from evoprune.demo.scenes.clip import COLOURS, SIGN, Thing
 from evoprune.demo.scenes.signs import glyph_mask
 
 Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage float32 [h, w] in [0, 1]
@@ -82,6 +82,13 @@ def board(text: str, rgb: tuple[int, ...], glyph: int, pitch: int) -> Sprite:
         area = colours[3 : 3 + glyph, left : left + mask.shape[1]]
         area += mask[..., None] * (ink - area)
     return colours, np.ones((height, width), np.float32)
+
+
+@lru_cache(maxsize=2048)
+def thing_shadow(outline: str, height: int, width: int) -> np.ndarray:
+    """The shadow of a thing or a board of this size in pixels, two pixels larger to each side: float32."""
+    cover = np.ones((height, width), np.float32) if outline == SIGN else outline_mask(outline, height // 2)
+    return soft_shadow(cover, 2) * np.float32(0.4)
 
 
 def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:

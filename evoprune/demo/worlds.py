@@ -1,0 +1,95 @@
+"""The worlds behind one interface: a clip of a split and a seed, the questions about it, its file."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evoprune.demo import clips, drawing, questions
+from evoprune.demo.scenes import asking, compose
+from evoprune.demo.scenes import drawing as scenes_drawing
+from evoprune.demo.scenes.happening import kinds
+
+QUESTIONS = 6  # about a clip
+# Of shapes: what a question needs.
+GROUPS = {
+    "detail": ("digit", "digit_colour", "colour", "shape", "size"),
+    "time": ("event", "which", "order", "count_end", "motion"),
+    "space": ("relation", "place", "count"),
+    "rest": ("exists", "describe"),
+}
+# Of scenes: which groups the clips of a family have; the others are in both.
+FAMILIES = {
+    "picture": ("picture", "text", "look", "place", "count"),
+    "video": ("video", "gist", "time", "motion", "moment"),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of either world; `options` is empty for an open one."""
+
+    type: str
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class World:
+    """A generator of clips and questions.
+
+    Attributes:
+        splits: names of its splits, beside those for training and for samples.
+        crf: how coarsely its clips are encoded, by their seeds: lowest and highest of x264's constant rate factors.
+        make: the clip of a split and a seed. ask: the questions about a clip, by its seed. write: its file, at a rate factor.
+        may_hold: whether the clip of a seed can have a question of one of these groups.
+    """
+
+    name: str
+    splits: tuple[str, ...]
+    crf: tuple[int, int]
+    make: Callable[[str, int], Any]
+    ask: Callable[[Any, int], list[Asked]]
+    write: Callable[[Any, Path, int], None]
+    may_hold: Callable[[int, Collection[str]], bool]
+
+
+def groups(clip: clips.Clip, question: questions.Question) -> tuple[str, ...]:
+    """The groups in which a question about shapes counts: what it needs, whether it is about a flash, and what the camera does."""
+    needs = tuple(name for name, types in GROUPS.items() if question.type in types)
+    return (*needs, *(("flash",) if question.flash else ()), "panning" if any(clip.pan) else "static")
+
+
+def _ask_shapes(clip: clips.Clip, seed: int) -> list[Asked]:
+    asked = questions.ask(clip, np.random.default_rng(seed), QUESTIONS)
+    return [Asked(q.type, q.question, q.answer, (), groups(clip, q)) for q in asked]
+
+
+def _ask_scenes(clip, seed: int) -> list[Asked]:
+    asked = asking.ask(clip, np.random.default_rng((17, seed)), QUESTIONS, kinds(clip))
+    return [Asked(q.type, q.question, q.answer, q.options, q.groups) for q in asked]
+
+
+def _scenes_may_hold(seed: int, wanted: Collection[str]) -> bool:
+    other = FAMILIES["video" if compose.family(seed) == "picture" else "picture"]
+    return not set(wanted) <= set(other)
+
+
+SHAPES = World(
+    "shapes", ("heldout", "validation", "portrait"), (18, 28), clips.make_clip, _ask_shapes,
+    lambda clip, path, crf: drawing.write_video(clip, path, crf=crf, preset="veryfast"), lambda seed, wanted: True,
+)  # fmt: skip
+SCENES = World(
+    "scenes",
+    ("heldout", "validation"),
+    (18, 33),
+    compose.make_clip,
+    _ask_scenes,
+    scenes_drawing.write_video,
+    _scenes_may_hold,
+)
+WORLDS = {world.name: world for world in (SHAPES, SCENES)}
