@@ -28,6 +28,7 @@ from experiments.demo.scenes_model import HIDDEN, keep_large, scenes_config, sce
 from experiments.demo.training import Run, answer_loss, export, in_worker, learn_from, optimizers, rate
 
 LOG_EVERY = 30.0  # seconds
+SIZE = 16 * 24, 32  # units a frame and frames that the finished model takes at most
 Learn = Callable[[torch.Tensor], None]
 
 
@@ -57,8 +58,19 @@ def train(folder: Path, recipe: ScenesRecipe, minutes: float = math.inf) -> None
         return
     if not train_stage(run, 2, model, head, tokenizer, state if reached == 2 else None, end):
         return
-    export(folder, model, tokenizer, most=16 * 24, frames=32)
+    export(folder, model, tokenizer, *SIZE)
     run.log(done=True)
+
+
+def export_checkpoint(folder: Path, recipe: ScenesRecipe, to: Path) -> None:
+    """Writes the weights of the checkpoint in `folder` as a model, wherever training stands."""
+    model, _, tokenizer = build(recipe.seed)
+    state = Run(folder, recipe).load()
+    if state is None:
+        raise SystemExit(f"{folder} has no checkpoint")
+    model.load_state_dict(state["modules"][0])
+    to.mkdir(parents=True, exist_ok=True)
+    export(to, model, tokenizer, *SIZE)
 
 
 def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict | None, end: float) -> bool:
@@ -154,12 +166,16 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, with a checkpoint")
     parser.add_argument("--threads", type=int, default=2, help="of the model; data come from one more process")
+    parser.add_argument("--export", type=Path, help="do not train: write the checkpoint's weights to this folder")
     for name, value in asdict(ScenesRecipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = vars(parser.parse_args())
-    out, minutes, threads = args.pop("out"), args.pop("minutes"), args.pop("threads")
+    out, minutes, threads, to = (args.pop(name) for name in ("out", "minutes", "threads", "export"))
     torch.set_num_threads(threads)
-    train(out, ScenesRecipe(**args), minutes)
+    if to is not None:
+        export_checkpoint(out, ScenesRecipe(**args), to)
+    else:
+        train(out, ScenesRecipe(**args), minutes)
 
 
 if __name__ == "__main__":

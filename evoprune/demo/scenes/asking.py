@@ -58,21 +58,21 @@ def ask(
     count: int,
     kinds: Mapping[str, Kind],
     choice: float = CHOICE,
-    moment: float = MOMENT,
+    brief: float = MOMENT,
 ) -> list[Question]:
-    """Up to `count` different questions about the clip, drawn by weight; `choice` and `moment` as CHOICE and MOMENT."""
+    """Up to `count` different questions about the clip, drawn by weight; `choice` and `brief` as CHOICE and MOMENT."""
     pool = [(name, draft) for name, kind in kinds.items() for draft in kind.make(clip, rng)]
-    brief = [_is_brief(clip, draft) for _, draft in pool]
-    per_type = Counter((name, b) for (name, _), b in zip(pool, brief, strict=True))
-    weights = np.array([kinds[n].weight / per_type[n, b] for (n, _), b in zip(pool, brief, strict=True)])
+    flash = np.array([_is_brief(clip, draft) for _, draft in pool])
+    per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
+    weights = np.array([kinds[n].weight / per_type[n, b] for (n, _), b in zip(pool, flash, strict=True)])
     chosen: list[Question] = []
     for _ in range(min(count, len(pool))):
-        wanted = np.array(brief) == (rng.random() < moment)
+        wanted = flash == (rng.random() < brief)
         odds = weights * (wanted if (weights * wanted).any() else 1)
         at = int(rng.choice(len(pool), p=odds / odds.sum()))
         weights[at] = 0.0
         name, draft = pool[at]
-        chosen.append(_finished(clip, name, draft, kinds[name].group, brief[at], rng, choice))
+        chosen.append(_finished(clip, name, draft, kinds[name].group, bool(flash[at]), rng, choice))
         if not weights.any():
             break
     return chosen

@@ -1,0 +1,154 @@
+"""How near a world ranks published methods to their published figures: `python -m experiments.demo.validity -m FOLDER`.
+
+Methods of others are run alone on scenes: on pictures, stills of one frame pair, and on videos. The table sets what each keeps of
+the full accuracy beside what was published of it for Qwen2.5-VL (docs/methods.md). The mix of clips and questions is fixed by this
+table. No method of this project's own is run, so that it cannot be fixed in their favour.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evoprune.evaluation.run import DEMO, Evaluation, Settings
+from evoprune.pipeline.options import ModelOptions
+
+PICTURE, VIDEO = "picture", "video"
+SIXTH = 1 / 6
+NEAR, ENOUGH, AGREED = 6.0, 8, 0.7  # percent of full; cells; rank correlation
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A published figure: percent of the full accuracy that a method keeps in a group at a budget.
+
+    `counted`: whether it is one of the twelve. `ranked`: whether it counts in the rank correlation of its group and budget.
+    `within`: a finer group alone.
+    """
+
+    group: str
+    budget: float
+    method: str
+    published: float
+    counted: bool = True
+    ranked: bool = True
+    within: str = ""
+
+
+CELLS = (
+    Cell(PICTURE, 0.25, "scope", 92.5),
+    Cell(PICTURE, 0.25, "divprune", 89.3),
+    Cell(PICTURE, 0.25, "vispruner", 88.3),
+    Cell(PICTURE, 0.25, "visionzip", 87.6),
+    Cell(PICTURE, 0.25, "dart", 85.7, counted=False),
+    Cell(PICTURE, 0.25, "divprune", 68.0, counted=False, ranked=False, within="text"),
+    Cell(PICTURE, 0.1, "scope", 79.4),
+    Cell(PICTURE, 0.1, "divprune", 76.1),
+    Cell(PICTURE, 0.1, "vispruner", 72.6),
+    Cell(PICTURE, 0.1, "visionzip", 71.8),
+    Cell(PICTURE, 0.1, "dart", 69.8, counted=False),
+    Cell(PICTURE, 0.1, "random", 72.0, counted=False),
+    Cell(PICTURE, 0.1, "divprune", 37.0, counted=False, ranked=False, within="text"),
+    Cell(VIDEO, 0.2, "visionzip", 96.0),
+    Cell(VIDEO, 0.1, "visionzip", 92.0),
+    Cell(VIDEO, 0.1, "flashvid", 93.0),
+    Cell(VIDEO, SIXTH, "subsample", 93.0),
+    Cell(VIDEO, SIXTH, "pool", 89.0, counted=False),
+    Cell(VIDEO, 0.24, "fastvid", 95.7, counted=False),
+)
+
+
+def kept(model: str, limit: int, seed: int, split: str, processes: int) -> tuple[dict[Cell, float], list[str]]:
+    """What each cell's method keeps, in percent of the full accuracy, and a line on each group: in full and blind."""
+    found, facts = {}, []
+    for group in (PICTURE, VIDEO):
+        for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
+            cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
+            first = budget == next(cell.budget for cell in CELLS if cell.group == group)
+            settings = Settings(
+                DEMO, (budget,), tuple(dict.fromkeys(cell.method for cell in cells)), blind=first, split=split, seed=seed,
+                world="scenes", groups=(group,), limit=limit, model=ModelOptions(model, dtype="fp32"),
+            )  # fmt: skip
+            run = Evaluation(settings, None)
+            run.load()
+            run.run(lambda what, at=(group, budget): _progress(f"{at[0]} {at[1]:.2g}: {what}"), processes)
+            rows = run.document()["rows"]
+            by_name = {(row["row"], row["method"], row["group"]): row for row in rows}
+            if first:
+                full, blind = (by_name[kind, "none", "all"] for kind in ("full", "blind"))
+                facts.append(
+                    f"{group}: {full['n']:,} questions about {full['videos']:,} clips; in full {100 * full['accuracy']:.1f}%, "
+                    f"blind {100 * blind['accuracy']:.1f}%"
+                )
+            for cell in cells:
+                value = by_name["method", cell.method, cell.within or "all"]["kept_of_full"]
+                found[cell] = math.nan if value is None else 100 * value
+    return found, facts
+
+
+def _progress(what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{what[:78]}", end="", file=sys.stderr, flush=True)
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, the mean of their ranks for equal values."""
+    array = np.asarray(values, float)
+    return np.array([((array < v).sum() + (array <= v).sum() + 1) / 2 for v in array])
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's; not a number where one side is constant."""
+    x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
+    scale = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale else math.nan
+
+
+def table(found: dict[Cell, float], facts: list[str]) -> str:
+    """The cells, published beside ours, the rank correlations, and whether the world is near enough."""
+    lines = [
+        *(f"- {fact}" for fact in facts),
+        "",
+        "| | budget | method | published | ours | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for counted in (True, False):
+        for cell in (cell for cell in CELLS if cell.counted == counted):
+            name = f"{cell.group} {cell.within}".strip() + ("" if counted else ", for information")
+            ours = found[cell]
+            lines.append(
+                f"| {name} | {cell.budget:.2g} | {cell.method} | {cell.published:.1f} | {ours:.1f} | {ours - cell.published:+.1f} |"
+            )
+    near = sum(cell.counted and abs(found[cell] - cell.published) <= NEAR for cell in CELLS)
+    lines += ["", f"- {near} of 12 cells within {NEAR:g} points ({ENOUGH} wanted)"]
+    groups = {
+        f"{PICTURE} {b:g}": [c for c in CELLS if (c.group, c.budget) == (PICTURE, b) and c.ranked] for b in (0.25, 0.1)
+    }
+    groups[f"{VIDEO}, all budgets"] = [c for c in CELLS if c.group == VIDEO and c.ranked]
+    for name, cells in groups.items():
+        value = rank_correlation([c.published for c in cells], [found[c] for c in cells])
+        lines.append(f"- rank correlation, {name}, {len(cells)} methods: {value:.2f} ({AGREED} wanted)")
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", required=True, help="folder of weights that were trained on scenes")
+    parser.add_argument("--limit", type=int, default=300, help="clips of each group (default: %(default)s)")
+    parser.add_argument("--split", default="validation", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="block of clips (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="clips at a time (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, help="write the table there too")
+    asked = parser.parse_args(args)
+    text = table(*kept(asked.model, asked.limit, asked.seed, asked.split, asked.processes))
+    print(text)
+    if asked.output:
+        asked.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
