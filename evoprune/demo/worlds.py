@@ -23,7 +23,7 @@ GROUPS = {
 # Of scenes: which groups the clips of a family have; the others are in both.
 FAMILIES = {
     "picture": ("picture", "text", "look", "place", "count"),
-    "video": ("video", "gist", "time", "motion", "moment"),
+    "video": ("video", "gist", "events", "motion", "moment"),
 }
 
 

@@ -19,7 +19,7 @@ from experiments.demo.scenes_model import prompt, said
 from experiments.demo.training_clips import through_codec
 
 IMAGE, VIDEO = 6, 7  # ids of <|image_pad|> and <|video_pad|>
-GROUPS = ("text", "look", "place", "count", "gist", "time", "motion", "moment", "choice", "open")
+GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open")
 
 
 @dataclass(frozen=True)

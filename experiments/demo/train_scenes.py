@@ -32,9 +32,9 @@ SIZE = 16 * 24, 32  # units a frame and frames that the finished model takes at 
 Learn = Callable[[torch.Tensor], None]
 
 
-def build(seed: int):
-    """The model, the auxiliary head and the tokenizer before training."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+def build(folder: Path, seed: int):
+    """The model, the auxiliary head and the tokenizer before training. The tokenizer is that in `folder` if there is one."""
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(scenes_config())
@@ -42,13 +42,18 @@ def build(seed: int):
     head = Head(HIDDEN)
     init_weights(head, torch.Generator().manual_seed(seed + 1))
     keep_large(model.model.visual)
-    return model, head, scenes_tokenizer()
+    words = folder / "tokenizer"
+    if words.exists():
+        return model, head, AutoTokenizer.from_pretrained(words)
+    tokenizer = scenes_tokenizer()
+    tokenizer.save_pretrained(words)
+    return model, head, tokenizer
 
 
 def train(folder: Path, recipe: ScenesRecipe, minutes: float = math.inf) -> None:
     """Both stages, from the checkpoint in `folder` if there is one; stops after `minutes` with a checkpoint."""
     run, end = Run(folder, recipe), time.monotonic() + 60 * minutes
-    model, head, tokenizer = build(recipe.seed)
+    model, head, tokenizer = build(folder, recipe.seed)
     state = run.load()
     if state:
         model.load_state_dict(state["modules"][0])
@@ -64,7 +69,7 @@ def train(folder: Path, recipe: ScenesRecipe, minutes: float = math.inf) -> None
 
 def export_checkpoint(folder: Path, recipe: ScenesRecipe, to: Path) -> None:
     """Writes the weights of the checkpoint in `folder` as a model, wherever training stands."""
-    model, _, tokenizer = build(recipe.seed)
+    model, _, tokenizer = build(folder, recipe.seed)
     state = Run(folder, recipe).load()
     if state is None:
         raise SystemExit(f"{folder} has no checkpoint")

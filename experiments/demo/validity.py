@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.evaluation.run import DEMO, Evaluation, Settings
-from evoprune.pipeline.options import ModelOptions
+from evoprune.pipeline.options import GenerationOptions, ModelOptions
 
 PICTURE, VIDEO = "picture", "video"
 SIXTH = 1 / 6
+LONGEST = 12  # tokens of an answer: no answer about scenes is longer
 NEAR, ENOUGH, AGREED = 6.0, 8, 0.7  # percent of full; cells; rank correlation
 
 
@@ -72,6 +73,7 @@ def kept(model: str, limit: int, seed: int, split: str, processes: int) -> tuple
             settings = Settings(
                 DEMO, (budget,), tuple(dict.fromkeys(cell.method for cell in cells)), blind=first, split=split, seed=seed,
                 world="scenes", groups=(group,), limit=limit, model=ModelOptions(model, dtype="fp32"),
+                generation=GenerationOptions(max_new_tokens=LONGEST),
             )  # fmt: skip
             run = Evaluation(settings, None)
             run.load()

@@ -225,8 +225,31 @@ def test_the_demo(cli):
     assert document["rows"][0]["n"] == 6 and any("synthetic" in note for note in document["notes"])
     text = cli("eval", "--data", "demo", "--limit", "1", "-b", "0.25").out
     assert (
-        "demo (heldout, block 0): 6 questions about 1 of 1 video" in text and "\ngroup " in text and "\ntype " in text
+        "demo (shapes, heldout, block 0): 6 questions about 1 of 1 video" in text
+        and "\ngroup " in text
+        and "\ntype " in text
     )
+
+
+def test_the_second_world(cli, tiny_folder):
+    some = ("-b", "0.25", "--method", "random", "-m", str(tiny_folder), "-n", "2", "--limit", "1")
+    record = cli("eval", "--data", "demo", "--world", "both", *some, "--json").record
+    assert (
+        record["settings"]["world"] == "both"
+        and record["videos"]["evaluated"] == 2
+        and record["items"]["answered"] == 12
+    )
+    record = cli("eval", "--data", "demo", "--world", "scenes", "--group", "video,open", *some, "--json").record
+    assert record["settings"]["groups"] == ["video", "open"]
+    groups = {row["group"] for row in record["rows"]}
+    assert "video" in groups or "open" in groups
+
+
+def test_only_questions_of_a_group(run, choices):
+    text = choices.read_text().splitlines()
+    choices.write_text(text[0] + "\n" + text[1].replace('["g"]', '["h"]') + "\n")
+    record = run("--group", "h", "--json", data=choices).record
+    assert record["items"]["answered"] == 1 and {row["group"] for row in record["rows"]} == {"all", "h", "type:t"}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +261,8 @@ def test_the_demo(cli):
         (("--method-arg", "speed=1"), "speed"),
         (("--method-arg", "speed"), "NAME=VALUE"),
         (("--split", "train"), "one of heldout, validation"),
+        (("--world", "mars"), "one of shapes, scenes, both"),
+        (("--group", "sound"), "no question is in sound"),
         (("--limit", "0"), "--limit"),
         (("--seed", "-1"), "--seed"),
         (("-n", "0"), "max_new_tokens"),

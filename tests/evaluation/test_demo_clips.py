@@ -6,9 +6,11 @@ import pytest
 from evoprune.demo.clips import make_clip
 from evoprune.demo.questions import TYPES, ask
 from evoprune.demo.worlds import GROUPS, QUESTIONS, groups
-from evoprune.evaluation.demo_clips import BLOCK, clip_name, demo_video, seeds
+from evoprune.errors import UsageError
+from evoprune.evaluation.demo_clips import BLOCK, clip_name, clips_asked, demo_video, seeds
 from evoprune.video.info import is_demo_clip
 from evoprune.video.probe import probe
+from evoprune.video.sampling import plan_sampling
 
 
 def test_each_file_lives_as_long_as_it_is_looked_at(tmp_path):
@@ -51,3 +53,29 @@ def test_groups_tell_needs_flashes_and_the_camera_apart():
 
 def test_every_type_is_in_one_group():
     assert sorted(kind for types in GROUPS.values() for kind in types) == sorted(TYPES)
+
+
+def test_clips_of_scenes_are_chosen_by_family(tmp_path):
+    pictures = clips_asked(["scenes"], "validation", 1, 3, ["picture"])
+    assert [str(clip) for clip in pictures] == [f"scenes-validation-{BLOCK + seed}" for seed in (0, 2, 4)]
+    mixed = clips_asked(["shapes", "scenes"], "validation", 0, 2, ["video"])
+    assert [str(clip) for clip in mixed] == [
+        "validation-0",
+        "validation-1",
+        "scenes-validation-1",
+        "scenes-validation-3",
+    ]
+    with demo_video("validation", 2, tmp_path, world="scenes", groups=("open",)) as video:
+        assert all(row.groups[0] == "picture" and not row.options for row in video.rows)
+
+
+def test_a_still_of_scenes_is_read_as_one_frame_pair(tmp_path):
+    with demo_video("validation", 0, tmp_path, world="scenes") as video:
+        assert plan_sampling(probe(video.path).duration_s, min_frames=2).frames == 2
+
+
+def test_a_split_that_a_world_does_not_have_and_a_block_too_small_are_refused():
+    with pytest.raises(UsageError, match="scenes has no split 'portrait'"):
+        clips_asked(["scenes"], "portrait", 0, 1)
+    with pytest.raises(UsageError, match="holds 50,000"):
+        clips_asked(["scenes"], "heldout", 0, 60_000, ["video"])

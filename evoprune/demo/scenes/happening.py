@@ -179,12 +179,12 @@ def _scenes(clip, rng):
 
 
 HAPPENING = {
-    "event": Kind(_event, "time", 2.0),
-    "order": Kind(_order, "time", 1.5),
-    "often": Kind(_often, "time", 1.0),
-    "turns": Kind(_turns, "time", 1.5),
-    "lasts": Kind(_lasts, "time", 1.0),
-    "scenes": Kind(_scenes, "time", 1.5),
+    "event": Kind(_event, "events", 2.0),
+    "order": Kind(_order, "events", 1.5),
+    "often": Kind(_often, "events", 1.0),
+    "turns": Kind(_turns, "events", 1.5),
+    "lasts": Kind(_lasts, "events", 1.0),
+    "scenes": Kind(_scenes, "events", 1.5),
     "way": Kind(_way, "motion", 1.5),
     "moves": Kind(_moves, "motion", 1.0),
     "camera": Kind(_camera, "motion", 0.7),

@@ -1,0 +1,186 @@
+"""Labels, prompts and packing of the second world's training, and the table that its mix is fixed by."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from evoprune.demo.scenes.asking import ask
+from evoprune.demo.scenes.clip import Camera, Clip, Thing
+from evoprune.demo.scenes.compose import compose
+from evoprune.demo.scenes.drawing import render_with_map
+from evoprune.demo.scenes.happening import kinds
+from evoprune.demo.scenes.signs import CHARACTERS
+from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
+from experiments.demo.scenes_labels import BLANK, IGNORED, LOOKS, NOTHING, Head, dense_labels
+from experiments.demo.scenes_model import LARGE, keep_large, prompt, said, scenes_config, scenes_tokenizer
+from experiments.demo.training import answer_loss
+from experiments.demo.validity import CELLS, rank_correlation, ranks, table
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return scenes_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    made = Qwen2_5_VLForConditionalGeneration._from_config(
+        scenes_config(), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    keep_large(made.model.visual)
+    return made.eval()
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def labels(clip: Clip, times=(0.2, 0.7)):
+    """Labels of patches by row and column, and of units."""
+    patches, units = dense_labels(clip, times, render_with_map(clip, times)[1])
+    pairs, height, width = len(times) // 2, clip.height // 28, clip.width // 28
+    by_place = patches.reshape(pairs, height, width, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+    return by_place.reshape(pairs, 2 * height, 2 * width, -1), units.reshape(pairs, height, width)
+
+
+def test_a_patch_is_labelled_with_what_its_middle_shows():
+    thing = Thing("square", "striped", "red", (200, 50, 45), 14, 70.0, 42.0)
+    patches, units = labels(Clip((0, 1), 112, 168, 1.0, 1, (thing,)))
+    assert patches[0, 2, 4].tolist()[:3] == [LOOKS.index("square"), 1, 0]
+    assert patches[0, 7, 11].tolist() == [NOTHING, IGNORED, IGNORED, BLANK, BLANK]
+    assert units[0].sum() == 1 and units[0, 1, 2] == 1
+
+
+def test_characters_are_labelled_where_they_are_unless_they_are_hidden():
+    sign = Thing("sign", "plain", "white", (235, 235, 230), 10, 70.0, 49.0, text="A1B2")
+    over = Thing("circle", "plain", "red", (200, 50, 45), 8, 88.0, 49.0, under=0)
+    read = lambda *things: labels(Clip((0, 1), 112, 168, 1.0, 1, things))[0][0, ..., 3:]  # noqa: E731
+    found = [CHARACTERS[c] for c in read(sign).flatten() if c != BLANK]
+    assert found == list("A1B2") and (read(sign)[3] != BLANK).sum() == 4
+    assert [CHARACTERS[c] for c in read(sign, over).flatten() if c != BLANK] == list("A1B")
+
+
+def test_labels_follow_the_camera_and_what_changes():
+    sign = Thing("sign", "plain", "white", (235, 235, 230), 10, 84.0, 56.0, text="77", turn=2.0, after="88")
+    clip = Clip((0, 1), 112, 168, 4.0, 4, (sign,), Camera("pan", dx=14.0))
+    patches, units = labels(clip, (0.0, 0.1, 3.0, 3.1))
+    for pair, text, x in ((0, "77", 84), (1, "88", 42)):
+        rows, columns, halves = (patches[pair, ..., 3:] != BLANK).nonzero()
+        assert {CHARACTERS[c] for c in patches[pair, rows, columns, 3 + halves]} == set(text)
+        assert abs((columns * 14 + halves * 7 + 3.5).mean() - x) < 6 and units[pair].nonzero()[1].tolist() == [x // 28]
+
+
+def test_the_head_learns_from_every_label():
+    frames, patches, units, (height, width) = next(vision_batches(ScenesRecipe(vision_units=96), 0))
+    pairs = len(frames) // 2
+    assert patches.shape == (pairs, height * width, 4, 5) and units.shape == (pairs, height * width)
+    head, flat = Head(16), torch.randn(pairs, height * width, 64)
+    loss, right = head(flat, patches, units, height, width)
+    loss.backward()
+    assert (
+        all(p.grad.abs().sum() > 0 for p in head.parameters())
+        and {"outline", "texture", "colour", "middle"} <= right.keys()
+    )
+
+
+# --- the model and its prompts ---------------------------------------------------------------------------------------
+
+
+def test_the_architecture_is_as_specified(model):
+    vision = model.config.vision_config
+    assert vision.depth >= 16 and vision.fullatt_block_indexes == [3, 7, 11, 15] and vision.window_size == 112
+    assert model.config.text_config.num_hidden_layers >= 6
+    assert 2 * sum(p.numel() for p in model.parameters()) <= 24 * 2**20
+
+
+@torch.no_grad()
+def test_some_channels_are_large_in_all_rows(model):
+    seen = []
+    hook = model.model.visual.blocks[8].register_forward_hook(lambda _, args, out: seen.append(out))
+    model.model.visual(torch.randn(4 * 24, 1176), torch.tensor([[1, 8, 12]]))
+    hook.remove()
+    usual = seen[0].abs().median()
+    assert all((seen[0][:, channel] * np.sign(value) > 3 * usual).all() for channel, value in LARGE.items())
+
+
+def test_what_signs_say_is_spelled(tokenizer):
+    assert tokenizer.tokenize("HOTEL") == list("HOTEL") and tokenizer.tokenize("4821") == list("4821")
+    assert len(tokenizer.tokenize("Answer with the option's letter from the given choices directly.")) < 20
+
+
+def test_the_prompt_is_that_of_an_evaluation():
+    clip = compose((10, 5), 8, 12, 1, 1.0)
+    for q in ask(clip, np.random.default_rng(0), 8, kinds(clip)):
+        assert (q.question in prompt(q)) and (said(q) in "ABCD" if q.options else said(q) == q.answer)
+        if q.options:
+            assert f"{said(q)}. {q.answer}\n" in prompt(q)
+
+
+def test_batches_hold_pictures_videos_two_inputs_and_late_positions(tokenizer):
+    recipe, seen = ScenesRecipe(units=100), set()
+    batches = question_batches(recipe, tokenizer, recipe.still_steps)
+    for _ in range(40):
+        batch = next(batches)
+        pairs, height, width = batch["grid"]
+        n, slots = pairs * height * width, int(batch["slots"].sum())
+        prompts = len(batch["pack"]["tokens"])
+        assert slots in (n, 2 * n) and len(batch["frames"]) == 2 * pairs * prompts * (slots // n)
+        assert batch["groups"].shape[1] == len(GROUPS) and batch["where"].shape == (3, len(batch["prefix"]))
+        seen |= {
+            ("image", IMAGE in batch["prefix"]),
+            ("two", slots == 2 * n),
+            ("late", int(batch["where"].max()) > 1000),
+        }
+    assert len(seen) == 6
+
+
+@torch.no_grad()
+def test_the_loss_is_hugging_faces_also_with_two_pictures(model, tokenizer):
+    """Two pictures in a prompt, and the answer to the second of its questions."""
+    ids, units = tokenizer("ab", add_special_tokens=False).input_ids, 4
+    prefix = [*ids, 3, *[IMAGE] * units, 4, 3, *[IMAGE] * units, 4]
+    asked, answer = [300, 301, 302], [303, 304]
+    video = torch.randn(1, 2 * units, 256)
+    where = torch.arange(len(prefix)).expand(3, -1)
+    pack = {
+        "tokens": torch.tensor([[299, 298, *asked, *answer]]),
+        "place": torch.tensor([[*range(2), *range(5)]]) + len(prefix),
+        "segment": torch.tensor([[1, 1, *[2] * 5]]),
+        "target": torch.tensor([[298, -100, -100, -100, *answer, -100]]),
+    }
+    batch = {"prefix": torch.tensor(prefix), "slots": torch.tensor([t == IMAGE for t in prefix]), "where": where}
+    pack["target"][0, 0] = -100  # the answer of the second question alone
+    loss, numbers, right = answer_loss(model, video, batch, pack)
+    tokens = torch.tensor([[*prefix, *asked, *answer]])
+    embeds = model.get_input_embeddings()(tokens)
+    embeds[0, [i for i, t in enumerate(prefix) if t == IMAGE]] = video[0]
+    logits = model(
+        inputs_embeds=embeds, position_ids=torch.arange(tokens.shape[1]).expand(4, 1, -1), use_cache=False
+    ).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, -3:-1], torch.tensor(answer))
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5) and numbers.tolist() == [2] and len(right) == 1
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_twelve_cells_and_no_method_of_this_projects_own():
+    assert sum(cell.counted for cell in CELLS) == 12
+    assert not any("evoprune" in cell.method or cell.method in ("mmg", "reuse") for cell in CELLS)
+
+
+def test_ranks_and_their_correlation():
+    assert ranks([3.0, 1.0, 3.0]).tolist() == [2.5, 1.0, 2.5]
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert math.isnan(rank_correlation([1, 2], [5, 5]))
+
+
+def test_the_table_counts_cells_that_are_near():
+    found = {cell: cell.published + (5 if cell.method == "scope" else 7) for cell in CELLS}
+    text = table(found, ["a fact"])
+    assert "- 2 of 12 cells within 6 points" in text and "| picture | 0.25 | scope | 92.5 | 97.5 | +5.0 |" in text
