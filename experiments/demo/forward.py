@@ -28,7 +28,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
+    if bias is not None:
+        scores = scores + bias
+    with torch.autocast("cpu", enabled=False):  # sums in float32 inside; autocast would make float32 copies
+        weights = scores.softmax(-1)
+    return weights.to(v.dtype) @ v
 
 
 def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

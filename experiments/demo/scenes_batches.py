@@ -48,6 +48,7 @@ LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 
 PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
 MOST = 1000  # units of one clip
 PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds a frame pair
+UNITS_PER_QUESTION = 6  # what the text of a question costs, about
 OFFSET = 16_000  # largest number of positions that a prompt's inputs are moved by
 
 
@@ -88,7 +89,8 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int):
         height, width, pairs = _shape(recipe, step, rng)
         pace = float(rng.choice(PACES)) if pairs > 1 else 1.0
         n, inputs = height * width * pairs, 2 if rng.random() < 0.15 and height * width * pairs <= MOST // 2 else 1
-        prompts = max(2, round(recipe.units / (n * inputs)))
+        questions = _questions(n)
+        prompts = max(2, round(recipe.units / (n * inputs + UNITS_PER_QUESTION * questions)))
         image = pairs == 1 and rng.random() < 0.6
         asked, made = [], []
         for _ in range(prompts):
@@ -104,7 +106,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int):
                 for _ in range(inputs)
             ]
             made += [drawn(clip, rng) for clip in clips]
-            asked.append(_asked(clips, "picture" if image else "video", rng, _questions(n)))
+            asked.append(_asked(clips, "picture" if image else "video", rng, questions))
         frames, patches, units = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
         prefix, where, after = _prefix(ids, (pairs, height, width), pace, inputs, IMAGE if image else VIDEO, rng)
         yield {
@@ -132,7 +134,7 @@ def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[i
 
 
 def _questions(units: int) -> int:
-    return 6 if units < 60 else 8 if units < 200 else 12
+    return 5 if units < 60 else 8 if units < 200 else 12
 
 
 def _asked(clips: list[Clip], noun: str, rng: np.random.Generator, count: int) -> list[Question]:
