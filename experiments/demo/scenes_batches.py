@@ -29,7 +29,8 @@ class ScenesRecipe:
     seed: int = 0
     vision_steps: int = 1600
     steps: int = 14000
-    still_steps: int = 1500  # on pictures alone, small ones
+    open_steps: int = 800  # on questions without options about small pictures, the tower frozen
+    still_steps: int = 2000  # on small pictures alone
     small_steps: int = 9000  # without the largest frames and lengths
     vision_units: int = 768  # a batch of the first stage
     units: int = 768  # a batch of the second stage, about
@@ -49,6 +50,7 @@ PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), 
 MOST = 1000  # units of one clip
 PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds a frame pair
 UNITS_PER_QUESTION = 6  # what the text of a question costs, about
+NEVER_OPEN = ("extreme", "there", "missing")
 OFFSET = 16_000  # largest number of positions that a prompt's inputs are moved by
 
 
@@ -89,8 +91,9 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int):
         height, width, pairs = _shape(recipe, step, rng)
         pace = float(rng.choice(PACES)) if pairs > 1 else 1.0
         n, inputs = height * width * pairs, 2 if rng.random() < 0.15 and height * width * pairs <= MOST // 2 else 1
-        questions = _questions(n)
-        prompts = max(2, round(recipe.units / (n * inputs + UNITS_PER_QUESTION * questions)))
+        plain = step < recipe.open_steps
+        questions = 10 if plain else _questions(n)
+        prompts = max(2, round(recipe.units / (n * inputs + UNITS_PER_QUESTION * (0.4 if plain else 1) * questions)))
         image = pairs == 1 and rng.random() < 0.6
         asked, made = [], []
         for _ in range(prompts):
@@ -106,7 +109,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int):
                 for _ in range(inputs)
             ]
             made += [drawn(clip, rng) for clip in clips]
-            asked.append(_asked(clips, "picture" if image else "video", rng, questions))
+            asked.append(_asked(clips, "picture" if image else "video", rng, questions, plain))
         frames, patches, units = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
         prefix, where, after = _prefix(ids, (pairs, height, width), pace, inputs, IMAGE if image else VIDEO, rng)
         yield {
@@ -137,13 +140,17 @@ def _questions(units: int) -> int:
     return 5 if units < 60 else 8 if units < 200 else 12
 
 
-def _asked(clips: list[Clip], noun: str, rng: np.random.Generator, count: int) -> list[Question]:
-    """Questions about the clips of one prompt, text and answer as the model gets them, in the order in which they are packed."""
+def _asked(clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool) -> list[Question]:
+    """Questions about the clips of one prompt, text and answer as the model gets them, in the order in which they are packed.
+
+    `plain`: without options, except what cannot be asked without.
+    """
     questions = []
     for number, clip in enumerate(clips):
         which = "" if len(clips) == 1 else f"In the {('first', 'second')[number]} {noun}: "
         share = -(-count // len(clips))
-        for q in ask(clip, rng, share, kinds(clip), choice=float(rng.choice([0.3, 0.75]))):
+        fitting = {name: kind for name, kind in kinds(clip).items() if not (plain and name in NEVER_OPEN)}
+        for q in ask(clip, rng, share, fitting, choice=0.0 if plain else float(rng.choice([0.3, 0.75]))):
             questions.append(Question(q.type, which + prompt(q), said(q), q.options, q.groups))
     return questions
 

@@ -1,9 +1,9 @@
 """Trains the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
-Two stages, like those of `train`, but the tower goes on learning in the second one, so that its attention comes to mean something.
-At first it names what each patch shows, characters of signs included. Then it answers questions with the language model, many
-packed behind each clip: about small pictures, then about short and small videos too, in the end about frames as large as those
-of the evaluation.
+Two stages, like those of `train`. First the tower alone names what each patch shows, characters of signs included. Then it answers
+questions with the language model, many packed behind each clip: at first without options, about small pictures, and with the tower
+frozen, because the gradients of an untrained language model undo what the tower knows. After that the tower goes on learning, so
+that its attention comes to mean something; short and small videos join in, and in the end frames as large as those of the evaluation.
 
 Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and goes on from it when it is run again,
 so it can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At the end OUT has the layout of a model on the hub.
@@ -101,7 +101,7 @@ def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict 
         if stage == 1:
             vision_step(model, head, batch, learn, log)
         else:
-            question_step(model, head, batch, learn, log, recipe.labels)
+            question_step(model, head, batch, learn, log, 0.0 if step < recipe.open_steps else recipe.labels)
         keep_large(model.model.visual)
         log.write(step + 1, last=step + 1 == steps)
         late = time.monotonic() > end
@@ -149,14 +149,16 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
 
 
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
-    """One step of stage 2."""
+    """One step of stage 2; `labels` is the weight of the auxiliary loss, and 0 freezes the tower."""
     _, height, width = batch["grid"]
     with torch.autocast("cpu", torch.bfloat16):
-        merged, flat = tower(model.model.visual, patchify(batch["frames"]), height, width)
-        seen, right = head(flat, *batch["labels"], height, width)
+        with torch.set_grad_enabled(labels > 0):
+            _, flat = tower(model.model.visual, patchify(batch["frames"]), height, width)
+            seen, right = head(flat, *batch["labels"], height, width)
+        merged = model.model.visual.merger.mlp(flat)
         video = merged.reshape(len(batch["pack"]["tokens"]), -1, merged.shape[-1])
         loss, numbers, good = answer_loss(model, video, batch, batch["pack"])
-    learn(loss + labels * seen)
+    learn(loss + labels * seen if labels else loss)
     log.add("loss", loss.item())
     log.add("seen", seen.item())
     log.add("character", right.get("character", 0.0), "character" in right)
