@@ -1,9 +1,10 @@
 """Trains the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
-Two stages, like those of `train`. First the tower alone names what each patch shows, characters of signs included. Then it answers
-questions with the language model, many packed behind each clip: at first without options, about small pictures, and with the tower
-frozen, because the gradients of an untrained language model undo what the tower knows. After that the tower goes on learning, so
-that its attention comes to mean something; short and small videos join in, and in the end frames as large as those of the evaluation.
+Two stages, like those of `train`. First the tower alone names what each patch shows, characters of signs included. Then it
+answers questions with the language model, many packed behind each clip: at first without options, about small pictures, and with
+the tower frozen, because the gradients of an untrained language model undo what the tower knows. After that the tower goes on
+learning, so that its attention comes to mean something; short and small videos join in, and in the end frames as large as those
+of the evaluation.
 
 Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and goes on from it when it is run again,
 so it can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At the end OUT has the layout of a model on the hub.
