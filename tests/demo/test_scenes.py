@@ -167,3 +167,11 @@ def test_a_written_video_is_one_of_the_demos_and_lasts_as_long_as_the_clip(tmp_p
     write_video(clip, tmp_path / "clip.mp4", crf=28)
     info = probe(tmp_path / "clip.mp4")
     assert is_demo_clip(info) and (info.height, info.width) == (clip.height, clip.width)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (6, 4), (16, 24)])
+def test_clips_of_all_sizes_can_be_composed(height, width):
+    """Small frames leave no room for a motion, in which case the thing stands still."""
+    made = clips(60, height, width, pairs=6, crowd=2.0)
+    assert all(len(clip.things) <= 40 for clip in made) and np.mean([len(clip.things) for clip in made]) > 2
+    assert all(bool(t.speed) == (t.motion != "still") for clip in made for t in clip.things)

@@ -5,6 +5,7 @@ happens in it most, so that questions that need several such events can be asked
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -175,7 +176,7 @@ class _Placer:
         room = (self.width - 2 * thing.half) if dx else (self.height - 2 * thing.radius)
         far = float(rng.uniform(0.35, 0.7)) * room
         if thing.motion != "still" and far < 24:
-            thing, far = Thing(**{**vars(thing), "motion": "still"}), 0.0
+            thing, far = replace(thing, motion="still"), 0.0
             dx = dy = 0
         speed = far / seconds if dx or dy else 0.0
         # A zoom shows the middle alone, and what a pan leaves behind was at the rim.
@@ -190,10 +191,10 @@ class _Placer:
                 if low > high:
                     return None
                 span.append(float(rng.uniform(low, high)))
-            made = Thing(**{**_fields(thing), "x": round(span[0], 2), "y": round(span[1], 2), "speed": round(speed, 3)})
+            made = replace(thing, x=round(span[0], 2), y=round(span[1], 2), speed=round(speed, 3))
             under = self._clear(made)
             if under is not None:
-                return Thing(**{**_fields(made), "under": under})
+                return replace(made, under=under)
         return None
 
     def _clear(self, thing: Thing) -> int | None:
@@ -219,7 +220,3 @@ class _Placer:
                 return None
             under = number
         return under
-
-
-def _fields(thing: Thing) -> dict:
-    return {name: getattr(thing, name) for name in Thing.__dataclass_fields__}
