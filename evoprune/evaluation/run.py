@@ -207,9 +207,9 @@ class Evaluation:
             return clips_asked(
                 WORLDS if s.world == BOTH else (s.world,), s.split, s.seed, s.limit or DEMO_CLIPS, s.groups
             )
-        chosen = [
-            replace(v, rows=tuple(r for r in v.rows if not s.groups or set(s.groups) & set(r.groups))) for v in videos
-        ]
+        if not s.groups:
+            return list(videos[: s.limit])
+        chosen = [replace(v, rows=tuple(r for r in v.rows if set(s.groups) & set(r.groups))) for v in videos]
         if not any(video.rows for video in chosen):
             raise UsageError(f"no question is in {' or '.join(s.groups)}", "see the field groups of the file")
         return [video for video in chosen if video.rows][: s.limit]
