@@ -34,7 +34,11 @@ class ScenesRecipe:
     small_steps: int = 9000  # without the largest frames and lengths
     vision_units: int = 768  # a batch of the first stage
     units: int = 768  # a batch of the second stage, about
-    tower_rate: float = 0.4  # of the learning rate, for the tower in the second stage
+    tower_rate: float = (
+        0.4  # of the learning rate, for the merger in the second stage while the rest of the tower is frozen
+    )
+    thawed: float = 0.3  # of that, for the whole tower afterwards
+    thaw_steps: int = 300  # until it has risen to that
     labels: float = 0.3  # weight of the auxiliary loss in the second stage
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3

@@ -97,7 +97,8 @@ def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict 
     for step in range(first, steps):
         for optimizer in opts:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(step, steps, recipe)
+                own = stage == 2 and group["peak"] not in (recipe.muon_lr, recipe.adam_lr)
+                group["lr"] = group["peak"] * rate(step, steps, recipe) * (tower_share(step, recipe) if own else 1.0)
         batch = next(batches)
         if stage == 1:
             vision_step(model, head, batch, learn, log)
@@ -110,6 +111,13 @@ def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict 
         if late:
             return False
     return True
+
+
+def tower_share(step: int, recipe: ScenesRecipe) -> float:
+    """Of `tower_rate`, at a step of the second stage: all for the merger at first, then little, so that nothing is forgotten."""
+    if step < recipe.open_steps:
+        return 1.0
+    return recipe.thawed * min(1.0, (step - recipe.open_steps + 1) / recipe.thaw_steps)
 
 
 class Log:

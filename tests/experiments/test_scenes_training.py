@@ -15,6 +15,7 @@ from evoprune.demo.scenes.signs import CHARACTERS
 from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import BLANK, IGNORED, LOOKS, NOTHING, Head, dense_labels
 from experiments.demo.scenes_model import LARGE, keep_large, prompt, said, scenes_config, scenes_tokenizer
+from experiments.demo.train_scenes import tower_share
 from experiments.demo.training import answer_loss
 from experiments.demo.validity import CELLS, rank_correlation, ranks, table
 
@@ -184,3 +185,10 @@ def test_the_table_counts_cells_that_are_near():
     found = {cell: cell.published + (5 if cell.method == "scope" else 7) for cell in CELLS}
     text = table(found, ["a fact"])
     assert "- 2 of 12 cells within 6 points" in text and "| picture | 0.25 | scope | 92.5 | 97.5 | +5.0 |" in text
+
+
+def test_the_tower_thaws_slowly():
+    recipe = ScenesRecipe(open_steps=10, thaw_steps=20, thawed=0.5)
+    shares = [tower_share(step, recipe) for step in range(60)]
+    assert set(shares[:10]) == {1.0} and shares[10] == pytest.approx(0.025) and shares[19] == pytest.approx(0.25)
+    assert set(shares[29:]) == {0.5}
