@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from evoprune_cli.failures import Terminated
 ROOT = Path(__file__).parents[2]
 CLIP = str(ROOT / "samples/square.mp4")
 QUICK = ("-m", "demo", "-n", "1", "--frames", "4", "-q")
+
+
+@pytest.fixture(autouse=True)
+def soon():
+    """Each case ends within half a minute, also on a busy machine; most take less than a second (`--durations=0`)."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 30
+
 
 # --- rows of a batch ---
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,15 @@ from evoprune.language.prompt import build_prompt
 from evoprune.pipeline.loading.model import load_model as load
 from evoprune.pipeline.video_qa import VideoQA
 from tests.loading import edit, error_of
+
+
+@pytest.fixture(autouse=True)
+def soon():
+    """Each case ends within half a minute, also on a busy machine; most take less than a second (`--durations=0`)."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 30
+
 
 TEXT, VISION = "text_config", "vision_config"
 CONFIG = {
