@@ -10,6 +10,7 @@ import numpy as np
 from evoprune.demo import clips, drawing, questions
 from evoprune.demo.scenes import asking, compose
 from evoprune.demo.scenes import drawing as scenes_drawing
+from evoprune.demo.scenes.asking import Question
 from evoprune.demo.scenes.happening import kinds
 
 QUESTIONS = 6  # about a clip
@@ -28,17 +29,6 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question of either world; `options` is empty for an open one."""
-
-    type: str
-    question: str
-    answer: str
-    options: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class World:
     """A generator of clips and questions.
 
@@ -53,7 +43,7 @@ class World:
     splits: tuple[str, ...]
     crf: tuple[int, int]
     make: Callable[[str, int], Any]
-    ask: Callable[[Any, int], list[Asked]]
+    ask: Callable[[Any, int], list[Question]]
     write: Callable[[Any, Path, int], None]
     may_hold: Callable[[int, Collection[str]], bool]
 
@@ -64,14 +54,13 @@ def groups(clip: clips.Clip, question: questions.Question) -> tuple[str, ...]:
     return (*needs, *(("flash",) if question.flash else ()), "panning" if any(clip.pan) else "static")
 
 
-def _ask_shapes(clip: clips.Clip, seed: int) -> list[Asked]:
+def _ask_shapes(clip: clips.Clip, seed: int) -> list[Question]:
     asked = questions.ask(clip, np.random.default_rng(seed), QUESTIONS)
-    return [Asked(q.type, q.question, q.answer, (), groups(clip, q)) for q in asked]
+    return [Question(q.type, q.question, q.answer, (), groups(clip, q)) for q in asked]
 
 
-def _ask_scenes(clip, seed: int) -> list[Asked]:
-    asked = asking.ask(clip, np.random.default_rng((17, seed)), QUESTIONS, kinds(clip))
-    return [Asked(q.type, q.question, q.answer, q.options, q.groups) for q in asked]
+def _ask_scenes(clip, seed: int) -> list[Question]:
+    return asking.ask(clip, np.random.default_rng((17, seed)), QUESTIONS, kinds(clip))
 
 
 def _scenes_may_hold(seed: int, wanted: Collection[str]) -> bool:
