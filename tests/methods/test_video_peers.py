@@ -119,7 +119,7 @@ def peak_scores_line_by_line(x: list[torch.Tensor], neighbours: int) -> list[flo
 
 
 def peaks_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> list[int]:
-    return sorted(ranked(peak_scores_line_by_line(x, neighbours))[:count])
+    return sorted(ranked(peak_scores_line_by_line(x, neighbours))[:count]) if count else []
 
 
 @examples(80)
