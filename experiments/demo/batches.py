@@ -142,27 +142,50 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
         step += 1
 
 
-def packed(clips: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
-    """Each clip's questions and answers one after the other, to be read apart: int64 `[clips, L]` each.
+ROW = 64  # tokens of a row of questions, unless one alone is longer
+
+
+def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
+    """The questions and answers of each prompt in rows, several in a row where they fit: int64 `[prompts, rows, L]` each.
 
     `tokens`; `place`, positions that begin anew at `start` for every question; `segment`, the question's number from 1, -1 where
     there is none; `target`, the answer's tokens where they are to be predicted, else -100.
     """
-    after, rows = ids(AFTER_QUESTION), []
-    for questions in clips:
-        tokens, place, segment, target = [], [], [], []
-        for number, q in enumerate(questions):
-            asked = ids(q.question) + after
-            said = [*ids(q.answer), 2]
-            tokens += asked + said
-            place += range(len(asked) + len(said))
-            segment += [number + 1] * (len(asked) + len(said))
-            target += [-100] * (len(asked) - 1) + said + [-100]
-        rows.append((tokens, place, segment, target))
-    # Few different lengths: matrix kernels are made anew for every shape, which costs more than padding.
-    longest = -(-max(len(r[0]) for r in rows) // 64) * 64
+    after, filled = ids(AFTER_QUESTION), []
+    longest = ROW
+    for questions in prompts:
+        parts = []
+        for number, q in enumerate(questions, 1):
+            asked, said = ids(q.question) + after, [*ids(q.answer), 2]
+            n = len(asked) + len(said)
+            parts.append(
+                (asked + said, range(start, start + n), [number] * n, [-100] * (len(asked) - 1) + said + [-100])
+            )
+            longest = max(longest, n)
+        filled.append(parts)
+    longest = -(-longest // 16) * 16  # few different lengths: matrix kernels are made anew for every shape
+    made = [_in_rows(parts, longest) for parts in filled]
+    rows = max(map(len, made))
 
-    def pad(column: int, fill: int) -> torch.Tensor:
-        return torch.tensor([[*r[column], *[fill] * (longest - len(r[column]))] for r in rows])
+    def padded(column: int, fill: int) -> torch.Tensor:
+        whole = torch.full((len(made), rows, longest), fill)
+        for prompt, bins in enumerate(made):
+            for row, parts in enumerate(bins):
+                values = [value for part in parts for value in part[column]]
+                whole[prompt, row, : len(values)] = torch.tensor(values)
+        return whole
 
-    return {"tokens": pad(0, 0), "place": pad(1, 0) + start, "segment": pad(2, -1), "target": pad(3, -100)}
+    return {"tokens": padded(0, 0), "place": padded(1, start), "segment": padded(2, -1), "target": padded(3, -100)}
+
+
+def _in_rows(parts: list[tuple], longest: int) -> list[list[tuple]]:
+    """The parts in rows of at most `longest` tokens: the longest part first, each into the first row with room."""
+    rows, room = [], []
+    for part in sorted(parts, key=lambda part: -len(part[0])):
+        at = next((i for i, left in enumerate(room) if left >= len(part[0])), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(longest)
+        rows[at].append(part)
+        room[at] -= len(part[0])
+    return rows

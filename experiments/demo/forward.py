@@ -1,4 +1,4 @@
-"""The model's forward pass, rewritten for training on a CPU; same weights, same logits as the Hugging Face class.
+"""The vision tower's forward pass, rewritten for training on a CPU; same weights, same output as the Hugging Face class.
 
 All clips of a batch share one frame size, so windows batch into a few reshapes instead of a loop, and attention is spelled
 out, because the backward pass of the fused kernel is slow on CPUs.
@@ -79,35 +79,3 @@ def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch
         x = x + block.mlp(block.norm2(x))
     flat = visual.merger.ln_q(x).view(grids, units, -1)[:, order.argsort()]
     return visual.merger.mlp(flat), flat
-
-
-def language(
-    text, embeds: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, section: list[int]
-) -> torch.Tensor:
-    """The language model without a cache.
-
-    Args:
-        text: `model.model.language_model`.
-        embeds: `[B, L, D]`.
-        positions: int64 `[3, B, L]`, M-RoPE.
-        bias: `[B, 1, L, L]`, zero where attention is allowed and a large negative number elsewhere.
-
-    Returns:
-        Normalised hidden states `[B, L, D]`.
-    """
-    freqs = positions[..., None].float() * text.rotary_emb.inv_freq
-    freqs = torch.cat([part[i % 3] for i, part in enumerate(freqs.split(section, dim=-1))], dim=-1)
-    cos, sin = (f(freqs).repeat(1, 1, 2)[:, None] for f in (torch.cos, torch.sin))
-    x = embeds
-    batch, length, _ = x.shape
-    for layer in text.layers:
-        h, att = layer.input_layernorm(x), layer.self_attn
-        q, k, v = (
-            p(h).view(batch, length, -1, att.head_dim).transpose(1, 2) for p in (att.q_proj, att.k_proj, att.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (t.repeat_interleave(att.num_key_value_groups, dim=1) for t in (k, v))
-        out = attend(q, k, v, bias).transpose(1, 2).reshape(batch, length, -1)
-        x = x + att.o_proj(out.to(x.dtype))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return text.norm(x)

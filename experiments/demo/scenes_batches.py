@@ -15,31 +15,32 @@ from evoprune.video.sampling import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
 from experiments.demo.scenes_labels import dense_labels
+from experiments.demo.scenes_lessons import LESSONS, lesson, numbered_groups
 from experiments.demo.scenes_model import prompt, said
 from experiments.demo.training_clips import through_codec
 
 IMAGE, VIDEO = 6, 7  # ids of <|image_pad|> and <|video_pad|>
-GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open")
 
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """Everything that decides the outcome, together with the code. Steps of the second stage are counted from its start."""
+    """Everything that decides the outcome, together with the code. Steps of the third stage are counted from its start."""
 
     seed: int = 0
+    processes: int = 2  # each with batches of its own
     vision_steps: int = 1600
-    steps: int = 14000
-    open_steps: int = 800  # on questions without options about small pictures, the tower frozen
-    still_steps: int = 2000  # on small pictures alone
-    small_steps: int = 9000  # without the largest frames and lengths
+    text_steps: int = 500
+    steps: int = 8000
+    open_steps: int = 800  # mostly on questions without options about small pictures, the tower frozen
+    still_steps: int = 1600  # on small pictures alone
+    small_steps: int = 5500  # without the largest frames and lengths
     vision_units: int = 768  # a batch of the first stage
-    units: int = 768  # a batch of the second stage, about
-    tower_rate: float = (
-        0.4  # of the learning rate, for the merger in the second stage while the rest of the tower is frozen
-    )
+    units: int = 768  # a batch of the third stage, about
+    text_rate: float = 0.4  # of the learning rate, for the language model in the second stage
+    tower_rate: float = 0.4  # of it, for the merger in the third stage while the rest of the tower is frozen
     thawed: float = 0.3  # of that, for the whole tower afterwards
     thaw_steps: int = 300  # until it has risen to that
-    labels: float = 0.3  # weight of the auxiliary loss in the second stage
+    labels: float = 0.3  # weight of the auxiliary loss in the third stage
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
@@ -67,13 +68,13 @@ def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray,
     return frames, *dense_labels(clip, times, maps)
 
 
-def vision_batches(recipe: ScenesRecipe, first: int):
+def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
     """Stage 1: crowded frame pairs, `(frames uint8 [2 * G, H, W, 3], labels of patches, of units, (height, width))` for ever."""
     step = first
     while True:
-        rng = np.random.default_rng((recipe.seed, 1, step))
+        rng = np.random.default_rng((recipe.seed, 1, step))  # of the shape, the same in all processes
         height, width = draw(rng, SMALL if step < recipe.vision_steps * 0.8 else (*SMALL, ((8, 12), 3.0)))
-        made = []
+        made, rng = [], np.random.default_rng((recipe.seed, 1, step, rank))
         for _ in range(max(4, recipe.vision_units // (height * width))):
             clip = compose(_key(rng), height, width, 1, 1.0, crowd=float(rng.uniform(1, 3)))
             made.append(drawn(clip, rng))
@@ -86,32 +87,26 @@ def _key(rng: np.random.Generator) -> tuple[int, int]:
     return SPLITS["train"], int(rng.integers(2**40, 2**62))
 
 
-def question_batches(recipe: ScenesRecipe, tokenizer, first: int):
-    """Stage 2: prompts of one shape, each with one or two clips and several questions, as a dict of tensors, for ever."""
+def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0):
+    """Stage 3: prompts of one shape, each with one or two clips and several questions, as a dict of tensors, for ever."""
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     step = first
     while True:
-        rng = np.random.default_rng((recipe.seed, 2, step))
+        rng = np.random.default_rng((recipe.seed, 2, step))  # of the shape, the same in all processes
         height, width, pairs = _shape(recipe, step, rng)
         pace = float(rng.choice(PACES)) if pairs > 1 else 1.0
-        n, inputs = height * width * pairs, 2 if rng.random() < 0.15 and height * width * pairs <= MOST // 2 else 1
-        plain = step < recipe.open_steps
-        questions = 10 if plain else _questions(n)
-        prompts = max(2, round(recipe.units / (n * inputs + UNITS_PER_QUESTION * (0.4 if plain else 1) * questions)))
+        n = height * width * pairs
+        inputs = 2 if rng.random() < 0.15 and n <= MOST // 2 else 1
         image = pairs == 1 and rng.random() < 0.6
+        plain = step < recipe.open_steps
+        questions = _questions(n, plain)
+        prompts = max(2, round(recipe.units / (n * inputs + (2 if plain else UNITS_PER_QUESTION) * questions)))
+        rng = np.random.default_rng((recipe.seed, 2, step, rank))
+        crowd = (0.8, 2) if height * width < 60 else (1.0, 1.0)
         asked, made = [], []
         for _ in range(prompts):
-            clips = [
-                compose(
-                    _key(rng),
-                    height,
-                    width,
-                    pairs,
-                    pairs * pace,
-                    crowd=float(rng.uniform(0.8, 2)) if height * width < 60 else 1.0,
-                )
-                for _ in range(inputs)
-            ]
+            size = height, width, pairs, pairs * pace
+            clips = [compose(_key(rng), *size, crowd=float(rng.uniform(*crowd))) for _ in range(inputs)]
             made += [drawn(clip, rng) for clip in clips]
             asked.append(_asked(clips, "picture" if image else "video", rng, questions, plain))
         frames, patches, units = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
@@ -124,7 +119,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int):
             "slots": torch.tensor([token in (IMAGE, VIDEO) for token in prefix]),
             "where": where,
             "pack": packed(asked, ids, after),
-            "groups": _numbered_groups(asked),
+            "groups": numbered_groups(asked),
         }
         step += 1
 
@@ -140,22 +135,26 @@ def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[i
             return height, width, pairs
 
 
-def _questions(units: int) -> int:
-    return 5 if units < 60 else 8 if units < 200 else 12
+def _questions(units: int, plain: bool) -> int:
+    """Questions a prompt: more where what is shared costs more than they do, and where they are short."""
+    return 16 if plain else 5 if units < 60 else 8 if units < 200 else 12
 
 
 def _asked(clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool) -> list[Question]:
     """Questions about the clips of one prompt, text and answer as the model gets them, in the order in which they are packed.
 
-    `plain`: without options, except what cannot be asked without.
+    `plain`: without options, except in lessons.
     """
     questions = []
     for number, clip in enumerate(clips):
         which = "" if len(clips) == 1 else f"In the {('first', 'second')[number]} {noun}: "
         share = -(-count // len(clips))
         fitting = {name: kind for name, kind in kinds(clip).items() if not (plain and name in NEVER_OPEN)}
-        for q in ask(clip, rng, share, fitting, choice=0.0 if plain else float(rng.choice([0.3, 0.75]))):
-            questions.append(Question(q.type, which + prompt(q), said(q), q.options, q.groups))
+        for q in ask(clip, rng, share, fitting, choice=LESSONS if plain else float(rng.choice([0.3, 0.75]))):
+            if q.options and (plain or rng.random() < LESSONS):
+                questions.append(lesson(q, rng))
+            else:
+                questions.append(Question(q.type, which + prompt(q), said(q), q.options, q.groups))
     return questions
 
 
@@ -173,14 +172,3 @@ def _prefix(
     if rng.random() < 0.3:  # as in a long stream, of which this is the end
         where[:, len(before) - 1 :] += int(rng.integers(OFFSET))
     return prefix, where, int(where.max()) + 1
-
-
-def _numbered_groups(asked: list[list[Question]]) -> torch.Tensor:
-    """Which groups each question counts in, by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
-    member = torch.zeros(64 * (len(asked) + 1), len(GROUPS), dtype=torch.bool)
-    for row, questions in enumerate(asked):
-        for segment, q in enumerate(questions, 1):
-            for group in q.groups:
-                if group in GROUPS:
-                    member[64 * row + segment, GROUPS.index(group)] = True
-    return member

@@ -1,10 +1,10 @@
 """Trains the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
-Two stages, like those of `train`. First the tower alone names what each patch shows, characters of signs included. Then it
-answers questions with the language model, many packed behind each clip: at first without options, about small pictures, and with
-the tower frozen, because the gradients of an untrained language model undo what the tower knows. After that the tower goes on
-learning, so that its attention comes to mean something; short and small videos join in, and in the end frames as large as those
-of the evaluation.
+Three stages. First the tower alone names what each patch shows, characters of signs included. Then the language model alone learns
+from text how the letter and the text of an option belong together, which it does not find out from pictures. Then both answer
+questions, many packed behind each clip: at first mostly open ones about small pictures, with the tower frozen, because the
+gradients of an untrained language model undo what the tower knows. After that the tower goes on learning, so that its attention
+comes to mean something; short and small videos join in, and in the end frames as large as those of the evaluation.
 
 Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and goes on from it when it is run again,
 so it can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At the end OUT has the layout of a model on the hub.
@@ -23,9 +23,11 @@ import torch
 from evoprune.vision.preprocess import patchify
 from experiments.demo.build import init_weights
 from experiments.demo.forward import tower
-from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batches, vision_batches
+from experiments.demo.scenes_batches import ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import Head
+from experiments.demo.scenes_lessons import GROUPS, text_batches
 from experiments.demo.scenes_model import HIDDEN, keep_large, scenes_config, scenes_tokenizer
+from experiments.demo.team import Team, run_team
 from experiments.demo.training import Run, answer_loss, export, in_worker, learn_from, optimizers, rate
 
 LOG_EVERY = 30.0  # seconds
@@ -51,8 +53,8 @@ def build(folder: Path, seed: int):
     return model, head, tokenizer
 
 
-def train(folder: Path, recipe: ScenesRecipe, minutes: float = math.inf) -> None:
-    """Both stages, from the checkpoint in `folder` if there is one; stops after `minutes` with a checkpoint."""
+def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> None:
+    """All stages, from the checkpoint in `folder` if there is one; stops after `minutes` with a checkpoint."""
     run, end = Run(folder, recipe), time.monotonic() + 60 * minutes
     model, head, tokenizer = build(folder, recipe.seed)
     state = run.load()
@@ -60,12 +62,12 @@ def train(folder: Path, recipe: ScenesRecipe, minutes: float = math.inf) -> None
         model.load_state_dict(state["modules"][0])
         head.load_state_dict(state["modules"][1])
     reached = state["stage"] if state else 1
-    if reached == 1 and not train_stage(run, 1, model, head, tokenizer, state, end):
-        return
-    if not train_stage(run, 2, model, head, tokenizer, state if reached == 2 else None, end):
-        return
-    export(folder, model, tokenizer, *SIZE)
-    run.log(done=True)
+    for stage in range(reached, 4):
+        if not train_stage(team, run, stage, model, head, tokenizer, state if stage == reached else None, end):
+            return
+    if team.rank == 0:
+        export(folder, model, tokenizer, *SIZE)
+        run.log(done=True)
 
 
 def export_checkpoint(folder: Path, recipe: ScenesRecipe, to: Path) -> None:
@@ -79,42 +81,50 @@ def export_checkpoint(folder: Path, recipe: ScenesRecipe, to: Path) -> None:
     export(to, model, tokenizer, *SIZE)
 
 
-def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict | None, end: float) -> bool:
+def train_stage(team: Team, run: Run, stage: int, model, head: Head, tokenizer, state: dict | None, end: float) -> bool:
     """One stage, from `state` if it is a checkpoint of this stage; whether it is finished."""
     recipe, first = run.recipe, 0
-    steps = recipe.vision_steps if stage == 1 else recipe.steps
-    modules = [model.model.visual, head] if stage == 1 else [model.model.visual, head, model.model.language_model]
-    opts = optimizers(recipe, modules, {} if stage == 1 else {0: recipe.tower_rate, 1: recipe.tower_rate})
+    steps = (recipe.vision_steps, recipe.text_steps, recipe.steps)[stage - 1]
+    tower_modules, language = [model.model.visual, head], [model.model.language_model]
+    modules = (tower_modules, language, [*tower_modules, *language])[stage - 1]
+    shares = ([1.0, 1.0], [recipe.text_rate], [recipe.tower_rate, recipe.tower_rate, 1.0])[stage - 1]
+    opts = optimizers(recipe, modules, shares)
     if state:
         first = state["step"] + 1
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    batches = in_worker(
-        *((vision_batches, recipe, first) if stage == 1 else (question_batches, recipe, tokenizer, first))
-    )
-    learn = partial(learn_from, opts=opts, parameters=[p for module in modules for p in module.parameters()])
-    log = Log(run, stage)
+    made = (
+        (vision_batches, recipe, first, team.rank),
+        (text_batches, recipe, tokenizer, first, team.rank),
+        (question_batches, recipe, tokenizer, first, team.rank),
+    )[stage - 1]
+    batches = in_worker(*made)
+    parameters = [p for module in modules for p in module.parameters()]
+    learn, log = partial(learn_from, opts=opts, parameters=parameters, team=team), Log(run, stage)
     for step in range(first, steps):
         for optimizer in opts:
             for group in optimizer.param_groups:
-                own = stage == 2 and group["peak"] not in (recipe.muon_lr, recipe.adam_lr)
+                own = stage == 3 and group["module"] < len(tower_modules)
                 group["lr"] = group["peak"] * rate(step, steps, recipe) * (tower_share(step, recipe) if own else 1.0)
-        batch = next(batches)
         if stage == 1:
-            vision_step(model, head, batch, learn, log)
+            vision_step(model, head, next(batches), learn, log)
+        elif stage == 2:
+            text_step(model, next(batches), learn, log)
         else:
-            question_step(model, head, batch, learn, log, 0.0 if step < recipe.open_steps else recipe.labels)
+            question_step(model, head, next(batches), learn, log, 0.0 if step < recipe.open_steps else recipe.labels)
         keep_large(model.model.visual)
-        log.write(step + 1, last=step + 1 == steps)
-        late = time.monotonic() > end
-        run.save(stage, step, (model, head), opts, every=0.0 if late or step + 1 == steps else 180.0)
+        last = step + 1 == steps
+        late = team.any(time.monotonic() > end)
+        if team.rank == 0:
+            log.write(step + 1, last)
+            run.save(stage, step, (model, head), opts, every=0.0 if late or last else 180.0)
         if late:
             return False
     return True
 
 
 def tower_share(step: int, recipe: ScenesRecipe) -> float:
-    """Of `tower_rate`, at a step of the second stage: all for the merger at first, then little, so that nothing is forgotten."""
+    """Of `tower_rate`, at a step of the third stage: all for the merger at first, then little, so that nothing is forgotten."""
     if step < recipe.open_steps:
         return 1.0
     return recipe.thawed * min(1.0, (step - recipe.open_steps + 1) / recipe.thaw_steps)
@@ -157,8 +167,19 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
         log.add(name, share)
 
 
+def text_step(model, batch: dict, learn: Learn, log: Log) -> None:
+    """One step of stage 2."""
+    with torch.autocast("cpu", torch.bfloat16):
+        nothing = torch.empty(1, 0, model.config.text_config.hidden_size)
+        loss, numbers, good = answer_loss(model, nothing, batch, batch["pack"])
+    learn(loss)
+    log.add("loss", loss.item())
+    for group, member in zip(GROUPS, batch["groups"][numbers].T, strict=True):
+        log.add(group, good[member].sum().item(), member.sum().item())
+
+
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
-    """One step of stage 2; `labels` is the weight of the auxiliary loss, and 0 freezes the tower."""
+    """One step of stage 3; `labels` is the weight of the auxiliary loss, and 0 freezes the tower."""
     _, height, width = batch["grid"]
     with torch.autocast("cpu", torch.bfloat16):
         with torch.set_grad_enabled(labels > 0):
@@ -181,17 +202,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, with a checkpoint")
-    parser.add_argument("--threads", type=int, default=2, help="of the model; data come from one more process")
     parser.add_argument("--export", type=Path, help="do not train: write the checkpoint's weights to this folder")
     for name, value in asdict(ScenesRecipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = vars(parser.parse_args())
-    out, minutes, threads, to = (args.pop(name) for name in ("out", "minutes", "threads", "export"))
-    torch.set_num_threads(threads)
+    out, minutes, to = (args.pop(name) for name in ("out", "minutes", "export"))
+    recipe = ScenesRecipe(**args)
     if to is not None:
-        export_checkpoint(out, ScenesRecipe(**args), to)
+        export_checkpoint(out, recipe, to)
     else:
-        train(out, ScenesRecipe(**args), minutes)
+        build(out, recipe.seed)  # the tokenizer, before several processes look for it
+        run_team(train, recipe.processes, out, recipe, minutes)
 
 
 if __name__ == "__main__":

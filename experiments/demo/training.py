@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD
-from experiments.demo.forward import language
+from experiments.demo.shared_prompts import hidden_of_rows
+from experiments.demo.team import Team
 
 
 def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,26 +27,22 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
     Returns:
         The loss; the numbers of the answers, `64 * prompt + segment`; and whether every token of each is right, bool.
     """
-    prompts, longest = pack["tokens"].shape
     text = model.model.language_model
+    prompts, _, longest = pack["tokens"].shape
     prefix = text.embed_tokens(batch["prefix"]).expand(prompts, -1, -1)
     prefix = prefix.masked_scatter(batch["slots"][:, None].expand_as(prefix), video.to(prefix.dtype))
-    embeds = torch.cat([prefix, text.embed_tokens(pack["tokens"])], 1)
-    shared = prefix.shape[1]
-    positions = torch.cat([batch["where"][:, None].expand(3, prompts, -1), pack["place"].expand(3, -1, -1)], dim=2)
-    segment = F.pad(pack["segment"], (shared, 0))  # 0: the shared prefix
-    allowed = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-    allowed &= torch.ones(shared + longest, shared + longest, dtype=torch.bool).tril()
-    bias = torch.zeros(allowed.shape).masked_fill_(~allowed, -1e4)[:, None]
-    if torch.is_autocast_enabled("cpu"):
-        bias = bias.bfloat16()
-    hidden = language(text, embeds, positions, bias, model.config.text_config.rope_parameters["mrope_section"])
+    segment = pack["segment"]
+    own = (segment[..., None] == segment[..., None, :]) & torch.ones(longest, longest, dtype=torch.bool).tril()
+    section = model.config.text_config.rope_parameters["mrope_section"]
+    hidden = hidden_of_rows(
+        text, prefix, batch["where"], text.embed_tokens(pack["tokens"]), pack["place"], own, section
+    )
     held = pack["target"] >= 0
-    logits = F.linear(hidden[:, shared:][held], text.embed_tokens.weight).float()
+    logits = F.linear(hidden[held], text.embed_tokens.weight).float()
     target = pack["target"][held]
     each = F.cross_entropy(logits, target, reduction="none")
     # One number an answer. Long answers count for more than short ones, but not in proportion to their length.
-    number = (torch.arange(prompts)[:, None] * 64 + pack["segment"])[held]
+    number = (torch.arange(prompts)[:, None, None] * 64 + pack["segment"])[held]
     numbers, answer = number.unique(return_inverse=True)
     length = torch.bincount(answer)
     weight = length.float().rsqrt()[answer]
@@ -53,27 +50,28 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
     return (each * weight).sum() / weight.sum(), numbers, wrong == 0
 
 
-def optimizers(recipe, modules: list[nn.Module], share: dict[int, float] | None = None) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for the rest.
+def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices, AdamW for the rest; a group of parameters has its `peak` rate and its `module`'s place.
 
     Args:
-        share: of the learning rate, by a module's place in the list; 1 where it is missing.
+        share: of the learning rate, one for each module; 1 where it is missing.
     """
     made = []
     for matrix, rate in ((True, recipe.muon_lr), (False, recipe.adam_lr)):
-        groups: dict[float, list] = {}
+        groups = []
         for number, module in enumerate(modules):
-            for name, p in module.named_parameters():
-                if matrix == (p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name):
-                    groups.setdefault(rate * (share or {}).get(number, 1.0), []).append(p)
-        given = [{"params": params, "lr": lr} for lr, params in groups.items()]
+            lr = rate * (share[number] if number < len(share) else 1.0)
+            params = [
+                p
+                for name, p in module.named_parameters()
+                if matrix == (p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name)
+            ]
+            if params:
+                groups.append({"params": params, "lr": lr, "peak": lr, "module": number})
         if matrix:
-            made.append(torch.optim.Muon(given, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+            made.append(torch.optim.Muon(groups, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
         else:
-            made.append(torch.optim.AdamW(given, betas=(0.9, 0.98), weight_decay=0.01))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+            made.append(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01))
     return made
 
 
@@ -85,12 +83,17 @@ def rate(step: int, steps: int, recipe) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
-def learn_from(loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> None:
-    """One step of all optimizers."""
+def learn_from(
+    loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter], team: Team | None = None
+) -> None:
+    """One step of all optimizers, with the mean gradients of the `team` if there is one."""
     for optimizer in opts:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+    learned = [p for p in parameters if p.grad is not None]
+    if team is not None:
+        team.average([p.grad for p in learned])
+    nn.utils.clip_grad_norm_(learned, 1.0)
     for optimizer in opts:
         optimizer.step()
 

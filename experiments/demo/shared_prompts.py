@@ -1,0 +1,118 @@
+"""The language model's forward pass for training on a CPU: many questions behind each prompt; Hugging Face's logits.
+
+A prompt is read once, and each row of questions reads the prompt and itself. That spares most of the attention of one long sequence
+in which questions do not see each other.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from experiments.demo.forward import attend, rotate
+
+CHUNK = 256  # queries of a prompt at a time, so that most of what causal attention bars is not computed
+BARRED = -1e4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Prompts, tokens of a prompt, rows behind each, tokens of a row; and how a layer's attention is cut into heads."""
+
+    prompts: int
+    length: int
+    rows: int
+    tokens: int
+    heads: int  # of keys and values
+    groups: int  # of queries a head of keys
+    dim: int
+
+    @property
+    def before(self) -> int:
+        """Tokens of all prompts, which come first in a flat list."""
+        return self.prompts * self.length
+
+    def of_prompts(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values of the prompts from a flat list: `[prompts, heads, length, dim]`."""
+        return x[: self.before].view(self.prompts, self.length, self.heads, self.dim).transpose(1, 2)
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values of the rows from a flat list: `[prompts, rows, heads, tokens, dim]`."""
+        return x[self.before :].view(self.prompts, self.rows, self.tokens, self.heads, self.dim).transpose(2, 3)
+
+
+def hidden_of_rows(
+    text,
+    prefix: torch.Tensor,
+    where: torch.Tensor,
+    rows: torch.Tensor,
+    place: torch.Tensor,
+    own: torch.Tensor,
+    section: list[int],
+) -> torch.Tensor:
+    """The language model on prompts, each followed by rows that read the prompt and themselves, but not each other.
+
+    Args:
+        text: `model.model.language_model`.
+        prefix: embeddings of the prompts, `[B, P, D]`. where: their positions, int64 `[3, P]`, M-RoPE.
+        rows: embeddings of what follows, `[B, S, Q, D]`. place: their positions, int64 `[B, S, Q]`, the same on all axes.
+        own: which tokens of its row a token reads, bool `[B, S, Q, Q]`.
+        section: `mrope_section` of the configuration.
+
+    Returns:
+        Normalised hidden states of the rows, `[B, S, Q, D]`.
+    """
+    att = text.layers[0].self_attn
+    groups, dim = att.num_key_value_groups, att.head_dim
+    shape = Shape(*prefix.shape[:2], *rows.shape[1:3], att.k_proj.out_features // dim, groups, dim)
+    cos, sin = _angles(text.rotary_emb.inv_freq, shape.prompts, where, place, section)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else prefix.dtype
+    seen = torch.cat([own.new_ones(*own.shape[:3], shape.length), own], -1)
+    bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, BARRED)[:, :, None].repeat(1, 1, 1, groups, 1)
+    x = torch.cat([prefix.flatten(0, 1), rows.flatten(0, 2)])
+    for layer in text.layers:
+        h, att = layer.input_layernorm(x), layer.self_attn
+        k, v = rotate(att.k_proj(h).unflatten(-1, (-1, dim)), cos, sin), att.v_proj(h).unflatten(-1, (-1, dim))
+        if layer is text.layers[-1]:  # nothing reads what the prompts become
+            x, h, cos, sin = (t[shape.before :] for t in (x, h, cos, sin))
+        q = rotate(att.q_proj(h).unflatten(-1, (-1, dim)), cos, sin)
+        read = _of_rows(q[-shape.prompts * shape.rows * shape.tokens :], k, v, bias, shape)
+        if layer is not text.layers[-1]:
+            read = torch.cat([_of_prompts(q[: shape.before], k, v, shape), read])
+        x = x + att.o_proj(read.to(x.dtype))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return text.norm(x).view(rows.shape)
+
+
+def _angles(
+    inv_freq: torch.Tensor, prompts: int, where: torch.Tensor, place: torch.Tensor, section: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of each token's rotary angles, in the flat order: `[tokens, 1, dim]` each."""
+    freqs = where[..., None] * inv_freq
+    freqs = torch.cat([part[i % 3] for i, part in enumerate(freqs.split(section, dim=-1))], dim=-1)
+    freqs = torch.cat([freqs.repeat(prompts, 1), (place[..., None] * inv_freq).flatten(0, 2)])
+    return tuple(f(freqs).repeat(1, 2)[:, None] for f in (torch.cos, torch.sin))
+
+
+def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """What the prompts' queries `[prompts * length, heads * groups, dim]` read, each of what comes before it, heads joined."""
+    k, v, length = shape.of_prompts(k), shape.of_prompts(v), shape.length
+    q = q.view(shape.prompts, length, shape.heads, shape.groups, shape.dim).permute(0, 2, 3, 1, 4)
+    made = []
+    for start in range(0, length, CHUNK):
+        end = min(start + CHUNK, length)
+        bias = torch.full((end - start, end), BARRED, dtype=q.dtype).triu_(start + 1).repeat(shape.groups, 1)
+        read = attend(q[:, :, :, start:end].flatten(2, 3), k[:, :, :end], v[:, :, :end], bias)
+        made.append(read.unflatten(2, (shape.groups, -1)))
+    return torch.cat(made, 3).permute(0, 3, 1, 2, 4).reshape(shape.before, -1)
+
+
+def _of_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """What the rows' queries `[prompts * rows * tokens, heads * groups, dim]` read of prompt and row, heads joined."""
+    keys, values = (
+        torch.cat([shape.of_prompts(t)[:, None].expand(-1, shape.rows, -1, -1, -1), shape.of_rows(t)], 3)
+        for t in (k, v)
+    )
+    q = q.view(shape.prompts, shape.rows, shape.tokens, shape.heads, shape.groups, shape.dim)
+    q = q.permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
+    read = attend(q, keys, values, bias).unflatten(3, (shape.groups, -1))
+    return read.permute(0, 1, 4, 2, 3, 5).reshape(shape.prompts * shape.rows * shape.tokens, -1)

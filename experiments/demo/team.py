@@ -1,0 +1,58 @@
+"""Processes that train one model together: each learns from batches of its own, all from the mean of their gradients.
+
+On a CPU two processes of one thread are faster than one of two, because most operations of a small model are too small to share.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+
+class Team:
+    """The processes of a run, seen from one of them; `rank` 0 writes log and checkpoints."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replaces each tensor by its mean over all processes, which must hold the same shapes."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process, the same answer in all."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(float(flag), dtype=torch.float32, device="cpu")
+        dist.all_reduce(votes)
+        return votes.item() > 0
+
+
+def run_team(work: Callable[..., None], size: int, *args) -> None:
+    """Runs `work(team, *args)` in `size` processes of one thread each, in this one if that is all."""
+    if size == 1:
+        torch.set_num_threads(1)
+        work(Team(0, 1), *args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_member, (size, Path(folder) / "meet", work, args), nprocs=size)
+
+
+def _member(rank: int, size: int, meet: Path, work: Callable[..., None], args: tuple) -> None:
+    torch.set_num_threads(1)
+    # A run may be stopped for hours and go on, so nobody gives up waiting.
+    dist.init_process_group("gloo", f"file://{meet}", timedelta(days=7), world_size=size, rank=rank)
+    try:
+        work(Team(rank, size), *args)
+    finally:
+        dist.destroy_process_group()
