@@ -5,7 +5,8 @@ import torch
 
 from evoprune.vision.layout import geometry
 from experiments.demo.build import build_config, init_weights
-from experiments.demo.forward import attend, language, tower, window_buckets
+from experiments.demo.forward import attend, tower, window_buckets
+from experiments.demo.shared_prompts import CHUNK, hidden_of_rows
 
 
 @cache
@@ -42,50 +43,45 @@ def test_the_tower_is_hugging_faces(grid):
     torch.testing.assert_close(visual.merger.mlp(flat), merged)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@torch.no_grad()
-def test_the_language_model_is_hugging_faces(batch):
-    model = demo_model()
-    text, length = model.model.language_model, 40
-    embeds = noise(batch, length, 192)
-    random = torch.Generator().manual_seed(1)
-    # Text, a video whose three axes differ, text; each sample its own.
-    positions = torch.arange(length).expand(3, batch, length).clone()
-    positions[:, :, 10:30] = 10 + torch.randint(0, 12, (3, batch, 20), generator=random)
-    bias = torch.zeros(batch, 1, length, length).masked_fill_(~torch.ones(length, length).tril().bool(), -1e4)
-    section = model.config.text_config.rope_parameters["mrope_section"]
-    hidden = language(text, embeds, positions, bias, section)
-    order = torch.arange(length).expand(1, batch, length)
-    theirs = text(inputs_embeds=embeds, position_ids=torch.cat([order, positions]), use_cache=False).last_hidden_state
-    torch.testing.assert_close(model.lm_head(hidden), model.lm_head(theirs), atol=2e-5, rtol=2e-5)
-
-
-@torch.no_grad()
-def test_video_and_question_together_give_hugging_faces_logits():
-    model, grid = demo_model(), (2, 5, 3)
-    units = grid[0] * grid[1] * grid[2]
-    patches = noise(units * 4, 1176)
-    ids = torch.tensor([[1, 300, 3, *[7] * units, 4, 301, 302, 303]])
-    length = ids.shape[1]
-    order = torch.arange(length)
+def video_positions(grid: tuple[int, int, int]) -> torch.Tensor:
+    """Positions of a token, a video and a token: int64 `[3, units + 2]`."""
     steps = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij")).flatten(1)
-    positions = torch.stack([order.clone() for _ in range(3)])
-    positions[:, 3 : 3 + units] = 3 + steps * torch.tensor([[2], [1], [1]])
-    positions[:, 3 + units :] = 3 + max(grid[1], 3) + torch.arange(length - 3 - units)
-    theirs = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values_videos=patches,
-        video_grid_thw=torch.tensor([[grid[0], 2 * grid[1], 2 * grid[2]]]),
-        position_ids=torch.cat([order[None], positions])[:, None],
-        use_cache=False,
-    ).logits
-    embeds = model.get_input_embeddings()(ids)
-    embeds[0, 3 : 3 + units] = tower(model.model.visual, patches, *grid[1:])[0].flatten(0, 1)
-    bias = torch.zeros(1, 1, length, length).masked_fill_(~torch.ones(length, length).tril().bool(), -1e4)
+    ends = torch.tensor([[0], [0], [0]]), torch.tensor([[max(grid) + 7]]).expand(3, 1)
+    return torch.cat([ends[0], 1 + steps * torch.tensor([[2], [1], [1]]), ends[1]], 1)
+
+
+@pytest.mark.parametrize("grid", [(2, 5, 3), (1, 2, 2), (3, 10, CHUNK // 28)])
+@torch.no_grad()
+def test_each_question_behind_a_shared_prompt_gets_hugging_faces_logits(grid):
+    """Two prompts, two rows each, two questions in a row; each against Hugging Face's model on prompt and question alone."""
+    model, units = demo_model(), grid[0] * grid[1] * grid[2]
+    patches = noise(2 * units * 4, 1176)
+    where, prompt = video_positions(grid), torch.tensor([3, *[7] * units, 4])
+    merged = tower(model.model.visual, patches, *grid[1:])[0].reshape(2, units, -1)
+    embed = model.get_input_embeddings()
+    prefix = torch.stack([torch.cat([embed(prompt[:1]), video, embed(prompt[-1:])]) for video in merged])
+    random = torch.Generator().manual_seed(1)
+    tokens = torch.randint(300, 500, (2, 2, 9), generator=random)
+    segment = torch.tensor([1] * 5 + [2] * 4).expand(2, 2, 9)
+    start = int(where.max()) + 1
+    place = (start + torch.tensor([*range(5), *range(4)])).expand(2, 2, 9)
+    own = (segment[..., None] == segment[..., None, :]) & torch.ones(9, 9, dtype=torch.bool).tril()
     section = model.config.text_config.rope_parameters["mrope_section"]
-    hidden = language(model.model.language_model, embeds, positions[:, None], bias, section)
-    torch.testing.assert_close(model.lm_head(hidden), theirs, atol=2e-5, rtol=2e-5)
+    hidden = hidden_of_rows(model.model.language_model, prefix, where, embed(tokens), place, own, section)
+    for clip in range(2):
+        for row in range(2):
+            for part in (slice(0, 5), slice(5, 9)):
+                asked = tokens[clip, row, part]
+                positions = torch.cat([where, (start + torch.arange(len(asked))).expand(3, -1)], 1)
+                order = torch.arange(positions.shape[1])[None]
+                theirs = model(
+                    input_ids=torch.cat([prompt, asked])[None],
+                    pixel_values_videos=patches[clip * units * 4 : (clip + 1) * units * 4],
+                    video_grid_thw=torch.tensor([[grid[0], 2 * grid[1], 2 * grid[2]]]),
+                    position_ids=torch.cat([order, positions])[:, None],
+                    use_cache=False,
+                ).logits[0, -len(asked) :]
+                torch.testing.assert_close(model.lm_head(hidden[clip, row, part]), theirs, atol=3e-5, rtol=3e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 7), (8, 3), (9, 9)])

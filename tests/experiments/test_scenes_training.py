@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.demo.scenes.asking import ask
+from evoprune.demo.scenes.asking import Question, ask
 from evoprune.demo.scenes.clip import Camera, Clip, Thing
 from evoprune.demo.scenes.compose import compose
 from evoprune.demo.scenes.drawing import render_with_map
 from evoprune.demo.scenes.happening import kinds
 from evoprune.demo.scenes.signs import CHARACTERS
-from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
+from experiments.demo.batches import ROW, packed
+from experiments.demo.scenes_batches import IMAGE, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import BLANK, IGNORED, LOOKS, NOTHING, Head, dense_labels
+from experiments.demo.scenes_lessons import BATCH, GROUPS, lesson, text_batches
 from experiments.demo.scenes_model import LARGE, keep_large, prompt, said, scenes_config, scenes_tokenizer
+from experiments.demo.team import run_team
 from experiments.demo.train_scenes import tower_share
 from experiments.demo.training import answer_loss
 from experiments.demo.validity import CELLS, rank_correlation, ranks, table
@@ -139,6 +142,57 @@ def test_batches_hold_pictures_videos_two_inputs_and_late_positions(tokenizer):
     assert len(seen) == 6
 
 
+def test_processes_draw_other_clips_of_the_same_shape(tokenizer):
+    recipe = ScenesRecipe(units=100)
+    one, two = (next(question_batches(recipe, tokenizer, 3, rank)) for rank in (0, 1))
+    assert one["grid"] == two["grid"] and one["frames"].shape == two["frames"].shape
+    assert not torch.equal(one["frames"], two["frames"])
+
+
+def test_a_lesson_is_answered_by_its_text():
+    q = Question(
+        "look", "What colour is the star?", "red", ("blue", "red", "pink", "grey"), ("picture", "look", "choice")
+    )
+    rng = np.random.default_rng(0)
+    made = {lesson(q, rng) for _ in range(60)}
+    letter = next(m for m in made if m.type == "match")
+    assert letter.question.startswith("Which option is red?\nA. blue\nB. red\n") and letter.answer == "B"
+    recited = {m.question.partition("\n")[0]: m.answer for m in made if m.type == "recite"}
+    assert recited == {f"What is option {x}?": text for x, text in zip("ABCD", q.options, strict=True)}
+
+
+def test_lessons_fill_the_first_stage_of_the_language_model(tokenizer):
+    batch = next(text_batches(ScenesRecipe(), tokenizer, 0))
+    answers = (batch["pack"]["target"] >= 0).any(-1).sum()
+    assert not batch["slots"].any() and answers > BATCH / 3 and batch["groups"].sum() == BATCH
+
+
+def test_questions_are_packed_into_rows(tokenizer):
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    asked = [Question("look", "What colour is the star? " * n, "red") for n in (1, 4, 1, 2, 1)]
+    pack = packed([asked, asked[:1]], ids, 50)
+    assert pack["tokens"].shape[0] == 2 and pack["tokens"].shape[2] == ROW and pack["tokens"].shape[1] < len(asked)
+    for number, q in enumerate(asked, 1):
+        held = pack["segment"][0] == number
+        assert tokenizer.decode(pack["tokens"][0][held]).startswith(f"{q.question}<|im_end|>")
+        assert pack["place"][0][held].tolist() == list(range(50, 50 + int(held.sum())))
+        assert pack["target"][0][held].tolist()[-3:] == [*ids("red"), 2, -100]
+    assert (pack["segment"][1] > 0).sum() == (pack["segment"][0] == 1).sum()
+
+
+def _average(team, folder):
+    one, two = torch.full((2,), float(team.rank)), torch.full((1, 3), 10.0 * team.rank)
+    team.average([one, two])
+    torch.save([one, two, team.any(team.rank == 1)], folder / f"{team.rank}.pt")
+
+
+def test_a_team_learns_from_the_mean_of_all(tmp_path):
+    run_team(_average, 2, tmp_path)
+    for rank in (0, 1):
+        one, two, flag = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert one.tolist() == [0.5, 0.5] and two.tolist() == [[5.0, 5.0, 5.0]] and flag
+
+
 @torch.no_grad()
 def test_the_loss_is_hugging_faces_also_with_two_pictures(model, tokenizer):
     """Two pictures in a prompt, and the answer to the second of its questions."""
@@ -148,13 +202,12 @@ def test_the_loss_is_hugging_faces_also_with_two_pictures(model, tokenizer):
     video = torch.randn(1, 2 * units, 256)
     where = torch.arange(len(prefix)).expand(3, -1)
     pack = {
-        "tokens": torch.tensor([[299, 298, *asked, *answer]]),
-        "place": torch.tensor([[*range(2), *range(5)]]) + len(prefix),
-        "segment": torch.tensor([[1, 1, *[2] * 5]]),
-        "target": torch.tensor([[298, -100, -100, -100, *answer, -100]]),
+        "tokens": torch.tensor([[[299, 298, *asked, *answer]]]),
+        "place": torch.tensor([[[*range(2), *range(5)]]]) + len(prefix),
+        "segment": torch.tensor([[[1, 1, *[2] * 5]]]),
+        "target": torch.tensor([[[-100, -100, -100, -100, *answer, -100]]]),  # of the second question alone
     }
     batch = {"prefix": torch.tensor(prefix), "slots": torch.tensor([t == IMAGE for t in prefix]), "where": where}
-    pack["target"][0, 0] = -100  # the answer of the second question alone
     loss, numbers, right = answer_loss(model, video, batch, pack)
     tokens = torch.tensor([[*prefix, *asked, *answer]])
     embeds = model.get_input_embeddings()(tokens)
