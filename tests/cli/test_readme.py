@@ -17,8 +17,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
 
 
-def readme_blocks() -> list[str]:
-    return re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+def shell_blocks(page: str) -> list[str]:
+    """The shell blocks of a page, without those of the README that install."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+    return [block for block in blocks if "pip install" not in block]
 
 
 def test_the_transcript_of_the_readme(cli):
@@ -34,34 +36,41 @@ def test_the_transcript_of_the_readme(cli):
     assert counts(shown) == counts(result.out + result.err)
 
 
-@pytest.mark.parametrize("number", range(2, len(readme_blocks())))
-def test_loops_of_the_readme(tmp_path, number):
-    """Every shell block after the two that install runs in a folder that looks like an installed clone."""
-    block = readme_blocks()[number]
-    if "jq" in block and not shutil.which("jq"):
-        pytest.skip("jq is not installed")
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_shell_blocks_run_one_after_the_other(tmp_path, page):
+    """In one folder that looks like an installed clone; each block gives a line a clip."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     script = tmp_path / ".venv" / "bin" / "evoprune"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m evoprune_cli "$@"\n')
     script.chmod(0o755)
     (tmp_path / "samples").symlink_to(ROOT / "samples")
-    done = subprocess.run(
-        ["bash", "-e", "-o", "pipefail", "-c", block],
-        cwd=tmp_path,
-        capture_output=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    written = "".join(path.read_text() for path in tmp_path.glob("*.jsonl")) + done.stdout.decode()
-    clips = len(list((ROOT / "samples").glob("*.webm" if "webm" in block else "*.mp4")))
-    assert len(written.splitlines()) == clips
-    if "--json" in block and "jq" not in block:
-        records = [json.loads(line) for line in written.splitlines()]
-        assert {record["video"]["path"] for record in records} == {
-            f"samples/{c.name}" for c in ROOT.glob("samples/*.mp4")
-        }
-        assert all(record["answer"] and record["env"]["threads"] == 1 for record in records)
+    blocks = shell_blocks(page)
+    assert len(blocks) >= 2
+    for block in blocks:
+        if "jq" in block and not shutil.which("jq"):
+            continue
+        done = subprocess.run(
+            ["bash", "-e", "-o", "pipefail", "-c", block],
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        file = re.search(r"\S+\.jsonl", block)
+        lines = ((tmp_path / file[0]).read_text() if file else done.stdout.decode()).splitlines()
+        clips = sorted(path.name for path in (ROOT / "samples").glob("*.webm" if "webm" in block else "*.mp4"))
+        assert len(lines) == len(clips)
+        if file:
+            records = [json.loads(line) for line in lines]
+            assert sorted(Path(record["video"]["path"]).name for record in records) == clips
+            assert [r["answer"] for r in sorted(records, key=lambda r: r["video"]["path"])] == expected(block, clips)
+
+
+def expected(block: str, clips: list[str]) -> list[str]:
+    """The right answers to the question of a block."""
+    digits = {"flash.mp4": "2", "pan.mp4": "5", "square.mp4": "7", "three.mp4": "5"}
+    return [digits[clip] for clip in clips] if "Which digit" in block else ["yes"] * len(clips)
 
 
 def without_code(page: Path) -> str:

@@ -378,15 +378,16 @@ def test_the_report_counts_tokens_rows_and_times(model):
     assert report.sampling.grid_thw is None and report.env.transformers and report.model.dtype == "fp32"
 
 
-def test_the_readme_runs(model):
-    """Its code for a Hugging Face model, as it is printed there."""
-    readme = Path(__file__).parents[2] / "README.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.S | re.M)
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/guide.md", 2)])
+def test_the_documents_run(model, page, count):
+    """Their code for a Hugging Face model, as it is printed there."""
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
     prompt = processed(model, (5, ("video", 4, 8, 12), 7))
     names = {"evoprune": evoprune, "model": model, "inputs": prompt}
     names |= {name: prompt[name] for name in ("pixel_values_videos", "video_grid_thw")}
-    mine = [block for block in blocks if "model" in block]
-    assert len(mine) == 2
+    mine = [block for block in blocks if re.search(r"\bmodel\b", block)]
+    assert len(mine) == count
     for block in mine:
         exec(block, names)
     assert names["run"].report.pruning.budget == 0.1 and "generate" not in vars(model)
