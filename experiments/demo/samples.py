@@ -3,8 +3,8 @@
 They come from seeds of their own (split "samples"), and were chosen for their variety before any model had seen them.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ CLIPS = {
 }
 
 
-def main(folder: Path) -> None:
+def render(folder: Path) -> None:
+    """Writes the clips and `questions.jsonl` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, (seed, height, width, seconds, codec, wanted) in CLIPS.items():
@@ -45,5 +46,11 @@ def main(folder: Path) -> None:
     (folder / "questions.jsonl").write_text("".join(lines))
 
 
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.demo.samples", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("samples"), help="default: %(default)s")
+    render(parser.parse_args(args).folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "samples"))
+    main()

@@ -1,4 +1,4 @@
-"""Methods of other packages, by entry points of distributions that are made up for the tests, and those that docs/ shows."""
+"""Methods of other packages, by entry points of distributions that are made up for the tests, and those of the documents."""
 
 import json
 import re
@@ -45,6 +45,7 @@ random = extra_methods:First
 reuse = extra_methods:First
 with,comma = extra_methods:First
 """
+PAGES = ["CONTRIBUTING.md", "docs/house.md", "docs/methods.md"]
 DOCUMENTED = ["longest", "neighbours", "mixed", "asked"]
 GRID = (4, 4, 6)
 
@@ -57,8 +58,8 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture
 def documented(tmp_path, monkeypatch):
-    """The same with the modules and entry points that docs/ shows; yields the modules by name."""
-    pages = "\n".join(Path(page).read_text(encoding="utf-8") for page in ("docs/house.md", "docs/methods.md"))
+    """The same with the modules and entry points that the documents show; yields the modules by name."""
+    pages = "\n".join(Path(page).read_text(encoding="utf-8") for page in PAGES)
     modules = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", pages, re.S | re.M))
     blocks = map(tomllib.loads, re.findall(r"^```toml\n(.*?)^```", pages, re.S | re.M))
     entries = [block["project"]["entry-points"]["evoprune.methods"].items() for block in blocks]
@@ -119,7 +120,7 @@ def test_each_has_a_line_in_inspect(package):
     assert all("ignored" in lines[name] for name in ("random", "reuse", "with,comma"))
 
 
-# --- what docs/ shows ----------------------------------------------------------------------------------------------------
+# --- what the documents show ---------------------------------------------------------------------------------------------
 
 
 def test_the_documented_methods_are_short_and_complete(documented):
