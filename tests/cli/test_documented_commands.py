@@ -1,4 +1,4 @@
-"""Every `evoprune ...` and `python -m ...` command of the documents names a command, options and choices that exist.
+"""What the documents name exists: commands, options and choices of `evoprune ...` and `python -m ...` lines, and source files.
 
 The commands are parsed, not run, so placeholders such as MODEL may stand for values. Blocks that run as they stand: test_readme.py.
 """
@@ -110,6 +110,14 @@ def test_every_command_parses(page, capsys):
             if given[0].split(".")[0] in ("evoprune", "evoprune_cli", "experiments", "tests"):
                 wrong += [f"{line}: no option {option}" for option in missing_options(given)]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_source_file_that_is_named_exists(page):
+    named = re.findall(r"(?<![\w/.:-])((?:[\w-]+/)+[\w-]+\.(?:py|md|svg|jsonl))", page.read_text(encoding="utf-8"))
+    folders = (ROOT, ROOT / "evoprune", page.parent)
+    missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
+    assert not [name for name in missing if not name.startswith("runs/")]
 
 
 @pytest.mark.parametrize(
