@@ -27,7 +27,8 @@ from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.visualize.chart import COLOURS
-from experiments.comparison_tables import OURS, Outcome, chart, document
+from experiments.comparison_chart import chart
+from experiments.comparison_tables import OURS, Outcome, document
 
 BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
 

@@ -1,4 +1,4 @@
-"""The results of `experiments.comparison` as tables and a chart: the best, ties with it, and which is better at equal cost."""
+"""The results of `experiments.comparison` as tables: the best, ties with it, and which is better at equal cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,29 +6,32 @@ from itertools import pairwise
 
 from evoprune import methods
 from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
-from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw_rows
 from experiments.paired import in_points, paired_difference
 
 OURS = methods.DEFAULT
 CAMERAS = ("static", "panning")  # groups with columns of their own at equal cost
 
-LEGEND = (
-    "Accuracy in percent, with its 95% interval over videos, over all questions and by what a question is about. Kept: accuracy as "
-    "a share of that in full, in percent. Against the best: the paired difference to the most accurate row of the budget, in "
-    "points; a tie where its interval includes zero. Tokens: what the language model reads, mean of a question; where a method's "
-    "shape forbids the budget, what it reached. Live share: rows that the tower computes, mean over its layers. TFLOP: 10^12 "
-    "operations of tower and prefill at 3B dimensions, from the true rows of each layer. Selection: milliseconds of scores, "
-    "merging and selection in this run, with whatever else the machine did, for a video, or for each question where the selection "
-    "depends on it."
-)
+LEGEND = """\
+- **accuracy**: right answers in percent, with the 95% interval over videos; **kept**: as a share of accuracy with nothing pruned.
+- **against the best**: the paired difference to the most accurate row of the budget, in points. A *tie* has zero in its interval.
+- **tokens**: visual tokens that the language model reads, mean over questions. Some methods cannot reach every budget.
+- **live share**: rows that the tower computes, mean over its layers, as a share of all units.
+- **TFLOP**: 10^12 operations of tower and prefill at 3B dimensions, counted from the rows of each layer.
+- **selection ms**: scoring, merging and selecting for a video, or for a question if the method reads it. Other programs may have
+  run at the same time."""
 SHORT_LEGEND = (
-    "Accuracy as a share of that in full, in percent, one figure a model; operations of tower and prefill at 3B dimensions as a "
-    "share of those in full. Intervals and ties are below."
+    "Kept accuracy in percent, one figure a model. Operations of tower and prefill at 3B dimensions, as a share of those with "
+    "nothing pruned."
 )
 COST_LEGEND = (
-    "Each row of another method beside the most expensive row of `evoprune`, at any budget, that costs no more operations: "
-    "accuracy of `evoprune` less that of the other, paired, over all questions and by what the camera does."
+    "Each row of another method is paired with the most expensive row of `evoprune`, at any budget, that costs no more operations. "
+    "The last columns are the accuracy of `evoprune` minus that of the other row, in points."
 )
+GROUPS_LEGEND = (
+    "Detail: shape, colour, size, digit. Time: events, order, motion. Space: place, relation, count. Rest: existence and "
+    "descriptions. Flash: questions of any kind about a thing that flashes."
+)
+CAMERA_LEGEND = "Accuracy on clips with a still and with a panning camera."
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Match:
 
     Attributes:
         other, ours: as in the results, over all questions.
-        differences: of accuracy, ours less the other's, with its 95% interval, by group; all questions are one.
+        differences: of accuracy, ours minus the other's, with its 95% interval, by group; all questions are one.
     """
 
     other: dict
@@ -112,19 +115,34 @@ def equal_cost(outcome: Outcome) -> list[Match]:
     return made
 
 
-def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
-    """What each method keeps in each model, and what it costs in the first one, as a Markdown table.
-
-    The best method on average comes first. Variants and combinations are left out.
-    """
+def _by_method(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> dict[str, dict[float, list[dict]]]:
+    """The rows of each method at each budget, one a model. Variants and combinations are left out."""
     found: dict[str, dict[float, list[dict]]] = {}
     for outcome in outcomes:
         for budget in budgets:
             for row in outcome.rows(budget):
                 if not {":", "+"} & set(row["method"]):
                     found.setdefault(row["method"], {}).setdefault(budget, []).append(row)
-    whole = (row for row in outcomes[0].document["rows"] if row["row"] == FULL and row["group"] == ALL)
+    return found
+
+
+def _kept_of_all(rows: Sequence[dict]) -> str:
+    return " / ".join("-" if row["kept_of_full"] is None else f"{100 * row['kept_of_full']:.1f}" for row in rows)
+
+
+def _operations(rows: Sequence[dict], outcome: Outcome) -> str:
+    """Of the first row, as a share of the outcome's operations with nothing pruned."""
+    whole = (row for row in outcome.document["rows"] if row["row"] == FULL and row["group"] == ALL)
     full = next((row["tflop_3b"] for row in whole), None)
+    return f"{100 * rows[0]['tflop_3b'] / full:.0f}%" if rows and full else ""
+
+
+def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
+    """What each method keeps in each model, and what it costs in the first one, as a Markdown table.
+
+    The best method on average comes first.
+    """
+    found = _by_method(outcomes, budgets)
     lines = [["", *(title for budget in budgets for title in (f"-b {budget:g} keeps", "operations"))]]
     lines.append(["---"] * len(lines[0]))
     means = {name: [row["accuracy"] for rows in at.values() for row in rows] for name, at in found.items()}
@@ -132,10 +150,7 @@ def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
         cells = [f"`{name}`"]
         for budget in budgets:
             rows = found[name].get(budget, [])
-            cells.append(
-                " / ".join("-" if r["kept_of_full"] is None else f"{100 * r['kept_of_full']:.1f}" for r in rows)
-            )
-            cells.append(f"{100 * rows[0]['tflop_3b'] / full:.0f}%" if rows and full else "")
+            cells += [_kept_of_all(rows), _operations(rows, outcomes[0])]
         lines.append(cells)
     return _joined(lines)
 
@@ -148,13 +163,13 @@ def own_steps(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
     }
     order = sorted((budget for budget in budgets if found[budget]), reverse=True)
     return [
-        f"- `-b {small:g}` less `-b {large:g}`: {_difference(*paired_difference(found[small], found[large]))}"
+        f"- `-b {small:g}` minus `-b {large:g}`: {_difference(*paired_difference(found[small], found[large]))}"
         for large, small in pairwise(order)
     ]
 
 
 def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
-    """`evoprune` less each other row of the same budget, paired, as a Markdown table; nothing where it is not among them."""
+    """`evoprune` minus each other row of the same budget, paired, as a Markdown table; nothing where it is not among them."""
     found: dict[tuple[str, float], list[dict]] = {}
     for sample in outcome.samples:
         if "error" not in sample and sample["row"] == METHOD:
@@ -172,56 +187,88 @@ def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
 
 def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, command: str) -> str:
     """All of it in Markdown."""
-    settings = outcomes[0].document["settings"]
+    settings, videos = (outcomes[0].document[name] for name in ("settings", "videos"))
+    clips = f"{videos['evaluated']:,} clips ({settings['split']}, block {settings['seed']})"
     blocks = [
-        "# The methods side by side",
+        f"# Methods side by side: {clips}",
+        *_findings(outcomes, budgets),
+        f"{outcomes[0].document['items']['answered']:,} questions about {clips} of the demo's generator, asked of "
+        f"{' / '.join(f'`{outcome.name}`' for outcome in outcomes)}. The clips are small and synthetic. The tables rank methods on "
+        "them; they are not scores of a real Qwen2.5-VL.",
         f"`{command}`",
-        f"Clips of the demo's generator ({settings['split']}, block {settings['seed']}), small and synthetic: how methods rank on "
-        "them, not what a real Qwen2.5-VL scores.",
         f"![Accuracy of each method]({chart})",
     ]
     if len(outcomes) > 1:
         blocks += ["## Best, or a tie with the best, in all models", _shared(outcomes, budgets)]
-    blocks += ["## In short", SHORT_LEGEND, short(outcomes, budgets)]
+    blocks += ["## In short", SHORT_LEGEND, short(outcomes, budgets), "## Columns", LEGEND]
     for outcome in outcomes:
-        videos, items = outcome.document["videos"], outcome.document["items"]
-        failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""
-        whole = {row["row"]: row for row in outcome.document["rows"] if row["row"] != METHOD and row["group"] == ALL}
-        full, blind = whole.get(FULL), whole.get(BLIND)
-        blocks += [
-            f"## {outcome.name}",
-            f"{items['answered']:,} questions about {videos['evaluated']:,} of {videos['wanted']:,} clips{failed}. In full: "
-            + (f"{_accuracy(full)}, {full['tokens']:,.0f} tokens, {full['tflop_3b']:.3g} TFLOP." if full else "-")
-            + (f" The question alone, without the video: {_accuracy(blind)}." if blind else ""),
-        ]
-        for budget in budgets:
-            blocks += [f"### `-b {budget:g}`", _table(outcome, budget), *_spread(outcome, budget)]
-        if steps := own_steps(outcome, budgets):
-            blocks += [f"### `{OURS}` from one budget to the next", "\n".join(steps)]
-        if others := against_ours(outcome, budgets):
-            blocks += [f"### `{OURS}` less each other row at the same budget", others]
-        if matches := equal_cost(outcome):
-            blocks += ["### At equal cost", COST_LEGEND, _cost_table(matches)]
-    blocks.append(LEGEND)
+        blocks += _of_model(outcome, budgets)
     return "\n\n".join(blocks) + "\n"
 
 
-def _table(outcome: Outcome, budget: float) -> str:
+def _findings(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> list[str]:
+    """What `evoprune` keeps at each budget, and at which cost, as a sentence; nothing where it was not asked."""
+    found = _by_method(outcomes, budgets).get(OURS, {})
+    parts = [
+        f"{_kept_of_all(rows)}% at `-b {budget:g}` with {_operations(rows, outcomes[0])} of the operations"
+        for budget, rows in found.items()
+    ]
+    return [f"Of the accuracy with nothing pruned, `{OURS}` keeps {'; '.join(parts)}."] if parts else []
+
+
+def _of_model(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
+    """The section of one model: accuracy and cost of each budget, paired differences, and accuracy by camera and by group."""
+    videos, answered = outcome.document["videos"], outcome.document["items"]["answered"]
+    failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""
+    whole = {row["row"]: row for row in outcome.document["rows"] if row["row"] != METHOD and row["group"] == ALL}
+    full, blind = whole.get(FULL), whole.get(BLIND)
+    blocks = [
+        f"## {outcome.name}",
+        f"{answered:,} questions about {videos['evaluated']:,} of {videos['wanted']:,} clips{failed}. With nothing pruned: "
+        + (f"{_accuracy(full)}, {full['tokens']:,.0f} tokens, {full['tflop_3b']:.3g} TFLOP." if full else "-")
+        + (f" From the question alone, without the video: {_accuracy(blind)}." if blind else ""),
+    ]
+    for budget in budgets:
+        blocks += [f"### `-b {budget:g}`", _table(outcome, budget), *_spread(outcome, budget)]
+    if steps := own_steps(outcome, budgets):
+        blocks += [f"### `{OURS}` from one budget to the next", "\n".join(steps)]
+    if others := against_ours(outcome, budgets):
+        blocks += [f"### `{OURS}` minus each other row at the same budget", others]
+    if matches := equal_cost(outcome):
+        blocks += ["### At equal cost", COST_LEGEND, _cost_table(matches)]
     groups = list(dict.fromkeys(row["group"] for row in outcome.document["rows"]))
-    groups = [group for group in groups if group != ALL and not group.startswith(TYPE)]
-    found = {(row["method"], row["group"]): row for row in outcome.document["rows"] if _at(row, budget)}
+    questions = [group for group in groups if group not in (ALL, *CAMERAS) and not group.startswith(TYPE)]
+    for heading, legend, columns in (
+        ("### By camera", CAMERA_LEGEND, [group for group in CAMERAS if group in groups]),
+        ("### By group of questions", GROUPS_LEGEND, questions),
+    ):
+        if columns:
+            blocks += [heading, legend, *(_group_table(outcome, budget, columns) for budget in budgets)]
+    return blocks
+
+
+def _table(outcome: Outcome, budget: float) -> str:
     against = standings(outcome.samples, budget)
-    titles = ["", "accuracy", "kept", "against the best", *groups, "tokens", "live share", "TFLOP", "selection ms"]
+    titles = ["", "accuracy", "kept", "against the best", "tokens", "live share", "TFLOP", "selection ms"]
     lines = [titles, ["---"] * len(titles)]
     for row in outcome.rows(budget):
         name = row["method"]
         lines.append(
             [
-                f"`{name}`", _accuracy(row), _kept(row), str(against[name]), *(_accuracy(found[name, group]) for group in groups),
-                f"{row['tokens']:,.1f}", f"{row['live_share']:.2f}", f"{row['tflop_3b']:.3g}",
-                _selection_ms(outcome.samples, name, budget),
+                f"`{name}`", _accuracy(row), _kept(row), str(against[name]), f"{row['tokens']:,.1f}",
+                f"{row['live_share']:.2f}", f"{row['tflop_3b']:.3g}", _selection_ms(outcome.samples, name, budget),
             ]
         )  # fmt: skip
+    return _joined(lines)
+
+
+def _group_table(outcome: Outcome, budget: float, groups: Sequence[str]) -> str:
+    """Accuracy in each group at a budget."""
+    found = {(row["method"], row["group"]): row for row in outcome.document["rows"] if _at(row, budget)}
+    lines = [[f"-b {budget:g}", *groups], ["---"] * (len(groups) + 1)]
+    for row in outcome.rows(budget):
+        cells = (found.get((row["method"], group)) for group in groups)
+        lines.append([f"`{row['method']}`", *(_accuracy(cell) if cell else "" for cell in cells)])
     return _joined(lines)
 
 
@@ -233,19 +280,16 @@ def _spread(outcome: Outcome, budget: float) -> list[str]:
         return []
     apart, half = rows[0]["accuracy"] - drawn["accuracy"], (drawn["high"] - drawn["low"]) / 2
     times = f", {apart / half:.1f} times the half-width of the interval of `random`" if half else ""
-    return [f"From `random` to the best: {100 * apart:.1f} points{times}."]
+    return [f"From `random` to the best row: {100 * apart:.1f} points{times}."]
 
 
 def _cost_table(matches: Sequence[Match]) -> str:
     groups = [group for group in (ALL, *CAMERAS) if any(group in match.differences for match in matches)]
-    lines = [["", "TFLOP", "accuracy", "evoprune", "TFLOP", "accuracy", *groups]]
+    lines = [["", "TFLOP", OURS, "TFLOP", *groups]]
     lines.append(["---"] * len(lines[0]))
     for match in matches:
-        other, ours = match.other, match.ours
-        cells = [f"`{other['name']}`", f"{other['tflop_3b']:.3g}", _accuracy(other)]
-        cells += (
-            [f"`{ours['name']}`", f"{ours['tflop_3b']:.3g}", _accuracy(ours)] if ours else ["all cost more", "", ""]
-        )
+        cells = [f"`{match.other['name']}`", f"{match.other['tflop_3b']:.3g}"]
+        cells += [f"`{match.ours['name']}`", f"{match.ours['tflop_3b']:.3g}"] if match.ours else ["all cost more", ""]
         lines.append([*cells, *(_difference(*match.differences[g]) if g in match.differences else "" for g in groups)])
     return _joined(lines)
 
@@ -261,33 +305,6 @@ def _shared(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
         names = [row["method"] for row in outcomes[0].rows(budget) if all(row["method"] in found for found in tied)]
         lines.append(f"- `-b {budget:g}`: {', '.join(f'`{name}`' for name in names) or 'none'}")
     return "\n".join(lines)
-
-
-def chart(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
-    """SVG: a line a method, the most accurate on top (mean over models and budgets), a dot a budget, a panel a model."""
-    accuracy: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        for budget in budgets:
-            for row in outcome.rows(budget):
-                accuracy.setdefault(row["method"], []).append(row["accuracy"])
-    names = sorted(accuracy, key=lambda name: -sum(accuracy[name]) / len(accuracy[name]))
-    panels = []
-    for outcome in outcomes:
-        series = []
-        for budget, colour in zip(budgets, COLOURS, strict=False):
-            points = (
-                Point(100 * row["accuracy"], names.index(row["method"]), 100 * row["low"], 100 * row["high"])
-                for row in outcome.rows(budget)
-            )
-            series.append(Series(f"-b {budget:g}", tuple(points), colour))
-        for row in outcome.document["rows"]:
-            if row["row"] == FULL and row["group"] == ALL:
-                full = 100 * row["accuracy"]
-                series.append(Series("full", (Point(full, -0.5), Point(full, len(names) - 0.5)), INK, dashed=True))
-        panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series)))
-    settings, count = outcomes[0].document["settings"], outcomes[0].document["videos"]["evaluated"]
-    facts = f"demo ({settings['split']}, block {settings['seed']}), {count:,} clips, 95% intervals over videos"
-    return draw_rows("Accuracy of each method at the same budgets", facts, names, panels)
 
 
 def _at(row: dict, budget: float) -> bool:

@@ -13,10 +13,10 @@ from evoprune.evaluation.scores import score_rows
 from evoprune.pipeline.options import GenerationOptions
 from experiments import comparison
 from experiments.comparison import compared, main
+from experiments.comparison_chart import chart
 from experiments.comparison_tables import (
     Outcome,
     against_ours,
-    chart,
     document,
     equal_cost,
     own_steps,
@@ -98,28 +98,34 @@ def test_the_document():
     assert "`python -m x`" in lines and "![Accuracy of each method](a.svg)" in lines and "(heldout, block 3)" in text
     assert "- `-b 0.5`: `random`, `dart`" in lines and "- `-b 0.1`: `random`, `dart`" in lines
     first = lines[lines.index("### `-b 0.5`") + 2 :]
-    assert first[0] == (
-        "|  | accuracy | kept | against the best | space | time | tokens | live share | TFLOP | selection ms |"
-    )
-    assert first[2].startswith(
-        "| `random` | 100.0 (83.9-100.0) | 100.0 (100.0-100.0) | best | 100.0 (83.9-100.0) | 100.0 ("
-    )
-    assert first[2].endswith("| 0.5 | 0.50 | 0.5 | 0.50 |")
+    assert first[0] == ("|  | accuracy | kept | against the best | tokens | live share | TFLOP | selection ms |")
+    assert first[2] == "| `random` | 100.0 (83.9-100.0) | 100.0 (100.0-100.0) | best | 0.5 | 0.50 | 0.5 | 0.50 |"
     names = [line.split(" | ")[0] for line in first[2:7]]
     assert names == ["| `random`", "| `dart`", "| `evs`", "| `pool`", "| `mmr`"]  # by accuracy, then as given
     assert "tie" in first[4].split(" | ")[3] and "tie" not in first[5].split(" | ")[3]
-    assert first[8] == "From `random` to the best: 0.0 points, 0.0 times the half-width of the interval of `random`."
+    assert (
+        first[8] == "From `random` to the best row: 0.0 points, 0.0 times the half-width of the interval of `random`."
+    )
     assert [line for line in lines if line.startswith("#")] == [
-        "# The methods side by side", "## Best, or a tie with the best, in all models", "## In short",
-        *(line for name in ("one", "two") for line in (f"## {name}", "### `-b 0.5`", "### `-b 0.1`", "### At equal cost")),
+        "# Methods side by side: 20 clips (heldout, block 3)", "## Best, or a tie with the best, in all models", "## In short",
+        "## Columns",
+        *(line for name in ("one", "two") for line in (
+            f"## {name}", "### `-b 0.5`", "### `-b 0.1`", "### At equal cost", "### By group of questions",
+        )),
     ]  # fmt: skip
+    groups = lines[lines.index("### By group of questions") + 4 :]
+    assert (
+        groups[0] == "| -b 0.5 | space | time |"
+        and groups[2] == "| `random` | 100.0 (83.9-100.0) | 100.0 (83.9-100.0) |"
+    )
+    assert not any("`evoprune` keeps" in line for line in lines)  # it was not asked
     assert "in all models" not in document(outcomes[:1], (0.5,), "a.svg", "")
 
 
 def test_what_the_next_smaller_budget_costs():
     half, tenth = samples({"evoprune": "1111" * 10, "pool": "0" * 40}), samples({"evoprune": "0111" * 10}, 0.1)
     made = Outcome("one", {}, [*half, *tenth, {"video": "v", "error": {}}])
-    assert own_steps(made, (0.1, 0.5, 0.25)) == ["- `-b 0.1` less `-b 0.5`: -25.0 (-35.0 to -15.0)"]
+    assert own_steps(made, (0.1, 0.5, 0.25)) == ["- `-b 0.1` minus `-b 0.5`: -25.0 (-35.0 to -15.0)"]
     assert own_steps(made, (0.5, 0.25)) == []
 
 
@@ -144,10 +150,9 @@ def test_the_short_table_has_no_variants_and_no_combinations():
 
 
 def test_the_short_table_in_the_docs_is_that_of_the_comparison():
-    """Under today's names: results/README.md says which names have changed since."""
     made, page = (Path(name).read_text(encoding="utf-8") for name in ("results/comparison.md", "docs/methods.md"))
     table = made.split("## In short\n")[1].split("\n## ")[0].strip().split("\n\n")[1]
-    assert table.count("\n") > 20 and table.replace("`evoprune-paper`", "`evoprune-merge`") in page
+    assert table.count("\n") > 20 and table in page
 
 
 def test_equal_cost_is_the_most_expensive_of_ours_that_costs_no_more():
@@ -171,9 +176,9 @@ def test_equal_cost_is_the_most_expensive_of_ours_that_costs_no_more():
     shown = Outcome("x", outcome("x", RIGHT).document | {"rows": score_rows(made)}, made)
     lines = document([shown], (), "", "").splitlines()
     row = next(line for line in lines if line.startswith("| `pool"))
-    assert row.startswith("| `pool -b 0.5` | 9 | 50.0 (") and "| `evoprune -b 0.5` | 3 | 0.0 (" in row
+    assert row.startswith("| `pool -b 0.5` | 9 | `evoprune -b 0.5` | 3 | -50.0 (")
     assert row.endswith("| -100.0 (-100.0 to -100.0) | tie +0.0 (+0.0 to +0.0) |")
-    assert next(line for line in lines if line.startswith("| `dart")).endswith(" | all cost more |  |  |  |  |  |")
+    assert next(line for line in lines if line.startswith("| `dart")).endswith(" | all cost more |  |  |  |  |")
 
 
 def test_the_chart():
