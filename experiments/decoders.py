@@ -1,4 +1,4 @@
-"""PyAV against decord, jumps against one pass, and a process apart against this one, as Markdown tables:
+"""PyAV against decord, jumps against one pass, and a separate process against this one, as Markdown tables:
 `python -m experiments.decoders`."""
 
 import argparse
@@ -144,9 +144,9 @@ def pass_through(info: VideoInfo, times_s: Sequence[float], here: bool) -> None:
 
 
 def compare_processes(folder: Path, repeat: int) -> None:
-    """Print for each kind of file what reading it in a process apart costs against reading it in this one."""
+    """Print for each kind of file what reading it in a separate process costs against reading it in this one."""
     print(f"\nMilliseconds with PyAV; {CLIP_S} s at {FPS} fps, {AT_A_TIME} frames at a time\n")
-    print("| file | size | frames | in this process | apart | apart / this |")
+    print("| file | size | frames | this process | separate process | ratio |")
     print("|---|---|---|---|---|---|")
     large = folder / f"large.{KINDS[1].ending}"
     write_clip(large, KINDS[1], CLIP_S, LARGE_SIZE)
@@ -155,10 +155,10 @@ def compare_processes(folder: Path, repeat: int) -> None:
         info = probe(path)
         for count in (FEW, CLIP_S * FPS // 2):
             times_s = middles(info, count)
-            here, apart = medians([partial(pass_through, info, times_s, here) for here in (True, False)], repeat)
+            here, separate = medians([partial(pass_through, info, times_s, here) for here in (True, False)], repeat)
             print(
-                f"| {kind.name} | {info.width}x{info.height} | {count} of {CLIP_S * FPS} | {here:.0f} | {apart:.0f} "
-                f"| {apart / here:.2f} |",
+                f"| {kind.name} | {info.width}x{info.height} | {count} of {CLIP_S * FPS} | {here:.0f} | {separate:.0f} "
+                f"| {separate / here:.2f} |",
                 flush=True,
             )
 

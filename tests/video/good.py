@@ -1,7 +1,7 @@
 """Two hundred good files of all kinds: `python -m tests.video.good [--rounds 5]`.
 
-Asks the demo model about each, read in a process apart, as always, and in this one, in turn; prints how many were answered and what
-the process apart costs: of reading alone, and of the way from path to first token, in the median of the files' own ratios.
+Asks the demo model about each. Each is read in a separate process, as always, and in this one, in turn. Prints how many were
+answered and what the separate process costs, for reading alone and from path to first token: the median of the files' own ratios.
 """
 
 import argparse
@@ -78,13 +78,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         files = good_files(Path(temporary))
         print(f"{sum(map(bool, map(ask, files)))} of {len(files)} files answered\n")
-        print("| | apart | in this process | apart / this | worst file |")
+        print("| | separate process | this process | ratio | worst file |")
         print("|---|---|---|---|---|")
         for what, action in {"reading": read, "path to first token": ask}.items():
             found = [medians([partial(action, path), partial(read_here, action, path)], rounds) for path in files]
-            ratios = [apart / here for apart, here in found]
-            apart, here = (median(side) for side in zip(*found, strict=True))
-            print(f"| {what} | {apart:.1f} ms | {here:.1f} ms | {median(ratios):.3f} | {max(ratios):.2f} |", flush=True)
+            ratios = [separate / here for separate, here in found]
+            separate, here = (median(times) for times in zip(*found, strict=True))
+            print(
+                f"| {what} | {separate:.1f} ms | {here:.1f} ms | {median(ratios):.3f} | {max(ratios):.2f} |", flush=True
+            )
 
 
 if __name__ == "__main__":
