@@ -15,32 +15,32 @@ from evoprune.video.sampling import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
 from experiments.demo.scenes_labels import dense_labels
-from experiments.demo.scenes_lessons import LESSONS, lesson, numbered_groups
-from experiments.demo.scenes_model import prompt, said
+from experiments.demo.scenes_model import prompt
 from experiments.demo.training_clips import through_codec
 
+GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open")
 IMAGE, VIDEO = 6, 7  # ids of <|image_pad|> and <|video_pad|>
 
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """Everything that decides the outcome, together with the code. Steps of the third stage are counted from its start."""
+    """Everything that decides the outcome, together with the code. Steps of the second stage are counted from its start."""
 
     seed: int = 0
     processes: int = 2  # each with batches of its own
     vision_steps: int = 1600
-    text_steps: int = 500
-    steps: int = 8000
-    open_steps: int = 800  # mostly on questions without options about small pictures, the tower frozen
-    still_steps: int = 1600  # on small pictures alone
-    small_steps: int = 5500  # without the largest frames and lengths
+    steps: int = 9000
+    open_steps: int = 600  # on questions without options about small pictures, the tower frozen
+    still_steps: int = 2000  # on small pictures alone
+    small_steps: int = 6000  # without the largest frames and lengths
     vision_units: int = 768  # a batch of the first stage
-    units: int = 768  # a batch of the third stage, about
-    text_rate: float = 0.4  # of the learning rate, for the language model in the second stage
-    tower_rate: float = 0.4  # of it, for the merger in the third stage while the rest of the tower is frozen
+    units: int = 768  # a batch of the second stage, about
+    tower_rate: float = (
+        0.4  # of the learning rate, for the merger in the second stage while the rest of the tower is frozen
+    )
     thawed: float = 0.3  # of that, for the whole tower afterwards
     thaw_steps: int = 300  # until it has risen to that
-    labels: float = 0.3  # weight of the auxiliary loss in the third stage
+    labels: float = 0.3  # weight of the auxiliary loss in the second stage
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
@@ -88,7 +88,7 @@ def _key(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0):
-    """Stage 3: prompts of one shape, each with one or two clips and several questions, as a dict of tensors, for ever."""
+    """Stage 2: prompts of one shape, each with one or two clips and several questions, as a dict of tensors, for ever."""
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     step = first
     while True:
@@ -119,7 +119,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
             "slots": torch.tensor([token in (IMAGE, VIDEO) for token in prefix]),
             "where": where,
             "pack": packed(asked, ids, after),
-            "groups": numbered_groups(asked),
+            "groups": _numbered_groups(asked),
         }
         step += 1
 
@@ -143,18 +143,15 @@ def _questions(units: int, plain: bool) -> int:
 def _asked(clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool) -> list[Question]:
     """Questions about the clips of one prompt, text and answer as the model gets them, in the order in which they are packed.
 
-    `plain`: without options, except in lessons.
+    `plain`: without options.
     """
     questions = []
     for number, clip in enumerate(clips):
         which = "" if len(clips) == 1 else f"In the {('first', 'second')[number]} {noun}: "
         share = -(-count // len(clips))
         fitting = {name: kind for name, kind in kinds(clip).items() if not (plain and name in NEVER_OPEN)}
-        for q in ask(clip, rng, share, fitting, choice=LESSONS if plain else float(rng.choice([0.3, 0.75]))):
-            if q.options and (plain or rng.random() < LESSONS):
-                questions.append(lesson(q, rng))
-            else:
-                questions.append(Question(q.type, which + prompt(q), said(q), q.options, q.groups))
+        for q in ask(clip, rng, share, fitting, choice=0.0 if plain else float(rng.choice([0.3, 0.75]))):
+            questions.append(Question(q.type, which + prompt(q), q.answer, q.options, q.groups))
     return questions
 
 
@@ -172,3 +169,14 @@ def _prefix(
     if rng.random() < 0.3:  # as in a long stream, of which this is the end
         where[:, len(before) - 1 :] += int(rng.integers(OFFSET))
     return prefix, where, int(where.max()) + 1
+
+
+def _numbered_groups(asked: list[list[Question]]) -> torch.Tensor:
+    """Which groups each question counts in, by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
+    member = torch.zeros(64 * (len(asked) + 1), len(GROUPS), dtype=torch.bool)
+    for row, questions in enumerate(asked):
+        for segment, q in enumerate(questions, 1):
+            for group in q.groups:
+                if group in GROUPS:
+                    member[64 * row + segment, GROUPS.index(group)] = True
+    return member

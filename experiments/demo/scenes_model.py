@@ -51,11 +51,6 @@ def prompt(question: Question) -> str:
     return Row("", "", "", question.question, options=question.options).prompt
 
 
-def said(question: Question) -> str:
-    """What the model should answer: the letter of the option, or the answer itself."""
-    return "ABCD"[question.options.index(question.answer)] if question.options else question.answer
-
-
 def scenes_tokenizer():
     """As that of shapes, trained on the questions of scenes. What signs say is left out, so they are read letter by letter."""
 

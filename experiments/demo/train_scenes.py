@@ -1,10 +1,12 @@
 """Trains the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
-Three stages. First the tower alone names what each patch shows, characters of signs included. Then the language model alone learns
-from text how the letter and the text of an option belong together, which it does not find out from pictures. Then both answer
-questions, many packed behind each clip: at first mostly open ones about small pictures, with the tower frozen, because the
+Two stages. First the tower alone names what each patch shows, characters of signs included. Then it answers questions with the
+language model, many packed behind each clip: at first without options, about small pictures, and with the tower frozen, because the
 gradients of an untrained language model undo what the tower knows. After that the tower goes on learning, so that its attention
 comes to mean something; short and small videos join in, and in the end frames as large as those of the evaluation.
+
+A question with options is answered with the text of an option. Its letter was tried: after thousands of questions the answers were
+as good as drawn, with the letters taught from text alone first or not, and with a head that judges each option or not.
 
 Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and goes on from it when it is run again,
 so it can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At the end OUT has the layout of a model on the hub.
@@ -23,9 +25,8 @@ import torch
 from evoprune.vision.preprocess import patchify
 from experiments.demo.build import init_weights
 from experiments.demo.forward import tower
-from experiments.demo.scenes_batches import ScenesRecipe, question_batches, vision_batches
+from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import Head
-from experiments.demo.scenes_lessons import GROUPS, text_batches
 from experiments.demo.scenes_model import HIDDEN, keep_large, scenes_config, scenes_tokenizer
 from experiments.demo.team import Team, run_team
 from experiments.demo.training import Run, answer_loss, export, in_worker, learn_from, optimizers, rate
@@ -62,7 +63,7 @@ def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> Non
         model.load_state_dict(state["modules"][0])
         head.load_state_dict(state["modules"][1])
     reached = state["stage"] if state else 1
-    for stage in range(reached, 4):
+    for stage in range(reached, 3):
         if not train_stage(team, run, stage, model, head, tokenizer, state if stage == reached else None, end):
             return
     if team.rank == 0:
@@ -84,32 +85,27 @@ def export_checkpoint(folder: Path, recipe: ScenesRecipe, to: Path) -> None:
 def train_stage(team: Team, run: Run, stage: int, model, head: Head, tokenizer, state: dict | None, end: float) -> bool:
     """One stage, from `state` if it is a checkpoint of this stage; whether it is finished."""
     recipe, first = run.recipe, 0
-    steps = (recipe.vision_steps, recipe.text_steps, recipe.steps)[stage - 1]
-    tower_modules, language = [model.model.visual, head], [model.model.language_model]
-    modules = (tower_modules, language, [*tower_modules, *language])[stage - 1]
-    shares = ([1.0, 1.0], [recipe.text_rate], [recipe.tower_rate, recipe.tower_rate, 1.0])[stage - 1]
+    steps = recipe.vision_steps if stage == 1 else recipe.steps
+    modules = [model.model.visual, head]
+    if stage == 2:
+        modules.append(model.model.language_model)
+    shares = [1.0, 1.0] if stage == 1 else [recipe.tower_rate, recipe.tower_rate, 1.0]
     opts = optimizers(recipe, modules, shares)
     if state:
         first = state["step"] + 1
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    made = (
-        (vision_batches, recipe, first, team.rank),
-        (text_batches, recipe, tokenizer, first, team.rank),
-        (question_batches, recipe, tokenizer, first, team.rank),
-    )[stage - 1]
-    batches = in_worker(*made)
+    made = (vision_batches, recipe) if stage == 1 else (question_batches, recipe, tokenizer)
+    batches = in_worker(*made, first, team.rank)
     parameters = [p for module in modules for p in module.parameters()]
     learn, log = partial(learn_from, opts=opts, parameters=parameters, team=team), Log(run, stage)
     for step in range(first, steps):
         for optimizer in opts:
             for group in optimizer.param_groups:
-                own = stage == 3 and group["module"] < len(tower_modules)
+                own = stage == 2 and group["module"] < 2  # tower and head
                 group["lr"] = group["peak"] * rate(step, steps, recipe) * (tower_share(step, recipe) if own else 1.0)
         if stage == 1:
             vision_step(model, head, next(batches), learn, log)
-        elif stage == 2:
-            text_step(model, next(batches), learn, log)
         else:
             question_step(model, head, next(batches), learn, log, 0.0 if step < recipe.open_steps else recipe.labels)
         keep_large(model.model.visual)
@@ -124,7 +120,7 @@ def train_stage(team: Team, run: Run, stage: int, model, head: Head, tokenizer, 
 
 
 def tower_share(step: int, recipe: ScenesRecipe) -> float:
-    """Of `tower_rate`, at a step of the third stage: all for the merger at first, then little, so that nothing is forgotten."""
+    """Of `tower_rate`, at a step of the second stage: all for the merger at first, then little, so that nothing is forgotten."""
     if step < recipe.open_steps:
         return 1.0
     return recipe.thawed * min(1.0, (step - recipe.open_steps + 1) / recipe.thaw_steps)
@@ -167,19 +163,8 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
         log.add(name, share)
 
 
-def text_step(model, batch: dict, learn: Learn, log: Log) -> None:
-    """One step of stage 2."""
-    with torch.autocast("cpu", torch.bfloat16):
-        nothing = torch.empty(1, 0, model.config.text_config.hidden_size)
-        loss, numbers, good = answer_loss(model, nothing, batch, batch["pack"])
-    learn(loss)
-    log.add("loss", loss.item())
-    for group, member in zip(GROUPS, batch["groups"][numbers].T, strict=True):
-        log.add(group, good[member].sum().item(), member.sum().item())
-
-
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
-    """One step of stage 3; `labels` is the weight of the auxiliary loss, and 0 freezes the tower."""
+    """One step of stage 2; `labels` is the weight of the auxiliary loss, and 0 freezes the tower."""
     _, height, width = batch["grid"]
     with torch.autocast("cpu", torch.bfloat16):
         with torch.set_grad_enabled(labels > 0):

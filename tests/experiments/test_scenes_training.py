@@ -13,10 +13,9 @@ from evoprune.demo.scenes.drawing import render_with_map
 from evoprune.demo.scenes.happening import kinds
 from evoprune.demo.scenes.signs import CHARACTERS
 from experiments.demo.batches import ROW, packed
-from experiments.demo.scenes_batches import IMAGE, ScenesRecipe, question_batches, vision_batches
+from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import BLANK, IGNORED, LOOKS, NOTHING, Head, dense_labels
-from experiments.demo.scenes_lessons import BATCH, GROUPS, lesson, text_batches
-from experiments.demo.scenes_model import LARGE, keep_large, prompt, said, scenes_config, scenes_tokenizer
+from experiments.demo.scenes_model import LARGE, keep_large, prompt, scenes_config, scenes_tokenizer
 from experiments.demo.team import run_team
 from experiments.demo.train_scenes import tower_share
 from experiments.demo.training import answer_loss
@@ -119,9 +118,9 @@ def test_what_signs_say_is_spelled(tokenizer):
 def test_the_prompt_is_that_of_an_evaluation():
     clip = compose((10, 5), 8, 12, 1, 1.0)
     for q in ask(clip, np.random.default_rng(0), 8, kinds(clip)):
-        assert (q.question in prompt(q)) and (said(q) in "ABCD" if q.options else said(q) == q.answer)
+        assert q.question in prompt(q)
         if q.options:
-            assert f"{said(q)}. {q.answer}\n" in prompt(q)
+            assert f"{'ABCD'[q.options.index(q.answer)]}. {q.answer}\n" in prompt(q)
 
 
 def test_batches_hold_pictures_videos_two_inputs_and_late_positions(tokenizer):
@@ -147,24 +146,6 @@ def test_processes_draw_other_clips_of_the_same_shape(tokenizer):
     one, two = (next(question_batches(recipe, tokenizer, 3, rank)) for rank in (0, 1))
     assert one["grid"] == two["grid"] and one["frames"].shape == two["frames"].shape
     assert not torch.equal(one["frames"], two["frames"])
-
-
-def test_a_lesson_is_answered_by_its_text():
-    q = Question(
-        "look", "What colour is the star?", "red", ("blue", "red", "pink", "grey"), ("picture", "look", "choice")
-    )
-    rng = np.random.default_rng(0)
-    made = {lesson(q, rng) for _ in range(60)}
-    letter = next(m for m in made if m.type == "match")
-    assert letter.question.startswith("Which option is red?\nA. blue\nB. red\n") and letter.answer == "B"
-    recited = {m.question.partition("\n")[0]: m.answer for m in made if m.type == "recite"}
-    assert recited == {f"What is option {x}?": text for x, text in zip("ABCD", q.options, strict=True)}
-
-
-def test_lessons_fill_the_first_stage_of_the_language_model(tokenizer):
-    batch = next(text_batches(ScenesRecipe(), tokenizer, 0))
-    answers = (batch["pack"]["target"] >= 0).any(-1).sum()
-    assert not batch["slots"].any() and answers > BATCH / 3 and batch["groups"].sum() == BATCH
 
 
 def test_questions_are_packed_into_rows(tokenizer):
