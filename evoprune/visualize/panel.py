@@ -13,7 +13,8 @@ from evoprune.visualize.fates import Fates, TracedVideo
 
 FRAME_WIDTH, MAX_ZOOM = 560, 4  # about as wide as a frame is drawn, in pixels, and how much it is enlarged at most
 BLUE, TINT = np.array((40, 110, 255), np.float32), 0.4  # of reused units, and how strong
-READ, UNREAD = (0.8, 50.0), (0.45, 0.0)  # a factor and an offset of levels: read units are bright in a dark video too
+READ, UNREAD = (0.8, 50.0), (0.42, 10.0)  # a factor and an offset of levels: both are told apart in a dark video too
+RIM = (18, 18, 22)  # around an owner's dot, which may lie on its own colour
 
 Colour = tuple[int, int, int]
 
@@ -94,7 +95,7 @@ def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int
     """
     draw, around = ImageDraw.Draw(picture), np.pad(cluster, 1, constant_values=-1)
     left, top, right, bottom = x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1
-    thick = max(1, round(side / 28)) - 1  # rectangles include their last row and column
+    thick = max(1, round(side / 20)) - 1  # rectangles include their last row and column
     edges = {
         (-1, 0): (left, top, right, top + thick),
         (1, 0): (left, bottom - thick, right, bottom),
@@ -105,7 +106,8 @@ def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int
         if around[y + 1 + dy, x + 1 + dx] != cluster[y, x]:
             draw.rectangle(edge, colour)
     if dot:
-        draw.ellipse((left + side * 3 // 8, top + side * 3 // 8, left + side * 5 // 8, top + side * 5 // 8), colour)
+        place = (left + side * 11 // 32, top + side * 11 // 32, left + side * 21 // 32, top + side * 21 // 32)
+        draw.ellipse(place, colour, RIM, thick + 1)
 
 
 def cluster_colour(number: int) -> Colour:

@@ -1,6 +1,8 @@
 """Renders the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
 
-They come from seeds of their own (split "samples"), and were chosen for their variety before any model had seen them.
+They come from seeds of their own (split "samples"), and were chosen for their variety before any model had seen them. The clip of
+the second world, in `samples/scenes/`, has no questions. It was chosen by its frames and its overlay, for things that move at
+different times before a camera that stands still.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import numpy as np
 from evoprune.demo.clips import make_clip
 from evoprune.demo.drawing import write_video
 from evoprune.demo.questions import ask
+from evoprune.demo.worlds import SCENES
 
 # name: seed, height, width, seconds, codec, types of the questions and a word each must hold
 CLIPS = {
@@ -29,11 +32,12 @@ CLIPS = {
     "arrivals.webm": (7, 112, 168, 8, "libvpx-vp9", [("order", "cross"), ("relation", "ring")]),
     "pan.mp4": (98, 224, 336, 6, "libx264", [("digit", "Which digit is shown?"), ("which", "What vanishes?")]),
 }
+SCENE_CLIPS = {"crossing.mp4": 841}  # name: seed
 
 
 def render(folder: Path) -> None:
     """Writes the clips and `questions.jsonl` into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scenes").mkdir(parents=True, exist_ok=True)
     rows = []
     for name, (seed, height, width, seconds, codec, wanted) in CLIPS.items():
         clip = make_clip("samples", seed, height, width, float(seconds), seconds)
@@ -42,6 +46,8 @@ def render(folder: Path) -> None:
             draws = (q for draw in range(100) for q in ask(clip, np.random.default_rng((seed, draw)), 100))
             found = next(q for q in draws if q.type == kind and word in q.question)
             rows.append({"video": name, "question": found.question, "answer": found.answer})
+    for name, seed in SCENE_CLIPS.items():
+        SCENES.write(SCENES.make("samples", seed), folder / "scenes" / name, 23)
     lines = [json.dumps({"id": f"{i + 1:02d}", **row}) + "\n" for i, row in enumerate(rows)]
     (folder / "questions.jsonl").write_text("".join(lines))
 
