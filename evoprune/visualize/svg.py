@@ -1,0 +1,47 @@
+"""Elements of SVG pictures: an opaque card, which pages show well in light and dark mode, text, and colours."""
+
+from collections.abc import Iterable
+from xml.sax.saxutils import escape, quoteattr
+
+# Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, SOFT, GRID = "#222222", "#5F5F5F", "#E4E4E4"
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+LETTER = 6.7  # pixels: the average width of a letter of size 12
+
+
+def document(title: str, width: int, height: int, elements: Iterable[str]) -> str:
+    """An SVG document of so many pixels: a white card with a thin edge, and the elements on it."""
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
+            f' font-family="{FONT}" font-size="12" fill="{INK}">',
+            f"<title>{escape(title)}</title>",
+            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="6" fill="#FFFFFF" stroke="#D0D0D0"/>',
+            *elements,
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def text(
+    x: float,
+    y: float,
+    words: str,
+    anchor: str = "start",
+    fill: str = INK,
+    size: float = 12,
+    weight: int = 400,
+    transform: str = "",
+) -> str:
+    """Words whose baseline starts, is centred or ends at (x, y)."""
+    more = f' text-anchor="{anchor}"' * (anchor != "start") + f' fill="{fill}"' * (fill != INK)
+    more += f' font-size="{size:g}"' * (size != 12) + f' font-weight="{weight}"' * (weight != 400)
+    more += f" transform={quoteattr(transform)}" * bool(transform)
+    return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>'
+
+
+def reach(words: str, size: float = 12) -> float:
+    """About how many pixels wide the words are."""
+    return LETTER * len(words) * size / 12
