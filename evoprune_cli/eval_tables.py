@@ -164,7 +164,7 @@ def draw_chart(document: dict) -> str:
                 points = [Point(0, points[0].y), Point(full[cost], points[0].y)]
             if points:
                 series.append(Series(name, tuple(points), colour, dashed=name == "blind"))
-        panels.append(Panel(title, label, "accuracy, %", tuple(series)))
+        panels.append(Panel(title, label, "accuracy, %", tuple(series), from_zero=False))
     settings, model = document["settings"], document["model"]
     split = (
         f" ({settings['world']}, {settings['split']}, block {settings['seed']})" if settings["data"] == "demo" else ""

@@ -28,7 +28,7 @@ def chart(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
             if row["row"] == FULL and row["group"] == ALL:
                 full = 100 * row["accuracy"]
                 series.append(Series("full", (Point(full, -0.5), Point(full, len(names) - 0.5)), INK, dashed=True))
-        panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series)))
+        panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series), from_zero=False))
     settings, count = outcomes[0].document["settings"], outcomes[0].document["videos"]["evaluated"]
     facts = f"demo ({settings['split']}, block {settings['seed']}), {count:,} clips, 95% intervals over videos"
     return draw_rows("Accuracy of each method at the same budgets", facts, names, panels)

@@ -1,19 +1,29 @@
-"""Charts as SVG: axes that start at zero, ticks at round numbers, a legend. The same data give the same bytes."""
+"""Charts as SVG, as wide as a page of text: ticks at round numbers, intervals, a legend. The same data give the same bytes."""
 
 import math
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from itertools import pairwise
 
-# Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK, SOFT, GRID = "#222222", "#666666", "#E4E4E4"
-FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+from evoprune.visualize.svg import COLOURS, GRID, INK, LETTER, SOFT, document, reach, text
+
+__all__ = ["COLOURS", "INK", "Panel", "Point", "Series", "draw", "draw_rows", "ticks"]
+
+WIDTH, EDGE = 830, 24  # pixels of a chart of one or two panels, a page's width on GitHub, and at its edges
 PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # pixels of a panel's plot
-LEFT, GAP, TOP, BOTTOM = 62, 74, 104, 58  # pixels left of the first plot, between plots, above and below them
-LETTER = 6.7  # pixels: the average width of a letter of size 12
+ROW_PLOT_WIDTH = 220  # at least, of a plot of named rows
+LEFT, GAP, BOTTOM = 62, 74, 58  # pixels left of the first plot, between plots, and below them
 CLOSE = 26  # pixels: labels that are nearer to one another overlap
 ROW = 20  # pixels from one named row to the next
+CUT = 0.4  # an axis may start above zero where everything lies above this share of the highest value
+MARK, CAP = (
+    3.2,
+    5.5,
+)  # radius of a mark, and half the length of the strokes at an interval's ends, which must be seen beside it
+
+Place = tuple[float, float]  # in pixels
+Room = tuple[float, float, float]  # left, right and top, in pixels
 
 
 @dataclass(frozen=True)
@@ -39,143 +49,204 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. `x_ticks` replace the ticks at round numbers."""
+    """One plot.
+
+    Attributes:
+        x_ticks: replace the ticks at round numbers.
+        from_zero: whether the axis of the values with intervals starts at zero. If not, it starts at a round number below the
+            lowest of them, where all are above two fifths of the highest, and its label says so.
+    """
 
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
     x_ticks: tuple[float, ...] | None = None
+    from_zero: bool = True
 
 
-def ticks(top: float, most: int = 6) -> list[float]:
-    """At most `most` + 1 round numbers, from 0 to at least `top`."""
-    if not top > 0:
-        return [0.0, 1.0]
-    power = 10.0 ** math.floor(math.log10(top / most))
-    step = next(power * n for n in (1, 2, 2.5, 5, 10, 20) if power * n * most >= top * (1 - 1e-9))
-    return [n * step for n in range(math.ceil(top / step - 1e-9) + 1)]
+def ticks(top: float, most: int = 6, low: float = 0.0) -> list[float]:
+    """About `most` + 1 round numbers, from 0, or from the one below `low`, to at least `top`."""
+    if not top > low:
+        return [low, low + 1.0]
+    span = top - low
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(power * n for n in (1, 2, 2.5, 5, 10, 20) if power * n * most >= span * (1 - 1e-9))
+    return [n * step for n in range(math.floor(low / step + 1e-9), math.ceil(top / step - 1e-9) + 1)]
 
 
-def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
-    """An SVG document of panels side by side with one legend."""
-    legend = {series.name: series for panel in panels for series in panel.series}
-    right = LEFT + len(panels) * PLOT_WIDTH + (len(panels) - 1) * GAP + 28
-    width = max(
-        right + 34 + LETTER * max(map(len, legend), default=0) + 16, 24 + LETTER * max(len(subtitle), 1.3 * len(title))
-    )
-    elements = _opening(title, subtitle, math.ceil(width), TOP + PLOT_HEIGHT + BOTTOM)
+def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True) -> str:
+    """An SVG document of panels side by side under one legend, or with the name of each series beside one of its points."""
+    width = max(WIDTH, LEFT + len(panels) * PLOT_WIDTH + (len(panels) - 1) * GAP + EDGE)
+    elements, top = _head(title, subtitle, panels if legend else (), width)
     for number, panel in enumerate(panels):
-        elements += _panel(panel, LEFT + number * (PLOT_WIDTH + GAP))
-    elements += _legend(legend.values(), right)
-    return "\n".join([*elements, "</svg>", ""])
+        elements += _panel(panel, LEFT + number * (PLOT_WIDTH + GAP), top, named=not legend)
+    return document(title, width, top + PLOT_HEIGHT + BOTTOM, elements)
 
 
 def draw_rows(title: str, subtitle: str, names: Sequence[str], panels: Sequence[Panel]) -> str:
     """An SVG document of named rows, the first on top, with dots and their intervals, in panels side by side.
 
     A point's `x` is the value, `low` and `high` are its interval, and `y` is the number of its row. The series of a panel are drawn
-    a little above one another. A dashed line is drawn through its points.
+    a little above one another. A dashed line is drawn through its points. All panels have the same axis.
     """
-    legend = {series.name: series for panel in panels for series in panel.series}
-    left = 24 + LETTER * max(map(len, names), default=0) + 12
-    right = left + len(panels) * (PLOT_WIDTH + GAP / 2)
-    width = max(
-        right + 34 + LETTER * max(map(len, legend), default=0) + 16, 24 + LETTER * max(len(subtitle), 1.3 * len(title))
-    )
-    bottom = TOP + ROW * len(names)
-    elements = _opening(title, subtitle, math.ceil(width), bottom + BOTTOM)
+    left = EDGE + max(map(reach, names), default=0) + 12
+    room = (WIDTH - EDGE - left + GAP / 2) / max(1, len(panels)) - GAP / 2
+    plot = max(ROW_PLOT_WIDTH, room)
+    width = math.ceil(left + len(panels) * (plot + GAP / 2) - GAP / 2 + EDGE)
+    elements, top = _head(title, subtitle, panels, width)
     for row, name in enumerate(names):
-        elements.append(_text(left - 12, TOP + ROW * (row + 0.5) + 4, name, anchor="end"))
+        elements.append(text(left - 12, top + ROW * (row + 0.5) + 4, name, anchor="end"))
+    shared = _ticks([(p.x, p.low, p.high) for panel in panels for s in panel.series for p in s.points], panels)
     for number, panel in enumerate(panels):
-        elements += _rows(panel, left + number * (PLOT_WIDTH + GAP / 2), bottom)
-    elements += _legend(legend.values(), right)
-    return "\n".join([*elements, "</svg>", ""])
+        elements += _rows(panel, left + number * (plot + GAP / 2), top, plot, len(names), shared)
+    return document(title, width, math.ceil(top + ROW * len(names) + BOTTOM), elements)
 
 
-def _rows(panel: Panel, left: float, bottom: float) -> Iterable[str]:
-    values = [value for series in panel.series for p in series.points for value in (p.x, p.high or 0)]
-    x_ticks = ticks(max(values, default=0)) if panel.x_ticks is None else panel.x_ticks
-    yield _text(left, TOP - 16, panel.title, size=13, weight=600)
-    for value in x_ticks:
-        x = left + PLOT_WIDTH * value / x_ticks[-1]
-        yield f'<path d="M{x:.1f} {TOP}V{bottom:.1f}" stroke="{GRID if value else SOFT}"/>'
-        yield _text(x, bottom + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
-    yield _text(left + PLOT_WIDTH / 2, bottom + 44, panel.x_label, anchor="middle")
-    marked = [series for series in panel.series if not series.dashed]
+def _ticks(values: Iterable[tuple[float, float | None, float | None]], panels: Sequence[Panel]) -> list[float]:
+    """The ticks of an axis of values with their intervals."""
+    ends = [end for value in values for end in value if end is not None]
+    low, high = min(ends, default=0), max(ends, default=0)
+    cut = not any(panel.from_zero for panel in panels) and low >= CUT * high > 0
+    return ticks(high, low=low if cut else 0.0)
+
+
+def _axis_label(label: str, found: Sequence[float]) -> str:
+    return label if found[0] == 0 else f"{label} (axis from {found[0]:,.6g})"
+
+
+def _head(title: str, subtitle: str, panels: Sequence[Panel], width: int) -> tuple[list[str], int]:
+    """Title, subtitle and legend, each in as many lines as it needs; and where the plots begin."""
+    elements, y = [], 16
+    for words, size, fill, weight in ((title, 17, INK, 600), (subtitle, 12, SOFT, 400)):
+        for line in textwrap.wrap(words, int((width - 2 * EDGE) / (LETTER * size / 12))):
+            y += round(1.35 * size)
+            elements.append(text(EDGE, y, line, fill=fill, size=size, weight=weight))
+    x, y = EDGE, y + 26
+    series = {series.name: series for panel in panels for series in panel.series}
+    for one in series.values():
+        wide = 30 + reach(one.name) + 18
+        if x > EDGE and x + wide > width - EDGE:
+            x, y = EDGE, y + 20
+        elements.append(_line([(x, y - 4), (x + 22, y - 4)], one))
+        elements += [] if one.dashed else [_mark(x + 11, y - 4, one.colour)]
+        elements.append(text(x + 30, y, one.name))
+        x += wide
+    return elements, y + (48 if series else 24)
+
+
+def _rows(panel: Panel, left: float, top: float, plot: float, rows: int, x_ticks: Sequence[float]) -> Iterable[str]:
+    bottom, first, span = top + ROW * rows, x_ticks[0], x_ticks[-1] - x_ticks[0]
 
     def at(x: float, row: float) -> tuple[float, float]:
-        return left + PLOT_WIDTH * x / x_ticks[-1], TOP + ROW * (row + 0.5)
+        return left + plot * (x - first) / span, top + ROW * (row + 0.5)
 
+    yield text(left, top - 14, panel.title, size=13, weight=600)
+    for value in x_ticks:
+        x, _ = at(value, 0)
+        yield f'<path d="M{x:.1f} {top}V{bottom:.1f}" stroke="{SOFT if value == first else GRID}"/>'
+        yield text(x, bottom + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
+    yield text(left + plot / 2, bottom + 44, _axis_label(panel.x_label, x_ticks), anchor="middle")
+    marked = [series for series in panel.series if not series.dashed]
     yield from (_line([at(p.x, p.y) for p in series.points], series) for series in panel.series if series.dashed)
     for number, series in enumerate(marked):
         for point in series.points:
             x, y = at(point.x, point.y + (number - (len(marked) - 1) / 2) * 0.25)
+            yield _mark(x, y, series.colour)
             if point.low is not None and point.high is not None:
                 (low, _), (high, _) = at(point.low, 0), at(point.high, 0)
-                yield f'<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="{series.colour}" stroke-width="1.6"/>'
-            yield _mark(x, y, series.colour)
+                yield _interval(
+                    f"M{low:.1f} {y:.1f}H{high:.1f}", [f"M{end:.1f} {y - 4:.1f}v8" for end in (low, high)], series
+                )
 
 
-def _opening(title: str, subtitle: str, width: int, height: int) -> list[str]:
-    """The opening elements of every chart: its size, title and subtitle."""
-    return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
-        f' font-family="{FONT}" font-size="12" fill="{INK}">',
-        f"<title>{escape(title)}</title>",
-        f'<rect width="{width}" height="{height}" fill="#FFFFFF"/>',
-        _text(24, 34, title, size=17, weight=600),
-        _text(24, 56, subtitle, fill=SOFT),
-    ]
-
-
-def _legend(found: Iterable[Series], left: float) -> Iterable[str]:
-    for row, series in enumerate(found):
-        y = TOP + 8 + 22 * row
-        yield _line([(left, y), (left + 22, y)], series)
-        yield from [] if series.dashed else [_mark(left + 11, y, series.colour)]
-        yield _text(left + 30, y + 4, series.name)
-
-
-def _panel(panel: Panel, left: float) -> Iterable[str]:
+def _panel(panel: Panel, left: float, top: float, named: bool) -> Iterable[str]:
     points = [point for series in panel.series for point in series.points]
-    y_ticks = ticks(max((max(p.y, p.high or 0) for p in points), default=0))
+    y_ticks = _ticks([(p.y, p.low, p.high) for p in points], [panel])
     right = max((p.x for p in points), default=0)
     x_ticks = ticks(right) if panel.x_ticks is None else panel.x_ticks
     widest = max(right, *x_ticks) * 1.04
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + PLOT_WIDTH * x / widest, TOP + PLOT_HEIGHT * (1 - y / y_ticks[-1])
+        return left + PLOT_WIDTH * x / widest, top + PLOT_HEIGHT * (1 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
 
-    yield _text(left, TOP - 16, panel.title, size=13, weight=600)
+    yield text(left, top - 24, panel.title, size=13, weight=600)
     for value in y_ticks:
         _, y = at(0, value)
-        yield f'<path d="M{left:.1f} {y:.1f}h{PLOT_WIDTH}" stroke="{GRID if value else SOFT}"/>'
-        yield _text(left - 8, y + 4, f"{value:,.6g}", anchor="end", fill=SOFT)
+        yield f'<path d="M{left:.1f} {y:.1f}h{PLOT_WIDTH}" stroke="{SOFT if value == y_ticks[0] else GRID}"/>'
+        yield text(left - 8, y + 4, f"{value:,.6g}", anchor="end", fill=SOFT)
     last = -math.inf
     for value in x_ticks:
-        x, y = at(value, 0)
+        x, y = at(value, y_ticks[0])
         if x - last >= CLOSE:
             last = x
             yield f'<path d="M{x:.1f} {y:.1f}v5" stroke="{SOFT}"/>'
-            yield _text(x, y + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
-    yield _text(left + PLOT_WIDTH / 2, TOP + PLOT_HEIGHT + 44, panel.x_label, anchor="middle")
-    y = TOP + PLOT_HEIGHT / 2
-    yield _text(left - 46, y, panel.y_label, anchor="middle", transform=f"rotate(-90 {left - 46:.1f} {y:.1f})")
+            yield text(x, y + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
+    yield text(left + PLOT_WIDTH / 2, top + PLOT_HEIGHT + 44, panel.x_label, anchor="middle")
+    y, words = top + PLOT_HEIGHT / 2, _axis_label(panel.y_label, y_ticks)
+    yield text(left - 46, y, words, anchor="middle", transform=f"rotate(-90 {left - 46:.1f} {y:.1f})")
+    yield from _curves(panel, at, (left, left + PLOT_WIDTH + EDGE, top), named)
 
+
+def _curves(
+    panel: Panel, at: Callable[[float, float], Place], room: tuple[float, float, float], named: bool
+) -> Iterable[str]:
+    """Lines, marks, intervals, and labels where they hide least. A label near a point that has one is left out."""
+    marked = [series for series in panel.series if not series.dashed]
+    inked: list[Place] = []
     for series in panel.series:
-        yield _line([at(p.x, p.y) for p in series.points], series)
-    placed = []
-    for series in panel.series:
-        for point in () if series.dashed else series.points:
+        places = [at(p.x, p.y) for p in series.points]
+        inked += _along(places)
+        yield _line(places, series)
+    for series in marked:
+        for point in series.points:
             x, y = at(point.x, point.y)
+            inked += [(x, y)] * 4  # a label had better hide a line than a mark
+            yield _mark(x, y, series.colour)
             if point.low is not None and point.high is not None:
                 (_, low), (_, high) = at(point.x, point.low), at(point.x, point.high)
-                yield f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{series.colour}" stroke-width="1.6"/>'
-            yield _mark(x, y, series.colour)
-            if point.label and all(math.dist((x, y), other) > CLOSE for other in placed):
-                placed.append((x, y))
-                yield _text(x + 8, y + 15, point.label, fill=SOFT, size=11)
+                ends = [f"M{x - CAP:.1f} {end:.1f}h{2 * CAP}" for end in (low, high)]
+                inked += _along([(x, low), (x, high)])
+                yield _interval(f"M{x:.1f} {low:.1f}V{high:.1f}", ends, series)
+    labelled: list[Place] = []
+    for series in marked:
+        fill, weight = (series.colour, 600) if named else (SOFT, 400)
+        for point in series.points:
+            place = at(point.x, point.y)
+            if point.label and all(math.dist(place, other) > CLOSE for other in labelled):
+                labelled.append(place)
+                yield _label(point.label, [place], room, inked, fill, weight)
+        if named and series.name:
+            yield _label(series.name, [at(p.x, p.y) for p in series.points], room, inked, fill, weight)
+
+
+def _along(places: Sequence[Place]) -> Iterable[Place]:
+    """Places every few pixels along a line."""
+    for (x, y), (u, v) in pairwise(places):
+        steps = math.ceil(math.dist((x, y), (u, v)) / 4)
+        yield from ((x + (u - x) * n / steps, y + (v - y) * n / steps) for n in range(steps + 1) if steps)
+
+
+def _label(words: str, marks: Sequence[Place], room: Room, inked: list[Place], fill: str, weight: int) -> str:
+    """Words beside one of the marks, inside the room, where they hide least; noted as inked."""
+    wide = reach(words, 11.5 if weight > 400 else 11)
+    places = [(x + dx, y + dy) for dy in (15, -9, 4) for dx in (8, -8 - wide) for x, y in marks]
+    places += [(x - wide / 2, y + dy) for dy in (-11, 21) for x, y in marks]
+
+    def hidden(place: Place) -> float:
+        left, bottom = place
+        if left < room[0] or left + wide > room[1] or bottom < room[2] - 5:
+            return math.inf
+        return sum(left - 3 < u < left + wide + 3 and bottom - 12 < v < bottom + 4 for u, v in inked)
+
+    left, bottom = min(places, key=hidden)
+    inked += [(left + step, bottom - 4) for step in range(0, math.ceil(wide) + 4, 4)]
+    return text(left, bottom, words, fill=fill, size=11, weight=weight)
+
+
+def _interval(path: str, ends: Sequence[str], series: Series) -> str:
+    """A stroke with a bar at either end, so that an interval shorter than its mark is seen too."""
+    return f'<path d="{path}{"".join(ends)}" stroke="{series.colour}" stroke-width="1.4" fill="none"/>'
 
 
 def _line(points: Sequence[tuple[float, float]], series: Series) -> str:
@@ -185,20 +256,4 @@ def _line(points: Sequence[tuple[float, float]], series: Series) -> str:
 
 
 def _mark(x: float, y: float, colour: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" stroke="#FFFFFF" stroke-width="1.5"/>'
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    anchor: str = "start",
-    fill: str = INK,
-    size: int = 12,
-    weight: int = 400,
-    transform: str = "",
-) -> str:
-    more = f' text-anchor="{anchor}"' * (anchor != "start") + f' fill="{fill}"' * (fill != INK)
-    more += f' font-size="{size}"' * (size != 12) + f' font-weight="{weight}"' * (weight != 400)
-    more += f' transform="{transform}"' * bool(transform)
-    return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(text)}</text>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{MARK}" fill="{colour}" stroke="#FFFFFF" stroke-width="1"/>'

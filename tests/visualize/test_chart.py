@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune.visualize.chart import COLOURS, PLOT_HEIGHT, PLOT_WIDTH, Panel, Point, Series, draw, ticks
+from evoprune.visualize.chart import COLOURS, PLOT_HEIGHT, PLOT_WIDTH, Panel, Point, Series, draw, draw_rows, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 FAST = Series("fast & <light>", (Point(8, 1.0, 0.9, 1.3), Point(16, 2.0), Point(32, 4.0)), COLOURS[0])
@@ -19,7 +19,7 @@ def texts(root) -> list[str]:
 
 
 def circles(root, series) -> list[tuple[float, float]]:
-    """Centres of a series's marks, the one in the legend last."""
+    """Centres of a series's marks, the one in the legend first."""
     found = (e for e in root.iter(f"{SVG}circle") if e.get("fill") == series.colour)
     return [(float(e.get("cx")), float(e.get("cy"))) for e in found]
 
@@ -42,7 +42,7 @@ def test_everything_is_drawn(panels):
 
 def test_points_lie_where_they_should():
     root = ElementTree.fromstring(draw("", "", [PANEL]))
-    (x8, y8), (x16, y16), (x32, y32), _ = circles(root, FAST)
+    _, (x8, y8), (x16, y16), (x32, y32) = circles(root, FAST)
     assert x32 - x16 == pytest.approx(2 * (x16 - x8), abs=0.2)
     assert y8 - y16 == pytest.approx((y16 - y32) / 2, abs=0.2) and y8 > y16 > y32
     assert (y8 - y32) == pytest.approx(PLOT_HEIGHT * 3 / 12, abs=0.2)  # of an axis up to 12
@@ -64,6 +64,49 @@ def test_nothing_leaves_the_picture():
         for path in root.iter(f"{SVG}path"):
             for x, y in re.findall(r"[ML]([0-9.]+) ([0-9.]+)", path.get("d")):
                 assert 0 <= float(x) <= width and 0 <= float(y) <= height
+
+
+def test_an_axis_starts_near_values_that_all_lie_high_and_says_so():
+    high = Series("high", (Point(1, 97.0, 96.6, 97.4), Point(2, 62.0, 60.0, 64.0)))
+    with_low = Series("low", (Point(1, 20.0),))
+    for draw_one in (
+        lambda *series: draw("", "", [Panel("", "x", "accuracy, %", series, from_zero=False)]),
+        lambda *series: draw_rows(
+            "",
+            "",
+            ["a", "b"],
+            [Panel("", "accuracy, %", "", tuple(_sideways(s) for s in series), from_zero=False)],
+        ),
+    ):
+        words = texts(ElementTree.fromstring(draw_one(high)))
+        assert "accuracy, % (axis from 60)" in words and "60" in words and "0" not in words[3:5] and "40" not in words
+        words = texts(ElementTree.fromstring(draw_one(high, with_low)))
+        assert "accuracy, %" in words and "0" in words
+    assert "0" in texts(ElementTree.fromstring(draw("", "", [Panel("", "x", "y", (high,))])))
+
+
+def _sideways(series: Series) -> Series:
+    return Series(series.name, tuple(Point(p.y, 0, p.low, p.high) for p in series.points))
+
+
+def test_an_interval_that_is_shorter_than_its_mark_is_seen():
+    short = Series("short", (Point(1, 50.0, 49.9, 50.1), Point(2, 100.0)))
+    root = ElementTree.fromstring(draw("", "", [Panel("", "", "", (short,))]))
+    ((x, _),) = [c for c in circles(root, short)[1:] if c[1] != circles(root, short)[-1][1]]
+    radius = max(float(e.get("r")) for e in root.iter(f"{SVG}circle"))
+    ends = [e.get("d") for e in root.iter(f"{SVG}path") if e.get("d").count("M") == 3]
+    assert len(ends) == 1
+    strokes = re.findall(r"M([0-9.]+) [0-9.]+h([0-9.]+)", ends[0])
+    assert len(strokes) == 2 and all(float(at) < x - radius and float(long) > 2 * radius for at, long in strokes)
+
+
+@pytest.mark.parametrize("panels", [1, 2])
+def test_a_chart_is_as_wide_as_a_page_of_text(panels):
+    """GitHub shows 830 pixels or so: letters of 11 pixels stay that large."""
+    many = tuple(Series(f"a method with a long name {n}", FAST.points) for n in range(9))
+    root = ElementTree.fromstring(draw("Speed", "s" * 200, [Panel("", "", "", many)] * panels))
+    assert float(root.get("width")) == 830
+    assert min(float(e.get("font-size", 12)) for e in root.iter(f"{SVG}text")) >= 11
 
 
 def test_the_same_data_give_the_same_bytes():

@@ -1,0 +1,176 @@
+"""What each method keeps against what it costs, as a chart.
+
+    python -m experiments.tradeoff results/rivals.md -o results/tradeoff.svg
+
+It reads a document of `experiments.comparison`, and the first table of `evoprune profile` in a document of benchmarks. The left
+panel has the operations of tower and prefill at 3B dimensions, which every row has. The right panel has the first token as it was
+measured. A method that acts after the encoder was not timed: it stands at the measured bound, which leaves out its selection.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evoprune import methods
+from evoprune.errors import EvopruneError, UsageError
+from evoprune.visualize.chart import Panel, Point, Series, draw
+from evoprune.visualize.svg import SOFT
+
+# Dark enough for labels of 11 pixels on white; the first is `evoprune`'s.
+COLOURS = ("#0072B2", "#C24A00", "#00785A", "#A6457E", "#7D5F00", "#4B4B4B", "#6A4FB3", "#2F7D8C")
+DATED = "Method names and settings in this file are those of the day"
+RENAMED = {"evoprune-paper": "evoprune-merge"}  # in documents with that line; the map is in results/README.md
+CHANGED = (
+    "tome",
+    "visionzip",
+    "vispruner",
+    "mmg",
+    "fastvid",
+    "prunevid",
+    "holitom",
+    "flashvid",
+)  # since such documents
+EARLIER = " (earlier form)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a budget: percent of the full accuracy that it keeps, with its interval, and of the full operations."""
+
+    method: str
+    budget: float
+    kept: float
+    low: float
+    high: float
+    operations: float
+
+
+def rows(document: str) -> list[Row]:
+    """The rows of the first model in a document of `experiments.comparison`.
+
+    Methods that have changed since are marked as earlier forms. Variants and combinations are left out.
+
+    Raises:
+        UsageError: the document holds no such rows.
+    """
+    made: list[Row] = []
+    dated, budget, columns = DATED in document, None, []
+    found = re.search(r"In full: .* ([\d.]+) TFLOP", document)
+    for line in document[found.end() :].splitlines() if found else ():
+        if made and line.startswith("## "):
+            break  # the next model
+        if line.startswith("### "):
+            heading = re.fullmatch(r"### `-b ([\d.]+)`", line)
+            budget = float(heading[1]) if heading else None
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if "TFLOP" in cells:
+            columns = cells
+        elif budget and cells[0].startswith("`") and not {":", "+"} & set(cells[0]):
+            name, by_name = cells[0].strip("`"), dict(zip(columns, cells, strict=True))
+            kept, low, high = map(float, re.fullmatch(r"([\d.]+) \(([\d.]+)-([\d.]+)\)", by_name["kept"]).groups())
+            name = RENAMED.get(name, name + EARLIER * (name in CHANGED)) if dated else name
+            made.append(Row(name, budget, kept, low, high, 100 * float(by_name["TFLOP"]) / float(found[1])))
+    if not made:
+        raise UsageError("the document has no table of methods", "name one that experiments.comparison wrote")
+    return made
+
+
+def first_tokens(document: str) -> dict[str, float]:
+    """The first token of each row as percent of Hugging Face's, by the row's name, from the first table with methods.
+
+    Raises:
+        UsageError: there is no such table.
+    """
+    for block in re.findall(r"```text\n(.*?)```", document, re.S):
+        if "first token  vs HF" in block and re.search(r"^evoprune -b", block, re.M):
+            head = block.partition("\n\n")[2].partition("\n\n")[0]  # the table of times
+            lines = re.findall(r"^((?:evoprune|bound) -b [\d.]+|budget 1\.0) .*?([\d.]+)x", head, re.M)
+            return {name: 100 / float(ratio) for name, ratio in lines}
+    raise UsageError("the document has no table of times", "name one with what evoprune profile prints")
+
+
+def frontier(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Those points that no other beats in what it costs and in what it keeps, the cheapest first."""
+    made: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x, -p.y)):
+        if not made or point.y > made[-1].y:
+            made.append(point)
+    return tuple(made)
+
+
+def chart(found: Sequence[Row], times: Mapping[str, float]) -> str:
+    """SVG: what is kept against operations, and against the first token."""
+    panels = (
+        _panel(
+            "By operations",
+            "operations of tower and prefill at 3B, % of full",
+            {row: row.operations for row in found},
+            (Point(100.0, 100.0, label="full"),),
+        ),
+        _panel(
+            "By first token (other methods: at the bound)",
+            "first token at 3B, measured, % of Hugging Face's",
+            dict(_timed(found, times)),
+            (Point(times["budget 1.0"], 100.0, label="nothing pruned"), Point(100.0, 100.0, label="Hugging Face")),
+        ),
+    )
+    budgets = ", ".join(f"{budget:g}" for budget in sorted({row.budget for row in found}))
+    facts = (
+        f"Each line: -b {budgets}, from left to right, with 95% intervals. Dashed: the frontier, which no row beats in both. "
+        "Accuracy: the demo model on its own clips. Times: 8 moving frames, bf16, 2 CPU threads. Methods after the encoder were "
+        "not timed: they stand where a selection that takes no time would put them."
+    )
+    return draw("Accuracy kept against cost", facts, panels, legend=False)
+
+
+def _timed(found: Sequence[Row], times: Mapping[str, float]) -> Iterator[tuple[Row, float]]:
+    for row in found:
+        name = row.method.removesuffix(EARLIER)
+        after = name in methods.available() and methods.get(name).acts == "after"
+        place = f"{methods.DEFAULT if name == methods.DEFAULT else 'bound'} -b {row.budget:g}"
+        if (after or name == methods.DEFAULT) and place in times:
+            yield row, times[place]
+
+
+def _panel(title: str, label: str, costs: Mapping[Row, float], full: tuple[Point, ...]) -> Panel:
+    """A line a method, with the budgets of `evoprune`, the points at which nothing is pruned, and the frontier of all."""
+    names = sorted({row.method for row in costs}, key=lambda name: (name != methods.DEFAULT, name))
+    series = []
+    for name, colour in zip(names, COLOURS, strict=False):
+        mine = sorted((row for row in costs if row.method == name), key=lambda row: row.budget)
+        points = [
+            Point(costs[row], row.kept, row.low, row.high, f"-b {row.budget:g}" * (name == methods.DEFAULT))
+            for row in mine
+        ]
+        series.append(Series(name, tuple(points), colour))
+    best = frontier([*full, *(point for one in series for point in one.points)])
+    series += [*(Series("", (point,), SOFT) for point in full), Series("frontier", best, SOFT, dashed=True)]
+    return Panel(title, label, "accuracy kept, % of full", tuple(series), from_zero=False)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.tradeoff", description=__doc__)
+    parser.add_argument("table", type=Path, help="a document of experiments.comparison")
+    parser.add_argument("--times", type=Path, default=Path("results/benchmarks.md"), help="default: %(default)s")
+    parser.add_argument("--method", help="some methods, by today's names, separated by commas; at most eight")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="an SVG file")
+    asked = parser.parse_args(sys.argv[1:] if args is None else args)
+    try:
+        found = rows(asked.table.read_text(encoding="utf-8"))
+        wanted = asked.method.split(",") if asked.method else list(dict.fromkeys(row.method for row in found))
+        found = [row for row in found if {row.method, row.method.removesuffix(EARLIER)} & set(wanted)]
+        if not found or len(wanted) > len(COLOURS):
+            hint = ", ".join(sorted({row.method for row in rows(asked.table.read_text(encoding="utf-8"))}))
+            raise UsageError(f"a chart shows one to {len(COLOURS)} methods", f"choose with --method among {hint}")
+        asked.output.write_text(chart(found, first_tokens(asked.times.read_text(encoding="utf-8"))), encoding="utf-8")
+    except (EvopruneError, OSError) as problem:
+        hint = getattr(problem, "hint", "name files that exist")
+        parser.exit(2, f"error: {problem}\nhint: {hint}\n")
+    print(asked.output)
+
+
+if __name__ == "__main__":
+    main()
