@@ -16,8 +16,10 @@ from pathlib import Path
 
 from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError
+from evoprune.evaluation.scores import FULL, METHOD
 from evoprune.visualize.chart import Panel, Point, Series, draw
 from evoprune.visualize.svg import SOFT
+from experiments.comparison_document import read
 
 # Dark enough for labels of 11 pixels on white; the first is `evoprune`'s.
 COLOURS = ("#0072B2", "#C24A00", "#00785A", "#A6457E", "#7D5F00", "#4B4B4B", "#6A4FB3", "#2F7D8C")
@@ -54,27 +56,17 @@ def rows(document: str) -> list[Row]:
     Methods that have changed since are marked as earlier forms. Variants and combinations are left out.
 
     Raises:
-        UsageError: the document holds no such rows.
+        UsageError: the document holds no tables of methods.
     """
-    made: list[Row] = []
-    dated, budget, columns = DATED in document, None, []
-    found = re.search(r"In full: .* ([\d.]+) TFLOP", document)
-    for line in document[found.end() :].splitlines() if found else ():
-        if made and line.startswith("## "):
-            break  # the next model
-        if line.startswith("### "):
-            heading = re.fullmatch(r"### `-b ([\d.]+)`", line)
-            budget = float(heading[1]) if heading else None
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if "TFLOP" in cells:
-            columns = cells
-        elif budget and cells[0].startswith("`") and not {":", "+"} & set(cells[0]):
-            name, by_name = cells[0].strip("`"), dict(zip(columns, cells, strict=True))
-            kept, low, high = map(float, re.fullmatch(r"([\d.]+) \(([\d.]+)-([\d.]+)\)", by_name["kept"]).groups())
+    found, dated = read(document)[0].document["rows"], DATED in document
+    full = next(row["tflop_3b"] for row in found if row["row"] == FULL)
+    made = []
+    for row in found:
+        name = row["method"]
+        if row["row"] == METHOD and not {":", "+"} & set(name):
             name = RENAMED.get(name, name + EARLIER * (name in CHANGED)) if dated else name
-            made.append(Row(name, budget, kept, low, high, 100 * float(by_name["TFLOP"]) / float(found[1])))
-    if not made:
-        raise UsageError("the document has no table of methods", "name one that experiments.comparison wrote")
+            shares = (100 * row[part] for part in ("kept_of_full", "kept_low", "kept_high"))
+            made.append(Row(name, row["budget"], *shares, 100 * row["tflop_3b"] / full))
     return made
 
 
@@ -103,18 +95,22 @@ def frontier(points: Sequence[Point]) -> tuple[Point, ...]:
 
 def chart(found: Sequence[Row], times: Mapping[str, float]) -> str:
     """SVG: what is kept against operations, and against the first token."""
+    names = sorted({row.method for row in found}, key=lambda name: (name != methods.DEFAULT, name))
+    colours = dict(zip(names, COLOURS, strict=False))
     panels = (
         _panel(
             "By operations",
             "operations of tower and prefill at 3B, % of full",
             {row: row.operations for row in found},
             (Point(100.0, 100.0, label="full"),),
+            colours,
         ),
         _panel(
             "By first token (other methods: at the bound)",
             "first token at 3B, measured, % of Hugging Face's",
             dict(_timed(found, times)),
             (Point(times["budget 1.0"], 100.0, label="nothing pruned"), Point(100.0, 100.0, label="Hugging Face")),
+            colours,
         ),
     )
     budgets = ", ".join(f"{budget:g}" for budget in sorted({row.budget for row in found}))
@@ -135,17 +131,18 @@ def _timed(found: Sequence[Row], times: Mapping[str, float]) -> Iterator[tuple[R
             yield row, times[place]
 
 
-def _panel(title: str, label: str, costs: Mapping[Row, float], full: tuple[Point, ...]) -> Panel:
+def _panel(
+    title: str, label: str, costs: Mapping[Row, float], full: tuple[Point, ...], colours: Mapping[str, str]
+) -> Panel:
     """A line a method, with the budgets of `evoprune`, the points at which nothing is pruned, and the frontier of all."""
-    names = sorted({row.method for row in costs}, key=lambda name: (name != methods.DEFAULT, name))
     series = []
-    for name, colour in zip(names, COLOURS, strict=False):
+    for name, colour in colours.items():
         mine = sorted((row for row in costs if row.method == name), key=lambda row: row.budget)
         points = [
             Point(costs[row], row.kept, row.low, row.high, f"-b {row.budget:g}" * (name == methods.DEFAULT))
             for row in mine
         ]
-        series.append(Series(name, tuple(points), colour))
+        series += [Series(name, tuple(points), colour)] if points else []
     best = frontier([*full, *(point for one in series for point in one.points)])
     series += [*(Series("", (point,), SOFT) for point in full), Series("frontier", best, SOFT, dashed=True)]
     return Panel(title, label, "accuracy kept, % of full", tuple(series), from_zero=False)

@@ -12,11 +12,11 @@ __all__ = ["COLOURS", "INK", "Panel", "Point", "Series", "draw", "draw_rows", "t
 
 WIDTH, EDGE = 830, 24  # pixels of a chart of one or two panels, a page's width on GitHub, and at its edges
 PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # pixels of a panel's plot
-ROW_PLOT_WIDTH = 220  # at least, of a plot of named rows
+ROW_PLOT_WIDTH = 180  # at least, of a plot of named rows
 LEFT, GAP, BOTTOM = 62, 74, 58  # pixels left of the first plot, between plots, and below them
 CLOSE = 26  # pixels: labels that are nearer to one another overlap
-ROW = 20  # pixels from one named row to the next
-CUT = 0.4  # an axis may start above zero where everything lies above this share of the highest value
+ROW = 24  # pixels from one named row to the next
+CUT = 1 / 3  # an axis may start above zero where everything lies above this share of the highest value
 MARK, CAP = (
     3.2,
     5.5,
@@ -54,7 +54,7 @@ class Panel:
     Attributes:
         x_ticks: replace the ticks at round numbers.
         from_zero: whether the axis of the values with intervals starts at zero. If not, it starts at a round number below the
-            lowest of them, where all are above two fifths of the highest, and its label says so.
+            lowest of them, where all are above a third of the highest, and its label says so.
     """
 
     title: str
@@ -151,12 +151,12 @@ def _rows(panel: Panel, left: float, top: float, plot: float, rows: int, x_ticks
     yield from (_line([at(p.x, p.y) for p in series.points], series) for series in panel.series if series.dashed)
     for number, series in enumerate(marked):
         for point in series.points:
-            x, y = at(point.x, point.y + (number - (len(marked) - 1) / 2) * 0.25)
+            x, y = at(point.x, point.y + (number - (len(marked) - 1) / 2) * 0.27)
             yield _mark(x, y, series.colour)
             if point.low is not None and point.high is not None:
                 (low, _), (high, _) = at(point.low, 0), at(point.high, 0)
                 yield _interval(
-                    f"M{low:.1f} {y:.1f}H{high:.1f}", [f"M{end:.1f} {y - 4:.1f}v8" for end in (low, high)], series
+                    f"M{low:.1f} {y:.1f}H{high:.1f}", [f"M{end:.1f} {y - 3:.1f}v6" for end in (low, high)], series
                 )
 
 

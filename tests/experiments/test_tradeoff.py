@@ -1,0 +1,88 @@
+"""The chart of accuracy against cost says what the documents say."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from evoprune.errors import UsageError
+from evoprune.visualize.chart import Point
+from experiments.comparison_document import budgets, read
+from experiments.comparison_document import main as redraw
+from experiments.comparison_tables import chart as comparison_chart
+from experiments.tradeoff import first_tokens, frontier, main, rows
+
+RIVALS, TIMES = Path("results/rivals.md"), Path("results/benchmarks.md")
+
+
+def words(svg: str) -> set[str | None]:
+    return {e.text for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("}text")}
+
+
+def test_a_document_is_read_as_it_was_written():
+    outcomes = read(RIVALS.read_text())
+    assert [outcome.name for outcome in outcomes] == ["demo", "tests/demo/second"]
+    assert budgets(outcomes) == [0.5, 0.25, 0.1]
+    best = outcomes[1].rows(0.1)[0]
+    line = next(
+        line
+        for line in RIVALS.read_text().split("## tests/demo/second")[1].split("### `-b 0.1`")[1].splitlines()
+        if "`evoprune`" in line
+    )
+    assert f"{100 * best['accuracy']:.1f} ({100 * best['low']:.1f}-{100 * best['high']:.1f})" in line
+    with pytest.raises(UsageError, match="no tables of methods"):
+        read("# Nothing\n")
+
+
+@pytest.mark.parametrize("name", ["rivals", "comparison", "portrait", "rivals-earlier"])
+def test_the_committed_charts_are_those_of_their_documents(name, tmp_path):
+    redraw([f"results/{name}.md", "-o", str(tmp_path / "a.svg")])
+    assert (tmp_path / "a.svg").read_text() == Path(f"results/{name}.svg").read_text()
+
+
+def test_the_committed_chart_is_that_of_its_documents(tmp_path):
+    main([str(RIVALS), "-o", str(tmp_path / "a.svg")])
+    assert (tmp_path / "a.svg").read_text() == Path("results/tradeoff.svg").read_text()
+
+
+def test_rows_have_todays_names_and_earlier_forms_are_marked():
+    document = Path("results/comparison.md").read_text()
+    names = {row.method for row in rows(document)}
+    assert "evoprune-merge" in names and "evoprune-paper" not in names
+    assert "tome (earlier form)" in names and "divprune" in names
+    assert "tome" in {row.method for row in rows(re.sub(r"^Method names.*\n", "", document, flags=re.M))}
+
+
+def test_a_chart_of_marked_rows_says_so(tmp_path):
+    main(["results/comparison.md", "--method", "evoprune,tome", "-o", str(tmp_path / "a.svg")])
+    assert {"tome (earlier form)", "evoprune", "-b 0.1"} <= words((tmp_path / "a.svg").read_text())
+
+
+def test_too_many_methods_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["results/comparison.md", "-o", str(tmp_path / "a.svg")])
+    assert "choose with --method among" in capsys.readouterr().err and not (tmp_path / "a.svg").exists()
+
+
+def test_times_are_shares_of_hugging_face():
+    times = first_tokens(TIMES.read_text())
+    line = next(line for line in TIMES.read_text().splitlines() if line.startswith("evoprune -b 0.1 "))
+    assert times["evoprune -b 0.1"] == pytest.approx(100 / float(re.search(r"([\d.]+)x", line)[1]))
+    assert times["evoprune -b 0.1"] < times["bound -b 0.1"] < times["budget 1.0"] < 100
+    with pytest.raises(UsageError, match="no table of times"):
+        first_tokens("nothing")
+
+
+def test_the_frontier_holds_what_nothing_beats():
+    cheap, good, beaten, same = Point(1, 50), Point(5, 90), Point(6, 80), Point(7, 90)
+    assert frontier([same, beaten, good, cheap]) == (cheap, good)
+
+
+def test_models_share_an_axis_that_begins_near_their_values():
+    outcomes = read(RIVALS.read_text())
+    for outcome in outcomes:
+        outcome.document["rows"] = [
+            r for r in outcome.document["rows"] if r["method"] in ("none", "evoprune", "divprune")
+        ]
+    assert "accuracy, % (axis from 76)" in words(comparison_chart(outcomes, budgets(outcomes)))
