@@ -117,7 +117,7 @@ def chart(found: Sequence[Row], times: Mapping[str, float]) -> str:
     facts = (
         f"Each line: -b {budgets}, from left to right, with 95% intervals. Dashed: the frontier, which no row beats in both. "
         "Accuracy: the demo model on its own clips. Times: 8 moving frames, bf16, 2 CPU threads. Methods after the encoder were "
-        "not timed: they stand where a selection that takes no time would put them."
+        "not timed: they stand where a selection that takes no time would put them. Others are left out."
     )
     return draw("Accuracy kept against cost", facts, panels, legend=False)
 

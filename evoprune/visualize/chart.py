@@ -11,7 +11,7 @@ from evoprune.visualize.svg import COLOURS, GRID, INK, LETTER, SOFT, document, r
 __all__ = ["COLOURS", "INK", "Panel", "Point", "Series", "draw", "draw_rows", "ticks"]
 
 WIDTH, EDGE = 830, 24  # pixels of a chart of one or two panels, a page's width on GitHub, and at its edges
-PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # pixels of a panel's plot
+PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # pixels of a panel's plot; the width is the least
 ROW_PLOT_WIDTH = 180  # at least, of a plot of named rows
 LEFT, GAP, BOTTOM = 62, 74, 58  # pixels left of the first plot, between plots, and below them
 CLOSE = 26  # pixels: labels that are nearer to one another overlap
@@ -21,6 +21,7 @@ MARK, CAP = (
     3.2,
     5.5,
 )  # radius of a mark, and half the length of the strokes at an interval's ends, which must be seen beside it
+BESIDE = 3.5  # pixels from the stroke of an interval to one that it would cover
 
 Place = tuple[float, float]  # in pixels
 Room = tuple[float, float, float]  # left, right and top, in pixels
@@ -77,10 +78,11 @@ def ticks(top: float, most: int = 6, low: float = 0.0) -> list[float]:
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True) -> str:
     """An SVG document of panels side by side under one legend, or with the name of each series beside one of its points."""
-    width = max(WIDTH, LEFT + len(panels) * PLOT_WIDTH + (len(panels) - 1) * GAP + EDGE)
+    plot = max(PLOT_WIDTH, (WIDTH - LEFT - EDGE + GAP) / max(1, len(panels)) - GAP)
+    width = math.ceil(LEFT + len(panels) * (plot + GAP) - GAP + EDGE)
     elements, top = _head(title, subtitle, panels if legend else (), width)
     for number, panel in enumerate(panels):
-        elements += _panel(panel, LEFT + number * (PLOT_WIDTH + GAP), top, named=not legend)
+        elements += _panel(panel, LEFT + number * (plot + GAP), top, plot, named=not legend)
     return document(title, width, top + PLOT_HEIGHT + BOTTOM, elements)
 
 
@@ -160,7 +162,7 @@ def _rows(panel: Panel, left: float, top: float, plot: float, rows: int, x_ticks
                 )
 
 
-def _panel(panel: Panel, left: float, top: float, named: bool) -> Iterable[str]:
+def _panel(panel: Panel, left: float, top: float, plot: float, named: bool) -> Iterable[str]:
     points = [point for series in panel.series for point in series.points]
     y_ticks = _ticks([(p.y, p.low, p.high) for p in points], [panel])
     right = max((p.x for p in points), default=0)
@@ -168,12 +170,12 @@ def _panel(panel: Panel, left: float, top: float, named: bool) -> Iterable[str]:
     widest = max(right, *x_ticks) * 1.04
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + PLOT_WIDTH * x / widest, top + PLOT_HEIGHT * (1 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
+        return left + plot * x / widest, top + PLOT_HEIGHT * (1 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
 
     yield text(left, top - 24, panel.title, size=13, weight=600)
     for value in y_ticks:
         _, y = at(0, value)
-        yield f'<path d="M{left:.1f} {y:.1f}h{PLOT_WIDTH}" stroke="{SOFT if value == y_ticks[0] else GRID}"/>'
+        yield f'<path d="M{left:.1f} {y:.1f}h{plot:.1f}" stroke="{SOFT if value == y_ticks[0] else GRID}"/>'
         yield text(left - 8, y + 4, f"{value:,.6g}", anchor="end", fill=SOFT)
     last = -math.inf
     for value in x_ticks:
@@ -182,10 +184,10 @@ def _panel(panel: Panel, left: float, top: float, named: bool) -> Iterable[str]:
             last = x
             yield f'<path d="M{x:.1f} {y:.1f}v5" stroke="{SOFT}"/>'
             yield text(x, y + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
-    yield text(left + PLOT_WIDTH / 2, top + PLOT_HEIGHT + 44, panel.x_label, anchor="middle")
+    yield text(left + plot / 2, top + PLOT_HEIGHT + 44, panel.x_label, anchor="middle")
     y, words = top + PLOT_HEIGHT / 2, _axis_label(panel.y_label, y_ticks)
     yield text(left - 46, y, words, anchor="middle", transform=f"rotate(-90 {left - 46:.1f} {y:.1f})")
-    yield from _curves(panel, at, (left, left + PLOT_WIDTH + EDGE, top), named)
+    yield from _curves(panel, at, (left, left + plot + EDGE, top), named)
 
 
 def _curves(
@@ -198,6 +200,7 @@ def _curves(
         places = [at(p.x, p.y) for p in series.points]
         inked += _along(places)
         yield _line(places, series)
+    strokes: list[tuple[float, float, float]] = []
     for series in marked:
         for point in series.points:
             x, y = at(point.x, point.y)
@@ -205,6 +208,9 @@ def _curves(
             yield _mark(x, y, series.colour)
             if point.low is not None and point.high is not None:
                 (_, low), (_, high) = at(point.x, point.low), at(point.x, point.high)
+                while any(abs(x - u) < BESIDE and low > v and high < w for u, v, w in strokes):
+                    x += BESIDE  # the interval of another series is there
+                strokes.append((x, high, low))
                 ends = [f"M{x - CAP:.1f} {end:.1f}h{2 * CAP}" for end in (low, high)]
                 inked += _along([(x, low), (x, high)])
                 yield _interval(f"M{x:.1f} {low:.1f}V{high:.1f}", ends, series)
