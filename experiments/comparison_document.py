@@ -10,7 +10,8 @@ from pathlib import Path
 
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation.scores import ALL, FULL, METHOD
-from experiments.comparison_tables import Outcome, chart
+from experiments.comparison_chart import chart
+from experiments.comparison_tables import Outcome
 
 INTERVAL = re.compile(r"([\d.]+) \(([\d.]+)-([\d.]+)\)")
 
@@ -21,10 +22,10 @@ def read(document: str) -> list[Outcome]:
     Raises:
         UsageError: the document holds no such tables.
     """
-    clips = re.search(r"generator \((\w+), block (\d+)\)", document)
+    clips = re.search(r"clips \((\w+), block (\d+)\)", document)
     made = []
     for name, block in re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", document, re.M | re.S) if clips else ():
-        if facts := re.search(r"about ([\d,]+) of .*?In full: (\S+ \(\S+\)), .* ([\d.]+) TFLOP\.", block):
+        if facts := re.search(r"about ([\d,]+) of .*?With nothing pruned: (\S+ \(\S+\)), .*? ([\d.]+) TFLOP\.", block):
             full = {"row": FULL, "group": ALL, "method": "none", "budget": 1.0, "tflop_3b": float(facts[3])}
             rows = [full | _shares("accuracy", "low", "high", cell=facts[2]), *_rows(block)]
             settings = {"split": clips[1], "seed": int(clips[2])}

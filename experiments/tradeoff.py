@@ -23,19 +23,8 @@ from experiments.comparison_document import read
 
 # Dark enough for labels of 11 pixels on white; the first is `evoprune`'s.
 COLOURS = ("#0072B2", "#C24A00", "#00785A", "#A6457E", "#7D5F00", "#4B4B4B", "#6A4FB3", "#2F7D8C")
-DATED = "Method names and settings in this file are those of the day"
-RENAMED = {"evoprune-paper": "evoprune-merge"}  # in documents with that line; the map is in results/README.md
-CHANGED = (
-    "tome",
-    "visionzip",
-    "vispruner",
-    "mmg",
-    "fastvid",
-    "prunevid",
-    "holitom",
-    "flashvid",
-)  # since such documents
 EARLIER = " (earlier form)"
+CHANGED = re.compile(r"((?:`[\w-]+`(?:,| and)?\s)+)(?:is an earlier form|have come nearer)")  # as pages say it
 
 
 @dataclass(frozen=True)
@@ -53,18 +42,19 @@ class Row:
 def rows(document: str) -> list[Row]:
     """The rows of the first model in a document of `experiments.comparison`.
 
-    Methods that have changed since are marked as earlier forms. Variants and combinations are left out.
+    Methods that have changed since, as the document says, are marked as earlier forms. Variants and combinations are left out.
 
     Raises:
         UsageError: the document holds no tables of methods.
     """
-    found, dated = read(document)[0].document["rows"], DATED in document
+    found = read(document)[0].document["rows"]
+    changed = {name for names in CHANGED.findall(document) for name in re.findall("`(.+?)`", names)}
     full = next(row["tflop_3b"] for row in found if row["row"] == FULL)
     made = []
     for row in found:
         name = row["method"]
         if row["row"] == METHOD and not {":", "+"} & set(name):
-            name = RENAMED.get(name, name + EARLIER * (name in CHANGED)) if dated else name
+            name += EARLIER * (name in changed)
             shares = (100 * row[part] for part in ("kept_of_full", "kept_low", "kept_high"))
             made.append(Row(name, row["budget"], *shares, 100 * row["tflop_3b"] / full))
     return made
@@ -124,10 +114,10 @@ def chart(found: Sequence[Row], times: Mapping[str, float]) -> str:
 
 def _timed(found: Sequence[Row], times: Mapping[str, float]) -> Iterator[tuple[Row, float]]:
     for row in found:
-        name = row.method.removesuffix(EARLIER)
+        name, ours = row.method.removesuffix(EARLIER), row.method == methods.DEFAULT
         after = name in methods.available() and methods.get(name).acts == "after"
-        place = f"{methods.DEFAULT if name == methods.DEFAULT else 'bound'} -b {row.budget:g}"
-        if (after or name == methods.DEFAULT) and place in times:
+        place = f"{methods.DEFAULT if ours else 'bound'} -b {row.budget:g}"
+        if (after or ours) and place in times:
             yield row, times[place]
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from evoprune.errors import UsageError
 from evoprune.visualize.chart import Point
+from experiments.comparison_chart import chart as comparison_chart
 from experiments.comparison_document import budgets, read
 from experiments.comparison_document import main as redraw
-from experiments.comparison_tables import chart as comparison_chart
 from experiments.tradeoff import first_tokens, frontier, main, rows
 
 RIVALS, TIMES = Path("results/rivals.md"), Path("results/benchmarks.md")
@@ -46,12 +46,15 @@ def test_the_committed_chart_is_that_of_its_documents(tmp_path):
     assert (tmp_path / "a.svg").read_text() == Path("results/tradeoff.svg").read_text()
 
 
-def test_rows_have_todays_names_and_earlier_forms_are_marked():
-    document = Path("results/comparison.md").read_text()
-    names = {row.method for row in rows(document)}
-    assert "evoprune-merge" in names and "evoprune-paper" not in names
-    assert "tome (earlier form)" in names and "divprune" in names
-    assert "tome" in {row.method for row in rows(re.sub(r"^Method names.*\n", "", document, flags=re.M))}
+def test_earlier_forms_are_marked():
+    marked = {
+        name: {
+            row.method for row in rows(Path(f"results/{name}.md").read_text()) if row.method.endswith("(earlier form)")
+        }
+        for name in ("rivals", "comparison", "rivals-earlier")
+    }
+    assert marked["rivals"] == set() and marked["rivals-earlier"] == {"evoprune (earlier form)"}
+    assert len(marked["comparison"]) == 8 and "tome (earlier form)" in marked["comparison"]
 
 
 def test_a_chart_of_marked_rows_says_so(tmp_path):
