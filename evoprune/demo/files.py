@@ -16,8 +16,9 @@ def write_frames(
     codec: str = "libx264",
     crf: int = 18,
     preset: str = "medium",
+    tag: str = DEMO_TAG,
 ) -> None:
-    """Encodes uint8 frames `[height, width, 3]` as a video file, marked as the generators' own in the container's `comment` tag.
+    """Encodes uint8 frames `[height, width, 3]` as a video file, with the generator's `tag` as the container's `comment`.
 
     Args:
         size: height and width, even.
@@ -31,7 +32,7 @@ def write_frames(
     # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
     x264 = {"preset": preset, "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
-        container.metadata["comment"] = DEMO_TAG
+        container.metadata["comment"] = tag
         stream = container.add_stream(
             codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else x264)
         )

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 # Default frame rate of a folder of images: the rate at which frames for Qwen2.5-VL are usually extracted.
 FOLDER_FPS = 2.0
-# What the comment of a clip says that the demo model's own generator made.
+# What the comment of a clip says: of the world that the demo model knows, and of the other one, which it does not.
 DEMO_TAG = "evoprune demo clip"
+SCENES_TAG = "evoprune scenes clip"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class VideoInfo:
 
 
 def is_demo_clip(info: VideoInfo) -> bool:
-    """Whether the demo model's own generator made this file: it tags its clips."""
+    """Whether the file is of the world that the demo model knows: its generator tags its clips."""
     return any(key.lower() == "comment" and value == DEMO_TAG for key, value in info.tags.items())
 
 

@@ -24,6 +24,13 @@ def test_each_file_lives_as_long_as_it_is_looked_at(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_clip_says_which_world_it_is_of(tmp_path):
+    """The demo model knows one of them, and warns about the other."""
+    for world, known in (("shapes", True), ("scenes", False)):
+        with demo_video("validation", 1, tmp_path, world=world) as video:
+            assert is_demo_clip(probe(video.path)) == known
+
+
 def test_blocks_of_seeds_do_not_meet():
     assert seeds(0, 5) == range(5) and seeds(2, 3) == range(2 * BLOCK, 2 * BLOCK + 3)
     assert seeds(0, BLOCK)[-1] < seeds(1, 1)[0]

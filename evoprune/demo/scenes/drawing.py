@@ -9,6 +9,7 @@ from evoprune.demo.files import write_frames
 from evoprune.demo.scenes.clip import Clip
 from evoprune.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, make_scenery, white_noise
 from evoprune.demo.scenes.sprites import Sprite, blend, thing_shadow, thing_sprite
+from evoprune.video.info import SCENES_TAG
 
 NOTHING = -1
 
@@ -21,7 +22,7 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
 def write_video(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
     """Encodes the clip as a video file: see `files.write_frames`."""
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
-    write_frames(frames, path, (clip.height, clip.width), fps, crf=crf, preset="veryfast")
+    write_frames(frames, path, (clip.height, clip.width), fps, crf=crf, preset="veryfast", tag=SCENES_TAG)
 
 
 def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
