@@ -15,6 +15,7 @@ from evoprune.pruning.budget import DEFAULT
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
+from evoprune_cli.help_format import HelpAll
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.terminal import check_output, encoding, note, progress
@@ -63,6 +64,7 @@ def ask(
     verbose: opt.Verbose = False,
     cache: opt.Cache = False,
     debug: opt.Debug = False,
+    help_all: HelpAll = False,
 ) -> int:
     """Ask a question about a video. The answer goes to stdout, everything else to stderr.
 

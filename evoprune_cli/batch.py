@@ -14,6 +14,7 @@ from evoprune_cli import batch_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.batch_options import ENGINES
 from evoprune_cli.failures import debugging
+from evoprune_cli.help_format import HelpAll
 from evoprune_cli.tally import Tally
 from evoprune_cli.terminal import progress, tell
 
@@ -57,6 +58,7 @@ def batch(
     quiet: opt.Quiet = False,
     cache: opt.Cache = False,
     debug: opt.Debug = False,
+    help_all: HelpAll = False,
 ) -> int:
     """Ask many questions about many videos: one JSON line each, the record of `ask --json` with the row's id.
 

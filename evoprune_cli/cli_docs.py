@@ -1,16 +1,17 @@
-"""The command-line reference, made of `--help`: `python -m evoprune_cli.cli_docs > docs/cli.md`.
+"""The command-line reference, made of `--help-all`: `python -m evoprune_cli.cli_docs > docs/cli.md`.
 
 It is formatted for 80 columns and without colour, whatever the terminal.
 """
 
 from typer.main import get_command
 
+from evoprune_cli.help_format import full_help
 from evoprune_cli.main import app
 from evoprune_cli.terminal import WIDTH
 
 INTRODUCTION = """# The command line
 
-The `--help` of every command. Made by `python -m evoprune_cli.cli_docs > docs/cli.md`; do not edit.
+The `--help-all` of every command. Made by `python -m evoprune_cli.cli_docs > docs/cli.md`; do not edit.
 """
 
 
@@ -21,7 +22,7 @@ def reference() -> str:
     sections = [INTRODUCTION, _section("evoprune", above.get_help())]
     for name in sorted(group.commands):
         context = group.commands[name].make_context(name, [], parent=above, resilient_parsing=True)
-        sections.append(_section(context.command_path, context.get_help()))
+        sections.append(_section(context.command_path, full_help(context)))
     return "\n".join(sections)
 
 

@@ -15,6 +15,7 @@ from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
+from evoprune_cli.help_format import HelpAll
 from evoprune_cli.terminal import WIDTH, check_output, note, progress
 
 SCHEMA = "evoprune/eval@1"
@@ -51,6 +52,7 @@ def evaluate(
     json: own.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    help_all: HelpAll = False,
 ) -> int:
     """Measure accuracy against budget, on questions with known answers.
 

@@ -1,19 +1,72 @@
-"""Help as plain text in sections, which can be piped and keeps the names of options whole on a narrow terminal."""
+"""Help as plain text, which can be piped and keeps the names of options whole on a narrow terminal.
 
+`--help` has the options that most people need, on one screen; `--help-all` has all of them, under the titles of their panels.
+"""
+
+import re
+from copy import copy
+from typing import Annotated, ClassVar
+
+import typer
 from typer.core import TyperCommand
+
+EVERYTHING = "evoprune.help_all"  # in the `meta` of a context whose help names every option
+
+
+def full_help(context: typer.Context) -> str:
+    """The help with every option."""
+    context.meta[EVERYTHING] = True
+    return context.get_help()
+
+
+def _print_full_help(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        typer.echo(full_help(context))
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool,
+    typer.Option("--help-all", is_eager=True, callback=_print_full_help, help="Show all options and exit."),
+]
 
 
 class Command(TyperCommand):
-    """A command whose help lists its options under the titles of their panels."""
+    """A command with a short and a full help."""
+
+    common: ClassVar[tuple[str, ...]] = ()  # names of the parameters in the short help
 
     def format_options(self, ctx, formatter) -> None:
+        """Every option under the title of its panel, or the common ones in one list."""
+        everything = ctx.meta.get(EVERYTHING)
         sections = {"Arguments": [], "Options": []}
         for param in self.get_params(ctx):
-            if record := param.get_help_record(ctx):
-                panel = getattr(param, "rich_help_panel", None) or "Options"
-                title = "Arguments" if param.param_type_name == "argument" else panel
-                sections.setdefault(title, []).append(record)
+            argument = param.param_type_name == "argument"
+            if not (everything or argument or param.name in (*self.common, "help")):
+                continue
+            if record := (param if everything else _brief(param)).get_help_record(ctx):
+                panel = (everything and getattr(param, "rich_help_panel", None)) or "Options"
+                sections.setdefault("Arguments" if argument else panel, []).append(record)
         for title, rows in sections.items():
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a line of their own
+
+    def format_epilog(self, ctx, formatter) -> None:
+        """The line that names the full help."""
+        if not ctx.meta.get(EVERYTHING):
+            formatter.write_paragraph()
+            formatter.write_text(f"All options: {ctx.command_path} --help-all")
+
+
+def _brief(param):
+    """The parameter with the first sentence of its help."""
+    brief = copy(param)
+    if param.param_type_name == "option":
+        brief.help = re.sub(r"(\.) .*", r"\1", param.help or "", flags=re.DOTALL)
+    return brief
+
+
+def showing(*common: str) -> type[Command]:
+    """The class of a command whose short help has the parameters of these names, and its arguments."""
+    return type("Command", (Command,), {"common": common})

@@ -17,6 +17,7 @@ from evoprune.report import VideoFacts
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
+from evoprune_cli.help_format import HelpAll
 from evoprune_cli.options import OVERLAYS
 from evoprune_cli.terminal import encoding, print_warning, printable, progress
 from evoprune_cli.text import clock, size
@@ -52,6 +53,7 @@ def inspect(
     clear_cache: opt.ClearCache = False,
     json: opt.JsonDocument = False,
     debug: opt.Debug = False,
+    help_all: HelpAll = False,
 ) -> int:
     """Show what is installed, or what is in a video.
 

@@ -18,7 +18,7 @@ from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate, print_document
 from evoprune_cli.failures import Terminated, debugging, failure
-from evoprune_cli.help_format import Command
+from evoprune_cli.help_format import showing
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
 from evoprune_cli.terminal import WIDTH, ClosedOutput, print_error, print_json
@@ -58,11 +58,18 @@ def main(
         raise typer.Exit(2)
 
 
-app.command(cls=Command)(ask)
-app.command(cls=Command)(batch)
-app.command("eval", cls=Command)(evaluate)
-app.command(cls=Command)(inspect)
-app.command(cls=Command)(profile)
+_MODEL, _FRAMES, _OUTPUT = ("model", "budget"), ("fps", "frames", "start", "end"), ("json", "quiet")
+app.command(
+    cls=showing("more", "interactive", "compare", *_MODEL, *_FRAMES, "max_new_tokens", *_OUTPUT, "verbose"),
+)(ask)
+app.command(cls=showing("questions", "source", "output", "resume", "overwrite", *_MODEL, "fps", "quiet"))(batch)
+app.command(
+    "eval", cls=showing("data", "limit", "budget", "method", "blind", "model", "output", "resume", "chart", *_OUTPUT)
+)(evaluate)
+app.command(cls=showing("overlay", "scan", "clear_cache", *_MODEL, *_FRAMES, "json"))(inspect)
+app.command(
+    cls=showing("budget", "method", "frames", "size", "model", "time_limit", "form", "output", "chart", "quiet")
+)(profile)
 
 
 def _terminate(*_) -> None:
@@ -207,4 +214,4 @@ def _hint(problem: Exception) -> str:
     if "No such command" in text and os.path.exists(text.split("'")[1]):
         return f"to ask about a video: {USAGE}"
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
-    return f"see evoprune {_command()} --help" if _command() in known else "see evoprune --help"
+    return f"see evoprune {_command()} --help-all" if _command() in known else "see evoprune --help"

@@ -214,6 +214,7 @@ MoreQuestions = Annotated[
 Interactive = Annotated[
     bool,
     typer.Option(
+        "-i",
         "--interactive",
         help="Keep the video and ask on at a prompt: Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
     ),

@@ -17,6 +17,7 @@ from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
+from evoprune_cli.help_format import HelpAll
 from evoprune_cli.profile_options import FORMATS
 from evoprune_cli.terminal import WIDTH, check_output
 
@@ -51,6 +52,7 @@ def profile(
     chart: own.Chart = None,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    help_all: HelpAll = False,
 ) -> int:
     """Measure latency, counts and memory over a sweep.
 

@@ -161,7 +161,7 @@ def test_records_hold_the_warning_about_foreign_clips(cli, tmp_path):
 
 
 def test_help_and_version_import_no_torch():
-    for args in (["--help"], ["--version"], ["ask", "--help"]):
+    for args in (["--help"], ["--version"], ["ask", "--help"], ["ask", "--help-all"]):
         code = f"""
 import sys
 sys.argv = ["evoprune", *{args}]
@@ -188,9 +188,17 @@ def test_help_says_what_becomes_of_stdin(cli):
     assert "If there is none, and no -Q, it is read from stdin; otherwise stdin is not read." in text
 
 
+@pytest.mark.parametrize("command", ["ask", "batch", "eval", "inspect", "profile"])
+def test_the_short_help_fits_on_a_screen_and_names_the_full_one(cli, command):
+    short, full = (cli(command, flag).out.splitlines() for flag in ("--help", "--help-all"))
+    assert len(short) <= 50 < len(full) and all(len(line) <= 80 for line in short)
+    assert short[-1] == f"All options: evoprune {command} --help-all"
+    assert any("--dtype" in line for line in full) and not any("--dtype" in line for line in short)
+
+
 def test_help_keeps_names_of_options_whole_on_narrow_terminals(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    out = cli("ask", "--help").out
+    out = cli("ask", "--help-all").out
     assert "--max-visual-tokens <int>\n" in out
     assert all(len(line) <= 40 for line in out.splitlines() if not line.startswith(("  evoprune", "  echo")))
 

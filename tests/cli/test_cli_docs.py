@@ -1,4 +1,4 @@
-"""docs/cli.md says what `--help` says."""
+"""docs/cli.md says what `--help-all` says."""
 
 import os
 import subprocess
@@ -30,4 +30,4 @@ def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
     assert all(len(line) <= 80 for line in text.split("```text")[1].splitlines()) and "\x1b" not in text
     for command in ("ask", "batch", "eval", "inspect", "profile"):
         assert f"## evoprune {command}\n" in text
-    assert cli("ask", "--help").out.strip() in text
+    assert cli("ask", "--help-all").out.strip() in text

@@ -190,7 +190,7 @@ QUESTIONS = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
 
 def test_the_help_names_them(package):
     code = f"import sys; sys.path.insert(0, {str(package)!r}); from evoprune_cli.main import run; run()"
-    done = subprocess.run([sys.executable, "-c", code, "ask", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, "ask", "--help-all"], capture_output=True, text=True)
     assert "absent, first, wrong" in " ".join(done.stdout.split())
 
 
