@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from evoprune.stats import stats_block
+
 SCHEMA = "evoprune/answer@1"
 # Control characters that JSON allows in texts, and marks of direction and of lines.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-STAGES = ("read", "preprocess", "encode", "prefill", "generate")
 
 
 @dataclass
@@ -102,8 +103,14 @@ class Rate:
 
 @dataclass
 class Memory:
+    """On a CPU `peak_bytes` counts pages of files that are mapped into memory, weights among them: they are shared, and the
+    system drops them when memory is short. `own_bytes` and `mapped_bytes` say what is in use now without them, and what they are.
+    """
+
     weights_bytes: int | None = None
     peak_bytes: int | None = None
+    own_bytes: int | None = None
+    mapped_bytes: int | None = None
 
 
 @dataclass
@@ -155,6 +162,23 @@ class Report:
     compare: "Report | None" = None
     cache: str | None = None
     batch: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        """The stats as lines of text, as the command line prints them."""
+        return "\n".join(stats_block(self)) or repr(self)
+
+    def __repr__(self) -> str:
+        pruning, first = self.pruning, self.time_ms.ttft_wall
+        facts = [
+            f"question {self.question!r}" if self.question is not None else "",
+            f"answer {self.answer!r}" if self.answer is not None else "",
+            f"error {self.error['message']!r}" if self.error else "",
+            f"{pruning.visual_tokens_kept:,} of {pruning.visual_tokens_in:,} visual tokens"
+            if pruning.visual_tokens_kept is not None
+            else "",
+            f"first token {first:,.0f} ms" if first is not None else "",
+        ]
+        return f"<Report: {', '.join(filter(None, facts)) or 'empty'}>"
 
     def to_json(self, ascii_only: bool = False) -> str:
         """One compact line; `ascii_only` spells everything else as JSON escapes.

@@ -12,6 +12,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.language.text import check_text
 from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import DEFAULT
+from evoprune.text import roughly
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
@@ -19,7 +20,6 @@ from evoprune_cli.help_format import HelpAll
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.terminal import check_output, encoding, note, progress
-from evoprune_cli.text import roughly
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions, SamplingOptions

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.report import Report, VideoFacts
 from evoprune_cli.failures import failure
-from evoprune_cli.stats import print_stats
-from evoprune_cli.terminal import encodable, note, print_json, print_warning, progress
+from evoprune_cli.terminal import encodable, note, print_json, print_stats, print_warning, progress
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import Answer, EncodedVideo

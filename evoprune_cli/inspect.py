@@ -14,13 +14,13 @@ from evoprune.errors import UsageError
 from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import AUTO, DEFAULT
 from evoprune.report import VideoFacts
+from evoprune.text import clock, size
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.help_format import HelpAll
 from evoprune_cli.options import OVERLAYS
 from evoprune_cli.terminal import encoding, print_warning, printable, progress
-from evoprune_cli.text import clock, size
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions

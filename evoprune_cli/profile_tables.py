@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from evoprune.profiling.results import BOUND, METHOD, Case, Figures, Results, Row, Spread
-from evoprune_cli.text import size
+from evoprune.text import size
 
 Cell = Callable[[Row, Figures | None], str]
 

@@ -5,8 +5,8 @@ import time
 from typing import TYPE_CHECKING
 
 from evoprune.report import Report, VideoFacts
+from evoprune.text import clock, roughly
 from evoprune_cli.terminal import print_warning, tell
-from evoprune_cli.text import clock, roughly
 
 if TYPE_CHECKING:
     from evoprune.batch.output import RecordFile

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from evoprune.errors import UsageError
 from evoprune.language.text import harmless
 from evoprune.report import Report, VideoFacts
-from evoprune_cli.text import clock
+from evoprune.stats import WIDTH, stats_block
+from evoprune.text import clock
 
-WIDTH = 80
 WARNINGS = {
     "equal_scores": "every frame is one even colour, so which units were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
@@ -123,6 +123,12 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
     note(paint("warning:", "33;1") + first.removeprefix("warning:"))
     for line in rest:
         note(line)
+
+
+def print_stats(report: Report, verbose: bool = False) -> None:
+    """Prints the stats of an answer on stderr."""
+    for line in stats_block(report, columns(), verbose):
+        note(paint(printable(line), "2"))
 
 
 def tell(text: str) -> None:

@@ -7,7 +7,7 @@ from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
 from evoprune.methods.base import Method
 from evoprune.model.linear import weights_bytes
-from evoprune.model.machine import environment, peak_memory
+from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.report import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.vision.encoded import Encoded
@@ -52,7 +52,7 @@ def call_report(
             positions=positions if call.get("position_ids") is None else "given",
         ),
         tokens=TokenCounts(prompt - visual, visual, prompt),
-        memory=Memory(weights_bytes(model), peak_memory(device)),
+        memory=Memory(weights_bytes(model), peak_memory(device), *memory_in_use(device)),
         model=ModelFacts(
             id=model.name_or_path or None,
             dtype=next((name for name, dtype in DTYPES.items() if dtype == model.dtype), str(model.dtype)),

@@ -47,6 +47,17 @@ def peak_memory(device: str) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_in_use(device: str) -> tuple[int | None, int | None]:
+    """Bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
+    status = Path("/proc/self/status")
+    if device.startswith("cuda"):
+        return None, None
+    try:
+        return limits.kib(status, "RssAnon") + limits.kib(status, "RssShmem"), limits.kib(status, "RssFile")
+    except (OSError, StopIteration):
+        return None, None
+
+
 def reset_peak_memory(device: str) -> bool:
     """Restarts the count of `peak_memory`; False where the system cannot."""
     if device.startswith("cuda"):

@@ -1,6 +1,6 @@
 """Reports of the pipeline: what was looked at, what was kept, how long each stage took."""
 
-from evoprune.model.machine import environment, peak_memory
+from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
@@ -52,6 +52,7 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     generating = seconds.get("generate", 0.0) - late_packing
     report.rate = Rate(passes / generating if passes and generating > 0 else None)
     report.memory.peak_bytes = peak_memory(device)
+    report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
 
 
 def fill_kept(report: Report, view: View, encoded: Encoded) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from evoprune.report import Report
-from evoprune_cli.stats import stats_block
+from evoprune.stats import stats_block
 from tests.video.files import write_video
 
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
@@ -23,7 +24,9 @@ def test_stats(cli):
     result = cli("ask", CLIP, QUESTION)
     for stage in ("read", "preprocess", "encode", "prefill", "generate", "first token", "memory"):
         assert f"\n{stage}" in result.err
-    assert "144 units" in result.err and "25.0% kept, 75.0% pruned" in result.err
+    assert "144 visual tokens -> 36, with 26% of the work" in result.err and "25.0% kept, 75.0% pruned" in result.err
+    assert "loading the model, not counted: " in result.err
+    assert not re.search(r"\b(pairs?|units?|rows?|live|apart|alone)\b", result.err)  # words that nobody has explained
     assert result.err.isascii() and "warning" not in result.err
 
 

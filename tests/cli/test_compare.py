@@ -20,7 +20,9 @@ def test_both_answers_on_stdout_and_both_sides_in_the_stats(cli):
     assert result.out == "".join(f"pruned: {a}full: {b}" for a, b in zip(fast, full, strict=True))
     rows = [line.split() for line in result.err.splitlines()]
     assert rows.count(["compare", "pruned", "full"]) == 2
-    assert ["tokens", "14", "144", "10.3x"] in rows and sum(row[:2] == ["first", "token"] for row in rows) == 4
+    assert ["visual", "tokens", "14", "144", "10.3x"] in rows and sum(
+        row[:2] == ["first", "token"] for row in rows
+    ) == 4
     assert all(len(line) <= 80 for line in result.err.splitlines())
     assert cli(*ASK, "-q").err == ""
 

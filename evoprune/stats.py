@@ -1,0 +1,173 @@
+"""The stats of an answer as lines of text: a row for each stage, with its time, a bar, what goes in and what comes out.
+
+What is not known is left out, so that records of errors and of a Hugging Face model have lines, too.
+"""
+
+import os
+import textwrap
+
+from evoprune.text import clock, counted, shorten, size
+
+STAGES = ("read", "preprocess", "encode", "prefill", "generate")
+WIDTH, BAR = 80, 12
+INDENT = " " * 11
+
+
+def stats_block(report, width: int = WIDTH, verbose: bool = False) -> list[str]:
+    """The lines of a `Report`, each at most `width` columns wide.
+
+    Args:
+        verbose: also the rows of every layer, settings and versions.
+    """
+    lines = [*_heading(report, width), *_stages(report, width), *_totals(report), *_memory(report.memory)]
+    if report.compare:
+        lines += _side_by_side(report, report.compare)
+    if verbose:
+        lines += _verbose(report)
+    if report.error:
+        lines.append(f"{'error':<11}{report.error['message']}")
+    return [piece for line in lines for piece in _folded(line, width)]
+
+
+def summary(report) -> str:
+    """One line: tokens, first token and total."""
+    tokens, times = report.tokens, report.time_ms
+    read = f"{tokens.prompt or 0:,} tokens read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
+    first = "not reached" if times.ttft_wall is None else f"{times.ttft_wall:,.0f} ms"
+    return f"{read}; first token {first}, total {times.total or 0:,.0f} ms"
+
+
+def _heading(report, width: int) -> list[str]:
+    """The model, the video and the pruning."""
+    model, video, pruning, lines = report.model, report.video, report.pruning, []
+    if model.id or model.device:
+        on_cpu = (model.device or "").startswith("cpu")
+        threads = f" ({counted(report.env.threads, 'thread')})" if on_cpu and report.env.threads else ""
+        name = shorten(model.id or "?", max(24, width - 40))
+        lines.append(f"{'model':<11}{name}  {model.dtype}  {model.device}{threads}")
+    if video.path:
+        fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
+        facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
+        known = f"  {facts}" if video.decoder else ""
+        name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.abspath(video.path)))
+        lines.append(f"{'video':<11}{shorten(name, max(20, width - 13 - len(facts)))}{known}")
+    if pruning.method:
+        asked = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
+        budget = "" if pruning.method == "none" else f" -b {asked}"
+        kept = 100 * (pruning.kept_ratio or 0)
+        lines.append(f"{'pruning':<11}{pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned")
+    return lines
+
+
+def _stages(report, width: int) -> list[str]:
+    """A row for each stage: its milliseconds, a bar, and what goes through it."""
+    times, flow = report.time_ms, _flow(report)
+    longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
+    room = width - 21 - max(map(len, flow.values()))  # columns left for the bars
+    bar, lines = min(BAR, room - 2) if room >= 6 else 0, []
+    for stage in STAGES:
+        spent = getattr(times, stage) or 0
+        if not spent and (stage not in ("prefill", "generate") or getattr(times, stage) is None):
+            continue  # a later question, whose video was timed with the first; or a stage that was not reached
+        marks = "#" * (round(bar * spent / longest) if longest else 0)
+        lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}".rstrip())
+        if stage == "encode" and times.encode_prune:
+            lines.append(f"{'  pruning':<11}{times.encode_prune:>8,.0f}")
+        if stage == "generate" and (times.pack or 0) >= 1:
+            lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, the first time only")
+    return [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
+
+
+def _flow(report) -> dict[str, str]:
+    """What goes into each stage and what comes out."""
+    video, pruning, sampling, count = report.video, report.pruning, report.sampling, report.tokens
+    flow = dict.fromkeys(STAGES, "")
+    if sampling.frames:
+        found = f"{video.frames_total:,} frames -> {sampling.frames}"
+        flow["read"] = found if video.frames_total else f"{sampling.frames} frames"
+        height, width = sampling.resized_hw
+        flow["preprocess"] = f"{sampling.frames} frames of {width}x{height}"
+    if pruning.visual_tokens_kept is not None:
+        tokens, kept = counted(pruning.visual_tokens_in, "visual token"), pruning.visual_tokens_kept
+        flow["encode"] = f"{tokens} -> {kept:,}, with {100 * (pruning.encoder_live_share or 0):.0f}% of the work"
+        if report.cache == "hit":
+            flow["read"] = f"{counted(kept, 'visual token')} from the cache"
+    if count.prompt is not None:
+        flow["prefill"] = (
+            f"{counted(count.prompt, 'token')} read: {count.visual or 0:,} visual + {count.text or 0} text"
+        )
+        speed = f", {report.rate.generate_tok_s:.1f} tok/s" if report.rate.generate_tok_s else ""
+        flow["generate"] = f"{counted(count.new or 0, 'token')} written{speed}"
+    return flow
+
+
+def _totals(report) -> list[str]:
+    """The time to the first token, and the time in all."""
+    times, lines = report.time_ms, []
+    if times.ttft_wall is not None:
+        model = f"  (encode + prefill: {times.ttft_model:,.0f})" if times.ttft_model is not None else ""
+        lines.append(f"{'first token':<11}{times.ttft_wall:>8,.0f}{model}")
+    elif report.answer is None and report.question is not None and times.total is not None:
+        lines.append(f"{'first token':<11}  not reached")
+    if times.total is not None:
+        load = f"  (loading the model, not counted: {times.load:,.0f})" if times.load is not None else ""
+        lines.append(f"{'total':<11}{times.total:>8,.0f}{load}")
+    return lines
+
+
+def _memory(memory) -> list[str]:
+    """The peak; and on a CPU what of the memory in use is the process's own, and what are pages of files."""
+    if memory.peak_bytes is None:
+        return []
+    lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
+    if memory.own_bytes is not None and memory.mapped_bytes is not None:
+        files = f"{size(memory.mapped_bytes)} of mapped files that can be dropped"
+        lines.append(f"{INDENT}now {size(memory.own_bytes)} its own, and {files}")
+    return lines
+
+
+def _side_by_side(pruned, full) -> list[str]:
+    """Times to the first token and tokens of a question, with and without pruning."""
+    rows = (
+        ("first token", pruned.time_ms.ttft_wall, full.time_ms.ttft_wall),
+        ("encode + prefill", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
+        ("visual tokens", pruned.tokens.visual, full.tokens.visual),
+    )
+    lines = [f"{'compare':<16}{'pruned':>9}{'full':>9}"]
+    for name, ours, theirs in rows:
+        cells = "".join(f"{'-' if value is None else f'{value:,.0f}':>9}" for value in (ours, theirs))
+        lines.append(f"{name:<16}{cells}" + (f"{theirs / ours:>7.1f}x" if ours and theirs else ""))
+    return lines
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """The line in pieces that fit, broken between words, the later ones indented."""
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT) or [line]
+
+
+def _verbose(report) -> list[str]:
+    """Parts of loading in ms, the grid, rows of every layer, tokens of every frame pair, settings, versions."""
+    env, times, pruning, grid = report.env, report.time_ms, report.pruning, report.sampling.grid_thw
+    loads = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "preparing": times.load_prepare}
+    pairs, rows, wide = grid or (0, 0, 0)
+    return [
+        *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
+        *_wrapped("grid", [counted(pairs, "frame pair"), "of", f"{rows}x{wide}", "patches"] if grid else ["unknown"]),
+        *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
+        *_wrapped("kept", [f"{n:,}" for n in pruning.kept_per_pair or []]),
+        *_wrapped("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),
+        *_wrapped("versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]),
+        f"{'device':<11}{env.device_name}",
+    ]
+
+
+def _wrapped(title: str, words: list[str]) -> list[str]:
+    lines, line = [], f"{title:<10}"
+    for word in words:
+        if len(line) + 1 + len(word) > WIDTH:
+            lines.append(line)
+            line = " " * 10
+        line += f" {word}"
+    return [*lines, line]
