@@ -115,10 +115,10 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
             _check_video(path, options.sampling)
             _encode_into(talk, path, request, questions, options)
             if request.interactive:
-                converse(talk, questions)
+                converse(talk, questions, None if request.quiet else request.video)
                 return
             for question in questions:
-                talk.answer(question, last=talk.answered + 1 == len(questions))
+                talk.answer(question)
         except BaseException as problem:
             talk.break_off(problem, questions[talk.answered :])
             raise

@@ -1,13 +1,14 @@
 """Questions to one video and how their answers are printed: text or JSON on stdout, stats and warnings on stderr."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from evoprune.report import Report, VideoFacts
 from evoprune_cli.failures import failure
-from evoprune_cli.terminal import encodable, note, print_json, print_stats, print_warning, progress
+from evoprune_cli.terminal import note, print_json, print_stats, print_summary, print_warning, progress
+from evoprune_cli.wrapping import print_stream
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import Answer, EncodedVideo
@@ -23,7 +24,7 @@ class Output:
 
     Attributes:
         json: records instead of text.
-        stats: the stats block; `verbose`: more in it.
+        stats: the stats block; `verbose`: more in it; `brief`: one line instead of it.
         quiet: neither progress nor notes.
     """
 
@@ -31,13 +32,14 @@ class Output:
     stats: bool
     verbose: bool
     quiet: bool
+    brief: bool
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Output":
-        """Made of a command's arguments; by default there are stats unless --json or -q."""
+        """Made of a command's arguments; by default there are stats unless --json or -q, of a conversation a line of them."""
         json, stats, verbose, quiet = (given[name] for name in ("json", "stats", "verbose", "quiet"))
-        asked = stats if stats is not None else not json and not quiet
-        return cls(json, bool(asked or (verbose and not quiet)), verbose, quiet)
+        asked = bool((stats if stats is not None else not json and not quiet) or (verbose and not quiet))
+        return cls(json, asked, verbose, quiet, asked and given["interactive"] and not verbose and stats is None)
 
 
 class Conversation:
@@ -60,12 +62,11 @@ class Conversation:
         self._encode_full: EncodeFull | None = None
         self._running: Answer | None = None  # the one that is being read
         self._half: Report | None = None  # of a question that has only been answered with pruning
-        self._warned = False
 
     def begin(
         self, video: "EncodedVideo", generation: "GenerationOptions", encode_full: "EncodeFull | None" = None
     ) -> None:
-        """From now on questions can be answered.
+        """From now on questions can be answered. Prints the warnings, which are about the video and the model: before any answer.
 
         Args:
             video: what is asked.
@@ -73,9 +74,11 @@ class Conversation:
             encode_full: encodes it once more with nothing pruned; None where nothing is to be compared.
         """
         self._video, self._generation, self._encode_full = video, vars(generation), encode_full
+        for name in video.report.warnings:
+            print_warning(name, video.report.video)
 
-    def answer(self, question: str, last: bool) -> None:
-        """Asks, and prints the answer; with the `last` one the warnings, which are the same for every question, once."""
+    def answer(self, question: str) -> None:
+        """Asks, and prints the answer."""
         report = self._say(self._video, question, "pruned")
         if self._encode_full:
             self._half = report
@@ -84,7 +87,7 @@ class Conversation:
                     self._full = self._encode_full(show)
             report.compare, self._half = self._say(self._full, question, "full"), None
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
-        self._finish(report, last)
+        self._finish(report)
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
         """Prints what there is when something went wrong: stats, and with JSON a line for every question not answered."""
@@ -102,7 +105,7 @@ class Conversation:
             report.finish_reason = "interrupt"
         self.answered += len(unanswered)
         if report and interrupted:
-            self._finish(report, last=True)
+            self._finish(report)
         elif report and json:
             print_json(report)
         if json:
@@ -116,18 +119,20 @@ class Conversation:
         with progress(not self._output.quiet) as show:
             show("reading prompt")
             first = next(answer, "")
-        _print_answer(f"{label}: {first}" if self._encode_full else first, answer, silent=self._output.json)
+        if self._output.json:
+            for _ in answer:
+                pass
+        else:
+            print_stream(chain([f"{label}: {first}" if self._encode_full else first], answer))
         self._running = None
         return answer.report
 
-    def _finish(self, report: Report, last: bool) -> None:
+    def _finish(self, report: Report) -> None:
         if self._output.json:
             print_json(report)
-        if last and not self._warned:
-            self._warned = True
-            for name in report.warnings:
-                print_warning(name, report.video)
-        if self._output.stats:
+        if self._output.brief:
+            print_summary(report)
+        elif self._output.stats:
             note()
             print_stats(report, self._output.verbose)
 
@@ -137,17 +142,3 @@ class Conversation:
         return Report(
             question=question, video=VideoFacts(path=self._name), finish_reason=reason, error=failure(problem)
         )
-
-
-def _print_answer(first: str, rest: Iterator[str], silent: bool) -> None:
-    """Prints an answer as it is generated, and a newline even when it is interrupted."""
-    if silent:
-        for _ in rest:
-            pass
-        return
-    try:
-        print(encodable(first, sys.stdout), end="", flush=True)
-        for piece in rest:
-            print(encodable(piece, sys.stdout), end="", flush=True)
-    finally:
-        print(flush=True)

@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 from evoprune.errors import UsageError
 from evoprune_cli.conversation import Conversation
-from evoprune_cli.terminal import note, print_error
+from evoprune_cli.terminal import note, print_error, tell
 
 PROMPT = "> "
+HELP = "a question and Enter: the answer; exit, quit or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
+HELPS, ENDS = ("/help", "help", "?"), ("exit", "quit", "/exit", "/quit", "/bye")
 
 
 def check_terminal() -> None:
@@ -21,13 +24,18 @@ def check_terminal() -> None:
         )
 
 
-def converse(talk: Conversation, questions: list[str]) -> None:
+def converse(talk: Conversation, questions: list[str], video: str | None) -> None:
     """Answers `questions`, and then each question that is typed, which is appended to them.
 
     Ctrl-C ends an answer. Pressed twice at the prompt, it ends the conversation.
+
+    Args:
+        video: its name, for a greeting; None for none.
     """
     for question in list(questions):
         _answer(talk, question)
+    if video is not None:
+        tell(f"Ask about {os.path.basename(os.path.abspath(video))}. /help for help, exit or Ctrl-D to end.")
     for question in typed():
         questions.append(question)
         _answer(talk, question)
@@ -35,7 +43,7 @@ def converse(talk: Conversation, questions: list[str]) -> None:
 
 def _answer(talk: Conversation, question: str) -> None:
     try:
-        talk.answer(question, last=True)
+        talk.answer(question)
     except KeyboardInterrupt as stop:
         talk.break_off(stop, [question])
         note()  # ends the line on which the terminal printed ^C
@@ -45,7 +53,7 @@ def _answer(talk: Conversation, question: str) -> None:
 
 
 def typed() -> Iterator[str]:
-    """Questions, one a line, until the input ends (Ctrl-D). Empty lines are skipped.
+    """Questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
 
     Raises:
         KeyboardInterrupt: on the second Ctrl-C in a row at the prompt: the first may have been meant for an answer.
@@ -67,11 +75,17 @@ def typed() -> Iterator[str]:
             if warned:
                 note()
                 raise
-            note("\nCtrl-D ends the conversation, or Ctrl-C once more")
+            note("\nexit or Ctrl-D ends the conversation, or Ctrl-C once more")
             warned = True
             continue
-        warned = False
-        if line.strip():
+        warned, word = False, line.strip().lower()
+        if word in ENDS:
+            return
+        if word in HELPS:
+            tell(HELP)
+        elif re.fullmatch(r"/\w*", word):
+            tell(f"there is no command {word}; /help lists them")
+        elif word:
             yield line
 
 

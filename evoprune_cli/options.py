@@ -216,7 +216,7 @@ Interactive = Annotated[
     typer.Option(
         "-i",
         "--interactive",
-        help="Keep the video and ask on at a prompt: Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
+        help="Keep the video and ask on at a prompt: exit or Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
     ),
 ]
 Compare = Annotated[

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from evoprune.errors import UsageError
 from evoprune.language.text import harmless
 from evoprune.report import Report, VideoFacts
-from evoprune.stats import WIDTH, stats_block
+from evoprune.stats import WIDTH, stats_block, summary
 from evoprune.text import clock
 
 WARNINGS = {
@@ -34,14 +34,17 @@ def colourful() -> bool:
 
 def columns() -> int:
     """Columns of stderr: those of the terminal, at most 80."""
-    if not sys.stderr.isatty():
-        return WIDTH
+    return min(WIDTH, width_of(sys.stderr)) if sys.stderr.isatty() else WIDTH
+
+
+def width_of(terminal) -> int:
+    """Columns of a stream that is a terminal, by COLUMNS or by the terminal itself; 80 where neither says."""
     stated = os.environ.get("COLUMNS", "")
     try:
-        found = int(stated) if stated.isdigit() else os.get_terminal_size(sys.stderr.fileno()).columns
+        found = int(stated) if stated.isdigit() else os.get_terminal_size(terminal.fileno()).columns
     except OSError:
         found = 0
-    return min(WIDTH, found) if found > 0 else WIDTH
+    return found if found > 0 else WIDTH
 
 
 def paint(text: str, code: str) -> str:
@@ -129,6 +132,15 @@ def print_stats(report: Report, verbose: bool = False) -> None:
     """Prints the stats of an answer on stderr."""
     for line in stats_block(report, columns(), verbose):
         note(paint(printable(line), "2"))
+
+
+def print_summary(report: Report) -> None:
+    """Prints the stats of an answer on stderr in one line, of a comparison in two."""
+    if report.compare is None:
+        tell(summary(report))
+        return
+    tell(f"pruned: {summary(report)}")
+    tell(f"full: {summary(report.compare)}")
 
 
 def tell(text: str) -> None:

@@ -163,6 +163,14 @@ def test_records_hold_the_warning_about_foreign_clips(cli, tmp_path):
     assert cli("ask", path, QUESTION, "--json").record["warnings"] == ["demo_model"]
 
 
+@pytest.mark.parametrize("flags", [(), ("-q",), ("--json",)])
+def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, tmp_path, monkeypatch, flags):
+    path = tmp_path / "foreign.mp4"
+    write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    monkeypatch.setattr("evoprune_cli.conversation.print_warning", lambda name, video: print(f"warning {name}"))
+    assert cli("ask", path, QUESTION, *flags).out.startswith("warning demo_model\n")
+
+
 def test_help_and_version_import_no_torch():
     for args in (["--help"], ["--version"], ["ask", "--help"], ["ask", "--help-all"]):
         code = f"""

@@ -32,7 +32,27 @@ def test_questions_are_typed(cli):
 def test_questions_of_the_command_line_come_first(cli):
     result = cli("ask", CLIP, QUESTION, "-Q", MORE, "--interactive", stdin=f"{QUESTION}\n", terminal=True)
     assert result.out.splitlines()[0] == result.out.splitlines()[2] == "green" and len(result.out.splitlines()) == 3
-    assert result.err.count("\nencode") == 1 and result.err.count("\nprefill") == 3 and result.err.count("> ") >= 2
+    assert result.err.count("; first token ") == 3 and result.err.count("> ") >= 2
+
+
+def test_a_line_of_stats_an_answer_and_all_of_them_on_request(cli):
+    brief, full = (cli(*ASK, *flags, stdin=f"{QUESTION}\n{MORE}\n", terminal=True).err for flags in ((), ("-v",)))
+    assert brief.count("; first token ") == 2 and "prefill" not in brief
+    assert full.count("\nprefill") == 2 and full.count("\nversions") == 2
+    both = cli(*ASK, "--compare", stdin=f"{QUESTION}\n", terminal=True).err
+    assert "pruned: 63 tokens read (36 visual)" in both and "full: 171 tokens read (144 visual)" in both
+
+
+@pytest.mark.parametrize("end", ["exit", "quit", " QUIT ", "/exit"])
+def test_words_that_end_it(cli, end):
+    result = cli(*ASK, stdin=f"{QUESTION}\n{end}\n{MORE}\n", terminal=True)
+    assert (result.code, result.out) == (0, "green\n")
+
+
+def test_it_greets_and_has_help(cli):
+    result = cli(*ASK, stdin="/help\n/foo\n?\n", terminal=True)
+    assert "Ask about square.mp4. /help for help" in result.err.partition("> ")[0] and result.out == ""
+    assert result.err.count("exit, quit or Ctrl-D: the end") == 2 and "there is no command /foo" in result.err
 
 
 def test_json_lines(cli):
@@ -171,8 +191,8 @@ def test_answers_and_prompts_on_one_terminal(keyboard):
     screen, process = keyboard(*ASK, stdout=None)
     screen.wait_for("> ")
     screen.press(f"{QUESTION}\n".encode())
-    screen.wait_for("weights .*> ")
+    screen.wait_for("total .*> ")
     screen.press(b"\x04")
     assert process.wait(60) == 0
     lines = visible(screen.finish())
-    assert lines[:2] == [f"> {QUESTION}", "green"] and any(line.startswith("first token") for line in lines)
+    assert lines[1:3] == [f"> {QUESTION}", "green"] and "; first token " in lines[3]
