@@ -25,7 +25,7 @@ from evoprune.evaluation.frames import SharedFrames, grey_frames
 from evoprune.evaluation.grading import grade
 from evoprune.evaluation.processes import map_in_processes
 from evoprune.evaluation.questions import Video
-from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows
+from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, row_name, score_rows, too_few
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.machine import environment
@@ -272,7 +272,7 @@ class Evaluation:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
-        loaded = self.loaded
+        loaded, rows = self.loaded, score_rows(self.samples)
         return {
             "schema": SCHEMA,
             "model": asdict(loaded.facts()) if loaded else None,
@@ -280,9 +280,9 @@ class Evaluation:
             "settings": self.settings.record(),
             "videos": {"wanted": self.total, "evaluated": len({s["video"] for s in good}), "failed": len(failed)},
             "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},
-            "rows": score_rows(self.samples),
+            "rows": rows,
             "failures": [{"video": name, "message": message} for name, message in sorted(failed.items())],
-            "notes": self._notes(),
+            "notes": [*filter(None, [too_few(rows)]), *self._notes()],
             "error": error,
         }
 

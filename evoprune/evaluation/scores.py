@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from evoprune.evaluation.statistics import accuracy_interval, percentile_interval, resampled
+from evoprune.text import counted
 
 SCHEMA = "evoprune/eval@1"
 FULL, BLIND, METHOD = "full", "blind", "method"
 ALL, TYPE = "all", "type:"  # the group of all questions, and the prefix of groups that are types
+WIDE = 0.2  # an interval of accuracy that hides all but the largest differences
 COSTS = ("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 
 
@@ -75,6 +77,17 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
                 }
             )
     return made
+
+
+def too_few(rows: Sequence[dict]) -> str | None:
+    """A sentence that says so where rows have too few questions, or videos, to be compared; else None. `rows`: of `score_rows`."""
+    full = next((row for row in rows if row["row"] == FULL and row["group"] == ALL), None)
+    if full is None or full["low"] is None or full["high"] - full["low"] <= WIDE:
+        return None
+    asked = f"{counted(full['n'], 'question')} about {counted(full['videos'], 'video')}"
+    few = "is" if full["n"] == 1 else "are"
+    interval = f"{100 * full['low']:.0f} to {100 * full['high']:.0f}%"
+    return f"{asked} {few} too few to compare rows: the 95% interval of full is {interval}"
 
 
 def _groups(samples: Sequence[dict]) -> dict[str, np.ndarray]:

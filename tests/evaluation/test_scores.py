@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evoprune.evaluation.scores import score_rows
+from evoprune.evaluation.scores import score_rows, too_few
 
 COST = {
     "tokens": 10,
@@ -94,3 +94,12 @@ def test_nothing_right_in_full():
 def test_groups_are_there_where_items_carry_them(kind):
     made = [sample("a", "full", True, kind=kind) | {"groups": []}]
     assert [row["group"] for row in score_rows(made)] == ["all", *(["type:order"] if kind else [])]
+
+
+@pytest.mark.parametrize(("videos", "few"), [(1, True), (6, True), (200, False)])
+def test_rows_of_too_few_questions_are_not_to_be_compared(videos, few):
+    answers = {f"{number}": [("time", number % 3 > 0, True)] for number in range(videos)}
+    said = too_few(score_rows(run(answers)))
+    assert (said is not None) == few and too_few([]) is None
+    if few:
+        assert said.startswith(f"{videos} question") and "too few to compare rows: the 95% interval of full is " in said
