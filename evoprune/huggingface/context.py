@@ -29,6 +29,7 @@ from evoprune.huggingface.packed_tower import PackedTower
 from evoprune.huggingface.patches import Patches
 from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.model.clock import Clock
+from evoprune.pipeline.keywords import check_types, names_options
 from evoprune.pruning.budget import DEFAULT, parse_budget
 from evoprune.report import Report
 
@@ -44,7 +45,7 @@ class PruningContext:
 
     Attributes:
         budget: share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.
-        method, method_args: name of a pruning method, and its settings as texts.
+        method, method_args: name of a pruning method, and its settings by name.
         positions: "host" gives each token the position that the model itself gives it, so that budget 1.0 is the model's own
             output; "qwen" starts the text after a video at the end of the video's time, as Qwen trained its models
             (`language.positions`).
@@ -55,16 +56,18 @@ class PruningContext:
 
     Raises:
         UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question.
+        TypeError: an unknown option.
     """
 
     budget: float | str = DEFAULT
     method: str = methods.DEFAULT
-    method_args: dict[str, str] | None = None
+    method_args: dict[str, Any] | None = None
     positions: Literal["host", "qwen"] = "host"
     seed: int = 0
     pack: bool = False
 
     def __post_init__(self):
+        check_types(self)
         parse_budget(self.budget)
         patch_method(self.method, self.method_args)
         if self.positions not in ("host", "qwen"):
@@ -79,17 +82,32 @@ class PruningContext:
         return PrunedModel(model, self)
 
 
-def apply(model, **settings) -> "PrunedModel":
+PruningContext.__init__ = names_options(PruningContext.__init__)  # written by `dataclass`
+
+
+@names_options
+def apply(
+    model,
+    *,
+    budget: float | str = DEFAULT,
+    method: str = methods.DEFAULT,
+    method_args: dict[str, Any] | None = None,
+    positions: Literal["host", "qwen"] = "host",
+    seed: int = 0,
+    pack: bool = False,
+) -> "PrunedModel":
     """Prunes inside `model` from now on, until `remove()` of the result is called.
 
     Args:
-        settings: as in `PruningContext`.
+        model: the Hugging Face model.
+        budget, method, method_args, positions, seed, pack: see `evoprune.EvoPrune`.
 
     Raises:
         ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
         UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
+        TypeError: an unknown option.
     """
-    return PruningContext(**settings)(model).__enter__()
+    return PruningContext(budget, method, method_args, positions, seed, pack)(model).__enter__()
 
 
 class PrunedModel:

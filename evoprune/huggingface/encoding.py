@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 
@@ -9,12 +10,14 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.methods.base import Method
+from evoprune.pipeline.keywords import names_options
 from evoprune.pruning.budget import keep_count, parse_budget
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
 from evoprune.vision.tower import tower_shape
 
 
+@names_options
 def encode(
     model,
     pixel_values_videos: torch.Tensor,
@@ -22,7 +25,7 @@ def encode(
     *,
     budget: float | str = 1.0,
     method: str = methods.DEFAULT,
-    method_args: dict[str, str] | None = None,
+    method_args: dict[str, Any] | None = None,
     question: torch.Tensor | None = None,
     seconds_per_pair: float | Sequence[float] = 1.0,
     seed: int = 0,
@@ -37,7 +40,7 @@ def encode(
         pixel_values_videos: float `[patches, 1176]`, from the model's processor.
         video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across.
         budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
-        method, method_args: name of a pruning method, and its settings as texts.
+        method, method_args: name of a pruning method, and its settings by name.
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
         seconds_per_pair: time between frame pairs in seconds, one number or one per video (the processor's `second_per_grid_ts`).
         seed: for methods that draw at random.

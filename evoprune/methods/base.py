@@ -85,8 +85,8 @@ class Method:
         return 1.0 if self.acts == "none" else budget
 
     @classmethod
-    def from_args(cls, args: dict[str, str]) -> Self:
-        """The method with settings as texts, as on a command line.
+    def from_args(cls, args: dict[str, Any]) -> Self:
+        """The method with settings as texts, as on a command line; other values count as their texts.
 
         Raises:
             UsageError: the method has no such setting, or a value has the wrong type or is out of range.
@@ -96,7 +96,7 @@ class Method:
         for name, text in args.items():
             if name not in known:
                 raise UsageError(f"method {cls.name} has no argument {name!r}", _settings(cls))
-            values[name] = _parse(cls, known[name], text)
+            values[name] = _parse(cls, known[name], str(text))
         try:
             return cls(**values)
         except ValueError as error:

@@ -11,7 +11,8 @@ from evoprune.model.clock import Clock
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_kept, fill_times, video_report
-from evoprune.pipeline.options import GenerationOptions, from_keywords
+from evoprune.pipeline.keywords import names_options
+from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.view import View
 from evoprune.report import Report, TokenCounts
@@ -103,19 +104,30 @@ class EncodedVideo:
             f"{len(self.encoded.kept):,} of {self.units:,} visual tokens kept>"
         )
 
-    def ask(self, question: str, **options) -> Answer:
+    @names_options
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        system: str | None = None,
+    ) -> Answer:
         """Asks a question. The first answer's report includes the time of the video, later ones do not.
 
         Args:
             question: taken literally.
-            options: fields of `GenerationOptions`: `max_new_tokens`, `temperature`, `top_p`, `system`.
+            max_new_tokens, temperature, top_p, system: see `pipeline.options.GenerationOptions`.
 
         Raises:
-            UsageError: an option out of range, or an empty question. TypeError: an unknown option.
+            UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
-        (options,) = from_keywords(options, GenerationOptions)
+        options = GenerationOptions(max_new_tokens, temperature, top_p, system)
+        if not isinstance(question, str):
+            raise UsageError(f"the question is {question!r}, not a text", 'for example video.ask("What happens?")')
         if not question.strip():
-            raise UsageError("the question is empty", 'put it in quotes: evoprune ask video.mp4 "What happens?"')
+            raise UsageError("the question is empty", 'for example video.ask("What happens?")')
         settings = options.settings(self._engine.seed)
         report = self._report_of(question, settings)
         return Answer(report, self._pieces(question, options, settings, report))

@@ -3,14 +3,17 @@
 Values are checked when an object is made, as far as that needs neither a model nor a video.
 """
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any, Self
 
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationSettings
 from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize, parse_threads
+from evoprune.pipeline.keywords import check_types, unknown_option
 from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
 from evoprune.video.sampling import check_sampling
 
@@ -36,7 +39,7 @@ class ModelOptions:
         UsageError: an unknown dtype, quantisation or load format, or no number of threads.
     """
 
-    model: str = "demo"
+    model: str | PathLike = "demo"
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -46,6 +49,8 @@ class ModelOptions:
     threads: int | str | None = None
 
     def __post_init__(self):
+        check_types(self)
+        object.__setattr__(self, "model", os.fspath(self.model))
         object.__setattr__(self, "threads", parse_threads(self.threads))
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
@@ -61,7 +66,7 @@ class PruneOptions:
         budget: share of visual tokens kept, in (0, 1], or a preset's name, which becomes its share; or "auto", if the method
             can let the content decide.
         method: name of a pruning method, perhaps with settings: `NAME:SETTING=VALUE`.
-        method_args: its settings as texts.
+        method_args: its settings, by name; kept as texts.
         seed: of everything random, generation included.
 
     Raises:
@@ -70,12 +75,14 @@ class PruneOptions:
 
     budget: float | str = DEFAULT
     method: str = methods.DEFAULT
-    method_args: dict[str, str] = field(default_factory=dict)
+    method_args: dict[str, Any] | None = None
     seed: int = 0
 
     def __post_init__(self):
+        check_types(self)
         object.__setattr__(self, "budget", parse_budget_or_auto(self.budget))
-        object.__setattr__(self, "method_args", dict(self.method_args or {}))
+        texts = {name: str(value) for name, value in (self.method_args or {}).items()}
+        object.__setattr__(self, "method_args", texts)
         methods.check(self.method)
 
 
@@ -104,6 +111,7 @@ class SamplingOptions:
     decoder: str = "auto"
 
     def __post_init__(self):
+        check_types(self)
         check_sampling(**self.numbers)
 
     @property
@@ -132,6 +140,7 @@ class GenerationOptions:
     system: str | None = None
 
     def __post_init__(self):
+        check_types(self)
         self.settings()
 
     def settings(self, seed: int = 0) -> GenerationSettings:
@@ -147,7 +156,7 @@ def from_keywords(given: Mapping[str, Any], *kinds: type) -> list:
     """
     known = [f.name for kind in kinds for f in fields(kind)]
     if unknown := [name for name in given if name not in known]:
-        raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
+        raise unknown_option(unknown[0], known)
     return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds]
 
 

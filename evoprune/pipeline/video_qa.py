@@ -15,15 +15,19 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
+from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, make_method, unpruned
+from evoprune.pipeline.keywords import names_options
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import open_video
-from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions, from_keywords
+from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pruning.budget import DEFAULT
 
 
 class VideoQA:
@@ -34,37 +38,68 @@ class VideoQA:
     Args:
         loaded: from `loading.load_model`.
         load_seconds: how long loading took, for reports.
-        options: fields of `PruneOptions`: `budget`, `method`, `method_args`, `seed`.
+        budget, method, method_args, seed: see `pipeline.options.PruneOptions`.
 
     Attributes:
         engine: the model and how it prunes, as `opening.open_video` takes it.
 
     Raises:
-        UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option.
+        UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
+        the place of a loaded model.
     """
 
-    def __init__(self, loaded: LoadedModel, *, load_seconds: float | None = None, **options):
-        (pruning,) = from_keywords(options, PruneOptions)
-        self.engine = make_engine(loaded, pruning, load_seconds)
+    @names_options
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        load_seconds: float | None = None,
+        budget: float | str = DEFAULT,
+        method: str = methods.DEFAULT,
+        method_args: dict[str, Any] | None = None,
+        seed: int = 0,
+    ):
+        if not isinstance(loaded, LoadedModel):
+            raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
+        self.engine = make_engine(loaded, PruneOptions(budget, method, method_args, seed), load_seconds)
         if loaded.tokenizer is None:
             raise no_tokenizer(loaded.id)
         if loaded.device == "meta":  # shapes without numbers
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod
-    def load(cls, model: str = "demo", *, progress: Callable[[int, int], None] | None = None, **options) -> "VideoQA":
+    @names_options
+    def load(
+        cls,
+        model: str | os.PathLike[str] = "demo",
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str = "none",
+        load_format: str = "auto",
+        offline: bool = False,
+        threads: int | str | None = None,
+        budget: float | str = DEFAULT,
+        method: str = methods.DEFAULT,
+        method_args: dict[str, Any] | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "VideoQA":
         """Loads a model. Options are checked before any weights are read.
 
         Args:
             model: "demo", a folder, or a hub id.
+            revision, device, dtype, quantize, load_format, offline, threads: see `pipeline.options.ModelOptions`.
+            budget, method, method_args, seed: see `pipeline.options.PruneOptions`.
             progress: called with layers quantised and layers in all.
-            options: fields of `ModelOptions` and of `PruneOptions`.
 
         Raises:
             UsageError, ModelError, OutOfMemory: as `loading.load_model` and the constructor. TypeError: an unknown option.
         """
         start = time.perf_counter()
-        wanted, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)
+        wanted = ModelOptions(model, revision, device, dtype, quantize, load_format, offline, threads)
+        pruning = PruneOptions(budget, method, method_args, seed)
         make_method(pruning)
         loaded = load_model(wanted, to_answer=True, progress=progress)
         return cls(loaded, load_seconds=time.perf_counter() - start, **vars(pruning))
@@ -86,29 +121,35 @@ class VideoQA:
         engine = unpruned(self.engine)
         return VideoQA(engine.loaded, load_seconds=engine.load_seconds, **vars(engine.options))
 
+    @names_options
     def encode(
         self,
         path: str | os.PathLike[str],
         *,
+        fps: float | None = None,
+        frames: int | None = None,
+        start_s: float = 0.0,
+        end_s: float | None = None,
+        max_frames: int | None = None,
+        max_visual_tokens: int | None = None,
+        decoder: str = "auto",
         name: str | None = None,
         cache: Cache | None = None,
         progress: Progress | None = None,
-        **options,
     ) -> EncodedVideo:
         """Reads, preprocesses and encodes a video.
 
         Args:
             path: the file, or a folder of frames.
+            fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder: see `pipeline.options.SamplingOptions`.
             name: what reports call the video; default: its path.
             cache: where encoded videos are kept. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.encode_view`.
-            options: fields of `SamplingOptions`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens`,
-                `decoder`.
 
         Raises:
             VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory. TypeError: an unknown
             option.
         """
-        (sampling,) = from_keywords(options, SamplingOptions)
+        sampling = SamplingOptions(fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder)
         with closing(open_video(self.engine, path, sampling, name=name, cache=cache)) as video:
             return video.encode(progress)

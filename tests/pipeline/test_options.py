@@ -3,9 +3,12 @@
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.pipeline.options import (
     GenerationOptions,
@@ -33,6 +36,16 @@ WRONG = [
     (GenerationOptions, "max_new_tokens", 0, "max_new_tokens is 0"),
     (GenerationOptions, "temperature", -0.1, "temperature is -0.1"),
     (GenerationOptions, "top_p", 0.0, "top_p is 0.0"),
+    (ModelOptions, "model", 3, "model is 3, not a text or a path"),
+    (ModelOptions, "offline", 1, "offline is 1, not True or False"),
+    (PruneOptions, "budget", None, "budget is None, not a number or a text"),
+    (PruneOptions, "method", 3, "method is 3, not a text"),
+    (PruneOptions, "method_args", ["alpha"], "method_args is ['alpha'], not a dict or None"),
+    (PruneOptions, "seed", "x", "seed is 'x', not a whole number"),
+    (SamplingOptions, "start_s", "1:30", "start_s is '1:30', not a number"),
+    (SamplingOptions, "frames", True, "frames is True, not a whole number or None"),
+    (GenerationOptions, "max_new_tokens", 2.5, "max_new_tokens is 2.5, not a whole number"),
+    (GenerationOptions, "system", 3, "system is 3, not a text or None"),
 ]
 
 
@@ -41,6 +54,13 @@ def test_a_bad_value_is_refused(kind, name, value, message):
     with pytest.raises(UsageError) as caught:
         kind(**{name: value})
     assert caught.value.message.startswith(message) and caught.value.hint
+
+
+def test_numbers_of_numpy_and_settings_that_are_no_texts_are_welcome():
+    assert SamplingOptions(fps=np.float32(2), frames=None) and GenerationOptions(np.int64(3))
+    assert PruneOptions(method_args={"alpha": 2, "average": True}).method_args == {"alpha": "2", "average": "True"}
+    assert methods.get("evoprune", {"alpha": 2, "average": False}).args["average"] is False
+    assert ModelOptions(Path("a/model")).model == "a/model"
 
 
 def test_fps_and_frames_exclude_each_other():

@@ -1,0 +1,65 @@
+"""Keywords and values that a caller may have mistyped: what is wrong is named together with what would be right. No torch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, signature
+from numbers import Integral, Real
+from os import PathLike
+from types import NoneType
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin
+
+from evoprune.errors import UsageError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# What a declared type accepts, and what it is called.
+KINDS: dict[type, tuple[type, str]] = {
+    float: (Real, "a number"),
+    int: (Integral, "a whole number"),
+    str: (str, "a text"),
+    bool: (bool, "True or False"),
+    dict: (Mapping, "a dict"),
+    PathLike: (PathLike, "a path"),
+    NoneType: (NoneType, "None"),
+}
+
+
+def unknown_option(name: str, known: list[str]) -> TypeError:
+    """The error of a keyword that does not exist."""
+    return TypeError(f"unknown option {name!r}; known: {', '.join(known)}")
+
+
+def names_options(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function: the TypeError for a keyword that it does not have names those that it has."""
+    parameters = signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    options = [p.name for p in parameters if p.default is not Parameter.empty]
+
+    @wraps(function)
+    def checked(*args: P.args, **given: P.kwargs) -> T:
+        for name in given:
+            if name not in known:
+                raise unknown_option(name, options)
+        return function(*args, **given)
+
+    return checked
+
+
+def check_types(options: Any) -> None:
+    """Checks that the fields of a dataclass have the types that it declares. Fields of other types than `KINDS` are left out.
+
+    Raises:
+        UsageError: it names the field, its value, and what it should be.
+    """
+    for field in fields(options):
+        value, declared = getattr(options, field.name), get_args(field.type)
+        kinds = [field.type] if get_origin(field.type) is dict or not declared else list(declared)
+        wanted = [KINDS.get(get_origin(kind) or kind) for kind in kinds]
+        if None in wanted:
+            continue
+        fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted)
+        if not fits:
+            *first, last = (name for _, name in wanted)
+            right = f"{', '.join(first)} or {last}" if first else last
+            raise UsageError(f"{field.name} is {value!r}, not {right}", f"give {right}")
