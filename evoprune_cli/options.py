@@ -173,10 +173,15 @@ MaxVisualTokens = Annotated[
         show_default=False,
     ),
 ]
-Start = Annotated[str, _option(_SAMPLING, "--start", metavar="TIME", help="Where to start: 90, 1:30 or 01:30:00.")]
+Start = Annotated[
+    str,
+    _option(_SAMPLING, "--start", metavar="TIME", help="Where to start: 90, 1:30 or 01:30:00; -5: 5 s before the end."),
+]
 End = Annotated[
     str | None,
-    _option(_SAMPLING, "--end", metavar="TIME", help="Where to stop; default: the end.", show_default=False),
+    _option(
+        _SAMPLING, "--end", metavar="TIME", help="Where to stop, in the same way; default: the end.", show_default=False
+    ),
 ]
 Decoder = Annotated[
     str, _option(_SAMPLING, "--decoder", metavar="auto|pyav|decord", help="Library that reads the video; auto is pyav.")

@@ -16,6 +16,7 @@ from evoprune.errors import EvopruneError, UsageError
 from evoprune.language.text import is_text
 from evoprune.video.sampling import parse_time
 
+NAMED = 10  # wrong rows that an error names
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 
 
@@ -26,7 +27,7 @@ class Row:
     Attributes:
         id: the row's name in the results.
         video: the video's path as the user wrote it. `path`: the path that opens it.
-        start_s, end_s: the span to look at, in seconds; `end_s` is None for the end of the video.
+        start_s, end_s: the span to look at, in seconds, below 0 from the video's end; `end_s` is None for the end.
         options: the texts to choose from; empty for an open question.
         answer: the expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
         type, groups: in an evaluation, the names under which the row is counted.
@@ -139,20 +140,20 @@ def read_rows(
     """The rows of a JSONL or CSV file.
 
     Fields are `video` (relative to `folder`) and `question`, and optionally `id`, `start` and `end` (seconds, or texts like
-    1:30), `options` (in CSV separated by |) and `answer`. Other fields are left to `rules`. Null, or an empty cell, counts as
-    missing.
+    1:30; below 0 from the video's end), `options` (in CSV separated by |) and `answer`. Other fields are left to `rules`.
+    Null, or an empty cell, counts as missing.
 
     Args:
         content: UTF-8. name: of the file, for errors.
         start_s, end_s: for rows that have none of their own.
 
     Raises:
-        UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong row and counts the others.
+        UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """
     reader = _Reader(folder, start_s, end_s, rules)
     for number, fields in read_lines(content, name, ("video", "question"), rules.file):
         reader.add(f"{name}, line {number}", number, fields)
-    rows = reader.finish()
+    rows = reader.finish(name)
     if not rows:
         raise UsageError(f"{name} holds no rows", rules.fields)
     return rows
@@ -179,11 +180,13 @@ class _Reader:
             self._wrong.append((message, "give every row an id of its own"))
         self._rows[row.id], self._places[row.id] = row, place
 
-    def finish(self) -> list[Row]:
-        """All rows; raises UsageError if any was wrong."""
+    def finish(self, name: str = "") -> list[Row]:
+        """All rows; raises UsageError if any was wrong, with the `name` of the file once."""
         if self._wrong:
-            (message, hint), more = self._wrong[0], len(self._wrong) - 1
-            raise UsageError(message + (f" (and {more:,} more)" if more else ""), hint)
+            (first, _), *others = self._wrong[:NAMED]
+            named, more = [first, *(m.removeprefix(f"{name}, ") for m, _ in others)], len(self._wrong) - NAMED
+            hints = dict.fromkeys(hint for _, hint in self._wrong[:NAMED])
+            raise UsageError("; ".join(named) + (f"; and {more:,} more" if more > 0 else ""), "; ".join(hints))
         return list(self._rows.values())
 
     def _row(self, number: int, fields: dict[str, Any] | ValueError) -> Row:
@@ -191,7 +194,7 @@ class _Reader:
             raise fields
         fields = self._span | {name: value for name, value in fields.items() if value is not None}
         start, end = _seconds(fields, "start"), None if fields["end"] is None else _seconds(fields, "end")
-        if end is not None and end <= start:
+        if end is not None and end <= start and (end < 0) == (start < 0):  # below 0 they count from the video's end
             raise ValueError(f"end {end:g} s is not after start {start:g} s")
         video = _filled(fields, "video")
         row = Row(
@@ -244,6 +247,6 @@ def _seconds(fields: dict, name: str) -> float:
     value = fields[name]
     if isinstance(value, str):
         return parse_time(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is not a time in seconds")
     return float(value)

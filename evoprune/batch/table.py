@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -65,7 +66,7 @@ def _json_lines(text: str) -> Iterator[Line]:
             try:
                 fields = loads(line)
             except ValueError as problem:
-                fields = problem
+                fields = ValueError(f"not JSON: {problem}") if isinstance(problem, json.JSONDecodeError) else problem
             yield number, fields if isinstance(fields, dict | ValueError) else ValueError("not a JSON object")
 
 

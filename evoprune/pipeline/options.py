@@ -92,7 +92,7 @@ class SamplingOptions:
 
     Attributes:
         fps: frames a second; None for the model's own rate. `frames`: how many in all, instead; odd numbers round up.
-        start_s, end_s: the part of the video, in seconds; None for its end.
+        start_s, end_s: the part of the video, in seconds, below 0 from the video's end; None for the end.
         max_frames: None for the model's own limit.
         max_visual_tokens: limit before pruning, kept by smaller, then fewer frames; None for 24,576, and for 4,096 where a
             real model runs on a CPU.

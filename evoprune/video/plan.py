@@ -132,7 +132,7 @@ def make_plan(
         info: the video.
         limits: the model's.
         fps, frames: frames per second, or in all; default: the model's rate.
-        start_s, end_s: the span to sample, in seconds.
+        start_s, end_s: the span to sample, in seconds; below 0 from the video's end.
         max_frames: replaces the model's limit.
         max_visual_tokens: limit before pruning, at least 1.
 

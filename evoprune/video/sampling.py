@@ -67,7 +67,8 @@ def plan_sampling(
         fps: frames to take per second of video; the count is rounded to the nearest even number, at least 2, and kept
             within `min_frames` and `max_frames`. Ignored when `frames` is given.
         frames: exact number of frames; an odd one is rounded up, and only `max_frames` limits it.
-        start_s, end_s: the span to sample, in seconds; `end_s` beyond the video's end, or None, means its end.
+        start_s, end_s: the span to sample, in seconds; below 0 they count back from the video's end. `end_s` beyond the end, or
+            None, means the end; a start before the beginning means the beginning.
         min_frames, max_frames: limits of the count; an odd `min_frames` is rounded up, an odd `max_frames` down, and
             where they contradict each other `max_frames` wins.
 
@@ -75,39 +76,40 @@ def plan_sampling(
         UsageError: a number is out of range (nan, infinite, negative, no frames at all).
         VideoError: the span is empty.
     """
-    _check("start", start_s, least=0)
-    _check("end", end_s, least=0)
+    _check_time("start", start_s)
+    _check_time("end", end_s)
     _check("max_frames", max_frames, least=2)
     _check("min_frames", min_frames, least=0)
     if frames is None and fps is None:
         raise UsageError("neither fps nor frames is given", "give one of the two")
-    end = _span_end(duration_s, start_s, end_s)
+    start, end = _span(duration_s, start_s, end_s)
     if frames is not None:
         _check("frames", frames, least=1)
         wanted = frames + frames % 2
     else:
         _check_fps(fps)
-        nearest = 2 * math.floor(min((end - start_s) * fps, sys.maxsize) / 2 + 0.5)
+        nearest = 2 * math.floor(min((end - start) * fps, sys.maxsize) / 2 + 0.5)
         wanted = max(nearest, 2, min_frames + min_frames % 2)
     count = min(wanted, max_frames - max_frames % 2)
-    return SamplingPlan(start_s, end, even_times(start_s, end, count), wanted)
+    return SamplingPlan(start, end, even_times(start, end, count), wanted)
 
 
-def _span_end(duration_s: float, start_s: float, end_s: float | None) -> float:
-    """Where the span ends, in seconds, or the video if that is earlier. Raises VideoError if the span is empty."""
+def _span(duration_s: float, start_s: float, end_s: float | None) -> tuple[float, float]:
+    """Where the span begins and ends, in seconds, both inside the video. Raises VideoError if it is empty."""
     if not 0 < duration_s < math.inf:
         raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
-    end = duration_s if end_s is None else min(end_s, duration_s)
-    if start_s >= duration_s:
+    start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
+    end = duration_s if end_s is None else min(end_s if end_s >= 0 else duration_s + end_s, duration_s)
+    if start >= duration_s:
         raise VideoError(
             f"start {start_s:g} s lies beyond the video, which is {duration_s:g} s long", "choose an earlier start"
         )
-    if end <= start_s:
+    if end <= start:
         raise VideoError(
             f"nothing between start {start_s:g} s and end {end_s:g} s of the video, which is {duration_s:g} s long",
-            "choose an end after the start",
+            "choose an end after the start; below 0 both count back from the video's end",
         )
-    return end
+    return start, end
 
 
 def check_sampling(
@@ -128,33 +130,41 @@ def check_sampling(
         raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
     if fps is not None and frames is not None:
         raise UsageError("fps and frames exclude each other", "give one of the two")
-    _check("start", start_s, least=0)
-    _check("end", end_s, least=0)
+    _check_time("start", start_s)
+    _check_time("end", end_s)
     _check("max_frames", max_frames, least=2)
     _check("frames", frames, least=1)
     _check_fps(fps)
 
 
 def parse_time(text: str) -> float:
-    """Seconds from `90`, `90.5`, `1:30`, `01:30:00` or `1:02:03.5`.
+    """Seconds from `90`, `90.5`, `1:30`, `01:30:00` or `1:02:03.5`; with a minus sign in front they are below 0.
 
     Raises:
         UsageError: the text is none of these.
     """
-    match = re.fullmatch(r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)", text.strip())
+    sign, digits = (-1.0, text.strip()[1:]) if text.strip().startswith("-") else (1.0, text.strip())
+    match = re.fullmatch(r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)", digits)
     if match:
         hours, minutes, seconds = (float(group or 0) for group in match.groups())
         total = hours * 3600 + minutes * 60 + seconds
         # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
         whole = (minutes < 60 or not match[1]) and (seconds < 60 or not match[2])
         if whole and math.isfinite(total):
-            return total
-    raise UsageError(f"{text!r} is not a time", "write seconds (90.5), minutes (1:30) or hours (1:02:03)")
+            return sign * total if total else 0.0
+    raise UsageError(
+        f"{text!r} is not a time", "write seconds (90.5), minutes (1:30) or hours (1:02:03); from the end: -5"
+    )
 
 
 def _check_fps(fps: float | None) -> None:
     if fps is not None and not 0 < fps < math.inf:
         raise UsageError(f"fps is {fps:g}", "give a number above 0")
+
+
+def _check_time(name: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{name} is {value}", "give seconds from the beginning, or below 0 from the end")
 
 
 def _check(name: str, value: float | None, *, least: float) -> None:

@@ -111,7 +111,8 @@ def test_times_for_rows_that_have_none():
         (ROW | {"options": [*string.ascii_letters]}, "2 to 26"),
         (ROW | {"options": ["yes", 3]}, "option is not a text"),
         (ROW | {"start": "soon"}, "'soon' is not a time"),
-        (ROW | {"start": -1}, "start is not a time"),
+        (ROW | {"start": True}, "start is not a time"),
+        (ROW | {"start": -1, "end": -2}, "end -2 s is not after start -1 s"),
         (ROW | {"end": float("nan")}, "line 2: NaN is no number of JSON"),
         (ROW | {"end": True}, "end is not a time"),
         (ROW | {"start": 3, "end": 3}, "end 3 s is not after start 3 s"),
@@ -127,9 +128,19 @@ def test_what_is_no_row(row, says):
     assert caught.value.hint and "\n" not in caught.value.message
 
 
-def test_all_wrong_rows_are_counted():
-    with pytest.raises(UsageError, match=r"rows, line 2: no video \(and 2 more\)"):
+def test_times_may_count_from_the_end():
+    times = [(row.start_s, row.end_s) for row in read(jsonl(ROW | {"start": "-0:05"}, ROW | {"start": 1, "end": -2.5}))]
+    assert times == [(-5, None), (1, -2.5)]
+
+
+def test_wrong_rows_are_named_with_their_lines():
+    with pytest.raises(
+        UsageError, match=r"rows, line 2: no video; line 4: not a JSON object; line 5: not JSON: .*$"
+    ) as caught:
         read(jsonl(ROW, {}, ROW | {"id": 2}, [], "{"))
+    assert caught.value.message.count("rows") == 1 and "more" not in caught.value.message
+    with pytest.raises(UsageError, match=r"line 10: no video; and 1,990 more$"):
+        read(jsonl(*[{}] * 2000))
     with pytest.raises(UsageError, match="line 3: more cells"):
         read(b"video,question\na,b\na,c,d\n")
     with pytest.raises(UsageError, match="line 2: "):

@@ -137,6 +137,8 @@ def test_part_of_a_video(cli):
     sampling = cli("ask", CLIP, QUESTION, "--start", "0:01", "--end", "3", "--frames", "3", "--json").record["sampling"]
     assert (sampling["start_s"], sampling["end_s"], sampling["frames"]) == (1.0, 3.0, 4)
     assert sampling["timestamps_s"] == [1.25, 1.75, 2.25, 2.75]
+    sampling = cli("ask", CLIP, QUESTION, "--start", "-0:05", "--end", "-3", "--json").record["sampling"]
+    assert (sampling["start_s"], sampling["end_s"]) == (1.0, 3.0)
 
 
 def test_a_folder_in_the_hubs_layout_is_a_model(cli, tiny_folder):

@@ -29,7 +29,7 @@ WRONG = [
     (SamplingOptions, "fps", 0, "fps is 0"),
     (SamplingOptions, "fps", float("nan"), "fps is nan"),
     (SamplingOptions, "frames", 0, "frames is 0"),
-    (SamplingOptions, "start_s", -1.0, "start is -1.0"),
+    (SamplingOptions, "start_s", float("nan"), "start is nan"),
     (SamplingOptions, "end_s", float("inf"), "end is inf"),
     (SamplingOptions, "max_frames", 1, "max_frames is 1"),
     (SamplingOptions, "max_visual_tokens", 0, "at most 0 visual tokens"),

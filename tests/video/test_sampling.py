@@ -77,7 +77,26 @@ def test_a_contradiction_of_limits_is_settled_by_the_upper_one():
     assert plan_sampling(100.0, min_frames=8, max_frames=5).frames == 4
 
 
-@pytest.mark.parametrize("part", [{"start_s": 3.0}, {"start_s": 5.0}, {"start_s": 2.0, "end_s": 1.0}, {"end_s": 0.0}])
+@pytest.mark.parametrize(
+    ("start", "end", "span"),
+    [(-2.0, None, (8, 10)), (0.0, -3.0, (0, 7)), (-5.0, -2.0, (5, 8)), (-99.0, None, (0, 10)), (4.0, -1.0, (4, 9))],
+)
+def test_times_below_0_count_from_the_end(start, end, span):
+    plan = plan_sampling(10.0, start_s=start, end_s=end)
+    assert (plan.start_s, plan.end_s) == span and span[0] < plan.times_s[0] < plan.times_s[-1] < span[1]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"end_s": -3.0},
+        {"start_s": -1.0, "end_s": -2.0},
+        {"start_s": 3.0},
+        {"start_s": 5.0},
+        {"start_s": 2.0, "end_s": 1.0},
+        {"end_s": 0.0},
+    ],
+)
 def test_an_empty_part_states_how_long_the_video_is(part):
     with pytest.raises(VideoError, match="3 s long") as caught:
         plan_sampling(3.0, **part)
@@ -93,6 +112,8 @@ def test_a_video_without_length_is_refused(duration):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1.0])
 @pytest.mark.parametrize("name", ["fps", "frames", "start_s", "end_s", "min_frames", "max_frames"])
 def test_numbers_that_make_no_sense_are_refused(name, bad):
+    if name.endswith("_s") and bad == -1:
+        pytest.skip("counts from the end")
     with pytest.raises(UsageError):
         plan_sampling(3.0, **{name: bad})
 
@@ -107,7 +128,7 @@ def test_a_plan_of_no_frames_is_refused(bad):
     ("text", "expected"),
     [
         ("90", 90), ("90.5", 90.5), ("0", 0), ("1:30", 90), ("90:00", 5400), ("01:30:00", 5400), ("1:02:03.5", 3723.5),
-        (" 7 ", 7), ("100:00:00", 360000),
+        (" 7 ", 7), ("100:00:00", 360000), ("-5", -5), ("-0:05", -5), ("-1:30.5", -90.5), ("-0", 0),
     ],
 )  # fmt: skip
 def test_times_are_parsed(text, expected):
@@ -115,7 +136,26 @@ def test_times_are_parsed(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "-1", "1:", ":30", "1:60", "1:60:00", "1:2:3:4", "1.5:00", "nan", "inf", "1e3", "٣", "9" * 400]
+    "text",
+    [
+        "",
+        "x",
+        "-",
+        "--1",
+        "- 1",
+        "1:-5",
+        "1:",
+        ":30",
+        "1:60",
+        "1:60:00",
+        "1:2:3:4",
+        "1.5:00",
+        "nan",
+        "inf",
+        "1e3",
+        "٣",
+        "9" * 400,
+    ],
 )
 def test_what_is_not_a_time_is_refused(text):
     with pytest.raises(UsageError, match="is not a time"):
