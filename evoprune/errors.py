@@ -2,6 +2,7 @@
 
 import errno
 import re
+from traceback import walk_tb
 
 # What takes less memory, at a shell and in Python.
 LESS = (
@@ -20,6 +21,9 @@ NO_MEMORY = (
     "can't start new thread",
     "failed to map segment",
 )
+
+# Top-level modules of other packages that bring methods, as far as they are loaded, each with how errors name the method.
+PLUGINS: dict[str, str] = {}
 
 
 class EvopruneError(Exception):
@@ -65,6 +69,12 @@ class ModelError(EvopruneError):
         super().__init__(message, hint, stage=stage)
 
 
+class PluginError(EvopruneError):
+    """The code of a method that another package brings failed."""
+
+    type = "plugin"
+
+
 class OutOfMemory(EvopruneError):
     """A stage needed more memory than there is."""
 
@@ -72,10 +82,22 @@ class OutOfMemory(EvopruneError):
     type = "out_of_memory"
 
 
+def _plugin_of(problem: BaseException) -> str | None:
+    """The method of another package in whose code the exception was raised, or in code that it called; None without one."""
+    for frame, _ in walk_tb(problem.__traceback__):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in PLUGINS:
+            return PLUGINS[package]
+    return None
+
+
 def error_record(problem: BaseException) -> dict:
     """A failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
     if is_out_of_memory(problem):  # outside of any stage
         problem = OutOfMemory("out of memory", f"close other programs, or {LESS}")
+    elif not isinstance(problem, EvopruneError) and (brought := _plugin_of(problem)):
+        hint = "report it to that package's authors, with what --debug prints; or choose another --method"
+        problem = PluginError(f"{brought} failed: {type(problem).__name__}: {first_line(problem)}", hint)
     elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; run again with --debug and report what it prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)

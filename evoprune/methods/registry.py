@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from evoprune.errors import EvopruneError, UsageError, first_line
+from evoprune.errors import PLUGINS, EvopruneError, UsageError, first_line
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
@@ -174,9 +174,15 @@ def _load(entry: EntryPoint) -> type["Method"]:
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise _broken(entry, f"is not a Method: {entry.value}")
+    if (package := entry.module.partition(".")[0]) != "evoprune":
+        PLUGINS[package] = _named(entry)
     return found
 
 
 def _broken(entry: EntryPoint, what: str) -> UsageError:
     hint = "repair or uninstall that package, or choose another --method"
-    return UsageError(f"method {entry.name!r} of {_package(entry)} {what}", hint)
+    return UsageError(f"{_named(entry)} {what}", hint)
+
+
+def _named(entry: EntryPoint) -> str:
+    return f"method {entry.name!r} of {_package(entry)}"

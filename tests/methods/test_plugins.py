@@ -13,7 +13,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.errors import UsageError
+from evoprune.errors import PLUGINS, UsageError
 from evoprune.methods import registry
 from tests.cli.conftest import cli  # noqa: F401
 from tests.methods.tokens import encoded, selected, tokens_of
@@ -35,6 +35,8 @@ class First(Selector):
     skip: int = 0
 
     def select(self, tokens, keep):
+        if self.skip < 0:
+            raise ZeroDivisionError("no such token")
         return Selection(torch.arange(self.skip, self.skip + keep))
 """
 ENTRIES = """[evoprune.methods]
@@ -85,6 +87,7 @@ def installed(folder, monkeypatch, name, modules, entries):
 
 
 def forget():
+    PLUGINS.clear()
     registry._entry_points.cache_clear()
     registry._plugins.cache_clear()
 
@@ -201,6 +204,16 @@ def test_commands_know_them(package, cli):  # noqa: F811
     assert done.code == 2 and "'absent' of extra-methods 1.2 cannot be loaded" in done.err
     done = cli("inspect")
     assert done.code == 0 and "broken: method 'absent'" in done.out
+
+
+def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli):  # noqa: F811
+    failing = (*ASK[:2], *QUESTIONS[:2], "--method", "first:skip=-1")
+    done = cli(*failing)
+    error, hint = done.err.splitlines()[-2:]
+    assert error == "error: method 'first' of extra-methods 1.2 failed: ZeroDivisionError: no such token"
+    assert done.code == 1 and "that package's authors" in hint and "Traceback" not in done.err
+    assert cli(*failing, "--json").record["error"]["type"] == "plugin"
+    assert "in select" in cli(*failing, "--debug").err
 
 
 def test_a_documented_method_reads_each_question_of_a_command(documented, cli):  # noqa: F811
