@@ -221,8 +221,8 @@ def lines(facts: dict, indent: int = 0) -> list[str]:
         title = " " * indent + (
             name if name.isupper() else name.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
         )
-        if name == "args":
-            continue  # for programs
+        if name in ("args", "warnings"):
+            continue  # for programs; warnings are on stderr, as sentences
         if name == "presets":
             made.append(title)
             for preset, p in value.items():

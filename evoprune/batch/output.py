@@ -67,7 +67,7 @@ class RecordFile:
         try:
             if self.regular and os.fstat(self._number).st_size and not overwrite:
                 if not resume:
-                    hint = "--resume goes on with it, --overwrite replaces it"
+                    hint = "--resume goes on with it, --overwrite replaces it; or name another file with -o"
                     raise UsageError(f"{path} is there already", hint)
                 self.found = self._read()
         except BaseException:

@@ -128,3 +128,10 @@ def test_a_full_disk(cli, tmp_path):
     result = cli("inspect", CLIP, "--overlay", tmp_path / "drawn.png", "--json")
     assert result.code == 2 and result.err.startswith(f"error: cannot write {tmp_path}/drawn.png: No space left")
     assert result.record["plan"]["grid"] == [6, 4, 6]
+
+
+def test_a_warning_of_an_overlay_is_a_sentence(cli, tmp_path):
+    path = tmp_path / "foreign.mp4"
+    write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
+    result = cli("inspect", path, "--overlay", tmp_path / "a.png")
+    assert "demo_overlay" not in result.out and "the demo model knows only coloured shapes" in result.err
