@@ -197,6 +197,7 @@ def _command() -> str | None:
 
 def _sentence(problem: Exception) -> str:
     text = " ".join(problem.format_message().split()).rstrip(".")
+    text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
     return re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
 
 

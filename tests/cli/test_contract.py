@@ -138,6 +138,9 @@ CASES = {
     "no video": fails(2, "VIDEO", "ask"),
     "unknown flag": fails(2, "--fpss", "ask", CLIP, QUESTION, "--fpss", "2"),
     "unknown flag of inspect": fails(2, "see evoprune inspect --help", "inspect", CLIP, "--fpss", "2"),
+    "a word for a number": fails(
+        2, "Invalid value for '--frames': not a valid integer\n", *ASK, "--frames", "abc", ways=PIPE
+    ),
     "flag without its value": fails(2, "see evoprune ask --help", "ask", CLIP, "-Q", ways=("pipe", "terminal")),
     "question not quoted": fails(2, "quote the question", "ask", CLIP, "What", "happens?"),
     "too many videos to inspect": fails(2, "unexpected extra words: b.mp4", "inspect", CLIP, "b.mp4"),
