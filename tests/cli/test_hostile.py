@@ -128,7 +128,7 @@ NASTY = "a\x1b[31mb\x9b2Jc\rd\u202ee\tf\ng\u00e9\u3000\U0001f468\u200d\U0001f469
 def test_answers_are_not_obeyed_by_a_terminal(cli, says, monkeypatch):
     says(NASTY)
     assert cli("ask", CLIP, "What?", *QUICK).out == NASTY + "\n"  # in a pipe it stays what it is
-    monkeypatch.setattr("evoprune_cli.conversation.encodable", _as_on_a_terminal)
+    monkeypatch.setattr("evoprune_cli.wrapping.encodable", _as_on_a_terminal)
     shown = "a\\x1b[31mb\\x9b2Jc\\rd\\u202ee\tf\ng\u00e9\u3000\U0001f468\u200d\U0001f469\n"
     assert cli("ask", CLIP, "What?", *QUICK).out == shown
 

@@ -30,7 +30,8 @@ def test_the_transcript_of_the_readme(cli):
     result = cli(*shlex.split(command))
 
     def counts(text: str) -> list[list[str]]:
-        lines = [line for line in text.splitlines() if line and not line.startswith(("model", "first token", "memory"))]
+        measured = ("model", "first token", "total", "memory", " " * 11)
+        lines = [line for line in text.splitlines() if line and not line.startswith(measured)]
         return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
 
     assert counts(shown) == counts(result.out + result.err)

@@ -38,7 +38,10 @@ def list_images(folder: str) -> list[str]:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"cannot read the folder {folder}: {reason}", "check the path") from error
     if not names:
-        raise VideoError(f"no images in the folder {folder}", f"files that count as images: {', '.join(ENDINGS)}")
+        raise VideoError(
+            f"no images in the folder {folder}",
+            f"files that count as images: {', '.join(ENDINGS)}; a folder of videos is for evoprune batch",
+        )
     return [os.path.join(folder, name) for name in sorted(names, key=_natural)]
 
 
