@@ -24,7 +24,7 @@ def test_the_second_time_it_comes_from_the_cache(cli):
     assert (first["cache"], second["cache"]) == ("miss", "hit") and first["answer"] == second["answer"]
     assert first["pruning"] == second["pruning"] and second["time_ms"]["encode"] == 0
     result = cli(*ASK, "--cache")
-    assert result.out == "green\n" and "36 tokens from the cache" in result.err and "\nencode" not in result.err
+    assert result.out == "green\n" and "36 visual tokens from the cache" in result.err and "\nencode" not in result.err
 
 
 def test_both_sides_of_a_comparison(cli):
