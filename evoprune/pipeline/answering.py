@@ -1,6 +1,12 @@
-"""The last stages: an encoded video is asked a question, and the answer is streamed."""
+"""The last stages: an encoded video is asked a question, and the answer is streamed.
 
+Answers of one video share the keys and values of its prompt. So a lock of the video is held while a piece is generated, and by
+`Answer.text` until the answer is complete. It is never held while the caller has control: an iteration cannot block another one.
+"""
+
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 
@@ -25,6 +31,9 @@ from evoprune.vision.token_selection import EncodedRows, select_tokens
 class Answer(Iterator[str]):
     """An answer, in pieces as they are generated: iterate over it once. Generation begins with the first piece.
 
+    Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
+    ends with an error if another answer began between two of its pieces, in this thread or another.
+
     Attributes:
         report: of this answer; up to date after each piece, complete after the last. `report.answer` is what there is so far.
         text: the whole answer; reading it generates what is left.
@@ -34,18 +43,20 @@ class Answer(Iterator[str]):
         OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
 
-    def __init__(self, report: Report, pieces: Iterator[str]):
+    def __init__(self, report: Report, pieces: Iterator[str], lock: AbstractContextManager | None = None):
         self.report = report
-        self._pieces = pieces
+        self._pieces, self._lock = pieces, lock or nullcontext()
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._lock:
+            return next(self._pieces)
 
     @property
     def text(self) -> str:
         """The whole answer: generates what is left of it. What there is so far is `report.answer`."""
-        for _ in self:
-            pass
+        with self._lock:
+            for _ in self:
+                pass
         return self.report.answer or ""
 
     def __str__(self) -> str:
@@ -53,14 +64,15 @@ class Answer(Iterator[str]):
 
     def close(self) -> None:
         """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
-        self._pieces.close()
+        with self._lock:
+            self._pieces.close()
 
     def __repr__(self) -> str:
         return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
 
 
 class EncodedVideo:
-    """A video that was encoded once and can be asked about, one question at a time.
+    """A video that was encoded once and can be asked about, one question at a time. Threads wait for one another (`Answer`).
 
     A method that reads the question selects tokens for each one anew, among the rows of the one encoding; before the first
     question `encoded` has no tokens.
@@ -77,7 +89,7 @@ class EncodedVideo:
         self.encoded: Encoded = result.nothing_selected() if isinstance(result, EncodedRows) else result
         self._engine, self._encoding = engine, encoding
         self._prompts = PromptReader(engine.loaded, view)
-        self._turn, self._paid = 0, False
+        self._turn, self._paid, self._lock = 0, False, threading.RLock()
         self._blank = video_report(engine, view, encoding, self.encoded)
         self.report = deepcopy(self._blank)
         fill_times(self.report, encoding.seconds, encoding.wall_seconds, engine.loaded.device)
@@ -130,7 +142,7 @@ class EncodedVideo:
             raise UsageError("the question is empty", 'for example video.ask("What happens?")')
         settings = options.settings(self._engine.seed)
         report = self._report_of(question, settings)
-        return Answer(report, self._pieces(question, options, settings, report))
+        return Answer(report, self._pieces(question, options, settings, report), self._lock)
 
     def _report_of(self, question: str, settings: GenerationSettings) -> Report:
         report, fresh = deepcopy(self._blank), Report()

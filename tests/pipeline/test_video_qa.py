@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -125,6 +126,33 @@ def test_answers_must_not_be_mixed(loaded):
     next(video.ask("And then?", max_new_tokens=50, temperature=1.0))
     with pytest.raises(UsageError, match="another question"):
         list(first)
+
+
+@pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
+@pytest.mark.parametrize("shared_video", [True, False], ids=["one video", "a video each"])
+def test_threads_get_their_answers_one_after_the_other(loaded, method, shared_video):
+    qa = VideoQA(loaded, budget=0.25, method=method)
+    questions = ["What happens?", "How many red squares are there?", "And then?"] * 2
+    want = [answer(qa.encode(CLIP), question, n=8) for question in questions]
+    video, start = qa.encode(CLIP), threading.Barrier(len(questions))
+
+    def ask(question):
+        start.wait()
+        return (video if shared_video else qa.encode(CLIP)).ask(question, max_new_tokens=8).text
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        assert list(pool.map(ask, questions)) == want
+
+
+def test_a_pause_between_two_pieces_blocks_no_other_thread(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
+    next(first)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(lambda: answer(video, "And then?")).result(timeout=60)
+    assert said == answer(video, "And then?")
+    with pytest.raises(UsageError, match="another question"):
+        _ = first.text
 
 
 def test_an_answer_does_not_go_on_after_another_question_broke_off(loaded):
