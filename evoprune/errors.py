@@ -27,7 +27,7 @@ PLUGINS: dict[str, str] = {}
 
 
 class EvopruneError(Exception):
-    """Base of every expected failure: `message` says what and where, `hint` what to do about it.
+    """Base of every expected failure: `message` says what and where, `hint` what to do about it. Tracebacks show both.
 
     `exit_code` is what the command line ends with, `type` the short name in JSON records.
     """
@@ -40,6 +40,11 @@ class EvopruneError(Exception):
         self.message = message
         self.hint = hint
         self.stage = stage
+        if hint:
+            self.add_note(f"hint: {hint}")
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class UsageError(EvopruneError):

@@ -1,0 +1,25 @@
+"""What errors show in Python, and what is left of them in another process."""
+
+import pickle
+import traceback
+
+import pytest
+
+from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError
+
+
+@pytest.mark.parametrize("kind", [UsageError, VideoError, ModelError, OutOfMemory])
+@pytest.mark.parametrize("again", [False, True], ids=["here", "from another process"])
+def test_a_traceback_ends_with_the_hint(kind, again):
+    problem = kind("no such thing", "take another", stage="decode")
+    if again:
+        problem = pickle.loads(pickle.dumps(problem))
+    assert str(problem) == "no such thing" and (problem.hint, problem.stage) == ("take another", "decode")
+    *_, message, hint = "".join(traceback.format_exception(problem)).splitlines()
+    assert message == f"evoprune.errors.{kind.__name__}: no such thing" and hint == "hint: take another"
+
+
+def test_a_changed_message_is_the_one_that_is_shown():
+    problem = VideoError("/tmp/x is no video")
+    problem.message = "standard input is no video"
+    assert str(problem) == "standard input is no video" and not hasattr(problem, "__notes__")
