@@ -2,6 +2,8 @@
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from traceback import walk_tb
 
 # What takes less memory, at a shell and in Python.
@@ -22,8 +24,8 @@ NO_MEMORY = (
     "failed to map segment",
 )
 
-# Top-level modules of other packages that bring methods, as far as they are loaded, each with how errors name the method.
-PLUGINS: dict[str, str] = {}
+# Methods of other packages, as far as they are loaded: the class of each, with how errors name it.
+PLUGINS: dict[type, str] = {}
 
 
 class EvopruneError(Exception):
@@ -89,20 +91,41 @@ class OutOfMemory(EvopruneError):
 
 def _plugin_of(problem: BaseException) -> str | None:
     """The method of another package in whose code the exception was raised, or in code that it called; None without one."""
+    packages = {_package(kind.__module__): name for kind, name in PLUGINS.items()}
     for frame, _ in walk_tb(problem.__traceback__):
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in PLUGINS:
-            return PLUGINS[package]
+        if (package := _package(str(frame.f_globals.get("__name__", "")))) in packages:
+            return PLUGINS.get(type(frame.f_locals.get("self")), packages[package])
     return None
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _plugin_error(problem: BaseException) -> PluginError | None:
+    """The error for an unexpected exception in the code of another package's method; None for any other."""
+    brought = None if isinstance(problem, EvopruneError) or is_out_of_memory(problem) else _plugin_of(problem)
+    hint = "report it to that package's authors, with the traceback (--debug); or choose another method"
+    return PluginError(f"{brought} failed: {type(problem).__name__}: {first_line(problem)}", hint) if brought else None
+
+
+@contextmanager
+def names_plugins() -> Iterator[None]:
+    """Also a decorator. An exception in the code of another package's method becomes a PluginError that names the method."""
+    try:
+        yield
+    except Exception as problem:
+        if named := _plugin_error(problem):
+            raise named from problem
+        raise
 
 
 def error_record(problem: BaseException) -> dict:
     """A failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
     if is_out_of_memory(problem):  # outside of any stage
         problem = OutOfMemory("out of memory", f"close other programs, or {LESS}")
-    elif not isinstance(problem, EvopruneError) and (brought := _plugin_of(problem)):
-        hint = "report it to that package's authors, with what --debug prints; or choose another --method"
-        problem = PluginError(f"{brought} failed: {type(problem).__name__}: {first_line(problem)}", hint)
+    elif named := _plugin_error(problem):
+        problem = named
     elif not isinstance(problem, EvopruneError):
         hint = "this is a bug; run again with --debug and report what it prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from evoprune import methods
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, names_plugins
 from evoprune.huggingface import interface
 from evoprune.methods.base import Method
 from evoprune.pipeline.keywords import names_options
@@ -58,6 +58,7 @@ def encode(
     return encode_with(interface.tower_of(model), pixel_values_videos, video_grid_thw, share, chosen, **how)
 
 
+@names_plugins()
 def encode_with(
     visual,
     pixel_values_videos: torch.Tensor,

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from evoprune.errors import PLUGINS, EvopruneError, UsageError, first_line
+from evoprune.errors import PLUGINS, EvopruneError, UsageError, first_line, names_plugins
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
@@ -77,6 +77,7 @@ def _impossible(text: str) -> UsageError:
     )
 
 
+@names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
     """The method that `text` names.
 
@@ -86,6 +87,7 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
 
     Raises:
         UsageError: no such method, combination or setting, or another package's method is broken.
+        PluginError: the code of another package's method failed.
     """
     check(text)
     first, _, last = text.partition("+")
@@ -174,8 +176,14 @@ def _load(entry: EntryPoint) -> type["Method"]:
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise _broken(entry, f"is not a Method: {entry.value}")
-    if (package := entry.module.partition(".")[0]) != "evoprune":
-        PLUGINS[package] = _named(entry)
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise _broken(entry, f"is not complete: class {found.__name__} has no {', '.join(missing)}")
+    if found.name != entry.name:
+        raise _broken(entry, f"has another name in its class: {found.__name__} needs name = {entry.name!r}")
+    if "__dataclass_params__" not in vars(found):
+        raise _broken(entry, f"is no dataclass: {found.__name__} needs @dataclass(frozen=True)")
+    if not found.__module__.startswith("evoprune."):
+        PLUGINS[found] = _named(entry)
     return found
 
 

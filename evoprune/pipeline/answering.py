@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, names_plugins
 from evoprune.language.generate import GenerationSettings, TokenStream, embed_question, stream, stream_text
 from evoprune.language.prompt import Prompt
 from evoprune.model.clock import Clock
@@ -204,6 +204,7 @@ class EncodedVideo:
         fill_times(report, clock.seconds, wall, self._engine.loaded.device)
         return clock, wall
 
+    @names_plugins()
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
         loaded, before = self._engine.loaded, self.encoded.prune_seconds if self._paid else 0.0

@@ -18,7 +18,7 @@ from contextlib import closing
 from typing import Any
 
 from evoprune import methods
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, names_plugins
 from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
@@ -122,6 +122,7 @@ class VideoQA:
         return VideoQA(engine.loaded, load_seconds=engine.load_seconds, **vars(engine.options))
 
     @names_options
+    @names_plugins()
     def encode(
         self,
         path: str | os.PathLike[str],

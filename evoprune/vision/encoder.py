@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.methods.base import Method
+from evoprune.methods.selecting import select
 from evoprune.model.autocast import without_autocast
 from evoprune.model.numerics import all_numbers, not_a_number_error
 from evoprune.model.weights import Tower
@@ -226,8 +227,7 @@ class _Run:
             norm = self.visual.blocks[plan.select_after].norm1
             seen = family(self.visual).norm(norm, rows.x).flatten(1)
             tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
-            with without_autocast():
-                found = selector.select(tokens, min(plan.keep, len(rows.x)))
+            found = select(selector, tokens, min(plan.keep, len(rows.x)))
             del seen, tokens  # as large as all rows
             means = found.features(rows.x.flatten(1), rows.owner).view(-1, *rows.x.shape[1:])
         final = selector.suffices(len(found.kept), plan.keep, plan.units)

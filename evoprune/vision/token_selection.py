@@ -6,7 +6,7 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method
-from evoprune.model.autocast import without_autocast
+from evoprune.methods.selecting import select
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.pruning.indices import ascending, tally
@@ -98,7 +98,7 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
         question: as in `encoder.encode`; ignored unless the method reads the question.
 
     Raises:
-        ModelError, RuntimeError: as in `EncodedRows.finish`. TypeError: as in `selected`.
+        ModelError, RuntimeError: as in `EncodedRows.finish`. UsageError, PluginError: as in `selected`.
     """
     tokens = video.tokens
     rows, owner = tokens.rows, tokens.owner
@@ -115,7 +115,7 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
 
     Raises:
         UsageError: the method reads the question, and there is none.
-        TypeError: the method returns something other than a `Selection`.
+        PluginError: a method of another package returns what is no selection of `keep` units.
     """
     method, tokens, keep = video.method, video.tokens, video.plan.keep
     if video.selection is not None or not video.plan.prunes:
@@ -131,11 +131,7 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
             )
         given = {**tokens.given, "question": question.to(video.unit.device).float()}
         tokens = replace(tokens, given=given)
-    with without_autocast():
-        found = method.selector.select(tokens, keep)
-    if not isinstance(found, Selection):
-        raise TypeError(f"method {method.name} must answer with a Selection, not a {type(found).__name__}")
-    return found
+    return select(method.selector, tokens, keep)
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.errors import PLUGINS, UsageError
+from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
 from evoprune.methods import registry
 from tests.cli.conftest import cli  # noqa: F401
 from tests.methods.tokens import encoded, selected, tokens_of
@@ -47,6 +47,33 @@ random = extra_methods:First
 reuse = extra_methods:First
 with,comma = extra_methods:First
 """
+# What a selector of 96 units may return instead of 24, by the error's words; and classes that are refused when they are loaded.
+RETURNS = {
+    "returned a list where a Selection": "[1]",
+    "returned 26 units where 24": "Selection(torch.arange(keep + 2))",
+    "returned 0 units where 24": "Selection(torch.arange(0))",
+    "returned kept as int32 .24. where int64 .K.": "Selection(torch.arange(keep).int())",
+    "returned kept as int64 .1, 24. where": "Selection(torch.arange(keep)[None])",
+    "returned kept as bool .96.": "Selection(torch.arange(96) < keep)",
+    "returned a list as kept": "Selection(list(range(keep)))",
+    "returned kept on meta": "Selection(torch.arange(keep, device='meta'))",
+    "returned units that are not in ascending": "Selection(torch.arange(keep).flip(0))",
+    "returned units from 80 to 103 of a video with units 0 to 95": "Selection(torch.arange(80, 80 + keep))",
+    "returned units from -1 to 22": "Selection(torch.arange(-1, keep - 1))",
+    "returned owner as float32 .96.": "Selection(torch.arange(keep), torch.zeros(96))",
+    "returned an owner that is not": "Selection(torch.arange(keep), torch.zeros(96).long())",
+    "returned weight as float32 .24. where": "Selection(torch.arange(keep), None, torch.ones(keep))",
+    "returned a weight that is not": "Selection(torch.arange(keep), None, torch.ones(96) / 0)",
+    "returned size as int64 .24.": "Selection(torch.arange(keep), size=torch.arange(keep))",
+    "returned a size that is not": "Selection(torch.arange(keep), size=torch.zeros(keep))",
+    "failed: ZeroDivisionError: division": "1 / 0",
+}
+REFUSED = {
+    "is not complete: class Mine has no select": "@dataclass(frozen=True)\nclass Mine(Selector):\n    name = 'mine'",
+    "Mine needs name = 'mine'": "@dataclass(frozen=True)\nclass Mine(First):\n    name = 'your'",
+    "another name in its class: Mine needs": "@dataclass(frozen=True)\nclass Mine(Selector):\n    select = First.select",
+    "is no dataclass: Mine needs": "class Mine(First):\n    name = 'mine'\n    more: int = 1",
+}
 PAGES = ["CONTRIBUTING.md", "docs/house.md", "docs/methods.md"]
 DOCUMENTED = ["longest", "neighbours", "mixed", "asked"]
 GRID = (4, 4, 6)
@@ -121,6 +148,49 @@ def test_each_has_a_line_in_inspect(package):
     assert lines["first"] == "of extra-methods 1.2"
     assert "broken" in lines["absent"] and "broken" in lines["wrong"]
     assert all("ignored" in lines[name] for name in ("random", "reuse", "with,comma"))
+
+
+def one_more(folder, text):
+    """The package with a method `mine` more."""
+    (folder / "extra_methods.py").write_text(MODULE + text)
+    with (folder / "extra_methods-1.2.dist-info/entry_points.txt").open("a") as entries:
+        entries.write("mine = extra_methods:Mine\n")
+    forget()
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_a_class_that_is_no_method_is_refused_when_it_is_loaded(package, says):
+    one_more(package, REFUSED[says])
+    with pytest.raises(UsageError, match=says) as caught:
+        methods.get("mine")
+    assert caught.value.message.startswith("method 'mine' of extra-methods 1.2 ")
+
+
+@pytest.mark.parametrize("says", RETURNS)
+def test_what_one_returns_is_checked(package, says):
+    select = f"    def select(self, tokens, keep):\n        return {RETURNS[says]}\n"
+    one_more(package, f"@dataclass(frozen=True)\nclass Mine(Selector):\n    name: ClassVar[str] = 'mine'\n{select}")
+    patches, method = clip(GRID, changes(GRID, 0.5)), methods.get("mine")
+    with pytest.raises(PluginError, match=says) as caught, names_plugins():
+        encoded(method, patches, GRID, 24)
+    assert caught.value.message.startswith("method 'mine' of extra-methods 1.2 ")
+
+
+@pytest.mark.parametrize("skip", [-1, 40])
+@pytest.mark.parametrize("way", ["VideoQA", "encode", "EvoPrune"])
+def test_every_way_of_running_one_names_it(package, way, skip):
+    one_more(package, "@dataclass(frozen=True)\nclass Mine(First):\n    name: ClassVar[str] = 'mine'\n")
+    how, model = {"budget": 0.5, "method": f"first:skip={skip}"}, tiny_model()
+    methods.get("mine")
+    video = processed(model, [3, (VIDEO, 2, 8, 8), 3])
+    with pytest.raises(PluginError, match=r"method 'first' of extra-methods 1.2 (failed|returned)"):
+        if way == "VideoQA":
+            evoprune.VideoQA.load("demo", **how | {"method": f"first:skip={skip * 9}"}).encode("samples/square.mp4")
+        elif way == "encode":
+            evoprune.encode(model, video["pixel_values_videos"], video["video_grid_thw"], **how)
+        else:
+            with evoprune.EvoPrune(**how)(model):
+                model(**video)
 
 
 # --- what the documents show ---------------------------------------------------------------------------------------------

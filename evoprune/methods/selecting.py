@@ -1,0 +1,66 @@
+"""Runs a selector, and checks what one of another package returns. The checks wait for a GPU; built-in ones need none."""
+
+from collections.abc import Iterator
+
+import torch
+
+from evoprune.errors import PLUGINS, PluginError
+from evoprune.methods.base import Selector
+from evoprune.model.autocast import without_autocast
+from evoprune.pruning.indices import ascending
+from evoprune.pruning.types import Selection, Tokens
+
+
+def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
+    """What `selector` selects: its arguments and result are those of `Selector.select`.
+
+    Raises:
+        PluginError: a selector of another package returned something that its base class does not allow.
+    """
+    with without_autocast():
+        found = selector.select(tokens, keep)
+    name = PLUGINS.get(type(selector))
+    if name and (wrong := next(_faults(found, selector, tokens, keep), None)):
+        raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
+    return found
+
+
+def _faults(found: Selection, selector: Selector, tokens: Tokens, keep: int) -> Iterator[str]:
+    """What is wrong with a selection, the first thing first: later ones are not meaningful."""
+    if not isinstance(found, Selection):
+        yield f"a {type(found).__name__} where a Selection was asked for"
+    units, kept = len(tokens.owner), found.kept
+    yield from _unlike("kept", kept, torch.int64, None, tokens)
+    if not (len(kept) and (selector.suffices(len(kept), keep, units) or not selector.exact)):
+        yield f"{len(kept):,} units where {keep:,} were asked for"
+    if not (kept[1:] > kept[:-1]).all():
+        yield "units that are not in ascending order"
+    if kept[0] < 0 or kept[-1] >= units:
+        yield f"units from {int(kept[0]):,} to {int(kept[-1]):,} of a video with units 0 to {units - 1:,}"
+    count = len(kept)
+    if found.owner is not None:
+        yield from _unlike("owner", found.owner, torch.int64, units, tokens)
+        own = ascending(count, kept.device)
+        if found.owner.min() < -1 or found.owner.max() >= count or not (found.owner[kept].to(own) == own).all():
+            yield "an owner that is not the index of a kept unit, of each kept unit its own, or -1"
+    if found.weight is not None:
+        yield from _unlike("weight", found.weight, torch.float32, units, tokens)
+        if not (found.weight.isfinite().all() and (found.weight >= 0).all() and (found.weight[kept] > 0).all()):
+            yield "a weight that is not a number, below 0, or 0 for a kept unit"
+    if found.size is not None:
+        yield from _unlike("size", found.size, torch.float32, count, tokens)
+        if not (found.size.isfinite().all() and (found.size > 0).all()):
+            yield "a size that is not a number above 0"
+
+
+def _unlike(name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, tokens: Tokens) -> Iterator[str]:
+    """How a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
+    if not isinstance(value, torch.Tensor):
+        yield f"a {type(value).__name__} as {name} where a tensor was asked for"
+    device = tokens.rows.device
+    shape, kind = "[K]" if length is None else f"[{length}]", str(dtype).removeprefix("torch.")
+    if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
+        given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        yield f"{name} as {given} where {kind} {shape} was asked for"
+    if value.device != device and not (name == "kept" and value.device.type == "cpu"):
+        yield f"{name} on {value.device} where the tokens are on {device}"
