@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions
 
 SCHEMA = "evoprune/inspect@1"
+NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
 WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
 
@@ -214,13 +215,12 @@ def _print_json(facts: dict, error: dict | None) -> None:
     print(jsonlib.dumps({"schema": SCHEMA, **facts, "error": error}, separators=(",", ":")), flush=True)
 
 
-def lines(facts: dict, indent: int = 0) -> list[str]:
-    """Nested facts as aligned lines, folded at 80 columns."""
+def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
+    """Nested facts as aligned lines, folded at 80 columns. `literal`: their names are names of things, shown as they are."""
     made = []
-    for name, value in facts.items():
-        title = " " * indent + (
-            name if name.isupper() else name.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
-        )
+    for key, value in facts.items():
+        name = "" if literal else key  # which decides how a value is shown
+        title = " " * indent + (key if literal else key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
         if name in ("args", "warnings"):
             continue  # for programs; warnings are on stderr, as sentences
         if name == "presets":
@@ -229,7 +229,7 @@ def lines(facts: dict, indent: int = 0) -> list[str]:
                 tokens = f"-b {p['budget']:<5g} {p['tokens']:>8,} tokens"
                 made.append(f"{' ' * (indent + 2)}{preset:<18}{tokens}  KV cache {size(p['kv_cache_bytes'])}")
         elif isinstance(value, dict) and value:
-            made += [title, *lines(value, indent + 2)]
+            made += [title, *lines(value, indent + 2, name in NAMES)]
         else:
             text = _value(name, value)
             # Only lists are folded: paths and tags stay in one piece.
@@ -238,7 +238,9 @@ def lines(facts: dict, indent: int = 0) -> list[str]:
                 if isinstance(value, list)
                 else [text]
             )
-            made += [f"{title if number == 0 else '':<{TITLE}}{piece}" for number, piece in enumerate(pieces or [""])]
+            made += [
+                f"{title + ' ' if number == 0 else '':<{TITLE}}{piece}" for number, piece in enumerate(pieces or [""])
+            ]
     return made
 
 

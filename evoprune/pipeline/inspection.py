@@ -51,6 +51,7 @@ def environment_facts() -> dict:
         "methods": methods.available(),
         "method_plugins": methods.plugins(),
         "demo_model": "installed" if (DEMO_FOLDER / "model.safetensors").is_file() else "missing",
+        "demo_model_folder": str(DEMO_FOLDER),
         "bundled_configs": list(BUNDLED_CONFIGS),
         "hub_cache": constants.HF_HUB_CACHE,
         "cache": {

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import evoprune
+from evoprune.pipeline.loading.folder import DEMO_FOLDER
 from evoprune.pruning.reuse import THRESHOLD
+from evoprune_cli.inspect import lines
 from tests.video.files import write_video
 
 CLIP = "samples/square.mp4"
@@ -45,6 +47,16 @@ def test_everything_about_the_machine_fits_a_terminal(cli, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     out = cli("inspect").out
     assert "  EVOPRUNE_BUDGET" in out and all(len(line) <= 80 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("name", ["b_raise", "length_s", "args", "a_name_that_is_longer_than_its_column"])
+def test_methods_of_other_packages_are_shown_by_their_names(name):
+    assert lines({"method_plugins": {name: "of extra 1.2"}})[1].split() == [name, "of", "extra", "1.2"]
+
+
+def test_the_folder_of_the_demo_model_is_shown(cli):
+    folder = str(DEMO_FOLDER)
+    assert folder in cli("inspect").out and cli("inspect", "--json").record["demo_model_folder"] == folder
 
 
 def test_what_is_for_an_overlay_is_checked_without_one(cli):
