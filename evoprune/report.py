@@ -13,6 +13,12 @@ from typing import Any
 from evoprune.stats import stats_block
 
 SCHEMA = "evoprune/answer@1"
+# Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.
+EMPTY = {
+    "no_video": "no video in this call",
+    "pictures_only": "pictures are not pruned",
+    "own_code": "the model's own code encoded the video",
+}
 # Control characters that JSON allows in texts, and marks of direction and of lines.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -178,7 +184,11 @@ class Report:
             else "",
             f"first token {first:,.0f} ms" if first is not None else "",
         ]
-        return f"<Report: {', '.join(filter(None, facts)) or 'empty'}>"
+        return f"<Report: {', '.join(filter(None, facts)) or self._empty}>"
+
+    @property
+    def _empty(self) -> str:
+        return ": ".join(["empty", *(EMPTY[name] for name in self.warnings if name in EMPTY)])
 
     def to_json(self, ascii_only: bool = False) -> str:
         """One compact line; `ascii_only` spells everything else as JSON escapes.

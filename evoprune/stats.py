@@ -43,7 +43,8 @@ def _heading(report, width: int) -> list[str]:
     if model.id or model.device:
         on_cpu = (model.device or "").startswith("cpu")
         threads = f" ({counted(report.env.threads, 'thread')})" if on_cpu and report.env.threads else ""
-        name = shorten(model.id or "?", max(24, width - 40))
+        name = os.path.basename(os.path.abspath(model.id)) if os.path.isabs(model.id or "") else model.id or "?"
+        name = shorten(name, max(24, width - 40))
         lines.append(f"{'model':<11}{name}  {model.dtype}  {model.device}{threads}")
     if video.path:
         fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
@@ -111,7 +112,8 @@ def _totals(report) -> list[str]:
         lines.append(f"{'first token':<11}  not reached")
     if times.total is not None:
         load = f"  (loading the model, not counted: {times.load:,.0f})" if times.load is not None else ""
-        lines.append(f"{'total':<11}{times.total:>8,.0f}{load}")
+        whole = "" if report.video.path or report.question else "  (the whole call)"
+        lines.append(f"{'total':<11}{times.total:>8,.0f}{load or whole}")
     return lines
 
 

@@ -18,6 +18,15 @@ def test_a_report_in_one_line():
     assert str(report).endswith("error      out of memory")
 
 
+def test_a_call_of_a_hugging_face_model():
+    report = Report(model=ModelFacts("/home/me/models/Qwen2.5-VL-3B-Instruct", dtype="bf16", device="cpu"))
+    report.time_ms.total = 1234.0
+    assert str(report).splitlines() == [
+        "model      Qwen2.5-VL-3B-Instruct  bf16  cpu",
+        "total         1,234  (the whole call)",
+    ]
+
+
 @pytest.mark.parametrize("known", ["model", "video", "tokens", "memory"])
 def test_what_is_unknown_is_left_out(known):
     facts = {

@@ -70,6 +70,11 @@ class LatestCall:
     report: Report = field(default_factory=Report)
     columns: Columns | None = None
 
+    @classmethod
+    def empty(cls, why: str) -> "LatestCall":
+        """A call in which nothing was encoded here. `why`: a name in `report.EMPTY`."""
+        return cls(Report(warnings=[why]))
+
 
 class LatestCalls:
     """The latest call of each thread; for a thread that has made none, the latest call of all."""

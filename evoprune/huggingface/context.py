@@ -138,10 +138,11 @@ class PrunedModel:
 
     @property
     def report(self) -> Report:
-        """Of the latest call with a video: tokens before and after pruning, rows of every layer, live share, milliseconds.
+        """Of the latest call: tokens before and after pruning, rows of every layer, live share, milliseconds.
 
         Each thread reads the report of its own latest call; a thread that has made none, that of all threads' latest. The report is
-        empty before the first call, and of a call that the model's own code encoded.
+        empty before the first call. It is empty, and says why, after a call without a video or one that the model's own code ran.
+        A call that continues from the cache of a pruned prompt leaves the report as it is.
         """
         return self._latest.get().report
 
@@ -194,7 +195,7 @@ class PrunedModel:
                 return stock(**call)
             pruned, past = self._without_pruned(call, generating=True)
             if past is None:
-                return stock(**(pruned | {INNER: _Inside()} if _has_video(call) else pruned))
+                return stock(**pruned | {INNER: _Inside()})
             report = self.report
             _remember(past, (call.get("past_key_values"),))  # before the run, which a callback may end
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
@@ -226,12 +227,14 @@ class PrunedModel:
                 return self._prune(call, generating)
             if not optional:
                 raise reason
-            self._latest.set(LatestCall())
+            self._latest.set(LatestCall.empty("own_code"))
             return call, None
         past = getattr(cache, PAST, None)
+        if past is None or not length:  # an emptied cache takes a new prompt, which is whole
+            self._latest.set(LatestCall.empty("no_video" if call.get("pixel_values") is None else "pictures_only"))
         if past is None:
             return call, None
-        if not length:  # the cache was emptied, and the next prompt in it is whole
+        if not length:
             delattr(cache, PAST)
             return call, None
         past = past.held(length)

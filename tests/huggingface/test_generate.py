@@ -5,6 +5,7 @@ sees the same in both, and the stock model uses none of this project's bookkeepi
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -547,3 +548,19 @@ def test_calls_without_a_video_are_the_models_own(model):
         made = [generated(model, x) for x in (inputs, text)]
     assert all(torch.equal(*pair) for pair in zip(made, expected, strict=True))
     assert run.columns is None and run.report.pruning.visual_tokens_in is None
+
+
+@pytest.mark.parametrize("directly", [True, False])
+def test_the_report_after_a_call_without_a_video_says_why_it_is_empty(model, directly):
+    cache, words = DynamicCache(), torch.arange(10, 30)[None]
+    with evoprune.EvoPrune(budget=0.5)(model) as run:
+        call = model if directly else partial(model.generate, max_new_tokens=2)
+        assert str(run.report) == "<Report: empty>"
+        model(**processed(model, *PROMPTS["batch"]), past_key_values=cache)
+        kept = run.report.pruning.visual_tokens_kept
+        model(input_ids=words[:, :1].expand(len(run.columns.index), 1), past_key_values=cache)
+        assert run.report.pruning.visual_tokens_kept == kept > 0
+        call(input_ids=words)
+        assert str(run.report) == "<Report: empty: no video in this call>" and run.columns is None
+        call(**processed(model, (4, ("image", 8, 8), 5)))
+        assert str(run.report) == "<Report: empty: pictures are not pruned>"
