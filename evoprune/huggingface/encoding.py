@@ -9,9 +9,10 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
 from evoprune.huggingface import interface
+from evoprune.huggingface.arguments import check_question, check_videos, seconds_of
 from evoprune.methods.base import Method
 from evoprune.pipeline.keywords import names_options
-from evoprune.pruning.budget import keep_count, parse_budget
+from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video
 from evoprune.vision.tower import tower_shape
@@ -23,7 +24,7 @@ def encode(
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
     *,
-    budget: float | str = 1.0,
+    budget: float | str = DEFAULT,
     method: str = methods.DEFAULT,
     method_args: dict[str, Any] | None = None,
     question: torch.Tensor | None = None,
@@ -50,7 +51,7 @@ def encode(
 
     Raises:
         UsageError: a bad budget or method, a method that resizes frames, a method that reads the question if there is none, or
-            patches that do not fit `video_grid_thw`.
+            inputs of another type, dtype or shape, or that do not fit one another.
         ModelError: the model has no such tower.
     """
     share, chosen = parse_budget(budget), patch_method(method, method_args, has_question=question is not None)
@@ -71,15 +72,12 @@ def encode_with(
     seed: int = 0,
 ) -> Encoded:
     """As `encode`, with a tower, a share of the tokens and a method that are known to fit."""
+    check_videos(visual, pixel_values_videos, video_grid_thw)
+    check_question(visual, question)
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
-    if sum(sizes) != len(pixel_values_videos) or not sizes:
-        raise UsageError(
-            f"{len(pixel_values_videos)} patches do not fit video_grid_thw {video_grid_thw.tolist()}",
-            "pass pixel_values_videos and video_grid_thw of one call of the processor",
-        )
-    seconds = [seconds_per_pair] * len(grids) if isinstance(seconds_per_pair, (int, float)) else seconds_per_pair
+    seconds = seconds_of(seconds_per_pair, len(grids))
     tower = tower_shape(visual)
     videos = []
     for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
@@ -101,5 +99,6 @@ def patch_method(name: str, args: dict[str, str] | None, has_question: bool = Fa
             f"method {name} acts on frames, and these are patches", "use VideoQA, or shrink the video first"
         )
     if found.reads_question and not has_question:
-        raise UsageError(f"method {name} reads the question, which is not known here", "use VideoQA, or another method")
+        hint = "pass question=... to evoprune.encode, use VideoQA, or another method"
+        raise UsageError(f"method {name} reads the question, which is not known here", hint)
     return found

@@ -130,7 +130,10 @@ class EncodedVideo:
 
         Args:
             question: taken literally.
-            max_new_tokens, temperature, top_p, system: see `pipeline.options.GenerationOptions`.
+            max_new_tokens: the most tokens of the answer, at least 1.
+            temperature: 0 takes the most probable token; above 0 tokens are drawn, from logits divided by it.
+            top_p: draw only among the most probable tokens that together reach this probability, in (0, 1].
+            system: a system prompt; None for the model's own.
 
         Raises:
             UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.

@@ -38,7 +38,7 @@ class VideoQA:
     Args:
         loaded: from `loading.load_model`.
         load_seconds: how long loading took, for reports.
-        budget, method, method_args, seed: see `pipeline.options.PruneOptions`.
+        budget, method, method_args, seed: see `VideoQA.load`.
 
     Attributes:
         engine: the model and how it prunes, as `opening.open_video` takes it.
@@ -90,8 +90,19 @@ class VideoQA:
 
         Args:
             model: "demo", a folder, or a hub id.
-            revision, device, dtype, quantize, load_format, offline, threads: see `pipeline.options.ModelOptions`.
-            budget, method, method_args, seed: see `pipeline.options.PruneOptions`.
+            revision: branch, tag or commit of a hub id.
+            device: "auto" (CUDA if there is any, else the CPU), or any torch device or its name.
+            dtype: "bf16", "fp16", "fp32", torch's dtypes or their names, or "auto" by model and device.
+            quantize: "none", or "int8" or "int4" to quantise the language model for decoding on a CPU.
+            load_format: "auto" reads the weights; "dummy" fills in random ones, for benchmarks.
+            offline: use nothing but the hub's cache on this machine.
+            threads: of the whole process on a CPU: a number, "auto", or None to leave torch's number as it is.
+            budget: share of visual tokens kept, a number in (0, 1] or a preset: "full" 1, "high" 0.5, "balanced" 0.25,
+                "fast" 0.1; or "auto", where the content decides.
+            method: name of a pruning method, perhaps with settings: "NAME:SETTING=VALUE".
+                `evoprune.methods.available()` lists them.
+            method_args: settings of the method, by name.
+            seed: of everything random, generation included.
             progress: called with layers quantised and layers in all.
 
         Raises:
@@ -142,7 +153,13 @@ class VideoQA:
 
         Args:
             path: the file, or a folder of frames.
-            fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder: see `pipeline.options.SamplingOptions`.
+            fps: frames a second; None for the model's own rate.
+            frames: how many frames in all, instead of `fps`; odd numbers round up.
+            start_s, end_s: the part of the video, in seconds, below 0 from its end; None for the end.
+            max_frames: the most frames; None for the model's own limit.
+            max_visual_tokens: the most tokens before pruning, kept by smaller, then fewer frames; None for 24,576, and for 4,096
+                where a real model runs on a CPU.
+            decoder: "auto", "pyav" or "decord".
             name: what reports call the video; default: its path.
             cache: where encoded videos are kept. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.encode_view`.

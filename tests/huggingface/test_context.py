@@ -66,6 +66,45 @@ def test_patches_that_do_not_fit_the_grids_are_refused(model):
         evoprune.encode(model, patches[:-4], thw)
 
 
+PATCHES, GRIDS = torch.zeros(32, 1176), torch.tensor([[2, 4, 4]])
+ARGUMENTS = {
+    "pixel_values_videos are of type list, not floating-point": {"pixels": PATCHES.tolist()},
+    "pixel_values_videos are of type ndarray": {"pixels": PATCHES.numpy()},
+    r"pixel_values_videos are int64 \[1, 3\]": {"pixels": GRIDS, "grids": PATCHES},
+    r"pixel_values_videos are float32 \[32, 588\]": {"pixels": PATCHES[:, :588]},
+    r"pixel_values_videos are float32 \[32\]": {"pixels": PATCHES[:, 0]},
+    "pixel_values_videos are uint8": {"pixels": PATCHES.byte()},
+    "pixel_values_videos are int64": {"pixels": PATCHES.long()},
+    "pixel_values_videos are bool": {"pixels": PATCHES.bool()},
+    "pixel_values_videos hold NaN": {"pixels": PATCHES / 0},
+    "video_grid_thw are of type list": {"grids": GRIDS.tolist()},
+    r"video_grid_thw are float32 \[1, 3\]": {"grids": GRIDS.float()},
+    "video_grid_thw are bool": {"grids": GRIDS.bool()},
+    r"video_grid_thw are int64 \[3\]": {"grids": GRIDS[0]},
+    "are not .T, H, W., H and W in multiples of 2": {"grids": torch.tensor([[2, 16, 1]])},
+    "video_grid_thw .. are not|do not fit": {"grids": GRIDS[:0]},
+    r"seconds_per_pair \[1, 1\] are not one number, or one for each of 1 videos": {"seconds_per_pair": [1, 1]},
+    "seconds_per_pair 'one' are": {"seconds_per_pair": "one"},
+    r"seconds_per_pair \[nan\]": {"seconds_per_pair": torch.tensor([torch.nan])},
+    "the question is of type str": {"question": "What?"},
+    "the question is int64": {"question": torch.tensor([3, 4])},
+    r"the question is float32 \[3, 5\], not floating-point \[tokens, 64\]": {"question": torch.zeros(3, 5)},
+    "the question is of type bool": {"question": True},
+}
+
+
+@pytest.mark.parametrize("says", ARGUMENTS)
+def test_encode_refuses_what_no_processor_returns(model, says):
+    given = {"pixels": PATCHES, "grids": GRIDS} | ARGUMENTS[says]
+    with pytest.raises(evoprune.UsageError, match=says) as caught:
+        evoprune.encode(model, given.pop("pixels"), given.pop("grids"), **given)
+    assert caught.value.hint
+
+
+def test_encode_keeps_what_the_other_ways_keep_by_default(model):
+    assert len(evoprune.encode(model, PATCHES, GRIDS).kept) == 2
+
+
 def test_methods_that_act_on_frames_are_refused():
     with pytest.raises(evoprune.UsageError, match="acts on frames"):
         evoprune.encode(None, torch.zeros(4, 1176), torch.tensor([[1, 2, 2]]), method="downscale")
@@ -73,8 +112,9 @@ def test_methods_that_act_on_frames_are_refused():
 
 def test_encode_gives_the_question_to_methods_that_read_it(model):
     patches, thw = inputs((2, 10, 14))
-    with pytest.raises(evoprune.UsageError, match="cdpruner reads the question"):
+    with pytest.raises(evoprune.UsageError, match="cdpruner reads the question") as caught:
         evoprune.encode(model, patches, thw, budget=0.25, method="cdpruner")
+    assert "pass question=..." in caught.value.hint
     asked = [model.get_input_embeddings()(torch.tensor(ids)) for ids in ([5, 9, 40], [77, 3])]
     kept = [evoprune.encode(model, patches, thw, budget=0.25, method="cdpruner", question=q).kept for q in asked]
     assert [len(each) for each in kept] == [18, 18] and not torch.equal(*kept)
@@ -87,7 +127,7 @@ def test_seconds_of_each_video_reach_the_method(model):
     made = evoprune.encode(model, patches, thw, budget=0.1, seconds_per_pair=[0.5, 0.5])
     alone = evoprune.encode(model, patches[: len(patches) // 2], thw[:1], budget=0.1, seconds_per_pair=0.5)
     assert torch.equal(made.kept[: len(alone.kept)], alone.kept)
-    with pytest.raises(ValueError):
+    with pytest.raises(evoprune.UsageError, match="one for each of 2 videos"):
         evoprune.encode(model, patches, thw, budget=0.1, seconds_per_pair=[0.5])
 
 

@@ -1,5 +1,6 @@
 """The names of `import evoprune`: all there, listed, and free until they are used."""
 
+import pydoc
 import subprocess
 import sys
 from dataclasses import fields
@@ -38,6 +39,11 @@ def options_of(*kinds: type) -> dict[str, object]:
 def test_signatures_have_every_option_with_its_default(function, kinds):
     shown = {name: parameter.default for name, parameter in signature(function).parameters.items()}
     assert options_of(*kinds).items() <= shown.items() and not any("options" in name for name in shown)
+
+
+@pytest.mark.parametrize("name", sorted(set(evoprune.__all__) - {"methods"}))
+def test_help_explains_options_where_they_are_used(name):
+    assert "pipeline.options" not in pydoc.plain(pydoc.render_doc(getattr(evoprune, name)))
 
 
 @pytest.mark.parametrize("call", [evoprune.EvoPrune, partial(evoprune.apply, None), partial(evoprune.encode, None)])
