@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
+    from evoprune.huggingface.context import PrunedModel, apply
     from evoprune.huggingface.context import PruningContext as EvoPrune
-    from evoprune.huggingface.context import apply
     from evoprune.huggingface.encoding import encode
     from evoprune.pipeline.answering import Answer, EncodedVideo
     from evoprune.pipeline.video_qa import VideoQA
@@ -25,6 +25,7 @@ _SOURCES = {
     "EvopruneError": "evoprune.errors:EvopruneError",
     "ModelError": "evoprune.errors:ModelError",
     "OutOfMemory": "evoprune.errors:OutOfMemory",
+    "PrunedModel": "evoprune.huggingface.context:PrunedModel",
     "Report": "evoprune.report:Report",
     "UsageError": "evoprune.errors:UsageError",
     "VideoError": "evoprune.errors:VideoError",
@@ -39,6 +40,7 @@ __all__ = [
     "EvopruneError",
     "ModelError",
     "OutOfMemory",
+    "PrunedModel",
     "Report",
     "UsageError",
     "VideoError",

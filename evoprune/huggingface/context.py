@@ -67,8 +67,11 @@ class PruningContext:
     pack: bool = False
 
     def __post_init__(self):
-        check_types(self)
+        if isinstance(self.budget, torch.nn.Module):
+            hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
+            raise UsageError(f"budget is of class {type(self.budget).__name__}, not a share", hint)
         parse_budget(self.budget)
+        check_types(self)
         patch_method(self.method, self.method_args)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
@@ -80,6 +83,15 @@ class PruningContext:
             ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
         """
         return PrunedModel(model, self)
+
+    def __enter__(self):
+        raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
+
+    def __exit__(self, *_) -> None:
+        """Never reached; without it the with-block would not ask for `__enter__`."""
+
+    def __repr__(self) -> str:
+        return f"EvoPrune({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 PruningContext.__init__ = names_options(PruningContext.__init__)  # written by `dataclass`
@@ -117,10 +129,12 @@ class PrunedModel:
     are left (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
     model at the same time.
 
-    Refused with UsageError: videos or pictures that follow `past_key_values`; and where a budget below 1.0 prunes: `inputs_embeds`
-    beside a video, videos that are encoded already, packed sequences, arguments with a value per column other than those of the
-    processor, `labels` and `shift_labels`, and gradients of the tower. With nothing to prune and `positions="host"`, the model's
-    own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
+    `labels` and `shift_labels` lose the same columns as the prompt, so models can be trained on pruned prompts.
+
+    Refused with UsageError: videos or pictures that follow `past_key_values`. Where a budget below 1.0 prunes, these are refused,
+    too: `inputs_embeds` beside a video, videos that are encoded already, packed sequences, gradients of the tower, and arguments
+    with a value per column that neither the processor makes nor are labels. With nothing to prune and `positions="host"`, the
+    model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
 
     Attributes:
         model, settings: as given.
@@ -135,6 +149,10 @@ class PrunedModel:
         self._latest = LatestCalls()
         self._patches = Patches(model, {"generate": self._generate, "forward": self._forward}, inner=INNER)
         self._packed = None
+
+    def __repr__(self) -> str:
+        state = "active" if self._patches.active else "not active"
+        return f"<PrunedModel: {self.settings.method} at budget {self._share:g}, {state}>"
 
     @property
     def report(self) -> Report:

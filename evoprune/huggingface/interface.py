@@ -33,7 +33,7 @@ def check_model(model) -> None:
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
     if not isinstance(model, Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration):
-        raise ModelError(f"a {type(model).__name__} cannot be pruned", SUPPORTED)
+        raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", SUPPORTED)
     tower_of(model)
 
 
@@ -52,7 +52,9 @@ def tower_of(model):
         from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
         if not isinstance(visual, Qwen2_5_VisionTransformerPretrainedModel | Qwen2VisionTransformerPretrainedModel):
-            raise ModelError(f"a {type(model).__name__} has no vision tower of Qwen2.5-VL or Qwen2-VL", SUPPORTED)
+            raise ModelError(
+                f"an object of class {type(model).__name__} has no vision tower of Qwen2.5-VL or Qwen2-VL", SUPPORTED
+            )
     try:
         check_vision(vision_sizes(visual.config))
     except ValueError as problem:

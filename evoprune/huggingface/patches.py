@@ -70,13 +70,18 @@ class Patches:
                 self._calls -= 1
                 self._restore()
 
+    @property
+    def active(self) -> bool:
+        """Whether calls that begin now run the functions instead of the model's own methods."""
+        return any(patch.active for patch in self._installed.values())
+
     def _activate(self, active: bool) -> None:
         for patch in self._installed.values():
             patch.active = active
 
     def _restore(self) -> None:
         """Puts the methods back if they are to be, and nobody needs the replaced ones any more."""
-        if self._calls or any(patch.active for patch in self._installed.values()):
+        if self._calls or self.active:
             return
         for name, patch in self._installed.items():
             if vars(self._model).get(name) is not patch:

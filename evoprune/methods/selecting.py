@@ -28,7 +28,7 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
 def _faults(found: Selection, selector: Selector, tokens: Tokens, keep: int) -> Iterator[str]:
     """What is wrong with a selection, the first thing first: later ones are not meaningful."""
     if not isinstance(found, Selection):
-        yield f"a {type(found).__name__} where a Selection was asked for"
+        yield f"an object of class {type(found).__name__} where a Selection was asked for"
     units, kept = len(tokens.owner), found.kept
     yield from _unlike("kept", kept, torch.int64, None, tokens)
     if not (len(kept) and (selector.suffices(len(kept), keep, units) or not selector.exact)):
@@ -56,7 +56,7 @@ def _faults(found: Selection, selector: Selector, tokens: Tokens, keep: int) -> 
 def _unlike(name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, tokens: Tokens) -> Iterator[str]:
     """How a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
     if not isinstance(value, torch.Tensor):
-        yield f"a {type(value).__name__} as {name} where a tensor was asked for"
+        yield f"an object of class {type(value).__name__} as {name} where a tensor was asked for"
     device = tokens.rows.device
     shape, kind = "[K]" if length is None else f"[{length}]", str(dtype).removeprefix("torch.")
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):

@@ -1,11 +1,20 @@
 """How weights are read and held, by name, and with how many threads they are used. Imports no torch."""
 
+from typing import Any
+
 from evoprune.errors import UsageError
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 QUANTIZE = ("none", "int8", "int4")
 LOAD_FORMATS = ("auto", "dummy")  # from their files, or random ones of the same shapes
 AUTO_THREADS, MAX_THREADS = "auto", 256
+
+
+def short_dtype(given: Any) -> Any:
+    """The short name of one of torch's dtypes, or of its name ("bfloat16", "torch.float16"); anything else as it is."""
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    text = str(given).removeprefix("torch.")
+    return names.get(text, text if type(given).__name__ == "dtype" else given)
 
 
 def check_dtype(name: str) -> None:

@@ -27,6 +27,13 @@ class Engine:
     method: Method
     load_seconds: float | None = None
 
+    def __repr__(self) -> str:
+        loaded, options = self.loaded, self.options
+        return (
+            f"<Engine {loaded.id!r} in {loaded.dtype} on {loaded.device}: "
+            f"method {options.method!r}, budget {options.budget}, seed {options.seed}>"
+        )
+
     @property
     def budget(self) -> float:
         """Share of visual tokens kept, at most."""

@@ -25,6 +25,12 @@ KINDS: dict[type, tuple[type, str]] = {
 }
 
 
+def brief(value: Any) -> str:
+    """A value for a message: its repr where that is short, else its class."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"of class {type(value).__name__}"
+
+
 def unknown_option(name: str, known: list[str]) -> TypeError:
     """The error of a keyword that does not exist."""
     return TypeError(f"unknown option {name!r}; known: {', '.join(known)}")
@@ -35,12 +41,16 @@ def names_options(function: Callable[P, T]) -> Callable[P, T]:
     parameters = signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     options = [p.name for p in parameters if p.default is not Parameter.empty]
+    first = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
 
     @wraps(function)
     def checked(*args: P.args, **given: P.kwargs) -> T:
         for name in given:
             if name not in known:
                 raise unknown_option(name, options)
+        if len(args) > len(first):
+            more = ", ".join(map(brief, args[len(first) :]))
+            raise TypeError(f"options are given by name: which is {more}? known: {', '.join(options)}")
         return function(*args, **given)
 
     return checked
@@ -62,4 +72,4 @@ def check_types(options: Any) -> None:
         if not fits:
             *first, last = (name for _, name in wanted)
             right = f"{', '.join(first)} or {last}" if first else last
-            raise UsageError(f"{field.name} is {value!r}, not {right}", f"give {right}")
+            raise UsageError(f"{field.name} is {brief(value)}, not {right}", f"give {right}")

@@ -12,10 +12,12 @@ from typing import Any, Self
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationSettings
-from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize, parse_threads
+from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize, parse_threads, short_dtype
 from evoprune.pipeline.keywords import check_types, unknown_option
 from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
 from evoprune.video.sampling import check_sampling
+
+HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class ModelOptions:
     Attributes:
         model: "demo" for the bundled one, a folder in the hub's file layout, or a hub id `org/name`, tried in this order.
         revision: branch, tag or commit of a hub id.
-        device: "auto" (CUDA if there is any, else the CPU) or any torch device.
+        device: "auto" (CUDA if there is any, else the CPU) or any torch device or its name; kept as its name.
         dtype: "bf16", "fp16", "fp32", or "auto": fp32 for the demo; else bf16 on CUDA and on CPUs with bf16 instructions,
-            fp32 elsewhere.
+            fp32 elsewhere. torch's dtypes and their names become these.
         quantize: "none", or "int8" or "int4" to quantise the language model for decoding on a CPU, see `model.quantize`.
         load_format: "auto" reads the weights. "dummy" takes the dimensions from a folder, from "demo" or from a bundled config
             and fills in seeded random weights, without any network.
@@ -49,6 +51,11 @@ class ModelOptions:
     threads: int | str | None = None
 
     def __post_init__(self):
+        if hasattr(self.model, "forward"):
+            raise UsageError(f"model is of class {type(self.model).__name__}, not a name", HELD)
+        object.__setattr__(self, "dtype", short_dtype(self.dtype))
+        if type(self.device).__name__ == "device":
+            object.__setattr__(self, "device", str(self.device))
         check_types(self)
         object.__setattr__(self, "model", os.fspath(self.model))
         object.__setattr__(self, "threads", parse_threads(self.threads))
@@ -79,6 +86,8 @@ class PruneOptions:
     seed: int = 0
 
     def __post_init__(self):
+        if self.budget is None:
+            parse_budget_or_auto(None)  # whose message names the presets
         check_types(self)
         object.__setattr__(self, "budget", parse_budget_or_auto(self.budget))
         texts = {name: str(value) for name, value in (self.method_args or {}).items()}

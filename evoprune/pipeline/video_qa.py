@@ -17,16 +17,18 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+import torch
+
 from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
 from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, make_method, unpruned
-from evoprune.pipeline.keywords import names_options
+from evoprune.pipeline.keywords import brief, names_options
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import open_video
-from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.options import HELD, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pruning.budget import DEFAULT
 
 
@@ -60,6 +62,8 @@ class VideoQA:
         seed: int = 0,
     ):
         if not isinstance(loaded, LoadedModel):
+            if hasattr(loaded, "forward"):
+                raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {HELD}")
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.engine = make_engine(loaded, PruneOptions(budget, method, method_args, seed), load_seconds)
         if loaded.tokenizer is None:
@@ -74,8 +78,8 @@ class VideoQA:
         model: str | os.PathLike[str] = "demo",
         *,
         revision: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         quantize: str = "none",
         load_format: str = "auto",
         offline: bool = False,
@@ -121,11 +125,7 @@ class VideoQA:
         return self.engine.loaded
 
     def __repr__(self) -> str:
-        loaded, options = self.loaded, self.engine.options
-        return (
-            f"<VideoQA {loaded.id!r} in {loaded.dtype} on {loaded.device}: "
-            f"method {options.method!r}, budget {options.budget}, seed {options.seed}>"
-        )
+        return repr(self.engine).replace("Engine", "VideoQA", 1)
 
     def unpruned(self) -> "VideoQA":
         """The same model and seed with every visual token kept: what pruning is compared with."""
@@ -168,6 +168,12 @@ class VideoQA:
             VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory. TypeError: an unknown
             option.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"the video is {brief(path)}, not a path", "give the path of a file or a folder of frames")
+        if not isinstance(cache, Cache | None):
+            raise UsageError(
+                f"cache is {brief(cache)}, not a Cache", "give evoprune.pipeline.cache.Cache(folder) or None"
+            )
         sampling = SamplingOptions(fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder)
         with closing(open_video(self.engine, path, sampling, name=name, cache=cache)) as video:
             return video.encode(progress)

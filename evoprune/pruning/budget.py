@@ -22,13 +22,13 @@ def parse_budget(text: str | float) -> float:
         return PRESETS[text]
     try:
         value = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         value = math.nan
     if not 0 < value <= 1:
         raise UsageError(
             f"budget {text!r} is not a share of tokens to keep",
             f"give a number above 0 and up to 1 (0.25 for a quarter), or one of {', '.join(PRESETS)}"
-            + (f"; {AUTO} is for asking, not for comparing" if text == AUTO else ""),
+            + (f"; {AUTO} works with VideoQA, and with commands that ask" if text == AUTO else ""),
         )
     return value
 

@@ -166,7 +166,7 @@ CASES = {
         2, "cannot let the content decide the budget", *ASK, "-b", "auto", "--method", "pool"
     ),
     "automatic budget in a comparison": fails(
-        2, "not for comparing", "eval", "--data", "demo", "-b", "auto", ways=PIPE
+        2, "auto works with VideoQA, and with commands that ask", "eval", "--data", "demo", "-b", "auto", ways=PIPE
     ),
     "budget of the environment": fails(2, "budget '7'", *ASK, env={"EVOPRUNE_BUDGET": "7"}),
     "unknown method": fails(2, "magic", *ASK, "--method", "magic"),

@@ -49,13 +49,13 @@ with,comma = extra_methods:First
 """
 # What a selector of 96 units may return instead of 24, by the error's words; and classes that are refused when they are loaded.
 RETURNS = {
-    "returned a list where a Selection": "[1]",
+    "returned an object of class list where a Selection": "[1]",
     "returned 26 units where 24": "Selection(torch.arange(keep + 2))",
     "returned 0 units where 24": "Selection(torch.arange(0))",
     "returned kept as int32 .24. where int64 .K.": "Selection(torch.arange(keep).int())",
     "returned kept as int64 .1, 24. where": "Selection(torch.arange(keep)[None])",
     "returned kept as bool .96.": "Selection(torch.arange(96) < keep)",
-    "returned a list as kept": "Selection(list(range(keep)))",
+    "returned an object of class list as kept": "Selection(list(range(keep)))",
     "returned kept on meta": "Selection(torch.arange(keep, device='meta'))",
     "returned units that are not in ascending": "Selection(torch.arange(keep).flip(0))",
     "returned units from 80 to 103 of a video with units 0 to 95": "Selection(torch.arange(80, 80 + keep))",

@@ -38,7 +38,7 @@ WRONG = [
     (GenerationOptions, "top_p", 0.0, "top_p is 0.0"),
     (ModelOptions, "model", 3, "model is 3, not a text or a path"),
     (ModelOptions, "offline", 1, "offline is 1, not True or False"),
-    (PruneOptions, "budget", None, "budget is None, not a number or a text"),
+    (PruneOptions, "budget", None, "budget None is not a share"),
     (PruneOptions, "method", 3, "method is 3, not a text"),
     (PruneOptions, "method_args", ["alpha"], "method_args is ['alpha'], not a dict or None"),
     (PruneOptions, "seed", "x", "seed is 'x', not a whole number"),

@@ -1,6 +1,7 @@
 """The names of `import evoprune`: all there, listed, and free until they are used."""
 
 import pydoc
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,9 +9,16 @@ from functools import partial
 from inspect import signature
 
 import pytest
+import torch
 
 import evoprune
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return evoprune.VideoQA.load("demo", device="cpu")
 
 
 def test_every_public_name_can_be_had_and_is_listed():
@@ -55,6 +63,58 @@ def test_a_mistyped_option_is_named_with_those_that_exist(call):
 def test_a_name_is_no_loaded_model():
     with pytest.raises(TypeError, match=r"VideoQA.load\('demo'\) loads one"):
         evoprune.VideoQA("demo")
+
+
+NETWORK = torch.nn.Linear(2, 2)
+MISTAKES = {
+    "VideoQA takes no Linear; to prune a model you hold: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
+    "model is of class Linear, not a name; to prune a model you hold": lambda: evoprune.VideoQA.load(NETWORK),
+    "budget is of class Linear, not a share; .*EvoPrune.budget=0.1..model.": lambda: evoprune.EvoPrune(NETWORK),
+    r"EvoPrune.budget=0.1, .*has no model yet; with evoprune.EvoPrune\(": lambda: evoprune.EvoPrune(0.1).__enter__(),
+    "options are given by name: which is 0.1. known: budget, method": lambda: evoprune.apply(NETWORK, 0.1),
+    "options are given by name": lambda: evoprune.encode(NETWORK, torch.zeros(1), torch.zeros(1), 0.1),
+    "budget None is not a share.*full, high, balanced, fast": lambda: evoprune.EvoPrune(None),
+    "budget None .*full, high, balanced, fast": lambda: evoprune.VideoQA.load(budget=None),
+    "auto works with VideoQA": lambda: evoprune.EvoPrune("auto"),
+    "an object of class int cannot be pruned": lambda: evoprune.apply(3),
+    "unknown dtype 'float64'": lambda: evoprune.VideoQA.load(dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("says", MISTAKES)
+def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
+    with pytest.raises((TypeError, evoprune.EvopruneError)) as caught:
+        MISTAKES[says]()
+    text = "; ".join([str(caught.value), getattr(caught.value, "hint", "")])
+    assert re.search(says, text) and "in_features" not in text and "\n" not in text
+
+
+@pytest.mark.parametrize("path", [None, ["a.mp4"], torch.zeros(2, 3, 4, 4), b"a.mp4"], ids=str)
+def test_a_video_is_a_path(demo, path):
+    with pytest.raises(evoprune.UsageError, match=r"the video is .*, not a path"):
+        demo.encode(path)
+
+
+def test_a_cache_is_no_switch(demo):
+    with pytest.raises(evoprune.UsageError, match="cache is True, not a Cache"):
+        demo.encode("samples/square.mp4", cache=True)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "float32", torch.float32, "torch.float32"], ids=str)
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=str)
+def test_torchs_own_names_of_dtypes_and_devices_are_welcome(dtype, device):
+    assert ModelOptions(dtype=dtype, device=device) == ModelOptions(dtype="fp32", device="cpu")
+    assert [ModelOptions(dtype=x).dtype for x in (torch.bfloat16, "float16")] == ["bf16", "fp16"]
+
+
+def test_objects_say_in_a_line_what_they_are(demo):
+    assert repr(demo.loaded) == "<LoadedModel 'demo' in fp32 on cpu>"
+    assert repr(demo.engine) == "<Engine 'demo' in fp32 on cpu: method 'evoprune', budget 0.25, seed 0>"
+    model = tiny_model()
+    run = evoprune.apply(model, budget="fast")
+    assert repr(run) == "<PrunedModel: evoprune at budget 0.1, active>" and repr(run.settings).startswith("EvoPrune(")
+    run.remove()
+    assert repr(run) == "<PrunedModel: evoprune at budget 0.1, not active>"
 
 
 @pytest.mark.parametrize("question", [3, None, b"What?", ["What?"]])

@@ -84,6 +84,9 @@ class LoadedModel:
     load_seconds: dict[str, float] = field(default_factory=dict)
     packing: PackingTime = field(default_factory=PackingTime)
 
+    def __repr__(self) -> str:
+        return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
+
     def facts(self) -> ModelFacts:
         """The model's part of a report."""
         return ModelFacts(self.id, self.revision, self.dtype, self.quantize, self.device, self.load_format)
