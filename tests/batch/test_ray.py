@@ -135,7 +135,7 @@ def test_no_cluster(monkeypatch):
         raise ConnectionError("Could not find any running Ray instance.\nMore of it.")
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(UsageError, match=r"no Ray cluster: Could not find any running Ray instance\.$") as caught:
+    with pytest.raises(UsageError, match=r"(?m)no Ray cluster: Could not find any running Ray instance\.$") as caught:
         list(answers_on_ray(group_by_span(ROWS), SETTINGS, address="auto"))
     assert "ray start" in caught.value.hint
 

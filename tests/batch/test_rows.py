@@ -135,11 +135,11 @@ def test_times_may_count_from_the_end():
 
 def test_wrong_rows_are_named_with_their_lines():
     with pytest.raises(
-        UsageError, match=r"rows, line 2: no video; line 4: not a JSON object; line 5: not JSON: .*$"
+        UsageError, match=r"(?m)rows, line 2: no video; line 4: not a JSON object; line 5: not JSON: .*$"
     ) as caught:
         read(jsonl(ROW, {}, ROW | {"id": 2}, [], "{"))
     assert caught.value.message.count("rows") == 1 and "more" not in caught.value.message
-    with pytest.raises(UsageError, match=r"line 10: no video; and 1,990 more$"):
+    with pytest.raises(UsageError, match=r"(?m)line 10: no video; and 1,990 more$"):
         read(jsonl(*[{}] * 2000))
     with pytest.raises(UsageError, match="line 3: more cells"):
         read(b"video,question\na,b\na,c,d\n")
@@ -155,7 +155,7 @@ def test_no_rows(content):
 
 def test_a_table_needs_a_head():
     for content, missing in ((b"a.mp4\nb.mp4\n", "video"), (b"id,video\n1,a.mp4\n", "question")):
-        with pytest.raises(UsageError, match=f"rows, line 1: .* with {missing}$"):
+        with pytest.raises(UsageError, match=f"(?m)rows, line 1: .* with {missing}$"):
             read(content)
 
 

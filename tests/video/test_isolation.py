@@ -176,7 +176,7 @@ def test_a_process_that_cannot_start(named, started, monkeypatch):
     monkeypatch.setattr(process, "PROGRAM", "{paths}; import nonexistent{socket}")
     with pytest.raises(VideoError, match="exit code 1") as caught:
         probe(named("fine"))
-    assert "No module named 'nonexistent" in caught.value.__notes__[0]
+    assert "No module named 'nonexistent" in caught.value.__notes__[-1]
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(OutOfMemory, match="cannot start"):
         probe(named("fine"))
