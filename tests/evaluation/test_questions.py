@@ -60,7 +60,7 @@ def test_no_file_and_an_empty_one(tmp_path):
 
 
 def test_all_wrong_questions_are_counted(tmp_path):
-    with pytest.raises(UsageError, match=r"line 1: no video \(and 1 more\)"):
+    with pytest.raises(UsageError, match=r"line 1: no video; line 3: no answer"):
         load_questions(write(tmp_path / "q.jsonl", {}, ROW, ROW | {"answer": None}))
 
 
