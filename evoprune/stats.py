@@ -48,7 +48,7 @@ def _heading(report, width: int) -> list[str]:
         lines.append(f"{'model':<11}{name}  {model.dtype}  {model.device}{threads}")
     if video.path:
         fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
-        facts = f"{clock(video.duration_s)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
+        facts = f"{_span(report)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
         known = f"  {facts}" if video.decoder else ""
         name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.abspath(video.path)))
         lines.append(f"{'video':<11}{shorten(name, max(20, width - 13 - len(facts)))}{known}")
@@ -58,6 +58,14 @@ def _heading(report, width: int) -> list[str]:
         kept = 100 * (pruning.kept_ratio or 0)
         lines.append(f"{'pruning':<11}{pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned")
     return lines
+
+
+def _span(report) -> str:
+    """The video's length, and the part of it that was read if that is not all."""
+    whole, start, end = report.video.duration_s, report.sampling.start_s, report.sampling.end_s
+    if whole is None or start is None or end is None or (start <= 0.05 and end >= whole - 0.05):
+        return clock(whole)
+    return f"{clock(start)}-{clock(end)} of {clock(whole)}"
 
 
 def _stages(report, width: int) -> list[str]:
@@ -139,7 +147,8 @@ def _side_by_side(pruned, full) -> list[str]:
     for name, ours, theirs in rows:
         cells = "".join(f"{'-' if value is None else f'{value:,.0f}':>9}" for value in (ours, theirs))
         lines.append(f"{name:<16}{cells}" + (f"{theirs / ours:>7.1f}x" if ours and theirs else ""))
-    return lines
+    why = "the demo is too small to gain time" if pruned.model.id == "demo" else "the first of the two also warms up"
+    return [*lines, f"{why}; to measure: evoprune profile"]
 
 
 def _folded(line: str, width: int) -> list[str]:

@@ -4,6 +4,7 @@ Before anything is loaded, the time of each row is estimated from its operations
 first turn on, the times that rows have really taken correct the estimates of the others.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
@@ -154,7 +155,7 @@ def choose_rows(rows: Sequence[Row], kinds: Sequence[str], estimate: Estimate, l
         if missing <= 0:
             return chosen
     raise UsageError(
-        f"the least that can be measured takes about {limit.seconds + missing:.0f} s, the time limit is {limit.seconds:g} s",
+        f"the least that can be measured takes about {math.ceil(limit.seconds + missing)} s, the time limit is {limit.seconds:g} s",
         "raise --time-limit, or take fewer or smaller frames (--frames, --size) or a smaller model (-m)",
     )
 

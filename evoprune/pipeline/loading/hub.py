@@ -63,7 +63,7 @@ def download(
         except Exception as problem:
             if local:
                 hint = (
-                    "download it once with network access, or give the folder of a copy; the bundled demo needs neither"
+                    f"where there is a network: hf download {name} --local-dir DIR; then -m DIR. The demo needs neither"
                 )
                 raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
             raise ModelError(

@@ -40,7 +40,7 @@ def list_images(folder: str) -> list[str]:
     if not names:
         raise VideoError(
             f"no images in the folder {folder}",
-            f"files that count as images: {', '.join(ENDINGS)}; a folder of videos is for evoprune batch",
+            f"files that count as images: {', '.join(ENDINGS)}; for a folder of videos: evoprune batch {folder.rstrip('/')}/*.mp4",
         )
     return [os.path.join(folder, name) for name in sorted(names, key=_natural)]
 
