@@ -1,5 +1,7 @@
 """Where the process begins. Everything else is imported inside `start`, so that Ctrl-C during imports ends quietly."""
 
+import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -8,6 +10,7 @@ import sys
 # milliseconds, on cores that other programs need, or the thread that all wait for. It reads this when torch is loaded.
 SPIN = {"GOMP_SPINCOUNT": "1000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+INTERRUPTED = 130
 
 
 def start() -> None:
@@ -15,12 +18,18 @@ def start() -> None:
     if not any(name in os.environ for name in CHOSEN):
         os.environ |= SPIN
     sys.excepthook = _report_uncaught
+    endings: list[int | str | None] = []
+    atexit.register(_stop_loops_too, endings)  # registered first, called last
     try:
         from evoprune_cli.main import run
 
         run()
     except KeyboardInterrupt:  # before `run` handles it
-        sys.exit(130)
+        endings.append(INTERRUPTED)
+        sys.exit(INTERRUPTED)
+    except SystemExit as ended:
+        endings.append(ended.code)
+        raise
     finally:
         _end_at_once_from_now_on()
         # Python takes an interruption inside `exec("...")`, as dataclasses use it, for one that nobody caught, even if somebody
@@ -28,11 +37,26 @@ def start() -> None:
         exec("")  # noqa: S102 (runs nothing)
 
 
+def _stop_loops_too(endings: list[int | str | None]) -> None:
+    """Ends an interrupted process by SIGINT itself, once all is cleared up.
+
+    A shell then stops its loop, and shows 130 all the same. After an exit with 130 it would go on with the next round.
+    """
+    if INTERRUPTED not in endings or os.name != "posix" or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            stream.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def _end_at_once_from_now_on() -> None:
     """Makes a signal end the process: all is done and printed, and Python's own clearing up is no place for exceptions."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if callable(signal.getsignal(number)):  # else it was ignored from the beginning
-            signal.signal(number, lambda which, _: os._exit(128 + which))
+    if callable(signal.getsignal(signal.SIGINT)):  # else it was ignored from the beginning
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if callable(signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, lambda which, _: os._exit(128 + which))
 
 
 def _report_uncaught(kind, problem, trace) -> None:

@@ -162,7 +162,7 @@ def test_sigterm_stays_ours(monkeypatch, when):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_signals(cluster, tmp_path, sent, code):
     out = tmp_path / "out.jsonl"
     asked = [{"video": os.path.abspath(clip), "question": f"What is {n}?"} for clip in CLIPS for n in range(40)]

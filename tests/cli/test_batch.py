@@ -409,7 +409,7 @@ def wait_for_lines(process, out: Path, count: int) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_signals(start, out, sent, code):
     process = start(questions=40, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     wait_for_lines(process, out, 3)

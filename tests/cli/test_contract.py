@@ -392,9 +392,9 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PROCESSES = {
     "video from stdin": Process(("ask", "-", QUESTION, "-q"), 0, f"{ANSWER}\n"),
     "C locale": Process(("ask", "{grün}", QUESTION), 0, f"{ANSWER}\n", "first token", env=C_LOCALE),
-    "Ctrl-C while it answers": Process(ENDLESS, 130, "\n", "generate", "ctrl-c"),
+    "Ctrl-C while it answers": Process(ENDLESS, -signal.SIGINT, "\n", "generate", "ctrl-c"),
     "terminated while it answers": Process(ENDLESS, 143, "\n", "generate", "terminate"),
-    "interrupted early": Process((*ENDLESS, "--json"), 130, '"finish_reason":"interrupt"', "", "interrupt"),
+    "interrupted early": Process((*ENDLESS, "--json"), -signal.SIGINT, '"finish_reason":"interrupt"', "", "interrupt"),
     "reader of the answer gone": Process(("ask", CLIP, "Describe the video.", "-q"), 0, event="close stdout"),
     "disk full": Process(("inspect", CLIP, "--json"), 2, "", "error: cannot write the output: No space", "full"),
     "reader of the help gone": Process(("--help",), 0, event="close stdout"),
@@ -486,4 +486,18 @@ def test_interrupted_while_the_command_line_is_imported(tmp_path, way, where):
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shells of Unix")
+def test_ctrl_c_ends_the_loop_of_a_shell_too(tmp_path):
+    """A shell goes on with the next round after a program that handled the signal and ended with a code of its own."""
+    begins = "import sys, signal, os; sys.argv = ['evoprune', 'ask']; from evoprune_cli import main; "
+    interrupted = (
+        "main.run = lambda: os.kill(os.getpid(), signal.SIGINT); from evoprune_cli.__main__ import start; start()"
+    )
+    loop = f'for i in 1 2; do {sys.executable} -c "{begins}{interrupted}"; echo "code $?"; done'
+    done = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert done.stdout == "code 130\ncode 130\n"  # what a shell calls the end by this signal
+    one = subprocess.run([sys.executable, "-c", begins + interrupted], capture_output=True, timeout=60)
+    assert (one.returncode, one.stderr) == (-signal.SIGINT, b"")
