@@ -169,7 +169,7 @@ MaxVisualTokens = Annotated[
     _option(
         _SAMPLING,
         "--max-visual-tokens",
-        help="Limit before pruning, kept by smaller, then fewer frames; default: 24576, for real models on a CPU 4096.",
+        help="Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
         show_default=False,
     ),
 ]

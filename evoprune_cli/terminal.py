@@ -21,9 +21,9 @@ WARNINGS = {
     "replaced by the one before it",
     "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
     "demo_model": "the demo model knows only coloured shapes and digits; its answer about this video means nothing. "
-    "For a real answer: -m Qwen/Qwen2.5-VL-3B-Instruct",
+    "For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in this video "
-    "says little. For a real model: -m Qwen/Qwen2.5-VL-3B-Instruct",
+    "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
 
 
@@ -122,7 +122,9 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
     text = WARNINGS.get(name, name).format(**facts)
     if more is not None:
         text += f" ({video.path}{f' and {more:,} more' if more else ''})"
-    first, *rest = textwrap.wrap(f"warning: {printable(text)}", max(columns(), 30), subsequent_indent=" " * 9)
+    first, *rest = textwrap.wrap(
+        f"warning: {printable(text)}", max(columns(), 30), subsequent_indent=" " * 9, break_on_hyphens=False
+    )
     note(paint("warning:", "33;1") + first.removeprefix("warning:"))
     for line in rest:
         note(line)
@@ -145,7 +147,7 @@ def print_summary(report: Report) -> None:
 
 def tell(text: str) -> None:
     """Prints a sentence on stderr, folded to the terminal's width."""
-    for line in textwrap.wrap(printable(text), max(columns(), 30), subsequent_indent="  "):
+    for line in textwrap.wrap(printable(text), max(columns(), 30), subsequent_indent="  ", break_on_hyphens=False):
         note(paint(line, "2"))
 
 
