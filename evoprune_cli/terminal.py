@@ -147,7 +147,9 @@ def print_summary(report: Report) -> None:
 
 def tell(text: str) -> None:
     """Prints a sentence on stderr, folded to the terminal's width."""
-    for line in textwrap.wrap(printable(text), max(columns(), 30), subsequent_indent="  ", break_on_hyphens=False):
+    for line in textwrap.wrap(
+        printable(text), max(columns(), 30), subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    ):
         note(paint(line, "2"))
 
 

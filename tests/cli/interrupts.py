@@ -89,11 +89,11 @@ def copy(folder: Path, words: list[str], how: str | None, moment: int, counted: 
     except SystemExit as stop:
         sys.setprofile(None)
         code = stop.code or 0
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
     finally:
         os.write(counted, str(moments).encode())
+        atexit._run_exitfuncs()  # after an interruption the last of them ends the process
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
