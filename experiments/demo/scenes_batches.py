@@ -29,10 +29,10 @@ class ScenesRecipe:
     seed: int = 0
     processes: int = 2  # each with batches of its own
     vision_steps: int = 1600
-    steps: int = 9000
+    steps: int = 7000
     open_steps: int = 600  # on questions without options about small pictures, the tower frozen
-    still_steps: int = 2000  # on small pictures alone
-    small_steps: int = 6000  # without the largest frames and lengths
+    still_steps: int = 1200  # on small pictures alone
+    small_steps: int = 4000  # without the largest frames and lengths
     vision_units: int = 768  # a batch of the first stage
     units: int = 768  # a batch of the second stage, about
     tower_rate: float = (
@@ -50,6 +50,7 @@ class ScenesRecipe:
 # (height, width) in units, and how often.
 TINY = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5))
 SMALL = (*TINY, ((6, 8), 2.0))
+STILLS = (*SMALL, ((8, 12), 3.0), ((12, 8), 0.5), ((9, 16), 0.8), ((12, 18), 0.4))  # as well, while videos are still small
 LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.6), ((9, 16), 0.8), ((12, 18), 0.4))
 PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
 MOST = 1000  # units of one clip
@@ -129,8 +130,8 @@ def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[i
     if step < recipe.still_steps:
         return *draw(rng, TINY), 1
     while True:
-        height, width = draw(rng, SMALL if step < recipe.small_steps else LARGE)
         pairs = draw(rng, PAIRS)
+        height, width = draw(rng, LARGE if step >= recipe.small_steps else STILLS if pairs == 1 else SMALL)
         if height * width * pairs <= (MOST if step >= recipe.small_steps else MOST // 3):
             return height, width, pairs
 
