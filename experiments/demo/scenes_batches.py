@@ -50,7 +50,13 @@ class ScenesRecipe:
 # (height, width) in units, and how often.
 TINY = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5))
 SMALL = (*TINY, ((6, 8), 2.0))
-STILLS = (*SMALL, ((8, 12), 3.0), ((12, 8), 0.5), ((9, 16), 0.8), ((12, 18), 0.4))  # as well, while videos are still small
+STILLS = (
+    *SMALL,
+    ((8, 12), 3.0),
+    ((12, 8), 0.5),
+    ((9, 16), 0.8),
+    ((12, 18), 0.4),
+)  # as well, while videos are still small
 LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.6), ((9, 16), 0.8), ((12, 18), 0.4))
 PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
 MOST = 1000  # units of one clip
