@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,7 @@ def profile(
     new_tokens: own.NewTokens = 4,
     repeat: own.Repeat = 3,
     warmup: own.Warmup = 1,
-    time_limit: own.TimeLimit = 150,
+    time_limit: own.TimeLimit = None,
     form: own.Format = "table",
     output: own.Output = None,
     chart: own.Chart = None,
@@ -67,7 +68,7 @@ def profile(
     """
     kinds = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
     sweep = {**opt.sweep(budget, method, method_arg), "quantize": kinds}
-    rounds = {"new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat, "time_limit_s": time_limit}
+    rounds = {"new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat}
     loading = {
         "revision": revision, "device": device, "dtype": dtype, "offline": offline, "load_format": load_format,
         "threads": parse_threads(threads),
@@ -78,7 +79,8 @@ def profile(
     check_chart(chart)
     clips = partial(_clips, video, synthetic or SYNTHETIC[0], counts, sizes)
     deliver = partial(_deliver, form=form, output=output, chart=chart)
-    return _run(clips, partial(_measured, model, loading, {**sweep, **rounds, "seed": seed}), deliver, quiet)
+    asked = {**sweep, **rounds, "seed": seed}
+    return _run(clips, partial(_measured, model, loading, asked, time_limit), deliver, quiet)
 
 
 def _run(clips: Callable, measured: Callable, deliver: Callable, quiet: bool) -> int:
@@ -99,9 +101,16 @@ def _run(clips: Callable, measured: Callable, deliver: Callable, quiet: bool) ->
 
 
 def _measured(
-    model: str, loading: dict[str, Any], asked: dict[str, Any], cases: list, about: dict, source: Callable, show
+    model: str,
+    loading: dict[str, Any],
+    asked: dict[str, Any],
+    seconds: float | None,
+    cases: list,
+    about: dict,
+    source: Callable,
+    show,
 ) -> Iterator:
-    """The results after each round; see `profiling.run.measure`."""
+    """The results after each round, within `seconds` if there are any; see `profiling.run.measure`."""
     begun = time.perf_counter()
     show("loading libraries")
     check_libraries()
@@ -112,12 +121,15 @@ def _measured(
         methods.get(name, asked["method_args"])
     swept = settings.Settings(**asked)
     loading = loading | {"load_format": loading["load_format"] or weights.default_load_format(model)}
-    options, limit, how = ModelOptions(model, **loading), time_limit.TimeLimit(swept.time_limit_s, begun=begun), {}
+    options, how = ModelOptions(model, **loading), {}
+    usual = swept.time_limit_s
+    limit = time_limit.TimeLimit(usual if seconds is None else seconds, begun=begun, firm=seconds is not None)
     if found := weights.describe(options):
         estimate = time_limit.Estimate(*found[:2], swept, *found[2:])
         rows = time_limit.choose_rows(bench.all_rows(cases, swept), swept.quantize, estimate, limit)
         how = {"rows": rows, "estimated": estimate.row}
-    show("loading model")
+    swept = replace(swept, time_limit_s=limit.seconds)
+    show("loading model" + f" (the run takes about {limit.seconds:.0f} s)" * (limit.seconds > usual and not limit.firm))
     loaded = weights.load(options, cases)
     yield from run.measure(loaded, cases, source, swept, about=about, progress=show, limit=limit, **how)
 

@@ -91,12 +91,12 @@ Warmup = Annotated[
     int, typer.Option("-w", "--warmup", metavar="N", help="Rounds before them.", min=0, rich_help_panel=_ROUNDS)
 ]
 TimeLimit = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--time-limit",
         metavar="SECONDS",
         help="Of the whole run, loading included. Rows and rounds that would end later are left out; where the least "
-        "would, nothing is run.",
+        "would, nothing is run.  [default: 150, or as long as the least takes]",
         min=0,
         rich_help_panel=_ROUNDS,
     ),

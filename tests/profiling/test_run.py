@@ -237,6 +237,9 @@ def test_the_least_is_refused_before_anything_is_loaded(saved):
     with pytest.raises(UsageError, match=r"takes about \d+ s, the time limit is 1 s") as problem:
         choose_rows(rows, ["none"], estimate, TimeLimit(1))
     assert "--time-limit" in problem.value.hint
+    usual = TimeLimit(1, firm=False)
+    least = choose_rows(rows, ["none"], estimate, usual)
+    assert [row.kind for row in least] == [HUGGING_FACE, FULL, METHOD] and usual.seconds > 1
     assert choose_rows(rows, ["none"], estimate, TimeLimit(1e6)) == rows
 
 

@@ -124,7 +124,7 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
     assert times.pack == pytest.approx(1000 * loaded.packing.seconds) and times.pack > 0
     assert times.load_weights == pytest.approx(1000 * loaded.load_seconds["weights"])
     rate = report.report.rate.generate_tok_s
-    assert rate is None or rate >= (tokens - 1) / times.generate * 1000  # without packing
+    assert rate is None or rate >= (tokens - 1) / times.generate * 999  # without packing; to a thousandth
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
