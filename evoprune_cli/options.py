@@ -245,7 +245,7 @@ Overlay = Annotated[
     typer.Option(
         "--overlay",
         metavar="FILE",
-        help=f"Draw what the model reads of the video, what is reused and what is merged ({', '.join(OVERLAYS)}). "
+        help=f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). "
         "Loads the model; pruning options are for this.",
         show_default=False,
     ),

@@ -73,7 +73,7 @@ def measure(clip: str, budget: float) -> Run:
 def figure(run: Run) -> str:
     """The figure as SVG."""
     n, (pairs, height, width) = run.video.fates.counts(), run.video.plan.grid
-    changed, before, total = n["units"] - n["reused"], run.first_layers, len(run.layers)
+    changed, before, total = n["encoded"], run.first_layers, len(run.layers)
     layer = "layer 1" if before == 1 else f"layer {before}"
     strips = (
         (
@@ -83,11 +83,12 @@ def figure(run: Run) -> str:
         ),
         (
             "2  Reuse in time",
-            f"{n['reused']} units (pale) look as when they were last encoded and are not encoded again. {changed} enter the tower.",
+            f"{n['units'] - changed} units (pale) look as when they were last encoded and are not encoded again. "
+            f"{changed} enter the tower.",
         ),
         (
             f"3  Selection after {layer} of {total}",
-            f"{n['chosen']} units, each the farthest from those before it in features and time. "
+            f"{n['read']} units, each the farthest from those before it in features and time. "
             "Its row becomes the mean of its cluster (number: units, if not 1).",
         ),
     )
@@ -128,7 +129,7 @@ def _units(run: Run, strip: int) -> Iterator[str]:
     (width, height), fates = _panel(run.video), run.video.fates
     pairs, rows, columns = run.video.plan.grid
     side, top = width / columns, STRIPS + PITCH * strip + 38
-    shown = (torch.ones_like(fates.chosen), ~fates.reused, fates.chosen)[strip].view(pairs, rows, columns)
+    shown = (torch.ones_like(fates.chosen), fates.encoded, fates.chosen)[strip].view(pairs, rows, columns)
     sizes = run.sizes.view(pairs, rows, columns)
     for pair in range(pairs):
         left = EDGE + pair * (width + GAP)
@@ -174,10 +175,10 @@ def _towers(run: Run) -> Iterator[str]:
     yield text(EDGE, BARS + 32, f"live share {run.live_share:.2f}", size=11, fill=OURS, weight=600)
     yield from _arrow(end + 2, end + 22)
     yield from _model(
-        end + 28, 190, [f"{n['chosen']} tokens + question", "attention to a token:", "+ 0.5 log(cluster size)"]
+        end + 28, 182, [f"{n['read']} tokens + question", "attention to a token:", "+ 0.5 log(cluster size)"]
     )
 
-    left = 558
+    left = 536
     yield f'<path d="M{left - 22} {top + 2}V{HEIGHT - 18}" stroke="{GRID}"/>'
     yield text(left, top + 12, "Usual: prune after the encoder", size=12.5, weight=600)
     yield text(left, top + 30, "every unit goes through every layer", size=11.5, fill=SOFT)
@@ -186,7 +187,7 @@ def _towers(run: Run) -> Iterator[str]:
     yield text(left, BARS + 16, f"layers 1 to {total}", size=11)
     yield text(left, BARS + 32, "live share 1.00", size=11, fill=OTHERS, weight=600)
     yield from _arrow(end + 2, end + 20)
-    yield from _model(end + 25, WIDTH - EDGE - end - 25, [f"prune: {n['chosen']}", "tokens + question"])
+    yield from _model(end + 25, WIDTH - EDGE - end - 25, [f"prune: {n['read']}", "tokens + question"])
 
 
 def _bars(left: float, wide: float, step: float, rows: Sequence[int], units: int, colour: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What became of each unit of a video: which ones the language model reads, which are reused, and which merged into another.
+"""What became of each unit of a video: it is read by the language model, reused, merged into another unit, or dropped.
 
 `trace` encodes a video and keeps its frames; `overlay` draws them.
 """
@@ -21,10 +21,16 @@ from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
 from evoprune.vision.token_selection import EncodedRows, selected
 
+FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
+
 
 @dataclass(frozen=True)
 class Fates:
     """What became of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
+
+    A unit has one fate: it is *read*, if the language model reads a token at its place; else *reused*, if it was not encoded
+    because it has not changed since an earlier frame pair; else *merged*, if its row became part of the row at another unit's
+    place; else *dropped*.
 
     Attributes:
         grid: (T, H, W): frame pairs, and the height and width of one in units.
@@ -42,24 +48,25 @@ class Fates:
     rows: int
 
     @property
-    def reused(self) -> torch.Tensor:
-        """bool `[N]`: not encoded, because it has not changed since an earlier frame pair."""
-        return self.source != ascending(len(self.source), self.source.device)
+    def encoded(self) -> torch.Tensor:
+        """bool `[N]`: not reused from an earlier frame pair. A unit that is read may have been reused."""
+        return self.source == ascending(len(self.source), self.source.device)
 
     @property
-    def merged(self) -> torch.Tensor:
-        """bool `[N]`: encoded, and then merged into a row at another unit's place."""
-        return ~self.reused & (self.owner >= 0) & (self.owner != ascending(len(self.owner), self.owner.device))
+    def fate(self) -> torch.Tensor:
+        """int64 `[N]`: the index in `FATES` of each unit's fate."""
+        moved = (self.owner >= 0) & (self.owner != ascending(len(self.owner), self.owner.device))
+        applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
+        return applies.int().argmax(0)
+
+    def all_of(self, name: str) -> torch.Tensor:
+        """bool `[N]`: the units of one fate."""
+        return self.fate == FATES.index(name)
 
     def counts(self) -> dict[str, int]:
-        """How many units there are, how many of them are chosen, reused and merged, and how many rows are left."""
-        return {
-            "units": len(self.owner),
-            "chosen": int(self.chosen.sum()),
-            "reused": int(self.reused.sum()),
-            "merged": int(self.merged.sum()),
-            "rows": self.rows,
-        }
+        """How many units there are, how many have each fate, how many are encoded, and the rows that the encoder returns."""
+        sums = {name: int(self.all_of(name).sum()) for name in FATES}
+        return {"units": len(self.owner), **sums, "encoded": int(self.encoded.sum()), "rows": self.rows}
 
 
 @torch.inference_mode()
@@ -102,11 +109,8 @@ class TracedVideo:
     def summary(self) -> str:
         """One line of counts."""
         n, (count, height, width) = self.fates.counts(), self.plan.grid
-        encoded = n["units"] - n["reused"]
-        return (
-            f"{count} frame pair{'' if count == 1 else 's'} of {height}x{width} units: {n['units']:,} units, {encoded:,} encoded, "
-            f"{n['rows']:,} left at the end, {n['chosen']:,} tokens read"
-        )
+        pairs = f"{count} frame pair{'' if count == 1 else 's'} of {height}x{width} units"
+        return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
 
 def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = None) -> TracedVideo:

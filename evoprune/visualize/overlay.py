@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from evoprune.visualize.fates import TracedVideo
+from evoprune.visualize.fates import FATES, TracedVideo
 from evoprune.visualize.image_files import gif, mp4, png, shared_palette
 from evoprune.visualize.panel import Panels, cluster_colour, light, outline
 from evoprune.visualize.text import BACKGROUND, FAINT, text_picture, wrap
@@ -82,15 +82,21 @@ class Overlay:
         return max(len(wrap(self._panels.caption(frame), self._panels.width, size)) for frame in frames)
 
     def _legend(self, width: int, size: int) -> list[Image.Image]:
-        counts = self._video.fates.counts()
+        fates, counts = self._video.fates, self._video.fates.counts()
+        again = int((fates.chosen & ~fates.encoded).sum())
+        of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
         meanings = {
-            "read": f"Bright: read by the language model, {counts['chosen']:,} of {counts['units']:,} units.",
-            "unread": "Dark: not read.",
-            "reused": f"Blue: unchanged since an earlier frame pair and not encoded again, {counts['reused']:,} units.",
-            "merged": f"Outlined: {counts['merged']:,} units merged into the unit with a dot of the same colour, which may be in "
-            "another frame pair.",
+            "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
+            "reused": f"unchanged since an earlier frame pair, so not encoded again. {counts['reused']:,} units.",
+            "merged": "averaged into the unit with a dot of the same colour, here or in another frame pair. "
+            f"{counts['merged']:,} units.",
+            "dropped": f"encoded, and then left out. {counts['dropped']:,} units.",
         }
-        return [_legend_entry(kind, text, width, size) for kind, text in meanings.items() if counts.get(kind, 1)]
+        return [
+            _legend_entry(name, f"{name.capitalize()}: {meaning}", width, size)
+            for name, meaning in meanings.items()
+            if counts[name]
+        ]
 
 
 def _text_size(width: int) -> int:
@@ -108,14 +114,14 @@ def _columns(panels: int, ratio: float) -> int:
     return min(range(1, panels + 1), key=cost)
 
 
-def _legend_entry(kind: str, text: str, width: int, size: int) -> Image.Image:
+def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
     """A row of the legend: two small units, drawn as in a panel, and what they mean."""
     side = round(1.4 * size)
-    shape = (side, 2 * side)
-    first, second = np.full(shape, kind in ("read", "reused")), np.full(shape, kind == "read")
-    read = np.where(np.arange(2 * side) < side, first, second)
-    swatch = Image.fromarray(light(np.full((*shape, 3), 120, np.uint8), read, np.full(shape, kind == "reused")))
-    if kind == "merged":
+    fate = np.full((side, 2 * side), FATES.index(name))
+    if name == "merged":
+        fate[:, side:] = FATES.index("read")
+    swatch = Image.fromarray(light(np.full((*fate.shape, 3), 120, np.uint8), fate))
+    if name == "merged":
         for x in (0, 1):
             outline(swatch, np.zeros((1, 2), int), 0, x, side, cluster_colour(0), dot=x == 1)
     return _beside([swatch, text_picture(text, width - 2 * side - GAP, size)])

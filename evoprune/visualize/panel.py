@@ -1,7 +1,8 @@
 """One frame of a video, drawn so that it shows what became of each unit.
 
-A unit that the language model reads is bright, any other dark. A reused unit is tinted blue. Units that merged are outlined in the
-colour of their owner, and the owner has a dot of that colour.
+A unit that the language model reads keeps its colours, brightened. Any other becomes grey in a colour of its fate: blue where it
+was reused, orange where it merged, and dark where it was dropped. Merged units are outlined in the colour of their owner, and the
+owner has a dot of that colour.
 """
 
 import colorsys
@@ -9,11 +10,13 @@ import colorsys
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evoprune.visualize.fates import Fates, TracedVideo
+from evoprune.visualize.fates import FATES, Fates, TracedVideo
 
 FRAME_WIDTH, MAX_ZOOM = 560, 4  # about as wide as a frame is drawn, in pixels, and how much it is enlarged at most
-BLUE, TINT = np.array((40, 110, 255), np.float32), 0.4  # of reused units, and how strong
-READ, UNREAD = (0.8, 50.0), (0.42, 10.0)  # a factor and an offset of levels: both are told apart in a dark video too
+READ = (0.66, 86.0)  # a factor and an offset of levels
+# The others: a colour that is added to a share of their grey. Colour-blind readers distinguish them, in dark and light videos.
+UNREAD = {"reused": (0, 50, 115), "merged": (120, 66, 0), "dropped": (0, 0, 0)}
+GREY, LUMA = 0.3, np.array((0.299, 0.587, 0.114), np.float32)
 RIM = (18, 18, 22)  # around an owner's dot, which may lie on its own colour
 
 Colour = tuple[int, int, int]
@@ -27,7 +30,7 @@ class Panels:
     """
 
     def __init__(self, video: TracedVideo):
-        self._video, self._colours = video, _owner_colours(video.fates)
+        self._video, self._fate, self._colours = video, video.fates.fate, _owner_colours(video.fates)
         count, self._rows, self._columns = video.plan.grid
         self._zoom = max(1, min(MAX_ZOOM, round(FRAME_WIDTH / video.plan.width)))
         self._pixels = video.plan.width // self._columns  # of a unit's side in the frame
@@ -36,28 +39,23 @@ class Panels:
 
     def draw(self, frame: int) -> Image.Image:
         """RGB picture of a frame, enlarged by a whole number."""
-        fates = self._video.fates
-        reused = self._of_frame(fates.reused, frame)
-        masks = (mask.repeat(self._pixels, 0).repeat(self._pixels, 1) for mask in (self._chosen(frame), reused))
-        lit = light(self._video.frames[frame].numpy(), *masks)
+        fate = self._of_frame(self._fate, frame)
+        lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
         picture = Image.fromarray(lit).resize((self.width, lit.shape[0] * self._zoom), Image.Resampling.NEAREST)
-        owner = self._of_frame(fates.owner, frame)
-        cluster = np.where(~reused & np.isin(owner, list(self._colours)), owner, -1)
-        unit = self._first_unit(frame) + np.arange(cluster.size).reshape(cluster.shape)
+        unit = self._first_unit(frame) + np.arange(fate.size).reshape(fate.shape)
+        merged = fate == FATES.index("merged")
+        cluster = np.where(merged, self._of_frame(self._video.fates.owner, frame), unit)
+        cluster = np.where(np.isin(cluster, list(self._colours)), cluster, -1)
         for y, x in np.argwhere(cluster >= 0).tolist():
             colour = self._colours[int(cluster[y, x])]
             outline(picture, cluster, y, x, self._pixels * self._zoom, colour, dot=cluster[y, x] == unit[y, x])
         return picture
 
     def caption(self, frame: int) -> str:
-        """The frame's time, and how many units of its frame pair are read, reused and merged."""
-        fates = self._video.fates
-        reused, merged = (int(self._of_frame(units, frame).sum()) for units in (fates.reused, fates.merged))
-        time = clock(self._video.plan.sampling.times_s[frame])
-        return f"{time}: {self._chosen(frame).sum()} read, {reused} reused, {merged} merged"
-
-    def _chosen(self, frame: int) -> np.ndarray:
-        return self._of_frame(self._video.fates.chosen, frame)
+        """The frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the video has."""
+        here, anywhere = self._of_frame(self._fate, frame), set(self._fate.tolist())
+        counts = (f"{(here == n).sum()} {name}" for n, name in enumerate(FATES) if n in anywhere)
+        return f"{clock(self._video.plan.sampling.times_s[frame])}: {', '.join(counts)}"
 
     def _of_frame(self, units, frame: int) -> np.ndarray:
         """`[h, w]` in units: the values of a tensor `[N]` for the frame's pair."""
@@ -68,21 +66,21 @@ class Panels:
         return frame // self._frames_per_pair * self._rows * self._columns
 
 
-def light(picture: np.ndarray, read: np.ndarray, reused: np.ndarray) -> np.ndarray:
-    """Brightens the pixels that are read, darkens the others, and tints the reused ones.
+def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
+    """Brightens the pixels that are read, and gives the others the colours of their fates.
 
     Args:
         picture: uint8 `[H, W, 3]`.
-        read: bool `[H, W]`.
-        reused: bool `[H, W]`.
+        fate: int `[H, W]`, indices in `FATES`.
 
     Returns:
         uint8 `[H, W, 3]`.
     """
-    read, reused, levels = read[..., None], reused[..., None], picture.astype(np.float32)
-    levels = np.where(reused, levels * (1 - TINT) + BLUE * TINT, levels)
-    levels = np.where(read, levels * READ[0] + READ[1], levels * UNREAD[0] + UNREAD[1])
-    return levels.clip(0, 255).astype(np.uint8)
+    levels = picture.astype(np.float32)
+    tint = np.array([UNREAD.get(name, (0, 0, 0)) for name in FATES], np.float32)[fate]
+    unread = (levels @ LUMA)[..., None] * GREY + tint
+    read = (fate == FATES.index("read"))[..., None]
+    return np.where(read, levels * READ[0] + READ[1], unread).clip(0, 255).astype(np.uint8)
 
 
 def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int, colour: Colour, *, dot: bool) -> None:
@@ -119,7 +117,7 @@ def cluster_colour(number: int) -> Colour:
 
 def _owner_colours(fates: Fates) -> dict[int, Colour]:
     """The colour of every unit that others merged into."""
-    return {owner: cluster_colour(n) for n, owner in enumerate(fates.owner[fates.merged].unique().tolist())}
+    return {owner: cluster_colour(n) for n, owner in enumerate(fates.owner[fates.all_of("merged")].unique().tolist())}
 
 
 def clock(seconds: float) -> str:

@@ -66,7 +66,7 @@ def test_what_is_for_an_overlay_is_checked_without_one(cli):
 
 def test_an_overlay_of_what_the_content_asks_for(cli, tmp_path):
     record = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", "-b", "auto", "--json").record["overlay"]
-    assert record["budget"] == "auto" and 7 <= record["chosen"] <= 72
+    assert record["budget"] == "auto" and 7 <= record["read"] <= 72
 
 
 def test_frames_left_out_for_the_models_limit_are_a_cap(cli, tiny_folder):
@@ -97,7 +97,12 @@ def test_overlay(cli, tmp_path, ending, frames):
     told = result.record["overlay"]
     assert result.code == 0 and result.err == ""
     assert told["file"] == str(file) and told["method"] == "evoprune" and told["budget"] == 0.25
-    assert told["units"] == 144 and told["chosen"] == 36 and told["args"]["reuse"] == THRESHOLD
+    assert (
+        told["units"] == 144
+        and told["read"] == 36
+        and told["read"] + told["reused"] + told["merged"] + told["dropped"] == 144
+    )
+    assert told["args"]["reuse"] == THRESHOLD
     with av.open(file) as drawn:
         assert sum(1 for _ in drawn.decode(video=0)) == frames
 
@@ -117,7 +122,11 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
     )
     told = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", *options, "--decoder", "decord", "--json").record
     assert told["plan"]["grid"] == [2, 4, 6] and told["plan"]["end_s"] == 3
-    assert told["overlay"]["reused"] == 0 and told["overlay"]["rows"] == 24 and told["overlay"]["budget"] == 0.5
+    assert (
+        told["overlay"]["encoded"] == told["overlay"]["units"]
+        and told["overlay"]["rows"] == 24
+        and told["overlay"]["budget"] == 0.5
+    )
 
 
 def test_overlay_of_a_foreign_video_warns(cli, tmp_path):

@@ -1,6 +1,7 @@
 """What an overlay says of each unit, and whether the pictures and files show it."""
 
 import io
+from itertools import combinations
 
 import av
 import numpy as np
@@ -14,9 +15,9 @@ from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan, even_times
 from evoprune.visualize import image_files
-from evoprune.visualize.fates import Fates, TracedVideo, trace
+from evoprune.visualize.fates import FATES, Fates, TracedVideo, trace
 from evoprune.visualize.overlay import Overlay, overlay_file
-from evoprune.visualize.panel import Panels
+from evoprune.visualize.panel import Panels, cluster_colour, light
 from evoprune.visualize.text import text_picture, wrap
 
 CLIP = "samples/square.mp4"
@@ -36,11 +37,11 @@ def test_reused_units_are_those_whose_pixels_are_older(loaded):
     fates, units = seen.fates, torch.arange(144)
     assert fates.grid == (6, 4, 6) and seen.frames.shape == (12, 112, 168, 3) and seen.warnings == []
     assert fates.chosen.sum() == 36
-    assert not fates.reused[:24].any() and fates.reused.sum() > 72  # most of the clip stands still
+    assert fates.encoded[:24].all() and (~fates.encoded).sum() > 72  # most of the clip stands still
     assert (fates.source <= units).all() and ((units - fates.source) % 24 == 0).all()
-    assert not fates.reused[fates.source].any()  # a reused unit's source has been encoded
-    assert torch.equal(fates.owner, fates.source) and not fates.merged.any()
-    assert fates.counts()["rows"] == 144 - fates.counts()["reused"]
+    assert fates.encoded[fates.source].all()  # a reused unit's source has been encoded
+    assert torch.equal(fates.owner, fates.source) and fates.counts()["merged"] == 0
+    assert fates.counts()["rows"] == fates.counts()["encoded"]
 
 
 def test_merged_units_belong_to_a_row_of_their_frame_pair(loaded):
@@ -55,8 +56,31 @@ def test_what_is_chosen_inside_the_tower_may_be_a_time_when_nothing_changed(load
     fates, units = traced(loaded, budget=0.25).fates, torch.arange(144)
     assert fates.rows == fates.chosen.sum() == 36 and fates.chosen[fates.owner].all()
     assert torch.equal(fates.owner == units, fates.chosen)
-    assert (fates.chosen & fates.reused).any() and fates.merged.any()
-    assert not fates.merged[fates.chosen].any() and not fates.merged[fates.reused].any()
+    assert (fates.chosen & ~fates.encoded).any() and fates.all_of("merged").any()
+
+
+@pytest.mark.parametrize("method", ["evoprune", "evoprune-merge", "reuse+divprune", "divprune", "pool"])
+def test_each_unit_has_one_fate(loaded, method):
+    fates = traced(loaded, budget=0.25, method=method).fates
+    counts, masks = fates.counts(), torch.stack([fates.all_of(name) for name in FATES])
+    assert sum(counts[name] for name in FATES) == counts["units"] == 144 and (masks.sum(0) == 1).all()
+    assert torch.equal(fates.all_of("read"), fates.chosen)
+    reused, merged, dropped = (fates.all_of(name) for name in FATES[1:])
+    assert not fates.encoded[reused].any() and fates.encoded[merged | dropped].all()
+    assert (fates.owner[merged] >= 0).all()
+
+
+@pytest.mark.parametrize("method", ["evoprune", "evoprune-merge"])
+def test_the_owner_of_merged_units_has_a_dot(loaded, method):
+    video = traced(loaded, budget=0.25, method=method)
+    fates, panels, side = video.fates, Panels(video), 3 * 28  # pixels of a unit as drawn
+    owners = fates.owner[fates.all_of("merged")].unique().tolist()
+    assert method != "evoprune" or not fates.encoded[owners].all()  # some were reused: the selection took a later time
+    pictures = [np.asarray(panels.draw(2 * pair)).astype(int) for pair in range(6)]
+    for number, owner in enumerate(owners):
+        pair, (y, x) = owner // 24, divmod(owner % 24, 6)
+        middle = pictures[pair][y * side + side // 2, x * side + side // 2]
+        assert tuple(middle) == cluster_colour(number)
 
 
 def test_what_is_drawn_is_what_the_language_model_reads(loaded):
@@ -67,10 +91,10 @@ def test_what_is_drawn_is_what_the_language_model_reads(loaded):
 
 def test_methods_after_the_encoder(loaded):
     pooled = traced(loaded, budget=0.25, method="pool").fates
-    assert not pooled.reused.any() and pooled.rows == 144
-    assert pooled.chosen[pooled.owner].all() and pooled.merged.sum() == 144 - pooled.chosen.sum()
+    assert pooled.encoded.all() and pooled.rows == 144
+    assert pooled.chosen[pooled.owner].all() and pooled.all_of("merged").sum() == 144 - pooled.chosen.sum()
     picked = traced(loaded, budget=0.25, method="divprune").fates
-    assert picked.chosen.sum() == 36 and not picked.merged.any() and not picked.reused.any()
+    assert picked.chosen.sum() == 36 and picked.all_of("dropped").sum() == 108
 
 
 def test_a_method_that_makes_the_input_smaller(loaded):
@@ -84,7 +108,8 @@ def test_a_method_that_reads_the_question(loaded):
 
 
 def painted() -> TracedVideo:
-    """Two grey frame pairs of 1x3 units: 0 is read, 1 merges into 4, 2 is neither; 3 is read and reused from 0, 5 from 2."""
+    """Two grey frame pairs of 1x3 units: 0 is read, 1 merges into 4, 2 is dropped, as is 4; 3 is read, with the
+    row of 0, and 5 is reused from 2."""
     chosen = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.bool)
     source, owner = torch.tensor([0, 1, 2, 0, 4, 2]), torch.tensor([0, 4, 2, 0, 4, 2])
     sampling = SamplingPlan(0.0, 2.0, even_times(0.0, 2.0, 4), 4)
@@ -102,15 +127,44 @@ def test_panels_show_the_fates():
     def pixel(picture, unit, down=0.3, across=0.3):
         return picture[int(down * side), int((unit + across) * side)]
 
-    read, dark = pixel(first, 0), pixel(first, 2)
-    assert read.min() > dark.max() + 50 and np.ptp(read) == np.ptp(dark) == 0
-    bright_blue, dark_blue = pixel(second, 0), pixel(second, 2)
-    assert all(blue[2] > blue[0] + 30 for blue in (bright_blue, dark_blue)) and bright_blue.min() > dark_blue.min()
+    assert (pixel(first, 0) == pixel(second, 0)).all()  # both are read, whichever was encoded
+    read, dropped, merged, reused = pixel(first, 0), pixel(first, 2), pixel(first, 1), pixel(second, 2)
+    assert read.min() > dropped.max() + 50 and np.ptp(read) == np.ptp(dropped) == 0
+    assert reused[2] > reused[0] + 50 and merged[0] > merged[2] + 50  # blue, orange
     edge, other_edge = pixel(first, 1, across=0.005), pixel(second, 1, across=0.005)
     assert (edge == other_edge).all() and np.ptp(edge) > 100  # one colour in both frame pairs
-    assert np.ptp(pixel(first, 1, 0.5, 0.5)) == 0 and (pixel(second, 1, 0.5, 0.5) == edge).all()  # the owner's dot
-    assert np.ptp(pixel(first, 2, across=0.005)) == 0
-    assert panels.caption(0) == "0:00.25: 1 read, 0 reused, 1 merged"
+    assert (pixel(second, 1, 0.5, 0.5) == edge).all()  # the owner's dot
+    assert (pixel(first, 1, 0.5, 0.5) == merged).all() and np.ptp(pixel(first, 2, across=0.005)) == 0
+    assert panels.caption(0) == "0:00.25: 1 read, 0 reused, 1 merged, 1 dropped"
+
+
+# What colour-blind people see: linear RGB to linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+EYES = {
+    "most": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+LEVELS = [(0, 0, 0), (40, 40, 40), (128, 128, 128), (255, 255, 255), (120, 170, 240), (240, 170, 60), (10, 20, 90)]
+
+
+@pytest.mark.parametrize("eyes", EYES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_colours_of_fates_are_distinct(eyes, level):
+    drawn = light(np.full((1, 4, 3), level, np.uint8), np.arange(4)[None])[0]
+    seen = cielab(drawn / 255, np.asarray(EYES[eyes]))
+    assert (
+        min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) > 12
+    )  # 2 can be told apart side by side
+
+
+def cielab(colours, eyes):
+    """CIELAB `[n, 3]` of sRGB colours between 0 and 1 as seen by some eyes."""
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4) @ eyes.T
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    share = linear.clip(0, 1) @ to_xyz.T / to_xyz.sum(1)
+    x, y, z = np.where(share > 0.008856, np.cbrt(share), 7.787 * share + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
 def test_no_edge_is_drawn_inside_a_cluster():
@@ -119,7 +173,7 @@ def test_no_edge_is_drawn_inside_a_cluster():
     fates = Fates((2, 1, 3), video.fates.chosen, torch.arange(6), owner, 3)
     picture = np.asarray(Panels(TracedVideo(video.plan, video.frames, fates, [], 0)).draw(0)).astype(int)
     middle = picture[10, [0, 111, 112, 223]]
-    assert [np.ptp(pixel) > 100 for pixel in middle] == [True, False, False, True]
+    assert [tuple(pixel) == cluster_colour(0) for pixel in middle] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 5, 12, 40])
@@ -129,7 +183,7 @@ def test_sheets_hold_at_most_twelve_frame_pairs(pairs):
     fates = Fates((pairs, 1, 3), torch.ones(3 * pairs, dtype=torch.bool), *[torch.arange(3 * pairs)] * 2, 3 * pairs)
     plan = Plan(sampling, 28, 84, (pairs, 1, 3), 768, 1000, False)
     video = TracedVideo(plan, seen.frames[:1].expand(2 * pairs, -1, -1, -1), fates, [], 0)
-    bright = (np.asarray(Overlay(video, "title").sheet()) == 130).all(
+    bright = (np.asarray(Overlay(video, "title").sheet()) == 152).all(
         2
     )  # a read grey frame, and a swatch in the legend
     assert bright.sum() == pytest.approx(min(pairs, 12) * 3 * 112 * 112, rel=0.2)
