@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
+from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
+from evoprune.visualize.svg import PALE
 from evoprune_cli.profile_tables import one_line, plural
 
 Cell = Callable[[dict], str]
-GREY, BLACK = "#9A9A9A", "#222222"
 LEGEND = (
     "accuracy, in percent, with its 95% interval over videos; vs full: the paired difference; kept: of full's accuracy",
     "tokens that the language model reads, mean of a question; live: share of the rows that the tower computes, mean over its "
@@ -147,7 +147,7 @@ def _lines(made: Table, console: Console) -> list[str]:
 def draw_chart(document: dict) -> str:
     """SVG: accuracy against tokens, and against cost, a line a method."""
     rows = [row for row in document["rows"] if row["group"] == "all"]
-    fixed = {"full": BLACK, "blind": GREY}
+    fixed = {"full": INK, "blind": PALE}
     methods = dict.fromkeys(row["method"] for row in rows if row["row"] == "method")
     colours = fixed | dict(zip(methods, cycle(COLOURS), strict=False))
     panels = []

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from itertools import cycle
 
 from evoprune.profiling.results import BOUND, METHOD, Results, Row, Spread
-from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
+from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
+from evoprune.visualize.svg import PALE
 from evoprune_cli.profile_tables import device, one_line, source
-
-GREY, BLACK = "#9A9A9A", "#222222"
 
 
 def draw_chart(results: Results) -> str:
@@ -15,19 +14,19 @@ def draw_chart(results: Results) -> str:
     cases, model = results.cases, results.model
     sweep = len(cases) > 1
     sizes = ", ".join(sorted({f"{case.height}x{case.width}" for case in cases}))
-    facts = ["random weights"] if model.load_format == "dummy" else []
-    facts += [model.dtype, device(results), f"frames of {sizes}" if sweep else str(cases[0]), source(results)]
+    facts = [model.dtype, device(results), f"frames of {sizes}" if sweep else str(cases[0]), source(results)]
     facts.append(f"median and range of {results.rounds} rounds" if results.rounds > 1 else "1 round")
-    title = f"{one_line(model.id).rpartition('/')[2]}: {'time to the first token' if sweep else 'encode against live share'}"
+    name = one_line(model.id).rpartition("/")[2] + " with random weights" * (model.load_format == "dummy")
+    title = f"{name}: {'time to the first token' if sweep else 'encode against live share'}"
     return draw(title, ", ".join(facts), _sweep(results) if sweep else [_live_share(results)])
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """By name: plain transformers grey, our own without pruning black, methods in colour; a bound like the row below it."""
+    """By name: plain transformers grey, evoprune without pruning black, methods in colour; a bound like the row below it."""
     pruned = {row.name: row.budget for row in rows if row.kind == METHOD}
     made = dict(zip(pruned, cycle(COLOURS), strict=False))
     bounds = {f"bound -b {pruned[name]:g}": colour for name, colour in reversed(made.items())}
-    return made | bounds | {"Hugging Face": GREY, "budget 1.0": BLACK}
+    return made | bounds | {"Hugging Face": PALE, "budget 1.0": INK}
 
 
 def _scale(results: Results) -> tuple[str, float]:
@@ -71,10 +70,10 @@ def _live_share(results: Results) -> Panel:
             name = row.method if row.kind == METHOD else row.name
             label = f"-b {row.budget:g}" if row.counts.live_share < 1 else ""
             lines.setdefault(name, []).append(_point(row.counts.live_share, figures.encode, factor, label))
-    fixed = {"Hugging Face": GREY, "budget 1.0": BLACK}
+    fixed = {"Hugging Face": PALE, "budget 1.0": INK}
     colours = fixed | dict(zip((name for name in lines if name not in fixed), cycle(COLOURS), strict=False))
     series = [Series(name, tuple(sorted(p, key=lambda p: p.x)), colours[name]) for name, p in lines.items()]
     if full := lines.get("budget 1.0"):
         ideal = (Point(0, 0), Point(1, full[0].y))
-        series.insert(0, Series("live share of budget 1.0's time", ideal, GREY, dashed=True))
+        series.insert(0, Series("live share of budget 1.0's time", ideal, PALE, dashed=True))
     return Panel("Encode", "live share: rows computed, mean over all layers", unit, tuple(series))

@@ -4,8 +4,8 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
+from evoprune.visualize.labels import Labels
 from evoprune.visualize.svg import COLOURS, GRID, INK, LETTER, SOFT, document, reach, text
 
 __all__ = ["COLOURS", "INK", "Panel", "Point", "Series", "draw", "draw_rows", "ticks"]
@@ -24,7 +24,6 @@ MARK, CAP = (
 BESIDE = 3.5  # pixels from the stroke of an interval to one that it would cover
 
 Place = tuple[float, float]  # in pixels
-Room = tuple[float, float, float]  # left, right and top, in pixels
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,17 @@ def ticks(top: float, most: int = 6, low: float = 0.0) -> list[float]:
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True) -> str:
-    """An SVG document of panels side by side under one legend, or with the name of each series beside one of its points."""
+    """An SVG document of panels side by side under one legend, or with the name of each series beside one of its points.
+
+    Panels whose values have the same label share the axis of the values.
+    """
     plot = max(PLOT_WIDTH, (WIDTH - LEFT - EDGE + GAP) / max(1, len(panels)) - GAP)
     width = math.ceil(LEFT + len(panels) * (plot + GAP) - GAP + EDGE)
     elements, top = _head(title, subtitle, panels if legend else (), width)
     for number, panel in enumerate(panels):
-        elements += _panel(panel, LEFT + number * (plot + GAP), top, plot, named=not legend)
+        alike = [other for other in panels if other.y_label == panel.y_label]
+        y_ticks = _ticks([(p.y, p.low, p.high) for other in alike for s in other.series for p in s.points], alike)
+        elements += _panel(panel, y_ticks, LEFT + number * (plot + GAP), top, plot, named=not legend)
     return document(title, width, top + PLOT_HEIGHT + BOTTOM, elements)
 
 
@@ -162,10 +166,8 @@ def _rows(panel: Panel, left: float, top: float, plot: float, rows: int, x_ticks
                 )
 
 
-def _panel(panel: Panel, left: float, top: float, plot: float, named: bool) -> Iterable[str]:
-    points = [point for series in panel.series for point in series.points]
-    y_ticks = _ticks([(p.y, p.low, p.high) for p in points], [panel])
-    right = max((p.x for p in points), default=0)
+def _panel(panel: Panel, y_ticks: Sequence[float], left: float, top: float, plot: float, named: bool) -> Iterable[str]:
+    right = max((point.x for series in panel.series for point in series.points), default=0)
     x_ticks = ticks(right) if panel.x_ticks is None else panel.x_ticks
     widest = max(right, *x_ticks) * 1.04
 
@@ -187,67 +189,42 @@ def _panel(panel: Panel, left: float, top: float, plot: float, named: bool) -> I
     yield text(left + plot / 2, top + PLOT_HEIGHT + 44, panel.x_label, anchor="middle")
     y, words = top + PLOT_HEIGHT / 2, _axis_label(panel.y_label, y_ticks)
     yield text(left - 46, y, words, anchor="middle", transform=f"rotate(-90 {left - 46:.1f} {y:.1f})")
-    yield from _curves(panel, at, (left, left + plot + EDGE, top), named)
+    yield from _curves(panel, at, Labels((left, left + plot + EDGE - 2, top - 21, top + PLOT_HEIGHT)), named)
 
 
-def _curves(
-    panel: Panel, at: Callable[[float, float], Place], room: tuple[float, float, float], named: bool
-) -> Iterable[str]:
+def _curves(panel: Panel, at: Callable[[float, float], Place], labels: Labels, named: bool) -> Iterable[str]:
     """Lines, marks, intervals, and labels where they hide least. A label near a point that has one is left out."""
     marked = [series for series in panel.series if not series.dashed]
-    inked: list[Place] = []
     for series in panel.series:
         places = [at(p.x, p.y) for p in series.points]
-        inked += _along(places)
+        labels.avoid_line(places)
         yield _line(places, series)
     strokes: list[tuple[float, float, float]] = []
     for series in marked:
         for point in series.points:
             x, y = at(point.x, point.y)
-            inked += [(x, y)] * 4  # a label had better hide a line than a mark
+            labels.avoid([(x, y)], weight=12)  # a label had better hide a line than a mark
             yield _mark(x, y, series.colour)
             if point.low is not None and point.high is not None:
                 (_, low), (_, high) = at(point.x, point.low), at(point.x, point.high)
                 while any(abs(x - u) < BESIDE and low > v and high < w for u, v, w in strokes):
                     x += BESIDE  # the interval of another series is there
                 strokes.append((x, high, low))
+                labels.avoid_line([(x, low), (x, high)])
+                for end in (low, high):
+                    labels.avoid_line([(x - CAP, end), (x + CAP, end)])
                 ends = [f"M{x - CAP:.1f} {end:.1f}h{2 * CAP}" for end in (low, high)]
-                inked += _along([(x, low), (x, high)])
                 yield _interval(f"M{x:.1f} {low:.1f}V{high:.1f}", ends, series)
     labelled: list[Place] = []
     for series in marked:
         fill, weight = (series.colour, 600) if named else (SOFT, 400)
+        if named and series.name:
+            yield labels.place(series.name, [at(p.x, p.y) for p in series.points], fill, weight)
         for point in series.points:
             place = at(point.x, point.y)
             if point.label and all(math.dist(place, other) > CLOSE for other in labelled):
                 labelled.append(place)
-                yield _label(point.label, [place], room, inked, fill, weight)
-        if named and series.name:
-            yield _label(series.name, [at(p.x, p.y) for p in series.points], room, inked, fill, weight)
-
-
-def _along(places: Sequence[Place]) -> Iterable[Place]:
-    """Places every few pixels along a line."""
-    for (x, y), (u, v) in pairwise(places):
-        steps = math.ceil(math.dist((x, y), (u, v)) / 4)
-        yield from ((x + (u - x) * n / steps, y + (v - y) * n / steps) for n in range(steps + 1) if steps)
-
-
-def _label(words: str, marks: Sequence[Place], room: Room, inked: list[Place], fill: str, weight: int) -> str:
-    """Words beside one of the marks, inside the room, where they hide least; noted as inked."""
-    wide = reach(words, 11.5 if weight > 400 else 11)
-    places = [(x + dx, y + dy) for dy in (15, -9, 4) for dx in (8, -8 - wide) for x, y in marks]
-    places += [(x - wide / 2, y + dy) for dy in (-11, 21) for x, y in marks]
-
-    def hidden(place: Place) -> float:
-        left, bottom = place
-        if left < room[0] or left + wide > room[1] or bottom < room[2] - 5:
-            return math.inf
-        return sum(left - 3 < u < left + wide + 3 and bottom - 12 < v < bottom + 4 for u, v in inked)
-
-    left, bottom = min(places, key=hidden)
-    inked += [(left + step, bottom - 4) for step in range(0, math.ceil(wide) + 4, 4)]
-    return text(left, bottom, words, fill=fill, size=11, weight=weight)
+                yield labels.place(point.label, [place], fill, 400)
 
 
 def _interval(path: str, ends: Sequence[str], series: Series) -> str:

@@ -5,9 +5,10 @@ from xml.sax.saxutils import escape, quoteattr
 
 # Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK, SOFT, GRID = "#222222", "#5F5F5F", "#E4E4E4"
+INK, SOFT, PALE, GRID = "#222222", "#5F5F5F", "#8C8C8C", "#E4E4E4"  # PALE: lines beside those in INK
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 LETTER = 6.7  # pixels: the average width of a letter of size 12
+BOLD = 7 / 6  # and how much wider bold letters are, in the widest of these fonts
 
 
 def document(title: str, width: int, height: int, elements: Iterable[str]) -> str:
@@ -42,6 +43,6 @@ def text(
     return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>'
 
 
-def reach(words: str, size: float = 12) -> float:
+def reach(words: str, size: float = 12, weight: int = 400) -> float:
     """About how many pixels wide the words are."""
-    return LETTER * len(words) * size / 12
+    return LETTER * len(words) * size / 12 * (BOLD if weight > 400 else 1)

@@ -131,6 +131,13 @@ def test_output_goes_to_a_file(profile, tmp_path):
     assert "live share: rows computed, mean over all layers" in words and "-b 0.5" in words
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_the_title_of_a_chart_says_that_weights_are_random(profile, tmp_path, load_format):
+    profile("--load-format", load_format, "--chart", tmp_path / "chart.svg")
+    title = next(e.text for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("title"))
+    assert (" with random weights: " in title) == (load_format == "dummy")
+
+
 @pytest.mark.parametrize(
     ("sweep", "label"),
     [(("--frames", "2,8"), "frames"), (("--size", "56x56"), "units (visual tokens before pruning)")],

@@ -1,11 +1,13 @@
 """Charts as XML: what is drawn, where, and with which words."""
 
 import re
+from itertools import combinations
 from xml.etree import ElementTree
 
 import pytest
 
 from evoprune.visualize.chart import COLOURS, PLOT_HEIGHT, PLOT_WIDTH, Panel, Point, Series, draw, draw_rows, ticks
+from evoprune.visualize.svg import reach
 
 SVG = "{http://www.w3.org/2000/svg}"
 FAST = Series("fast & <light>", (Point(8, 1.0, 0.9, 1.3), Point(16, 2.0), Point(32, 4.0)), COLOURS[0])
@@ -126,6 +128,45 @@ def test_labels_do_not_touch():
     root = ElementTree.fromstring(draw("", "", [Panel("", "", "", (crowd,), tuple(p.x for p in crowd.points))]))
     assert len([word for word in texts(root) if word and word.startswith("-b")]) == 1
     assert "1.001" not in texts(root)
+
+
+def boxes(root) -> list[tuple[float, float, float, float]]:
+    """Left, right, top and bottom of the labels: texts of 11 pixels."""
+    made = []
+    for element in root.iter(f"{SVG}text"):
+        if element.get("font-size") == "11":
+            x, y = float(element.get("x")), float(element.get("y"))
+            made.append((x, x + reach(element.text, 11, int(element.get("font-weight", 400))), y - 8, y + 2))
+    return made
+
+
+def test_near_points_have_labels_that_neither_touch_nor_hide_them():
+    series = tuple(
+        Series(name, tuple(Point(x, y, y - 1, y + 1, f"-b {x}") for x in at), colour)
+        for name, at, y, colour in (
+            ("evoprune", (15, 26, 43), 97, COLOURS[0]),
+            ("evoprune-merge", (27, 39, 59), 95, COLOURS[1]),
+            ("nothing pruned", (83,), 100, COLOURS[2]),
+            ("Hugging Face", (100,), 100, COLOURS[3]),
+        )
+    )
+    panel = Panel("", "", "", series, from_zero=False)
+    root = ElementTree.fromstring(draw("", "", [panel, panel], legend=False))
+    found = boxes(root)
+    assert len(found) >= 2 * 8
+    for one, other in combinations(found, 2):
+        assert one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+    for left, right, top, bottom in found:
+        for mark in root.iter(f"{SVG}circle"):
+            assert not (left < float(mark.get("cx")) < right and top < float(mark.get("cy")) < bottom)
+
+
+def test_panels_of_the_same_values_share_their_axis():
+    high, low = (Series("", (Point(1, 95.0), Point(2, y))) for y in (99.0, 44.0))
+    panels = [Panel("", "x", label, (one,), from_zero=False) for one, label in ((high, "%"), (low, "%"), (high, "s"))]
+    root = ElementTree.fromstring(draw("", "", panels, legend=False))
+    left, middle, right = (float(e.get("cy")) for n, e in enumerate(root.iter(f"{SVG}circle")) if n % 2 == 0)
+    assert left == middle != right
 
 
 @pytest.mark.parametrize(
