@@ -56,6 +56,12 @@ def test_a_pattern_that_matches_nothing(run):
     assert "relative to it" in run("nosuch.mp4", *ASKED).err
 
 
+def test_a_text_file_among_videos(run, out):
+    result = run(CLIPS[0], "LICENSE", "-Q", QUESTIONS[0])
+    assert result.code == 6 and "failed: LICENSE is not a video: it is a text file" in result.err
+    assert [record["error"] and record["error"]["type"] for record in records(out)] == [None, "video"]
+
+
 def breaking(monkeypatch, at: int, problem: BaseException):
     """Makes the `at`-th token fail: the first of the `at`-th question with `-n 1`."""
     chosen = []

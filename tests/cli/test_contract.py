@@ -203,6 +203,8 @@ CASES = {
     "missing video": fails(3, "no such file: no/such.mp4", "ask", "no/such.mp4", QUESTION, stage="read"),
     "missing video, several questions": fails(3, "no/such", "ask", "no/such.mp4", "-Q", "a", "-Q", "b", lines=2),
     "missing video of a batch": fails(3, "no such file: a.mp4", "batch", "a.mp4", *BATCH[2:], ways=EVERYWHERE),
+    "a text file": fails(3, "LICENSE is not a video: it is a text file", "ask", "LICENSE", QUESTION, stage="read"),
+    "a text file to inspect": fails(3, "LICENSE is not a video: it is a text file", "inspect", "LICENSE", stage="read"),
     "missing video to inspect": fails(3, "no such file: no/such.mp4", "inspect", "no/such.mp4", stage="read"),
     "question before video": fails(3, "the video comes first", "ask", QUESTION, CLIP),
     "nothing for a video": fails(3, "no such file: ''", "ask", "", QUESTION),

@@ -120,6 +120,31 @@ def test_what_is_not_a_video_is_refused(name, content, tmp_path):
     refused(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"Good morning\n", "it is a text file"),
+        ("Grüße\n".encode("latin-1") * 200, "it is a text file"),
+        ("Grüße\n".encode("utf-16"), "it is a text file"),
+        (b"1\n00:00:01,000 --> 00:00:04,000\nHello\n", "it is a text file"),  # FFmpeg reads subtitles
+        (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "it is a text file"),
+        (b"#EXTM3U\n#EXTINF:1,\na.ts\n", "it is a playlist"),
+        (b"%PDF-1.7\n" + bytes(5000), "it is a PDF document"),
+        (b"PK\x03\x04" + bytes(5000), "it is a ZIP archive or an office document"),
+        (np.random.default_rng(0).bytes(5000), "or its beginning is damaged"),
+    ],
+)
+def test_a_file_that_is_no_video_is_named_as_what_it_is(content, found, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(content)
+    refused(tmp_path / "clip.mp4", f"clip.mp4 is not a video{',' * found.startswith('or')}", found, "MP4, MOV, MKV")
+
+
+def test_a_video_that_breaks_off_is_called_incomplete_not_something_else(tmp_path):
+    path = write_video(tmp_path / "cut.mp4", FRAMES)
+    path.write_bytes(path.read_bytes()[:2000])
+    refused(path, "cannot read", "is it a complete video file?")
+
+
 def test_audio_alone_is_refused(tmp_path):
     write_sound(tmp_path / "sound.m4a")
     refused(tmp_path / "sound.m4a", "no video stream")

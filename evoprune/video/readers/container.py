@@ -16,6 +16,7 @@ from av.video.stream import VideoStream
 from evoprune.errors import VideoError
 from evoprune.model.limits import available_cores
 from evoprune.video.readers import heartbeat
+from evoprune.video.readers.file_kind import FORMATS, not_a_video, unknown_to_ffmpeg
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
 Damage = Callable[[int | None], None]
@@ -43,18 +44,23 @@ def ignore_damage(number: int | None) -> None:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turn what PyAV and the file system raise about the file into `VideoError`.
+    """Turn what PyAV and the file system raise about the file into `VideoError`, which says so where it surely is no video.
 
     If FFmpeg runs out of memory, it is the file's fault (a damaged one may ask for any amount). If numpy does, it is not, so
     `MemoryError` is left as it is.
     """
     try:
         yield
+    except VideoError as error:
+        if other := not_a_video(path):
+            raise other from error
+        raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
+        unknown = isinstance(error, av.error.InvalidDataError) and unknown_to_ffmpeg(path)
+        if other := not_a_video(path) or unknown:
+            raise other from error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(
-            f"cannot read {path}: {reason}", "is it a complete video file, and not a playlist? try to play it"
-        ) from error
+        raise VideoError(f"cannot read {path}: {reason}", "is it a complete video file? try to play it") from error
 
 
 @contextmanager
@@ -83,7 +89,7 @@ def open_video(path: str) -> Iterator[InputContainer]:
         raise VideoError(f"{path} is empty", "was it copied or downloaded to its end?")
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
         if container.format.name == "tty":  # FFmpeg draws text files as a terminal would
-            raise VideoError(f"{path} is a text file", "give a video file")
+            raise VideoError(f"{path} is not a video: it is a text file", FORMATS)
         yield container
 
 

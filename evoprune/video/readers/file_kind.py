@@ -1,0 +1,70 @@
+"""What a file holds that is no video, by its first bytes: for the error's message alone."""
+
+import os
+
+from evoprune.errors import VideoError
+
+HEAD = 4096  # bytes
+FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, and folders of images"
+PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
+OTHERS = {
+    b"%PDF-": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive or an office document",
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x7fELF": "a program",
+    b"SQLite format 3": "a database",
+    b"\x93NUMPY": "a NumPy array",
+    b"\xff\xfe": "a text file",  # in UTF-16
+    b"\xfe\xff": "a text file",
+}
+MEDIA = (
+    b"\x1aE\xdf\xa3",
+    b"RIFF",
+    b"FLV",
+    b"OggS",
+    b"\x00\x00\x01",
+    b"\x30\x26\xb2\x75",
+    b"GIF8",
+    b"YUV4MPEG2",
+)
+BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # of MP4 and MOV, after four bytes
+CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))
+
+
+def other_kind(head: bytes) -> str | None:
+    """What a file that begins so is, if it is surely no video."""
+    if head.startswith(MEDIA) or head[4:8] in BOXES:
+        return None
+    if head.startswith(PLAYLISTS):
+        return "a playlist"
+    known = next((kind for start, kind in OTHERS.items() if head.startswith(start)), None)
+    return known or ("a text file" if head and len(head.translate(None, CONTROL)) == len(head) else None)
+
+
+def not_a_video(path: str) -> VideoError | None:
+    """The error for a file that FFmpeg could not read, if it surely holds something else than a video."""
+    head = _head(path)
+    if kind := other_kind(head):
+        return VideoError(f"{path} is not a video: it is {kind}", FORMATS)
+    return None
+
+
+def unknown_to_ffmpeg(path: str) -> VideoError | None:
+    """The error for a file in which FFmpeg recognised nothing, unless it begins as videos do."""
+    head = _head(path)
+    if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
+        return None
+    return VideoError(f"{path} is not a video, or its beginning is damaged", FORMATS)
+
+
+def _head(path: str) -> bytes:
+    """The first bytes of a file; none if it is not a file that can be read."""
+    try:
+        if not os.path.isfile(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(HEAD)
+    except OSError:
+        return b""
