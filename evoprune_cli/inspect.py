@@ -1,4 +1,4 @@
-"""`evoprune inspect`: this machine, or a video and what a model would look at in it."""
+"""`evoprune inspect`: this machine, a model, or a video and what a model would look at in it. It never uses the network."""
 
 import json as jsonlib
 import os
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 SCHEMA = "evoprune/inspect@1"
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
+OFTEN_NOTHING = ("folder", "download_bytes")  # facts that have no line where there is nothing to say
+ONE_LINE = ("tower", "language_model")  # facts of several values in a line
 WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
 
 def inspect(
     video: opt.InspectedVideo = None,
     overlay: opt.Overlay = None,
-    model: opt.Model = "demo",
+    model: opt.InspectedModel = None,
     revision: opt.Revision = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -56,12 +58,14 @@ def inspect(
     debug: opt.Debug = False,
     help_all: HelpAll = False,
 ) -> int:
-    """Show what is installed, or what is in a video.
+    """Show this machine, what a model needs, or what is in a video.
 
-    With a video also what a model would look at in it. Loads no weights, except for an overlay.
+    With a video also what a model would look at in it, and the memory that takes. Loads no weights and uses no network,
+    except for an overlay.
 
     \b
     evoprune inspect
+    evoprune inspect -m Qwen/Qwen2.5-VL-7B-Instruct
     evoprune inspect clip.mp4 --scan
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
     evoprune inspect clip.mp4 --overlay clip.png -b 0.1
@@ -90,16 +94,20 @@ def _run(given: Mapping[str, Any]) -> None:
 
 
 def _about_machine(given: Mapping[str, Any]) -> Iterator[dict]:
-    """Versions, devices, decoders, caches."""
+    """Versions, devices, decoders, caches, and the model that is named."""
     if given["clear_cache"]:
         _clear_cache()
     if given["scan"]:
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
     if given["overlay"] is not None:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
-    from evoprune.pipeline.inspection import environment_facts
+    from evoprune.pipeline.inspection import environment_facts, model_facts
 
     yield environment_facts()
+    if given["model"] is not None:
+        from evoprune.pipeline.loading.on_disk import look_up
+
+        yield {"model": model_facts(look_up(opt.pipeline_options(given).model))}
 
 
 def _clear_cache() -> None:
@@ -121,7 +129,7 @@ def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
 
-    options = opt.pipeline_options(given)
+    options = opt.pipeline_options({**given, "model": given["model"] or "demo"})
     overlay = None if given["overlay"] is None else _Overlay(given["overlay"])
     if overlay:
         overlay.check(video)
@@ -132,24 +140,25 @@ def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
             from evoprune.video.probe import scan as scan_video
 
             yield {"scan": asdict(scan_video(path))}
-        yield {"plan": _plan(info, options)}
+        yield from _plan(info, options)
         if overlay:
             yield {"overlay": overlay.draw(path, video, options)}
 
 
-def _plan(info, options: "PipelineOptions") -> dict:
-    """What a model would look at."""
-    from evoprune.pipeline.inspection import plan_facts
-    from evoprune.pipeline.loading.device import has_cuda
-    from evoprune.pipeline.loading.folder import describe_model
+def _plan(info, options: "PipelineOptions") -> Iterator[dict]:
+    """The model, what it would look at, and the memory that this takes."""
+    from evoprune.pipeline.inspection import memory_facts, model_facts, plan_facts
+    from evoprune.pipeline.loading.on_disk import look_up
     from evoprune.video.plan import default_max_visual_tokens, make_plan
 
-    model, numbers = options.model, options.sampling.numbers
-    config, limits = describe_model(model.model, revision=model.revision, offline=model.offline)
+    model, numbers = look_up(options.model), options.sampling.numbers
+    yield {"model": model_facts(model)}
     if numbers["max_visual_tokens"] is None:
-        on_cpu = not has_cuda() if model.device == "auto" else model.device.startswith("cpu")
-        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.model == "demo")
-    return {"model": model.model, **plan_facts(make_plan(info, limits, **numbers), config)}
+        is_demo = model.id == "demo"
+        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=model.device.type == "cpu", is_demo=is_demo)
+    plan = make_plan(info, model.limits, **numbers)
+    yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
+    yield {"memory": memory_facts(model, plan, options.pruning)}
 
 
 @dataclass(frozen=True)
@@ -221,14 +230,14 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
     for key, value in facts.items():
         name = "" if literal else key  # which decides how a value is shown
         title = " " * indent + (key if literal else key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
-        if name in ("args", "warnings"):
+        if name in ("args", "warnings") or (name in OFTEN_NOTHING and not value):
             continue  # for programs; warnings are on stderr, as sentences
         if name == "presets":
             made.append(title)
             for preset, p in value.items():
                 tokens = f"-b {p['budget']:<5g} {p['tokens']:>8,} tokens"
                 made.append(f"{' ' * (indent + 2)}{preset:<18}{tokens}  KV cache {size(p['kv_cache_bytes'])}")
-        elif isinstance(value, dict) and value:
+        elif isinstance(value, dict) and value and name not in ONE_LINE:
             made += [title, *lines(value, indent + 2, name in NAMES)]
         else:
             text = _value(name, value)
@@ -254,8 +263,12 @@ def _value(name: str, value) -> str:
     if name in ("timestamps_s",):
         times = [f"{t:g}" for t in (value if len(value) <= 8 else [*value[:4], *value[-2:]])]
         return ", ".join(times if len(value) <= 8 else [*times[:4], "...", *times[4:]]) + " s"
+    if name in ONE_LINE:
+        return f"{value['layers']:,} layers, hidden size {value['hidden_size']:,}"
     if isinstance(value, list | dict):
         return ", ".join(map(str, value)) or "none"
+    if name == "parameters" and value >= 10**9:
+        return f"{value / 10**9:.2f} billion"
     if name.endswith("_bytes"):
         return size(value)
     if name == "duration_s":

@@ -22,17 +22,11 @@ def _option(panel: str, *names: str, **settings):
 
 
 _MODEL, _PRUNING, _SAMPLING, _GENERATION, _OUTPUT = "Model", "Pruning", "Sampling", "Generation", "Output"
+_NAMED, _NAME = ("-m", "--model"), {"envvar": "EVOPRUNE_MODEL", "metavar": "ID|DIR|demo"}
 
 Model = Annotated[
     str,
-    _option(
-        _MODEL,
-        "-m",
-        "--model",
-        envvar="EVOPRUNE_MODEL",
-        metavar="ID|DIR|demo",
-        help="Hub id, local folder, or demo: the bundled tiny model.",
-    ),
+    _option(_MODEL, *_NAMED, **_NAME, help="Hub id, local folder, or demo: the bundled tiny model."),
 ]
 Revision = Annotated[
     str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub id.", show_default=False)
@@ -232,6 +226,16 @@ Compare = Annotated[
     ),
 ]
 
+InspectedModel = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        *_NAMED,
+        **_NAME,
+        help="Hub id, local folder, or demo: what it needs. With a video the default is demo.",
+        show_default=False,
+    ),
+]
 InspectedVideo = Annotated[
     str | None,
     typer.Argument(

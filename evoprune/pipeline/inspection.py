@@ -8,10 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 import evoprune
 from evoprune.errors import EvopruneError
+from evoprune.model.machine import available_memory
 from evoprune.model.sizes import kv_bytes
-from evoprune.pruning.budget import PRESETS, keep_count
+from evoprune.pipeline.engine import make_method
+from evoprune.pipeline.loading.device import DTYPES
+from evoprune.pipeline.loading.on_disk import KnownModel
+from evoprune.pipeline.memory_check import encoding_bytes
+from evoprune.pipeline.options import PruneOptions
+from evoprune.pruning.budget import AUTO, AUTO_MOST, PRESETS, keep_count
 from evoprune.video.plan import Plan
 from evoprune.video.probe import VideoInfo
+from evoprune.vision.devices import units_at_a_time
+from evoprune.vision.tower import tower_shape
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
 
@@ -76,6 +84,50 @@ def _version(name: str) -> str | None:
 def video_facts(info: VideoInfo) -> dict:
     """Container facts."""
     return asdict(info)
+
+
+def model_facts(model: KnownModel) -> dict:
+    """A model that has not been loaded: whether it is on disk, its layers, and the memory of its weights."""
+    vision, text = model.config.vision_config, model.config.text_config
+    return {
+        "id": model.id,
+        "on_disk": bool(model.files),
+        "folder": None if model.folder is None else str(model.folder),
+        "download_bytes": model.download_bytes,
+        "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
+        "language_model": {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size},
+        "context_tokens": text.max_position_embeddings,
+        "parameters": model.parameters,
+        "dtype": model.dtype,
+        "device": str(model.device),
+        "weights_bytes": model.weights_bytes,
+    }
+
+
+def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
+    """The memory that one question about a video takes at a budget, as it is checked before a run.
+
+    Args:
+        plan: of the whole video, from `plan.make_plan`.
+
+    Raises:
+        UsageError: as `make_method`.
+    """
+    method, budget = make_method(pruning), AUTO_MOST if pruning.budget == AUTO else pruning.budget
+    encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
+    at_once = max(encoder.grid[1] * encoder.grid[2], units_at_a_time(model.device))
+    working = encoding_bytes(model.config, encoder, at_once, DTYPES[model.dtype].itemsize)
+    needed, available = model.weights_bytes + working, available_memory(str(model.device))
+    return {
+        "method": pruning.method,
+        "budget": method.reported_budget(pruning.budget),
+        "visual_tokens": encoder.keep,
+        "weights_bytes": model.weights_bytes,
+        "working_bytes": working,
+        "needed_bytes": needed,
+        "available_bytes": available,
+        "enough": None if available is None else needed <= available,
+    }
 
 
 def plan_facts(plan: Plan, config) -> dict:

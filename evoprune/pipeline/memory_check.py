@@ -1,9 +1,11 @@
 """How much of a video is held at a time, so that encoding it fits into memory."""
 
 from evoprune.errors import LESS, OutOfMemory
+from evoprune.model.config import Config
 from evoprune.model.memory import shortage, working_memory
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
+from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.vision.devices import units_at_a_time
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
@@ -17,6 +19,18 @@ def chunk_bytes(engine: Engine, view: View) -> int:
     return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * view.info.width * view.info.height * 3)
 
 
+def encoding_bytes(config: Config, encoder: EncoderPlan, at_once: int, bytes_each: int, text: int = TEXT) -> int:
+    """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
+
+    Args:
+        at_once: units that go through the tower together, at most.
+        bytes_each: of a weight.
+        text: tokens of the prompt around the video.
+    """
+    selected = encoder.keep if encoder.select_after is not None else 0
+    return working_memory(config, encoder.units, at_once, encoder.keep + text, bytes_each, selected)
+
+
 def units_at_once(engine: Engine, view: View, text: int = TEXT) -> int:
     """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
 
@@ -28,10 +42,8 @@ def units_at_once(engine: Engine, view: View, text: int = TEXT) -> int:
     """
     model, plan, encoder = engine.loaded.model, view.plan, view.encoder
     at_once, least = units_at_a_time(model.device), view.units_of_pair
-    selected = encoder.keep if encoder.select_after is not None else 0
-    sizes = encoder.keep + text, model.dtype.itemsize, selected
     while short := shortage(
-        working_memory(model.config, encoder.units, max(least, at_once), *sizes), str(model.device)
+        encoding_bytes(model.config, encoder, max(least, at_once), model.dtype.itemsize, text), str(model.device)
     ):
         if at_once <= least:
             size = f"{plan.sampling.frames} frames of {plan.width}x{plan.height} pixels, {encoder.keep:,} visual tokens kept"

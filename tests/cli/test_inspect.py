@@ -1,10 +1,13 @@
 """`evoprune inspect`: facts without weights."""
 
 import json
+import shutil
+import socket
 
 import av
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 import evoprune
 from evoprune.pipeline.loading.folder import DEMO_FOLDER
@@ -35,6 +38,58 @@ def test_plan_of_a_real_model_needs_no_network(cli):
     assert plan["frames"] == 8 and plan["visual_tokens"] == 4 * 10 * 14
     # 28 layers, 4 key/value heads of 128, keys and values, bf16
     assert plan["presets"]["full"]["kv_cache_bytes"] == 560 * 28 * 4 * 128 * 2 * 2
+
+
+@pytest.fixture
+def no_network_no_weights(monkeypatch, tmp_path):
+    """An empty cache of the hub; any connection and any reading of weights fails the test."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
+    monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
+
+
+@pytest.mark.parametrize("video", [(), (CLIP,)])
+def test_what_a_model_needs_before_it_is_downloaded(cli, no_network_no_weights, video):
+    args = ("inspect", *video, "-m", "Qwen/Qwen2.5-VL-3B-Instruct", "--dtype", "bf16")
+    model = cli(*args, "--json").record["model"]
+    assert model["tower"] == {"layers": 32, "hidden_size": 1280}
+    assert model["language_model"] == {"layers": 36, "hidden_size": 2048}
+    assert (model["on_disk"], model["folder"], model["dtype"]) == (False, None, "bf16")
+    assert model["download_bytes"] == model["weights_bytes"] == 2 * model["parameters"] == 2 * 3_754_622_976
+    out = cli(*args).out
+    for line in ("on disk             no", "download            7.0 GiB", "parameters          3.75 billion"):
+        assert f"  {line}" in out.splitlines()
+    assert "  tower               32 layers, hidden size 1,280" in out
+
+
+def test_a_model_in_the_hubs_cache(cli, no_network_no_weights, tmp_path, tiny_folder):
+    folder = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_folder, folder)
+    (tmp_path / "hub" / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--tiny" / "refs" / "main").write_text("a" * 40)
+    found = cli("inspect", "-m", "org/tiny", "--json").record["model"]
+    assert (found["on_disk"], found["folder"], found["download_bytes"]) == (True, str(folder), 0)
+    (folder / "model.safetensors").unlink()
+    assert not cli("inspect", "-m", "org/tiny", "--json").record["model"]["on_disk"]
+
+
+def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
+    result = cli("inspect", CLIP, "-m", "org/other")
+    assert result.code == 4 and "org/other is not on this machine" in result.err
+    assert "hf download org/other config.json" in result.err
+
+
+@pytest.mark.parametrize("options", [("-b", "0.1"), ("-b", "0.5", "--method", "downscale"), ("--frames", "4")])
+def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypatch, options):
+    needed = []
+    monkeypatch.setattr("evoprune.pipeline.memory_check.shortage", lambda size, device: needed.append(size))
+    args = (CLIP, "-m", tiny_folder, *options, "--dtype", "fp32", "--json")
+    record = cli("inspect", *args).record
+    assert not needed and record["memory"]["enough"] in (True, None)
+    made = cli("ask", CLIP, "?", "-n", "1", *args[1:]).record
+    assert record["memory"]["working_bytes"] == needed[0]
+    assert record["memory"]["visual_tokens"] == made["pruning"]["visual_tokens_kept"]
+    assert record["memory"]["needed_bytes"] == record["memory"]["working_bytes"] + record["model"]["weights_bytes"]
 
 
 def test_text_is_for_people(cli):

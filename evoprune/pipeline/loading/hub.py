@@ -76,6 +76,15 @@ def download(
     return folder, folder.name
 
 
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub model in the hub's own cache, if its config is there; no network is used."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    found = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
     """`work()`, or TimeoutError. HTTP timeouts leave out name resolution, which alone can take half a minute."""
     answer = queue.SimpleQueue()

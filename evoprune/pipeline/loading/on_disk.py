@@ -1,0 +1,112 @@
+"""What is known of a model before it is loaded, from this machine alone: no weights are read and no hub is asked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evoprune.errors import ModelError
+from evoprune.model.config import Config
+from evoprune.model.weights import QwenVL, empty
+from evoprune.pipeline.loading import hub
+from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
+from evoprune.pipeline.loading.folder import (
+    BUNDLED_CONFIGS,
+    locate,
+    read_config,
+    video_limits,
+    weight_files,
+)
+from evoprune.pipeline.loading.weights import needed_bytes
+from evoprune.pipeline.options import ModelOptions
+from evoprune.strict_json import read_object
+from evoprune.video.plan import VideoLimits
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that has not been loaded.
+
+    Attributes:
+        id: its name as given.
+        config, limits: its dimensions, and its limits for video.
+        folder: where it is on this machine; None where only its dimensions are known.
+        files: its weights on this machine; none if they are missing or incomplete.
+        dtype: the short name of the dtype that it would be loaded in, on `device`.
+        stored: the dtype of the published weights; None where unknown.
+        tree: the names and shapes of its weights, without memory.
+    """
+
+    id: str
+    config: Config
+    limits: VideoLimits
+    folder: Path | None
+    files: tuple[Path, ...]
+    dtype: str
+    device: torch.device
+    stored: torch.dtype | None
+    tree: QwenVL
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights; shared ones count once."""
+        return sum(weight.numel() for weight in self.tree.parameters())
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of memory that the loaded weights take."""
+        return needed_bytes(self.config, list(self.files), DTYPES[self.dtype], self.device, "none")
+
+    @property
+    def download_bytes(self) -> int | None:
+        """Of weights that have to be downloaded, roughly; 0 if they are here, None where that is unknown."""
+        if self.files:
+            return 0
+        return self.parameters * self.stored.itemsize if self.stored and hub.is_id(self.id) else None
+
+
+def look_up(options: ModelOptions) -> KnownModel:
+    """What this machine knows of a model.
+
+    Raises:
+        UsageError: a device that cannot be used, a revision of something local.
+        ModelError: neither its folder nor its config is on this machine, or they are damaged.
+    """
+    name, revision = options.model, options.revision
+    bundled = name in BUNDLED_CONFIGS and revision is None and not Path(name).is_dir()
+    folder = hub.cached_folder(name, revision) if hub.is_id(name) and not Path(name).is_dir() else None
+    if folder is None and not bundled:
+        folder = _local(name, revision)
+    path = BUNDLED_CONFIGS[name] if folder is None else folder / "config.json"
+    config, device = read_config(path), pick_device(options.device)
+    try:
+        files = () if folder is None else tuple(weight_files(folder))
+    except ModelError:
+        files = ()
+    return KnownModel(
+        id=name,
+        config=config,
+        limits=video_limits(folder, config.vision_config),
+        folder=folder,
+        files=files,
+        dtype=pick_dtype(options.dtype, device, is_demo=name == "demo"),
+        device=device,
+        stored=_stored_dtype(path),
+        tree=empty(config),
+    )
+
+
+def _local(name: str, revision: str | None) -> Path:
+    """The folder of a model that is not in the hub's cache."""
+    if name != "demo" and hub.is_id(name) and not Path(name).exists():
+        at = "" if revision is None else f" --revision {revision}"
+        hint = f"its settings are small, and suffice: hf download {name} config.json preprocessor_config.json{at}"
+        raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
+    return locate(name, revision, True, files=None)[0]
+
+
+def _stored_dtype(path: Path) -> torch.dtype | None:
+    """The dtype of the published weights, if a config.json that has been checked says so."""
+    content = read_object(path)
+    name = content.get("dtype", content.get("torch_dtype"))
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
