@@ -107,6 +107,8 @@ def model_facts(model: KnownModel) -> dict:
 def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
     """The memory that one question about a video takes at a budget, as it is checked before a run.
 
+    Where memory is short, it is that of fewer units at a time.
+
     Args:
         plan: of the whole video, from `plan.make_plan`.
 
@@ -115,18 +117,23 @@ def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
     """
     method, budget = make_method(pruning), AUTO_MOST if pruning.budget == AUTO else pruning.budget
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
-    at_once = max(encoder.grid[1] * encoder.grid[2], units_at_a_time(model.device))
-    working = encoding_bytes(model.config, encoder, at_once, DTYPES[model.dtype].itemsize)
-    needed, available = model.weights_bytes + working, available_memory(str(model.device))
+    least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
+    at_once, bytes_each = max(least, units_at_a_time(model.device)), DTYPES[model.dtype].itemsize
+
+    def needed() -> int:
+        return model.weights_bytes + encoding_bytes(model.config, encoder, at_once, bytes_each)
+
+    while available is not None and needed() > available and at_once > least:
+        at_once = max(least, at_once // 2)  # as a run does where memory is short
     return {
         "method": pruning.method,
         "budget": method.reported_budget(pruning.budget),
         "visual_tokens": encoder.keep,
         "weights_bytes": model.weights_bytes,
-        "working_bytes": working,
-        "needed_bytes": needed,
+        "working_bytes": needed() - model.weights_bytes,
+        "needed_bytes": needed(),
         "available_bytes": available,
-        "enough": None if available is None else needed <= available,
+        "enough": None if available is None else needed() <= available,
     }
 
 

@@ -92,10 +92,21 @@ def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypa
     assert record["memory"]["needed_bytes"] == record["memory"]["working_bytes"] + record["model"]["weights_bytes"]
 
 
+def test_short_memory_is_counted_with_fewer_units_at_a_time(cli, tiny_folder, monkeypatch):
+    args = ("inspect", CLIP, "--frames", "24", "-m", tiny_folder, "--json")
+    usual = cli(*args).record["memory"]
+    place = "evoprune.pipeline.inspection.available_memory"
+    monkeypatch.setattr(place, lambda device: usual["needed_bytes"] - 1)
+    short = cli(*args).record["memory"]
+    assert short["enough"] and short["needed_bytes"] < usual["needed_bytes"]
+    monkeypatch.setattr(place, lambda device: 1)
+    assert not cli(*args).record["memory"]["enough"]
+
+
 def test_text_is_for_people(cli):
     out = cli("inspect", CLIP).out
     assert "6.000 s (0:06.0)" in out and "balanced" in out
-    assert all(len(line) <= 80 for line in out.splitlines())
+    assert all(len(line) <= 80 or str(DEMO_FOLDER) in line for line in out.splitlines())
 
 
 def test_everything_about_the_machine_fits_a_terminal(cli, monkeypatch):

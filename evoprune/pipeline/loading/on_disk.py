@@ -1,6 +1,7 @@
 """What is known of a model before it is loaded, from this machine alone: no weights are read and no hub is asked."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ class KnownModel:
         """Numbers in the weights; shared ones count once."""
         return sum(weight.numel() for weight in self.tree.parameters())
 
-    @property
+    @cached_property
     def weights_bytes(self) -> int:
         """Of memory that the loaded weights take."""
         return needed_bytes(self.config, list(self.files), DTYPES[self.dtype], self.device, "none")
