@@ -85,12 +85,18 @@ def _run(given: Mapping[str, Any]) -> None:
         if json and not isinstance(problem, BrokenPipeError | SystemExit):
             print_failure(facts, problem)
             problem.reported = True
+        elif video is None:
+            _print_lines(facts)
         raise
     if json:
         _print_json(facts, None)
     else:
-        for line in lines(facts):
-            print(printable(line, sys.stdout))
+        _print_lines(facts)
+
+
+def _print_lines(facts: Mapping[str, Any]) -> None:
+    for line in lines(facts):
+        print(printable(line, sys.stdout))
 
 
 def _about_machine(given: Mapping[str, Any]) -> Iterator[dict]:
