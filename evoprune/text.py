@@ -1,4 +1,7 @@
-"""Numbers as short texts: times, sizes, counts, and texts that must fit."""
+"""Numbers as short texts: times, sizes, counts; texts that must fit, and words that are misspelt."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 def clock(seconds: float | None) -> str:
@@ -35,3 +38,9 @@ def size(count: int | None) -> str:
 def counted(count: int, noun: str) -> str:
     """1 token, 2 tokens."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The beginning of a hint, which names the known word that a misspelt one is most like; empty where none is."""
+    near = get_close_matches(word.lower(), list(known), 1)
+    return f"did you mean {near[0]}? " if near else ""

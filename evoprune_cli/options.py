@@ -88,7 +88,7 @@ Budget = Annotated[
         "--budget",
         envvar="EVOPRUNE_BUDGET",
         metavar="SHARE|PRESET|auto",
-        help=f"Share of visual tokens kept, in (0, 1], or {_PRESETS}. -b full for the exact answer; -b auto to let the content "
+        help=f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full for the exact answer; -b auto to let the content "
         "decide.",
     ),
 ]
@@ -169,7 +169,12 @@ MaxVisualTokens = Annotated[
 ]
 Start = Annotated[
     str,
-    _option(_SAMPLING, "--start", metavar="TIME", help="Where to start: 90, 1:30 or 01:30:00; -5: 5 s before the end."),
+    _option(
+        _SAMPLING,
+        "--start",
+        metavar="TIME",
+        help="Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
+    ),
 ]
 End = Annotated[
     str | None,

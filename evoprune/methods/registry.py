@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from evoprune.errors import PLUGINS, EvopruneError, UsageError, first_line, names_plugins
+from evoprune.text import did_you_mean
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
@@ -65,7 +66,8 @@ def check(text: str) -> None:
         if name != REUSE and name not in available():
             raise UsageError(
                 f"no pruning method {name!r}",
-                f"one of {', '.join(available())}; {REUSE}+NAME encodes changed units alone",
+                f"{did_you_mean(name, (*available(), REUSE))}one of {', '.join(available())}; "
+                f"{REUSE}+NAME encodes changed units alone",
             )
     if names[-1] == REUSE or names[:-1] not in ([], [REUSE]):
         raise _impossible(text)

@@ -1,10 +1,11 @@
 """How many visual tokens a budget keeps, and how they are spread over the frame pairs. No tensors, no torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from evoprune.errors import UsageError
+from evoprune.text import did_you_mean
 
 PRESETS = {"full": 1.0, "high": 0.5, "balanced": 0.25, "fast": 0.1}
 DEFAULT = "balanced"
@@ -13,34 +14,52 @@ AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
 
 
 def parse_budget(text: str | float) -> float:
-    """The share of visual tokens to keep, from the name of a preset or a number in (0, 1].
+    """The share of visual tokens to keep, from the name of a preset, a number in (0, 1] or a percentage such as `10%`.
 
     Raises:
-        UsageError: the text is neither.
+        UsageError: the text is none of these.
     """
-    if isinstance(text, str) and text in PRESETS:
-        return PRESETS[text]
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 < value <= 1:
-        raise UsageError(
-            f"budget {text!r} is not a share of tokens to keep",
-            f"give a number above 0 and up to 1 (0.25 for a quarter), or one of {', '.join(PRESETS)}"
-            + (f"; {AUTO} works with VideoQA, and with commands that ask" if text == AUTO else ""),
+    share = _share(text)
+    if share is None:
+        raise _refused(
+            text, f"; {AUTO} works with VideoQA, and with commands that ask" if text == AUTO else "", PRESETS
         )
-    return value
+    return share
 
 
 def parse_budget_or_auto(text: str | float) -> float | str:
     """As `parse_budget`, but returns "auto" unchanged."""
     if text == AUTO:
         return AUTO
+    share = _share(text)
+    if share is None:
+        raise _refused(text, f", or {AUTO}", (*PRESETS, AUTO))
+    return share
+
+
+def _share(text: str | float) -> float | None:
+    """The share; None where the text is no budget."""
+    if isinstance(text, str) and text in PRESETS:
+        return PRESETS[text]
+    percent = isinstance(text, str) and text.rstrip().endswith("%")
+    value = _number(text.rstrip()[:-1]) / 100 if percent else _number(text)
+    return value if 0 < value <= 1 else None
+
+
+def _number(text: str | float) -> float:
     try:
-        return parse_budget(text)
-    except UsageError as problem:
-        raise UsageError(problem.message, f"{problem.hint}, or {AUTO}") from None
+        return float(text)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _refused(text: str | float, also: str, names: Iterable[str]) -> UsageError:
+    percent = _number(text)
+    meant = f"did you mean {percent / 100:g} (or {percent:g}%)? " if 1 < percent <= 100 else ""
+    hint = f"give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {', '.join(PRESETS)}{also}"
+    return UsageError(
+        f"budget {text!r} is not a share of tokens to keep", (meant or did_you_mean(str(text), names)) + hint
+    )
 
 
 def keep_count(budget: float, units: int) -> int:

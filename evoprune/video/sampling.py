@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 
 from evoprune.errors import UsageError, VideoError
 
+# How times are written: hours, minutes and seconds, each with all that follow it, or with their letters.
+CLOCK = re.compile(r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)")
+UNITS = re.compile(r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?")
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -138,22 +142,22 @@ def check_sampling(
 
 
 def parse_time(text: str) -> float:
-    """Seconds from `90`, `90.5`, `1:30`, `01:30:00` or `1:02:03.5`; with a minus sign in front they are below 0.
+    """Seconds from `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`; below 0 with a minus sign in front.
 
     Raises:
         UsageError: the text is none of these.
     """
     sign, digits = (-1.0, text.strip()[1:]) if text.strip().startswith("-") else (1.0, text.strip())
-    match = re.fullmatch(r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)", digits)
-    if match:
+    if digits and (match := CLOCK.fullmatch(digits) or UNITS.fullmatch(digits)):
         hours, minutes, seconds = (float(group or 0) for group in match.groups())
         total = hours * 3600 + minutes * 60 + seconds
         # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
-        whole = (minutes < 60 or not match[1]) and (seconds < 60 or not match[2])
+        whole = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
         if whole and math.isfinite(total):
             return sign * total if total else 0.0
     raise UsageError(
-        f"{text!r} is not a time", "write seconds (90.5), minutes (1:30) or hours (1:02:03); from the end: -5"
+        f"{text!r} is not a time",
+        "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s",
     )
 
 

@@ -129,6 +129,15 @@ def test_whether_a_method_is_known():
             methods.check(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("visonzip", "visionzip"), ("evo-prune", "evoprune"), ("reuse+DART", "dart")]
+)
+def test_what_was_probably_meant(name, meant):
+    with pytest.raises(UsageError) as caught:
+        methods.check(name)
+    assert caught.value.hint.startswith(f"did you mean {meant}? ")
+
+
 def test_only_evoprune_finds_a_budget_by_itself():
     assert methods.get("evoprune").automatic().within > 0
     assert methods.get("evoprune:within=0.2").automatic().within == 0.2

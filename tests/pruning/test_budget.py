@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import DEFAULT, PRESETS, apportion, keep_count, parse_budget, spread
+from evoprune.pruning.budget import DEFAULT, PRESETS, apportion, keep_count, parse_budget, parse_budget_or_auto, spread
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,9 @@ from evoprune.pruning.budget import DEFAULT, PRESETS, apportion, keep_count, par
         ("0.3", 0.3),
         ("1e-6", 1e-6),
         (0.7, 0.7),
+        ("10%", 0.1),
+        ("12.5 %", 0.125),
+        ("100%", 1.0),
     ],
 )
 def test_parse_budget(text, value):
@@ -32,13 +35,24 @@ def test_the_default_is_a_preset():
 
 
 @pytest.mark.parametrize(
-    "text", ["0", "-0.1", "1.0001", "25", "25%", "nan", "inf", "", "Fast", "half", 0, 1.5, math.nan]
+    "text",
+    ["0", "-0.1", "1.0001", "25", "101%", "0%", "%", "nan%", "nan", "inf", "", "Fast", "half", 0, 1.5, math.nan],
 )
 def test_other_budgets_are_refused_with_the_way_out(text):
     with pytest.raises(UsageError) as caught:
         parse_budget(text)
     assert repr(text) in caught.value.message
     assert all(name in caught.value.hint for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("25", "0.25 (or 25%)"), (12.5, "0.125 (or 12.5%)"), ("Fast", "fast"), ("balansed", "balanced"), ("atuo", "auto")],
+)
+def test_what_was_probably_meant(text, meant):
+    with pytest.raises(UsageError) as caught:
+        parse_budget_or_auto(text)
+    assert caught.value.hint.startswith(f"did you mean {meant}? ")
 
 
 @pytest.mark.parametrize(
