@@ -1,5 +1,7 @@
 """Questions to one video and how their answers are printed: text or JSON on stdout, stats and warnings on stderr."""
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -7,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.report import Report, VideoFacts
 from evoprune_cli.failures import failure
-from evoprune_cli.terminal import note, print_json, print_stats, print_summary, print_warning, progress
+from evoprune_cli.terminal import note, print_json, print_stats, print_summary, print_warning, progress, tell
 from evoprune_cli.wrapping import print_stream
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import Answer, EncodedVideo
     from evoprune.pipeline.options import GenerationOptions
 
+PROMPT = "> "  # before a question
 Show = Callable[..., None]  # what is being done, done, total
 EncodeFull = Callable[[Show], "EncodedVideo"]
 
@@ -24,22 +27,30 @@ class Output:
 
     Attributes:
         json: records instead of text.
-        stats: the stats block; `verbose`: more in it; `brief`: one line instead of it.
+        stats: the stats of each answer; `verbose`: more in them.
+        blocks: for how many answers they are a block. For later ones they are one line.
         quiet: neither progress nor notes.
+        questions: each question of the command line, on stderr where that is a terminal.
     """
 
     json: bool
     stats: bool
     verbose: bool
+    blocks: float
     quiet: bool
-    brief: bool
+    questions: bool
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Output":
-        """Made of a command's arguments; by default there are stats unless --json or -q, of a conversation a line of them."""
+        """Made of a command's arguments.
+
+        By default there are stats unless --json or -q: a block for the first answer, a line for later ones and in a conversation.
+        """
         json, stats, verbose, quiet = (given[name] for name in ("json", "stats", "verbose", "quiet"))
         asked = bool((stats if stats is not None else not json and not quiet) or (verbose and not quiet))
-        return cls(json, asked, verbose, quiet, asked and given["interactive"] and not verbose and stats is None)
+        blocks = math.inf if verbose or stats else 0 if given["interactive"] else 1
+        several = given["interactive"] or len(given["more"] or []) + (given["question"] is not None) > 1
+        return cls(json, asked, verbose, blocks, quiet, several and not json and not quiet)
 
 
 class Conversation:
@@ -62,6 +73,7 @@ class Conversation:
         self._encode_full: EncodeFull | None = None
         self._running: Answer | None = None  # the one that is being read
         self._half: Report | None = None  # of a question that has only been answered with pruning
+        self._finished = 0  # answers whose stats are printed, or are not wanted
 
     def begin(
         self, video: "EncodedVideo", generation: "GenerationOptions", encode_full: "EncodeFull | None" = None
@@ -77,8 +89,10 @@ class Conversation:
         for name in video.report.warnings:
             print_warning(name, video.report.video)
 
-    def answer(self, question: str) -> None:
-        """Asks, and prints the answer."""
+    def answer(self, question: str, typed: bool = False) -> None:
+        """Asks, and prints the answer. `typed`: the question stands on the terminal already."""
+        if self._output.questions and not typed and sys.stderr.isatty():
+            tell(f"{PROMPT}{' '.join(question.split())}")
         report = self._say(self._video, question, "pruned")
         if self._encode_full:
             self._half = report
@@ -130,7 +144,8 @@ class Conversation:
     def _finish(self, report: Report) -> None:
         if self._output.json:
             print_json(report)
-        if self._output.brief:
+        self._finished += 1
+        if self._output.stats and self._finished > self._output.blocks:
             print_summary(report)
         elif self._output.stats:
             note()

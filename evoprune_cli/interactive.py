@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 
 from evoprune.errors import UsageError
-from evoprune_cli.conversation import Conversation
+from evoprune_cli.conversation import PROMPT, Conversation
 from evoprune_cli.terminal import note, print_error, tell
 
-PROMPT = "> "
-HELP = "a question and Enter: the answer; exit, quit or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
-HELPS, ENDS = ("/help", "help", "?"), ("exit", "quit", "/exit", "/quit", "/bye")
+HELP = "a question and Enter: the answer; exit, quit, q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
+HELPS, ENDS = ("/help", "help", "?"), ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
+OPTION = r"--|-[a-z]"  # how a line begins that is no question
 
 
 def check_terminal() -> None:
@@ -38,12 +38,12 @@ def converse(talk: Conversation, questions: list[str], video: str | None) -> Non
         tell(f"Ask about {os.path.basename(os.path.abspath(video))}. /help for help, exit or Ctrl-D to end.")
     for question in typed():
         questions.append(question)
-        _answer(talk, question)
+        _answer(talk, question, typed=True)
 
 
-def _answer(talk: Conversation, question: str) -> None:
+def _answer(talk: Conversation, question: str, typed: bool = False) -> None:
     try:
-        talk.answer(question)
+        talk.answer(question, typed)
     except KeyboardInterrupt as stop:
         talk.break_off(stop, [question])
         note()  # ends the line on which the terminal printed ^C
@@ -85,6 +85,11 @@ def typed() -> Iterator[str]:
             tell(HELP)
         elif re.fullmatch(r"/\w*", word):
             tell(f"there is no command {word}; /help lists them")
+        elif re.match(OPTION, word):
+            print_error(
+                f"{word.split()[0]} looks like an option, so it is not asked",
+                "options belong to the command line: q ends the conversation, and evoprune ask begins another one with them",
+            )
         elif word:
             yield line
 

@@ -14,6 +14,7 @@ import pytest
 
 from evoprune.report import Report
 from evoprune.stats import stats_block
+from tests.cli.screen import visible
 from tests.video.files import write_video
 
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
@@ -94,12 +95,26 @@ def test_several_questions_share_one_encoding(cli):
     alone = [cli("ask", CLIP, question, "-q").out for question in asked]
     together = cli("ask", CLIP, asked[0], "-Q", asked[1], "-Q", asked[2])
     assert together.out == "".join(alone)
-    assert together.err.count("\nencode") == 1 and together.err.count("\nprefill") == 3
+    assert together.err.count("\nencode") == together.err.count("\nprefill") == 1
+    assert together.err.count("; first token ") == 2 and QUESTION not in together.err
     lines = cli("ask", CLIP, *(part for question in asked for part in ("-Q", question)), "--json").out.splitlines()
     records = [json.loads(line) for line in lines]
     assert [r["question"] for r in records] == asked and [r["answer"] + "\n" for r in records] == alone
     assert records[0]["time_ms"]["encode"] > 0 and records[1]["time_ms"]["encode"] == 0
     assert len({r["id"] for r in records}) == 3
+
+
+@pytest.mark.parametrize(("flags", "blocks", "lines"), [((), 1, 1), (("--stats",), 2, 0), (("--no-stats",), 0, 0)])
+def test_each_of_several_questions_stands_above_its_answer_on_a_terminal(cli, flags, blocks, lines):
+    asked, more = ("ask", CLIP, QUESTION, *flags), "Which\nway?"
+    result = cli(*asked, "-Q", more, columns=80)
+    seen = visible(result.err)
+    assert seen[0] == f"> {QUESTION}" and seen.count("> Which way?") == 1
+    assert sum(line.startswith("prefill") for line in seen) == blocks
+    assert sum("; first token " in line for line in seen) == lines
+    assert result.out == cli(*asked, "-Q", more).out == cli(*asked, "-Q", more, "-q").out
+    for flags in ((), ("-Q", more, "-q"), ("-Q", more, "--json")):
+        assert "> W" not in cli(*asked, *flags, columns=80).err
 
 
 def test_both_decoders_give_the_same_answer(cli):

@@ -16,7 +16,7 @@ ASK = ("ask", CLIP, QUESTION, "--compare")
 def test_both_answers_on_stdout_and_both_sides_in_the_stats(cli):
     full = [cli("ask", CLIP, question, "-b", "full", "-q").out for question in (QUESTION, MORE)]
     fast = [cli("ask", CLIP, question, "-b", "fast", "-q").out for question in (QUESTION, MORE)]
-    result = cli(*ASK, "-Q", MORE, "-b", "fast")
+    result = cli(*ASK, "-Q", MORE, "-b", "fast", "--stats")
     assert result.out == "".join(f"pruned: {a}full: {b}" for a, b in zip(fast, full, strict=True))
     rows = [line.split() for line in result.err.splitlines()]
     assert rows.count(["compare", "pruned", "full"]) == 2

@@ -43,16 +43,23 @@ def test_a_line_of_stats_an_answer_and_all_of_them_on_request(cli):
     assert "pruned: 63 tokens read (36 visual)" in both and "full: 171 tokens read (144 visual)" in both
 
 
-@pytest.mark.parametrize("end", ["exit", "quit", " QUIT ", "/exit"])
+@pytest.mark.parametrize("end", ["exit", "quit", " QUIT ", "/exit", "q"])
 def test_words_that_end_it(cli, end):
     result = cli(*ASK, stdin=f"{QUESTION}\n{end}\n{MORE}\n", terminal=True)
     assert (result.code, result.out) == (0, "green\n")
 
 
+@pytest.mark.parametrize("line", ["-b 0.1", "--compare", "  -n 5", "--"])
+def test_a_line_that_looks_like_an_option_is_not_asked(cli, line):
+    result = cli(*ASK, "-q", stdin=f"{line}\n- {QUESTION}\n", terminal=True)
+    assert (result.code, result.out) == (0, "green\n")
+    assert f"error: {line.split()[0]} looks like an option" in result.err and "hint: options belong to" in result.err
+
+
 def test_it_greets_and_has_help(cli):
     result = cli(*ASK, stdin="/help\n/foo\n?\n", terminal=True)
     assert "Ask about square.mp4. /help for help" in result.err.partition("> ")[0] and result.out == ""
-    assert result.err.count("exit, quit or Ctrl-D: the end") == 2 and "there is no command /foo" in result.err
+    assert result.err.count("exit, quit, q or Ctrl-D: the end") == 2 and "there is no command /foo" in result.err
 
 
 def test_json_lines(cli):
