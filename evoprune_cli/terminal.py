@@ -13,6 +13,7 @@ from evoprune.report import Report, VideoFacts
 from evoprune.stats import WIDTH, stats_block, summary
 from evoprune.text import clock
 
+GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 WARNINGS = {
     "equal_scores": "every frame is one even colour, so which units were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
@@ -111,9 +112,9 @@ def print_json(report: Report) -> None:
 
 def print_error(message: str, hint: str | None) -> None:
     """The two lines of an error."""
-    note(f"{paint('error:', '31;1')} {printable(message)}")
+    _print_titled("error:", "31;1", message)
     if hint:
-        note(f"{paint('hint:', '36')} {printable(hint)}")
+        _print_titled("hint:", "36", hint)
 
 
 def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
@@ -122,12 +123,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
     text = WARNINGS.get(name, name).format(**facts)
     if more is not None:
         text += f" ({video.path}{f' and {more:,} more' if more else ''})"
-    first, *rest = textwrap.wrap(
-        f"warning: {printable(text)}", max(columns(), 30), subsequent_indent=" " * 9, break_on_hyphens=False
-    )
-    note(paint("warning:", "33;1") + first.removeprefix("warning:"))
-    for line in rest:
-        note(line)
+    _print_titled("warning:", "33;1", text)
 
 
 def print_stats(report: Report, verbose: bool = False) -> None:
@@ -147,10 +143,31 @@ def print_summary(report: Report) -> None:
 
 def tell(text: str) -> None:
     """Prints a sentence on stderr, folded to the terminal's width."""
-    for line in textwrap.wrap(
-        printable(text), max(columns(), 30), subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-    ):
+    for line in _folded(text, 2):
         note(paint(line, "2"))
+
+
+def _print_titled(title: str, colour: str, text: str) -> None:
+    first, *rest = _folded(f"{title} {text}", len(title) + 1)
+    note(paint(title, colour) + first.removeprefix(title))
+    for line in rest:
+        note(line)
+
+
+def _folded(text: str, indent: int) -> list[str]:
+    """Lines for stderr: on a terminal folded at spaces, the later ones indented; elsewhere one line, for programs that read it.
+
+    Words of the command line stay whole, also those with spaces, such as paths.
+    """
+    text = printable(text)
+    if not sys.stderr.isatty():
+        return [text]
+    for word in sys.argv[1:]:
+        text = text.replace(word, word.replace(" ", GLUE)) if word else text
+    wrapped = textwrap.wrap(
+        text, max(columns(), 30), subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
+    )
+    return [line.replace(GLUE, " ") for line in wrapped] or [""]
 
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:

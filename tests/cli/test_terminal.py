@@ -1,9 +1,12 @@
-"""What is printed, write by write."""
+"""What is printed, write by write and line by line."""
 
 import io
 
+import pytest
+
 from evoprune.report import Report
 from evoprune_cli.terminal import print_json
+from tests.cli.screen import visible
 
 
 class Writes(io.RawIOBase):
@@ -26,3 +29,23 @@ def test_a_long_record_is_one_write(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8"))
     print_json(Report(question="?" * 20_000))
     assert len(raw.made) == 1 and raw.made[0].endswith(b"}\n")
+
+
+NAME = "my holiday/" + "long-" * 8 + "a b.mp4"
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_errors_fold_between_words_on_a_terminal_and_never_in_a_pipe(cli, columns):
+    args = ("ask", NAME, "Who?", "--json")
+    error, hint = cli(*args).err.splitlines()
+    assert error == f"error: no such file: {NAME}" and hint.startswith("hint: check")
+    assert visible(cli(*args, columns=columns).err) == (
+        ["error: no such file:", f"       {NAME}", hint] if columns == 40 else [error, hint]
+    )
+
+
+def test_hints_keep_options_whole(cli):
+    error, hint, *rest = visible(cli("batch", "a.mp4", columns=40).err)
+    assert error.startswith("error: ") and hint.startswith("hint: ")
+    assert rest and all(line.startswith("      ") and len(line) <= 40 for line in rest)
+    assert "Qwen/Qwen2.5-VL-3B-Instruct" in " ".join(rest).split()
