@@ -194,11 +194,14 @@ class RecordFile:
                     found.append(Found(record["id"], row, settings, failed, end, end + len(line)))
                 except (ValueError, KeyError, TypeError):
                     strange = number
-                    if _is_torn(line):
+                    if _is_torn(line, bool(found)):
                         return found
                 end += len(line)
         if strange:
-            raise UsageError(f"{self.name}, line {strange} is no record of a batch", "choose another -o")
+            hint = "choose another -o, or give --overwrite instead of --resume to replace the whole file"
+            if found:
+                hint = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
+            raise UsageError(f"{self.name}, line {strange} is no record of a batch", hint)
         return found
 
     def _copied(self, kept: list[Found]) -> int:
@@ -226,7 +229,17 @@ class RecordFile:
         return UsageError(f"cannot write {self.name}: {problem.strerror}", hint)
 
 
-def _is_torn(line: bytes) -> bool:
-    """Whether the line is the beginning of a record and no more. After a power failure the rest may be zeros."""
+def _is_torn(line: bytes, follows: bool) -> bool:
+    """Whether the line, which is no record, is the beginning of one. After a power failure the rest may be zeros.
+
+    Args:
+        follows: a record stands before it. Else a line of zeros alone may be anything.
+    """
     begun = line.rstrip(b"\0")
-    return not line.endswith(b"\n") and (begun.startswith(HEAD) or HEAD.startswith(begun))
+    if line.endswith(b"\n") or not (begun or follows):
+        return False
+    try:
+        loads(line)
+    except ValueError:
+        return begun.startswith(HEAD) or HEAD.startswith(begun)
+    return False  # a whole object, such as a record of `ask --json`

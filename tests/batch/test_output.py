@@ -92,7 +92,7 @@ def test_cut_off_anywhere_it_goes_on(tmp_path_factory, failures, data):
     lines = [record(number, failed).to_json().encode() + b"\n" for number, failed in enumerate(failures)]
     whole = b"".join(lines)
     cut = data.draw(st.integers(0, len(whole)))
-    path.write_bytes(whole[:cut] + data.draw(st.sampled_from([b"", b"\0" * 9])) * (whole[cut - 1 : cut] != b"\n"))
+    path.write_bytes(whole[:cut] + data.draw(st.sampled_from([b"", b"\0" * 9])) * (cut > 0 and whole[cut - 1] != 10))
     # A line that lacks no more than its end is whole.
     wanted = [str(n) for n, end in enumerate(accumulate(map(len, lines))) if end - 1 <= cut]
     if path.read_bytes().endswith(b"\0") and cut + 1 in accumulate(map(len, lines)):
@@ -132,6 +132,9 @@ GOOD = record(1).to_json()
         (f"{GOOD}\n{GOOD[:100]}\n{GOOD}\n", 2),
         (f"{GOOD[:100]}\n", 1),
         (f"\n{GOOD}\n", 1),
+        (f"{GOOD}\n{Report(id='1').to_json()}", 2),
+        (Report(id="1").to_json(), 1),
+        ("\0" * 9, 1),
     ],
     ids=[
         "text",
@@ -141,13 +144,17 @@ GOOD = record(1).to_json()
         "cut in the middle",
         "cut at the start",
         "empty line",
+        "of ask after a record, no newline",
+        "of ask, no newline",
+        "zeros alone",
     ],
 )
 def test_a_file_that_is_not_ours_is_left_alone(path, content, line):
     path.write_text(content)
-    with pytest.raises(UsageError, match=f"out.jsonl, line {line} is no record of a batch"):
+    with pytest.raises(UsageError, match=f"out.jsonl, line {line} is no record of a batch") as caught:
         RecordFile(str(path), resume=True)
     assert path.read_text() == content
+    assert ("delete it" if line > 1 else "--overwrite") in caught.value.hint
 
 
 def test_records_begin_as_it_is_believed():
