@@ -1,7 +1,9 @@
 """Numbers as short texts: times, sizes, counts; texts that must fit, and words that are misspelt."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+SOME = 10  # texts that a sentence names before it only counts them
 
 
 def clock(seconds: float | None) -> str:
@@ -44,3 +46,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The beginning of a hint, which names the known word that a misspelt one is most like; empty where none is."""
     near = get_close_matches(word.lower(), list(known), 1)
     return f"did you mean {near[0]}? " if near else ""
+
+
+def some(texts: Sequence[str], separator: str = ", ") -> str:
+    """The first `SOME` texts, and how many more there are: a, b, and 3 more."""
+    more = [f"and {len(texts) - SOME:,} more"] if len(texts) > SOME else []
+    return separator.join([*texts[:SOME], *more])

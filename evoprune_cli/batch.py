@@ -10,6 +10,7 @@ from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import DEFAULT
+from evoprune.text import SOME, some
 from evoprune_cli import batch_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.batch_options import ENGINES
@@ -79,20 +80,19 @@ def batch(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
     )  # fmt: skip
     rows = _rows(videos or [], questions or [], source, start, end)
-    _check_files(rows, source, output, quiet)
+    named = _check_files(rows, source, output, quiet)
     ask = partial(_on_ray, address=address, cache=cache) if engine == "ray" else partial(_here, cache=cache)
-    return _run(rows, settings, ask, partial(_open, output, resume, overwrite), quiet)
+    return _run(rows, settings, ask, partial(_open, output, resume, overwrite), Tally(len(rows), quiet, named))
 
 
-def _run(rows, settings, ask, open_output, quiet: bool) -> int:
+def _run(rows, settings, ask, open_output, tally: Tally) -> int:
     """Asks what has no answer yet; returns the exit code. `ask` makes records, `open_output` opens the output file."""
     from evoprune.batch.resume import remaining
     from evoprune.batch.rows import group_by_span
 
-    tally = Tally(len(rows), quiet)
     with tally, closing(open_output()) as file:
         left = remaining(rows, settings, file.found)
-        with progress(not quiet) as show:
+        with progress(not tally.quiet) as show:
             ready = partial(tally.start, file, len(left), show)
             if not left:
                 ready()
@@ -157,11 +157,13 @@ def _settings(**given):
     return settings
 
 
-def _check_files(rows, source: str | None, output: str, quiet: bool) -> None:
-    _check_videos(rows, quiet)
+def _check_files(rows, source: str | None, output: str, quiet: bool) -> list[str]:
+    """As `_check_videos`; also refuses to write into a file that is read."""
+    named = _check_videos(rows, quiet)
     read = [row.path for row in rows] + ([source] if source else [])
     if output != DASH and os.path.realpath(output) in map(os.path.realpath, read):
         raise UsageError(f"{output} is what is to be read", "choose another -o")
+    return named
 
 
 def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None):
@@ -186,18 +188,24 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
     return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span)
 
 
-def _check_videos(rows, quiet: bool) -> None:
-    """Names missing videos at once, though their rows only fail later. If all are missing, the command is wrong."""
-    videos = list(dict.fromkeys(row.path for row in rows))
+def _check_videos(rows, quiet: bool) -> list[str]:
+    """Names missing videos at once, though their rows only fail later. If all are missing, the command is wrong.
+
+    Returns:
+        The videos that it named.
+    """
+    from evoprune.batch.wrong import MISSING
+
+    videos = {row.path: row.video for row in rows}
     missing = [path for path in videos if not os.path.exists(path)]
     if len(missing) == len(videos):
-        others = f", and none of the {len(videos) - 1:,} others" if len(videos) > 1 else ""
-        hint = "download what is on the web first, e.g. with yt-dlp; paths in a file of rows are relative to it"
-        if any(character in missing[0] for character in "*?["):
-            hint = "a pattern that matches nothing stays as it is: no file here has such a name"
-        raise VideoError(f"no such file: {missing[0]}{others}", hint)
-    if missing and not quiet:
-        tell(f"missing: {missing[0]}{', ...' if missing[1:] else ''} ({len(missing):,} of {len(videos):,} videos)")
+        pattern = any(character in missing[0] for character in "*?[")
+        hint = "a pattern that matches nothing stays as it is: no file here has such a name" if pattern else MISSING
+        raise VideoError(f"no such file: {some(missing)}", hint)
+    if not missing or quiet:
+        return []
+    tell(f"missing, so that their rows will fail: {some(missing)} ({len(missing):,} of {len(videos):,} videos)")
+    return [videos[path] for path in missing[:SOME]]
 
 
 def _print_traceback(problem: Exception) -> None:

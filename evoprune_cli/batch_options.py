@@ -9,7 +9,11 @@ _ROWS, _OUTPUT, _ENGINE = "Rows", "Output", "Engine"
 
 Videos = Annotated[
     list[str] | None,
-    typer.Argument(metavar="VIDEO", help="Video files, or folders of frames.", show_default=False),
+    typer.Argument(
+        metavar="VIDEO",
+        help="Video files, folders of videos, or folders of images, each of which is one video.",
+        show_default=False,
+    ),
 ]
 Questions = Annotated[
     list[str] | None,

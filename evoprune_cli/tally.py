@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evoprune.report import Report, VideoFacts
@@ -20,14 +21,15 @@ class Tally:
     Args:
         total: all rows, including those that an earlier run answered.
         quiet: print warnings only.
+        named: videos of which the user knows already that they are missing.
 
     Attributes:
         failed: rows that failed in this run.
     """
 
-    def __init__(self, total: int, quiet: bool):
-        self.failed = 0
-        self._total, self._quiet = total, quiet
+    def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
+        self.failed, self.quiet = 0, quiet
+        self._total, self._named = total, frozenset(named)
         self._file: RecordFile | None = None
         self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # by name, the videos that have it by path
         self._last_failure = ""
@@ -47,7 +49,7 @@ class Tally:
             self._report_failure(record.video.path, record.error["message"])
         line = self._line(self._before + self._file.written)
         self._show(line)
-        if time.monotonic() - self._reported >= EVERY_S and not self._quiet and not sys.stderr.isatty():
+        if time.monotonic() - self._reported >= EVERY_S and not self.quiet and not sys.stderr.isatty():
             self._reported = time.monotonic()
             tell(line)
 
@@ -55,13 +57,15 @@ class Tally:
         return self
 
     def __exit__(self, kind, problem, trace) -> None:
-        if self._file is None or isinstance(problem, BrokenPipeError | SystemExit):
+        if isinstance(problem, BrokenPipeError | SystemExit):
             return
-        if problem and not self._file.written:
+        if problem and not (self._file and self._file.written):
+            if not isinstance(problem, Exception) and not self.quiet:
+                tell("interrupted before the first record: nothing was written; to go on: the same command")
             return
         for name, videos in self._warnings.items():
             print_warning(name, next(iter(videos.values())), len(videos) - 1)
-        if self._quiet:
+        if self.quiet:
             return
         done, seconds = self._before + self._file.written - self.failed, time.monotonic() - self._begun
         before = f", {self._before:,} of them before" if self._before else ""
@@ -79,8 +83,10 @@ class Tally:
         return f"{done:,} of {self._total:,} rows{failed}{rest}"
 
     def _report_failure(self, video: str, message: str) -> None:
+        if video in self._named and message.startswith("no such file"):
+            return
         said = f"failed: {message if video in message else f'{video}: {message}'}"
-        if said != self._last_failure and not self._quiet:  # all rows of a video fail for the same reason
+        if said != self._last_failure and not self.quiet:  # all rows of a video fail for the same reason
             tell(said)
         self._last_failure = said
 

@@ -7,16 +7,18 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from evoprune.batch.folders import in_folders
 from evoprune.batch.table import read_file, read_lines
-from evoprune.errors import EvopruneError, UsageError
+from evoprune.batch.wrong import Wrong
+from evoprune.errors import UsageError
 from evoprune.language.text import is_text
 from evoprune.video.sampling import parse_time
 
-NAMED = 10  # wrong rows that an error names
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 
 
@@ -112,16 +114,27 @@ def product_rows(
 ) -> list[Row]:
     """Every question about every video.
 
+    A folder of videos stands for the videos in it (`batch.folders`).
+
     Raises:
-        UsageError: a video or a question is empty or given twice, or a question is not valid text.
+        UsageError: a video or a question is empty or given twice, a question is not valid text, a folder holds neither videos nor
+            images, or both, or the span is empty. It names all that is wrong.
     """
-    for what, texts in (("video", videos), ("question", questions)):
-        if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
-            raise UsageError(f"the {what} {twice[0]!r} is there twice", f"name every {what} once")
+    wrong = Wrong()
+    videos = list(in_folders(videos, wrong))
+    for what, texts, check in (("video", videos, _filled), ("question", questions, _text)):
+        for text, times in Counter(texts).items():
+            if times > 1:
+                wrong.add(f"the {what} {text!r} is there twice", f"name every {what} once")
+            with wrong.noting(f"{text!r}: ", BATCH.fields):
+                check({what: text}, what)
+    with wrong.noting("", "choose an end after the start"):
+        _check_span(start_s, end_s)
+    wrong.check(videos)
     reader = _Reader("", start_s, end_s, BATCH)
     for video in videos:
         for question in questions:
-            reader.add(f"{video}: {question!r}", 0, {"video": video, "question": question})
+            reader.add("", 0, {"video": video, "question": question})
     return reader.finish()
 
 
@@ -166,27 +179,20 @@ class _Reader:
         self._folder, self._span, self._rules = folder, {"start": start_s, "end": end_s}, rules
         self._rows: dict[str, Row] = {}
         self._places: dict[str, str] = {}
-        self._wrong: list[tuple[str, str]] = []
+        self._wrong = Wrong()
 
     def add(self, place: str, number: int, fields: dict[str, Any] | ValueError) -> None:
         """Checks a row's fields. `place` names the row in errors; `number` is its line."""
-        try:
+        with self._wrong.noting(f"{place}: ", self._rules.fields):
             row = self._row(number, fields)
-        except (ValueError, EvopruneError) as problem:
-            self._wrong.append((f"{place}: {problem}", self._rules.fields))
-            return
-        if row.id in self._rows:
-            message = f"{place}: the same id, or question, as {self._places[row.id]}"
-            self._wrong.append((message, "give every row an id of its own"))
-        self._rows[row.id], self._places[row.id] = row, place
+            if row.id in self._rows:
+                message = f"{place}: the same id, or question, as {self._places[row.id]}"
+                self._wrong.add(message, "give every row an id of its own")
+            self._rows[row.id], self._places[row.id] = row, place
 
     def finish(self, name: str = "") -> list[Row]:
         """All rows; raises UsageError if any was wrong, with the `name` of the file once."""
-        if self._wrong:
-            (first, _), *others = self._wrong[:NAMED]
-            named, more = [first, *(m.removeprefix(f"{name}, ") for m, _ in others)], len(self._wrong) - NAMED
-            hints = dict.fromkeys(hint for _, hint in self._wrong[:NAMED])
-            raise UsageError("; ".join(named) + (f"; and {more:,} more" if more > 0 else ""), "; ".join(hints))
+        self._wrong.check([row.path for row in self._rows.values()], name)
         return list(self._rows.values())
 
     def _row(self, number: int, fields: dict[str, Any] | ValueError) -> Row:
@@ -194,8 +200,7 @@ class _Reader:
             raise fields
         fields = self._span | {name: value for name, value in fields.items() if value is not None}
         start, end = _seconds(fields, "start"), None if fields["end"] is None else _seconds(fields, "end")
-        if end is not None and end <= start and (end < 0) == (start < 0):  # below 0 they count from the video's end
-            raise ValueError(f"end {end:g} s is not after start {start:g} s")
+        _check_span(start, end)
         video = _filled(fields, "video")
         row = Row(
             id="",
@@ -212,6 +217,13 @@ class _Reader:
         if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
             raise ValueError("id is neither a text nor a whole number")
         return replace(row, id=str(name))
+
+
+def _check_span(start_s: float, end_s: float | None) -> None:
+    if (
+        end_s is not None and end_s <= start_s and (end_s < 0) == (start_s < 0)
+    ):  # below 0 they count from the video's end
+        raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
 
 def _digest(row: Row) -> str:

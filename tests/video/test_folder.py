@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import choose_decoder, read_frames
+from evoprune.video.listing import natural
 from evoprune.video.probe import probe
 from evoprune.video.readers import folder as backend
 from evoprune.video.readers.exif import exif_orientation
@@ -67,7 +68,7 @@ def test_natural_order():
         "Shot1_frame10",
         "shot02_frame1",
     ]
-    assert sorted(names, key=backend._natural) == ordered
+    assert sorted(names, key=natural) == ordered
 
 
 def test_a_rate_of_ones_own(tmp_path):
@@ -167,7 +168,7 @@ def test_names_that_look_like_patterns(tmp_path):
     for i, name in enumerate(["f%d.png", "f%03d.png", "file:f.png", "g*.png", "h\n?.png", "-.png"]):
         write_image(tmp_path / name, numbered_frame(i))
     write_image(tmp_path / "f1.png", numbered_frame(99))
-    order = sorted(os.listdir(tmp_path), key=backend._natural)
+    order = sorted(os.listdir(tmp_path), key=natural)
     info = probe(tmp_path)
     assert sorted(numbers(info, [i / info.fps for i in range(len(order))])) == [0, 1, 2, 3, 4, 5, 99]
 

@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 
 import av
@@ -13,6 +12,7 @@ from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import FOLDER_FPS, VideoInfo
+from evoprune.video.listing import IMAGES, files
 from evoprune.video.readers.container import TOLERANCE_S, Damage, first_frame, ignore_damage, open_bytes, video_stream
 from evoprune.video.readers.exif import exif_orientation
 from evoprune.video.readers.picture_size import check_picture_size
@@ -21,7 +21,6 @@ from evoprune.video.readers.pixels import orientation, to_rgb
 CONTAINER = "folder"
 # Larger files count as damaged.
 MAX_BYTES = 2**29
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def list_images(folder: str) -> list[str]:
@@ -31,18 +30,14 @@ def list_images(folder: str) -> list[str]:
         VideoError: the folder cannot be read, or has no image.
     """
     try:
-        with os.scandir(folder) as entries:
-            seen = [e for e in entries if e.name.lower().endswith(ENDINGS) and e.name[0] != "."]
-            names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
+        images = files(folder, IMAGES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"cannot read the folder {folder}: {reason}", "check the path") from error
-    if not names:
-        raise VideoError(
-            f"no images in the folder {folder}",
-            f"files that count as images: {', '.join(ENDINGS)}; for a folder of videos: evoprune batch {folder.rstrip('/')}/*.mp4",
-        )
-    return [os.path.join(folder, name) for name in sorted(names, key=_natural)]
+    if not images:
+        hint = f"files that count as images: {', '.join(IMAGES)}; for a folder of videos: evoprune batch {folder}"
+        raise VideoError(f"no images in the folder {folder}", hint)
+    return images
 
 
 def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
@@ -127,9 +122,3 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
             return stream.codec_context.codec.canonical_name, frame, exif_orientation(content) or orientation(frame)
     except (av.error.FFmpegError, OSError, ValueError, VideoError):
         return None
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """A sort key: runs of digits by their value; equal values, such as 1 and 01, by the characters."""
-    pieces = re.split("([0-9]+)", name.casefold())
-    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
