@@ -61,7 +61,7 @@ class Tally:
             return
         if problem and not (self._file and self._file.written):
             if not isinstance(problem, Exception) and not self.quiet:
-                tell("interrupted before the first record: nothing was written; to go on: the same command")
+                tell("interrupted: no record was written; to go on: the same command")
             return
         for name, videos in self._warnings.items():
             print_warning(name, next(iter(videos.values())), len(videos) - 1)

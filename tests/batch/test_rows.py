@@ -178,6 +178,20 @@ def test_every_question_about_every_video():
         product_rows(["a"], [" "])
 
 
+def test_all_that_is_wrong_is_named_at_once(tmp_path):
+    (tmp_path / "here.mp4").touch()
+    with pytest.raises(UsageError) as caught:
+        product_rows(["a", f"{tmp_path}/here.mp4", "a", "b", "b"], ["1", "", "1"], 3.0, 2.0)
+    assert caught.value.message == (
+        "the video 'a' is there twice; the video 'b' is there twice; the question '1' is there twice; '': question is empty; "
+        "end 2 s is not after start 3 s; no such file: a; no such file: b"
+    )
+    with pytest.raises(UsageError) as caught:
+        read(jsonl(ROW | {"video": "a.mp4"}, ROW | {"id": 2, "start": "500ms"}))
+    assert caught.value.message == "rows, line 2: '500ms' is not a time; no such file: there/a.mp4"
+    assert "1m30s" in caught.value.hint
+
+
 some_rows = st.lists(
     st.builds(
         lambda number, video, start: Row(str(number), video, video, "What?", start),

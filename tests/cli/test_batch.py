@@ -162,6 +162,12 @@ def no_weights(monkeypatch):
         ((*CLIPS, CLIPS[0], *ASKED), "'samples/square.mp4' is there twice", 2),
         ((*CLIPS, *ASKED, *ASKED), "'What happens?' is there twice", 2),
         ((*CLIPS, "-Q", " "), "question is empty", 2),
+        (
+            ("gone.mp4", *CLIPS, CLIPS[0], "-Q", ""),
+            f"{CLIPS[0]!r} is there twice; '': question is empty; no such file: g",
+            2,
+        ),
+        (("tests/cli", *ASKED), "neither videos nor images in the folder tests/cli", 2),
         ((*CLIPS, "-Q", "caf\udce9"), "not valid text", 2),
         ((*CLIPS, *ASKED, "-s", "caf\udce9"), "system prompt is not valid text", 2),
         ((*CLIPS, *ASKED, "-b", "2"), "budget '2'", 2),
@@ -190,7 +196,7 @@ def no_weights(monkeypatch):
         (("--from", "-"), "nothing is piped", 2),
         (("--from", "LICENSE"), "LICENSE, line 1: no JSON object, nor the head of a table with video", 2),
         (("gone.mp4", *ASKED), "no such file: gone.mp4", 3),
-        (("gone.mp4", "lost.mp4", *ASKED), "gone.mp4, and none of the 1 others", 3),
+        (("gone.mp4", "lost.mp4", *ASKED), "no such file: gone.mp4, lost.mp4\n", 3),
         (("https://example.org/a.mp4", *ASKED), "yt-dlp", 3),
         ((*CLIPS, *ASKED, "-m", "samples"), "config.json", 4),
     ],
@@ -252,7 +258,7 @@ def test_a_video_that_is_missing(run, out, tmp_path):
     assert result.code == 6
     assert "late.mp4 (1 of 2 videos)" in " ".join(result.err.split())
     assert "2 of 4 rows answered, 2 failed: " in result.err and "with --resume" in result.err
-    assert result.err.count("failed: no such file") == 1  # once for both questions
+    assert result.err.count("late.mp4") == 1  # it was named before
     good, bad = records(out)[:2], records(out)[2:]
     assert all(r["error"] is None for r in good)
     assert [(r["error"]["code"], r["finish_reason"], r["answer"]) for r in bad] == [(3, "error", None)] * 2
@@ -288,6 +294,31 @@ def test_an_interruption_keeps_what_is_finished(run, out, monkeypatch, problem):
     assert "1 of 4 rows answered" in result.err and "the same command with --resume" in result.err
     assert [r["question"] for r in records(out)] == QUESTIONS[:1]
     assert run(*CLIPS, *ASKED, "-n", "1", "--resume").code == 0 and len(records(out)) == 4
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
+@pytest.mark.parametrize("at", ["choose", "load_weights"])
+def test_an_interruption_before_the_first_record(run, out, monkeypatch, problem, at):
+    def stops(*_):
+        raise problem.with_traceback(None)
+
+    where = {
+        "choose": "evoprune.language.generate.choose",
+        "load_weights": "evoprune.pipeline.loading.model.load_weights",
+    }
+    monkeypatch.setattr(where[at], stops)
+    result = run(*CLIPS, *ASKED)
+    assert result.err == "interrupted: no record was written; to go on: the same command\n"
+    assert result.out == "" and not out.exists() and run(*CLIPS, *ASKED, "-q").err == ""
+
+
+def test_a_folder_of_videos(run, out, tmp_path):
+    (folder := tmp_path / "clips").mkdir()
+    for name in ("b10.mp4", "b9.MP4", "notes.txt", ".hidden.mp4"):
+        (folder / name).symlink_to(ROOT / CLIPS[0])
+    (folder / "inside").mkdir()
+    assert run(folder, CLIPS[1], "-Q", "Who?").code == 0
+    assert [r["video"]["path"] for r in records(out)] == [f"{folder}/b9.MP4", f"{folder}/b10.mp4", CLIPS[1]]
 
 
 def test_another_one_is_writing(run, out):
