@@ -274,7 +274,7 @@ Stats = Annotated[
     _option(
         _OUTPUT,
         "--stats/--no-stats",
-        help="Stage times and token counts on stderr; default: unless --json or -q.",
+        help="Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
         show_default=False,
     ),
 ]

@@ -143,31 +143,28 @@ def print_summary(report: Report) -> None:
 
 def tell(text: str) -> None:
     """Prints a sentence on stderr, folded to the terminal's width."""
-    for line in _folded(text, 2):
+    for line in _folded(printable(text), 2):
         note(paint(line, "2"))
 
 
 def _print_titled(title: str, colour: str, text: str) -> None:
-    first, *rest = _folded(f"{title} {text}", len(title) + 1)
+    """Words of the command line stay whole, also those with spaces: most are paths."""
+    text = printable(text)
+    for word in sys.argv[1:]:
+        text = text.replace(word, word.replace(" ", GLUE)) if " " in word.strip() else text
+    first, *rest = (line.replace(GLUE, " ") for line in _folded(f"{title} {text}", len(title) + 1))
     note(paint(title, colour) + first.removeprefix(title))
     for line in rest:
         note(line)
 
 
 def _folded(text: str, indent: int) -> list[str]:
-    """Lines for stderr: on a terminal folded at spaces, the later ones indented; elsewhere one line, for programs that read it.
-
-    Words of the command line stay whole, also those with spaces, such as paths.
-    """
-    text = printable(text)
+    """Lines for stderr: on a terminal folded at spaces, the later ones indented; elsewhere one line, for programs that read it."""
     if not sys.stderr.isatty():
         return [text]
-    for word in sys.argv[1:]:
-        text = text.replace(word, word.replace(" ", GLUE)) if word else text
-    wrapped = textwrap.wrap(
+    return textwrap.wrap(
         text, max(columns(), 30), subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
     )
-    return [line.replace(GLUE, " ") for line in wrapped] or [""]
 
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:

@@ -37,6 +37,13 @@ def test_the_transcript_of_the_readme(cli):
     assert counts(shown) == counts(result.out + result.err)
 
 
+def test_the_guide_explains_every_line_of_the_stats(cli):
+    written = cli("ask", "samples/square.mp4", "What happens?", "--compare", "-v", "-b", "fast").err
+    names = re.findall(r"(?m)^ *(first token|encode \+ prefill|visual tokens|(?!the\b)[a-z]+)(?![=a-z])", written)
+    table = "".join(line for line in (ROOT / "docs/guide.md").read_text("utf-8").splitlines() if line.startswith("| "))
+    assert {"video", "now", "compare", "kept"} <= set(names) and [n for n in names if f"`{n}`" not in table] == []
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_shell_blocks_run_one_after_the_other(tmp_path, page):
     """In one folder that looks like an installed clone; each block gives a line a clip."""
