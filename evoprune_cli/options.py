@@ -220,7 +220,7 @@ Interactive = Annotated[
     typer.Option(
         "-i",
         "--interactive",
-        help="Keep the video and ask on at a prompt: exit or Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
+        help="Keep the video and ask on at a prompt: q or Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
     ),
 ]
 Compare = Annotated[
