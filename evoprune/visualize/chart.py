@@ -4,6 +4,8 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
 
 from evoprune.visualize.labels import Labels
 from evoprune.visualize.svg import COLOURS, GRID, INK, LETTER, SOFT, document, reach, text
@@ -21,7 +23,10 @@ MARK, CAP = (
     3.2,
     5.5,
 )  # radius of a mark, and half the length of the strokes at an interval's ends, which must be seen beside it
-BESIDE = 3.5  # pixels from the stroke of an interval to one that it would cover
+BESIDE, SPREAD = (
+    7,
+    28,
+)  # pixels from a mark to one that it would hide, and at most from the first of several to the last
 
 Place = tuple[float, float]  # in pixels
 
@@ -192,39 +197,74 @@ def _panel(panel: Panel, y_ticks: Sequence[float], left: float, top: float, plot
     yield from _curves(panel, at, Labels((left, left + plot + EDGE - 2, top - 21, top + PLOT_HEIGHT)), named)
 
 
+class _Spot(NamedTuple):
+    """Where a point is drawn, in pixels: its mark, and the upper and lower end of its interval, or of its mark if it has none."""
+
+    x: float
+    y: float
+    top: float
+    bottom: float
+
+
 def _curves(panel: Panel, at: Callable[[float, float], Place], labels: Labels, named: bool) -> Iterable[str]:
     """Lines, marks, intervals, and labels where they hide least. A label near a point that has one is left out."""
-    marked = [series for series in panel.series if not series.dashed]
-    for series in panel.series:
-        places = [at(p.x, p.y) for p in series.points]
+    spots = _side_by_side(panel.series, at)
+    for series, mine in zip(panel.series, spots, strict=True):
+        places = [(spot.x, spot.y) for spot in mine]
         labels.avoid_line(places)
         yield _line(places, series)
-    strokes: list[tuple[float, float, float]] = []
-    for series in marked:
-        for point in series.points:
-            x, y = at(point.x, point.y)
+    marked = [(s, mine) for s, mine in zip(panel.series, spots, strict=True) if not s.dashed]
+    for series, mine in marked:
+        for point, (x, y, top, bottom) in zip(series.points, mine, strict=True):
             labels.avoid([(x, y)], weight=12)  # a label had better hide a line than a mark
             yield _mark(x, y, series.colour)
             if point.low is not None and point.high is not None:
-                (_, low), (_, high) = at(point.x, point.low), at(point.x, point.high)
-                while any(abs(x - u) < BESIDE and low > v and high < w for u, v, w in strokes):
-                    x += BESIDE  # the interval of another series is there
-                strokes.append((x, high, low))
-                labels.avoid_line([(x, low), (x, high)])
-                for end in (low, high):
+                labels.avoid_line([(x, bottom), (x, top)])
+                for end in (bottom, top):
                     labels.avoid_line([(x - CAP, end), (x + CAP, end)])
-                ends = [f"M{x - CAP:.1f} {end:.1f}h{2 * CAP}" for end in (low, high)]
-                yield _interval(f"M{x:.1f} {low:.1f}V{high:.1f}", ends, series)
+                ends = [f"M{x - CAP:.1f} {end:.1f}h{2 * CAP}" for end in (bottom, top)]
+                yield _interval(f"M{x:.1f} {bottom:.1f}V{top:.1f}", ends, series)
     labelled: list[Place] = []
-    for series in marked:
+    for series, mine in marked:
         fill, weight = (series.colour, 600) if named else (SOFT, 400)
+        places = [(spot.x, spot.y) for spot in mine]
         if named and series.name:
-            yield labels.place(series.name, [at(p.x, p.y) for p in series.points], fill, weight)
-        for point in series.points:
-            place = at(point.x, point.y)
+            yield labels.place(series.name, places, fill, weight)
+        for point, place in zip(series.points, places, strict=True):
             if point.label and all(math.dist(place, other) > CLOSE for other in labelled):
                 labelled.append(place)
                 yield labels.place(point.label, [place], fill, 400)
+
+
+def _side_by_side(lines: Sequence[Series], at: Callable[[float, float], Place]) -> list[list[_Spot]]:
+    """Where the points of each series are drawn: at their values, but side by side where they would hide each other.
+
+    A mark and its interval move together, so that it is seen whose interval it is.
+    """
+    spots = [[_spot(point, at) for point in series.points] for series in lines]
+    keys = [(s, p) for s, series in enumerate(lines) if not series.dashed for p in range(len(series.points))]
+    crowds = {key: [key] for key in keys}
+    for a, b in combinations(keys, 2):
+        if a[0] != b[0] and crowds[a] is not crowds[b] and _hide(spots[a[0]][a[1]], spots[b[0]][b[1]]):
+            crowds[a] += crowds[b]
+            crowds |= dict.fromkeys(crowds[b], crowds[a])
+    for crowd in {id(crowd): crowd for crowd in crowds.values() if len(crowd) > 1}.values():
+        middle = sum(spots[s][p].x for s, p in crowd) / len(crowd)
+        step = min(BESIDE, SPREAD / (len(crowd) - 1))
+        for number, (s, p) in enumerate(sorted(crowd)):
+            spots[s][p] = spots[s][p]._replace(x=middle + step * (number - (len(crowd) - 1) / 2))
+    return spots
+
+
+def _spot(point: Point, at: Callable[[float, float], Place]) -> _Spot:
+    x, y = at(point.x, point.y)
+    if point.low is None or point.high is None:
+        return _Spot(x, y, y - MARK, y + MARK)
+    return _Spot(x, y, at(point.x, point.high)[1], at(point.x, point.low)[1])
+
+
+def _hide(a: _Spot, b: _Spot) -> bool:
+    return abs(a.x - b.x) < 2 * MARK and a.top < b.bottom + MARK and b.top < a.bottom + MARK
 
 
 def _interval(path: str, ends: Sequence[str], series: Series) -> str:

@@ -1,12 +1,23 @@
 """Charts as XML: what is drawn, where, and with which words."""
 
 import re
-from itertools import combinations
+from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
 import pytest
 
-from evoprune.visualize.chart import COLOURS, PLOT_HEIGHT, PLOT_WIDTH, Panel, Point, Series, draw, draw_rows, ticks
+from evoprune.visualize.chart import (
+    COLOURS,
+    LEFT,
+    PLOT_HEIGHT,
+    PLOT_WIDTH,
+    Panel,
+    Point,
+    Series,
+    draw,
+    draw_rows,
+    ticks,
+)
 from evoprune.visualize.svg import reach
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -102,11 +113,25 @@ def test_an_interval_that_is_shorter_than_its_mark_is_seen():
     assert len(strokes) == 2 and all(float(at) < x - radius and float(long) > 2 * radius for at, long in strokes)
 
 
-def test_intervals_at_one_place_lie_beside_each_other():
-    both = [Series(name, (Point(3, 50.0, 40.0, 60.0), Point(9, 50.0)), COLOURS[n]) for n, name in enumerate("ab")]
-    root = ElementTree.fromstring(draw("", "", [Panel("", "", "", tuple(both))]))
-    strokes = [float(e.get("d")[1:].split()[0]) for e in root.iter(f"{SVG}path") if e.get("d").count("M") == 3]
-    assert len(strokes) == 2 and 3 <= strokes[1] - strokes[0] < 5
+def intervals(root, series) -> list[float]:
+    """Where the intervals of a series are drawn, from left to right of its points."""
+    found = (e for e in root.iter(f"{SVG}path") if e.get("stroke") == series.colour and e.get("d").count("M") == 3)
+    return [float(e.get("d")[1:].split()[0]) for e in found]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_mark_lies_on_its_interval_and_beside_those_of_other_series(count):
+    """Of one series at the true place; of several around it."""
+    series = [
+        Series(str(n), (Point(3, 50.0, 40.0, 60.0), Point(9, 20.0 * n, 20.0 * n - 5, 20.0 * n + 5)), COLOURS[n])
+        for n in range(count)
+    ]
+    root = ElementTree.fromstring(draw("", "", [Panel("", "", "", tuple(series))]))
+    marks = [[x for x, _ in circles(root, one)[1:]] for one in series]
+    assert [intervals(root, one) for one in series] == marks
+    crowded, apart = zip(*marks, strict=True)
+    assert len(set(apart)) == 1 and sum(crowded) / count == pytest.approx(LEFT + (apart[0] - LEFT) / 3, abs=0.11)
+    assert all(right - left == pytest.approx(7, abs=0.11) for left, right in pairwise(crowded))
 
 
 @pytest.mark.parametrize("panels", [1, 2])
