@@ -9,13 +9,15 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from evoprune.evaluation.scores import is_tie
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import PALE
 from evoprune_cli.profile_tables import one_line, plural
 
 Cell = Callable[[dict], str]
 LEGEND = (
-    "accuracy, in percent, with its 95% interval over videos; vs full: the paired difference; kept: of full's accuracy",
+    "accuracy, in percent, with its 95% interval over videos; vs full: the paired difference in points, with its interval, a tie "
+    "where that includes 0; kept: of full's accuracy",
     "tokens that the language model reads, mean of a question; live: share of the rows that the tower computes, mean over its "
     "layers; TFLOP: operations of tower and prefill at 3B dimensions",
 )
@@ -32,8 +34,11 @@ def table(document: dict, width: int = 80) -> str:
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
             notes.append("unparsed: answers that name none of the options; they count as wrong")
-        for table_columns in (columns, COSTS):
-            lines += ["", *_fitting(rows, table_columns, console, width)]
+        lines += ["", *_fitting(rows, columns, console, width)]
+        versus, told = _versus_first(rows, console, width)
+        lines += versus
+        notes[1:1] = told
+        lines += ["", *_fitting(rows, COSTS, console, width)]
         names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
         for title, typed in (("group", False), ("type", True)):
             found = [row for row in rest if row["group"].startswith("type:") == typed]
@@ -72,10 +77,11 @@ def _accuracy(row: dict) -> str:
     return f"{_percent(row['accuracy'])} ({_percent(row['low'])}-{_percent(row['high'])})"
 
 
-def _difference(row: dict) -> str:
+def _difference(row: dict, name: str = "difference") -> str:
     if row["row"] == "full":
         return ""
-    return f"{_signed(row['difference'])} ({_signed(row['difference_low'])} to {_signed(row['difference_high'])})"
+    tie = "tie " if is_tie(row, name) else ""
+    return f"{tie}{_signed(row[name])} ({_signed(row[f'{name}_low'])} to {_signed(row[f'{name}_high'])})"
 
 
 # Columns to drop where the terminal has too few characters, in this order: `LEAST`.
@@ -103,6 +109,18 @@ def _fitting(rows: list[dict], columns: dict[str, Cell], console: Console, width
         if _width(made, console) <= width:
             break
     return _lines(made, console)
+
+
+def _versus_first(rows: list[dict], console: Console, width: int) -> tuple[list[str], list[str]]:
+    """The other methods against the first one, and a note on it. Nothing for one method, or where the terminal is too narrow."""
+    others = [row for row in rows if row["first"]]
+    if not others:
+        return [], []
+    title = f"vs {next(one_line(row['method']) for row in rows if row['name'] == others[0]['first'])}"
+    made = _rich(["", title], [[row["name"], _difference(row, "first_difference")] for row in others])
+    if _width(made, console) > width:
+        return [], []
+    return ["", *_lines(made, console)], [f"{title}: the paired difference to the first method, at the same budget"]
 
 
 def _by_group(title: str, rows: list[dict], names: list[str], console: Console, width: int) -> list[str]:

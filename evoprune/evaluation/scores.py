@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evoprune.evaluation.statistics import accuracy_interval, percentile_interval, resampled
+from evoprune.evaluation.statistics import accuracy_interval, percentile_interval, resampled, unseen_share
 from evoprune.text import counted
 
 SCHEMA = "evoprune/eval@1"
 FULL, BLIND, METHOD = "full", "blind", "method"
 ALL, TYPE = "all", "type:"  # the group of all questions, and the prefix of groups that are types
-WIDE = 0.2  # an interval of accuracy that hides all but the largest differences
+DIFFERENCES = ("difference", "first_difference")  # fields of a row, each with its interval
 COSTS = ("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 
 
@@ -27,8 +27,9 @@ def row_name(kind: str, method: str, budget: float) -> str:
 def score_rows(samples: Sequence[dict]) -> list[dict]:
     """One dict a row and group, the group of all questions first, full before what is compared with it.
 
-    Accuracies are shares; `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, each with a 95% interval
-    over videos; costs are means over the group's questions. None where there is no number. Failed samples do not count.
+    Accuracies are shares; `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, and `first_difference`
+    accuracy - that of the row named `first`: the first method's at the same budget. Each has a 95% interval over videos. Costs are
+    means over the group's questions. None where there is no number. Failed samples do not count.
     """
     good = sorted((s for s in samples if "error" not in s), key=lambda s: s["video"])  # stable: rows stay in order
     rows: dict[tuple, list[dict]] = {}
@@ -50,44 +51,73 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = drawn[:, 1:] / drawn[:, :1]
         ratio = share / share[:, :1]
-    made = []
+    firsts, made = _firsts(list(rows)), []
     for g, (group, mask) in enumerate(groups.items()):
-        asked, full = sums[:, 0, g], sums[:, 1, g].sum() / mask.sum()
-        for r, ((kind, method, budget), found) in enumerate(rows.items()):
+        asked, accuracy = sums[:, 0, g], sums[:, 1:, g].sum(0) / mask.sum()
+        for r, (key, found) in enumerate(rows.items()):
             mine = [s for s, counts in zip(found, mask, strict=True) if counts]
-            accuracy = sums[:, 1 + r, g].sum() / mask.sum()
+            first = firsts[r]
             made.append(
                 {
-                    "row": kind,
-                    "name": row_name(kind, method, budget),
-                    "method": method,
-                    "budget": budget,
+                    "row": key[0],
+                    "name": row_name(*key),
+                    "method": key[1],
+                    "budget": key[2],
                     "group": group,
                     "n": len(mine),
                     "videos": int((asked > 0).sum()),
                     "right": int(sums[:, 1 + r, g].sum()),
-                    "accuracy": _round(accuracy),
+                    "accuracy": _round(accuracy[r]),
                     **_interval("", accuracy_interval(sums[:, 1 + r, g], asked)),
                     "unparseable": sum(s["unparseable"] for s in mine),
-                    "difference": _round(accuracy - full),
-                    **_interval("difference_", percentile_interval(share[:, r, g] - share[:, 0, g])),
-                    "kept_of_full": _round(accuracy / full) if full else None,
+                    **_difference("difference", accuracy, share[:, :, g], r, 0),
+                    "kept_of_full": _round(accuracy[r] / accuracy[0]) if accuracy[0] else None,
                     **_interval("kept_", percentile_interval(ratio[:, r, g])),
+                    "first": None if first is None else row_name(*list(rows)[first]),
+                    **_difference("first_difference", accuracy, share[:, :, g], r, first),
                     **{name: _round(float(np.mean([s[name] for s in mine]))) for name in COSTS},
                 }
             )
     return made
 
 
-def too_few(rows: Sequence[dict]) -> str | None:
-    """A sentence that says so where rows have too few questions, or videos, to be compared; else None. `rows`: of `score_rows`."""
-    full = next((row for row in rows if row["row"] == FULL and row["group"] == ALL), None)
-    if full is None or full["low"] is None or full["high"] - full["low"] <= WIDE:
+def is_tie(row: dict, name: str) -> bool:
+    """Whether the interval of a difference, one of `DIFFERENCES`, includes 0."""
+    return row[name] is not None and row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
+
+
+def detectable(rows: Sequence[dict]) -> str | None:
+    """A sentence that says what difference the questions can detect; None where no rows are compared. `rows`: of `score_rows`.
+
+    It is the longest distance from a paired difference to an end of its interval, so every larger difference is no tie. Where no
+    difference varies from video to video, it is one in a share of videos that would hardly be missed by all of them.
+    """
+    compared = [row for row in rows if row["row"] == METHOD and row["group"] == ALL]
+    if not compared:
         return None
-    asked = f"{counted(full['n'], 'question')} about {counted(full['videos'], 'video')}"
-    few = "is" if full["n"] == 1 else "are"
-    interval = f"{100 * full['low']:.0f} to {100 * full['high']:.0f}%"
-    return f"{asked} {few} too few to compare rows: the 95% interval of full is {interval}"
+    found = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
+    reach = max(max(value - low, high - value) for value, low, high in found if value is not None)
+    n, videos = compared[0]["n"], compared[0]["videos"]
+    asked = f"{counted(n, 'question')} about {counted(videos, 'video')}"
+    points = f"{100 * (reach or unseen_share(videos)):.1f} points"
+    return f"{asked} can detect a difference of {points} or more in every row; a smaller one may be a tie"
+
+
+def _firsts(keys: Sequence[tuple]) -> list[int | None]:
+    """For each row the number of the first method's row at its budget; None for that method's own rows, full and blind."""
+    methods = [method for kind, method, _ in keys if kind == METHOD]
+    known = {budget: n for n, (kind, method, budget) in enumerate(keys) if kind == METHOD and method == methods[0]}
+    return [known.get(budget) if kind == METHOD and method != methods[0] else None for kind, method, budget in keys]
+
+
+def _difference(
+    name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None
+) -> dict[str, float | None]:
+    """The paired difference of two rows and its interval, as fields. accuracy: `[rows]`; drawn: the same, `[draws, rows]`."""
+    if other is None:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    interval = percentile_interval(drawn[:, row] - drawn[:, other])
+    return {name: _round(accuracy[row] - accuracy[other]), **_interval(f"{name}_", interval)}
 
 
 def _groups(samples: Sequence[dict]) -> dict[str, np.ndarray]:

@@ -65,3 +65,8 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
+
+
+def unseen_share(clusters: int) -> float:
+    """The share of clusters that differ which all of so many drawn ones miss with a chance of 5%: about 3 / clusters."""
+    return 1 - 0.05 ** (1 / clusters)

@@ -102,6 +102,20 @@ def test_a_narrow_terminal(run, choices, monkeypatch, columns):
     assert sum(line.count("-b 0.5") for line in groups) == 3 and len(groups) == {100: 1, 80: 1, 60: 2, 40: 3}[columns]
 
 
+def test_methods_are_compared_with_the_first_one(run):
+    """And with full; a tie is marked. All rows of a random model are equally wrong."""
+    result = run("-b", "0.25", "--method", "pool")
+    rows = table_rows(result.out, "vs random")
+    assert [row.split()[:3] for row in rows] == [["pool", "-b", budget] for budget in ("0.5", "0.25")]
+    assert all(row.endswith("  tie +0.0 (+0.0 to +0.0)") for row in rows)
+    full, *others = table_rows(result.out)
+    assert "tie" not in full and all("tie +0.0" in row for row in others)
+    assert "vs random: the paired difference to the first method" in _flat(result) and "can detect a differ" in _flat(
+        result
+    )
+    assert "vs random" not in run().out  # there is no other method
+
+
 def test_json_is_one_line(run):
     result = run("--blind", "--json")
     document = result.record

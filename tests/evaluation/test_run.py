@@ -362,8 +362,7 @@ def test_the_demo_model_on_the_sample_questions():
     run.run()
     document = run.document()
     assert (document["rows"][0]["right"], document["rows"][0]["n"]) == (10, 12) and not document["failures"]
-    few = "12 questions about 6 videos are too few to compare rows: the 95% interval of full is 55 to 95%"
-    assert document["notes"][0] == few
+    assert not any("can detect" in note for note in document["notes"])  # nothing is compared
     assert torch.get_num_threads() == 1
 
 

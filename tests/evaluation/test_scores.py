@@ -1,10 +1,11 @@
 """The table, against counts made by hand."""
 
 import json
+import re
 
 import pytest
 
-from evoprune.evaluation.scores import score_rows, too_few
+from evoprune.evaluation.scores import detectable, is_tie, score_rows
 
 COST = {
     "tokens": 10,
@@ -96,10 +97,50 @@ def test_groups_are_there_where_items_carry_them(kind):
     assert [row["group"] for row in score_rows(made)] == ["all", *(["type:order"] if kind else [])]
 
 
-@pytest.mark.parametrize(("videos", "few"), [(1, True), (6, True), (200, False)])
-def test_rows_of_too_few_questions_are_not_to_be_compared(videos, few):
-    answers = {f"{number}": [("time", number % 3 > 0, True)] for number in range(videos)}
-    said = too_few(score_rows(run(answers)))
-    assert (said is not None) == few and too_few([]) is None
-    if few:
-        assert said.startswith(f"{videos} question") and "too few to compare rows: the 95% interval of full is " in said
+def with_methods(**right):
+    """Samples of the full budget and of methods at two budgets, one question a video, from texts such as "1101"."""
+    made = []
+    for video in range(len(right["full"])):
+        made.append(sample(f"{video:03}", "full", right["full"][video] == "1"))
+        for name, texts in right.items():
+            for budget, text in zip((0.5, 0.25), texts if name != "full" else (), strict=False):
+                made.append(sample(f"{video:03}", "method", text[video] == "1") | {"method": name, "budget": budget})
+    return made
+
+
+def test_methods_are_compared_with_the_first_one_at_the_same_budget():
+    rows = score_rows(with_methods(full="1111" * 10, a=("1110" * 10, "1100" * 10), b=("1101" * 10, "0000" * 10)))
+    half, quarter = row_of(rows, "b -b 0.5", "all"), row_of(rows, "b -b 0.25", "all")
+    assert (half["first"], half["first_difference"]) == ("a -b 0.5", 0) and is_tie(half, "first_difference")
+    assert half["first_difference_low"] < 0 < half["first_difference_high"]  # paired: they miss different questions
+    assert (quarter["first"], quarter["first_difference"]) == ("a -b 0.25", -0.5)
+    assert not is_tie(quarter, "first_difference") and quarter["difference"] == -1
+    for name in ("full", "a -b 0.5", "a -b 0.25"):
+        row = row_of(rows, name, "all")
+        assert [row[field] for field in row if field.startswith("first")] == [None] * 4
+    one = score_rows(with_methods(full="1111", a=("1110",)))
+    assert {row["first"] for row in one} == {None}
+
+
+def test_every_difference_that_the_questions_can_detect_is_no_tie():
+    rows = score_rows(with_methods(full="1" * 60, a=("110" * 20, "1" * 60), b=("1110" * 15, "0" * 30 + "1" * 30)))
+    found = re.fullmatch(
+        "60 questions about 60 videos can detect a difference of ([0-9.]+) points or more in every row; a smaller one may be a tie",
+        detectable(rows),
+    )
+    compared = [
+        (r, f) for r in rows if r["group"] == "all" for f in ("difference", "first_difference") if r[f] is not None
+    ]
+    assert all(not is_tie(r, f) for r, f in compared if abs(r[f]) >= float(found[1]) / 100) and len(compared) == 7
+    widest = max(max(r[f] - r[f + "_low"], r[f + "_high"] - r[f]) for r, f in compared)
+    assert float(found[1]) == pytest.approx(100 * widest, abs=0.051)
+
+
+@pytest.mark.parametrize(("videos", "points"), [(1, "95.0"), (6, "39.3"), (100, "3.0")])
+def test_rows_that_do_not_vary_can_still_differ_in_videos_that_were_not_seen(videos, points):
+    said = detectable(score_rows(with_methods(full="1" * videos, a=("1" * videos,))))
+    assert f"difference of {points} points" in said
+
+
+def test_nothing_to_compare():
+    assert detectable([]) is detectable(score_rows([sample("a", "full", True), sample("a", "blind", True)])) is None
