@@ -99,8 +99,8 @@ def detectable(rows: Sequence[dict]) -> str | None:
     reach = max(max(value - low, high - value) for value, low, high in found if value is not None)
     n, videos = compared[0]["n"], compared[0]["videos"]
     asked = f"{counted(n, 'question')} about {counted(videos, 'video')}"
-    points = f"{100 * (reach or unseen_share(videos)):.1f} points"
-    return f"{asked} can detect a difference of {points} or more in every row; a smaller one may be a tie"
+    points = math.ceil(1000 * (reach or unseen_share(videos)) - 1e-6) / 10
+    return f"{asked} can detect a difference of more than {points:.1f} points in every row; a smaller one may be a tie"
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:

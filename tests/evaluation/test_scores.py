@@ -125,21 +125,22 @@ def test_methods_are_compared_with_the_first_one_at_the_same_budget():
 def test_every_difference_that_the_questions_can_detect_is_no_tie():
     rows = score_rows(with_methods(full="1" * 60, a=("110" * 20, "1" * 60), b=("1110" * 15, "0" * 30 + "1" * 30)))
     found = re.fullmatch(
-        "60 questions about 60 videos can detect a difference of ([0-9.]+) points or more in every row; a smaller one may be a tie",
+        "60 questions about 60 videos can detect a difference of more than ([0-9.]+) points in every row; "
+        "a smaller one may be a tie",
         detectable(rows),
     )
     compared = [
         (r, f) for r in rows if r["group"] == "all" for f in ("difference", "first_difference") if r[f] is not None
     ]
-    assert all(not is_tie(r, f) for r, f in compared if abs(r[f]) >= float(found[1]) / 100) and len(compared) == 7
+    assert all(not is_tie(r, f) for r, f in compared if abs(r[f]) > float(found[1]) / 100) and len(compared) == 7
     widest = max(max(r[f] - r[f + "_low"], r[f + "_high"] - r[f]) for r, f in compared)
-    assert float(found[1]) == pytest.approx(100 * widest, abs=0.051)
+    assert float(found[1]) == pytest.approx(100 * widest, abs=0.1)
 
 
-@pytest.mark.parametrize(("videos", "points"), [(1, "95.0"), (6, "39.3"), (100, "3.0")])
+@pytest.mark.parametrize(("videos", "points"), [(1, "95.0"), (6, "39.4"), (100, "3.0")])
 def test_rows_that_do_not_vary_can_still_differ_in_videos_that_were_not_seen(videos, points):
     said = detectable(score_rows(with_methods(full="1" * videos, a=("1" * videos,))))
-    assert f"difference of {points} points" in said
+    assert f"difference of more than {points} points" in said
 
 
 def test_nothing_to_compare():
