@@ -3,7 +3,7 @@
 import io
 import textwrap
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, product
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -167,7 +167,7 @@ def draw_chart(document: dict) -> str:
     rows = [row for row in document["rows"] if row["group"] == "all"]
     fixed = {"full": INK, "blind": PALE}
     methods = dict.fromkeys(row["method"] for row in rows if row["row"] == "method")
-    colours = fixed | dict(zip(methods, cycle(COLOURS), strict=False))
+    looks = dict(zip(methods, cycle(product((False, True), COLOURS)), strict=False))
     panels = []
     for cost, title, label in (
         ("tokens", "By tokens", "visual tokens read, mean of a question"),
@@ -175,13 +175,13 @@ def draw_chart(document: dict) -> str:
     ):
         full = rows[0]
         series = []
-        for name, colour in colours.items():
+        for name, (hollow, colour) in ({name: (False, colour) for name, colour in fixed.items()} | looks).items():
             mine = [row for row in rows if row["row" if name in fixed else "method"] == name]
             points = sorted((_point(row, cost) for row in mine), key=lambda point: point.x)
             if name == "blind" and points:  # a level, not a point: it reads nothing of the video
                 points = [Point(0, points[0].y), Point(full[cost], points[0].y)]
             if points:
-                series.append(Series(name, tuple(points), colour, dashed=name == "blind"))
+                series.append(Series(name, tuple(points), colour, dashed=name == "blind", hollow=hollow))
         panels.append(Panel(title, label, "accuracy, %", tuple(series), from_zero=False))
     settings, model = document["settings"], document["model"]
     split = (

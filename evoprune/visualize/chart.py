@@ -44,12 +44,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points joined by a line. A dashed line is derived, not measured, and has no marks."""
+    """Points joined by a line. A dashed line is derived, not measured, and has no marks.
+
+    `hollow` marks tell a series from another one of the same colour.
+    """
 
     name: str
     points: tuple[Point, ...]
     colour: str = COLOURS[0]
     dashed: bool = False
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def _head(title: str, subtitle: str, panels: Sequence[Panel], width: int) -> tup
         if x > EDGE and x + wide > width - EDGE:
             x, y = EDGE, y + 20
         elements.append(_line([(x, y - 4), (x + 22, y - 4)], one))
-        elements += [] if one.dashed else [_mark(x + 11, y - 4, one.colour)]
+        elements += [] if one.dashed else [_mark(x + 11, y - 4, one)]
         elements.append(text(x + 30, y, one.name))
         x += wide
     return elements, y + (48 if series else 24)
@@ -163,7 +167,7 @@ def _rows(panel: Panel, left: float, top: float, plot: float, rows: int, x_ticks
     for number, series in enumerate(marked):
         for point in series.points:
             x, y = at(point.x, point.y + (number - (len(marked) - 1) / 2) * 0.27)
-            yield _mark(x, y, series.colour)
+            yield _mark(x, y, series)
             if point.low is not None and point.high is not None:
                 (low, _), (high, _) = at(point.low, 0), at(point.high, 0)
                 yield _interval(
@@ -217,7 +221,7 @@ def _curves(panel: Panel, at: Callable[[float, float], Place], labels: Labels, n
     for series, mine in marked:
         for point, (x, y, top, bottom) in zip(series.points, mine, strict=True):
             labels.avoid([(x, y)], weight=12)  # a label had better hide a line than a mark
-            yield _mark(x, y, series.colour)
+            yield _mark(x, y, series)
             if point.low is not None and point.high is not None:
                 labels.avoid_line([(x, bottom), (x, top)])
                 for end in (bottom, top):
@@ -278,5 +282,6 @@ def _line(points: Sequence[tuple[float, float]], series: Series) -> str:
     return f'<path d="M{path}" fill="none" {style}{" stroke-dasharray=" + chr(34) + "5 4" + chr(34) if series.dashed else ""}/>'
 
 
-def _mark(x: float, y: float, colour: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{MARK}" fill="{colour}" stroke="#FFFFFF" stroke-width="1"/>'
+def _mark(x: float, y: float, series: Series) -> str:
+    fill, stroke, wide = ("#FFFFFF", series.colour, 1.6) if series.hollow else (series.colour, "#FFFFFF", 1)
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{MARK}" fill="{fill}" stroke="{stroke}" stroke-width="{wide}"/>'

@@ -165,6 +165,13 @@ def test_a_chart(run, tmp_path):
     assert {"By tokens", "By cost", "accuracy, %", "full", "blind", "random", "-b 0.5"} <= set(words)
 
 
+def test_a_chart_tells_twelve_methods_apart(run, tmp_path):
+    names = "random,pool,divprune,mmr,dart,vidcom2,evs,scope,fastvid,prunevid,holitom,tome"
+    run("--limit", "1", "--method", names, "--chart", tmp_path / "chart.svg")
+    marks = [e for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("circle")]
+    assert len({(mark.get("fill"), mark.get("stroke")) for mark in marks}) == 1 + 12  # and full
+
+
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monkeypatch, problem, form):
