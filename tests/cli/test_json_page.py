@@ -127,7 +127,8 @@ def test_inspect(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("evoprune.methods.plugins", lambda: {"own": "a package"})
     video = cli("inspect", SQUARE, "--scan", "--overlay", str(tmp_path / "a.png"), "--json", *SHORT)
-    check("inspect", [cli("inspect", "--json").record, video.record, cli("inspect", "gone.mp4", "--json").record])
+    others = [cli("inspect", *args, "--json").record for args in ((), ("-m", "demo"), ("gone.mp4",))]
+    check("inspect", [video.record, *others])
 
 
 def error(**changed: Any) -> dict:
