@@ -54,7 +54,11 @@ class Sampling:
 
 @dataclass
 class Pruning:
-    """`layers`: for every layer of the tower, its number and the rows it computed; `encoder_rows`: what the last one left."""
+    """`layers`: for every layer of the tower, its number and the rows it computed; `encoder_rows`: what the last one left.
+
+    `tuned`: of the tuned setting that method and budget come from, when it was found (`created_utc`), the agreement that was asked
+    (`agree`), the lower end of what was measured (`low`), and on how many `videos` and `questions`; None if they were given.
+    """
 
     method: str | None = None
     args: dict[str, Any] | None = None
@@ -67,6 +71,7 @@ class Pruning:
     layers: list[list[int]] | None = None
     kept_per_pair: list[int] | None = None
     positions: str | None = None
+    tuned: dict[str, Any] | None = None
 
 
 @dataclass

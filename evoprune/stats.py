@@ -56,6 +56,7 @@ def _heading(report, width: int) -> list[str]:
         asked = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
         budget = "" if pruning.method == "none" else f" -b {asked}"
         kept = 100 * (pruning.kept_ratio or 0)
+        budget += f", tuned {pruning.tuned['created_utc'][:10]}" if pruning.tuned else ""
         lines.append(f"{'pruning':<11}{pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned")
     return lines
 

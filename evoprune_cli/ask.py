@@ -19,7 +19,7 @@ from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.help_format import HelpAll
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.terminal import check_output, encoding, note, progress
+from evoprune_cli.terminal import check_output, encoding, note, note_tuning, progress
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions, SamplingOptions
@@ -138,6 +138,8 @@ def _encode_into(
             **vars(options.model), **vars(options.pruning),
             progress=lambda done, total: show("quantizing", done, total),
         )  # fmt: skip
+        if not request.quiet:
+            note_tuning(qa.engine)
         video = _encode(qa.engine, path, request, questions, options, show)
 
     def encode_full(show):

@@ -17,7 +17,7 @@ from evoprune_cli.batch_options import ENGINES
 from evoprune_cli.failures import debugging
 from evoprune_cli.help_format import HelpAll
 from evoprune_cli.tally import Tally
-from evoprune_cli.terminal import progress, tell
+from evoprune_cli.terminal import note_tuning, progress, tell
 
 SOME_FAILED = 6
 DASH = "-"  # stdin, or stdout
@@ -81,29 +81,34 @@ def batch(
     )  # fmt: skip
     rows = _rows(videos or [], questions or [], source, start, end)
     named = _check_files(rows, source, output, quiet)
-    ask = partial(_on_ray, address=address, cache=cache) if engine == "ray" else partial(_here, cache=cache)
-    return _run(rows, settings, ask, partial(_open, output, resume, overwrite), Tally(len(rows), quiet, named))
+    ask = partial(_on_ray, address=address) if engine == "ray" else partial(_here, quiet=quiet)
+    ask, resolved = partial(ask, cache=cache), settings.resolved_here if engine == "ray" else settings.resolved
+    return _run(rows, resolved, ask, partial(_open, output, resume, overwrite), Tally(len(rows), quiet, named))
 
 
-def _run(rows, settings, ask, open_output, tally: Tally) -> int:
-    """Asks what has no answer yet; returns the exit code. `ask` makes records, `open_output` opens the output file."""
+def _run(rows, resolved, ask, open_output, tally: Tally) -> int:
+    """Asks what has no answer yet; returns the exit code.
+
+    Args:
+        resolved: gives the settings. ask: makes records. open_output: opens the output file.
+    """
     from evoprune.batch.resume import remaining
     from evoprune.batch.rows import group_by_span
 
-    with tally, closing(open_output()) as file:
+    with tally, closing(open_output()) as file, progress(not tally.quiet) as show:
+        settings = resolved()
         left = remaining(rows, settings, file.found)
-        with progress(not tally.quiet) as show:
-            ready = partial(tally.start, file, len(left), show)
-            if not left:
-                ready()
-                file.begin()
-                return 0
-            with closing(ask(group_by_span(left), settings, show, ready)) as records:
-                for record in records:
-                    if not file.written:  # earlier records stay until there is one to write
-                        file.begin(again={row.id for row in left})
-                    file.add(record)
-                    tally.add(record)
+        ready = partial(tally.start, file, len(left), show)
+        if not left:
+            ready()
+            file.begin()
+            return 0
+        with closing(ask(group_by_span(left), settings, show, ready)) as records:
+            for record in records:
+                if not file.written:  # earlier records stay until there is one to write
+                    file.begin(again={row.id for row in left})
+                file.add(record)
+                tally.add(record)
     return SOME_FAILED if tally.failed else 0
 
 
@@ -113,7 +118,7 @@ def _open(output: str, resume: bool, overwrite: bool):
     return RecordFile(output, resume=resume, overwrite=overwrite)
 
 
-def _here(spans, settings, show, ready, *, cache: bool):
+def _here(spans, settings, show, ready, *, cache: bool, quiet: bool):
     """Records made in this process."""
     from evoprune.batch.run import answers
     from evoprune.pipeline.cache import Cache, default_folder
@@ -121,6 +126,8 @@ def _here(spans, settings, show, ready, *, cache: bool):
     show("loading model")
     check_libraries()
     qa = settings.load(lambda done, total: show("quantizing", done, total))
+    if not quiet:
+        note_tuning(qa.engine)
     ready()
     yield from answers(qa, spans, settings, Cache(default_folder()) if cache else None, _print_traceback)
 

@@ -15,11 +15,12 @@ from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import AUTO, DEFAULT
 from evoprune.report import VideoFacts
 from evoprune.text import clock, size
+from evoprune_cli import inspect_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.help_format import HelpAll
-from evoprune_cli.options import OVERLAYS
+from evoprune_cli.inspect_options import OVERLAYS
 from evoprune_cli.terminal import encoding, print_warning, printable, progress
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
 
 def inspect(
-    video: opt.InspectedVideo = None,
-    overlay: opt.Overlay = None,
+    video: own.Video = None,
+    overlay: own.Overlay = None,
     model: opt.InspectedModel = None,
     revision: opt.Revision = None,
     device: opt.Device = "auto",
@@ -52,9 +53,10 @@ def inspect(
     start: opt.Start = "0",
     end: opt.End = None,
     decoder: opt.Decoder = "auto",
-    scan: opt.Scan = False,
-    clear_cache: opt.ClearCache = False,
-    json: opt.JsonDocument = False,
+    scan: own.Scan = False,
+    clear_cache: own.ClearCache = False,
+    forget_tuned: own.ForgetTuned = None,
+    json: own.Json = False,
     debug: opt.Debug = False,
     help_all: HelpAll = False,
 ) -> int:
@@ -100,9 +102,11 @@ def _print_lines(facts: Mapping[str, Any]) -> None:
 
 
 def _about_machine(given: Mapping[str, Any]) -> Iterator[dict]:
-    """Versions, devices, decoders, caches, and the model that is named."""
+    """Versions, devices, decoders, caches, tuned settings, and the model that is named."""
     if given["clear_cache"]:
         _clear_cache()
+    if given["forget_tuned"] is not None:
+        yield {"forgotten": _forget_tuned(given["forget_tuned"])}
     if given["scan"]:
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
     if given["overlay"] is not None:
@@ -127,10 +131,23 @@ def _clear_cache() -> None:
         raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
 
 
+def _forget_tuned(text: str) -> list[dict]:
+    """Deletes the tuned settings that a text names; their facts."""
+    from evoprune.pipeline.inspection import tuned_facts
+    from evoprune.pipeline.tuned import matching, remove
+
+    named = matching(text)
+    for fingerprint, _ in named:
+        remove(fingerprint)
+    return tuned_facts(named)
+
+
 def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
     """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
     if given["clear_cache"]:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
+    if given["forget_tuned"] is not None:
+        raise UsageError("--forget-tuned is not about a video", "evoprune inspect --forget-tuned NAME")
     from evoprune.pipeline.inspection import video_facts
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
@@ -238,7 +255,9 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
         title = " " * indent + (key if literal else key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
         if name in ("args", "warnings") or (name in OFTEN_NOTHING and not value):
             continue  # for programs; warnings are on stderr, as sentences
-        if name == "presets":
+        if name in ("tuned", "forgotten"):
+            made += _tuned_lines(title, value)
+        elif name == "presets":
             made.append(title)
             for preset, p in value.items():
                 tokens = f"-b {p['budget']:<5g} {p['tokens']:>8,} tokens"
@@ -256,6 +275,19 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
             made += [
                 f"{title + ' ' if number == 0 else '':<{TITLE}}{piece}" for number, piece in enumerate(pieces or [""])
             ]
+    return made
+
+
+def _tuned_lines(title: str, settings: list[dict]) -> list[str]:
+    """Two lines for each tuned setting: what it is of, and what it is. Fingerprints are cut, as their beginning names them."""
+    made = [title if settings else f"{title:<{TITLE}}none"]
+    for setting in settings:
+        made.append(f"  {setting['fingerprint'][:12]}  {setting['model'] or 'unknown'}")
+        if setting["damaged"]:
+            made.append(f"    {setting['damaged']}")
+            continue
+        measured = f"agreement {100 * setting['agreement']:.1f}% (at least {100 * setting['low']:.1f}%)"
+        made.append(f"    {setting['method']} -b {setting['budget']:g}, {measured}, {setting['created_utc'][:10]}")
     return made
 
 

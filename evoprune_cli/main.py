@@ -66,7 +66,7 @@ app.command(cls=showing("questions", "source", "output", "resume", "overwrite", 
 app.command(
     "eval", cls=showing("data", "limit", "budget", "method", "blind", "model", "output", "resume", "chart", *_OUTPUT)
 )(evaluate)
-app.command(cls=showing("overlay", "scan", "clear_cache", *_MODEL, *_FRAMES, "json"))(inspect)
+app.command(cls=showing("overlay", "scan", "clear_cache", "forget_tuned", *_MODEL, *_FRAMES, "json"))(inspect)
 app.command(
     cls=showing("budget", "method", "frames", "size", "model", "time_limit", "form", "output", "chart", "quiet")
 )(profile)

@@ -8,12 +8,11 @@ import typer
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
-from evoprune.pruning.budget import PRESETS, parse_budget
+from evoprune.pruning.budget import PRESETS, TUNED, parse_budget
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions
 
-OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
 _PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())
 
 
@@ -87,9 +86,9 @@ Budget = Annotated[
         "-b",
         "--budget",
         envvar="EVOPRUNE_BUDGET",
-        metavar="SHARE|PRESET|auto",
+        metavar="SHARE|PRESET|auto|tuned",
         help=f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full for the exact answer; -b auto to let the content "
-        "decide.",
+        "decide; -b tuned for what was tuned for the model, method included.",
     ),
 ]
 MethodName = Annotated[
@@ -111,7 +110,8 @@ Budgets = Annotated[
         "--budget",
         envvar="EVOPRUNE_BUDGET",
         metavar="LIST",
-        help=f"Shares of visual tokens kept, or presets; default: {','.join(list(PRESETS)[1:])}. Full is always there.",
+        help=f"Shares of visual tokens kept, or presets, or of eval tuned; default: {','.join(list(PRESETS)[1:])}. "
+        "Full is always there.",
         show_default=False,
     ),
 ]
@@ -241,33 +241,6 @@ InspectedModel = Annotated[
         show_default=False,
     ),
 ]
-InspectedVideo = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="VIDEO",
-        help="A video file, a folder of frames, or - for stdin; without it, a report on this machine.",
-        show_default=False,
-    ),
-]
-Overlay = Annotated[
-    str | None,
-    typer.Option(
-        "--overlay",
-        metavar="FILE",
-        help=f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). "
-        "Loads the model; pruning options are for this.",
-        show_default=False,
-    ),
-]
-Scan = Annotated[
-    bool, typer.Option("--scan", help="Decode the whole video and report damage, true length and variable rate.")
-]
-ClearCache = Annotated[
-    bool,
-    typer.Option("--clear-cache", help="First delete the encoded videos that `ask --cache` keeps on disk."),
-]
-JsonDocument = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
-
 Json = Annotated[bool, _option(_OUTPUT, "--json", help="One JSON line a question on stdout, instead of text.")]
 Stats = Annotated[
     bool | None,
@@ -335,14 +308,23 @@ def listed(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
 
-def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None) -> dict:
+def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None, *, tuned: bool = False) -> dict:
     """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
+
+    Args:
+        tuned: whether a budget of "tuned" is allowed; alone, it holds the method too.
 
     Raises:
         UsageError: a bad budget, no such method, or a setting that is not NAME=VALUE.
     """
+    from evoprune.pipeline.options import check_tuned
+
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     for name in wanted:
         methods.check(name)
-    shares = tuple(dict.fromkeys(map(parse_budget, listed(budgets) or list(PRESETS)[1:])))
-    return {"budgets": shares, "methods": wanted, "method_args": settings(args)}
+    texts, made = listed(budgets) or list(PRESETS)[1:], settings(args)
+    if tuned and set(texts) == {TUNED}:
+        for name in wanted:
+            check_tuned(TUNED, name, made)
+    shares = (text if tuned and text == TUNED else parse_budget(text) for text in texts)
+    return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": made}

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
 from evoprune.language.text import harmless
@@ -14,6 +15,9 @@ from evoprune.stats import WIDTH, stats_block, summary
 from evoprune.text import clock
 
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
+if TYPE_CHECKING:
+    from evoprune.pipeline.engine import Engine
+
 WARNINGS = {
     "equal_scores": "every frame is one even colour, so which units were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
@@ -165,6 +169,19 @@ def _folded(text: str, indent: int) -> list[str]:
     return textwrap.wrap(
         text, max(columns(), 30), subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
     )
+
+
+def note_tuning(engine: "Engine") -> None:
+    """Says once for a model, on stderr, that what pruning changes in its answers can be measured, unless it was."""
+    loaded = engine.loaded
+    real = loaded.fingerprint is not None and loaded.load_format != "dummy" and not loaded.is_demo
+    if not real or engine.tuned or not engine.method.acts_at(engine.budget):
+        return
+    from evoprune.pipeline.tuned import never_tuned
+
+    if never_tuned(loaded.fingerprint, lambda: loaded.weights_fingerprint):
+        how = f"evoprune tune VIDEO... -m {loaded.id} shows what pruning changes in its answers"
+        tell(f"note: this model was never tuned: {how}")
 
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:

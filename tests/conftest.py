@@ -1,6 +1,8 @@
 import os
 import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -10,11 +12,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from tests.tiny import save_tiny
 
+# No test reads or writes the settings of whoever runs it, nor does a process that a test starts. Set before modules copy the
+# environment, some of them without the variables of evoprune.
+SETTINGS = tempfile.TemporaryDirectory(prefix="evoprune-settings-")
+os.environ |= {"XDG_CONFIG_HOME": SETTINGS.name, "EVOPRUNE_CONFIG_DIR": os.path.join(SETTINGS.name, "evoprune")}
+
 # A shell starts what runs in the background, or under nohup, with signals ignored; so would be every process that a test starts.
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     number = getattr(signal, name, None)
     if number is not None and signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    """The folder of settings, a new one; not made yet."""
+    monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", str(tmp_path / "config"))
+    return tmp_path / "config"
 
 
 @pytest.fixture(scope="session")

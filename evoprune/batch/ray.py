@@ -122,6 +122,7 @@ class Worker:
         self._settings, self._tries, self._cache, self._broken = settings, tries, None, None
         try:
             _enter(folder)  # names of videos and models are relative to it
+            self._settings = settings = settings.resolved()
             self._qa = settings.load()
         except EvopruneError as problem:  # if it were raised here, Ray would try again
             self._broken = error_record(problem)

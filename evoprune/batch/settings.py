@@ -1,26 +1,62 @@
 """The options of a batch, as records hold them."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from evoprune.errors import ModelError
+from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions
+from evoprune.pipeline.tuned import Tuned, resolve
+from evoprune.pruning.budget import TUNED
 
 if TYPE_CHECKING:
+    from evoprune.pipeline.loading.found import FoundModel
     from evoprune.pipeline.video_qa import VideoQA
 
 # What an answer does not depend on, or what each row says itself.
 NOT_RECORDED = ("device", "offline", "threads", "start_s", "end_s")
 
 
+@dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
+    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`.
+
+    Attributes:
+        tuned: the tuned setting that `pruning` comes from; None if it was given. `found`: the model, where it is found already.
+    """
+
+    tuned: Tuned | None = None
+    found: "FoundModel | None" = None
+
+    def resolved(self) -> "Settings":
+        """With plain values in the place of a budget of "tuned", for which the model is found; other settings unchanged.
+
+        Raises:
+            UsageError: the model was never tuned, or its setting is damaged. ModelError: it cannot be found.
+        """
+        if self.pruning.budget != TUNED:
+            return self
+        check_libraries()
+        from evoprune.pipeline.loading.found import find_model
+
+        found = find_model(self.model)
+        pruning, tuned = resolve(self.pruning, self.model.model, lambda: found.weights_fingerprint)
+        return replace(self, pruning=pruning, tuned=tuned, found=found)
+
+    def resolved_here(self) -> "Settings":
+        """As `resolved` where the model's files are on this machine, else unchanged. The model may run on another one."""
+        here = replace(self.model, offline=True, device="cpu", quantize="none")
+        try:
+            return replace(replace(self, model=here).resolved(), model=self.model, found=None)
+        except ModelError:
+            return self
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
         """Loads the model; raises what `VideoQA.load` raises."""
-        from evoprune.pipeline.video_qa import VideoQA
+        from evoprune.pipeline.video_qa import load_qa
 
-        return VideoQA.load(**vars(self.model), **vars(self.pruning), progress=progress)
+        return load_qa(self.found or self.model, self.pruning, tuned=self.tuned, progress=progress)
 
     def record(self) -> dict[str, Any]:
         """All of it as flat data for JSON, as records hold it."""

@@ -32,9 +32,12 @@ from evoprune.model.machine import environment
 from evoprune.model.memory import shortage
 from evoprune.model.threads import threads_of_each
 from evoprune.pipeline.engine import make_engine
+from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.tuned import resolve
+from evoprune.pruning.budget import TUNED
 
 DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
@@ -60,7 +63,9 @@ class Settings:
         split, seed: which clips of the demo's generators; the seed is also that of methods that draw lots.
         world: which of them, or both. groups: only questions of these groups; all if it is empty.
         limit: at most so many videos; None for all of a file, and 100 clips of the demo's, of each world.
-        budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts.
+        budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts. A budget of "tuned" is one
+            row, with the model's own method; `resolved` replaces it.
+        tuned: the tuned method and budget, for one more row; None for none.
         blind: also ask without the video.
         model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise.
         timed: whether samples hold `prune_ms` too, the milliseconds of pruning for the video, or for the question if the method
@@ -69,7 +74,7 @@ class Settings:
     """
 
     data: str
-    budgets: tuple[float, ...]
+    budgets: tuple[float | str, ...]
     methods: tuple[str, ...] = (methods.DEFAULT,)
     method_args: dict[str, str] = field(default_factory=dict)
     blind: bool = False
@@ -84,6 +89,16 @@ class Settings:
     digest: str | None = None
     timed: bool = False
     version: str = evoprune.__version__
+    tuned: tuple[str, float] | None = None
+
+    def resolved(self, found: FoundModel) -> "Settings":
+        """With the method and budget that were tuned for a model in the place of a budget of "tuned".
+
+        Raises:
+            UsageError: it was never tuned, or its setting is damaged.
+        """
+        plain, _ = resolve(PruneOptions(TUNED), self.model.model, lambda: found.weights_fingerprint)
+        return replace(self, budgets=tuple(b for b in self.budgets if b != TUNED), tuned=(plain.method, plain.budget))
 
     def record(self) -> dict[str, Any]:
         """All that results depend on, as flat data for JSON."""
@@ -99,10 +114,11 @@ class Variant:
     kind: str
     method: str = "none"
     budget: float = 1.0
+    tuned: bool = False
 
     @property
     def name(self) -> str:
-        return row_name(self.kind, self.method, self.budget)
+        return row_name(self.kind, self.method, self.budget, self.tuned)
 
 
 def digest(path: Path) -> str:
@@ -111,7 +127,8 @@ def digest(path: Path) -> str:
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """The full budget first, then the blind row, then method after method. A method that prunes nothing is the full budget.
+    """The full budget first, then the blind row, the tuned row, then method after method. A method that prunes nothing is the full
+    budget.
 
     Raises:
         UsageError: an unknown method, or settings that it does not have.
@@ -119,7 +136,9 @@ def variants(settings: Settings) -> list[Variant]:
     named = {name: methods.get(name, settings.method_args) for name in settings.methods if name != "none"}
     pairs = dict.fromkeys(product(named, settings.budgets))
     pruned = [Variant(METHOD, name, budget) for name, budget in pairs if named[name].acts_at(budget)]
-    return [Variant(FULL), *([Variant(BLIND)] if settings.blind else []), *pruned]
+    blind = [Variant(BLIND)] if settings.blind else []
+    tuned = [Variant(METHOD, *settings.tuned, tuned=True)] if settings.tuned else []
+    return [Variant(FULL), *blind, *tuned, *pruned]
 
 
 class Evaluation:
@@ -131,11 +150,14 @@ class Evaluation:
 
     Raises:
         UsageError: an unknown method, settings that it does not have, more clips than a block of the demo's holds, a split that a
-            world does not have, or groups that no question is in.
+            world does not have, groups that no question is in, or a budget of "tuned" for a model that was never tuned.
+        ModelError: the model, which a budget of "tuned" needs, cannot be found.
     """
 
     def __init__(self, settings: Settings, videos: Sequence[Video] | None):
-        self.settings, self.variants = settings, variants(settings)
+        self._found = find_model(settings.model) if TUNED in settings.budgets else None
+        self.settings = settings.resolved(self._found) if self._found else settings
+        self.variants = variants(self.settings)
         self.folder: RunFolder | None = None
         self._jobs = self._all_jobs(videos)
         self.total = len(self._jobs)
@@ -145,7 +167,7 @@ class Evaluation:
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
-        self.loaded = load_model(self.settings.model, progress=progress)
+        self.loaded = load_model(self._found or self.settings.model, progress=progress)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on. With `resume` it is the folder of an earlier run, whose samples are kept.
@@ -235,11 +257,11 @@ class Evaluation:
         return made
 
     def _asked(self, variant: Variant, video: Video, frames: SharedFrames, rows: SharedRows) -> Iterator[dict]:
-        settings, method = self.settings, variant.kind == METHOD
+        settings, given = self.settings, variant.kind == METHOD and not variant.tuned
         options = PruneOptions(
             budget=variant.budget,
             method=variant.method,
-            method_args=settings.method_args if method else {},
+            method_args=settings.method_args if given else {},
             seed=((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63,
         )
         engine = make_engine(self.loaded, options)
@@ -253,7 +275,7 @@ class Evaluation:
             right = grade(row, said)
             # A method that does not read the question did all its work before the first one.
             prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
-            times = {"prune_ms": prune_ms} if settings.timed else {}
+            more = ({"prune_ms": prune_ms} if settings.timed else {}) | ({"tuned": True} if variant.tuned else {})
             yield _about(video, number) | {
                 "row": variant.kind,
                 "method": variant.method,
@@ -265,7 +287,7 @@ class Evaluation:
                 "unparseable": right is None,
                 "warnings": answer.report.warnings,
                 **cost.of(answer.report),
-                **times,
+                **more,
             }
 
     def document(self, error: dict | None = None) -> dict[str, Any]:

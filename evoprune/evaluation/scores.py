@@ -19,9 +19,9 @@ DIFFERENCES = ("difference", "first_difference")  # fields of a row, each with i
 COSTS = ("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 
 
-def row_name(kind: str, method: str, budget: float) -> str:
-    """The name of a row in tables."""
-    return kind if kind != METHOD else f"{method} -b {budget:g}"
+def row_name(kind: str, method: str, budget: float, tuned: bool = False) -> str:
+    """The name of a row in tables. `tuned`: whether its method and budget are those of the model's tuned setting."""
+    return kind if kind != METHOD else f"{method} -b {budget:g}{' (tuned)' if tuned else ''}"
 
 
 def score_rows(samples: Sequence[dict]) -> list[dict]:
@@ -34,7 +34,8 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     good = sorted((s for s in samples if "error" not in s), key=lambda s: s["video"])  # stable: rows stay in order
     rows: dict[tuple, list[dict]] = {}
     for sample in good:
-        rows.setdefault((sample["row"], sample["method"], sample["budget"]), []).append(sample)
+        key = sample["row"], sample["method"], sample["budget"], sample.get("tuned", False)
+        rows.setdefault(key, []).append(sample)
     if not rows:
         return []
     first = next(iter(rows.values()))
@@ -63,6 +64,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
                     "name": row_name(*key),
                     "method": key[1],
                     "budget": key[2],
+                    "tuned": key[3],
                     "group": group,
                     "n": len(mine),
                     "videos": int((asked > 0).sum()),
@@ -104,10 +106,11 @@ def detectable(rows: Sequence[dict]) -> str | None:
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
-    """For each row the number of the first method's row at its budget; None for that method's own rows, full and blind."""
-    methods = [method for kind, method, _ in keys if kind == METHOD]
-    known = {budget: n for n, (kind, method, budget) in enumerate(keys) if kind == METHOD and method == methods[0]}
-    return [known.get(budget) if kind == METHOD and method != methods[0] else None for kind, method, budget in keys]
+    """For each row the number of the first method's row at its budget; None for that method's own rows, full, blind and tuned."""
+    plain = {n: (method, budget) for n, (kind, method, budget, tuned) in enumerate(keys) if kind == METHOD and not tuned}
+    first = next((method for method, _ in plain.values()), None)
+    known = {budget: n for n, (method, budget) in plain.items() if method == first}
+    return [known.get(plain[n][1]) if n in plain and plain[n][0] != first else None for n in range(len(keys))]
 
 
 def _difference(

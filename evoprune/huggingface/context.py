@@ -12,7 +12,8 @@ size is.
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,10 @@ from evoprune.huggingface.patches import Patches
 from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.model.clock import Clock
 from evoprune.pipeline.keywords import check_types, names_options
-from evoprune.pruning.budget import DEFAULT, parse_budget
+from evoprune.pipeline.loading.fingerprint import of_model
+from evoprune.pipeline.options import PruneOptions, check_tuned
+from evoprune.pipeline.tuned import Tuned, resolve
+from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
 from evoprune.report import Report
 
 PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too
@@ -44,7 +48,8 @@ class PruningContext:
     Users reach it as `evoprune.EvoPrune`.
 
     Attributes:
-        budget: share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.
+        budget: share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset; or "tuned", for the
+            method and budget that were tuned for the model's weights (`evoprune tune`).
         method, method_args: name of a pruning method, and its settings by name.
         positions: "host" gives each token the position that the model itself gives it, so that budget 1.0 is the model's own
             output; "qwen" starts the text after a video at the end of the video's time, as Qwen trained its models
@@ -55,7 +60,8 @@ class PruningContext:
             bytes again as the layers themselves: 1.2 GiB at 3B in bfloat16. The model itself does not change.
 
     Raises:
-        UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question.
+        UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question; called with a
+            model and a budget of "tuned": there is no setting for it.
         TypeError: an unknown option.
     """
 
@@ -70,8 +76,10 @@ class PruningContext:
         if isinstance(self.budget, torch.nn.Module):
             hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
             raise UsageError(f"budget is of class {type(self.budget).__name__}, not a share", hint)
-        parse_budget(self.budget)
+        if self.budget != TUNED:
+            parse_budget(self.budget)
         check_types(self)
+        check_tuned(self.budget, self.method, self.method_args)
         patch_method(self.method, self.method_args)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
@@ -137,12 +145,16 @@ class PrunedModel:
     model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
 
     Attributes:
-        model, settings: as given.
+        model: as given. settings: with plain values in the place of a budget of "tuned".
     """
 
     def __init__(self, model, settings: PruningContext):
         interface.check_model(model)
         interface.accept_features(model)
+        self._tuned: Tuned | None = None
+        if settings.budget == TUNED:
+            pruning, self._tuned = resolve(PruneOptions(TUNED), model.name_or_path or None, partial(of_model, model))
+            settings = replace(settings, budget=pruning.budget, method=pruning.method)
         self.model, self.settings = model, settings
         self._method = patch_method(settings.method, settings.method_args)
         self._share = parse_budget(settings.budget)
@@ -275,6 +287,7 @@ class PrunedModel:
             self.model, call, pruned, encoded, settings.method, self._method, self._share, settings.positions
         )
         report.memory.weights_bytes += packed.nbytes if packed else 0
+        report.pruning.tuned = self._tuned.origin if self._tuned else None
         report.time_ms.encode = clock.seconds["encode"] * 1000
         report.time_ms.encode_prune = encoded.prune_seconds * 1000
         self._latest.set(LatestCall(report, past.columns))

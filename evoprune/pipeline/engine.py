@@ -8,6 +8,7 @@ from evoprune import methods
 from evoprune.methods.base import Method
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import AUTO, AUTO_MOST
 
 
@@ -17,15 +18,17 @@ class Engine:
 
     Attributes:
         loaded: the model.
-        options: how visual tokens are pruned.
+        options: how visual tokens are pruned; never "tuned", but what that means for this model.
         method: the method that `options` name.
         load_seconds: how long loading took, for reports; None where that is unknown.
+        tuned: the tuned setting that `options` come from; None if they were given.
     """
 
     loaded: LoadedModel
     options: PruneOptions
     method: Method
     load_seconds: float | None = None
+    tuned: Tuned | None = None
 
     def __repr__(self) -> str:
         loaded, options = self.loaded, self.options
@@ -55,7 +58,7 @@ class Engine:
 
 
 def make_method(options: PruneOptions) -> Method:
-    """The method that options name.
+    """The method that options name, other than those of a budget of "tuned".
 
     Raises:
         UsageError: settings that it does not have, or a budget of "auto" where it cannot let the content decide.
@@ -65,12 +68,13 @@ def make_method(options: PruneOptions) -> Method:
 
 
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
-    """A loaded model with the method that options name.
+    """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
     Raises:
-        UsageError: as `make_method`.
+        UsageError: as `make_method`; the model was never tuned, or its setting is damaged.
     """
-    return Engine(loaded, options, make_method(options), load_seconds)
+    options, tuned = resolve(options, loaded.id, lambda: loaded.weights_fingerprint)
+    return Engine(loaded, options, make_method(options), load_seconds, tuned)
 
 
 def unpruned(engine: Engine) -> Engine:

@@ -104,4 +104,5 @@ def _pruning(engine: Engine, view: View, encoded: Encoded) -> Pruning:
         encoder_live_share=encoded.live_share * len(encoded.owner) / view.units,
         layers=[list(layer) for layer in encoded.layers],
         positions="qwen",
+        tuned=engine.tuned.origin if engine.tuned else None,
     )

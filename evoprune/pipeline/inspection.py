@@ -3,13 +3,14 @@
 import os
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 
 import evoprune
-from evoprune.errors import EvopruneError
+from evoprune.errors import EvopruneError, UsageError
 from evoprune.model.machine import available_memory
 from evoprune.model.sizes import kv_bytes
+from evoprune.pipeline import tuned
 from evoprune.pipeline.engine import make_method
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.on_disk import KnownModel
@@ -25,7 +26,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 
 def environment_facts() -> dict:
-    """Versions, devices, decoders, methods, caches and environment variables."""
+    """Versions, devices, decoders, methods, caches, tuned settings and environment variables."""
     import torch
     from huggingface_hub import constants
 
@@ -68,10 +69,25 @@ def environment_facts() -> dict:
             "size_bytes": occupied,
             "limit_bytes": cache.limit_bytes,
         },
+        "tuned": tuned_facts(tuned.every()),
+        "config_folder": str(tuned.folder()),
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": sys.stdout.encoding,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},
     }
+
+
+def tuned_facts(settings: list[tuple[str, tuned.Tuned | UsageError]]) -> list[dict]:
+    """Tuned settings with their fingerprints, and with the error of each that is `damaged`, whose other values are None."""
+    unknown = dict.fromkeys(field.name for field in fields(tuned.Tuned))
+    return [
+        {
+            "fingerprint": fingerprint,
+            **(asdict(setting) if isinstance(setting, tuned.Tuned) else unknown),
+            "damaged": setting.message if isinstance(setting, UsageError) else None,
+        }
+        for fingerprint, setting in settings
+    ]
 
 
 def _version(name: str) -> str | None:

@@ -14,7 +14,7 @@ from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationSettings
 from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize, parse_threads, short_dtype
 from evoprune.pipeline.keywords import check_types, unknown_option
-from evoprune.pruning.budget import DEFAULT, parse_budget_or_auto
+from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget_or_name
 from evoprune.video.sampling import check_sampling
 
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
@@ -71,13 +71,13 @@ class PruneOptions:
 
     Attributes:
         budget: share of visual tokens kept, in (0, 1], or a preset's name, which becomes its share; or "auto", if the method
-            can let the content decide.
+            can let the content decide; or "tuned", for the method and budget that were tuned for the model.
         method: name of a pruning method, perhaps with settings: `NAME:SETTING=VALUE`.
         method_args: its settings, by name; kept as texts.
         seed: of everything random, generation included.
 
     Raises:
-        UsageError: a bad budget, or no such method.
+        UsageError: a bad budget, no such method, or "tuned" together with a method or its settings.
     """
 
     budget: float | str = DEFAULT
@@ -87,12 +87,21 @@ class PruneOptions:
 
     def __post_init__(self):
         if self.budget is None:
-            parse_budget_or_auto(None)  # whose message names the presets
+            parse_budget_or_name(None)  # whose message names the presets
         check_types(self)
-        object.__setattr__(self, "budget", parse_budget_or_auto(self.budget))
+        object.__setattr__(self, "budget", parse_budget_or_name(self.budget))
         texts = {name: str(value) for name, value in (self.method_args or {}).items()}
         object.__setattr__(self, "method_args", texts)
         methods.check(self.method)
+        check_tuned(self.budget, self.method, texts)
+
+
+def check_tuned(budget: float | str, method: str, method_args: Mapping[str, Any] | None) -> None:
+    """Raises UsageError where a method or settings of one are given beside a budget of "tuned"."""
+    if budget == TUNED and (method != methods.DEFAULT or method_args):
+        raise UsageError(
+            f"budget {TUNED} holds the method too", "leave the method and its settings out, or give a budget"
+        )
 
 
 @dataclass(frozen=True)

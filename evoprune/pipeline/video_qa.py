@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, make_method, unpruned
 from evoprune.pipeline.keywords import brief, names_options
+from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import HELD, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT
 
 
@@ -102,7 +105,7 @@ class VideoQA:
             offline: use nothing but the hub's cache on this machine.
             threads: of the whole process on a CPU: a number, "auto", or None to leave torch's number as it is.
             budget: share of visual tokens kept, a number in (0, 1] or a preset: "full" 1, "high" 0.5, "balanced" 0.25,
-                "fast" 0.1; or "auto", where the content decides.
+                "fast" 0.1; or "auto", where the content decides; or "tuned", the method and budget that were tuned for the model.
             method: name of a pruning method, perhaps with settings: "NAME:SETTING=VALUE".
                 `evoprune.methods.available()` lists them.
             method_args: settings of the method, by name.
@@ -112,12 +115,9 @@ class VideoQA:
         Raises:
             UsageError, ModelError, OutOfMemory: as `loading.load_model` and the constructor. TypeError: an unknown option.
         """
-        start = time.perf_counter()
         wanted = ModelOptions(model, revision, device, dtype, quantize, load_format, offline, threads)
         pruning = PruneOptions(budget, method, method_args, seed)
-        make_method(pruning)
-        loaded = load_model(wanted, to_answer=True, progress=progress)
-        return cls(loaded, load_seconds=time.perf_counter() - start, **vars(pruning))
+        return load_qa(wanted, pruning, progress=progress, kind=cls)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -177,3 +177,31 @@ class VideoQA:
         sampling = SamplingOptions(fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder)
         with closing(open_video(self.engine, path, sampling, name=name, cache=cache)) as video:
             return video.encode(progress)
+
+
+def load_qa(
+    model: ModelOptions | FoundModel,
+    pruning: PruneOptions,
+    *,
+    tuned: Tuned | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    kind: type[VideoQA] = VideoQA,
+) -> VideoQA:
+    """Loads a model, as `VideoQA.load`, with options that are checked.
+
+    Args:
+        model: the options, or what `find_model` found with them.
+        pruning: the options. A budget of "tuned" is resolved before the weights are read.
+        tuned: the tuned setting of which `pruning` is made already, for reports.
+        progress: see `VideoQA.load`.
+        kind: the class of the result.
+    """
+    start = time.perf_counter()
+    make_method(pruning)
+    found = find_model(model) if isinstance(model, ModelOptions) else model
+    pruning, setting = resolve(pruning, found.options.model, lambda: found.weights_fingerprint)
+    make_method(pruning)
+    loaded = load_model(found, to_answer=True, progress=progress)
+    made = kind(loaded, load_seconds=time.perf_counter() - start, **vars(pruning))
+    made.engine = replace(made.engine, tuned=setting or tuned)
+    return made

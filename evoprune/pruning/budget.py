@@ -11,6 +11,12 @@ PRESETS = {"full": 1.0, "high": 0.5, "balanced": 0.25, "fast": 0.1}
 DEFAULT = "balanced"
 # Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
 AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
+TUNED = "tuned"  # the budget and the method that were tuned for the model (pipeline/tuned.py)
+# Where the two work, for hints.
+ELSEWHERE = {
+    AUTO: "auto works with VideoQA, and with commands that ask",
+    TUNED: "tuned works with models, and with commands that ask or evaluate; evoprune inspect shows its budget and method",
+}
 
 
 def parse_budget(text: str | float) -> float:
@@ -21,19 +27,17 @@ def parse_budget(text: str | float) -> float:
     """
     share = _share(text)
     if share is None:
-        raise _refused(
-            text, f"; {AUTO} works with VideoQA, and with commands that ask" if text == AUTO else "", PRESETS
-        )
+        raise _refused(text, f"; {ELSEWHERE[text]}" if text in (AUTO, TUNED) else "", PRESETS)
     return share
 
 
-def parse_budget_or_auto(text: str | float) -> float | str:
-    """As `parse_budget`, but returns "auto" unchanged."""
-    if text == AUTO:
-        return AUTO
+def parse_budget_or_name(text: str | float) -> float | str:
+    """As `parse_budget`, but returns "auto" and "tuned" unchanged."""
+    if text in (AUTO, TUNED):
+        return text
     share = _share(text)
     if share is None:
-        raise _refused(text, f", or {AUTO}", (*PRESETS, AUTO))
+        raise _refused(text, f", or {AUTO} or {TUNED}", (*PRESETS, AUTO, TUNED))
     return share
 
 

@@ -12,6 +12,7 @@ from evoprune_cli.main import run
 from tests.cli.screen import Screen
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
+from tests.tuned import mark_as_seen
 
 
 @dataclass
@@ -87,4 +88,6 @@ def cli(monkeypatch, capfd):
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A tiny model with random weights in the hub's file layout."""
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    mark_as_seen(folder)
+    return folder

@@ -18,7 +18,7 @@ import torch
 
 from evoprune.batch.output import RecordFile
 from evoprune.language.generate import choose
-from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pipeline import video_qa
 from evoprune_cli import tally
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import visible
@@ -384,8 +384,8 @@ def test_a_bug_outside_of_rows_is_not_hidden(run, out, monkeypatch):
 
 
 def test_the_model_is_loaded_once(run, monkeypatch):
-    loads, real = [], VideoQA.load
-    monkeypatch.setattr(VideoQA, "load", classmethod(lambda cls, *a, **k: loads.append(1) or real(*a, **k)))
+    loads, real = [], video_qa.load_model
+    monkeypatch.setattr(video_qa, "load_model", lambda *a, **k: loads.append(1) or real(*a, **k))
     run(*CLIPS, *ASKED)
     assert loads == [1]
 

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import parse_budget
+from evoprune.pruning.budget import parse_budget_or_name
 from evoprune_cli.main import ParserError, app
 from tests.cli.test_readme import PAGES, ROOT
 
@@ -87,7 +87,7 @@ def check(name: str, choices: list[str], given: object) -> None:
         if name == "method" and value.rpartition("+")[2].partition(":")[0] not in ADDED:
             methods.registry.check(value)
         elif name == "budget":
-            parse_budget(value)
+            parse_budget_or_name(value)
         elif value not in choices and len(choices) > 1 and all(choice == choice.lower() for choice in choices):
             raise UsageError(f"{name}: {value!r} is none of {choices}", "")
 

@@ -18,6 +18,7 @@ from evoprune.errors import UsageError
 from evoprune.pipeline.answering import Answer
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.report import Report
+from tests.tuned import tune
 
 CLIPS, QUESTIONS = (
     ("samples/square.mp4", "samples/three.mp4"),
@@ -115,6 +116,13 @@ def test_an_answer_ends_at_the_task_s_stop_words(model_class, monkeypatch):
     monkeypatch.setattr("evoprune.pipeline.answering.EncodedVideo.ask", ask)
     given = [request(model, "?", [CLIPS[0]], until=stops) for stops in (["no", ","], ". P", ["never"], [])]
     assert [r.text for r in model.generate_until(given)] == ["yes", "yes, no", "yes, no. Perhaps", "yes, no. Perhaps"]
+
+
+def test_a_tuned_setting(model_class, config):
+    with pytest.raises(UsageError, match="no tuned setting for demo"):
+        model_class(pretrained="demo", budget="tuned")
+    tune("demo")
+    assert model_class(pretrained="demo", budget="tuned")._qa.engine.tuned
 
 
 @pytest.mark.parametrize("visuals", [[], list(CLIPS), [object()]])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.pruning.budget import DEFAULT, PRESETS, apportion, keep_count, parse_budget, parse_budget_or_auto, spread
+from evoprune.pruning.budget import DEFAULT, PRESETS, apportion, keep_count, parse_budget, parse_budget_or_name, spread
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_other_budgets_are_refused_with_the_way_out(text):
 )
 def test_what_was_probably_meant(text, meant):
     with pytest.raises(UsageError) as caught:
-        parse_budget_or_auto(text)
+        parse_budget_or_name(text)
     assert caught.value.hint.startswith(f"did you mean {meant}? ")
 
 

@@ -17,24 +17,13 @@ from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime, weights_bytes
 from evoprune.model.memory import shortage
 from evoprune.model.precision import QUANTIZE
-from evoprune.model.quantize import check as check_quantize
 from evoprune.model.threads import use_threads
 from evoprune.model.weights import QwenVL
-from evoprune.pipeline.loading import hub
-from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
-from evoprune.pipeline.loading.folder import (
-    BUNDLED_CONFIGS,
-    DEMO_FOLDER,
-    eos_ids,
-    fingerprint,
-    locate,
-    read_config,
-    video_limits,
-    weight_files,
-)
+from evoprune.pipeline.loading.device import DTYPES, pick_dtype
+from evoprune.pipeline.loading.folder import eos_ids, fingerprint, video_limits
+from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.random_weights import random_model
 from evoprune.pipeline.loading.weights import (
-    check_layers,
     load_weights,
     make_ready,
     needed_bytes,
@@ -63,7 +52,8 @@ class LoadedModel:
         load_format: "auto" or "dummy" (random weights).
         quantize: "none", "int8" or "int4".
         weights_bytes: of all weights in memory, tied ones counted once.
-        fingerprint: changes when the weights do; None where that is unknown.
+        fingerprint: changes when the weights' files do, or their place; None where that is unknown.
+        found: the model before it was loaded; None where that is unknown.
         load_seconds: of the steps of loading: "tokenizer", "weights" and "prepare".
         packing: how long layers have packed since, which they do when they are first called with few rows.
     """
@@ -81,11 +71,30 @@ class LoadedModel:
     quantize: str
     weights_bytes: int
     fingerprint: str | None = None
+    found: FoundModel | None = None
     load_seconds: dict[str, float] = field(default_factory=dict)
     packing: PackingTime = field(default_factory=PackingTime)
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """What identifies the weights, whatever their place, time and dtype (`loading.fingerprint`). Reads their files once.
+
+        Raises:
+            UsageError: they are random, not from files, or their files have changed.
+        """
+        found = self.found
+        if found is None:
+            raise UsageError(f"where the weights of {self.id} come from is not known", "load them with load_model")
+        try:
+            same = fingerprint(self.id, self.revision, found.folder, found.files) == self.fingerprint
+        except OSError:
+            same = False
+        if not same:
+            raise UsageError(f"the files of {self.id} have changed since it was loaded", "load it again")
+        return found.weights_fingerprint
 
     def facts(self) -> ModelFacts:
         """The model's part of a report."""
@@ -93,7 +102,7 @@ class LoadedModel:
 
 
 def load_model(
-    model: str | ModelOptions = "demo",
+    model: str | ModelOptions | FoundModel = "demo",
     *,
     pack: bool = True,
     to_answer: bool = False,
@@ -103,8 +112,8 @@ def load_model(
     """Loads a Qwen2.5-VL or Qwen2-VL model.
 
     Args:
-        model: its name, with the other fields of `ModelOptions` as keywords; or all of them. With random weights `tokenizer` is
-            None where there are no tokenizer files, so always with a bundled config.
+        model: its name, with the other fields of `ModelOptions` as keywords; or all of them; or what `find_model` found. With
+            random weights `tokenizer` is None where there are no tokenizer files, so always with a bundled config.
         pack: on a CPU, rearrange the weights for speed if there is memory for it, those of the language model when
             few rows first come; they can no longer be read.
         to_answer: refuse a model that has no tokenizer, before its weights are read.
@@ -119,20 +128,16 @@ def load_model(
     """
     if isinstance(model, str):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
-    device = pick_device(model.device)
-    check_quantize(model.quantize, device)
-    random = model.load_format == "dummy"
-    folder, commit, config = _locate(model, random)
+    found = model if isinstance(model, FoundModel) else find_model(model)
+    model, device, folder, config = found.options, found.device, found.folder, found.config
     use_threads(model.threads, config)
-    is_demo = folder is not None and folder.resolve() == DEMO_FOLDER.resolve()
-    dtype = pick_dtype(model.dtype, device, is_demo)
+    dtype = pick_dtype(model.dtype, device, found.is_demo)
     tokenizer, start = None, time.perf_counter()
-    if folder is not None and (has_tokenizer(folder) or not random):
+    if folder is not None and (has_tokenizer(folder) or not found.random):
         tokenizer = load_tokenizer(folder)
     if to_answer and tokenizer is None:
         raise no_tokenizer(model.model)
-    files, seconds = [] if random else weight_files(folder), {"tokenizer": time.perf_counter() - start}
-    check_layers(config, files)
+    files, seconds = found.files, {"tokenizer": time.perf_counter() - start}
     weights, packing = _weights(model, config, files, dtype, device, pack, progress, seconds)
     return LoadedModel(
         model=weights,
@@ -140,28 +145,18 @@ def load_model(
         video=video_limits(folder, config.vision_config),
         eos_ids=eos_ids(folder, config, tokenizer),
         id=model.model,
-        revision=commit,
+        revision=found.commit,
         dtype=dtype,
         device=str(device),
-        is_demo=is_demo and not random,
+        is_demo=found.is_demo and not found.random,
         load_format=model.load_format,
         quantize=model.quantize,
         weights_bytes=weights_bytes(weights),
-        fingerprint=fingerprint(model.model, commit, folder, files),
+        fingerprint=fingerprint(model.model, found.commit, folder, files),
+        found=found,
         load_seconds=seconds,
         packing=packing,
     )
-
-
-def _locate(model: ModelOptions, random: bool) -> tuple[Path | None, str | None, Config]:
-    """The folder, None for a bundled config; the commit, None for anything local; and the config."""
-    name, revision = model.model, model.revision
-    if random and name in BUNDLED_CONFIGS and not Path(name).is_dir():
-        if revision is not None:
-            raise UsageError(f"the bundled config of {name} has no revision {revision!r}", "leave the revision out")
-        return None, None, read_config(BUNDLED_CONFIGS[name])
-    folder, commit = locate(name, revision, model.offline, files=None if random else hub.FILES)
-    return folder, commit, read_config(folder / "config.json")
 
 
 def _weights(

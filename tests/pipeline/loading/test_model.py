@@ -17,7 +17,7 @@ from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.model import linear
 from evoprune.model.linear import PackedLinear
-from evoprune.pipeline.loading import device, folder, model, weights
+from evoprune.pipeline.loading import device, folder, found, model, weights
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import VideoLimits
@@ -53,7 +53,7 @@ def test_auto_dtype_follows_the_hardware_and_the_demo_is_exact(saved, monkeypatc
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setattr(folder, "DEMO_FOLDER", saved)
-    monkeypatch.setattr(model, "DEMO_FOLDER", saved)
+    monkeypatch.setattr(found, "DEMO_FOLDER", saved)
     demo = load_model("demo", device="cpu")
     assert (demo.dtype, demo.is_demo, demo.id) == ("fp32", True, "demo")
     assert load_model("demo", device="cpu", dtype="bf16").dtype == "bf16"
