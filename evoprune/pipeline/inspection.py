@@ -129,8 +129,9 @@ def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
         plan: of the whole video, from `plan.make_plan`.
 
     Raises:
-        UsageError: as `make_method`.
+        UsageError: as `make_method`; a budget of "tuned" for weights that were never tuned, or are not on this machine.
     """
+    pruning, _ = tuned.resolve(pruning, model.id, lambda: model.weights_fingerprint)
     method, budget = make_method(pruning), AUTO_MOST if pruning.budget == AUTO else pruning.budget
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))

@@ -78,6 +78,15 @@ def test_eval_has_a_row_for_it(cli, tmp_path):
     assert cli(*run[:-1], "tuned", "--method", "divprune").code == 2
 
 
+def test_inspect_counts_with_the_tuned_budget(cli):
+    assert "error: no tuned setting for demo\n" in cli("inspect", CLIP, "-b", "tuned").err
+    hub_id = "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert f"the weights of {hub_id} are not on this" in cli("inspect", CLIP, "-b", "tuned", "-m", hub_id).err
+    tune("demo")
+    memory = cli("inspect", CLIP, "-b", "tuned", "--json").record["memory"]
+    assert (memory["method"], memory["budget"], memory["visual_tokens"]) == (METHOD, 0.2, 29)
+
+
 def test_inspect_lists_them_and_forgets_them(cli, config):
     first, second = "a" * 64, "b" * 64
     for fingerprint, name in ((first, "one"), (second, "two"), ("c" * 64, "two")):

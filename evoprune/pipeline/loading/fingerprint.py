@@ -9,13 +9,13 @@ for its files and for models in fp32 and bf16; a model in fp16 has been rounded 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.model.weights import name_in_memory
+from evoprune.model.weights import QwenVL, name_in_memory
 
 LEFT_OUT = "lm_head.weight"
 LEAST = 2.0**-14  # smaller values lose digits in fp16
@@ -25,14 +25,15 @@ MERGE = "merge it (PEFT: merge_and_unload)"
 Row = tuple[str, Sequence[int], torch.Tensor]  # of a tensor: its name in the tree, its shape, and what is hashed of it
 
 
-def of_files(files: Iterable[Path], shapes: Mapping[str, list[int]]) -> str:
+def of_files(files: Iterable[Path], tree: QwenVL) -> str:
     """The fingerprint of weights in safetensors files, of which little is read.
 
     Args:
-        shapes: of the model's tensors, by their names in the tree (`model.weights`). Other tensors in the files are left out.
+        tree: of the model, perhaps without memory. Tensors of the files that have no place in it are left out.
     """
     from safetensors import safe_open
 
+    shapes = {name: list(weight.shape) for name, weight in tree.named_parameters()}
     rows: list[Row] = []
     for file in files:
         with safe_open(file, framework="pt") as content:

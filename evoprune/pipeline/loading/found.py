@@ -66,7 +66,7 @@ class FoundModel:
             hint = "take the weights (load format auto), or give a budget as a number"
             raise UsageError(f"the weights of {self.options.model} are random, so nothing was tuned on them", hint)
         files = self.files  # which checks the number of layers, before a tree of that many is built
-        return fingerprint.of_files(files, {n: list(w.shape) for n, w in empty(self.config).named_parameters()})
+        return fingerprint.of_files(files, empty(self.config))
 
 
 def find_model(options: ModelOptions) -> FoundModel:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from evoprune.errors import ModelError
+from evoprune.errors import ModelError, UsageError
 from evoprune.model.config import Config
 from evoprune.model.weights import QwenVL, empty
 from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
+from evoprune.pipeline.loading.fingerprint import of_files
 from evoprune.pipeline.loading.folder import (
     BUNDLED_CONFIGS,
     locate,
@@ -57,6 +58,18 @@ class KnownModel:
     def weights_bytes(self) -> int:
         """Of memory that the loaded weights take."""
         return needed_bytes(self.config, list(self.files), DTYPES[self.dtype], self.device, "none")
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """What identifies the weights (`loading.fingerprint`).
+
+        Raises:
+            UsageError: they are not on this machine.
+        """
+        if not self.files:
+            hint = "give a budget as a number, or download them first"
+            raise UsageError(f"the weights of {self.id} are not on this machine, so nothing was tuned on them", hint)
+        return of_files(self.files, self.tree)
 
     @property
     def download_bytes(self) -> int | None:
