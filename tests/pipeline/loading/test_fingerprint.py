@@ -124,6 +124,15 @@ def test_weights_that_cannot_be_read_have_none(spoil, reason):
     assert caught.value.hint
 
 
+def test_an_adapter_of_peft(saved):
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(UsageError, match="an adapter changes"):
+        of_model(around.get_base_model())
+    assert of_model(around.merge_and_unload()) != of_folder(saved)
+
+
 def test_random_weights_have_none(saved):
     with pytest.raises(UsageError, match="are random"):
         load_model(str(saved), load_format="dummy").weights_fingerprint  # noqa: B018 (a property that raises)
