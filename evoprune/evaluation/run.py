@@ -275,11 +275,12 @@ class Evaluation:
             right = grade(row, said)
             # A method that does not read the question did all its work before the first one.
             prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
-            more = ({"prune_ms": prune_ms} if settings.timed else {}) | ({"tuned": True} if variant.tuned else {})
+            times = {"prune_ms": prune_ms} if settings.timed else {}
             yield _about(video, number) | {
                 "row": variant.kind,
                 "method": variant.method,
                 "budget": variant.budget,
+                "tuned": variant.tuned,
                 "question": row.question,
                 "expected": row.answer,
                 "answer": said,
@@ -287,7 +288,7 @@ class Evaluation:
                 "unparseable": right is None,
                 "warnings": answer.report.warnings,
                 **cost.of(answer.report),
-                **more,
+                **times,
             }
 
     def document(self, error: dict | None = None) -> dict[str, Any]:

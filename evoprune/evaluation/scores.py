@@ -107,7 +107,9 @@ def detectable(rows: Sequence[dict]) -> str | None:
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
     """For each row the number of the first method's row at its budget; None for that method's own rows, full, blind and tuned."""
-    plain = {n: (method, budget) for n, (kind, method, budget, tuned) in enumerate(keys) if kind == METHOD and not tuned}
+    plain = {
+        n: (method, budget) for n, (kind, method, budget, tuned) in enumerate(keys) if kind == METHOD and not tuned
+    }
     first = next((method for method, _ in plain.values()), None)
     known = {budget: n for n, (method, budget) in plain.items() if method == first}
     return [known.get(plain[n][1]) if n in plain and plain[n][0] != first else None for n in range(len(keys))]

@@ -9,6 +9,7 @@ import pytest
 
 from evoprune.profiling import bench
 from tests.cli.test_readme import ROOT
+from tests.tuned import tune
 
 PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
 RECORDS = ("compare",)  # fields that hold a whole record again
@@ -97,8 +98,9 @@ def rows(tmp_path):
     return path
 
 
-def test_ask_and_batch(cli, tiny_folder, rows, tmp_path):
-    model = ("-m", str(tiny_folder), "-n", "2", *SHORT)
+def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
+    tune(tiny_folder)
+    model = ("-m", str(tiny_folder), "-n", "2", *SHORT, "-b", "tuned")
     outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", *model).record]
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
@@ -123,11 +125,15 @@ def test_profile(cli, tiny_folder, monkeypatch):
     check("profile", [cli("profile", "-m", str(tiny_folder), *quick).record], errors=False)
 
 
-def test_inspect(cli, tmp_path, monkeypatch):
+def test_inspect(cli, tmp_path, monkeypatch, config):
+    tune("demo")
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("evoprune.methods.plugins", lambda: {"own": "a package"})
     video = cli("inspect", SQUARE, "--scan", "--overlay", str(tmp_path / "a.png"), "--json", *SHORT)
-    others = [cli("inspect", *args, "--json").record for args in ((), ("-m", "demo"), ("gone.mp4",))]
+    others = [
+        cli("inspect", *args, "--json").record
+        for args in ((), ("-m", "demo"), ("--forget-tuned", "demo"), ("gone.mp4",))
+    ]
     check("inspect", [video.record, *others])
 
 
