@@ -89,6 +89,7 @@ def forward(
     positions: torch.Tensor,
     cache: KVCache,
     sizes: torch.Tensor | None = None,
+    last: int = 1,
 ) -> torch.Tensor:
     """Reads new columns after those in the cache, and adds them to it.
 
@@ -98,18 +99,21 @@ def forward(
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
         cache: of the columns before; L longer afterwards, or unchanged if this raises.
         sizes: float32 `[L]`, the cluster size of each new column; None for 1 each.
+        last: how many columns to return, from 1 to L.
 
     Returns:
-        The last column after the final norm, `[hidden]`.
+        The last columns after the final norm, `[last, hidden]`.
 
     Raises:
-        ValueError: no columns, or not one position for each column.
+        ValueError: no columns, not one position for each column, or fewer columns than are to be returned.
     """
     columns = len(inputs_embeds)
     if not columns or positions.shape != (3, columns):
         raise ValueError(f"positions {list(positions.shape)} for {columns} columns")
+    if not 1 <= last <= columns:
+        raise ValueError(f"the last {last} of {columns} columns")
     config, text = model.config.text_config, model.model.language_model
-    eps, dim, last = config.rms_norm_eps, config.hidden_size // config.num_attention_heads, len(text.layers) - 1
+    eps, dim, top = config.rms_norm_eps, config.hidden_size // config.num_attention_heads, len(text.layers) - 1
     x = inputs_embeds
     cos, sin = _rotation(config, positions, x)
     sizes = _sizes(cache, sizes, columns, x.device)
@@ -120,13 +124,13 @@ def forward(
         keys = _rotate(attention.k_proj(h).view(1, columns, -1, dim), cos, sin).transpose(1, 2)
         values = attention.v_proj(h).view(1, columns, -1, dim).transpose(1, 2)
         keys, values = cache.put(i, keys, values)
-        if i == last:  # only the last column's output is used
-            x, h, cos, sin = x[-1:], h[-1:], cos[-1:], sin[-1:]
+        if i == top:  # only the output of these columns is used
+            x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
         queries = _rotate(attention.q_proj(h).view(1, len(h), -1, dim), cos, sin)
         x = linear(attention.o_proj, _attend(queries, keys, values, bias), plus=x)
         h = _norm(x, layer.post_attention_layernorm.weight, eps)
         x = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
-    hidden = _norm(x, text.norm.weight, eps)[0]
+    hidden = _norm(x, text.norm.weight, eps)
     cache.length += columns
     cache.sizes = sizes
     return hidden
@@ -140,10 +144,11 @@ def logits(
     positions: torch.Tensor,
     cache: KVCache,
     sizes: torch.Tensor | None = None,
+    last: int = 1,
 ) -> torch.Tensor:
-    """As `forward`, but returns the logits of the token after the last column: float32 `[vocabulary]`."""
-    # The output layer is the largest of all, and only the last column needs it.
-    return model.lm_head(forward(model, inputs_embeds, positions, cache, sizes)[None])[0].float()
+    """As `forward`, but returns the logits of the token after each of the last columns: float32 `[last, vocabulary]`."""
+    # The output layer is the largest of all, and only these columns need it.
+    return model.lm_head(forward(model, inputs_embeds, positions, cache, sizes, last)).float()
 
 
 def _sizes(cache: KVCache, sizes: torch.Tensor | None, columns: int, device) -> torch.Tensor | None:

@@ -131,7 +131,7 @@ def prefill(
         ValueError: no columns, or not one position for each column.
     """
     cache = KVCache(model, len(inputs_embeds) + ANSWER_COLUMNS) if cache is None else cache
-    return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache, sizes), next_position)
+    return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache, sizes)[0], next_position)
 
 
 class TokenStream(Iterator[int]):
@@ -177,7 +177,7 @@ class TokenStream(Iterator[int]):
         position = self._state.next_position + self.tokens - 1
         column = embed(torch.tensor([token], dtype=torch.int64, device=embed.weight.device))
         positions = torch.full((3, 1), position, dtype=torch.int64, device="cpu")
-        return decoder.logits(self._model, column, positions, self._state.cache)
+        return decoder.logits(self._model, column, positions, self._state.cache)[0]
 
 
 def stream(model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]) -> TokenStream:

@@ -38,13 +38,13 @@ def fresh(model, embeds, positions):
 
 
 def hugging_face(model, embeds, positions):
-    """Final hidden state `[hidden]` and logits `[vocabulary]` of the last column."""
+    """Final hidden state `[1, hidden]` and logits `[1, vocabulary]` of the last column."""
     with torch.no_grad():
         hidden = model.model.language_model(
             inputs_embeds=embeds[None],
             position_ids=torch.cat([torch.arange(len(embeds))[None], positions])[:, None],
             use_cache=False,
-        ).last_hidden_state[0, -1]
+        ).last_hidden_state[0, -1:]
         return hidden, model.lm_head(hidden).float()
 
 
@@ -61,6 +61,10 @@ def test_a_pass_is_hugging_faces(model, length):
     hidden, logits = hugging_face(model, embeds, positions)
     assert_close(decoder.forward(model, embeds, positions, KVCache(model, 1)), hidden)
     assert_close(fresh(model, embeds, positions), logits)
+    for last in {1, length // 2 or 1, length}:
+        each = [fresh(model, embeds[:end], positions[:, :end])[0] for end in range(length - last + 1, length + 1)]
+        made = decoder.logits(model, embeds, positions, KVCache(model, 1), last=last)
+        assert_close(made, torch.stack(each))
     # A model that heeds no position would agree with anything.
     assert not torch.allclose(fresh(model, embeds, positions * 2), logits, atol=1e-2) or length == 1
 
@@ -80,7 +84,7 @@ def test_columns_that_count_more_than_once(model, cuts, strip, monkeypatch):
             position_ids=torch.cat([torch.arange(LENGTH)[None], positions])[:, None],
             attention_mask=mask[None, None],
             use_cache=False,
-        ).last_hidden_state[0, -1]
+        ).last_hidden_state[0, -1:]
         expected = model.lm_head(hidden).float()
     cache = KVCache(model, LENGTH)
     for start, end in itertools.pairwise([0, *cuts, LENGTH]):
@@ -188,7 +192,7 @@ def written_out(model, embeds, positions):
 def test_a_pass_is_the_arithmetic_written_out(model):
     embeds, positions = columns(9)
     assert len({tuple(row) for row in positions.tolist()}) == 3  # time, height and width differ
-    expected = written_out(model, embeds, positions).float()
+    expected = written_out(model, embeds, positions).float()[None]
     assert_close(fresh(model, embeds, positions), expected)
     cache = KVCache(model, 9)
     for start, end in ((0, 4), (4, 8), (8, 9)):
@@ -254,6 +258,13 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was(model, capacity, laye
     hook.remove()
     logits = decoder.logits(model, embeds[20:], positions[:, 20:], cache)
     assert_close(logits, fresh(model, embeds, positions))
+
+
+@pytest.mark.parametrize("last", [0, 31])
+def test_no_other_number_of_last_columns(model, last):
+    embeds, positions = columns(30)
+    with pytest.raises(ValueError, match=f"the last {last} of 30 columns"):
+        decoder.logits(model, embeds, positions, KVCache(model, 30), last=last)
 
 
 def test_a_cache_holds_no_more_than_it_has(model):
