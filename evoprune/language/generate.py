@@ -134,12 +134,37 @@ def prefill(
     return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache, sizes)[0], next_position)
 
 
+@torch.inference_mode()
+def along(model, state: PrefillState, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of every token of a given answer, each behind those before it (teacher forcing), in one pass.
+
+    Args:
+        model: the model that made `state`.
+        state: from `prefill`. Its cache grows by the answer.
+        ids: int64 `[n]`, the answer; n at least 1.
+
+    Returns:
+        float32 `[n, vocabulary]`.
+
+    Raises:
+        ModelError: a logit is NaN or infinite.
+    """
+    each = state.logits[None]
+    if len(ids) > 1:
+        places = state.next_position + ascending(len(ids) - 1, "cpu").expand(3, -1)
+        after = decoder.logits(model, embed_ids(model, ids[:-1]), places, state.cache, last=len(ids) - 1)
+        each = torch.cat([each, after])
+    if not each.amax(1).isfinite().all():
+        raise not_a_number_error("generate")
+    return each
+
+
 class TokenStream(Iterator[int]):
     """Generated token ids, one forward pass at a time. End-of-sequence tokens are not yielded.
 
     Attributes:
         finish_reason: None until the end, then "stop" (the model ended its turn) or "length".
-        tokens: number of tokens yielded.
+        ids: the tokens yielded.
 
     Raises:
         ModelError: while iterating, if a logit is NaN or infinite.
@@ -147,34 +172,32 @@ class TokenStream(Iterator[int]):
 
     def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]):
         self.finish_reason: str | None = None
-        self.tokens = 0
+        self.ids: list[int] = []
         self._model, self._state, self._settings = model, state, settings
         self._eos_ids = frozenset(eos_ids)
         # On the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(settings.seed)
-        self._last: int | None = None
 
     @torch.inference_mode()
     def __next__(self) -> int:
-        if self.finish_reason is None and self.tokens == self._settings.max_new_tokens:
+        if self.finish_reason is None and len(self.ids) == self._settings.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
         # The pass after a token runs only when another token is requested.
-        logits = self._state.logits if self._last is None else self._step(self._last)
+        logits = self._step(self.ids[-1]) if self.ids else self._state.logits
         if not logits.max().isfinite():  # the largest is NaN where any is
-            raise not_a_number_error("prefill" if self._last is None else "generate")
+            raise not_a_number_error("generate" if self.ids else "prefill")
         token = choose(logits, self._settings, self._random)
         if token in self._eos_ids:
             self.finish_reason = "stop"
             raise StopIteration
-        self._last = token
-        self.tokens += 1
+        self.ids.append(token)
         return token
 
     def _step(self, token: int) -> torch.Tensor:
         embed = self._model.model.language_model.embed_tokens
-        position = self._state.next_position + self.tokens - 1
+        position = self._state.next_position + len(self.ids) - 1
         column = embed(torch.tensor([token], dtype=torch.int64, device=embed.weight.device))
         positions = torch.full((3, 1), position, dtype=torch.int64, device="cpu")
         return decoder.logits(self._model, column, positions, self._state.cache)[0]

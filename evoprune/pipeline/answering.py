@@ -5,14 +5,15 @@ Answers of one video share the keys and values of its prompt. So a lock of the v
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 
+import torch
+
 from evoprune.errors import UsageError, names_plugins
-from evoprune.language.generate import GenerationSettings, TokenStream, embed_question, stream, stream_text
-from evoprune.language.prompt import Prompt
+from evoprune.language.generate import GenerationSettings, PrefillState, along, embed_question, stream, stream_text
 from evoprune.model.clock import Clock
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
@@ -36,6 +37,7 @@ class Answer(Iterator[str]):
 
     Attributes:
         report: of this answer; up to date after each piece, complete after the last. `report.answer` is what there is so far.
+        ids: its tokens so far, without the one that ends it.
         text: the whole answer; reading it generates what is left.
 
     Raises, while it is read:
@@ -43,8 +45,14 @@ class Answer(Iterator[str]):
         OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
 
-    def __init__(self, report: Report, pieces: Iterator[str], lock: AbstractContextManager | None = None):
-        self.report = report
+    def __init__(
+        self,
+        report: Report,
+        pieces: Iterator[str],
+        lock: AbstractContextManager | None = None,
+        ids: list[int] | None = None,
+    ):
+        self.report, self.ids = report, [] if ids is None else ids
         self._pieces, self._lock = pieces, lock or nullcontext()
 
     def __next__(self) -> str:
@@ -145,7 +153,33 @@ class EncodedVideo:
             raise UsageError("the question is empty", 'for example video.ask("What happens?")')
         settings = options.settings(self._engine.seed)
         report = self._report_of(question, settings)
-        return Answer(report, self._pieces(question, options, settings, report), self._lock)
+        ids: list[int] = []
+        return Answer(report, self._pieces(question, options, settings, report, ids), self._lock, ids)
+
+    def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
+        """Reads a question and a given answer to it: what the model would have said at each token (teacher forcing).
+
+        Args:
+            question: taken literally.
+            ids: the answer's tokens, at least one.
+            system: a system prompt; None for the model's own.
+
+        Returns:
+            The logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the seconds
+            from the question to the first of them.
+
+        Raises:
+            UsageError: question and answer do not fit into the model's context. OutOfMemory. ModelError: numbers that are NaN or
+            infinite.
+        """
+        options = GenerationOptions(max_new_tokens=len(ids), system=system)
+        with self._lock:
+            self._turn += 1
+            clock = Clock(self._engine.device)
+            state = self._read(question, options, self._report_of(question, options.settings()), clock)
+            seconds, given = sum(clock.seconds.values()), torch.tensor(ids, dtype=torch.int64, device="cpu")
+            with clock.stage("generate"):
+                return along(self._engine.loaded.model, state, given), seconds
 
     def _report_of(self, question: str, settings: GenerationSettings) -> Report:
         report, fresh = deepcopy(self._blank), Report()
@@ -154,29 +188,28 @@ class EncodedVideo:
         return report
 
     def _pieces(
-        self, question: str, options: GenerationOptions, settings: GenerationSettings, report: Report
+        self,
+        question: str,
+        options: GenerationOptions,
+        settings: GenerationSettings,
+        report: Report,
+        ids: list[int],
     ) -> Iterator[str]:
-        """Generates an answer and keeps its report up to date."""
+        """Generates an answer and keeps its report and its `ids` up to date."""
         self._turn += 1
         turn = self._turn
         clock, earlier = self._new_clock(report)
         start, packing = clock.now(), self._engine.loaded.packing
         packed = packing.seconds
-        selects = isinstance(self._encoding.result, EncodedRows)
-        with clock.stage("prefill"):
-            kept = self.view.encoder.keep if selects else len(self.encoded.kept)
-            prompt = self._prompts.build(question, options, kept)
-        if selects:
-            with clock.stage("encode"):
-                self._select_for(question, report)
-        with clock.stage("prefill"):
-            tokens = self._prefill(prompt, options.system, settings, report)
+        loaded = self._engine.loaded
+        tokens = stream(loaded.model, self._read(question, options, report, clock), settings, loaded.eos_ids)
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer, before = "", packing.seconds
 
         def update() -> None:
-            report.tokens.new, report.finish_reason = tokens.tokens, tokens.finish_reason
+            ids[:] = tokens.ids
+            report.tokens.new, report.finish_reason = len(ids), tokens.finish_reason
             clock.seconds["pack"] = packing.seconds - packed
             total = earlier + clock.now() - start
             fill_times(report, clock.seconds, total, self._engine.loaded.device, packing.seconds - before)
@@ -216,8 +249,16 @@ class EncodedVideo:
         fill_kept(report, self.view, self.encoded)
         report.time_ms.encode_prune = (self.encoded.prune_seconds - before) * 1000
 
-    def _prefill(self, prompt: Prompt, system: str | None, settings: GenerationSettings, report: Report) -> TokenStream:
-        loaded, visual, text = self._engine.loaded, len(self.encoded.kept), prompt.text_tokens
-        state = self._prompts.read(self.encoded, prompt, system)
-        report.tokens = TokenCounts(text, visual, text + visual, 0)
-        return stream(loaded.model, state, settings, loaded.eos_ids)
+    def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
+        """The state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
+        selects = isinstance(self._encoding.result, EncodedRows)
+        with clock.stage("prefill"):
+            kept = self.view.encoder.keep if selects else len(self.encoded.kept)
+            prompt = self._prompts.build(question, options, kept)
+        if selects:
+            with clock.stage("encode"):
+                self._select_for(question, report)
+        with clock.stage("prefill"):
+            visual, text = len(self.encoded.kept), prompt.text_tokens
+            report.tokens = TokenCounts(text, visual, text + visual, 0)
+            return self._prompts.read(self.encoded, prompt, options.system)

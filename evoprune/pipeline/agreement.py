@@ -1,0 +1,86 @@
+"""How far a pruned model would have gone another way: its choices along the answer of the unpruned model. No labels are needed.
+
+The unpruned model answers. The pruned one reads the same answer, and at each token its distribution is compared with the unpruned
+model's at the same place. llama.cpp judges quantisation this way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.pipeline.answering import EncodedVideo
+
+KEPT = 1024  # tokens whose probabilities are kept for every token of an answer, instead of 150,000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An answer of the unpruned model.
+
+    Attributes:
+        question, system: what was asked.
+        ids: its tokens; the one that ends it, if it has no other.
+        tokens: int64 `[n, k]`, the most probable tokens at each of the n places, the first choice first.
+        logs: float32 `[n, k + 1]`, the logarithms of their probabilities, and of that of all others together.
+        seconds: from the question to the first token.
+    """
+
+    question: str
+    system: str | None
+    ids: tuple[int, ...]
+    tokens: torch.Tensor
+    logs: torch.Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Along one answer.
+
+    Attributes:
+        agrees: bool `[n]`, at which tokens the first choices are the same.
+        kl: float32 `[n]`, KL(unpruned || pruned) in nats, at least 0. All but the `KEPT` most probable tokens count as one.
+        seconds: from the question to the first token.
+    """
+
+    agrees: torch.Tensor
+    kl: torch.Tensor
+    seconds: float
+
+
+def reference(video: EncodedVideo, question: str, ids: Sequence[int], end: int, system: str | None = None) -> Reference:
+    """The unpruned model's distributions along its own answer.
+
+    Args:
+        video: with nothing pruned.
+        question, system: what was asked.
+        ids: tokens of the answer.
+        end: the token that ends an answer, which stands for one without tokens.
+
+    Raises:
+        As `EncodedVideo.read_along`.
+    """
+    ids = tuple(ids) or (end,)
+    logits, seconds = video.read_along(question, ids, system)
+    logs = logits.log_softmax(-1)
+    best, tokens = logs.topk(min(KEPT, logs.shape[1] - 1))
+    return Reference(question, system, ids, tokens, torch.cat([best, _rest(best)], 1), seconds)
+
+
+def agreement(given: Reference, video: EncodedVideo) -> Agreement:
+    """How a pruned video's choices compare.
+
+    Raises:
+        As `EncodedVideo.read_along`.
+    """
+    logits, seconds = video.read_along(given.question, given.ids, given.system)
+    logs = logits.log_softmax(-1).gather(1, given.tokens)
+    logs = torch.cat([logs, _rest(logs)], 1)
+    kl = (given.logs.exp() * (given.logs - logs)).sum(1).clamp(min=0)
+    return Agreement((logits.argmax(-1) == given.tokens[:, 0]).cpu(), kl.cpu(), seconds)
+
+
+def _rest(logs: torch.Tensor) -> torch.Tensor:
+    """The logarithm of what is left of 1: `[n, 1]`. Rounding leaves at least a ten-millionth, so that it is a number."""
+    return torch.log1p(-logs.double().exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)).to(logs.dtype)
