@@ -50,3 +50,8 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 def _beats(other: Scores, scores: Scores) -> bool:
     better = (other.ratio, -other.share), (scores.ratio, -scores.share)
     return other.ratio <= scores.ratio and other.share >= scores.share and better[0] != better[1]
+
+
+def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest row that passes."""
+    return min((row for row in rows if row["passes"]), key=lambda row: row["first_token"], default=None)

@@ -1,28 +1,24 @@
-"""What `evoprune tune` runs: answers in full, trials of candidates, and the document of results (schema `evoprune/tune@1`)."""
+"""One run of `evoprune tune`: full answers, trials of candidates, and the document of results (schema `evoprune/tune@1`)."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import numpy as np
-
 import evoprune
-from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.errors import UsageError, error_record
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.machine import environment
-from evoprune.pipeline.agreement import Reference, agreement, reference
-from evoprune.pipeline.answering import EncodedVideo
-from evoprune.pipeline.engine import Engine, make_engine
+from evoprune.pipeline.agreement import agreement
+from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
-from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.text import counted
 from evoprune.tuning.candidates import Candidate, candidates
-from evoprune.tuning.results import SCHEMA, result_rows
+from evoprune.tuning.full_answers import TOKENS, Answering, FullAnswers, Progress, encode
+from evoprune.tuning.results import SCHEMA, recommended, result_rows
 from evoprune.tuning.search import Known, Scores, search
 from evoprune.tuning.statistics import least_tokens, provable
 
@@ -31,10 +27,7 @@ GENERAL = (
     "Who or what can be seen, and where?",
     "Which details, colours, numbers and words can be seen?",
 )
-ANSWER_TOKENS = (64, 32, 16, 8)  # of a full answer, at most; fewer where time is short
 SHARE_OF_FULL = 1 / 3  # of the time limit that the full answers may take
-SLOW = 1 / 20  # of the time limit: a first encoding that takes longer is not repeated
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,14 +37,14 @@ class Settings:
     Attributes:
         videos: paths of files or folders of frames.
         questions: asked of every video.
-        agree: share of tokens on which the pruned model must choose as the full one, in (0, 1).
+        agree: share of tokens at which the pruned model must choose as the full one does, in (0, 1).
         time_limit_s: of the whole run, loading included.
         budgets, methods: see `candidates.candidates`.
         model, sampling: options of the pipeline.
         seed: for methods that draw at random.
 
     Raises:
-        UsageError: an agreement or a time limit out of range.
+        UsageError: no video or question, or an agreement or a time limit out of range.
     """
 
     videos: tuple[str, ...]
@@ -65,10 +58,11 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
+        if not self.videos or not self.questions:
+            raise UsageError("there is nothing to ask", "give at least one video and one question")
         if not 0 < self.agree < 1:
-            raise UsageError(
-                f"agreement {self.agree:g} is not between 0 and 1", "for example 0.98; -b full agrees always"
-            )
+            hint = "for example 0.98; with -b full all tokens agree"
+            raise UsageError(f"agreement {self.agree:g} is not between 0 and 1", hint)
         if not self.time_limit_s > 0:
             raise UsageError(f"a time limit of {self.time_limit_s:g} s leaves no time", "for example 600")
 
@@ -78,22 +72,16 @@ class Settings:
         return own | asdict(self.model) | asdict(self.sampling)
 
 
-@dataclass(frozen=True)
-class _Full:
-    """A video that the unpruned model has answered: seconds to its first token, and seconds that all of it took."""
-
-    path: str
-    references: tuple[Reference, ...]
-    first_s: float
-    took_s: float
-
-
 class Tuning:
-    """One run: construct it, `load` a model, `run`. The results are in `document`, at any time.
+    """Construct it, `load` a model, `run`. The results are in `document`, at any time.
 
     Args:
         settings: what is tuned.
         now: a clock in seconds.
+
+    Attributes:
+        known: what is known of every candidate.
+        loaded: the model; None before `load`.
 
     Raises:
         UsageError: an unknown method, settings that it does not have, or nothing to try.
@@ -105,10 +93,7 @@ class Tuning:
         if not self.known:
             raise UsageError("no candidate prunes anything", "give budgets below 1 (-b 0.25,0.1)")
         self.loaded: LoadedModel | None = None
-        self.failures: dict[str, dict] = {}  # by video
-        self.notes: list[str] = []
-        self._full: list[_Full] = []
-        self._asked, self._tokens = len(settings.questions), ANSWER_TOKENS[0]
+        self._answering: Answering | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
@@ -120,129 +105,65 @@ class Tuning:
         return self.settings.time_limit_s - (self._now() - self._begun)
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
-        """Answers in full, then tries candidates until all is known or the time is over.
-
-        A video that cannot be read or computed is left out and named in `failures`.
+        """Answers in full, then tries candidates until everything is known or the time is over.
 
         Args:
-            progress: called with what is done next, and what is the best so far.
-            note: called with a sentence to read at once.
+            progress: called with what comes next, and what is the best so far.
+            note: called with a sentence that is to be read at once.
 
         Raises:
-            The error of the first video, if none can be read.
+            VideoError, ModelError, OutOfMemory: of the first video, if none can be answered. Others are left out.
         """
-        self._answer_all(progress)
-        if not self._full:
-            return
+        settings = self.settings
+        engine = make_engine(self.loaded, PruneOptions(seed=settings.seed))
+        seconds = SHARE_OF_FULL * settings.time_limit_s
+        self._answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
+        self._answering.answer(settings.videos, progress)
+        made, held = self._answering.made, _Held()
         if warning := self._too_few():
-            self.notes.append(warning)
             note(warning)
-        video, frames, rows = None, SharedFrames(), SharedRows()
 
-        def trial(candidate: Candidate, number: int) -> None:
-            nonlocal video, frames, rows
-            if number != video:  # its frames and rows go before the next video's come
-                video, frames, rows = number, SharedFrames(), SharedRows()
-            self._try(candidate, self._full[number], frames, rows)
+        def trial(candidate: Candidate, video: int) -> None:
+            self._try(candidate, made[video], *held.of(video))
 
-        goal, full = self.settings.agree, self._full
-        for candidate, number in search(
-            self.known, len(full), goal, trial, lambda: self.left_s, lambda number: full[number].took_s
-        ):
-            progress(f"video {number + 1} of {len(full)}, {candidate.name}{self._best()}")
+        trials = search(
+            self.known, len(made), settings.agree, trial, lambda: self.left_s, lambda video: made[video].took_s
+        )
+        for candidate, video in trials:
+            progress(f"video {video + 1} of {len(made)}, {candidate.name}{self._best()}")
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""
         loaded, rows = self.loaded, result_rows(self.known, self.settings.agree)
-        passing = [row for row in rows if row["passes"]]
-        best = max(rows, key=lambda row: (row["low"], row["agreement"]), default=None)
-        recommended = min(passing, key=lambda row: row["first_token"], default=None)
+        answering = self._answering
+        made, problems = (answering.made, answering.problems) if answering else ([], {})
+        best, passing = max(rows, key=lambda row: (row["low"], row["agreement"]), default=None), recommended(rows)
         return {
             "schema": SCHEMA,
             "version": evoprune.__version__,
             "model": asdict(loaded.facts()) if loaded else None,
             "env": asdict(environment(loaded.device)) if loaded else None,
             "settings": self.settings.record(),
-            "videos": {
-                "wanted": len(self.settings.videos),
-                "answered": len(self._full),
-                "failed": len(self.failures),
-            },
-            "questions": self._asked,
-            "answer_tokens": sum(len(ref.ids) for full in self._full for ref in full.references),
+            "videos": {"wanted": len(self.settings.videos), "answered": len(made), "failed": len(problems)},
+            "questions": answering.asked if answering else 0,
+            "answer_tokens": sum(full.tokens for full in made),
             "seconds": self._now() - self._begun,
             "rows": rows,
-            "recommended": recommended and recommended["name"],
+            "recommended": passing and passing["name"],
             "best": best and best["name"],
-            "failures": [{"video": name, **error} for name, error in self.failures.items()],
-            "notes": [*self.notes, *self._limits()],
+            "failures": [{"video": path, "error": error_record(problem)} for path, problem in problems.items()],
+            "notes": self._notes() if made else [],
             "error": error,
         }
 
-    def _answer_all(self, progress: Progress) -> None:
-        wanted = self.settings.videos
-        until = self.left_s * (1 - SHARE_OF_FULL)  # seconds that must be left afterwards
-        for number, path in enumerate(wanted):
-            if self._full and self.left_s - until < self._full[-1].took_s:
-                self.notes.append(f"the time limit allows {counted(len(self._full), 'video')} of {len(wanted)}")
-                break
-            progress(f"answering in full, video {number + 1} of {len(wanted)}")
-            try:
-                self._full.append(self._answer(path, until, len(wanted) - number))
-            except (VideoError, ModelError, OutOfMemory) as problem:
-                self.failures[path] = error_record(problem)
-                first = problem if not self._full and number + 1 == len(wanted) else None
-                if first is not None:
-                    raise
-
-    def _answer(self, path: str, until: float, videos: int) -> _Full:
-        """The full answers to a video. After the first answer of all it decides how long and how many the others may be."""
-        start, engine, frames = (
-            self._now(),
-            self._engine(PruneOptions(1.0, "none", seed=self.settings.seed)),
-            SharedFrames(),
-        )
-        video, seconds = self._encode(engine, path, frames)
-        if not self._full and self._now() - start < SLOW * self.settings.time_limit_s:
-            video, seconds = self._encode(engine, path, frames)  # once more: the first one also warms up
-        encoded, references = self._now(), []
-        for question in self.settings.questions:
-            if len(references) == self._asked:
-                break
-            answer = video.ask(question, max_new_tokens=self._tokens)
-            said = answer.text
-            del said
-            read = reference(video, question, answer.ids[: self._tokens], self.loaded.eos_ids[0])
-            if not self._full and not references:
-                each = self._now() - encoded
-                rate = answer.report.time_ms.generate / 1000 / max(1, len(answer.ids))
-                self._plan(encoded - start, each - rate * len(answer.ids), rate, videos, self.left_s - until)
-                read = reference(video, question, answer.ids[: self._tokens], self.loaded.eos_ids[0])
-            references.append(read)
-        return _Full(path, tuple(references), seconds + references[0].seconds, self._now() - start)
-
-    def _plan(self, encode: float, read: float, token: float, videos: int, left: float) -> None:
-        """Fewer tokens an answer, then fewer questions, where the full answers would take longer than they may.
-
-        Args:
-            encode, read, token: seconds of a video's encoding, of reading a question, and of a token.
-            videos: that are to be answered. left: seconds for all of them.
-        """
-        asked = len(self.settings.questions)
-        choices = [(tokens, asked) for tokens in ANSWER_TOKENS]
-        choices += [(ANSWER_TOKENS[-1], fewer) for fewer in range(asked - 1, 0, -1)]
-        for self._tokens, self._asked in choices:
-            if videos * (encode + self._asked * (read + self._tokens * token)) <= left:
-                return
-
-    def _try(self, candidate: Candidate, full: _Full, frames: SharedFrames, rows: SharedRows) -> None:
-        """Adds to what is known of a candidate."""
+    def _try(self, candidate: Candidate, full: FullAnswers, frames: SharedFrames, rows: SharedRows) -> None:
+        """Adds to what is known of a candidate what a video shows."""
         start, scores = self._now(), self.known[candidate]
-        engine = self._engine(PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed))
-        video, seconds = self._encode(engine, full.path, frames, rows)
+        engine = make_engine(self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed))
+        video, seconds = encode(engine, full.path, self.settings.sampling, frames, rows)
         made = [agreement(given, video) for given in full.references]
         scores.agree.append(sum(int(one.agrees.sum()) for one in made))
-        scores.tokens.append(sum(len(one.agrees) for one in made))
+        scores.tokens.append(full.tokens)
         scores.kl += [value for one in made for value in one.kl.tolist()]
         scores.first_s.append(seconds + made[0].seconds)
         scores.full_s.append(full.first_s)
@@ -251,71 +172,44 @@ class Tuning:
         scores.live.append(pruning.encoder_live_share)
         scores.took_s.append(self._now() - start)
 
-    def _engine(self, options: PruneOptions) -> Engine:
-        return make_engine(self.loaded, options)
-
-    def _encode(
-        self, engine: Engine, path: str, frames: SharedFrames, rows: SharedRows | None = None
-    ) -> tuple[EncodedVideo, float]:
-        """A video, encoded, and the seconds that this takes without other candidates' rows."""
-        how = {"read": frames.read} | ({"encode_rows": rows.encode_rows} if rows else {})
-        with closing(open_video(engine, Path(path), self.settings.sampling, name=path, **how)) as opened:
-            video = opened.encode()
-        return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
-
     def _too_few(self) -> str | None:
         """A sentence that says so where nothing could pass even if all tokens agreed."""
-        tokens, goal = [sum(len(ref.ids) for ref in full.references) for full in self._full], self.settings.agree
-        if provable(sum(tokens)) >= goal and len(tokens) > 1:
+        tokens, goal = [full.tokens for full in self._answering.made], self.settings.agree
+        if len(tokens) > 1 and provable(sum(tokens)) >= goal:
             return None
-        videos = max(2, -(-least_tokens(goal) // max(1, round(float(np.mean(tokens))))))
-        asked = f"{counted(sum(tokens), 'token')} of answers about {counted(len(tokens), 'video')}"
+        videos = max(2, -(-least_tokens(goal) // max(1, round(mean(tokens)))))
         return (
-            f"{asked} cannot prove an agreement of {100 * goal:g}%, even if all agree: that takes about {videos} such videos, or "
-            "more questions (-Q)"
+            f"{counted(sum(tokens), 'token')} of answers about {counted(len(tokens), 'video')} cannot prove that "
+            f"{100 * goal:g}% agree, even if all do: that takes about {videos} such videos, or more questions (-Q)"
         )
 
-    def _limits(self) -> list[str]:
-        made, settings = [], self.settings
-        if self._tokens < ANSWER_TOKENS[0] or self._asked < len(settings.questions):
+    def _notes(self) -> list[str]:
+        answering, known = self._answering, self.known.values()
+        made, settings = [self._too_few()], self.settings
+        wanted = len(settings.videos) - len(answering.problems)
+        if len(answering.made) < wanted:
+            made.append(f"the time limit left out {wanted - len(answering.made)} of {counted(wanted, 'video')}")
+        if answering.tokens < TOKENS[0] or answering.asked < len(settings.questions):
+            asked = f"{answering.asked} of {counted(len(settings.questions), 'question')}"
+            made.append(f"the time limit allowed answers of {answering.tokens} tokens to {asked}")
+        if fewer := sum(len(scores.tokens) < len(answering.made) for scores in known):
             made.append(
-                f"to keep the time limit: answers of at most {self._tokens} tokens to {self._asked} of "
-                f"{counted(len(settings.questions), 'question')}"
+                f"{fewer} of {len(known)} settings were not tried on all videos: the time went to the better ones"
             )
-        videos = len(self._full)
-        if fewer := [scores for scores in self.known.values() if len(scores.tokens) < videos]:
-            made.append(
-                f"{len(fewer)} of {len(self.known)} settings were not tried on all videos, for want of time or promise"
-            )
-        return made
+        return [note for note in made if note]
 
     def _best(self) -> str:
-        rows = [row for row in result_rows(self.known, self.settings.agree) if row["passes"]]
-        best = min(rows, key=lambda row: row["first_token"], default=None)
-        return f"; best so far {best['name']}, {1 / best['first_token']:.1f}x" if best else ""
+        best = recommended(result_rows(self.known, self.settings.agree))
+        return f"; best so far: {best['name']}, first token {1 / best['first_token']:.1f}x as fast" if best else ""
 
 
-def raise_if_nothing(tuning: Tuning) -> None:
-    """Raises:
-    EvopruneError: of the first video, where none could be answered.
-    """
-    if tuning.failures and not tuning.document()["videos"]["answered"]:
-        raise EvopruneError(next(iter(tuning.failures.values()))["message"])
+class _Held:
+    """The frames and rows of the video that is tried; those of the one before go first."""
 
+    def __init__(self):
+        self._video, self._what = None, (SharedFrames(), SharedRows())
 
-def questions_of(path: Path) -> tuple[str, ...]:
-    """The questions of a text file, one a line, without empty lines.
-
-    Raises:
-        UsageError: it cannot be read, or holds none.
-    """
-    try:
-        lines: Sequence[str] = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(
-            f"{path} cannot be read as text: {problem}", "a text file with a question on each line"
-        ) from problem
-    found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not found:
-        raise UsageError(f"{path} holds no question", "a text file with a question on each line")
-    return found
+    def of(self, video: int) -> tuple[SharedFrames, SharedRows]:
+        if video != self._video:
+            self._video, self._what = video, (SharedFrames(), SharedRows())
+        return self._what

@@ -1,0 +1,143 @@
+"""The unpruned model's answers, which candidates are compared with."""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from evoprune.errors import EvopruneError, ModelError, OutOfMemory, VideoError
+from evoprune.evaluation.frames import SharedFrames
+from evoprune.evaluation.shared_encoding import SharedRows
+from evoprune.pipeline.agreement import Reference, reference
+from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.engine import Engine, unpruned
+from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.options import SamplingOptions
+
+TOKENS = (64, 32, 16, 8)  # of an answer, at most; fewer where time is short
+SLOW = 1 / 10  # of the time there is: a first encoding that takes longer is not repeated
+Progress = Callable[[str], None]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class FullAnswers:
+    """What the unpruned model says about a video.
+
+    Attributes:
+        path: of the video.
+        references: one a question.
+        first_s: seconds of encoding and of reading the first question.
+        took_s: seconds that all of it took.
+    """
+
+    path: str
+    references: tuple[Reference, ...]
+    first_s: float
+    took_s: float
+
+    @property
+    def tokens(self) -> int:
+        """Of all answers."""
+        return sum(len(given.ids) for given in self.references)
+
+
+def encode(
+    engine: Engine, path: str, sampling: SamplingOptions, frames: SharedFrames, rows: SharedRows | None = None
+) -> tuple[EncodedVideo, float]:
+    """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
+    how = {"read": frames.read} | ({"encode_rows": rows.encode_rows} if rows else {})
+    with closing(open_video(engine, Path(path), sampling, name=path, **how)) as opened:
+        video = opened.encode()
+    return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
+
+
+class Answering:
+    """Answers the questions about all videos within a time.
+
+    Args:
+        engine: the model.
+        sampling: how videos are looked at.
+        questions: asked of every video.
+        seconds: for all answers. Where they would take longer they become shorter, then fewer questions are asked, then
+            videos are left out.
+        now: a clock in seconds.
+
+    Attributes:
+        made: the answers, a video each.
+        problems: of each video that cannot be read or computed, by its path.
+        tokens: of an answer, at most. `asked`: questions of each video.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: SamplingOptions,
+        questions: tuple[str, ...],
+        seconds: float,
+        now: Clock = time.perf_counter,
+    ):
+        self.made: list[FullAnswers] = []
+        self.problems: dict[str, EvopruneError] = {}
+        self.tokens, self.asked = TOKENS[0], len(questions)
+        self._engine, self._sampling, self._questions = unpruned(engine), sampling, questions
+        self._seconds, self._now, self._begun = seconds, now, now()
+
+    def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:
+        """Answers what the time allows, but the first readable video in any case.
+
+        Raises:
+            VideoError, ModelError, OutOfMemory: of the first video, if none can be answered.
+        """
+        for number, path in enumerate(videos):
+            if self.made and self._left < self.made[-1].took_s:
+                return
+            progress(f"answering in full, video {number + 1} of {len(videos)}")
+            try:
+                self.made.append(self._answered(path, len(videos) - number))
+            except (VideoError, ModelError, OutOfMemory) as problem:
+                self.problems[path] = problem
+        if not self.made:
+            raise next(iter(self.problems.values()))
+
+    @property
+    def _left(self) -> float:
+        return self._seconds - (self._now() - self._begun)
+
+    def _answered(self, path: str, videos: int) -> FullAnswers:
+        """The answers about a video; `videos`: how many are to be answered from now on."""
+        start, frames = self._now(), SharedFrames()
+        video, seconds = encode(self._engine, path, self._sampling, frames)
+        if not self.made and self._now() - start < SLOW * self._seconds:
+            video, seconds = encode(self._engine, path, self._sampling, frames)  # the first time also warms up
+        made, spent = [], self._now() - start
+        for question in self._questions:
+            if len(made) < self.asked:
+                made.append(self._reference(video, question, None if self.made or made else (spent, videos)))
+        return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
+
+    def _reference(self, video: EncodedVideo, question: str, first: tuple[float, int] | None) -> Reference:
+        """The answer to a question. After the `first` of all, how long and how many the others may be is decided."""
+        start, answer = self._now(), video.ask(question, max_new_tokens=self.tokens)
+        ids = [*answer.ids] if answer.text is None else answer.ids
+        end = self._engine.loaded.eos_ids[0]
+        if first:
+            token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(ids))
+            reference(video, question, ids, end)  # this first pass over an answer warms up
+            reading = self._now() - start - token * len(ids)
+            self._plan(*first, reading, token)
+        return reference(video, question, ids[: self.tokens], end)
+
+    def _plan(self, encoding: float, videos: int, reading: float, token: float) -> None:
+        """The longest answers to the most questions for which there is time.
+
+        Args:
+            encoding, reading, token: seconds to encode a video, to read a question and the answer to it, and of a token.
+            videos: that are to be answered.
+        """
+        every = len(self._questions)
+        choices = [(tokens, every) for tokens in TOKENS] + [(TOKENS[-1], asked) for asked in range(every - 1, 0, -1)]
+        for self.tokens, self.asked in choices:
+            if videos * (encoding + self.asked * (reading + self.tokens * token)) <= self._left:
+                return
