@@ -22,6 +22,7 @@ from evoprune_cli.help_format import showing
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
 from evoprune_cli.terminal import WIDTH, ClosedOutput, print_error, print_json
+from evoprune_cli.tune import tune
 
 # What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -66,6 +67,9 @@ app.command(cls=showing("questions", "source", "output", "resume", "overwrite", 
 app.command(
     "eval", cls=showing("data", "limit", "budget", "method", "blind", "model", "output", "resume", "chart", *_OUTPUT)
 )(evaluate)
+app.command(
+    cls=showing("questions", "agree", "time_limit", "budget", "method", "model", "output", "chart", *_OUTPUT),
+)(tune)
 app.command(cls=showing("overlay", "scan", "clear_cache", "forget_tuned", *_MODEL, *_FRAMES, "json"))(inspect)
 app.command(
     cls=showing("budget", "method", "frames", "size", "model", "time_limit", "form", "output", "chart", "quiet")

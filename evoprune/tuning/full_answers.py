@@ -120,8 +120,9 @@ class Answering:
     def _reference(self, video: EncodedVideo, question: str, first: tuple[float, int] | None) -> Reference:
         """The answer to a question. After the `first` of all, how long and how many the others may be is decided."""
         start, answer = self._now(), video.ask(question, max_new_tokens=self.tokens)
-        ids = [*answer.ids] if answer.text is None else answer.ids
-        end = self._engine.loaded.eos_ids[0]
+        for _ in answer:
+            pass
+        ids, end = answer.ids, self._engine.loaded.eos_ids[0]
         if first:
             token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(ids))
             reference(video, question, ids, end)  # this first pass over an answer warms up

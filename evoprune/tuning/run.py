@@ -137,7 +137,8 @@ class Tuning:
         loaded, rows = self.loaded, result_rows(self.known, self.settings.agree)
         answering = self._answering
         made, problems = (answering.made, answering.problems) if answering else ([], {})
-        best, passing = max(rows, key=lambda row: (row["low"], row["agreement"]), default=None), recommended(rows)
+        passing = recommended(rows)
+        best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
         return {
             "schema": SCHEMA,
             "version": evoprune.__version__,

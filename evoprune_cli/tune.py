@@ -1,0 +1,157 @@
+"""`evoprune tune`: the fastest setting that changes a model's answers little enough, found without labels."""
+
+import json as jsonlib
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evoprune import methods
+from evoprune.errors import UsageError, VideoError
+from evoprune.model.limits import check_libraries
+from evoprune.pruning.budget import parse_budget
+from evoprune.report import rounded
+from evoprune_cli import options as opt
+from evoprune_cli import tune_options as own
+from evoprune_cli.failures import failure
+from evoprune_cli.files import check_chart, check_writable, print_text, write_text
+from evoprune_cli.help_format import HelpAll
+from evoprune_cli.terminal import WIDTH, check_output, note, progress
+
+SOME_FAILED = 6
+
+
+def tune(
+    videos: own.Videos,
+    questions: own.Questions = None,
+    question_file: own.QuestionFile = None,
+    agree: own.Agree = 0.98,
+    time_limit: own.TimeLimit = 600,
+    budget: own.Budgets = None,
+    method: own.Methods = None,
+    model: opt.Model = "demo",
+    revision: opt.Revision = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = "none",
+    offline: opt.Offline = False,
+    threads: opt.Threads = "auto",
+    seed: opt.Seed = 0,
+    fps: opt.Fps = None,
+    frames: opt.Frames = None,
+    max_frames: opt.MaxFrames = None,
+    max_visual_tokens: opt.MaxVisualTokens = None,
+    start: opt.Start = "0",
+    end: opt.End = None,
+    no_save: own.NoSave = False,
+    output: own.Output = None,
+    chart: own.Chart = None,
+    json: own.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+    help_all: HelpAll = False,
+) -> int:
+    """Find the fastest setting that changes this model's answers little enough. No labels are needed.
+
+    The unpruned model answers first. Every setting reads these answers, and is judged by the tokens at which it would have chosen
+    as the unpruned model did, and by the time to the first token. The fastest one that passes is saved for this model; -b tuned
+    uses it. Exit code 6: done, but some videos failed.
+
+    \b
+    evoprune tune *.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct
+    evoprune tune *.mp4 -Q "What does the sign say?" --agree 0.95 -m DIR
+    evoprune tune *.mp4 -m DIR --time-limit 1800 --chart tune.svg
+    """
+    check_output()
+    check_chart(chart)
+    check_writable(output)
+    asked = {
+        "videos": _there(videos), "questions": _questions(questions, question_file),
+        "agree": agree, "time_limit_s": time_limit, "seed": seed,
+        "budgets": tuple(map(parse_budget, opt.listed(budget))), "methods": tuple(opt.listed(method)),
+    }  # fmt: skip
+    for name in asked["methods"]:
+        methods.check(name)
+    given = {**locals(), "budget": 1.0, "method": methods.DEFAULT}
+    deliver = partial(_deliver, json=json, output=output, chart=chart, save=not no_save, quiet=quiet)
+    return _run(asked, opt.pipeline_options(given), deliver, quiet)
+
+
+def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool) -> int:
+    """Tunes and delivers; of a run that breaks off, what is known by then."""
+    tuning = None
+    try:
+        with progress(not quiet) as show:
+            show("loading libraries")
+            check_libraries()
+            from evoprune.tuning.run import Settings, Tuning
+
+            asked = {name: value for name, value in asked.items() if value is not None}
+            tuning = Tuning(Settings(**asked, model=options.model, sampling=options.sampling))
+            show("loading model")
+            tuning.load(lambda done, total: show("quantizing", done, total))
+            tuning.run(show, lambda text: quiet or note(text))
+    except BaseException as problem:
+        if tuning is not None and any(scores.tokens for scores in tuning.known.values()):
+            with suppress(UsageError):  # the first problem is the one to report
+                deliver(tuning, failure(problem))
+            problem.reported = True
+        raise
+    document = deliver(tuning, None)
+    return SOME_FAILED if document["failures"] else 0
+
+
+def _there(videos: list[str]) -> tuple[str, ...]:
+    """The videos, each once.
+
+    Raises:
+        VideoError: none of them exists.
+    """
+    found = tuple(dict.fromkeys(videos))
+    if not any(map(os.path.exists, found)):
+        raise VideoError(f"no such file: {found[0]}", "evoprune tune VIDEO... -m MODEL")
+    return found
+
+
+def _questions(texts: list[str] | None, file: str | None) -> tuple[str, ...] | None:
+    """The questions, each once; None for the general ones."""
+    found = [*(texts or [])]
+    if file is not None:
+        try:
+            found += [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as problem:
+            reason = getattr(problem, "strerror", None) or "it is not UTF-8"
+            raise UsageError(
+                f"--questions {file} cannot be read: {reason}", "a text file with a question on each line"
+            ) from problem
+        if not found:
+            raise UsageError(f"--questions {file} holds no question", "write a question on each line")
+    if not all(text.strip() for text in found):
+        raise UsageError("the question is empty", '-Q "What happens?"')
+    return tuple(dict.fromkeys(found)) or None
+
+
+def _deliver(
+    tuning, error: dict | None, json: bool, output: str | None, chart: str | None, save: bool, quiet: bool
+) -> dict[str, Any]:
+    """Prints, draws, writes and saves the results; returns them."""
+    from evoprune_cli.tune_tables import draw_chart, table
+
+    document = tuning.document(error)
+    saved = None
+    if save and error is None and document["recommended"]:
+        saved = tuning.save()
+    document["saved"] = saved
+    text = jsonlib.dumps(rounded(document), separators=(",", ":"), allow_nan=False)
+    if json:
+        print(text, flush=True)
+    else:
+        print_text(table(document, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)))
+    if output:
+        write_text(output, text + "\n")
+    if chart and document["rows"]:
+        write_text(chart, draw_chart(document))
+    return document

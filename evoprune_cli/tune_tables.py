@@ -1,0 +1,120 @@
+"""The results of `evoprune tune` as a table for a terminal and as a chart."""
+
+import io
+import textwrap
+from itertools import cycle
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from evoprune.text import counted
+from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
+from evoprune_cli.profile_tables import one_line
+
+GREY = "#9A9A9A"
+LEGEND = (
+    "first token: how much faster than unpruned, the median over videos; agree: tokens of the unpruned model's answers at which "
+    "the first choice is the same, in percent, with the 95% interval over videos; KL: mean and 95th percentile, nats a token; "
+    "tokens: visual tokens kept; work: rows that the vision encoder computes, a mean over its layers",
+)
+DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where the terminal has too few characters
+
+
+def table(document: dict, width: int = 80) -> str:
+    """The results, no line longer than `width` if that is possible."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    model, videos, settings = document["model"], document["videos"], document["settings"]
+    lines = [
+        f"{one_line(model['id'])}, {model['dtype']}, {model['device']}",
+        f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')} about "
+        f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s",
+    ]
+    lines = [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    if document["rows"]:
+        lines += ["", *_fitting(document, console, width), ""]
+    said = [_verdict(document), *(LEGEND if document["rows"] else ()), *document["notes"]]
+    said += [
+        f"failed: {one_line(found['video'])}: {one_line(found['error']['message'])}" for found in document["failures"]
+    ]
+    if document["error"]:
+        said.append(f"{document['error']['message']}: not everything was tried")
+    for note in said:
+        lines += textwrap.wrap(note, width, subsequent_indent="  ", break_on_hyphens=False)
+    if document["saved"]:
+        lines += ["", f"saved for this model: -b tuned uses it, with at least {100 * settings['agree']:g}% agreeing"]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(document: dict) -> str:
+    """What to use."""
+    rows = {row["name"]: row for row in document["rows"]}
+    goal = f"{100 * document['settings']['agree']:g}%"
+    if name := document["recommended"]:
+        row = rows[name]
+        return (
+            f"recommended: {name}, the fastest that is sure to agree at {goal} of the tokens: first token "
+            f"{1 / row['first_token']:.1f}x as fast, {100 * row['agreement']:.1f}% agree"
+        )
+    if not rows:
+        return "nothing was tried: too little time"
+    row = rows[document["best"]]
+    return (
+        f"no setting is sure to agree at {goal} of the tokens; the best is {row['name']}: at least {100 * row['low']:.1f}% "
+        f"(--agree {int(100 * row['low']) / 100:g} would accept it)"
+    )
+
+
+def _fitting(document: dict, console: Console, width: int) -> list[str]:
+    columns = {
+        "first token": lambda row: f"{1 / row['first_token']:.2f}x",
+        "agree": lambda row: f"{100 * row['agreement']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})",
+        "KL": lambda row: f"{row['kl']:.3f}",
+        "KL 95%": lambda row: f"{row['kl_p95']:.3f}",
+        "tokens": lambda row: f"{100 * row['kept_share']:.0f}%",
+        "work": lambda row: f"{100 * row['live_share']:.0f}%",
+        "videos": lambda row: f"{row['videos']}",
+    }
+    for drop in (None, *DROPPED):
+        columns = {title: cell for title, cell in columns.items() if title != drop}
+        made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
+        made.add_column("")
+        for title in columns:
+            made.add_column(title, justify="right")
+        for row in document["rows"]:
+            marked = f"{'*' if row['name'] == document['recommended'] else ' '} {row['name']}"
+            made.add_row(marked, *(cell(row) for cell in columns.values()))
+        if Measurement.get(console, console.options.update(width=10_000), made).maximum <= width:
+            break
+    with console.capture() as captured:
+        console.print(made)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def draw_chart(document: dict) -> str:
+    """SVG: agreement against the time to the first token, a line a method, and the frontier."""
+    rows, series = document["rows"], []
+    for method, colour in zip(dict.fromkeys(row["method"] for row in rows), cycle(COLOURS), strict=False):
+        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["budget"])
+        points = [_point(row, f"-b {row['budget']:g}" * row["frontier"]) for row in mine]
+        series.append(Series(method, tuple(points), colour))
+    best = sorted((row for row in rows if row["frontier"]), key=lambda row: row["first_token"])
+    series.append(Series("frontier", tuple(Point(_x(row), 100 * row["agreement"]) for row in best), GREY, dashed=True))
+    asked, model = document["settings"]["agree"], document["model"]
+    title = (
+        f"{one_line(model['id']).rpartition('/')[2]}: agreement with the unpruned model against time to the first token"
+    )
+    facts = (
+        f"{counted(document['answer_tokens'], 'token')} of answers about {counted(document['videos']['answered'], 'video')}, 95% "
+        f"intervals over videos; {100 * asked:g}% asked"
+    )
+    label = "first token, % of the unpruned model's"
+    return draw(title, facts, [Panel("", label, "tokens that agree, %", tuple(series), from_zero=False)])
+
+
+def _x(row: dict) -> float:
+    return 100 * row["first_token"]
+
+
+def _point(row: dict, label: str) -> Point:
+    return Point(_x(row), 100 * row["agreement"], 100 * row["low"], 100 * row["high"], label)
