@@ -1,0 +1,63 @@
+"""A model whose features ripen late: the demo model with layers in front of its tower that change nothing.
+
+    python -m experiments.late_tower /tmp/late --layers 4
+    evoprune tune samples/*.mp4 -m /tmp/late
+
+The new layers add zero to what they read, so all answers stay the same. A selection after an eighth of the layers sees what no
+layer has worked on; a setting that is right for the demo model is wrong for this one.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from evoprune.pipeline.loading.folder import DEMO_FOLDER
+
+BLOCK = re.compile(r"^((?:model\.)?visual\.blocks\.)(\d+)(\..*)$")
+ADDS = ("attn.proj.weight", "attn.proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
+
+
+def late_tower(folder: Path, layers: int, source: Path = DEMO_FOLDER) -> None:
+    """Writes the model into a folder.
+
+    Args:
+        folder: made if it is missing.
+        layers: how many are put in front; a multiple of the distance between layers that see whole frames leaves their rhythm.
+        source: the folder of a model with one file of weights.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    vision = config["vision_config"]
+    vision["depth"] += layers
+    vision["fullatt_block_indexes"] = [number + layers for number in vision["fullatt_block_indexes"]]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    made = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        found = BLOCK.match(name)
+        if not found:
+            made[name] = weight
+            continue
+        before, number, after = found[1], int(found[2]), found[3]
+        made[f"{before}{number + layers}{after}"] = weight
+        if number == 0:
+            for new in range(layers):
+                made[f"{before}{new}{after}"] = torch.zeros_like(weight) if after[1:] in ADDS else weight.clone()
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=4)
+    args = parser.parse_args()
+    late_tower(args.folder, args.layers)
+
+
+if __name__ == "__main__":
+    main()
