@@ -148,7 +148,9 @@ class Report:
     """One record: a question, its answer (or error), and everything that was measured on the way.
 
     `cache` says where the encoded video came from: "hit" (from disk), "miss" (made, then stored) or "off".
-    `compare` is the record of the same question with nothing pruned, where that was asked for.
+    `compare` is the record of the same question with nothing pruned, where that was asked for. `agreement` says how far the pruned
+    model goes along with that answer: its `tokens`; at how many of them the first choice is the same, `agree`; and KL(full ||
+    pruned) in nats a token, `kl` and its 95th percentile `kl_p95`.
     `batch`: as one of many, the `row` that was asked and the `settings` it was asked with.
     """
 
@@ -171,6 +173,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
     compare: "Report | None" = None
+    agreement: dict[str, Any] | None = None
     cache: str | None = None
     batch: dict[str, Any] | None = None
 

@@ -148,6 +148,9 @@ def _side_by_side(pruned, full) -> list[str]:
     for name, ours, theirs in rows:
         cells = "".join(f"{'-' if value is None else f'{value:,.0f}':>9}" for value in (ours, theirs))
         lines.append(f"{name:<16}{cells}" + (f"{theirs / ours:>7.1f}x" if ours and theirs else ""))
+    if along := pruned.agreement:
+        agree = f"agrees at {along['agree']} of {counted(along['tokens'], 'token')} of the full answer"
+        lines.append(f"{'agreement':<16}{agree}, KL {along['kl']:.3f} nats")
     why = "the demo is too small to gain time" if pruned.model.id == "demo" else "the first of the two also warms up"
     return [*lines, f"{why}; to measure: evoprune profile"]
 

@@ -93,13 +93,15 @@ class Conversation:
         """Asks, and prints the answer. `typed`: the question stands on the terminal already."""
         if self._output.questions and not typed and sys.stderr.isatty():
             tell(f"{PROMPT}{' '.join(question.split())}")
-        report = self._say(self._video, question, "pruned")
+        report = self._say(self._video, question, "pruned").report
         if self._encode_full:
             self._half = report
             if self._full is None:  # not earlier: the first answer does not wait for it
                 with progress(not self._output.quiet) as show:
                     self._full = self._encode_full(show)
-            report.compare, self._half = self._say(self._full, question, "full"), None
+            answer = self._say(self._full, question, "full")
+            report.compare, self._half = answer.report, None
+            report.agreement = self._agreement(question, answer)
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
         self._finish(report)
 
@@ -127,7 +129,14 @@ class Conversation:
                 print_json(self._failure(missing, problem))
             problem.reported = True
 
-    def _say(self, video: "EncodedVideo", question: str, label: str) -> Report:
+    def _agreement(self, question: str, full: "Answer") -> dict[str, Any]:
+        """How far the pruned model would have gone along with the full answer; see `pipeline.agreement`."""
+        from evoprune.pipeline.agreement import agreement, reference
+
+        given = reference(self._full, question, full.ids, self._generation["system"])
+        return agreement(given, self._video).record()
+
+    def _say(self, video: "EncodedVideo", question: str, label: str) -> "Answer":
         """Asks and prints one answer."""
         answer = self._running = video.ask(question, **self._generation)
         with progress(not self._output.quiet) as show:
@@ -139,7 +148,7 @@ class Conversation:
         else:
             print_stream(chain([f"{label}: {first}" if self._encode_full else first], answer))
         self._running = None
-        return answer.report
+        return answer
 
     def _finish(self, report: Report) -> None:
         if self._output.json:

@@ -20,7 +20,7 @@ class Reference:
 
     Attributes:
         question, system: what was asked.
-        ids: its tokens; the one that ends it, if it has no other.
+        ids: its tokens; if it has none, any one: only what comes before the last is read.
         tokens: int64 `[n, k]`, the most probable tokens at each of the n places, the first choice first.
         logs: float32 `[n, k + 1]`, the logarithms of their probabilities, and of that of all others together.
         seconds: from the question to the first token.
@@ -48,20 +48,24 @@ class Agreement:
     kl: torch.Tensor
     seconds: float
 
+    def record(self) -> dict[str, float]:
+        """As reports have it."""
+        found = {"tokens": len(self.agrees), "agree": int(self.agrees.sum())}
+        return found | {"kl": float(self.kl.mean()), "kl_p95": float(self.kl.quantile(0.95))}
 
-def reference(video: EncodedVideo, question: str, ids: Sequence[int], end: int, system: str | None = None) -> Reference:
+
+def reference(video: EncodedVideo, question: str, ids: Sequence[int], system: str | None = None) -> Reference:
     """The unpruned model's distributions along its own answer.
 
     Args:
         video: with nothing pruned.
         question, system: what was asked.
-        ids: tokens of the answer.
-        end: the token that ends an answer, which stands for one without tokens.
+        ids: tokens of the answer. If there are none, the place is compared where the model ended it.
 
     Raises:
         As `EncodedVideo.read_along`.
     """
-    ids = tuple(ids) or (end,)
+    ids = tuple(ids) or (0,)
     logits, seconds = video.read_along(question, ids, system)
     logs = logits.log_softmax(-1)
     best, tokens = logs.topk(min(KEPT, logs.shape[1] - 1))

@@ -122,13 +122,13 @@ class Answering:
         start, answer = self._now(), video.ask(question, max_new_tokens=self.tokens)
         for _ in answer:
             pass
-        ids, end = answer.ids, self._engine.loaded.eos_ids[0]
+        ids = answer.ids
         if first:
             token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(ids))
-            reference(video, question, ids, end)  # this first pass over an answer warms up
+            reference(video, question, ids)  # this first pass over an answer warms up
             reading = self._now() - start - token * len(ids)
             self._plan(*first, reading, token)
-        return reference(video, question, ids[: self.tokens], end)
+        return reference(video, question, ids[: self.tokens])
 
     def _plan(self, encoding: float, videos: int, reading: float, token: float) -> None:
         """The longest answers to the most questions for which there is time.
