@@ -1,0 +1,122 @@
+"""`evoprune tune`: what it prints, saves and refuses, and that -b tuned then uses it."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from evoprune.errors import UsageError
+from evoprune.pipeline import tuned
+from evoprune.tuning.run import Tuning
+from evoprune_cli.failures import Terminated
+
+CLIPS = ("samples/square.mp4", "samples/arrivals.webm")
+LOW = ("--agree", "0.01")
+
+
+@pytest.fixture
+def tune(cli, tiny_folder, tmp_path, monkeypatch):
+    """The command on the tiny model and two clips, unless `args` say otherwise; its settings go into a folder of their own."""
+    monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", str(tmp_path / "config"))
+
+    def call(*args, videos=CLIPS, **settings):
+        quick = ("-m", str(tiny_folder), "--dtype", "fp32", "--frames", "4", "-b", "0.2", "-Q", "What happens?")
+        return cli("tune", *map(str, videos), *quick, *map(str, args), **settings)
+
+    return call
+
+
+def test_a_table_a_chart_and_a_setting_that_is_used(tune, cli, tiny_folder, tmp_path):
+    chart, output = tmp_path / "t.svg", tmp_path / "t.json"
+    result = tune("--agree", "0.05", "--chart", chart, "-o", output)
+    assert result.code == 0 and result.err == "" and all(len(line) <= 80 for line in result.out.splitlines())
+    document = json.loads(output.read_text())
+    assert document["schema"] == "evoprune/tune@1" and len(document["rows"]) == 5 and document["notes"] == []
+    name = document["recommended"]
+    assert f"* {name} " in result.out and f"recommended: {name}" in " ".join(result.out.split())
+    assert "agreement" in "".join(ElementTree.parse(chart).getroot().itertext())
+    ((_, saved),) = tuned.every()
+    assert f"{saved.method} -b {saved.budget:g}" == name and saved.agree == 0.05 and saved.videos == 2
+    assert document["saved"] and "-b tuned" in result.out
+    answer = cli("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-b", "tuned", "-n", "2", "--json")
+    pruning = answer.record["pruning"]
+    assert pruning["budget"] == 0.2 and pruning["method"] == saved.method.partition(":")[0] and pruning["tuned"]
+
+
+def test_json_alone_and_nothing_saved(tune, tmp_path):
+    result = tune(*LOW, "--json", "--no-save", "--method", "random")
+    assert result.err == "" and result.record["saved"] is None and tuned.every() == []
+    assert "random -b 0.2" in [row["name"] for row in result.record["rows"]]
+
+
+def test_none_passes(tune):
+    result = tune("--agree", "0.99")
+    assert result.code == 0 and tuned.every() == []
+    assert "cannot prove that 99% agree" in result.err
+    assert "no setting is sure to agree at 99% of the tokens; the best is" in " ".join(result.out.split())
+
+
+def test_videos_that_cannot_be_read(tune, tmp_path):
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    result = tune(*LOW, "--json", videos=(text, CLIPS[0], "gone.mp4"))
+    assert result.code == 6 and [found["video"] for found in result.record["failures"]] == [str(text), "gone.mp4"]
+    assert tune(*LOW, videos=("gone.mp4",)).code == 3
+    refused = tune(*LOW, "--json", videos=(text,))
+    assert refused.code == 3 and refused.record["error"]["code"] == 3 and tuned.every() == []
+
+
+@pytest.mark.parametrize(("problem", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
+def test_an_interruption_leaves_what_is_known(tune, monkeypatch, problem, code):
+    tried, real = [], Tuning._try
+
+    def broken(*args):
+        tried.append(args)
+        if len(tried) == 8:
+            raise problem
+        return real(*args)
+
+    monkeypatch.setattr(Tuning, "_try", broken)
+    result = tune(*LOW, "--json")
+    assert result.code == code and result.record["error"]["code"] == code and tuned.every() == []
+    assert [row["videos"] for row in result.record["rows"]].count(2) == 2  # the second of two videos was begun
+
+
+def test_a_setting_that_cannot_be_saved(tune, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", "/proc/none")
+    result = tune(*LOW)
+    assert result.code == 2 and "recommended" in result.out and "EVOPRUNE_CONFIG_DIR" in result.err
+
+
+def test_questions_of_a_file(tune, tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("\ufeffWho?\n\n  Where? \nWho?\n", encoding="utf-8")
+    assert tune(*LOW, "--questions", path, "--json").record["settings"]["questions"] == [
+        "What happens?",
+        "Who?",
+        "Where?",
+    ]
+    for content in (b"\xff\xfe\x00", b"\n \n"):
+        path.write_bytes(content)
+        result = tune("--questions", path)
+        assert result.code == 2 and str(path) in result.err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--agree", "1"), ("--agree", "98"), ("--time-limit", "0"), ("-b", "2"), ("-b", "full"), ("--method", "nothing"),
+        ("-Q", " "), ("--chart", "t.png"), ("-o", "/nowhere/t.json"), ("--start", "x"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused_before_weights_are_read(tune, monkeypatch, wrong):
+    monkeypatch.setattr(Tuning, "load", lambda *_: pytest.fail("weights are read"))
+    result = tune(*wrong)
+    assert result.code == 2 and result.out == "" and result.err.count("\n") <= 2
+    assert UsageError.exit_code == 2
+
+
+def test_the_time_limit_is_kept(tune):
+    result = tune(*LOW, "--time-limit", "0.001", "--json", "-b", "0.5,0.2")
+    assert result.code == 0 and result.record["rows"] == [] and result.record["recommended"] is None
+    assert result.record["videos"]["answered"] == 1  # the least: one video in full
