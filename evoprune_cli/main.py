@@ -22,6 +22,7 @@ from evoprune_cli.help_format import showing
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
 from evoprune_cli.terminal import WIDTH, ClosedOutput, print_error, print_json
+from evoprune_cli.tune import print_document as print_tuning
 from evoprune_cli.tune import tune
 
 # What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
@@ -184,8 +185,8 @@ def _report(problem: Exception) -> int:
     if "--json" in sys.argv[1:] and not reported:
         if _command() == "inspect":
             print_failure({}, problem)
-        elif _command() == "eval":
-            print_document({"error": error})
+        elif _command() in ("eval", "tune"):
+            (print_document if _command() == "eval" else print_tuning)({"error": error})
         elif _command() != "profile":  # it has --format json instead
             from evoprune.report import Report
 

@@ -21,6 +21,7 @@ from evoprune_cli.files import check_chart, check_writable, print_text, write_te
 from evoprune_cli.help_format import HelpAll
 from evoprune_cli.terminal import WIDTH, check_output, note, progress
 
+SCHEMA = "evoprune/tune@1"
 SOME_FAILED = 6
 
 
@@ -76,7 +77,7 @@ def tune(
     for name in asked["methods"]:
         methods.check(name)
     given = {**locals(), "budget": 1.0, "method": methods.DEFAULT}
-    deliver = partial(_deliver, json=json, output=output, chart=chart, save=not no_save, quiet=quiet)
+    deliver = partial(_deliver, json=json, output=output, chart=chart, save=not no_save)
     return _run(asked, opt.pipeline_options(given), deliver, quiet)
 
 
@@ -100,7 +101,7 @@ def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool) -> int:
                 deliver(tuning, failure(problem))
             problem.reported = True
         raise
-    document = deliver(tuning, None)
+    document = deliver(tuning)
     return SOME_FAILED if document["failures"] else 0
 
 
@@ -121,13 +122,14 @@ def _questions(texts: list[str] | None, file: str | None) -> tuple[str, ...] | N
     found = [*(texts or [])]
     if file is not None:
         try:
-            found += [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as problem:
             reason = getattr(problem, "strerror", None) or "it is not UTF-8"
             raise UsageError(
                 f"--questions {file} cannot be read: {reason}", "a text file with a question on each line"
             ) from problem
-        if not found:
+        found += (asked := [line for line in lines if line])
+        if not asked:
             raise UsageError(f"--questions {file} holds no question", "write a question on each line")
     if not all(text.strip() for text in found):
         raise UsageError("the question is empty", '-Q "What happens?"')
@@ -135,23 +137,35 @@ def _questions(texts: list[str] | None, file: str | None) -> tuple[str, ...] | N
 
 
 def _deliver(
-    tuning, error: dict | None, json: bool, output: str | None, chart: str | None, save: bool, quiet: bool
+    tuning, error: dict | None = None, *, json: bool, output: str | None, chart: str | None, save: bool
 ) -> dict[str, Any]:
-    """Prints, draws, writes and saves the results; returns them."""
+    """Saves, prints, writes and draws the results; returns them. `error`: what cut the run short."""
     from evoprune_cli.tune_tables import draw_chart, table
 
-    document = tuning.document(error)
-    saved = None
+    document, problem = tuning.document(error) | {"saved": None}, None
     if save and error is None and document["recommended"]:
-        saved = tuning.save()
-    document["saved"] = saved
-    text = jsonlib.dumps(rounded(document), separators=(",", ":"), allow_nan=False)
+        try:
+            document["saved"] = str(tuning.save())
+        except UsageError as unsaved:  # what was measured is printed first
+            problem, document["error"] = unsaved, failure(unsaved)
     if json:
-        print(text, flush=True)
+        print_document(document)
     else:
         print_text(table(document, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)))
     if output:
-        write_text(output, text + "\n")
+        write_text(output, _line(document) + "\n")
     if chart and document["rows"]:
         write_text(chart, draw_chart(document))
+    if problem:
+        problem.reported = True
+        raise problem
     return document
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """As one line on stdout, in plain ASCII."""
+    print(_line(document), flush=True)
+
+
+def _line(document: dict[str, Any]) -> str:
+    return jsonlib.dumps(rounded({"schema": SCHEMA} | document), separators=(",", ":"), allow_nan=False)

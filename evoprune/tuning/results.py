@@ -7,8 +7,6 @@ import numpy as np
 from evoprune.tuning.search import Known, Scores
 from evoprune.tuning.statistics import bounds, design_effect
 
-SCHEMA = "evoprune/tune@1"
-
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     """One dict a candidate that was tried, the fastest first.

@@ -1,8 +1,10 @@
-"""One run of `evoprune tune`: full answers, trials of candidates, and the document of results (schema `evoprune/tune@1`)."""
+"""One run of `evoprune tune`: full answers, trials of candidates, and the document of results (`evoprune/tune@1`)."""
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -11,14 +13,16 @@ from evoprune.errors import UsageError, error_record
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.machine import environment
+from evoprune.pipeline import tuned
 from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.tuned import Tuned
 from evoprune.text import counted
 from evoprune.tuning.candidates import Candidate, candidates
 from evoprune.tuning.full_answers import TOKENS, Answering, FullAnswers, Progress, encode
-from evoprune.tuning.results import SCHEMA, recommended, result_rows
+from evoprune.tuning.results import recommended, result_rows
 from evoprune.tuning.search import Known, Scores, search
 from evoprune.tuning.statistics import least_tokens, provable
 
@@ -132,6 +136,28 @@ class Tuning:
         for candidate, video in trials:
             progress(f"video {video + 1} of {len(made)}, {candidate.name}{self._best()}")
 
+    def save(self) -> Path:
+        """Saves the recommended setting for this model's weights, where `-b tuned` finds it; returns its path.
+
+        Raises:
+            UsageError: it cannot be written, or the weights cannot be identified.
+        """
+        row, settings = recommended(result_rows(self.known, self.settings.agree)), self.settings
+        setting = Tuned(
+            method=row["method"],
+            budget=row["budget"],
+            model=self.loaded.id,
+            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+            agree=settings.agree,
+            agreement=row["agreement"],
+            low=row["low"],
+            first_token=row["first_token"],
+            videos=row["videos"],
+            questions=self._answering.asked,
+            version=evoprune.__version__,
+        )
+        return tuned.save(self.loaded.weights_fingerprint, setting)
+
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""
         loaded, rows = self.loaded, result_rows(self.known, self.settings.agree)
@@ -140,8 +166,6 @@ class Tuning:
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
         return {
-            "schema": SCHEMA,
-            "version": evoprune.__version__,
             "model": asdict(loaded.facts()) if loaded else None,
             "env": asdict(environment(loaded.device)) if loaded else None,
             "settings": self.settings.record(),
