@@ -119,6 +119,15 @@ def test_eval(cli, tiny_folder, rows, tmp_path):
     assert json.loads((folder / "settings.json").read_text()) == done.record["settings"]
 
 
+def test_tune(cli, tiny_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", str(tmp_path))
+    asked = ("-m", str(tiny_folder), "-b", "0.2", "-Q", "What?", "--json", *SHORT)
+    done = cli("tune", SQUARE, "gone.mp4", *asked)
+    refused = cli("tune", "gone.mp4", *asked)
+    assert (done.code, refused.code) == (6, 3)
+    check("tune", [done.record, refused.record])
+
+
 def test_profile(cli, tiny_folder, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", *SHORT)
