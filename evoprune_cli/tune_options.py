@@ -59,7 +59,7 @@ Methods = Annotated[
     typer.Option(
         "--method",
         metavar="LIST",
-        help="Methods to try beside settings of evoprune and evoprune-paper.",
+        help="Further methods to try, beside those that are always tried.",
         show_default=False,
         rich_help_panel=SWEEP,
     ),

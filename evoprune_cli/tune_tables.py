@@ -34,9 +34,7 @@ def table(document: dict, width: int = 80) -> str:
     if document["rows"]:
         lines += ["", *_fitting(document, console, width), ""]
     said = [_verdict(document), *(LEGEND if document["rows"] else ()), *document["notes"]]
-    said += [
-        f"failed: {one_line(found['video'])}: {one_line(found['error']['message'])}" for found in document["failures"]
-    ]
+    said += [f"failed: {one_line(found['video'])}: {one_line(found['message'])}" for found in document["failures"]]
     if document["error"]:
         said.append(f"{document['error']['message']}: not everything was tried")
     for note in said:

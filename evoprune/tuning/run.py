@@ -176,7 +176,9 @@ class Tuning:
             "rows": rows,
             "recommended": passing and passing["name"],
             "best": best and best["name"],
-            "failures": [{"video": path, "error": error_record(problem)} for path, problem in problems.items()],
+            "failures": [
+                {"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()
+            ],
             "notes": self._notes() if made else [],
             "error": error,
         }
