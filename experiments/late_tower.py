@@ -3,8 +3,8 @@
     python -m experiments.late_tower /tmp/late --layers 4
     evoprune tune samples/*.mp4 -m /tmp/late
 
-The new layers add zero to what they read, so all answers stay the same. A selection after an eighth of the layers sees what no
-layer has worked on; a setting that is right for the demo model is wrong for this one.
+The first new layer adds a large constant to every feature, the last one takes it away, and those between add nothing: all answers
+stay the same. A selection between them sees features that are almost alike, so what is right for the demo model is wrong here.
 """
 
 import argparse
@@ -21,12 +21,13 @@ BLOCK = re.compile(r"^((?:model\.)?visual\.blocks\.)(\d+)(\..*)$")
 ADDS = ("attn.proj.weight", "attn.proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
 
 
-def late_tower(folder: Path, layers: int, source: Path = DEMO_FOLDER) -> None:
+def late_tower(folder: Path, layers: int, common: float = 0.0, source: Path = DEMO_FOLDER) -> None:
     """Writes the model into a folder.
 
     Args:
         folder: made if it is missing.
         layers: how many are put in front; a multiple of the distance between layers that see whole frames leaves their rhythm.
+        common: length of the constant, beside features of about 10.
         source: the folder of a model with one file of weights.
     """
     from safetensors.torch import load_file, save_file
@@ -37,7 +38,7 @@ def late_tower(folder: Path, layers: int, source: Path = DEMO_FOLDER) -> None:
     vision["depth"] += layers
     vision["fullatt_block_indexes"] = [number + layers for number in vision["fullatt_block_indexes"]]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    made = {}
+    made, before = {}, ""
     for name, weight in load_file(source / "model.safetensors").items():
         found = BLOCK.match(name)
         if not found:
@@ -48,6 +49,11 @@ def late_tower(folder: Path, layers: int, source: Path = DEMO_FOLDER) -> None:
         if number == 0:
             for new in range(layers):
                 made[f"{before}{new}{after}"] = torch.zeros_like(weight) if after[1:] in ADDS else weight.clone()
+    bias = made[f"{before}0.mlp.down_proj.bias"]
+    constant = torch.randn(len(bias), dtype=torch.float32, device="cpu", generator=torch.Generator().manual_seed(0))
+    constant = (constant * common / constant.norm()).to(bias.dtype)
+    made[f"{before}0.mlp.down_proj.bias"] = constant
+    made[f"{before}{layers - 1}.mlp.down_proj.bias"] = -constant
     save_file(made, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -55,8 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--common", type=float, default=300.0)
     args = parser.parse_args()
-    late_tower(args.folder, args.layers)
+    late_tower(args.folder, args.layers, args.common)
 
 
 if __name__ == "__main__":
