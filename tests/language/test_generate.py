@@ -160,7 +160,7 @@ def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
     answer = stream(model, clip.prefill(model), GenerationSettings(max_new_tokens=TOKENS), [end, 10**6])
     assert answer.finish_reason is None
     assert list(answer) == tokens[: tokens.index(end)]
-    assert (answer.finish_reason, answer.tokens) == ("stop", tokens.index(end))
+    assert (answer.finish_reason, answer.ids) == ("stop", tokens[: tokens.index(end)])
     assert next(answer, None) is None
 
     answer = stream(model, clip.prefill(model), GenerationSettings(max_new_tokens=3), [])

@@ -253,7 +253,7 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     finally:
         hook.remove()
     assert times.preprocess >= 200 and times.encode >= 300 and apart.preprocess >= 200 and apart.encode >= 300
-    assert times.total < times.read + times.preprocess + times.encode - 100
+    assert times.total < times.read + times.preprocess + times.encode - 30  # on idle cores about 200
     assert apart.total >= apart.read + apart.preprocess + apart.encode - 1
 
 
