@@ -15,8 +15,9 @@ from evoprune_cli.profile_tables import one_line
 GREY = "#9A9A9A"
 LEGEND = (
     "first token: how much faster than unpruned, the median over videos; agree: tokens of the unpruned model's answers at which "
-    "the first choice is the same, in percent, with the 95% interval over videos; KL: mean and 95th percentile, nats a token; "
-    "tokens: visual tokens kept; work: rows that the vision encoder computes, a mean over its layers",
+    "the first choice is the same, in percent, estimated in the order of KL, with the 95% interval over videos; KL: mean and "
+    "95th percentile, nats a token; tokens: visual tokens kept; work: rows that the vision encoder computes, a mean over its "
+    "layers",
 )
 DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where the terminal has too few characters
 

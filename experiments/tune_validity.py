@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.tuning.statistics import bounds, design_effect
+from evoprune.tuning.statistics import bounds, design_effect, smoothed
 
 FULL = "none -b 1"
 DRAWS, COUNTS = 200, (4, 8, 16, 32)
@@ -117,8 +117,9 @@ class Draw:
 def recommended(records: Records, chosen: Sequence[int], goal: float) -> tuple[int, float] | None:
     """The cheapest setting whose lower bound reaches the goal on these clips, and the bound; None where there is none."""
     counts = [(records.agree[s, chosen], records.tokens[s, chosen]) for s in range(len(records.names))]
-    effect = design_effect(counts)
-    lows = [bounds(int(a.sum()), int(t.sum()), len(chosen), effect)[0] for a, t in counts]
+    tokens, effect = records.tokens[:, chosen].sum(1), design_effect(counts)
+    shares = smoothed(records.agree[:, chosen].sum(1), tokens, records.kl[:, chosen].sum(1) / tokens)
+    lows = [bounds(share, int(count), len(chosen), effect)[0] for share, count in zip(shares, tokens, strict=True)]
     passing = [s for s, low in enumerate(lows) if low >= goal]
     best = min(passing, key=lambda s: records.tflop[s], default=None)
     return None if best is None else (best, lows[best])

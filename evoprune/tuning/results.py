@@ -4,23 +4,25 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.tuning.search import Known, Scores
-from evoprune.tuning.statistics import bounds, design_effect
+from evoprune.tuning.candidates import Candidate
+from evoprune.tuning.search import Known
+from evoprune.tuning.statistics import bounds, design_effect, smoothed
 
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     """One dict a candidate that was tried, the fastest first.
 
-    `agreement` is the share of the full answers' tokens at which the first choice is the full model's, with its 95% interval over
-    videos; `kl` and `kl_p95` are nats a token; `first_token` is the time to the first token / that with nothing pruned, the median
-    over videos; `passes`: the interval lies at or above the goal; `frontier`: no other is at least as fast and agrees more.
+    `observed` is the share of the full answers' tokens at which the first choice is the full model's; `agreement` its estimate from
+    all candidates (`statistics.smoothed`), with its 95% interval over videos. `kl` and `kl_p95` are nats a token. `first_token` is
+    the time to the first token / that with nothing pruned, the median over videos. `passes`: the interval lies at or above the
+    goal. `frontier`: no other is at least as fast and agrees more.
     """
     tried = {candidate: scores for candidate, scores in known.items() if scores.tokens}
     effect = design_effect([(np.array(s.agree, float), np.array(s.tokens, float)) for s in tried.values()])
-    rows = []
+    rows, shares = [], _estimates(tried)
     for candidate, scores in tried.items():
-        agree, tokens, videos = sum(scores.agree), sum(scores.tokens), len(scores.tokens)
-        low, high = bounds(agree, tokens, videos, effect)
+        tokens, videos, share = sum(scores.tokens), len(scores.tokens), shares[candidate]
+        low, high = bounds(share, tokens, videos, effect)
         rows.append(
             {
                 "name": candidate.name,
@@ -28,7 +30,8 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
                 "budget": candidate.budget,
                 "videos": videos,
                 "tokens": tokens,
-                "agreement": scores.share,
+                "agreement": share,
+                "observed": scores.share,
                 "low": low,
                 "high": high,
                 "kl": float(np.mean(scores.kl)),
@@ -39,15 +42,26 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
                 "kept_share": float(np.mean(scores.kept)),
                 "live_share": float(np.mean(scores.live)),
                 "passes": low >= goal,
-                "frontier": not any(_beats(other, scores) for other in tried.values()),
             }
         )
+    for row in rows:
+        row["frontier"] = not any(_beats(other, row) for other in rows)
     return sorted(rows, key=lambda row: row["first_token"])
 
 
-def _beats(other: Scores, scores: Scores) -> bool:
-    better = (other.ratio, -other.share), (scores.ratio, -scores.share)
-    return other.ratio <= scores.ratio and other.share >= scores.share and better[0] != better[1]
+def _estimates(tried: Known) -> dict[Candidate, float]:
+    """The agreement of each candidate, estimated among those that were tried on as many videos."""
+    made = {}
+    for videos in {len(scores.tokens) for scores in tried.values()}:
+        group = {candidate: scores for candidate, scores in tried.items() if len(scores.tokens) == videos}
+        sums = [(sum(s.agree), sum(s.tokens), np.mean(s.kl)) for s in group.values()]
+        made |= dict(zip(group, smoothed(*map(np.array, zip(*sums, strict=True))).tolist(), strict=True))
+    return made
+
+
+def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
+    faster, nearer = row["first_token"] - other["first_token"], other["agreement"] - row["agreement"]
+    return faster >= 0 and nearer >= 0 and faster + nearer > 0
 
 
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
