@@ -80,6 +80,8 @@ def _accuracy(row: dict) -> str:
 def _difference(row: dict, name: str = "difference") -> str:
     if row["row"] == "full":
         return ""
+    if row[f"{name}_low"] is None:  # too few videos
+        return _signed(row[name])
     tie = "tie " if is_tie(row, name) else ""
     return f"{tie}{_signed(row[name])} ({_signed(row[f'{name}_low'])} to {_signed(row[f'{name}_high'])})"
 

@@ -325,6 +325,8 @@ def _accuracy(row: dict) -> str:
 def _kept(row: dict) -> str:
     if row["kept_of_full"] is None:
         return "-"
+    if row["kept_low"] is None:  # too few videos
+        return f"{100 * row['kept_of_full']:.1f}"
     return f"{100 * row['kept_of_full']:.1f} ({100 * row['kept_low']:.1f}-{100 * row['kept_high']:.1f})"
 
 

@@ -25,7 +25,7 @@ from evoprune.evaluation.frames import SharedFrames, grey_frames
 from evoprune.evaluation.grading import grade
 from evoprune.evaluation.processes import map_in_processes
 from evoprune.evaluation.questions import Video
-from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, detectable, row_name, score_rows
+from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.machine import environment
@@ -305,7 +305,7 @@ class Evaluation:
             "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},
             "rows": rows,
             "failures": [{"video": name, "message": message} for name, message in sorted(failed.items())],
-            "notes": [*filter(None, [detectable(rows)]), *self._notes()],
+            "notes": [*filter(None, [precision(rows)]), *self._notes()],
             "error": error,
         }
 

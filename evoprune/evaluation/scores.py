@@ -16,6 +16,7 @@ SCHEMA = "evoprune/eval@1"
 FULL, BLIND, METHOD = "full", "blind", "method"
 ALL, TYPE = "all", "type:"  # the group of all questions, and the prefix of groups that are types
 DIFFERENCES = ("difference", "first_difference")  # fields of a row, each with its interval
+LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with one, every interval is a point
 COSTS = ("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 
 
@@ -28,8 +29,9 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     """One dict a row and group, the group of all questions first, full before what is compared with it.
 
     Accuracies are shares; `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, and `first_difference`
-    accuracy - that of the row named `first`: the first method's at the same budget. Each has a 95% interval over videos. Costs are
-    means over the group's questions. None where there is no number. Failed samples do not count.
+    accuracy - that of the row named `first`: the first method's at the same budget. Each has a 95% interval over videos, and so have
+    the three others where the group has at least `LEAST_VIDEOS` videos. Costs are means over the group's questions. None where there
+    is no number. Failed samples do not count.
     """
     good = sorted((s for s in samples if "error" not in s), key=lambda s: s["video"])  # stable: rows stay in order
     rows: dict[tuple, list[dict]] = {}
@@ -49,6 +51,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     np.add.at(sums, cluster, columns)
     drawn = resampled(sums).reshape(-1, 1 + len(rows), len(groups))
     sums = sums.reshape(len(videos), 1 + len(rows), len(groups))
+    drawn[:, :, (sums[:, 0] > 0).sum(0) < LEAST_VIDEOS] = math.nan  # so that there is no interval
     with np.errstate(divide="ignore", invalid="ignore"):
         share = drawn[:, 1:] / drawn[:, :1]
         ratio = share / share[:, :1]
@@ -84,25 +87,27 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
 
 
 def is_tie(row: dict, name: str) -> bool:
-    """Whether the interval of a difference, one of `DIFFERENCES`, includes 0."""
-    return row[name] is not None and row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
+    """Whether a difference, one of `DIFFERENCES`, has an interval, and this includes 0."""
+    return row[f"{name}_low"] is not None and row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
 
 
-def detectable(rows: Sequence[dict]) -> str | None:
-    """A sentence that says what difference the questions can detect; None where no rows are compared. `rows`: of `score_rows`.
+def precision(rows: Sequence[dict]) -> str | None:
+    """A sentence that says how precisely differences are known; None where no rows are compared. `rows`: of `score_rows`.
 
-    It is the longest distance from a paired difference to an end of its interval, so every larger difference is no tie. Where no
-    difference varies from video to video, it is one in a share of videos that would hardly be missed by all of them.
+    It gives the longest distance from a paired difference to an end of its interval. Where no difference varies from video to
+    video, it gives that of a difference in a share of videos that would hardly be missed by all of them.
     """
     compared = [row for row in rows if row["row"] == METHOD and row["group"] == ALL]
     if not compared:
         return None
+    videos = compared[0]["videos"]
+    asked = f"{counted(compared[0]['n'], 'question')} about {counted(videos, 'video')}"
+    if videos < LEAST_VIDEOS:
+        return f"{asked}: too few videos for intervals of differences, which need at least {LEAST_VIDEOS}"
     found = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
     reach = max(max(value - low, high - value) for value, low, high in found if value is not None)
-    n, videos = compared[0]["n"], compared[0]["videos"]
-    asked = f"{counted(n, 'question')} about {counted(videos, 'video')}"
     points = math.ceil(1000 * (reach or unseen_share(videos)) - 1e-6) / 10
-    return f"{asked} can detect a difference of more than {points:.1f} points in every row; a smaller one may be a tie"
+    return f"{asked}: differences are known to about ±{points:.1f} points"
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from evoprune.evaluation.scores import detectable, is_tie, score_rows
+from evoprune.evaluation.scores import is_tie, precision, score_rows
 
 COST = {
     "tokens": 10,
@@ -51,15 +51,14 @@ def test_counts():
     ]
     full, less = row_of(rows, "full", "all"), row_of(rows, "random -b 0.5", "all")
     assert (full["n"], full["videos"], full["right"], full["accuracy"]) == (5, 3, 4, 0.8)
-    assert (full["difference"], full["difference_low"], full["difference_high"], full["kept_of_full"]) == (0, 0, 0, 1)
+    assert (full["difference"], full["kept_of_full"]) == (0, 1)
     assert (less["right"], less["accuracy"], less["difference"], less["kept_of_full"]) == (2, 0.4, -0.4, 0.5)
-    assert less["difference_low"] <= -0.4 <= less["difference_high"] <= 0 and less["low"] <= 0.4 <= less["high"]
-    assert less["kept_low"] <= 0.5 <= less["kept_high"]
+    assert less["low"] <= 0.4 <= less["high"]
     assert (full["tokens"], less["tokens"], less["tflop_3b"]) == (10, 5, 3)
     time = row_of(rows, "random -b 0.5", "time")
     assert (time["n"], time["videos"], time["right"], time["difference"]) == (4, 3, 1, -0.5)
     space = row_of(rows, "random -b 0.5", "space")
-    assert (space["n"], space["videos"], space["accuracy"], space["difference_low"]) == (1, 1, 1, 0)
+    assert (space["n"], space["videos"], space["accuracy"], space["difference"]) == (1, 1, 1, 0)
 
 
 def test_the_order_of_the_videos_does_not_matter():
@@ -68,10 +67,9 @@ def test_the_order_of_the_videos_does_not_matter():
 
 
 def test_equal_answers_differ_by_exactly_nothing():
-    same = {video: [(g, full, full) for g, full, _ in asked] for video, asked in ANSWERS.items()}
-    for row in score_rows(run(same)):
+    for row in score_rows(with_methods(full="1101" * 3, a=("1101" * 3,))):
         assert row["difference"] == row["difference_low"] == row["difference_high"] == 0
-        assert row["kept_of_full"] in (1, None)
+        assert row["kept_of_full"] == row["kept_low"] == row["kept_high"] == 1
 
 
 def test_unparseable_answers_are_wrong_and_counted():
@@ -122,29 +120,36 @@ def test_methods_are_compared_with_the_first_one_at_the_same_budget():
     assert {row["first"] for row in one} == {None}
 
 
-def test_every_difference_that_the_questions_can_detect_is_no_tie():
+def test_how_precisely_differences_are_known():
     rows = score_rows(with_methods(full="1" * 60, a=("110" * 20, "1" * 60), b=("1110" * 15, "0" * 30 + "1" * 30)))
-    found = re.fullmatch(
-        "60 questions about 60 videos can detect a difference of more than ([0-9.]+) points in every row; "
-        "a smaller one may be a tie",
-        detectable(rows),
-    )
+    said = "60 questions about 60 videos: differences are known to about ±([0-9.]+) points"
+    found = re.fullmatch(said, precision(rows))
     compared = [
         (r, f) for r in rows if r["group"] == "all" for f in ("difference", "first_difference") if r[f] is not None
     ]
-    assert all(not is_tie(r, f) for r, f in compared if abs(r[f]) > float(found[1]) / 100) and len(compared) == 7
     widest = max(max(r[f] - r[f + "_low"], r[f + "_high"] - r[f]) for r, f in compared)
-    assert float(found[1]) == pytest.approx(100 * widest, abs=0.1)
+    assert float(found[1]) == pytest.approx(100 * widest, abs=0.1) and len(compared) == 7
 
 
-@pytest.mark.parametrize(("videos", "points"), [(1, "95.0"), (6, "39.4"), (100, "3.0")])
+@pytest.mark.parametrize(("videos", "points"), [(10, "25.9"), (100, "3.0")])
 def test_rows_that_do_not_vary_can_still_differ_in_videos_that_were_not_seen(videos, points):
-    said = detectable(score_rows(with_methods(full="1" * videos, a=("1" * videos,))))
-    assert f"difference of more than {points} points" in said
+    said = precision(score_rows(with_methods(full="1" * videos, a=("1" * videos,))))
+    assert said.endswith(f" are known to about ±{points} points")
+
+
+@pytest.mark.parametrize("videos", [1, 5, 9, 10])
+def test_too_few_videos_for_intervals_of_differences(videos):
+    """A bootstrap of one video would give -100.0 (-100.0 to -100.0), as if the difference were known exactly."""
+    rows = score_rows(with_methods(full="1" * videos, a=("0" * videos,), b=("1" * videos,)))
+    row, said = row_of(rows, "a -b 0.5", "all"), precision(rows)
+    ends = {row[f"{name}_{end}"] for name in ("difference", "kept") for end in ("low", "high")}
+    assert row["difference"] == -1 and row["low"] < row["high"] and not is_tie(row, "difference")
+    assert (ends == {None}) == ("too few videos for intervals of differences" in said) == (videos < 10)
+    assert not is_tie(row_of(rows, "b -b 0.5", "all"), "difference") or videos == 10
 
 
 def test_nothing_to_compare():
-    assert detectable([]) is detectable(score_rows([sample("a", "full", True), sample("a", "blind", True)])) is None
+    assert precision([]) is precision(score_rows([sample("a", "full", True), sample("a", "blind", True)])) is None
 
 
 def test_a_tuned_row_has_a_name_of_its_own_and_is_nobodys_first_method():
