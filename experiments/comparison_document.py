@@ -19,6 +19,8 @@ INTERVAL = re.compile(r"([\d.]+) \(([\d.]+)-([\d.]+)\)")
 def read(document: str) -> list[Outcome]:
     """The models of a document, each with its rows over all questions; shares are rounded as they are printed.
 
+    A row that the page marks with * has the field `outdated`.
+
     Raises:
         UsageError: the document holds no such tables.
     """
@@ -50,7 +52,8 @@ def _rows(block: str) -> list[dict]:
         for cells in lines:
             found = dict(zip(titles, cells, strict=True))
             made.append(
-                {"row": METHOD, "group": ALL, "method": cells[0].strip("`"), "budget": float(budget)}
+                {"row": METHOD, "group": ALL, "method": cells[0].strip("`*"), "budget": float(budget)}
+                | {"outdated": cells[0].endswith("*")}
                 | {"tflop_3b": float(found["TFLOP"])}
                 | _shares("accuracy", "low", "high", cell=found["accuracy"])
                 | _shares("kept_of_full", "kept_low", "kept_high", cell=found["kept"])

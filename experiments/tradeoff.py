@@ -24,7 +24,6 @@ from experiments.comparison_document import read
 # Dark enough for labels of 11 pixels on white; the first is `evoprune`'s.
 COLOURS = ("#0072B2", "#C24A00", "#00785A", "#A6457E", "#7D5F00", "#4B4B4B", "#6A4FB3", "#2F7D8C")
 EARLIER = " (earlier form)"
-CHANGED = re.compile(r"((?:`[\w-]+`(?:,| and)?\s)+)(?:is an earlier form|have come nearer)")  # as pages say it
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,19 @@ class Row:
 def rows(document: str) -> list[Row]:
     """The rows of the first model in a document of `experiments.comparison`.
 
-    Methods that have changed since, as the document says, are marked as earlier forms. Variants and combinations are left out.
+    Methods that have changed since, which the document marks with *, are called earlier forms. Variants and combinations are left
+    out.
 
     Raises:
         UsageError: the document holds no tables of methods.
     """
     found = read(document)[0].document["rows"]
-    changed = {name for names in CHANGED.findall(document) for name in re.findall("`(.+?)`", names)}
     full = next(row["tflop_3b"] for row in found if row["row"] == FULL)
     made = []
     for row in found:
         name = row["method"]
         if row["row"] == METHOD and not {":", "+"} & set(name):
-            name += EARLIER * (name in changed)
+            name += EARLIER * row["outdated"]
             shares = (100 * row[part] for part in ("kept_of_full", "kept_low", "kept_high"))
             made.append(Row(name, row["budget"], *shares, 100 * row["tflop_3b"] / full))
     return made
@@ -107,7 +106,7 @@ def chart(found: Sequence[Row], times: Mapping[str, float]) -> str:
     facts = (
         f"Each line: -b {budgets}, from left to right, with 95% intervals. Dashed: the frontier, which no row beats in both. "
         "Accuracy: the demo model on its own clips. Times: 8 moving frames, bf16, 2 CPU threads. Methods after the encoder were "
-        "not timed: they stand where a selection that takes no time would put them. Others are left out."
+        "not timed: they stand where a selection that takes no time would put them. Methods that are not drawn may tie with these."
     )
     return draw("Accuracy kept against cost", facts, panels, legend=False)
 

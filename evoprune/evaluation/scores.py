@@ -29,9 +29,9 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     """One dict a row and group, the group of all questions first, full before what is compared with it.
 
     Accuracies are shares; `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, and `first_difference`
-    accuracy - that of the row named `first`: the first method's at the same budget. Each has a 95% interval over videos, and so have
-    the three others where the group has at least `LEAST_VIDEOS` videos. Costs are means over the group's questions. None where there
-    is no number. Failed samples do not count.
+    accuracy - that of the row named `first`: the first method's at the same budget. Each has a 95% interval over videos; that of
+    the last three is None where the group has fewer than `LEAST_VIDEOS` videos. Costs are means over the group's questions. None
+    where there is no number. Failed samples do not count.
     """
     good = sorted((s for s in samples if "error" not in s), key=lambda s: s["video"])  # stable: rows stay in order
     rows: dict[tuple, list[dict]] = {}

@@ -108,7 +108,7 @@ def test_methods_are_compared_with_the_first_one(run):
     rows = table_rows(result.out, "vs random")
     assert [row.split()[:3] for row in rows] == [["pool", "-b", budget] for budget in ("0.5", "0.25")]
     assert all(row.endswith("  +0.0") for row in rows)
-    full, *others = table_rows(result.out)
+    _, *others = table_rows(result.out)
     assert "tie" not in result.out.split("accuracy, in percent")[0] and all("+0.0" in row for row in others)
     assert "vs random: the paired difference to the first method" in _flat(result) and "too few videos" in _flat(result)
     assert "vs random" not in run().out  # there is no other method

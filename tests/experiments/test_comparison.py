@@ -118,8 +118,25 @@ def test_the_document():
         groups[0] == "| -b 0.5 | space | time |"
         and groups[2] == "| `random` | 100.0 (83.9-100.0) | 100.0 (83.9-100.0) |"
     )
-    assert not any("`evoprune` keeps" in line for line in lines)  # it was not asked
+    assert not any("and `evoprune`:" in line for line in lines)  # it was not asked
     assert "in all models" not in document(outcomes[:1], (0.5,), "a.svg", "")
+
+
+def test_the_document_leads_with_the_most_accurate_method_of_each_budget():
+    outcomes = [outcome(name, {"evoprune": "1110" * 10, "dart": "1111" * 10}) for name in ("one", "two")]
+    lines = document(outcomes, (0.5,), "", "").splitlines()
+    assert "and `evoprune`:" in lines[2]
+    assert lines[4] == "- `-b 0.5`: `dart` 100.0 / 100.0% with 100%; `evoprune` 75.0 / 75.0% with 100%"
+
+
+def test_more_tokens_than_the_budget_are_marked():
+    """The samples keep half of their tokens."""
+    made = [outcome("one", RIGHT, (0.5, 0.25))]
+    row = next(line for line in short(made, (0.5, 0.25)).splitlines() if line.startswith("| `random`"))
+    assert row == "| `random` | 100.0 | 100% | 100.0 † | 100% |"
+    text = document(made, (0.5, 0.25), "", "")
+    assert text.split("### `-b 0.25`")[1].count("| 0.5 † |") == len(RIGHT)
+    assert "†" not in text.split("### `-b 0.5`")[1].split("###")[0]
 
 
 def test_what_the_next_smaller_budget_costs():

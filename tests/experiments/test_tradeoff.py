@@ -57,6 +57,13 @@ def test_earlier_forms_are_marked():
     assert len(marked["comparison"]) == 8 and "tome (earlier form)" in marked["comparison"]
 
 
+def test_the_chart_of_a_comparison_marks_the_rows_that_its_page_marks():
+    found = words(Path("results/comparison.svg").read_text())
+    assert {"tome*", "reuse+tome"} & found == {"tome*"} and {"evoprune", "divprune", "reuse+vispruner*"} <= found
+    assert any("*: measured with earlier code" in (word or "") for word in found)
+    assert not any("*" in (word or "") for word in words(Path("results/rivals.svg").read_text()))
+
+
 def test_a_chart_of_marked_rows_says_so(tmp_path):
     main(["results/comparison.md", "--method", "evoprune,tome", "-o", str(tmp_path / "a.svg")])
     assert {"tome (earlier form)", "evoprune", "-b 0.1"} <= words((tmp_path / "a.svg").read_text())
