@@ -25,8 +25,8 @@ SHORT_LEGEND = (
     "nothing pruned. †: more tokens than the budget."
 )
 TUNED = (
-    "`evoprune` and `evoprune-merge` were tuned on validation clips of this generator. The other methods have the settings of their "
-    "papers or of their authors' code, and were not tuned."
+    "`evoprune` and `evoprune-merge` were tuned on validation clips of this generator. The other methods have the settings of "
+    "their papers or of their authors' code, and were not tuned."
 )
 OVER = 1.05  # times the budget: a method that keeps more tokens does not reach it
 COST_LEGEND = (
