@@ -17,7 +17,8 @@ def draw_chart(results: Results) -> str:
     facts = [model.dtype, device(results), f"frames of {sizes}" if sweep else str(cases[0]), source(results)]
     facts.append(f"median and range of {results.rounds} rounds" if results.rounds > 1 else "1 round")
     name = one_line(model.id).rpartition("/")[2] + " with random weights" * (model.load_format == "dummy")
-    title = f"{name}: {'time to the first token' if sweep else 'encode against live share'}"
+    used = ", ".join(dict.fromkeys(one_line(row.method) for row in results.rows if row.kind == METHOD))
+    title = f"{name}: {'time to the first token' if sweep else f'encode against live share of {used}'}"
     return draw(title, ", ".join(facts), _sweep(results) if sweep else [_live_share(results)])
 
 

@@ -15,6 +15,7 @@ MAX_PANELS = 12
 MIN_WIDTH = 480  # pixels, so that text has room
 GAP = 12
 SHEET_RATIO = 1.6  # of width to height, about a screen's
+HUES = 8  # that an eye distinguishes in outlines a few pixels wide
 PALETTE_FRAMES = 4  # from which a GIF's colours are taken
 MIN_SECONDS, MAX_SECONDS = 0.1, 0.5  # that a frame of a film is shown
 
@@ -84,12 +85,16 @@ class Overlay:
     def _legend(self, width: int, size: int) -> list[Image.Image]:
         fates, counts = self._video.fates, self._video.fates.counts()
         again = int((fates.chosen & ~fates.encoded).sum())
+        clusters = len(fates.owner[fates.all_of("merged")].unique())
+        alike = f" The {clusters:,} clusters share few hues, so colours of different clusters can look alike." * (
+            clusters > HUES
+        )
         of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
         meanings = {
             "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
             "reused": f"unchanged since an earlier frame pair, so not encoded again. {counts['reused']:,} units.",
             "merged": "averaged into the unit with a dot of the same colour, here or in another frame pair. "
-            f"{counts['merged']:,} units.",
+            f"{counts['merged']:,} units.{alike}",
             "dropped": f"encoded, and then left out. {counts['dropped']:,} units.",
         }
         return [

@@ -137,6 +137,7 @@ def test_the_title_of_a_chart_says_that_weights_are_random(profile, tmp_path, lo
     profile("--load-format", load_format, "--chart", tmp_path / "chart.svg")
     title = next(e.text for e in ElementTree.parse(tmp_path / "chart.svg").iter() if e.tag.endswith("title"))
     assert (" with random weights: " in title) == (load_format == "dummy")
+    assert title.endswith("live share of evoprune")  # a chart of another method has another title
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan, even_times
-from evoprune.visualize import image_files
+from evoprune.visualize import image_files, overlay
 from evoprune.visualize.fates import FATES, Fates, TracedVideo, trace
 from evoprune.visualize.overlay import Overlay, overlay_file
 from evoprune.visualize.panel import Panels, cluster_colour, light
@@ -187,6 +187,17 @@ def test_sheets_hold_at_most_twelve_frame_pairs(pairs):
         2
     )  # a read grey frame, and a swatch in the legend
     assert bright.sum() == pytest.approx(min(pairs, 12) * 3 * 112 * 112, rel=0.2)
+
+
+@pytest.mark.parametrize("clusters", [8, 9])
+def test_the_legend_says_when_clusters_are_too_many_for_their_colours(clusters, monkeypatch):
+    said = []
+    monkeypatch.setattr(overlay, "_legend_entry", lambda name, text, *_: said.append(text))
+    units = torch.arange(2 * clusters)  # every second one merges into the one before
+    fates = Fates((1, 1, 2 * clusters), units % 2 == 0, units, units // 2 * 2, 2 * clusters)
+    seen = painted()
+    Overlay(TracedVideo(seen.plan, seen.frames, fates, [], 0), "title")._legend(600, 16)
+    assert any("9 clusters share few hues" in text for text in said) == (clusters == 9) and len(said) == 2
 
 
 def test_frames_are_of_one_even_size_and_a_long_title_wraps():
