@@ -97,7 +97,7 @@ ABLATIONS = {
         "The settings that won, together",
         PAPER,
         {
-            "the paper's settings": "",
+            "`evoprune-paper` as it is": "",
             "no attention": NO_ATTENTION,
             "decreasing": "allocation=decreasing",
             "both (`evoprune-merge`)": "evoprune-merge",

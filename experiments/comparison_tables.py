@@ -26,7 +26,7 @@ SHORT_LEGEND = (
 )
 TUNED = (
     "`evoprune` and `evoprune-merge` were tuned on validation clips of this generator. The other methods have the settings of "
-    "their papers or of their authors' code, and were not tuned."
+    "their papers or of their authors' code, or this project's where these give none, and were not tuned."
 )
 OVER = 1.05  # times the budget: a method that keeps more tokens does not reach it
 COST_LEGEND = (

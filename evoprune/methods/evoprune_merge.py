@@ -6,7 +6,7 @@ Adapted, because the paper covers a tower with global attention: units instead o
 the tower attends to windows, and frame pairs elsewhere; exact counts; and the exact form of the score, which the paper
 does not state.
 
-The winning settings ignore attention and merge most in the first layers. `evoprune-paper` has the paper's own settings.
+The winning settings ignore attention and merge most in the first layers. `evoprune-paper` is nearer to the paper.
 """
 
 import math

@@ -1,6 +1,7 @@
-"""EvoPrune with the paper's own settings (arXiv 2603.03681): `skip` allocation, attention in the score, a critical share.
+"""EvoPrune after its paper (arXiv 2603.03681): `skip` allocation, attention in the score, a critical share.
 
-The code is that of `evoprune-merge`, whose file states what is adapted to Qwen2.5-VL.
+The code is that of `evoprune-merge`, whose file states what is adapted to Qwen2.5-VL. The form of the score, its weights and the
+number of neighbours are this project's. No code of the authors is public.
 """
 
 from dataclasses import dataclass
