@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+from collections.abc import Callable
 from itertools import cycle
 
 from rich.console import Console
@@ -13,12 +14,26 @@ from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
 from evoprune_cli.profile_tables import one_line
 
 GREY = "#9A9A9A"
-LEGEND = (
-    "first token: how much faster than unpruned, the median over videos; agree: tokens of the unpruned model's answers at which "
-    "the first choice is the same, in percent, estimated in the order of KL, with the 95% interval over videos; KL: mean and "
-    "95th percentile, nats a token; tokens: visual tokens kept; work: rows that the vision encoder computes, a mean over its "
-    "layers",
-)
+# Columns: what they hold, and what that means.
+COLUMNS: dict[str, tuple[Callable[[dict], str], str]] = {
+    "first token": (
+        lambda row: f"{1 / row['first_token']:.2f}x",
+        "how much sooner than unpruned, the median over videos",
+    ),
+    "agree": (
+        lambda row: f"{100 * row['agreement']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})",
+        "percent of the tokens of the unpruned model's answers at which the first choice is the same, estimated in the order of "
+        "KL, with the 95% interval over videos",
+    ),
+    "KL": (lambda row: f"{row['kl']:.3f}", "mean of KL(unpruned, pruned) in nats a token"),
+    "KL 95%": (lambda row: f"{row['kl_p95']:.3f}", "its 95th percentile"),
+    "tokens": (lambda row: f"{100 * row['kept_share']:.0f}%", "visual tokens kept"),
+    "work": (
+        lambda row: f"{100 * row['live_share']:.0f}%",
+        "rows that the vision encoder computes, a mean over its layers",
+    ),
+    "videos": (lambda row: f"{row['videos']}", "on which it was tried"),
+}
 DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where the terminal has too few characters
 
 
@@ -32,9 +47,12 @@ def table(document: dict, width: int = 80) -> str:
         f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s",
     ]
     lines = [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    said = [_verdict(document)]
     if document["rows"]:
-        lines += ["", *_fitting(document, console, width), ""]
-    said = [_verdict(document), *(LEGEND if document["rows"] else ()), *document["notes"]]
+        made, titles = _fitting(document, console, width)
+        lines += ["", *made, ""]
+        said.append("; ".join(f"{title}: {COLUMNS[title][1]}" for title in titles))
+    said += document["notes"]
     said += [f"failed: {one_line(found['video'])}: {one_line(found['message'])}" for found in document["failures"]]
     if document["error"]:
         said.append(f"{document['error']['message']}: not everything was tried")
@@ -64,30 +82,23 @@ def _verdict(document: dict) -> str:
     )
 
 
-def _fitting(document: dict, console: Console, width: int) -> list[str]:
-    columns = {
-        "first token": lambda row: f"{1 / row['first_token']:.2f}x",
-        "agree": lambda row: f"{100 * row['agreement']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})",
-        "KL": lambda row: f"{row['kl']:.3f}",
-        "KL 95%": lambda row: f"{row['kl_p95']:.3f}",
-        "tokens": lambda row: f"{100 * row['kept_share']:.0f}%",
-        "work": lambda row: f"{100 * row['live_share']:.0f}%",
-        "videos": lambda row: f"{row['videos']}",
-    }
+def _fitting(document: dict, console: Console, width: int) -> tuple[list[str], list[str]]:
+    """A table of as many columns as there is room for, and their titles."""
+    titles = list(COLUMNS)
     for drop in (None, *DROPPED):
-        columns = {title: cell for title, cell in columns.items() if title != drop}
+        titles = [title for title in titles if title != drop]
         made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
         made.add_column("")
-        for title in columns:
+        for title in titles:
             made.add_column(title, justify="right")
         for row in document["rows"]:
             marked = f"{'*' if row['name'] == document['recommended'] else ' '} {row['name']}"
-            made.add_row(marked, *(cell(row) for cell in columns.values()))
+            made.add_row(marked, *(COLUMNS[title][0](row) for title in titles))
         if Measurement.get(console, console.options.update(width=10_000), made).maximum <= width:
             break
     with console.capture() as captured:
         console.print(made)
-    return [line.rstrip() for line in captured.get().splitlines()]
+    return [line.rstrip() for line in captured.get().splitlines()], titles
 
 
 def draw_chart(document: dict) -> str:
