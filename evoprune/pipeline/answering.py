@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 
-from evoprune.errors import UsageError, names_plugins
+from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.language.generate import GenerationSettings, PrefillState, along, embed_question, stream, stream_text
 from evoprune.model.clock import Clock
 from evoprune.pipeline.encoding import Encoding
@@ -40,7 +40,7 @@ class Answer(Iterator[str]):
         ids: its tokens so far, without the one that ends it.
         text: the whole answer; reading it generates what is left.
 
-    Raises, while it is read:
+    Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
         UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
         OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
@@ -54,10 +54,23 @@ class Answer(Iterator[str]):
     ):
         self.report, self.ids = report, [] if ids is None else ids
         self._pieces, self._lock = pieces, lock or nullcontext()
+        self._problem: Exception | None = None
 
     def __next__(self) -> str:
         with self._lock:
-            return next(self._pieces)
+            if self._problem:  # the generator has ended, as if the answer were complete
+                raise _once_more(self._problem)
+            try:
+                return next(self._pieces)
+            except StopIteration:
+                raise
+            except Exception as problem:
+                self._problem = _once_more(problem)
+                self.report.finish_reason, self.report.error = "error", error_record(problem)
+                raise
+            except BaseException:
+                self.report.finish_reason = "interrupt"
+                raise
 
     @property
     def text(self) -> str:
@@ -74,9 +87,17 @@ class Answer(Iterator[str]):
         """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
         with self._lock:
             self._pieces.close()
+            self.report.finish_reason = self.report.finish_reason or "interrupt"
 
     def __repr__(self) -> str:
         return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
+
+
+def _once_more(problem: Exception) -> Exception:
+    """The same exception without its traceback, whose frames hold the memory of what failed."""
+    again = type(problem).__new__(type(problem), *problem.args)
+    vars(again).update(vars(problem))
+    return again
 
 
 class EncodedVideo:
@@ -227,7 +248,6 @@ class EncodedVideo:
             update()
         except GeneratorExit:  # the reader stopped early
             update()
-            report.finish_reason = report.finish_reason or "interrupt"
             raise
 
     def _new_clock(self, report: Report) -> tuple[Clock, float]:

@@ -26,6 +26,7 @@ ROWS = [
     },
     {"id": "y", "video": "gone.mp4", "question": "What?", "answer": "b"},
 ]
+LISTED = ("finish_reason", "warnings", "cache", "video.decoder", "pruning.positions", "error.type")  # with all their values
 TYPES = {"text": str, "integer": int, "number": (int, float), "boolean": bool, "list": list, "object": dict}
 SHORT = ("--frames", "4")
 
@@ -43,6 +44,16 @@ def named(title: str) -> dict[str, str]:
         names, each = re.findall("`([^`]+)`", cell), kinds.split(", ")
         found |= dict(zip(names, each * len(names) if len(each) == 1 else each, strict=len(each) > 1))
     return found
+
+
+def unlisted(title: str, real: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The values of fields of `LISTED` that the page does not name beside the field."""
+    page, missing = section(title) + section("Errors"), []
+    for field, value in real:
+        if field in LISTED and (row := re.search(rf"^\| [^|]*`{re.escape(field)}`.*", page, re.M)):
+            given = value if isinstance(value, list) else [value]
+            missing += [(field, each) for each in given if each is not None and f"`{each}`" not in row[0]]
+    return missing
 
 
 def fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -82,6 +93,7 @@ def check(title: str, outputs: list[dict], errors: bool = True) -> None:
     assert not [name for name in documented if name != "error" and not any(matches(f, name) for f in known)], (
         "do not exist"
     )
+    assert not unlisted(title, real), "not listed"
     assert not [(f, value) for f, value in real for kind in kinds[f] if not fits(value, kind)], "of another type"
     for example in re.findall(r"```json\n(.*?)```", section(title), re.S):
         assert {field for field, _ in fields(json.loads(example))} <= known
@@ -160,6 +172,7 @@ def error(**changed: Any) -> dict:
         (error(code="3"), "of another type"),
         (error(code=True), "of another type"),
         (error(message=None), "of another type"),
+        (error(type="odd"), "not listed"),
     ],
 )
 def test_what_the_page_does_not_say_is_found(output, says):

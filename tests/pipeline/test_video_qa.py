@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.model.weights import shared
@@ -175,6 +175,32 @@ def test_report_of_an_answer_that_was_cut_short(loaded):
     assert pieces.report.finish_reason == "interrupt" and pieces.report.answer == pieces.text == said
 
 
+def test_an_answer_that_was_closed_before_its_first_piece(loaded):
+    pieces = VideoQA(loaded).encode(CLIP).ask("What happens?")
+    pieces.close()
+    assert pieces.report.finish_reason == "interrupt" and pieces.report.answer is None and pieces.text == ""
+
+
+@pytest.mark.parametrize("passes", [0, 2], ids=["reading the prompt", "decoding"])
+@pytest.mark.parametrize("problem", [ModelError("broken", "mend it", stage="prefill"), ValueError("odd")], ids=repr)
+def test_an_answer_that_failed_never_looks_complete(loaded, passes, problem):
+    made = VideoQA(loaded).encode(CLIP).ask("What happens?", max_new_tokens=9, temperature=1.0)
+    before = [next(made) for _ in range(passes)]
+
+    def fail(*_):
+        raise problem
+
+    hook = loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(fail)
+    for read in (lambda: made.text, lambda: made.text, lambda: list(made), lambda: str(made)):
+        with pytest.raises(type(problem), match=str(problem)) as caught:
+            read()
+        assert getattr(caught.value, "hint", None) == getattr(problem, "hint", None)
+    hook.remove()
+    made.close()
+    assert (made.report.finish_reason, made.report.answer) == ("error", "".join(before) if before else None)
+    assert made.report.error == error_record(problem) and "error" in repr(made)
+
+
 @pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
 def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
     qa = VideoQA(loaded, budget=0.25)
@@ -189,8 +215,10 @@ def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
             raise KeyboardInterrupt
 
     hook = loaded.model.model.language_model.layers[-1].mlp.gate_proj.register_forward_pre_hook(stop)
+    broken = video.ask("What happens now?", max_new_tokens=24)
     with pytest.raises(KeyboardInterrupt):
-        answer(video, "What happens now?")
+        _ = broken.text
+    assert (broken.report.finish_reason, broken.report.error) == ("interrupt", None)
     hook.remove()
     assert answer(video) == fresh
 
