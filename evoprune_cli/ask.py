@@ -248,7 +248,7 @@ def _note_limits(plan, sampling: "SamplingOptions") -> None:
         asked = sampling.frames is not None or sampling.fps is not None
         whence = "asked for" if asked else "at this model's rate"
         note(f"{plan.sampling.wanted:,} frames {whence}; it takes {plan.frame_limit:,} (--max-frames)")
-    if plan.capped:
+    if plan.token_capped:
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 
         where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""

@@ -87,7 +87,8 @@ class Conversation:
         """
         self._video, self._generation, self._encode_full = video, vars(generation), encode_full
         for name in video.report.warnings:
-            print_warning(name, video.report.video)
+            if name != "limited":  # a note has said which limit, and to what
+                print_warning(name, video.report.video)
 
     def answer(self, question: str, typed: bool = False) -> None:
         """Asks, and prints the answer. `typed`: the question stands on the terminal already."""

@@ -25,6 +25,8 @@ WARNINGS = {
     "damaged_video": "the video is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
     "replaced by the one before it",
     "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
+    "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
+    "set the limits",
     "demo_model": "the demo model knows only coloured shapes and digits; its answer about this video means nothing. "
     "For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in this video "

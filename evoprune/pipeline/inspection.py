@@ -170,7 +170,7 @@ def plan_facts(plan: Plan, config) -> dict:
         "resized_hw": [plan.height, plan.width],
         "grid": list(plan.grid),
         "visual_tokens": n,
-        "capped": plan.capped or plan.sampling.wanted > plan.frame_limit,
+        "capped": plan.capped,
         "presets": {
             name: {
                 "budget": budget,

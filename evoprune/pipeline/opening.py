@@ -90,7 +90,8 @@ class OpenVideo:
         start = clock.now()
         earlier = 0.0 if self._begun else self._reader.clock.seconds["read"]
         self._look_up()
-        warnings = ["cut_short"] if self.view.cut_short else []
+        facts = {"cut_short": self.view.cut_short, "limited": self.view.limited}
+        warnings = [name for name, true in facts.items() if true]
         if self._cached:
             result, seconds = self._cached, {"preprocess": 0.0, "encode": 0.0} | self._reader.clock.seconds
         else:

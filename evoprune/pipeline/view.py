@@ -25,6 +25,8 @@ class View:
         full: what would be looked at with nothing pruned.
         plan: what is looked at, which is less if the method makes the input smaller.
         encoder: what the encoder does with it.
+        limited: whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
+            them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
     """
 
     info: VideoInfo
@@ -33,6 +35,7 @@ class View:
     full: Plan
     plan: Plan
     encoder: EncoderPlan
+    limited: bool
 
     @property
     def units(self) -> int:
@@ -68,7 +71,13 @@ def make_view(engine: Engine, path: str | os.PathLike[str], sampling: SamplingOp
         numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
     full = make_plan(info, loaded.video, **numbers)
     encoder = _encoder_plan(engine, full)
-    return View(info, name or info.path, decoder, full, full.shrunk(encoder.grid, loaded.video), encoder)
+    plan = full.shrunk(encoder.grid, loaded.video)
+    return View(info, name or info.path, decoder, full, plan, encoder, _limited(full, sampling))
+
+
+def _limited(plan: Plan, sampling: SamplingOptions) -> bool:
+    asked = sampling.fps is not None or sampling.frames is not None
+    return asked and (plan.token_capped or (plan.capped and sampling.max_frames is None))
 
 
 def _encoder_plan(engine: Engine, full: Plan) -> EncoderPlan:

@@ -67,7 +67,7 @@ class Plan:
         grid: (T, H, W): frame pairs, and rows and columns of units.
         frame_limit: the largest number of frames, by the model or the caller; `sampling.wanted` may be larger.
         token_limit: the largest number of visual tokens before pruning.
-        capped: whether the token limit made frames smaller or fewer than the model's own limits require.
+        token_capped: whether the token limit made frames smaller or fewer than the model's own limits require.
     """
 
     sampling: SamplingPlan
@@ -76,7 +76,12 @@ class Plan:
     grid: tuple[int, int, int]
     frame_limit: int
     token_limit: int
-    capped: bool
+    token_capped: bool
+
+    @property
+    def capped(self) -> bool:
+        """Whether a limit, on tokens or on frames, made frames smaller or fewer than the rate or number asked for."""
+        return self.token_capped or self.sampling.wanted > self.frame_limit
 
     @property
     def visual_tokens(self) -> int:
@@ -167,8 +172,8 @@ def make_plan(
         sampling = sample(max_frames=pairs * pair)
     grid = (sampling.frames // pair, size[0] // limits.unit, size[1] // limits.unit)
     wanted = min(free.wanted, most_frames - most_frames % pair)
-    capped = size != preferred or sampling.frames < wanted
-    return Plan(sampling, *size, grid, most_frames, max_visual_tokens, capped)
+    token_capped = size != preferred or sampling.frames < wanted
+    return Plan(sampling, *size, grid, most_frames, max_visual_tokens, token_capped)
 
 
 def _fit(

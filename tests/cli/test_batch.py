@@ -362,6 +362,13 @@ def test_a_warning_is_told_once_even_where_it_is_quiet(cli, out, tmp_path):
     assert [r["warnings"] for r in records(out)] == [["demo_model"]] * 2
 
 
+def test_frames_that_a_limit_leaves_out_are_told_once(run, out):
+    result = run(*CLIPS, "-Q", QUESTIONS[0], "--frames", "64")
+    (line,) = [line for line in result.err.splitlines() if line.startswith("warning: ")]
+    assert "fewer or smaller frames" in line and line.endswith("and 1 more)")
+    assert [r["warnings"] for r in records(out)] == [["limited"]] * 2
+
+
 def test_cache(run, out, monkeypatch, tmp_path):
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
     for state in ("miss", "hit"):

@@ -26,7 +26,14 @@ ROWS = [
     },
     {"id": "y", "video": "gone.mp4", "question": "What?", "answer": "b"},
 ]
-LISTED = ("finish_reason", "warnings", "cache", "video.decoder", "pruning.positions", "error.type")  # with all their values
+LISTED = (
+    "finish_reason",
+    "warnings",
+    "cache",
+    "video.decoder",
+    "pruning.positions",
+    "error.type",
+)  # with all their values
 TYPES = {"text": str, "integer": int, "number": (int, float), "boolean": bool, "list": list, "object": dict}
 SHORT = ("--frames", "4")
 

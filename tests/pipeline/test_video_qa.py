@@ -484,6 +484,24 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
     assert asked(video).report.warnings == video.report.warnings == ["equal_scores"]
 
 
+@pytest.mark.parametrize(
+    ("asked_for", "limited"),
+    [
+        ({"frames": 10_000}, True),
+        ({"fps": 500}, True),
+        ({"frames": 12, "max_visual_tokens": 30}, True),
+        ({"frames": 12}, False),
+        ({"fps": 12, "max_frames": 8}, False),
+        ({"max_visual_tokens": 30}, False),
+        ({"max_frames": 4}, False),
+    ],
+    ids=str,
+)
+def test_fewer_or_smaller_frames_than_asked_for_are_a_warning(loaded, asked_for, limited):
+    report = VideoQA(loaded).encode(CLIP, **asked_for).report
+    assert report.warnings == ["limited"] * limited
+
+
 def test_extreme_shapes(loaded, tmp_path):
     write_video(tmp_path / "flat.mp4", np.zeros((4, 2, 1000, 3), np.uint8), fps=4)
     with pytest.raises(VideoError, match="ratio"):

@@ -61,6 +61,11 @@ def test_frames_get_smaller_before_they_get_fewer():
     assert fewer.sampling.frames < free.sampling.frames and fewer.height * fewer.width >= 100 * 784
 
 
+def test_a_limit_on_frames_is_a_cap_too():
+    plan = make_plan(video(), VideoLimits(max_frames=50), frames=60)
+    assert (plan.sampling.frames, plan.token_capped, plan.capped) == (50, False, True)
+
+
 def test_an_hour_stays_within_the_default():
     plan = make_plan(video(1920, 1080, 3600), VideoLimits())
     assert plan.visual_tokens <= MAX_VISUAL_TOKENS and plan.capped
