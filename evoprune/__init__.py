@@ -11,16 +11,22 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
-    from evoprune.huggingface.context import PrunedModel, apply
+    from evoprune.huggingface.columns import Columns
+    from evoprune.huggingface.context import PrunedModel, apply, remove
     from evoprune.huggingface.context import PruningContext as EvoPrune
     from evoprune.huggingface.encoding import encode
     from evoprune.pipeline.answering import Answer, EncodedVideo
+    from evoprune.pipeline.cache import Cache
     from evoprune.pipeline.video_qa import VideoQA
     from evoprune.report import Report
+    from evoprune.vision.encoded import Encoded
 
 _SOURCES = {
     "Answer": "evoprune.pipeline.answering:Answer",
+    "Cache": "evoprune.pipeline.cache:Cache",
+    "Columns": "evoprune.huggingface.columns:Columns",
     "EvoPrune": "evoprune.huggingface.context:PruningContext",
+    "Encoded": "evoprune.vision.encoded:Encoded",
     "EncodedVideo": "evoprune.pipeline.answering:EncodedVideo",
     "EvopruneError": "evoprune.errors:EvopruneError",
     "ModelError": "evoprune.errors:ModelError",
@@ -32,9 +38,13 @@ _SOURCES = {
     "VideoQA": "evoprune.pipeline.video_qa:VideoQA",
     "apply": "evoprune.huggingface.context:apply",
     "encode": "evoprune.huggingface.encoding:encode",
+    "remove": "evoprune.huggingface.context:remove",
 }
 __all__ = [
     "Answer",
+    "Cache",
+    "Columns",
+    "Encoded",
     "EncodedVideo",
     "EvoPrune",
     "EvopruneError",
@@ -48,6 +58,7 @@ __all__ = [
     "apply",
     "encode",
     "methods",
+    "remove",
 ]
 
 

@@ -54,7 +54,7 @@ def call_report(
         tokens=TokenCounts(prompt - visual, visual, prompt),
         memory=Memory(weights_bytes(model), peak_memory(device), *memory_in_use(device)),
         model=ModelFacts(
-            id=model.name_or_path or None,
+            id=model.name_or_path or type(model).__name__,
             dtype=next((name for name, dtype in DTYPES.items() if dtype == model.dtype), str(model.dtype)),
             device=device,
         ),

@@ -10,11 +10,10 @@ never pruned. Flash and flex attention take no mask of numbers, so under them ev
 size is.
 """
 
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from functools import partial, wraps
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -25,9 +24,9 @@ from evoprune.huggingface.call_report import LatestCall, LatestCalls, call_repor
 from evoprune.huggingface.cluster_bias import with_cluster_bias
 from evoprune.huggingface.columns import Columns, with_whole_prompt
 from evoprune.huggingface.encoding import encode_with, patch_method
-from evoprune.huggingface.inputs import Past, continued, find_videos, why_not, without_pruned
+from evoprune.huggingface.inputs import PAST, Past, continued, find_videos, remember, why_not, without_pruned
 from evoprune.huggingface.packed_tower import PackedTower
-from evoprune.huggingface.patches import Patches
+from evoprune.huggingface.patches import Patches, end_of
 from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.model.clock import Clock
 from evoprune.pipeline.keywords import check_types, names_options
@@ -37,8 +36,11 @@ from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
 from evoprune.report import Report
 
-PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too
+METHODS = ("generate", "forward")  # of the model, that are replaced
 INNER = "evoprune_inside"  # argument of the calls of `forward` that `generate` makes; nothing is pruned in those again
+
+
+SWITCH = "this object only says how long the model prunes"
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,6 @@ class PruningContext:
     pack: bool = False
 
     def __post_init__(self):
-        if isinstance(self.budget, torch.nn.Module):
-            hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
-            raise UsageError(f"budget is of class {type(self.budget).__name__}, not a share", hint)
         if self.budget != TUNED:
             parse_budget(self.budget)
         check_types(self)
@@ -92,7 +91,7 @@ class PruningContext:
         """
         return PrunedModel(model, self)
 
-    def __enter__(self):
+    def __enter__(self) -> NoReturn:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_) -> None:
@@ -102,7 +101,23 @@ class PruningContext:
         return f"EvoPrune({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
-PruningContext.__init__ = names_options(PruningContext.__init__)  # written by `dataclass`
+def _settings_alone(init: Callable) -> Callable:
+    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs."""
+
+    @wraps(init)
+    def checked(self, *args, **given) -> None:
+        for model in (*args, *given.values()):
+            if isinstance(model, torch.nn.Module):
+                hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
+                raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
+        init(self, *args, **given)
+
+    return checked
+
+
+PruningContext.__init__ = _settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
+# What users call it, in a help page and a traceback. A method has the name EvoPrune as well.
+PruningContext.__module__, PruningContext.__name__, PruningContext.__qualname__ = "evoprune", "EvoPrune", "EvoPrune"
 
 
 @names_options
@@ -116,7 +131,7 @@ def apply(
     seed: int = 0,
     pack: bool = False,
 ) -> "PrunedModel":
-    """Prunes inside `model` from now on, until `remove()` of the result is called.
+    """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
 
     Args:
         model: the Hugging Face model.
@@ -128,6 +143,20 @@ def apply(
         TypeError: an unknown option.
     """
     return PruningContext(budget, method, method_args, positions, seed, pack)(model).__enter__()
+
+
+def remove(model) -> None:
+    """Ends the pruning of `model`, whatever began it; does nothing if it is not pruned. See `PrunedModel.remove`.
+
+    Args:
+        model: the Hugging Face model.
+
+    Raises:
+        ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
+    """
+    interface.check_class(model)
+    if end := end_of(model, METHODS):
+        end()
 
 
 class PrunedModel:
@@ -159,12 +188,22 @@ class PrunedModel:
         self._method = patch_method(settings.method, settings.method_args)
         self._share = parse_budget(settings.budget)
         self._latest = LatestCalls()
-        self._patches = Patches(model, {"generate": self._generate, "forward": self._forward}, inner=INNER)
+        runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
+        self._patches = Patches(model, runs, inner=INNER, end=self.remove)
         self._packed = None
 
     def __repr__(self) -> str:
         state = "active" if self._patches.active else "not active"
-        return f"<PrunedModel: {self.settings.method} at budget {self._share:g}, {state}>"
+        budget = self._method.reported_budget(self._share)  # 1.0 for a method that prunes nothing
+        return f"<PrunedModel: {self.settings.method} at budget {budget:g}, {state}>"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        problem = f"{type(self).__name__!r} object has no attribute {name!r}"
+        known = hasattr(vars(self).get("model"), name)
+        raise AttributeError(f"{problem}; call model.{name}: {SWITCH}" if known else problem)
+
+    def __call__(self, *_, **__) -> NoReturn:
+        raise TypeError(f"call the model itself: {SWITCH}")
 
     @property
     def report(self) -> Report:
@@ -209,7 +248,7 @@ class PrunedModel:
         if sizes is not None and interface.takes_numbers(self.model):
             call = with_cluster_bias(self.model, call, sizes)
         out = stock(**call)
-        _remember(past, out if isinstance(out, tuple) else out.to_tuple())
+        remember(past, out if isinstance(out, tuple) else out.to_tuple())
         return out
 
     @torch.no_grad()
@@ -227,9 +266,9 @@ class PrunedModel:
             if past is None:
                 return stock(**pruned | {INNER: _Inside()})
             report = self.report
-            _remember(past, (call.get("past_key_values"),))  # before the run, which a callback may end
+            remember(past, (call.get("past_key_values"),))  # before the run, which a callback may end
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
-        _remember(past, (getattr(out, "past_key_values", None),))
+        remember(past, (getattr(out, "past_key_values", None),))
         if call.get("pixel_values_videos") is not None:
             report.time_ms.total = (clock.now() - start) * 1000
         prompt, places = call["input_ids"], pruned["input_ids"].shape[1]
@@ -246,7 +285,7 @@ class PrunedModel:
         """
         cache = call.get("past_key_values")
         length = 0 if cache is None else int(cache.get_seq_length())
-        if _has_video(call):
+        if interface.has_video(call):
             if length:
                 raise UsageError(
                     "a video cannot go on from past_key_values", "pass the whole conversation without them"
@@ -274,7 +313,7 @@ class PrunedModel:
         """Encodes the videos of a call; returns as `_without_pruned`."""
         settings, visual, packed = self.settings, interface.tower_of(self.model), self._packed
         video = find_videos(self.model, call)
-        _warn_of_hooks(visual)
+        interface.warn_of_hooks(visual)
         clock = Clock(visual.patch_embed.proj.weight.device)
         how = {"seconds_per_pair": interface.seconds_per_pair(call), "seed": settings.seed}
         with clock.stage("encode"):
@@ -307,24 +346,3 @@ class _Inside:
     def __deepcopy__(self, _) -> None:
         """None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
         return None
-
-
-def _has_video(call: dict) -> bool:
-    return call.get("pixel_values_videos") is not None or (call.get(interface.ENCODED) or {}).get("video") is not None
-
-
-def _warn_of_hooks(visual) -> None:
-    if hooks := interface.foreign_hooks(visual):
-        warnings.warn(
-            f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {', '.join(hooks[:4])}"
-            + (f" and {len(hooks) - 4} others" if len(hooks) > 4 else "")
-            + "; take what evoprune.encode returns, or remove the pruning first",
-            stacklevel=2,
-        )
-
-
-def _remember(past: Past | None, results: Iterable[Any]) -> None:
-    """Attaches `past` to the cache among the results of a call, for later calls that use that cache."""
-    for cache in results:
-        if past is not None and hasattr(cache, "get_seq_length"):
-            setattr(cache, PAST, past)

@@ -4,8 +4,10 @@ A call is a dict of the arguments of `forward` or `generate` by name. M-RoPE pos
 have gaps. Only the running number of each token, from which attention masks are made, has none.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -16,6 +18,8 @@ from evoprune.huggingface.columns import Columns
 from evoprune.huggingface.gradients import no_gradients, refusing_gradients, trained_weights
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoded import Encoded
+
+PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,13 @@ class Past:
         return Past(columns, self.delta[:, : columns.width], sizes)
 
 
+def remember(past: Past | None, results: Iterable[Any]) -> None:
+    """Attaches `past` to the cache among the results of a call, for later calls that use that cache."""
+    for cache in results:
+        if past is not None and hasattr(cache, "get_seq_length"):
+            setattr(cache, PAST, past)
+
+
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
     """Why this package cannot run a new prompt with videos, although the model itself may take it; None if it can.
 
@@ -63,6 +74,10 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
         return UsageError(
             "inputs_embeds beside a video cannot be pruned", "pass input_ids, which have the video's tokens"
         )
+    for name in ("input_ids", "attention_mask", "video_grid_thw"):
+        if not isinstance(call.get(name), torch.Tensor | None):
+            hint = "call the processor with return_tensors='pt'"
+            return UsageError(f"{name} are of class {type(call[name]).__name__}, not a tensor", hint)
     if mask is not None and mask.shape != ids.shape:
         return UsageError(
             f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}", "pass the processor's own mask"

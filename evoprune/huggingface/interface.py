@@ -3,6 +3,7 @@
 tests/huggingface/test_interface.py checks them, and fails if a release of transformers changes one.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import wraps
 from inspect import signature
@@ -30,11 +31,16 @@ PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
 def check_model(model) -> None:
     """Raises ModelError unless `model` can be pruned."""
+    check_class(model)
+    tower_of(model)
+
+
+def check_class(model) -> None:
+    """Raises ModelError unless `model` is of a supported class."""
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
     if not isinstance(model, Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration):
         raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", SUPPORTED)
-    tower_of(model)
 
 
 def tower_of(model):
@@ -182,14 +188,26 @@ def first_key(model, call: dict, kind: str) -> int:
     return cache.get_mask_sizes(columns.shape[1], model.config.text_config.layer_types.index(kind))[1]
 
 
-def foreign_hooks(visual) -> list[str]:
-    """The names of the tower's modules with forward hooks of other code than transformers, which marks inputs for gradients."""
-    return [
+def warn_of_hooks(visual) -> None:
+    """Warns of modules of the tower with forward hooks of other code than transformers, which marks inputs for gradients."""
+    hooks = [
         name or "visual"
         for name, module in visual.named_modules()
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if not (getattr(hook, "__module__", None) or "").startswith("transformers.")
     ]
+    if hooks:
+        warnings.warn(
+            f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {', '.join(hooks[:4])}"
+            + (f" and {len(hooks) - 4} others" if len(hooks) > 4 else "")
+            + "; take what evoprune.encode returns, or remove the pruning first",
+            stacklevel=3,
+        )
+
+
+def has_video(call: dict) -> bool:
+    """Whether a call brings a video, as the processor's patches or encoded."""
+    return call.get("pixel_values_videos") is not None or (call.get(ENCODED) or {}).get("video") is not None
 
 
 def is_assistant(call: dict) -> bool:

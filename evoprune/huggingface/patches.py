@@ -7,13 +7,25 @@ argument that says so (`inner`). No flag on the model does, because other thread
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from evoprune.errors import UsageError
 
 Run = Callable[[Callable, dict], Any]  # takes the model's own method, and the arguments of the call by name
+End = Callable[[], None]
+TWICE = (
+    "it prunes in one way at a time: evoprune.remove(model) ends the other; "
+    "a service calls evoprune.apply(model, ...) once, at its start"
+)
+
+
+def end_of(model, names: Iterable[str]) -> End | None:
+    """What ends the pruning of a model, of which these methods are replaced; None if it is not pruned."""
+    own = vars(model)
+    found = (inspect.unwrap(own[name], stop=_is_active) for name in names if name in own)
+    return next((patch.end for patch in found if _is_active(patch)), None)
 
 
 class Patches:
@@ -23,10 +35,11 @@ class Patches:
         model: the object whose attributes are set.
         runs: for each method's name, the function that runs instead of it.
         inner: name of the argument that marks an inner call; the signatures of the replaced methods have it.
+        end: what `end_of` finds: calls `remove`, and frees what else the owner of these patches holds.
     """
 
-    def __init__(self, model, runs: dict[str, Run], inner: str):
-        self._model, self._runs, self._inner = model, runs, inner
+    def __init__(self, model, runs: dict[str, Run], inner: str, end: End):
+        self._model, self._runs, self._inner, self._end = model, runs, inner, end
         self._installed: dict[str, _Patch] = {}
         self._replaced: dict[str, Any] = {}
         self._lock, self._calls = threading.Lock(), 0
@@ -39,12 +52,12 @@ class Patches:
         """
         with self._lock:
             if not self._installed:
+                if end_of(self._model, self._runs):
+                    raise UsageError("this model is pruned already", TWICE)
                 own = vars(self._model)
-                if any(_is_active(inspect.unwrap(own[name], stop=_is_active)) for name in self._runs if name in own):
-                    raise UsageError("this model is pruned already", "remove that first, or leave its with-block")
                 self._replaced = {name: own[name] for name in self._runs if name in own}
                 for name, run in self._runs.items():
-                    self._installed[name] = _Patch(getattr(self._model, name), run, self._inner)
+                    self._installed[name] = _Patch(getattr(self._model, name), run, self._inner, self._end)
                     setattr(self._model, name, self._installed[name])
             self._activate(True)
 
@@ -95,9 +108,9 @@ class Patches:
 class _Patch:
     """A callable in place of one method of a model. When it is not active, it is that method, except to inner calls."""
 
-    def __init__(self, stock: Callable, run: Run, inner: str):
+    def __init__(self, stock: Callable, run: Run, inner: str, end: End):
         functools.update_wrapper(self, stock)
-        self.active = True
+        self.active, self.end = True, end
         self._stock, self._run, self._inner = stock, run, inner
         self._own_signature = inspect.signature(stock)
         # `generate` refuses arguments that the signature of `forward` does not have.
@@ -113,7 +126,9 @@ class _Patch:
 
     def __reduce_ex__(self, _):
         if self.active:
-            raise UsageError("a model cannot be copied or pickled while it is pruned", "remove the pruning first")
+            raise UsageError(
+                "a model cannot be copied or pickled while it is pruned", "evoprune.remove(model) ends that"
+            )
         return _itself, (self._stock,)
 
 

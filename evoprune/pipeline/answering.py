@@ -23,6 +23,7 @@ from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.view import View
 from evoprune.report import Report, TokenCounts
+from evoprune.text import counted
 from evoprune.video.info import VideoInfo
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
@@ -140,8 +141,9 @@ class EncodedVideo:
 
     def __repr__(self) -> str:
         (count, height, width), sampling = self.plan.grid, self.plan.sampling
+        pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
         return (
-            f"<EncodedVideo {self.view.name!r}: {sampling.frames} frames, {count} frame pairs of {height}x{width} units, "
+            f"<EncodedVideo {self.view.name!r}: {sampling.frames} frames, {pairs}, "
             f"{len(self.encoded.kept):,} of {self.units:,} visual tokens kept>"
         )
 

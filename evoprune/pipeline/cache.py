@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -41,12 +41,15 @@ class Cache:
     """A folder of encoded videos; several processes may use it at a time.
 
     Attributes:
-        folder: made when something is stored.
+        folder: made when something is stored; default: the one of `evoprune ask --cache`.
         limit_bytes: of all entries together; the least recently used are deleted.
     """
 
-    folder: Path
+    folder: Path = field(default_factory=default_folder)
     limit_bytes: int = LIMIT_BYTES
+
+    def __post_init__(self):
+        object.__setattr__(self, "folder", Path(self.folder))
 
     def load(self, key: str, device: torch.device) -> Encoded | None:
         """An entry, or None if there is none or it is damaged.

@@ -34,7 +34,7 @@ class Engine:
         loaded, options = self.loaded, self.options
         return (
             f"<Engine {loaded.id!r} in {loaded.dtype} on {loaded.device}: "
-            f"method {options.method!r}, budget {options.budget}, seed {options.seed}>"
+            f"method {options.method!r}, budget {self.reported_budget}, seed {options.seed}>"
         )
 
     @property

@@ -6,7 +6,7 @@ from functools import wraps
 from inspect import Parameter, signature
 from numbers import Integral, Real
 from os import PathLike
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 from evoprune.errors import UsageError
@@ -21,8 +21,10 @@ KINDS: dict[type, tuple[type, str]] = {
     bool: (bool, "True or False"),
     dict: (Mapping, "a dict"),
     PathLike: (PathLike, "a path"),
+    Callable: (Callable, "a function"),
     NoneType: (NoneType, "None"),
 }
+LEAST, MOST = -(2**63), 2**64 - 1  # of a whole number that torch takes, as a seed for example
 
 
 def brief(value: Any) -> str:
@@ -63,13 +65,23 @@ def check_types(options: Any) -> None:
         UsageError: it names the field, its value, and what it should be.
     """
     for field in fields(options):
-        value, declared = getattr(options, field.name), get_args(field.type)
-        kinds = [field.type] if get_origin(field.type) is dict or not declared else list(declared)
-        wanted = [KINDS.get(get_origin(kind) or kind) for kind in kinds]
-        if None in wanted:
-            continue
-        fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted)
-        if not fits:
-            *first, last = (name for _, name in wanted)
-            right = f"{', '.join(first)} or {last}" if first else last
-            raise UsageError(f"{field.name} is {brief(value)}, not {right}", f"give {right}")
+        check_type(field.name, getattr(options, field.name), field.type)
+
+
+def check_type(name: str, value: Any, declared: Any) -> None:
+    """Checks a value of an option, of which the declared type has kinds of `KINDS` alone. Other types are not checked.
+
+    Raises:
+        UsageError: it names the option, the value, and what it should be.
+    """
+    kinds = get_args(declared) if isinstance(declared, UnionType) else [declared]
+    wanted = [KINDS.get(get_origin(kind) or kind) for kind in kinds]
+    if None in wanted:
+        return
+    *first, last = (each for _, each in wanted)
+    right = f"{', '.join(first)} or {last}" if first else last
+    fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted)
+    if not fits:
+        raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
+    if isinstance(value, Integral) and not LEAST <= value <= MOST:
+        raise UsageError(f"{name} is {value}, which 64 bits cannot hold", "give a smaller number")

@@ -26,7 +26,7 @@ from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, make_method, unpruned
-from evoprune.pipeline.keywords import brief, names_options
+from evoprune.pipeline.keywords import brief, check_type, names_options
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import open_video
@@ -117,6 +117,7 @@ class VideoQA:
         """
         wanted = ModelOptions(model, revision, device, dtype, quantize, load_format, offline, threads)
         pruning = PruneOptions(budget, method, method_args, seed)
+        check_type("progress", progress, Callable | None)
         return load_qa(wanted, pruning, progress=progress, kind=cls)
 
     @property
@@ -170,9 +171,11 @@ class VideoQA:
         """
         if not isinstance(path, str | os.PathLike):
             raise UsageError(f"the video is {brief(path)}, not a path", "give the path of a file or a folder of frames")
+        check_type("name", name, str | None)
+        check_type("progress", progress, Callable | None)
         if not isinstance(cache, Cache | None):
             raise UsageError(
-                f"cache is {brief(cache)}, not a Cache", "give evoprune.pipeline.cache.Cache(folder) or None"
+                f"cache is {brief(cache)}, not a Cache", "give evoprune.Cache(), evoprune.Cache(folder) or None"
             )
         sampling = SamplingOptions(fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder)
         with closing(open_video(self.engine, path, sampling, name=name, cache=cache)) as video:

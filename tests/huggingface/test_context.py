@@ -254,6 +254,32 @@ def test_pruning_a_model_twice_is_refused(model):
     assert not {"forward", "generate"} & vars(model).keys()
 
 
+def test_pruning_that_nobody_holds_can_be_removed(model):
+    with pytest.raises(evoprune.UsageError, match="pruned already") as caught:
+        evoprune.apply(model), evoprune.apply(model)
+    assert "evoprune.remove(model)" in caught.value.hint and "at its start" in caught.value.hint
+    own = functools.wraps(model.forward)(lambda *a, **k: None)
+    pruning, model.forward = model.forward, own
+    evoprune.remove(model)
+    assert vars(model).pop("forward") is own and pruning is not own and "generate" not in vars(model)
+    evoprune.remove(model)
+    with evoprune.EvoPrune(pack=True)(model) as run:
+        evoprune.remove(model)
+        assert run._packed is None and "not active" in repr(run)
+    assert not {"forward", "generate"} & vars(model).keys()
+
+
+def test_what_belongs_to_the_model_is_asked_of_the_model(model):
+    run = evoprune.EvoPrune()(model)
+    with pytest.raises(AttributeError, match=r"no attribute 'generate'; call model\.generate"):
+        run.generate()
+    with pytest.raises(TypeError, match="call the model itself"):
+        run()
+    with pytest.raises(AttributeError, match=r"no attribute 'nope'$"):
+        _ = run.nope
+    assert not hasattr(run, "forward") and hasattr(run, "report")
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: torch.save(model, io.BytesIO())])
 def test_copying_a_model_that_prunes_is_refused(model, copied):
     with evoprune.EvoPrune()(model), pytest.raises(evoprune.UsageError, match="copied or pickled"):
@@ -351,10 +377,13 @@ def refusals(model, prompt):
     yield "second_per_grid_ts", changed(prompt, second_per_grid_ts=torch.ones(3))
     yield "packed", changed(prompt, position_ids=packed)
     yield "past_key_values", changed(prompt, past_key_values=cache)
+    yield "input_ids are of class list, not a tensor", changed(prompt, input_ids=ids.tolist())
+    yield "attention_mask are of class list, not a tensor", changed(prompt, attention_mask=mask.tolist())
+    yield "video_grid_thw are of class list", changed(prompt, video_grid_thw=prompt["video_grid_thw"].tolist())
     yield "encoded already", changed(prompt, pixel_values_videos=None, mm_encoder_outputs=video)
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(15))
 @pytest.mark.parametrize("way", ["generate", "forward"])
 def test_what_cannot_be_pruned_is_refused(model, number, way):
     prompt = processed(model, (5, ("video", 4, 8, 12), 3, ("video", 2, 4, 4), 7))
@@ -416,6 +445,7 @@ def test_the_report_counts_tokens_rows_and_times(model):
     assert 0 < times.encode_prune < times.encode < times.total
     assert (pruning.method, pruning.budget, pruning.positions) == ("evoprune", 0.25, "qwen")
     assert report.sampling.grid_thw is None and report.env.transformers and report.model.dtype == "fp32"
+    assert report.model.id == "Qwen2_5_VLForConditionalGeneration"  # it has no name
 
 
 @pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/guide.md", 2)])

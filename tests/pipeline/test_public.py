@@ -1,5 +1,6 @@
 """The names of `import evoprune`: all there, listed, and free until they are used."""
 
+import pickle
 import pydoc
 import re
 import subprocess
@@ -23,9 +24,13 @@ def demo():
 
 def test_every_public_name_can_be_had_and_is_listed():
     assert set(evoprune.__all__) <= set(dir(evoprune))
-    for name in {*evoprune.__all__} - {"EvoPrune"}:
+    for name in evoprune.__all__:
         assert getattr(evoprune, name).__name__.rpartition(".")[2] == name
-    assert evoprune.EvoPrune.__name__ == "PruningContext"  # a method has the name EvoPrune
+
+
+def test_settings_are_of_the_class_that_users_know():
+    settings = evoprune.EvoPrune(budget=0.1, seed=3)
+    assert f"{type(settings)}" == "<class 'evoprune.EvoPrune'>" and pickle.loads(pickle.dumps(settings)) == settings
 
 
 def options_of(*kinds: type) -> dict[str, object]:
@@ -69,7 +74,9 @@ NETWORK = torch.nn.Linear(2, 2)
 MISTAKES = {
     "VideoQA takes no Linear; to prune a model you hold: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
     "model is of class Linear, not a name; to prune a model you hold": lambda: evoprune.VideoQA.load(NETWORK),
-    "budget is of class Linear, not a share; .*EvoPrune.budget=0.1..model.": lambda: evoprune.EvoPrune(NETWORK),
+    "class Linear is no setting; .*EvoPrune.budget=0.1..model.": lambda: evoprune.EvoPrune(NETWORK),
+    "class Linear is no setting; first the settings": lambda: evoprune.EvoPrune(NETWORK, budget=0.1),
+    "class Linear is no setting; first the": lambda: evoprune.EvoPrune(model=NETWORK),
     r"EvoPrune.budget=0.1, .*has no model yet; with evoprune.EvoPrune\(": lambda: evoprune.EvoPrune(0.1).__enter__(),
     "options are given by name: which is 0.1. known: budget, method": lambda: evoprune.apply(NETWORK, 0.1),
     "options are given by name": lambda: evoprune.encode(NETWORK, torch.zeros(1), torch.zeros(1), 0.1),
@@ -77,6 +84,9 @@ MISTAKES = {
     "budget None .*full, high, balanced, fast": lambda: evoprune.VideoQA.load(budget=None),
     "auto works with VideoQA": lambda: evoprune.EvoPrune("auto"),
     "an object of class int cannot be pruned": lambda: evoprune.apply(3),
+    "an object of class int cannot be pruned; supported": lambda: evoprune.remove(3),
+    "progress is True, not a function or None": lambda: evoprune.VideoQA.load(progress=True),
+    "seed is 1[0-9]{30}, which 64 bits cannot hold": lambda: evoprune.EvoPrune(seed=10**30),
     "unknown dtype 'float64'": lambda: evoprune.VideoQA.load(dtype=torch.float64),
 }
 
@@ -95,9 +105,13 @@ def test_a_video_is_a_path(demo, path):
         demo.encode(path)
 
 
-def test_a_cache_is_no_switch(demo):
-    with pytest.raises(evoprune.UsageError, match="cache is True, not a Cache"):
-        demo.encode("samples/square.mp4", cache=True)
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("cache", True, "True, not a Cache"), ("name", 3, "3, not a text"), ("progress", "x", "'x', not a function")],
+)
+def test_options_of_a_video_are_what_they_should_be(demo, option, value, says):
+    with pytest.raises(evoprune.UsageError, match=f"{option} is {says}"):
+        demo.encode("samples/square.mp4", **{option: value})
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "float32", torch.float32, "torch.float32"], ids=str)
@@ -115,6 +129,18 @@ def test_objects_say_in_a_line_what_they_are(demo):
     assert repr(run) == "<PrunedModel: evoprune at budget 0.1, active>" and repr(run.settings).startswith("EvoPrune(")
     run.remove()
     assert repr(run) == "<PrunedModel: evoprune at budget 0.1, not active>"
+
+
+def test_a_method_that_prunes_nothing_says_so():
+    """Whatever the budget is."""
+    assert "method 'none', budget 1.0, " in repr(evoprune.VideoQA.load("demo", method="none", budget=0.1))
+    pruned = evoprune.EvoPrune(method="none", budget=0.1)(tiny_model())
+    assert repr(pruned) == "<PrunedModel: none at budget 1, not active>"
+
+
+def test_the_cache_of_the_commands_is_a_call_away(monkeypatch, tmp_path):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    assert evoprune.Cache() == evoprune.Cache(str(tmp_path)) == evoprune.Cache(tmp_path)
 
 
 @pytest.mark.parametrize("question", [3, None, b"What?", ["What?"]])
