@@ -87,8 +87,8 @@ class Selection:
         owner: int64 `[N]`, for each unit the index in `kept` of the token whose mean it joins, -1 for none. Every kept unit joins
             its own token. None: each token is the feature of its unit alone.
         weight: float32 `[N]`, the weight of each unit in that mean: at least 0, and above 0 for kept units. None for equal weights.
-        size: float32 `[K]`, the cluster size that the language model assumes: its attention adds log(size) to the logits of the
-            token. None for 1.
+        size: float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to the token's logits:
+            the cluster size, or a power of it. None for 1 each.
     """
 
     kept: torch.Tensor

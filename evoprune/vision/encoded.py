@@ -21,7 +21,8 @@ class Encoded:
         layers: (layer, rows that it computes), summed over the videos.
         prune_seconds: time spent on scores, merging and selection; part of the encoding time.
         flat: whether every frame pair has one colour, so that no unit differs from another.
-        size: float32 `[K]`, the cluster size that the language model's attention assumes for each token; None for 1.
+        size: float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to its logits: in
+            `evoprune` (cluster size) ** count, that is the square root by default. None for 1 each.
     """
 
     features: torch.Tensor
