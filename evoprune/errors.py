@@ -105,7 +105,7 @@ def _package(module: str) -> str:
 def _plugin_error(problem: BaseException) -> PluginError | None:
     """The error for an unexpected exception in the code of another package's method; None for any other."""
     brought = None if isinstance(problem, EvopruneError) or is_out_of_memory(problem) else _plugin_of(problem)
-    hint = "report it to that package's authors, with the traceback (--debug); or choose another method"
+    hint = "report it to that package's authors, with the traceback, which --debug prints; or choose another method"
     return PluginError(f"{brought} failed: {type(problem).__name__}: {first_line(problem)}", hint) if brought else None
 
 
@@ -127,7 +127,7 @@ def error_record(problem: BaseException) -> dict:
     elif named := _plugin_error(problem):
         problem = named
     elif not isinstance(problem, EvopruneError):
-        hint = "this is a bug; run again with --debug and report what it prints"
+        hint = "this is a bug; report it with its traceback, which --debug prints"
         problem = EvopruneError(f"{type(problem).__name__}: {first_line(problem)}", hint)
     return {
         "code": problem.exit_code,

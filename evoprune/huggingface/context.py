@@ -13,7 +13,7 @@ size is.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
@@ -38,8 +38,6 @@ from evoprune.report import Report
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
 INNER = "evoprune_inside"  # argument of the calls of `forward` that `generate` makes; nothing is pruned in those again
-
-
 SWITCH = "this object only says how long the model prunes"
 
 
@@ -197,13 +195,15 @@ class PrunedModel:
         budget = self._method.reported_budget(self._share)  # 1.0 for a method that prunes nothing
         return f"<PrunedModel: {self.settings.method} at budget {budget:g}, {state}>"
 
-    def __getattr__(self, name: str) -> NoReturn:
-        problem = f"{type(self).__name__!r} object has no attribute {name!r}"
-        known = hasattr(vars(self).get("model"), name)
-        raise AttributeError(f"{problem}; call model.{name}: {SWITCH}" if known else problem)
+    if not TYPE_CHECKING:  # a type checker would believe that every name is there
 
-    def __call__(self, *_, **__) -> NoReturn:
-        raise TypeError(f"call the model itself: {SWITCH}")
+        def __getattr__(self, name: str):
+            problem = f"{type(self).__name__!r} object has no attribute {name!r}"
+            known = hasattr(vars(self).get("model"), name)
+            raise AttributeError(f"{problem}; take model.{name}: {SWITCH}" if known else problem)
+
+        def __call__(self, *_, **__):
+            raise TypeError(f"call the model itself: {SWITCH}")
 
     @property
     def report(self) -> Report:

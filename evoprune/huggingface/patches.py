@@ -20,6 +20,8 @@ TWICE = (
     "a service calls evoprune.apply(model, ...) once, at its start"
 )
 
+LOCK = threading.Lock()  # one for all patches: two threads may begin to prune one model at the same time
+
 
 def end_of(model, names: Iterable[str]) -> End | None:
     """What ends the pruning of a model, of which these methods are replaced; None if it is not pruned."""
@@ -42,7 +44,7 @@ class Patches:
         self._model, self._runs, self._inner, self._end = model, runs, inner, end
         self._installed: dict[str, _Patch] = {}
         self._replaced: dict[str, Any] = {}
-        self._lock, self._calls = threading.Lock(), 0
+        self._calls = 0
 
     def install(self) -> None:
         """Replaces the methods; does nothing if they are replaced already.
@@ -50,7 +52,7 @@ class Patches:
         Raises:
             UsageError: other `Patches` are installed in the model.
         """
-        with self._lock:
+        with LOCK:
             if not self._installed:
                 if end_of(self._model, self._runs):
                     raise UsageError("this model is pruned already", TWICE)
@@ -67,19 +69,19 @@ class Patches:
         What other code has put on top of a replaced method since stays, and calls the model's own method from now on. Inner calls
         of calls that still run in other threads are served until those end.
         """
-        with self._lock:
+        with LOCK:
             self._activate(False)
             self._restore()
 
     @contextmanager
     def outer_call(self) -> Iterator[None]:
         """The time of a call that makes inner calls."""
-        with self._lock:
+        with LOCK:
             self._calls += 1
         try:
             yield
         finally:
-            with self._lock:
+            with LOCK:
                 self._calls -= 1
                 self._restore()
 

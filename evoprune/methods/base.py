@@ -73,7 +73,7 @@ class Method:
         """
         raise UsageError(
             f"method {self.name} cannot let the content decide the budget",
-            "give a share (-b 0.25), or take --method evoprune",
+            "give a share such as 0.25, or take method evoprune",
         )
 
     def acts_at(self, budget: float) -> bool:

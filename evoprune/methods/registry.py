@@ -190,7 +190,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
 
 def _broken(entry: EntryPoint, what: str) -> UsageError:
-    hint = "repair or uninstall that package, or choose another --method"
+    hint = "repair or uninstall that package, or choose another method"
     return UsageError(f"{_named(entry)} {what}", hint)
 
 

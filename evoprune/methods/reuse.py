@@ -40,7 +40,7 @@ class Reuse(Method):
     def automatic(self) -> "Reuse":
         raise UsageError(
             f"method {self.name}+{self.then.name} cannot let the content decide the budget",
-            "give a share (-b 0.25), or take --method evoprune",
+            "give a share such as 0.25, or take method evoprune",
         )
 
     @property

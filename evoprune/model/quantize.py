@@ -145,9 +145,9 @@ def check(kind: str, device: torch.device) -> None:
     if kind == "none":
         return
     if device.type != "cpu":
-        raise UsageError(f"--quantize {kind} works on the CPU, not on {device}", "leave --quantize out")
+        raise UsageError(f"quantize {kind} works on the CPU, not on {device}", "leave quantize out")
     if not (_int8_is_exact() if kind == "int8" else hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")):
-        raise UsageError(f"this PyTorch has no exact {kind} products for this CPU", "leave --quantize out")
+        raise UsageError(f"this PyTorch has no exact {kind} products for this CPU", "leave quantize out")
 
 
 @lru_cache

@@ -59,7 +59,7 @@ class Answer(Iterator[str]):
 
     def __next__(self) -> str:
         with self._lock:
-            if self._problem:  # the generator has ended, as if the answer were complete
+            if self._problem is not None:  # the generator has ended, as if the answer were complete
                 raise _once_more(self._problem)
             try:
                 return next(self._pieces)
@@ -70,7 +70,7 @@ class Answer(Iterator[str]):
                 self.report.finish_reason, self.report.error = "error", error_record(problem)
                 raise
             except BaseException:
-                self.report.finish_reason = "interrupt"
+                self.report.finish_reason = self.report.finish_reason or "interrupt"
                 raise
 
     @property

@@ -273,7 +273,7 @@ def test_pruning_that_nobody_holds_can_be_removed(model):
 
 def test_what_belongs_to_the_model_is_asked_of_the_model(model):
     run = evoprune.EvoPrune()(model)
-    with pytest.raises(AttributeError, match=r"no attribute 'generate'; call model\.generate"):
+    with pytest.raises(AttributeError, match=r"no attribute 'generate'; take model\.generate"):
         run.generate()
     with pytest.raises(TypeError, match="call the model itself"):
         run()

@@ -1,11 +1,13 @@
 """Several threads call one model that prunes."""
 
-from threading import Barrier, Event, Thread
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError, Event, Thread
 
 import pytest
 import torch
 
 import evoprune
+from evoprune.huggingface import patches
 from tests.prompts import processed
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_model
@@ -93,6 +95,28 @@ def test_a_generate_that_runs_while_others_begin_or_the_pruning_ends_is_not_dist
     thread.join()
     assert torch.equal(made[0], expected) and not torch.equal(expected, whole)
     assert not {"generate", "forward"} & vars(model).keys()
+
+
+def test_of_two_threads_that_begin_to_prune_a_model_at_once_one_is_refused(model, monkeypatch):
+    found, both, refused = patches.end_of, Barrier(2), []
+
+    def slow(*args):
+        end = found(*args)
+        with suppress(BrokenBarrierError):
+            both.wait(0.3)
+        return end
+
+    def begin():
+        try:
+            evoprune.apply(model)
+        except evoprune.UsageError as problem:
+            refused.append(problem.message)
+
+    monkeypatch.setattr(patches, "end_of", slow)
+    for thread in started(begin, begin):
+        thread.join()
+    evoprune.remove(model)
+    assert refused == ["this model is pruned already"] and not {"generate", "forward"} & vars(model).keys()
 
 
 def test_each_thread_reads_the_report_of_its_own_call(model):

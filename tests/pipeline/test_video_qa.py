@@ -3,8 +3,9 @@
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 
@@ -16,6 +17,7 @@ from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import build_prompt
 from evoprune.model.weights import shared
+from evoprune.pipeline.answering import Answer
 from evoprune.pipeline.estimate import estimate_first_token
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.loading.weights import make_ready
@@ -199,6 +201,21 @@ def test_an_answer_that_failed_never_looks_complete(loaded, passes, problem):
     made.close()
     assert (made.report.finish_reason, made.report.answer) == ("error", "".join(before) if before else None)
     assert made.report.error == error_record(problem) and "error" in repr(made)
+
+
+def test_an_answer_that_failed_holds_no_memory_of_what_it_computed():
+    seen = []
+
+    def pieces():
+        logits = torch.zeros(1)
+        seen.append(weakref.ref(logits))
+        yield from [] if logits.any() else 1 // 0
+
+    made = Answer(Report(), pieces())
+    for _ in range(2):
+        with suppress(ZeroDivisionError):
+            next(made)
+        assert seen[0]() is None and made.report.error
 
 
 @pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
@@ -465,6 +482,7 @@ def test_they_say_in_a_line_what_they_are(loaded):
     assert repr(qa) == f"<VideoQA {loaded.id!r} in fp32 on cpu: method 'evoprune', budget 0.1, seed 3>"
     video = qa.encode(CLIP, name="clip")
     assert repr(video) == ("<EncodedVideo 'clip': 12 frames, 6 frame pairs of 4x6 units, 14 of 144 visual tokens kept>")
+    assert "2 frames, 1 frame pair of 4x6 units" in repr(qa.encode(CLIP, frames=2))
     made = asked(video, n=1)
     assert repr(made) == f"<Answer {made.text!r}, length>"
 

@@ -30,7 +30,7 @@ def test_without_decord_pyav_is_offered(problem, tmp_path, in_process, monkeypat
         monkeypatch.setitem(sys.modules, "decord", None)  # how Python marks a module that cannot be imported
     with pytest.raises(UsageError, match="decord cannot be loaded") as caught:
         choose_decoder("decord")
-    assert "--decoder pyav" in caught.value.hint
+    assert "use decoder pyav" in caught.value.hint
     assert choose_decoder("auto") == "pyav"
 
 
@@ -101,7 +101,7 @@ def test_damage_is_refused_with_a_way_out(name, folder, capfd):
     assert len(numbers(info, times)) == 30
     with pytest.raises(VideoError, match="stops at damage") as caught:
         numbers(info, times, decoder="decord")
-    assert (caught.value.exit_code, caught.value.hint) == (3, "use --decoder pyav")
+    assert (caught.value.exit_code, caught.value.hint) == (3, "use decoder pyav")
     assert capfd.readouterr() == ("", "")
 
 

@@ -237,7 +237,7 @@ def test_decord_reads_no_folders(tmp_path):
     assert choose_decoder("auto", info) == "pyav"
     with pytest.raises(VideoError) as caught:
         read_frames(info, [0.0], decoder="decord")
-    assert (caught.value.exit_code, caught.value.hint) == (3, "use --decoder pyav")
+    assert (caught.value.exit_code, caught.value.hint) == (3, "use decoder pyav")
 
 
 def test_a_folder_that_vanished_is_an_error(tmp_path):

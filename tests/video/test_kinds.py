@@ -39,7 +39,7 @@ def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
             list(read_frames(info, times, decoder=decoder))
         assert caught.value.exit_code == 3
         assert reason in caught.value.message and info.path in caught.value.message
-        assert caught.value.hint == "use --decoder pyav"
+        assert caught.value.hint == "use decoder pyav"
     else:
         first, middle, last = numbers(info, times, decoder=decoder)
         assert (first, last) == (kind.hidden, kind.frames - 1)

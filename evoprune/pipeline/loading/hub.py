@@ -62,9 +62,8 @@ def download(
             return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
         except Exception as problem:
             if local:
-                hint = (
-                    f"where there is a network: hf download {name} --local-dir DIR; then -m DIR. The demo needs neither"
-                )
+                download = f"hf download {name} --local-dir DIR"
+                hint = f"where there is a network: {download}; then DIR is the model. The demo needs neither"
                 raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
             raise ModelError(
                 f"the download of {name} broke off: {first_line(problem)}", "run it again to go on"

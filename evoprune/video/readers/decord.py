@@ -35,7 +35,7 @@ def load() -> ModuleType:
         # PyAV is imported above, before decord: in the other order it would use decord's older libvpx.
         import decord
     except (ImportError, OSError, RuntimeError) as error:  # the latter two: its libraries are missing or do not load
-        raise UsageError(f"decord cannot be loaded: {error}", "use --decoder pyav, or pip install decord") from error
+        raise UsageError(f"decord cannot be loaded: {error}", "use decoder pyav, or pip install decord") from error
     decord.logging.set_level(decord.logging.QUIET)
     return decord
 
@@ -91,7 +91,7 @@ def read(
 
 
 def _refusal(info: VideoInfo, problem: str) -> VideoError:
-    return VideoError(f"decord cannot read {info.path}: {problem}", "use --decoder pyav")
+    return VideoError(f"decord cannot read {info.path}: {problem}", "use decoder pyav")
 
 
 @contextmanager
