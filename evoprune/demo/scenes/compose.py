@@ -19,14 +19,16 @@ FRAMES = (((8, 12), 0.5), ((12, 8), 0.1), ((9, 16), 0.15), ((12, 18), 0.1), ((10
 LENGTHS = ((4, 0.2), (8, 0.4), (12, 0.2), (16, 0.05), (6, 0.1), (10, 0.05))
 FATES = ("stays", "appears", "vanishes", "flashes", "blinks", "turns")
 PLOTS = {
-    "quiet": ((0.79, 0.05, 0.05, 0.11, 0.0, 0.0), 0.3),  # odds of the fates, and share of things that move
-    "arrivals": ((0.4, 0.45, 0.03, 0.12, 0.0, 0.0), 0.1),
-    "departures": ((0.4, 0.03, 0.45, 0.12, 0.0, 0.0), 0.1),
-    "blinks": ((0.5, 0.04, 0.04, 0.12, 0.3, 0.0), 0.1),
-    "changes": ((0.5, 0.04, 0.04, 0.12, 0.0, 0.3), 0.1),
-    "traffic": ((0.8, 0.05, 0.05, 0.1, 0.0, 0.0), 0.5),
+    "quiet": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.3),  # odds of the fates, and share of things that move
+    "arrivals": ((0.6, 0.28, 0.03, 0.09, 0.0, 0.0), 0.1),
+    "departures": ((0.6, 0.03, 0.28, 0.09, 0.0, 0.0), 0.1),
+    "blinks": ((0.65, 0.03, 0.03, 0.09, 0.2, 0.0), 0.1),
+    "changes": ((0.65, 0.03, 0.03, 0.09, 0.0, 0.2), 0.1),
+    "traffic": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.5),
 }
 CUTS = 0.15  # share of videos with two scenes
+PAGES = 0.3  # share of pictures in which almost everything is a sign
+SIGNS = 0.22, 0.85  # share of signs among things, in most clips and in those
 UNITS_PER_THING = (5.0, 12.0)
 MOST = 20
 
@@ -63,13 +65,14 @@ def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: 
     odds, moving = list(PLOTS.values())[int(rng.integers(len(PLOTS)))]
     if pairs < 3 or cut < seconds:
         odds, moving = (1.0, 0, 0, 0, 0, 0), moving if pairs > 1 else 0.0
+    signs = SIGNS[pairs == 1 and rng.random() < PAGES]
     scenes = [(0.0, math.inf)] if cut > seconds else [(0.0, cut), (cut, math.inf)]
     for scene in scenes:
         placer.taken = []
         for number in range(max(2, count // len(scenes))):
             fate = FATES[rng.choice(len(FATES), p=np.array(odds) / sum(odds))]
             # At least one sign in most scenes.
-            sign = rng.random() < (0.7 if number == 0 else 0.22)
+            sign = rng.random() < (max(0.7, signs) if number == 0 else signs)
             placer.add(sign, fate, rng.random() < moving, scene)
     return Clip(
         key, height * 28, width * 28, seconds, pairs, tuple(placer.things), camera, cut,
@@ -113,7 +116,7 @@ class _Placer:
         for _ in range(8):
             look = self._look(sign, turn)
             name = (look["outline"], look["texture"], look["colour"])
-            texts = {t.text for t in self.things} | {t.after for t in self.things if t.is_sign}
+            texts = {text for t in self.things if t.is_sign for text in (t.text, t.after) if text}
             if name in self.names or (sign and {look["text"], look["after"]} & texts):
                 continue
             motion = list(MOTIONS)[int(rng.integers(len(MOTIONS)))] if moves else "still"

@@ -190,7 +190,7 @@ HAPPENING = {
     "camera": Kind(_camera, "motion", 0.7),
 }
 # What is asked of pictures is asked of videos too, less often, and counts as the gist of a clip.
-GIST = {kind: Kind(LOOKING[kind].make, "gist", 0.4 * LOOKING[kind].weight) for kind in LOOKING}
+GIST = {kind: Kind(LOOKING[kind].make, "gist", 0.6 * LOOKING[kind].weight) for kind in LOOKING}
 
 
 def kinds(clip: Clip) -> dict[str, Kind]:
