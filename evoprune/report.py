@@ -151,6 +151,8 @@ class Report:
     `compare` is the record of the same question with nothing pruned, where that was asked for. `agreement` says how far the pruned
     model goes along with that answer: its `tokens`; at how many of them the first choice is the same, `agree`; and KL(full ||
     pruned) in nats a token, `kl` and its 95th percentile `kl_p95`.
+    `subtitles`: what the prompt has of them: their `source`, the `lines` of the part that is looked at, `lines_in_prompt`, and the
+    `tokens` of these; None if there are none.
     `batch`: as one of many, the `row` that was asked and the `settings` it was asked with.
     """
 
@@ -176,6 +178,7 @@ class Report:
     agreement: dict[str, Any] | None = None
     cache: str | None = None
     batch: dict[str, Any] | None = None
+    subtitles: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         """The stats as lines of text, as the command line prints them."""

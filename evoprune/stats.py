@@ -167,15 +167,24 @@ def _verbose(report) -> list[str]:
     env, times, pruning, grid = report.env, report.time_ms, report.pruning, report.sampling.grid_thw
     loads = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "preparing": times.load_prepare}
     pairs, rows, wide = grid or (0, 0, 0)
+    said = report.subtitles
     return [
         *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
         *_wrapped("grid", [counted(pairs, "frame pair"), "of", f"{rows}x{wide}", "patches"] if grid else ["unknown"]),
         *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
         *_wrapped("kept", [f"{n:,}" for n in pruning.kept_per_pair or []]),
+        *([_subtitles(said)] if said else []),
         *_wrapped("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),
         *_wrapped("versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]),
         f"{'device':<11}{env.device_name}",
     ]
+
+
+def _subtitles(said: dict) -> str:
+    """Where they are from, and how much of them is in the prompt."""
+    name = "".join(c if c.isprintable() else "?" for c in said["source"])
+    count = f"{said['lines_in_prompt']:,} of {counted(said['lines'], 'line')}, {counted(said['tokens'], 'token')}"
+    return f"{'subtitles':<11}{shorten(name, WIDTH - 13 - len(count))}: {count}"
 
 
 def _wrapped(title: str, words: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.help_format import HelpAll
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.terminal import check_output, encoding, note, note_tuning, progress
+from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, note_tuning, progress
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions, SamplingOptions
@@ -54,6 +54,8 @@ def ask(
     start: opt.Start = "0",
     end: opt.End = None,
     decoder: opt.Decoder = "auto",
+    subtitles: opt.Subtitles = "none",
+    max_subtitle_tokens: opt.MaxSubtitleTokens = 2048,
     max_new_tokens: opt.MaxNewTokens = 256,
     temperature: opt.Temperature = 0.0,
     top_p: opt.TopP = 1.0,
@@ -160,10 +162,14 @@ def _encode(
     show("reading video")
     sampling, cache = options.sampling, Cache(default_folder()) if request.cache else None
     with closing(open_video(engine, path, sampling, name=request.video, cache=cache)) as opened:
-        text = longest_prompt(engine, opened.view, questions, options.generation) if questions else QUESTION
+        known = opened.view.subtitles
+        text = (
+            longest_prompt(engine, opened.view, questions, options.generation) if questions else QUESTION + known.tokens
+        )
         if not request.quiet:
             if not full:
                 _note_limits(opened.view.full, sampling)
+                note_subtitles(known)
             if not opened.in_cache:
                 _note_wait(engine, opened.view, text, "with nothing pruned " if full else "")
         return opened.encode(encoding(show))
@@ -222,8 +228,9 @@ def _check_flags(given: Mapping[str, Any]) -> "PipelineOptions":
 def _check_video(path: str, sampling: "SamplingOptions") -> None:
     """Checks the video in milliseconds, before torch is imported or weights are read."""
     from evoprune.video.frames import choose_decoder
+    from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
     from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
-    from evoprune.video.probe import probe
+    from evoprune.video.probe import probe, read_subtitles
 
     info = probe(path)
     choose_decoder(sampling.decoder, info)
@@ -231,6 +238,8 @@ def _check_video(path: str, sampling: "SamplingOptions") -> None:
     if numbers["max_visual_tokens"] is None:
         numbers["max_visual_tokens"] = MAX_VISUAL_TOKENS
     make_plan(info, VideoLimits(), **numbers)
+    if sampling.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
+        read_subtitles(info, sampling.subtitles)
 
 
 def _note_wait(engine, view, text: int, how: str) -> None:

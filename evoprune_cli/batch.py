@@ -3,8 +3,10 @@
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
@@ -50,6 +52,8 @@ def batch(
     start: opt.Start = "0",
     end: opt.End = None,
     decoder: opt.Decoder = "auto",
+    subtitles: opt.Subtitles = "none",
+    max_subtitle_tokens: opt.MaxSubtitleTokens = 2048,
     max_new_tokens: opt.MaxNewTokens = 256,
     temperature: opt.Temperature = 0.0,
     top_p: opt.TopP = 1.0,
@@ -73,12 +77,7 @@ def batch(
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
     _check_flags(output, model, engine, address)
-    settings = _settings(
-        model=model, revision=revision, device=device, dtype=dtype, quantize=quantize, load_format=load_format,
-        offline=offline, threads=threads, budget=budget, method=method, method_args=opt.settings(method_arg), seed=seed, fps=fps,
-        frames=frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens, decoder=decoder, system=system,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-    )  # fmt: skip
+    settings = _settings(locals())
     rows = _rows(videos or [], questions or [], source, start, end)
     named = _check_files(rows, source, output, quiet)
     ask = partial(_on_ray, address=address) if engine == "ray" else partial(_here, quiet=quiet)
@@ -151,13 +150,16 @@ def _check_flags(output: str | None, model: str, engine: str, address: str | Non
         raise UsageError("--address is of a Ray cluster", "add --engine ray")
 
 
-def _settings(**given):
-    """The settings. Refuses those that are wrong whatever the model and the videos are."""
+def _settings(given: Mapping[str, Any]):
+    """The settings, of the command's arguments. Refuses those that are wrong whatever the model and the videos are."""
+    from dataclasses import fields
+
     from evoprune.batch.settings import Settings
     from evoprune.language.text import is_text
     from evoprune.video.frames import choose_decoder
 
-    settings = Settings.of(**given)
+    known = {f.name for kind in Settings.KINDS for f in fields(kind)} & given.keys()
+    settings = Settings.of(**{name: given[name] for name in known}, method_args=opt.settings(given["method_arg"]))
     choose_decoder(settings.sampling.decoder)
     if settings.generation.system is not None and not is_text(settings.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
@@ -167,7 +169,7 @@ def _settings(**given):
 def _check_files(rows, source: str | None, output: str, quiet: bool) -> list[str]:
     """As `_check_videos`; also refuses to write into a file that is read."""
     named = _check_videos(rows, quiet)
-    read = [row.path for row in rows] + ([source] if source else [])
+    read = [path for row in rows for path in (row.path, row.subtitles_path) if path] + ([source] if source else [])
     if output != DASH and os.path.realpath(output) in map(os.path.realpath, read):
         raise UsageError(f"{output} is what is to be read", "choose another -o")
     return named

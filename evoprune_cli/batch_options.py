@@ -31,8 +31,8 @@ Source = Annotated[
     typer.Option(
         "--from",
         metavar="FILE|-",
-        help="Instead: JSONL or CSV rows with video, question and perhaps id, start, end, options (in CSV a|b|c), answer. "
-        "Videos are relative to the file; - is stdin, which is read to its end first.",
+        help="Instead: JSONL or CSV rows with video, question and perhaps id, start, end, options (in CSV a|b|c), subtitles, "
+        "answer. Files are relative to the file; - is stdin, which is read to its end first.",
         show_default=False,
         rich_help_panel=_ROWS,
     ),

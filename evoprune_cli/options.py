@@ -185,6 +185,24 @@ End = Annotated[
 Decoder = Annotated[
     str, _option(_SAMPLING, "--decoder", metavar="auto|pyav|decord", help="Library that reads the video; auto is pyav.")
 ]
+Subtitles = Annotated[
+    str,
+    _option(
+        _SAMPLING,
+        "--subtitles",
+        metavar="none|auto|FILE",
+        help="What is said, for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a "
+        "video with a text track.",
+    ),
+]
+MaxSubtitleTokens = Annotated[
+    int,
+    _option(
+        _SAMPLING,
+        "--max-subtitle-tokens",
+        help="Limit of the subtitles: above it, lines are left out, evenly over all.",
+    ),
+]
 
 MaxNewTokens = Annotated[int, _option(_GENERATION, "-n", "--max-new-tokens", help="Longest answer.")]
 Temperature = Annotated[float, _option(_GENERATION, "-t", "--temperature", help="0 is greedy.")]
@@ -283,8 +301,7 @@ def pipeline_options(given: Mapping[str, Any]) -> "PipelineOptions":
         "start_s": parse_time(given["start"]),
         "end_s": parse_time(given["end"]) if given["end"] else None,
     }
-    kinds = (options.ModelOptions, options.PruneOptions, options.SamplingOptions, options.GenerationOptions)
-    known = {f.name for kind in kinds for f in fields(kind)}
+    known = {f.name for kind in options.PipelineOptions.KINDS for f in fields(kind)}
     return options.PipelineOptions.of(**{name: value for name, value in given.items() if name in known})
 
 

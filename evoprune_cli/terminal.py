@@ -12,16 +12,18 @@ from evoprune.errors import UsageError
 from evoprune.language.text import harmless
 from evoprune.report import Report, VideoFacts
 from evoprune.stats import WIDTH, stats_block, summary
-from evoprune.text import clock
+from evoprune.text import clock, counted
 
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:
     from evoprune.pipeline.engine import Engine
+    from evoprune.pipeline.subtitles import PromptSubtitles
 
 WARNINGS = {
     "equal_scores": "every frame is one even colour, so which units were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
+    "subtitles_encoding": "the file of subtitles is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",
     "damaged_video": "the video is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
     "replaced by the one before it",
     "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
@@ -171,6 +173,17 @@ def _folded(text: str, indent: int) -> list[str]:
     return textwrap.wrap(
         text, max(columns(), 30), subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
     )
+
+
+def note_subtitles(found: "PromptSubtitles") -> None:
+    """Says on stderr which subtitles are in the prompt, if any were asked for, and how many of their lines."""
+    if found.source is not None:
+        count = counted(found.lines, "line")
+        if found.lines_in_prompt < found.lines:
+            count = f"{found.lines_in_prompt:,} of {count} (--max-subtitle-tokens)"
+        tell(f"subtitles: {found.source}, {count}")
+    elif found.note:
+        tell(f"note: no subtitles: {found.note}")
 
 
 def note_tuning(engine: "Engine") -> None:

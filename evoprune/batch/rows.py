@@ -17,6 +17,7 @@ from evoprune.batch.table import read_file, read_lines
 from evoprune.batch.wrong import Wrong
 from evoprune.errors import UsageError
 from evoprune.language.text import is_text
+from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
 from evoprune.video.sampling import parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
@@ -31,6 +32,7 @@ class Row:
         video: the video's path as the user wrote it. `path`: the path that opens it.
         start_s, end_s: the span to look at, in seconds, below 0 from the video's end; `end_s` is None for the end.
         options: the texts to choose from; empty for an open question.
+        subtitles: those to read, as the user wrote it; None for those of the batch. `subtitles_path`: the same, to open it.
         answer: the expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
         type, groups: in an evaluation, the names under which the row is counted.
     """
@@ -42,6 +44,8 @@ class Row:
     start_s: float = 0.0
     end_s: float | None = None
     options: tuple[str, ...] = ()
+    subtitles: str | None = None
+    subtitles_path: str | None = None
     answer: Any = None
     type: str | None = None
     groups: tuple[str, ...] = ()
@@ -59,7 +63,8 @@ class Row:
     def asked(self) -> dict[str, Any]:
         """The fields that the model's answer depends on, as plain data."""
         facts = {name: getattr(self, name) for name in ("video", "question", "start_s", "end_s")}
-        return facts | {"options": list(self.options)}
+        own = {} if self.subtitles is None else {"subtitles": self.subtitles}  # else as before there were any
+        return facts | {"options": list(self.options)} | own
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,12 @@ class Rules:
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
 
 
-BATCH = Rules("a row has video and question, and may have id, start, end, options and answer")
+BATCH = Rules("a row has video and question, and may have id, start, end, options, subtitles and answer")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A span of a video, encoded once for all `rows` that ask about it. There is at least one row."""
+    """A span of a video with its subtitles, encoded once for all `rows` that ask about it. There is at least one row."""
 
     rows: tuple[Row, ...]
 
@@ -96,16 +101,18 @@ class Span:
         return self.rows[0].path
 
     @property
-    def range(self) -> dict[str, float | None]:
+    def sampling(self) -> dict[str, Any]:
         """The fields of `SamplingOptions` that a row gives."""
-        return {"start_s": self.rows[0].start_s, "end_s": self.rows[0].end_s}
+        row = self.rows[0]
+        own = {} if row.subtitles_path is None else {"subtitles": row.subtitles_path}
+        return {"start_s": row.start_s, "end_s": row.end_s} | own
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
     """Rows that share an encoding, together. Videos, their spans, and the rows of each keep the order of their first rows."""
     videos: dict[str, dict[tuple, list[Row]]] = {}
     for row in rows:
-        videos.setdefault(row.path, {}).setdefault((row.start_s, row.end_s), []).append(row)
+        videos.setdefault(row.path, {}).setdefault((row.start_s, row.end_s, row.subtitles_path), []).append(row)
     return [Span(tuple(found)) for spans in videos.values() for found in spans.values()]
 
 
@@ -153,7 +160,8 @@ def read_rows(
     """The rows of a JSONL or CSV file.
 
     Fields are `video` (relative to `folder`) and `question`, and optionally `id`, `start` and `end` (seconds, or texts like
-    1:30; below 0 from the video's end), `options` (in CSV separated by |) and `answer`. Other fields are left to `rules`.
+    1:30; below 0 from the video's end), `options` (in CSV separated by |), `subtitles` ("none", "auto" or a file, relative to
+    `folder`) and `answer`. Other fields are left to `rules`.
     Null, or an empty cell, counts as missing.
 
     Args:
@@ -202,6 +210,8 @@ class _Reader:
         start, end = _seconds(fields, "start"), None if fields["end"] is None else _seconds(fields, "end")
         _check_span(start, end)
         video = _filled(fields, "video")
+        subtitles = _filled(fields, "subtitles") if "subtitles" in fields else None
+        named = subtitles in (None, NO_SUBTITLES, AUTO_SUBTITLES)
         row = Row(
             id="",
             video=video,
@@ -210,6 +220,8 @@ class _Reader:
             start_s=start,
             end_s=end,
             options=_options(fields),
+            subtitles=subtitles,
+            subtitles_path=subtitles if named else os.path.join(self._folder, subtitles),
             answer=fields.get("answer"),
         )
         row = self._rules.complete(row, fields)

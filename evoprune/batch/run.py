@@ -50,7 +50,7 @@ def _prepared(
 
     for span in spans:
         try:
-            sampling = replace(settings.sampling, **span.range)
+            sampling = replace(settings.sampling, **span.sampling)
             video = open_video(qa.engine, span.path, sampling, name=span.video, cache=cache)
             video.begin()
         except Exception as problem:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import ModelError
 from evoprune.model.limits import check_libraries
-from evoprune.pipeline.options import PipelineOptions
+from evoprune.pipeline.options import MAX_SUBTITLE_TOKENS, PipelineOptions
 from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import TUNED
+from evoprune.video.info import NO_SUBTITLES
 
 if TYPE_CHECKING:
     from evoprune.pipeline.loading.found import FoundModel
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # What an answer does not depend on, or what each row says itself.
 NOT_RECORDED = ("device", "offline", "threads", "start_s", "end_s")
+# Options that earlier versions did not have: without them their outputs can be resumed.
+UNLESS_GIVEN = {"subtitles": NO_SUBTITLES, "max_subtitle_tokens": MAX_SUBTITLE_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -61,4 +64,7 @@ class Settings(PipelineOptions):
     def record(self) -> dict[str, Any]:
         """All of it as flat data for JSON, as records hold it."""
         both = asdict(self.model) | asdict(self.pruning) | asdict(self.sampling) | asdict(self.generation)
-        return {name: value for name, value in both.items() if name not in NOT_RECORDED}
+        recorded = {name: value for name, value in both.items() if name not in NOT_RECORDED}
+        return {
+            name: value for name, value in recorded.items() if name not in UNLESS_GIVEN or value != UNLESS_GIVEN[name]
+        }

@@ -40,6 +40,8 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
     groups, kind = fields.get("groups", []), fields.get("type")
     if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
         raise ValueError("groups is not a list of texts")
+    if row.subtitles is not None:
+        raise ValueError("subtitles are not read in an evaluation")
     answer = _answer(row)
     return replace(row, answer=answer, type=None if kind is None else str(kind), groups=tuple(groups))
 

@@ -27,8 +27,8 @@ class Prompt:
         input_ids: int64 `[L]`.
         video_start: index of the first video placeholder.
         visual_tokens: N, the number of consecutive placeholders from there.
-        prefix_length: number of leading ids that do not depend on the question, up to and including `<|vision_end|>`. Their keys
-            and values serve every question about the same video (with the same system prompt).
+        prefix_length: number of leading ids that do not depend on the question, up to and including `<|vision_end|>`, and where
+            possible the subtitles. Their keys and values serve every question about the same video (with the same system prompt).
     """
 
     input_ids: torch.Tensor
@@ -42,14 +42,17 @@ class Prompt:
         return len(self.input_ids) - self.visual_tokens
 
 
-def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, system: str | None = None) -> Prompt:
-    """The prompt of one user turn: the video, then the question, up to where the answer begins.
+def build_prompt(
+    tokenizer: Tokenizer, question: str, visual_tokens: int, *, system: str | None = None, subtitles: str = ""
+) -> Prompt:
+    """The prompt of one user turn: the video, then the subtitles and the question, up to where the answer begins.
 
     Args:
         tokenizer: with Qwen's special tokens and chat template.
         question: taken literally.
         visual_tokens: N of the unpruned video, at least 1.
         system: a system prompt, taken literally; None leaves it to the template.
+        subtitles: what is said in the video, taken literally; the question follows without a space.
 
     Returns:
         The same ids as tokenising the rendered conversation at once, if the user's text holds no special token.
@@ -67,7 +70,7 @@ def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, sys
     if VIDEO_TOKEN not in specials or VIDEO_TOKEN in after or _QUESTION in before or _QUESTION not in after:
         raise _unusable(tokenizer, "it does not write one video and then the question")
 
-    words = {_QUESTION: question, _SYSTEM: system or ""}
+    words = {_QUESTION: subtitles + question, _SYSTEM: system or ""}
     check_text(question, system)
     ids, video_start, prefix_length = [], 0, 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
@@ -79,12 +82,19 @@ def build_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int, *, sys
         elif piece in specials:
             ids.append(specials[piece])
         else:
-            if _QUESTION in piece:
-                prefix_length = len(ids)
             # In one pass, so that a placeholder inside the user's words is not replaced.
             text = re.sub(f"{_QUESTION}|{_SYSTEM}", lambda match: words[match[0]], piece)
-            ids += tokenizer.encode(text)
+            encoded = tokenizer.encode(text)
+            if _QUESTION in piece:
+                prefix_length = len(ids) + _shared(tokenizer, encoded, piece.partition(_QUESTION)[0], subtitles)
+            ids += encoded
     return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), video_start, visual_tokens, prefix_length)
+
+
+def _shared(tokenizer: Tokenizer, encoded: list[int], before: str, subtitles: str) -> int:
+    """How many ids of a text are those of what precedes the question in it; 0 if the question's beginning merges with that."""
+    ids = tokenizer.encode(before + subtitles) if subtitles else []
+    return len(ids) if encoded[: len(ids)] == ids else 0
 
 
 def _render(tokenizer: Tokenizer, with_system: bool) -> str:

@@ -21,6 +21,7 @@ def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encode
         env=environment(loaded.device),
         warnings=list(encoding.warnings),
         cache=encoding.cache,
+        subtitles=view.subtitles.record(),
     )
     fill_kept(report, view, encoded)
     report.time_ms.load = None if engine.load_seconds is None else engine.load_seconds * 1000
@@ -31,6 +32,8 @@ def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encode
         report.warnings.append("demo_model")
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")
+    if view.subtitles.guessed:
+        report.warnings.append("subtitles_encoding")
     if encoded.flat:
         report.warnings.append("equal_scores")
     return report

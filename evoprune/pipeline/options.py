@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from evoprune import methods
 from evoprune.errors import UsageError
@@ -15,8 +15,10 @@ from evoprune.language.settings import GenerationSettings
 from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize, parse_threads, short_dtype
 from evoprune.pipeline.keywords import check_types, unknown_option
 from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget_or_name
+from evoprune.video.info import NO_SUBTITLES
 from evoprune.video.sampling import check_sampling
 
+MAX_SUBTITLE_TOKENS = 2048
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
@@ -106,7 +108,7 @@ def check_tuned(budget: float | str, method: str, method_args: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Which frames of a video are looked at.
+    """What of a video is looked at.
 
     Attributes:
         fps: frames a second; None for the model's own rate. `frames`: how many in all, instead; odd numbers round up.
@@ -115,6 +117,8 @@ class SamplingOptions:
         max_visual_tokens: limit before pruning, kept by smaller, then fewer frames; None for 24,576, and for 4,096 where a
             real model runs on a CPU.
         decoder: "auto", "pyav" or "decord", see `video.frames.read_frames`.
+        subtitles: "none", "auto" for those that are beside the video or in it, or a file, see `video.probe.read_subtitles`.
+        max_subtitle_tokens: with more, lines are left out.
 
     Raises:
         UsageError: a number that makes no sense, or fps and frames together.
@@ -127,15 +131,23 @@ class SamplingOptions:
     max_frames: int | None = None
     max_visual_tokens: int | None = None
     decoder: str = "auto"
+    subtitles: str | PathLike = NO_SUBTITLES
+    max_subtitle_tokens: int = MAX_SUBTITLE_TOKENS
 
     def __post_init__(self):
         check_types(self)
+        object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
+        if not self.subtitles:
+            raise UsageError("subtitles is empty", "none, auto or a file")
+        if self.max_subtitle_tokens < 1:
+            raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
         check_sampling(**self.numbers)
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Everything but the decoder: what `video.plan.make_plan` takes."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "decoder"}
+        """How frames are chosen: what `video.plan.make_plan` takes."""
+        others = ("decoder", "subtitles", "max_subtitle_tokens")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,8 @@ class PipelineOptions:
     sampling: SamplingOptions
     generation: GenerationOptions
 
+    KINDS: ClassVar[tuple[type, ...]] = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+
     @classmethod
     def of(cls, **options) -> Self:
         """Made of the fields of all four.
@@ -194,4 +208,4 @@ class PipelineOptions:
         Raises:
             UsageError: a bad value. TypeError: an unknown option.
         """
-        return cls(*from_keywords(options, ModelOptions, PruneOptions, SamplingOptions, GenerationOptions))
+        return cls(*from_keywords(options, *cls.KINDS))

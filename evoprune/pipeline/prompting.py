@@ -15,11 +15,12 @@ class PromptReader:
     """Reads prompts about one video, one at a time.
 
     Attention is causal: keys and values of what precedes the question do not depend on it. So a later question under the same
-    system prompt uses them again, and only what follows the video is read.
+    system prompt uses them again, and only what follows the video, and mostly its subtitles, is read.
     """
 
     def __init__(self, loaded: LoadedModel, view: View):
         self._loaded, self._grid, self._units = loaded, view.plan.grid, view.encoder.units
+        self._subtitles = view.subtitles.text
         self._seconds = view.seconds_per_pair(loaded.video.temporal_patch_size)
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
@@ -35,7 +36,9 @@ class PromptReader:
             UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
         """
         check_question(self._loaded, question)
-        prompt = build_prompt(self._loaded.tokenizer, question, self._units, system=options.system)
+        prompt = build_prompt(
+            self._loaded.tokenizer, question, self._units, system=options.system, subtitles=self._subtitles
+        )
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
         check_memory(self._loaded, prompt.text_tokens, kept)
         return prompt
@@ -51,17 +54,23 @@ class PromptReader:
         )
         positions = positions[:, columns]
         sizes = column_sizes(encoded.size, prompt.video_start, len(embeds))
-        cache, known = self._take_prefix(system)
+        shared = prompt.prefix_length - units + len(encoded.kept)
+        cache, known = self._take_prefix(system, shared)
         sizes = None if sizes is None else sizes[known:]
         state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes)
-        self._prefix = system, state.cache, prompt.prefix_length - units + len(encoded.kept)
+        self._prefix = system, state.cache, shared
         return state
 
-    def _take_prefix(self, system: str | None) -> tuple[KVCache | None, int]:
-        """The cache up to the question, and its columns; nothing where there is none for this system prompt."""
+    def _take_prefix(self, system: str | None, shared: int) -> tuple[KVCache | None, int]:
+        """The cache up to the question, and its columns; nothing where there is none for this system prompt.
+
+        Args:
+            shared: columns of the new prompt that its question does not change.
+        """
         if self._prefix is None or self._prefix[0] != system:
             self._prefix = None  # frees its memory before the next one is made
             return None, 0
         _, cache, known = self._prefix
+        known = min(known, shared)  # both end with the video or with its subtitles
         cache.crop(known)
         return cache, known

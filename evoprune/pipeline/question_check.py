@@ -23,7 +23,8 @@ def longest_prompt(engine: Engine, view: View, questions: Sequence[str], options
     tokenizer = engine.loaded.tokenizer
     for question in questions:
         check_question(engine.loaded, question)
-    longest = max(build_prompt(tokenizer, each, 1, system=options.system).text_tokens for each in questions)
+    around = {"system": options.system, "subtitles": view.subtitles.text}
+    longest = max(build_prompt(tokenizer, each, 1, **around).text_tokens for each in questions)
     check_context(engine.loaded, longest, view.encoder.keep, options.max_new_tokens)
     if longest > TEXT:
         units_at_once(engine, view, longest)
@@ -61,7 +62,8 @@ def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None
         raise UsageError(
             f"{text:,} tokens of text, {visual:,} visual tokens and an answer of up to {new:,} tokens do not fit into the "
             f"{context:,} tokens of this model's context",
-            "ask a shorter question, or for a shorter answer (-n, max_new_tokens), or keep fewer visual tokens (-b, budget)",
+            "ask a shorter question, or for a shorter answer (-n, max_new_tokens), or keep fewer visual tokens (-b, budget) "
+            "or subtitles (--max-subtitle-tokens)",
         )
 
 

@@ -30,9 +30,10 @@ from evoprune.pipeline.keywords import brief, check_type, names_options
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import open_video
-from evoprune.pipeline.options import HELD, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.options import HELD, MAX_SUBTITLE_TOKENS, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT
+from evoprune.video.info import NO_SUBTITLES
 
 
 class VideoQA:
@@ -146,6 +147,8 @@ class VideoQA:
         max_frames: int | None = None,
         max_visual_tokens: int | None = None,
         decoder: str = "auto",
+        subtitles: str | os.PathLike[str] = NO_SUBTITLES,
+        max_subtitle_tokens: int = MAX_SUBTITLE_TOKENS,
         name: str | None = None,
         cache: Cache | None = None,
         progress: Progress | None = None,
@@ -161,13 +164,16 @@ class VideoQA:
             max_visual_tokens: the most tokens before pruning, kept by smaller, then fewer frames; None for 24,576, and for 4,096
                 where a real model runs on a CPU.
             decoder: "auto", "pyav" or "decord".
+            subtitles: "none"; "auto" for a file beside the video, or a text track in it; or a file. They stand in the prompt of
+                every question.
+            max_subtitle_tokens: with more, lines are left out, evenly over all.
             name: what reports call the video; default: its path.
             cache: where encoded videos are kept. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.encode_view`.
 
         Raises:
-            VideoError: missing, unreadable or empty. UsageError: numbers that make no sense. OutOfMemory. TypeError: an unknown
-            option.
+            VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense.
+            OutOfMemory. TypeError: an unknown option.
         """
         if not isinstance(path, str | os.PathLike):
             raise UsageError(f"the video is {brief(path)}, not a path", "give the path of a file or a folder of frames")
@@ -177,7 +183,9 @@ class VideoQA:
             raise UsageError(
                 f"cache is {brief(cache)}, not a Cache", "give evoprune.Cache(), evoprune.Cache(folder) or None"
             )
-        sampling = SamplingOptions(fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder)
+        sampling = SamplingOptions(
+            fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder, subtitles, max_subtitle_tokens
+        )
         with closing(open_video(self.engine, path, sampling, name=name, cache=cache)) as video:
             return video.encode(progress)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
+from evoprune.pipeline.subtitles import PromptSubtitles, prompt_subtitles
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.video.frames import choose_decoder
@@ -27,6 +28,7 @@ class View:
         encoder: what the encoder does with it.
         limited: whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
             them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
+        subtitles: what the prompt has of them.
     """
 
     info: VideoInfo
@@ -36,6 +38,7 @@ class View:
     plan: Plan
     encoder: EncoderPlan
     limited: bool
+    subtitles: PromptSubtitles
 
     @property
     def units(self) -> int:
@@ -61,7 +64,7 @@ def make_view(engine: Engine, path: str | os.PathLike[str], sampling: SamplingOp
     """Probes a file and plans which frames of it are looked at.
 
     Raises:
-        VideoError: missing, unreadable or empty. UsageError: an unknown or missing decoder.
+        VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
     """
     info = probe(path)
     decoder = choose_decoder(sampling.decoder, info)
@@ -72,7 +75,10 @@ def make_view(engine: Engine, path: str | os.PathLike[str], sampling: SamplingOp
     full = make_plan(info, loaded.video, **numbers)
     encoder = _encoder_plan(engine, full)
     plan = full.shrunk(encoder.grid, loaded.video)
-    return View(info, name or info.path, decoder, full, plan, encoder, _limited(full, sampling))
+    subtitles = prompt_subtitles(
+        loaded.tokenizer, info, full.sampling, sampling.subtitles, sampling.max_subtitle_tokens
+    )
+    return View(info, name or info.path, decoder, full, plan, encoder, _limited(full, sampling), subtitles)
 
 
 def _limited(plan: Plan, sampling: SamplingOptions) -> bool:

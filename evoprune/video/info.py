@@ -1,12 +1,17 @@
-"""What is known about a video: `VideoInfo` from its metadata, `ScanResult` from decoding all of it."""
+"""What is known about a video: `VideoInfo` from its metadata, `ScanResult` from decoding all of it,
+`Subtitles` from its tracks and the files beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Default frame rate of a folder of images: the rate at which frames for Qwen2.5-VL are usually extracted.
 FOLDER_FPS = 2.0
 # What the comment of a clip says: of the world that the demo model knows, and of the other one, which it does not.
 DEMO_TAG = "evoprune demo clip"
 SCENES_TAG = "evoprune scenes clip"
+# What else than a file subtitles can be asked from: nowhere, or wherever there are any.
+NO_SUBTITLES, AUTO_SUBTITLES = "none", "auto"
+
+SubtitleLine = tuple[float, float, str]  # start and end in seconds from the first frame, and what is said
 
 
 @dataclass(frozen=True)
@@ -85,3 +90,20 @@ class ScanResult:
     keyframe_median_s: float
     keyframe_max_s: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Subtitles:
+    """Subtitles of a video.
+
+    Attributes:
+        source: the file, or the track in the video; None if there are none.
+        lines: by start, each without markup and line breaks.
+        guessed: whether the file's encoding is a guess, cp1252.
+        note: why there are none.
+    """
+
+    source: str | None = None
+    lines: list[SubtitleLine] = field(default_factory=list)
+    guessed: bool = False
+    note: str | None = None

@@ -1,11 +1,11 @@
-"""What is in a video: `probe` reads its metadata, `scan` decodes all of it."""
+"""What is in a video: `probe` reads its metadata, `scan` decodes all of it, `read_subtitles` reads what is said in it."""
 
 import os
 
-from evoprune.video.info import FOLDER_FPS, ScanResult, VideoInfo
+from evoprune.video.info import FOLDER_FPS, ScanResult, Subtitles, VideoInfo
 from evoprune.video.sandbox.isolation import run_task
 
-__all__ = ["VideoInfo", "probe", "scan"]
+__all__ = ["VideoInfo", "probe", "read_subtitles", "scan"]
 
 
 def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> VideoInfo:
@@ -42,3 +42,20 @@ def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Sca
     """
     path = os.fspath(path)
     return ScanResult(**run_task("scan", path, {"path": path, "folder_fps": folder_fps}))
+
+
+def read_subtitles(info: VideoInfo, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
+    """The subtitles whose time overlaps a part of a video.
+
+    Args:
+        info: the video.
+        choice: a file of subtitles (SRT, WebVTT, ASS, SSA), or a video with a text track; or "auto": a file beside the video, else
+            the video's default text track or its only one, else none.
+        start_s, end_s: the part, in seconds from the first frame.
+
+    Raises:
+        VideoError: no such file; or no subtitles in it, pictures of text only, or text of an unknown encoding; see also
+            `isolation.run_task`.
+    """
+    arguments = {"path": info.path, "origin_s": info.start_s, "choice": choice, "start_s": start_s, "end_s": end_s}
+    return Subtitles(**run_task("subtitles", info.path, arguments))

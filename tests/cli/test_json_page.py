@@ -34,6 +34,7 @@ LISTED = (
     "pruning.positions",
     "error.type",
 )  # with all their values
+SAID = {"id": "z", "video": SQUARE, "question": "What?", "subtitles": "auto"}
 TYPES = {"text": str, "integer": int, "number": (int, float), "boolean": bool, "list": list, "object": dict}
 SHORT = ("--frames", "4")
 
@@ -120,7 +121,10 @@ def rows(tmp_path):
 def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
     tune(tiny_folder)
     model = ("-m", str(tiny_folder), "-n", "2", *SHORT, "-b", "tuned")
-    outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", *model).record]
+    subtitles = tmp_path / "said.vtt"
+    subtitles.write_text("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n")
+    outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", "--subtitles", str(subtitles), *model).record]
+    rows.write_text(rows.read_text() + json.dumps(SAID) + "\n")
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
 

@@ -97,12 +97,12 @@ def open_video(path: str) -> Iterator[InputContainer]:
 _TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
-def open_bytes(file: BinaryIO) -> InputContainer:
-    """Open what a seekable binary file holds; PyAV raises its own errors."""
+def open_bytes(file: BinaryIO, kind: str | None = None) -> InputContainer:
+    """Open what a seekable binary file holds, of FFmpeg's format `kind` if that is known; PyAV raises its own errors."""
     # FFmpeg gets bytes and no name, because it takes what precedes a colon in a name for a protocol, and %d for a pattern.
     # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
-    return av.open(_Nameless(file), options=options, **_TAGS)
+    return av.open(_Nameless(file), format=kind, options=options, **_TAGS)
 
 
 class _Nameless:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from evoprune.video.info import VideoInfo
-from evoprune.video.readers import decord, folder, heartbeat, metadata, pyav, scan
+from evoprune.video.readers import decord, folder, heartbeat, metadata, pyav, scan, subtitles
 
 
 def check_decord(info: dict[str, Any] | None) -> None:
@@ -17,7 +17,7 @@ def check_decord(info: dict[str, Any] | None) -> None:
 
 
 # Each returns a dataclass or None.
-TASKS = {"probe": metadata.probe, "scan": scan.scan, "check_decord": check_decord}
+TASKS = {"probe": metadata.probe, "scan": scan.scan, "check_decord": check_decord, "subtitles": subtitles.read}
 
 
 class FrameReader:

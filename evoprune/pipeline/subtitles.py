@@ -1,0 +1,93 @@
+"""Subtitles of the part of a video that is looked at, as text that stands in the prompt between the video and the question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evoprune.language.text import is_text
+from evoprune.language.tokenizer import Tokenizer
+from evoprune.video.info import NO_SUBTITLES, SubtitleLine, Subtitles, VideoInfo
+from evoprune.video.probe import read_subtitles
+from evoprune.video.sampling import SamplingPlan
+
+TITLE = "Subtitles:"
+TOKEN_CHARACTERS = 16  # texts with more characters for each token are not encoded to be counted: it might take minutes
+
+
+@dataclass(frozen=True)
+class PromptSubtitles:
+    """What the prompt has of a video's subtitles.
+
+    Attributes:
+        text: in front of the question; empty without subtitles.
+        source: what they were read from; None if there are none.
+        lines, lines_in_prompt: those of the part that is looked at, and those in `text`.
+        tokens: of `text`.
+        guessed: whether the encoding of the file is a guess.
+        note: why there are none, if they were asked for.
+    """
+
+    text: str = ""
+    source: str | None = None
+    lines: int = 0
+    lines_in_prompt: int = 0
+    tokens: int = 0
+    guessed: bool = False
+    note: str | None = None
+
+    def record(self) -> dict[str, Any] | None:
+        """As reports have it."""
+        names = ("source", "lines", "lines_in_prompt", "tokens")
+        return {name: getattr(self, name) for name in names} if self.source is not None else None
+
+
+def prompt_subtitles(
+    tokenizer: Tokenizer, info: VideoInfo, span: SamplingPlan, choice: str, max_tokens: int
+) -> PromptSubtitles:
+    """Reads the subtitles of a span of a video, and fits them into a number of tokens.
+
+    Args:
+        choice: "none", or as of `video.probe.read_subtitles`.
+        max_tokens: with more, lines are left out, evenly over all.
+
+    Raises:
+        VideoError: as `video.probe.read_subtitles`.
+    """
+    if choice == NO_SUBTITLES:
+        return PromptSubtitles()
+    return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), max_tokens)
+
+
+def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
+    """The most lines, evenly over all, that take at most `max_tokens`. No line is cut; longer ones than that are left out."""
+    longest = TOKEN_CHARACTERS * max_tokens
+    lines = [line for line in found.lines if len(line[2]) <= longest and is_text(line[2])]
+    # A line has more than one token, so this many are too many. Then the interval is halved.
+    fits, too_many = 0, min(len(lines), max_tokens) + 1
+    text, tokens = "", 0
+    while too_many - fits > 1:
+        count = (fits + too_many) // 2
+        block = as_text(_evenly(lines, count))
+        needed = len(tokenizer.encode(block)) if len(block) <= longest else max_tokens + 1
+        if needed <= max_tokens:
+            fits, text, tokens = count, block, needed
+        else:
+            too_many = count
+    return PromptSubtitles(text, found.source, len(found.lines), fits, tokens, found.guessed, found.note)
+
+
+def as_text(lines: Sequence[SubtitleLine]) -> str:
+    """The lines with their times, under a title, with an empty line at the end."""
+    return "\n".join([TITLE, *(f"[{_time(start)}] {text}" for start, _, text in lines), "", ""])
+
+
+def _time(seconds: float) -> str:
+    """1:02:03 or 0:06: the second that has begun."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _evenly(lines: Sequence[SubtitleLine], count: int) -> list[SubtitleLine]:
+    """The middle ones of `count` equal shares of the lines."""
+    return [lines[(2 * i + 1) * len(lines) // (2 * count)] for i in range(count)]

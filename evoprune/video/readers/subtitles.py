@@ -1,0 +1,242 @@
+"""Subtitles: files beside a video, and text tracks inside one. FFmpeg parses both; pictures of text are refused."""
+
+import io
+import os
+import re
+import stat
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterable, Iterator
+
+import av
+from av.container import InputContainer
+from av.stream import Discard, Disposition
+from av.subtitles.stream import SubtitleStream
+
+from evoprune.errors import VideoError
+from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
+from evoprune.video.readers import heartbeat
+from evoprune.video.readers.container import MOV, open_bytes, open_video
+
+ENDINGS = (".srt", ".vtt", ".ass", ".ssa")  # of files beside a video, the preferred one first
+LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # between a video's name and the ending: .en, .pt-BR
+TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
+# Bytes of a file of subtitles, and of all text in a track. A film has 0.1 MB; as JSON, text grows up to six times.
+MAX_BYTES = 10 * 2**20
+LONGEST_LINE = 4000  # bytes of a line of an SRT file: FFmpeg breaks longer ones, also inside a character
+LINE_BYTES = 32  # what a line of a track counts beside its text
+HEAD_BYTES = 4096
+# Of letters in Western European text, fewer are outside ASCII. In other scripts read as cp1252, nearly all are.
+MOST_ACCENTED = 0.3
+# A line that comes again so soon, in seconds, is the same line. Between two lines editors leave at least two frames.
+STILL_S = 0.05
+UNPACK = "\\{{}"  # how FFmpeg writes a brace that is text
+BRACE = "\0"  # in its place meanwhile; no text has it
+HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with text subtitles, or none (--subtitles)"
+
+
+def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
+    """See `evoprune.video.probe.read_subtitles`. `origin_s`: the file's own timestamp of the first frame."""
+    file, why = (choice, None) if choice != AUTO_SUBTITLES else _beside(path)
+    try:
+        if file is not None:
+            found = _from_file(file, origin_s if os.path.realpath(file) == os.path.realpath(path) else 0.0)
+            if found.source is None:
+                raise VideoError(f"no subtitles in {file}: {found.note}", HINT)
+        elif os.path.isdir(path):
+            found = Subtitles(note=why or "no file beside the folder")
+        else:
+            found = _from_container(path, origin_s, "")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise VideoError(f"cannot read subtitles from {file or path}: {reason}", HINT) from error
+    if found.source is None:
+        return Subtitles(note=why or found.note)
+    lines = [line for line in found.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
+    return Subtitles(found.source, lines, found.guessed)
+
+
+def _beside(path: str) -> tuple[str | None, str | None]:
+    """The file beside a video that has its name, perhaps with a language if only one has; or why there is none."""
+    path = os.path.normpath(path)
+    folder, name = os.path.split(path)
+    stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
+    exact, others = {}, []
+    with os.scandir(folder or ".") as entries:
+        for entry in entries:
+            heartbeat.alive()
+            front, ending = os.path.splitext(entry.name)
+            if not front.startswith(stem) or ending.lower() not in ENDINGS:
+                continue
+            if front == stem:
+                exact[ending.lower()] = entry.name
+            elif LANGUAGE.fullmatch(front[len(stem) :]):
+                others.append(entry.name)
+    if best := next((exact[ending] for ending in ENDINGS if ending in exact), None):
+        return os.path.join(folder, best), None
+    if len(others) == 1:
+        return os.path.join(folder, others[0]), None
+    return None, f"{len(others)} files beside the video differ in language; name one" if others else None
+
+
+def _from_file(file: str, origin_s: float) -> Subtitles:
+    """All subtitles of a text file, or of a container."""
+    try:
+        found = os.stat(file)
+    except FileNotFoundError:
+        raise VideoError(
+            f"no such file of subtitles: {file}", "check the path; --subtitles auto looks for one"
+        ) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise VideoError(f"{file} is no file of subtitles", HINT)
+    with open(file, "rb") as opened:
+        content = opened.read(HEAD_BYTES)
+        if b"\0" in content and not content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            return _from_container(file, origin_s, f"{file}, ")
+        content += opened.read(MAX_BYTES + 1 - len(content))
+    if len(content) > MAX_BYTES:
+        raise VideoError(
+            f"{file} has more than {MAX_BYTES // 2**20} MiB", "is it a file of subtitles? cut it into pieces"
+        )
+    text, guessed = _decoded(content, file)
+    kind, content = _format(text), text.encode()
+    if kind == "srt" and max(map(len, content.split(b"\n"))) > LONGEST_LINE:
+        raise VideoError(
+            f"{file} has a line of more than {LONGEST_LINE:,} bytes", "is it a file of subtitles? break the line"
+        )
+    with open_bytes(io.BytesIO(content), kind) as container:
+        lines = _lines(_cues(container, container.streams.subtitles[0], 0.0))
+    if not lines:
+        raise VideoError(f"{file} holds no subtitles", HINT)
+    return Subtitles(file, lines, guessed)
+
+
+def _decoded(content: bytes, file: str) -> tuple[str, bool]:
+    """The text of a file, and whether its encoding is a guess."""
+    guessed = False
+    try:
+        if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            text = content.decode("utf-16")
+        else:
+            text = content.removeprefix(BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        text, guessed = _as_cp1252(content), True
+        if text is None:
+            raise VideoError(f"{file} is not UTF-8, nor another text that can be recognised", HINT) from error
+    if "\0" in text:
+        raise VideoError(f"{file} is no text", HINT)
+    return text, guessed
+
+
+def _as_cp1252(content: bytes) -> str | None:
+    """The text if it looks like a Western European one."""
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+    letters = sum(map(str.isalpha, text))
+    accented = sum(map(str.isalpha, re.sub(r"[\x00-\x7f]+", "", text)))
+    proper = text.replace("\n", "").replace("\r", "").replace("\t", "").replace("\xa0", "").isprintable()
+    return text if proper and accented <= MOST_ACCENTED * letters else None
+
+
+def _format(text: str) -> str:
+    """FFmpeg's name of the format."""
+    start = text.lstrip()[:16].lower()
+    return "webvtt" if start.startswith("webvtt") else "ass" if start.startswith("[script info]") else "srt"
+
+
+def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
+    """The default text track of a container, or its only one. `prefix` stands before the track in the source."""
+    with open_video(path) as container:
+        tracks = list(enumerate(container.streams.subtitles, 1))
+        texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
+        default = [each for each in texts if each[1].disposition & Disposition.default]
+        if not default and len(texts) != 1:
+            return Subtitles(note=_why_none(len(tracks), len(texts)))
+        number, stream = (default or texts)[0]
+        if container.format.name == MOV:  # whose index says where the packets of one track are
+            for other in container.streams:
+                if other.index != stream.index:
+                    other.discard = Discard.all
+        lines = _lines(_cues(container, stream, origin_s))
+        language = f" ({stream.language})" if stream.language else ""
+        return Subtitles(f"{prefix}track {number}{language}", lines)
+
+
+def _why_none(tracks: int, texts: int) -> str:
+    if texts:
+        return f"{texts} text tracks, none of them marked as default; extract one, e.g. with ffmpeg"
+    if tracks:
+        return "its subtitles are pictures, which are not read; convert them to text, e.g. with Subtitle Edit"
+    return "no file beside the video, and no text track in it"
+
+
+def _codec(stream: SubtitleStream) -> str | None:
+    return stream.codec_context and stream.codec_context.codec.canonical_name
+
+
+def _cues(
+    container: InputContainer, stream: SubtitleStream, origin_s: float
+) -> Iterator[tuple[float, float, list[str]]]:
+    """The start and the end of each cue, in seconds, and its text lines. Where the container breaks off, they end."""
+    hidden = _codec(stream) in ("ass", "ssa")
+    size = 0
+    try:
+        for count, packet in enumerate(container.demux()):
+            heartbeat.alive()
+            if count > container.size:  # more packets than bytes: the index is a loop
+                return
+            if packet.stream.index != stream.index or packet.pts is None or not packet.size:
+                continue
+            size += packet.size + LINE_BYTES if container.format.name not in ("srt", "webvtt", "ass") else 0
+            if size > MAX_BYTES:
+                raise VideoError(
+                    f"a subtitle track has more than {MAX_BYTES // 2**20} MiB", "--subtitles none, or a file"
+                )
+            start = float(packet.pts * packet.time_base) - origin_s
+            end = start + max(0.0, float((packet.duration or 0) * packet.time_base))
+            yield start, end, [line for text in _decode(packet) for line in _plain(text, hidden)]
+    except (av.error.FFmpegError, IndexError):  # PyAV (18) raises IndexError where damage looks like a new stream
+        return
+
+
+def _decode(packet: av.Packet) -> Iterator[str]:
+    """The texts of a packet as FFmpeg has them: ASS, whatever the format."""
+    try:
+        for subtitle in packet.decode():
+            yield subtitle.ass.split(b",", 8)[-1].decode("utf-8", "replace")
+    except av.error.FFmpegError:  # a damaged packet: the next may be whole
+        return
+
+
+def _plain(text: str, hidden: bool) -> list[str]:
+    """The lines of a text without markup. `hidden`: what is in braces is not displayed, whatever it is."""
+    drawing, pieces = False, []
+    for piece in re.split(r"(\{[^{}]*\})", text.replace(UNPACK, BRACE)):
+        if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
+            if mode := re.search(r"\\p(\d)", piece):  # what follows are the lines of a drawing
+                drawing = mode[1] != "0"
+        elif not drawing:
+            pieces.append(piece)
+    broken = re.sub(r"\\[Nn]", "\n", "".join(pieces)).replace("\\h", " ")
+    plain = broken.replace("\\\u2060", "\\").replace(BRACE, "{")  # FFmpeg's word joiner keeps a backslash literal
+    return [line for line in (" ".join(line.split()) for line in plain.split("\n")) if line]
+
+
+def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
+    """One line for each cue, by start. Rolling captions repeat what is still on screen: it counts once, and lasts longer."""
+    made: list[list] = []
+    on_screen: dict[str, list] = {}  # the line that last held each text
+    for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):
+        heartbeat.alive()
+        new = []
+        for text in texts:
+            before = on_screen.get(text)
+            if before is None or before[1] + STILL_S < start:
+                new.append(text)
+            else:
+                before[1] = max(before[1], end)
+        if new:
+            made.append([start, end, " ".join(new)])
+            on_screen |= dict.fromkeys(new, made[-1])
+    return [(start, end, text) for start, end, text in made]
