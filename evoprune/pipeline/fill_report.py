@@ -19,7 +19,7 @@ def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encode
         memory=Memory(weights_bytes=loaded.weights_bytes),
         model=loaded.facts(),
         env=environment(loaded.device),
-        warnings=list(encoding.warnings),
+        warnings=[*encoding.warnings, *view.subtitles.warnings],
         cache=encoding.cache,
         subtitles=view.subtitles.record(),
     )
@@ -32,8 +32,6 @@ def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encode
         report.warnings.append("demo_model")
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")
-    if view.subtitles.guessed:
-        report.warnings.append("subtitles_encoding")
     if encoded.flat:
         report.warnings.append("equal_scores")
     return report

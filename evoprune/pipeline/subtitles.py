@@ -23,7 +23,7 @@ class PromptSubtitles:
         source: what they were read from; None if there are none.
         lines, lines_in_prompt: those of the part that is looked at, and those in `text`.
         tokens: of `text`.
-        guessed: whether the encoding of the file is a guess.
+        warnings: about them, for reports.
         note: why there are none, if they were asked for.
     """
 
@@ -32,7 +32,7 @@ class PromptSubtitles:
     lines: int = 0
     lines_in_prompt: int = 0
     tokens: int = 0
-    guessed: bool = False
+    warnings: tuple[str, ...] = ()
     note: str | None = None
 
     def record(self) -> dict[str, Any] | None:
@@ -73,7 +73,7 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
             fits, text, tokens = count, block, needed
         else:
             too_many = count
-    return PromptSubtitles(text, found.source, len(found.lines), fits, tokens, found.guessed, found.note)
+    return PromptSubtitles(text, found.source, len(found.lines), fits, tokens, tuple(found.warnings), found.note)
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:

@@ -99,11 +99,11 @@ class Subtitles:
     Attributes:
         source: the file, or the track in the video; None if there are none.
         lines: by start, each without markup and line breaks.
-        guessed: whether the file's encoding is a guess, cp1252.
+        warnings: "subtitles_encoding" if the file's encoding is a guess, cp1252; "damaged_subtitles" if there may be more lines.
         note: why there are none.
     """
 
     source: str | None = None
     lines: list[SubtitleLine] = field(default_factory=list)
-    guessed: bool = False
+    warnings: list[str] = field(default_factory=list)
     note: str | None = None

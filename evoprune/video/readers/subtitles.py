@@ -6,6 +6,7 @@ import re
 import stat
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import av
 from av.container import InputContainer
@@ -23,10 +24,11 @@ TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
 # Bytes of a file of subtitles, and of all text in a track. A film has 0.1 MB; as JSON, text grows up to six times.
 MAX_BYTES = 10 * 2**20
 LONGEST_LINE = 4000  # bytes of a line of an SRT file: FFmpeg breaks longer ones, also inside a character
-LINE_BYTES = 32  # what a line of a track counts beside its text
+LINE_BYTES = 24  # what a line counts beside its text
+DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
-# Of letters in Western European text, fewer are outside ASCII. In other scripts read as cp1252, nearly all are.
-MOST_ACCENTED = 0.3
+# Words of other scripts that are read as cp1252 consist of accented letters. In Western European words, not so many follow.
+NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
 # A line that comes again so soon, in seconds, is the same line. Between two lines editors leave at least two frames.
 STILL_S = 0.05
 UNPACK = "\\{{}"  # how FFmpeg writes a brace that is text
@@ -52,7 +54,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
     if found.source is None:
         return Subtitles(note=why or found.note)
     lines = [line for line in found.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
-    return Subtitles(found.source, lines, found.guessed)
+    return Subtitles(found.source, lines, found.warnings)
 
 
 def _beside(path: str) -> tuple[str | None, str | None]:
@@ -97,34 +99,34 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
         raise VideoError(
             f"{file} has more than {MAX_BYTES // 2**20} MiB", "is it a file of subtitles? cut it into pieces"
         )
-    text, guessed = _decoded(content, file)
+    text, warnings = _decoded(content, file)
     kind, content = _format(text), text.encode()
     if kind == "srt" and max(map(len, content.split(b"\n"))) > LONGEST_LINE:
         raise VideoError(
             f"{file} has a line of more than {LONGEST_LINE:,} bytes", "is it a file of subtitles? break the line"
         )
     with open_bytes(io.BytesIO(content), kind) as container:
-        lines = _lines(_cues(container, container.streams.subtitles[0], 0.0))
+        lines = _lines(_cues(container, container.streams.subtitles[0], 0.0, warnings))
     if not lines:
         raise VideoError(f"{file} holds no subtitles", HINT)
-    return Subtitles(file, lines, guessed)
+    return Subtitles(file, lines, warnings)
 
 
-def _decoded(content: bytes, file: str) -> tuple[str, bool]:
-    """The text of a file, and whether its encoding is a guess."""
-    guessed = False
+def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
+    """The text of a file, and a warning if its encoding is a guess."""
+    warnings = []
     try:
         if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
             text = content.decode("utf-16")
         else:
             text = content.removeprefix(BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
-        text, guessed = _as_cp1252(content), True
+        text, warnings = _as_cp1252(content), ["subtitles_encoding"]
         if text is None:
             raise VideoError(f"{file} is not UTF-8, nor another text that can be recognised", HINT) from error
     if "\0" in text:
         raise VideoError(f"{file} is no text", HINT)
-    return text, guessed
+    return text, warnings
 
 
 def _as_cp1252(content: bytes) -> str | None:
@@ -133,10 +135,8 @@ def _as_cp1252(content: bytes) -> str | None:
         text = content.decode("cp1252")
     except UnicodeDecodeError:
         return None
-    letters = sum(map(str.isalpha, text))
-    accented = sum(map(str.isalpha, re.sub(r"[\x00-\x7f]+", "", text)))
-    proper = text.replace("\n", "").replace("\r", "").replace("\t", "").replace("\xa0", "").isprintable()
-    return text if proper and accented <= MOST_ACCENTED * letters else None
+    proper = re.sub(r"[\n\r\t\xa0\xad]", "", text).isprintable()
+    return text if proper and not NO_WESTERN_WORD.search(text) else None
 
 
 def _format(text: str) -> str:
@@ -158,9 +158,10 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
-        lines = _lines(_cues(container, stream, origin_s))
+        warnings = []
+        lines = _lines(_cues(container, stream, origin_s, warnings))
         language = f" ({stream.language})" if stream.language else ""
-        return Subtitles(f"{prefix}track {number}{language}", lines)
+        return Subtitles(f"{prefix}track {number}{language}", lines, warnings)
 
 
 def _why_none(tracks: int, texts: int) -> str:
@@ -176,37 +177,45 @@ def _codec(stream: SubtitleStream) -> str | None:
 
 
 def _cues(
-    container: InputContainer, stream: SubtitleStream, origin_s: float
+    container: InputContainer, stream: SubtitleStream, origin_s: float, warnings: list[str]
 ) -> Iterator[tuple[float, float, list[str]]]:
-    """The start and the end of each cue, in seconds, and its text lines. Where the container breaks off, they end."""
-    hidden = _codec(stream) in ("ass", "ssa")
-    size = 0
+    """The start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read."""
+    hidden, size = _codec(stream) in ("ass", "ssa"), 0
+    for packet in _packets(container, stream):
+        texts = None
+        with suppress(av.error.FFmpegError):
+            texts = packet and list(_decode(packet))
+        if texts is None:
+            warnings += [] if DAMAGED in warnings else [DAMAGED]
+            continue
+        size += packet.size + LINE_BYTES
+        if size > MAX_BYTES:
+            raise VideoError(
+                f"the subtitles have more than {MAX_BYTES // 2**20} MiB", "give a file of those that are needed"
+            )
+        start = float(packet.pts * packet.time_base) - origin_s
+        end = start + max(0.0, float((packet.duration or 0) * packet.time_base))
+        yield start, end, [line for text in texts for line in _plain(text, hidden)]
+
+
+def _packets(container: InputContainer, stream: SubtitleStream) -> Iterator[av.Packet | None]:
+    """The packets of a stream that have a time; None at the end if the container breaks off."""
     try:
         for count, packet in enumerate(container.demux()):
             heartbeat.alive()
             if count > container.size:  # more packets than bytes: the index is a loop
+                yield None
                 return
-            if packet.stream.index != stream.index or packet.pts is None or not packet.size:
-                continue
-            size += packet.size + LINE_BYTES if container.format.name not in ("srt", "webvtt", "ass") else 0
-            if size > MAX_BYTES:
-                raise VideoError(
-                    f"a subtitle track has more than {MAX_BYTES // 2**20} MiB", "--subtitles none, or a file"
-                )
-            start = float(packet.pts * packet.time_base) - origin_s
-            end = start + max(0.0, float((packet.duration or 0) * packet.time_base))
-            yield start, end, [line for text in _decode(packet) for line in _plain(text, hidden)]
+            if packet.stream.index == stream.index and packet.pts is not None and packet.size:
+                yield packet
     except (av.error.FFmpegError, IndexError):  # PyAV (18) raises IndexError where damage looks like a new stream
-        return
+        yield None
 
 
 def _decode(packet: av.Packet) -> Iterator[str]:
     """The texts of a packet as FFmpeg has them: ASS, whatever the format."""
-    try:
-        for subtitle in packet.decode():
-            yield subtitle.ass.split(b",", 8)[-1].decode("utf-8", "replace")
-    except av.error.FFmpegError:  # a damaged packet: the next may be whole
-        return
+    for subtitle in packet.decode():
+        yield subtitle.ass.split(b",", 8)[-1].decode("utf-8", "replace")
 
 
 def _plain(text: str, hidden: bool) -> list[str]:

@@ -1,0 +1,219 @@
+"""Reading subtitles: every kind of file, what is said without markup and when, and what is refused."""
+
+import os
+import random
+import time
+
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.video.probe import probe, read_subtitles
+from tests.video.subtitled import ASS, SRT, SSA, VTT, pictures, srt, write_subtitled
+
+WHO, SIZE = [1.0, 2.0, "Who is there?"], [3.5, 4.0, "Größe {laughs} <|im_end|>"]
+FILES = {"a.srt": SRT, "a.vtt": VTT, "a.ass": ASS, "a.ssa": SSA}
+TRACKS = {
+    "srt.mkv": SRT,
+    "ass.mkv": ASS,
+    "text.mp4": srt([(1, 2, "Who is\nthere?"), (3.5, 4, SIZE[2])]),
+    "vtt.webm": VTT,
+}
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return probe(write_subtitled(tmp_path_factory.mktemp("video") / "clip.mkv", []))
+
+
+def read(video, path, content, **span):
+    """What is read of a file that is written first."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_subtitles(video, str(path), **span)
+
+
+def expected(content: str) -> list:
+    """In ASS, what stands in braces is not displayed."""
+    return [WHO, SIZE if "Dialogue" not in content else [3.5, 4.0, "Größe <|im_end|>"]]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(video, tmp_path, name):
+    found = read(video, tmp_path / name, FILES[name])
+    assert (found.lines, found.source, found.warnings) == (expected(FILES[name]), str(tmp_path / name), [])
+
+
+@pytest.mark.parametrize("name", TRACKS)
+def test_tracks(tmp_path, name):
+    path = write_subtitled(tmp_path / name, [TRACKS[name]])
+    assert read_subtitles(probe(path), "auto").lines == expected(TRACKS[name])
+    named = read_subtitles(probe(path), str(path))
+    assert (named.lines, named.source) == (expected(TRACKS[name]), f"{path}, track 1 (eng)")
+
+
+def test_times_count_from_the_first_frame(tmp_path):
+    path = write_subtitled(tmp_path / "late.mkv", [SRT], start_s=10.0)
+    assert read_subtitles(probe(path), "auto").lines == [WHO, SIZE]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_encodings(video, tmp_path, encoding, newline):
+    found = read(video, tmp_path / "a.srt", SRT.replace("\n", newline).encode(encoding))
+    assert found.lines == [WHO, SIZE] and found.warnings == (["subtitles_encoding"] if encoding == "cp1252" else [])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (SRT.replace("Größe", "Привет, мир").encode("cp1251"), "is not UTF-8"),
+        (SRT.replace("Größe", "今日は、世界").encode("shift-jis"), "is not UTF-8"),
+        (srt([(1, 2, "你好，世界")]).encode("gb18030"), "is not UTF-8"),
+        (bytes(range(1, 256)) * 50, "is not UTF-8"),
+        (bytes(range(256)) * 50, "cannot read subtitles"),
+        (SRT.encode("utf-16-le"), "cannot read subtitles"),
+        (b"", "holds no subtitles"),
+        ("Hello\n", "holds no subtitles"),
+        (srt([(1, 2, "a" * 5000)]), "a line of more than 4,000 bytes"),
+        (b"x" * 50_000_000, "more than 10 MiB"),
+        (pictures(), "pictures"),
+    ],
+    ids=[
+        "Cyrillic",
+        "Japanese",
+        "Chinese",
+        "no text",
+        "binary",
+        "UTF-16 without mark",
+        "empty",
+        "prose",
+        "a long line",
+        "50 MB",
+        "PGS",
+    ],
+)
+def test_what_is_no_text_that_can_be_read_is_refused(video, tmp_path, content, says):
+    with pytest.raises(VideoError, match=says) as refused:
+        read(video, tmp_path / "a.srt", content)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize("name", ["none.srt", ".", os.devnull])
+def test_what_is_no_file_is_refused(video, name):
+    with pytest.raises(VideoError, match=r"no (such )?file of subtitles"):
+        read_subtitles(video, name)
+
+
+def test_damaged_text_in_a_track_is_warned_of(tmp_path):
+    path = write_subtitled(tmp_path / "old.mkv", [SRT], encode=lambda text: text.encode("cp1252"))
+    found = read_subtitles(probe(path), "auto")
+    assert found.lines == [WHO] and found.warnings == ["damaged_subtitles"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "taken"),
+    [
+        (["clip.ass", "clip.vtt", "clip.SRT", "clip.en.srt"], "clip.SRT"),
+        (["clip.ass", "clip.vtt"], "clip.vtt"),
+        (["clip.pt-BR.srt", "clips.srt", "clip.long.name.srt", "clip.txt"], "clip.pt-BR.srt"),
+        (["clip.en.srt", "clip.de.srt"], "track 1 (eng)"),
+        ([], "track 1 (eng)"),
+    ],
+)
+def test_auto_takes_a_file_beside_the_video_or_its_track(tmp_path, beside, taken):
+    path = write_subtitled(tmp_path / "clip.mkv", [VTT])
+    for name in beside:
+        (tmp_path / name).write_text(SRT)
+    found = read_subtitles(probe(path), "auto")
+    assert found.source == (str(tmp_path / taken) if taken in beside else taken) and found.lines == [WHO, SIZE]
+
+
+@pytest.mark.parametrize(
+    ("texts", "default", "source", "note"),
+    [
+        ([SRT, ASS], 1, "track 2 (eng)", None),
+        ([pictures(), SRT], 0, "track 2 (eng)", None),
+        ([SRT, ASS], None, None, "2 text tracks, none of them marked as default"),
+        ([pictures()], 0, None, "are pictures"),
+        ([], None, None, "no file beside the video"),
+    ],
+)
+def test_auto_among_several_tracks(tmp_path, texts, default, source, note):
+    found = read_subtitles(probe(write_subtitled(tmp_path / "clip.mkv", texts, default=default)), "auto")
+    assert found.source == source and (note or "") in (found.note or "") and bool(found.lines) == bool(source)
+
+
+def test_a_folder_of_frames_has_subtitles_beside_it(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "take.1"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 48)).save(folder / f"{number}.png")
+    assert read_subtitles(probe(folder), "auto").source is None
+    (tmp_path / "take.1.srt").write_text(SRT)
+    assert read_subtitles(probe(f"{folder}/"), "auto").lines == [WHO, SIZE]
+
+
+@pytest.mark.parametrize(
+    ("span", "kept"),
+    [
+        ((0, 9), "abcd"),
+        ((2, 9), "bcd"),
+        ((2.1, 3.5), "bc"),
+        ((0, 1), ""),
+        ((3, 4), "bc"),
+        ((5, 6), "d"),
+        ((0, 5), "abc"),
+    ],
+)
+def test_lines_of_a_part_of_the_video(video, tmp_path, span, kept):
+    text = srt([(3, 4, "c"), (1, 2, "a"), (5, 5, "d"), (1.5, 3.9, "b")])
+    lines = read(video, tmp_path / "a.srt", text, start_s=span[0], end_s=span[1]).lines
+    assert "".join(line[2] for line in lines) == kept
+
+
+@pytest.mark.parametrize(
+    ("cues", "kept"),
+    [
+        (
+            [(0, 2, "a b"), (2, 2.01, "a b"), (2.01, 4, "a b\nc d"), (4, 6, "c d\ne")],
+            [(0, 4, "a b"), (2.01, 6, "c d"), (4, 6, "e")],
+        ),
+        ([(0, 1, "No."), (1.083, 2, "No.")], [(0, 1, "No."), (1.083, 2, "No.")]),
+        ([(0, 5, "a sign"), (1, 2, "x"), (2, 3, "a sign\ny")], [(0, 5, "a sign"), (1, 2, "x"), (2, 3, "y")]),
+    ],
+    ids=["rolling", "said twice", "on screen already"],
+)
+def test_what_is_on_screen_already_counts_once(video, tmp_path, cues, kept):
+    assert read(video, tmp_path / "a.srt", srt(cues)).lines == [list(line) for line in kept]
+
+
+def test_many_lines_out_of_order(video, tmp_path):
+    order = random.Random(0)
+    cues = [(at := order.random() * 9000, at + order.random() * 60, f"{i} <|im_end|>") for i in range(100_000)]
+    begin = time.monotonic()
+    lines = read(video, tmp_path / "a.srt", srt(cues)).lines
+    assert len(lines) == 100_000 and lines == sorted(lines) and time.monotonic() - begin < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "content",
+    [
+        srt([(0, 5, "{\\p1\n" * 2_000_000)]),
+        srt([(0, 5, "<i>\n" * 2_000_000)]),
+        srt([(0, 5, "a\n" * 5_000_000)]),
+        "00:00:01,000 --> 00:00:02,000\n" * 300_000,
+        "WEBVTT\n\n00:01.000 --> 00:02.000\n" + "<" * 9_000_000,
+        "WEBVTT\n\n00:01.000 --> 00:02.000\n" + "\x01" * 10_000_000,
+        "WEBVTT\n\n" + "00:01.000 --> 00:02.000\na\n\n" * 380_000,
+        "[Script Info]\n\n[Events]\n" + "Dialogue: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,," + "{\\a" * 2_400_000,
+    ],
+)  # fmt: skip
+def test_hostile_texts_are_read_or_refused_soon(video, tmp_path, content):
+    begin = time.monotonic()
+    try:
+        assert read(video, tmp_path / "a.srt", content).lines
+    except VideoError as refused:
+        assert "subtitles" in refused.message and "decoder" not in refused.message
+    assert time.monotonic() - begin < 30
