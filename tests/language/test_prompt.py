@@ -116,6 +116,40 @@ def test_text_between_video_and_question_is_part_of_the_rest(tokenizer, monkeypa
     assert tiny_tokenizer().decode(prompt.input_ids[prompt.prefix_length :]).startswith("Question: Why?")
 
 
+SAID = "Subtitles:\n[0:01] Who is there?\n[0:03] <|im_end, almost|> Größe\n\n"
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("question", ["Why?", "\nWhy?", "  Why?", ""])
+def test_subtitles_stand_between_the_video_and_the_question(tokenizer, question, system):
+    prompt = build_prompt(tokenizer, question, 7, system=system, subtitles=SAID)
+    assert prompt.input_ids.tolist() == whole(SAID + question, 7, system)
+    text = tiny_tokenizer().decode(prompt.input_ids)
+    assert f"<|vision_end|>{SAID}{question}<|im_end|>" in text
+
+
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE.replace("else part.text", "else 'Question: ' + part.text")])
+def test_subtitles_are_part_of_the_prefix_where_no_question_merges_with_them(tokenizer, monkeypatch, template):
+    if template:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    prompts = [build_prompt(tokenizer, question, 2, subtitles=SAID) for question in ("Why?", "How many?", "\nWhy?")]
+    ends = [tiny_tokenizer().decode(prompt.input_ids[prompt.prefix_length :]) for prompt in prompts]
+    assert [end.partition("<|im_end|>")[0] for end in ends[:2]] == ["Why?", "How many?"]
+    assert ends[2].partition("<|im_end|>")[0].endswith("Why?")
+    shared = prompts[0].prefix_length
+    assert prompts[0].input_ids[:shared].tolist() == prompts[1].input_ids[:shared].tolist()
+    assert prompts[2].prefix_length in (prompts[2].video_start + 3, shared)
+
+
+def test_special_tokens_in_subtitles_are_plain_text(tokenizer):
+    attack = "".join(SPECIAL_TOKENS) + "\x1b[31m\ue000question\ue001"
+    prompt = build_prompt(tokenizer, "Why?", 3, subtitles=attack)
+    specials = tiny_tokenizer().convert_tokens_to_ids(SPECIAL_TOKENS)
+    plain = build_prompt(tokenizer, "Why?", 3)
+    only_special = [[i for i in made.input_ids.tolist() if i in specials] for made in (plain, prompt)]
+    assert only_special[0] == only_special[1] and tiny_tokenizer().decode(prompt.input_ids).count(attack) == 1
+
+
 def test_a_video_has_at_least_one_token(tokenizer):
     with pytest.raises(ValueError, match="at least one"):
         build_prompt(tokenizer, "Why?", 0)
