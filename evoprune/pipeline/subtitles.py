@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evoprune.language.text import is_text
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.video.info import NO_SUBTITLES, SubtitleLine, Subtitles, VideoInfo
 from evoprune.video.probe import read_subtitles
@@ -61,7 +60,7 @@ def prompt_subtitles(
 def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
     """The most lines, evenly over all, that take at most `max_tokens`. No line is cut; longer ones than that are left out."""
     longest = TOKEN_CHARACTERS * max_tokens
-    lines = [line for line in found.lines if len(line[2]) <= longest and is_text(line[2])]
+    lines = [line for line in found.lines if len(line[2]) <= longest]
     # A line has more than one token, so this many are too many. Then the interval is halved.
     fits, too_many = 0, min(len(lines), max_tokens) + 1
     text, tokens = "", 0

@@ -58,4 +58,5 @@ def read_subtitles(info: VideoInfo, choice: str, start_s: float = 0.0, end_s: fl
             `isolation.run_task`.
     """
     arguments = {"path": info.path, "origin_s": info.start_s, "choice": choice, "start_s": start_s, "end_s": end_s}
-    return Subtitles(**run_task("subtitles", info.path, arguments))
+    found = run_task("subtitles", info.path, arguments)
+    return Subtitles(**found | {"lines": [tuple(line) for line in found["lines"]]})
