@@ -188,6 +188,7 @@ def test_what_is_on_screen_already_counts_once(video, tmp_path, cues, kept):
     assert read(video, tmp_path / "a.srt", srt(cues)).lines == kept
 
 
+@pytest.mark.slow
 def test_many_lines_out_of_order(video, tmp_path):
     order = random.Random(0)
     cues = [(at := order.random() * 9000, at + order.random() * 60, f"{i} <|im_end|>") for i in range(100_000)]

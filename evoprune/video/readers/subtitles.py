@@ -33,7 +33,7 @@ NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
 STILL_S = 0.05
 UNPACK = "\\{{}"  # how FFmpeg writes a brace that is text
 BRACE = "\0"  # in its place meanwhile; no text has it
-HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with text subtitles, or none (--subtitles)"
+HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or none (--subtitles, in Python subtitles)"
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
@@ -86,7 +86,7 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
         found = os.stat(file)
     except FileNotFoundError:
         raise VideoError(
-            f"no such file of subtitles: {file}", "check the path; --subtitles auto looks for one"
+            f"no such file of subtitles: {file}", "check the path; auto looks for one beside the video"
         ) from None
     if not stat.S_ISREG(found.st_mode):
         raise VideoError(f"{file} is no file of subtitles", HINT)
@@ -181,20 +181,22 @@ def _cues(
 ) -> Iterator[tuple[float, float, list[str]]]:
     """The start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read."""
     hidden, size = _codec(stream) in ("ass", "ssa"), 0
+    tick, per = stream.time_base.as_integer_ratio()  # fractions would take half of the time
     for packet in _packets(container, stream):
         texts = None
         with suppress(av.error.FFmpegError):
             texts = packet and list(_decode(packet))
         if texts is None:
-            warnings += [] if DAMAGED in warnings else [DAMAGED]
+            if DAMAGED not in warnings:
+                warnings.append(DAMAGED)
             continue
         size += packet.size + LINE_BYTES
         if size > MAX_BYTES:
             raise VideoError(
                 f"the subtitles have more than {MAX_BYTES // 2**20} MiB", "give a file of those that are needed"
             )
-        start = float(packet.pts * packet.time_base) - origin_s
-        end = start + max(0.0, float((packet.duration or 0) * packet.time_base))
+        start = packet.pts * tick / per - origin_s
+        end = start + max(0, packet.duration or 0) * tick / per
         yield start, end, [line for text in texts for line in _plain(text, hidden)]
 
 
