@@ -132,13 +132,16 @@ def test_subtitles_stand_between_the_video_and_the_question(tokenizer, question,
 def test_subtitles_are_part_of_the_prefix_where_no_question_merges_with_them(tokenizer, monkeypatch, template):
     if template:
         monkeypatch.setattr(tokenizer, "chat_template", template)
-    prompts = [build_prompt(tokenizer, question, 2, subtitles=SAID) for question in ("Why?", "How many?", "\nWhy?")]
-    ends = [tiny_tokenizer().decode(prompt.input_ids[prompt.prefix_length :]) for prompt in prompts]
-    assert [end.partition("<|im_end|>")[0] for end in ends[:2]] == ["Why?", "How many?"]
-    assert ends[2].partition("<|im_end|>")[0].endswith("Why?")
-    shared = prompts[0].prefix_length
-    assert prompts[0].input_ids[:shared].tolist() == prompts[1].input_ids[:shared].tolist()
-    assert prompts[2].prefix_length in (prompts[2].video_start + 3, shared)
+    one, other = (build_prompt(tokenizer, question, 2, subtitles=SAID) for question in ("Why?", "How many?"))
+    assert tiny_tokenizer().decode(one.input_ids[one.prefix_length :]).startswith("Why?<|im_end|>")
+    assert one.prefix_length == other.prefix_length
+    assert one.input_ids[: one.prefix_length].tolist() == other.input_ids[: other.prefix_length].tolist()
+
+
+def test_a_question_that_merges_with_the_subtitles_shares_the_video_alone(tokenizer):
+    apart, merged = (build_prompt(tokenizer, question, 2, subtitles="said: Wh") for question in ("?", "at?"))
+    assert merged.input_ids.tolist() == whole("said: What?", 2, None)
+    assert merged.prefix_length == merged.video_start + 3 < apart.prefix_length
 
 
 def test_special_tokens_in_subtitles_are_plain_text(tokenizer):
