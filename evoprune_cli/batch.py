@@ -79,6 +79,8 @@ def batch(
     _check_flags(output, model, engine, address)
     settings = _settings(locals())
     rows = _rows(videos or [], questions or [], source, start, end)
+    if not quiet:
+        _note_left_out(videos or [])
     named = _check_files(rows, source, output, quiet)
     ask = partial(_on_ray, address=address) if engine == "ray" else partial(_here, quiet=quiet)
     ask, resolved = partial(ask, cache=cache), settings.resolved_here if engine == "ray" else settings.resolved
@@ -168,7 +170,7 @@ def _settings(given: Mapping[str, Any]):
 
 def _check_files(rows, source: str | None, output: str, quiet: bool) -> list[str]:
     """As `_check_videos`; also refuses to write into a file that is read."""
-    named = _check_videos(rows, quiet)
+    named = _check_videos(rows, source is not None, quiet)
     read = [path for row in rows for path in (row.path, row.subtitles_path) if path] + ([source] if source else [])
     if output != DASH and os.path.realpath(output) in map(os.path.realpath, read):
         raise UsageError(f"{output} is what is to be read", "choose another -o")
@@ -183,7 +185,9 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
     span = parse_time(start), parse_time(end) if end else None
     if source is None:
         if not videos or not questions:
-            raise UsageError("no videos" if not videos else "no question", f"give both, or --from FILE: {USAGE}")
+            if videos:
+                raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
+            raise UsageError("no videos", f"give videos and questions, or --from FILE: {USAGE}")
         if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
         return product_rows(videos, questions, *span)
@@ -197,23 +201,32 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
     return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span)
 
 
-def _check_videos(rows, quiet: bool) -> list[str]:
+def _note_left_out(videos: list[str]) -> None:
+    from evoprune.batch.folders import left_out
+
+    for line in filter(None, map(left_out, videos)):
+        tell(line)
+
+
+def _check_videos(rows, in_rows: bool, quiet: bool) -> list[str]:
     """Names missing videos at once, though their rows only fail later. If all are missing, the command is wrong.
 
     Returns:
         The videos that it named.
     """
-    from evoprune.batch.wrong import MISSING
+    from evoprune.batch.wrong import missing_hint
 
     videos = {row.path: row.video for row in rows}
     missing = [path for path in videos if not os.path.exists(path)]
     if len(missing) == len(videos):
         pattern = any(character in missing[0] for character in "*?[")
-        hint = "a pattern that matches nothing stays as it is: no file here has such a name" if pattern else MISSING
+        hint = "a pattern that matches nothing stays as it is: no file here has such a name"
+        hint = hint if pattern else missing_hint(missing[0], in_rows)
         raise VideoError(f"no such file: {some(missing)}", hint)
     if not missing or quiet:
         return []
-    tell(f"missing, so that their rows will fail: {some(missing)} ({len(missing):,} of {len(videos):,} videos)")
+    their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
+    tell(f"no such file: {some(missing)} ({their} will fail)")
     return [videos[path] for path in missing[:SOME]]
 
 

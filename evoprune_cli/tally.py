@@ -73,8 +73,10 @@ class Tally:
         made = self._file.written
         took = f": {clock(seconds)}, {pace(made, seconds)}" if made else ""
         tell(f"{done:,} of {self._total:,} rows answered{before}{failed}{took}")
-        if (problem or self.failed) and self._file.regular:
-            tell("to go on, or to try again what failed: the same command with --resume")
+        if problem and self._file.regular:
+            tell("to go on: the same command with --resume")
+        elif self.failed and self._file.regular:
+            tell("once the cause of a failure is mended, the same command with --resume asks the failed rows again")
 
     def _line(self, done: int) -> str:
         seconds, made = time.monotonic() - self._begun, self._file.written

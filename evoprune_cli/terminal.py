@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from evoprune.pipeline.subtitles import PromptSubtitles
 
 WARNINGS = {
-    "equal_scores": "every frame is one even colour, so which units were merged or kept says nothing",
+    "equal_scores": "{video}: every frame is one even colour, so which units were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
     "damaged_subtitles": "some of the subtitles cannot be decoded and are left out; is their text UTF-8?",
     "subtitles_encoding": "the file of subtitles is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",
-    "damaged_video": "the video is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
+    "damaged_video": "{video} is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
     "replaced by the one before it",
-    "cut_short": "the video breaks off at {ends}, although its file says that it lasts until {stated}",
+    "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
-    "demo_model": "the demo model knows only coloured shapes and digits; its answer about this video means nothing. "
+    "demo_model": "the demo model knows only coloured shapes and digits; {answers} nothing. "
     "For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
-    "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in this video "
+    "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in {video} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
 
@@ -127,11 +127,17 @@ def print_error(message: str, hint: str | None) -> None:
 
 
 def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
-    """Prints a warning about a video; in a batch with its name, and with how many `more` videos it applies to."""
+    """Prints a warning about a video; in a batch with its path, and with how many `more` videos it applies to."""
+    path = video.path if more is not None else os.path.basename(os.path.abspath(video.path))
+    path = "standard input" if video.path == "-" else path
+    answers = f"its answers about {more + 1:,} videos mean" if more else f"its answer about {path} means"
     facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
-    text = WARNINGS.get(name, name).format(**facts)
-    if more is not None:
-        text += f" ({video.path}{f' and {more:,} more' if more else ''})"
+    template = WARNINGS.get(name, name)
+    text = template.format(**facts, video=path, answers=answers)
+    if more is not None and text == template:  # a warning that names no video
+        text += f" ({path}{f' and {more:,} more' if more else ''})"
+    elif more and "{video}" in template:
+        text += f" (and {counted(more, 'more video')})"
     _print_titled("warning:", "33;1", text)
 
 

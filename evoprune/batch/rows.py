@@ -137,7 +137,7 @@ def product_rows(
                 check({what: text}, what)
     with wrong.noting("", "choose an end after the start"):
         _check_span(start_s, end_s)
-    wrong.check(videos)
+    wrong.check(dict.fromkeys(videos, ""))
     reader = _Reader("", start_s, end_s, BATCH)
     for video in videos:
         for question in questions:
@@ -172,7 +172,7 @@ def read_rows(
         UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """
     reader = _Reader(folder, start_s, end_s, rules)
-    for number, fields in read_lines(content, name, ("video", "question"), rules.file):
+    for number, fields in read_lines(content, name, ("video", "question"), rules.fields):
         reader.add(f"{name}, line {number}", number, fields)
     rows = reader.finish(name)
     if not rows:
@@ -200,7 +200,10 @@ class _Reader:
 
     def finish(self, name: str = "") -> list[Row]:
         """All rows; raises UsageError if any was wrong, with the `name` of the file once."""
-        self._wrong.check([row.path for row in self._rows.values()], name)
+        videos: dict[str, str] = {}
+        for row in self._rows.values():
+            videos.setdefault(row.path, f"{self._places[row.id]}: " if name else "")
+        self._wrong.check(videos, name)
         return list(self._rows.values())
 
     def _row(self, number: int, fields: dict[str, Any] | ValueError) -> Row:

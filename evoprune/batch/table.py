@@ -8,10 +8,12 @@ from typing import Any, BinaryIO
 
 from evoprune.errors import UsageError
 from evoprune.strict_json import loads
+from evoprune.text import shorten
 
 LIST_COLUMNS = ("options", "groups")  # columns whose cells in a CSV file are lists
 SEPARATOR = "|"  # between the entries of such a cell
 MAX_BYTES = 2**28  # of a file: all rows are held in memory
+LONGEST_HEAD = 80  # characters of a wrong head that an error shows
 Line = tuple[int, dict[str, Any] | ValueError]  # its number from 1, and its fields or why it has none
 
 
@@ -47,17 +49,17 @@ def read_lines(content: bytes, name: str, required: tuple[str, ...], hint: str) 
 
     Args:
         content: UTF-8, with or without a byte order mark.
-        name, hint: of the file, and what to give instead, for errors.
+        name, hint: of the file, and what it must hold, for errors.
         required: columns without which a CSV file is refused.
 
     Raises:
-        UsageError: the content is not UTF-8.
+        UsageError: the content is not UTF-8, or the head of a CSV file lacks a column.
     """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise UsageError(f"{name} is not UTF-8", hint) from problem
-    return _json_lines(text) if text.lstrip()[:1] in ("{", "[", "") else _csv_lines(text, required)
+        raise UsageError(f"{name} is not UTF-8", "save it as UTF-8") from problem
+    return _json_lines(text) if text.lstrip()[:1] in ("{", "[", "") else _csv_lines(text, name, required, hint)
 
 
 def _json_lines(text: str) -> Iterator[Line]:
@@ -70,13 +72,14 @@ def _json_lines(text: str) -> Iterator[Line]:
             yield number, fields if isinstance(fields, dict | ValueError) else ValueError("not a JSON object")
 
 
-def _csv_lines(text: str, required: tuple[str, ...]) -> Iterator[Line]:
+def _csv_lines(text: str, file: str, required: tuple[str, ...], hint: str) -> Iterator[Line]:
     head = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         if missing := [name for name in required if name not in (reader.fieldnames or ())]:
-            yield 1, ValueError(f"no JSON object, nor the head of a table with {missing[0]}")
-            return
+            needed = f"the first line must name the columns, unless the lines are JSON; `{missing[0]}` is missing"
+            found = shorten(", ".join(reader.fieldnames or ()), LONGEST_HEAD)
+            raise UsageError(f"{file}: {needed} (found: {found})", hint)
         for row in reader:
             cells = {name: cell for name, cell in row.items() if cell}
             for name in LIST_COLUMNS:

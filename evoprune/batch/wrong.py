@@ -1,13 +1,18 @@
 """All that is wrong with the videos and rows of a batch, named in one error."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.text import some
 
-MISSING = "download what is on the web first, e.g. with yt-dlp; paths in a file of rows are relative to it"
+
+def missing_hint(path: str, in_rows: bool) -> str:
+    """What helps where a video is missing. `in_rows`: a file of rows names it."""
+    if "://" in path:
+        return "download what is on the web first, e.g. with yt-dlp"
+    return "paths in a file of rows are relative to it" if in_rows else "check the path"
 
 
 class Wrong:
@@ -27,17 +32,18 @@ class Wrong:
         except (ValueError, EvopruneError) as problem:
             self.add(f"{place}{problem}", getattr(problem, "hint", None) or hint)
 
-    def check(self, paths: Iterable[str] = (), name: str = "") -> None:
+    def check(self, videos: Mapping[str, str], name: str = "") -> None:
         """Raises UsageError if anything was added: it then names missing videos as well.
 
         Args:
-            paths: of the videos.
+            videos: by their paths, what messages about them begin with: the place of a row, or nothing.
             name: of the file of rows. Messages begin with it; the error has it once.
         """
         if not self._found:
             return
-        missing = [path for path in dict.fromkeys(paths) if not os.path.exists(path)]
-        found = [*self._found, *((f"no such file: {path}", MISSING) for path in missing)]
+        missing = [path for path in videos if not os.path.exists(path)]
+        gone = ((f"{videos[path]}no such file: {path}", missing_hint(path, bool(name))) for path in missing)
+        found = [*self._found, *gone]
         first, *others = (message for message, _ in found)
         messages = [first, *(message.removeprefix(f"{name}, ") for message in others)]
         raise UsageError(some(messages, "; "), some(list(dict.fromkeys(hint for _, hint in found)), "; "))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evoprune.batch.folders import in_folders
+from evoprune.batch.folders import in_folders, left_out
 from evoprune.batch.wrong import Wrong
 from evoprune.errors import UsageError
 
@@ -12,7 +12,7 @@ def named(folder, *names: str) -> list[str]:
         (folder / name).touch()
     wrong = Wrong()
     found = list(in_folders([str(folder), "gone.mp4"], wrong))
-    wrong.check()
+    wrong.check({})
     assert found.pop() == "gone.mp4"
     return found
 
@@ -28,10 +28,24 @@ def test_a_folder_of_videos_is_all_of_them_in_natural_order(tmp_path):
     ]
 
 
+def test_thumbnails_among_videos_are_left_out_and_counted(tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert named(tmp_path, "a.mp4", "b.mp4", "a.jpg", "notes.txt", ".c.mp4") == [
+        f"{tmp_path}/a.mp4",
+        f"{tmp_path}/b.mp4",
+    ]
+    assert left_out(str(tmp_path)) == f"{tmp_path}: 2 videos; left out: 1 folder, 2 other files"
+
+
+@pytest.mark.parametrize("names", [["a.mp4"], ["a.png", "times.txt"]])
+def test_nothing_is_left_out_of_a_folder_of_one_kind(tmp_path, names):
+    assert named(tmp_path, *names) and not left_out(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["a.mp4", "b.mp4", "a.jpg"], "holds 1 image and 2 videos"),
+        (["a.mp4", "b.mp4", "a.jpg", "b.jpg"], "holds 2 images and 2 videos"),
         (["a.txt"], "neither videos nor images in the folder"),
     ],
 )

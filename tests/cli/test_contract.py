@@ -110,10 +110,10 @@ CASES = {
     "batch": Case(BATCH, says="1 of 1 rows answered: 0:", out="", ways=EVERYWHERE),
     "quiet batch": Case((*BATCH, "-q"), out="", ways=EVERYWHERE),
     "damaged video": Case(
-        ("ask", "{tmp}/damaged.mp4", QUESTION, "-q"), says="warning: the video is damaged (2 of its packets", out=None
+        ("ask", "{tmp}/damaged.mp4", QUESTION, "-q"), says="warning: damaged.mp4 is damaged (2 of its packets", out=None
     ),
     "video that was cut off": Case(
-        ("ask", "{tmp}/cut.mp4", QUESTION, "-q"), says="warning: the video breaks off at 0:0", out=None
+        ("ask", "{tmp}/cut.mp4", QUESTION, "-q"), says="warning: cut.mp4 breaks off at 0:0", out=None
     ),
     "machine": Case(("inspect",), out=None),
     "video": Case(("inspect", CLIP, "--scan"), out=None),

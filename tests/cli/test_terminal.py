@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from evoprune.report import Report
-from evoprune_cli.terminal import print_json
+from evoprune.report import Report, VideoFacts
+from evoprune_cli.terminal import print_json, print_warning
 from tests.cli.screen import visible
 
 
@@ -49,3 +49,18 @@ def test_hints_keep_options_whole(cli):
     assert error.startswith("error: ") and hint.startswith("hint: ")
     assert rest and all(line.startswith("      ") and len(line) <= 40 for line in rest)
     assert "Qwen/Qwen2.5-VL-3B-Instruct" in " ".join(rest).split()
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "more", "says"),
+    [
+        ("demo_model", "clips/a.mp4", None, "its answer about a.mp4 means nothing"),
+        ("demo_model", "clips/a.mp4", 0, "its answer about clips/a.mp4 means nothing"),
+        ("demo_model", "clips/a.mp4", 3, "its answers about 4 videos mean nothing"),
+        ("demo_model", "-", None, "its answer about standard input means nothing"),
+        ("cut_short", "clips/a.mp4", 1, "clips/a.mp4 breaks off at ?, although its file says that it lasts until ? (and 1 more video)"),
+    ],
+)  # fmt: skip
+def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
+    print_warning(name, VideoFacts(path=path), more)
+    assert says in capsys.readouterr().err
