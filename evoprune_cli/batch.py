@@ -78,9 +78,7 @@ def batch(
     """
     _check_flags(output, model, engine, address)
     settings = _settings(locals())
-    rows = _rows(videos or [], questions or [], source, start, end)
-    if not quiet:
-        _note_left_out(videos or [])
+    rows = _rows(videos or [], questions or [], source, start, end, quiet)
     named = _check_files(rows, source, output, quiet)
     ask = partial(_on_ray, address=address) if engine == "ray" else partial(_here, quiet=quiet)
     ask, resolved = partial(ask, cache=cache), settings.resolved_here if engine == "ray" else settings.resolved
@@ -177,7 +175,8 @@ def _check_files(rows, source: str | None, output: str, quiet: bool) -> list[str
     return named
 
 
-def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None):
+def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None, quiet: bool):
+    from evoprune.batch.folders import left_out
     from evoprune.batch.rows import load_rows, product_rows, read_rows
     from evoprune.batch.table import read_all
     from evoprune.video.sampling import parse_time
@@ -190,7 +189,10 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
             raise UsageError("no videos", f"give videos and questions, or --from FILE: {USAGE}")
         if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
-        return product_rows(videos, questions, *span)
+        rows = product_rows(videos, questions, *span)
+        for line in filter(None, map(left_out, [] if quiet else videos)):
+            tell(line)
+        return rows
     if videos or questions:
         raise UsageError("--from excludes videos and questions", "the rows of the file name both")
     if source != DASH:
@@ -199,13 +201,6 @@ def _rows(videos: list[str], questions: list[str], source: str | None, start: st
     if stdin is None or sys.stdin.isatty():
         raise UsageError("--from - reads stdin, and nothing is piped into it", "pipe rows into it, or name a file")
     return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span)
-
-
-def _note_left_out(videos: list[str]) -> None:
-    from evoprune.batch.folders import left_out
-
-    for line in filter(None, map(left_out, videos)):
-        tell(line)
 
 
 def _check_videos(rows, in_rows: bool, quiet: bool) -> list[str]:

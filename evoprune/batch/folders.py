@@ -35,7 +35,7 @@ def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:
 
 
 def left_out(video: str) -> str:
-    """What a folder of videos holds besides them, as a line; empty for anything else. Hidden files do not count."""
+    """What a folder of videos holds besides them, as a line; empty where that is nothing. Hidden files do not count."""
     if not os.path.isdir(video) or not (videos := files(video, VIDEOS)) or len(videos) <= len(files(video, IMAGES)):
         return ""
     with os.scandir(video) as entries:

@@ -58,7 +58,7 @@ def test_hints_keep_options_whole(cli):
         ("demo_model", "clips/a.mp4", 0, "its answer about clips/a.mp4 means nothing"),
         ("demo_model", "clips/a.mp4", 3, "its answers about 4 videos mean nothing"),
         ("demo_model", "-", None, "its answer about standard input means nothing"),
-        ("cut_short", "clips/a.mp4", 1, "clips/a.mp4 breaks off at ?, although its file says that it lasts until ? (and 1 more video)"),
+        ("cut_short", "clips/a.mp4", 1, "it lasts until ? (and 1 more video)"),
     ],
 )  # fmt: skip
 def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
