@@ -5,6 +5,7 @@ What is not known is left out, so that records of errors and of a Hugging Face m
 
 import os
 import textwrap
+from math import ceil, floor
 
 from evoprune.text import clock, counted, shorten, size
 
@@ -88,13 +89,25 @@ def _stages(report, width: int) -> list[str]:
     return [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
 
 
+def _frames_read(report) -> str:
+    """How many frames the video holds, how many of them are in the part that was read if that is known, and how many were taken."""
+    video, sampling = report.video, report.sampling
+    if not video.frames_total:
+        return f"{sampling.frames} frames"
+    part = ""
+    if "-" in _span(report) and video.fps and video.variable_rate is False:
+        # Those that are on screen between start and end; times are exact to a hundredth of a frame.
+        inside = ceil(sampling.end_s * video.fps - 0.01) - floor(sampling.start_s * video.fps + 0.01)
+        part = f"{inside:,} of "
+    return f"{part}{video.frames_total:,} frames -> {sampling.frames}"
+
+
 def _flow(report) -> dict[str, str]:
     """What goes into each stage and what comes out."""
-    video, pruning, sampling, count = report.video, report.pruning, report.sampling, report.tokens
+    pruning, sampling, count = report.pruning, report.sampling, report.tokens
     flow = dict.fromkeys(STAGES, "")
     if sampling.frames:
-        found = f"{video.frames_total:,} frames -> {sampling.frames}"
-        flow["read"] = found if video.frames_total else f"{sampling.frames} frames"
+        flow["read"] = _frames_read(report)
         height, width = sampling.resized_hw
         flow["preprocess"] = f"{sampling.frames} frames of {width}x{height}"
     if pruning.visual_tokens_kept is not None:

@@ -19,7 +19,7 @@ from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.help_format import HelpAll
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, note_tuning, progress
+from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, note_tuning, progress, tell
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions, SamplingOptions
@@ -192,7 +192,7 @@ def _questions(request: _Request, system: str | None) -> list[str]:
 
 def _question_from_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("no question", USAGE)
+        raise UsageError("no question", f"{USAGE}, or -i for a prompt")
     try:
         question = sys.stdin.read(LONGEST_QUESTION + 1)
     except UnicodeDecodeError as problem:
@@ -256,7 +256,8 @@ def _note_limits(plan, sampling: "SamplingOptions") -> None:
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         asked = sampling.frames is not None or sampling.fps is not None
         whence = "asked for" if asked else "at this model's rate"
-        note(f"{plan.sampling.wanted:,} frames {whence}; it takes {plan.frame_limit:,} (--max-frames)")
+        taken = f"reading {plan.frame_limit:,} of {plan.sampling.wanted:,} frames {whence}"
+        tell(f"{taken} (--max-frames raises the limit)")
     if plan.token_capped:
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 

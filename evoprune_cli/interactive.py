@@ -10,7 +10,7 @@ from evoprune.errors import UsageError
 from evoprune_cli.conversation import PROMPT, Conversation
 from evoprune_cli.terminal import note, print_error, tell
 
-HELP = "a question and Enter: the answer; exit, quit, q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
+HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
 HELPS, ENDS = ("/help", "help", "?"), ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
 OPTION = r"--|-[a-z]"  # how a line begins that is no question
 
@@ -35,7 +35,7 @@ def converse(talk: Conversation, questions: list[str], video: str | None) -> Non
     for question in list(questions):
         _answer(talk, question)
     if video is not None:
-        tell(f"Ask about {os.path.basename(os.path.abspath(video))}. /help for help, exit or Ctrl-D to end.")
+        tell(f"Ask about {os.path.basename(os.path.abspath(video))}. /help for help, q or Ctrl-D to end.")
     for question in typed():
         questions.append(question)
         _answer(talk, question, typed=True)
@@ -75,7 +75,7 @@ def typed() -> Iterator[str]:
             if warned:
                 note()
                 raise
-            note("\nexit or Ctrl-D ends the conversation, or Ctrl-C once more")
+            note("\nq or Ctrl-D ends the conversation, or Ctrl-C once more")
             warned = True
             continue
         warned, word = False, line.strip().lower()

@@ -55,3 +55,20 @@ def test_a_summary_fits_on_a_line():
         line == "6,171 tokens read (6,144 visual), 12 written; first token 12,346 ms, total 23,457 ms"
         and len(line) < 90
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "variable", "says"),
+    [
+        ((0.0, 6.0), False, "72 frames -> 6"),
+        ((1.0, 4.0), False, "36 of 72 frames -> 6"),
+        ((1.05, 1.5), False, "6 of 72 frames -> 6"),  # frames 12 to 17: the first is on screen at the start
+        ((1.0, 4.0), True, "72 frames -> 6"),
+        ((1.0, 4.0), None, "72 frames -> 6"),
+    ],
+)
+def test_the_frames_of_the_part_that_was_read(part, variable, says):
+    report = Report(video=VideoFacts(path="a.mp4", duration_s=6.0, fps=12.0, variable_rate=variable, frames_total=72))
+    report.sampling.start_s, report.sampling.end_s = part
+    report.sampling.frames, report.sampling.resized_hw, report.time_ms.read = 6, [112, 168], 9.0
+    assert next(line for line in str(report).splitlines() if line.startswith("read")).endswith(f"  {says}")

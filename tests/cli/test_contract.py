@@ -153,7 +153,7 @@ CASES = {
     "empty question": fails(2, "empty", "ask", CLIP, "  "),
     "empty further question": fails(2, "empty", *ASK, "-Q", "", lines=2),
     "question is no text": fails(2, "UTF-8", "ask", CLIP, "caf\udce9"),
-    "no question at a terminal": fails(2, "no question", "ask", CLIP, at_terminal=True),
+    "no question at a terminal": fails(2, "or -i for a prompt", "ask", CLIP, at_terminal=True),
     "no question in stdin": fails(2, "stdin is empty", "ask", CLIP, stdin="\n"),
     "video from stdin, and no question": fails(2, "stdin is the video", "ask", "-"),
     "nobody to type questions": fails(2, "from a terminal", *ASK, "--interactive"),

@@ -92,10 +92,13 @@ def test_a_token_limit_that_was_set_is_noted(notes):
     ],
 )
 def test_the_frame_limit_of_the_model_is_noted(notes, long_clip, flags, asked):
-    says = [f"{asked}; it takes 32 (--max-frames)"] if asked else []
+    says = [f"reading 32 of {asked} (--max-frames raises the limit)"] if asked else []
     assert notes(long_clip, "-b", "fast", *flags) == says
 
 
 def test_both_limits(notes, long_clip):
     lines = notes(long_clip, "--frames", "64", "--max-visual-tokens", "100")
-    assert [line.split("(")[1].split(")")[0] for line in lines] == ["--max-frames", "--max-visual-tokens"]
+    assert [line.split("(")[1].split(")")[0] for line in lines] == [
+        "--max-frames raises the limit",
+        "--max-visual-tokens",
+    ]

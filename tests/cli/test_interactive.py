@@ -59,7 +59,7 @@ def test_a_line_that_looks_like_an_option_is_not_asked(cli, line):
 def test_it_greets_and_has_help(cli):
     result = cli(*ASK, stdin="/help\n/foo\n?\n", terminal=True)
     assert "Ask about square.mp4. /help for help" in result.err.partition("> ")[0] and result.out == ""
-    assert result.err.count("exit, quit, q or Ctrl-D: the end") == 2 and "there is no command /foo" in result.err
+    assert result.err.count("q or Ctrl-D: the end") == 2 and "there is no command /foo" in result.err
 
 
 def test_json_lines(cli):

@@ -142,7 +142,7 @@ def test_a_file_that_is_no_video_is_named_as_what_it_is(content, found, tmp_path
 def test_a_video_that_breaks_off_is_called_incomplete_not_something_else(tmp_path):
     path = write_video(tmp_path / "cut.mp4", FRAMES)
     path.write_bytes(path.read_bytes()[:2000])
-    refused(path, "cannot read", "is it a complete video file?")
+    refused(path, "cannot read", "is it a complete video file?", "before its index")
 
 
 def test_audio_alone_is_refused(tmp_path):

@@ -24,6 +24,11 @@ def is_id(name: str) -> bool:
     return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
+def kind_hint(name: str) -> str:
+    """The beginning of a hint: which models run, where the name does not look like one of them; else nothing."""
+    return "" if re.search(r"qwen-?2[._]?5?[-_]?vl", name, re.IGNORECASE) else f"{MODEL_HINT}; "
+
+
 def download(
     name: str, revision: str | None, offline: bool, files: list[str], check: Callable[[Path], Any]
 ) -> tuple[Path, str]:
@@ -63,7 +68,8 @@ def download(
         except Exception as problem:
             if local:
                 download = f"hf download {name} --local-dir DIR"
-                hint = f"where there is a network: {download}; then DIR is the model. The demo needs neither"
+                network = f"where there is a network: {download}; then DIR is the model. The demo needs neither"
+                hint = kind_hint(name) + network
                 raise ModelError(f"{name} is not in the local cache, and {unreachable}", hint) from problem
             raise ModelError(
                 f"the download of {name} broke off: {first_line(problem)}", "run it again to go on"

@@ -114,7 +114,8 @@ def _local(name: str, revision: str | None) -> Path:
     """The folder of a model that is not in the hub's cache."""
     if name != "demo" and hub.is_id(name) and not Path(name).exists():
         at = "" if revision is None else f" --revision {revision}"
-        hint = f"its settings are small, and suffice: hf download {name} config.json preprocessor_config.json{at}"
+        files = f"config.json preprocessor_config.json{at}"
+        hint = f"{hub.kind_hint(name)}its settings are small, and suffice: hf download {name} {files}"
         raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
     return locate(name, revision, True, files=None)[0]
 

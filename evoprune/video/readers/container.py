@@ -28,6 +28,9 @@ MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
 # Larger pictures are refused. 16K video, and photographs of 100 megapixels, are smaller.
 MAX_PIXELS = 2**27
+INCOMPLETE = (
+    "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
+)
 # More threads than this gain nothing, and each holds a picture.
 MAX_THREADS = 16
 # Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
@@ -60,7 +63,7 @@ def reading(path: str) -> Iterator[None]:
         if other := not_a_video(path) or unknown:
             raise other from error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(f"cannot read {path}: {reason}", "is it a complete video file? try to play it") from error
+        raise VideoError(f"cannot read {path}: {reason}", INCOMPLETE) from error
 
 
 @contextmanager

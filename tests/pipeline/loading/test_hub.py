@@ -176,3 +176,18 @@ def test_an_incomplete_cache_is_an_error(dead_hub, cache, saved):
     fill_cache(cache, saved)
     (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
     assert "no safetensors weights" in error_of("org/tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        ("openai/whisper-base", False),
+        ("Qwen/Qwen3-VL-2B-Instruct", False),
+        ("Qwen/Qwen2.5-7B-Instruct", False),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", True),
+        ("org/qwen2-vl-tuned", True),
+        ("org/my_qwen25vl", True),
+    ],
+)
+def test_the_hint_says_which_models_run_where_a_name_does_not_look_like_one(name, runs):
+    assert hub_module.kind_hint(name).startswith("evoprune runs Qwen2.5-VL and Qwen2-VL") is not runs
