@@ -87,7 +87,7 @@ Budget = Annotated[
         "--budget",
         envvar="EVOPRUNE_BUDGET",
         metavar="SHARE|PRESET|auto|tuned",
-        help=f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full for the exact answer; -b auto to let the content "
+        help=f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full prunes nothing; -b auto to let the content "
         "decide; -b tuned for what was tuned for the model, method included.",
     ),
 ]
