@@ -30,6 +30,8 @@ SCHEMA = "evoprune/inspect@1"
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
 OFTEN_NOTHING = ("folder", "download_bytes")  # facts that have no line where there is nothing to say
 ONE_LINE = ("tower", "language_model")  # facts of several values in a line
+TITLES = {"resized_hw": "frame size", "capped": "cut by a limit"}  # of facts whose names do not explain them
+FIRST = ("overlay", "model")  # what was asked for stands first; about a video, the model comes after it
 WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
 
@@ -97,7 +99,8 @@ def _run(given: Mapping[str, Any]) -> None:
 
 
 def _print_lines(facts: Mapping[str, Any]) -> None:
-    for line in lines(facts):
+    asked = [name for name in FIRST if name in facts and (name == "overlay" or "video" not in facts)]
+    for line in lines({name: facts[name] for name in asked} | dict(facts)):
         print(printable(line, sys.stdout))
 
 
@@ -252,10 +255,21 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
     made = []
     for key, value in facts.items():
         name = "" if literal else key  # which decides how a value is shown
-        title = " " * indent + (key if literal else key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
+        title = " " * indent + (
+            key
+            if literal
+            else TITLES[key]
+            if key in TITLES
+            else key.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
+        )
         if name in ("args", "warnings") or (name in OFTEN_NOTHING and not value):
             continue  # for programs; warnings are on stderr, as sentences
-        if name in ("tuned", "forgotten"):
+        if name == "overlay":
+            made.append(f"{title:<{TITLE}}{value['file']}")
+            fates = ", ".join(f"{value[fate]:,} {fate}" for fate in ("read", "reused", "merged", "dropped"))
+            budget = value["budget"] if value["budget"] == AUTO else f"{value['budget']:g}"
+            made.append(f"{'':<{TITLE}}{value['method']} -b {budget}; {value['units']:,} units: {fates}")
+        elif name in ("tuned", "forgotten"):
             made += _tuned_lines(title, value)
         elif name == "presets":
             made.append(title)
@@ -298,6 +312,8 @@ def _value(name: str, value) -> str:
         return "yes" if value else "no"
     if name == "grid":
         return " x ".join(map(str, value)) + " units"
+    if name == "resized_hw":
+        return f"{value[1]}x{value[0]}"
     if name in ("timestamps_s",):
         times = [f"{t:g}" for t in (value if len(value) <= 8 else [*value[:4], *value[-2:]])]
         return ", ".join(times if len(value) <= 8 else [*times[:4], "...", *times[4:]]) + " s"

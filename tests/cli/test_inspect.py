@@ -226,3 +226,12 @@ def test_a_warning_of_an_overlay_is_a_sentence(cli, tmp_path):
     write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
     result = cli("inspect", path, "--overlay", tmp_path / "a.png")
     assert "demo_overlay" not in result.out and "the demo model knows only coloured shapes" in result.err
+
+
+def test_what_was_asked_for_stands_first(cli, tmp_path):
+    first, second, *rest = cli("inspect", CLIP, "--overlay", tmp_path / "a.png").out.splitlines()
+    assert first.split() == ["overlay", str(tmp_path / "a.png")]
+    assert "evoprune -b 0.25; 144 units: 36 read, " in second and second.endswith(" dropped")
+    assert "frame size" in "\n".join(rest) and "168x112" in "\n".join(rest)
+    assert cli("inspect", "-m", "demo").out.startswith("model\n")
+    assert cli("inspect", CLIP, "-m", "demo").out.startswith("video\n")
