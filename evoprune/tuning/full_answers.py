@@ -81,6 +81,7 @@ class Answering:
         self.made: list[FullAnswers] = []
         self.problems: dict[str, EvopruneError] = {}
         self.tokens, self.asked = TOKENS[0], len(questions)
+        self._next_s = 0.0  # that the next video takes
         self._engine, self._sampling, self._questions = unpruned(engine), sampling, questions
         self._seconds, self._now, self._begun = seconds, now, now()
 
@@ -91,11 +92,12 @@ class Answering:
             VideoError, ModelError, OutOfMemory: of the first video, if none can be answered.
         """
         for number, path in enumerate(videos):
-            if self.made and self._left < self.made[-1].took_s:
+            if self.made and self._left < self._next_s:
                 return
             progress(f"answering in full, video {number + 1} of {len(videos)}")
             try:
                 self.made.append(self._answered(path, len(videos) - number))
+                self._next_s = self.made[-1].took_s if len(self.made) > 1 else self._next_s
             except (VideoError, ModelError, OutOfMemory) as problem:
                 self.problems[path] = problem
         if not self.made:
@@ -109,26 +111,33 @@ class Answering:
         """The answers about a video; `videos`: how many are to be answered from now on."""
         start, frames = self._now(), SharedFrames()
         video, seconds = encode(self._engine, path, self._sampling, frames)
-        if not self.made and self._now() - start < SLOW * self._seconds:
+        spent = self._now() - start
+        if not self.made and spent < SLOW * self._seconds:
             video, seconds = encode(self._engine, path, self._sampling, frames)  # the first time also warms up
-        made, spent = [], self._now() - start
+        made: list[Reference] = []
         for question in self._questions:
             if len(made) < self.asked:
                 made.append(self._reference(video, question, None if self.made or made else (spent, videos)))
         return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
 
     def _reference(self, video: EncodedVideo, question: str, first: tuple[float, int] | None) -> Reference:
-        """The answer to a question. After the `first` of all, how long and how many the others may be is decided."""
-        start, answer = self._now(), video.ask(question, max_new_tokens=self.tokens)
+        """The answer to a question. Before the `first` of all, a few tokens show how long and how many answers may be."""
+        if first:
+            self._try_out(video, question, *first)
+        answer = video.ask(question, max_new_tokens=self.tokens)
         for _ in answer:
             pass
-        ids = answer.ids
-        if first:
-            token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(ids))
-            reference(video, question, ids)  # this first pass over an answer warms up
-            reading = self._now() - start - token * len(ids)
-            self._plan(*first, reading, token)
-        return reference(video, question, ids[: self.tokens])
+        return reference(video, question, answer.ids)
+
+    def _try_out(self, video: EncodedVideo, question: str, encoding: float, videos: int) -> None:
+        """Plans by a short answer, the second time it is given: the first time also warms up."""
+        for _ in range(2):
+            start, answer = self._now(), video.ask(question, max_new_tokens=TOKENS[-1])
+            for _ in answer:
+                pass
+            reference(video, question, answer.ids)
+        token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
+        self._plan(encoding, videos, self._now() - start - token * len(answer.ids), token)
 
     def _plan(self, encoding: float, videos: int, reading: float, token: float) -> None:
         """The longest answers to the most questions for which there is time.
@@ -140,5 +149,6 @@ class Answering:
         every = len(self._questions)
         choices = [(tokens, every) for tokens in TOKENS] + [(TOKENS[-1], asked) for asked in range(every - 1, 0, -1)]
         for self.tokens, self.asked in choices:
-            if videos * (encoding + self.asked * (reading + self.tokens * token)) <= self._left:
+            self._next_s = encoding + self.asked * (reading + self.tokens * token)
+            if videos * self._next_s <= self._left:
                 return
