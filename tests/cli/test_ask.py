@@ -241,3 +241,9 @@ def test_stats_block_fits_the_terminal(cli, width):
     report.video.path = "/a/" + "long" * 40 + ".mp4"
     report.model.id = "/b/" + "long" * 40
     assert all(len(line) <= 80 for line in stats_block(report))
+
+
+@pytest.mark.parametrize("name", ["arrivals.webm", "vanish.webm", "pan.mp4"])
+def test_stats_of_containers_that_state_their_frames_and_of_those_that_do_not(cli, name):
+    result = cli("ask", f"samples/{name}", "What happens?", "-n", "2")
+    assert result.code == 0 and result.out and " frames" in result.err and "error" not in result.err
