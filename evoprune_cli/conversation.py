@@ -134,7 +134,8 @@ class Conversation:
         """How far the pruned model would have gone along with the full answer; see `pipeline.agreement`."""
         from evoprune.pipeline.agreement import agreement, reference
 
-        given = reference(self._full, question, full.ids, self._generation["system"])
+        ended = full.report.finish_reason == "stop"
+        given = reference(self._full, question, full.ids, ended, self._generation["system"])
         return agreement(given, self._video).record()
 
     def _say(self, video: "EncodedVideo", question: str, label: str) -> "Answer":

@@ -76,10 +76,8 @@ def _verdict(document: dict) -> str:
     if not rows:
         return "nothing was tried: too little time"
     row = rows[document["best"]]
-    return (
-        f"no setting is sure to agree at {goal} of the tokens; the best is {row['name']}: at least {100 * row['low']:.1f}% "
-        f"(--agree {int(100 * row['low']) / 100:g} would accept it)"
-    )
+    best = f"the best is {row['name']}: at least {100 * row['low']:.1f}%"
+    return f"no setting is sure to agree at {goal} of the tokens, so nothing is saved; {best}"
 
 
 def _fitting(document: dict, console: Console, width: int) -> tuple[list[str], list[str]]:

@@ -1,7 +1,7 @@
 """A model whose features ripen late: the demo model with layers in front of its tower that change nothing.
 
-    python -m experiments.late_tower /tmp/late --layers 4
-    evoprune tune samples/*.mp4 -m /tmp/late
+    python -m experiments.late_tower runs/late --layers 4
+    evoprune tune samples/*.mp4 -m runs/late
 
 The first new layer adds a large constant to every feature, the last one takes it away, and those between add nothing: all answers
 stay the same. A selection between them sees features that are almost alike, so what is right for the demo model is wrong here.

@@ -56,7 +56,7 @@ def lines_of(loaded, folder: Path, clip: ClipName) -> list[dict]:
                 answer = encoded.ask(row.prompt, max_new_tokens=TOKENS)
                 right = bool(grade(row, answer.text))
                 if setting == FULL:
-                    references.append(reference(encoded, row.prompt, answer.ids))
+                    references.append(reference(encoded, row.prompt, answer.ids, answer.report.finish_reason == "stop"))
                 found = agreement(references[number], encoded)
                 answers.append(
                     {

@@ -20,7 +20,7 @@ class Reference:
 
     Attributes:
         question, system: what was asked.
-        ids: its tokens; if it has none, any one: only what comes before the last is read.
+        ids: its tokens, and any one for its end: only what comes before the last is read.
         tokens: int64 `[n, k]`, the most probable tokens at each of the n places, the first choice first.
         logs: float32 `[n, k + 1]`, the logarithms of their probabilities, and of that of all others together.
         seconds: from the question to the first token.
@@ -54,18 +54,22 @@ class Agreement:
         return found | {"kl": float(self.kl.mean()), "kl_p95": float(self.kl.quantile(0.95))}
 
 
-def reference(video: EncodedVideo, question: str, ids: Sequence[int], system: str | None = None) -> Reference:
+def reference(
+    video: EncodedVideo, question: str, ids: Sequence[int], ended: bool, system: str | None = None
+) -> Reference:
     """The unpruned model's distributions along its own answer.
 
     Args:
         video: with nothing pruned.
         question, system: what was asked.
-        ids: tokens of the answer. If there are none, the place is compared where the model ended it.
+        ids: tokens of the answer.
+        ended: whether the model ended it by itself. Then the end counts as one more token: an answer that would have run on is
+            another one.
 
     Raises:
         As `EncodedVideo.read_along`.
     """
-    ids = tuple(ids) or (0,)
+    ids = (*ids, 0) if ended or not ids else tuple(ids)
     logits, seconds = video.read_along(question, ids, system)
     logs = logits.log_softmax(-1)
     best, tokens = logs.topk(min(KEPT, logs.shape[1] - 1))

@@ -127,7 +127,7 @@ class Answering:
         answer = video.ask(question, max_new_tokens=self.tokens)
         for _ in answer:
             pass
-        return reference(video, question, answer.ids)
+        return reference(video, question, answer.ids, answer.report.finish_reason == "stop")
 
     def _try_out(self, video: EncodedVideo, question: str, encoding: float, videos: int) -> None:
         """Plans by a short answer, the second time it is given: the first time also warms up."""
@@ -135,7 +135,7 @@ class Answering:
             start, answer = self._now(), video.ask(question, max_new_tokens=TOKENS[-1])
             for _ in answer:
                 pass
-            reference(video, question, answer.ids)
+            reference(video, question, answer.ids, ended=False)
         token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
         self._plan(encoding, videos, self._now() - start - token * len(answer.ids), token)
 

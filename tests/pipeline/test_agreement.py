@@ -1,5 +1,7 @@
 """Agreement along the unpruned model's answers, against distributions computed in full."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_logits_along_an_answer_choose_it(full, ids):
 
 
 def test_the_unpruned_model_agrees_with_itself(full, ids):
-    found = agreement(reference(full, QUESTION, ids), full)
+    found = agreement(reference(full, QUESTION, ids, ended=False), full)
     assert found.agrees.all() and len(found.agrees) == len(ids) and float(found.kl.max()) < 1e-5
 
 
@@ -47,7 +49,7 @@ def test_the_unpruned_model_agrees_with_itself(full, ids):
 def test_a_pruned_model(loaded, full, ids, method, kept, monkeypatch):
     monkeypatch.setattr(made, "KEPT", kept)
     pruned = VideoQA(loaded, budget=0.2, method=method).encode(CLIP, frames=4)
-    found = agreement(reference(full, QUESTION, ids), pruned)
+    found = agreement(reference(full, QUESTION, ids, ended=False), pruned)
     p, q = (video.read_along(QUESTION, ids)[0].double().log_softmax(1) for video in (full, pruned))
     whole = (p.exp() * (p - q)).sum(1)
     assert found.agrees.tolist() == (p.argmax(1) == q.argmax(1)).tolist()
@@ -58,8 +60,18 @@ def test_a_pruned_model(loaded, full, ids, method, kept, monkeypatch):
 
 
 def test_an_answer_without_tokens_is_compared_where_it_ends(full):
-    given = reference(full, QUESTION, [])
+    given = reference(full, QUESTION, [], ended=False)
     assert len(given.ids) == len(agreement(given, full).agrees) == 1
+
+
+def test_the_end_of_an_answer_counts(full, ids):
+    """Cut before a token that the model goes on with: it does not agree that the answer ends, had another model ended it there."""
+    ended = reference(full, QUESTION, ids[:3], ended=True)
+    assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4]
+    found = agreement(ended, full)
+    assert found.agrees.all() and len(found.agrees) == 4
+    other = agreement(replace(ended, tokens=torch.cat([ended.tokens[:3], ended.tokens[3:].flip(1)])), full)
+    assert other.agrees.tolist() == [True, True, True, False]
 
 
 def test_an_answer_that_was_begun_ends_with_an_error(loaded, ids):
