@@ -93,13 +93,13 @@ def _frames_read(report) -> str:
     """How many frames the video holds, how many of them are in the part that was read if that is known, and how many were taken."""
     video, sampling = report.video, report.sampling
     if not video.frames_total:
-        return f"{sampling.frames} frames"
+        return counted(sampling.frames, "frame")
     part = ""
     if "-" in _span(report) and video.fps and video.variable_rate is False:
         # Those that are on screen between start and end; times are exact to a hundredth of a frame.
         inside = ceil(sampling.end_s * video.fps - 0.01) - floor(sampling.start_s * video.fps + 0.01)
         part = f"{inside:,} of "
-    return f"{part}{video.frames_total:,} frames -> {sampling.frames}"
+    return f"{part}{counted(video.frames_total, 'frame')} -> {sampling.frames}"
 
 
 def _flow(report) -> dict[str, str]:
@@ -109,7 +109,7 @@ def _flow(report) -> dict[str, str]:
     if sampling.frames:
         flow["read"] = _frames_read(report)
         height, width = sampling.resized_hw
-        flow["preprocess"] = f"{sampling.frames} frames of {width}x{height}"
+        flow["preprocess"] = f"{counted(sampling.frames, 'frame')} of {width}x{height}"
     if pruning.visual_tokens_kept is not None:
         tokens, kept = counted(pruning.visual_tokens_in, "visual token"), pruning.visual_tokens_kept
         flow["encode"] = f"{tokens} -> {kept:,}, with {100 * (pruning.encoder_live_share or 0):.0f}% of the work"

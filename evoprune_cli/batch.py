@@ -65,10 +65,11 @@ def batch(
     debug: opt.Debug = False,
     help_all: HelpAll = False,
 ) -> int:
-    """Ask many questions about many videos: one JSON line each, the record of `ask --json` with the row's id.
+    """Ask many questions about many videos: one JSON line each.
 
-    The model is loaded once, a video encoded once for all its questions, and the next one read meanwhile. A row that fails has a
-    record with `error`, and the others go on; the exit code is then 6. Needs -m or EVOPRUNE_MODEL.
+    A line is the record of `ask --json` with the row's id. The model is loaded once, a video encoded once for all its questions,
+    and the next one read meanwhile. A row that fails has a record with `error`, and the others go on; the exit code is then 6.
+    Needs -m or EVOPRUNE_MODEL.
 
     \b
     export EVOPRUNE_MODEL=Qwen/Qwen2.5-VL-3B-Instruct
@@ -98,6 +99,7 @@ def _run(rows, resolved, ask, open_output, tally: Tally) -> int:
         settings = resolved()
         left = remaining(rows, settings, file.found)
         ready = partial(tally.start, file, len(left), show)
+        tally.note_others(len({record.id for record in file.found} - {row.id for row in rows}))
         if not left:
             ready()
             file.begin()

@@ -42,6 +42,7 @@ def inspect(
     revision: opt.Revision = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = "none",
     offline: opt.Offline = False,
     threads: opt.Threads = "auto",
     budget: opt.Budget = DEFAULT,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evoprune.report import Report, VideoFacts
-from evoprune.text import clock, roughly
+from evoprune.text import clock, counted, roughly
 from evoprune_cli.terminal import print_warning, tell
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ class Tally:
         self._file: RecordFile | None = None
         self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # by name, the videos that have it by path
         self._last_failure = ""
+
+    def note_others(self, count: int) -> None:
+        """Says how many records of an earlier run are of rows that are not asked now."""
+        if count and not self.quiet:
+            tell(
+                f"the output also holds {counted(count, 'record')} of other rows, which {'stays' if count == 1 else 'stay'} in it"
+            )
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""

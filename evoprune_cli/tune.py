@@ -55,11 +55,11 @@ def tune(
     debug: opt.Debug = False,
     help_all: HelpAll = False,
 ) -> int:
-    """Find the fastest setting that changes this model's answers little enough. No labels are needed.
+    """Find the fastest setting that keeps this model's answers.
 
-    The unpruned model answers first. Every setting reads these answers, and is judged by the tokens at which it would have chosen
-    as the unpruned model did, and by the time to the first token. The fastest one that passes is saved for this model; -b tuned
-    uses it. Exit code 6: done, but some videos failed.
+    No labels are needed. The unpruned model answers first. Every setting reads these answers, and is judged by the tokens at which
+    it would have chosen as the unpruned model did, and by the time to the first token. The fastest one that passes is saved for
+    this model; -b tuned uses it. Exit code 6: done, but some videos failed.
 
     \b
     evoprune tune *.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct

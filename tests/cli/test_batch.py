@@ -235,6 +235,16 @@ def test_resume_asks_what_is_left(run, out, monkeypatch):
     assert (result.code, result.err) == (0, "4 of 4 rows answered, 4 of them before\n")
 
 
+def test_resume_keeps_the_records_of_other_rows(run, out, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    assert run(CLIPS[0], broken, "-Q", "What colour is the square?").code == 6
+    before = out.read_bytes()
+    result = run(CLIPS[0], broken, "-Q", "Is there a digit?", "--resume")
+    assert result.code == 6 and "also holds 2 records of other rows, which stay in it" in result.err
+    assert out.read_bytes().startswith(before) and len(records(out)) == 4
+
+
 def test_resume_mends_a_torn_line_and_refuses_other_settings(run, out, monkeypatch):
     run(*CLIPS, *ASKED)
     names, whole = [r["id"] for r in records(out)], out.read_bytes()

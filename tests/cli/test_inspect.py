@@ -96,6 +96,16 @@ def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypa
     assert record["memory"]["needed_bytes"] == record["memory"]["working_bytes"] + record["model"]["weights_bytes"]
 
 
+def test_fewer_bits_need_less_memory_whether_or_not_the_model_is_here(cli, no_network_no_weights, tiny_folder):
+    for name in ("Qwen/Qwen2.5-VL-3B-Instruct", tiny_folder):
+        dtype = "fp32" if name == tiny_folder else "bf16"
+        sizes = [
+            cli("inspect", "-m", name, "--dtype", dtype, "--quantize", kind, "--json").record["model"]["weights_bytes"]
+            for kind in ("none", "int8")
+        ]
+        assert sizes[0] > sizes[1] > sizes[0] / 3
+
+
 def test_short_memory_is_counted_with_fewer_units_at_a_time(cli, tiny_folder, monkeypatch):
     args = ("inspect", CLIP, "--frames", "24", "-m", tiny_folder, "--json")
     usual = cli(*args).record["memory"]

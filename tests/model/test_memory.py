@@ -13,7 +13,7 @@ from evoprune.model.memory import memory_guard, working_memory
 from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import empty
 from evoprune.pipeline import encoding, memory_check
-from evoprune.pipeline.loading.folder import describe_model, weight_files
+from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.loading.weights import needed_bytes
 from evoprune.pipeline.opening import open_video
@@ -114,7 +114,7 @@ def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
 
 def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     config, _ = describe_model(str(saved))
-    wide, small = (needed_bytes(config, weight_files(saved), torch.float32, CPU, kind) for kind in ("none", "int8"))
+    wide, small = (needed_bytes(config, torch.float32, kind, mapped=True) for kind in ("none", "int8"))
     assert small < wide
     monkeypatch.setattr(memory, "available_memory", lambda device: small)
     monkeypatch.setattr("evoprune.pipeline.loading.weights.available_memory", lambda device: small)

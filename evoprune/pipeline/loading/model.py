@@ -7,6 +7,7 @@ ever run.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -177,13 +178,15 @@ def _weights(
     name, how = model.model, (DTYPES[dtype], device)
     hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if dtype == "fp32" else "")
     start = time.perf_counter()
-    if short := shortage(needed_bytes(config, files, *how, model.quantize), str(device)):
-        kinds = [kind for kind in QUANTIZE if not shortage(needed_bytes(config, files, *how, kind), str(device))]
+    mapped = stay_mapped(files, *how)
+    needed = partial(needed_bytes, config, how[0], mapped=mapped)
+    if short := shortage(needed(model.quantize), str(device)):
+        kinds = [kind for kind in QUANTIZE if not shortage(needed(kind), str(device))]
         less = f", or fewer bits (quantize {kinds[0]})" if kinds else ""
         raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
         weights = load_weights(config, files, *how) if files else random_model(config, *how)
-        if stay_mapped(files, *how):
+        if mapped:
             page_in_weights(weights)
         read = time.perf_counter()
         packing = make_ready(weights, model.quantize, pack=pack, progress=progress)

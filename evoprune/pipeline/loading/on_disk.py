@@ -8,6 +8,7 @@ import torch
 
 from evoprune.errors import ModelError, UsageError
 from evoprune.model.config import Config
+from evoprune.model.quantize import check as check_quantize
 from evoprune.model.weights import QwenVL, empty
 from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
@@ -19,7 +20,7 @@ from evoprune.pipeline.loading.folder import (
     video_limits,
     weight_files,
 )
-from evoprune.pipeline.loading.weights import needed_bytes
+from evoprune.pipeline.loading.weights import needed_bytes, stay_mapped
 from evoprune.pipeline.options import ModelOptions
 from evoprune.strict_json import read_object
 from evoprune.video.plan import VideoLimits
@@ -35,6 +36,7 @@ class KnownModel:
         folder: where it is on this machine; None where only its dimensions are known.
         files: its weights on this machine; none if they are missing or incomplete.
         dtype: the short name of the dtype that it would be loaded in, on `device`.
+        quantize: how its language model would be quantised.
         stored: the dtype of the published weights; None where unknown.
         tree: the names and shapes of its weights, without memory.
     """
@@ -46,6 +48,7 @@ class KnownModel:
     files: tuple[Path, ...]
     dtype: str
     device: torch.device
+    quantize: str
     stored: torch.dtype | None
     tree: QwenVL
 
@@ -57,7 +60,11 @@ class KnownModel:
     @cached_property
     def weights_bytes(self) -> int:
         """Of memory that the loaded weights take."""
-        return needed_bytes(self.config, list(self.files), DTYPES[self.dtype], self.device, "none")
+        dtype = DTYPES[self.dtype]
+        mapped = (
+            stay_mapped(list(self.files), dtype, self.device) if self.files else self.stored == dtype
+        )  # as a download would be
+        return needed_bytes(self.config, dtype, self.quantize, mapped)
 
     @property
     def weights_fingerprint(self) -> str:
@@ -83,7 +90,7 @@ def look_up(options: ModelOptions) -> KnownModel:
     """What this machine knows of a model.
 
     Raises:
-        UsageError: a device that cannot be used, a revision of something local.
+        UsageError: a device that cannot be used, or on which weights cannot be quantised; a revision of something local.
         ModelError: neither its folder nor its config is on this machine, or they are damaged.
     """
     name, revision = options.model, options.revision
@@ -93,6 +100,7 @@ def look_up(options: ModelOptions) -> KnownModel:
         folder = _local(name, revision)
     path = BUNDLED_CONFIGS[name] if folder is None else folder / "config.json"
     config, device = read_config(path), pick_device(options.device)
+    check_quantize(options.quantize, device)
     try:
         files = () if folder is None else tuple(weight_files(folder))
     except ModelError:
@@ -105,6 +113,7 @@ def look_up(options: ModelOptions) -> KnownModel:
         files=files,
         dtype=pick_dtype(options.dtype, device, is_demo=name == "demo"),
         device=device,
+        quantize=options.quantize,
         stored=_stored_dtype(path),
         tree=empty(config),
     )

@@ -79,15 +79,15 @@ def check_layers(config: Config, files: list[Path]) -> None:
             )
 
 
-def needed_bytes(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str) -> int:
-    """Bytes that the weights take, from when they are read. Random weights have no files.
+def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
+    """Bytes that the weights take, from when they are read. `mapped`: whether they `stay_mapped`.
 
     Memory-mapped weights count. The system may drop them, but then reads them from the disk again for every token. Only those that
     are quantised are read no more than once.
     """
     model = empty(config).to(dtype)
     wide = sum(weight.nbytes for weight in model.parameters())
-    return wide - saved_bytes(model, quantize) if quantize != "none" and stay_mapped(files, dtype, device) else wide
+    return wide - saved_bytes(model, quantize) if quantize != "none" and mapped else wide
 
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device) -> bool:
