@@ -1,6 +1,10 @@
 """`evoprune tune`: what it prints, saves and refuses, and that -b tuned then uses it."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -116,6 +120,32 @@ def test_wrong_options_are_refused_before_weights_are_read(tune, monkeypatch, wr
     result = tune(*wrong)
     assert result.code == 2 and result.out == "" and result.err.count("\n") <= 2
     assert UsageError.exit_code == 2
+
+
+def test_two_runs_at_once_save_one_whole_setting(tiny_folder, tmp_path):
+    """The later one replaces the file of the earlier one in one step."""
+    folder = tmp_path / "config"
+    command = [
+        sys.executable,
+        "-m",
+        "evoprune_cli",
+        "tune",
+        CLIPS[0],
+        "-m",
+        tiny_folder,
+        "--dtype",
+        "fp32",
+        "--frames",
+        "4",
+    ]
+    command += ["-b", "0.2", "-Q", "What happens?", *LOW, "-q", "--json"]
+    environment = os.environ | {"EVOPRUNE_CONFIG_DIR": str(folder)}
+    runs = [subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    made = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and made[0]["saved"] == made[1]["saved"]
+    saved = json.loads(Path(made[0]["saved"]).read_text())
+    assert f"{saved['method']} -b {saved['budget']:g}" in {document["recommended"] for document in made}
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == [Path(made[0]["saved"]).name]
 
 
 def test_the_time_limit_is_kept(tune):
