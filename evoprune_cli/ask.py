@@ -164,7 +164,9 @@ def _encode(
     with closing(open_video(engine, path, sampling, name=request.video, cache=cache)) as opened:
         known = opened.view.subtitles
         text = (
-            longest_prompt(engine, opened.view, questions, options.generation) if questions else QUESTION + known.tokens
+            longest_prompt(engine, [opened.view], questions, options.generation)
+            if questions
+            else QUESTION + known.tokens
         )
         if not request.quiet:
             if not full:

@@ -33,7 +33,7 @@ CHAT_TEMPLATE = """\
 {{ message.content }}
 {%- else -%}
 {%- for part in message.content -%}
-{{ '<|vision_start|><|video_pad|><|vision_end|>' if part.type == 'video' else part.text }}
+{{ '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' if part.type in ('video', 'image') else part.text }}
 {%- endfor -%}
 {%- endif -%}
 {{ '<|im_end|>\\n' }}

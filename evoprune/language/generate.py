@@ -4,7 +4,7 @@ The language model's forward pass is in `decoder`. Positions come from `position
 pruned.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,56 +53,81 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
     return embed(ids.to(embed.weight.device))
 
 
-def embed_prompt(
-    model, input_ids: torch.Tensor, features: torch.Tensor, video_start: int, visual_tokens: int, kept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Visual:
+    """What the language model reads of one input.
+
+    Attributes:
+        place: indices of its placeholders in the unpruned prompt.
+        features: `[K, hidden]`, the embeddings of the kept visual tokens.
+        kept: int64 `[K]`, indices of the kept tokens among the placeholders, ascending.
+        size: float32 `[K]`, the cluster sizes of the kept tokens; None for 1 each.
+
+    Raises:
+        ValueError: `kept` and `features` differ in length, or `kept` is not ascending within the place.
+    """
+
+    place: range
+    features: torch.Tensor
+    kept: torch.Tensor
+    size: torch.Tensor | None = None
+
+    def __post_init__(self):
+        kept, most = self.kept, len(self.place) - 1
+        if len(kept) != len(self.features):
+            raise ValueError(f"{len(self.features)} features for {len(kept)} visual tokens")
+        if len(kept) and (kept[0] < 0 or kept[-1] > most or bool((kept.diff() <= 0).any())):
+            raise ValueError(f"kept visual tokens must ascend within 0..{most}")
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """int64 `[K]` on the CPU, the columns of the kept tokens in the unpruned prompt."""
+        return self.kept.cpu() + self.place.start
+
+
+def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeds a prompt of which only some visual tokens are kept.
 
     Args:
         model: tree of weights under Hugging Face's names.
         input_ids: int64 `[L]`, the unpruned prompt.
-        features: `[K, hidden]`, the embeddings of the kept visual tokens.
-        video_start: index of the first video placeholder.
-        visual_tokens: N, the unpruned number of placeholders.
-        kept: int64 `[K]`, indices of the kept tokens among the N, ascending.
+        visuals: of its inputs, in the order of their places.
 
     Returns:
-        Embeddings `[L - N + K, hidden]` in the model's dtype; and their columns in the unpruned prompt, int64 `[L - N + K]` on
-        the CPU. `positions[:, columns]` are their positions, which are not renumbered.
+        Embeddings `[C, hidden]` in the model's dtype, where C is L less the tokens that are not kept; and their columns in the
+        unpruned prompt, int64 `[C]` on the CPU. `positions[:, columns]` are their positions, which are not renumbered.
 
     Raises:
-        ValueError: `kept` and `features` differ in length, or `kept` is not ascending within `0..N-1`. ModelError: an id that
-        the model does not know.
+        ModelError: an id that the model does not know.
     """
-    kept = kept.cpu()
-    if len(kept) != len(features):
-        raise ValueError(f"{len(features)} features for {len(kept)} visual tokens")
-    if len(kept) and (kept[0] < 0 or kept[-1] >= visual_tokens or bool((kept.diff() <= 0).any())):
-        raise ValueError(f"kept visual tokens must ascend within 0..{visual_tokens - 1}")
-    video_end = video_start + visual_tokens
-    every = ascending(len(input_ids), "cpu")
-    columns = torch.cat([every[:video_start], video_start + kept, every[video_end:]])
+    every, pieces, columns, at = ascending(len(input_ids), "cpu"), [], [], 0
     with torch.inference_mode():
-        before, after = (embed_ids(model, ids) for ids in (input_ids[:video_start], input_ids[video_end:]))
-        return torch.cat([before, features.to(before), after]), columns
+        for visual in visuals:
+            text = embed_ids(model, input_ids[at : visual.place.start])
+            pieces += [text, visual.features.to(text)]
+            columns += [every[at : visual.place.start], visual.columns]
+            at = visual.place.stop
+        return torch.cat([*pieces, embed_ids(model, input_ids[at:])]), torch.cat([*columns, every[at:]])
 
 
-def column_sizes(sizes: torch.Tensor | None, video_start: int, columns: int) -> torch.Tensor | None:
-    """The cluster sizes of all columns of a pruned prompt, for `prefill`: 1 for text, `sizes` for visual tokens.
+def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tensor | None:
+    """The cluster sizes of all columns of a pruned prompt, for `prefill`: 1 for text, `size` for visual tokens.
 
     Args:
-        sizes: float32 `[K]`, the cluster sizes of the kept visual tokens; None for 1 each.
-        video_start: index of the first visual token.
-        columns: length of the pruned prompt.
+        visuals: of its inputs.
+        columns: from `embed_prompt`.
 
     Returns:
-        float32 `[columns]`, or None if `sizes` is None.
+        float32 `[C]`, or None where all are 1.
     """
-    if sizes is None:
+    sizes = {i: visual.size for i, visual in enumerate(visuals) if visual.size is not None}
+    if not sizes:
         return None
-    every = sizes.new_ones(columns)
-    every[video_start : video_start + len(sizes)] = sizes
-    return every
+    device = next(iter(sizes.values())).device
+    every = torch.ones(int(columns[-1]) + 1, dtype=torch.float32, device=device)
+    for i, size in sizes.items():
+        every[visuals[i].columns.to(device)] = size
+    return every[columns.to(device)]
 
 
 def prefill(

@@ -16,12 +16,12 @@ from evoprune.pruning.indices import ascending
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """A video inside a prompt.
+    """A video inside a prompt, or a picture, which is one frame pair.
 
     Attributes:
         start: index of its first token.
         grid: (T, H, W): frame pairs, and rows and columns of units.
-        seconds_per_pair: time from one frame pair to the next, in seconds, with fractions.
+        seconds_per_pair: time from one frame pair to the next, in seconds, with fractions; of one frame pair it does not matter.
     """
 
     start: int
@@ -59,7 +59,7 @@ def prompt_positions(length: int, videos: Sequence[VideoSpan], tokens_per_second
 
     Args:
         length: number of tokens, including video tokens.
-        videos: the videos in it, in order and without overlap.
+        videos: the videos and pictures in it, in order and without overlap.
         tokens_per_second: see `video_positions`.
 
     Returns:

@@ -1,10 +1,11 @@
-"""A question about a video as token ids, through the model's own chat template.
+"""A question about videos and pictures as token ids, through the model's own chat template.
 
 The user's words are only text: `<|im_end|>` or `<|video_pad|>` inside a question becomes ordinary tokens, so a question can
 neither end its turn early nor fake a video. Only the template places special tokens.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,72 +14,83 @@ from evoprune.errors import ModelError, OutOfMemory
 from evoprune.language.text import check_text
 from evoprune.language.tokenizer import Tokenizer
 
-VIDEO_TOKEN = "<|video_pad|>"
+# What chat templates call an input of each kind, and the placeholder that they write for it.
+VIDEO, PICTURE = "video", "picture"
+CONTENTS = {VIDEO: ("video", "<|video_pad|>"), PICTURE: ("image", "<|image_pad|>")}
 
 # Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
 _QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
+_PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with room for every visual token of one video.
+    """A prompt with room for every visual token of its inputs.
 
     Attributes:
         input_ids: int64 `[L]`.
-        video_start: index of the first video placeholder.
-        visual_tokens: N, the number of consecutive placeholders from there.
-        prefix_length: number of leading ids that do not depend on the question, up to and including `<|vision_end|>`, and where
-            possible the subtitles. Their keys and values serve every question about the same video (with the same system prompt).
+        places: for each input, the indices of its placeholders.
+        prefix_length: number of leading ids that do not depend on the question, up to and including the last `<|vision_end|>`, and
+            where possible the subtitles. Their keys and values serve every question about the same inputs (with the same system
+            prompt).
     """
 
     input_ids: torch.Tensor
-    video_start: int
-    visual_tokens: int
+    places: tuple[range, ...]
     prefix_length: int
 
     @property
+    def visual_tokens(self) -> int:
+        """Number of placeholders, of all inputs."""
+        return sum(map(len, self.places))
+
+    @property
     def text_tokens(self) -> int:
-        """Number of ids that are not video placeholders."""
+        """Number of ids that are no placeholders."""
         return len(self.input_ids) - self.visual_tokens
 
 
 def build_prompt(
-    tokenizer: Tokenizer, question: str, visual_tokens: int, *, system: str | None = None, subtitles: str = ""
+    tokenizer: Tokenizer,
+    question: str,
+    inputs: Sequence[tuple[str, int]],
+    *,
+    system: str | None = None,
+    subtitles: str = "",
 ) -> Prompt:
-    """The prompt of one user turn: the video, then the subtitles and the question, up to where the answer begins.
+    """The prompt of one user turn: the inputs in their order, then the subtitles and the question, up to where the answer begins.
 
     Args:
         tokenizer: with Qwen's special tokens and chat template.
         question: taken literally.
-        visual_tokens: N of the unpruned video, at least 1.
+        inputs: of each, "video" or "picture", and N, its number of visual tokens with nothing pruned, at least 1.
         system: a system prompt, taken literally; None leaves it to the template.
-        subtitles: what is said in the video, taken literally; the question follows without a space.
+        subtitles: what is said in the videos, taken literally; the question follows without a space.
 
     Returns:
         The same ids as tokenising the rendered conversation at once, if the user's text holds no special token.
 
     Raises:
-        ModelError: the chat template is broken, or does not write one video and then the question.
+        ModelError: the chat template is broken, or does not write the inputs in their order and then the question.
         UsageError: the question or the system prompt is not Unicode text (stray bytes from a shell).
-        ValueError: `visual_tokens` is below 1.
+        ValueError: no inputs, or a number of tokens below 1.
     """
-    if visual_tokens < 1:
-        raise ValueError(f"a video has at least one visual token, not {visual_tokens}")
+    if not inputs or min(count for _, count in inputs) < 1:
+        raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
     specials = tokenizer.specials()
-    rendered = _render(tokenizer, system is not None)
-    before, _, after = rendered.partition(VIDEO_TOKEN)
-    if VIDEO_TOKEN not in specials or VIDEO_TOKEN in after or _QUESTION in before or _QUESTION not in after:
-        raise _unusable(tokenizer, "it does not write one video and then the question")
+    rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None)
+    _check(tokenizer, rendered, [CONTENTS[kind][1] for kind, _ in inputs])
 
     words = {_QUESTION: subtitles + question, _SYSTEM: system or ""}
     check_text(question, system)
-    ids, video_start, prefix_length = [], 0, 0
+    ids, places, prefix_length = [], [], 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
     # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
     for piece in re.split(f"({'|'.join(map(re.escape, specials))})", rendered):
-        if piece == VIDEO_TOKEN:
-            video_start = len(ids)
-            ids += [specials[piece]] * visual_tokens
+        if piece in _PLACEHOLDERS:
+            count = inputs[len(places)][1]
+            places.append(range(len(ids), len(ids) + count))
+            ids += [specials[piece]] * count
         elif piece in specials:
             ids.append(specials[piece])
         else:
@@ -88,7 +100,15 @@ def build_prompt(
             if _QUESTION in piece:
                 prefix_length = len(ids) + _shared(tokenizer, encoded, piece.partition(_QUESTION)[0], subtitles)
             ids += encoded
-    return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), video_start, visual_tokens, prefix_length)
+    return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), tuple(places), prefix_length)
+
+
+def _check(tokenizer: Tokenizer, rendered: str, due: list[str]) -> None:
+    """Raises ModelError unless the conversation has these placeholders in this order, and then the question."""
+    known, last = tokenizer.specials(), max(rendered.rfind(token) for token in _PLACEHOLDERS)
+    found = re.findall("|".join(map(re.escape, _PLACEHOLDERS)), rendered)
+    if found != due or not set(due) <= known.keys() or not last < rendered.find(_QUESTION):
+        raise _unusable(tokenizer, "it does not write the inputs in their order and then the question")
 
 
 def _shared(tokenizer: Tokenizer, encoded: list[int], before: str, subtitles: str) -> int:
@@ -97,10 +117,11 @@ def _shared(tokenizer: Tokenizer, encoded: list[int], before: str, subtitles: st
     return len(ids) if encoded[: len(ids)] == ids else 0
 
 
-def _render(tokenizer: Tokenizer, with_system: bool) -> str:
+def _render(tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool) -> str:
     """The conversation as text, with placeholders for the user's words."""
     messages = [{"role": "system", "content": _SYSTEM}] if with_system else []
-    messages.append({"role": "user", "content": [{"type": "video"}, {"type": "text", "text": _QUESTION}]})
+    content = [{"type": CONTENTS[kind][0]} for kind in kinds]
+    messages.append({"role": "user", "content": [*content, {"type": "text", "text": _QUESTION}]})
     try:
         return tokenizer.render(messages)
     except ValueError as problem:
@@ -113,6 +134,6 @@ def _render(tokenizer: Tokenizer, with_system: bool) -> str:
 def _unusable(tokenizer: Tokenizer, reason: str) -> ModelError:
     where = f" ({tokenizer.template_file})" if tokenizer.template_file else ""
     return ModelError(
-        f"the model's chat template cannot be used for video{where}: {reason}",
+        f"the model's chat template cannot be used{where}: {reason}",
         "take tokenizer and chat template from the model that this one was made from",
     )

@@ -1,23 +1,23 @@
-"""The last stages: an encoded video is asked a question, and the answer is streamed.
+"""The last stages: encoded inputs are asked a question, and the answer is streamed.
 
-Answers of one video share the keys and values of its prompt. So a lock of the video is held while a piece is generated, and by
+Answers about the same inputs share the keys and values of their prompt. So a lock is held while a piece is generated, and by
 `Answer.text` until the answer is complete. It is never held while the caller has control: an iteration cannot block another one.
 """
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 
 import torch
 
-from evoprune.errors import UsageError, error_record, names_plugins
+from evoprune.errors import UsageError, names_plugins
 from evoprune.language.generate import GenerationSettings, PrefillState, along, embed_question, stream, stream_text
 from evoprune.model.clock import Clock
-from evoprune.pipeline.encoding import Encoding
+from evoprune.pipeline.answer import Answer
+from evoprune.pipeline.encoding import Encoding, total_seconds
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.fill_report import fill_kept, fill_times, video_report
+from evoprune.pipeline.fill_report import fill_kept, fill_times, inputs_report
 from evoprune.pipeline.keywords import names_options
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
@@ -27,125 +27,37 @@ from evoprune.text import counted
 from evoprune.video.info import VideoInfo
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
-from evoprune.vision.token_selection import EncodedRows, select_tokens
+from evoprune.vision.token_selection import select_tokens
+
+__all__ = ["Answer", "EncodedInputs", "EncodedVideo"]
 
 
-class Answer(Iterator[str]):
-    """An answer, in pieces as they are generated: iterate over it once. Generation begins with the first piece.
+class EncodedInputs:
+    """Inputs that were encoded once and can be asked about together, one question at a time.
 
-    Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
-    ends with an error if another answer began between two of its pieces, in this thread or another.
+    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew, among the rows of
+    each encoding.
 
-    Attributes:
-        report: of this answer; up to date after each piece, complete after the last. `report.answer` is what there is so far.
-        ids: its tokens so far, without the one that ends it.
-        text: the whole answer; reading it generates what is left.
-
-    Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
-        UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
-        OutOfMemory. ModelError: numbers that are NaN or infinite.
-    """
-
-    def __init__(
-        self,
-        report: Report,
-        pieces: Iterator[str],
-        lock: AbstractContextManager | None = None,
-        ids: list[int] | None = None,
-    ):
-        self.report, self.ids = report, [] if ids is None else ids
-        self._pieces, self._lock = pieces, lock or nullcontext()
-        self._problem: Exception | None = None
-
-    def __next__(self) -> str:
-        with self._lock:
-            if self._problem is not None:  # the generator has ended, as if the answer were complete
-                raise _once_more(self._problem)
-            try:
-                return next(self._pieces)
-            except StopIteration:
-                raise
-            except Exception as problem:
-                self._problem = _once_more(problem)
-                self.report.finish_reason, self.report.error = "error", error_record(problem)
-                raise
-            except BaseException:
-                self.report.finish_reason = self.report.finish_reason or "interrupt"
-                raise
-
-    @property
-    def text(self) -> str:
-        """The whole answer: generates what is left of it. What there is so far is `report.answer`."""
-        with self._lock:
-            for _ in self:
-                pass
-        return self.report.answer or ""
-
-    def __str__(self) -> str:
-        return self.text
-
-    def close(self) -> None:
-        """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
-        with self._lock:
-            self._pieces.close()
-            self.report.finish_reason = self.report.finish_reason or "interrupt"
-
-    def __repr__(self) -> str:
-        return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
-
-
-def _once_more(problem: Exception) -> Exception:
-    """The same exception without its traceback, whose frames hold the memory of what failed."""
-    again = type(problem).__new__(type(problem), *problem.args)
-    vars(again).update(vars(problem))
-    return again
-
-
-class EncodedVideo:
-    """A video that was encoded once and can be asked about, one question at a time. Threads wait for one another (`Answer`).
-
-    A method that reads the question selects tokens for each one anew, among the rows of the one encoding; before the first
-    question `encoded` has no tokens.
+    Args:
+        engine: what encoded them.
+        encodings: at least one, in the order in which the model reads them.
 
     Attributes:
-        report: describes the encoding; it never changes. Each answer has a report of its own.
-        encoded: the tokens that the language model reads. From the cache, `encoded.rows` have a shape but hold no data.
-        view: what was looked at.
+        report: describes the encodings; it never changes. Each answer has a report of its own.
     """
 
-    def __init__(self, engine: Engine, view: View, encoding: Encoding):
-        result = encoding.result
-        self.view = view
-        self.encoded: Encoded = result.nothing_selected() if isinstance(result, EncodedRows) else result
-        self._engine, self._encoding = engine, encoding
-        self._prompts = PromptReader(engine.loaded, view)
+    def __init__(self, engine: Engine, encodings: Sequence[Encoding]):
+        self._engine = engine
+        self._encodings = [encoding.own() for encoding in encodings]
+        self._read_of = [encoding.tokens for encoding in self._encodings]
+        self._prompts = PromptReader(engine.loaded, [encoding.view for encoding in encodings])
         self._turn, self._paid, self._lock = 0, False, threading.RLock()
-        self._blank = video_report(engine, view, encoding, self.encoded)
+        self._blank = inputs_report(engine, self._encodings, self._read_of)
         self.report = deepcopy(self._blank)
-        fill_times(self.report, encoding.seconds, encoding.wall_seconds, engine.loaded.device)
-
-    @property
-    def info(self) -> VideoInfo:
-        """Facts about the file."""
-        return self.view.info
-
-    @property
-    def plan(self) -> Plan:
-        """Which frames were looked at, and how large."""
-        return self.view.plan
-
-    @property
-    def units(self) -> int:
-        """Visual tokens with nothing pruned; more than were looked at, if the method made the input smaller."""
-        return self.view.units
+        fill_times(self.report, *total_seconds(self._encodings), engine.loaded.device)
 
     def __repr__(self) -> str:
-        (count, height, width), sampling = self.plan.grid, self.plan.sampling
-        pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
-        return (
-            f"<EncodedVideo {self.view.name!r}: {sampling.frames} frames, {pairs}, "
-            f"{len(self.encoded.kept):,} of {self.units:,} visual tokens kept>"
-        )
+        return f"<{type(self).__name__} of {', '.join(map(_described, self._encodings, self._read_of))}>"
 
     @names_options
     def ask(
@@ -157,7 +69,7 @@ class EncodedVideo:
         top_p: float = 1.0,
         system: str | None = None,
     ) -> Answer:
-        """Asks a question. The first answer's report includes the time of the video, later ones do not.
+        """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
 
         Args:
             question: taken literally.
@@ -253,9 +165,9 @@ class EncodedVideo:
             raise
 
     def _new_clock(self, report: Report) -> tuple[Clock, float]:
-        """A clock for an answer, and the wall-clock seconds before it: the video's time, until a question has paid for it."""
-        clock, wall = Clock(self._engine.device), self._encoding.wall_seconds
-        clock.seconds = dict(self._encoding.seconds)
+        """A clock for an answer, and the wall-clock seconds before it: the inputs' time, until a question has paid for it."""
+        clock = Clock(self._engine.device)
+        clock.seconds, wall = total_seconds(self._encodings)
         if self._paid:
             clock.seconds, wall = dict.fromkeys(clock.seconds, 0.0), 0.0
             report.time_ms.encode_prune = 0.0
@@ -265,22 +177,80 @@ class EncodedVideo:
     @names_plugins()
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
-        loaded, before = self._engine.loaded, self.encoded.prune_seconds if self._paid else 0.0
+        loaded, before = self._engine.loaded, self._prune_seconds if self._paid else 0.0
         self._prompts.forget()
-        self.encoded = select_tokens(self._encoding.result, embed_question(loaded.model, loaded.tokenizer, question))
-        fill_kept(report, self.view, self.encoded)
-        report.time_ms.encode_prune = (self.encoded.prune_seconds - before) * 1000
+        words = embed_question(loaded.model, loaded.tokenizer, question)
+        self._read_of = [
+            select_tokens(encoding.result, words) if encoding.selects else read
+            for encoding, read in zip(self._encodings, self._read_of, strict=True)
+        ]
+        fill_kept(report, self._encodings, self._read_of)
+        report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
+
+    @property
+    def _prune_seconds(self) -> float:
+        return sum(read.prune_seconds for read in self._read_of)
 
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
         """The state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
-        selects = isinstance(self._encoding.result, EncodedRows)
         with clock.stage("prefill"):
-            kept = self.view.encoder.keep if selects else len(self.encoded.kept)
-            prompt = self._prompts.build(question, options, kept)
-        if selects:
+            prompt = self._prompts.build(question, options, sum(encoding.kept for encoding in self._encodings))
+        if any(encoding.selects for encoding in self._encodings):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            visual, text = len(self.encoded.kept), prompt.text_tokens
+            visual, text = sum(len(read.kept) for read in self._read_of), prompt.text_tokens
             report.tokens = TokenCounts(text, visual, text + visual, 0)
-            return self._prompts.read(self.encoded, prompt, options.system)
+            return self._prompts.read(self._read_of, prompt, options.system)
+
+
+class EncodedVideo(EncodedInputs):
+    """A video that was encoded once and can be asked about, one question at a time; see `EncodedInputs`.
+
+    Where the method reads the question, `encoded` has no tokens before the first one.
+
+    Attributes:
+        report: describes the encoding; it never changes. Each answer has a report of its own.
+        encoded: the tokens that the language model reads. From the cache, `encoded.rows` have a shape but hold no data.
+        view: what was looked at.
+    """
+
+    def __init__(self, engine: Engine, encoding: Encoding):
+        super().__init__(engine, [encoding])
+
+    @property
+    def encoded(self) -> Encoded:
+        """The tokens that the language model reads."""
+        return self._read_of[0]
+
+    @property
+    def view(self) -> View:
+        """What was looked at."""
+        return self._encodings[0].view
+
+    @property
+    def info(self) -> VideoInfo:
+        """Facts about the file."""
+        return self.view.info
+
+    @property
+    def plan(self) -> Plan:
+        """Which frames were looked at, and how large."""
+        return self.view.plan
+
+    @property
+    def units(self) -> int:
+        """Visual tokens with nothing pruned; more than were looked at, if the method made the input smaller."""
+        return self.view.units
+
+    def __repr__(self) -> str:
+        return f"<EncodedVideo {_described(self._encodings[0], self.encoded)}>"
+
+
+def _described(encoding: Encoding, read: Encoded) -> str:
+    """An input in a few words."""
+    view = encoding.view
+    (count, height, width), sampling = view.plan.grid, view.plan.sampling
+    pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
+    kept = f"{len(read.kept):,} of {view.units:,} visual tokens kept"
+    return f"{view.name!r}: {sampling.frames} frames, {pairs}, {kept}"

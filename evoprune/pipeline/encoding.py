@@ -1,8 +1,8 @@
 """The third stage: patches become the tokens that the language model reads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,9 +23,10 @@ EncodeRows = Callable[..., EncodedRows]
 
 @dataclass(frozen=True)
 class Encoding:
-    """A video that was encoded, and what that took.
+    """An input that was encoded, and what that took.
 
     Attributes:
+        view: what was looked at.
         result: its tokens; or its rows, where the method selects for each question.
         seconds: how long each stage was busy: "read", "preprocess" and "encode".
         wall_seconds: from the start of reading to the end of encoding.
@@ -34,12 +35,38 @@ class Encoding:
         damaged: packets that could not be decoded.
     """
 
+    view: View
     result: Encoded | EncodedRows
     seconds: dict[str, float]
     wall_seconds: float
     cache: str = "off"
     warnings: tuple[str, ...] = field(default=())
     damaged: int = 0
+
+    @property
+    def selects(self) -> bool:
+        """Whether tokens are selected for each question."""
+        return isinstance(self.result, EncodedRows)
+
+    @property
+    def tokens(self) -> Encoded:
+        """The tokens that the language model reads; none where a question is to come first."""
+        return self.result.nothing_selected() if self.selects else self.result
+
+    @property
+    def kept(self) -> int:
+        """How many tokens the language model will read."""
+        return self.view.encoder.keep if self.selects else len(self.result.kept)
+
+    def own(self) -> "Encoding":
+        """The same one for another conversation, whose selections it times apart."""
+        return replace(self, result=replace(self.result, timer=self.result.timer.copy())) if self.selects else self
+
+
+def total_seconds(encodings: Sequence[Encoding]) -> tuple[dict[str, float], float]:
+    """The busy seconds of each stage, and the wall-clock seconds, of all inputs together."""
+    stages = {stage: sum(each.seconds[stage] for each in encodings) for stage in encodings[0].seconds}
+    return stages, sum(each.wall_seconds for each in encodings)
 
 
 def encode_view(

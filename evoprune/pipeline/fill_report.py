@@ -1,5 +1,7 @@
 """Reports of the pipeline: what was looked at, what was kept, how long each stage took."""
 
+from collections.abc import Sequence
+
 from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
@@ -9,11 +11,17 @@ from evoprune.video.info import is_demo_clip
 from evoprune.vision.encoded import Encoded
 
 
-def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encoded) -> Report:
-    """The report of a video that was encoded, without the times of its stages."""
+def inputs_report(engine: Engine, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> Report:
+    """The report of inputs that were encoded, without the times of their stages.
+
+    Args:
+        read: what the language model reads of each.
+    """
     loaded = engine.loaded
+    (encoding,), (encoded,) = encodings, read
+    view = encoding.view
     report = Report(
-        video=_video_facts(view, encoding),
+        video=_video_facts(encoding),
         sampling=_sampling(engine, view),
         pruning=_pruning(engine, view, encoded),
         memory=Memory(weights_bytes=loaded.weights_bytes),
@@ -23,7 +31,7 @@ def video_report(engine: Engine, view: View, encoding: Encoding, encoded: Encode
         cache=encoding.cache,
         subtitles=view.subtitles.record(),
     )
-    fill_kept(report, view, encoded)
+    fill_kept(report, encodings, read)
     report.time_ms.load = None if engine.load_seconds is None else engine.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
@@ -56,15 +64,16 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
 
 
-def fill_kept(report: Report, view: View, encoded: Encoded) -> None:
-    """Writes into a report what the language model reads of the video."""
-    pruning, kept = report.pruning, len(encoded.kept)
-    pruning.visual_tokens_kept, pruning.kept_ratio = kept, kept / view.units
-    pruning.kept_per_pair = encoded.kept_per_pair
+def fill_kept(report: Report, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> None:
+    """Writes into a report what the language model reads of the inputs."""
+    pruning, kept = report.pruning, sum(len(each.kept) for each in read)
+    pruning.visual_tokens_kept = kept
+    pruning.kept_ratio = kept / sum(each.view.units for each in encodings)
+    pruning.kept_per_pair = [count for each in read for count in each.kept_per_pair]
 
 
-def _video_facts(view: View, encoding: Encoding) -> VideoFacts:
-    info = view.info
+def _video_facts(encoding: Encoding) -> VideoFacts:
+    view, info = encoding.view, encoding.view.info
     return VideoFacts(
         path=view.name,
         duration_s=info.duration_s,

@@ -102,8 +102,8 @@ class OpenVideo:
                 warnings.append("cache_not_written")
         cache = "hit" if self._cached else "miss" if self._key else "off"
         wall = earlier + clock.now() - start
-        encoding = Encoding(result, seconds, wall, cache, tuple(warnings), self._reader.damaged)
-        return EncodedVideo(self.engine, self.view, encoding)
+        encoding = Encoding(self.view, result, seconds, wall, cache, tuple(warnings), self._reader.damaged)
+        return EncodedVideo(self.engine, encoding)
 
     def close(self) -> None:
         """Reads no further."""

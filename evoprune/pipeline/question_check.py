@@ -1,9 +1,10 @@
-"""Whether questions about a video can be read, found out before the video is encoded."""
+"""Whether questions about videos and pictures can be read, found out before these are encoded."""
 
 from collections.abc import Sequence
 
 from evoprune.errors import LESS, OutOfMemory, UsageError
-from evoprune.language.prompt import build_prompt
+from evoprune.language.prompt import VIDEO, Prompt, build_prompt
+from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.memory import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
@@ -14,8 +15,19 @@ from evoprune.pipeline.view import View
 BEGINNING = 8  # characters for each token of the context
 
 
-def longest_prompt(engine: Engine, view: View, questions: Sequence[str], options: GenerationOptions) -> int:
-    """Tokens of text in the longest prompt of some questions about a video.
+def prompt_about(tokenizer: Tokenizer, views: Sequence[View], question: str, system: str | None) -> Prompt:
+    """The prompt of a question about some inputs.
+
+    Raises:
+        As `language.prompt.build_prompt`.
+    """
+    inputs = [(VIDEO, view.encoder.units) for view in views]
+    subtitles = "".join(view.subtitles.text for view in views)
+    return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles)
+
+
+def longest_prompt(engine: Engine, views: Sequence[View], questions: Sequence[str], options: GenerationOptions) -> int:
+    """Tokens of text in the longest prompt of some questions about some inputs.
 
     Raises:
         UsageError: a question does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
@@ -23,11 +35,12 @@ def longest_prompt(engine: Engine, view: View, questions: Sequence[str], options
     tokenizer = engine.loaded.tokenizer
     for question in questions:
         check_question(engine.loaded, question)
-    around = {"system": options.system, "subtitles": view.subtitles.text}
-    longest = max(build_prompt(tokenizer, each, 1, **around).text_tokens for each in questions)
-    check_context(engine.loaded, longest, view.encoder.keep, options.max_new_tokens)
-    if longest > TEXT:
-        units_at_once(engine, view, longest)
+    longest = max(prompt_about(tokenizer, views, each, options.system).text_tokens for each in questions)
+    kept = sum(view.encoder.keep for view in views)
+    check_context(engine.loaded, longest, kept, options.max_new_tokens)
+    for view in views:
+        if (around := longest + kept - view.encoder.keep) > TEXT:
+            units_at_once(engine, view, around)
     return longest
 
 
@@ -51,7 +64,7 @@ def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None
     """Checks that a prompt and its answer fit into the model's context.
 
     Args:
-        text, visual: tokens of the prompt, of its text and of the video after pruning.
+        text, visual: tokens of the prompt, of its text and of the inputs after pruning.
         new: tokens of the answer, at most.
 
     Raises:

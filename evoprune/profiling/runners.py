@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.language.generate import GenerationSettings, column_sizes, embed_prompt, prefill, stream
+from evoprune.language.generate import GenerationSettings, Visual, column_sizes, embed_prompt, prefill, stream
 from evoprune.methods.base import Method
 from evoprune.model.clock import Clock
 from evoprune.model.cost import tower_flop
@@ -37,8 +37,10 @@ def run_evoprune(
         how = {"question": question, "seconds_per_pair": clip.seconds_per_pair, "seed": seed}
         encoded = encode(visual, [clip.patches], plan, method, **how)
     with clock.stage("prefill"):
-        embeds, columns = embed_prompt(model, clip.ids, encoded.features, TEXT_BEFORE, clip.units, encoded.kept)
-        sizes = column_sizes(encoded.size, TEXT_BEFORE, len(embeds))
+        place = range(TEXT_BEFORE, TEXT_BEFORE + clip.units)
+        visuals = [Visual(place, encoded.features, encoded.kept, encoded.size)]
+        embeds, columns = embed_prompt(model, clip.ids, visuals)
+        sizes = column_sizes(visuals, columns)
         state = prefill(model, embeds, clip.positions[:, columns], clip.following, sizes=sizes)
     with clock.stage("generate"):
         tokens = list(stream(model, state, GenerationSettings(new_tokens), eos_ids=()))

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import evoprune
-from evoprune.language.prompt import build_prompt
+from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.methods.evs import Evs
 from evoprune.pipeline.loading.model import load_model
 from evoprune.profiling.hugging_face import hugging_face_model
@@ -144,7 +144,7 @@ def loaded_by_hand(name, question, clip=CLIP):
     plan, info = video.plan, video.info
     frames = np.concatenate([chunk.frames for chunk in read_frames(info, plan.sampling.times_s)])
     t, h, w = plan.grid
-    ids = build_prompt(loaded.tokenizer, question, t * h * w).input_ids[None]
+    ids = build_prompt(loaded.tokenizer, question, [(VIDEO, t * h * w)]).input_ids[None]
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -7,9 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError
-from evoprune.language.generate import GenerationSettings, choose, embed_prompt, prefill, stream, stream_text
+from evoprune.language.generate import (
+    GenerationSettings,
+    Visual,
+    choose,
+    column_sizes,
+    embed_prompt,
+    prefill,
+    stream,
+    stream_text,
+)
 from evoprune.language.positions import VideoSpan, prompt_positions
-from evoprune.language.prompt import build_prompt
+from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.language.tokenizer import Tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -38,15 +47,13 @@ class Clip:
         self.pixels = torch.randn(t * h * w * 4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(t + h))
         with torch.no_grad():
             self.features = model.model.visual(self.pixels, grid_thw=self.grid_thw).pooler_output
-        self.prompt = build_prompt(own_tokenizer(), question, t * h * w)
-        span = VideoSpan(self.prompt.video_start, grid, seconds)
+        self.prompt = build_prompt(own_tokenizer(), question, [(VIDEO, t * h * w)])
+        span = VideoSpan(self.prompt.places[0].start, grid, seconds)
         self.positions = prompt_positions(len(self.prompt.input_ids), [span], 2)
         self.next_position = int(self.positions.max()) + 1
 
     def embed(self, model, kept):
-        return embed_prompt(
-            model, self.prompt.input_ids, self.features[kept], self.prompt.video_start, self.prompt.visual_tokens, kept
-        )
+        return embed_prompt(model, self.prompt.input_ids, [Visual(self.prompt.places[0], self.features[kept], kept)])
 
     def prefill(self, model, kept=None):
         kept = torch.arange(self.prompt.visual_tokens) if kept is None else kept
@@ -135,7 +142,7 @@ def test_prefill_keeps_the_last_logits_only(model):
 
 def test_embedding_a_pruned_prompt(model):
     clip = Clip(model, *CLIPS[0])
-    kept, start, n = torch.tensor([0, 3, 71]), clip.prompt.video_start, clip.prompt.visual_tokens
+    kept, start, n = torch.tensor([0, 3, 71]), clip.prompt.places[0].start, clip.prompt.visual_tokens
     embeds, columns = clip.embed(model, kept)
     length = len(clip.prompt.input_ids)
     assert columns.tolist() == [*range(start), start, start + 3, start + 71, *range(start + n, length)]
@@ -150,7 +157,27 @@ def test_embedding_a_pruned_prompt(model):
 def test_impossible_selections_are_refused(model, kept):
     clip = Clip(model, *CLIPS[0])
     with pytest.raises(ValueError, match="visual tokens"):
-        embed_prompt(model, clip.prompt.input_ids, clip.features[:2], clip.prompt.video_start, 72, torch.tensor(kept))
+        Visual(clip.prompt.places[0], clip.features[:2], torch.tensor(kept))
+
+
+def test_embedding_a_prompt_with_several_inputs(model):
+    prompt = build_prompt(own_tokenizer(), "Which?", [(VIDEO, 5), ("picture", 4), (VIDEO, 3)])
+    kept = [torch.tensor([1, 4]), torch.tensor([0]), torch.arange(3)]
+    sizes = [None, torch.tensor([4.0]), torch.tensor([1.0, 2.0, 3.0])]
+    features = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).split([2, 1, 3])
+    visuals = [Visual(*each) for each in zip(prompt.places, features, kept, sizes, strict=True)]
+    embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
+    dropped = [prompt.places[0][i] for i in (0, 2, 3)] + list(prompt.places[1][1:])
+    assert columns.tolist() == [i for i in range(len(prompt.input_ids)) if i not in dropped]
+    of_column = dict(zip(columns.tolist(), embeds, strict=True))
+    for visual in visuals:
+        assert torch.equal(torch.stack([of_column.pop(i) for i in visual.columns.tolist()]), visual.features)
+    text = prompt.input_ids[list(of_column)]
+    assert torch.equal(torch.stack(list(of_column.values())), model.get_input_embeddings()(text))
+    found = dict(zip(columns.tolist(), column_sizes(visuals, columns).tolist(), strict=True))
+    assert [found[i] for i in visuals[1].columns.tolist() + visuals[2].columns.tolist()] == [4, 1, 2, 3]
+    assert sum(found.values()) == len(columns) - 4 + 10
+    assert column_sizes(visuals[:1], columns) is None
 
 
 def test_an_answer_ends_at_an_end_token_or_at_its_length(model):

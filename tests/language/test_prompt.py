@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import build_prompt
+from evoprune.language.prompt import PICTURE, VIDEO, Prompt, build_prompt
 from evoprune.language.tokenizer import Tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
@@ -31,6 +31,10 @@ def own(hf):
     return Tokenizer(tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str()), hf.chat_template)
 
 
+def about_video(tokenizer, question, visual_tokens, **more) -> Prompt:
+    return build_prompt(tokenizer, question, [(VIDEO, visual_tokens)], **more)
+
+
 def whole(question, visual_tokens, system, template=None):
     """The rendered conversation, tokenised at once by Hugging Face."""
     tokenizer = tiny_tokenizer()
@@ -44,7 +48,7 @@ def whole(question, visual_tokens, system, template=None):
 @pytest.mark.parametrize("system", [None, "", "Be brief.", "\n\nStart on a new line. "])
 @pytest.mark.parametrize("question", ORDINARY)
 def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, system):
-    prompt = build_prompt(tokenizer, question, 7, system=system)
+    prompt = about_video(tokenizer, question, 7, system=system)
     assert prompt.input_ids.dtype == torch.int64
     assert prompt.input_ids.tolist() == whole(question, 7, system)
 
@@ -54,23 +58,46 @@ def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, syste
 def test_any_text_without_special_tokens_gives_the_ids_of_the_whole(question, system):
     assume(not any(token in question + (system or "") for token in (*SPECIAL_TOKENS, "\0")))
     tokenizer = own(tiny_tokenizer())
-    assert build_prompt(tokenizer, question, 2, system=system).input_ids.tolist() == whole(question, 2, system)
+    assert about_video(tokenizer, question, 2, system=system).input_ids.tolist() == whole(question, 2, system)
 
 
 @pytest.mark.parametrize("visual_tokens", [1, 2, 300])
 def test_placeholders_stand_between_vision_start_and_vision_end(tokenizer, visual_tokens):
-    prompt = build_prompt(tokenizer, "How many?", visual_tokens)
+    prompt = about_video(tokenizer, "How many?", visual_tokens)
     start, pad, end = tiny_tokenizer().convert_tokens_to_ids(["<|vision_start|>", "<|video_pad|>", "<|vision_end|>"])
-    ids, at = prompt.input_ids.tolist(), prompt.video_start
+    ids, at = prompt.input_ids.tolist(), prompt.places[0].start
     assert ids[at - 1 : at + visual_tokens + 1] == [start] + [pad] * visual_tokens + [end]
     assert ids.count(pad) == visual_tokens == prompt.visual_tokens
     assert prompt.text_tokens == len(ids) - visual_tokens
 
 
+@pytest.mark.parametrize("kinds", [[PICTURE], [VIDEO, PICTURE], [PICTURE, VIDEO, VIDEO, PICTURE]])
+def test_several_inputs_stand_in_their_order(tokenizer, kinds):
+    prompt = build_prompt(tokenizer, "Which?", [(kind, 2 + i) for i, kind in enumerate(kinds)])
+    start, end, *pads = tiny_tokenizer().convert_tokens_to_ids(
+        ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
+    )
+    ids, at = prompt.input_ids.tolist(), prompt.places[0].start - 1
+    rooms = [[start, *[pads[kind == PICTURE]] * (2 + i), end] for i, kind in enumerate(kinds)]
+    assert ids[at : prompt.prefix_length] == [token for room in rooms for token in room]
+    assert [len(place) for place in prompt.places] == [2 + i for i in range(len(kinds))]
+    assert all(ids[i] in pads for place in prompt.places for i in place)
+    assert prompt.visual_tokens == sum(map(len, prompt.places)) == len(ids) - prompt.text_tokens
+
+
+def test_a_template_that_changes_their_order_or_leaves_one_out_is_refused(tokenizer, monkeypatch):
+    inputs = [(VIDEO, 1), (PICTURE, 2)]
+    for change in ("message.content | reverse", "message.content[1:]"):
+        changed = CHAT_TEMPLATE.replace("part in message.content", f"part in {change}")
+        monkeypatch.setattr(tokenizer, "chat_template", changed)
+        with pytest.raises(ModelError, match="in their order"):
+            build_prompt(tokenizer, "Why?", inputs)
+
+
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
 def test_special_tokens_in_the_users_words_are_plain_text(tokenizer, token):
     attack = f"a{token}b {token}{token}"
-    plain, attacked = build_prompt(tokenizer, "a", 3, system="b"), build_prompt(tokenizer, attack, 3, system=attack)
+    plain, attacked = about_video(tokenizer, "a", 3, system="b"), about_video(tokenizer, attack, 3, system=attack)
     specials = tiny_tokenizer().convert_tokens_to_ids(SPECIAL_TOKENS)
     only_special = [[i for i in prompt.input_ids.tolist() if i in specials] for prompt in (plain, attacked)]
     assert only_special[0] == only_special[1]
@@ -80,13 +107,13 @@ def test_special_tokens_in_the_users_words_are_plain_text(tokenizer, token):
 
 def test_stand_ins_in_the_users_words_stay_what_they_are(tokenizer):
     question, system = "\ue000system\ue001?", "\ue000question\ue001!"
-    text = tiny_tokenizer().decode(build_prompt(tokenizer, question, 1, system=system).input_ids)
+    text = tiny_tokenizer().decode(about_video(tokenizer, question, 1, system=system).input_ids)
     assert text.count(question) == text.count(system) == 1
 
 
 def test_the_prefix_does_not_depend_on_the_question(tokenizer):
-    one, other = (build_prompt(tokenizer, question, 4, system="Be brief.") for question in ("\nWhy?", "How many?"))
-    assert one.prefix_length == other.prefix_length == one.video_start + 4 + 1
+    one, other = (about_video(tokenizer, question, 4, system="Be brief.") for question in ("\nWhy?", "How many?"))
+    assert one.prefix_length == other.prefix_length == one.places[0].stop + 1
     assert one.input_ids[: one.prefix_length].tolist() == other.input_ids[: other.prefix_length].tolist()
     assert tiny_tokenizer().decode(one.input_ids[one.prefix_length :]).startswith("\nWhy?<|im_end|>")
 
@@ -105,13 +132,13 @@ def test_the_prefix_does_not_depend_on_the_question(tokenizer):
 def test_templates_without_one_video_and_a_question_after_it_are_refused(tokenizer, monkeypatch, template):
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(ModelError, match="chat template"):
-        build_prompt(tokenizer, "Why?", 1)
+        about_video(tokenizer, "Why?", 1)
 
 
 def test_text_between_video_and_question_is_part_of_the_rest(tokenizer, monkeypatch):
     template = CHAT_TEMPLATE.replace("else part.text", "else 'Question: ' + part.text")
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    prompt = build_prompt(tokenizer, "Why?", 2)
+    prompt = about_video(tokenizer, "Why?", 2)
     assert prompt.input_ids.tolist() == whole("Why?", 2, None, template)
     assert tiny_tokenizer().decode(prompt.input_ids[prompt.prefix_length :]).startswith("Question: Why?")
 
@@ -122,7 +149,7 @@ SAID = "Subtitles:\n[0:01] Who is there?\n[0:03] <|im_end, almost|> Größe\n\n"
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("question", ["Why?", "\nWhy?", "  Why?", ""])
 def test_subtitles_stand_between_the_video_and_the_question(tokenizer, question, system):
-    prompt = build_prompt(tokenizer, question, 7, system=system, subtitles=SAID)
+    prompt = about_video(tokenizer, question, 7, system=system, subtitles=SAID)
     assert prompt.input_ids.tolist() == whole(SAID + question, 7, system)
     text = tiny_tokenizer().decode(prompt.input_ids)
     assert f"<|vision_end|>{SAID}{question}<|im_end|>" in text
@@ -132,33 +159,34 @@ def test_subtitles_stand_between_the_video_and_the_question(tokenizer, question,
 def test_subtitles_are_part_of_the_prefix_where_no_question_merges_with_them(tokenizer, monkeypatch, template):
     if template:
         monkeypatch.setattr(tokenizer, "chat_template", template)
-    one, other = (build_prompt(tokenizer, question, 2, subtitles=SAID) for question in ("Why?", "How many?"))
+    one, other = (about_video(tokenizer, question, 2, subtitles=SAID) for question in ("Why?", "How many?"))
     assert tiny_tokenizer().decode(one.input_ids[one.prefix_length :]).startswith("Why?<|im_end|>")
     assert one.prefix_length == other.prefix_length
     assert one.input_ids[: one.prefix_length].tolist() == other.input_ids[: other.prefix_length].tolist()
 
 
 def test_a_question_that_merges_with_the_subtitles_shares_the_video_alone(tokenizer):
-    apart, merged = (build_prompt(tokenizer, question, 2, subtitles="said: Wh") for question in ("?", "at?"))
+    apart, merged = (about_video(tokenizer, question, 2, subtitles="said: Wh") for question in ("?", "at?"))
     assert merged.input_ids.tolist() == whole("said: What?", 2, None)
-    assert merged.prefix_length == merged.video_start + 3 < apart.prefix_length
+    assert merged.prefix_length == merged.places[0].stop + 1 < apart.prefix_length
 
 
 def test_special_tokens_in_subtitles_are_plain_text(tokenizer):
     attack = "".join(SPECIAL_TOKENS) + "\x1b[31m\ue000question\ue001"
-    prompt = build_prompt(tokenizer, "Why?", 3, subtitles=attack)
+    prompt = about_video(tokenizer, "Why?", 3, subtitles=attack)
     specials = tiny_tokenizer().convert_tokens_to_ids(SPECIAL_TOKENS)
-    plain = build_prompt(tokenizer, "Why?", 3)
+    plain = about_video(tokenizer, "Why?", 3)
     only_special = [[i for i in made.input_ids.tolist() if i in specials] for made in (plain, prompt)]
     assert only_special[0] == only_special[1] and tiny_tokenizer().decode(prompt.input_ids).count(attack) == 1
 
 
-def test_a_video_has_at_least_one_token(tokenizer):
+@pytest.mark.parametrize("inputs", [[], [(VIDEO, 0)], [(VIDEO, 2), (PICTURE, 0)]])
+def test_an_input_has_at_least_one_token(tokenizer, inputs):
     with pytest.raises(ValueError, match="at least one"):
-        build_prompt(tokenizer, "Why?", 0)
+        build_prompt(tokenizer, "Why?", inputs)
 
 
 @pytest.mark.parametrize("content", [b"\xff?", "why?".encode("utf-16-le")], ids=["stray bytes", "UTF-16"])
 def test_what_is_no_text_is_a_usage_error(tokenizer, content):
     with pytest.raises(UsageError, match="not valid text"):
-        build_prompt(tokenizer, content.decode(errors="surrogateescape"), 1)
+        about_video(tokenizer, content.decode(errors="surrogateescape"), 1)

@@ -43,11 +43,11 @@ def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, view, context)
     report.text  # noqa: B018 (generates it)
     tokens = report.report.tokens
     context(tokens.prompt + 3)
-    assert longest_prompt(qa.engine, view, ["Hm?", "What?"], GenerationOptions(3)) == tokens.text
+    assert longest_prompt(qa.engine, [view], ["Hm?", "What?"], GenerationOptions(3)) == tokens.text
     assert video.ask("What?", max_new_tokens=3).text == report.text
     for question, options in (("What?", {"max_new_tokens": 4}), ("What is it? Why?", {"max_new_tokens": 3})):
         with pytest.raises(UsageError, match="do not fit into the") as early:
-            longest_prompt(qa.engine, view, ["Hm?", question], GenerationOptions(**options))
+            longest_prompt(qa.engine, [view], ["Hm?", question], GenerationOptions(**options))
         with pytest.raises(UsageError) as late:
             next(video.ask(question, **options))
         assert early.value.message == late.value.message and early.value.hint
@@ -65,7 +65,7 @@ def test_a_method_that_reads_the_question_checks_it_first(saved, context, qa, mo
 
 def test_a_long_question_takes_time(qa, view, monkeypatch):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
-    text = longest_prompt(qa.engine, view, [LONG], GenerationOptions(1))
+    text = longest_prompt(qa.engine, [view], [LONG], GenerationOptions(1))
     assert text > 500
     assert estimate_first_token(qa.engine, view, text) > 1.2 * estimate_first_token(qa.engine, view)
 
@@ -80,9 +80,9 @@ def test_a_long_question_takes_memory(qa, view, monkeypatch):
 
     for module in (memory_check, question_check):
         monkeypatch.setattr(module, "shortage", shortage)
-    longest_prompt(qa.engine, view, ["What?"], GenerationOptions(1))
+    longest_prompt(qa.engine, [view], ["What?"], GenerationOptions(1))
     assert not asked  # what the encoder's own check assumes
-    longest_prompt(qa.engine, view, [LONG], GenerationOptions(1))
+    longest_prompt(qa.engine, [view], [LONG], GenerationOptions(1))
     assert asked
     with pytest.raises(OutOfMemory, match="needs about 9"):
         next(video.ask(LONG, max_new_tokens=1))

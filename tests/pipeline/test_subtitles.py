@@ -127,7 +127,7 @@ def test_every_question_counts_them_before_the_video_is_encoded(qa, said):
     with_them, without = (
         longest_prompt(
             qa.engine,
-            open_video(qa.engine, CLIP, SamplingOptions(subtitles=choice)).view,
+            [open_video(qa.engine, CLIP, SamplingOptions(subtitles=choice)).view],
             ["Why?"],
             GenerationOptions(2),
         )

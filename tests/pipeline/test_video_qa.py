@@ -15,7 +15,7 @@ import torch
 
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language.positions import VideoSpan, prompt_positions
-from evoprune.language.prompt import build_prompt
+from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.model.weights import shared
 from evoprune.pipeline.answering import Answer
 from evoprune.pipeline.estimate import estimate_first_token
@@ -76,8 +76,8 @@ def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack)
     frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
     patches = patchify(resize(frames, plan.height, plan.width))
     t, h, w = plan.grid
-    prompt = build_prompt(loaded.tokenizer, "Describe the video.", t * h * w)
-    span = VideoSpan(prompt.video_start, plan.grid, plan.sampling.seconds_per_pair())
+    prompt = build_prompt(loaded.tokenizer, "Describe the video.", [(VIDEO, t * h * w)])
+    span = VideoSpan(prompt.places[0].start, plan.grid, plan.sampling.seconds_per_pair())
     per_second = getattr(model.config.vision_config, "tokens_per_second", None)
     rope = prompt_positions(len(prompt.input_ids), [span], per_second)
     sequence = torch.arange(len(prompt.input_ids))[None]

@@ -174,7 +174,7 @@ def test_a_pattern_that_takes_too_many_steps(folder, capfd):
     edit(folder / "tokenizer.json", pre_tokenizer=split)
     tokenizer = load(str(folder), pack=False).tokenizer
     with pytest.raises(ModelError, match=r"broke down: .*limit"):
-        build_prompt(tokenizer, "a" * 99, 1)
+        build_prompt(tokenizer, "a" * 99, [("video", 1)])
 
 
 def test_a_device_that_computes_nothing(folder):
@@ -198,7 +198,7 @@ def refusal(folder: Path, source: str) -> str:
     (folder / "chat_template.jinja").write_text(source)
     tokenizer = load(str(folder), pack=False).tokenizer
     with pytest.raises(ModelError) as caught:
-        build_prompt(tokenizer, "What?", 1)
+        build_prompt(tokenizer, "What?", [("video", 1)])
     assert str(folder / "chat_template.jinja") in caught.value.message
     return caught.value.message
 
@@ -216,6 +216,6 @@ def test_templates_without_an_end(folder, source, monkeypatch):
 
 def test_a_template_is_rendered_once(folder, monkeypatch):
     tokenizer = load(str(folder), pack=False).tokenizer
-    build_prompt(tokenizer, "What?", 1)
+    build_prompt(tokenizer, "What?", [("video", 1)])
     monkeypatch.setattr(template, "_apart", partial(pytest.fail, "a second process"))
-    build_prompt(tokenizer, "Why?", 1)
+    build_prompt(tokenizer, "Why?", [("video", 1)])

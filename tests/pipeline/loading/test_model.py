@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.language.generate import GenerationSettings, embed_prompt, prefill, stream, stream_text
+from evoprune.language.generate import GenerationSettings, Visual, embed_prompt, prefill, stream, stream_text
 from evoprune.language.positions import VideoSpan, prompt_positions
-from evoprune.language.prompt import build_prompt
+from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.model import linear
 from evoprune.model.linear import PackedLinear
 from evoprune.pipeline.loading import device, folder, found, model, weights
@@ -61,14 +61,14 @@ def test_auto_dtype_follows_the_hardware_and_the_demo_is_exact(saved, monkeypatc
 
 def test_a_loaded_model_answers(saved):
     loaded = load_model(str(saved), dtype="fp32")
-    prompt = build_prompt(loaded.tokenizer, "What happens?", 12)
+    prompt = build_prompt(loaded.tokenizer, "What happens?", [(VIDEO, 12)])
     pixels = torch.randn(48, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features = hugging_face_model(loaded.model).model.visual(pixels, torch.tensor([[2, 4, 6]])).pooler_output
     kept = torch.tensor([0, 5, 7])
-    span = VideoSpan(prompt.video_start, (2, 2, 3), 1.0)
+    span = VideoSpan(prompt.places[0].start, (2, 2, 3), 1.0)
     positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
-    embeds, columns = embed_prompt(loaded.model, prompt.input_ids, features[kept], prompt.video_start, 12, kept)
+    embeds, columns = embed_prompt(loaded.model, prompt.input_ids, [Visual(prompt.places[0], features[kept], kept)])
     state = prefill(loaded.model, embeds, positions[:, columns], int(positions.max()) + 1)
     answer = stream(loaded.model, state, GenerationSettings(max_new_tokens=8), loaded.eos_ids)
     assert "".join(stream_text(loaded.tokenizer, answer))

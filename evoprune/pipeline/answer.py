@@ -1,0 +1,78 @@
+"""An answer: a question's text, in pieces as they are generated, and its report."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+from evoprune.errors import error_record
+from evoprune.report import Report
+
+
+class Answer(Iterator[str]):
+    """An answer, in pieces as they are generated: iterate over it once. Generation begins with the first piece.
+
+    Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
+    ends with an error if another answer began between two of its pieces, in this thread or another.
+
+    Attributes:
+        report: of this answer; up to date after each piece, complete after the last. `report.answer` is what there is so far.
+        ids: its tokens so far, without the one that ends it.
+        text: the whole answer; reading it generates what is left.
+
+    Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
+        UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
+        OutOfMemory. ModelError: numbers that are NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        pieces: Iterator[str],
+        lock: AbstractContextManager | None = None,
+        ids: list[int] | None = None,
+    ):
+        self.report, self.ids = report, [] if ids is None else ids
+        self._pieces, self._lock = pieces, lock or nullcontext()
+        self._problem: Exception | None = None
+
+    def __next__(self) -> str:
+        with self._lock:
+            if self._problem is not None:  # the generator has ended, as if the answer were complete
+                raise _once_more(self._problem)
+            try:
+                return next(self._pieces)
+            except StopIteration:
+                raise
+            except Exception as problem:
+                self._problem = _once_more(problem)
+                self.report.finish_reason, self.report.error = "error", error_record(problem)
+                raise
+            except BaseException:
+                self.report.finish_reason = self.report.finish_reason or "interrupt"
+                raise
+
+    @property
+    def text(self) -> str:
+        """The whole answer: generates what is left of it. What there is so far is `report.answer`."""
+        with self._lock:
+            for _ in self:
+                pass
+        return self.report.answer or ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def close(self) -> None:
+        """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
+        with self._lock:
+            self._pieces.close()
+            self.report.finish_reason = self.report.finish_reason or "interrupt"
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
+
+
+def _once_more(problem: Exception) -> Exception:
+    """The same exception without its traceback, whose frames hold the memory of what failed."""
+    again = type(problem).__new__(type(problem), *problem.args)
+    vars(again).update(vars(problem))
+    return again
