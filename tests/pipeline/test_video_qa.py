@@ -587,7 +587,7 @@ def test_what_is_reported_of_it(loaded):
     video = VideoQA(loaded, budget=0.25, method="cdpruner").encode(CLIP)
     blank = video.report.pruning
     assert (blank.visual_tokens_kept, blank.kept_ratio, blank.visual_tokens_in) == (0, 0.0, 144)
-    encoding = video._encoding.seconds["encode"] = 1000.0  # so that it cannot be mistaken for a choice
+    encoding = video._encodings[0].seconds["encode"] = 1000.0  # so that it cannot be mistaken for a choice
     for turn, question in enumerate(ASKED):
         report = asked(video, question).report
         assert report.pruning.visual_tokens_kept == report.tokens.visual == 36 and report.pruning.kept_ratio == 0.25
