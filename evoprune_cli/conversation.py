@@ -141,6 +141,8 @@ class Conversation:
     def _say(self, video: "EncodedVideo", question: str, label: str) -> "Answer":
         """Asks and prints one answer."""
         answer = self._running = video.ask(question, **self._generation)
+        for name in answer.report.warnings[len(video.report.warnings) :] if label == "pruned" else ():
+            print_warning(name, answer.report.video)
         with progress(not self._output.quiet) as show:
             show("reading prompt")
             first = next(answer, "")

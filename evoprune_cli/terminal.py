@@ -32,6 +32,8 @@ WARNINGS = {
     "set the limits",
     "demo_model": "the demo model knows only coloured shapes and digits; {answers} nothing. "
     "For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_question": "the demo model was trained on questions in few words, and this one has others; its answer means little. "
+    "samples/questions.jsonl has questions that it knows",
     "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in {video} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }

@@ -21,6 +21,7 @@ from evoprune.pipeline.fill_report import fill_kept, fill_times, inputs_report
 from evoprune.pipeline.keywords import names_options
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
+from evoprune.pipeline.question_check import question_warnings
 from evoprune.pipeline.view import View
 from evoprune.report import Report, TokenCounts
 from evoprune.text import counted
@@ -120,6 +121,7 @@ class EncodedInputs:
         report, fresh = deepcopy(self._blank), Report()
         report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
         report.generation = asdict(settings)
+        report.warnings += question_warnings(self._engine.loaded, question, report.warnings)
         return report
 
     def _pieces(

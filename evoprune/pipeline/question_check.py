@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from evoprune.errors import LESS, OutOfMemory, UsageError
+from evoprune.language.demo_words import unknown_words
 from evoprune.language.prompt import VIDEO, Prompt, build_prompt
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.memory import language_bytes, shortage
@@ -93,3 +94,12 @@ def check_memory(loaded: LoadedModel, text: int, visual: int) -> None:
     needed = language_bytes(loaded.model.config, text + visual, loaded.model.dtype.itemsize)
     if short := shortage(needed, loaded.device):
         raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", LESS, stage="prefill")
+
+
+def question_warnings(loaded: LoadedModel, question: str, known: Sequence[str]) -> list[str]:
+    """Warnings about a question, by name, beside those that are `known` already.
+
+    The demo model answers whatever it is asked. On a video of another kind no answer means anything, which is known then.
+    """
+    strange = loaded.is_demo and "demo_model" not in known and unknown_words(question)
+    return ["demo_question"] if strange else []

@@ -180,6 +180,12 @@ def test_records_hold_the_warning_about_foreign_clips(cli, tmp_path):
     assert cli("ask", path, QUESTION, "--json").record["warnings"] == ["demo_model"]
 
 
+def test_the_demo_warns_of_questions_in_other_words(cli):
+    result = cli("ask", CLIP, "Does the man smile?", "-Q", QUESTION, "--json")
+    assert [json.loads(line)["warnings"] for line in result.out.splitlines()] == [["demo_question"], []]
+    assert result.err.count("warning: the demo model was trained on questions in few words") == 1
+
+
 @pytest.mark.parametrize("flags", [(), ("-q",), ("--json",)])
 def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, tmp_path, monkeypatch, flags):
     path = tmp_path / "foreign.mp4"
