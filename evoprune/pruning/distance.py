@@ -76,7 +76,7 @@ def points_of(
     units = (owner >= 0).nonzero()[:, 0]
     time = torch.tensor(seconds, dtype=torch.float64, device="cpu")
     time = (time - time.min()) / (float(time.max() - time.min()) or 1.0)
-    place, salience = _places_and_salience(rows, owner)
+    place, salience = places_and_salience(rows, owner)
     return Points(
         units=units,
         row=owner[units],
@@ -96,7 +96,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (x * (1 / STEP)).round_().mul_(STEP).clamp_(min=0)
 
 
-def _places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`place` and `salience` of `Points`; equal features have equal points."""
     count = torch.bincount(owner[owner >= 0], minlength=len(rows))
     project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > FEW  # otherwise projection saves nothing
