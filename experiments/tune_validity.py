@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evoprune.tuning.results import recommended as fastest
 from evoprune.tuning.statistics import bounds, design_effect, smoothed
 
 FULL = "none -b 1"
@@ -115,13 +116,17 @@ class Draw:
 
 
 def recommended(records: Records, chosen: Sequence[int], goal: float) -> tuple[int, float] | None:
-    """The cheapest setting whose lower bound reaches the goal on these clips, and the bound; None where there is none."""
+    """What `tune` would recommend from these clips, with operations for times, and its lower bound; None where there is none."""
     counts = [(records.agree[s, chosen], records.tokens[s, chosen]) for s in range(len(records.names))]
     tokens, effect = records.tokens[:, chosen].sum(1), design_effect(counts)
     shares = smoothed(records.agree[:, chosen].sum(1), tokens, records.kl[:, chosen].sum(1) / tokens)
     lows = [bounds(share, int(count), len(chosen), effect)[0] for share, count in zip(shares, tokens, strict=True)]
-    passing = [s for s, low in enumerate(lows) if low >= goal]
-    best = min(passing, key=lambda s: records.tflop[s], default=None)
+    rows = [
+        {"at": s, "method": name, "first_token": records.tflop[s], "passes": low >= goal}
+        for s, (name, low) in enumerate(zip(records.names, lows, strict=True))
+    ]
+    row = fastest(rows)
+    best = None if row is None else row["at"]
     return None if best is None else (best, lows[best])
 
 

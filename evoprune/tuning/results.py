@@ -8,6 +8,8 @@ from evoprune.tuning.candidates import Candidate
 from evoprune.tuning.search import Known
 from evoprune.tuning.statistics import bounds, design_effect, smoothed
 
+SAME_TIME = 0.05  # medians of times that differ by less are taken as equal
+
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     """One dict a candidate that was tried, the fastest first.
@@ -65,5 +67,8 @@ def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
 
 
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest row that passes."""
-    return min((row for row in rows if row["passes"]), key=lambda row: row["first_token"], default=None)
+    """The fastest row that passes. Of those that are as fast, within `SAME_TIME`, the one with the fewest settings."""
+    passing = [row for row in rows if row["passes"]]
+    fastest = min((row["first_token"] for row in passing), default=0.0)
+    as_fast = [row for row in passing if row["first_token"] <= fastest * (1 + SAME_TIME)]
+    return min(as_fast, key=lambda row: (row["method"].count("="), row["first_token"]), default=None)
