@@ -7,6 +7,7 @@ placeholders or prompts.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, fields
 from math import prod
 from types import NoneType
@@ -186,11 +187,14 @@ class Selector(Method, ABC):
     """Keeps some of the tokens: one function over the encoder's output.
 
     Class attributes:
-        needs: what it reads beside the features: "attention" or "keys" of the tower's last full-attention layer, or both.
+        needs: what it reads beside the features: "attention" or "keys" of the tower's last full-attention layer, "middle" for
+            states in the middle of the tower.
+        scores: for a method that ranks tokens, a function of them: float32 `[N]`, higher for what is kept sooner. Else None.
     """
 
     acts: ClassVar[Literal["after"]] = "after"
     needs: ClassVar[frozenset[str]] = frozenset()
+    scores: ClassVar[Callable[[Self, Tokens], torch.Tensor] | None] = None
 
     @abstractmethod
     def select(self, tokens: Tokens, keep: int) -> Selection:

@@ -43,6 +43,9 @@ _REGISTRY = {
     "prunevid": "evoprune.methods.prunevid:PruneVid",
     "holitom": "evoprune.methods.holitom:HoliTom",
     "flashvid": "evoprune.methods.flashvid:FlashVid",
+    "nuwa": "evoprune.methods.nuwa:Nuwa",
+    "par": "evoprune.methods.par:Par",
+    "adjacent": "evoprune.methods.adjacent:Adjacent",
 }
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune

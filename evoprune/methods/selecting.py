@@ -47,10 +47,29 @@ def _faults(found: Selection, selector: Selector, tokens: Tokens, keep: int) -> 
         yield from _unlike("weight", found.weight, torch.float32, units, tokens)
         if not (found.weight.isfinite().all() and (found.weight >= 0).all() and (found.weight[kept] > 0).all()):
             yield "a weight that is not a number, below 0, or 0 for a kept unit"
+    if found.means is not None:
+        yield from _wrong_means(found.means, count, units, tokens)
     if found.size is not None:
         yield from _unlike("size", found.size, torch.float32, count, tokens)
         if not (found.size.isfinite().all() and (found.size > 0).all()):
             yield "a size that is not a number above 0"
+
+
+def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, tokens: Tokens) -> Iterator[str]:
+    """What is wrong with the means of a selection of `count` of `units` units."""
+    if not isinstance(means, tuple) or len(means) != 3:
+        yield "means that are not three tensors"
+    token, unit, weight = means
+    for name, value, kind in (
+        ("tokens", token, torch.int64),
+        ("units", unit, torch.int64),
+        ("weights", weight, torch.float32),
+    ):
+        yield from _unlike(f"means, {name}", value, kind, len(token), tokens)
+    outside = (token < 0) | (token >= count) | (unit < 0) | (unit >= units)
+    total = torch.zeros(count, dtype=torch.float32, device=token.device)
+    if outside.any() or not (weight >= 0).all() or not (total.index_add_(0, token, weight) > 0).all():
+        yield "means of units that do not exist, or with weights that are not numbers above 0"
 
 
 def _unlike(name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, tokens: Tokens) -> Iterator[str]:

@@ -21,7 +21,8 @@ class Tokens:
         grid: (T, H, W) in units.
         seconds_per_pair: time from one frame pair to the next, in seconds.
         seed: for methods that draw at random.
-        given: the inputs that the method declared: float32 "attention" `[E]`, "keys" `[E, 4 d]` and "question" `[Q, D]`.
+        given: the inputs that the method declared: float32 "attention" `[E]`, "keys" `[E, 4 d]`, "middle" `[E, D]` and "question"
+            `[Q, D]`.
     """
 
     rows: torch.Tensor
@@ -59,6 +60,17 @@ class Tokens:
         """
         return self._of_units(self._given("keys"))
 
+    @cached_property
+    def middle(self) -> torch.Tensor:
+        """float32 `[N, D]`: the mean of each unit's states in the middle of the tower, after the patch merger.
+
+        The states are those after the layers from 7/32 to 23/32 of the tower's depth, as in Nuwa (arXiv 2602.02951).
+
+        Raises:
+            TypeError: the method did not declare "middle" in `needs`.
+        """
+        return self._of_units(self._given("middle"))
+
     @property
     def question(self) -> torch.Tensor:
         """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the rest of the prompt.
@@ -89,12 +101,15 @@ class Selection:
         weight: float32 `[N]`, the weight of each unit in that mean: at least 0, and above 0 for kept units. None for equal weights.
         size: float32 `[K]`, the weight of each token in the language model's attention, which adds log(size) to the token's logits:
             the cluster size, or a power of it. None for 1 each.
+        means: int64 `[m]` indices into `kept`, int64 `[m]` units and float32 `[m]` weights, in place of `owner` and `weight` where
+            a unit joins several tokens: each token is the weighted mean of its units, its own among them.
     """
 
     kept: torch.Tensor
     owner: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     size: torch.Tensor | None = None
+    means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
         """`[K, D]`: the tokens, in the dtype of `rows`; means are computed in float32.
@@ -103,15 +118,12 @@ class Selection:
             rows: `[E, D]`, any float dtype.
             row_of: int64 `[N]`, the row of each unit; None where each unit has its own.
         """
-        if self.owner is None:
+        if self.owner is None and self.means is None:
             return rows[self.kept if row_of is None else row_of[self.kept]]
         total = torch.zeros(len(self.kept), rows.shape[1], dtype=torch.float32, device=rows.device)
         size = torch.zeros(len(self.kept), dtype=torch.float32, device=rows.device)
-        units = (self.owner >= 0).nonzero()[:, 0]
-        into, row = self.owner[units], units if row_of is None else row_of[units]
-        weight = torch.ones(len(units), dtype=torch.float32, device=rows.device)
-        if self.weight is not None:
-            weight = self.weight[units]
+        into, units, weight = self.means or self._means_of_owners()
+        row = units if row_of is None else row_of[units]
         if row_of is not None:  # a row that joins the same token many times joins it once, with the sum of the weights
             both, back = (into * len(rows) + row).unique(return_inverse=True)
             weight = torch.zeros(len(both), dtype=torch.float32, device=rows.device).index_add_(0, back, weight)
@@ -120,6 +132,13 @@ class Selection:
         for some in ascending(len(into), rows.device).split(AT_ONCE):
             total.index_add_(0, into[some], rows[row[some]].float() * weight[some][:, None])
         return (total / size[:, None]).to(rows.dtype)
+
+    def _means_of_owners(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`owner` and `weight` as `means`."""
+        units = (self.owner >= 0).nonzero()[:, 0]
+        if self.weight is not None:
+            return self.owner[units], units, self.weight[units]
+        return self.owner[units], units, torch.ones(len(units), dtype=torch.float32, device=units.device)
 
 
 @dataclass(frozen=True)

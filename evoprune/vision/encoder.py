@@ -141,7 +141,7 @@ class _Run:
         self.timer, self.checks = Timer(self.device), Checks()
         self.references = References() if plan.reuse else None
         selector = method.selector if plan.prunes else None
-        self.gathering = Gathering(selector, tower) if selector and selector.needs else None
+        self.gathering = Gathering(selector, tower, self._merge_states) if selector and selector.needs else None
         if self.gathering and plan.select_after is not None:
             raise TypeError(f"method {method.name} selects between layers, so it gets nothing but the rows")
         self.computed = [0] * tower.depth
@@ -253,6 +253,9 @@ class _Run:
         if not len(x):
             return x
         return torch.cat([merge_patches(self.visual, piece) for piece in x.split(self.at_once)])
+
+    def _merge_states(self, x: torch.Tensor) -> torch.Tensor:
+        return self.merge_patches(x.to(self.dtype))
 
     def selector_inputs(self) -> dict[str, torch.Tensor]:
         """The inputs that the selector declared, by name."""

@@ -1,4 +1,6 @@
-"""Collects the inputs that selectors declare from the tower's last full-attention layer."""
+"""Collects the inputs that selectors declare from the tower: from its last full-attention layer, or from its middle."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -9,7 +11,8 @@ from evoprune.vision.buckets import Bucket, Packed
 from evoprune.vision.layout import TokenLayout
 from evoprune.vision.received import attention_received
 
-KNOWN = ("attention", "keys")
+KNOWN = ("attention", "keys", "middle")
+MIDDLE = 7 / 32, 23 / 32  # the layers of "middle", in relative depth: those of Nuwa (arXiv 2602.02951)
 
 
 class Gathering:
@@ -17,21 +20,26 @@ class Gathering:
 
     Args:
         selector: its `needs` are collected.
-        tower: the values come from its last full-attention layer, `layer`.
+        tower: attention and keys come from its last full-attention layer, `layer`.
+        merge: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
 
     Raises:
         TypeError: the selector needs something unknown.
         ValueError: the tower has no full-attention layer.
     """
 
-    def __init__(self, selector: Selector, tower: TowerShape):
+    def __init__(self, selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]):
         if unknown := sorted(selector.needs - set(KNOWN)):
             raise TypeError(
-                f"method {selector.name} needs {unknown[0]!r}; after the encoder there is {' and '.join(KNOWN)}"
+                f"method {selector.name} needs {unknown[0]!r}; after the encoder there is {', '.join(KNOWN)}"
             )
         if not tower.full_layers:
             raise ValueError(f"method {selector.name} needs a full-attention layer, and this tower has none")
         self.layer = max(tower.full_layers)
+        first, last = (min(round(share * tower.depth), tower.depth - 1) for share in MIDDLE)
+        self._middle = range(first, last + 1) if "middle" in selector.needs else range(0)
+        self._merge = merge
+        self._states: torch.Tensor | None = None
         self._collected: dict[str, list[torch.Tensor]] = {name: [] for name in sorted(selector.needs)}
         self._seen: dict[str, torch.Tensor] | None = None
 
@@ -59,11 +67,19 @@ class Gathering:
             values["keys"] = unit_features(plain)
         self._seen = values
 
+    def add_states(self, layer: int, x: torch.Tensor) -> None:
+        """Adds the rows of one chunk after a layer, `[R, 4, hidden]`, to the states that "middle" is the mean of."""
+        if layer in self._middle:
+            share = x.float() / len(self._middle)
+            self._states = share if self._states is None else self._states + share
+
     def finish(self, order: torch.Tensor) -> None:
         """Stores the values of a chunk; `order`, int64 `[R]`, sorts its rows by unit."""
         if self._seen is None:  # the chunk has no rows
             return
         values, self._seen = self._seen, None
+        if self._states is not None:
+            values["middle"], self._states = self._merge(self._states).float(), None
         for name, value in values.items():
             self._collected[name].append(value[order])
 

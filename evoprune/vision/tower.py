@@ -107,6 +107,8 @@ def run_layers(
     for layer in layers:
         keys, received = _attend(passage, tower, layer, rows)
         _transform(passage, layer, rows)
+        if passage.gathering:
+            passage.gathering.add_states(layer, rows.x)
         if passage.merging and passage.merging.reduces(layer, rows.layout):
             with passage.timer:
                 features = rows.x.flatten(1).float() if keys is None else unit_features(keys)

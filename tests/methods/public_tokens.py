@@ -51,6 +51,7 @@ def public_tokens(kind: str, seed: int, grid: tuple[int, int, int]) -> Tokens:
         "attention": (random.permutation(n) + 1).astype(np.float32) / np.float32(n),
         "keys": nearly_normal(random, n, 24),
         "question": nearly_normal(random, 12, WIDTH),
+        "middle": nearly_normal(random, n, 24),
     }
     tensors = {name: torch.from_numpy(each) for name, each in given.items()}
     return Tokens(torch.from_numpy(features), torch.arange(n), grid, given=tensors)

@@ -38,7 +38,8 @@ def given_of(kind: str, n: int, seed: int = 0, width: int = 8) -> dict[str, torc
     if kind == "duplicates":
         attention = attention.round()
     question = torch.zeros(3, width) if kind == "zero" else features_of("random", 3, seed + 3, width)
-    return {"attention": attention, "keys": features_of(kind, n, seed + 2, 12), "question": question}
+    keys, middle = features_of(kind, n, seed + 2, 12), features_of(kind, n, seed + 4, 10)
+    return {"attention": attention, "keys": keys, "question": question, "middle": middle}
 
 
 def tokens_of(kind: str, grid: tuple[int, int, int], seed: int = 0, width: int = 8) -> Tokens:

@@ -1,0 +1,86 @@
+"""After PAR (arXiv 2410.07278): tokens that the question is about, and few of those that repeat each other.
+
+As in the paper's abstract: two kinds of redundancy. Tokens that have little to do with the prompt go (semantic
+retrieval). The others are clustered as a graph, and a router keeps some tokens of each cluster. Nothing is trained.
+Filled in here, because no code is public and the paper's formulas could not be read: relevance is the mean cosine to the
+embeddings of the question's tokens in the language model's space, scaled to (0, 1] by its least and greatest value, as
+in `cdpruner`. The graph links a token to the tokens right of it and below it in its frame pair, and to the same place of
+the next frame pair, where their cosine is above 0.8 (`link`). A cluster is what hangs together. The token with the j-th
+highest relevance of its cluster has the value relevance / j, and the tokens of highest value are kept, over the whole
+video. So clusters get tokens in proportion to their relevance (D'Hondt's rule), and irrelevant ones get none.
+Relevance and cosines are rounded, so equal tokens are ties, which go by index.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.methods.base import Selector
+from evoprune.methods.cdpruner import relevant
+from evoprune.pruning.indices import ascending
+from evoprune.pruning.ranking import highest, ranked
+from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
+
+
+@dataclass(frozen=True)
+class Par(Selector):
+    """O(N (D + Q)) for Q tokens of the question, memory O(N D). Fields:
+
+    link: neighbouring tokens are of one cluster if their cosine is above this.
+    """
+
+    name: ClassVar[str] = "par"
+    source: ClassVar[str] = "after arXiv 2410.07278"
+    reads_question: ClassVar[bool] = True
+
+    link: float = 0.8
+
+    def __post_init__(self):
+        if not -1 <= self.link <= 1:
+            raise ValueError("link is a cosine")
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        unit = F.normalize(tokens.features.float(), dim=1)
+        relevance = snap(relevant(snap((unit @ F.normalize(tokens.question, dim=1).T).mean(1))))
+        return relevance / (1 + rank_inside(relevance, connected(unit.view(*tokens.grid, -1), self.link)))
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        return Selection(highest(self.scores(tokens), keep))
+
+
+def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
+    """int64 `[N]`: the first token of each token's cluster.
+
+    Args:
+        unit: `[T, H, W, D]`, tokens of length one.
+        link: neighbours in time, height and width are of one cluster if their cosine is above this.
+    """
+    index = ascending(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
+    ends = []
+    for dim in range(3):
+        length = unit.shape[dim] - 1
+        one, other = (slice_.narrow(dim, first, length) for slice_, first in ((unit, 0), (unit, 1)))
+        linked = (snap((one * other).sum(-1)) > link).flatten()
+        ends.append(torch.stack([index.narrow(dim, first, length).flatten()[linked] for first in (0, 1)]))
+    a, b = torch.cat(ends, 1)
+    cluster = index.flatten().clone()
+    while (cluster[a] != cluster[b]).any():
+        least = torch.minimum(cluster[a], cluster[b])
+        for end in (cluster[a], cluster[b]):  # the roots, so that whole clusters join
+            cluster.scatter_reduce_(0, end, least, "amin")
+        while (cluster != cluster[cluster]).any():
+            cluster = cluster[cluster]
+    return cluster
+
+
+def rank_inside(score: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """int64 `[N]`: how many tokens of the same group come before each token by score; ties by index."""
+    order = ranked(score)
+    order = order[group[order].argsort(stable=True)]  # by group, then by score
+    place = ascending(len(order), order.device)
+    new = torch.cat([group.new_ones(1, dtype=torch.bool), group[order][1:] != group[order][:-1]])
+    start = torch.where(new, place, 0).cummax(0).values
+    return torch.empty_like(order).index_copy_(0, order, place - start)
