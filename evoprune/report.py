@@ -62,7 +62,7 @@ class Pruning:
 
     method: str | None = None
     args: dict[str, Any] | None = None
-    budget: float | str | None = None  # "auto" if the content decides
+    budget: float | str | None = None  # "auto" or "auto:inflection" if the content decides
     kept_ratio: float | None = None
     visual_tokens_in: int | None = None
     visual_tokens_kept: int | None = None

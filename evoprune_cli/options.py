@@ -88,7 +88,7 @@ Budget = Annotated[
         envvar="EVOPRUNE_BUDGET",
         metavar="SHARE|PRESET|auto|tuned",
         help=f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full prunes nothing; -b auto to let the content "
-        "decide; -b tuned for what was tuned for the model, method included.",
+        "decide, or auto:inflection by a method's scores; -b tuned for what was tuned for the model, method included.",
     ),
 ]
 MethodName = Annotated[

@@ -66,6 +66,12 @@ class Method:
         """The settings by name, as reports show them."""
         return asdict(self)
 
+    @property
+    def all_methods(self) -> "list[Method]":
+        """This method and the methods that it holds in its fields."""
+        held = [getattr(self, f.name) for f in fields(self) if f.metadata.get("method")]
+        return [self, *(each for method in held if method for each in method.all_methods)]
+
     def automatic(self) -> Self:
         """The same method with a count that depends on the content, and is at most the budget's.
 

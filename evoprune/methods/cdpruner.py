@@ -45,17 +45,20 @@ class CdPruner(Selector):
     def reads_question(self) -> bool:
         return self.question
 
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        unit = F.normalize(tokens.features.float(), dim=1)
+        if not self.question:
+            return torch.ones(len(unit), dtype=torch.float32, device=unit.device)
+        relevance = snap((unit @ F.normalize(tokens.question, dim=1).T).mean(1))
+        return -relevance if self.negative else relevance
+
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         unit = F.normalize(tokens.features.float(), dim=1)
-        relevance = torch.ones(len(unit), dtype=torch.float32, device=unit.device)
-        if self.question:
-            relevance = snap((unit @ F.normalize(tokens.question, dim=1).T).mean(1))
-            relevance = -relevance if self.negative else relevance
         selected = [
             widest(some, relevant(of_each), share) + pair * per_pair
             for pair, (some, of_each, share) in enumerate(
-                zip(unit.split(per_pair), relevance.split(per_pair), spread(keep, pairs), strict=True)
+                zip(unit.split(per_pair), self.scores(tokens).split(per_pair), spread(keep, pairs), strict=True)
             )
         ]
         return Selection(torch.cat(selected))

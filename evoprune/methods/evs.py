@@ -41,8 +41,11 @@ class EvsNoFloor(Evs):
     source: ClassVar[str] = "this project; after arXiv 2510.14624"
     exact: ClassVar[bool] = True
 
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return dissimilarity(tokens).flatten()
+
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        return Selection(highest(dissimilarity(tokens).flatten(), keep))
+        return Selection(highest(self.scores(tokens), keep))
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:

@@ -48,9 +48,11 @@ class Mmr(Selector):
     def needs(self) -> frozenset[str]:
         return frozenset({"attention" if self.importance == "attention" else "keys"})
 
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.attention if self.importance == "attention" else tokens.keys.norm(dim=1)
+
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        importance = tokens.attention if self.importance == "attention" else tokens.keys.norm(dim=1)
-        return Selection(most_relevant(tokens.features, importance, keep, self.lam))
+        return Selection(most_relevant(tokens.features, self.scores(tokens), keep, self.lam))
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:

@@ -42,6 +42,9 @@ class VisionZip(Selector):
         if not 0 <= self.dominant <= 1:
             raise ValueError("dominant is a share from 0 to 1")
 
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.attention
+
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         attention = snap(tokens.attention).view(pairs, per_pair)

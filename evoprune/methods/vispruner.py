@@ -45,6 +45,9 @@ class VisPruner(Selector):
         if not 0 <= self.important <= 1 or self.step < 1:
             raise ValueError("important is a share from 0 to 1, step at least 1")
 
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.attention
+
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
         order = snap(tokens.attention).view(pairs, per_pair).argsort(dim=1, descending=True, stable=True)

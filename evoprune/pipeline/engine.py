@@ -6,10 +6,11 @@ import torch
 
 from evoprune import methods
 from evoprune.methods.base import Method
+from evoprune.methods.inflection import by_inflection
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.tuned import Tuned, resolve
-from evoprune.pruning.budget import AUTO, AUTO_MOST
+from evoprune.pruning.budget import AUTO, AUTO_INFLECTION, AUTO_MOST, AUTOS
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Engine:
     @property
     def budget(self) -> float:
         """Share of visual tokens kept, at most."""
-        return AUTO_MOST if self.options.budget == AUTO else self.options.budget
+        return AUTO_MOST if self.options.budget in AUTOS else self.options.budget
 
     @property
     def reported_budget(self) -> float | str:
-        """The budget as reports have it: 1.0 for a method that prunes nothing, or "auto"."""
+        """The budget as reports have it: 1.0 for a method that prunes nothing, or "auto" or "auto:inflection"."""
         return self.method.reported_budget(self.options.budget)
 
     @property
@@ -61,9 +62,12 @@ def make_method(options: PruneOptions) -> Method:
     """The method that options name, other than those of a budget of "tuned".
 
     Raises:
-        UsageError: settings that it does not have, or a budget of "auto" where it cannot let the content decide.
+        UsageError: settings that it does not have, or a budget of "auto" or "auto:inflection" where it cannot let the content
+            decide.
     """
     method = methods.get(options.method, options.method_args)
+    if options.budget == AUTO_INFLECTION:
+        return by_inflection(method)
     return method.automatic() if options.budget == AUTO else method
 
 

@@ -16,7 +16,7 @@ from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.on_disk import KnownModel
 from evoprune.pipeline.memory_check import encoding_bytes
 from evoprune.pipeline.options import PruneOptions
-from evoprune.pruning.budget import AUTO, AUTO_MOST, PRESETS, keep_count
+from evoprune.pruning.budget import AUTO_MOST, AUTOS, PRESETS, keep_count
 from evoprune.video.plan import Plan
 from evoprune.video.probe import VideoInfo
 from evoprune.vision.devices import units_at_a_time
@@ -132,7 +132,7 @@ def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
         UsageError: as `make_method`; a budget of "tuned" for weights that were never tuned, or are not on this machine.
     """
     pruning, _ = tuned.resolve(pruning, model.id, lambda: model.weights_fingerprint)
-    method, budget = make_method(pruning), AUTO_MOST if pruning.budget == AUTO else pruning.budget
+    method, budget = make_method(pruning), AUTO_MOST if pruning.budget in AUTOS else pruning.budget
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
     at_once, bytes_each = max(least, units_at_a_time(model.device)), DTYPES[model.dtype].itemsize

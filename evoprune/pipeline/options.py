@@ -72,8 +72,8 @@ class PruneOptions:
     """How visual tokens are pruned.
 
     Attributes:
-        budget: share of visual tokens kept, in (0, 1], or a preset's name, which becomes its share; or "auto", if the method
-            can let the content decide; or "tuned", for the method and budget that were tuned for the model.
+        budget: share of visual tokens kept, in (0, 1], or a preset's name, which becomes its share; or "auto" or "auto:inflection",
+            if the method can let the content decide; or "tuned", for the method and budget that were tuned for the model.
         method: name of a pruning method, perhaps with settings: `NAME:SETTING=VALUE`.
         method_args: its settings, by name; kept as texts.
         seed: of everything random, generation included.

@@ -106,7 +106,8 @@ class VideoQA:
             offline: use nothing but the hub's cache on this machine.
             threads: of the whole process on a CPU: a number, "auto", or None to leave torch's number as it is.
             budget: share of visual tokens kept, a number in (0, 1] or a preset: "full" 1, "high" 0.5, "balanced" 0.25,
-                "fast" 0.1; or "auto", where the content decides; or "tuned", the method and budget that were tuned for the model.
+                "fast" 0.1; or "auto" or "auto:inflection", where the content decides; or "tuned", the method and budget that were
+                tuned for the model.
             method: name of a pruning method, perhaps with settings: "NAME:SETTING=VALUE".
                 `evoprune.methods.available()` lists them.
             method_args: settings of the method, by name.

@@ -11,10 +11,12 @@ PRESETS = {"full": 1.0, "high": 0.5, "balanced": 0.25, "fast": 0.1}
 DEFAULT = "balanced"
 # Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
 AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
+AUTO_INFLECTION = "auto:inflection"  # from the curve of a method's scores (methods/inflection.py)
+AUTOS = (AUTO, AUTO_INFLECTION)
 TUNED = "tuned"  # the budget and the method that were tuned for the model (pipeline/tuned.py)
 # Where the two work, for hints.
 ELSEWHERE = {
-    AUTO: "auto works with VideoQA, and with commands that ask",
+    **{name: f"{name} works with VideoQA, and with commands that ask" for name in AUTOS},
     TUNED: "tuned works with models, and with commands that ask or evaluate; evoprune inspect shows its budget and method",
 }
 
@@ -27,17 +29,17 @@ def parse_budget(text: str | float) -> float:
     """
     share = _share(text)
     if share is None:
-        raise _refused(text, f"; {ELSEWHERE[text]}" if text in (AUTO, TUNED) else "", PRESETS)
+        raise _refused(text, f"; {ELSEWHERE[text]}" if text in (*AUTOS, TUNED) else "", PRESETS)
     return share
 
 
 def parse_budget_or_name(text: str | float) -> float | str:
-    """As `parse_budget`, but returns "auto" and "tuned" unchanged."""
-    if text in (AUTO, TUNED):
+    """As `parse_budget`, but returns "auto", "auto:inflection" and "tuned" unchanged."""
+    if text in (*AUTOS, TUNED):
         return text
     share = _share(text)
     if share is None:
-        raise _refused(text, f", or {AUTO} or {TUNED}", (*PRESETS, AUTO, TUNED))
+        raise _refused(text, f", or {AUTO}, {AUTO_INFLECTION} or {TUNED}", (*PRESETS, *AUTOS, TUNED))
     return share
 
 

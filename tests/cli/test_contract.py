@@ -165,6 +165,8 @@ CASES = {
     "automatic budget of a method without": fails(
         2, "cannot let the content decide the budget", *ASK, "-b", "auto", "--method", "pool"
     ),
+    "automatic budget of scores": Case((*ASK, "-b", "auto:inflection", "--method", "mmr"), says="-b auto:inflection:"),
+    "automatic budget of scores of a method without": fails(2, "has no scores", *ASK, "-b", "auto:inflection"),
     "automatic budget in a comparison": fails(
         2, "auto works with VideoQA, and with commands that ask", "eval", "--data", "demo", "-b", "auto", ways=PIPE
     ),

@@ -627,6 +627,15 @@ def test_auto_keeps_as_much_as_the_content_asks_for():
     assert len(exact.encoded.kept) == kept[1]
 
 
+@pytest.mark.parametrize("method", ["mmr", "reuse+visionzip", "par"])
+def test_the_inflection_of_a_methods_scores_may_decide_the_count(loaded, method):
+    video = VideoQA(loaded, budget="auto:inflection", method=method).encode(CLIP)
+    pruning = asked(video, n=1).report.pruning
+    assert (pruning.budget, pruning.method) == ("auto:inflection", method)
+    assert 7 <= pruning.visual_tokens_kept <= 72 and pruning.visual_tokens_in == 144
+    assert "inflection" not in pruning.args
+
+
 def test_auto_is_for_methods_that_can_choose(loaded):
     for how in ({"method": "divprune"}, {"method": "reuse+mmr"}):
         with pytest.raises(UsageError, match="cannot let the content decide the budget"):

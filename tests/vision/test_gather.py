@@ -1,4 +1,4 @@
-"""What a selector is given after the encoder: attention and keys of the last full-attention layer, and the question."""
+"""What a selector is given: attention and keys of the last full-attention layer, states of the middle, the question."""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -22,7 +22,7 @@ from evoprune.vision.token_selection import select_tokens
 from evoprune.vision.tower import tower_shape
 from tests.vision.clips import changes, clip
 from tests.vision.devices import take_gpu_route
-from tests.vision.reference import embedded, run_layer
+from tests.vision.reference import embedded, linear, rms_norm, run_layer
 from tests.vision.results import encode_noise, encode_patches
 from tests.vision.tower import random_patches, tiny_tower
 
@@ -46,6 +46,11 @@ def tokens_of(patches, grid, reuse=False, full_layers=(1, 3), selector=None, **h
     encode_patches(patches, grid, method, max(1, prod(grid) // 8), tiny_tower(full_layers), **how)
     (tokens,) = selector.seen
     return tokens
+
+
+@dataclass(frozen=True, eq=False)
+class LooksInside(Looks):
+    needs: ClassVar[frozenset[str]] = frozenset({"middle"})
 
 
 # --- definition --------------------------------------------------------------------------------------------------------
@@ -72,6 +77,27 @@ def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, fu
     assert tokens.attention.dtype == tokens.keys.dtype == torch.float32
     if share == 1.0:  # an even share is 1
         torch.testing.assert_close(tokens.attention.view(3, -1).mean(1), torch.ones(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_middle_is_the_mean_of_states_after_the_patch_merger(share):
+    """Layers 7 to 23 of 32 are layers 1 to 3 of 4."""
+    grid, visual, method = (3, 5, 7), tiny_tower(), Reuse(then=LooksInside())
+    changed, geo = changes(grid, share), geometry(5, 7)
+    patches, states = clip(grid, changed), []
+    with torch.no_grad():
+        rows = embedded(visual, patches, geo, prod(grid), changed)
+        for layer, block in enumerate(visual.blocks):
+            run_layer(block, rows, geo, "pair" if layer in (1, 3) else "window", method)
+            states.append({unit: row.x for row in rows for unit in row.units})
+        first, second, expected = visual.merger.mlp[0], visual.merger.mlp[2], []
+        for unit in range(prod(grid)):
+            mean = (states[1][unit] + states[2][unit] + states[3][unit]) / 3
+            hidden = linear(first, rms_norm(visual.merger.ln_q, mean).flatten())
+            expected.append(linear(second, torch.nn.functional.gelu(hidden)))
+    for size in (1, 10**6):
+        tokens = tokens_of(patches, grid, True, selector=LooksInside(), chunk_units=size)
+        torch.testing.assert_close(tokens.middle.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_keys_of_a_unit_are_those_of_its_patches_joined():
