@@ -53,7 +53,7 @@ class SharedRows:
 
 def _tower_work(plan: EncoderPlan, method: Method) -> tuple:
     """What the tower's rows depend on: everything for a method that acts between its layers, else what is collected."""
-    if plan.merged is not None or plan.select_after is not None:
+    if plan.merged is not None or plan.select_after:
         return plan, method
     needs = method.selector.needs if plan.prunes and method.selector else frozenset()
-    return plan.grid, plan.reuse, needs, plan.prunes
+    return plan.grid, plan.reuse, plan.following, needs, plan.prunes

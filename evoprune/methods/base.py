@@ -1,14 +1,14 @@
 """What a pruning method is: a small frozen dataclass whose fields are its settings.
 
-There are four kinds. An `InputMethod` makes the video smaller before the encoder. A `Merger` merges rows between the
-encoder's layers. A `Selector` keeps some tokens after the encoder. `EvoPrune` reuses rows in time and puts a selector
-between two layers. Each makes an `EncoderPlan`. No method knows of windows, rotary positions, patch mergers,
-placeholders or prompts.
+An `InputMethod` makes the video smaller before the encoder. A `Merger` merges rows between the encoder's layers. A
+`Selector` keeps some tokens after the encoder. A `Front` saves work inside the encoder, in front of a selector.
+`EvoPrune` and `EarlyTom` put a selector between two layers. Each makes an `EncoderPlan`. No method knows of windows,
+rotary positions, patch mergers, placeholders or prompts.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from math import prod
 from types import NoneType
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -59,6 +59,14 @@ class Method:
     @property
     def selector(self) -> "Selector | None":
         """The selector that runs inside the encoder or after it; None without one."""
+        return None
+
+    @property
+    def inner(self) -> "Selector | None":
+        """The selector that runs between layers of the encoder, where the plan says so; None without one.
+
+        It gets the rows after the norm of the next layer, or, if it `needs` "hidden", as they are.
+        """
         return None
 
     @property
@@ -216,6 +224,39 @@ class Selector(Method, ABC):
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
         return full_plan(tower, grid, keep)
+
+
+@dataclass(frozen=True)
+class Front(Method, ABC):
+    """What saves work inside the encoder and leaves every unit a token, in front of a selector after it.
+
+    Field: then: the selector, which users name after `NAME+`.
+    """
+
+    then: Selector | None = field(default=None, metadata={"method": True})
+
+    @property
+    def args(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in _setting_fields(type(self))}
+        return {**own, self.then.name: self.then.args}
+
+    @property
+    def selector(self) -> Selector:
+        return self.then
+
+    @property
+    def exact(self) -> bool:
+        return self.then.exact
+
+    @property
+    def reads_question(self) -> bool:
+        return self.then.reads_question
+
+    def automatic(self) -> Self:
+        raise UsageError(
+            f"method {self.name}+{self.then.name} cannot let the content decide the budget",
+            "give a share such as 0.25, or take method evoprune",
+        )
 
 
 def _setting_fields(method: type[Method]) -> list[Field]:

@@ -108,6 +108,10 @@ class EvoPrune(Method):
     def selector(self) -> FarthestPoints:
         return FarthestPoints(self.alpha, self.floor, self.average, self.count, self.within)
 
+    @property
+    def inner(self) -> FarthestPoints:
+        return self.selector
+
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
         whole = full_plan(tower, grid, keep)
         if not whole.prunes:
@@ -118,7 +122,7 @@ class EvoPrune(Method):
             return plan
         layers = (plan.units,) * after + (keep,) * (tower.depth - after)
         exact = plan.exact and self.exact
-        return replace(plan, layers=layers, rows=keep, exact=exact, select_after=after)
+        return replace(plan, layers=layers, rows=keep, exact=exact, select_after=(after,))
 
     def automatic(self) -> "EvoPrune":
         return replace(self, within=self.within or WITHIN)

@@ -23,6 +23,8 @@ _REGISTRY = {
     "evoprune-merge": "evoprune.methods.evoprune_merge:EvoPruneMerge",
     "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
     "tome": "evoprune.methods.tome:ToMe",
+    "earlytom": "evoprune.methods.earlytom:EarlyTom",
+    "ipcv": "evoprune.methods.ipcv:Ipcv",
     "none": "evoprune.methods.none:Nothing",
     "random": "evoprune.methods.random:Random",
     "downscale": "evoprune.methods.downscale:Downscale",
@@ -49,6 +51,8 @@ _REGISTRY = {
 }
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
+# What may stand before a selector.
+_FRONTS = {REUSE: "evoprune.methods.reuse:Reuse", "ipcv": _REGISTRY["ipcv"]}
 
 
 def available() -> list[str]:
@@ -72,13 +76,14 @@ def check(text: str) -> None:
                 f"{did_you_mean(name, (*available(), REUSE))}one of {', '.join(available())}; "
                 f"{REUSE}+NAME encodes changed units alone",
             )
-    if names[-1] == REUSE or names[:-1] not in ([], [REUSE]):
+    if names[-1] == REUSE or names[:-1] not in ([], *([front] for front in _FRONTS)):
         raise _impossible(text)
 
 
 def _impossible(text: str) -> UsageError:
     return UsageError(
-        f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME, where NAME is a method that selects"
+        f"methods cannot be combined as {text!r}",
+        f"use {' or '.join(f'{front}+NAME' for front in _FRONTS)}, where NAME is a method that selects",
     )
 
 
@@ -111,12 +116,12 @@ def _combined(text: str, first: str, last: str) -> "Method":
     from dataclasses import replace
 
     from evoprune.methods.base import Selector
-    from evoprune.methods.reuse import Reuse
 
     selector = _one(last, None)
     if not isinstance(selector, Selector):
         raise _impossible(text)
-    return replace(Reuse.from_args(_split(first)[1]), then=selector)
+    name, settings = _split(first)
+    return replace(_class(_FRONTS[name]).from_args(settings), then=selector)
 
 
 def _split(text: str) -> tuple[str, dict[str, str]]:
@@ -131,9 +136,14 @@ def _one(text: str, args: dict[str, str] | None) -> "Method":
     name, settings = _split(text)
     settings = (args or {}) | settings
     if name in _REGISTRY:
-        module, _, cls = _REGISTRY[name].partition(":")
-        return getattr(import_module(module), cls).from_args(settings)
+        return _class(_REGISTRY[name]).from_args(settings)
     return _load(_plugins()[name]).from_args(settings)
+
+
+def _class(where: str) -> "type[Method]":
+    """The class at "module:name" of this package."""
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
 
 
 def plugins() -> dict[str, str]:

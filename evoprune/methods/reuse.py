@@ -5,17 +5,16 @@ selector runs after the encoder and sees every unit of the clip; a reused unit h
 represents it.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-from evoprune.errors import UsageError
-from evoprune.methods.base import Method, Selector
+from evoprune.methods.base import Front
 from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.pruning.reuse import THRESHOLD
 
 
 @dataclass(frozen=True)
-class Reuse(Method):
+class Reuse(Front):
     """Fields:
 
     threshold: a unit is encoded again if it changes by at least this many levels of 255; above 0.
@@ -27,33 +26,10 @@ class Reuse(Method):
     acts: ClassVar[Literal["inside"]] = "inside"
 
     threshold: float = THRESHOLD
-    then: Selector | None = field(default=None, metadata={"method": True})
 
     def __post_init__(self):
         if not self.threshold > 0:
             raise ValueError("threshold is above 0")
-
-    @property
-    def args(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, self.then.name: self.then.args}
-
-    def automatic(self) -> "Reuse":
-        raise UsageError(
-            f"method {self.name}+{self.then.name} cannot let the content decide the budget",
-            "give a share such as 0.25, or take method evoprune",
-        )
-
-    @property
-    def selector(self) -> Selector:
-        return self.then
-
-    @property
-    def exact(self) -> bool:
-        return self.then.exact
-
-    @property
-    def reads_question(self) -> bool:
-        return self.then.reads_question
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
         plan = full_plan(tower, grid, keep)

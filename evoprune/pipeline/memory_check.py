@@ -27,7 +27,9 @@ def encoding_bytes(config: Config, encoder: EncoderPlan, at_once: int, bytes_eac
         bytes_each: of a weight.
         text: tokens of the prompt around the video.
     """
-    selected = encoder.keep if encoder.select_after is not None else 0
+    selected = 0
+    if encoder.select_after:
+        selected = at_once if encoder.whole_pairs else encoder.keep
     return working_memory(config, encoder.units, at_once, encoder.keep + text, bytes_each, selected)
 
 

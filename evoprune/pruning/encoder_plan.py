@@ -5,6 +5,7 @@ it. The memory check, the estimate of the time to the first token, and the cache
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
@@ -35,6 +36,23 @@ class TowerShape:
 
 
 @dataclass(frozen=True)
+class Following:
+    """Rows that are dropped inside the tower, follow others, and come back at its end (vision/followers.py).
+
+    Attributes:
+        first: number of layers before rows are dropped.
+        last: number of layers up to which dropped rows are keys and values of attention.
+        rows: how many rows of each frame pair stay.
+        neighbours: how many of these each dropped row follows.
+    """
+
+    first: int
+    last: int
+    rows: int
+    neighbours: int
+
+
+@dataclass(frozen=True)
 class EncoderPlan:
     """The encoder's work on one video.
 
@@ -46,7 +64,9 @@ class EncoderPlan:
         exact: whether `layers` and `rows` are exact; otherwise they are upper bounds, and the content decides.
         reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
         merged: rows left in each frame pair after each layer, `[T][depth]`; None where nothing merges.
-        select_after: number of layers before the selection inside the tower; None without one.
+        select_after: numbers of layers before each selection inside the tower, ascending.
+        whole_pairs: whether these selections keep all rows of a frame pair or none.
+        following: how rows are dropped for a while; None where none are.
     """
 
     grid: Grid
@@ -56,7 +76,9 @@ class EncoderPlan:
     exact: bool = True
     reuse: float = 0.0
     merged: tuple[tuple[int, ...], ...] | None = None
-    select_after: int | None = None
+    select_after: tuple[int, ...] = ()
+    whole_pairs: bool = False
+    following: Following | None = None
 
     @property
     def units(self) -> int:
@@ -67,6 +89,16 @@ class EncoderPlan:
     def prunes(self) -> bool:
         """Whether there are fewer tokens than units."""
         return self.keep < self.units
+
+    @property
+    def layers_before(self) -> range:
+        """The layers before the first selection inside the tower; all without one."""
+        return range(self.select_after[0] if self.select_after else len(self.layers))
+
+    @property
+    def layers_after(self) -> list[range]:
+        """The layers between each selection inside the tower and the next one."""
+        return [range(first, last) for first, last in pairwise((*self.select_after, len(self.layers)))]
 
 
 def full_plan(tower: TowerShape, grid: Grid, keep: int | None = None) -> EncoderPlan:

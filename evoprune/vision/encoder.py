@@ -6,7 +6,8 @@ constant, and the result does not depend on the chunk size. Without pruning the 
 rounding.
 
 If the plan selects rows inside the tower, the selection covers the whole video: the rows of all chunks are held until
-then, and the selected rows go through the other layers together.
+then, and the selected rows go through the other layers together, or, if frame pairs are kept whole, again in chunks.
+There may be several such selections. What else is done with rows between two layers stays inside a chunk (between.py).
 
 The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program waits for the GPU
 only at the selection inside the tower, and at the end, when it reads all checks.
@@ -27,11 +28,13 @@ from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
+from evoprune.vision.between import Between
 from evoprune.vision.chunks import Chunk, in_chunks
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.families import family
+from evoprune.vision.followers import Followers
 from evoprune.vision.gather import Gathering
-from evoprune.vision.layout import TokenLayout, selected_layout
+from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
 from evoprune.vision.merging import Merging
 from evoprune.vision.references import References
 from evoprune.vision.timer import Timer
@@ -97,14 +100,15 @@ def encode_rows(
         for chunk in run.chunks(patches):
             x, layout = run.embed(chunk)
             x, layout = run.run_first_layers(chunk, x, layout)
-            if plan.select_after is None:
+            if not plan.select_after:
                 x = run.merge_patches(x)
             run.collect(chunk, x, layout)
         chunk = x = layout = None  # frees the memory of the last chunk
         rows, selection = run.all_rows(), None
-        if plan.select_after is not None:
-            rows, selection = run.select_rows(rows, seconds_per_pair, seed)
-            rows = run.run_last_layers(rows)
+        for layers in plan.layers_after:
+            rows, selection = run.select_rows(rows, layers.start, seconds_per_pair, seed)
+            rows = run.run_later_layers(rows, layers)
+        if plan.select_after:
             rows.x = run.merge_patches(rows.x)
             run.checks.numbers.append(all_numbers(rows.x))
     tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.selector_inputs())
@@ -137,12 +141,11 @@ class _Run:
         self.geometry = tower_geometry(visual, *plan.grid[1:])
         self.at_once = chunk_units or devices.units_at_a_time(self.device)
         self.on_layer = on_layer
-        self.layers_before = range(tower.depth if plan.select_after is None else plan.select_after)
         self.timer, self.checks = Timer(self.device), Checks()
         self.references = References() if plan.reuse else None
         selector = method.selector if plan.prunes else None
         self.gathering = Gathering(selector, tower, self._merge_states) if selector and selector.needs else None
-        if self.gathering and plan.select_after is not None:
+        if self.gathering and plan.select_after and not plan.whole_pairs:
             raise TypeError(f"method {method.name} selects between layers, so it gets nothing but the rows")
         self.computed = [0] * tower.depth
         self.pieces: list[_VideoRows] = []
@@ -178,16 +181,16 @@ class _Run:
 
     def run_first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
         """The rows after the layers before the selection, or after all layers."""
-        merger, merging = self.method.merger, None
-        if self.plan.merged:
-            merging = Merging(merger, self.plan.merged[chunk.first : chunk.first + chunk.pairs], self.checks.failed)
-        for layer in self.layers_before:
-            merged_before = merging and layer > 0
-            self.computed[layer] += sum(merging.target(layer - 1)) if merged_before else layout.rows
-        passage = Passage(
-            self.visual, self.timer, merging, self.references, self.gathering, merger.size_bias if merging else True
-        )
-        return run_layers(passage, self.layers_before, x, layout)
+        between, plan = Between(), self.plan
+        if plan.merged:
+            left = plan.merged[chunk.first : chunk.first + chunk.pairs]
+            between = Merging(self.method.merger, left, self.checks.failed)
+        elif plan.following:
+            between = Followers(plan.following, self.depth)
+        for layer in plan.layers_before:
+            self.computed[layer] += between.computed(layer, layout)
+        passage = Passage(self.visual, self.timer, between, self.references, self.gathering)
+        return run_layers(passage, plan.layers_before, x, layout)
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
         """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""
@@ -211,42 +214,61 @@ class _Run:
         self.pieces, self.references = [], None
         return _VideoRows(torch.cat(live), torch.cat(units), torch.cat(owners))
 
-    def select_rows(self, rows: _VideoRows, seconds_per_pair: float, seed: int) -> tuple[_VideoRows, Selection | None]:
-        """The rows for the other layers; and the selection, if the language model reads exactly these rows.
+    def select_rows(
+        self, rows: _VideoRows, layer: int, seconds_per_pair: float, seed: int
+    ) -> tuple[_VideoRows, Selection | None]:
+        """The rows for the layers from `layer` on; and the selection, if the language model reads exactly these rows.
 
-        Rows are compared after the norm of the next layer, which reduces the few channels that are large in all rows. Nothing is
-        selected in a video without any change, if all its rows may go on: each of them has seen everything around it.
+        Rows are compared after the norm of the next layer, which reduces the few channels that are large in all rows, if the
+        selector does not ask for hidden states. Nothing is selected in a video without any change, if all its rows may go on: each
+        of them has seen everything around it.
         """
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
-        plan, selector = self.plan, self.method.selector
+        plan, selector = self.plan, self.method.inner
         by_pair = rows.owner.view(plan.grid[0], -1)
         if plan.keep >= len(rows.x) and (by_pair == by_pair[0]).all():
             return rows, None
         with self.timer:
-            norm = self.visual.blocks[plan.select_after].norm1
-            seen = family(self.visual).norm(norm, rows.x).flatten(1)
+            seen = rows.x
+            if "hidden" not in selector.needs:
+                seen = family(self.visual).norm(self.visual.blocks[layer].norm1, seen)
+            seen = seen.flatten(1)
             tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
             found = select(selector, tokens, min(plan.keep, len(rows.x)))
             del seen, tokens  # as large as all rows
             means = found.features(rows.x.flatten(1), rows.owner).view(-1, *rows.x.shape[1:])
-        final = selector.suffices(len(found.kept), plan.keep, plan.units)
+        final = not plan.whole_pairs and selector.suffices(len(found.kept), plan.keep, plan.units)
         return _VideoRows(means, found.kept, found.owner), found if final else None
 
-    def run_last_layers(self, rows: _VideoRows) -> _VideoRows:
-        """The selected rows after the other layers, which run on the whole video at once."""
-        after = range(self.plan.select_after, self.depth)
-        self.computed[after.start :] = [len(rows.unit)] * len(after)
+    def run_later_layers(self, rows: _VideoRows, layers: range) -> _VideoRows:
+        """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
+        self.computed[layers.start : layers.stop] = [len(rows.unit)] * len(layers)
+        if self.plan.whole_pairs:
+            pairs = -(-self.at_once // self.geometry.units)
+            pieces = rows.x.split(pairs * self.geometry.units)
+            made = [self._run_pairs(x, layers, last=x is pieces[-1]) for x in pieces]
+            return _VideoRows(torch.cat(made), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
         passage = Passage(
-            self.visual,
-            self.timer,
-            mlp_rows=self.at_once,
-            on_layer=lambda done: self.on_layer(done, self.depth),
+            self.visual, self.timer, mlp_rows=self.at_once, on_layer=lambda done: self.on_layer(done, self.depth)
         )
         x, rows.x = rows.x[order], None  # frees the rows in the old order
-        x, _ = run_layers(passage, after, x, layout)
+        x, _ = run_layers(passage, layers, x, layout)
         return _VideoRows(x[order.argsort()], rows.unit, rows.owner)
+
+    def _run_pairs(self, x: torch.Tensor, layers: range, last: bool) -> torch.Tensor:
+        """Rows of whole frame pairs after `layers`. `last`: whether no others follow; then finished layers are reported."""
+        layout = full_layout(self.geometry, len(x) // self.geometry.units)
+        passage = Passage(self.visual, self.timer, gathering=self.gathering)
+        if last:
+            passage.on_layer = lambda done: self.on_layer(done, self.depth)
+        order = layout.unit.argsort()
+        x, _ = run_layers(passage, layers, x[layout.unit], layout)
+        if self.gathering:
+            with self.timer:
+                self.gathering.finish(order)
+        return x[order]
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`; piece by piece, to bound the memory."""

@@ -51,6 +51,7 @@ class Gathering:
         layout: TokenLayout,
         groups: list[Bucket] | Packed,
         bias: bool,
+        spread: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     ) -> None:
         """Computes the values of one chunk, in that layer.
 
@@ -59,13 +60,14 @@ class Gathering:
             plain: `[R, 4, heads, d]`, keys before rotary.
             layout, groups: of the chunk's rows, with frame pairs as groups.
             bias: whether attention weighs a row by its cluster size.
+            spread: gives the values of all rows of the chunk, from those of the rows of this layer.
         """
         values = {}
         if "attention" in self._collected:
             values["attention"] = attention_received(q, k, groups, bias) * layout.geometry.units
         if "keys" in self._collected:
             values["keys"] = unit_features(plain)
-        self._seen = values
+        self._seen = {name: spread(value) for name, value in values.items()}
 
     def add_states(self, layer: int, x: torch.Tensor) -> None:
         """Adds the rows of one chunk after a layer, `[R, 4, hidden]`, to the states that "middle" is the mean of."""

@@ -9,14 +9,16 @@ from evoprune.methods.base import Merger
 from evoprune.model.autocast import without_autocast
 from evoprune.pruning.indices import ascending, runs, tally, true_indices
 from evoprune.pruning.matching import merge_rows
+from evoprune.pruning.score import unit_features
 from evoprune.pruning.shares import share_rows
 from evoprune.pruning.types import Candidates
 from evoprune.vision import devices
+from evoprune.vision.between import Between
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
 
 
 @dataclass
-class Merging:
+class Merging(Between):
     """The merging of one chunk.
 
     Attributes:
@@ -29,13 +31,34 @@ class Merging:
     left: Sequence[tuple[int, ...]]
     failed: list[torch.Tensor]
 
+    @property
+    def size_bias(self) -> bool:
+        return self.merger.size_bias
+
+    def computed(self, layer: int, layout: TokenLayout) -> int:
+        return sum(self.target(layer - 1)) if layer else layout.rows
+
+    def needs(self, layer: int, layout: TokenLayout) -> frozenset[str]:
+        return self.merger.needs if self.acts(layer, layout) else frozenset()
+
     def target(self, layer: int) -> tuple[int, ...]:
         """Rows of each frame pair after a layer."""
         return tuple(rows[layer] for rows in self.left)
 
-    def reduces(self, layer: int, layout: TokenLayout) -> bool:
-        """Whether rows merge after a layer."""
+    def acts(self, layer: int, layout: TokenLayout) -> bool:
         return self.target(layer) != layout.per_pair
+
+    def after(
+        self,
+        layer: int,
+        scope: Scope,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        keys: torch.Tensor | None,
+        received: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        features = x.flatten(1).float() if keys is None else unit_features(keys)
+        return reduce_rows(self, layer, x, layout, scope, features, received)
 
 
 @dataclass(frozen=True)

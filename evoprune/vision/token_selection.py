@@ -59,7 +59,7 @@ class EncodedRows:
     @property
     def changed_inside(self) -> bool:
         """Whether rows were merged or selected inside the tower."""
-        return self.plan.merged is not None or self.plan.select_after is not None
+        return self.plan.merged is not None or bool(self.plan.select_after)
 
     def nothing_selected(self) -> Encoded:
         """An encoding without tokens, for a method whose question is not known yet."""

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from evoprune.model.config import vision_sizes
 from evoprune.model.linear import linear
 from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.pruning.score import unit_features
 from evoprune.vision import devices
 from evoprune.vision.attention import grouped_attention
+from evoprune.vision.between import Between
 from evoprune.vision.buckets import Bucket, Packed, buckets
 from evoprune.vision.families import Family, family
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
-from evoprune.vision.merging import Merging, reduce_rows
 from evoprune.vision.norm_rotary import rotary, rotate
 from evoprune.vision.references import References
 from evoprune.vision.timer import Timer
@@ -51,20 +50,18 @@ class Passage:
     Attributes:
         visual: the tower's weights.
         timer: measures pruning.
-        merging: merges rows after layers; None without merging.
+        between: what is done with rows between two layers.
         references: rows of earlier chunks that this chunk attends to; None without reuse.
         gathering: collects the inputs of a selector; None without one.
-        size_bias: whether attention weighs a row by its cluster size inside the group.
         mlp_rows: rows that go through an MLP at a time, which bounds the memory; None for all.
         on_layer: called after each layer with the number of finished layers.
     """
 
     visual: torch.nn.Module
     timer: Timer
-    merging: Merging | None = None
+    between: Between = field(default_factory=Between)
     references: References | None = None
     gathering: Gathering | None = None
-    size_bias: bool = True
     mlp_rows: int | None = None
     on_layer: Callable[[int], None] = lambda done: None
 
@@ -98,24 +95,23 @@ def run_layers(
         layout: of the rows.
 
     Returns:
-        The rows after the layers, in window order, and their layout, which differs if rows merged.
+        The rows after the layers, in window order, and their layout, which differs if there are fewer rows.
     """
     if not layout.rows:  # all units are reused
         return x, layout
     tower, table = tower_shape(passage.visual), rotary(vision_sizes(passage.visual.config), layout.geometry)
-    rows = _LayerRows(x, layout, _rotation(table, layout))
+    rows, between = _LayerRows(x, layout, _rotation(table, layout)), passage.between
+    between.begin(x)
     for layer in layers:
-        keys, received = _attend(passage, tower, layer, rows)
+        compared = _attend(passage, tower, layer, rows)
         _transform(passage, layer, rows)
-        if passage.gathering:
-            passage.gathering.add_states(layer, rows.x)
-        if passage.merging and passage.merging.reduces(layer, rows.layout):
+        if between.acts(layer, rows.layout):
             with passage.timer:
-                features = rows.x.flatten(1).float() if keys is None else unit_features(keys)
-                x, layout = reduce_rows(
-                    passage.merging, layer, rows.x, rows.layout, tower.scope(layer), features, received
-                )
-                rows = _LayerRows(x, layout, _rotation(table, layout))
+                rows.x, layout = between.after(layer, tower.scope(layer), rows.x, rows.layout, *compared)
+                if layout is not rows.layout:
+                    rows = _LayerRows(rows.x, layout, _rotation(table, layout))
+        if passage.gathering:
+            passage.gathering.add_states(layer, between.whole(rows.x))
         passage.on_layer(layer + 1)
     return rows.x, rows.layout
 
@@ -132,7 +128,7 @@ def _attend(
     """The first half of a layer: attention, added to the rows.
 
     Returns:
-        The inputs of a merger: keys `[R, 4, heads, d]`, None for hidden states; and attention received, float32, or None.
+        What `Between.after` compares: keys `[R, 4, heads, d]`, None for hidden states; and attention received, float32, or None.
     """
     visual, layout, x = passage.visual, rows.layout, rows.x
     block, kind, scope = visual.blocks[layer], family(visual), tower.scope(layer)
@@ -143,21 +139,17 @@ def _attend(
     if passage.references:
         k, v = passage.references.seen_by(layer, k, v, layout)
     groups = _groups(rows, scope, x.device)
-    bias = passage.size_bias and layout.reach != "place"  # before rows merge, every cluster size is 1 and its log is 0
-    needs = _merger_needs(passage, layer, layout)
+    bias = (
+        passage.between.size_bias and layout.reach != "place"
+    )  # before rows merge, every cluster size is 1 and its log is 0
+    needs = passage.between.needs(layer, layout)
     received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
     mixed = grouped_attention(q, k, v, groups, bias, received, passage.timer)
     if passage.gathering and layer == passage.gathering.layer:
         with passage.timer:
-            passage.gathering.look(q, k, plain, layout, groups, bias)
+            passage.gathering.look(q, k, plain, layout, groups, bias, passage.between.spread)
     rows.x = linear(block.attn.proj, mixed.flatten(2), plus=x)
     return None if "hidden" in needs else plain if "keys" in needs else rotated, received
-
-
-def _merger_needs(passage: Passage, layer: int, layout: TokenLayout) -> frozenset[str]:
-    """The names of what the merger compares after this layer; empty if no rows merge after it."""
-    merging = passage.merging
-    return merging.merger.needs if merging and merging.reduces(layer, layout) else frozenset()
 
 
 def _groups(rows: _LayerRows, scope: Scope, device: torch.device) -> list[Bucket] | Packed:
@@ -173,9 +165,12 @@ def _groups(rows: _LayerRows, scope: Scope, device: torch.device) -> list[Bucket
 def _transform(passage: Passage, layer: int, rows: _LayerRows) -> None:
     """The second half of a layer: the MLP, which works on each row alone."""
     block, kind = passage.visual.blocks[layer], family(passage.visual)
-    pieces = rows.x.split(passage.mlp_rows) if passage.mlp_rows else [rows.x]
+    active = passage.between.active(layer)
+    x = rows.x if active is None else rows.x[active]
+    pieces = x.split(passage.mlp_rows) if passage.mlp_rows else [x]
     made = [mlp_half(kind, block, piece) for piece in pieces]
-    rows.x = made[0] if len(made) == 1 else torch.cat(made)
+    x = made[0] if len(made) == 1 else torch.cat(made)
+    rows.x = x if active is None else rows.x.index_copy(0, active, x)
 
 
 def mlp_half(kind: Family, block, x: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
     plan = method.plan(TowerShape(len(visual.blocks), full), grid, keep)
     rows = embedded(visual, patches, geo, total, changed)
     for layer, block in enumerate(visual.blocks):
-        if layer == plan.select_after:
+        if layer in plan.select_after:
             rows = selected(block, rows, geo, grid, method, keep)
         scope = "pair" if layer in full else "window"
         run_layer(block, rows, geo, scope, method)

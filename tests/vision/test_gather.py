@@ -164,7 +164,7 @@ def test_what_does_not_exist_cannot_be_declared():
     class Values(Looks):
         needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
-    with pytest.raises(TypeError, match="looks needs 'values'; after the encoder there is attention and keys"):
+    with pytest.raises(TypeError, match="looks needs 'values'; after the encoder there is attention, keys, middle"):
         encode_noise((2, 3, 4), Values(), 3)
     with pytest.raises(ValueError, match="needs a full-attention layer"):
         encode_noise((2, 3, 4), Looks(), 3, full_layers=())

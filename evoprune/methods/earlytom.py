@@ -1,0 +1,209 @@
+"""EarlyTom (arXiv 2605.30010): whole frames merge after three layers of the encoder; then attention selects tokens.
+
+As in the authors' code for LLaVA-OneVision (viridisGreen/EarlyTom): similarity of two frames is the mean cosine of tokens
+at the same place. A run of frames goes on while a running mean of the similarity to its first frame (0.9 of the new
+value, `momentum`) is not below a threshold (0.6), and for 7 frames at most (`window` - 1). The first and the last frame of
+a run stay. Of the frames between, two neighbours merge if they are more similar than the ends of the run and than the
+next two; the weights are their similarity and that of the next two. The last frame between is left out unless it is
+alone: their loop ends one frame early, and its last merging has the weights 1 and 0. So the content decides how many
+frames are left. Then every frame keeps an equal share of the budget: the ends of runs their most attended tokens, a frame
+between ends the most attended token of each of as many stretches of neighbouring tokens.
+Their scripts set a threshold from 0.3 to 0.8, 6 frames and other layers for each benchmark; the defaults here are those of
+the code: layers 6, 21 and 23 of 26.
+Adapted: a frame is a frame pair, which Qwen's tower encodes as one, and a token is a unit of four patches, joined. Layers are
+in relative depth, and rows merge no later than before the last full-attention layer, where attention is received; in a
+tower with few layers, two of the three fall together and merge once. A merged frame pair has the place of its first one.
+Similarities below 0 have weight 0. The runs of the selection are found on the encoder's output, not on the states of
+the last layer that merges. Exactly the budget is kept: where it is more than the tokens that are left, units of frame
+pairs that merged away are read as well, with the feature of what they merged into. Similarities and attention are
+rounded, so equal frames and tokens are ties, which go by index.
+Left out: density peaks, whose share is 0 in the code's defaults, and merging inside the language model.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.methods.base import Method, Selector
+from evoprune.pruning.budget import spread
+from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.pruning.indices import ascending
+from evoprune.pruning.ranking import highest
+from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection, Tokens
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Fields as in `EarlyTom`."""
+
+    threshold: float = 0.6
+    window: int = 8
+    momentum: float = 0.9
+
+    def of(self, like: list[list[float]]) -> list[range]:
+        """The runs of frames, in order; `like` as from `similarities`."""
+        starts, running = [0], 1.0
+        for frame in range(1, len(like)):
+            running = self.momentum * like[starts[-1]][frame - starts[-1]] + (1 - self.momentum) * running
+            if running < self.threshold or frame - starts[-1] + 1 >= self.window:
+                starts.append(frame)
+                running = 1.0
+        return [range(first, last) for first, last in zip(starts, [*starts[1:], len(like)], strict=True)]
+
+    def merged(self, like: list[list[float]]) -> tuple[list[int], list[float]]:
+        """The frame that each frame joins, itself if it stays; and the weight of each in the mean."""
+        into, weight = list(range(len(like))), [1.0] * len(like)
+        for run in self.of(like):
+            between = run[1:-1]
+            if len(between) < 2:
+                continue
+            ends, at = like[run[0]][len(run) - 1], between[0]
+            while at < between[-1]:
+                now, after = like[at][1], like[at + 1][1] if at + 1 < between[-1] else 0.0
+                if now > ends and now > after:
+                    into[at + 1] = at
+                    weight[at] = now / (now + max(0.0, after)) if now > 0 else 1.0
+                    weight[at + 1] = 1 - weight[at]
+                    at += 1
+                at += 1
+            if at == between[-1]:
+                into[at], weight[at] = into[at - 1], 0.0
+        return into, weight
+
+
+@dataclass(frozen=True)
+class MergedFrames(Runs, Selector):
+    """Merges frame pairs between two layers. The number that is left is the content's. O(window N D)."""
+
+    source: ClassVar[str] = "arXiv 2605.30010"
+    exact: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        frame, first = frames_of(tokens)
+        places = ascending(tokens.owner.numel() // len(frame), frame.device)
+        into, weight = self.merged(similarities(tokens.rows.view(len(first), len(places), -1), self.window))
+        into = torch.tensor(into, dtype=torch.int64, device=frame.device)
+        weight = torch.tensor(weight, dtype=torch.float32, device=frame.device)
+        stays = into == ascending(len(into), into.device)
+        owner = (stays.cumsum(0) - 1)[into[frame]]
+        at_home = first[frame] == ascending(len(frame), frame.device)  # others are in their frame's state already
+        return Selection(
+            (first[stays][:, None] * len(places) + places).flatten(),
+            (owner[:, None] * len(places) + places).flatten(),
+            torch.where(at_home, weight[frame], 0).repeat_interleave(len(places)),
+        )
+
+
+@dataclass(frozen=True)
+class FrameTokens(Runs, Selector):
+    """The tokens that the language model reads of merged frame pairs. O(window N D)."""
+
+    source: ClassVar[str] = "arXiv 2605.30010"
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        first = frames_of(tokens)[1]
+        attention = snap(tokens.given["attention"]).view(len(first), -1)
+        frames, places = attention.shape
+        runs = self.of(similarities(tokens.rows.view(frames, places, -1), self.window))
+        ends = {end for run in runs for end in (run[0], run[-1])}
+        selected = []
+        for number, share in enumerate(spread(min(keep, attention.numel()), frames)):
+            best = highest if number in ends else highest_of_stretches
+            selected.append(best(attention[number], share) + first[number] * places)
+        if keep > attention.numel():
+            merged = torch.ones(len(tokens.owner), dtype=torch.bool, device=attention.device)
+            merged[torch.cat(selected)] = False
+            units = merged.nonzero().flatten()
+            more = highest(snap(tokens.attention)[units], keep - attention.numel())
+            selected.append(units[more])
+        return Selection(torch.cat(selected).sort().values)
+
+
+@dataclass(frozen=True)
+class EarlyTom(Method):
+    """Fields:
+
+    threshold: a run of frame pairs ends where the running similarity to its first one is below this.
+    window: a run has fewer frame pairs than this.
+    momentum: weight of the new similarity in the running mean.
+    first, second, third: share of the tower's layers before frame pairs merge.
+    """
+
+    name: ClassVar[str] = "earlytom"
+    source: ClassVar[str] = "arXiv 2605.30010"
+    acts: ClassVar[Literal["inside"]] = "inside"
+
+    threshold: float = 0.6
+    window: int = 8
+    momentum: float = 0.9
+    first: float = 7 / 26
+    second: float = 22 / 26
+    third: float = 24 / 26
+
+    def __post_init__(self):
+        if self.window < 2 or not all(0 <= share <= 1 for share in (self.momentum, *self._depths)):
+            raise ValueError("window is at least 2; momentum, first, second and third are shares from 0 to 1")
+
+    @property
+    def _depths(self) -> tuple[float, ...]:
+        return self.first, self.second, self.third
+
+    @property
+    def inner(self) -> MergedFrames:
+        return MergedFrames(self.threshold, self.window, self.momentum)
+
+    @property
+    def selector(self) -> FrameTokens:
+        return FrameTokens(self.threshold, self.window, self.momentum)
+
+    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
+        plan = full_plan(tower, grid, keep)
+        latest = max(tower.full_layers, default=tower.depth - 1)
+        after = {min(max(1, round(share * tower.depth)), latest) for share in self._depths} - {0}
+        if not plan.prunes or not after:
+            return plan
+        return replace(plan, exact=False, select_after=tuple(sorted(after)), whole_pairs=True)
+
+
+def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 `[T]`, the number of the frame that represents each frame pair; and int64 `[F]`, the first frame pair of each frame."""
+    places = tokens.grid[1] * tokens.grid[2]
+    frame = tokens.owner.view(tokens.grid[0], places)[:, 0] // places
+    first = torch.searchsorted(frame, ascending(len(tokens.rows) // places, frame.device))
+    return frame, first
+
+
+def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
+    """For each frame of `x` (`[F, n, D]`) the mean cosine of its tokens to those of itself and of the following frames.
+
+    Up to `window - 1` frames further: `[i][d]` is that of frames i and i + d.
+    """
+    held, found = deque(maxlen=window), []
+    for frame in x:
+        held.append(F.normalize(frame.float(), dim=1))
+        found.append(torch.stack([(held[-1] * other).sum(1).mean() for other in reversed(held)]))
+    sizes = [len(each) for each in found]
+    back = [each.tolist() for each in snap(torch.cat(found)).cpu().split(sizes)]  # to itself and the frames before
+    return [[back[i + d][d] for d in range(min(window, len(x) - i))] for i in range(len(x))]
+
+
+def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 `[count]`: the highest of `score` (`[n]`) in each of `count` stretches of equal length; ties by index.
+
+    The first stretches are longer by one if necessary.
+    """
+    if not count:
+        return ascending(0, score.device)
+    length, longer = divmod(len(score), count)
+    number = ascending(count, score.device)
+    start = number * length + number.clamp(max=longer)
+    index = start[:, None] + ascending(length + 1, score.device)
+    inside = ascending(length + 1, score.device) < (length + (number < longer))[:, None]
+    values = score[index.clamp(max=len(score) - 1)].masked_fill(~inside, -torch.inf)
+    return start + values.argmax(1)
