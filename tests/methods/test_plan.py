@@ -23,6 +23,8 @@ NAMES = [
     "evoprune:within=0.3",
     "reuse+divprune",
     "reuse+pool",
+    "ipcv+visionzip",
+    "earlytom:threshold=-1",
 ]
 
 
