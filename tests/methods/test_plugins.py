@@ -65,6 +65,14 @@ RETURNS = {
     "returned weight as float32 .24. where": "Selection(torch.arange(keep), None, torch.ones(keep))",
     "returned a weight that is not": "Selection(torch.arange(keep), None, torch.ones(96) / 0)",
     "returned size as int64 .24.": "Selection(torch.arange(keep), size=torch.arange(keep))",
+    "returned means, tokens as float32 .2.": "Selection(torch.arange(keep), means=(torch.ones(2),) * 3)",
+    "returned means that are not three": "Selection(torch.arange(keep), means=torch.ones(2))",
+    "returned means of units that do not exist": (
+        "Selection(torch.arange(keep), means=(torch.arange(keep), torch.arange(keep) + 90, torch.ones(keep)))"
+    ),
+    "or with weights that are not": (
+        "Selection(torch.arange(keep), means=(torch.arange(keep), torch.arange(keep), torch.zeros(keep)))"
+    ),
     "returned a size that is not": "Selection(torch.arange(keep), size=torch.zeros(keep))",
     "failed: ZeroDivisionError: division": "1 / 0",
 }

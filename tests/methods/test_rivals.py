@@ -188,6 +188,14 @@ def test_a_selection_may_be_of_rows_that_several_units_have(at_once, monkeypatch
     assert made.features(rows, of).tolist() == [[2.5], [2.5]] == made.features(rows[of]).tolist()
 
 
+def test_a_selection_may_share_a_unit_among_tokens():
+    means = torch.tensor([0, 1, 1, 0]), torch.tensor([1, 3, 2, 2]), torch.tensor([1.0, 1.0, 0.5, 1.0])
+    made = Selection(torch.tensor([1, 3]), means=means)
+    rows, of = torch.tensor([[1.0], [3.0], [9.0], [6.0]]), torch.tensor([1, 0, 2, 1])
+    assert made.features(rows).tolist() == [[6.0], [7.0]]
+    assert made.features(rows, of).tolist() == [[5.0], [5.0]] == made.features(rows[of]).tolist()
+
+
 def test_a_selection_may_weigh_them():
     made = Selection(torch.tensor([0]), torch.tensor([0, 0, -1]), torch.tensor([3.0, 1.0, 7.0]))
     x = torch.tensor([[1.0], [5.0], [9.0]])
