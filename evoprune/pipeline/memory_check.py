@@ -3,6 +3,7 @@
 from evoprune.errors import LESS, OutOfMemory
 from evoprune.model.config import Config
 from evoprune.model.memory import shortage, working_memory
+from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
 from evoprune.pruning.encoder_plan import EncoderPlan
@@ -27,10 +28,10 @@ def encoding_bytes(config: Config, encoder: EncoderPlan, at_once: int, bytes_eac
         bytes_each: of a weight.
         text: tokens of the prompt around the video.
     """
-    selected = 0
-    if encoder.select_after:
-        selected = at_once if encoder.whole_pairs else encoder.keep
-    return working_memory(config, encoder.units, at_once, encoder.keep + text, bytes_each, selected)
+    selected, means = encoder.keep if encoder.select_after else 0, 0
+    if encoder.whole_pairs:  # their rows go on in chunks; the means of all of them are made in float32
+        selected, means = min(at_once, encoder.units), encoder.units * PATCHES * config.vision_config.hidden_size * 4
+    return working_memory(config, encoder.units, at_once, encoder.keep + text, bytes_each, selected) + means
 
 
 def units_at_once(engine: Engine, view: View, text: int = TEXT) -> int:

@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 
+from evoprune import methods
 from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory
 from evoprune.model import memory
 from evoprune.model.machine import available_memory
@@ -19,6 +20,7 @@ from evoprune.pipeline.loading.weights import needed_bytes
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
+from evoprune.pruning.encoder_plan import TowerShape
 from tests.threads import one_thread  # noqa: F401
 
 CLIP = "samples/square.mp4"
@@ -89,6 +91,19 @@ def test_what_is_foretold_of_a_real_model():
     assert working_memory(config, 100, 10**9, 50, 2) == working_memory(
         config, 100, 100, 50, 2
     )  # no more than there are
+
+
+def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
+    """At 3B, 16,384 units: merged frame pairs go on in chunks, and their means are made in float32."""
+    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    tower, grid = TowerShape(32, (7, 15, 23, 31)), (64, 16, 16)
+
+    def foretold(name: str, at_once: int = 2048) -> int:
+        return memory_check.encoding_bytes(config, methods.get(name).plan(tower, grid, 1638), at_once, 2)
+
+    held = 16_384 * 4 * 1280 * 4
+    assert foretold("divprune") == foretold("ipcv") < foretold("earlytom") < foretold("divprune") + 3 * held
+    assert held < foretold("earlytom") < foretold("divprune", 16_384)
 
 
 def test_memory_that_this_process_may_not_have_is_not_available():
