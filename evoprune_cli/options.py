@@ -98,7 +98,7 @@ MethodName = Annotated[
         "--method",
         metavar="NAME",
         help=f"How tokens are pruned: {', '.join(methods.available())}. NAME:SETTING=VALUE for its settings; "
-        "reuse+NAME to encode changed units alone.",
+        "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers.",
     ),
 ]
 SWEEP = "Sweep (lists by commas or repetition)"
@@ -121,7 +121,7 @@ Methods = Annotated[
         SWEEP,
         "--method",
         metavar="LIST",
-        help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; reuse+NAME.",
+        help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; reuse+NAME and ipcv+NAME.",
         show_default=False,
     ),
 ]
