@@ -121,7 +121,8 @@ Methods = Annotated[
         SWEEP,
         "--method",
         metavar="LIST",
-        help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; reuse+NAME and ipcv+NAME.",
+        help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; "
+        "reuse+NAME and ipcv+NAME.",
         show_default=False,
     ),
 ]
