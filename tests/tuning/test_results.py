@@ -1,6 +1,8 @@
 import pytest
 
-from evoprune.tuning.results import recommended
+from evoprune.tuning.candidates import Candidate
+from evoprune.tuning.results import recommended, result_rows
+from evoprune.tuning.search import Scores
 
 
 def row(method: str, first_token: float, passes: bool = True) -> dict:
@@ -21,3 +23,17 @@ def row(method: str, first_token: float, passes: bool = True) -> dict:
 def test_the_fastest_that_passes(rows, chosen):
     found = recommended(rows)
     assert (found and found["method"]) == chosen
+
+
+def test_settings_that_do_the_same_work_share_their_times():
+    def scores(first_s: list[float], live: float) -> Scores:
+        return Scores([9, 9], [10, 10], [0.1] * 20, first_s, [1.0, 1.0], [1.0, 1.0], [0.1, 0.1], [live, live])
+
+    known = {
+        Candidate("evoprune", 0.1): scores([0.30, 0.40], 0.2),
+        Candidate("evoprune:floor=1", 0.1): scores([0.10, 0.20], 0.2),
+        Candidate("evoprune:depth=0.5", 0.1): scores([0.15, 0.15], 0.5),
+    }
+    rows = {row["name"]: row["first_token"] for row in result_rows(known, 0.9)}
+    assert rows["evoprune -b 0.1"] == rows["evoprune:floor=1 -b 0.1"] == pytest.approx(0.25)
+    assert rows["evoprune:depth=0.5 -b 0.1"] == pytest.approx(0.15)
