@@ -183,7 +183,7 @@ def _plan(info, options: "PipelineOptions") -> Iterator[dict]:
     if numbers["max_visual_tokens"] is None:
         is_demo = model.id == "demo"
         numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=model.device.type == "cpu", is_demo=is_demo)
-    plan = make_plan(info, model.limits, **numbers)
+    plan = make_plan(info, model.limits[info.kind], **numbers)
     yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
     yield {"memory": memory_facts(model, plan, options.pruning)}
 

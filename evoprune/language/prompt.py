@@ -13,9 +13,9 @@ import torch
 from evoprune.errors import ModelError, OutOfMemory
 from evoprune.language.text import check_text
 from evoprune.language.tokenizer import Tokenizer
+from evoprune.video.info import PICTURE, VIDEO
 
 # What chat templates call an input of each kind, and the placeholder that they write for it.
-VIDEO, PICTURE = "video", "picture"
 CONTENTS = {VIDEO: ("video", "<|video_pad|>"), PICTURE: ("image", "<|image_pad|>")}
 
 # Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.

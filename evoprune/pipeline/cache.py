@@ -165,7 +165,7 @@ def entry_key(engine: Engine, view: View) -> str | None:
         content = content_hash(view.info.path)
     except OSError:
         return None
-    limits, modules = loaded.video, sorted({type(m).__module__ for m in method.all_methods})
+    limits, modules = loaded.limits[view.kind], sorted({type(m).__module__ for m in method.all_methods})
     facts = {
         "video": content,
         "decoder": view.decoder,

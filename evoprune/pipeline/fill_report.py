@@ -8,6 +8,7 @@ from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
 from evoprune.report import Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.video.info import is_demo_clip
+from evoprune.video.plan import STILL
 from evoprune.vision.encoded import Encoded
 
 
@@ -93,15 +94,16 @@ def _video_facts(encoding: Encoding) -> VideoFacts:
 def _sampling(engine: Engine, view: View) -> Sampling:
     plan, video = view.plan, engine.loaded.video
     t, h, w = plan.grid
-    return Sampling(
-        start_s=plan.sampling.start_s,
-        end_s=plan.sampling.end_s,
+    found = Sampling(
         frames=plan.sampling.frames,
-        timestamps_s=list(plan.sampling.times_s),
         resized_hw=[plan.height, plan.width],
         grid_thw=[t, h * video.merge_size, w * video.merge_size],
-        seconds_per_pair=view.seconds_per_pair(video.temporal_patch_size),
     )
+    if plan.sampling is not STILL:
+        found.start_s, found.end_s = plan.sampling.start_s, plan.sampling.end_s
+        found.timestamps_s = list(plan.sampling.times_s)
+        found.seconds_per_pair = view.seconds_per_pair(video.temporal_patch_size)
+    return found
 
 
 def _pruning(engine: Engine, view: View, encoded: Encoded) -> Pruning:

@@ -17,7 +17,7 @@ from evoprune.pipeline.loading.on_disk import KnownModel
 from evoprune.pipeline.memory_check import encoding_bytes
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pruning.budget import AUTO_MOST, AUTOS, PRESETS, keep_count
-from evoprune.video.plan import Plan
+from evoprune.video.plan import STILL, Plan
 from evoprune.video.probe import VideoInfo
 from evoprune.vision.devices import units_at_a_time
 from evoprune.vision.tower import tower_shape
@@ -161,12 +161,12 @@ def plan_facts(plan: Plan, config) -> dict:
         plan: from `plan.make_plan`.
         config: the model's `Config`.
     """
-    n = plan.visual_tokens
+    n, span = plan.visual_tokens, None if plan.sampling is STILL else plan.sampling
     return {
-        "start_s": plan.sampling.start_s,
-        "end_s": plan.sampling.end_s,
+        "start_s": span and span.start_s,
+        "end_s": span and span.end_s,
         "frames": plan.sampling.frames,
-        "timestamps_s": list(plan.sampling.times_s),
+        "timestamps_s": list(span.times_s) if span else None,
         "resized_hw": [plan.height, plan.width],
         "grid": list(plan.grid),
         "visual_tokens": n,

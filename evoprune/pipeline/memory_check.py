@@ -17,7 +17,7 @@ def chunk_bytes(engine: Engine, view: View) -> int:
     """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
     limits, (_, height, width) = engine.loaded.video, view.plan.grid
     pairs = -(-units_at_a_time(engine.loaded.model.device) // (height * width))
-    return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * view.info.width * view.info.height * 3)
+    return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * view.source.width * view.source.height * 3)
 
 
 def encoding_bytes(config: Config, encoder: EncoderPlan, at_once: int, bytes_each: int, text: int = TEXT) -> int:

@@ -44,7 +44,7 @@ def open_video(
     clock = Clock(torch.device("cpu"))  # never waits for a GPU
     with clock.stage("read"):
         view = make_view(engine, path, sampling or SamplingOptions(), name)
-    reader = PatchReader(view, engine.loaded.video, clock, chunk_bytes(engine, view), read, threaded)
+    reader = PatchReader(view, engine.loaded.limits[view.kind], clock, chunk_bytes(engine, view), read, threaded)
     usable = read is read_frames and not engine.method.reads_question
     return OpenVideo(engine, view, reader, cache if usable else None, encode_rows)
 

@@ -73,7 +73,7 @@ class PatchReader:
 
     def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
         view, plan, limits = self._view, self._view.plan, self._limits
-        read = self._read(view.info, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=self._chunk_bytes)
+        read = self._read(view.source, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=self._chunk_bytes)
         with closing(read) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from evoprune.errors import LESS, OutOfMemory, UsageError
 from evoprune.language.demo_words import unknown_words
-from evoprune.language.prompt import VIDEO, Prompt, build_prompt
+from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.memory import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
@@ -22,7 +22,7 @@ def prompt_about(tokenizer: Tokenizer, views: Sequence[View], question: str, sys
     Raises:
         As `language.prompt.build_prompt`.
     """
-    inputs = [(VIDEO, view.encoder.units) for view in views]
+    inputs = [(view.kind, view.encoder.units) for view in views]
     subtitles = "".join(view.subtitles.text for view in views)
     return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles)
 

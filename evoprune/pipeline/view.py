@@ -1,7 +1,7 @@
-"""What of a video will be looked at, decided before any frame is read."""
+"""What of a video or a picture will be looked at, decided before any frame is read."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
@@ -9,7 +9,7 @@ from evoprune.pipeline.subtitles import PromptSubtitles, prompt_subtitles
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.video.frames import choose_decoder
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import VIDEO, VideoInfo
 from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.video.probe import probe
 from evoprune.vision.tower import tower_shape
@@ -17,12 +17,12 @@ from evoprune.vision.tower import tower_shape
 
 @dataclass(frozen=True)
 class View:
-    """A video, and which frames of it are looked at.
+    """A video, and which frames of it are looked at; or a picture, which is one frame.
 
     Attributes:
         info: facts about the file.
         name: what reports call it.
-        decoder: "pyav" or "decord".
+        decoder: "pyav" or "decord"; for a picture "pillow".
         full: what would be looked at with nothing pruned.
         plan: what is looked at, which is less if the method makes the input smaller.
         encoder: what the encoder does with it.
@@ -39,6 +39,16 @@ class View:
     encoder: EncoderPlan
     limited: bool
     subtitles: PromptSubtitles
+
+    @property
+    def kind(self) -> str:
+        """ "video" or "picture"."""
+        return self.info.kind
+
+    @property
+    def source(self) -> VideoInfo:
+        """What frames are read from: videos at their own size, pictures at the one that the encoder reads."""
+        return self.info if self.kind == VIDEO else replace(self.info, width=self.plan.width, height=self.plan.height)
 
     @property
     def units(self) -> int:
@@ -72,9 +82,10 @@ def make_view(engine: Engine, path: str | os.PathLike[str], sampling: SamplingOp
     if numbers["max_visual_tokens"] is None:
         on_cpu = loaded.device == "cpu"
         numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
-    full = make_plan(info, loaded.video, **numbers)
+    limits = loaded.limits[info.kind]
+    full = make_plan(info, limits, **numbers)
     encoder = _encoder_plan(engine, full)
-    plan = full.shrunk(encoder.grid, loaded.video)
+    plan = full.shrunk(encoder.grid, limits)
     subtitles = prompt_subtitles(
         loaded.tokenizer, info, full.sampling, sampling.subtitles, sampling.max_subtitle_tokens
     )

@@ -20,6 +20,7 @@ from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import Case
+from evoprune.video.info import VIDEO
 from evoprune.video.plan import VideoLimits
 
 MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
@@ -55,7 +56,7 @@ def describe(options: ModelOptions) -> tuple[Config, VideoLimits, torch.dtype, t
         return None
     config, limits = describe_model(name, revision=None if random else options.revision, offline=options.offline)
     place = pick_device(options.device)
-    return config, limits, DTYPES[pick_dtype(options.dtype, place, is_demo=name == "demo")], place
+    return config, limits[VIDEO], DTYPES[pick_dtype(options.dtype, place, is_demo=name == "demo")], place
 
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:

@@ -8,10 +8,11 @@ from itertools import pairwise
 import numpy as np
 
 from evoprune.errors import UsageError
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import PICTURE, VideoInfo
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 
 DECODERS = ("auto", "pyav", "decord")
+PILLOW = "pillow"  # reads pictures, whatever is asked for
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def read_frames(
 
 
 def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
-    """The decoder to use, `pyav` or `decord`, after a check that it can be used.
+    """The decoder to use, `pyav` or `decord`, and for a picture `pillow`, after a check that it can be used.
 
     `auto` is PyAV. decord finds frames by counting them, and after a jump its count is wrong wherever groups of pictures
     are open (x265's default), refreshed gradually, or stored out of order in AVI: its `get_batch` then returns other
@@ -84,6 +85,8 @@ def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
         UsageError: no such decoder, or it is not installed.
         VideoError: decord is known to fail on videos like this one.
     """
+    if info is not None and info.kind == PICTURE:
+        return PILLOW
     if decoder not in DECODERS:
         raise UsageError(f"unknown decoder {decoder!r}", f"choose one of {', '.join(DECODERS)}")
     if decoder != "decord":

@@ -1,8 +1,10 @@
-"""What is known about a video: `VideoInfo` from its metadata, `ScanResult` from decoding all of it,
+"""What is known about a video or a picture: `VideoInfo` from its metadata, `ScanResult` from decoding all of it,
 `Subtitles` from its tracks and the files beside it."""
 
 from dataclasses import dataclass, field
 
+# What an input is to the model.
+VIDEO, PICTURE = "video", "picture"
 # Default frame rate of a folder of images: the rate at which frames for Qwen2.5-VL are usually extracted.
 FOLDER_FPS = 2.0
 # What the comment of a clip says: of the world that the demo model knows, and of the other one, which it does not.
@@ -16,7 +18,7 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Metadata of a video file, or of a folder of images that is read as a video.
+    """Metadata of a video file, of a folder of images that is read as a video, or of a picture, which has no times.
 
     Attributes:
         path: as the caller gave it.
@@ -25,7 +27,7 @@ class VideoInfo:
         rotation_deg: clockwise rotation that turns stored frames into displayed ones: 0, 90, 180 or 270.
         codec: such as `h264`; for a folder the codec of its first image, such as `png`.
         pix_fmt: such as `yuv420p`.
-        container: FFmpeg's name of the format, such as `matroska,webm`; `folder` for a folder.
+        container: FFmpeg's name of the format, such as `matroska,webm`; `folder` for a folder, `picture` for a picture.
         fps: average frames per second; None if unknown.
         variable_rate: whether frame intervals differ; None if only a scan of the whole file could tell.
         frames_total: None if only a scan of the whole file could tell.
@@ -51,6 +53,11 @@ class VideoInfo:
     tags: dict[str, str]
     mirrored: bool = False
     stated_s: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the file is to the model: "video" or "picture"."""
+        return PICTURE if self.container == PICTURE else VIDEO
 
     @property
     def cut_short(self) -> bool:

@@ -5,14 +5,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
-from evoprune.errors import VideoError
+from evoprune.errors import UsageError, VideoError
 from evoprune.model.rules import list_of, number, whole
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import PICTURE, VideoInfo
 from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS = 24_576
 MAX_VISUAL_TOKENS_CPU = 4_096
+
+# How a picture is looked at: once. Its length stands for the second to the next frame pair, which does not exist.
+STILL = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 Area = Annotated[int, whole(1, 2**31)]
 Means = Annotated[tuple[float, float, float], list_of(number(-1000, 1000), 3)]
@@ -26,7 +29,7 @@ def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """What a model expects of a video: frame rate, frame size, normalisation. The defaults are Qwen2.5-VL's for video.
+    """What a model expects of a video, or of a picture: its size, normalisation, frame rate. The defaults are Qwen2.5-VL's for video.
 
     Fields with a rule can be given by a file of the model.
 
@@ -92,7 +95,8 @@ class Plan:
     def shrunk(self, grid: tuple[int, int, int], limits: VideoLimits) -> "Plan":
         """The same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
         pairs, height, width = grid
-        sampling = self.sampling.thinned(pairs * limits.temporal_patch_size)
+        same = pairs == self.grid[0]
+        sampling = self.sampling if same else self.sampling.thinned(pairs * limits.temporal_patch_size)
         return replace(self, sampling=sampling, height=height * limits.unit, width=width * limits.unit, grid=grid)
 
 
@@ -128,25 +132,30 @@ def make_plan(
     max_frames: int | None = None,
     max_visual_tokens: int = MAX_VISUAL_TOKENS,
 ) -> Plan:
-    """Sampling times and frame size for a video, within the model's limits and the token limit.
+    """Sampling times and frame size for a video, or a picture's size, within the model's limits and the token limit.
 
     If there would be more than `max_visual_tokens`, frames become smaller, down to the model's smallest; then fewer; and if
     one frame pair is still too much, smaller than the model's smallest.
 
     Args:
-        info: the video.
-        limits: the model's.
-        fps, frames: frames per second, or in all; default: the model's rate.
+        info: the video or picture.
+        limits: the model's, for this kind of input.
+        fps, frames: frames per second, or in all; default: the model's rate. A picture has one.
         start_s, end_s: the span to sample, in seconds; below 0 from the video's end.
         max_frames: replaces the model's limit.
         max_visual_tokens: limit before pruning, at least 1.
 
     Raises:
-        VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range.
+        VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range, or a
+            span of a picture.
     """
     check_sampling(
         fps=fps, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames, max_visual_tokens=max_visual_tokens
     )
+    if info.kind == PICTURE:
+        if start_s != 0 or end_s is not None:
+            raise UsageError(f"{info.path} is a picture, which has no start and no end", "leave out start and end")
+        return _picture_plan(info, limits, max_visual_tokens)
     if info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
     rate = limits.fps if fps is None else fps
@@ -163,17 +172,35 @@ def make_plan(
     most_frames = limits.max_frames if max_frames is None else max_frames
     # No more pairs than tokens are allowed, so that `times_s` stays short where `most_frames` is huge.
     sampling = free = sample(max_frames=min(most_frames, pair * max_visual_tokens))
-    try:
-        preferred = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, limits.unit)
-        size, pairs = _fit(info, limits, preferred, sampling.frames // pair, max_visual_tokens)
-    except ValueError as problem:
-        raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
+    preferred, size, pairs = _size(info, limits, sampling.frames // pair, max_visual_tokens)
     if pairs < sampling.frames // pair:
         sampling = sample(max_frames=pairs * pair)
     grid = (sampling.frames // pair, size[0] // limits.unit, size[1] // limits.unit)
     wanted = min(free.wanted, most_frames - most_frames % pair)
     token_capped = size != preferred or sampling.frames < wanted
     return Plan(sampling, *size, grid, most_frames, max_visual_tokens, token_capped)
+
+
+def _picture_plan(info: VideoInfo, limits: VideoLimits, max_tokens: int) -> Plan:
+    """The size of a picture: one frame pair, of which it is both frames."""
+    preferred, size, _ = _size(info, limits, 1, max_tokens)
+    grid = (1, size[0] // limits.unit, size[1] // limits.unit)
+    return Plan(STILL, *size, grid, STILL.frames, max_tokens, size != preferred)
+
+
+def _size(
+    info: VideoInfo, limits: VideoLimits, pairs: int, max_tokens: int
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """The frame size that the model prefers; and as of `_fit`.
+
+    Raises:
+        VideoError: a shape that cannot be resized.
+    """
+    try:
+        preferred = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, limits.unit)
+        return preferred, *_fit(info, limits, preferred, pairs, max_tokens)
+    except ValueError as problem:
+        raise VideoError(f"{info.path}: {problem}", "crop it first", stage="preprocess") from None
 
 
 def _fit(

@@ -32,7 +32,7 @@ class SamplingPlan:
 
     @property
     def frames(self) -> int:
-        """Number of frames, always even."""
+        """Number of frames: of a video even, of a picture one."""
         return len(self.times_s)
 
     @property

@@ -38,15 +38,17 @@ def patchify(
     """Cuts frames of the final size into normalised patches.
 
     Args:
-        frames: uint8 `[F, H, W, 3]`, F a multiple of `temporal`, H and W multiples of `patch * merge`.
+        frames: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
+            `patch * merge`.
         mean, std: of the normalisation, for red, green and blue, on a scale from 0 to 1.
         patch: height and width of a patch in pixels.
         temporal: frames of a frame pair.
         merge: height and width of a unit in patches.
 
     Returns:
-        float32 `[F/temporal * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
+        float32 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
     """
+    frames = frames.expand(temporal, -1, -1, -1) if len(frames) == 1 else frames
     f, h, w, c = frames.shape
     unit = patch * merge
     x = frames.reshape(f // temporal, temporal, h // unit, merge, patch, w // unit, merge, patch, c)

@@ -129,11 +129,11 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
     if engine.method.reads_question:
         hint = "use a method that does not read the question"
         raise UsageError(f"method {engine.options.method} selects for each question, and an overlay has none", hint)
-    limits, frames, damaged = engine.loaded.video, [], 0
+    limits, frames, damaged = engine.loaded.limits[view.kind], [], 0
 
     def patches() -> Iterator[torch.Tensor]:
         nonlocal damaged
-        read = read_frames(view.info, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=CHUNK_BYTES)
+        read = read_frames(view.source, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=CHUNK_BYTES)
         with closing(read) as chunks:
             for chunk in chunks:
                 damaged += chunk.damaged

@@ -1,4 +1,4 @@
-"""What a model's folder says: where it is, its config, its limits for video, ends of answers, files of weights."""
+"""What a model's folder says: where it is, its config, its limits for videos and pictures, ends of answers, files of weights."""
 
 import hashlib
 import os
@@ -15,6 +15,7 @@ from evoprune.model.rules import Rule, checked, section
 from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.hub import MODEL_HINT
 from evoprune.strict_json import read_object
+from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import VideoLimits
 
 PACKAGE = Path(__file__).parents[2]
@@ -22,6 +23,10 @@ DEMO_FOLDER = PACKAGE / "demo" / "weights"
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "model" / "configs").glob("*.json"))}
 NORMALISATION = ("image_mean", "image_std")
+OF_PICTURES = (*NORMALISATION, "min_pixels", "max_pixels")
+# Pixels of a picture: in the settings of the published models, and by Hugging Face's image processor where no settings say.
+PUBLISHED = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}
+UNSTATED = {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
 # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
 INSIDE = Rule(
     "the name of a file in the same folder",
@@ -31,18 +36,18 @@ INSIDE = Rule(
 
 def describe_model(
     name: str = "demo", *, revision: str | None = None, offline: bool = False
-) -> tuple[Config, VideoLimits]:
-    """A model's config and its limits for video, without its weights. A bundled config needs no hub.
+) -> tuple[Config, dict[str, VideoLimits]]:
+    """A model's config and its limits for videos and pictures, without its weights. A bundled config needs no hub.
 
     Raises:
         ModelError: as `load_model`.
     """
     if name in BUNDLED_CONFIGS and revision is None and not Path(name).is_dir():
         config = read_config(BUNDLED_CONFIGS[name])
-        return config, video_limits(None, config.vision_config)
+        return config, input_limits(None, config.vision_config)
     folder, _ = locate(name, revision, offline, files=hub.SETTINGS)
     config = read_config(folder / "config.json")
-    return config, video_limits(folder, config.vision_config)
+    return config, input_limits(folder, config.vision_config)
 
 
 def locate(name: str, revision: str | None, offline: bool, *, files: list[str] | None) -> tuple[Path, str | None]:
@@ -145,12 +150,12 @@ def eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) ->
     return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
-def video_limits(folder: Path | None, vision_config: VisionConfig) -> VideoLimits:
-    """Limits from a model folder's processor settings, and patch sizes from its config, which fix the shape of the weights.
+def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, VideoLimits]:
+    """Limits of videos and of pictures from a model folder's processor settings, and patch sizes from its config.
 
-    `preprocessor_config.json` belongs to the image processor: only its mean and std are used. Its limit of 12.8 million pixels is
-    meant for one picture; every frame pair would get 16,000 tokens. Qwen's own code limits the frames of a video far lower, and
-    those limits are the defaults here.
+    `preprocessor_config.json` belongs to the image processor. Of videos only its mean and std are used: its limit of 12.8 million
+    pixels is meant for one picture; every frame pair would get 16,000 tokens. Qwen's own code limits the frames of a video far
+    lower, and those limits are the defaults here.
     """
     limits = VideoLimits(
         patch_size=vision_config.patch_size,
@@ -158,13 +163,14 @@ def video_limits(folder: Path | None, vision_config: VisionConfig) -> VideoLimit
         merge_size=vision_config.spatial_merge_size,
     )
     if folder is None:
-        return limits
+        return {VIDEO: limits, PICTURE: replace(limits, **PUBLISHED)}
     joint = folder / "processor_config.json"  # where transformers 5 saves both
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
-    image = _limits(joint, "image_processor", NORMALISATION) or _limits(
-        folder / "preprocessor_config.json", only=NORMALISATION
+    image = _limits(joint, "image_processor", OF_PICTURES) or _limits(
+        folder / "preprocessor_config.json", only=OF_PICTURES
     )
-    return replace(limits, **(image | video))
+    normal = {name: image[name] for name in NORMALISATION if name in image}
+    return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(UNSTATED | image))}
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
@@ -172,12 +178,11 @@ def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None =
     content = _json(path)
     with _valid(f"{path} is damaged"):
         content = section(content, inner) if inner else content
+        size = section(content, "size")
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            content = content | {name: content.get(name) or size.get(edge)}
         if only:
             content = {name: content.get(name) for name in only}
-        else:
-            size = section(content, "size")
-            for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-                content = content | {name: content.get(name) or size.get(edge)}
         return checked(VideoLimits, content, inner or "")
 
 

@@ -21,7 +21,7 @@ from evoprune.model.precision import QUANTIZE
 from evoprune.model.threads import use_threads
 from evoprune.model.weights import QwenVL
 from evoprune.pipeline.loading.device import DTYPES, pick_dtype
-from evoprune.pipeline.loading.folder import eos_ids, fingerprint, video_limits
+from evoprune.pipeline.loading.folder import eos_ids, fingerprint, input_limits
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.random_weights import random_model
 from evoprune.pipeline.loading.weights import (
@@ -33,6 +33,7 @@ from evoprune.pipeline.loading.weights import (
 )
 from evoprune.pipeline.options import ModelOptions, from_keywords
 from evoprune.report import ModelFacts
+from evoprune.video.info import VIDEO
 from evoprune.video.plan import VideoLimits
 
 
@@ -43,7 +44,7 @@ class LoadedModel:
     Attributes:
         model: the weights, on `device` in `dtype`, and their config.
         tokenizer: with a chat template; None only for random weights without tokenizer files.
-        video: see `plan.VideoLimits`.
+        limits: of videos and of pictures, by kind.
         eos_ids: token ids that end an answer.
         id: "demo", or the folder or hub id as given.
         revision: commit on the hub, None for anything local.
@@ -61,7 +62,7 @@ class LoadedModel:
 
     model: QwenVL
     tokenizer: Tokenizer | None
-    video: VideoLimits
+    limits: dict[str, VideoLimits]
     eos_ids: tuple[int, ...]
     id: str
     revision: str | None
@@ -78,6 +79,11 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
+
+    @property
+    def video(self) -> VideoLimits:
+        """The limits of videos; the patch sizes are those of pictures too."""
+        return self.limits[VIDEO]
 
     @property
     def weights_fingerprint(self) -> str:
@@ -143,7 +149,7 @@ def load_model(
     return LoadedModel(
         model=weights,
         tokenizer=tokenizer,
-        video=video_limits(folder, config.vision_config),
+        limits=input_limits(folder, config.vision_config),
         eos_ids=eos_ids(folder, config, tokenizer),
         id=model.model,
         revision=found.commit,

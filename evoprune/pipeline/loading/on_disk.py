@@ -15,9 +15,9 @@ from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
 from evoprune.pipeline.loading.fingerprint import of_files
 from evoprune.pipeline.loading.folder import (
     BUNDLED_CONFIGS,
+    input_limits,
     locate,
     read_config,
-    video_limits,
     weight_files,
 )
 from evoprune.pipeline.loading.weights import needed_bytes, stay_mapped
@@ -32,7 +32,7 @@ class KnownModel:
 
     Attributes:
         id: its name as given.
-        config, limits: its dimensions, and its limits for video.
+        config, limits: its dimensions, and its limits for videos and pictures, by kind.
         folder: where it is on this machine; None where only its dimensions are known.
         files: its weights on this machine; none if they are missing or incomplete.
         dtype: the short name of the dtype that it would be loaded in, on `device`.
@@ -43,7 +43,7 @@ class KnownModel:
 
     id: str
     config: Config
-    limits: VideoLimits
+    limits: dict[str, VideoLimits]
     folder: Path | None
     files: tuple[Path, ...]
     dtype: str
@@ -108,7 +108,7 @@ def look_up(options: ModelOptions) -> KnownModel:
     return KnownModel(
         id=name,
         config=config,
-        limits=video_limits(folder, config.vision_config),
+        limits=input_limits(folder, config.vision_config),
         folder=folder,
         files=files,
         dtype=pick_dtype(options.dtype, device, is_demo=name == "demo"),

@@ -1,11 +1,11 @@
-"""What a file holds that is no video, by its first bytes: for the error's message alone."""
+"""What a file holds, by its first bytes: a picture, or what is no video at all, for the error's message."""
 
 import os
 
 from evoprune.errors import VideoError
 
 HEAD = 4096  # bytes
-FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, and folders of images"
+FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
 PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
 OTHERS = {
     b"%PDF-": "a PDF document",
@@ -30,7 +30,32 @@ MEDIA = (
     b"YUV4MPEG2",
 )
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # of MP4 and MOV, after four bytes
+# Pictures, by Pillow's names of their formats. HEIC is recognised, and refused.
+PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
+PICTURE_HEADS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+}
+PICTURE_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC"}
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))
+
+
+def picture_format(path: str) -> str | None:
+    """Pillow's name of a picture's format; None if the file does not begin as pictures do."""
+    head = _head(path)
+    if head[4:8] == b"ftyp":
+        brand = PICTURE_BRANDS.get(head[8:12])
+        return "AVIF" if brand == "HEIC" and b"avif" in head[16 : head[3]] else brand
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in BMP_HEADERS:
+        return "BMP"
+    return next((kind for start, kind in PICTURE_HEADS.items() if head.startswith(start)), None)
 
 
 def other_kind(head: bytes) -> str | None:

@@ -12,8 +12,9 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from evoprune.errors import VideoError
 from evoprune.video.info import VideoInfo
-from evoprune.video.readers import heartbeat
+from evoprune.video.readers import heartbeat, picture
 from evoprune.video.readers.container import (
     FALLBACK_FPS,
     MOV,
@@ -25,9 +26,8 @@ from evoprune.video.readers.container import (
     reading,
     video_stream,
 )
-from evoprune.video.readers.exif import exif_orientation
+from evoprune.video.readers.file_kind import PICTURES, picture_format
 from evoprune.video.readers.folder import probe_folder
-from evoprune.video.readers.picture_size import check_picture_size
 from evoprune.video.readers.pixels import orientation
 
 # The video's end is read from the packets of its last seconds: the frame displayed last is not always the one stored last.
@@ -43,17 +43,32 @@ def probe(path: str, folder_fps: float) -> VideoInfo:
     with reading(path):
         if os.path.isdir(path):
             return probe_folder(path, folder_fps)
+        if picture.is_picture(path) and not _in_motion(path):
+            return picture.probe(path)
         with open_video(path) as container:
             return _probe_file(path, container)
 
 
+def _in_motion(path: str) -> bool:
+    """Whether a file that begins with a JPEG goes on with more of them, which are the frames of a video."""
+    if picture_format(path) != "JPEG":
+        return False
+    try:
+        with open_video(path) as container:
+            return container.format.name == "mjpeg"
+    except av.error.FFmpegError:
+        return False
+
+
 def _probe_file(path: str, container: InputContainer) -> VideoInfo:
     stream = video_stream(container, path)
+    if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
+        hint = f"convert it to JPEG or PNG; {', '.join(PICTURES)} are read"
+        raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
     first = first_frame(container, stream)
     if first is None:
-        check_picture_size(path)
         raise nothing_decoded(path)
-    rotation, mirrored = _picture_orientation(path, container) or orientation(first)
+    rotation, mirrored = orientation(first)
     size = first.width, first.height
     width, height = size if rotation % 180 == 0 else size[::-1]
     rate = stream.average_rate or stream.guessed_rate
@@ -85,14 +100,6 @@ def _tags(container: InputContainer) -> dict[str, str]:
     """The container's tags, without very long ones: they travel with every `VideoInfo`."""
     short = {key: text for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS}
     return dict(islice(short.items(), TAGS))
-
-
-def _picture_orientation(path: str, container: InputContainer) -> tuple[int, bool] | None:
-    """The EXIF orientation, if the video is a single picture (FFmpeg names such formats `jpeg_pipe` and so on)."""
-    if not container.format.name.endswith("_pipe"):
-        return None
-    with open(path, "rb") as file:
-        return exif_orientation(file.read())
 
 
 def _duration(

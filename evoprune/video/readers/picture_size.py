@@ -20,7 +20,12 @@ def check_picture_size(path: str) -> None:
     except (OSError, ValueError, SyntaxError):  # not such a picture
         return
     if pixels > MAX_PIXELS:
-        raise VideoError(
-            f"the picture {path} is too large: evoprune reads at most {MAX_PIXELS // 10**6} megapixels",
-            "make it smaller; the model sees no more than about one megapixel of it",
-        )
+        raise too_large(path)
+
+
+def too_large(path: str) -> VideoError:
+    """The error for a picture with more pixels or bytes than are read."""
+    return VideoError(
+        f"the picture {path} is too large: evoprune reads at most {MAX_PIXELS // 10**6} megapixels",
+        "make it smaller; the model sees no more than a few megapixels of it",
+    )

@@ -1,12 +1,12 @@
-"""Everything that is done with FFmpeg, by name. Runs in the worker process, or in this one where `isolation` is not possible."""
+"""Everything that is done with FFmpeg and Pillow, by name. Runs in the worker process, or in this one where `isolation` is not possible."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from evoprune.video.info import VideoInfo
-from evoprune.video.readers import decord, folder, heartbeat, metadata, pyav, scan, subtitles
+from evoprune.video.info import PICTURE, VideoInfo
+from evoprune.video.readers import decord, folder, heartbeat, metadata, picture, pyav, scan, subtitles
 
 
 def check_decord(info: dict[str, Any] | None) -> None:
@@ -16,6 +16,7 @@ def check_decord(info: dict[str, Any] | None) -> None:
         decord.check(VideoInfo(**info))
 
 
+READERS = {folder.CONTAINER: folder, PICTURE: picture}  # others by FFmpeg
 # Each returns a dataclass or None.
 TASKS = {"probe": metadata.probe, "scan": scan.scan, "check_decord": check_decord, "subtitles": subtitles.read}
 
@@ -26,11 +27,11 @@ class FrameReader:
     Args:
         info: the video.
         times_s: seconds from the first frame, ascending.
-        decoder: `pyav` or `decord`; ignored for a folder of images unless it is `decord`.
+        decoder: as of `frames.choose_decoder`.
     """
 
     def __init__(self, info: VideoInfo, times_s: Sequence[float], decoder: str):
-        reader = decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
+        reader = decord if decoder == "decord" else READERS.get(info.container, pyav)
         heartbeat.picture_size(info.width * info.height)
         self._damaged: set[int | None] = set()
         self._frames: Iterator[tuple[float, np.ndarray]] = reader.read(info, times_s, self._damaged.add)

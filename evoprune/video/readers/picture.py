@@ -1,0 +1,156 @@
+"""A file that holds one picture, read with Pillow: the pixels that Hugging Face's image processor sees, at the size that it wants.
+
+A picture is turned by its EXIF data, as `transformers.image_utils.load_image` does, and transparent parts are put over white, as
+`transformers.image_transforms.convert_to_rgb` does. Unlike there, 16 bits of grey become 8 by their upper half, not by clipping.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+from PIL import Image, ImageOps, TiffImagePlugin, features
+
+from evoprune.errors import VideoError
+from evoprune.video.info import PICTURE, VideoInfo
+from evoprune.video.readers import heartbeat
+from evoprune.video.readers.container import MAX_PIXELS, Damage, ignore_damage
+from evoprune.video.readers.exif import ORIENTATIONS
+from evoprune.video.readers.file_kind import PICTURES, picture_format
+from evoprune.video.readers.picture_size import too_large
+
+# Larger files are refused before they are read.
+MAX_BYTES = 2**29
+CONVERT = "convert it to JPEG or PNG"
+ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
+DNG, SUBFILE, REDUCED = (
+    50706,
+    254,
+    1,
+)  # tags of a camera's raw file, whose first picture is a small one, and the value that says so
+ORIENTATION = 0x0112
+
+
+def is_picture(path: str) -> bool:
+    """Whether a file begins as pictures do, by its content and not by its name, and is no animation that FFmpeg reads as a video."""
+    kind = picture_format(path)
+    if kind not in ANIMATIONS:
+        return kind is not None
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[kind]) as image:
+            return not getattr(image, "is_animated", False)
+    except Exception:  # damaged, and said so by the reader of videos or of pictures
+        return kind == "PNG"
+
+
+def probe(path: str) -> VideoInfo:
+    """The facts about a picture, from its header.
+
+    Raises:
+        VideoError: of a kind that is not read, too large, or damaged.
+    """
+    with _opened(path) as image:
+        rotation, mirrored = ORIENTATIONS.get(_orientation(image), (0, False))
+        width, height = image.size if rotation % 180 == 0 else image.size[::-1]
+        return VideoInfo(
+            path=path,
+            duration_s=None,
+            width=width,
+            height=height,
+            rotation_deg=rotation,
+            codec=(image.format or "").lower().replace("mpo", "jpeg"),
+            pix_fmt=image.mode,
+            container=PICTURE,
+            fps=None,
+            variable_rate=None,
+            frames_total=1,
+            start_s=0.0,
+            tags={},
+            mirrored=mirrored,
+        )
+
+
+def read(
+    info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
+) -> Iterator[tuple[float, np.ndarray]]:
+    """The picture at each time: 0, and uint8 `[H, W, 3]` as displayed, resized to the size in `info` as Hugging Face does it.
+
+    Raises:
+        VideoError: as `probe`.
+    """
+    with _opened(info.path) as image:
+        rgb = _rgb(ImageOps.exif_transpose(image), info.path)
+    if rgb.size != (info.width, info.height):
+        rgb = rgb.resize((info.width, info.height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(rgb)
+    for _ in times_s:
+        yield 0.0, pixels
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """The picture, of which only the header is read."""
+    kind = picture_format(path)
+    refuse = partial(_refusal, path)
+    if kind == "HEIC":
+        raise refuse("is in HEIC, which is not read")
+    if kind is None:
+        raise refuse("is no picture any more")
+    if kind == "AVIF" and not features.check("avif"):
+        raise refuse("is in AVIF, which this version of Pillow does not read")
+    try:
+        if os.stat(path).st_size > MAX_BYTES:
+            raise too_large(path)
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[kind]) as image:
+            heartbeat.alive()
+            _check(image, path, refuse)
+            yield image
+    except (VideoError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise too_large(path) from None
+    except Exception as problem:  # a damaged file may raise anything
+        reason = str(problem) or type(problem).__name__
+        hint = f"is it complete? {', '.join(PICTURES)} are read as pictures"
+        raise VideoError(f"cannot read the picture {path}: {reason}", hint) from problem
+
+
+def _check(image: Image.Image, path: str, refuse) -> None:
+    """Refuses a picture that is too large, or that is not all that the file shows."""
+    if image.width * image.height > MAX_PIXELS:
+        raise too_large(path)
+    heartbeat.picture_size(image.width * image.height)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if DNG in tags or tags.get(SUBFILE, 0) & REDUCED:
+        raise refuse("is a camera's raw file, of which only a preview could be read")
+    count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format != "MPO":  # of which the first is the photograph
+        what = f"has {count:,} pages" if image.format == "TIFF" else "is an animation"
+        raise VideoError(f"{path} {what}", "save one of them as a JPEG or PNG, or the animation as a GIF or MP4")
+
+
+def _refusal(path: str, reason: str) -> VideoError:
+    return VideoError(f"{path} {reason}", CONVERT)
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ORIENTATION, 1)
+
+
+def _rgb(image: Image.Image, path: str) -> Image.Image:
+    """The picture in 8 bits of red, green and blue, transparent parts over white."""
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise _refusal(path, "has more than 16 bits, which are not read")
+        levels = levels if transparent is None else np.where(levels == transparent, 65535, levels)
+        return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise _refusal(path, "has floating-point pixels, which are not read")
+    if "A" in image.getbands() or "a" in image.getbands() or transparent is not None:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image.convert("RGB")
