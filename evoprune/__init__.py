@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from evoprune.huggingface.context import PrunedModel, apply, remove
     from evoprune.huggingface.context import PruningContext as EvoPrune
     from evoprune.huggingface.encoding import encode
-    from evoprune.pipeline.answering import Answer, EncodedVideo
+    from evoprune.pipeline.answering import Answer, EncodedInputs, EncodedVideo
     from evoprune.pipeline.cache import Cache
     from evoprune.pipeline.video_qa import VideoQA
     from evoprune.report import Report
@@ -27,6 +27,7 @@ _SOURCES = {
     "Columns": "evoprune.huggingface.columns:Columns",
     "EvoPrune": "evoprune.huggingface.context:PruningContext",
     "Encoded": "evoprune.vision.encoded:Encoded",
+    "EncodedInputs": "evoprune.pipeline.answering:EncodedInputs",
     "EncodedVideo": "evoprune.pipeline.answering:EncodedVideo",
     "EvopruneError": "evoprune.errors:EvopruneError",
     "ModelError": "evoprune.errors:ModelError",
@@ -45,6 +46,7 @@ __all__ = [
     "Cache",
     "Columns",
     "Encoded",
+    "EncodedInputs",
     "EncodedVideo",
     "EvoPrune",
     "EvopruneError",

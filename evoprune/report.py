@@ -1,4 +1,4 @@
-"""What one question to one video measured: plain dataclasses, to JSON and back (schema `evoprune/answer@1`).
+"""What one question measured: plain dataclasses, to JSON and back (schema `evoprune/answer@1`).
 
 Unknown values are None. Fields are only ever added. Times are milliseconds, sizes bytes.
 """
@@ -72,6 +72,35 @@ class Pruning:
     kept_per_pair: list[int] | None = None
     positions: str | None = None
     tuned: dict[str, Any] | None = None
+
+
+@dataclass
+class InputTimes:
+    """Milliseconds of one input; as in `Times`."""
+
+    read: float | None = None
+    preprocess: float | None = None
+    encode: float | None = None
+    encode_prune: float | None = None
+
+
+@dataclass
+class InputFacts:
+    """One input of a question: a video or a picture (`kind`), what was looked at, and what was kept.
+
+    `time_ms`: what its encoding took, whichever question paid for it. `pruning` repeats method, settings and budget. `warnings`:
+    about this input.
+    """
+
+    path: str | None = None
+    kind: str | None = None
+    video: VideoFacts = field(default_factory=VideoFacts)
+    sampling: Sampling = field(default_factory=Sampling)
+    pruning: Pruning = field(default_factory=Pruning)
+    time_ms: InputTimes = field(default_factory=InputTimes)
+    cache: str | None = None
+    subtitles: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -153,6 +182,8 @@ class Report:
     pruned) in nats a token, `kl` and its 95th percentile `kl_p95`.
     `subtitles`: what the prompt has of them: their `source`, the `lines` of the part that is looked at, `lines_in_prompt`, and the
     `tokens` of these; None if there are none.
+    `inputs`: each input by itself. Of one input `video`, `sampling`, `pruning` and `subtitles` are the same. Of several `pruning`
+    is that of all together, and the others are empty.
     `batch`: as one of many, the `row` that was asked and the `settings` it was asked with.
     """
 
@@ -179,6 +210,7 @@ class Report:
     cache: str | None = None
     batch: dict[str, Any] | None = None
     subtitles: dict[str, Any] | None = None
+    inputs: list[InputFacts] = field(default_factory=list)
 
     def __str__(self) -> str:
         """The stats as lines of text, as the command line prints them."""
@@ -223,19 +255,26 @@ class Report:
     def _from_record(cls, record: Any) -> "Report":
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ValueError(f"not a record of {SCHEMA}")
-        made = cls()
-        for name, value in record.items():
-            current = getattr(made, name, None)
-            if name == "compare" and value is not None:
-                made.compare = cls._from_record(value)
-            elif hasattr(current, "__dataclass_fields__"):
-                if not isinstance(value, dict):
-                    raise ValueError(f"{name} is not an object")
-                known = {k: v for k, v in value.items() if k in current.__dataclass_fields__}
-                setattr(made, name, type(current)(**known))
-            elif name in cls.__dataclass_fields__:
-                setattr(made, name, value)
+        made = _filled(cls(), record)
+        if made.compare is not None:
+            made.compare = cls._from_record(made.compare)
+        if not isinstance(made.inputs, list):
+            raise ValueError("inputs is not a list")
+        made.inputs = [_filled(InputFacts(), each) for each in made.inputs]
         return made
+
+
+def _filled(made, record: Any, name: str = "a record"):
+    """A dataclass with the values of a record; those of dataclasses inside it, too. Fields that it does not have are ignored."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{name} is not an object")
+    for field_, value in record.items():
+        current = getattr(made, field_, None)
+        if hasattr(current, "__dataclass_fields__"):
+            _filled(current, value, field_)
+        elif field_ in made.__dataclass_fields__:
+            setattr(made, field_, value)
+    return made
 
 
 def rounded(value):

@@ -25,12 +25,12 @@ from evoprune.pipeline.question_check import question_warnings
 from evoprune.pipeline.view import View
 from evoprune.report import Report, TokenCounts
 from evoprune.text import counted
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import VIDEO, VideoInfo
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.token_selection import select_tokens
 
-__all__ = ["Answer", "EncodedInputs", "EncodedVideo"]
+__all__ = ["Answer", "EncodedInputs", "EncodedVideo", "together"]
 
 
 class EncodedInputs:
@@ -249,10 +249,23 @@ class EncodedVideo(EncodedInputs):
         return f"<EncodedVideo {_described(self._encodings[0], self.encoded)}>"
 
 
+def together(engine: Engine, inputs: Sequence[EncodedVideo]) -> EncodedInputs:
+    """Inputs that were encoded one by one, to be asked about together; a single one is itself.
+
+    Raises:
+        UsageError: there are none, or one was encoded by another model or pruning.
+    """
+    if not inputs:
+        raise UsageError("there is no input", "give at least one path, or what encode made of it")
+    if any(each._engine is not engine for each in inputs):
+        raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
+    return inputs[0] if len(inputs) == 1 else EncodedInputs(engine, [each._encodings[0] for each in inputs])
+
+
 def _described(encoding: Encoding, read: Encoded) -> str:
     """An input in a few words."""
     view = encoding.view
-    (count, height, width), sampling = view.plan.grid, view.plan.sampling
-    pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
-    kept = f"{len(read.kept):,} of {view.units:,} visual tokens kept"
-    return f"{view.name!r}: {sampling.frames} frames, {pairs}, {kept}"
+    count, height, width = view.plan.grid
+    pairs = f"{view.plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
+    size = pairs if view.kind == VIDEO else f"a picture of {height}x{width} units"
+    return f"{view.name!r}: {size}, {len(read.kept):,} of {view.units:,} visual tokens kept"

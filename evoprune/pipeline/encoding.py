@@ -10,7 +10,7 @@ from evoprune.errors import OutOfMemory
 from evoprune.model.clock import Clock
 from evoprune.model.memory import memory_guard
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.memory_check import units_at_once
+from evoprune.pipeline.memory_check import TEXT, units_at_once
 from evoprune.pipeline.patches import PatchReader
 from evoprune.pipeline.view import View
 from evoprune.vision.encoded import Encoded
@@ -75,6 +75,7 @@ def encode_view(
     reader: PatchReader,
     progress: Progress | None = None,
     rows_of: EncodeRows | None = None,
+    around: int = TEXT,
 ) -> tuple[Encoded | EncodedRows, dict[str, float]]:
     """Encodes a video, and the seconds that each stage was busy.
 
@@ -84,12 +85,13 @@ def encode_view(
         progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
             through some of the tower's layers together, with "layers", those done and those in all.
         rows_of: instead of `vision.encoder.encode_rows`.
+        around: tokens of the prompt around the video.
 
     Raises:
         VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
     clock = Clock(engine.device)
-    at_once, start = units_at_once(engine, view), clock.now()
+    at_once, start = units_at_once(engine, view, around), clock.now()
     while True:
         try:
             with memory_guard("encode"), closing(reader):

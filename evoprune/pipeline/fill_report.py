@@ -6,10 +6,12 @@ from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
-from evoprune.report import Memory, Pruning, Rate, Report, Sampling, VideoFacts
+from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import STILL
 from evoprune.vision.encoded import Encoded
+
+FLAT = "equal_scores"
 
 
 def inputs_report(engine: Engine, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> Report:
@@ -19,31 +21,47 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding], read: Sequence[
         read: what the language model reads of each.
     """
     loaded = engine.loaded
-    (encoding,), (encoded,) = encodings, read
-    view = encoding.view
+    states = {encoding.cache for encoding in encodings}
     report = Report(
-        video=_video_facts(encoding),
-        sampling=_sampling(engine, view),
-        pruning=_pruning(engine, view, encoded),
         memory=Memory(weights_bytes=loaded.weights_bytes),
         model=loaded.facts(),
         env=environment(loaded.device),
-        warnings=[*encoding.warnings, *view.subtitles.warnings],
-        cache=encoding.cache,
-        subtitles=view.subtitles.record(),
+        inputs=[_input_facts(engine, *each) for each in zip(encodings, read, strict=True)],
+        cache=next(state for state in ("miss", "off", "hit") if state in states),  # "hit" if all are from the disk
     )
+    if len(report.inputs) == 1:
+        only = report.inputs[0]
+        report.video, report.sampling, report.subtitles = only.video, only.sampling, only.subtitles
+    report.pruning = _pruning(engine, encodings, read)
     fill_kept(report, encodings, read)
     report.time_ms.load = None if engine.load_seconds is None else engine.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
-    report.time_ms.encode_prune = encoded.prune_seconds * 1000
-    if loaded.is_demo and not is_demo_clip(view.info):
+    report.time_ms.encode_prune = sum(each.prune_seconds for each in read) * 1000
+    report.warnings = list(dict.fromkeys(name for each in report.inputs for name in each.warnings if name != FLAT))
+    if loaded.is_demo and not all(is_demo_clip(encoding.view.info) for encoding in encodings):
         report.warnings.append("demo_model")
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")
-    if encoded.flat:
-        report.warnings.append("equal_scores")
+    if all(each.flat for each in read):
+        report.warnings.append(FLAT)
     return report
+
+
+def _input_facts(engine: Engine, encoding: Encoding, read: Encoded) -> InputFacts:
+    view = encoding.view
+    times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
+    return InputFacts(
+        path=view.name,
+        kind=view.kind,
+        video=_video_facts(encoding),
+        sampling=_sampling(engine, view),
+        pruning=_pruning(engine, [encoding], [read]),
+        time_ms=InputTimes(**times, encode_prune=read.prune_seconds * 1000),
+        cache=encoding.cache,
+        subtitles=view.subtitles.record(),
+        warnings=[*encoding.warnings, *view.subtitles.warnings, *([FLAT] if read.flat else [])],
+    )
 
 
 def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
@@ -67,9 +85,14 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
 
 def fill_kept(report: Report, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> None:
     """Writes into a report what the language model reads of the inputs."""
-    pruning, kept = report.pruning, sum(len(each.kept) for each in read)
-    pruning.visual_tokens_kept = kept
-    pruning.kept_ratio = kept / sum(each.view.units for each in encodings)
+    _fill_kept(report.pruning, encodings, read)
+    for facts, encoding, each in zip(report.inputs, encodings, read, strict=True):
+        _fill_kept(facts.pruning, [encoding], [each])
+
+
+def _fill_kept(pruning: Pruning, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> None:
+    pruning.visual_tokens_kept = sum(len(each.kept) for each in read)
+    pruning.kept_ratio = pruning.visual_tokens_kept / sum(each.view.units for each in encodings)
     pruning.kept_per_pair = [count for each in read for count in each.kept_per_pair]
 
 
@@ -106,15 +129,18 @@ def _sampling(engine: Engine, view: View) -> Sampling:
     return found
 
 
-def _pruning(engine: Engine, view: View, encoded: Encoded) -> Pruning:
+def _pruning(engine: Engine, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> Pruning:
+    """The pruning of some inputs together; `fill_kept` adds what is kept."""
+    units = sum(encoding.view.units for encoding in encodings)
+    layers = zip(*(each.layers for each in read), strict=True)
     return Pruning(
         method=engine.options.method,
         args=engine.method.args,
         budget=engine.reported_budget,
-        visual_tokens_in=view.units,
-        encoder_rows=len(encoded.rows),
-        encoder_live_share=encoded.live_share * len(encoded.owner) / view.units,
-        layers=[list(layer) for layer in encoded.layers],
+        visual_tokens_in=units,
+        encoder_rows=sum(len(each.rows) for each in read),
+        encoder_live_share=sum(each.live_share * len(each.owner) for each in read) / units,
+        layers=[[same[0][0], sum(rows for _, rows in same)] for same in layers],
         positions="qwen",
         tuned=engine.tuned.origin if engine.tuned else None,
     )

@@ -11,6 +11,7 @@ from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.memory_check import TEXT, units_at_once
 from evoprune.pipeline.options import GenerationOptions
+from evoprune.pipeline.subtitles import subtitles_of
 from evoprune.pipeline.view import View
 
 BEGINNING = 8  # characters for each token of the context
@@ -23,7 +24,7 @@ def prompt_about(tokenizer: Tokenizer, views: Sequence[View], question: str, sys
         As `language.prompt.build_prompt`.
     """
     inputs = [(view.kind, view.encoder.units) for view in views]
-    subtitles = "".join(view.subtitles.text for view in views)
+    subtitles = subtitles_of([(view.kind, view.subtitles) for view in views])
     return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles)
 
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evoprune.errors import UsageError
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.video.info import NO_SUBTITLES, SubtitleLine, Subtitles, VideoInfo
+from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, PICTURE, VIDEO, SubtitleLine, Subtitles, VideoInfo
 from evoprune.video.probe import read_subtitles
 from evoprune.video.sampling import SamplingPlan
 
@@ -50,11 +51,27 @@ def prompt_subtitles(
         max_tokens: with more, lines are left out, evenly over all.
 
     Raises:
-        VideoError: as `video.probe.read_subtitles`.
+        VideoError: as `video.probe.read_subtitles`. UsageError: a file of subtitles for a picture.
     """
     if choice == NO_SUBTITLES:
         return PromptSubtitles()
+    if info.kind == PICTURE:
+        if choice != AUTO_SUBTITLES:
+            raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
+        return PromptSubtitles(note=f"{info.path} is a picture")
     return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), max_tokens)
+
+
+def subtitles_of(inputs: Sequence[tuple[str, PromptSubtitles]]) -> str:
+    """What the prompt has of the subtitles of all inputs: where there are several, each under a line that says which video it is.
+
+    Args:
+        inputs: of each, "video" or "picture", and its subtitles.
+    """
+    if len(inputs) == 1:
+        return inputs[0][1].text
+    videos = [subtitles.text for kind, subtitles in inputs if kind == VIDEO]
+    return "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
 
 
 def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:

@@ -13,8 +13,8 @@ the wall clock shows.
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -22,18 +22,28 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
-from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.answering import Answer, EncodedInputs, EncodedVideo, together
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, make_method, unpruned
 from evoprune.pipeline.keywords import brief, check_type, names_options
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
-from evoprune.pipeline.opening import open_video
-from evoprune.pipeline.options import HELD, MAX_SUBTITLE_TOKENS, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.opening import open_inputs, open_video
+from evoprune.pipeline.options import (
+    HELD,
+    MAX_SUBTITLE_TOKENS,
+    GenerationOptions,
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+)
+from evoprune.pipeline.question_check import longest_prompt
 from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT
 from evoprune.video.info import NO_SUBTITLES
+
+Path = str | os.PathLike[str]
 
 
 class VideoQA:
@@ -139,7 +149,7 @@ class VideoQA:
     @names_plugins()
     def encode(
         self,
-        path: str | os.PathLike[str],
+        path: Path | Sequence[Path],
         *,
         fps: float | None = None,
         frames: int | None = None,
@@ -153,11 +163,11 @@ class VideoQA:
         name: str | None = None,
         cache: Cache | None = None,
         progress: Progress | None = None,
-    ) -> EncodedVideo:
-        """Reads, preprocesses and encodes a video.
+    ) -> EncodedInputs:
+        """Reads, preprocesses and encodes a video or a picture, or several of them that are asked about together.
 
         Args:
-            path: the file, or a folder of frames.
+            path: the file, or a folder of frames; or a list of such, in the order in which the model reads them.
             fps: frames a second; None for the model's own rate.
             frames: how many frames in all, instead of `fps`; odd numbers round up.
             start_s, end_s: the part of the video, in seconds, below 0 from its end; None for the end.
@@ -168,16 +178,23 @@ class VideoQA:
             subtitles: "none"; "auto" for a file beside the video, or a text track in it; or a file. They stand in the prompt of
                 every question.
             max_subtitle_tokens: with more, lines are left out, evenly over all.
-            name: what reports call the video; default: its path.
-            cache: where encoded videos are kept. Not used for a method that reads the question.
+            name: what reports call a single input; default: its path.
+            cache: where encoded inputs are kept, each by itself. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.encode_view`.
 
+        Returns:
+            An `EncodedVideo`, of a picture too; or `EncodedInputs` of a list.
+
         Raises:
-            VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense.
-            OutOfMemory. TypeError: an unknown option.
+            VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
+            time of a picture, or one file of subtitles for several videos. OutOfMemory. TypeError: an unknown option.
         """
-        if not isinstance(path, str | os.PathLike):
-            raise UsageError(f"the video is {brief(path)}, not a path", "give the path of a file or a folder of frames")
+        paths = [path] if isinstance(path, str | os.PathLike) else path
+        if not isinstance(paths, list | tuple) or not paths:
+            raise UsageError(f"the input is {brief(path)}, not a path", "give the path of a file or a folder of frames")
+        for each in paths:
+            if not isinstance(each, str | os.PathLike):
+                raise UsageError(f"an input is {brief(each)}, not a path", "give paths of files or folders of frames")
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
         if not isinstance(cache, Cache | None):
@@ -187,8 +204,48 @@ class VideoQA:
         sampling = SamplingOptions(
             fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder, subtitles, max_subtitle_tokens
         )
-        with closing(open_video(self.engine, path, sampling, name=name, cache=cache)) as video:
-            return video.encode(progress)
+        names = None if name is None else [name] * len(paths)
+        with closing(open_inputs(self.engine, paths, sampling, names=names, cache=cache)) as opened:
+            encoded = opened.encode(progress)
+        return encoded
+
+    @names_options
+    def ask(
+        self,
+        inputs: "Path | EncodedVideo | Sequence[Path | EncodedVideo]",
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        system: str | None = None,
+    ) -> Answer:
+        """Asks one question about one input or several together: `encode`, then `EncodedInputs.ask`.
+
+        Args:
+            inputs: in the order in which the model reads them: paths, which are encoded as `encode` does without options; or what
+                `encode` of this `VideoQA` made, which is used again.
+            question: taken literally.
+            max_new_tokens, temperature, top_p, system: as of `EncodedInputs.ask`.
+
+        Raises:
+            As `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
+        """
+        given = [inputs] if isinstance(inputs, str | os.PathLike | EncodedVideo) else inputs
+        if not isinstance(given, list | tuple) or not all(
+            isinstance(i, str | os.PathLike | EncodedVideo) for i in given
+        ):
+            raise UsageError(f"the inputs are {brief(inputs)}, not paths", "give paths, or what encode made of them")
+        options = GenerationOptions(max_new_tokens, temperature, top_p, system)
+        with ExitStack() as stack:
+            opened = [
+                each if isinstance(each, EncodedVideo) else stack.enter_context(closing(open_video(self.engine, each)))
+                for each in given
+            ]
+            if isinstance(question, str) and opened:
+                longest_prompt(self.engine, [each.view for each in opened], [question], options)
+            encoded = [each if isinstance(each, EncodedVideo) else each.encode() for each in opened]
+        return together(self.engine, encoded).ask(question, **vars(options))
 
 
 def load_qa(

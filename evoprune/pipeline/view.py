@@ -1,6 +1,5 @@
 """What of a video or a picture will be looked at, decided before any frame is read."""
 
-import os
 from dataclasses import dataclass, replace
 
 from evoprune.pipeline.engine import Engine
@@ -11,7 +10,6 @@ from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.video.frames import choose_decoder
 from evoprune.video.info import VIDEO, VideoInfo
 from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
-from evoprune.video.probe import probe
 from evoprune.vision.tower import tower_shape
 
 
@@ -70,13 +68,12 @@ class View:
         return self.plan.sampling.seconds_per_pair(temporal_patch_size)
 
 
-def make_view(engine: Engine, path: str | os.PathLike[str], sampling: SamplingOptions, name: str | None = None) -> View:
-    """Probes a file and plans which frames of it are looked at.
+def make_view(engine: Engine, info: VideoInfo, sampling: SamplingOptions, name: str | None = None) -> View:
+    """Plans which frames of a video are looked at, or how large a picture.
 
     Raises:
         VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
     """
-    info = probe(path)
     decoder = choose_decoder(sampling.decoder, info)
     loaded, numbers = engine.loaded, sampling.numbers
     if numbers["max_visual_tokens"] is None:

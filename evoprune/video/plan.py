@@ -29,7 +29,7 @@ def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """What a model expects of a video, or of a picture: its size, normalisation, frame rate. The defaults are Qwen2.5-VL's for video.
+    """What a model expects of a video, or of a picture: size, normalisation, frame rate. The defaults are Qwen2.5-VL's for video.
 
     Fields with a rule can be given by a file of the model.
 

@@ -1,15 +1,22 @@
 """Pictures, and several inputs in one question: equal to Hugging Face at full budget, exact counts below."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from evoprune import methods
+from evoprune.errors import UsageError
 from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.memory_check import TEXT
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
+from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.vision.preprocess import patchify, resize
 from tests.threads import one_thread  # noqa: F401
@@ -51,14 +58,14 @@ def hugging_face(loaded, inputs, question, tokens):
     model.config.video_token_id, model.config.image_token_id = pads["video"], pads["picture"]
     content = [{"type": {"video": "video", "picture": "image"}[each.view.kind]} for each in inputs]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    ids, spans, given = loaded.tokenizer.backend.encode(loaded.tokenizer.render(messages)).ids, [], {}
+    spans, given, end = [], {}, 0
     loaded.tokenizer.backend.encode_special_tokens = False
     ids = loaded.tokenizer.backend.encode(loaded.tokenizer.render(messages)).ids
     loaded.tokenizer.backend.encode_special_tokens = True
     for each in inputs:
         pixels, grid = pixels_of(loaded, each.view)
         t, h, w = grid[0].tolist()
-        at = next(i for i, token in enumerate(ids) if token in pads.values() and (not spans or i >= end))  # noqa: F821
+        at = next(i for i, token in enumerate(ids) if token in pads.values() and i >= end)
         assert ids[at] == pads[each.view.kind]
         ids[at : at + 1] = [ids[at]] * (t * h * w // 4)
         end = at + t * h * w // 4
@@ -90,3 +97,109 @@ def test_a_picture_at_full_budget_is_hugging_faces_generate(loaded, model, size,
     ours = picture.ask(QUESTION, max_new_tokens=12)
     assert ours.text is not None
     assert ours.ids == hugging_face(loaded, [picture], QUESTION, 12)
+
+
+@pytest.mark.parametrize("kinds", ["pp", "vp", "pvv", "vv"])
+def test_several_inputs_at_full_budget_are_hugging_faces_generate(loaded, kinds, tmp_path):
+    paths = [
+        save(tmp_path / f"{i}.png", 60 + 50 * i, 90, i) if kind == "p" else (CLIP, OTHER)[i % 2]
+        for i, kind in enumerate(kinds)
+    ]
+    qa = VideoQA(loaded, budget=1.0)
+    encoded = [qa.encode(path) for path in paths]
+    expected = hugging_face(loaded, encoded, QUESTION, 12)
+    for answer in (qa.encode(paths).ask(QUESTION, max_new_tokens=12), qa.ask(encoded, QUESTION, max_new_tokens=12)):
+        assert answer.text is not None and answer.ids == expected
+        assert [each.kind for each in answer.report.inputs] == [{"p": "picture", "v": "video"}[kind] for kind in kinds]
+
+
+EXACT = [name for name in methods.available() if methods.get(name).exact]
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_exactly_k_tokens_are_kept_of_each_input(loaded, method, tmp_path):
+    qa = VideoQA(loaded, budget=0.25, method=method)
+    inputs = qa.encode([save(tmp_path / "a.png", 300, 200), CLIP, save(tmp_path / "b.png", 97, 130)])
+    report = inputs.ask(QUESTION, max_new_tokens=2)
+    assert report.text is not None
+    report = report.report
+    share = 1.0 if method == "none" else 0.25
+    units = [each.pruning.visual_tokens_in for each in report.inputs]
+    kept = [keep_count(share, count) for count in units]
+    assert [each.pruning.visual_tokens_kept for each in report.inputs] == kept
+    assert report.pruning.visual_tokens_in == sum(units) and report.pruning.visual_tokens_kept == sum(kept)
+    assert report.tokens.visual == sum(kept) == sum(report.pruning.kept_per_pair)
+
+
+@pytest.mark.parametrize(
+    ("method", "whole"), [("subsample", True), ("evs", True), ("downscale", False), ("none", False)]
+)
+def test_a_picture_that_a_method_cannot_prune_stays_whole_and_says_so(loaded, method, whole, tmp_path):
+    picture = VideoQA(loaded, budget=0.25, method=method).encode(save(tmp_path / "a.png", 300, 200))
+    assert ("whole_picture" in picture.report.warnings) == whole
+    assert (len(picture.encoded.kept) == picture.units) == (whole or method == "none")
+
+
+@pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
+def test_an_answer_about_several_does_not_depend_on_what_was_asked_before(loaded, method, tmp_path):
+    qa = VideoQA(loaded, budget=0.25, method=method)
+    paths = [CLIP, save(tmp_path / "a.png", 300, 200)]
+    questions = ["What happens?", "Is the red square in the picture?", "What happens?"]
+    fresh = [qa.encode(paths).ask(question, max_new_tokens=12).text for question in questions]
+    inputs = qa.encode(paths)
+    assert [inputs.ask(question, max_new_tokens=12).text for question in questions] == fresh
+    parts = [qa.encode(path) for path in paths]
+    assert qa.ask(parts, questions[1], max_new_tokens=12).text == fresh[1]
+    assert parts[0].ask(questions[0], max_new_tokens=12).text == qa.ask(CLIP, questions[0], max_new_tokens=12).text
+
+
+def test_each_input_is_cached_by_itself(tmp_path):
+    qa, cache = VideoQA.load("demo"), Cache(tmp_path / "cache")
+    picture = save(tmp_path / "a.png", 300, 200)
+    states = [
+        [each.cache for each in qa.encode(paths, cache=cache).report.inputs]
+        for paths in ([picture], [CLIP, picture], [picture, CLIP])
+    ]
+    assert states == [["miss"], ["miss", "hit"], ["hit", "hit"]]
+    again = qa.encode([picture, CLIP], cache=cache).ask(QUESTION, max_new_tokens=6)
+    assert again.text == qa.encode([picture, CLIP]).ask(QUESTION, max_new_tokens=6).text and again.report.cache == "hit"
+
+
+def test_all_inputs_must_fit_into_the_context_before_any_frame_is_read(loaded, monkeypatch):
+    text = replace(loaded.model.config.text_config, max_position_embeddings=300)
+    monkeypatch.setattr(loaded.model, "config", replace(loaded.model.config, text_config=text))
+    monkeypatch.setattr("evoprune.pipeline.opening.encode_view", lambda *_: pytest.fail("encoded"))
+    qa = VideoQA(loaded, budget=1.0)
+    with pytest.raises(UsageError, match=r"288 visual tokens and .* do not fit into the 300 tokens"):
+        qa.ask([CLIP, CLIP], QUESTION)
+
+
+def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, monkeypatch):
+    qa, asked = VideoQA(loaded, budget=0.5), []
+    tokens = [len(qa.encode(path).encoded.kept) for path in (OTHER, CLIP)]
+    monkeypatch.setattr("evoprune.pipeline.opening.encode_view", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("evoprune.pipeline.opening.units_at_once", lambda _, __, around: asked.append(around))
+    with pytest.raises(pytest.fail.Exception):
+        qa.encode([CLIP, OTHER])
+    assert asked == [TEXT + others for others in tokens]
+
+
+def test_times_are_those_of_the_videos_among_the_inputs(loaded, tmp_path):
+    qa, picture = VideoQA(loaded), save(tmp_path / "a.png", 60, 60)
+    first, second = qa.encode([CLIP, picture], start_s=1.0, end_s=3.0).report.inputs
+    assert (first.sampling.start_s, first.sampling.end_s) == (1.0, 3.0)
+    assert (second.sampling.start_s, second.sampling.timestamps_s, second.sampling.frames) == (None, None, 1)
+    for inputs in (picture, [picture, picture]):
+        with pytest.raises(UsageError, match="is a picture, which has no start"):
+            qa.encode(inputs, start_s=1.0)
+
+
+def test_an_input_of_another_model_is_refused(loaded):
+    video = VideoQA(loaded, budget=0.5).encode(CLIP)
+    with pytest.raises(UsageError, match="by another VideoQA"):
+        VideoQA(loaded, budget=0.25).ask([video, video], QUESTION)
+
+
+def test_a_limit_on_tokens_makes_a_picture_smaller(loaded, tmp_path):
+    report = VideoQA(loaded, budget=1.0).encode(save(tmp_path / "a.png", 560, 560), max_visual_tokens=100).report
+    assert report.pruning.visual_tokens_in == 100 and report.sampling.resized_hw == [280, 280]

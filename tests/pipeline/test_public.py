@@ -45,6 +45,7 @@ def options_of(*kinds: type) -> dict[str, object]:
         (evoprune.VideoQA, (PruneOptions,)),
         (evoprune.VideoQA.encode, (SamplingOptions,)),
         (evoprune.EncodedVideo.ask, (GenerationOptions,)),
+        (evoprune.VideoQA.ask, (GenerationOptions,)),
         (evoprune.apply, (evoprune.EvoPrune,)),
         (evoprune.EvoPrune, (evoprune.EvoPrune,)),
     ],
@@ -99,9 +100,9 @@ def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
     assert re.search(says, text) and "in_features" not in text and "\n" not in text
 
 
-@pytest.mark.parametrize("path", [None, ["a.mp4"], torch.zeros(2, 3, 4, 4), b"a.mp4"], ids=str)
-def test_a_video_is_a_path(demo, path):
-    with pytest.raises(evoprune.UsageError, match=r"the video is .*, not a path"):
+@pytest.mark.parametrize("path", [None, [], ["a.mp4", 3], torch.zeros(2, 3, 4, 4), b"a.mp4"], ids=str)
+def test_an_input_is_a_path(demo, path):
+    with pytest.raises(evoprune.UsageError, match=r"the input is .*, not a path|an input is 3, not a path"):
         demo.encode(path)
 
 

@@ -109,7 +109,6 @@ KINDS = {
     "one.mp4": Kind(frames=1),
     "one.mkv": Kind(frames=1),
     "one.webm": Kind(VP9, frames=1),
-    "one.gif": Kind({"codec": "gif", "pix_fmt": "rgb8"}, frames=1, decord_refuses=UNRELIABLE),
     "short.mp4": Kind(frames=3),
     "short.mkv": Kind(frames=3, decord_refuses=NO_TIMES),
     "short.webm": Kind(VP9, frames=3),

@@ -34,7 +34,7 @@ ORIENTATION = 0x0112
 
 
 def is_picture(path: str) -> bool:
-    """Whether a file begins as pictures do, by its content and not by its name, and is no animation that FFmpeg reads as a video."""
+    """Whether a file is a picture, by how it begins and not by its name, and no animation, which FFmpeg reads as a video."""
     kind = picture_format(path)
     if kind not in ANIMATIONS:
         return kind is not None

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from evoprune.video.info import ScanResult, VideoInfo
+from evoprune.errors import VideoError
+from evoprune.video.info import PICTURE, ScanResult, VideoInfo
 from evoprune.video.readers import folder, pyav
 from evoprune.video.readers.container import (
     FALLBACK_FPS,
@@ -23,6 +24,8 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     """See `evoprune.video.probe.scan`."""
     began = time.perf_counter()
     info = probe(path, folder_fps)
+    if info.kind == PICTURE:
+        raise VideoError(f"{path} is a picture, which has nothing to scan", "leave out --scan")
     tally = _Tally()
     frames = _images(info, tally) if info.container == folder.CONTAINER else _frames(info, tally)
     with reading(info.path):

@@ -1,4 +1,7 @@
-"""Everything that is done with FFmpeg and Pillow, by name. Runs in the worker process, or in this one where `isolation` is not possible."""
+"""Everything that is done with FFmpeg and Pillow, by name.
+
+It runs in the worker process, or in this one where `isolation` is not possible.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
