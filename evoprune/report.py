@@ -6,6 +6,7 @@ Unknown values are None. Fields are only ever added. Times are milliseconds, siz
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -275,6 +276,13 @@ def _filled(made, record: Any, name: str = "a record"):
         elif field_ in made.__dataclass_fields__:
             setattr(made, field_, value)
     return made
+
+
+def name_inputs(report: Report, names: Sequence[str]) -> None:
+    """Writes into a report what its inputs are called, where nothing else is known of them."""
+    report.inputs = [InputFacts(path=name, video=VideoFacts(path=name)) for name in names]
+    if len(names) == 1:
+        report.video = VideoFacts(path=names[0])
 
 
 def rounded(value):

@@ -40,19 +40,14 @@ def summary(report) -> str:
 
 def _heading(report, width: int) -> list[str]:
     """The model, the video and the pruning."""
-    model, video, pruning, lines = report.model, report.video, report.pruning, []
+    model, pruning, lines = report.model, report.pruning, []
     if model.id or model.device:
         on_cpu = (model.device or "").startswith("cpu")
         threads = f" ({counted(report.env.threads, 'thread')})" if on_cpu and report.env.threads else ""
         name = os.path.basename(os.path.abspath(model.id)) if os.path.isabs(model.id or "") else model.id or "?"
         name = shorten(name, max(24, width - 40))
         lines.append(f"{'model':<11}{name}  {model.dtype}  {model.device}{threads}")
-    if video.path:
-        fps = f"{video.fps:.4g} fps" if video.fps else "? fps"
-        facts = f"{_span(report)}  {video.width}x{video.height}  {fps}  {video.codec}  ({video.decoder})"
-        known = f"  {facts}" if video.decoder else ""
-        name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.abspath(video.path)))
-        lines.append(f"{'video':<11}{shorten(name, max(20, width - 13 - len(facts)))}{known}")
+    lines += [_input_line(each, width) for each in report.inputs or [report] if each.video.path]
     if pruning.method:
         asked = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
         budget = "" if pruning.method == "none" else f" -b {asked}"
@@ -60,6 +55,16 @@ def _heading(report, width: int) -> list[str]:
         budget += f", tuned {pruning.tuned['created_utc'][:10]}" if pruning.tuned else ""
         lines.append(f"{'pruning':<11}{pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned")
     return lines
+
+
+def _input_line(facts, width: int) -> str:
+    """A video or a picture: its name, and what is known of the file. `facts`: an input of a report, or a report of one."""
+    video, kind = facts.video, getattr(facts, "kind", None) or "video"
+    size = f"{video.width}x{video.height}"
+    times = f"{_span(facts)}  {size}  {f'{video.fps:.4g}' if video.fps else '?'} fps" if kind == "video" else size
+    known = f"  {times}  {video.codec}  ({video.decoder})" if video.decoder else ""
+    name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.abspath(video.path)))
+    return f"{kind:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
 
 
 def _span(report) -> str:
@@ -86,7 +91,20 @@ def _stages(report, width: int) -> list[str]:
             lines.append(f"{'  pruning':<11}{times.encode_prune:>8,.0f}")
         if stage == "generate" and (times.pack or 0) >= 1:
             lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, the first time only")
-    return [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
+    lines = [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
+    return lines + (_each_input(report) if times.read else [])
+
+
+def _each_input(report) -> list[str]:
+    """Of several inputs, what each took and what is kept of it."""
+    lines = []
+    for number, each in enumerate(report.inputs if len(report.inputs) > 1 else [], 1):
+        kept, spent = each.pruning, each.time_ms
+        if spent.read is not None:
+            times = f"read {spent.read:,.0f}, preprocess {spent.preprocess:,.0f}, encode {spent.encode:,.0f} ms"
+            tokens = f"{kept.visual_tokens_in or 0:,} visual tokens -> {kept.visual_tokens_kept or 0:,}"
+            lines.append(f"{f'input {number}':<11}{tokens}; {times}")
+    return lines
 
 
 def _frames_read(report) -> str:
@@ -106,10 +124,13 @@ def _flow(report) -> dict[str, str]:
     """What goes into each stage and what comes out."""
     pruning, sampling, count = report.pruning, report.sampling, report.tokens
     flow = dict.fromkeys(STAGES, "")
-    if sampling.frames:
-        flow["read"] = _frames_read(report)
+    if len(report.inputs) > 1:
+        flow["read"] = f"{len(report.inputs)} inputs"
+    elif sampling.frames:
         height, width = sampling.resized_hw
-        flow["preprocess"] = f"{counted(sampling.frames, 'frame')} of {width}x{height}"
+        still = any(each.kind == "picture" for each in report.inputs)
+        flow["read"] = "a picture" if still else _frames_read(report)
+        flow["preprocess"] = f"{width}x{height}" if still else f"{counted(sampling.frames, 'frame')} of {width}x{height}"
     if pruning.visual_tokens_kept is not None:
         tokens, kept = counted(pruning.visual_tokens_in, "visual token"), pruning.visual_tokens_kept
         flow["encode"] = f"{tokens} -> {kept:,}, with {100 * (pruning.encoder_live_share or 0):.0f}% of the work"

@@ -52,3 +52,9 @@ def some(texts: Sequence[str], separator: str = ", ") -> str:
     """The first `SOME` texts, and how many more there are: a, b, and 3 more."""
     more = [f"and {len(texts) - SOME:,} more"] if len(texts) > SOME else []
     return separator.join([*texts[:SOME], *more])
+
+
+def listed(names: Sequence[str]) -> str:
+    """a; a and b; a, b and c."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last

@@ -1,6 +1,5 @@
-"""`evoprune ask`: one video, one question or several, the answers on stdout."""
+"""`evoprune ask`: videos and pictures, one question or several, the answers on stdout."""
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -8,30 +7,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evoprune import methods
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import UsageError
 from evoprune.language.text import check_text
 from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import DEFAULT
 from evoprune.text import roughly
 from evoprune.video.sandbox.isolation import warm_up
+from evoprune.video.source import local_file
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.help_format import HelpAll
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, note_tuning, progress, tell
+from evoprune_cli.words import STDIN, USAGE, Words
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions, SamplingOptions
+    from evoprune.pipeline.view import View
+    from evoprune.video.info import VideoInfo
 
 LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
-USAGE = 'evoprune ask video.mp4 "What happens?"'
 
 
 def ask(
-    video: opt.Video,
-    question: opt.Question = None,
+    words: opt.Inputs,
     more: opt.MoreQuestions = None,
     interactive: opt.Interactive = False,
     compare: opt.Compare = False,
@@ -68,17 +69,20 @@ def ask(
     debug: opt.Debug = False,
     help_all: HelpAll = False,
 ) -> int:
-    """Ask a question about a video. The answer goes to stdout, everything else to stderr.
+    """Ask a question about videos or pictures. The answer goes to stdout, everything else to stderr.
 
     \b
     evoprune ask clip.mp4 "What happens?"
+    evoprune ask photo.jpg "What is written on the sign?"
+    evoprune ask clip.mp4 photo.jpg "Is this man in the video?"
     evoprune ask clip.mp4 "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune ask clip.mp4 -Q "Who is there?" -Q "What do they do?" -b fast
     evoprune ask clip.mp4 "What happens?" -b fast --compare
     evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
-    _run(_Request(video, question, more or [], interactive, compare, cache, quiet), Output.of(locals()), locals())
+    request = _Request(Words.of(words), more or [], interactive, compare, cache, quiet)
+    _run(request, Output.of(locals(), len(request.questions)), locals())
     return 0
 
 
@@ -86,8 +90,7 @@ def ask(
 class _Request:
     """What is asked, besides the options of the pipeline and of the output."""
 
-    video: str
-    question: str | None
+    words: Words
     more: list[str]
     interactive: bool
     compare: bool
@@ -97,7 +100,12 @@ class _Request:
     @property
     def questions(self) -> list[str]:
         """Those of the command line, in order."""
-        return [*([self.question] if self.question is not None else []), *self.more]
+        return [*([self.words.question] if self.words.question is not None else []), *self.more]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Files, folders or - for stdin, as they were given."""
+        return self.words.inputs
 
 
 def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
@@ -106,18 +114,19 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
     Args:
         given: the command's arguments.
     """
-    talk, questions = Conversation(request.video, output), request.questions or [""]
+    talk, questions = Conversation(request.inputs, output), request.questions or [""]
     with ExitStack() as cleanup:
         try:
             check_output()
+            request.words.check()
             warm_up()  # while this process imports what it needs
             questions = _questions(request, given["system"])
             options = _check_flags(given)
-            path = cleanup.enter_context(_local(request))
-            _check_video(path, options.sampling)
-            _encode_into(talk, path, request, questions, options)
+            paths = [cleanup.enter_context(local_file(each)) for each in request.inputs]
+            _check_inputs(paths, options.sampling, request.quiet)
+            _encode_into(talk, paths, request, questions, options)
             if request.interactive:
-                converse(talk, questions, None if request.quiet else request.video)
+                converse(talk, questions, () if request.quiet else request.inputs)
                 return
             for question in questions:
                 talk.answer(question)
@@ -127,9 +136,9 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
 
 
 def _encode_into(
-    talk: Conversation, path: str, request: _Request, questions: list[str], options: "PipelineOptions"
+    talk: Conversation, paths: list[str], request: _Request, questions: list[str], options: "PipelineOptions"
 ) -> None:
-    """Loads the model, encodes the video, and hands it to the conversation."""
+    """Loads the model, encodes the inputs, and hands them to the conversation."""
     with progress(not request.quiet) as show:
         check_libraries()
         with without_collections():
@@ -142,38 +151,42 @@ def _encode_into(
         )  # fmt: skip
         if not request.quiet:
             note_tuning(qa.engine)
-        video = _encode(qa.engine, path, request, questions, options, show)
+        encoded = _encode(qa.engine, paths, request, questions, options, show)
 
     def encode_full(show):
-        return _encode(qa.unpruned().engine, path, request, questions, options, show, full=True)
+        return _encode(qa.unpruned().engine, paths, request, questions, options, show, full=True)
 
-    talk.begin(video, options.generation, encode_full if request.compare else None)
+    talk.begin(encoded, options.generation, encode_full if request.compare else None)
 
 
 def _encode(
-    engine, path: str, request: _Request, questions: list[str], options: "PipelineOptions", show, full: bool = False
+    engine,
+    paths: list[str],
+    request: _Request,
+    questions: list[str],
+    options: "PipelineOptions",
+    show,
+    full: bool = False,
 ):
-    """The video, encoded; first says on stderr which limits apply, and how long it will take if that is long."""
+    """The inputs, encoded; first says on stderr which limits apply, and how long it will take if that is long."""
     from evoprune.pipeline.cache import Cache, default_folder
     from evoprune.pipeline.estimate import QUESTION
-    from evoprune.pipeline.opening import open_video
+    from evoprune.pipeline.opening import open_inputs
     from evoprune.pipeline.question_check import longest_prompt
 
-    show("reading video")
+    show("reading")
     sampling, cache = options.sampling, Cache(default_folder()) if request.cache else None
-    with closing(open_video(engine, path, sampling, name=request.video, cache=cache)) as opened:
-        known = opened.view.subtitles
-        text = (
-            longest_prompt(engine, [opened.view], questions, options.generation)
-            if questions
-            else QUESTION + known.tokens
-        )
+    with closing(open_inputs(engine, paths, sampling, names=request.inputs, cache=cache)) as opened:
+        views = opened.views
+        said = sum(view.subtitles.tokens for view in views)
+        text = longest_prompt(engine, views, questions, options.generation) if questions else QUESTION + said
         if not request.quiet:
             if not full:
-                _note_limits(opened.view.full, sampling)
-                note_subtitles(known)
+                for view in views:
+                    _note_limits(view, sampling)
+                    note_subtitles(view.subtitles)
             if not opened.in_cache:
-                _note_wait(engine, opened.view, text, "with nothing pruned " if full else "")
+                _note_wait(engine, views, text, "with nothing pruned " if full else "")
         return opened.encode(encoding(show))
 
 
@@ -183,7 +196,7 @@ def _questions(request: _Request, system: str | None) -> list[str]:
     if request.interactive:
         check_terminal()
     elif not questions:
-        if request.video == "-":
+        if STDIN in request.inputs:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
         questions = [_question_from_stdin()]
     if not all(q.strip() for q in questions):
@@ -209,15 +222,6 @@ def _question_from_stdin() -> str:
     return question
 
 
-def _local(request: _Request):
-    from evoprune.video.source import local_file
-
-    video, question = request.video, request.question
-    if question and os.path.isfile(question) and not os.path.exists(video) and video != "-":
-        raise VideoError(f"no such file: {video}", f"the video comes first: {USAGE}")
-    return local_file(video)
-
-
 def _check_flags(given: Mapping[str, Any]) -> "PipelineOptions":
     """The options of the pipeline, with everything checked that can be wrong with flags alone."""
     from evoprune.video.frames import choose_decoder
@@ -227,14 +231,27 @@ def _check_flags(given: Mapping[str, Any]) -> "PipelineOptions":
     return options
 
 
-def _check_video(path: str, sampling: "SamplingOptions") -> None:
-    """Checks the video in milliseconds, before torch is imported or weights are read."""
+def _check_inputs(paths: list[str], sampling: "SamplingOptions", quiet: bool) -> None:
+    """Checks the inputs in milliseconds, before torch is imported or weights are read."""
+    from evoprune.pipeline.subtitles import check_one_file
+    from evoprune.video.info import VIDEO
+    from evoprune.video.probe import probe
+
+    check_one_file(sampling.subtitles, len(paths))
+    found = [probe(path) for path in paths]
+    videos = [info for info in found if info.kind == VIDEO]
+    if not quiet and not videos and (sampling.fps or sampling.frames or sampling.max_frames):
+        tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
+    for info in found:
+        _check_input(info, sampling.timeless if videos and info.kind != VIDEO else sampling)
+
+
+def _check_input(info: "VideoInfo", sampling: "SamplingOptions") -> None:
     from evoprune.video.frames import choose_decoder
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
     from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
-    from evoprune.video.probe import probe, read_subtitles
+    from evoprune.video.probe import read_subtitles
 
-    info = probe(path)
     choose_decoder(sampling.decoder, info)
     numbers = sampling.numbers
     if numbers["max_visual_tokens"] is None:
@@ -244,25 +261,28 @@ def _check_video(path: str, sampling: "SamplingOptions") -> None:
         read_subtitles(info, sampling.subtitles)
 
 
-def _note_wait(engine, view, text: int, how: str) -> None:
-    """How long it will take, if it is long. `text`: tokens of the prompt around the video."""
+def _note_wait(engine, views: list["View"], text: int, how: str) -> None:
+    """How long it will take, if it is long. `text`: tokens of the prompt around the inputs."""
     from evoprune.pipeline.estimate import estimate_first_token
 
-    wait = estimate_first_token(engine, view, text)
-    if wait is not None and wait > LONG_WAIT_S:
+    each = [estimate_first_token(engine, view, 0 if number else text) for number, view in enumerate(views)]
+    if None not in each and (wait := sum(each)) > LONG_WAIT_S:
         note(f"estimated first token {how}{roughly(wait)}")
 
 
-def _note_limits(plan, sampling: "SamplingOptions") -> None:
+def _note_limits(view: "View", sampling: "SamplingOptions") -> None:
     """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
+    plan = view.full
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         asked = sampling.frames is not None or sampling.fps is not None
         whence = "asked for" if asked else "at this model's rate"
         taken = f"reading {plan.frame_limit:,} of {plan.sampling.wanted:,} frames {whence}"
         tell(f"{taken} (--max-frames raises the limit)")
     if plan.token_capped:
+        from evoprune.video.info import VIDEO
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 
         where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
-        seen = f"{plan.sampling.frames} frames of {plan.width}x{plan.height}"
+        frames = f"{plan.sampling.frames} frames" if view.kind == VIDEO else "a picture"
+        seen = f"{frames} of {plan.width}x{plan.height}"
         note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen}")

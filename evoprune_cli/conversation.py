@@ -1,24 +1,24 @@
-"""Questions to one video and how their answers are printed: text or JSON on stdout, stats and warnings on stderr."""
+"""Questions about the same inputs and how their answers are printed: text or JSON on stdout, stats and warnings on stderr."""
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from evoprune.report import Report, VideoFacts
+from evoprune.report import Report, name_inputs
 from evoprune_cli.failures import failure
-from evoprune_cli.terminal import note, print_json, print_stats, print_summary, print_warning, progress, tell
+from evoprune_cli.terminal import note, print_json, print_stats, print_summary, print_warnings, progress, tell
 from evoprune_cli.wrapping import print_stream
 
 if TYPE_CHECKING:
-    from evoprune.pipeline.answering import Answer, EncodedVideo
+    from evoprune.pipeline.answering import Answer, EncodedInputs
     from evoprune.pipeline.options import GenerationOptions
 
 PROMPT = "> "  # before a question
 Show = Callable[..., None]  # what is being done, done, total
-EncodeFull = Callable[[Show], "EncodedVideo"]
+EncodeFull = Callable[[Show], "EncodedInputs"]
 
 
 @dataclass(frozen=True)
@@ -41,60 +41,58 @@ class Output:
     questions: bool
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Output":
-        """Made of a command's arguments.
+    def of(cls, given: Mapping[str, Any], questions: int) -> "Output":
+        """Made of a command's arguments, and the number of questions among them.
 
         By default there are stats unless --json or -q: a block for the first answer, a line for later ones and in a conversation.
         """
         json, stats, verbose, quiet = (given[name] for name in ("json", "stats", "verbose", "quiet"))
         asked = bool((stats if stats is not None else not json and not quiet) or (verbose and not quiet))
         blocks = math.inf if verbose or stats else 0 if given["interactive"] else 1
-        several = given["interactive"] or len(given["more"] or []) + (given["question"] is not None) > 1
+        several = given["interactive"] or questions > 1
         return cls(json, asked, verbose, blocks, quiet, several and not json and not quiet)
 
 
 class Conversation:
-    """Asks an encoded video and prints the answers; knows what was answered, in case it is broken off.
+    """Asks about encoded inputs and prints the answers; knows what was answered, in case it is broken off.
 
     Args:
-        video: its name.
+        inputs: their names.
         output: what is printed.
 
     Attributes:
         answered: questions that are done with.
     """
 
-    def __init__(self, video: str, output: Output):
+    def __init__(self, inputs: Sequence[str], output: Output):
         self.answered = 0
-        self._name, self._output = video, output
+        self._names, self._output = inputs, output
         self._generation: dict[str, Any] = {}
-        self._video: EncodedVideo | None = None
-        self._full: EncodedVideo | None = None
+        self._inputs: EncodedInputs | None = None
+        self._full: EncodedInputs | None = None
         self._encode_full: EncodeFull | None = None
         self._running: Answer | None = None  # the one that is being read
         self._half: Report | None = None  # of a question that has only been answered with pruning
         self._finished = 0  # answers whose stats are printed, or are not wanted
 
     def begin(
-        self, video: "EncodedVideo", generation: "GenerationOptions", encode_full: "EncodeFull | None" = None
+        self, inputs: "EncodedInputs", generation: "GenerationOptions", encode_full: "EncodeFull | None" = None
     ) -> None:
-        """From now on questions can be answered. Prints the warnings, which are about the video and the model: before any answer.
+        """From now on questions can be answered. Prints the warnings, which are about the inputs and the model: before any answer.
 
         Args:
-            video: what is asked.
+            inputs: what is asked about.
             generation: how answers are generated.
-            encode_full: encodes it once more with nothing pruned; None where nothing is to be compared.
+            encode_full: encodes them once more with nothing pruned; None where nothing is to be compared.
         """
-        self._video, self._generation, self._encode_full = video, vars(generation), encode_full
-        for name in video.report.warnings:
-            if name != "limited":  # a note has said which limit, and to what
-                print_warning(name, video.report.video)
+        self._inputs, self._generation, self._encode_full = inputs, vars(generation), encode_full
+        print_warnings(inputs.report)
 
     def answer(self, question: str, typed: bool = False) -> None:
         """Asks, and prints the answer. `typed`: the question stands on the terminal already."""
         if self._output.questions and not typed and sys.stderr.isatty():
             tell(f"{PROMPT}{' '.join(question.split())}")
-        report = self._say(self._video, question, "pruned").report
+        report = self._say(self._inputs, question, "pruned").report
         if self._encode_full:
             self._half = report
             if self._full is None:  # not earlier: the first answer does not wait for it
@@ -136,13 +134,12 @@ class Conversation:
 
         ended = full.report.finish_reason == "stop"
         given = reference(self._full, question, full.ids, ended, self._generation["system"])
-        return agreement(given, self._video).record()
+        return agreement(given, self._inputs).record()
 
-    def _say(self, video: "EncodedVideo", question: str, label: str) -> "Answer":
+    def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
         """Asks and prints one answer."""
-        answer = self._running = video.ask(question, **self._generation)
-        for name in answer.report.warnings[len(video.report.warnings) :] if label == "pruned" else ():
-            print_warning(name, answer.report.video)
+        answer = self._running = inputs.ask(question, **self._generation)
+        print_warnings(answer.report, answer.report.warnings[len(inputs.report.warnings) :] if label == "pruned" else ())
         with progress(not self._output.quiet) as show:
             show("reading prompt")
             first = next(answer, "")
@@ -167,6 +164,6 @@ class Conversation:
     def _failure(self, question: str, problem: BaseException) -> Report:
         """The record of a question that has no answer."""
         reason = "error" if isinstance(problem, Exception) else "interrupt"
-        return Report(
-            question=question, video=VideoFacts(path=self._name), finish_reason=reason, error=failure(problem)
-        )
+        report = Report(question=question, finish_reason=reason, error=failure(problem))
+        name_inputs(report, self._names)
+        return report

@@ -1,12 +1,13 @@
-"""`ask --interactive`: questions about one video, typed at a terminal."""
+"""`ask --interactive`: questions about the same inputs, typed at a terminal."""
 
 import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from evoprune.errors import UsageError
+from evoprune.text import listed
 from evoprune_cli.conversation import PROMPT, Conversation
 from evoprune_cli.terminal import note, print_error, tell
 
@@ -24,18 +25,19 @@ def check_terminal() -> None:
         )
 
 
-def converse(talk: Conversation, questions: list[str], video: str | None) -> None:
+def converse(talk: Conversation, questions: list[str], inputs: Sequence[str]) -> None:
     """Answers `questions`, and then each question that is typed, which is appended to them.
 
     Ctrl-C ends an answer. Pressed twice at the prompt, it ends the conversation.
 
     Args:
-        video: its name, for a greeting; None for none.
+        inputs: their names, for a greeting; empty for none.
     """
     for question in list(questions):
         _answer(talk, question)
-    if video is not None:
-        tell(f"Ask about {os.path.basename(os.path.abspath(video))}. /help for help, q or Ctrl-D to end.")
+    if inputs:
+        names = listed([os.path.basename(os.path.abspath(each)) for each in inputs])
+        tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
     for question in typed():
         questions.append(question)
         _answer(talk, question, typed=True)

@@ -214,8 +214,6 @@ def _hint(problem: Exception) -> str:
     if "unexpected extra argument" in text and "--" in sys.argv:
         return "what follows -- is no option: put options before it"
     if _command() == "ask" and "unexpected extra argument" in text:
-        if sum(map(os.path.isfile, sys.argv[2:])) > 1:
-            return 'ask takes one video; several: evoprune batch a.mp4 b.mp4 -Q "What happens?" -m MODEL'
         return f"quote the question: {USAGE}; a second one: -Q"
     if _command() == "ask" and "Missing argument" in text:
         return USAGE

@@ -212,15 +212,12 @@ System = Annotated[
     str | None, _option(_GENERATION, "-s", "--system", metavar="TEXT", help="A system prompt.", show_default=False)
 ]
 
-Video = Annotated[
-    str,
-    typer.Argument(metavar="VIDEO", help="The video file, a folder of frames, or - for stdin.", show_default=False),
-]
-Question = Annotated[
-    str | None,
+Inputs = Annotated[
+    list[str],
     typer.Argument(
-        metavar="QUESTION",
-        help="The question, quoted. If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
+        metavar="INPUT... [QUESTION]",
+        help="Videos and pictures (files, folders of frames, or - for stdin), in the order in which the model reads them; then the "
+        "question, quoted. If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
         show_default=False,
     ),
 ]
@@ -230,7 +227,7 @@ MoreQuestions = Annotated[
         "-Q",
         "--question",
         metavar="TEXT",
-        help="A further question; repeatable. All share one encoding.",
+        help="A question, or a further one; repeatable. All share one encoding.",
         show_default=False,
     ),
 ]

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from evoprune.errors import UsageError
 from evoprune.language.text import harmless
 from evoprune.report import Report, VideoFacts
 from evoprune.stats import WIDTH, stats_block, summary
-from evoprune.text import clock, counted
+from evoprune.text import clock, counted, listed
 
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from evoprune.pipeline.subtitles import PromptSubtitles
 
 WARNINGS = {
+    "whole_picture": "{video} stays whole: the method prunes frames of videos, and a picture has one",
     "equal_scores": "{video}: every frame is one even colour, so which units were merged or kept says nothing",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
@@ -143,6 +144,17 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
     _print_titled("warning:", "33;1", text)
 
 
+def print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
+    """Prints the warnings of inputs, each about the one that it is of, and then those about the model; perhaps only some `names`."""
+    own = [(name, each.video) for each in report.inputs for name in each.warnings]
+    paths = listed([os.path.basename(os.path.abspath(each.path)) for each in report.inputs])
+    about = report.inputs[0].video if len(report.inputs) == 1 else VideoFacts(path=paths)
+    others = [(name, about) for name in report.warnings if name not in {known for known, _ in own}]
+    for name, video in [*own, *others]:
+        if name != "limited" and (names is None or name in names):  # a note has said which limit, and to what
+            print_warning(name, video)
+
+
 def print_stats(report: Report, verbose: bool = False) -> None:
     """Prints the stats of an answer on stderr."""
     for line in stats_block(report, columns(), verbose):
@@ -210,8 +222,16 @@ def note_tuning(engine: "Engine") -> None:
 
 def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:
     """A callback for `VideoQA.encode` that shows its progress."""
-    named = {"encode": "encoding, frame", "layers": "encoding, layer"}
-    return lambda stage, done, total: show(named[stage], done, total)
+    named, which = {"encode": "encoding, frame", "layers": "encoding, layer"}, ""
+
+    def step(stage: str, done: int, total: int) -> None:
+        nonlocal which
+        if stage == "input":
+            which = f"input {done} of {total}: "
+        else:
+            show(f"{which}{named[stage]}", done, total)
+
+    return step
 
 
 @contextmanager

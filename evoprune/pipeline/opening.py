@@ -2,11 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from evoprune.errors import UsageError
 from evoprune.model.clock import Clock
 from evoprune.pipeline.answering import EncodedInputs, EncodedVideo
 from evoprune.pipeline.cache import Cache, entry_key
@@ -15,10 +13,11 @@ from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.memory_check import TEXT, chunk_bytes, units_at_once
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.patches import PatchReader, ReadFrames
+from evoprune.pipeline.subtitles import check_one_file
 from evoprune.pipeline.view import View, make_view
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
-from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, PICTURE, VIDEO
+from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.probe import probe
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.token_selection import EncodedRows
@@ -45,13 +44,9 @@ def open_inputs(
             pictures alone, or a file of subtitles for several inputs.
     """
     sampling = sampling or SamplingOptions()
-    if len(paths) > 1 and sampling.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
-        raise UsageError(
-            f"{sampling.subtitles} holds the subtitles of one video, and there are {len(paths)} inputs",
-            "auto takes those beside each video, or in it",
-        )
+    check_one_file(sampling.subtitles, len(paths))
     mixed = len(paths) > 1 and any(probe(path).kind == VIDEO for path in paths)
-    still = replace(sampling, start_s=0.0, end_s=None) if mixed else sampling
+    still = sampling.timeless if mixed else sampling
     opened = []
     for path, name in zip(paths, names or [None] * len(paths), strict=True):
         opened.append(open_video(engine, path, sampling, name=name, cache=cache, still=still))

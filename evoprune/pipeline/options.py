@@ -5,7 +5,7 @@ Values are checked when an object is made, as far as that needs neither a model 
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Any, ClassVar, Self
 
@@ -142,6 +142,11 @@ class SamplingOptions:
         if self.max_subtitle_tokens < 1:
             raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
         check_sampling(**self.numbers)
+
+    @property
+    def timeless(self) -> "SamplingOptions":
+        """The same without a part of the time: for pictures beside videos."""
+        return replace(self, start_s=0.0, end_s=None)
 
     @property
     def numbers(self) -> dict[str, Any]:

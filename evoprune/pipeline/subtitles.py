@@ -41,6 +41,13 @@ class PromptSubtitles:
         return {name: getattr(self, name) for name in names} if self.source is not None else None
 
 
+def check_one_file(choice: str, inputs: int) -> None:
+    """Raises UsageError where one file of subtitles is given for several inputs."""
+    if inputs > 1 and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
+        hint = "auto takes those beside each video, or in it"
+        raise UsageError(f"{choice} holds the subtitles of one video, and there are {inputs} inputs", hint)
+
+
 def prompt_subtitles(
     tokenizer: Tokenizer, info: VideoInfo, span: SamplingPlan, choice: str, max_tokens: int
 ) -> PromptSubtitles:
