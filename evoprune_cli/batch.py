@@ -171,7 +171,7 @@ def _settings(given: Mapping[str, Any]):
 def _check_files(rows, source: str | None, output: str, quiet: bool) -> list[str]:
     """As `_check_videos`; also refuses to write into a file that is read."""
     named = _check_videos(rows, source is not None, quiet)
-    read = [path for row in rows for path in (row.path, row.subtitles_path) if path] + ([source] if source else [])
+    read = [path for row in rows for path in (*row.paths, row.subtitles_path) if path] + ([source] if source else [])
     if output != DASH and os.path.realpath(output) in map(os.path.realpath, read):
         raise UsageError(f"{output} is what is to be read", "choose another -o")
     return named
@@ -213,7 +213,7 @@ def _check_videos(rows, in_rows: bool, quiet: bool) -> list[str]:
     """
     from evoprune.batch.wrong import missing_hint
 
-    videos = {row.path: row.video for row in rows}
+    videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
     missing = [path for path in videos if not os.path.exists(path)]
     if len(missing) == len(videos):
         pattern = any(character in missing[0] for character in "*?[")

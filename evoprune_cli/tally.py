@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evoprune.report import Report, VideoFacts
-from evoprune.text import clock, counted, roughly
-from evoprune_cli.terminal import print_warning, tell
+from evoprune.text import clock, counted, listed, roughly
+from evoprune_cli.terminal import print_warning, tell, warned
 
 if TYPE_CHECKING:
     from evoprune.batch.output import RecordFile
@@ -49,11 +49,11 @@ class Tally:
 
     def add(self, record: Report) -> None:
         """Counts a record that is already in the file."""
-        for name in record.warnings:
-            self._warnings.setdefault(name, {}).setdefault(record.video.path, record.video)
+        for name, video in warned(record):
+            self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:
             self.failed += 1
-            self._report_failure(record.video.path, record.error["message"])
+            self._report_failure([each.path for each in record.inputs], record.error["message"])
         line = self._line(self._before + self._file.written)
         self._show(line)
         if time.monotonic() - self._reported >= EVERY_S and not self.quiet and not sys.stderr.isatty():
@@ -91,10 +91,11 @@ class Tally:
         rest = f", {pace(made, seconds)}, {roughly(seconds / made * (self._total - done))} left" if made else ""
         return f"{done:,} of {self._total:,} rows{failed}{rest}"
 
-    def _report_failure(self, video: str, message: str) -> None:
-        if video in self._named and message.startswith("no such file"):
+    def _report_failure(self, inputs: list[str], message: str) -> None:
+        if self._named & set(inputs) and message.startswith("no such file"):
             return
-        said = f"failed: {message if video in message else f'{video}: {message}'}"
+        known = any(each in message for each in inputs)
+        said = f"failed: {message if known else f'{listed(inputs)}: {message}'}"
         if said != self._last_failure and not self.quiet:  # all rows of a video fail for the same reason
             tell(said)
         self._last_failure = said

@@ -146,13 +146,17 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
 
 def print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
     """Prints the warnings of inputs, each about the one that it is of, and then those about the model; perhaps only some `names`."""
-    own = [(name, each.video) for each in report.inputs for name in each.warnings]
-    paths = listed([os.path.basename(os.path.abspath(each.path)) for each in report.inputs])
-    about = report.inputs[0].video if len(report.inputs) == 1 else VideoFacts(path=paths)
-    others = [(name, about) for name in report.warnings if name not in {known for known, _ in own}]
-    for name, video in [*own, *others]:
+    for name, video in warned(report):
         if name != "limited" and (names is None or name in names):  # a note has said which limit, and to what
             print_warning(name, video)
+
+
+def warned(report: Report) -> list[tuple[str, VideoFacts]]:
+    """The warnings of a report, each with what it is about."""
+    own = [(name, each.video) for each in report.inputs for name in each.warnings]
+    names = [os.path.basename(os.path.abspath(each.path)) for each in report.inputs]
+    about = VideoFacts(path=listed(names)) if len(names) > 1 else report.video
+    return [*own, *((name, about) for name in report.warnings if name not in {known for known, _ in own})]
 
 
 def print_stats(report: Report, verbose: bool = False) -> None:

@@ -135,7 +135,7 @@ class Worker:
         if self._broken:
             return {"line": [json.dumps({"broken": self._broken})]}
         (text,) = batch["span"]
-        span = Span(tuple(Row(**fields | {"options": tuple(fields["options"])}) for fields in json.loads(text)))
+        span = Span(tuple(_row(fields) for fields in json.loads(text)))
         return {"line": [record.to_json(ascii_only=True) for record in self._records(span)]}
 
     def _asked(self, span: Span) -> Iterator[Report]:
@@ -149,6 +149,11 @@ class Worker:
         hint = "was there too little memory? take fewer frames (--frames)"
         error = error_record(WorkerDied(f"the worker died, {TRIES} times", hint))
         return (failure_report(row, self._settings, error) for row in span.rows)
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    """A row whose tuples became lists on the way."""
+    return Row(**fields | {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")})
 
 
 def _enter(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows: questions about videos, read from a JSONL or CSV file or made of videos and questions. No torch.
+"""Rows: questions about videos and pictures, read from a JSONL or CSV file or made of videos and questions. No torch.
 
 `evoprune batch` and `evoprune eval` read the same files. What a file must hold beyond videos and questions is in `Rules`.
 """
@@ -25,11 +25,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 
 @dataclass(frozen=True)
 class Row:
-    """A question about a video, or about a span of it.
+    """A question about one input or several, or about a span of the videos among them.
 
     Attributes:
         id: the row's name in the results.
-        video: the video's path as the user wrote it. `path`: the path that opens it.
+        inputs: the paths of videos and pictures as the user wrote them. `paths`: the paths that open them.
         start_s, end_s: the span to look at, in seconds, below 0 from the video's end; `end_s` is None for the end.
         options: the texts to choose from; empty for an open question.
         subtitles: those to read, as the user wrote it; None for those of the batch. `subtitles_path`: the same, to open it.
@@ -38,8 +38,8 @@ class Row:
     """
 
     id: str
-    video: str
-    path: str
+    inputs: tuple[str, ...]
+    paths: tuple[str, ...]
     question: str
     start_s: float = 0.0
     end_s: float | None = None
@@ -49,6 +49,11 @@ class Row:
     answer: Any = None
     type: str | None = None
     groups: tuple[str, ...] = ()
+
+    @property
+    def video(self) -> str:
+        """The input's name; of several, their names."""
+        return ", ".join(self.inputs)
 
     @property
     def prompt(self) -> str:
@@ -62,7 +67,8 @@ class Row:
     @property
     def asked(self) -> dict[str, Any]:
         """The fields that the model's answer depends on, as plain data."""
-        facts = {name: getattr(self, name) for name in ("video", "question", "start_s", "end_s")}
+        about = {"inputs": list(self.inputs)} if len(self.inputs) > 1 else {"video": self.video}
+        facts = about | {name: getattr(self, name) for name in ("question", "start_s", "end_s")}
         own = {} if self.subtitles is None else {"subtitles": self.subtitles}  # else as before there were any
         return facts | {"options": list(self.options)} | own
 
@@ -83,22 +89,25 @@ class Rules:
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
 
 
-BATCH = Rules("a row has video and question, and may have id, start, end, options, subtitles and answer")
+BATCH = Rules(
+    "a row has question and video, or inputs for several, and may have id, start, end, options, subtitles and answer"
+)
+REQUIRED = (("video", "inputs"), ("question",))  # one of each
 
 
 @dataclass(frozen=True)
 class Span:
-    """A span of a video with its subtitles, encoded once for all `rows` that ask about it. There is at least one row."""
+    """Inputs, a span of their time, and subtitles, encoded once for all `rows` about them. There is at least one row."""
 
     rows: tuple[Row, ...]
 
     @property
-    def video(self) -> str:
-        return self.rows[0].video
+    def inputs(self) -> tuple[str, ...]:
+        return self.rows[0].inputs
 
     @property
-    def path(self) -> str:
-        return self.rows[0].path
+    def paths(self) -> tuple[str, ...]:
+        return self.rows[0].paths
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -109,11 +118,11 @@ class Span:
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
-    """Rows that share an encoding, together. Videos, their spans, and the rows of each keep the order of their first rows."""
-    videos: dict[str, dict[tuple, list[Row]]] = {}
+    """Rows that share an encoding, together. Inputs, their spans, and the rows of each keep the order of their first rows."""
+    inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
     for row in rows:
-        videos.setdefault(row.path, {}).setdefault((row.start_s, row.end_s, row.subtitles_path), []).append(row)
-    return [Span(tuple(found)) for spans in videos.values() for found in spans.values()]
+        inputs.setdefault(row.paths, {}).setdefault((row.start_s, row.end_s, row.subtitles_path), []).append(row)
+    return [Span(tuple(found)) for spans in inputs.values() for found in spans.values()]
 
 
 def product_rows(
@@ -159,9 +168,9 @@ def read_rows(
 ) -> list[Row]:
     """The rows of a JSONL or CSV file.
 
-    Fields are `video` (relative to `folder`) and `question`, and optionally `id`, `start` and `end` (seconds, or texts like
-    1:30; below 0 from the video's end), `options` (in CSV separated by |), `subtitles` ("none", "auto" or a file, relative to
-    `folder`) and `answer`. Other fields are left to `rules`.
+    Fields are `question` and `video`, or `inputs` (a list; in CSV separated by |), with paths relative to `folder`; and optionally
+    `id`, `start` and `end` (seconds, or texts like 1:30; below 0 from the video's end), `options` (in CSV separated by |),
+    `subtitles` ("none", "auto" or a file, relative to `folder`) and `answer`. Other fields are left to `rules`.
     Null, or an empty cell, counts as missing.
 
     Args:
@@ -172,7 +181,7 @@ def read_rows(
         UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """
     reader = _Reader(folder, start_s, end_s, rules)
-    for number, fields in read_lines(content, name, ("video", "question"), rules.fields):
+    for number, fields in read_lines(content, name, REQUIRED, rules.fields):
         reader.add(f"{name}, line {number}", number, fields)
     rows = reader.finish(name)
     if not rows:
@@ -202,7 +211,8 @@ class _Reader:
         """All rows; raises UsageError if any was wrong, with the `name` of the file once."""
         videos: dict[str, str] = {}
         for row in self._rows.values():
-            videos.setdefault(row.path, f"{self._places[row.id]}: " if name else "")
+            for path in row.paths:
+                videos.setdefault(path, f"{self._places[row.id]}: " if name else "")
         self._wrong.check(videos, name)
         return list(self._rows.values())
 
@@ -212,13 +222,13 @@ class _Reader:
         fields = self._span | {name: value for name, value in fields.items() if value is not None}
         start, end = _seconds(fields, "start"), None if fields["end"] is None else _seconds(fields, "end")
         _check_span(start, end)
-        video = _filled(fields, "video")
+        inputs = _inputs(fields)
         subtitles = _filled(fields, "subtitles") if "subtitles" in fields else None
         named = subtitles in (None, NO_SUBTITLES, AUTO_SUBTITLES)
         row = Row(
             id="",
-            video=video,
-            path=os.path.join(self._folder, video),
+            inputs=inputs,
+            paths=tuple(os.path.join(self._folder, each) for each in inputs),
             question=_text(fields, "question"),
             start_s=start,
             end_s=end,
@@ -250,6 +260,17 @@ def _options(fields: dict) -> tuple[str, ...]:
     if not isinstance(options, list) or len(options) == 1 or len(options) > len(LETTERS):
         raise ValueError(f"options are not a list of 2 to {len(LETTERS)} texts")
     return tuple(_text({"option": option}, "option") for option in options)
+
+
+def _inputs(fields: dict) -> tuple[str, ...]:
+    if "inputs" not in fields:
+        return (_filled(fields, "video"),)
+    if "video" in fields:
+        raise ValueError("video and inputs exclude each other")
+    inputs = fields["inputs"]
+    if not isinstance(inputs, list) or not inputs:
+        raise ValueError("inputs are not a list of paths")
+    return tuple(_filled({"input": each}, "input") for each in inputs)
 
 
 def _filled(fields: dict, name: str) -> str:

@@ -13,12 +13,12 @@ from evoprune.batch.rows import Row, Span
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, error_record
 from evoprune.pipeline.prefetch import prefetched
-from evoprune.report import Report, VideoFacts
+from evoprune.report import Report, name_inputs
 
 if TYPE_CHECKING:
-    from evoprune.pipeline.answering import EncodedVideo
+    from evoprune.pipeline.answering import EncodedInputs
     from evoprune.pipeline.cache import Cache
-    from evoprune.pipeline.opening import OpenVideo
+    from evoprune.pipeline.opening import OpenInputs
     from evoprune.pipeline.video_qa import VideoQA
 
 T = TypeVar("T")
@@ -38,34 +38,35 @@ def answers(
         on_failure: called with each exception.
     """
     with closing(prefetched(_prepared(qa, spans, settings, cache), depth=1)) as prepared:
-        for span, video in prepared:
-            yield from _asked(span, video, settings, on_failure)
+        for span, inputs in prepared:
+            yield from _asked(span, inputs, settings, on_failure)
 
 
 def _prepared(
     qa: "VideoQA", spans: Iterable[Span], settings: Settings, cache: "Cache | None"
-) -> Generator[tuple[Span, "OpenVideo | Exception"], None, None]:
+) -> Generator[tuple[Span, "OpenInputs | Exception"], None, None]:
     """Every span with its first chunks read, or with the exception that prevents it."""
-    from evoprune.pipeline.opening import open_video
+    from evoprune.pipeline.opening import open_inputs
 
     for span in spans:
         try:
             sampling = replace(settings.sampling, **span.sampling)
-            video = open_video(qa.engine, span.path, sampling, name=span.video, cache=cache)
-            video.begin()
+            inputs = open_inputs(qa.engine, span.paths, sampling, names=span.inputs, cache=cache)
+            inputs.begin()
         except Exception as problem:
             yield span, problem
             continue
         try:
-            yield span, video
-        except GeneratorExit:  # the consumer may have stopped before it took the video
-            video.close()
+            yield span, inputs
+        except GeneratorExit:  # the consumer may have stopped before it took the inputs
+            inputs.close()
             raise
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
     """The record of a row that has no answer."""
-    report = Report(question=row.prompt, video=VideoFacts(path=row.video), finish_reason="error", error=error)
+    report = Report(question=row.prompt, finish_reason="error", error=error)
+    name_inputs(report, row.inputs)
     return _named(report, row, settings)
 
 
@@ -75,8 +76,8 @@ def _named(report: Report, row: Row, settings: Settings) -> Report:
     return report
 
 
-def _asked(span: Span, video: "OpenVideo | Exception", settings: Settings, on_failure: OnFailure) -> Iterator[Report]:
-    encoded, error = _tried(lambda: _encoded(video), on_failure)
+def _asked(span: Span, inputs: "OpenInputs | Exception", settings: Settings, on_failure: OnFailure) -> Iterator[Report]:
+    encoded, error = _tried(lambda: _encoded(inputs), on_failure)
     for row in span.rows:
         report = None
         if encoded:
@@ -84,14 +85,14 @@ def _asked(span: Span, video: "OpenVideo | Exception", settings: Settings, on_fa
         yield _named(report, row, settings) if report else failure_report(row, settings, error)
 
 
-def _encoded(video: "OpenVideo | Exception") -> "EncodedVideo":
-    if isinstance(video, Exception):
-        raise video
-    with closing(video):
-        return video.encode()
+def _encoded(inputs: "OpenInputs | Exception") -> "EncodedInputs":
+    if isinstance(inputs, Exception):
+        raise inputs
+    with closing(inputs):
+        return inputs.encode()
 
 
-def _answered(encoded: "EncodedVideo", row: Row, settings: Settings) -> Report:
+def _answered(encoded: "EncodedInputs", row: Row, settings: Settings) -> Report:
     answer = encoded.ask(row.prompt, **vars(settings.generation))
     for _ in answer:
         pass

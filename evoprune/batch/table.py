@@ -10,7 +10,7 @@ from evoprune.errors import UsageError
 from evoprune.strict_json import loads
 from evoprune.text import shorten
 
-LIST_COLUMNS = ("options", "groups")  # columns whose cells in a CSV file are lists
+LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists
 SEPARATOR = "|"  # between the entries of such a cell
 MAX_BYTES = 2**28  # of a file: all rows are held in memory
 LONGEST_HEAD = 80  # characters of a wrong head that an error shows
@@ -42,7 +42,7 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
     return content
 
 
-def read_lines(content: bytes, name: str, required: tuple[str, ...], hint: str) -> Iterator[Line]:
+def read_lines(content: bytes, name: str, required: tuple[tuple[str, ...], ...], hint: str) -> Iterator[Line]:
     """The lines of a file, in order: JSON objects, one a line, or CSV. The first character decides which.
 
     Empty lines are skipped. Empty cells of a CSV file are left out of a line's fields.
@@ -50,7 +50,7 @@ def read_lines(content: bytes, name: str, required: tuple[str, ...], hint: str) 
     Args:
         content: UTF-8, with or without a byte order mark.
         name, hint: of the file, and what it must hold, for errors.
-        required: columns without which a CSV file is refused.
+        required: columns without which a CSV file is refused: one of each.
 
     Raises:
         UsageError: the content is not UTF-8, or the head of a CSV file lacks a column.
@@ -72,12 +72,12 @@ def _json_lines(text: str) -> Iterator[Line]:
             yield number, fields if isinstance(fields, dict | ValueError) else ValueError("not a JSON object")
 
 
-def _csv_lines(text: str, file: str, required: tuple[str, ...], hint: str) -> Iterator[Line]:
+def _csv_lines(text: str, file: str, required: tuple[tuple[str, ...], ...], hint: str) -> Iterator[Line]:
     head = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
-        if missing := [name for name in required if name not in (reader.fieldnames or ())]:
-            needed = f"the first line must name the columns, unless the lines are JSON; `{missing[0]}` is missing"
+        if missing := [names for names in required if not set(names) & set(reader.fieldnames or ())]:
+            needed = f"the first line must name the columns, unless the lines are JSON; `{missing[0][0]}` is missing"
             found = shorten(", ".join(reader.fieldnames or ()), LONGEST_HEAD)
             raise UsageError(f"{file}: {needed} (found: {found})", hint)
         for row in reader:

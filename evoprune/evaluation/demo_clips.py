@@ -78,7 +78,14 @@ def demo_video(
     asked = [q for q in made.ask(clip, seed) if not groups or set(groups) & set(q.groups)]
     rows = tuple(
         Row(
-            f"{name}-{i}", name, str(path), q.question, options=q.options, answer=q.answer, type=q.type, groups=q.groups
+            f"{name}-{i}",
+            (name,),
+            (str(path),),
+            q.question,
+            options=q.options,
+            answer=q.answer,
+            type=q.type,
+            groups=q.groups,
         )
         for i, q in enumerate(asked)
     )

@@ -1,4 +1,4 @@
-"""Questions with known answers, video by video, from a JSONL or CSV file. No torch."""
+"""Questions with known answers, video by video (or picture by picture), from a JSONL or CSV file. No torch."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,8 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
     groups, kind = fields.get("groups", []), fields.get("type")
     if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
         raise ValueError("groups is not a list of texts")
+    if len(row.inputs) > 1:
+        raise ValueError("an evaluation asks about one video or picture at a time")
     if row.subtitles is not None:
         raise ValueError("subtitles are not read in an evaluation")
     answer = _answer(row)

@@ -189,12 +189,7 @@ class VideoQA:
             VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
             time of a picture, or one file of subtitles for several videos. OutOfMemory. TypeError: an unknown option.
         """
-        paths = [path] if isinstance(path, str | os.PathLike) else path
-        if not isinstance(paths, list | tuple) or not paths:
-            raise UsageError(f"the input is {brief(path)}, not a path", "give the path of a file or a folder of frames")
-        for each in paths:
-            if not isinstance(each, str | os.PathLike):
-                raise UsageError(f"an input is {brief(each)}, not a path", "give paths of files or folders of frames")
+        paths = _paths(path)
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
         if not isinstance(cache, Cache | None):
@@ -246,6 +241,17 @@ class VideoQA:
                 longest_prompt(self.engine, [each.view for each in opened], [question], options)
             encoded = [each if isinstance(each, EncodedVideo) else each.encode() for each in opened]
         return together(self.engine, encoded).ask(question, **vars(options))
+
+
+def _paths(given: Any) -> Sequence[Path]:
+    """What was given as one path, or as several."""
+    paths = [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(paths, list | tuple) or not paths:
+        raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
+    for each in paths:
+        if not isinstance(each, str | os.PathLike):
+            raise UsageError(f"an input is {brief(each)}, not a path", "give paths of files or folders of frames")
+    return paths
 
 
 def load_qa(

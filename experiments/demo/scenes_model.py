@@ -48,7 +48,7 @@ def keep_large(visual) -> None:
 
 def prompt(question: Question) -> str:
     """The text that the model gets: that of `evoprune eval`, options as lines with letters."""
-    return Row("", "", "", question.question, options=question.options).prompt
+    return Row("", (), (), question.question, options=question.options).prompt
 
 
 def scenes_tokenizer():

@@ -27,7 +27,7 @@ def test_json_lines(tmp_path):
     rows.append(ROW | {"id": "x", "question": "Which?\u2028", "options": ["red", "blue"], "start": None})
     (tmp_path / "q.jsonl").write_bytes(jsonl(*rows))
     first, second, third = load_rows(str(tmp_path / "q.jsonl"))
-    assert (first.video, first.path, first.prompt) == ("a.mp4", str(tmp_path / "a.mp4"), "What?")
+    assert (first.inputs, first.paths, first.prompt) == (("a.mp4",), (str(tmp_path / "a.mp4"),), "What?")
     assert (second.id, second.start_s, second.end_s, second.answer) == ("7", 90.0, 99.5, 3)
     assert (third.id, third.start_s, third.end_s, third.options) == ("x", 0.0, None, ("red", "blue"))
     assert (
@@ -42,14 +42,14 @@ def test_csv(delimiter, head):
     lines = [["id", "video", "question", "start", "options"], ["7", "/a b.mp4", '"What,; \tnow?\nthen?"', "1:30", ""]]
     lines.append(["", "b.mp4", "Which?", "", "red| blue"])
     first, second = read((head + "".join(delimiter.join(line) + "\r\n" for line in lines)).encode())
-    assert (first.id, first.path, first.question) == ("7", "/a b.mp4", "What,; \tnow?\nthen?")
+    assert (first.id, first.paths, first.question) == ("7", ("/a b.mp4",), "What,; \tnow?\nthen?")
     assert (first.start_s, first.options, second.options, second.start_s) == (90.0, (), ("red", "blue"), 0.0)
-    assert second.path == "there/b.mp4" and second.id != first.id
+    assert second.paths == ("there/b.mp4",) and second.id != first.id
 
 
 def test_the_prompt_holds_the_options_with_their_letters():
-    assert Row("1", "v", "v", "Which?").prompt == "Which?"
-    lines = Row("1", "v", "v", "Which?", options=("apple", "a pear", "plum")).prompt.splitlines()
+    assert Row("1", ("v",), ("v",), "Which?").prompt == "Which?"
+    lines = Row("1", ("v",), ("v",), "Which?", options=("apple", "a pear", "plum")).prompt.splitlines()
     assert lines[:4] == ["Which?", "A. apple", "B. a pear", "C. plum"] and "letter" in lines[4] and len(lines) == 5
 
 
@@ -198,9 +198,35 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
     assert "1m30s" in caught.value.hint and "relative" in caught.value.hint and "yt-dlp" not in caught.value.hint
 
 
+def test_a_row_may_have_several_inputs():
+    (row,) = read(jsonl({"inputs": ["a.mp4", "b.jpg"], "question": "Which?"}))
+    assert (row.inputs, row.paths) == (("a.mp4", "b.jpg"), ("there/a.mp4", "there/b.jpg"))
+    assert row.asked["inputs"] == ["a.mp4", "b.jpg"] and "video" not in row.asked
+    (of_csv,) = read(b"question,inputs\nWhich?,a.mp4|b.jpg\n")
+    assert of_csv == row
+    (other,) = read(jsonl({"inputs": ["b.jpg", "a.mp4"], "question": "Which?"}))
+    assert other.id != row.id and len(group_by_span([row, other])) == 2
+    (alone,), (named,) = (read(jsonl(ROW | own)) for own in ({}, {"inputs": [ROW["video"]], "video": None}))
+    assert alone == named
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [([], "not a list of paths"), ("a.mp4", "not a list"), ([3], "input is not a text"), ([" "], "input is empty")],
+)
+def test_inputs_that_are_none_are_refused(inputs, says):
+    with pytest.raises(UsageError, match=says):
+        read(jsonl({"inputs": inputs, "question": "Which?"}))
+
+
+def test_video_and_inputs_exclude_each_other():
+    with pytest.raises(UsageError, match="exclude each other"):
+        read(jsonl(ROW | {"inputs": ["b.mp4"]}))
+
+
 some_rows = st.lists(
     st.builds(
-        lambda number, video, start: Row(str(number), video, video, "What?", start),
+        lambda number, video, start: Row(str(number), (video,), (video,), "What?", start),
         st.integers(),
         st.sampled_from("abc"),
         st.sampled_from([0.0, 1.0]),
@@ -213,11 +239,11 @@ some_rows = st.lists(
 def test_rows_that_one_encoding_serves_are_together(rows):
     spans = group_by_span(rows)
     assert sorted((row for span in spans for row in span.rows), key=id) == sorted(rows, key=id)
-    keys = [(span.path, span.sampling["start_s"]) for span in spans]
+    keys = [(span.paths, span.sampling["start_s"]) for span in spans]
     assert len(set(keys)) == len(keys)  # one encoding each
     for span, key in zip(spans, keys, strict=True):
-        assert list(span.rows) == [row for row in rows if (row.path, row.start_s) == key]  # in their order
+        assert list(span.rows) == [row for row in rows if (row.paths, row.start_s) == key]  # in their order
     videos = [path for path, _ in keys]
     assert [v for i, v in enumerate(videos) if i == 0 or videos[i - 1] != v] == list(
-        dict.fromkeys(r.path for r in rows)
+        dict.fromkeys(r.paths for r in rows)
     )

@@ -71,7 +71,8 @@ def test_other_settings_are_refused(failed):
 
 @pytest.mark.parametrize("name", ["video", "question", "start_s", "end_s", "options"])
 def test_a_row_that_changed_is_refused(name):
-    rows = [replace(ROWS[0], **{name: ("a", "b") if name == "options" else 3.0 if "_s" in name else "x"}), *ROWS[1:]]
+    value = ("a", "b") if name == "options" else 3.0 if "_s" in name else ("x",) if name == "video" else "x"
+    rows = [replace(ROWS[0], **{"inputs" if name == "video" else name: value}), *ROWS[1:]]
     with pytest.raises(UsageError, match=f"is not what it was: {name} was "):
         remaining(rows, SETTINGS, [found(ROWS[0])])
     assert remaining([replace(ROWS[0], answer="yes")], SETTINGS, [found(ROWS[0])]) == []  # nobody is asked that
@@ -88,7 +89,7 @@ def test_each_record_is_what_asking_alone_gives(qa):
     made = list(answers(qa, group_by_span(rows), settings))
     assert [report.id for report in made] == [row.id for row in rows]
     for row, report in zip(rows, made, strict=True):
-        video = qa.encode(row.path, fps=1.0, start_s=1.0)
+        video = qa.encode(row.paths[0], fps=1.0, start_s=1.0)
         answer = video.ask(row.question, system="Be brief.", max_new_tokens=8, temperature=0.7)
         said, alone = "".join(answer), answer.report
         assert (report.answer, report.question, report.error) == (said, row.question, None)
@@ -100,11 +101,32 @@ def test_each_record_is_what_asking_alone_gives(qa):
 
 
 def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
-    encoded, real = [], OpenVideo.encode
-    monkeypatch.setattr(OpenVideo, "encode", lambda self: encoded.append(self.view.info.path) or real(self))
+    encoded, real = [], OpenVideo.encoding
+    monkeypatch.setattr(
+        OpenVideo, "encoding", lambda self, *how: encoded.append(self.view.info.path) or real(self, *how)
+    )
     rows = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
     made = list(answers(qa, group_by_span(rows), changed(max_new_tokens=1)))
     assert encoded == [clip for clip in CLIPS for _ in range(2)] and len({report.id for report in made}) == 12
+
+
+def test_rows_about_several_inputs(qa):
+    """Inputs are part of what a row asks, in their order; one that is missing fails the row."""
+    both, swapped, gone = (
+        replace(ROWS[0], id=name, inputs=inputs, paths=inputs)
+        for name, inputs in (("a", CLIPS[:2]), ("b", CLIPS[1::-1]), ("c", (CLIPS[0], "gone.mp4")))
+        for inputs in [tuple(inputs)]
+    )
+    settings = changed(max_new_tokens=4)
+    first, second, failed = answers(qa, group_by_span([both, swapped, gone]), settings)
+    assert [each.path for each in first.inputs] == list(CLIPS[:2])
+    assert [each.path for each in second.inputs] == list(CLIPS[1::-1])
+    assert first.answer == qa.ask(list(CLIPS[:2]), both.prompt, max_new_tokens=4).text
+    assert failed.error["type"] == "video" and [each.path for each in failed.inputs] == [CLIPS[0], "gone.mp4"]
+    before = [found(both)]
+    assert remaining([both], settings, [replace(before[0], settings=settings.record())]) == []
+    with pytest.raises(UsageError, match="inputs was"):
+        remaining([replace(swapped, id="a")], settings, [replace(before[0], settings=settings.record())])
 
 
 def test_options_are_asked_with_their_letters(qa):
@@ -141,7 +163,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 @pytest.mark.parametrize(
     ("where", "problem", "kind", "stage", "failing"),
     [
-        ("evoprune.pipeline.view.probe", VideoError("gone"), "video", "read", 2),
+        ("evoprune.pipeline.opening.probe", VideoError("gone"), "video", "read", 2),
         ("evoprune.pipeline.patches.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.pipeline.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
         ("evoprune.pipeline.prompting.prefill", FULL, "out_of_memory", "prefill", 1),

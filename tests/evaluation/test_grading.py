@@ -20,7 +20,7 @@ FRUIT = ("apple", "a pear", "red plum", "plum")
     ],
 )
 def test_open_questions_want_the_exact_words(said, expected, right):
-    assert grade(Row("1", "v", "v", "What colour?", answer=expected), said) is right
+    assert grade(Row("1", ("v",), ("v",), "What colour?", answer=expected), said) is right
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_open_questions_want_the_exact_words(said, expected, right):
 )
 def test_which_option_is_named(said, choice):
     assert chosen_option(said, FRUIT) == choice
-    row = Row("1", "v", "v", "Which?", options=FRUIT, answer="a pear")
+    row = Row("1", ("v",), ("v",), "Which?", options=FRUIT, answer="a pear")
     assert grade(row, said) is (None if choice is None else choice == 1)
 
 

@@ -40,7 +40,7 @@ def videos(names=CLIPS):
     made = []
     for name in names:
         rows = tuple(
-            Row(f"{name}-{i}", name, name, q, answer="blue", type=f"t{i}", groups=("g",))
+            Row(f"{name}-{i}", (name,), (name,), q, answer="blue", type=f"t{i}", groups=("g",))
             for i, q in enumerate(("What?", "Why?"))
         )
         made.append(Video(name, SAMPLES / name, rows))

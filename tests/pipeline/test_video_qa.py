@@ -551,7 +551,9 @@ def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
     """The same as looking at the video so from the start: decoding, positions and all."""
     less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
     limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
-    other = VideoQA(replace(loaded, video=limits), budget=1.0).encode(CLIP, frames=less.plan.sampling.frames)
+    other = VideoQA(replace(loaded, limits={"video": limits}), budget=1.0).encode(
+        CLIP, frames=less.plan.sampling.frames
+    )
     assert other.plan.grid == less.plan.grid and other.plan.sampling.times_s == less.plan.sampling.times_s
     assert torch.equal(other.encoded.features, less.encoded.features)
     assert answer(other) == answer(less)

@@ -51,7 +51,9 @@ def probe(path: str, folder_fps: float) -> VideoInfo:
 
 def _in_motion(path: str) -> bool:
     """Whether a file that begins with a JPEG goes on with more of them, which are the frames of a video."""
-    if picture_format(path) != "JPEG":
+    if picture_format(path) != "JPEG" or picture.has_format(
+        path, "MPO"
+    ):  # whose others are smaller, or a map of brightness
         return False
     try:
         with open_video(path) as container:

@@ -45,6 +45,15 @@ def is_picture(path: str) -> bool:
         return kind == "PNG"
 
 
+def has_format(path: str, name: str) -> bool:
+    """Whether Pillow takes a JPEG for this format; False if it cannot be opened."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["JPEG"]) as image:
+            return image.format == name
+    except Exception:  # damaged, which is said when it is read
+        return False
+
+
 def probe(path: str) -> VideoInfo:
     """The facts about a picture, from its header.
 

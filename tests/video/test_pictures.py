@@ -1,0 +1,201 @@
+"""Pictures of every kind: what Hugging Face sees of them, or a refusal."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from transformers.image_transforms import convert_to_rgb
+
+from evoprune.errors import VideoError
+from evoprune.video.frames import read_frames
+from evoprune.video.info import PICTURE, VIDEO
+from evoprune.video.probe import probe, scan
+from tests.video.files import numbered_frames, write_video
+
+SIZE = (37, 23)
+RGB = np.random.default_rng(0).integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)
+ALPHA = np.dstack([RGB, np.indices(SIZE[::-1]).sum(0).astype(np.uint8) * 4])
+GREY16 = (np.arange(SIZE[0] * SIZE[1]).reshape(SIZE[::-1]) * 77).astype(np.uint16)
+
+
+def image(pixels, mode=None):
+    made = Image.fromarray(pixels)
+    return made.convert(mode) if mode else made
+
+
+def jpeg(made):
+    content = io.BytesIO()
+    made.save(content, "JPEG")
+    return content.getvalue()
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+# The table of formats: how a file is made, and what becomes of it.
+KINDS = {
+    "rgb.jpg": (image(RGB), {}),
+    "grey.jpg": (image(RGB, "L"), {}),
+    "cmyk.jpg": (image(RGB, "CMYK"), {}),
+    "progressive.jpg": (image(RGB), {"progressive": True}),
+    "thumbnail.jpg": (image(RGB), {"comment": jpeg(image(RGB[:9, :9]))}),
+    "turned.jpg": (image(RGB), {"exif": exif(6)}),
+    "mirrored.jpg": (image(RGB), {"exif": exif(5)}),
+    "rgb.png": (image(RGB), {}),
+    "alpha.png": (image(ALPHA), {}),
+    "grey.png": (image(RGB, "L"), {}),
+    "grey_alpha.png": (image(ALPHA, "LA"), {}),
+    "palette.png": (image(RGB, "P"), {}),
+    "palette_transparent.png": (image(RGB, "P"), {"transparency": 3}),
+    "black_and_white.png": (image(RGB, "1"), {}),
+    "turned.png": (image(RGB), {"exif": exif(3)}),
+    "rgb.webp": (image(RGB), {"lossless": True}),
+    "alpha.webp": (image(ALPHA), {"lossless": True}),
+    "rgb.tiff": (image(RGB), {}),
+    "cmyk.tiff": (image(RGB, "CMYK"), {}),
+    "deflated.tiff": (image(RGB), {"compression": "tiff_deflate"}),
+    "rgb.bmp": (image(RGB), {}),
+    "one.gif": (image(RGB, "P"), {}),
+    "rgb.avif": (image(RGB), {}),
+    "picture.mp4": (image(RGB), {"format": "PNG"}),  # the ending does not matter
+    "no_ending": (image(RGB), {"format": "JPEG"}),
+}
+
+
+def written(path, made, how):
+    made.save(path, **how)
+    return str(path)
+
+
+def read(info, size=None):
+    (chunk,) = read_frames(info if size is None else size, [0.0])
+    return chunk.frames[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_what_hugging_face_sees(name, tmp_path):
+    path = written(tmp_path / name, *KINDS[name])
+    info = probe(path)
+    theirs = convert_to_rgb(ImageOps.exif_transpose(Image.open(path)), return_numpy=True)
+    assert (info.kind, info.height, info.width, info.duration_s) == (PICTURE, *theirs.shape[:2], None)
+    assert np.array_equal(read(info), theirs)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("grey.png", None), ("grey.tiff", None), ("wide.tiff", "I")])
+def test_16_bits_become_8_by_their_upper_half(name, mode, tmp_path):
+    made = Image.fromarray(GREY16) if mode is None else Image.fromarray(GREY16.astype(np.int32))
+    shown = read(probe(written(tmp_path / name, made, {})))
+    assert np.array_equal(shown, np.repeat((GREY16 >> 8).astype(np.uint8)[..., None], 3, 2))
+
+
+def test_a_jpeg_with_a_second_picture_behind_it_is_the_first(tmp_path):
+    path = tmp_path / "phone.jpg"
+    image(RGB).save(path, "MPO", save_all=True, append_images=[image(RGB[::2, ::2])])
+    info = probe(path)
+    assert (info.codec, info.width, info.height) == ("jpeg", *SIZE) and read(info).shape == RGB.shape
+
+
+def frames(kind):
+    return [Image.fromarray(frame).convert(kind) for frame in numbered_frames(3)]
+
+
+def animation(path, **how):
+    first, *others = frames("RGB")
+    first.save(path, save_all=True, append_images=others, **how)
+    return path
+
+
+@pytest.mark.parametrize("name", ["moving.gif", "moving.png"])
+def test_animated_gif_and_png_are_videos(name, tmp_path):
+    info = probe(animation(tmp_path / name, duration=100))
+    assert info.kind == VIDEO and info.duration_s == pytest.approx(0.3)
+
+
+def heic(path):
+    path.write_bytes(struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(99))
+    return path
+
+
+def raw(path):
+    """A camera's: a small preview first."""
+    image(RGB).save(path, tiffinfo={254: 1})
+    return path
+
+
+def floating(path):
+    Image.fromarray(RGB[..., 0].astype(np.float32)).save(path)
+    return path
+
+
+def bomb(path, size=(60_000, 60_000)):
+    rest = zlib.compress(bytes(2**20))
+    head = struct.pack(">II", *size) + b"\x08\x02\0\0\0"
+    chunks = [(b"IHDR", head), (b"IDAT", rest), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def truncated(path):
+    content = io.BytesIO()
+    image(np.tile(RGB, (9, 9, 1))).save(content, path.suffix[1:].replace("jpg", "jpeg"))
+    path.write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+    return path
+
+
+REFUSED = {
+    "animation.webp": (animation, "is an animation"),
+    "pages.tiff": (animation, "has 3 pages"),
+    "photo.heic": (heic, "HEIC, which is not read"),
+    "raw.tiff": (raw, "only a preview"),
+    "float.tiff": (floating, "floating-point"),
+    "bomb.png": (bomb, "too large: evoprune reads at most 134 megapixels"),
+    **{f"truncated.{end}": (truncated, "cannot read the picture") for end in ("jpg", "png", "webp", "bmp", "tiff")},
+    "picture.ppm": (lambda path: written(path, image(RGB), {}), "picture of a kind that is not read"),
+    "picture.jp2": (lambda path: written(path, image(RGB), {}), "picture of a kind that is not read"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_shown_as_it_is_is_refused(name, tmp_path):
+    make, says = REFUSED[name]
+    path = make(tmp_path / name)
+    with pytest.raises(VideoError, match=says) as caught:
+        read(probe(path))
+    assert caught.value.hint and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("cut", [12, 40, 300])
+@pytest.mark.parametrize("name", ["rgb.jpg", "alpha.png", "rgb.webp", "rgb.tiff", "rgb.bmp", "one.gif", "rgb.avif"])
+def test_damaged_pictures_are_refused_or_read(name, cut, tmp_path):
+    """Never a crash, nor a bug."""
+    content = bytearray(Path(written(tmp_path / name, *KINDS[name])).read_bytes())
+    random = np.random.default_rng(cut)
+    for at in random.integers(12, len(content), 20):
+        content[at] = random.integers(256)
+    (tmp_path / name).write_bytes(content[: len(content) - cut % len(content) // 2])
+    try:
+        info = probe(tmp_path / name)
+        shown = read(info)
+    except VideoError as problem:
+        assert "bug" not in problem.message
+    else:
+        assert shown.shape == (info.height, info.width, 3)
+
+
+def test_a_jpeg_ending_on_a_video_is_a_video(tmp_path):
+    made = write_video(tmp_path / "a.mp4", numbered_frames(4))
+    info = probe(made.rename(tmp_path / "a.jpg"))
+    assert info.kind == VIDEO and info.codec == "h264"
+
+
+def test_there_is_nothing_to_scan_in_a_picture(tmp_path):
+    with pytest.raises(VideoError, match="nothing to scan"):
+        scan(written(tmp_path / "a.png", *KINDS["rgb.png"]))
