@@ -17,7 +17,7 @@ SCHEMA = "evoprune/answer@1"
 # Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.
 EMPTY = {
     "no_video": "no video in this call",
-    "pictures_only": "pictures are not pruned",
+    "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
 }
 # Control characters that JSON allows in texts, and marks of direction and of lines.

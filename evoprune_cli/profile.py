@@ -24,6 +24,7 @@ from evoprune_cli.terminal import WIDTH, check_output
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 SIZE = (224, 336)  # pixels of a frame, height and width
+PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 SOME_FAILED = 6
 
 
@@ -34,6 +35,7 @@ def profile(
     frames: own.Frames = None,
     size: own.Size = None,
     synthetic: own.Synthetic = None,
+    pictures: own.Pictures = False,
     model: own.Model = MODEL,
     load_format: own.LoadFormat = None,
     revision: opt.Revision = None,
@@ -65,6 +67,7 @@ def profile(
     evoprune profile
     evoprune profile -b 0.25,0.1 --frames 8,16,32 --chart sweep.svg
     evoprune profile --synthetic static90 --frames 32 -b fast --format json
+    evoprune profile --pictures -b 0.25,0.1 --time-limit 3600
     """
     kinds = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
     sweep = {**opt.sweep(budget, method, method_arg), "quantize": kinds}
@@ -75,6 +78,10 @@ def profile(
     }  # fmt: skip
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
     _check_flags(kinds, form, load_format, synthetic, video)
+    if pictures and (video is not None or frames):
+        raise UsageError("--pictures excludes a video and --frames", "leave them out; --size takes other sizes")
+    if pictures:
+        counts, sizes = [1], sizes or [*PICTURES]
     check_output() if output is None else check_writable(output)
     check_chart(chart)
     clips = partial(_clips, video, synthetic or SYNTHETIC[0], counts, sizes)
@@ -146,12 +153,17 @@ def _clips(
             partial(_synthetic_frames, synthetic),
         )
         return
+    from evoprune.video.info import PICTURE
     from evoprune.video.plan import VideoLimits, make_plan
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
 
     with local_file(video) as path:
         info = probe(path)
+        if info.kind == PICTURE:
+            limits = VideoLimits(min_pixels=56 * 56, max_pixels=PICTURES[-1][0] * PICTURES[-1][1])
+            plan = make_plan(info, limits)
+            counts, sizes = [1], sizes or [(plan.height, plan.width)]
         for count in counts:
             make_plan(info, VideoLimits(), frames=count)  # refuses a count that the video does not allow
         cases = _cases(counts, sizes or [_natural_size(info)])

@@ -47,6 +47,14 @@ Synthetic = Annotated[
         rich_help_panel=SWEEP,
     ),
 ]
+Pictures = Annotated[
+    bool,
+    typer.Option(
+        "--pictures",
+        help="Pictures instead of clips: of 1344x1344 and 2688x2688 pixels (2,304 and 9,216 visual tokens), or of --size.",
+        rich_help_panel=SWEEP,
+    ),
+]
 Model = Annotated[
     str,
     typer.Option(

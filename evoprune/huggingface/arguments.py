@@ -1,6 +1,7 @@
 """Checks what a caller gives to the encoder of a Hugging Face model: its processor's output, seconds and a question."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from math import isfinite
 from numbers import Real
 
@@ -12,6 +13,20 @@ from evoprune.model.numerics import all_numbers
 PROCESSOR = (
     "pass pixel_values_videos and video_grid_thw of one call of the processor (return_tensors='pt'), in this order"
 )
+
+
+def settings_alone(init: Callable) -> Callable:
+    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs."""
+
+    @wraps(init)
+    def checked(self, *args, **given) -> None:
+        for model in (*args, *given.values()):
+            if isinstance(model, torch.nn.Module):
+                hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
+                raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
+        init(self, *args, **given)
+
+    return checked
 
 
 def check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:

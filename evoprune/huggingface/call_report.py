@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
+from evoprune.huggingface.visuals import Visuals
 from evoprune.methods.base import Method
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, memory_in_use, peak_memory
@@ -14,29 +15,37 @@ from evoprune.vision.encoded import Encoded
 
 
 def call_report(
-    model, call: dict, pruned: dict, encoded: Encoded, name: str, method: Method, budget: float, positions: str
+    model,
+    call: dict,
+    pruned: dict,
+    visuals: Visuals,
+    encoded: Encoded,
+    name: str,
+    method: Method,
+    budget: float,
+    positions: str,
 ) -> Report:
-    """The report of one call with a video; the caller adds the times.
+    """The report of one call with videos or pictures that are pruned; the caller adds the times.
 
     Args:
         model: the Hugging Face model.
         call, pruned: the call's arguments by name, as the user gave them and as the model gets them.
-        encoded: all videos of the call.
+        visuals, encoded: what was pruned, and what became of it.
         name, method: the pruning method as the user named it, and itself.
         budget: share of the visual tokens to keep.
         positions: where the settings place tokens; the call's own `position_ids` override it.
     """
     device, units = str(model.device), len(encoded.owner)
-    mask, grids = pruned.get("attention_mask"), call["video_grid_thw"].tolist()
+    mask, grids = pruned.get("attention_mask"), visuals.grids.tolist()
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
-    image = int((call["input_ids"] == model.config.image_token_id).sum())
-    visual = len(encoded.kept) + image
+    tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
+    visual = len(encoded.kept) + int(tokens.sum()) - units  # those that are not pruned stay
     one = len(grids) == 1
-    timed = one and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
+    timed = one and visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
     return Report(
         sampling=Sampling(
             grid_thw=grids[0] if one else None,
-            seconds_per_pair=interface.seconds_per_pair(call)[0] if timed else None,
+            seconds_per_pair=visuals.seconds[0] if timed else None,
         ),
         pruning=Pruning(
             method=name,

@@ -1,18 +1,18 @@
-"""Prunes videos inside a Hugging Face model, on the inputs of its own processor.
+"""Prunes videos, and pictures if asked to, inside a Hugging Face model, on the inputs of its own processor.
 
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         out = model.generate(**inputs)
     run.report
 
-The package encodes the videos. It then calls the model's own `generate` or `forward` without the columns of pruned tokens. What
-`generate` returns starts with the whole prompt again, and callbacks that receive ids see the whole prompt. Pictures and text are
-never pruned. Flash and flex attention take no mask of numbers, so under them every token weighs as one unit, whatever its cluster
+The package encodes them. It then calls the model's own `generate` or `forward` without the columns of pruned tokens. What
+`generate` returns starts with the whole prompt again, and callbacks that receive ids see the whole prompt. Text is never
+pruned. Flash and flex attention take no mask of numbers, so under them every token weighs as one unit, whatever its cluster
 size is.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -20,13 +20,15 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.huggingface import interface
+from evoprune.huggingface.arguments import settings_alone
 from evoprune.huggingface.call_report import LatestCall, LatestCalls, call_report
 from evoprune.huggingface.cluster_bias import with_cluster_bias
 from evoprune.huggingface.columns import Columns, with_whole_prompt
 from evoprune.huggingface.encoding import encode_with, patch_method
-from evoprune.huggingface.inputs import PAST, Past, continued, find_videos, remember, why_not, without_pruned
+from evoprune.huggingface.inputs import PAST, Past, continued, remember, why_not, without_pruned
 from evoprune.huggingface.packed_tower import PackedTower
 from evoprune.huggingface.patches import Patches, end_of
+from evoprune.huggingface.visuals import find_visuals
 from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.model.clock import Clock
 from evoprune.pipeline.keywords import check_types, names_options
@@ -58,6 +60,7 @@ class PruningContext:
         pack: on a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode
             (`huggingface.packed_tower`). They are made when the context is entered, last as long as it does, and take as many
             bytes again as the layers themselves: 1.2 GiB at 3B in bfloat16. The model itself does not change.
+        pictures: prune pictures too, each to the same share of its tokens. Otherwise they stay whole.
 
     Raises:
         UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question; called with a
@@ -71,6 +74,7 @@ class PruningContext:
     positions: Literal["host", "qwen"] = "host"
     seed: int = 0
     pack: bool = False
+    pictures: bool = False
 
     def __post_init__(self):
         if self.budget != TUNED:
@@ -99,21 +103,7 @@ class PruningContext:
         return f"EvoPrune({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
-def _settings_alone(init: Callable) -> Callable:
-    """Decorates `PruningContext.__init__`: a model among the settings is an error that says where it belongs."""
-
-    @wraps(init)
-    def checked(self, *args, **given) -> None:
-        for model in (*args, *given.values()):
-            if isinstance(model, torch.nn.Module):
-                hint = "first the settings, then the model: EvoPrune(budget=0.1)(model)"
-                raise UsageError(f"an object of class {type(model).__name__} is no setting", hint)
-        init(self, *args, **given)
-
-    return checked
-
-
-PruningContext.__init__ = _settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
+PruningContext.__init__ = settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
 # What users call it, in a help page and a traceback. A method has the name EvoPrune as well.
 PruningContext.__module__, PruningContext.__name__, PruningContext.__qualname__ = "evoprune", "EvoPrune", "EvoPrune"
 
@@ -128,19 +118,20 @@ def apply(
     positions: Literal["host", "qwen"] = "host",
     seed: int = 0,
     pack: bool = False,
+    pictures: bool = False,
 ) -> "PrunedModel":
     """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
 
     Args:
         model: the Hugging Face model.
-        budget, method, method_args, positions, seed, pack: see `evoprune.EvoPrune`.
+        budget, method, method_args, positions, seed, pack, pictures: see `evoprune.EvoPrune`.
 
     Raises:
         ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
         UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
         TypeError: an unknown option.
     """
-    return PruningContext(budget, method, method_args, positions, seed, pack)(model).__enter__()
+    return PruningContext(budget, method, method_args, positions, seed, pack, pictures)(model).__enter__()
 
 
 def remove(model) -> None:
@@ -269,7 +260,7 @@ class PrunedModel:
             remember(past, (call.get("past_key_values"),))  # before the run, which a callback may end
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
         remember(past, (getattr(out, "past_key_values", None),))
-        if call.get("pixel_values_videos") is not None:
+        if self._prunes(call):
             report.time_ms.total = (clock.now() - start) * 1000
         prompt, places = call["input_ids"], pruned["input_ids"].shape[1]
         if isinstance(out, torch.Tensor):
@@ -285,7 +276,7 @@ class PrunedModel:
         """
         cache = call.get("past_key_values")
         length = 0 if cache is None else int(cache.get_seq_length())
-        if interface.has_video(call):
+        if self._prunes(call):
             if length:
                 raise UsageError(
                     "a video cannot go on from past_key_values", "pass the whole conversation without them"
@@ -300,7 +291,7 @@ class PrunedModel:
             return call, None
         past = getattr(cache, PAST, None)
         if past is None or not length:  # an emptied cache takes a new prompt, which is whole
-            self._latest.set(LatestCall.empty("no_video" if call.get("pixel_values") is None else "pictures_only"))
+            self._latest.set(LatestCall.empty("pictures_only" if interface.has_picture(call) else "no_video"))
         if past is None:
             return call, None
         if not length:
@@ -309,22 +300,24 @@ class PrunedModel:
         past = past.held(length)
         return continued(self.model, call, past, length, generating), past
 
+    def _prunes(self, call: dict) -> bool:
+        """Whether a call brings something to prune."""
+        return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
+
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
-        """Encodes the videos of a call; returns as `_without_pruned`."""
+        """Encodes the videos of a call, and the pictures that are pruned; returns as `_without_pruned`."""
         settings, visual, packed = self.settings, interface.tower_of(self.model), self._packed
-        video = find_videos(self.model, call)
+        visuals = find_visuals(self.model, call, settings.pictures)
         interface.warn_of_hooks(visual)
         clock = Clock(visual.patch_embed.proj.weight.device)
-        how = {"seconds_per_pair": interface.seconds_per_pair(call), "seed": settings.seed}
+        how = {"seconds_per_pair": visuals.seconds, "seed": settings.seed}
         with clock.stage("encode"):
             tower = visual if packed is None else packed.current()
-            encoded = encode_with(
-                tower, call["pixel_values_videos"], call["video_grid_thw"], self._share, self._method, **how
-            )
-        pruned, past = without_pruned(self.model, call, video, encoded, settings.positions, generating)
-        report = call_report(
-            self.model, call, pruned, encoded, settings.method, self._method, self._share, settings.positions
-        )
+            encoded = encode_with(tower, visuals.pixels, visuals.grids, self._share, self._method, **how)
+        whose = settings.pictures and interface.has_picture(call)
+        pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating, whose)
+        named = (settings.method, self._method, self._share, settings.positions)
+        report = call_report(self.model, call, pruned, visuals, encoded, *named)
         report.memory.weights_bytes += packed.nbytes if packed else 0
         report.pruning.tuned = self._tuned.origin if self._tuned else None
         report.time_ms.encode = clock.seconds["encode"] * 1000

@@ -38,8 +38,9 @@ def encode(
     Args:
         model: a Hugging Face `Qwen2_5_VLForConditionalGeneration` or `Qwen2VLForConditionalGeneration`, or any object with such a
             tower at `model.visual`.
-        pixel_values_videos: float `[patches, 1176]`, from the model's processor.
-        video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across.
+        pixel_values_videos: float `[patches, 1176]`, from the model's processor; of pictures its `pixel_values`.
+        video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; of pictures its
+            `image_grid_thw`.
         budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
         method, method_args: name of a pruning method, and its settings by name.
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.

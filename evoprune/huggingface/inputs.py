@@ -16,6 +16,7 @@ from evoprune.errors import UsageError
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
 from evoprune.huggingface.gradients import no_gradients, refusing_gradients, trained_weights
+from evoprune.huggingface.visuals import Visuals
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoded import Encoded
 
@@ -62,19 +63,21 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
         generating: whether this is a call of `generate`, and not of the model itself.
         optional: whether the model's own code does the same, since nothing is pruned.
     """
-    visual, pixels = model.model.visual, call.get("pixel_values_videos")
-    if pixels is None:
-        return UsageError(f"a video in {interface.ENCODED} is encoded already", "pass pixel_values_videos instead")
+    visual = model.model.visual
+    given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
+    if call.get(interface.ENCODED) or given == [None, None]:
+        return UsageError(f"what is in {interface.ENCODED} is encoded already", "pass the processor's pixels instead")
     # In eval mode gradients are seldom wanted, though weights ask for them by default; `backward` raises if they are.
     training = visual.training or optional
-    if torch.is_grad_enabled() and (pixels.requires_grad or (training and trained_weights(visual))):
+    traced = any(pixels is not None and pixels.requires_grad for pixels in given)
+    if torch.is_grad_enabled() and (traced or (training and trained_weights(visual))):
         return no_gradients()
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     if ids is None or call.get("inputs_embeds") is not None:
         return UsageError(
             "inputs_embeds beside a video cannot be pruned", "pass input_ids, which have the video's tokens"
         )
-    for name in ("input_ids", "attention_mask", "video_grid_thw"):
+    for name in ("input_ids", "attention_mask", "video_grid_thw", "image_grid_thw"):
         if not isinstance(call.get(name), torch.Tensor | None):
             hint = "call the processor with return_tensors='pt'"
             return UsageError(f"{name} are of class {type(call[name]).__name__}, not a tensor", hint)
@@ -108,36 +111,19 @@ def _packed(call: dict) -> bool:
     return not torch.equal(at[0], ascending(at.shape[2], at.device).expand_as(at[0]))
 
 
-def find_videos(model, call: dict) -> torch.Tensor:
-    """The columns of a new prompt that are video placeholders: bool `[B, L]`.
-
-    Raises:
-        UsageError: the videos do not fit the prompt.
-    """
-    grids, video = call.get("video_grid_thw"), call["input_ids"] == model.config.video_token_id
-    units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
-    if not units or units != int(video.sum()):
-        raise UsageError(
-            f"input_ids have {int(video.sum())} video tokens, video_grid_thw makes {units}",
-            "pass all that one call of the processor returned",
-        )
-    if len(interface.seconds_per_pair(call)) != len(grids):
-        raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
-    return video
-
-
 def without_pruned(
-    model, call: dict, video: torch.Tensor, encoded: Encoded, positions: str, generating: bool
+    model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool, pictures: bool
 ) -> tuple[dict, Past]:
     """The call without the columns of pruned tokens.
 
     Args:
         model: a Hugging Face model.
         call: the arguments of a new prompt; not modified.
-        video: bool `[B, L]`, from `find_videos`.
-        encoded: all videos of the call.
+        visuals: from `find_visuals`.
+        encoded: all of them.
         positions: "host" or "qwen"; `position_ids` in the call override it.
         generating: whether this is a call of `generate`.
+        pictures: whether pictures are among `visuals`; else the model encodes those of the call.
 
     Returns:
         The new call, and the `Past` of its cache.
@@ -145,14 +131,14 @@ def without_pruned(
     Raises:
         UsageError: prefill in chunks with a transformers that would leave the videos out (`interface.encoded_inputs`).
     """
-    ids, mask = call["input_ids"], call.get("attention_mask")
+    ids, mask, visual = call["input_ids"], call.get("attention_mask"), visuals.columns
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
     used = torch.ones_like(ids) if mask is None else mask
     dropped = torch.ones(len(encoded.owner), dtype=torch.bool, device=ids.device)
     dropped[encoded.kept.to(ids.device)] = False
     # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
-    columns = Columns.without(torch.zeros_like(video).masked_scatter(video, dropped), mask if dropped.any() else None)
+    columns = Columns.without(torch.zeros_like(visual).masked_scatter(visual, dropped), mask if dropped.any() else None)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     if mask is not None or columns.padded:
@@ -167,9 +153,10 @@ def without_pruned(
     per_pair = iter(encoded.kept_per_pair)
     tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
     features = refusing_gradients(encoded.features, model.model.visual)
-    pruned_call |= interface.encoded_inputs(model, call, features.split(tokens))
+    videos, images = visuals.apart(features.split(tokens))
+    pruned_call |= interface.encoded_inputs(model, call, videos, images if pictures else None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
-    return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(video, columns, encoded))
+    return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(visual, columns, encoded))
 
 
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:

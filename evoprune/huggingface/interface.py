@@ -88,7 +88,9 @@ class _Features(torch.Tensor):
     """Features of videos in the place of their pixels."""
 
 
-def encoded_inputs(model, call: dict, videos: Sequence[torch.Tensor]) -> dict:
+def encoded_inputs(
+    model, call: dict, videos: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor] | None = None
+) -> dict:
     """Arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
 
     Before transformers 5.18 the features take the place of the pixels, in grids of one row. So generation repeats them for beams,
@@ -98,13 +100,16 @@ def encoded_inputs(model, call: dict, videos: Sequence[torch.Tensor]) -> dict:
         model: a Hugging Face model after `accept_features`.
         call: the arguments of the whole prompt.
         videos: the features of each video, `[tokens, hidden]`.
+        pictures: those of each picture; None where the model is to encode them.
 
     Raises:
-        UsageError: prefill in chunks, out of which transformers before 5.18 leaves videos.
+        UsageError: prefill in chunks, out of which transformers before 5.18 leaves videos; or encoded pictures there.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     if not _takes_encoded(type(model)):
+        if pictures is not None:
+            raise UsageError("this transformers takes no encoded pictures", "use transformers 5.20 or later")
         if setting(model, call, "prefill_chunk_size") is not None:
             raise UsageError(
                 "prefill_chunk_size leaves videos out in this transformers",
@@ -113,8 +118,12 @@ def encoded_inputs(model, call: dict, videos: Sequence[torch.Tensor]) -> dict:
         pictures = {name: call[name] for name in ("pixel_values", "image_grid_thw") if call.get(name) is not None}
         grids = torch.tensor([[1, 1, len(features)] for features in videos], dtype=torch.int64, device=videos[0].device)
         return pictures | {"pixel_values_videos": torch.cat(videos).as_subclass(_Features), "video_grid_thw": grids}
-    found = (call.get(ENCODED) or {}) | {"video": BaseModelOutputWithPooling(pooler_output=videos)}
-    if call.get("pixel_values") is not None:
+    found = dict(call.get(ENCODED) or {})
+    if videos:
+        found["video"] = BaseModelOutputWithPooling(pooler_output=videos)
+    if pictures is not None:
+        found["image"] = BaseModelOutputWithPooling(pooler_output=pictures)
+    elif call.get("pixel_values") is not None:
         found["image"] = model.get_image_features(call["pixel_values"], call["image_grid_thw"], return_dict=True)
     return {ENCODED: found}
 
@@ -210,6 +219,11 @@ def has_video(call: dict) -> bool:
     return call.get("pixel_values_videos") is not None or (call.get(ENCODED) or {}).get("video") is not None
 
 
+def has_picture(call: dict) -> bool:
+    """Whether a call brings a picture, as the processor's patches or encoded."""
+    return call.get("pixel_values") is not None or (call.get(ENCODED) or {}).get("image") is not None
+
+
 def is_assistant(call: dict) -> bool:
     """Whether a call of `generate` drafts tokens for another model, whose prompt and encoded videos it gets."""
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
@@ -263,17 +277,24 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
     """The positions of a prompt's columns by Qwen's rule (`language.positions`), int64 `[3, B, L]`."""
-    config, ids = model.config, call["input_ids"].cpu()
-    per_second = vision_sizes(config.vision_config).tokens_per_second
-    units = (call["video_grid_thw"], call.get("image_grid_thw"))
-    videos, images = (iter([] if grids is None else grids.tolist()) for grids in units)
-    seconds = iter(seconds_per_pair(call))
+    ids = call["input_ids"]
+    per_second = vision_sizes(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
-    for row, used in enumerate(torch.ones_like(ids) if mask is None else mask.cpu()):
-        used = used.bool()
-        spans = list(_spans(config, ids[row, used], videos, images, seconds))
-        positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
-    return positions.to(call["input_ids"].device)
+    rows = torch.ones_like(ids) if mask is None else mask
+    for row, (used, found) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
+        positions[:, row, used] = prompt_positions(int(used.sum()), [span for span, _ in found], per_second)
+    return positions.to(ids.device)
+
+
+def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[VideoSpan, bool]]]:
+    """For each row of a prompt its videos and pictures, in order, and whether each is a video. Padding is not counted."""
+    ids = call["input_ids"].cpu()
+    videos, images = (
+        iter([] if call.get(name) is None else call[name].tolist()) for name in ("video_grid_thw", "image_grid_thw")
+    )
+    seconds = iter(seconds_per_pair(call))
+    rows = torch.ones_like(ids) if mask is None else mask.cpu()
+    return [list(_spans(model.config, ids[row, used.bool()], videos, images, seconds)) for row, used in enumerate(rows)]
 
 
 def has_clock(model) -> bool:
@@ -283,18 +304,21 @@ def has_clock(model) -> bool:
 
 def seconds_per_pair(call: dict) -> Sequence[float]:
     """Seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
-    seconds = call.get("second_per_grid_ts")
-    return [1.0] * len(call["video_grid_thw"]) if seconds is None else [float(x) for x in seconds]
+    seconds, grids = call.get("second_per_grid_ts"), call.get("video_grid_thw")
+    if grids is None:
+        return []
+    return [1.0] * len(grids) if seconds is None else [float(x) for x in seconds]
 
 
 def _spans(
     config, ids: torch.Tensor, videos: Iterator, images: Iterator, seconds: Iterator[float]
-) -> Iterator[VideoSpan]:
-    """The videos and pictures of one row, in order; a picture is a video of one frame pair."""
+) -> Iterator[tuple[VideoSpan, bool]]:
+    """The videos and pictures of one row, in order, and whether each is a video; a picture is one frame pair."""
     at, merge = 0, config.vision_config.spatial_merge_size
     while len(found := ((ids[at:] == config.video_token_id) | (ids[at:] == config.image_token_id)).nonzero()):
         at += int(found[0])
         is_video = int(ids[at]) == config.video_token_id
         t, h, w = next(videos if is_video else images)
-        yield (span := VideoSpan(at, (t, h // merge, w // merge), next(seconds) if is_video else 1.0))
+        span = VideoSpan(at, (t, h // merge, w // merge), next(seconds) if is_video else 1.0)
+        yield span, is_video
         at += span.tokens

@@ -3,22 +3,25 @@
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
-Tasks ask one question at a time about a video or a folder of frames. Consecutive questions about the same video share its
-encoding. Each sample's `token_counts` also holds visual tokens in and kept, the tower's live share, milliseconds of every stage,
-and warnings.
+Tasks ask one question at a time about a video or a folder of frames; with `pictures=true` also about pictures, or several of both.
+Consecutive questions about the same video share its encoding. Each sample's `token_counts` also holds visual tokens in and kept,
+the tower's live share, milliseconds of every stage, and warnings.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
+from PIL import Image
 from tqdm import tqdm
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions, from_keywords
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.report import Report
@@ -43,6 +46,7 @@ class EvoPruneQwen25VL(lmms):
     Args:
         pretrained: hub id, local folder, or `demo`.
         system_prompt: instead of the model's own.
+        pictures: whether tasks may show pictures, which are pruned as videos are, and several inputs.
         batch_size: must be 1.
         max_batch_size: ignored.
         options: fields of `ModelOptions`, `PruneOptions` and `SamplingOptions`, such as `budget`, `method`, `fps`. `method` may
@@ -56,6 +60,7 @@ class EvoPruneQwen25VL(lmms):
         self,
         pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct",
         system_prompt: str | None = None,
+        pictures: bool | str = False,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         **options,
@@ -70,8 +75,9 @@ class EvoPruneQwen25VL(lmms):
         )
         self._qa = VideoQA.load(**vars(model), **vars(pruning))
         self._system = system_prompt
-        self._video: EncodedVideo | None = None
-        self._path: str | None = None
+        self._pictures = str(pictures).lower() in ("true", "1")
+        self._inputs: EncodedInputs | None = None
+        self._shown: list[str] | None = None
 
     def generate_until(self, requests) -> list[GenerationResult]:
         """The answers, in the order of the requests."""
@@ -86,26 +92,28 @@ class EvoPruneQwen25VL(lmms):
     def _answers(self, requests) -> Iterator[GenerationResult]:
         for request in requests:
             question, settings, doc_to_visual, doc_id, task, split = request.args
-            video = self._encoded(_only_video(doc_to_visual(self.task_dict[task][split][doc_id])))
-            text, report = self._answer(video, question, settings)
+            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+            with TemporaryDirectory(prefix="evoprune-") as folder:
+                inputs = self._encoded(_files(visuals, folder) if self._pictures else [_only_video(visuals)])
+            text, report = self._answer(inputs, question, settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
             yield GenerationResult(text, _measured(report))
 
-    def _encoded(self, path: str) -> EncodedVideo:
-        if self._path != path:
-            self._video = self._path = None  # its memory goes before the next one is encoded
-            self._video = self._qa.encode(path, **vars(self._sampling))
-            self._path = path
-        return self._video
+    def _encoded(self, paths: list[str]) -> EncodedInputs:
+        if self._shown != paths:
+            self._inputs = self._shown = None  # its memory goes before the next one is encoded
+            self._inputs = self._qa.encode(paths, **vars(self._sampling))
+            self._shown = paths
+        return self._inputs
 
-    def _answer(self, video: EncodedVideo, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
+    def _answer(self, inputs: EncodedInputs, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
         """What the model says, up to the first of the task's stop words, and the report of it."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beams are not searched here", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until
-        answer = video.ask(
+        answer = inputs.ask(
             question,
             system=self._system,
             max_new_tokens=settings.get("max_new_tokens") or MAX_NEW_TOKENS,
@@ -128,8 +136,29 @@ def _only_video(visuals: list) -> str:
     """
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
-        raise UsageError(f"this task shows {kinds}, and not one video file", HINT)
+        raise UsageError(f"this task shows {kinds}, and not one video file", f"{HINT}; pictures=true allows pictures")
     return os.fspath(visuals[0])
+
+
+def _files(visuals: list, folder: str) -> list[str]:
+    """The files of a question's videos and pictures. Pictures that a task holds in memory are written into `folder`, without loss.
+
+    Raises:
+        UsageError: something else, or nothing.
+    """
+    paths = []
+    for visual in visuals:
+        if isinstance(visual, str | os.PathLike):
+            paths.append(os.fspath(visual))
+        elif isinstance(visual, Image.Image):
+            name = hashlib.sha256(visual.tobytes() + repr((visual.mode, visual.size)).encode()).hexdigest()
+            paths.append(os.path.join(folder, f"{name}.tiff"))
+            (visual.convert("RGBA") if "transparency" in visual.info else visual).save(paths[-1], exif=b"")
+        else:
+            raise UsageError(f"this task shows {type(visual).__name__}, and not a video or a picture", HINT)
+    if not paths:
+        raise UsageError("this task shows nothing", HINT)
+    return paths
 
 
 def _measured(report: Report) -> Measured:

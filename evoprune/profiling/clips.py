@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -15,6 +15,7 @@ from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
+from evoprune.video.info import PICTURE
 from evoprune.video.plan import VideoLimits, make_plan
 from evoprune.video.probe import VideoInfo
 from evoprune.video.sampling import even_times
@@ -29,14 +30,18 @@ Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from 
 
 
 def synthetic_frames(kind: str, case: Case) -> Frames:
-    """A clip made by formula, at Qwen's own frame rate."""
-    return torch.from_numpy(synthetic.clip(kind, case.frames, case.height, case.width)), 2 / SYNTHETIC_FPS
+    """A clip made by formula, at Qwen's own frame rate; or a picture, its first frame."""
+    made = synthetic.clip(kind, max(synthetic.PAIR, case.frames), case.height, case.width)
+    return torch.from_numpy(made[: case.frames]), 2 / SYNTHETIC_FPS
 
 
 def video_frames(info: VideoInfo, case: Case) -> Frames:
-    """Frames of a video, spread over all of it."""
-    plan = make_plan(info, VideoLimits(), frames=case.frames, max_frames=case.frames, max_visual_tokens=sys.maxsize)
-    with closing(read_frames(info, plan.sampling.times_s)) as chunks:
+    """Frames of a video, spread over all of it; or a picture."""
+    source, most = info, max(2, case.frames)
+    if info.kind == PICTURE:
+        source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
+    plan = make_plan(info, VideoLimits(), frames=case.frames, max_frames=most, max_visual_tokens=sys.maxsize)
+    with closing(read_frames(source, plan.sampling.times_s)) as chunks:
         small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
     return torch.cat(small), plan.sampling.seconds_per_pair()
 
@@ -79,11 +84,11 @@ def prepare(
     """
     v, visual = loaded.video, loaded.model.model.visual
     count, height, width, _ = frames.shape
-    grid = (count // v.temporal_patch_size, height // v.unit, width // v.unit)
+    grid = (max(1, count // v.temporal_patch_size), height // v.unit, width // v.unit)
     whole = prod(grid)
     smaller = method.plan(tower_shape(visual), grid, keep_count(budget, whole)).grid if method else grid
     if smaller != grid:
-        grid, fewer = smaller, smaller[0] * v.temporal_patch_size
+        grid, fewer = smaller, min(count, smaller[0] * v.temporal_patch_size)
         picked = [int(time) for time in even_times(0, count, fewer)]
         frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)
         seconds_per_pair *= count / fewer

@@ -18,14 +18,15 @@ HUGGING_FACE, FULL, BOUND, METHOD = "hugging_face", "full", "post_encoder_bound"
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """The size of a clip: its number of frames, and their height and width in pixels."""
+    """The size of a clip: its number of frames, and their height and width in pixels. One frame is a picture."""
 
     frames: int
     height: int
     width: int
 
     def __str__(self) -> str:
-        return f"{self.frames} frames of {self.height}x{self.width}"
+        size = f"{self.height}x{self.width}"
+        return f"a picture of {size}" if self.frames == 1 else f"{self.frames} frames of {size}"
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Estimate:
 
     def _plan(self, row: Row) -> EncoderPlan:
         limits, case = self._limits, row.case
-        grid = case.frames // limits.temporal_patch_size, case.height // limits.unit, case.width // limits.unit
+        grid = max(1, case.frames // limits.temporal_patch_size), case.height // limits.unit, case.width // limits.unit
         if row.kind != METHOD:
             return full_plan(self._tower, grid)
         method = methods.get(row.method, self._settings.method_args)

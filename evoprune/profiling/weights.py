@@ -37,7 +37,9 @@ def case_units(case: Case, limits: VideoLimits) -> int:
             f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
             f"height and width must be multiples of {limits.unit}, for example 224x336",
         )
-    return case.frames // limits.temporal_patch_size * (case.height // limits.unit) * (case.width // limits.unit)
+    return (
+        max(1, case.frames // limits.temporal_patch_size) * (case.height // limits.unit) * (case.width // limits.unit)
+    )
 
 
 def default_load_format(name: str) -> str:

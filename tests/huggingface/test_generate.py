@@ -563,4 +563,4 @@ def test_the_report_after_a_call_without_a_video_says_why_it_is_empty(model, dir
         call(input_ids=words)
         assert str(run.report) == "<Report: empty: no video in this call>" and run.columns is None
         call(**processed(model, (4, ("image", 8, 8), 5)))
-        assert str(run.report) == "<Report: empty: pictures are not pruned>"
+        assert str(run.report) == "<Report: empty: pictures are not pruned without pictures=True>"

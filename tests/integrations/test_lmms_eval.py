@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from evoprune.errors import UsageError
 from evoprune.pipeline.answering import Answer
@@ -82,7 +83,7 @@ def request(model, question, visuals, **settings):
 
 def test_answers_and_what_they_took(model_class, monkeypatch):
     encoded, encode = [], VideoQA.encode
-    monkeypatch.setattr(VideoQA, "encode", lambda qa, path, **how: encoded.append(path) or encode(qa, path, **how))
+    monkeypatch.setattr(VideoQA, "encode", lambda qa, path, **how: encoded.append(path[0]) or encode(qa, path, **how))
     model = model_class(pretrained="demo", budget=0.25, method="evoprune", frames=8, device="cpu", batch_size="1")
     asked = [(q, clip) for clip in CLIPS for q in QUESTIONS]
     given = [request(model, q, [clip], max_new_tokens=16, temperature=0, do_sample=False) for q, clip in asked]
@@ -113,7 +114,7 @@ def test_an_answer_ends_at_the_task_s_stop_words(model_class, monkeypatch):
 
         return Answer(report, pieces())
 
-    monkeypatch.setattr("evoprune.pipeline.answering.EncodedVideo.ask", ask)
+    monkeypatch.setattr("evoprune.pipeline.answering.EncodedInputs.ask", ask)
     given = [request(model, "?", [CLIPS[0]], until=stops) for stops in (["no", ","], ". P", ["never"], [])]
     assert [r.text for r in model.generate_until(given)] == ["yes", "yes, no", "yes, no. Perhaps", "yes, no. Perhaps"]
 
@@ -130,6 +131,26 @@ def test_what_is_no_video_is_refused(model_class, visuals):
     model = model_class(pretrained="demo")
     with pytest.raises(UsageError, match="not one video file"):
         model.generate_until([request(model, "What happens?", visuals)])
+
+
+def test_pictures_and_several_inputs(model_class, tmp_path):
+    picture = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50)
+    picture.save(tmp_path / "a.png")
+    shown = [
+        [picture],
+        [CLIPS[0], picture],
+        [picture.convert("CMYK"), picture.convert("LA")],
+        [str(tmp_path / "a.png")],
+    ]
+    model = model_class(pretrained="demo", pictures="true", budget=0.5)
+    first, both, two, file = model.generate_until([request(model, "What?", each, max_new_tokens=4) for each in shown])
+    qa = VideoQA.load("demo", budget=0.5)
+    assert first.text == file.text == qa.ask(tmp_path / "a.png", "What?", max_new_tokens=4).text
+    assert both.text == qa.ask([CLIPS[0], tmp_path / "a.png"], "What?", max_new_tokens=4).text
+    assert two.token_counts.measured["visual_tokens_in"] == 2 * first.token_counts.measured["visual_tokens_in"]
+    for wrong, says in (([], "shows nothing"), ([3], "shows int")):
+        with pytest.raises(UsageError, match=says):
+            model.generate_until([request(model, "What?", wrong)])
 
 
 def test_settings_that_make_no_sense(model_class, monkeypatch):

@@ -1,0 +1,83 @@
+"""The videos of a call, and its pictures where those are pruned too, in the order in which the prompt has them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.errors import UsageError
+from evoprune.huggingface import interface
+
+NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """What is pruned in a call.
+
+    Attributes:
+        columns: bool `[B, L]`, the placeholders.
+        pixels: `[patches, 1176]`, those of all, in the order of their placeholders. `grids`: int64 `[n, 3]`, in patches.
+        videos: of each, whether it is a video.
+        seconds: of each, from one frame pair to the next.
+    """
+
+    columns: torch.Tensor
+    pixels: torch.Tensor
+    grids: torch.Tensor
+    videos: tuple[bool, ...]
+    seconds: tuple[float, ...]
+
+    def apart(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The features of the videos, and of the pictures."""
+        both = list(zip(features, self.videos, strict=True))
+        return [each for each, video in both if video], [each for each, video in both if not video]
+
+
+def find_visuals(model, call: dict, pictures: bool) -> Visuals:
+    """The videos of a new prompt, and its pictures if those are pruned.
+
+    Raises:
+        UsageError: they do not fit the prompt.
+    """
+    kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
+    columns = torch.zeros_like(call["input_ids"], dtype=torch.bool)
+    for video in kinds:
+        columns |= _placeholders(model, call, video)
+    if len(interface.seconds_per_pair(call)) != _count(call, True):
+        raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
+    pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
+    if len(kinds) == 1:
+        (only,) = kinds
+        seconds = interface.seconds_per_pair(call) if only else [1.0] * len(grids[only])
+        return Visuals(columns, pixels[only], grids[only], (only,) * len(grids[only]), tuple(seconds))
+    each = {
+        video: iter(zip(pixels[video].split(grids[video].prod(-1).tolist()), grids[video], strict=True))
+        for video in kinds
+    }
+    found = [pair for row in interface.visual_spans(model, call, None) for pair in row]
+    ordered = [next(each[video]) for _, video in found]
+    return Visuals(
+        columns,
+        torch.cat([patches for patches, _ in ordered]),
+        torch.stack([grid for _, grid in ordered]),
+        tuple(video for _, video in found),
+        tuple(span.seconds_per_pair for span, _ in found),
+    )
+
+
+def _count(call: dict, video: bool) -> int:
+    grids = call.get(NAMES[video][1])
+    return 0 if grids is None else len(grids)
+
+
+def _placeholders(model, call: dict, video: bool) -> torch.Tensor:
+    """The columns of the videos, or of the pictures: bool `[B, L]`."""
+    token, name = (model.config.video_token_id, "video") if video else (model.config.image_token_id, "image")
+    grids, columns = call.get(NAMES[video][1]), call["input_ids"] == token
+    units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
+    if not units or units != int(columns.sum()):
+        raise UsageError(
+            f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}",
+            "pass all that one call of the processor returned",
+        )
+    return columns
