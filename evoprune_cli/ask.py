@@ -73,11 +73,10 @@ def ask(
 
     \b
     evoprune ask clip.mp4 "What happens?"
-    evoprune ask photo.jpg "What is written on the sign?"
     evoprune ask clip.mp4 photo.jpg "Is this man in the video?"
     evoprune ask clip.mp4 "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune ask clip.mp4 -Q "Who is there?" -Q "What do they do?" -b fast
-    evoprune ask clip.mp4 "What happens?" -b fast --compare
+    evoprune ask photo.jpg "What does the sign say?" -b fast --compare
     evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
@@ -247,11 +246,13 @@ def _check_inputs(paths: list[str], sampling: "SamplingOptions", quiet: bool) ->
 
 
 def _check_input(info: "VideoInfo", sampling: "SamplingOptions") -> None:
+    from evoprune.pipeline.subtitles import check_picture
     from evoprune.video.frames import choose_decoder
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
     from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
     from evoprune.video.probe import read_subtitles
 
+    check_picture(info, sampling.subtitles)
     choose_decoder(sampling.decoder, info)
     numbers = sampling.numbers
     if numbers["max_visual_tokens"] is None:

@@ -215,9 +215,9 @@ System = Annotated[
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        metavar="INPUT... [QUESTION]",
-        help="Videos and pictures (files, folders of frames, or - for stdin), in the order in which the model reads them; then the "
-        "question, quoted. If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
+        metavar="INPUT",
+        help="Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
+        "If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
         show_default=False,
     ),
 ]
@@ -227,7 +227,7 @@ MoreQuestions = Annotated[
         "-Q",
         "--question",
         metavar="TEXT",
-        help="A question, or a further one; repeatable. All share one encoding.",
+        help="A further question; repeatable. All share one encoding.",
         show_default=False,
     ),
 ]

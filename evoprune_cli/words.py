@@ -39,10 +39,10 @@ class Words:
         if name == self.inputs[0] and not PATH.fullmatch(name):
             raise VideoError(f"no such file: {name}", f"videos and pictures come first: {USAGE}")
         if not PATH.fullmatch(name):
-            raise UsageError(
-                f"unexpected extra words: {' '.join([*missing, self.question or ''])}".rstrip(),
-                f"quote the question: {USAGE}; a second one: -Q",
-            )
+            words, hint = [*missing, *filter(None, [self.question])], f"quote the question: {USAGE}; a second one: -Q"
+            if any(word.startswith("-") for word in words):
+                hint = "what follows -- is no option: put options before it"
+            raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
         question = f"; to ask it as a question: -Q {name}" if name == last and self.question is None else ""
         raise VideoError(f"no such file: {name}", f"check the path{question}")
 

@@ -48,6 +48,12 @@ def check_one_file(choice: str, inputs: int) -> None:
         raise UsageError(f"{choice} holds the subtitles of one video, and there are {inputs} inputs", hint)
 
 
+def check_picture(info: VideoInfo, choice: str) -> None:
+    """Raises UsageError where a file of subtitles is given for a picture."""
+    if info.kind == PICTURE and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
+        raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
+
+
 def prompt_subtitles(
     tokenizer: Tokenizer, info: VideoInfo, span: SamplingPlan, choice: str, max_tokens: int
 ) -> PromptSubtitles:
@@ -63,8 +69,7 @@ def prompt_subtitles(
     if choice == NO_SUBTITLES:
         return PromptSubtitles()
     if info.kind == PICTURE:
-        if choice != AUTO_SUBTITLES:
-            raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
+        check_picture(info, choice)
         return PromptSubtitles(note=f"{info.path} is a picture")
     return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), max_tokens)
 

@@ -190,7 +190,7 @@ def test_the_demo_warns_of_questions_in_other_words(cli):
 def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, tmp_path, monkeypatch, flags):
     path = tmp_path / "foreign.mp4"
     write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
-    monkeypatch.setattr("evoprune_cli.conversation.print_warning", lambda name, video: print(f"warning {name}"))
+    monkeypatch.setattr("evoprune_cli.terminal.print_warning", lambda name, video: print(f"warning {name}"))
     assert cli("ask", path, QUESTION, *flags).out.startswith("warning demo_model\n")
 
 

@@ -135,7 +135,7 @@ CASES = {
     "unknown command": fails(2, "what", "what"),
     "almost a command": fails(2, "Did you mean 'ask'", "aks", CLIP, QUESTION),
     "a video for a command": fails(2, "to ask about a video: evoprune ask", CLIP, QUESTION),
-    "no video": fails(2, "VIDEO", "ask"),
+    "no video": fails(2, "INPUT", "ask"),
     "unknown flag": fails(2, "--fpss", "ask", CLIP, QUESTION, "--fpss", "2"),
     "unknown flag of inspect": fails(2, "see evoprune inspect --help", "inspect", CLIP, "--fpss", "2"),
     "a word for a number": fails(
@@ -208,7 +208,7 @@ CASES = {
     "a text file": fails(3, "LICENSE is not a video: it is a text file", "ask", "LICENSE", QUESTION, stage="read"),
     "a text file to inspect": fails(3, "LICENSE is not a video: it is a text file", "inspect", "LICENSE", stage="read"),
     "missing video to inspect": fails(3, "no such file: no/such.mp4", "inspect", "no/such.mp4", stage="read"),
-    "question before video": fails(3, "the video comes first", "ask", QUESTION, CLIP),
+    "question before video": fails(3, "videos and pictures come first", "ask", QUESTION, CLIP),
     "nothing for a video": fails(3, "no such file: ''", "ask", "", QUESTION),
     "not a video": fails(3, "LICENSE", "ask", "LICENSE", QUESTION),
     "empty file": fails(3, "is empty", "ask", "{tmp}/empty.mp4", QUESTION),
@@ -250,7 +250,7 @@ CASES = {
     "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patches.patchify", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encoding.encode_rows", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prompting.prefill", CUDA_FULL),
-    "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_video", MemoryError())),
+    "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_inputs", MemoryError())),
     "weights do not fit in a batch": Case(
         BATCH,
         5,

@@ -35,6 +35,7 @@ LISTED = (
     "error.type",
 )  # with all their values
 SAID = {"id": "z", "video": SQUARE, "question": "What?", "subtitles": "auto"}
+BOTH = {"id": "w", "inputs": [SQUARE, SQUARE], "question": "What?"}
 TYPES = {"text": str, "integer": int, "number": (int, float), "boolean": bool, "list": list, "object": dict}
 SHORT = ("--frames", "4")
 
@@ -124,7 +125,7 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
     subtitles = tmp_path / "said.vtt"
     subtitles.write_text("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n")
     outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", "--subtitles", str(subtitles), *model).record]
-    rows.write_text(rows.read_text() + json.dumps(SAID) + "\n")
+    rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH))]))
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
 

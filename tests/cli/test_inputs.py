@@ -1,0 +1,142 @@
+"""Pictures, and several inputs, on the command line."""
+
+import json
+import os
+import shutil
+
+import pytest
+from PIL import Image
+
+from evoprune_cli.words import Words
+
+CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What differs?"
+QUICK = ("-n", "2")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.effect_mandelbrot((150, 90), (-2, -1, 1, 1), 50).convert("RGB").save(tmp_path / "photo.jpg")
+    return str(tmp_path / "photo.jpg")
+
+
+def test_each_input_has_its_counts_and_times(cli, photo):
+    result = cli("ask", CLIP, photo, OTHER, QUESTION, "--json", *QUICK)
+    record = result.record
+    assert [(each["path"], each["kind"]) for each in record["inputs"]] == [
+        (CLIP, "video"),
+        (photo, "picture"),
+        (OTHER, "video"),
+    ]
+    for name in ("visual_tokens_in", "visual_tokens_kept", "encoder_rows"):
+        assert record["pruning"][name] == sum(each["pruning"][name] for each in record["inputs"])
+    for stage in ("read", "preprocess", "encode"):
+        spent = sum(each["time_ms"][stage] for each in record["inputs"])
+        assert record["time_ms"][stage] == pytest.approx(spent, abs=1e-3)
+    assert record["question"] == QUESTION and record["video"]["path"] is None
+    assert record["inputs"][1]["video"]["decoder"] == "pillow" and record["inputs"][1]["sampling"]["start_s"] is None
+
+
+def test_the_stats_name_each_input(cli, photo):
+    err = cli("ask", CLIP, photo, QUESTION, *QUICK).err
+    assert "\nvideo      square.mp4" in err and "\npicture    photo.jpg  150x90  jpeg  (pillow)\n" in err
+    assert "\ninput 1    144 visual tokens -> 36; read " in err and "\ninput 2    " in err
+    alone = cli("ask", photo, QUESTION, *QUICK).err
+    assert "a picture\n" in alone and "\ninput 1" not in alone and "frames" not in alone
+
+
+def test_of_one_input_the_record_stays_as_it_was(cli):
+    record = cli("ask", CLIP, QUESTION, "--json", *QUICK).record
+    (only,) = record["inputs"]
+    assert all(only[name] == record[name] for name in ("video", "sampling", "pruning", "cache", "subtitles"))
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs", "question"),
+    [
+        ((CLIP,), (CLIP,), None),
+        ((CLIP, QUESTION), (CLIP,), QUESTION),
+        ((CLIP, OTHER), (CLIP, OTHER), None),
+        ((CLIP, OTHER, QUESTION), (CLIP, OTHER), QUESTION),
+        ((CLIP, "-"), (CLIP, "-"), None),
+        ((CLIP, "and/or"), (CLIP,), "and/or"),
+        ((CLIP, "what is in photo.jpg"), (CLIP,), "what is in photo.jpg"),
+        ((CLIP, "b.mpv"), (CLIP, "b.mpv"), None),
+        ((CLIP, ""), (CLIP,), ""),
+        ((CLIP, "\0"), (CLIP,), "\0"),
+    ],
+)
+def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, question):
+    assert Words.of(words) == Words(inputs, question)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((CLIP, "b.mpv"), 3, "no such file: b.mpv\nhint: check the path; to ask it as a question: -Q b.mpv"),
+        ((CLIP, "gone.mp4", QUESTION), 3, "no such file: gone.mp4\nhint: check the path\n"),
+        ((CLIP, "gone.mp4", "-Q", QUESTION), 3, "no such file: gone.mp4"),
+        ((CLIP, "what", "is", "it"), 2, "unexpected extra words: what is it\nhint: quote the question"),
+        (("-", "-", QUESTION), 2, "standard input is there twice"),
+        ((CLIP, OTHER, QUESTION, "--subtitles", "a.srt"), 2, "a.srt holds the subtitles of one video"),
+    ],
+)
+def test_what_is_no_input_is_named(cli, words, code, says):
+    result = cli("ask", *words)
+    assert (result.code, result.out) == (code, "") and says in result.err
+
+
+@pytest.mark.parametrize("options", [("--start", "1"), ("--end", "-1"), ("--subtitles", "a.srt")])
+def test_a_picture_has_no_times_and_no_subtitles(cli, photo, options):
+    result = cli("ask", photo, QUESTION, *options)
+    assert result.code in (2, 3) and "is a picture, which has no" in result.err
+
+
+def test_what_is_about_videos_is_said_to_be(cli, photo):
+    assert "note: --fps, --frames" in cli("ask", photo, QUESTION, "--fps", "3", *QUICK).err
+    assert "note: --fps, --frames" not in cli("ask", photo, CLIP, QUESTION, "--fps", "3", *QUICK).err
+    assert "is a picture" in cli("ask", photo, QUESTION, "--subtitles", "auto", *QUICK).err
+
+
+def test_a_failure_names_all_inputs(cli, photo):
+    record = cli("ask", CLIP, photo, QUESTION, "--json", "-b", "3").record
+    assert record["error"]["code"] == 2 and [each["path"] for each in record["inputs"]] == [CLIP, photo]
+
+
+def test_several_inputs_are_compared(cli, photo):
+    record = cli("ask", CLIP, photo, QUESTION, "--compare", "--json", *QUICK).record
+    assert record["compare"]["pruning"]["kept_ratio"] == 1
+    assert [each["pruning"]["kept_ratio"] for each in record["compare"]["inputs"]] == [1, 1]
+
+
+def test_each_video_has_its_own_subtitles(cli, tmp_path):
+    paths = []
+    for name in ("one", "two"):
+        shutil.copy(CLIP, tmp_path / f"{name}.mp4")
+        (tmp_path / f"{name}.srt").write_text(f"1\n00:00:01,000 --> 00:00:02,000\nThis is {name}\n")
+        paths.append(str(tmp_path / f"{name}.mp4"))
+    record = cli("ask", *paths, QUESTION, "--subtitles", "auto", "--json", *QUICK).record
+    assert [each["subtitles"]["lines"] for each in record["inputs"]] == [1, 1] and record["subtitles"] is None
+    without = cli("ask", *paths, QUESTION, "--json", *QUICK).record
+    said = sum(each["subtitles"]["tokens"] for each in record["inputs"])
+    assert record["tokens"]["text"] > without["tokens"]["text"] + said  # and a line that says which video
+
+
+def test_a_batch_of_pictures_and_several_inputs(cli, photo, tmp_path):
+    rows = [{"video": photo, "question": "What?"}, {"inputs": [os.path.abspath(CLIP), photo], "question": "What?"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    result = cli("batch", "--from", tmp_path / "rows.jsonl", "-m", "demo", "-o", out, *QUICK)
+    assert result.code == 0
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(record["inputs"]) for record in made] == [1, 2]
+    assert made[1]["batch"]["row"]["inputs"] == rows[1]["inputs"] and "video" not in made[1]["batch"]["row"]
+    again = cli("batch", "--from", tmp_path / "rows.jsonl", "-m", "demo", "-o", out, *QUICK, "--resume")
+    assert again.code == 0 and "2 of 2 rows answered, 2 of them before" in again.err
+
+
+def test_inspecting_a_picture(cli, photo, tmp_path):
+    record = cli("inspect", photo, "--json").record
+    assert record["video"]["container"] == "picture" and record["plan"]["timestamps_s"] is None
+    assert cli("inspect", photo, "--overlay", tmp_path / "o.png").code == 0 and Image.open(tmp_path / "o.png").size[0]
+    result = cli("inspect", photo, "--scan")
+    assert result.code == 3 and "nothing to scan" in result.err
