@@ -1,5 +1,6 @@
 """Pictures, and several inputs in one question: equal to Hugging Face at full budget, exact counts below."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +10,17 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from evoprune import methods
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, VideoError
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.memory_check import TEXT
+from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
+from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
 from tests.threads import one_thread  # noqa: F401
 
@@ -52,7 +55,7 @@ def pixels_of(loaded, view):
 
 
 def hugging_face(loaded, inputs, question, tokens):
-    """The tokens that transformers' `generate` makes of the same inputs, at positions by Qwen's rule."""
+    """The tokens that transformers' `generate` makes of the same inputs, at positions by Qwen's rule; and their logits."""
     model, specials = hugging_face_model(loaded.model), loaded.tokenizer.specials()
     pads = {"video": specials["<|video_pad|>"], "picture": specials["<|image_pad|>"]}
     model.config.video_token_id, model.config.image_token_id = pads["video"], pads["picture"]
@@ -82,8 +85,11 @@ def hugging_face(loaded, inputs, question, tokens):
         max_new_tokens=tokens,
         do_sample=False,
         eos_token_id=list(loaded.eos_ids),
-    )[0, len(ids) :].tolist()
-    return [token for token in made if token not in loaded.eos_ids]
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = made.sequences[0, len(ids) :].tolist()
+    return [token for token in tokens if token not in loaded.eos_ids], torch.cat(made.logits)
 
 
 SIZES = [(1, 1), (3, 400), (27, 29), (101, 67), (140, 112), (997, 13)]
@@ -96,7 +102,33 @@ def test_a_picture_at_full_budget_is_hugging_faces_generate(loaded, model, size,
     picture = VideoQA(loaded, budget=1.0).encode(save(tmp_path / "a.png", *size))
     ours = picture.ask(QUESTION, max_new_tokens=12)
     assert ours.text is not None
-    assert ours.ids == hugging_face(loaded, [picture], QUESTION, 12)
+    ids, logits = hugging_face(loaded, [picture], QUESTION, 12)
+    assert ours.ids == ids
+    if ids:
+        along, _ = picture.read_along(QUESTION, ids)
+        torch.testing.assert_close(along, logits[: len(ids)].float(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (700, 500)], ids=str)
+def test_patches_are_those_of_the_image_processor(loaded, size, tmp_path):
+    found = []
+
+    def kept(visual, patches, *plan, **how):
+        found.extend(patches)
+        return encode_rows(visual, found, *plan, **how)
+
+    path = save(tmp_path / "a.png", *size)
+    with closing(open_video(VideoQA(loaded, budget=1.0).engine, path, encode_rows=kept)) as opened:
+        theirs, grid = pixels_of(loaded, opened.view)
+        opened.encode()
+    torch.testing.assert_close(torch.cat(found), theirs, atol=1e-5, rtol=0)
+    assert grid[0].tolist() == [1, *(2 * side for side in opened.view.plan.grid[1:])]
+
+
+@pytest.mark.parametrize("size", [(3, 4000), (4000, 3)], ids=str)
+def test_a_shape_that_hugging_face_refuses_is_refused(loaded, size, tmp_path):
+    with pytest.raises(VideoError, match="within a ratio of 200"):
+        VideoQA(loaded).encode(save(tmp_path / "a.png", *size))
 
 
 @pytest.mark.parametrize("kinds", ["pp", "vp", "pvv", "vv"])
@@ -107,7 +139,7 @@ def test_several_inputs_at_full_budget_are_hugging_faces_generate(loaded, kinds,
     ]
     qa = VideoQA(loaded, budget=1.0)
     encoded = [qa.encode(path) for path in paths]
-    expected = hugging_face(loaded, encoded, QUESTION, 12)
+    expected, _ = hugging_face(loaded, encoded, QUESTION, 12)
     for answer in (qa.encode(paths).ask(QUESTION, max_new_tokens=12), qa.ask(encoded, QUESTION, max_new_tokens=12)):
         assert answer.text is not None and answer.ids == expected
         assert [each.kind for each in answer.report.inputs] == [{"p": "picture", "v": "video"}[kind] for kind in kinds]
