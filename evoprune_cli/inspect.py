@@ -15,6 +15,7 @@ from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import AUTOS, DEFAULT
 from evoprune.report import VideoFacts
 from evoprune.text import clock, size
+from evoprune.video.info import PICTURE
 from evoprune_cli import inspect_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
@@ -278,6 +279,8 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
                 tokens = f"-b {p['budget']:<5g} {p['tokens']:>8,} tokens"
                 made.append(f"{' ' * (indent + 2)}{preset:<18}{tokens}  KV cache {size(p['kv_cache_bytes'])}")
         elif isinstance(value, dict) and value and name not in ONE_LINE:
+            if name in ("video", "plan") and facts.get("video", {}).get("container") == PICTURE:
+                value = {key: fact for key, fact in value.items() if fact is not None}  # a picture has no times
             made += [title, *lines(value, indent + 2, name in NAMES)]
         else:
             text = _value(name, value)

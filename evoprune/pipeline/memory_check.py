@@ -7,6 +7,7 @@ from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
 from evoprune.pruning.encoder_plan import EncoderPlan
+from evoprune.text import counted
 from evoprune.vision.devices import units_at_a_time
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
@@ -49,7 +50,8 @@ def units_at_once(engine: Engine, view: View, text: int = TEXT) -> int:
         encoding_bytes(model.config, encoder, max(least, at_once), model.dtype.itemsize, text), str(model.device)
     ):
         if at_once <= least:
-            size = f"{plan.sampling.frames} frames of {plan.width}x{plan.height} pixels, {encoder.keep:,} visual tokens kept"
+            frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
+            size = f"{frames}, {encoder.keep:,} visual tokens kept"
             size += f", {text:,} tokens of text" if text > TEXT else ""
             raise OutOfMemory(f"{view.name} {short}: {size}", LESS, stage="encode")
         at_once = max(least, at_once // 2)

@@ -14,7 +14,7 @@ from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.video.info import VideoInfo
-from evoprune.video.readers import heartbeat, picture
+from evoprune.video.readers import heartbeat
 from evoprune.video.readers.container import (
     FALLBACK_FPS,
     MOV,
@@ -43,17 +43,26 @@ def probe(path: str, folder_fps: float) -> VideoInfo:
     with reading(path):
         if os.path.isdir(path):
             return probe_folder(path, folder_fps)
-        if picture.is_picture(path) and not _in_motion(path):
-            return picture.probe(path)
+        if picture_format(path) and (found := _probe_picture(path)):
+            return found
         with open_video(path) as container:
             return _probe_file(path, container)
 
 
-def _in_motion(path: str) -> bool:
-    """Whether a file that begins with a JPEG goes on with more of them, which are the frames of a video."""
-    if picture_format(path) != "JPEG" or picture.has_format(
-        path, "MPO"
-    ):  # whose others are smaller, or a map of brightness
+def _probe_picture(path: str) -> VideoInfo | None:
+    """The facts about a file that begins as pictures do; None if it goes on as a video."""
+    from evoprune.video.readers import picture  # Pillow's import would delay every video
+
+    return picture.probe(path) if picture.is_picture(path) and not _is_mjpeg(path, picture.format_of(path)) else None
+
+
+def _is_mjpeg(path: str, kind: str | None) -> bool:
+    """Whether a file that begins with a JPEG goes on with more of them, which are the frames of a video.
+
+    Args:
+        kind: by Pillow: "JPEG", or "MPO" where the others are smaller, or a map of brightness.
+    """
+    if kind != "JPEG":
         return False
     try:
         with open_video(path) as container:

@@ -34,24 +34,30 @@ ORIENTATION = 0x0112
 
 
 def is_picture(path: str) -> bool:
-    """Whether a file is a picture, by how it begins and not by its name, and no animation, which FFmpeg reads as a video."""
+    """Whether a file that begins as pictures do is one, and no animation, which FFmpeg reads as a video."""
     kind = picture_format(path)
     if kind not in ANIMATIONS:
         return kind is not None
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[kind]) as image:
+        with _header(path, kind) as image:
             return not getattr(image, "is_animated", False)
     except Exception:  # damaged, and said so by the reader of videos or of pictures
         return kind == "PNG"
 
 
-def has_format(path: str, name: str) -> bool:
-    """Whether Pillow takes a JPEG for this format; False if it cannot be opened."""
+def format_of(path: str) -> str | None:
+    """Pillow's name of a picture's format, which may be "MPO" where a file begins as a JPEG; None if it cannot be opened."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["JPEG"]) as image:
-            return image.format == name
+        with _header(path, picture_format(path)) as image:
+            return image.format
     except Exception:  # damaged, which is said when it is read
-        return False
+        return None
+
+
+@contextmanager
+def _header(path: str, kind: str | None) -> Iterator[Image.Image]:
+    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[kind]) as image:
+        yield image
 
 
 def probe(path: str) -> VideoInfo:
@@ -112,7 +118,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
     try:
         if os.stat(path).st_size > MAX_BYTES:
             raise too_large(path)
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[kind]) as image:
+        with _header(path, kind) as image:
             heartbeat.alive()
             _check(image, path, refuse)
             yield image

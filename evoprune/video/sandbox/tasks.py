@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evoprune.video.info import PICTURE, VideoInfo
-from evoprune.video.readers import decord, folder, heartbeat, metadata, picture, pyav, scan, subtitles
+from evoprune.video.readers import decord, folder, heartbeat, metadata, pyav, scan, subtitles
 
 
 def check_decord(info: dict[str, Any] | None) -> None:
@@ -19,9 +19,17 @@ def check_decord(info: dict[str, Any] | None) -> None:
         decord.check(VideoInfo(**info))
 
 
-READERS = {folder.CONTAINER: folder, PICTURE: picture}  # others by FFmpeg
 # Each returns a dataclass or None.
 TASKS = {"probe": metadata.probe, "scan": scan.scan, "check_decord": check_decord, "subtitles": subtitles.read}
+
+
+def _reader(info: VideoInfo, decoder: str):
+    """The module that reads such a file."""
+    if info.kind == PICTURE:
+        from evoprune.video.readers import picture  # Pillow's import would delay every video
+
+        return picture
+    return decord if decoder == "decord" else folder if info.container == folder.CONTAINER else pyav
 
 
 class FrameReader:
@@ -34,7 +42,7 @@ class FrameReader:
     """
 
     def __init__(self, info: VideoInfo, times_s: Sequence[float], decoder: str):
-        reader = decord if decoder == "decord" else READERS.get(info.container, pyav)
+        reader = _reader(info, decoder)
         heartbeat.picture_size(info.width * info.height)
         self._damaged: set[int | None] = set()
         self._frames: Iterator[tuple[float, np.ndarray]] = reader.read(info, times_s, self._damaged.add)
