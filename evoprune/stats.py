@@ -130,7 +130,9 @@ def _flow(report) -> dict[str, str]:
         height, width = sampling.resized_hw
         still = any(each.kind == "picture" for each in report.inputs)
         flow["read"] = "a picture" if still else _frames_read(report)
-        flow["preprocess"] = f"{width}x{height}" if still else f"{counted(sampling.frames, 'frame')} of {width}x{height}"
+        flow["preprocess"] = (
+            f"{width}x{height}" if still else f"{counted(sampling.frames, 'frame')} of {width}x{height}"
+        )
     if pruning.visual_tokens_kept is not None:
         tokens, kept = counted(pruning.visual_tokens_in, "visual token"), pruning.visual_tokens_kept
         flow["encode"] = f"{tokens} -> {kept:,}, with {100 * (pruning.encoder_live_share or 0):.0f}% of the work"

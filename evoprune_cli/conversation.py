@@ -139,7 +139,9 @@ class Conversation:
     def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
         """Asks and prints one answer."""
         answer = self._running = inputs.ask(question, **self._generation)
-        print_warnings(answer.report, answer.report.warnings[len(inputs.report.warnings) :] if label == "pruned" else ())
+        print_warnings(
+            answer.report, answer.report.warnings[len(inputs.report.warnings) :] if label == "pruned" else ()
+        )
         with progress(not self._output.quiet) as show:
             show("reading prompt")
             first = next(answer, "")

@@ -145,7 +145,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
 
 
 def print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
-    """Prints the warnings of inputs, each about the one that it is of, and then those about the model; perhaps only some `names`."""
+    """Prints the warnings of inputs, each about the one that it is of, then those about the model; perhaps only some `names`."""
     for name, video in warned(report):
         if name != "limited" and (names is None or name in names):  # a note has said which limit, and to what
             print_warning(name, video)
