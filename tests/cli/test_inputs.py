@@ -140,3 +140,22 @@ def test_inspecting_a_picture(cli, photo, tmp_path):
     assert cli("inspect", photo, "--overlay", tmp_path / "o.png").code == 0 and Image.open(tmp_path / "o.png").size[0]
     result = cli("inspect", photo, "--scan")
     assert result.code == 3 and "nothing to scan" in result.err
+
+
+def test_a_conversation_about_several_inputs(cli, photo):
+    once = cli("ask", CLIP, photo, QUESTION, "-q", *QUICK).out
+    result = cli("ask", CLIP, photo, "--interactive", *QUICK, stdin=f"{QUESTION}\n{QUESTION}\n", terminal=True)
+    assert (result.code, result.out) == (0, 2 * once)
+    assert "Ask about square.mp4 and photo.jpg. /help" in result.err
+
+
+@pytest.mark.slow
+def test_profile_of_pictures(cli, photo, tiny_folder):
+    quick = ("-m", tiny_folder, "-b", "0.25", "-r", "1", "-w", "0", "--format", "json")
+    for words, height, width in ((("--pictures", "--size", "56x84"), 56, 84), ((photo, "--size", "84x56"), 84, 56)):
+        rows = cli("profile", *words, *quick).record["rows"]
+        assert [row["row"] for row in rows] == ["hugging_face", "full", "post_encoder_bound", "method"]
+        assert {(row["frames"], row["height"], row["width"]) for row in rows} == {(1, height, width)}
+        assert [row["counts"]["tokens"] for row in rows] == [6, 6, 2, 2] and not any(row["error"] for row in rows)
+    for words in (("--pictures", CLIP), ("--pictures", "--frames", "8")):
+        assert "--pictures excludes" in cli("profile", *words).err
