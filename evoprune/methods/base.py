@@ -70,6 +70,11 @@ class Method:
         return None
 
     @property
+    def weighs(self) -> bool:
+        """Whether selections may have sizes (`Selection.size`), by which the language model's attention weighs tokens."""
+        return False
+
+    @property
     def args(self) -> dict[str, Any]:
         """The settings by name, as reports show them."""
         return asdict(self)
@@ -247,6 +252,10 @@ class Front(Method, ABC):
     @property
     def exact(self) -> bool:
         return self.then.exact
+
+    @property
+    def weighs(self) -> bool:
+        return self.then.weighs
 
     @property
     def reads_question(self) -> bool:

@@ -105,6 +105,10 @@ class EvoPrune(Method):
         return not self.within
 
     @property
+    def weighs(self) -> bool:
+        return self.count > 0
+
+    @property
     def selector(self) -> FarthestPoints:
         return FarthestPoints(self.alpha, self.floor, self.average, self.count, self.within)
 

@@ -1,0 +1,24 @@
+"""evoprune's encoder inside vLLM (https://github.com/vllm-project/vllm): docs/serving.md.
+
+`register` is the entry point of the group `vllm.general_plugins`. It adds architectures of its own, so installing this package
+changes nothing in models that do not ask for them. Only `register` and the modules that it names import vLLM.
+"""
+
+import logging
+
+TESTED = ("0.32",)  # minor versions of vLLM; its interfaces for models change from one to the next
+PREFIX = "EvoPrune"  # of the architectures' names
+ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration")
+
+
+def register() -> None:
+    """Registers the architectures in vLLM; in another version than the tested ones it does nothing but log one line."""
+    from vllm import ModelRegistry, __version__
+
+    if ".".join(__version__.split(".")[:2]) not in TESTED:
+        logging.getLogger("vllm.evoprune").warning(
+            "evoprune registers nothing: it was tested with vLLM %s, and this is %s", ", ".join(TESTED), __version__
+        )
+        return
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(PREFIX + name, f"{__name__}.model:{PREFIX}{name}")

@@ -1,0 +1,115 @@
+"""The cluster-size bias in vLLM's attention, which takes no mask of numbers: it rides in extra dimensions of queries and keys.
+
+A query has 1 there, and a key has bias / scale, so the bias is part of their product. The keys in vLLM's cache have it too, so it
+is right for cached prefixes, chunks and generated tokens. The bias of a token comes with its positions (positions.py).
+
+Kernels exist for some head sizes only, so heads are padded with zeros to the next one: on a CPU from 128 to 160, in flash attention
+to 136. The KV cache grows as much.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+
+from evoprune.errors import UsageError
+from evoprune.integrations.vllm.positions import split_bias
+
+PIECES = 3  # dimensions that hold the bias: its bfloat16 value, and what that leaves, twice
+LARGEST = 256
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN")  # whose kernels read the head size from the layer
+HINT = (
+    'method "evoprune:count=0" prunes without the bias: --additional-config \'{"evoprune": {"method": "evoprune:count=0"}}\'; '
+    "other methods than evoprune have none"
+)
+
+
+class BiasedRotary(nn.Module):
+    """Rotates queries and keys as `rotary` does, and appends the dimensions of the bias to each head.
+
+    Args:
+        rotary: the layer's own.
+        attention: the layer's attention, with wide heads.
+        head_size: of a head without the bias.
+        scale: by which attention multiplies products.
+    """
+
+    def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):
+        super().__init__()
+        self.rotary, self.head_size, self.scale = rotary, head_size, scale
+        self.heads, self.kv_heads = attention.num_heads, attention.num_kv_heads
+        self.wide = attention.head_size
+
+    def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
+        """`[n, heads * wide]` and `[n, kv_heads * wide]`, from positions `[3, n]`, queries and keys."""
+        plain, bias = split_bias(positions)
+        query, key = self.rotary(plain, query, key)
+        ones = query.new_ones(len(query), PIECES)
+        return self._extended(query, ones, self.heads), self._extended(key, self._pieces(bias, key), self.kv_heads)
+
+    def _pieces(self, bias: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """`[n, PIECES]` in the dtype of the keys; the sum of each row is the bias / scale."""
+        left, pieces = bias / self.scale, []
+        for _ in range(PIECES):
+            pieces.append(left.to(key.dtype))
+            left = left - pieces[-1].float()
+        return torch.stack(pieces, 1)
+
+    def _extended(self, x: torch.Tensor, pieces: torch.Tensor, heads: int) -> torch.Tensor:
+        pieces = F.pad(pieces, (0, self.wide - self.head_size - PIECES))
+        by_head = [x.view(-1, heads, self.head_size), pieces[:, None].expand(-1, heads, -1)]
+        return torch.cat(by_head, 2).flatten(1)
+
+
+class BiasedAttention(Attention):
+    """vLLM's attention on wide heads, for a layer whose values are as narrow as before.
+
+    Args:
+        head_size: of a value.
+        wide: of a query and a key.
+        options: as of `Attention`.
+    """
+
+    def __init__(self, head_size: int, wide: int, **options):
+        super().__init__(head_size=wide, **options)
+        self.value_size = head_size
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """`[n, heads * head_size]`, from wide queries and keys, and values `[n, kv_heads * head_size]`."""
+        value = value.view(-1, self.num_kv_heads, self.value_size)
+        value = F.pad(value, (0, self.head_size - self.value_size)).flatten(1)
+        out = super().forward(query, key, value)
+        return out.view(-1, self.num_heads, self.head_size)[:, :, : self.value_size].flatten(1)
+
+
+def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
+    """Lets the layers of a Qwen2 language model take a bias with the positions. Call it before weights are loaded.
+
+    Raises:
+        UsageError: the attention backend has no kernel for wider heads, or was not tested.
+    """
+    for layer in layers:
+        if hasattr(layer, "self_attn"):  # a pipeline has layers elsewhere
+            _add_bias(layer.self_attn, config)
+
+
+def _add_bias(layer: nn.Module, config: VllmConfig) -> None:
+    stock = layer.attn
+    size, backend = stock.head_size, stock.attn_backend
+    fitting = (wide for wide in range(size + PIECES, LARGEST + 1) if backend.supports_head_size(wide))
+    wide = next(fitting, None)
+    if backend.get_name() not in BACKENDS or wide is None:
+        raise UsageError(f"cluster sizes cannot weigh tokens in attention backend {backend.get_name()}", HINT)
+    del config.compilation_config.static_forward_context[stock.layer_name]  # the new layer takes its place
+    layer.attn = BiasedAttention(
+        size,
+        wide,
+        num_heads=stock.num_heads,
+        scale=layer.scaling,
+        num_kv_heads=stock.num_kv_heads,
+        cache_config=config.cache_config,
+        quant_config=config.quant_config,
+        prefix=stock.layer_name,
+    )
+    layer.rotary_emb = BiasedRotary(layer.rotary_emb, layer.attn, size, layer.scaling)

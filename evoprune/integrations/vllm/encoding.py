@@ -1,0 +1,82 @@
+"""Encodes one picture or video of a request, and appends the positions of its tokens. No vLLM here."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from evoprune.errors import PluginError, UsageError, names_plugins
+from evoprune.integrations.vllm.positions import as_columns
+from evoprune.language.positions import video_positions
+from evoprune.methods.base import Method
+from evoprune.methods.none import Nothing
+from evoprune.model.config import vision_sizes
+from evoprune.pruning.encoder_plan import Grid
+from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
+
+TRIAL = ((4, 4, 4), 16)  # grid and K of the clip with which a method is tried out
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture or video.
+
+    Attributes:
+        grid: (T, H, W) in units.
+        keep: K, the number of its placeholders.
+        seconds: seconds per pair.
+    """
+
+    grid: Grid
+    keep: int
+    seconds: float = 1.0
+
+
+@names_plugins()
+def encoded(visual, patches: Iterable[torch.Tensor], item: Item, method: Method) -> Encoded:
+    """The tokens of an item, exactly K of them.
+
+    Args:
+        visual: the tower.
+        patches: pieces `[n, 1176]`, float32, normalised.
+        method: prunes the item, unless all its units are kept.
+
+    Raises:
+        ModelError: the tower computes NaN or infinite values.
+        PluginError: a method of another package failed, or kept another number of tokens.
+    """
+    chosen = method if item.keep < prod(item.grid) else Nothing()
+    plan = chosen.plan(tower_shape(visual), item.grid, item.keep)
+    found = encode(visual, patches, plan, chosen, seconds_per_pair=item.seconds)
+    if len(found.kept) != item.keep:
+        hint = "choose another method"
+        raise PluginError(f"method {method.name} kept {len(found.kept):,} tokens of {item.keep:,}", hint)
+    return found
+
+
+def with_columns(found: Encoded, item: Item, tokens_per_second: float | None) -> torch.Tensor:
+    """`[K, D + COLUMNS]`: features, positions counted from the video's own, and the log of the cluster size."""
+    features = found.features
+    positions = video_positions(item.grid, item.seconds, tokens_per_second).to(features.device)[:, found.kept]
+    bias = features.new_zeros(len(features), dtype=torch.float32) if found.size is None else found.size.log()
+    return torch.cat([features, as_columns(positions, bias.to(features.device), features.dtype)], 1)
+
+
+def try_out(visual, method: Method) -> None:
+    """Encodes a small clip of noise, so that a method that cannot work fails at start and not at the first request.
+
+    Raises:
+        UsageError: the method weighs tokens and does not declare it. Others as `encoded`.
+    """
+    grid, keep = TRIAL
+    sizes, weight = vision_sizes(visual.config), visual.patch_embed.proj.weight
+    noise = torch.Generator().manual_seed(0)
+    shape = prod(grid) * sizes.spatial_merge_size**2, weight[0].numel()
+    patches = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu").to(weight.device)
+    found = encoded(visual, [patches], Item(grid, keep), method)
+    if found.size is not None and not method.weighs:
+        hint = "its class must override `weighs` (evoprune/methods/base.py)"
+        raise UsageError(f"method {method.name} gives tokens sizes, and does not declare it", hint)

@@ -1,0 +1,218 @@
+"""Qwen2.5-VL and Qwen2-VL of vLLM with this project's vision encoder.
+
+vLLM's own tower is not made, so its weights are in memory once. With tensor parallelism, the first process of a group encodes for
+all: two processes could select different tokens, if their numbers differed in the last bit.
+"""
+
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
+from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.utils import StageMissingLayer, init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
+
+from evoprune.errors import ModelError, UsageError
+from evoprune.integrations.vllm import processor
+from evoprune.integrations.vllm.attention import add_bias
+from evoprune.integrations.vllm.cpu_runner import let_cpu_runner_prune
+from evoprune.integrations.vllm.encoding import Item, encoded, try_out, with_columns
+from evoprune.integrations.vllm.positions import (
+    COLUMNS,
+    Placeholders,
+    from_columns,
+    generated_offset,
+    known_positions,
+    with_videos,
+)
+from evoprune.integrations.vllm.settings import method_of, served_budget
+from evoprune.language.positions import VideoSpan
+from evoprune.model.config import VisionConfig, check_vision, vision_sizes
+from evoprune.model.linear import pack
+from evoprune.model.weights import Tower
+from evoprune.pruning.encoder_plan import Grid
+
+logger = init_logger("vllm.evoprune")
+
+PICTURE, VIDEO = "image_grid_thw", "video_grid_thw"
+PATCHES = 4096  # that have float32 copies at a time
+
+
+class _Pruned(SupportsMultiModalPruning):
+    """Mixed into vLLM's models.
+
+    Raises:
+        UsageError: a method that cannot work here, or an option of vLLM that cannot go with it.
+        ModelError: the tower computes NaN. PluginError: a method of another package does not keep what it declares.
+    """
+
+    supports_encoder_tp_data = False
+    supports_tower_connector_lora = False
+    requires_sequential_video_encoding = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        nn.Module.__init__(self)
+        model_config = vllm_config.model_config
+        multimodal = model_config.get_multimodal_config()
+        self.config, self.model_config, self.multimodal_config = model_config.hf_config, model_config, multimodal
+        self.vllm_config = vllm_config
+        self.is_multimodal_pruning_enabled = multimodal.is_multimodal_pruning_enabled()
+        self.method = method_of(vllm_config.additional_config)
+        self.sizes = vision_sizes(self.config.vision_config)
+        weighs = self.is_multimodal_pruning_enabled and self.method.weighs
+        _check(self.sizes, vllm_config)
+        self.input_norm = build_mm_input_norm(model_config)
+        with self._mark_tower_model(vllm_config, {"image", "video"}):
+            self.visual = (
+                _empty_tower(self.sizes) if get_tp_group().rank_in_group == 0 else StageMissingLayer("vision_tower")
+            )
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=["Qwen2ForCausalLM"],
+            )
+        if weighs:
+            add_bias(self.language_model.model.layers, vllm_config)
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        let_cpu_runner_prune(type(self))
+        budget = served_budget(multimodal.video_pruning_rate)
+        logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """vLLM's; then the tower's linear layers are packed, where that makes products on a CPU faster."""
+        loaded = super().load_weights(weights)
+        if isinstance(self.visual, Tower):
+            pack(self.visual)
+            if self.is_multimodal_pruning_enabled:
+                try_out(self.visual, self.method)
+        return loaded
+
+    def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
+        """The features of each picture and video of a call, `[tokens, hidden]`.
+
+        Those of videos have `positions.COLUMNS` more columns on a server that prunes.
+        """
+        made: tuple[torch.Tensor, ...] = ()
+        for name in inputs:
+            if name == "image_embeds":
+                sizes = [prod(grid) for grid in self._grids(inputs[PICTURE])]
+                made += inputs[name].to(self.model_config.dtype).split(sizes)
+            elif name == "pixel_values":
+                grids = self._grids(inputs[PICTURE])
+                made += tuple(self._made(inputs[name], grids, [prod(grid) for grid in grids], []))
+            elif name == "pixel_values_videos":
+                kept, seconds = inputs[processor.KEEP].tolist(), inputs[processor.SECONDS].tolist()
+                made += tuple(self._made(inputs[name], self._grids(inputs[VIDEO]), kept, seconds))
+        return made
+
+    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
+        """`positions.known_positions` of a prompt."""
+        items = []
+        for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
+            grid = PICTURE if feature.modality == "image" else VIDEO
+            seconds = feature.data.get(processor.SECONDS)
+            (shape,) = self._grids(feature.data[grid].data[None])
+            span = VideoSpan(feature.mm_position.offset, shape, 1.0 if seconds is None else float(seconds.data))
+            items.append(Placeholders(span, feature.mm_position.length))
+        return known_positions(len(input_tokens), items, self.sizes.tokens_per_second)
+
+    def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
+        """The features without their additional columns, the prompt's positions, and vLLM's number for generated tokens.
+
+        Args:
+            input_ids: of the prompt, a list or a tensor.
+            multimodal_embeddings: of pictures and videos, from the first one that is not computed yet.
+            mrope_positions: int64 `[3, prompt]`, from `get_mrope_input_positions` or from here.
+            num_computed_tokens: how many tokens of the prompt are computed.
+        """
+        wide = self.config.get_text_config().hidden_size
+        videos = [each for each in multimodal_embeddings if each.shape[1] > wide]
+        if videos:
+            columns = torch.cat([each[:, wide:] for each in videos]).to(mrope_positions.device)
+            ids = torch.as_tensor(input_ids, dtype=torch.int64, device=mrope_positions.device)
+            places = (ids[num_computed_tokens:] == self.config.video_token_id).nonzero()[:, 0] + num_computed_tokens
+            mrope_positions = with_videos(mrope_positions, places[: len(columns)], from_columns(columns))
+        features = [each[:, :wide] for each in multimodal_embeddings]
+        return features, mrope_positions, generated_offset(mrope_positions)
+
+    def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
+        """No graphs: how much the encoder computes depends on the video."""
+        wide = self.config.get_text_config().hidden_size
+        return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=wide, max_frames_per_video=1)
+
+    def _grids(self, grids: torch.Tensor) -> list[Grid]:
+        """Grids of Hugging Face, int64 `[items, 3]`, in units."""
+        merge = self.sizes.spatial_merge_size
+        return [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
+
+    def _made(
+        self, pixels: torch.Tensor, grids: list[Grid], kept: list[int], seconds: list[float]
+    ) -> Iterator[torch.Tensor]:
+        """The features of each picture or video, made by the first process of a tensor-parallel group.
+
+        Args:
+            pixels: `[patches, 1176]` of all items, bytes or normalised.
+            kept: K of each item; all its units for a picture.
+            seconds: seconds per pair of each video; empty for pictures.
+        """
+        group, wide = get_tp_group(), self.config.get_text_config().hidden_size
+        columns = COLUMNS if seconds and self.is_multimodal_pruning_enabled else 0
+        sizes = [prod(grid) * self.sizes.spatial_merge_size**2 for grid in grids]
+        for i, (patches, grid, keep) in enumerate(zip(pixels.split(sizes), grids, kept, strict=True)):
+            if group.rank_in_group:
+                made = pixels.new_empty(keep, wide + columns, dtype=self.model_config.dtype)
+            else:
+                item = Item(grid, keep, seconds[i] if seconds else 1.0)
+                found = encoded(self.visual, self._normalised(patches), item, self.method)
+                made = with_columns(found, item, self.sizes.tokens_per_second) if columns else found.features
+            yield group.broadcast(made.contiguous())
+
+    def _normalised(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Patches in float32, some at a time, as they come from vLLM: bytes, or normalised already."""
+        for some in pixels.split(PATCHES):
+            yield self.input_norm(some, torch.float32)
+
+
+def _check(sizes: VisionConfig, config: VllmConfig) -> None:
+    """Raises ModelError or UsageError if this package cannot run the tower, or not with these options of vLLM."""
+    try:
+        check_vision(sizes)
+    except ValueError as problem:
+        raise ModelError(
+            f"the vision tower of this model cannot be run: {problem}", "serve it without evoprune"
+        ) from problem
+    if config.model_config.dtype == torch.float16:
+        raise UsageError("the vision tower of Qwen overflows in float16", "start with --dtype bfloat16 or float32")
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in ("ngram", "suffix"):
+        hint = "leave it out, or use the method ngram"
+        raise UsageError(f"speculative decoding with {speculative.method} was not tested with pruned videos", hint)
+
+
+def _empty_tower(sizes: VisionConfig) -> Tower:
+    """A tower of vLLM's dtype on its device, to be filled by its loader; drawing random numbers would take seconds."""
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        tower = Tower(sizes)
+    return tower.to_empty(device=device).eval().requires_grad_(False)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    processor.Processor25, info=processor.Info25, dummy_inputs=processor.DummyInputs25
+)
+class EvoPruneQwen2_5_VLForConditionalGeneration(_Pruned, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+    """Qwen2.5-VL."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(processor.Processor2, info=processor.Info2, dummy_inputs=processor.DummyInputs2)
+class EvoPruneQwen2VLForConditionalGeneration(_Pruned, Qwen2VLForConditionalGeneration):
+    """Qwen2-VL."""

@@ -1,0 +1,130 @@
+"""Positions (M-RoPE) of a prompt whose videos are pruned. No vLLM here.
+
+By Qwen's rule (`language.positions`) the text after a video starts where the whole video ends, whichever tokens are kept. So all
+positions of a prompt but those of pruned videos are known before anything is encoded. They are right whatever part of the prompt
+vLLM finds in its prefix cache.
+
+A placeholder of a pruned video has a negative number until the encoder says which unit its token has: `-1 - start`, where `start`
+is the position of the video. The encoder appends the positions of each token, counted from `start`, to its features. They are
+written in digits below 256, which bfloat16 and float16 hold exactly.
+
+A prompt's chunks, and a request that was interrupted, bring some features again. A position that is written is never written again.
+
+Beside its position, a token has a bias (attention.py). Its 32 bits travel in the upper bits of the three positions of a token,
+which vLLM hands to every layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from evoprune.language.positions import VideoSpan, video_positions
+from evoprune.pruning.indices import ascending
+
+BASE = 256
+POSITION_DIGITS, BIAS_DIGITS = 3, 4
+COLUMNS = 3 * POSITION_DIGITS + BIAS_DIGITS  # that the encoder appends to the features of each token
+BITS = 20  # of a position; the other 11 of a positive int32 are free
+LIMIT, FREE = 2**BITS, 2**11
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """The placeholders of a video or picture in a prompt.
+
+    Attributes:
+        span: where they begin, and the shape of the video, which has `span.tokens` units.
+        count: the number of placeholders, less if the video is pruned.
+    """
+
+    span: VideoSpan
+    count: int
+
+
+def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None) -> int:
+    """How many positions the text after a video starts later than the video itself."""
+    clock = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
+    return max(int((grid[0] - 1) * clock) + 1, *grid[1:])
+
+
+def known_positions(
+    length: int, items: Sequence[Placeholders], tokens_per_second: float | None
+) -> tuple[torch.Tensor, int]:
+    """The positions of a prompt before its videos are encoded.
+
+    Args:
+        length: number of tokens of the prompt, which has `count` placeholders for each item.
+        items: the videos and pictures, in order.
+        tokens_per_second: see `language.positions.video_positions`.
+
+    Returns:
+        int64 `[3, length]`, negative at placeholders of pruned videos; and the number that vLLM adds to the index of a generated
+        token to get its position.
+    """
+    pieces, at, following = [], 0, 0
+    for item in items:
+        span = item.span
+        pieces.append((ascending(span.start - at, "cpu") + following).expand(3, -1))
+        following += span.start - at
+        if item.count == prod(span.grid):
+            pieces.append(video_positions(span.grid, span.seconds_per_pair, tokens_per_second) + following)
+        else:
+            pieces.append(torch.full((3, item.count), -1 - following, dtype=torch.int64, device="cpu"))
+        following += extent(span.grid, span.seconds_per_pair, tokens_per_second)
+        at = span.start + item.count
+    pieces.append((ascending(length - at, "cpu") + following).expand(3, -1))
+    return torch.cat(pieces, dim=1), following + length - at - length
+
+
+def generated_offset(positions: torch.Tensor) -> int:
+    """The number of `known_positions` for a prompt that does not end with a pruned video, from its positions `[3, length]`."""
+    return int(positions[:, -1].remainder(LIMIT).max()) + 1 - positions.shape[1]
+
+
+def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the encoder appends to the features of a video's tokens.
+
+    Args:
+        positions: int64 `[3, K]`, below 2**24, counted from the video's own.
+        bias: float32 `[K]`.
+        dtype: of the features.
+
+    Returns:
+        `[K, COLUMNS]`, whole numbers below 256.
+    """
+    bits = bias.float().view(torch.int32).long()
+    numbers = [(row, POSITION_DIGITS) for row in positions] + [(bits, BIAS_DIGITS)]
+    return torch.stack([(row >> 8 * i) & (BASE - 1) for row, digits in numbers for i in range(digits)], 1).to(dtype)
+
+
+def from_columns(columns: torch.Tensor) -> torch.Tensor:
+    """int64 `[3, K]`: positions with the bias in their upper bits, from what `as_columns` returned."""
+    digits = columns.T.long()
+    places = BASE ** ascending(POSITION_DIGITS, digits.device)
+    rows = [(part * places[:, None]).sum(0) for part in digits[:-BIAS_DIGITS].split(POSITION_DIGITS)]
+    bits = sum(digit << 8 * i for i, digit in enumerate(digits[-BIAS_DIGITS:]))
+    return torch.stack([row + ((bits // FREE**i) % FREE) * LIMIT for i, row in enumerate(rows)])
+
+
+def split_bias(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions without the bias, and the bias, float32 `[n]`; from int64 or int32 `[3, n]`."""
+    upper = (positions.long() >> BITS) & (FREE - 1)
+    bits = upper[0] + (upper[1] << 11) + (upper[2] << 22)
+    bits = bits - ((bits >> 31) << 32)  # as a signed number
+    return positions & (LIMIT - 1), bits.to(torch.int32).view(torch.float32)
+
+
+def with_videos(positions: torch.Tensor, places: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """The positions of a prompt after some tokens of its videos are known.
+
+    Args:
+        positions: int64 `[3, length]`; negative where no position is written yet.
+        places: int64 `[n]`, the indices of the tokens in the prompt.
+        found: int64 `[3, n]`, from `from_columns`.
+    """
+    before = positions[:, places]
+    made = positions.clone()
+    made[:, places] = torch.where(before < 0, found - 1 - before, before)
+    return made

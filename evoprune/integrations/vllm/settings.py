@@ -1,0 +1,91 @@
+"""How a server prunes: the method, and the share of visual tokens to keep. No vLLM here.
+
+vLLM carries two settings: `--video-pruning-rate`, the share that goes, and `--additional-config`, which holds the method. A
+request may bring a budget of its own in `mm_processor_kwargs`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from evoprune import methods
+from evoprune.errors import UsageError, names_plugins
+from evoprune.methods.base import Method
+from evoprune.pruning.budget import parse_budget
+from evoprune.text import did_you_mean
+
+SECTION, METHOD = "evoprune", "method"  # --additional-config '{"evoprune": {"method": "divprune"}}'
+BUDGET = "evoprune_budget"  # in a request's mm_processor_kwargs
+EXAMPLE = '--additional-config \'{"evoprune": {"method": "divprune"}}\''
+EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method"
+
+
+def method_of(additional: Any) -> Method:
+    """The method that `--additional-config` names; the default one if it names none.
+
+    Args:
+        additional: vLLM's `additional_config`.
+
+    Raises:
+        UsageError: no such method or setting, a method that cannot work here, or another key than "method".
+    """
+    section = additional.get(SECTION, {}) if isinstance(additional, Mapping) else {}
+    unknown = sorted(set(section) - {METHOD}) if isinstance(section, Mapping) else [str(section)]
+    if unknown:
+        raise UsageError(f"{SECTION} in --additional-config has no setting {unknown[0]!r}", f"for example {EXAMPLE}")
+    return served_method(section.get(METHOD, methods.DEFAULT))
+
+
+@names_plugins()
+def served_method(name: str) -> Method:
+    """The method `name`, perhaps with settings (`NAME:SETTING=VALUE`).
+
+    Raises:
+        UsageError: there is no such method or setting; or it resizes frames, reads the question, keeps every token, or keeps a
+            number of tokens that is not known before the video is encoded.
+    """
+    if not isinstance(name, str):
+        raise UsageError(f"method {name!r} is not a name", f"for example {EXAMPLE}")
+    method = methods.get(name)
+    if method.acts == "none":
+        raise UsageError(f"method {name} prunes nothing", "leave --video-pruning-rate out instead")
+    if method.acts == "input":
+        raise UsageError(f"method {name} acts on frames, which vLLM reads and resizes", EXACT)
+    if method.reads_question:
+        raise UsageError(f"method {name} reads the question, which vLLM's encoder does not see", EXACT)
+    if not method.exact:
+        raise UsageError(f"method {name} does not say in advance how many tokens it keeps", EXACT)
+    return method
+
+
+def served_budget(rate: float | None) -> float:
+    """The share of visual tokens that stays, from `--video-pruning-rate`; 1.0 without one."""
+    return round(1 - (rate or 0.0), 9)
+
+
+def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
+    """The share of visual tokens that stays in a request.
+
+    Args:
+        options: the request's `mm_processor_kwargs`.
+        rate: `--video-pruning-rate`.
+
+    Raises:
+        UsageError: it is no share, the server prunes nothing, or there is no such option.
+    """
+    unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
+    if unknown:
+        raise UsageError(f"no option {unknown[0]!r}", f"{did_you_mean(unknown[0], [BUDGET])}a request may set {BUDGET}")
+    if BUDGET not in options:
+        return served_budget(rate)
+    budget = parse_budget(options[BUDGET])
+    if budget < 1 and not rate:
+        raise UsageError(
+            "this server prunes nothing, for it was started without a rate",
+            "start it with --video-pruning-rate, which may be as small as 1e-9, and set budgets in requests",
+        )
+    return budget
+
+
+def without_own(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are the Hugging Face processor's."""
+    return {name: value for name, value in options.items() if name != BUDGET}

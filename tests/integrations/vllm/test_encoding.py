@@ -1,0 +1,77 @@
+"""One video of a request, as vLLM's model encodes it."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from evoprune import methods
+from evoprune.errors import PluginError, UsageError
+from evoprune.integrations.vllm.encoding import Item, encoded, try_out, with_columns
+from evoprune.integrations.vllm.positions import COLUMNS, from_columns, split_bias
+from evoprune.language.positions import video_positions
+from evoprune.methods.base import Selector
+from evoprune.pruning.types import Selection
+from tests.tiny import tiny_model
+
+GRID = (4, 4, 6)
+
+
+@pytest.fixture(scope="module")
+def visual():
+    return tiny_model().model.visual
+
+
+def patches(grid=GRID):
+    return torch.randn(math.prod(grid) * 4, 1176, generator=torch.Generator().manual_seed(1))
+
+
+def test_columns_hold_position_and_log_of_the_cluster_size(visual):
+    item = Item(GRID, 20, 0.7)
+    found = encoded(visual, [patches()], item, methods.get("evoprune"))
+    made = with_columns(found, item, 2.0)
+    wide = found.features.shape[1]
+    plain, bias = split_bias(from_columns(made[:, wide:]))
+    assert made.shape == (20, wide + COLUMNS) and torch.equal(made[:, :wide], found.features)
+    assert torch.equal(plain, video_positions(GRID, 0.7, 2.0)[:, found.kept])
+    assert torch.equal(bias, found.size.log()) and bias.max() > 0
+
+
+def test_a_video_of_which_all_is_kept_has_no_bias(visual):
+    item = Item(GRID, math.prod(GRID))
+    made = with_columns(encoded(visual, [patches()], item, methods.get("evoprune")), item, 2.0)
+    assert not split_bias(from_columns(made[:, -COLUMNS:]))[1].any()
+
+
+@dataclass(frozen=True)
+class TooFew(Selector):
+    name: ClassVar[str] = "too-few"
+    exact: ClassVar[bool] = False
+
+    def select(self, tokens, keep):
+        return Selection(torch.arange(keep - 1))
+
+
+@dataclass(frozen=True)
+class Undeclared(Selector):
+    name: ClassVar[str] = "undeclared"
+
+    def select(self, tokens, keep):
+        return Selection(torch.arange(keep), size=torch.full((keep,), 2.0))
+
+
+def test_a_method_that_does_not_hold_what_it_declares_fails_at_the_start(visual):
+    with pytest.raises(PluginError, match="kept 15 tokens of 16"):
+        try_out(visual, TooFew())
+    with pytest.raises(UsageError, match="sizes"):
+        try_out(visual, Undeclared())
+    try_out(visual, methods.get("evoprune"))
+
+
+@pytest.mark.parametrize("name", ["evoprune", "evoprune:count=0", "divprune", "tome", "reuse+divprune"])
+def test_whether_tokens_have_weights_is_declared(visual, name):
+    method = methods.get(name)
+    found = encoded(visual, [patches()], Item(GRID, 20), method)
+    assert (found.size is not None) == method.weighs

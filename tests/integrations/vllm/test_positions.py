@@ -1,0 +1,113 @@
+"""Positions of prompts with pruned videos, against the positions of the whole prompt, of which columns are dropped."""
+
+import pytest
+import torch
+
+from evoprune.integrations.vllm.positions import (
+    LIMIT,
+    Placeholders,
+    as_columns,
+    from_columns,
+    generated_offset,
+    known_positions,
+    split_bias,
+    with_videos,
+)
+from evoprune.language.positions import VideoSpan, prompt_positions, video_positions
+
+TEXT, PICTURE, VIDEO = 0, 1, 2
+# Items of a prompt, with a piece of text in front of each and one at the end.
+ITEMS = [
+    (3, VIDEO, (6, 3, 5), 0.7),
+    (0, PICTURE, (1, 4, 6), 1.0),
+    (2, VIDEO, (300, 2, 2), 1.37),
+    (1, VIDEO, (2, 2, 3), 0.5),
+]
+END = 4
+
+
+def prompt(per_second, share=0.3):
+    """A prompt: ids, its items, the units that are kept of each video, and the positions that are right for it."""
+    random = torch.Generator().manual_seed(0)
+    whole, spans, columns, ids, items, kept = 0, [], [], [], [], []
+    for text, kind, grid, seconds in ITEMS:
+        units = grid[0] * grid[1] * grid[2]
+        keep = units if kind == PICTURE else max(1, round(share * units))
+        chosen = torch.randperm(units, generator=random)[:keep].sort().values
+        columns += [whole + i for i in range(text)] + (whole + text + chosen).tolist()
+        ids += [TEXT] * text
+        spans.append(VideoSpan(whole + text, grid, seconds))
+        items.append(Placeholders(VideoSpan(len(ids), grid, seconds), keep))
+        ids += [kind] * keep
+        whole += text + units
+        kept += [chosen] if kind == VIDEO else []
+    columns += [whole + i for i in range(END)]
+    right = prompt_positions(whole + END, spans, per_second)
+    return torch.tensor(ids + [TEXT] * END), items, kept, right[:, columns], int(right.max()) + 1
+
+
+def columns_of(kept, per_second, dtype, bias):
+    videos = [item for item in ITEMS if item[1] == VIDEO]
+    return [
+        as_columns(video_positions(grid, seconds, per_second)[:, units], bias(units), dtype)
+        for units, (_, _, grid, seconds) in zip(kept, videos, strict=True)
+    ]
+
+
+def no_bias(units):
+    return torch.zeros(len(units))
+
+
+@pytest.mark.parametrize("per_second", [2.0, 25.0, None])
+@pytest.mark.parametrize("chunk", [1000, 7, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_positions_are_those_of_the_whole_prompt_without_the_dropped_columns(per_second, chunk, dtype):
+    ids, items, kept, right, following = prompt(per_second)
+    rows = torch.cat(columns_of(kept, per_second, dtype, no_bias))
+    positions, offset = known_positions(len(ids), items, per_second)
+    assert offset == following - len(ids)
+    for start in range(0, len(ids), chunk):
+        videos = ids == VIDEO
+        before, now = int(videos[:start].sum()), int(videos[start : start + chunk].sum())
+        places = videos[start:].nonzero()[:, 0] + start
+        positions = with_videos(positions, places[:now], from_columns(rows[before : before + now]))
+        end = min(start + chunk, len(ids))
+        assert torch.equal(positions[:, start:end], right[:, start:end])
+        assert generated_offset(positions) == offset
+    assert torch.equal(positions, right)
+
+
+def test_text_is_right_where_the_prefix_cache_holds_the_video():
+    ids, items, _, right, _ = prompt(2.0)
+    positions, _ = known_positions(len(ids), items, 2.0)
+    assert torch.equal(positions[:, ids != VIDEO], right[:, ids != VIDEO])
+    assert (positions[:, ids == VIDEO] < 0).all()
+
+
+def test_a_written_position_is_never_written_again():
+    ids, items, kept, right, _ = prompt(2.0)
+    rows = torch.cat(columns_of(kept, 2.0, torch.float32, no_bias))
+    places = (ids == VIDEO).nonzero()[:, 0]
+    positions, _ = known_positions(len(ids), items, 2.0)
+    positions = with_videos(positions, places, from_columns(rows))
+    again = with_videos(positions, places[1:], from_columns(rows[:-1]))  # as speculative decoding calls it
+    assert torch.equal(again, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("number", [torch.int64, torch.int32])
+def test_the_bias_travels_with_the_positions_exactly(dtype, number):
+    positions = torch.randint(0, LIMIT // 2, (3, 1000), generator=torch.Generator().manual_seed(0))
+    bias = torch.linspace(-3, 20, 1000).float().exp().log1p() * torch.linspace(-1, 1, 1000)
+    found = from_columns(as_columns(positions, bias, dtype))
+    start = LIMIT // 2 - 1
+    plain, carried = split_bias((found + start).to(number))
+    assert torch.equal(plain.long(), positions + start)
+    assert torch.equal(carried, bias)
+
+
+def test_an_unpruned_video_has_its_positions_from_the_start():
+    items = [Placeholders(VideoSpan(2, (3, 2, 2), 0.7), 12)]
+    positions, offset = known_positions(17, items, 2.0)
+    right = prompt_positions(17, [items[0].span], 2.0)
+    assert torch.equal(positions, right) and offset == int(right.max()) + 1 - 17
