@@ -1,0 +1,50 @@
+"""Tests with the mark `vllm` run in an environment that has it (docs/serving.md); elsewhere they are skipped."""
+
+import gc
+import os
+from importlib.util import find_spec
+
+import pytest
+
+MISSING = "vLLM is not installed; docs/serving.md says how to make an environment that has it"
+# For tests on a CPU, in the process of pytest; vLLM reads them when it is imported.
+for name, value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+
+def pytest_collection_modifyitems(items):
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason=MISSING))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """A function that makes an `LLM`, after the one before has ended: one at a time is in memory."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from tests.integrations.vllm.serving import make_llm
+
+    running = []
+
+    def end():
+        running.clear()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def start(**options):
+        end()
+        running.append(make_llm(**options))
+        return running[0]
+
+    yield start
+    end()

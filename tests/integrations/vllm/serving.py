@@ -1,0 +1,125 @@
+"""Clips with questions, what `VideoQA` answers, and the same frames as requests of vLLM."""
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import evoprune
+from evoprune.integrations.vllm import PREFIX
+from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.options import SamplingOptions
+from evoprune.pipeline.video_qa import VideoQA
+from evoprune.video.frames import read_frames
+
+DEMO = Path(evoprune.__file__).parent / "demo" / "weights"
+SAMPLES = Path(evoprune.__file__).parent.parent / "samples"
+VIDEO, PICTURE = "<|vision_start|><|video_pad|><|vision_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+NEW = 16  # tokens of an answer
+QUESTIONS = {
+    "square.mp4": ("What colour is the square?", "What digit is it?", "Describe the video."),
+    "three.mp4": ("How many shapes are there?", "What shape is yellow?", "Describe the video."),
+    "vanish.webm": ("What happens to the red triangle?", "Which way does the red square move?", "Describe the video."),
+    "pan.mp4": ("How many shapes are there?", "Describe the video."),
+    "flash.mp4": ("Which thing flashes?", "Describe the video."),
+    "arrivals.webm": ("What appears first?", "Describe the video."),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames, uint8 `[F, H, W, 3]`, with the seconds of a frame pair."""
+
+    frames: np.ndarray
+    seconds: float
+
+    def item(self):
+        """The video as vLLM takes it."""
+        count = len(self.frames)
+        metadata = {"fps": 2 / self.seconds, "duration": count * self.seconds / 2, "total_num_frames": count}
+        return self.frames, metadata | {"frames_indices": list(range(count)), "do_sample_frames": False}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about videos and pictures, and the right answer."""
+
+    media: tuple
+    question: str
+    answer: str = ""
+
+    def request(self, budget=None):
+        """The request of vLLM, with a budget of its own."""
+        videos = [each.item() for each in self.media if isinstance(each, Clip)]
+        pictures = [each for each in self.media if not isinstance(each, Clip)]
+        text = "".join(VIDEO if isinstance(each, Clip) else PICTURE for each in self.media) + self.question
+        data = {name: items for name, items in (("video", videos), ("image", pictures)) if items}
+        made = {"prompt": PROMPT.format(text), "multi_modal_data": data}
+        return made if budget is None else made | {"mm_processor_kwargs": {"evoprune_budget": budget}}
+
+
+def clip_of(qa: VideoQA, path: Path, fps: float):
+    """A video as `qa` encodes it, and the frames that it read."""
+    held = []
+
+    def read(info, times_s, **how):
+        for chunk in read_frames(info, times_s, **how):
+            held.append(chunk.frames.copy())
+            yield chunk
+
+    with closing(open_video(qa.engine, path, SamplingOptions(fps=fps), read=read)) as video:
+        encoded = video.encode()
+        return encoded, Clip(np.concatenate(held), video.view.seconds_per_pair(2))
+
+
+def samples(fps: float = 2.0, names=tuple(QUESTIONS), model=str(DEMO), **pruning) -> list[Asked]:
+    """The questions about the samples, with what `VideoQA` answers in these settings."""
+    qa, asked = VideoQA.load(model, dtype="fp32", **pruning), []
+    for name in names:
+        encoded, clip = clip_of(qa, SAMPLES / name, fps)
+        for question in QUESTIONS[name]:
+            answer = encoded.ask(question, max_new_tokens=NEW).text
+            asked.append(Asked((clip,), question, answer))
+    return asked
+
+
+def pruning(rate: float, method: str | None = None) -> dict:
+    """Options of a server that prunes."""
+    section = {} if method is None else {"additional_config": {"evoprune": {"method": method}}}
+    return {"video_pruning_rate": rate, **section}
+
+
+def make_llm(model=DEMO, ours: bool = True, family: str = "Qwen2_5_VL", **options):
+    """vLLM's engine with this project's encoder, or with its own."""
+    from vllm import LLM
+
+    override = {"hf_overrides": {"architectures": [f"{PREFIX}{family}ForConditionalGeneration"]}} if ours else {}
+    limits = {"max_model_len": 4096, "max_num_seqs": 8, "limit_mm_per_prompt": {"video": 2, "image": 2}}
+    how = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "seed": 0}
+    return LLM(model=str(model), **{**how, **limits, **override, **options})
+
+
+def answers(llm, requests, together: bool = True) -> list[str]:
+    """What it answers to requests, in one batch or one after another."""
+    return [output.outputs[0].text for output in outputs(llm, requests, together)]
+
+
+def outputs(llm, requests, together: bool = True):
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=NEW)
+    batches = [requests] if together else [[request] for request in requests]
+    return [output for batch in batches for output in llm.generate(batch, greedy, use_tqdm=False)]
+
+
+def same(found: list[str], asked: list[Asked]) -> bool:
+    """Whether all answers are right; prints those that are not."""
+    wrong = [(a, b.answer, b.question) for a, b in zip(found, asked, strict=True) if a.strip() != b.answer.strip()]
+    for row in wrong:
+        print(row)
+    return not wrong

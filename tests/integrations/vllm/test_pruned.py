@@ -1,0 +1,103 @@
+"""vLLM with this project's encoder on a server that prunes: it answers as `VideoQA` does in the same settings."""
+
+import numpy as np
+import pytest
+
+from tests.integrations.vllm.serving import (
+    NEW,
+    PROMPT,
+    VIDEO,
+    Asked,
+    answers,
+    outputs,
+    pruning,
+    same,
+    samples,
+)
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def llm(start):
+    return start(**pruning(0.75))
+
+
+@pytest.fixture(scope="module")
+def quarter():
+    return samples(budget=0.25)
+
+
+def test_it_answers_as_video_qa_does(llm, quarter):
+    found = outputs(llm, [asked.request() for asked in quarter])
+    assert same([output.outputs[0].text for output in found], quarter)
+    video = llm.llm_engine.model_config.hf_config.video_token_id
+    for output, asked in zip(found, quarter, strict=True):
+        frames, height, width, _ = asked.media[0].frames.shape
+        units = frames // 2 * (height // 28) * (width // 28)
+        assert output.prompt_token_ids.count(video) == int(0.25 * units + 0.5)
+
+
+def test_a_request_in_a_batch_has_the_answer_that_it_has_alone(llm, quarter):
+    llm.reset_prefix_cache()
+    assert same(answers(llm, [asked.request() for asked in quarter], together=False), quarter)
+
+
+@pytest.mark.parametrize("fps", [1.5, 3.0, 4.0])
+def test_frame_rates(llm, fps):
+    asked = samples(fps, names=("three.mp4", "vanish.webm"), budget=0.25)
+    assert same(answers(llm, [each.request() for each in asked]), asked)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.5, 1.0])
+def test_a_request_has_a_budget_of_its_own(llm, budget):
+    asked = samples(names=("three.mp4", "vanish.webm", "pan.mp4"), budget=budget)
+    assert same(answers(llm, [each.request(budget) for each in asked]), asked)
+
+
+def test_requests_with_other_budgets_side_by_side(llm, quarter):
+    tenth = samples(budget=0.1)
+    both = [request for a, b in zip(quarter, tenth, strict=True) for request in (a.request(), b.request(0.1))]
+    found = answers(llm, both)
+    assert same(found[::2], quarter) and same(found[1::2], tenth)
+
+
+def test_a_prefix_that_is_in_the_cache_changes_no_answer(llm, quarter):
+    llm.reset_prefix_cache()
+    for asked in quarter:
+        answers(llm, [asked.request()])
+    again = outputs(llm, [asked.request() for asked in quarter])
+    assert same([output.outputs[0].text for output in again], quarter)
+    assert all(output.num_cached_tokens >= 32 for output in again)
+
+
+@pytest.mark.parametrize("budget", [0, 1.5, "auto", None])
+def test_a_bad_budget_of_a_request_is_an_error_of_this_request(llm, quarter, budget):
+    with pytest.raises(ValueError, match="not a share of tokens"):
+        answers(llm, [quarter[0].request() | {"mm_processor_kwargs": {"evoprune_budget": budget}}])
+    assert same(answers(llm, [quarter[0].request()]), quarter[:1])
+
+
+def test_a_prompt_that_ends_with_a_video_is_an_error(llm, quarter):
+    bad = quarter[0].request() | {"prompt": PROMPT.partition("{}")[0] + VIDEO.removesuffix("<|vision_end|>")}
+    with pytest.raises(ValueError, match="ends with a video"):
+        answers(llm, [bad])
+
+
+def test_a_video_longer_than_the_model_has_positions_is_an_error(llm, quarter):
+    clip = quarter[0].media[0]
+    long = Asked((type(clip)(clip.frames, 10_000.0),), "What colour is the square?")
+    with pytest.raises(ValueError, match="positions"):
+        answers(llm, [long.request()])
+
+
+def test_placeholders_that_a_user_writes_change_no_position(llm, quarter):
+    stray = "Is <|image_pad|> or <|video_pad|> in it? What colour is the square?"
+    found = outputs(llm, [Asked(quarter[0].media, stray).request()] * 2, together=False)
+    assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids and len(found[0].outputs[0].token_ids) <= NEW
+
+
+def test_a_video_of_one_pair_and_odd_frames(llm, quarter):
+    clip = quarter[0].media[0]
+    short = Asked((type(clip)(np.ascontiguousarray(clip.frames[:1]), 1.0),), "What colour is the square?")
+    assert answers(llm, [short.request()])[0].strip() == "green"
