@@ -8,6 +8,7 @@ import numpy as np
 
 import evoprune
 from evoprune.integrations.vllm import PREFIX
+from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
@@ -47,11 +48,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about videos and pictures, and the right answer."""
+    """A question about videos and pictures, the right answer, and a single video as `VideoQA` encoded it."""
 
     media: tuple
     question: str
     answer: str = ""
+    encoded: EncodedVideo | None = None
 
     def request(self, budget=None):
         """The request of vLLM, with a budget of its own."""
@@ -84,7 +86,7 @@ def samples(fps: float = 2.0, names=tuple(QUESTIONS), model=str(DEMO), **pruning
         encoded, clip = clip_of(qa, SAMPLES / name, fps)
         for question in QUESTIONS[name]:
             answer = encoded.ask(question, max_new_tokens=NEW).text
-            asked.append(Asked((clip,), question, answer))
+            asked.append(Asked((clip,), question, answer, encoded))
     return asked
 
 
@@ -115,6 +117,22 @@ def outputs(llm, requests, together: bool = True):
     greedy = SamplingParams(temperature=0, max_tokens=NEW)
     batches = [requests] if together else [[request] for request in requests]
     return [output for batch in batches for output in llm.generate(batch, greedy, use_tqdm=False)]
+
+
+def farthest(llm, asked: list[Asked], budget=None) -> float:
+    """The largest difference between log probabilities of a token of an answer here and in `VideoQA`."""
+    from vllm import SamplingParams
+
+    greedy, most = SamplingParams(temperature=0, max_tokens=NEW, logprobs=0), 0.0
+    for output, each in zip(
+        llm.generate([a.request(budget) for a in asked], greedy, use_tqdm=False), asked, strict=True
+    ):
+        said = output.outputs[0]
+        logits, _ = each.encoded.read_along(each.question, said.token_ids)
+        right = logits.float().log_softmax(-1)
+        for i, (token, found) in enumerate(zip(said.token_ids, said.logprobs, strict=True)):
+            most = max(most, abs(found[token].logprob - float(right[i, token])))
+    return most
 
 
 def same(found: list[str], asked: list[Asked]) -> bool:

@@ -9,6 +9,7 @@ from tests.integrations.vllm.serving import (
     VIDEO,
     Asked,
     answers,
+    farthest,
     outputs,
     pruning,
     same,
@@ -36,6 +37,14 @@ def test_it_answers_as_video_qa_does(llm, quarter):
         frames, height, width, _ = asked.media[0].frames.shape
         units = frames // 2 * (height // 28) * (width // 28)
         assert output.prompt_token_ids.count(video) == int(0.25 * units + 0.5)
+
+
+def test_log_probabilities_are_those_of_video_qa(llm, quarter):
+    """They depend on the positions and on the weight of each token."""
+    assert farthest(llm, quarter) < 1e-3
+    assert farthest(llm, samples(budget=0.1), 0.1) < 1e-3
+    assert farthest(llm, samples(budget=1.0), 1.0) < 1e-3
+    assert farthest(llm, samples(budget=0.1, method="evoprune:count=0"), 0.1) > 0.1
 
 
 def test_a_request_in_a_batch_has_the_answer_that_it_has_alone(llm, quarter):

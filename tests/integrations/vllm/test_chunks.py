@@ -1,0 +1,80 @@
+"""Prompts that vLLM reads in chunks, some of which end inside a video; other methods; several videos and pictures."""
+
+import pytest
+import torch
+from PIL import Image
+
+from evoprune import EvoPrune
+from tests.integrations.vllm.serving import DEMO, NEW, Asked, Clip, answers, farthest, pruning, same, samples
+
+pytestmark = pytest.mark.vllm
+
+
+def whole_model_answers(asked: list[Asked], budget: float) -> list[str]:
+    """What the model of transformers answers, pruned by this package, with Qwen's positions."""
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, dtype=torch.float32).eval()
+    processor, said = AutoProcessor.from_pretrained(DEMO), []
+    for each in asked:
+        clips = [media for media in each.media if isinstance(media, Clip)]
+        pictures = [media for media in each.media if not isinstance(media, Clip)]
+        inputs = processor(
+            text=[each.request()["prompt"]],
+            images=pictures or None,
+            videos=[torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in clips] or None,
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        inputs["second_per_grid_ts"] = [clip.seconds for clip in clips]
+        with EvoPrune(budget=budget, positions="qwen")(model):
+            out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        said.append(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+    return said
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Questions about two videos of different rates, and about pictures beside a video."""
+    clips = {name: samples(fps, (name,), budget=1.0)[0].media[0] for name, fps in (("square.mp4", 2), ("pan.mp4", 3))}
+    first, second = clips.values()
+    pictures = [Image.fromarray(clip.frames[0]) for clip in clips.values()]
+    media = [
+        (first, second),
+        (second, first),
+        (pictures[1], first),
+        (first, *pictures),
+        (pictures[0], second, pictures[1]),
+    ]
+    asked = [Asked(each, question) for each in media for question in ("Describe it.", "How many shapes are there?")]
+    right = whole_model_answers(asked, 0.25)
+    return [Asked(each.media, each.question, answer) for each, answer in zip(asked, right, strict=True)]
+
+
+@pytest.mark.parametrize("chunk", [None, 48])
+def test_several_videos_and_pictures(start, mixed, chunk):
+    more = {} if chunk is None else {"max_num_batched_tokens": chunk}
+    llm = start(**pruning(0.75), **more)
+    assert same(answers(llm, [asked.request() for asked in mixed]), mixed)
+    assert same(answers(llm, [asked.request() for asked in mixed], together=False), mixed)
+
+
+def test_chunks(start):
+    asked = samples(budget=0.25)
+    llm = start(**pruning(0.75), max_num_batched_tokens=48)
+    assert same(answers(llm, [each.request() for each in asked]), asked)
+    assert farthest(llm, asked) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["divprune", "reuse+visionzip", "tome", "evoprune:count=1", "evoprune:reuse=0"])
+def test_methods(start, method):
+    asked = samples(budget=0.25, method=method)
+    llm = start(**pruning(0.75, method))
+    assert same(answers(llm, [each.request() for each in asked]), asked)
+    assert farthest(llm, asked) < 1e-3
+
+
+def test_prompts_that_do_not_fit_together_are_interrupted_and_resumed(start):
+    asked = samples(budget=0.25)
+    llm = start(**pruning(0.75), num_gpu_blocks_override=16)
+    assert same(answers(llm, [each.request() for each in asked]), asked)
