@@ -96,8 +96,11 @@ QWEN2_VISION = {
 }
 
 
-def tiny_config(family: str = "qwen2_5_vl"):
-    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL."""
+def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
+    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL.
+
+    With two heads the head dimension of the language model is 32, the least that vLLM has kernels for.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
     kind, vision = {"qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_VISION), "qwen2_vl": (Qwen2VLConfig, QWEN2_VISION)}[family]
@@ -109,11 +112,15 @@ def tiny_config(family: str = "qwen2_5_vl"):
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [8 // heads, 12 // heads, 12 // heads],
+            },
             "bos_token_id": special("<|endoftext|>"),
             "eos_token_id": special("<|im_end|>"),
         },
@@ -125,12 +132,12 @@ def tiny_config(family: str = "qwen2_5_vl"):
     )
 
 
-def tiny_model(seed: int = 0, family: str = "qwen2_5_vl"):
+def tiny_model(seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4):
     """A fresh random model, float32, eval, sdpa. Weights are wide enough that its logits depend on what it reads."""
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
     kind = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}[family]
-    model = kind._from_config(tiny_config(family), dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = kind._from_config(tiny_config(family, heads), dtype=torch.float32, attn_implementation="sdpa").eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -142,10 +149,10 @@ def tiny_model(seed: int = 0, family: str = "qwen2_5_vl"):
     return model
 
 
-def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl") -> Path:
+def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4) -> Path:
     """Writes model, tokenizer and processor settings as a hub repository holds them; returns the folder."""
     folder = Path(folder)
-    tiny_model(seed, family).save_pretrained(folder)
+    tiny_model(seed, family, heads).save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
