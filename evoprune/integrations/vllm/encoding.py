@@ -1,6 +1,6 @@
 """Encodes one picture or video of a request, and appends the positions of its tokens. No vLLM here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +17,7 @@ from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 
+PATCHES = 4096  # that have float32 copies at a time
 TRIAL = ((4, 4, 4), 16)  # grid and K of the clip with which a method is tried out
 
 
@@ -33,6 +34,29 @@ class Item:
     grid: Grid
     keep: int
     seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Normalises the bytes of patches as `vision.preprocess.patchify` does, to the last bit: a token may be selected by it.
+
+    Attributes:
+        mean, std: of red, green and blue, for bytes times `scale`.
+        scale: 1/255.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float
+
+    def __call__(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Patches `[n, 1176]` in float32, some at a time, from bytes."""
+        mean, std = (
+            torch.tensor(each, dtype=torch.float32, device=pixels.device)[:, None] * round(1 / self.scale)
+            for each in (self.mean, self.std)
+        )
+        for some in pixels.split(PATCHES):
+            yield ((some.view(len(some), len(mean), -1).float() - mean) / std).flatten(1)
 
 
 @names_plugins()

@@ -12,7 +12,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
+from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -24,7 +24,7 @@ from evoprune.errors import ModelError, UsageError
 from evoprune.integrations.vllm import processor
 from evoprune.integrations.vllm.attention import add_bias
 from evoprune.integrations.vllm.cpu_runner import let_cpu_runner_prune
-from evoprune.integrations.vllm.encoding import Item, encoded, try_out, with_columns
+from evoprune.integrations.vllm.encoding import Item, Normalised, encoded, try_out, with_columns
 from evoprune.integrations.vllm.positions import (
     COLUMNS,
     Placeholders,
@@ -43,7 +43,6 @@ from evoprune.pruning.encoder_plan import Grid
 logger = init_logger("vllm.evoprune")
 
 PICTURE, VIDEO = "image_grid_thw", "video_grid_thw"
-PATCHES = 4096  # that have float32 copies at a time
 
 
 class _Pruned(SupportsMultiModalPruning):
@@ -69,7 +68,7 @@ class _Pruned(SupportsMultiModalPruning):
         self.sizes = vision_sizes(self.config.vision_config)
         weighs = self.is_multimodal_pruning_enabled and self.method.weighs
         _check(self.sizes, vllm_config)
-        self.input_norm = build_mm_input_norm(model_config)
+        self.normalised = Normalised(*_load_norm_params(model_config))
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             self.visual = (
                 _empty_tower(self.sizes) if get_tp_group().rank_in_group == 0 else StageMissingLayer("vision_tower")
@@ -172,14 +171,13 @@ class _Pruned(SupportsMultiModalPruning):
                 made = pixels.new_empty(keep, wide + columns, dtype=self.model_config.dtype)
             else:
                 item = Item(grid, keep, seconds[i] if seconds else 1.0)
-                found = encoded(self.visual, self._normalised(patches), item, self.method)
+                found = encoded(self.visual, self._patches(patches), item, self.method)
                 made = with_columns(found, item, self.sizes.tokens_per_second) if columns else found.features
             yield group.broadcast(made.contiguous())
 
-    def _normalised(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Patches in float32, some at a time, as they come from vLLM: bytes, or normalised already."""
-        for some in pixels.split(PATCHES):
-            yield self.input_norm(some, torch.float32)
+    def _patches(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Patches in float32, from what vLLM's processor made: bytes, or normalised numbers."""
+        return self.normalised(pixels) if pixels.dtype == torch.uint8 else iter([pixels.float()])
 
 
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:

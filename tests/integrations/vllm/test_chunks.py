@@ -76,5 +76,5 @@ def test_methods(start, method):
 
 def test_prompts_that_do_not_fit_together_are_interrupted_and_resumed(start):
     asked = samples(budget=0.25)
-    llm = start(**pruning(0.75), num_gpu_blocks_override=16)
+    llm = start(**pruning(0.75), num_gpu_blocks_override=16, max_model_len=480)
     assert same(answers(llm, [each.request() for each in asked]), asked)

@@ -9,11 +9,12 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError
-from evoprune.integrations.vllm.encoding import Item, encoded, try_out, with_columns
+from evoprune.integrations.vllm.encoding import Item, Normalised, encoded, try_out, with_columns
 from evoprune.integrations.vllm.positions import COLUMNS, from_columns, split_bias
 from evoprune.language.positions import video_positions
 from evoprune.methods.base import Selector
 from evoprune.pruning.types import Selection
+from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD, patchify
 from tests.tiny import tiny_model
 
 GRID = (4, 4, 6)
@@ -37,6 +38,13 @@ def test_columns_hold_position_and_log_of_the_cluster_size(visual):
     assert made.shape == (20, wide + COLUMNS) and torch.equal(made[:, :wide], found.features)
     assert torch.equal(plain, video_positions(GRID, 0.7, 2.0)[:, found.kept])
     assert torch.equal(bias, found.size.log()) and bias.max() > 0
+
+
+def test_bytes_are_normalised_as_in_preprocessing():
+    frames = torch.randint(0, 256, (4, 56, 84, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    pixels = patchify(frames, (0.0,) * 3, (1 / 255,) * 3).round().to(torch.uint8)  # in their order, as bytes
+    made = torch.cat(list(Normalised(CLIP_MEAN, CLIP_STD, 1 / 255)(pixels)))
+    assert torch.equal(made, patchify(frames))
 
 
 def test_a_video_of_which_all_is_kept_has_no_bias(visual):
