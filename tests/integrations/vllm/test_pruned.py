@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from evoprune.model.linear import PackedLinear
+from evoprune.model.weights import Tower
 from tests.integrations.vllm.serving import (
     NEW,
     PROMPT,
@@ -37,6 +41,23 @@ def test_it_answers_as_video_qa_does(llm, quarter):
         frames, height, width, _ = asked.media[0].frames.shape
         units = frames // 2 * (height // 28) * (width // 28)
         assert output.prompt_token_ids.count(video) == int(0.25 * units + 0.5)
+
+
+def test_the_tower_is_in_memory_once_and_packed(llm):
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
+
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    kinds = [type(module) for module in runner.model.modules()]
+    assert kinds.count(Tower) == 1 and Qwen2_5_VisionTransformer not in kinds
+    packed = [module for module in runner.model.visual.modules() if isinstance(module, PackedLinear)]
+    assert packed and all(module.nbytes and not module.waits for module in packed)
+    assert not any(type(module) is torch.nn.Linear for module in runner.model.visual.modules())
+
+
+def test_text_alone_and_pictures_alone(llm, quarter):
+    picture = Image.fromarray(quarter[0].media[0].frames[0])
+    asked = [Asked((), "Who are you?"), Asked((picture,), "What colour is the square?")]
+    assert answers(llm, [each.request() for each in asked])[1].strip() == "green"
 
 
 def test_log_probabilities_are_those_of_video_qa(llm, quarter):

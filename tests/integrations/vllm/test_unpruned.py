@@ -19,7 +19,12 @@ def requests(asked):
     mixed = [Asked((a, b), "Describe the videos.") for a, b in zip(videos[1:], videos, strict=False)]
     mixed += [Asked((a, b), "Describe it.") for a, b in zip(pictures, videos[1:], strict=False)]
     mixed += [Asked((a, *b), HALVES) for a, b in zip(videos, pairwise(pictures), strict=False)]
-    return [each.request() for each in [*asked, *mixed, Asked(tuple(pictures[:2]), HALVES)]]
+    mixed += [
+        Asked(tuple(pictures[:2]), HALVES),
+        Asked((videos[0], videos[0]), "Describe it."),
+        Asked((), "Who are you?"),
+    ]
+    return [each.request() for each in [*asked, *mixed]]
 
 
 def test_it_answers_as_vllm_does(start):
