@@ -1,6 +1,7 @@
 """One video of a request, as vLLM's model encodes it."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from evoprune import methods
 from evoprune.errors import PluginError, UsageError
 from evoprune.integrations.vllm.encoding import Item, Normalised, encoded, try_out, with_columns
 from evoprune.integrations.vllm.positions import COLUMNS, from_columns, split_bias
+from evoprune.integrations.vllm.settings import served_method
 from evoprune.language.positions import video_positions
 from evoprune.methods.base import Selector
 from evoprune.pruning.types import Selection
@@ -78,7 +80,17 @@ def test_a_method_that_does_not_hold_what_it_declares_fails_at_the_start(visual)
     try_out(visual, methods.get("evoprune"))
 
 
-@pytest.mark.parametrize("name", ["evoprune", "evoprune:count=0", "divprune", "tome", "reuse+divprune"])
+def served() -> list[str]:
+    """The methods that a server takes."""
+    found = ["evoprune:count=0", "reuse+divprune", "ipcv+divprune"]
+    for name in methods.available():
+        with suppress(UsageError):
+            served_method(name)
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("name", served())
 def test_whether_tokens_have_weights_is_declared(visual, name):
     method = methods.get(name)
     found = encoded(visual, [patches()], Item(GRID, 20), method)
