@@ -100,7 +100,7 @@ def _add_bias(layer: nn.Module, config: VllmConfig) -> None:
     fitting = (wide for wide in range(size + PIECES, LARGEST + 1) if backend.supports_head_size(wide))
     wide = next(fitting, None)
     if backend.get_name() not in BACKENDS or wide is None:
-        raise UsageError(f"cluster sizes cannot weigh tokens in attention backend {backend.get_name()}", HINT)
+        raise _unfit(backend)
     del config.compilation_config.static_forward_context[stock.layer_name]  # the new layer takes its place
     layer.attn = BiasedAttention(
         size,
@@ -112,4 +112,10 @@ def _add_bias(layer: nn.Module, config: VllmConfig) -> None:
         quant_config=config.quant_config,
         prefix=stock.layer_name,
     )
+    if layer.attn.attn_backend is not backend:
+        raise _unfit(layer.attn.attn_backend)
     layer.rotary_emb = BiasedRotary(layer.rotary_emb, layer.attn, size, layer.scaling)
+
+
+def _unfit(backend) -> UsageError:
+    return UsageError(f"cluster sizes cannot weigh tokens in attention backend {backend.get_name()}", HINT)

@@ -8,7 +8,7 @@ import pytest
 
 MISSING = "vLLM is not installed; docs/serving.md says how to make an environment that has it"
 # For tests on a CPU, in the process of pytest; vLLM reads them when it is imported.
-for name, value in {
+SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -16,12 +16,15 @@ for name, value in {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-}.items():
-    os.environ.setdefault(name, value)
+}
+INSTALLED = find_spec("vllm") is not None
+if INSTALLED:
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 def pytest_collection_modifyitems(items):
-    if find_spec("vllm") is None:
+    if not INSTALLED:
         for item in items:
             if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason=MISSING))

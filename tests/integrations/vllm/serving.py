@@ -79,9 +79,9 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
         return encoded, Clip(np.concatenate(held), video.view.seconds_per_pair(2))
 
 
-def samples(fps: float = 2.0, names=tuple(QUESTIONS), model=str(DEMO), **pruning) -> list[Asked]:
+def samples(fps: float = 2.0, names=tuple(QUESTIONS), model=str(DEMO), dtype="fp32", **pruning) -> list[Asked]:
     """The questions about the samples, with what `VideoQA` answers in these settings."""
-    qa, asked = VideoQA.load(model, dtype="fp32", **pruning), []
+    qa, asked = VideoQA.load(model, dtype=dtype, **pruning), []
     for name in names:
         encoded, clip = clip_of(qa, SAMPLES / name, fps)
         for question in QUESTIONS[name]:

@@ -31,3 +31,18 @@ def test_compiled(start):
     llm = start(**pruning(0.75), enforce_eager=False)
     assert same(answers(llm, [each.request() for each in asked]), asked)
     assert farthest(llm, asked) < 1e-3
+
+
+@pytest.mark.slow
+def test_bfloat16(start):
+    """Nothing pruned: the tokens of stock vLLM. Pruned: most answers of `VideoQA`, whose sums are rounded elsewhere."""
+    how = {"dtype": "bf16"}
+    full = [each.request() for each in samples(budget=1.0, **how)]
+    stock = answers(start(ours=False, dtype="bfloat16"), full)
+    assert answers(start(dtype="bfloat16"), full) == stock
+    llm = start(dtype="bfloat16", **pruning(0.75))
+    for budget in (0.25, 0.1):
+        asked = samples(budget=budget, **how)
+        found = answers(llm, [each.request(budget) for each in asked])
+        assert sum(a.strip() == b.answer.strip() for a, b in zip(found, asked, strict=True)) >= 12
+        assert farthest(llm, asked, budget) < 0.2
