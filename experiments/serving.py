@@ -3,7 +3,7 @@
     python -m experiments.serving CKPT -o runs/serving.md      # CKPT is written if it is not there
     python -m experiments.serving --tiny --rounds 1            # the demo model: does it run? Its times mean nothing
 
-CKPT has a vision tower of the 3B model's dimensions, a language model of its width with few layers, and random weights (3.5 GB).
+CKPT has a vision tower of the 3B model's dimensions, a language model of its width with few layers, and random weights (2 GB).
 Each side is a process of its own, which waits while another one works. EVS fails on a CPU, because vLLM's runner does not note
 there that the model prunes; the process of that side sets the flag. Run it in the environment of docs/serving.md.
 """

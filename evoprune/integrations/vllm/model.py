@@ -18,6 +18,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.utils import StageMissingLayer, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 from evoprune.errors import ModelError, UsageError
@@ -55,7 +56,6 @@ class _Pruned(SupportsMultiModalPruning):
 
     supports_encoder_tp_data = False
     supports_tower_connector_lora = False
-    requires_sequential_video_encoding = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         nn.Module.__init__(self)
@@ -100,18 +100,20 @@ class _Pruned(SupportsMultiModalPruning):
 
         Those of videos have `positions.COLUMNS` more columns on a server that prunes.
         """
-        made: tuple[torch.Tensor, ...] = ()
+        with gpu_sync_allowed():  # the encoder reads what it selected
+            return tuple(self._features(inputs))
+
+    def _features(self, inputs: dict) -> Iterator[torch.Tensor]:
         for name in inputs:
             if name == "image_embeds":
                 sizes = [prod(grid) for grid in self._grids(inputs[PICTURE])]
-                made += inputs[name].to(self.model_config.dtype).split(sizes)
+                yield from inputs[name].to(self.model_config.dtype).split(sizes)
             elif name == "pixel_values":
                 grids = self._grids(inputs[PICTURE])
-                made += tuple(self._made(inputs[name], grids, [prod(grid) for grid in grids], []))
+                yield from self._made(inputs[name], grids, [prod(grid) for grid in grids], [])
             elif name == "pixel_values_videos":
                 kept, seconds = inputs[processor.KEEP].tolist(), inputs[processor.SECONDS].tolist()
-                made += tuple(self._made(inputs[name], self._grids(inputs[VIDEO]), kept, seconds))
-        return made
+                yield from self._made(inputs[name], self._grids(inputs[VIDEO]), kept, seconds)
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
         """`positions.known_positions` of a prompt."""
@@ -134,14 +136,18 @@ class _Pruned(SupportsMultiModalPruning):
             num_computed_tokens: how many tokens of the prompt are computed.
         """
         wide = self.config.get_text_config().hidden_size
-        videos = [each for each in multimodal_embeddings if each.shape[1] > wide]
-        if videos:
-            columns = torch.cat([each[:, wide:] for each in videos]).to(mrope_positions.device)
-            ids = torch.as_tensor(input_ids, dtype=torch.int64, device=mrope_positions.device)
-            places = (ids[num_computed_tokens:] == self.config.video_token_id).nonzero()[:, 0] + num_computed_tokens
-            mrope_positions = with_videos(mrope_positions, places[: len(columns)], from_columns(columns))
-        features = [each[:, :wide] for each in multimodal_embeddings]
-        return features, mrope_positions, generated_offset(mrope_positions)
+        videos = [each[:, wide:] for each in multimodal_embeddings if each.shape[1] > wide]
+        with gpu_sync_allowed():
+            if videos:
+                columns = torch.cat(videos).to(mrope_positions.device)
+                ids = torch.as_tensor(input_ids, dtype=torch.int64, device=mrope_positions.device)
+                places = (ids[num_computed_tokens:] == self.config.video_token_id).nonzero()[:, 0] + num_computed_tokens
+                mrope_positions = with_videos(mrope_positions, places[: len(columns)], from_columns(columns))
+            return (
+                [each[:, :wide] for each in multimodal_embeddings],
+                mrope_positions,
+                generated_offset(mrope_positions),
+            )
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
         """No graphs: how much the encoder computes depends on the video."""
@@ -168,7 +174,7 @@ class _Pruned(SupportsMultiModalPruning):
         sizes = [prod(grid) * self.sizes.spatial_merge_size**2 for grid in grids]
         for i, (patches, grid, keep) in enumerate(zip(pixels.split(sizes), grids, kept, strict=True)):
             if group.rank_in_group:
-                made = pixels.new_empty(keep, wide + columns, dtype=self.model_config.dtype)
+                made = torch.empty(keep, wide + columns, dtype=self.model_config.dtype, device=group.device)
             else:
                 item = Item(grid, keep, seconds[i] if seconds else 1.0)
                 found = encoded(self.visual, self._patches(patches), item, self.method)
