@@ -57,6 +57,9 @@ class Sampling:
 class Pruning:
     """`layers`: for every layer of the tower, its number and the rows it computed; `encoder_rows`: what the last one left.
 
+    `language_layers`: for every layer of the language model, its number and the visual tokens it read, where a method drops some
+    inside it; None where every layer reads `visual_tokens_kept`.
+
     `tuned`: of the tuned setting that method and budget come from, when it was found (`created_utc`), the agreement that was asked
     (`agree`), the lower end of what was measured (`low`), and on how many `videos` and `questions`; None if they were given.
     """
@@ -73,6 +76,7 @@ class Pruning:
     kept_per_pair: list[int] | None = None
     positions: str | None = None
     tuned: dict[str, Any] | None = None
+    language_layers: list[list[int]] | None = None
 
 
 @dataclass
@@ -118,7 +122,8 @@ class Times:
 
     `load_tokenizer`, `load_weights` and `load_prepare` (quantising, packing the tower) are parts of `load`. `pack` is how long
     layers of the language model rearranged their weights, which they do when they are first called with few rows: part of prefill
-    and mostly generate, whose rate leaves it out.
+    and mostly generate, whose rate leaves it out. `prefill_prune`: how long a method took to choose tokens inside the language
+    model, part of prefill.
     """
 
     load: float | None = None
@@ -135,6 +140,7 @@ class Times:
     total: float | None = None
     ttft_model: float | None = None
     ttft_wall: float | None = None
+    prefill_prune: float | None = None
 
 
 @dataclass

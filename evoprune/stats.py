@@ -53,7 +53,8 @@ def _heading(report, width: int) -> list[str]:
         budget = "" if pruning.method == "none" else f" -b {asked}"
         kept = 100 * (pruning.kept_ratio or 0)
         budget += f", tuned {pruning.tuned['created_utc'][:10]}" if pruning.tuned else ""
-        lines.append(f"{'pruning':<11}{pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned")
+        later = f"; later {_later(pruning)}" if pruning.language_layers else ""
+        lines.append(f"{'pruning':<11}{pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned{later}")
     return lines
 
 
@@ -65,6 +66,13 @@ def _input_line(facts, width: int) -> str:
     known = f"  {times}  {video.codec}  ({video.decoder})" if video.decoder else ""
     name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.abspath(video.path)))
     return f"{kind:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
+
+
+def _later(pruning) -> str:
+    """The mean share of all visual tokens that the layers of the language model read after the first drop inside it."""
+    read = [tokens for _, tokens in pruning.language_layers]
+    after = [tokens for tokens in read if tokens < read[0]] or read
+    return f"{100 * sum(after) / len(after) / pruning.visual_tokens_in:.1f}%"
 
 
 def _span(report) -> str:
@@ -89,6 +97,8 @@ def _stages(report, width: int) -> list[str]:
         lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}".rstrip())
         if stage == "encode" and times.encode_prune:
             lines.append(f"{'  pruning':<11}{times.encode_prune:>8,.0f}")
+        if stage == "prefill" and times.prefill_prune:
+            lines.append(f"{'  pruning':<11}{times.prefill_prune:>8,.0f}")
         if stage == "generate" and (times.pack or 0) >= 1:
             lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, the first time only")
     lines = [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
@@ -142,6 +152,9 @@ def _flow(report) -> dict[str, str]:
         flow["prefill"] = (
             f"{counted(count.prompt, 'token')} read: {count.visual or 0:,} visual + {count.text or 0} text"
         )
+        drops = [tokens for _, tokens in pruning.language_layers or []]
+        fewer = [f"{tokens:,}" for tokens in dict.fromkeys(drops) if tokens < drops[0]]
+        flow["prefill"] += f", then {', '.join(fewer)} visual" if fewer else ""
         speed = f", {report.rate.generate_tok_s:.1f} tok/s" if report.rate.generate_tok_s else ""
         flow["generate"] = f"{counted(count.new or 0, 'token')} written{speed}"
     return flow
@@ -199,15 +212,16 @@ def _folded(line: str, width: int) -> list[str]:
 
 
 def _verbose(report) -> list[str]:
-    """Parts of loading in ms, the grid, rows of every layer, tokens of every frame pair, settings, versions."""
+    """Parts of loading in ms, the grid, rows or tokens of every layer, tokens of every frame pair, settings, versions."""
     env, times, pruning, grid = report.env, report.time_ms, report.pruning, report.sampling.grid_thw
     loads = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "preparing": times.load_prepare}
     pairs, rows, wide = grid or (0, 0, 0)
-    said = report.subtitles
+    said, read = report.subtitles, pruning.language_layers
     return [
         *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
         *_wrapped("grid", [counted(pairs, "frame pair"), "of", f"{rows}x{wide}", "patches"] if grid else ["unknown"]),
         *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
+        *(_wrapped("read", [f"{layer}:{tokens:,}" for layer, tokens in read]) if read else []),
         *_wrapped("kept", [f"{n:,}" for n in pruning.kept_per_pair or []]),
         *([_subtitles(said)] if said else []),
         *_wrapped("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),

@@ -18,8 +18,8 @@ Cell = Callable[[dict], str]
 LEGEND = (
     "accuracy, in percent, with its 95% interval over videos; vs full: the paired difference in points, with its interval, a tie "
     "where that includes 0; kept: of full's accuracy",
-    "tokens that the language model reads, mean of a question; live: share of the rows that the tower computes, mean over its "
-    "layers; TFLOP: operations of tower and prefill at 3B dimensions",
+    "tokens that the language model reads, mean of a question and of its layers; live: share of the rows that the tower "
+    "computes, mean over its layers; TFLOP: operations of tower and prefill at 3B dimensions",
 )
 
 
@@ -93,8 +93,8 @@ ANSWERS: dict[str, Cell] = {
     "kept": lambda row: "" if row["row"] == "full" else _percent(row["kept_of_full"]),
 }
 COSTS: dict[str, Cell] = {
-    "tokens": lambda row: f"{row['tokens']:,.0f}",
-    "of all": lambda row: f"{_percent(row['kept_share'])}%",
+    "tokens": lambda row: f"{row['layer_tokens']:,.0f}",
+    "of all": lambda row: f"{_percent(row['kept_share'] * row['layer_tokens'] / row['tokens'])}%",
     "live": lambda row: f"{row['live_share']:.2f}",
     "tower": lambda row: f"{row['tflop_3b_tower']:,.3g}",
     "prefill": lambda row: f"{row['tflop_3b_prefill']:,.3g}",
@@ -172,7 +172,7 @@ def draw_chart(document: dict) -> str:
     looks = dict(zip(methods, cycle(product((False, True), COLOURS)), strict=False))
     panels = []
     for cost, title, label in (
-        ("tokens", "By tokens", "visual tokens read, mean of a question"),
+        ("layer_tokens", "By tokens", "visual tokens read, mean of a question and of the layers"),
         ("tflop_3b", "By cost", "TFLOP of tower and prefill at 3B dimensions"),
     ):
         full = rows[0]

@@ -98,7 +98,8 @@ MethodName = Annotated[
         "--method",
         metavar="NAME",
         help=f"How tokens are pruned: {', '.join(methods.available())}. NAME:SETTING=VALUE for its settings; "
-        "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers.",
+        "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
+        "tokens inside the language model, too.",
     ),
 ]
 SWEEP = "Sweep (lists by commas or repetition)"
@@ -122,7 +123,7 @@ Methods = Annotated[
         "--method",
         metavar="LIST",
         help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; "
-        "reuse+NAME and ipcv+NAME.",
+        "reuse+NAME, ipcv+NAME and NAME+fastv.",
         show_default=False,
     ),
 ]

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from evoprune import methods
 from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
+from evoprune.methods.registry import INNER
 from experiments.paired import in_points, paired_difference
 
 OURS = methods.DEFAULT
@@ -163,7 +164,7 @@ def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
 
 def _over(row: dict) -> str:
     """A mark where a row keeps more tokens than its budget allows."""
-    return " †" * (row["kept_share"] > OVER * row["budget"])
+    return " †" * (row["kept_share"] > OVER * row["budget"] and row["method"] not in INNER)
 
 
 def own_steps(outcome: Outcome, budgets: Sequence[float]) -> list[str]:

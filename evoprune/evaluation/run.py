@@ -275,6 +275,7 @@ class Evaluation:
             right = grade(row, said)
             # A method that does not read the question did all its work before the first one.
             prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
+            prune_ms += answer.report.time_ms.prefill_prune or 0.0
             times = {"prune_ms": prune_ms} if settings.timed else {}
             yield _about(video, number) | {
                 "row": variant.kind,

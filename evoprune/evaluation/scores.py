@@ -17,7 +17,7 @@ FULL, BLIND, METHOD = "full", "blind", "method"
 ALL, TYPE = "all", "type:"  # the group of all questions, and the prefix of groups that are types
 DIFFERENCES = ("difference", "first_difference")  # fields of a row, each with its interval
 LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with one, every interval is a point
-COSTS = ("tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
+COSTS = ("tokens", "layer_tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 
 
 def row_name(kind: str, method: str, budget: float, tuned: bool = False) -> str:
@@ -80,10 +80,15 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
                     **_interval("kept_", percentile_interval(ratio[:, r, g])),
                     "first": None if first is None else row_name(*list(rows)[first]),
                     **_difference("first_difference", accuracy, share[:, :, g], r, first),
-                    **{name: _round(float(np.mean([s[name] for s in mine]))) for name in COSTS},
+                    **{name: _round(float(np.mean([_cost(s, name) for s in mine]))) for name in COSTS},
                 }
             )
     return made
+
+
+def _cost(sample: dict, name: str) -> float:
+    """One of `COSTS` of a sample. Samples of earlier versions lack `layer_tokens`: every layer read all tokens."""
+    return sample.get(name, sample["tokens"]) if name == "layer_tokens" else sample[name]
 
 
 def is_tie(row: dict, name: str) -> bool:

@@ -99,6 +99,9 @@ def patch_method(name: str, args: dict[str, str] | None, has_question: bool = Fa
         raise UsageError(
             f"method {name} acts on frames, and these are patches", "use VideoQA, or shrink the video first"
         )
+    if found.language:
+        hint = f"use VideoQA or the command line; here {found.encoder.name if found.encoder.acts != 'none' else 'evoprune'} works"
+        raise UsageError(f"method {name} acts inside the language model, which is not pruned here", hint)
     if found.reads_question and not has_question:
         hint = "pass question=... to evoprune.encode, use VideoQA, or another method"
         raise UsageError(f"method {name} reads the question, which is not known here", hint)

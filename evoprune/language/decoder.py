@@ -6,11 +6,13 @@ is one token of the prompt or answer. Queries and keys are rotated by three posi
 autocast changes nothing here.
 """
 
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from evoprune.language.dropping import Dropping
+from evoprune.language.norm_rotary import norm, rotate, rotation
 from evoprune.model.autocast import without_autocast
 from evoprune.model.linear import linear
 
@@ -18,25 +20,32 @@ STRIP = 1024  # query columns that share one mask
 
 
 class KVCache:
-    """Keys and values of every layer for the columns read so far.
+    """Keys and values of every layer for the columns read so far. A layer lacks the columns that left before it.
 
     Args:
         model: its config, and the dtype and device of its embeddings, decide the shape.
-        capacity: columns to allocate, at least 1. The cache grows by half when it is full.
+        capacity: columns to allocate, at least 1, in each layer or in all. A layer's cache grows by half when it is full.
 
     Attributes:
-        length: columns that are valid. A forward pass writes after them and raises `length` at its end, so a pass that fails
-            leaves the cache as it was.
-        sizes: float32 `[length]`, the cluster size of each column: attention treats it as that many columns; None for 1 each.
+        length: columns that were read. A forward pass raises it at its end, so a pass that fails leaves the cache as it was.
+        lengths: columns that are valid in each layer.
+        sizes: of each layer float32 `[lengths[i]]`, the cluster size of each column: attention treats it as that many columns; None
+            for 1 each. Layers with the same columns share a tensor.
     """
 
-    def __init__(self, model, capacity: int):
+    def __init__(self, model, capacity: int | Sequence[int]):
         config = model.config.text_config
         weight = model.model.language_model.embed_tokens.weight
-        shape = (1, config.num_key_value_heads, capacity, config.hidden_size // config.num_attention_heads)
-        self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.num_hidden_layers)]
+        depth, dim = config.num_hidden_layers, config.hidden_size // config.num_attention_heads
+        shapes = [
+            (1, config.num_key_value_heads, columns, dim)
+            for columns in ([capacity] * depth if isinstance(capacity, int) else capacity)
+        ]
+        self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
+        self._whole = 0  # columns up to the last one that has left a layer: among them, layers do not end alike
         self.length = 0
-        self.sizes: torch.Tensor | None = None
+        self.lengths = [0] * depth
+        self.sizes: list[torch.Tensor | None] = [None] * depth
 
     @property
     def capacity(self) -> int:
@@ -47,38 +56,64 @@ class KVCache:
         """Drops all but the first `length` columns.
 
         Raises:
-            ValueError: the cache holds fewer.
+            ValueError: the cache holds fewer, or some columns left only some layers and `length` is less than where that was.
         """
-        if not 0 <= length <= self.length:
+        if not (0 <= length <= self.length and (length >= self._whole or not length)):
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
-        self.length = length
-        self.sizes = None if self.sizes is None else self.sizes[:length]
+        self.lengths = [max(0, end - (self.length - length)) for end in self.lengths]
+        cropped = {
+            id(sizes): sizes[:end] for sizes, end in zip(self.sizes, self.lengths, strict=True) if sizes is not None
+        }
+        self.sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
+        self.length, self._whole = length, self._whole if length else 0
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a layer's new columns after the valid ones. They become valid when `length` is raised.
+        """Writes a layer's new columns after the valid ones. They become valid with `add`.
 
         Args:
             layer: index of the layer.
             keys, values: `[1, kv_heads, L, head_dim]`.
 
         Returns:
-            All keys and values of the layer `[1, kv_heads, length + L, head_dim]`, views.
+            All keys and values of the layer `[1, kv_heads, lengths[layer] + L, head_dim]`, views.
         """
-        columns = keys.shape[2]
-        end = self.length + columns
+        before, columns = self.lengths[layer], keys.shape[2]
+        end = before + columns
         stored = self._layers[layer]
         if end > stored[0].shape[2]:
             # Layer by layer, so that only one layer is in memory twice.
-            stored = self._layers[layer] = self._grown(stored[0], end), self._grown(stored[1], end)
-        stored[0].narrow(2, self.length, columns).copy_(keys)
-        stored[1].narrow(2, self.length, columns).copy_(values)
+            stored = self._layers[layer] = _grown(stored[0], before, end), _grown(stored[1], before, end)
+        stored[0].narrow(2, before, columns).copy_(keys)
+        stored[1].narrow(2, before, columns).copy_(values)
         return stored[0].narrow(2, 0, end), stored[1].narrow(2, 0, end)
 
-    def _grown(self, tensor: torch.Tensor, needed: int) -> torch.Tensor:
-        one, heads, capacity, dim = tensor.shape
-        grown = tensor.new_empty(one, heads, max(needed, capacity * 3 // 2), dim)
-        grown[:, :, : self.length] = tensor[:, :, : self.length]
-        return grown
+    def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
+        """Makes what was put valid: `read` columns, of which each layer has `columns`, with the `sizes` of all its columns."""
+        if len(set(columns)) > 1:
+            self._whole = self.length + read
+        self.length += read
+        self.lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
+        self.sizes = list(sizes)
+
+    def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
+        """Of each layer the cluster sizes of its columns and of new ones, whose `sizes` (None for 1 each) are the same in all."""
+        if sizes is None and self.sizes[0] is None:
+            return [None] * len(self.sizes)
+        like, made = self._layers[0][0], {}
+        new = like.new_ones(columns, dtype=torch.float32) if sizes is None else sizes.to(like.device).float()
+        for before, length in zip(self.sizes, self.lengths, strict=True):
+            if (id(before), length) not in made:
+                old = like.new_ones(length, dtype=torch.float32) if before is None else before
+                made[id(before), length] = torch.cat([old, new])
+        return [made[id(before), length] for before, length in zip(self.sizes, self.lengths, strict=True)]
+
+
+def _grown(tensor: torch.Tensor, valid: int, needed: int) -> torch.Tensor:
+    """A copy of a layer's keys or values with room for `needed` columns, of which `valid` are there."""
+    one, heads, capacity, dim = tensor.shape
+    grown = tensor.new_empty(one, heads, max(needed, capacity * 3 // 2), dim)
+    grown[:, :, :valid] = tensor[:, :, :valid]
+    return grown
 
 
 @torch.inference_mode()
@@ -90,6 +125,7 @@ def forward(
     cache: KVCache,
     sizes: torch.Tensor | None = None,
     last: int = 1,
+    dropping: Dropping | None = None,
 ) -> torch.Tensor:
     """Reads new columns after those in the cache, and adds them to it.
 
@@ -100,39 +136,37 @@ def forward(
         cache: of the columns before; L longer afterwards, or unchanged if this raises.
         sizes: float32 `[L]`, the cluster size of each new column; None for 1 each.
         last: how many columns to return, from 1 to L.
+        dropping: which visual tokens leave, in a cache that is empty; None for none.
 
     Returns:
         The last columns after the final norm, `[last, hidden]`.
 
     Raises:
-        ValueError: no columns, not one position for each column, or fewer columns than are to be returned.
+        ValueError: no columns, not one position for each column, fewer columns than are to be returned, or `dropping` after others.
     """
     columns = len(inputs_embeds)
     if not columns or positions.shape != (3, columns):
         raise ValueError(f"positions {list(positions.shape)} for {columns} columns")
     if not 1 <= last <= columns:
         raise ValueError(f"the last {last} of {columns} columns")
+    if dropping and cache.length:
+        raise ValueError(f"visual tokens leave a prompt, and {cache.length} columns come before it")
     config, text = model.config.text_config, model.model.language_model
-    eps, dim, top = config.rms_norm_eps, config.hidden_size // config.num_attention_heads, len(text.layers) - 1
-    x = inputs_embeds
-    cos, sin = _rotation(config, positions, x)
-    sizes = _sizes(cache, sizes, columns, x.device)
-    bias = None if sizes is None else sizes.log().to(x.dtype)
+    x, places, entered = inputs_embeds, rotation(config, positions, inputs_embeds), []
+    every = cache.sizes_with(sizes, columns)
     for i, layer in enumerate(text.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        h = _norm(x, layer.input_layernorm.weight, eps)
-        keys = _rotate(attention.k_proj(h).view(1, columns, -1, dim), cos, sin).transpose(1, 2)
-        values = attention.v_proj(h).view(1, columns, -1, dim).transpose(1, 2)
-        keys, values = cache.put(i, keys, values)
-        if i == top:  # only the output of these columns is used
-            x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
-        queries = _rotate(attention.q_proj(h).view(1, len(h), -1, dim), cos, sin)
-        x = linear(attention.o_proj, _attend(queries, keys, values, bias), plus=x)
-        h = _norm(x, layer.post_attention_layernorm.weight, eps)
-        x = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
-    hidden = _norm(x, text.norm.weight, eps)
-    cache.length += columns
-    cache.sizes = sizes
+        if not i or every[i] is not every[i - 1]:
+            bias = None if every[i] is None else every[i].log().to(x.dtype)
+        entered.append(len(x))
+        blind = dropping.blind(i, len(x)) if dropping else None
+        entering, x, keys, values = x, *_layer(layer, x, places, cache, i, config, bias, last, blind)
+        if dropping and dropping.looks(i + 1):
+            x, stay = dropping.drop(i + 1, entering, x, places, bias, keys, values)
+            if stay is not None:
+                places = places[0][stay], places[1][stay]
+                every[i + 1 :] = [None if every[i] is None else every[i][stay]] * (len(every) - i - 1)
+    hidden = norm(x, text.norm.weight, config.rms_norm_eps)
+    cache.add(columns, entered, every)
     return hidden
 
 
@@ -145,47 +179,42 @@ def logits(
     cache: KVCache,
     sizes: torch.Tensor | None = None,
     last: int = 1,
+    dropping: Dropping | None = None,
 ) -> torch.Tensor:
     """As `forward`, but returns the logits of the token after each of the last columns: float32 `[last, vocabulary]`."""
     # The output layer is the largest of all, and only these columns need it.
-    return model.lm_head(forward(model, inputs_embeds, positions, cache, sizes, last)).float()
+    return model.lm_head(forward(model, inputs_embeds, positions, cache, sizes, last, dropping)).float()
 
 
-def _sizes(cache: KVCache, sizes: torch.Tensor | None, columns: int, device) -> torch.Tensor | None:
-    """Cluster sizes of the columns in the cache and the new ones, float32; None if all are 1."""
-    if sizes is None and cache.sizes is None:
-        return None
-    before = torch.ones(cache.length, dtype=torch.float32, device=device) if cache.sizes is None else cache.sizes
-    new = torch.ones(columns, dtype=torch.float32, device=device) if sizes is None else sizes.to(device).float()
-    return torch.cat([before, new])
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
-
-
-@lru_cache
-def _frequencies(theta: float, sections: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
-    dim = 2 * sum(sections)
-    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    return frequencies, torch.tensor(axes, dtype=torch.int64, device="cpu")
-
-
-def _rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines `[L, 1, head_dim]` in dtype and on the device of `like`; the sines' first half is negated."""
-    rope = config.rope_parameters
-    frequencies, axis = _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]))
-    angles = (positions[axis].T * frequencies).to(like.device)[:, None]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates each feature of `[1, L, heads, head_dim]` with the one half a head away (arXiv 2104.09864)."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+def _layer(
+    layer,
+    x: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor],
+    cache: KVCache,
+    number: int,
+    config,
+    bias: torch.Tensor | None,
+    last: int,
+    blind: tuple[torch.Tensor, int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer's output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), and all its keys and values."""
+    attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
+    columns, dim, (cos, sin) = len(x), config.hidden_size // config.num_attention_heads, places
+    h = norm(x, layer.input_layernorm.weight, eps)
+    keys = rotate(attention.k_proj(h).view(1, columns, -1, dim), cos, sin).transpose(1, 2)
+    values = attention.v_proj(h).view(1, columns, -1, dim).transpose(1, 2)
+    keys, values = cache.put(number, keys, values)
+    if number == config.num_hidden_layers - 1:  # only the output of these columns is used
+        x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
+    queries = rotate(attention.q_proj(h).view(1, len(h), -1, dim), cos, sin)
+    seen = _attend(queries, keys, values, bias) if blind is None else _attend_blind(queries, keys, values, bias, *blind)
+    x = linear(attention.o_proj, seen, plus=x)
+    h = norm(x, layer.post_attention_layernorm.weight, eps)
+    return (
+        linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x),
+        keys,
+        values,
+    )
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -240,3 +269,23 @@ def _attend_in_strips(
             mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
         strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
     return torch.cat(strips, 2)
+
+
+def _attend_blind(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    others: torch.Tensor,
+    end: int,
+) -> torch.Tensor:
+    """As `_attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
+    before = max(
+        0, queries.shape[1] - (keys.shape[2] - end)
+    )  # queries in front of `end`; there may be the last columns only
+    seen = keys[:, :, others], values[:, :, others], None if bias is None else bias[others]
+    made = [_attend(queries[:, before:], *seen)]
+    if before:
+        first = None if bias is None else bias[:end]
+        made.insert(0, _attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first))
+    return torch.cat(made)

@@ -12,8 +12,10 @@ import torch
 from evoprune.errors import ModelError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
+from evoprune.language.dropping import Dropping
 from evoprune.language.settings import GenerationSettings
 from evoprune.language.tokenizer import Tokenizer
+from evoprune.methods.base import Method
 from evoprune.model.numerics import not_a_number_error
 from evoprune.model.sizes import ANSWER_COLUMNS
 from evoprune.pruning.indices import ascending
@@ -27,11 +29,13 @@ class PrefillState:
         cache: keys and values of the prompt; decoding extends it in place.
         logits: float32 `[vocabulary]`, of the token after the prompt.
         next_position: M-RoPE position of the first generated token, the same in time, height and width.
+        dropping: what left while the prompt was read; None where nothing was to leave.
     """
 
     cache: KVCache
     logits: torch.Tensor
     next_position: int
+    dropping: Dropping | None = None
 
 
 @torch.inference_mode()
@@ -130,6 +134,35 @@ def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tens
     return every[columns.to(device)]
 
 
+def dropping_for(
+    model,
+    method: Method,
+    budget: float,
+    visuals: Sequence[Visual],
+    grids: Sequence[tuple[int, int, int]],
+    embeds: torch.Tensor,
+    columns: torch.Tensor,
+) -> Dropping | None:
+    """What leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
+
+    Args:
+        model: tree of weights under Hugging Face's names.
+        method, budget: as the user named them.
+        visuals: of the prompt's inputs; `grids`: (T, H, W) in units of each.
+        embeds, columns: from `embed_prompt`.
+    """
+    kept = [visual.kept.cpu() for visual in visuals]
+    plan = method.language_plan(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget)
+    if plan is None:
+        return None
+    pairs, before = [], 0
+    for mine, (count, height, width) in zip(kept, grids, strict=True):
+        pairs.append(mine // (height * width) + before)
+        before += count
+    places = torch.isin(columns, torch.cat([visual.columns for visual in visuals])).nonzero()[:, 0]
+    return Dropping(model, method.language, plan, embeds, places, torch.cat(pairs))
+
+
 def prefill(
     model,
     inputs_embeds: torch.Tensor,
@@ -137,6 +170,7 @@ def prefill(
     next_position: int,
     cache: KVCache | None = None,
     sizes: torch.Tensor | None = None,
+    dropping: Dropping | None = None,
 ) -> PrefillState:
     """Reads a prompt, or continues one that is in a cache.
 
@@ -148,15 +182,20 @@ def prefill(
             one. Only decoding uses it.
         cache: of the columns before; it is extended in place. None starts a new prompt.
         sizes: float32 `[L]`, the cluster size of each column; None for 1 each.
+        dropping: of this prompt, which starts a new one; None where nothing leaves.
 
     Returns:
         The state after the last column.
 
     Raises:
-        ValueError: no columns, or not one position for each column.
+        ValueError: no columns, not one position for each column, or columns before a prompt that tokens leave.
     """
-    cache = KVCache(model, len(inputs_embeds) + ANSWER_COLUMNS) if cache is None else cache
-    return PrefillState(cache, decoder.logits(model, inputs_embeds, positions, cache, sizes)[0], next_position)
+    if cache is None:
+        columns = len(inputs_embeds) if dropping is None else dropping.columns
+        room = columns + ANSWER_COLUMNS if isinstance(columns, int) else [each + ANSWER_COLUMNS for each in columns]
+        cache = KVCache(model, room)
+    after = decoder.logits(model, inputs_embeds, positions, cache, sizes, dropping=dropping)[0]
+    return PrefillState(cache, after, next_position, dropping)
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """The pruning methods by name: this package's own, and those of other packages.
 
 Another package adds a method with an entry point in the group `evoprune.methods`. The entry point's name is the
-method's name, and its object is a subclass of `Selector`, `Merger` or `InputMethod` (methods/base.py). It is loaded
-when a user selects it.
+method's name, and its object is a subclass of `Selector`, `Merger`, `InputMethod` or `LanguageMethod`
+(methods/base.py). It is loaded when a user selects it.
 """
 
 import re
@@ -48,7 +48,19 @@ _REGISTRY = {
     "nuwa": "evoprune.methods.nuwa:Nuwa",
     "par": "evoprune.methods.par:Par",
     "adjacent": "evoprune.methods.adjacent:Adjacent",
+    "fastv": "evoprune.methods.fastv:FastV",
+    "pyramiddrop": "evoprune.methods.pyramiddrop:PyramidDrop",
+    "sparsevlm": "evoprune.methods.sparsevlm:SparseVlm",
+    "visipruner": "evoprune.methods.visipruner:VisiPruner",
+    "d2pruner": "evoprune.methods.d2pruner:D2Pruner",
+    "prunevid-inner": "evoprune.methods.prunevid_inner:PruneVidInner",
+    "holitom-inner": "evoprune.methods.holitom_inner:HoliTomInner",
+    "flashvid-inner": "evoprune.methods.flashvid_inner:FlashVidInner",
 }
+# Those that act inside the language model, and may follow another method.
+INNER = (
+    "fastv", "pyramiddrop", "sparsevlm", "visipruner", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner",
+)  # fmt: skip
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
 # What may stand before a selector.
@@ -76,14 +88,23 @@ def check(text: str) -> None:
                 f"{did_you_mean(name, (*available(), REUSE))}one of {', '.join(available())}; "
                 f"{REUSE}+NAME encodes changed units alone",
             )
-    if names[-1] == REUSE or names[:-1] not in ([], *([front] for front in _FRONTS)):
+    before, last = names[:-1], names[-1]
+    inner = last in INNER or last not in _REGISTRY  # of other packages' methods, only `get` knows what they are
+    if not (_possible(names) or (inner and (not before or _possible(before)))):
         raise _impossible(text)
+
+
+def _possible(names: list[str]) -> bool:
+    """Whether methods of these names may act before the language model, one after the other."""
+    *front, last = names
+    return last not in (REUSE, *INNER) and front in ([], *([name] for name in _FRONTS))
 
 
 def _impossible(text: str) -> UsageError:
     return UsageError(
         f"methods cannot be combined as {text!r}",
-        f"use {' or '.join(f'{front}+NAME' for front in _FRONTS)}, where NAME is a method that selects",
+        f"use {' or '.join(f'{front}+NAME' for front in _FRONTS)}, where NAME is a method that selects, or NAME+INNER, where INNER "
+        "acts inside the language model",
     )
 
 
@@ -92,7 +113,8 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
     """The method that `text` names.
 
     Args:
-        text: `NAME`, or `NAME:SETTING=VALUE:...`, or two of these joined by `+` in the order in which they act: `reuse+divprune`.
+        text: `NAME`, or `NAME:SETTING=VALUE:...`, or several of these joined by `+` in the order in which they act:
+            `reuse+divprune`, `evoprune+fastv`.
         args: further settings as texts; settings in `text` override them. A combination accepts settings in `text` only.
 
     Raises:
@@ -100,28 +122,51 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
         PluginError: the code of another package's method failed.
     """
     check(text)
-    first, _, last = text.partition("+")
-    if not last:
-        return _one(first, args)
+    names = text.split("+")
+    if len(names) == 1:
+        return _alone(_one(text, args))
     if args:
         setting = "=".join(next(iter(args.items())))
         raise UsageError(
             f"settings of {text} must be part of its name",
-            f"for example {first}+{last}:{setting}, or {REUSE}:threshold=5+{last}",
+            f"for example {text}:{setting}, or {REUSE}:threshold=5+{names[-1]}",
         )
-    return _combined(text, first, last)
+    return _combined(text, names)
 
 
-def _combined(text: str, first: str, last: str) -> "Method":
+def _alone(method: "Method") -> "Method":
+    if method.acts == "language" and method.share is not None:
+        hint = f"the budget (-b) is the share of a method alone; or combine it: {DEFAULT}+{method.name}:share={method.share}"
+        raise UsageError(f"method {method.name} has a share, and nothing acts before it", hint)
+    return method
+
+
+def _combined(text: str, names: list[str]) -> "Method":
+    from evoprune.methods.base import LanguageMethod
+    from evoprune.methods.with_language import WithLanguage
+
+    last = _one(names[-1], None)
+    if isinstance(last, LanguageMethod):
+        return WithLanguage(_before(text, names[:-1]), last)
+    return _before(text, names)
+
+
+def _before(text: str, names: list[str]) -> "Method":
+    """What acts before the language model: a method, or a selector with something in front of it."""
     from dataclasses import replace
 
     from evoprune.methods.base import Selector
 
-    selector = _one(last, None)
-    if not isinstance(selector, Selector):
+    *front, last = names
+    if last == REUSE:
         raise _impossible(text)
-    name, settings = _split(first)
-    return replace(_class(_FRONTS[name]).from_args(settings), then=selector)
+    method = _one(last, None)
+    if method.acts in ("none", "language") or (front and not isinstance(method, Selector)):
+        raise _impossible(text)
+    if not front:
+        return method
+    name, settings = _split(front[0])
+    return replace(_class(_FRONTS[name]).from_args(settings), then=method)
 
 
 def _split(text: str) -> tuple[str, dict[str, str]]:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from evoprune.errors import PLUGINS, PluginError
-from evoprune.methods.base import Selector
+from evoprune.methods.base import LanguageMethod, Selector
 from evoprune.model.autocast import without_autocast
 from evoprune.pruning.indices import ascending
+from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.types import Selection, Tokens
 
 
@@ -19,43 +20,69 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     """
     with without_autocast():
         found = selector.select(tokens, keep)
-    name = PLUGINS.get(type(selector))
-    if name and (wrong := next(_faults(found, selector, tokens, keep), None)):
-        raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
+    units = len(tokens.owner)
+    if name := PLUGINS.get(type(selector)):
+        count = getattr(getattr(found, "kept", None), "shape", (0,))[0]
+        enough = bool(count) and (selector.suffices(count, keep, units) or not selector.exact)
+        _check(name, found, enough, keep, units, tokens.rows.device)
     return found
 
 
-def _faults(found: Selection, selector: Selector, tokens: Tokens, keep: int) -> Iterator[str]:
-    """What is wrong with a selection, the first thing first: later ones are not meaningful."""
+def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
+    """What stays behind a layer of the language model: arguments and result are those of `LanguageMethod.select`.
+
+    Raises:
+        PluginError: a method of another package returned something that its base class does not allow.
+    """
+    found, count = method.select(tokens), len(tokens.visual)
+    name = PLUGINS.get(type(method))
+    if name and found is not None:
+        left = getattr(getattr(found, "kept", None), "shape", (0,))[0]
+        enough = left == tokens.left if method.exact else left <= tokens.left
+        _check(name, found, enough, tokens.left, count, tokens.hidden.device)
+    return found
+
+
+def _check(name: str, found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
+    if wrong := next(_faults(found, enough, keep, units, device), None):
+        raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
+
+
+def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
+    """What is wrong with a selection, the first thing first: later ones are not meaningful.
+
+    Args:
+        enough: whether its number of units is one that the method may return where `keep` of `units` were asked for.
+    """
     if not isinstance(found, Selection):
         yield f"an object of class {type(found).__name__} where a Selection was asked for"
-    units, kept = len(tokens.owner), found.kept
-    yield from _unlike("kept", kept, torch.int64, None, tokens)
-    if not (len(kept) and (selector.suffices(len(kept), keep, units) or not selector.exact)):
+    kept = found.kept
+    yield from _unlike("kept", kept, torch.int64, None, device)
+    if not enough:
         yield f"{len(kept):,} units where {keep:,} were asked for"
     if not (kept[1:] > kept[:-1]).all():
         yield "units that are not in ascending order"
-    if kept[0] < 0 or kept[-1] >= units:
+    if len(kept) and (kept[0] < 0 or kept[-1] >= units):
         yield f"units from {int(kept[0]):,} to {int(kept[-1]):,} of a video with units 0 to {units - 1:,}"
     count = len(kept)
     if found.owner is not None:
-        yield from _unlike("owner", found.owner, torch.int64, units, tokens)
+        yield from _unlike("owner", found.owner, torch.int64, units, device)
         own = ascending(count, kept.device)
         if found.owner.min() < -1 or found.owner.max() >= count or not (found.owner[kept].to(own) == own).all():
             yield "an owner that is not the index of a kept unit, of each kept unit its own, or -1"
     if found.weight is not None:
-        yield from _unlike("weight", found.weight, torch.float32, units, tokens)
+        yield from _unlike("weight", found.weight, torch.float32, units, device)
         if not (found.weight.isfinite().all() and (found.weight >= 0).all() and (found.weight[kept] > 0).all()):
             yield "a weight that is not a number, below 0, or 0 for a kept unit"
     if found.means is not None:
-        yield from _wrong_means(found.means, count, units, tokens)
+        yield from _wrong_means(found.means, count, units, device)
     if found.size is not None:
-        yield from _unlike("size", found.size, torch.float32, count, tokens)
+        yield from _unlike("size", found.size, torch.float32, count, device)
         if not (found.size.isfinite().all() and (found.size > 0).all()):
             yield "a size that is not a number above 0"
 
 
-def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, tokens: Tokens) -> Iterator[str]:
+def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device: torch.device) -> Iterator[str]:
     """What is wrong with the means of a selection of `count` of `units` units."""
     if not isinstance(means, tuple) or len(means) != 3:
         yield "means that are not three tensors"
@@ -65,18 +92,19 @@ def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, tokens
         ("units", unit, torch.int64),
         ("weights", weight, torch.float32),
     ):
-        yield from _unlike(f"means, {name}", value, kind, len(token), tokens)
+        yield from _unlike(f"means, {name}", value, kind, len(token), device)
     outside = (token < 0) | (token >= count) | (unit < 0) | (unit >= units)
     total = torch.zeros(count, dtype=torch.float32, device=token.device)
     if outside.any() or not (weight >= 0).all() or not (total.index_add_(0, token, weight) > 0).all():
         yield "means of units that do not exist, or with weights that are not numbers above 0"
 
 
-def _unlike(name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, tokens: Tokens) -> Iterator[str]:
+def _unlike(
+    name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
+) -> Iterator[str]:
     """How a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
     if not isinstance(value, torch.Tensor):
         yield f"an object of class {type(value).__name__} as {name} where a tensor was asked for"
-    device = tokens.rows.device
     shape, kind = "[K]" if length is None else f"[{length}]", str(dtype).removeprefix("torch.")
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
         given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

@@ -40,17 +40,17 @@ def stretched(rows: Sequence[int], depth: int) -> list[int]:
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
-def prefill_flop(config, length: int) -> float:
-    """Operations of reading a prompt of `length` tokens, with logits of the last one only.
+def prefill_flop(config, length: int | Sequence[int]) -> float:
+    """Operations of reading a prompt, with logits of the last token only.
 
     Args:
         config: a `TextConfig`.
-        length: tokens of the prompt after pruning.
+        length: tokens of the prompt after pruning, in each layer or in all.
     """
-    h = config.hidden_size
+    h, lengths = config.hidden_size, [length] * config.num_hidden_layers if isinstance(length, int) else length
     key_value = h // config.num_attention_heads * config.num_key_value_heads
-    layer = 2 * length * (2 * h * h + 2 * h * key_value + 3 * h * config.intermediate_size) + 2 * length * length * h
-    return config.num_hidden_layers * layer + 2 * h * config.vocab_size
+    each = 2 * (2 * h * h + 2 * h * key_value + 3 * h * config.intermediate_size)
+    return sum(each * length + 2 * length * length * h for length in lengths) + 2 * h * config.vocab_size
 
 
 @without_autocast()
@@ -78,13 +78,13 @@ def matmul_rate(
     return best
 
 
-def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, prompt: int) -> float:
+def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int]) -> float:
     """Seconds until the first token on a CPU: a rough estimate.
 
     Args:
         model: a `QwenVL` on a CPU.
         rows, grids, windows: see `tower_flop`.
-        prompt: length of the prompt after pruning.
+        prompt: length of the prompt after pruning, in each layer or in all.
     """
     work = tower_flop(model.config.vision_config, rows, grids, windows) + prefill_flop(model.config.text_config, prompt)
     return work / (EFFICIENCY * matmul_rate(model.dtype, "cpu", 0.04))  # briefly: the first word waits for it

@@ -1,6 +1,6 @@
 """The memory that a run takes, counted before it begins, and the errors where there is not enough."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from evoprune.errors import LESS, OutOfMemory, is_out_of_memory
@@ -34,13 +34,15 @@ def _size(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(0, size) >> 20} MiB"
 
 
-def working_memory(config: Config, units: int, at_once: int, prompt: int, bytes_each: int, late: int = 0) -> int:
+def working_memory(
+    config: Config, units: int, at_once: int, prompt: int | Sequence[int], bytes_each: int, late: int = 0
+) -> int:
     """Bytes that are in use at once beside the weights, roughly.
 
     Args:
         units: N, of the video.
         at_once: units that go through the tower together, at most.
-        prompt: tokens that the language model reads.
+        prompt: tokens that the language model reads, in each layer or in all.
         bytes_each: of a weight.
         late: rows, selected among all units after some layers, that go through the other layers together; 0 for none.
     """
@@ -69,8 +71,9 @@ def tower_bytes(config: Config, units: int, bytes_each: int) -> int:
     return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
 
 
-def language_bytes(config: Config, prompt: int, bytes_each: int) -> int:
-    """Bytes of reading a prompt of `prompt` tokens, keys and values included."""
-    text = config.text_config
-    widest = prompt * (8 * text.hidden_size * 4 + 3 * text.intermediate_size * bytes_each)
-    return widest + kv_bytes(config, prompt + ANSWER_COLUMNS, bytes_each)
+def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
+    """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
+    text, most = config.text_config, prompt if isinstance(prompt, int) else max(prompt)
+    widest = most * (8 * text.hidden_size * 4 + 3 * text.intermediate_size * bytes_each)
+    held = most + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
+    return widest + kv_bytes(config, held, bytes_each)

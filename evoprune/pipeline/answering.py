@@ -17,7 +17,7 @@ from evoprune.model.clock import Clock
 from evoprune.pipeline.answer import Answer
 from evoprune.pipeline.encoding import Encoding, total_seconds
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.fill_report import fill_kept, fill_times, inputs_report
+from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
 from evoprune.pipeline.keywords import names_options
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
@@ -51,7 +51,7 @@ class EncodedInputs:
         self._engine = engine
         self._encodings = [encoding.own() for encoding in encodings]
         self._read_of = [encoding.tokens for encoding in self._encodings]
-        self._prompts = PromptReader(engine.loaded, [encoding.view for encoding in encodings])
+        self._prompts = PromptReader(engine, [encoding.view for encoding in encodings])
         self._turn, self._paid, self._lock = 0, False, threading.RLock()
         self._blank = inputs_report(engine, self._encodings, self._read_of)
         self.report = deepcopy(self._blank)
@@ -203,7 +203,9 @@ class EncodedInputs:
         with clock.stage("prefill"):
             visual, text = sum(len(read.kept) for read in self._read_of), prompt.text_tokens
             report.tokens = TokenCounts(text, visual, text + visual, 0)
-            return self._prompts.read(self._read_of, prompt, options.system)
+            state = self._prompts.read(self._read_of, prompt, options.system)
+        fill_dropped(report, state.dropping)
+        return state
 
 
 class EncodedVideo(EncodedInputs):

@@ -158,7 +158,7 @@ def entry_key(engine: Engine, view: View) -> str | None:
 
     All of the file, or of a folder of frames, is read: sizes and times of files do not say what is in them.
     """
-    loaded, plan, method = engine.loaded, view.plan, engine.method
+    loaded, plan, method = engine.loaded, view.plan, engine.method.encoder
     if loaded.fingerprint is None:
         return None
     try:

@@ -48,6 +48,11 @@ class Engine:
         """The budget as reports have it: 1.0 for a method that prunes nothing, or "auto" or "auto:inflection"."""
         return self.method.reported_budget(self.options.budget)
 
+    def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
+        """Columns of a prompt of `tokens` visual tokens and `text`, in each layer of the language model or in all."""
+        depth = self.loaded.model.config.text_config.num_hidden_layers
+        return self.method.prompt_columns(depth, tokens, text, self.budget)
+
     @property
     def seed(self) -> int:
         return self.options.seed

@@ -19,4 +19,6 @@ def estimate_first_token(engine: Engine, view: View, text: int = QUESTION) -> fl
     model, encoder = engine.loaded.model, view.encoder
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
-    return estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, encoder.keep + text)
+    return estimate_seconds(
+        model, [*encoder.layers, encoder.rows], count, windows, engine.prompt_columns(encoder.keep, text)
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from evoprune.language.dropping import Dropping
 from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
@@ -94,6 +95,13 @@ def _fill_kept(pruning: Pruning, encodings: Sequence[Encoding], read: Sequence[E
     pruning.visual_tokens_kept = sum(len(each.kept) for each in read)
     pruning.kept_ratio = pruning.visual_tokens_kept / sum(each.view.units for each in encodings)
     pruning.kept_per_pair = [count for each in read for count in each.kept_per_pair]
+
+
+def fill_dropped(report: Report, dropping: Dropping | None) -> None:
+    """Writes into a report what left inside the language model, if anything could; waits for a GPU."""
+    if dropping is not None:
+        report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]
+        report.time_ms.prefill_prune = dropping.timer.seconds() * 1000
 
 
 def _video_facts(encoding: Encoding) -> VideoFacts:

@@ -14,7 +14,7 @@ from evoprune.pipeline import tuned
 from evoprune.pipeline.engine import make_method
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.on_disk import KnownModel
-from evoprune.pipeline.memory_check import encoding_bytes
+from evoprune.pipeline.memory_check import TEXT, encoding_bytes
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pruning.budget import AUTO_MOST, AUTOS, PRESETS, keep_count
 from evoprune.video.plan import STILL, Plan
@@ -134,11 +134,12 @@ def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
     pruning, _ = tuned.resolve(pruning, model.id, lambda: model.weights_fingerprint)
     method, budget = make_method(pruning), AUTO_MOST if pruning.budget in AUTOS else pruning.budget
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
+    prompt = method.prompt_columns(model.config.text_config.num_hidden_layers, encoder.keep, TEXT, budget)
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
     at_once, bytes_each = max(least, units_at_a_time(model.device)), DTYPES[model.dtype].itemsize
 
     def needed() -> int:
-        return model.weights_bytes + encoding_bytes(model.config, encoder, at_once, bytes_each)
+        return model.weights_bytes + encoding_bytes(model.config, encoder, at_once, bytes_each, prompt)
 
     while available is not None and needed() > available and at_once > least:
         at_once = max(least, at_once // 2)  # as a run does where memory is short

@@ -1,5 +1,7 @@
 """How much of a video is held at a time, so that encoding it fits into memory."""
 
+from collections.abc import Sequence
+
 from evoprune.errors import LESS, OutOfMemory
 from evoprune.model.config import Config
 from evoprune.model.memory import shortage, working_memory
@@ -21,18 +23,20 @@ def chunk_bytes(engine: Engine, view: View) -> int:
     return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * view.source.width * view.source.height * 3)
 
 
-def encoding_bytes(config: Config, encoder: EncoderPlan, at_once: int, bytes_each: int, text: int = TEXT) -> int:
+def encoding_bytes(
+    config: Config, encoder: EncoderPlan, at_once: int, bytes_each: int, prompt: int | Sequence[int]
+) -> int:
     """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
 
     Args:
         at_once: units that go through the tower together, at most.
         bytes_each: of a weight.
-        text: tokens of the prompt around the video.
+        prompt: tokens that the language model reads, in each layer or in all.
     """
     selected, means = encoder.keep if encoder.select_after else 0, 0
     if encoder.whole_pairs:  # their rows go on in chunks; the means of all of them are made in float32
         selected, means = min(at_once, encoder.units), encoder.units * PATCHES * config.vision_config.hidden_size * 4
-    return working_memory(config, encoder.units, at_once, encoder.keep + text, bytes_each, selected) + means
+    return working_memory(config, encoder.units, at_once, prompt, bytes_each, selected) + means
 
 
 def units_at_once(engine: Engine, view: View, text: int = TEXT) -> int:
@@ -46,8 +50,9 @@ def units_at_once(engine: Engine, view: View, text: int = TEXT) -> int:
     """
     model, plan, encoder = engine.loaded.model, view.plan, view.encoder
     at_once, least = units_at_a_time(model.device), view.units_of_pair
+    prompt = engine.prompt_columns(encoder.keep, text)
     while short := shortage(
-        encoding_bytes(model.config, encoder, max(least, at_once), model.dtype.itemsize, text), str(model.device)
+        encoding_bytes(model.config, encoder, max(least, at_once), model.dtype.itemsize, prompt), str(model.device)
     ):
         if at_once <= least:
             frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from evoprune.errors import names_plugins
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import PrefillState, Visual, column_sizes, embed_prompt, prefill
+from evoprune.language.generate import PrefillState, Visual, column_sizes, dropping_for, embed_prompt, prefill
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import Prompt
-from evoprune.pipeline.loading.model import LoadedModel
+from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.question_check import check_context, check_memory, check_question, prompt_about
 from evoprune.pipeline.view import View
@@ -17,11 +18,12 @@ class PromptReader:
     """Reads prompts about the same inputs, one at a time.
 
     Attention is causal: keys and values of what precedes the question do not depend on it. So a later question under the same
-    system prompt uses them again, and only what follows the inputs, and mostly their subtitles, is read.
+    system prompt uses them again, and only what follows the inputs, and mostly their subtitles, is read. Where tokens leave inside
+    the language model, they leave by the question, and each prompt is read as a whole.
     """
 
-    def __init__(self, loaded: LoadedModel, views: Sequence[View]):
-        self._loaded, self._views = loaded, views
+    def __init__(self, engine: Engine, views: Sequence[View]):
+        self._engine, self._loaded, self._views = engine, engine.loaded, views
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
 
@@ -38,9 +40,10 @@ class PromptReader:
         check_question(self._loaded, question)
         prompt = prompt_about(self._loaded.tokenizer, self._views, question, options.system)
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
-        check_memory(self._loaded, prompt.text_tokens, kept)
+        check_memory(self._engine, prompt.text_tokens, kept)
         return prompt
 
+    @names_plugins()
     def read(self, encoded: Sequence[Encoded], prompt: Prompt, system: str | None) -> PrefillState:
         """The state that decoding starts from.
 
@@ -57,6 +60,9 @@ class PromptReader:
         embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
         sizes = column_sizes(visuals, columns)
+        grids = [view.plan.grid for view in self._views]
+        if dropping := dropping_for(model, self._engine.method, self._engine.budget, visuals, grids, embeds, columns):
+            return prefill(model, embeds, positions, following, sizes=sizes, dropping=dropping)
         shared = prompt.prefix_length - prompt.visual_tokens + sum(len(e.kept) for e in encoded)
         cache, known = self._take_prefix(system, shared)
         sizes = None if sizes is None else sizes[known:]

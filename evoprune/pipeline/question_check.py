@@ -82,18 +82,19 @@ def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None
         )
 
 
-def check_memory(loaded: LoadedModel, text: int, visual: int) -> None:
+def check_memory(engine: Engine, text: int, visual: int) -> None:
     """Checks that there is memory to read a prompt whose text is longer than the encoder's check of memory assumed.
 
-    Args: as of `check_context`.
+    Args: `text`, `visual` as of `check_context`.
 
     Raises:
         OutOfMemory: there is too little.
     """
     if text <= TEXT:
         return
-    needed = language_bytes(loaded.model.config, text + visual, loaded.model.dtype.itemsize)
-    if short := shortage(needed, loaded.device):
+    model = engine.loaded.model
+    needed = language_bytes(model.config, engine.prompt_columns(visual, text), model.dtype.itemsize)
+    if short := shortage(needed, engine.loaded.device):
         raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", LESS, stage="prefill")
 
 

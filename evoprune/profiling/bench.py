@@ -136,7 +136,7 @@ class Bench:
         method = methods.get(row.method, settings.method_args if row.kind == METHOD else None)
         model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.whole), clip.units)
         plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
-        return run_evoprune(model, clip, plan, method, settings.new_tokens, settings.seed, clock)
+        return run_evoprune(model, clip, plan, method, row.budget, settings.new_tokens, settings.seed, clock)
 
 
 def all_rows(cases: Sequence[Case], settings: Settings) -> list[Row]:
@@ -168,7 +168,8 @@ def _take_turn(run: Callable[[Clock], Turn], device: str) -> tuple[Counts | None
     except (ModelError, OutOfMemory) as problem:  # NaN or infinity, or no memory
         return None, None, problem.message
     spent = clock.seconds
-    sample = Sample(spent["encode"], turn.prune, spent["prefill"], spent["generate"], peak_memory(device))
+    times = spent["encode"], turn.prune, spent["prefill"], spent["generate"]
+    sample = Sample(*times, peak_memory(device), turn.prefill_prune)
     return turn.counts, sample, None
 
 

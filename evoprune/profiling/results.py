@@ -35,7 +35,7 @@ class Sample:
 
     Attributes:
         encode: the tower. `prune`: scores, merging and selection, part of `encode`.
-        prefill: the prompt, up to the logits of its last column.
+        prefill: the prompt, up to the logits of its last column. `prefill_prune`: choosing tokens there, part of prefill.
         generate: all new tokens; the first needs no pass of its own.
         peak_bytes: the most memory in use, weights included.
     """
@@ -45,6 +45,7 @@ class Sample:
     prefill: float
     generate: float
     peak_bytes: int | None = None
+    prefill_prune: float = 0.0
 
     @property
     def first_token(self) -> float:
@@ -60,8 +61,9 @@ class Counts:
         units: merge units of the clip, N.
         encoder_rows: rows that leave the tower; `live_share`: mean over its layers of rows / N.
         layers: (layer, rows that it computed).
-        tokens: visual tokens that the language model reads, K; `prompt`: those and the text around them.
+        tokens: visual tokens that reach the language model, K; `prompt`: those and the text around them.
         tower_flop: floating-point operations of the tower.
+        language_layers: (layer, visual tokens that it read) of the language model; None where each reads all that reach it.
     """
 
     units: int
@@ -71,6 +73,7 @@ class Counts:
     tokens: int
     prompt: int
     tower_flop: float
+    language_layers: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass
@@ -275,6 +278,7 @@ class Results:
                 "encode": f and _ms(f.encode.median),
                 "encode_prune": f and _ms(median(row.seconds("prune"))),
                 "prefill": f and _ms(f.prefill.median),
+                "prefill_prune": f and _ms(median(row.seconds("prefill_prune"))),
                 "generate": f and _ms(f.generate.median),
                 "ttft_model": f and _ms(f.first_token.median),
             },
@@ -292,6 +296,7 @@ class Results:
                     "encode": _ms(s.encode),
                     "encode_prune": _ms(s.prune),
                     "prefill": _ms(s.prefill),
+                    "prefill_prune": _ms(s.prefill_prune),
                     "generate": _ms(s.generate),
                     "ttft_model": _ms(s.first_token),
                     "peak_bytes": s.peak_bytes,

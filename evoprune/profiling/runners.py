@@ -1,10 +1,18 @@
 """One turn of a benchmark, stage by stage: evoprune, and plain Hugging Face transformers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.language.generate import GenerationSettings, Visual, column_sizes, embed_prompt, prefill, stream
+from evoprune.language.generate import (
+    GenerationSettings,
+    Visual,
+    column_sizes,
+    dropping_for,
+    embed_prompt,
+    prefill,
+    stream,
+)
 from evoprune.methods.base import Method
 from evoprune.model.clock import Clock
 from evoprune.model.cost import tower_flop
@@ -19,33 +27,46 @@ from evoprune.vision.tower import tower_geometry
 
 @dataclass(frozen=True)
 class Turn:
-    """The outcome of one run: its counts, the seconds of pruning in the tower, and the generated tokens."""
+    """The outcome of one run: its counts, the seconds of pruning in the tower and in the prompt, and the generated tokens."""
 
     counts: Counts
     prune: float
     tokens: list[int]
+    prefill_prune: float = 0.0
 
 
 def run_evoprune(
-    loaded: LoadedModel, clip: Clip, plan: EncoderPlan, method: Method, new_tokens: int, seed: int, clock: Clock
+    loaded: LoadedModel,
+    clip: Clip,
+    plan: EncoderPlan,
+    method: Method,
+    budget: float,
+    new_tokens: int,
+    seed: int,
+    clock: Clock,
 ) -> Turn:
-    """evoprune from patches to new tokens; the language model reads as many visual tokens as `plan` keeps."""
+    """evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
     model, visual = loaded.model, loaded.model.model.visual
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
         how = {"question": question, "seconds_per_pair": clip.seconds_per_pair, "seed": seed}
-        encoded = encode(visual, [clip.patches], plan, method, **how)
+        encoded = encode(visual, [clip.patches], plan, method.encoder, **how)
     with clock.stage("prefill"):
         place = range(TEXT_BEFORE, TEXT_BEFORE + clip.units)
         visuals = [Visual(place, encoded.features, encoded.kept, encoded.size)]
         embeds, columns = embed_prompt(model, clip.ids, visuals)
         sizes = column_sizes(visuals, columns)
-        state = prefill(model, embeds, clip.positions[:, columns], clip.following, sizes=sizes)
+        dropping = dropping_for(model, method, budget, visuals, [clip.grid], embeds, columns)
+        positions = clip.positions[:, columns]
+        state = prefill(model, embeds, positions, clip.following, sizes=sizes, dropping=dropping)
     with clock.stage("generate"):
         tokens = list(stream(model, state, GenerationSettings(new_tokens), eos_ids=()))
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept))
-    return Turn(counts, encoded.prune_seconds, tokens)
+    if dropping is None:
+        return Turn(counts, encoded.prune_seconds, tokens)
+    counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)))
+    return Turn(counts, encoded.prune_seconds, tokens, dropping.timer.seconds())
 
 
 @torch.inference_mode()

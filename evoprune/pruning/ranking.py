@@ -19,6 +19,14 @@ def highest(score: torch.Tensor, count: int) -> torch.Tensor:
     return ranked(score)[:count].sort().values
 
 
+def relative(score: torch.Tensor) -> torch.Tensor:
+    """The logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are ties.
+
+    For scores whose size depends on their number, such as shares of attention.
+    """
+    return snap(score.log())
+
+
 def scaled(score: torch.Tensor) -> torch.Tensor:
     """`score` scaled linearly to reach from 0 to 1; all 0 if it is the same everywhere."""
     low, high = score.min(), score.max()

@@ -121,7 +121,7 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
         progress: as of `VideoQA.encode`.
 
     Raises:
-        UsageError: the method reads the question.
+        UsageError: the method reads the question, or acts inside the language model alone.
         VideoError: the video cannot be read.
         OutOfMemory: memory does not suffice.
     """
@@ -129,6 +129,11 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
     if engine.method.reads_question:
         hint = "use a method that does not read the question"
         raise UsageError(f"method {engine.options.method} selects for each question, and an overlay has none", hint)
+    if engine.method.acts == "language":
+        hint = (
+            "use a method that acts before the language model; in a combination, the overlay shows what that one does"
+        )
+        raise UsageError(f"method {engine.options.method} drops tokens by the question, and an overlay has none", hint)
     limits, frames, damaged = engine.loaded.limits[view.kind], [], 0
 
     def patches() -> Iterator[torch.Tensor]:
@@ -150,7 +155,7 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
             engine.loaded.model.model.visual,
             patches(),
             view.encoder,
-            engine.method,
+            engine.method.encoder,
             seconds_per_pair=plan.sampling.seconds_per_pair(limits.temporal_patch_size),
             seed=engine.seed,
             on_layer=lambda done, total: progress("layers", done, total) if progress else None,

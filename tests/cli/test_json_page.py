@@ -125,6 +125,8 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
     subtitles = tmp_path / "said.vtt"
     subtitles.write_text("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n")
     outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", "--subtitles", str(subtitles), *model).record]
+    inner = ("-m", str(tiny_folder), *SHORT, "--method", "evoprune+fastv")
+    outputs.append(cli("ask", SQUARE, "What?", "--json", *inner).record)
     rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH))]))
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
@@ -154,7 +156,7 @@ def test_tune(cli, tiny_folder, monkeypatch, tmp_path):
 
 def test_profile(cli, tiny_folder, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
-    quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", *SHORT)
+    quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", "--method", "fastv", *SHORT)
     check("profile", [cli("profile", "-m", str(tiny_folder), *quick).record], errors=False)
 
 

@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 
 from evoprune import methods
+from evoprune.methods.registry import INNER
 from evoprune.profiling import bench
 
 CLIP = "samples/square.mp4"
 NAMES = methods.available()
+PAIRS = [
+    f"{before}+{inner}"
+    for before, inner in zip(("evoprune", "reuse+divprune", "downscale", "tome"), INNER, strict=False)
+]
 EXACT = [name for name in NAMES if name != "none" and methods.get(name).exact]
 
 
@@ -21,21 +26,26 @@ def tiny(cli, tiny_folder):
     return call
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PAIRS])
 def test_ask(tiny, name):
     made = tiny("ask", CLIP, "What happens?", "-n", 2, "--frames", 8, "-b", 0.25, "--method", name, "--json").record
     pruning = made["pruning"]
     assert made["error"] is None and pruning["method"] == name
     kept = pruning["visual_tokens_kept"]
-    if name == "none":
-        assert kept == 96
+    read = [tokens for _, tokens in pruning["language_layers"] or []]
+    if name in INNER:
+        assert kept == 96 and read[0] == 96 and (read[1] == 24 or (name == "visipruner" and 1 <= read[1] <= 24))
+    elif name in PAIRS:
+        assert kept <= 24 and read[0] == kept and 1 <= read[1] <= kept // 2 and made["time_ms"]["prefill_prune"] > 0
+    elif name == "none":
+        assert kept == 96 and not read
     elif name == "evs":  # keeps the first grid at least
         assert kept == 24
     else:
         assert kept == 24 or (name not in EXACT and 12 <= kept < 24)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PAIRS])
 def test_batch(tiny, name, tmp_path):
     out = tmp_path / "out.jsonl"
     rows = ("-Q", "What happens?", "-Q", "How many shapes are there?")
@@ -44,11 +54,11 @@ def test_batch(tiny, name, tmp_path):
     assert [record["pruning"]["method"] for record in made] == [name, name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PAIRS])
 def test_inspect(tiny, name, tmp_path):
     out = tmp_path / "out.png"
     made = tiny("inspect", CLIP, "--overlay", out, "--frames", 4, "-b", 0.25, "--method", name)
-    asked = methods.get(name).reads_question
+    asked = methods.get(name).reads_question or name in INNER
     assert (made.code, out.exists()) == ((2, False) if asked else (0, True)), made.err
     if asked:  # there is no question in a picture
         assert "question" in made.err and "hint: " in made.err
@@ -57,15 +67,16 @@ def test_inspect(tiny, name, tmp_path):
 def test_eval(tiny, tmp_path):
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"video": str(Path(CLIP).resolve()), "question": "What happens?", "answer": "nothing"}))
-    made = tiny("eval", "--data", data, "-b", 0.25, "--method", ",".join(NAMES), "--json").record
-    assert {row["method"] for row in made["rows"]} == {*NAMES}
+    made = tiny("eval", "--data", data, "-b", 0.25, "--method", ",".join([*NAMES, *PAIRS]), "--json").record
+    assert {row["method"] for row in made["rows"]} == {*NAMES, *PAIRS}
+    assert all(1 <= row["layer_tokens"] < row["tokens"] for row in made["rows"] if row["method"] in (*INNER, *PAIRS))
     assert all(row["n"] for row in made["rows"])
 
 
 def test_profile(tiny, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     quick = ("-r", 1, "-w", 0, "--size", "112x168", "--frames", 4, "-b", 0.25, "-n", 1, "--format", "json")
-    result = tiny("profile", *quick, "--method", ",".join(NAMES))
+    result = tiny("profile", *quick, "--method", ",".join([*NAMES, *PAIRS]))
     made = json.loads(result.out)
     assert result.code == 0 and not any(row["error"] for row in made["rows"])
-    assert {row["method"] for row in made["rows"]} >= {*NAMES} - {"none"}
+    assert {row["method"] for row in made["rows"]} >= {*NAMES, *PAIRS} - {"none"}

@@ -331,6 +331,8 @@ def test_offloaded_weights_are_refused():
         ({"budget": 0}, "budget"),
         ({"method": "nope"}, "no pruning method"),
         ({"method": "subsample"}, "acts on frames"),
+        ({"method": "fastv"}, "inside the language model"),
+        ({"method": "evoprune+fastv"}, "inside the language model"),
         ({"method_args": {"nope": "1"}}, "no argument"),
         ({"positions": "mine"}, "positions"),
     ],

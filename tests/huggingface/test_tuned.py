@@ -38,7 +38,12 @@ def test_refused(model, config):
     context = evoprune.EvoPrune(budget="tuned")
     with pytest.raises(UsageError, match="no tuned setting for this model"):
         context(model)
-    for method, message in (("subsample", "acts on frames"), ("cdpruner", "reads the question")):
+    refused = (
+        ("subsample", "acts on frames"),
+        ("cdpruner", "reads the question"),
+        ("evoprune+fastv", "inside the language"),
+    )
+    for method, message in refused:
         tuned.save(of_model(model), replace(SETTING, method=method))
         with pytest.raises(UsageError, match=message):
             context(model)

@@ -15,8 +15,8 @@ from evoprune.pruning.types import Selection
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
-NAMES = [*methods.available(), "reuse+visionzip"]
-ON_PATCHES = [name for name in NAMES if methods.get(name).acts != "input"]
+NAMES = [*methods.available(), "reuse+visionzip", "evoprune+fastv"]
+ON_PATCHES = [name for name in NAMES if methods.get(name).acts != "input" and not methods.get(name).language]
 ALONE = [name for name in ON_PATCHES if not methods.get(name).reads_question]
 CHOOSING = [name for name in ON_PATCHES if methods.get(name).selector or methods.get(name).merger]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

@@ -15,7 +15,10 @@ import evoprune
 from evoprune import methods
 from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
 from evoprune.methods import registry
+from evoprune.methods.selecting import select_in_language
+from evoprune.pruning.types import Selection
 from tests.cli.conftest import cli  # noqa: F401
+from tests.methods.public_layers import public_layer
 from tests.methods.tokens import encoded, selected, tokens_of
 from tests.prompts import VIDEO, processed
 from tests.tiny import tiny_model
@@ -83,7 +86,7 @@ REFUSED = {
     "is no dataclass: Mine needs": "class Mine(First):\n    name = 'mine'\n    more: int = 1",
 }
 PAGES = ["CONTRIBUTING.md", "docs/house.md", "docs/methods.md"]
-DOCUMENTED = ["longest", "neighbours", "mixed", "asked"]
+DOCUMENTED = ["longest", "neighbours", "mixed", "asked", "loudest"]
 GRID = (4, 4, 6)
 
 
@@ -206,12 +209,12 @@ def test_every_way_of_running_one_names_it(package, way, skip):
 
 def test_the_documented_methods_are_short_and_complete(documented):
     assert set(documented) == set(DOCUMENTED) == set(methods.plugins())
-    assert methods.available()[-4:] == sorted(DOCUMENTED)
+    assert methods.available()[-5:] == sorted(DOCUMENTED)
     for name, module in documented.items():
         assert module.count("\n") < 40
         assert methods.plugins()[name] == "of docs-examples 1.2" and methods.get(name).name == name
     kinds = [methods.get(name).acts for name in DOCUMENTED]
-    assert kinds == ["after", "inside", "input", "after"]
+    assert kinds == ["after", "inside", "input", "after", "language"]
 
 
 @pytest.mark.parametrize("keep", [1, 9, 50, 96])
@@ -263,6 +266,24 @@ def test_the_documented_methods_work_on_a_hugging_face_model(documented):
         evoprune.encode(*args, budget=0.25, method="mixed")
 
 
+def test_the_documented_language_method_keeps_the_longest_states(documented):
+    tokens = public_layer("random", 0, (3, 4, 5), 7)
+    kept = methods.get("loudest").select(tokens).kept.tolist()
+    assert kept == sorted(tokens.hidden.norm(dim=1).argsort(descending=True)[:7].tolist())
+    assert methods.get("longest+loudest:share=0.1").language_plan(4, 36, 0.25).layers == (36, 36, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x + 60, lambda x: x[:-1], lambda x: x.flip(0), torch.Tensor.float, torch.Tensor.tolist]
+)
+def test_what_a_language_method_returns_is_checked(documented, wrong, monkeypatch):
+    kind = type(methods.get("loudest"))
+    select = kind.select
+    monkeypatch.setattr(kind, "select", lambda *args: Selection(wrong(select(*args).kept)))
+    with pytest.raises(PluginError, match=r"method 'loudest' of docs-examples .* returned"):
+        select_in_language(methods.get("loudest"), public_layer("random", 0, (3, 4, 5), 7))
+
+
 # --- the command line ----------------------------------------------------------------------------------------------------
 
 ASK = ("ask", "samples/square.mp4", "--json", "-n", "2", "-b", "0.25")
@@ -297,6 +318,11 @@ def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli)
 def test_a_documented_method_reads_each_question_of_a_command(documented, cli):  # noqa: F811
     records = [json.loads(line) for line in cli(*ASK, *QUESTIONS, "--method", "asked").out.splitlines()]
     assert [record["pruning"]["visual_tokens_kept"] for record in records] == [36, 36]
+
+
+def test_a_documented_language_method_works_in_a_command(documented, cli):  # noqa: F811
+    pruning = cli(*ASK, *QUESTIONS[:2], "--method", "longest+loudest:share=0.5").record["pruning"]
+    assert pruning["language_layers"] == [[0, 36], [1, 36], [2, 18], [3, 18]]
 
 
 def test_a_documented_input_method_makes_the_video_smaller(documented, cli):  # noqa: F811

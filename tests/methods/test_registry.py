@@ -8,9 +8,13 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods.base import Method
 from evoprune.methods.divprune import DivPrune
+from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.fastv import FastV
 from evoprune.methods.mmr import Mmr
+from evoprune.methods.registry import INNER
 from evoprune.methods.reuse import Reuse
+from evoprune.methods.with_language import WithLanguage
 
 
 def test_the_registry_lists_what_it_can_get():
@@ -20,8 +24,10 @@ def test_the_registry_lists_what_it_can_get():
     for name in names:
         method = methods.get(name)
         assert isinstance(method, Method) and method.name == name and type(method).__doc__
-        assert method.acts in ("none", "input", "inside", "after")
-        assert sum((method.merger is not None, method.selector is not None, method.acts in ("none", "input"))) == 1
+        assert method.acts in ("none", "input", "inside", "after", "language")
+        kinds = (method.merger, method.selector, method.language, method.acts in ("none", "input") or None)
+        assert sum(kind is not None for kind in kinds) == 1
+        assert (method.language is not None) == (name in INNER)
 
 
 @pytest.mark.parametrize("name", methods.available())
@@ -106,6 +112,17 @@ def test_reuse_goes_before_a_selector():
     assert methods.get("reuse:threshold=5+mmr:lam=0.7") == Reuse(threshold=5.0, then=Mmr(lam=0.7))
 
 
+def test_a_method_inside_the_language_model_goes_last():
+    assert methods.get("evoprune+fastv") == WithLanguage(EvoPrune(), FastV())
+    assert methods.get("reuse:threshold=5+mmr+fastv:share=0.3:depth=0.5") == WithLanguage(
+        Reuse(threshold=5.0, then=Mmr()), FastV(share=0.3, depth=0.5)
+    )
+    combined = methods.get("evoprune+fastv")
+    assert combined.args["fastv"] == {"share": 0.5, "depth": 0.0625}
+    assert combined.automatic().before.within > 0 and combined.acts_at(1.0)
+    assert not methods.get("divprune+fastv:share=1").acts_at(1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "args"),
     [
@@ -113,6 +130,9 @@ def test_reuse_goes_before_a_selector():
         ("reuse+none", None), ("reuse+tome", None), ("reuse+evoprune", None), ("reuse+downscale", None), ("reuse+reuse", None),
         ("divprune+reuse", None), ("divprune+mmr", None), ("reuse+reuse+divprune", None), ("reuse+mmr+divprune", None),
         ("reuse+mmr", {"lam": "0.7"}), ("reuse+mmr", {"threshold": "5"}), ("reuse:then=mmr+divprune", None),
+        ("fastv+evoprune", None), ("fastv+fastv", None), ("reuse+fastv", None), ("none+fastv", None), ("mmr+mmr+fastv", None),
+        ("evoprune+reuse+fastv", None), ("fastv:share=0.5", None), ("evoprune+fastv:share=0", None), ("fastv:depth=1", None),
+        ("visipruner:layer=2", None), ("evoprune+fastv", {"share": "0.5"}),
         ("reuse:threshold=0+divprune", None), ("reuse:threshold=nan+divprune", None), ("reuse+mmr:lam=2", None),
     ],
 )  # fmt: skip
@@ -123,9 +143,18 @@ def test_other_combinations_are_refused(name, args):
 
 
 def test_whether_a_method_is_known():
-    for name in ("random", "evoprune-paper:nonsense", "reuse+divprune", "reuse:threshold=5+mmr:lam=0.7"):
+    for name in ("random", "evoprune-paper:nonsense", "reuse+divprune", "reuse:threshold=5+mmr:lam=0.7", "mmr+fastv"):
         methods.check(name)
-    for name in ("randomly:a=1", "reuse", "reuse+magic", "divprune+mmr", "divprune+reuse", ""):
+    for name in (
+        "randomly:a=1",
+        "reuse",
+        "fastv+mmr",
+        "evoprune+fastv+fastv",
+        "reuse+magic",
+        "divprune+mmr",
+        "divprune+reuse",
+        "",
+    ):
         with pytest.raises(UsageError):
             methods.check(name)
 

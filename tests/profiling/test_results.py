@@ -125,6 +125,7 @@ def test_the_document(measured):
         "encode": 3000,
         "encode_prune": 750,
         "prefill": 1000,
+        "prefill_prune": 0,
         "generate": 2000,
         "ttft_model": 4000,
     }

@@ -142,7 +142,7 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
     clock, reference = Clock(torch.device("cpu")), hugging_face_model(loaded.model)
     theirs = run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
     ours = run_evoprune(
-        loaded, clip, unpruned(loaded, clip), methods.get("none"), settings.new_tokens, settings.seed, clock
+        loaded, clip, unpruned(loaded, clip), methods.get("none"), 1.0, settings.new_tokens, settings.seed, clock
     )
     assert len(theirs.tokens) == 12 and len(set(theirs.tokens)) > 1
     assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
@@ -151,7 +151,7 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
 def test_generation_is_forced(loaded, monkeypatch):
     """An end of sequence does not end it."""
     clip = clips.prepare(loaded, *MOTION(CASE))
-    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), methods.get("none"), 6, 0)
+    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), methods.get("none"), 1.0, 6, 0)
     first = run(Clock(torch.device("cpu"))).tokens
     assert len(first) == 6
     monkeypatch.setattr(loaded, "eos_ids", tuple(first))

@@ -1,0 +1,149 @@
+"""Visual tokens leave the language model while it reads a prompt: what a language method sees, and what of it stays."""
+
+from dataclasses import replace
+
+import torch
+
+from evoprune.language.norm_rotary import norm, rotate
+from evoprune.methods.base import LanguageMethod
+from evoprune.methods.selecting import select_in_language
+from evoprune.pruning.indices import true_indices
+from evoprune.pruning.language_plan import LanguagePlan, tokens_of_layers
+from evoprune.pruning.layer_tokens import LayerTokens
+from evoprune.vision.timer import Timer
+
+Places = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
+
+
+class Dropping:
+    """One prompt while the language model reads it.
+
+    Args:
+        model: tree of weights under Hugging Face's names.
+        method, plan: the language method, and its plan for this model and as many visual tokens.
+        embeds: `[C, hidden]`, the prompt.
+        visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
+        pair: int64 `[n]`, the number of the frame pair of each visual token.
+
+    Attributes:
+        dropped: (layers that had run, visual tokens that were left) of each drop.
+        timer: measures what the method computes.
+    """
+
+    def __init__(
+        self,
+        model,
+        method: LanguageMethod,
+        plan: LanguagePlan,
+        embeds: torch.Tensor,
+        visual: torch.Tensor,
+        pair: torch.Tensor,
+    ):
+        self._model, self._method, self._plan = model, method, plan
+        self._visual, self._pair = visual.to(embeds.device), pair.to(embeds.device)
+        self._others = len(embeds) - len(visual)
+        self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
+        self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
+        self._memory: dict = {}
+        self.dropped: list[tuple[int, int]] = []
+        self.timer = Timer(embeds.device)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Columns of the prompt that each layer reads, at most."""
+        return tuple(left + self._others for left in self._plan.layers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Visual tokens that each layer read, once the prompt was read."""
+        return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
+
+    def looks(self, after: int) -> bool:
+        """Whether the method is asked once `after` layers have run."""
+        return after in self._plan.looks
+
+    def blind(self, layer: int, columns: int) -> tuple[torch.Tensor, int] | None:
+        """The only columns (int64) that text after the visual tokens attends to in a layer, and where it begins; None for all."""
+        if layer >= self._plan.blind:
+            return None
+        mask = torch.ones(columns, dtype=torch.bool, device=self._visual.device).index_fill_(0, self._visual, False)
+        return true_indices(mask, columns - len(self._visual)), columns - self._text
+
+    def drop(
+        self,
+        after: int,
+        entering: torch.Tensor,
+        x: torch.Tensor,
+        places: Places,
+        bias: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Asks the method.
+
+        Args:
+            after: layers that have run.
+            entering, x: `[C, hidden]`, input and output of the latest of them.
+            places: the rotation of each column.
+            bias: `[C]`, see `decoder._attend`.
+            keys, values: `[1, kv_heads, C, head_dim]`, of that layer; keys are rotated.
+
+        Returns:
+            The columns for the next layer; and int64 which of the C columns they are, None for all.
+        """
+        with self.timer:
+            seen = self._seen(after, entering, x, places, bias, keys[0].transpose(0, 1), values[0].transpose(0, 1))
+            found = select_in_language(self._method, seen)
+            if found is None:
+                return x, None
+            kept, old = found.kept, self._visual
+            mask = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, old, False)
+            mask.index_fill_(0, old[kept], True)
+            stay = true_indices(mask, len(x) - len(old) + len(kept))
+            self._visual = (mask.cumsum(0) - 1)[old[kept]]
+            self._pair = self._pair[kept]
+            made = x[stay]
+            if found.owner is not None and len(kept):
+                made[self._visual] = found.features(x[old])
+            self.dropped.append((after, len(kept)))
+            return made, stay
+
+    def _seen(
+        self,
+        after: int,
+        entering: torch.Tensor,
+        x: torch.Tensor,
+        places: Places,
+        bias: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> LayerTokens:
+        """What the method sees; arguments as in `drop`, but keys and values are `[C, kv_heads, head_dim]`."""
+        layers, plan = self._model.model.language_model.layers, self._plan
+        left, due = plan.left(after) if plan.exact else plan.drops[-1].left, after in {d.after for d in plan.drops}
+        latest, (cos, sin), texts = layers[after - 1], places, slice(len(x) - self._text, None)
+        queries = self._projected(latest, "q_proj", entering[texts])
+        seen = LayerTokens(
+            after, left, due, x[self._visual], self._visual, self._pair, rotate(queries, cos[texts], sin[texts]),
+            keys, values, bias, *self._embeds, self._memory,
+        )  # fmt: skip
+
+        def following() -> LayerTokens:
+            asks = rotate(self._projected(layers[after], "q_proj", x[texts]), cos[texts], sin[texts])
+            return replace(seen, queries=asks, keys=rotate(self._projected(layers[after], "k_proj", x), cos, sin))
+
+        def unrotated() -> LayerTokens:
+            return replace(seen, queries=queries, keys=self._projected(latest, "k_proj", entering))
+
+        def evened() -> LayerTokens:
+            mean = self._projected(latest, "k_proj", entering[self._visual]).float().mean(0).to(keys)
+            same = rotate(mean.expand(len(self._visual), -1, -1), cos[self._visual], sin[self._visual])
+            return replace(seen, keys=keys.index_copy(0, self._visual, same))
+
+        return replace(seen, following=following, unrotated=unrotated, evened=evened)
+
+    def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys `[C, heads, head_dim]` of a layer for its input, before rotary."""
+        config = self._model.config.text_config
+        h = norm(x, layer.input_layernorm.weight, config.rms_norm_eps)
+        return getattr(layer.self_attn, name)(h).view(len(x), -1, config.hidden_size // config.num_attention_heads)

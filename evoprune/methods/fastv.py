@@ -1,0 +1,35 @@
+"""FastV (arXiv 2403.06764): after the second layer, the visual tokens with the most attention of the last token stay.
+
+Attention is the mean over heads in the layer that has just run. As in the authors' code, the K best stay, in their order.
+Adapted: layers in relative depth (2 of LLaVA's 32); tokens keep their positions, which the authors' code renumbers.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from evoprune.methods.base import LanguageMethod
+from evoprune.pruning.language_plan import LanguagePlan, one_drop
+from evoprune.pruning.layer_tokens import LayerTokens
+from evoprune.pruning.ranking import highest, relative
+from evoprune.pruning.types import Selection
+
+
+@dataclass(frozen=True)
+class FastV(LanguageMethod):
+    """Field: depth: share of the layers that run before tokens leave, in (0, 1)."""
+
+    name: ClassVar[str] = "fastv"
+    source: ClassVar[str] = "arXiv 2403.06764, section 4"
+
+    depth: float = 2 / 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.depth < 1:
+            raise ValueError("depth is above 0 and below 1")
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        return one_drop(depth, tokens, self.depth, budget)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        return Selection(highest(relative(tokens.attention()), tokens.left))

@@ -1,0 +1,32 @@
+"""PyramidDrop (arXiv 2410.17247): after a quarter, a half and three quarters of the layers a share of the visual tokens stays.
+
+The share is the same each time, the paper's half by default. The score is the attention of the last token of the prompt, mean
+over heads. As in the authors' code it is computed from queries and keys of the next layer, before that layer runs.
+Adapted: tokens keep their positions, which the authors' code renumbers. The share follows from the budget.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from evoprune.methods.base import LanguageMethod
+from evoprune.pruning.language_plan import LanguagePlan, several_drops
+from evoprune.pruning.layer_tokens import LayerTokens
+from evoprune.pruning.ranking import highest, relative
+from evoprune.pruning.types import Selection
+
+PLACES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class PyramidDrop(LanguageMethod):
+    """No fields but `share`. With the default, (1/2 + 1/4 + 1/8) / 3, half of the tokens leave each time."""
+
+    name: ClassVar[str] = "pyramiddrop"
+    source: ClassVar[str] = "arXiv 2410.17247, section 3.2"
+    default_share: ClassVar[float] = 7 / 24
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        return several_drops(depth, tokens, PLACES, lambda share: (share, share**2, share**3), budget)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        return Selection(highest(relative(tokens.following().attention()), tokens.left))

@@ -1,0 +1,84 @@
+"""SparseVLM (arXiv 2410.04417): the text that matters for the video rates the visual tokens, and some of the dropped are recycled.
+
+1. Raters: the softmax over the text of (visual token . text token), averaged over the visual tokens; the text tokens above the
+   mean rate. As in the authors' code (version 1), both are what reaches the first layer.
+2. After three layers the tokens with the most attention of the raters stay, as the mean over heads and raters.
+3. Of the dropped, the best three tenths merge around a tenth as many density peaks, and these means stay too.
+
+Adapted: counts follow the budget. Between the four published triples (64 to 192 of 576 tokens) they are interpolated; they
+include the means, which the authors count on top. Layers in relative depth (2, 6 and 15 of 32, counted from 0). A mean has the
+position of its peak; in the authors' code the means follow the other tokens, and positions are renumbered. Without a text token
+above the mean, all rate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+
+from evoprune.methods.base import LanguageMethod
+from evoprune.pruning.density import joined_peaks
+from evoprune.pruning.indices import ascending
+from evoprune.pruning.language_plan import LanguagePlan, several_drops
+from evoprune.pruning.layer_tokens import LayerTokens
+from evoprune.pruning.ranking import BLOCK, gathered, ranked, relative
+from evoprune.pruning.types import Selection
+
+PLACES = (3 / 32, 7 / 32, 16 / 32)
+# Tokens left after each drop, of 576, from none to all; between them, the authors' for 64, 96, 128 and 192 tokens on average.
+COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))
+
+
+@dataclass(frozen=True)
+class SparseVlm(LanguageMethod):
+    """No fields but `share`. The density peaks take O(r^2 D) for r recycled tokens."""
+
+    name: ClassVar[str] = "sparsevlm"
+    source: ClassVar[str] = "arXiv 2410.04417, section 3"
+    default_share: ClassVar[float] = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        return several_drops(depth, tokens, PLACES, _interpolated, budget)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        raters = tokens.memory.setdefault("raters", _raters(tokens.visual_embeds, tokens.text_embeds))
+        score, count = relative(tokens.attention(raters)), len(tokens.visual)
+        stay = selected(count, tokens.left)
+        order = ranked(score)
+        into = torch.full_like(order, -1)
+        into[order[:stay]] = order[:stay]
+        if means := tokens.left - stay:
+            some = order[stay : stay + recycled(count - stay)].sort().values
+            into[some] = some[joined_peaks(tokens.hidden[some], means, means)]
+        return gathered(into)
+
+
+def _interpolated(place: float) -> Sequence[float]:
+    """Shares of the tokens left after each drop, for a number in [0, 1]."""
+    rows = list(pairwise(COUNTS))
+    row = min(int(place * len(rows)), len(rows) - 1)
+    part = place * len(rows) - row
+    return [(low + part * (high - low)) / 576 for low, high in zip(*rows[row], strict=True)]
+
+
+def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """int64 `[q]`: the text tokens (`[Q, D]`) that rate the visual tokens (`[N, D]`)."""
+    words = text.float().T
+    weight = sum((some.float() @ words).softmax(1).sum(0) for some in visual.split(BLOCK))
+    found = (weight > weight.mean()).nonzero()[:, 0]
+    return found if len(found) else ascending(len(text), text.device)
+
+
+def recycled(dropped: int) -> int:
+    """How many of the dropped tokens merge."""
+    return int(dropped * 0.3) + 1
+
+
+def selected(count: int, left: int) -> int:
+    """How many of `count` tokens stay as they are, so that with the means of the others `left` remain; all, if there is no room."""
+    for stay in range(left - 1, 0, -1):
+        if stay + recycled(count - stay) // 10 + 1 <= left:
+            return stay
+    return left

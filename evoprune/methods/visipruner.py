@@ -1,0 +1,93 @@
+"""VisiPruner (arXiv 2510.17205): few visual tokens change what the last token of the prompt takes from attention; these stay.
+
+c_i = a_i v_i is what visual token i adds to the attention output o of the last token (all heads joined, before the output
+projection), and cos(o - c_i, o) says whether o would be another one without it.
+
+1. In the first layers, text does not attend to visual tokens.
+2. The first layer behind them in which a token has a cosine below `layer` is decisive: tokens with |c_i| above `token` stay.
+3. Once `exits` later layers had no cosine below `exit`, all visual tokens leave.
+
+As in the authors' code, the layer next to the first ones does not decide yet. Adapted: layers in relative depth (6 of LLaVA's
+32); attention of the first layers is normalised over what text does attend to, where their code sets weights to 0 after the
+softmax and treats the very first layer of each of its models in a way of its own. Filled in here for the budget: at most K tokens
+stay, those of greatest |c_i|, and at least one; if no layer is decisive, they leave at `latest`. The thresholds are LLaVA-1.5's.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from evoprune.methods.base import LanguageMethod
+from evoprune.pruning.budget import keep_count
+from evoprune.pruning.indices import ascending
+from evoprune.pruning.language_plan import Drop, LanguagePlan, layers_before
+from evoprune.pruning.layer_tokens import LayerTokens
+from evoprune.pruning.ranking import highest, relative
+from evoprune.pruning.types import Selection
+
+
+@dataclass(frozen=True)
+class VisiPruner(LanguageMethod):
+    """Fields, all in (0, 1) but `token` and `exits`:
+
+    shallow: share of the layers in which text does not attend to visual tokens.
+    latest: share of the layers after which tokens leave if no layer was decisive.
+    layer: cosine below which a layer is decisive. `token`: least |c_i| of tokens that stay, at least 0.
+    exit, exits: cosine that no token may be below, in how many layers, for all to leave; 0 layers for never.
+    """
+
+    name: ClassVar[str] = "visipruner"
+    source: ClassVar[str] = "arXiv 2510.17205, section 4"
+    exact: ClassVar[bool] = False
+
+    shallow: float = 6 / 32
+    latest: float = 0.5
+    layer: float = 0.995
+    token: float = 0.2
+    exit: float = 0.999
+    exits: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not all(0 < share < 1 for share in (self.shallow, self.latest, self.layer, self.exit)):
+            raise ValueError("shallow, latest, layer and exit are above 0 and below 1")
+        if not (self.token >= 0 and self.exits >= 0):
+            raise ValueError("token and exits are at least 0")
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        keep, blind = keep_count(budget, tokens), layers_before(self.shallow, depth)
+        if keep == tokens or depth < 2:
+            return LanguagePlan(depth, tokens, ())
+        first = min(blind + 2, depth - 1)
+        latest = max(first, layers_before(self.latest, depth))
+        looks = tuple(range(first, depth))
+        return LanguagePlan(depth, tokens, (Drop(latest, keep),), exact=False, looks=looks, blind=blind)
+
+    def select(self, tokens: LayerTokens) -> Selection | None:
+        if not len(tokens.visual):
+            return None
+        cosine, length = contributions(tokens)
+        if "exits" in tokens.memory:
+            tokens.memory["exits"] += bool((cosine >= self.exit).all())
+            leaving = 0 < self.exits == tokens.memory["exits"]
+            return Selection(ascending(0, length.device)) if leaving else None
+        decisive = bool((cosine < self.layer).any())
+        if not (decisive or tokens.due):
+            return None
+        tokens.memory["exits"] = 0
+        keep = max(1, min(tokens.left, int((length > self.token).sum()))) if decisive else tokens.left
+        return Selection(highest(relative(length), keep))
+
+
+def contributions(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 `[n]` each: cos(o - c_i, o) and |c_i| of every visual token, without the c_i themselves: O(n heads head_dim)."""
+    weights, kv_heads = tokens.last_weights().double(), tokens.values.shape[1]
+    weights = weights.view(kv_heads, -1, weights.shape[1])  # [kv_heads, group, C]
+    out = weights @ tokens.values.transpose(0, 1).double()  # [kv_heads, group, head_dim]
+    given, values = weights[:, :, tokens.visual], tokens.values[tokens.visual].transpose(0, 1).double()
+    along = (given * (out @ values.transpose(1, 2))).sum((0, 1))  # c_i . o
+    square = (given.square() * values.square().sum(2)[:, None]).sum((0, 1))  # |c_i|^2
+    whole = out.square().sum()
+    rest = (whole - 2 * along + square).clamp(min=0).sqrt()  # |o - c_i|
+    return (whole - along) / (whole.sqrt() * rest).clamp(min=1e-30), square.sqrt()

@@ -1,0 +1,109 @@
+"""A language method's plan for a prompt, made before anything is computed. Plain integers, no tensors.
+
+A language method makes the plan from the depth of the language model and the number of visual tokens that reach it. The
+decoder runs it. The cost, the memory check and the estimate of the time to the first token read it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from evoprune.pruning.budget import keep_count
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A place at which visual tokens leave the language model.
+
+    Attributes:
+        after: layers that have run by then, at least 1.
+        left: visual tokens that the other layers read.
+    """
+
+    after: int
+    left: int
+
+
+@dataclass(frozen=True)
+class LanguagePlan:
+    """The visual tokens that each layer of the language model reads.
+
+    Attributes:
+        depth: layers of the language model.
+        tokens: visual tokens that reach it.
+        drops: where some of them leave, in order; fewer are left after each. Empty where none leave.
+        exact: whether the counts are exact. Otherwise they are upper bounds, and the content decides.
+        looks: numbers of layers after which the method is asked; those of `drops` if it is `exact`.
+        blind: the first layers in which text after the visual tokens does not attend to them.
+    """
+
+    depth: int
+    tokens: int
+    drops: tuple[Drop, ...]
+    exact: bool = True
+    looks: tuple[int, ...] = ()
+    blind: int = 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Visual tokens that each layer reads."""
+        return tokens_of_layers(self.depth, self.tokens, [(drop.after, drop.left) for drop in self.drops])
+
+    def left(self, after: int) -> int:
+        """Visual tokens that the plan leaves once `after` layers have run."""
+        return self.layers[min(after, self.depth - 1)]
+
+
+def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Visual tokens that each of `depth` layers reads, of `tokens` at first and pairs of (layers that have run, tokens left)."""
+    left = dict(drops)
+    made: list[int] = []
+    for layer in range(depth):
+        tokens = left.get(layer, tokens)
+        made.append(tokens)
+    return tuple(made)
+
+
+def layers_before(share: float, depth: int) -> int:
+    """After how many of `depth` layers, from 1 to depth - 1, a `share` of them has run. 0 where there is only one layer."""
+    return min(depth - 1, max(1, round(share * depth)))
+
+
+def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePlan:
+    """Once a share `place` of the layers has run, the share `budget` of the tokens is left: `keep_count` of them."""
+    return _plan(depth, tokens, [layers_before(place, depth)], [keep_count(budget, tokens)])
+
+
+def several_drops(
+    depth: int, tokens: int, places: Sequence[float], shares: Callable[[float], Sequence[float]], budget: float
+) -> LanguagePlan:
+    """Several drops, so that `budget` is the mean share of tokens over the layers after the first of them.
+
+    Args:
+        depth, tokens: as in `LanguagePlan`.
+        places: the share of layers that has run at each drop.
+        shares: from a number in [0, 1] to the share of `tokens` that is left after each drop. The shares grow with the number, and
+            are 0 and 1 at its ends.
+        budget: in (0, 1].
+    """
+    layers = [layers_before(place, depth) for place in places]
+    runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = sum(run * share for run, share in zip(runs, shares(middle), strict=True)) / max(1, sum(runs))
+        low, high = (middle, high) if mean < budget else (low, middle)
+    # Rounded before it is rounded down: a share that is a little below a half by the search alone is that half.
+    counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
+    return _plan(depth, tokens, layers, counts)
+
+
+def _plan(depth: int, tokens: int, layers: Sequence[int], counts: Sequence[int]) -> LanguagePlan:
+    """The plan without drops at which nothing would leave; of several after the same layer, the last."""
+    drops: list[Drop] = []
+    for after, left in zip(layers, counts, strict=True):
+        if drops and drops[-1].after == after:
+            drops.pop()
+        if after and left < (drops[-1].left if drops else tokens):
+            drops.append(Drop(after, left))
+    return LanguagePlan(depth, tokens, tuple(drops), looks=tuple(drop.after for drop in drops))

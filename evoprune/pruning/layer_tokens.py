@@ -1,0 +1,88 @@
+"""The visual tokens of a prompt as a language method sees them, behind one layer of the language model.
+
+Attention is computed for chosen queries only, from the rotated queries and keys that the layer itself used: never a
+matrix of all pairs of a prompt's columns.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from evoprune.pruning.indices import ascending
+
+HELD = 1 << 24  # attention weights that are held at a time
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The visual tokens that a layer of the language model read. A *column* is one token of the prompt.
+
+    Attributes:
+        after: layers that have run, this one included.
+        left: tokens to leave; where the method is not `exact`, at most so many.
+        due: whether the plan has a drop here. Where the method is not `exact`, it may drop before that, and later.
+        hidden: `[n, hidden]`, the layer's output for the visual tokens, in the model's dtype.
+        visual: int64 `[n]`, the columns of the visual tokens among the C that this layer read, ascending.
+        pair: int64 `[n]`, the number of the frame pair of each.
+        queries: `[Q, heads, head_dim]`, of the text after the last visual token, rotated.
+        keys, values: `[C, kv_heads, head_dim]`, of all columns; keys are rotated. Neighbouring heads share them.
+        bias: `[C]`, what attention adds to the logits of each column; None for nothing.
+        visual_embeds: `[N, hidden]`, all visual tokens as they reached the first layer.
+        text_embeds: `[Q, hidden]`, the text after the last visual token as it reached the first layer.
+        memory: what the method keeps from layer to layer of one prompt; empty at first.
+        following: gives the same tokens with queries and keys of the next layer, which has not run yet.
+        unrotated: gives the same tokens with queries and keys of this layer before rotary.
+        evened: gives the same tokens as if all visual ones had the same key before rotary, their mean.
+    """
+
+    after: int
+    left: int
+    due: bool
+    hidden: torch.Tensor
+    visual: torch.Tensor
+    pair: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor | None
+    visual_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+    memory: dict = field(default_factory=dict)
+    following: Callable[[], "LayerTokens"] | None = None
+    unrotated: Callable[[], "LayerTokens"] | None = None
+    evened: Callable[[], "LayerTokens"] | None = None
+
+    def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
+        """float32 `[n]`: how much attention each visual token gets, as the mean over heads and queries.
+
+        Args:
+            rows: int64 `[q]`, which of `queries` look; None for the last column of the prompt.
+            most: the maximum over heads and queries instead of the mean.
+            causal: whether a query sees only columns up to its own.
+        """
+        rows = ascending(len(self.queries), self.queries.device)[-1:] if rows is None else rows
+        heads, columns = self.queries.shape[1], len(self.keys)
+        keys = self.keys.permute(1, 2, 0).float()
+        found = keys.new_zeros(len(self.visual))
+        for some in rows.split(max(1, HELD // (heads * columns))):
+            given = self._weights(some, keys, causal)[:, self.visual]
+            found = torch.maximum(found, given.amax(0)) if most else found + given.sum(0)
+        return found if most else found / (heads * len(rows))
+
+    def last_weights(self) -> torch.Tensor:
+        """float32 `[heads, C]`: the attention of the prompt's last column to every column, head by head."""
+        last = ascending(len(self.queries), self.queries.device)[-1:]
+        return self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
+
+    def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
+        """Attention weights `[heads * q, C]`, heads first, of some queries; `keys`: float32 `[kv_heads, head_dim, C]`."""
+        kv_heads, dim, columns = keys.shape
+        queries = self.queries[rows].float().view(len(rows), kv_heads, -1, dim).permute(1, 2, 0, 3)
+        logits = (queries.reshape(kv_heads, -1, dim) @ keys).view(-1, len(rows), columns) * dim**-0.5
+        if self.bias is not None:
+            logits += self.bias.float()
+        if causal:
+            own = rows + (columns - len(self.queries))
+            logits.masked_fill_(ascending(columns, rows.device) > own[:, None], -torch.inf)
+        return logits.softmax(-1).flatten(0, 1)
