@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from evoprune.language.norm_rotary import norm, rotate
-from evoprune.methods.base import LanguageMethod
+from evoprune.methods.language_method import LanguageMethod
 from evoprune.methods.selecting import select_in_language
 from evoprune.pruning.indices import true_indices
 from evoprune.pruning.language_plan import LanguagePlan, tokens_of_layers

@@ -2,9 +2,9 @@
 
 An `InputMethod` makes the video smaller before the encoder. A `Merger` merges rows between the encoder's layers. A
 `Selector` keeps some tokens after the encoder. A `Front` saves work inside the encoder, in front of a selector.
-`EvoPrune` and `EarlyTom` put a selector between two layers. Each makes an `EncoderPlan`. A `LanguageMethod` drops tokens
-between layers of the language model and makes a `LanguagePlan`. No method knows of windows, rotary positions, patch
-mergers, placeholders or prompts.
+`EvoPrune` and `EarlyTom` put a selector between two layers. Each makes an `EncoderPlan`. A `LanguageMethod`
+(methods/language_method.py) drops tokens between layers of the language model and makes a `LanguagePlan`. No method
+knows of windows, rotary positions, patch mergers, placeholders or prompts.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,6 @@ from evoprune.errors import UsageError
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.pruning.language_plan import LanguagePlan
-from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.schedule import layer_weights, rows_after_layers
 from evoprune.pruning.types import Candidates, Selection, Tokens
 
@@ -83,8 +82,8 @@ class Method:
         return self
 
     @property
-    def language(self) -> "LanguageMethod | None":
-        """The method that drops tokens inside the language model; None without one."""
+    def language(self) -> "Method | None":
+        """The `LanguageMethod` that drops tokens inside the language model; None without one."""
         return None
 
     def language_plan(self, depth: int, tokens: int, budget: float) -> LanguagePlan | None:
@@ -294,56 +293,6 @@ class Front(Method, ABC):
             f"method {self.name}+{self.then.name} cannot let the content decide the budget",
             "give a share such as 0.25, or take method evoprune",
         )
-
-
-@dataclass(frozen=True)
-class LanguageMethod(Method, ABC):
-    """Drops visual tokens between layers of the language model, while it reads the prompt.
-
-    A token that left is gone for all later layers and for decoding. The others keep their positions. Users name the method alone
-    (`fastv -b 0.25`), where the budget is its own, or after one that acts before the language model (`evoprune+fastv`), where the
-    budget is that one's and this method leaves `share` of what arrives. Either is the mean share of the visual tokens over the
-    layers after the first drop.
-
-    Field:
-        share: for combinations, the budget of this method, in (0, 1]; None for `default_share`.
-
-    Class attributes:
-        default_share: its paper's.
-    """
-
-    acts: ClassVar[Literal["language"]] = "language"
-    default_share: ClassVar[float] = 0.5
-
-    share: float | None = None
-
-    def __post_init__(self):
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError("share is above 0 and at most 1")
-
-    @abstractmethod
-    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """The plan at a budget of its own; arguments as in `language_plan`."""
-
-    @abstractmethod
-    def select(self, tokens: LayerTokens) -> Selection | None:
-        """What stays behind a layer after which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
-
-        Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
-        leaves here, which only a method that is not `exact` may return.
-        """
-
-    @property
-    def encoder(self) -> Method:
-        return Method()
-
-    @property
-    def language(self) -> "LanguageMethod":
-        return self
-
-    def language_plan(self, depth: int, tokens: int, budget: float) -> LanguagePlan | None:
-        plan = self.drops(depth, tokens, budget)
-        return plan if plan.drops else None
 
 
 def _setting_fields(method: type[Method]) -> list[Field]:

@@ -7,7 +7,7 @@ Adapted: layers in relative depth (2 of LLaVA's 32); tokens keep their positions
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evoprune.methods.base import LanguageMethod
+from evoprune.methods.language_method import LanguageMethod
 from evoprune.pruning.language_plan import LanguagePlan, one_drop
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import highest, relative

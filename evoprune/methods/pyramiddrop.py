@@ -8,7 +8,7 @@ Adapted: tokens keep their positions, which the authors' code renumbers. The sha
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evoprune.methods.base import LanguageMethod
+from evoprune.methods.language_method import LanguageMethod
 from evoprune.pruning.language_plan import LanguagePlan, several_drops
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import highest, relative

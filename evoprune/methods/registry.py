@@ -89,7 +89,7 @@ def check(text: str) -> None:
                 f"{REUSE}+NAME encodes changed units alone",
             )
     before, last = names[:-1], names[-1]
-    inner = last in INNER or last not in _REGISTRY  # of other packages' methods, only `get` knows what they are
+    inner = last in INNER or last in _plugins()  # of other packages' methods, only `get` knows what they are
     if not (_possible(names) or (inner and (not before or _possible(before)))):
         raise _impossible(text)
 
@@ -142,7 +142,7 @@ def _alone(method: "Method") -> "Method":
 
 
 def _combined(text: str, names: list[str]) -> "Method":
-    from evoprune.methods.base import LanguageMethod
+    from evoprune.methods.language_method import LanguageMethod
     from evoprune.methods.with_language import WithLanguage
 
     last = _one(names[-1], None)
@@ -158,8 +158,6 @@ def _before(text: str, names: list[str]) -> "Method":
     from evoprune.methods.base import Selector
 
     *front, last = names
-    if last == REUSE:
-        raise _impossible(text)
     method = _one(last, None)
     if method.acts in ("none", "language") or (front and not isinstance(method, Selector)):
         raise _impossible(text)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from evoprune.methods.base import LanguageMethod
+from evoprune.methods.language_method import LanguageMethod
 from evoprune.pruning.density import joined_peaks
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import LanguagePlan, several_drops

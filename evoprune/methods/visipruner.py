@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from evoprune.methods.base import LanguageMethod
+from evoprune.methods.language_method import LanguageMethod
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import Drop, LanguagePlan, layers_before

@@ -6,7 +6,8 @@ The budget is the first one's. The second leaves its own `share` of the tokens t
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from evoprune.methods.base import LanguageMethod, Merger, Method, Selector
+from evoprune.methods.base import Merger, Method, Selector
+from evoprune.methods.language_method import LanguageMethod
 from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape
 from evoprune.pruning.language_plan import LanguagePlan
 

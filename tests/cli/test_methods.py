@@ -71,6 +71,8 @@ def test_eval(tiny, tmp_path):
     assert {row["method"] for row in made["rows"]} == {*NAMES, *PAIRS}
     assert all(1 <= row["layer_tokens"] < row["tokens"] for row in made["rows"] if row["method"] in (*INNER, *PAIRS))
     assert all(row["n"] for row in made["rows"])
+    full = made["rows"][0]
+    assert all(row["tflop_3b_prefill"] < full["tflop_3b_prefill"] for row in made["rows"] if row["method"] in INNER)
 
 
 def test_profile(tiny, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from evoprune.language.decoder import KVCache, logits
 from evoprune.language.dropping import Dropping
 from evoprune.language.positions import VideoSpan, prompt_positions
-from evoprune.methods.base import LanguageMethod
+from evoprune.methods.language_method import LanguageMethod
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
 from tests.tiny import tiny_config

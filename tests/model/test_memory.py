@@ -9,9 +9,11 @@ import torch
 from evoprune import methods
 from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory
 from evoprune.model import memory
+from evoprune.model.cost import prefill_flop
 from evoprune.model.machine import available_memory
-from evoprune.model.memory import memory_guard, working_memory
+from evoprune.model.memory import language_bytes, memory_guard, working_memory
 from evoprune.model.quantize import saved_bytes
+from evoprune.model.sizes import kv_bytes
 from evoprune.model.weights import empty
 from evoprune.pipeline import encoding, memory_check
 from evoprune.pipeline.loading.folder import describe_model
@@ -99,11 +101,26 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
     tower, grid = TowerShape(32, (7, 15, 23, 31)), (64, 16, 16)
 
     def foretold(name: str, at_once: int = 2048) -> int:
-        return memory_check.encoding_bytes(config, methods.get(name).plan(tower, grid, 1638), at_once, 2)
+        return memory_check.encoding_bytes(
+            config, methods.get(name).plan(tower, grid, 1638), at_once, 2, 1638 + memory_check.TEXT
+        )
 
     held = 16_384 * 4 * 1280 * 4
     assert foretold("divprune") == foretold("ipcv") < foretold("earlytom") < foretold("divprune") + 3 * held
     assert held < foretold("earlytom") < foretold("divprune", 16_384)
+
+
+def test_layers_that_read_fewer_tokens_hold_and_cost_less():
+    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    text, lengths = config.text_config, [1000] * 2 + [250] * 34
+    assert kv_bytes(config, [1000] * 36) == kv_bytes(config, 1000)
+    saved = 2 * 34 * 750 * text.num_key_value_heads * 128 * 2  # keys and values in bf16
+    assert kv_bytes(config, 1000) - kv_bytes(config, lengths) == saved
+    assert language_bytes(config, 1000, 2) - language_bytes(config, lengths, 2) == saved  # the first layers are as wide
+    whole, few = prefill_flop(text, 1000), prefill_flop(text, 250)
+    assert prefill_flop(text, [1000] * 36) == pytest.approx(whole)
+    output = 2 * text.hidden_size * text.vocab_size
+    assert prefill_flop(text, lengths) == pytest.approx(output + (whole - output) * 2 / 36 + (few - output) * 34 / 36)
 
 
 def test_memory_that_this_process_may_not_have_is_not_available():
