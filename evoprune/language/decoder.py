@@ -159,9 +159,10 @@ def forward(
             bias = None if every[i] is None else every[i].log().to(x.dtype)
         entered.append(len(x))
         blind = dropping.blind(i, len(x)) if dropping else None
-        entering, x, keys, values = x, *_layer(layer, x, places, cache, i, config, bias, last, blind)
+        entering = x
+        x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind)
         if dropping and dropping.looks(i + 1):
-            x, stay = dropping.drop(i + 1, entering, x, places, bias, keys, values)
+            x, stay = dropping.drop(i + 1, entering, x, places, bias, *seen)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
                 every[i + 1 :] = [None if every[i] is None else every[i][stay]] * (len(every) - i - 1)
@@ -196,8 +197,8 @@ def _layer(
     bias: torch.Tensor | None,
     last: int,
     blind: tuple[torch.Tensor, int] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A layer's output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), and all its keys and values."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output of a layer for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, all keys and values."""
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
     columns, dim, (cos, sin) = len(x), config.hidden_size // config.num_attention_heads, places
     h = norm(x, layer.input_layernorm.weight, eps)
@@ -210,11 +211,8 @@ def _layer(
     seen = _attend(queries, keys, values, bias) if blind is None else _attend_blind(queries, keys, values, bias, *blind)
     x = linear(attention.o_proj, seen, plus=x)
     h = norm(x, layer.post_attention_layernorm.weight, eps)
-    return (
-        linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x),
-        keys,
-        values,
-    )
+    x = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
+    return x, queries, keys, values
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -76,6 +76,7 @@ class Dropping:
         x: torch.Tensor,
         places: Places,
         bias: torch.Tensor | None,
+        queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -86,13 +87,15 @@ class Dropping:
             entering, x: `[C, hidden]`, input and output of the latest of them.
             places: the rotation of each column.
             bias: `[C]`, see `decoder._attend`.
+            queries: `[1, C, heads, head_dim]`, of that layer, rotated.
             keys, values: `[1, kv_heads, C, head_dim]`, of that layer; keys are rotated.
 
         Returns:
             The columns for the next layer; and int64 which of the C columns they are, None for all.
         """
         with self.timer:
-            seen = self._seen(after, entering, x, places, bias, keys[0].transpose(0, 1), values[0].transpose(0, 1))
+            known = queries[0], keys[0].transpose(0, 1), values[0].transpose(0, 1)
+            seen = self._seen(after, entering, x, places, bias, *known)
             found = select_in_language(self._method, seen)
             if found is None:
                 return x, None
@@ -115,16 +118,16 @@ class Dropping:
         x: torch.Tensor,
         places: Places,
         bias: torch.Tensor | None,
+        queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> LayerTokens:
-        """What the method sees; arguments as in `drop`, but keys and values are `[C, kv_heads, head_dim]`."""
+        """What the method sees; arguments as in `drop`, but queries, keys and values are `[C, heads or kv_heads, head_dim]`."""
         layers, plan = self._model.model.language_model.layers, self._plan
         left, due = plan.left(after) if plan.exact else plan.drops[-1].left, after in {d.after for d in plan.drops}
         latest, (cos, sin), texts = layers[after - 1], places, slice(len(x) - self._text, None)
-        queries = self._projected(latest, "q_proj", entering[texts])
         seen = LayerTokens(
-            after, left, due, x[self._visual], self._visual, self._pair, rotate(queries, cos[texts], sin[texts]),
+            after, left, due, x[self._visual], self._visual, self._pair, queries[texts],
             keys, values, bias, *self._embeds, self._memory,
         )  # fmt: skip
 
@@ -133,7 +136,8 @@ class Dropping:
             return replace(seen, queries=asks, keys=rotate(self._projected(layers[after], "k_proj", x), cos, sin))
 
         def unrotated() -> LayerTokens:
-            return replace(seen, queries=queries, keys=self._projected(latest, "k_proj", entering))
+            asks = self._projected(latest, "q_proj", entering[texts])
+            return replace(seen, queries=asks, keys=self._projected(latest, "k_proj", entering))
 
         def evened() -> LayerTokens:
             mean = self._projected(latest, "k_proj", entering[self._visual]).float().mean(0).to(keys)
