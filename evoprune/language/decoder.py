@@ -198,7 +198,7 @@ def _layer(
     last: int,
     blind: tuple[torch.Tensor, int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output of a layer for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, all keys and values."""
+    """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values."""
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
     columns, dim, (cos, sin) = len(x), config.hidden_size // config.num_attention_heads, places
     h = norm(x, layer.input_layernorm.weight, eps)
