@@ -12,6 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.methods.registry import INNER
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.memory_check import TEXT
@@ -155,12 +156,14 @@ def test_exactly_k_tokens_are_kept_of_each_input(loaded, method, tmp_path):
     report = inputs.ask(QUESTION, max_new_tokens=2)
     assert report.text is not None
     report = report.report
-    share = 1.0 if method == "none" else 0.25
+    share = 1.0 if method == "none" or method in INNER else 0.25
     units = [each.pruning.visual_tokens_in for each in report.inputs]
     kept = [keep_count(share, count) for count in units]
     assert [each.pruning.visual_tokens_kept for each in report.inputs] == kept
     assert report.pruning.visual_tokens_in == sum(units) and report.pruning.visual_tokens_kept == sum(kept)
     assert report.tokens.visual == sum(kept) == sum(report.pruning.kept_per_pair)
+    if method in INNER:  # which drop among the tokens of all inputs together
+        assert report.pruning.language_layers == [[0, sum(units)], [1, keep_count(0.25, sum(units))]]
 
 
 @pytest.mark.parametrize(
