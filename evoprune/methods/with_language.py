@@ -40,6 +40,10 @@ class WithLanguage(Method):
         return self.before.reads_question
 
     @property
+    def weighs(self) -> bool:
+        return self.before.weighs
+
+    @property
     def encoder(self) -> Method:
         return self.before
 

@@ -50,6 +50,8 @@ def served_method(name: str) -> Method:
         raise UsageError(f"method {name} prunes nothing", "leave --video-pruning-rate out instead")
     if method.acts == "input":
         raise UsageError(f"method {name} acts on frames, which vLLM reads and resizes", EXACT)
+    if method.language:
+        raise UsageError(f"method {name} acts inside the language model, which is vLLM's", EXACT)
     if method.reads_question:
         raise UsageError(f"method {name} reads the question, which vLLM's encoder does not see", EXACT)
     if not method.exact:

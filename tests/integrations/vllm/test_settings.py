@@ -17,6 +17,7 @@ def test_the_method_is_the_one_of_the_configuration():
     [
         ({"method": "cdpruner"}, "reads the question"),
         ({"method": "downscale"}, "acts on frames"),
+        ({"method": "evoprune+fastv"}, "inside the language model"),
         ({"method": "none"}, "prunes nothing"),
         ({"method": "evs"}, "how many tokens"),
         ({"method": "evoprune:within=0.01"}, "how many tokens"),
