@@ -16,6 +16,7 @@ from evoprune.stats import stats_block
 SCHEMA = "evoprune/answer@1"
 # Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.
 EMPTY = {
+    "not_active": "pruning is not active: call the model inside `with`, or after evoprune.apply",
     "no_video": "no video in this call",
     "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",

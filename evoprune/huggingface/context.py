@@ -201,10 +201,14 @@ class PrunedModel:
         """Of the latest call: tokens before and after pruning, rows of every layer, live share, milliseconds.
 
         Each thread reads the report of its own latest call; a thread that has made none, that of all threads' latest. The report is
-        empty before the first call. It is empty, and says why, after a call without a video or one that the model's own code ran.
+        empty before the first call. It is empty, and says why, if pruning is not active, and after a call without a video or one
+        that the model's own code ran.
         A call that continues from the cache of a pruned prompt leaves the report as it is.
         """
-        return self._latest.get().report
+        latest = self._latest.get().report
+        if latest.pruning.method is None and not latest.warnings and not self._patches.active:
+            return Report(warnings=["not_active"])
+        return latest
 
     @property
     def columns(self) -> Columns | None:

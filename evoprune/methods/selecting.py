@@ -19,10 +19,11 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     Raises:
         PluginError: a selector of another package returned something that its base class does not allow.
     """
+    name, units = PLUGINS.get(type(selector)), len(tokens.owner)
     with without_autocast():
-        found = selector.select(tokens, keep)
-    units = len(tokens.owner)
-    if name := PLUGINS.get(type(selector)):
+        # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
+        found = selector.select(tokens.copied() if name else tokens, keep)
+    if name:
         count = getattr(getattr(found, "kept", None), "shape", (0,))[0]
         enough = bool(count) and (selector.suffices(count, keep, units) or not selector.exact)
         _check(name, found, enough, keep, units, tokens.rows.device)

@@ -1,7 +1,7 @@
 """The inputs and results of pruning methods: small frozen dataclasses over tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -31,6 +31,11 @@ class Tokens:
     seconds_per_pair: float = 1.0
     seed: int = 0
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def copied(self) -> "Tokens":
+        """The same tokens in memory of their own."""
+        given = {name: value.clone() for name, value in self.given.items()}
+        return replace(self, rows=self.rows.clone(), owner=self.owner.clone(), given=given)
 
     @cached_property
     def features(self) -> torch.Tensor:

@@ -550,6 +550,16 @@ def test_calls_without_a_video_are_the_models_own(model):
     assert run.columns is None and run.report.pruning.visual_tokens_in is None
 
 
+def test_a_context_that_was_not_entered_says_so(model):
+    run = evoprune.EvoPrune(budget=0.5)(model)
+    assert (
+        str(run.report)
+        == "<Report: empty: pruning is not active: call the model inside `with`, or after evoprune.apply>"
+    )
+    with run:
+        assert str(run.report) == "<Report: empty>"
+
+
 @pytest.mark.parametrize("directly", [True, False])
 def test_the_report_after_a_call_without_a_video_says_why_it_is_empty(model, directly):
     cache, words = DynamicCache(), torch.arange(10, 30)[None]

@@ -15,8 +15,9 @@ import evoprune
 from evoprune import methods
 from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
 from evoprune.methods import registry
+from evoprune.methods.selecting import select as select_tokens_of
 from evoprune.methods.selecting import select_in_language
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import Selection, Tokens
 from tests.cli.conftest import cli  # noqa: F401
 from tests.methods.public_layers import public_layer
 from tests.methods.tokens import encoded, selected, tokens_of
@@ -185,6 +186,14 @@ def test_what_one_returns_is_checked(package, says):
     with pytest.raises(PluginError, match=says) as caught, names_plugins():
         encoded(method, patches, GRID, 24)
     assert caught.value.message.startswith("method 'mine' of extra-methods 1.2 ")
+
+
+def test_one_may_write_into_what_it_gets(package):
+    """An evaluation shares the encoder's rows among methods."""
+    select = "    def select(self, tokens, keep):\n        tokens.features.zero_()\n        return Selection(torch.arange(keep))\n"
+    one_more(package, f"@dataclass(frozen=True)\nclass Mine(Selector):\n    name: ClassVar[str] = 'mine'\n{select}")
+    tokens = Tokens(torch.ones(96, 8), torch.arange(96), GRID)
+    assert len(select_tokens_of(methods.get("mine"), tokens, 24).kept) == 24 and (tokens.rows == 1).all()
 
 
 @pytest.mark.parametrize("skip", [-1, 40])
