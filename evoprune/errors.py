@@ -29,7 +29,7 @@ PLUGINS: dict[type, str] = {}
 
 
 class EvopruneError(Exception):
-    """Base of every expected failure: `message` says what and where, `hint` what to do about it. Tracebacks show both.
+    """Base of every expected failure: `message` says what and where, `hint` what to do about it. As a text it has both.
 
     `exit_code` is what the command line ends with, `type` the short name in JSON records.
     """
@@ -42,11 +42,9 @@ class EvopruneError(Exception):
         self.message = message
         self.hint = hint
         self.stage = stage
-        if hint:
-            self.add_note(f"hint: {hint}")
 
     def __str__(self) -> str:
-        return self.message
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
 class UsageError(EvopruneError):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from evoprune.stats import stats_block
+from evoprune.stats import stats_block, warning_lines
 
 SCHEMA = "evoprune/answer@1"
 # Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.
@@ -221,8 +221,9 @@ class Report:
     inputs: list[InputFacts] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """The stats as lines of text, as the command line prints them."""
-        return "\n".join(stats_block(self)) or repr(self)
+        """The stats as lines of text, as the command line prints them, and what the warnings say."""
+        stats = stats_block(self)
+        return "\n".join([*stats, *warning_lines(self)]) if stats else repr(self)
 
     def __repr__(self) -> str:
         pruning, first = self.pruning, self.time_ms.ttft_wall

@@ -8,6 +8,7 @@ import textwrap
 from math import ceil, floor
 
 from evoprune.text import clock, counted, shorten, size
+from evoprune.warning_texts import warned, warning_text
 
 STAGES = ("read", "preprocess", "encode", "prefill", "generate")
 WIDTH, BAR = 80, 12
@@ -28,6 +29,12 @@ def stats_block(report, width: int = WIDTH, verbose: bool = False) -> list[str]:
     if report.error:
         lines.append(f"{'error':<11}{report.error['message']}")
     return [piece for line in lines for piece in _folded(line, width)]
+
+
+def warning_lines(report, width: int = WIDTH) -> list[str]:
+    """What the warnings of a `Report` say, each line at most `width` columns wide."""
+    texts = (warning_text(name, video) for name, video in warned(report))
+    return [piece for text in texts for piece in _folded(f"{'warning':<11}{text}", width)]
 
 
 def summary(report) -> str:

@@ -12,32 +12,13 @@ from evoprune.errors import UsageError
 from evoprune.language.text import harmless
 from evoprune.report import Report, VideoFacts
 from evoprune.stats import WIDTH, stats_block, summary
-from evoprune.text import clock, counted, listed
+from evoprune.text import counted
+from evoprune.warning_texts import WARNINGS, warned, warning_text
 
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:
     from evoprune.pipeline.engine import Engine
     from evoprune.pipeline.subtitles import PromptSubtitles
-
-WARNINGS = {
-    "whole_picture": "{video} stays whole: the method prunes frames of videos, and a picture has one",
-    "equal_scores": "{video}: every frame is one even colour, so which units were merged or kept says nothing",
-    "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
-    "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
-    "damaged_subtitles": "some of the subtitles cannot be decoded and are left out; is their text UTF-8?",
-    "subtitles_encoding": "the file of subtitles is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",
-    "damaged_video": "{video} is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
-    "replaced by the one before it",
-    "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
-    "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
-    "set the limits",
-    "demo_model": "the demo model knows only coloured shapes and digits; {answers} nothing. "
-    "For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
-    "demo_question": "the demo model was trained on questions in few words, and this one has others; its answer means little. "
-    "samples/questions.jsonl has questions that it knows",
-    "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in {video} "
-    "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
-}
 
 
 def colourful() -> bool:
@@ -131,12 +112,10 @@ def print_error(message: str, hint: str | None) -> None:
 
 def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
     """Prints a warning about a video; in a batch with its path, and with how many `more` videos it applies to."""
-    path = video.path if more is not None else os.path.basename(os.path.abspath(video.path))
-    path = "standard input" if video.path == "-" else path
-    answers = f"its answers about {more + 1:,} videos mean" if more else f"its answer about {path} means"
-    facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
     template = WARNINGS.get(name, name)
-    text = template.format(**facts, video=path, answers=answers)
+    answers = f"its answers about {more + 1:,} videos mean" if more else None
+    path = video.path if more is not None else None
+    text = warning_text(name, video, path, answers)
     if more is not None and text == template:  # a warning that names no video
         text += f" ({path}{f' and {more:,} more' if more else ''})"
     elif more and "{video}" in template:
@@ -149,14 +128,6 @@ def print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
     for name, video in warned(report):
         if name != "limited" and (names is None or name in names):  # a note has said which limit, and to what
             print_warning(name, video)
-
-
-def warned(report: Report) -> list[tuple[str, VideoFacts]]:
-    """The warnings of a report, each with what it is about."""
-    own = [(name, each.video) for each in report.inputs for name in each.warnings]
-    names = [os.path.basename(os.path.abspath(each.path)) for each in report.inputs]
-    about = VideoFacts(path=listed(names)) if len(names) > 1 else report.video
-    return [*own, *((name, about) for name in report.warnings if name not in {known for known, _ in own})]
 
 
 def print_stats(report: Report, verbose: bool = False) -> None:

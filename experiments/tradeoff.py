@@ -154,7 +154,7 @@ def main(args: Sequence[str] | None = None) -> None:
         asked.output.write_text(chart(found, first_tokens(asked.times.read_text(encoding="utf-8"))), encoding="utf-8")
     except (EvopruneError, OSError) as problem:
         hint = getattr(problem, "hint", "name files that exist")
-        parser.exit(2, f"error: {problem}\nhint: {hint}\n")
+        parser.exit(2, f"error: {getattr(problem, 'message', problem)}\nhint: {hint}\n")
     print(asked.output)
 
 

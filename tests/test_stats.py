@@ -18,6 +18,15 @@ def test_a_report_in_one_line():
     assert str(report).endswith("error      out of memory")
 
 
+def test_warnings_are_told_in_words():
+    report = Report(
+        model=ModelFacts("demo"), video=VideoFacts(path="/tmp/a.mp4"), warnings=["demo_model", "unheard_of"]
+    )
+    text = " ".join(str(report).split())
+    assert "warning the demo model knows only" in text and "its answer about a.mp4 means nothing" in text
+    assert text.endswith("warning unheard_of")
+
+
 def test_a_call_of_a_hugging_face_model():
     report = Report(model=ModelFacts("/home/me/models/Qwen2.5-VL-3B-Instruct", dtype="bf16", device="cpu"))
     report.time_ms.total = 1234.0

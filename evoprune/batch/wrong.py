@@ -30,7 +30,7 @@ class Wrong:
         try:
             yield
         except (ValueError, EvopruneError) as problem:
-            self.add(f"{place}{problem}", getattr(problem, "hint", None) or hint)
+            self.add(f"{place}{getattr(problem, 'message', problem)}", getattr(problem, "hint", None) or hint)
 
     def check(self, videos: Mapping[str, str], name: str = "") -> None:
         """Raises UsageError if anything was added: it then names missing videos as well.

@@ -40,6 +40,7 @@ def call_report(
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
     visual = len(encoded.kept) + int(tokens.sum()) - units  # those that are not pruned stay
+    whole = ["pictures_whole"] if interface.has_picture(call) and all(visuals.videos) else []
     one = len(grids) == 1
     timed = one and visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
     return Report(
@@ -68,7 +69,7 @@ def call_report(
             device=device,
         ),
         env=environment(device),
-        warnings=["equal_scores"] if encoded.flat else [],
+        warnings=[*whole, *(["equal_scores"] if encoded.flat else [])],
     )
 
 

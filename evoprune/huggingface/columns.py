@@ -12,7 +12,7 @@ from evoprune.errors import UsageError
 from evoprune.pruning.indices import ascending
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Columns:
     """The columns that are left of a batch.
 
@@ -42,6 +42,9 @@ class Columns:
         index = torch.full((len(dropped), places + 1), -1, dtype=torch.int64, device=dropped.device)
         index.scatter_(1, place, ascending(width, dropped.device).expand_as(place))
         return cls(index[:, 1:], width)
+
+    def __repr__(self) -> str:
+        return f"<Columns: {self.places:,} of {self.width:,} in a batch of {len(self.index)}>"
 
     @property
     def places(self) -> int:

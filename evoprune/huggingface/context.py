@@ -155,6 +155,9 @@ class PrunedModel:
     are left (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
     model at the same time.
 
+    Calls below the model itself, as of `model.model`, `model.model.visual` or `model.get_video_features`, are the model's own:
+    nothing is pruned in them.
+
     `labels` and `shift_labels` lose the same columns as the prompt, so models can be trained on pruned prompts.
 
     Refused with UsageError: videos or pictures that follow `past_key_values`. Where a budget below 1.0 prunes, these are refused,

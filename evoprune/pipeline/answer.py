@@ -8,7 +8,10 @@ from evoprune.report import Report
 
 
 class Answer(Iterator[str]):
-    """An answer, in pieces as they are generated: iterate over it once. Generation begins with the first piece.
+    """An answer, in pieces as they are generated. Generation begins with the first piece.
+
+    An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
+    `text in answer` are those of `answer.text`, and generate what is left of it.
 
     Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
     ends with an error if another answer began between two of its pieces, in this thread or another.
@@ -33,14 +36,21 @@ class Answer(Iterator[str]):
         self.report, self.ids = report, [] if ids is None else ids
         self._pieces, self._lock = pieces, lock or nullcontext()
         self._problem: Exception | None = None
+        self._made: list[str] = []
+        self._complete = False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made) if self._complete else self
 
     def __next__(self) -> str:
         with self._lock:
             if self._problem is not None:  # the generator has ended, as if the answer were complete
                 raise _once_more(self._problem)
             try:
-                return next(self._pieces)
+                self._made.append(next(self._pieces))
+                return self._made[-1]
             except StopIteration:
+                self._complete = self.report.finish_reason != "interrupt"
                 raise
             except Exception as problem:
                 self._problem = _once_more(problem)
@@ -60,6 +70,14 @@ class Answer(Iterator[str]):
 
     def __str__(self) -> str:
         return self.text
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and text in self.text
+
+    def __eq__(self, other: object) -> bool:
+        return self.text == other if isinstance(other, str) else self is other
+
+    __hash__ = object.__hash__  # an answer is not the text that it equals
 
     def close(self) -> None:
         """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""

@@ -18,7 +18,7 @@ from evoprune.pipeline.answer import Answer
 from evoprune.pipeline.encoding import Encoding, total_seconds
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
-from evoprune.pipeline.keywords import names_options
+from evoprune.pipeline.keywords import check_type, names_options
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.question_check import question_warnings
@@ -69,6 +69,7 @@ class EncodedInputs:
         temperature: float = 0.0,
         top_p: float = 1.0,
         system: str | None = None,
+        seed: int | None = None,
     ) -> Answer:
         """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
 
@@ -78,6 +79,7 @@ class EncodedInputs:
             temperature: 0 takes the most probable token; above 0 tokens are drawn, from logits divided by it.
             top_p: draw only among the most probable tokens that together reach this probability, in (0, 1].
             system: a system prompt; None for the model's own.
+            seed: of the draw of tokens; None for that of the `VideoQA`, so that the same question has the same answer.
 
         Raises:
             UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
@@ -87,7 +89,8 @@ class EncodedInputs:
             raise UsageError(f"the question is {question!r}, not a text", 'for example video.ask("What happens?")')
         if not question.strip():
             raise UsageError("the question is empty", 'for example video.ask("What happens?")')
-        settings = options.settings(self._engine.seed)
+        check_type("seed", seed, int | None)
+        settings = options.settings(self._engine.seed if seed is None else seed)
         report = self._report_of(question, settings)
         ids: list[int] = []
         return Answer(report, self._pieces(question, options, settings, report, ids), self._lock, ids)

@@ -168,7 +168,7 @@ class VideoQA:
 
         Args:
             path: the file, or a folder of frames; or a list of such, in the order in which the model reads them.
-            fps: frames a second; None for the model's own rate.
+            fps: frames a second; None for the model's own rate. Of a picture, which is one frame, this and the next say nothing.
             frames: how many frames in all, instead of `fps`; odd numbers round up.
             start_s, end_s: the part of the video, in seconds, below 0 from its end; None for the end.
             max_frames: the most frames; None for the model's own limit.
@@ -214,6 +214,7 @@ class VideoQA:
         temperature: float = 0.0,
         top_p: float = 1.0,
         system: str | None = None,
+        seed: int | None = None,
     ) -> Answer:
         """Asks one question about one input or several together: `encode`, then `EncodedInputs.ask`.
 
@@ -221,7 +222,7 @@ class VideoQA:
             inputs: in the order in which the model reads them: paths, which are encoded as `encode` does without options; or what
                 `encode` of this `VideoQA` made, which is used again.
             question: taken literally.
-            max_new_tokens, temperature, top_p, system: as of `EncodedInputs.ask`.
+            max_new_tokens, temperature, top_p, system, seed: as of `EncodedInputs.ask`.
 
         Raises:
             As `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
@@ -240,7 +241,7 @@ class VideoQA:
             if isinstance(question, str) and opened:
                 longest_prompt(self.engine, [each.view for each in opened], [question], options)
             encoded = [each if isinstance(each, EncodedVideo) else each.encode() for each in opened]
-        return together(self.engine, encoded).ask(question, **vars(options))
+        return together(self.engine, encoded).ask(question, **vars(options), seed=seed)
 
 
 def _paths(given: Any) -> Sequence[Path]:
@@ -250,7 +251,9 @@ def _paths(given: Any) -> Sequence[Path]:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
     for each in paths:
         if not isinstance(each, str | os.PathLike):
-            raise UsageError(f"an input is {brief(each)}, not a path", "give paths of files or folders of frames")
+            known = isinstance(each, EncodedVideo)
+            hint = "ask takes it as it is: ask([encoded, ...], question)" if known else "give paths of files or folders"
+            raise UsageError(f"an input is {brief(each)}, not a path", hint)
     return paths
 
 

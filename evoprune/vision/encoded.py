@@ -8,7 +8,7 @@ import torch
 from evoprune.pruning.indices import ascending
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Encoded:
     """One encoded video, or several in a row, as the language model reads them.
 
@@ -34,6 +34,10 @@ class Encoded:
     prune_seconds: float
     flat: bool = False
     size: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        tokens, width = self.features.shape
+        return f"<Encoded: {tokens:,} of {len(self.owner):,} visual tokens, {width} numbers each, grids {list(self.grids)}>"
 
     @property
     def live_share(self) -> float:

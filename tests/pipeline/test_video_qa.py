@@ -460,7 +460,7 @@ def test_unknown_options_are_named_with_the_known_ones(loaded):
             call()
 
 
-def test_an_answer_is_read_once_and_has_a_report_of_its_own(loaded):
+def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
     video = VideoQA(loaded).encode(CLIP)
     before = video.report.to_json()
     first = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
@@ -468,13 +468,39 @@ def test_an_answer_is_read_once_and_has_a_report_of_its_own(loaded):
     pieces = [next(first)]
     assert first.report.answer == pieces[0]
     pieces += first
-    assert first.text == "".join(pieces) and list(first) == [] and first.report.finish_reason in ("stop", "length")
+    assert first.text == "".join(pieces) == "".join(first) and first.report.finish_reason in ("stop", "length")
     again = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
-    assert again.text == str(again) == first.text and list(again) == []  # the text generates what is left
+    assert again.text == str(again) == first.text  # the text generates what is left
     second = asked(video, "And then?", n=2)
     assert first.report.question == "What happens?" and second.report.question == "And then?"
     assert first.report.id != second.report.id and first.report.time_ms.encode > second.report.time_ms.encode == 0
     assert video.report.to_json() == before
+
+
+def test_an_answer_compares_as_its_text(loaded):
+    video = VideoQA(loaded).encode(CLIP)
+    text = video.ask("What happens?", max_new_tokens=9).text
+    assert video.ask("What happens?", max_new_tokens=9) == text and text[2:5] in video.ask(
+        "What happens?", max_new_tokens=9
+    )
+    answer = video.ask("What happens?", max_new_tokens=9)
+    assert answer != text + "!" and 3 not in answer and answer != 3 and {answer}
+    closed = video.ask("What happens?", max_new_tokens=9)
+    first = next(closed)
+    closed.close()
+    assert list(closed) == list(closed) == [] and closed.text == first
+
+
+def test_each_question_may_have_a_seed_of_its_own(loaded):
+    video = VideoQA(loaded, seed=5).encode(CLIP)
+
+    def drawn(**seed):
+        return video.ask("What happens?", max_new_tokens=12, temperature=2.0, **seed)
+
+    assert len({drawn(seed=seed).text for seed in range(4)}) > 1
+    assert drawn().text == drawn(seed=5).text and drawn(seed=2).report.generation["seed"] == 2
+    with pytest.raises(UsageError, match="seed is 'a', not a whole number or None"):
+        drawn(seed="a")
 
 
 def test_they_say_in_a_line_what_they_are(loaded):
@@ -483,6 +509,7 @@ def test_they_say_in_a_line_what_they_are(loaded):
     video = qa.encode(CLIP, name="clip")
     assert repr(video) == ("<EncodedVideo 'clip': 12 frames, 6 frame pairs of 4x6 units, 14 of 144 visual tokens kept>")
     assert "2 frames, 1 frame pair of 4x6 units" in repr(qa.encode(CLIP, frames=2))
+    assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
     made = asked(video, n=1)
     assert repr(made) == f"<Answer {made.text!r}, length>"
 
