@@ -7,7 +7,7 @@ import os
 import textwrap
 from math import ceil, floor
 
-from evoprune.text import clock, counted, shorten, size
+from evoprune.text import budget_text, clock, counted, shorten, size
 from evoprune.warning_texts import warned, warning_text
 
 STAGES = ("read", "preprocess", "encode", "prefill", "generate")
@@ -56,8 +56,7 @@ def _heading(report, width: int) -> list[str]:
         lines.append(f"{'model':<11}{name}  {model.dtype}  {model.device}{threads}")
     lines += [_input_line(each, width) for each in report.inputs or [report] if each.video.path]
     if pruning.method:
-        asked = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
-        budget = "" if pruning.method == "none" else f" -b {asked}"
+        budget = "" if pruning.method == "none" else f" -b {budget_text(pruning.budget)}"
         kept = 100 * (pruning.kept_ratio or 0)
         budget += f", tuned {pruning.tuned['created_utc'][:10]}" if pruning.tuned else ""
         later = f"; later {_later(pruning)}" if pruning.language_layers else ""

@@ -42,6 +42,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def budget_text(budget: float | str) -> str:
+    """0.25, or the name of a budget such as auto."""
+    return budget if isinstance(budget, str) else f"{budget:g}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The beginning of a hint, which names the known word that a misspelt one is most like; empty where none is."""
     near = get_close_matches(word.lower(), list(known), 1)

@@ -67,7 +67,7 @@ def evaluate(
     """
     from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 
-    sweep = opt.sweep(budget, method, method_arg, tuned=True)
+    sweep = opt.sweep(budget, method, method_arg, named=True)
     _check_flags(world, split, output, resume)
     check_chart(chart, beside=output)
     videos = _questions(data)

@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from evoprune.evaluation.scores import is_tie
+from evoprune.text import budget_text
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import PALE
 from evoprune_cli.profile_tables import one_line, plural
@@ -195,5 +196,5 @@ def draw_chart(document: dict) -> str:
 
 
 def _point(row: dict, cost: str) -> Point:
-    label = f"-b {row['budget']:g}" if row["row"] == "method" else ""
+    label = f"-b {budget_text(row['budget'])}" if row["row"] == "method" else ""
     return Point(row[cost], 100 * row["accuracy"], 100 * row["low"], 100 * row["high"], label)

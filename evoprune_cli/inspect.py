@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.limits import check_libraries
-from evoprune.pruning.budget import AUTOS, DEFAULT
+from evoprune.pruning.budget import DEFAULT
 from evoprune.report import VideoFacts
-from evoprune.text import clock, size
+from evoprune.text import budget_text, clock, size
 from evoprune.video.info import PICTURE
 from evoprune_cli import inspect_options as own
 from evoprune_cli import options as opt
@@ -224,7 +224,7 @@ class _Overlay:
                 traced = trace(opened, encoding(show))
             show("drawing")
             name, budget = engine.options.method, engine.reported_budget
-            how = f"{name} -b {budget if budget in AUTOS else f'{budget:g}'}"
+            how = f"{name} -b {budget_text(budget)}"
             title = f"{os.path.basename(os.path.abspath(video))}, {how}. {traced.summary}"
             write_bytes(self.file, overlay_file(traced, title, self._ending))
         for warning in traced.warnings:
@@ -269,7 +269,7 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
         if name == "overlay":
             made.append(f"{title:<{TITLE}}{value['file']}")
             fates = ", ".join(f"{value[fate]:,} {fate}" for fate in ("read", "reused", "merged", "dropped"))
-            budget = value["budget"] if value["budget"] in AUTOS else f"{value['budget']:g}"
+            budget = budget_text(value["budget"])
             made.append(f"{'':<{TITLE}}{value['method']} -b {budget}; {value['units']:,} units: {fates}")
         elif name in ("tuned", "forgotten"):
             made += _tuned_lines(title, value)

@@ -8,7 +8,7 @@ import typer
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
-from evoprune.pruning.budget import PRESETS, TUNED, parse_budget
+from evoprune.pruning.budget import PRESETS, TUNED, parse_budget, parse_budget_or_name
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions
@@ -111,8 +111,8 @@ Budgets = Annotated[
         "--budget",
         envvar="EVOPRUNE_BUDGET",
         metavar="LIST",
-        help=f"Shares of visual tokens kept, or presets, or of eval tuned; default: {','.join(list(PRESETS)[1:])}. "
-        "Full is always there.",
+        help=f"Shares of visual tokens kept, or presets, or of eval auto, auto:inflection and tuned; "
+        f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
         show_default=False,
     ),
 ]
@@ -324,11 +324,11 @@ def listed(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
 
-def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None, *, tuned: bool = False) -> dict:
+def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None, *, named: bool = False) -> dict:
     """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
 
     Args:
-        tuned: whether a budget of "tuned" is allowed; alone, it holds the method too.
+        named: whether budgets of "auto", "auto:inflection" and "tuned" are allowed; "tuned", alone, holds the method too.
 
     Raises:
         UsageError: a bad budget, no such method, or a setting that is not NAME=VALUE.
@@ -339,8 +339,8 @@ def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | 
     for name in wanted:
         methods.check(name)
     texts, made = listed(budgets) or list(PRESETS)[1:], settings(args)
-    if tuned and set(texts) == {TUNED}:
+    if named and set(texts) == {TUNED}:
         for name in wanted:
             check_tuned(TUNED, name, made)
-    shares = (text if tuned and text == TUNED else parse_budget(text) for text in texts)
+    shares = map(parse_budget_or_name if named else parse_budget, texts)
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": made}

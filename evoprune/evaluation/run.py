@@ -31,7 +31,7 @@ from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.machine import environment
 from evoprune.model.memory import shortage
 from evoprune.model.threads import threads_of_each
-from evoprune.pipeline.engine import make_engine
+from evoprune.pipeline.engine import make_engine, make_method
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_video
@@ -64,7 +64,7 @@ class Settings:
         world: which of them, or both. groups: only questions of these groups; all if it is empty.
         limit: at most so many videos; None for all of a file, and 100 clips of the demo's, of each world.
         budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts. A budget of "tuned" is one
-            row, with the model's own method; `resolved` replaces it.
+            row, with the model's own method; `resolved` replaces it. At "auto" and "auto:inflection" the content decides.
         tuned: the tuned method and budget, for one more row; None for none.
         blind: also ask without the video.
         model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise.
@@ -113,7 +113,7 @@ class Variant:
 
     kind: str
     method: str = "none"
-    budget: float = 1.0
+    budget: float | str = 1.0
     tuned: bool = False
 
     @property
@@ -131,11 +131,12 @@ def variants(settings: Settings) -> list[Variant]:
     budget.
 
     Raises:
-        UsageError: an unknown method, or settings that it does not have.
+        UsageError: an unknown method, settings that it does not have, or a method that cannot let the content decide where the
+            budget asks for that.
     """
-    named = {name: methods.get(name, settings.method_args) for name in settings.methods if name != "none"}
-    pairs = dict.fromkeys(product(named, settings.budgets))
-    pruned = [Variant(METHOD, name, budget) for name, budget in pairs if named[name].acts_at(budget)]
+    pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
+    asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
+    pruned = [Variant(METHOD, each.method, each.budget) for each in asked if make_method(each).acts_at(each.most)]
     blind = [Variant(BLIND)] if settings.blind else []
     tuned = [Variant(METHOD, *settings.tuned, tuned=True)] if settings.tuned else []
     return [Variant(FULL), *blind, *tuned, *pruned]

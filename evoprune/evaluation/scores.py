@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evoprune.evaluation.statistics import accuracy_interval, percentile_interval, resampled, unseen_share
-from evoprune.text import counted
+from evoprune.text import budget_text, counted
 
 SCHEMA = "evoprune/eval@1"
 FULL, BLIND, METHOD = "full", "blind", "method"
@@ -20,9 +20,9 @@ LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with
 COSTS = ("tokens", "layer_tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 
 
-def row_name(kind: str, method: str, budget: float, tuned: bool = False) -> str:
+def row_name(kind: str, method: str, budget: float | str, tuned: bool = False) -> str:
     """The name of a row in tables. `tuned`: whether its method and budget are those of the model's tuned setting."""
-    return kind if kind != METHOD else f"{method} -b {budget:g}{' (tuned)' if tuned else ''}"
+    return kind if kind != METHOD else f"{method} -b {budget_text(budget)}{' (tuned)' if tuned else ''}"
 
 
 def score_rows(samples: Sequence[dict]) -> list[dict]:

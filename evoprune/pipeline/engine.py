@@ -10,7 +10,7 @@ from evoprune.methods.inflection import by_inflection
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.tuned import Tuned, resolve
-from evoprune.pruning.budget import AUTO, AUTO_INFLECTION, AUTO_MOST, AUTOS
+from evoprune.pruning.budget import AUTO, AUTO_INFLECTION
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Engine:
     @property
     def budget(self) -> float:
         """Share of visual tokens kept, at most."""
-        return AUTO_MOST if self.options.budget in AUTOS else self.options.budget
+        return self.options.most
 
     @property
     def reported_budget(self) -> float | str:

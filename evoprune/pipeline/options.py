@@ -14,7 +14,7 @@ from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationSettings
 from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize, parse_threads, short_dtype
 from evoprune.pipeline.keywords import check_types, unknown_option
-from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget_or_name
+from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, TUNED, parse_budget_or_name
 from evoprune.video.info import NO_SUBTITLES
 from evoprune.video.sampling import check_sampling
 
@@ -96,6 +96,11 @@ class PruneOptions:
         object.__setattr__(self, "method_args", texts)
         methods.check(self.method)
         check_tuned(self.budget, self.method, texts)
+
+    @property
+    def most(self) -> float:
+        """Share of visual tokens kept, at most; not of a budget of "tuned"."""
+        return AUTO_MOST if self.budget in AUTOS else self.budget
 
 
 def check_tuned(budget: float | str, method: str, method_args: Mapping[str, Any] | None) -> None:

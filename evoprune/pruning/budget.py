@@ -16,7 +16,7 @@ AUTOS = (AUTO, AUTO_INFLECTION)
 TUNED = "tuned"  # the budget and the method that were tuned for the model (pipeline/tuned.py)
 # Where the two work, for hints.
 ELSEWHERE = {
-    **{name: f"{name} works with VideoQA, and with commands that ask" for name in AUTOS},
+    **{name: f"{name} works with VideoQA, and with commands that ask or evaluate" for name in AUTOS},
     TUNED: "tuned works with models, and with commands that ask or evaluate; evoprune inspect shows its budget and method",
 }
 
@@ -29,7 +29,7 @@ def parse_budget(text: str | float) -> float:
     """
     share = _share(text)
     if share is None:
-        raise _refused(text, f"; {ELSEWHERE[text]}" if text in (*AUTOS, TUNED) else "", PRESETS)
+        raise _refused(text, "", PRESETS)
     return share
 
 
@@ -60,6 +60,10 @@ def _number(text: str | float) -> float:
 
 
 def _refused(text: str | float, also: str, names: Iterable[str]) -> UsageError:
+    if isinstance(text, str) and text in ELSEWHERE and text not in names:
+        return UsageError(
+            f"budget {text!r} does not work here", f"give a share of tokens such as 0.25; {ELSEWHERE[text]}"
+        )
     percent = _number(text)
     meant = f"did you mean {percent / 100:g} (or {percent:g}%)? " if 1 < percent <= 100 else ""
     hint = f"give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {', '.join(PRESETS)}{also}"

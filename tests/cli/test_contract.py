@@ -167,8 +167,11 @@ CASES = {
     ),
     "automatic budget of scores": Case((*ASK, "-b", "auto:inflection", "--method", "mmr"), says="-b auto:inflection:"),
     "automatic budget of scores of a method without": fails(2, "has no scores", *ASK, "-b", "auto:inflection"),
-    "automatic budget in a comparison": fails(
-        2, "auto works with VideoQA, and with commands that ask", "eval", "--data", "demo", "-b", "auto", ways=PIPE
+    "automatic budget of times": fails(
+        2, "auto works with VideoQA, and with commands that ask or evaluate", "profile", "-b", "auto", ways=PIPE
+    ),
+    "automatic budget in a comparison of a method without": fails(
+        2, "has no scores", "eval", "--data", "demo", "-b", "auto:inflection", ways=PIPE
     ),
     "budget of the environment": fails(2, "budget '7'", *ASK, env={"EVOPRUNE_BUDGET": "7"}),
     "unknown method": fails(2, "magic", *ASK, "--method", "magic"),

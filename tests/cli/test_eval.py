@@ -64,6 +64,14 @@ def _flat(result) -> str:
     return " ".join(result.out.split())
 
 
+def test_the_content_may_decide_the_budget(cli, tiny_folder):
+    how = ("-m", str(tiny_folder), "--method", "mmr", "-b", "auto:inflection", "-n", "2", "--frames", "4", "--json")
+    full, decided = cli("eval", "--data", DATA, "--limit", "1", *how).record["rows"]
+    asked = cli("ask", "samples/square.mp4", "What colour is the square?", *how).record["pruning"]
+    assert (decided["name"], decided["budget"]) == ("mmr -b auto:inflection", "auto:inflection")
+    assert decided["tokens"] == asked["visual_tokens_kept"] < full["tokens"] / 2
+
+
 def test_a_chart_beside_results_that_are_not_there_yet(run, tmp_path):
     chart = tmp_path / "runs" / "a.svg"
     result = run("-o", tmp_path / "runs" / "a", "--chart", chart)

@@ -187,6 +187,6 @@ def test_the_model_is_found_once(config, saved, monkeypatch):
 
 
 def test_what_takes_no_name_says_where_tuned_works():
-    with pytest.raises(UsageError, match="budget 'tuned' is not a share") as caught:
+    with pytest.raises(UsageError, match="budget 'tuned' does not work here") as caught:
         evoprune.encode(None, None, None, budget="tuned")
     assert "tuned works with models" in caught.value.hint
