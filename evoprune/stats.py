@@ -57,10 +57,8 @@ def _heading(report, width: int) -> list[str]:
     lines += [_input_line(each, width) for each in report.inputs or [report] if each.video.path]
     if pruning.method:
         budget = "" if pruning.method == "none" else f" -b {budget_text(pruning.budget)}"
-        kept = 100 * (pruning.kept_ratio or 0)
         budget += f", tuned {pruning.tuned['created_utc'][:10]}" if pruning.tuned else ""
-        later = f"; later {_later(pruning)}" if pruning.language_layers else ""
-        lines.append(f"{'pruning':<11}{pruning.method}{budget}: {kept:.1f}% kept, {100 - kept:.1f}% pruned{later}")
+        lines.append(f"{'pruning':<11}{pruning.method}{budget}: {_kept(pruning)}")
     return lines
 
 
@@ -74,11 +72,17 @@ def _input_line(facts, width: int) -> str:
     return f"{kind:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
 
 
-def _later(pruning) -> str:
-    """The mean share of all visual tokens that the layers of the language model read after the first drop inside it."""
-    read = [tokens for _, tokens in pruning.language_layers]
-    after = [tokens for tokens in read if tokens < read[0]] or read
-    return f"{100 * sum(after) / len(after) / pruning.visual_tokens_in:.1f}%"
+def _kept(pruning) -> str:
+    """The share of the visual tokens that is kept; where some leave inside the language model, what is kept where."""
+    kept, read = 100 * (pruning.kept_ratio or 0), pruning.language_layers or []
+    left = {read[0][1]: 0} if read else {}
+    for layer, tokens in read:
+        left.setdefault(tokens, layer)  # so many layers have run before
+    if len(left) < 2:
+        return f"{kept:.1f}% kept, {100 - kept:.1f}% pruned"
+    shares = ", ".join([f"{100 * tokens / pruning.visual_tokens_in:.1f}%" for tokens in left][1:])
+    after = ", ".join([str(layer) for layer in left.values()][1:])
+    return f"{kept:.1f}% enter the language model; {shares} left after {after} of its {len(read)} layers"
 
 
 def _span(report) -> str:

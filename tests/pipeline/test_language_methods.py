@@ -46,7 +46,9 @@ def test_the_report_says_what_left():
     assert report.tokens.visual == report.pruning.visual_tokens_kept == 96 and report.pruning.kept_ratio == 1
     assert 0 < report.time_ms.prefill_prune < report.time_ms.prefill
     lines = "\n".join(stats_block(report, verbose=True))
-    assert "100.0% kept, 0.0% pruned; later 50.0%" in lines and "96 visual + " in lines and ", then 48 visual" in lines
+    told = " ".join(lines.split())
+    assert "-b 0.5: 100.0% enter the language model; 50.0% left after 1 of its 4 layers" in told
+    assert "96 visual + " in lines and ", then 48 visual" in lines
     assert "read       0:96 1:48 2:48 3:48" in lines
     plain = load("divprune").encode(CLIP, frames=8).ask(QUESTIONS[0])
     assert plain.text and plain.report.pruning.language_layers is None and plain.report.time_ms.prefill_prune is None
