@@ -80,6 +80,10 @@ class PluginError(EvopruneError):
     type = "plugin"
 
 
+class PluginWarning(UserWarning):
+    """A method of another package is installed and not used."""
+
+
 class OutOfMemory(EvopruneError):
     """A stage needed more memory than there is."""
 

@@ -47,10 +47,10 @@ def budget_text(budget: float | str) -> str:
     return budget if isinstance(budget, str) else f"{budget:g}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The beginning of a hint, which names the known word that a misspelt one is most like; empty where none is."""
-    near = get_close_matches(word.lower(), list(known), 1)
-    return f"did you mean {near[0]}? " if near else ""
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
+    """The beginning of a hint, which names the known words, at most so many, that a misspelt one is like; empty where none is."""
+    near = get_close_matches(word.lower(), list(known), most)
+    return f"did you mean {listed(near, 'or')}? " if near else ""
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:
@@ -59,7 +59,7 @@ def some(texts: Sequence[str], separator: str = ", ") -> str:
     return separator.join([*texts[:SOME], *more])
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], word: str = "and") -> str:
     """a; a and b; a, b and c."""
     *before, last = names
-    return f"{', '.join(before)} and {last}" if before else last
+    return f"{', '.join(before)} {word} {last}" if before else last

@@ -9,11 +9,14 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
 
 import typer
 
 import evoprune
-from evoprune.errors import UsageError
+from evoprune.errors import PluginWarning, UsageError
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate, print_document
@@ -21,7 +24,7 @@ from evoprune_cli.failures import Terminated, debugging, failure
 from evoprune_cli.help_format import showing
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
-from evoprune_cli.terminal import WIDTH, ClosedOutput, print_error, print_json
+from evoprune_cli.terminal import WIDTH, ClosedOutput, print_error, print_json, print_plugin_warning
 from evoprune_cli.tune import print_document as print_tuning
 from evoprune_cli.tune import tune
 
@@ -104,12 +107,22 @@ def run() -> None:
     sys.unraisablehook = _once_more
     _replace_closed_streams()
     try:
-        code = _outcome()
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            code = _outcome()
     except KeyboardInterrupt:  # a signal while another ending was being reported
         code = 130
     except Terminated:
         code = 143
     sys.exit(code)
+
+
+def _show_warning(usual: Callable[..., None], message: Warning, category: type[Warning], *where, **more) -> None:
+    """Prints a warning of this package's own as such, and others in the usual way."""
+    if issubclass(category, PluginWarning):
+        print_plugin_warning(message)
+    else:
+        usual(message, category, *where, **more)
 
 
 def _replace_closed_streams() -> None:

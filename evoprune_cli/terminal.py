@@ -123,6 +123,11 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
     _print_titled("warning:", "33;1", text)
 
 
+def print_plugin_warning(message: Warning | str) -> None:
+    """Prints a warning about a method of another package."""
+    _print_titled("warning:", "33;1", str(message))
+
+
 def print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
     """Prints the warnings of inputs, each about the one that it is of, then those about the model; perhaps only some `names`."""
     for name, video in warned(report):

@@ -35,7 +35,7 @@ BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
 
 def compared() -> list[str]:
     """The rows: methods by name, this package's own first, then `evoprune` and each selector after the tower with reuse."""
-    names = [name for name in methods.available() if name != "none"]
+    names = [name for name in methods.built_in() if name != "none"]
     return [*names, f"{OURS}:depth=1", *(f"{REUSE}+{name}" for name in names if methods.get(name).acts == "after")]
 
 

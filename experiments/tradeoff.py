@@ -114,7 +114,7 @@ def chart(found: Sequence[Row], times: Mapping[str, float]) -> str:
 def _timed(found: Sequence[Row], times: Mapping[str, float]) -> Iterator[tuple[Row, float]]:
     for row in found:
         name, ours = row.method.removesuffix(EARLIER), row.method == methods.DEFAULT
-        after = name in methods.available() and methods.get(name).acts == "after"
+        after = name in methods.built_in() and methods.get(name).acts == "after"
         place = f"{methods.DEFAULT if ours else 'bound'} -b {row.budget:g}"
         if (after or ours) and place in times:
             yield row, times[place]

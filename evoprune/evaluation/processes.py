@@ -2,9 +2,12 @@
 
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+from evoprune.errors import PluginWarning
 
 Work = Callable[[Any], list[dict]]
 
@@ -37,6 +40,7 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
 def _begin(start: Callable[[], Work]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    warnings.simplefilter("ignore", PluginWarning)  # the parent has printed them
     _work = start()
 
 

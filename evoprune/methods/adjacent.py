@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.methods.evs import dissimilarity
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import ranked
 from evoprune.pruning.score import snap
@@ -37,8 +38,7 @@ class Adjacent(Selector):
     still: float = 0.9
 
     def __post_init__(self):
-        if not -1 <= self.still <= 1:
-            raise ValueError("still is a cosine")
+        check_ranges(self, still="[-1, 1]")
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         unit = F.normalize(tokens.features.float(), dim=1)

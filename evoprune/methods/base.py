@@ -142,12 +142,20 @@ class Method:
         values = {}
         for name, text in args.items():
             if name not in known:
-                raise UsageError(f"method {cls.name} has no argument {name!r}", _settings(cls))
+                raise UsageError(f"method {cls.name} has no argument {name!r}", cls.settings_hint())
             values[name] = _parse(cls, known[name], str(text))
         try:
             return cls(**values)
         except ValueError as error:
-            raise UsageError(f"method {cls.name}: {error}", _settings(cls)) from None
+            raise UsageError(f"method {cls.name}: {error}", cls.settings_hint()) from None
+
+    @classmethod
+    def settings_hint(cls, name: str | None = None) -> str:
+        """A hint that lists the settings, or that shows how one is given."""
+        known = {f.name: f"{f.name}={f.default}" for f in _setting_fields(cls)}
+        if name in known:
+            return f"a setting has a value: {cls.name}:{known[name]}"
+        return f"its arguments and defaults: {', '.join(known.values()) or 'none'}"
 
 
 @dataclass(frozen=True)
@@ -300,12 +308,6 @@ def _setting_fields(method: type[Method]) -> list[Field]:
     return [f for f in fields(method) if not f.metadata.get("method")]
 
 
-def _settings(method: type[Method]) -> str:
-    """A hint that lists the settings."""
-    known = ", ".join(f"{f.name}={f.default}" for f in _setting_fields(method))
-    return f"its arguments and defaults: {known or 'none'}"
-
-
 def _parse(method: type[Method], field_: Field, text: str):
     """The value of a setting given as text, in the type of its default."""
     kind = type(field_.default)
@@ -319,4 +321,4 @@ def _parse(method: type[Method], field_: Field, text: str):
         return kind(text)
     except (KeyError, ValueError):
         problem = f"method {method.name}: {field_.name}={text!r} is not {kind.__name__}"
-        raise UsageError(problem, _settings(method)) from None
+        raise UsageError(problem, method.settings_hint()) from None

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.fastv import FastV
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import ranked, relative
 from evoprune.pruning.score import snap
@@ -40,8 +41,7 @@ class D2Pruner(FastV):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.pivots <= 1:
-            raise ValueError("pivots is a share")
+        check_ranges(self, pivots="[0, 1]")
 
     def select(self, tokens: LayerTokens) -> Selection:
         score = relative(tokens.attention() / (tokens.evened().attention() + 1e-7))

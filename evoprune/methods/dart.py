@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.ranking import ranked
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
@@ -37,8 +38,9 @@ class Dart(Selector):
     text: int = 4
 
     def __post_init__(self):
-        if min(self.visual, self.text) < 0 or not self.visual + self.text:
-            raise ValueError("visual and text are at least 0, and one of them more")
+        check_ranges(self, visual="[0, inf)", text="[0, inf)")
+        if not self.visual + self.text:
+            raise ValueError("visual and text are both 0, and one of them must be more")
 
     @property
     def reads_question(self) -> bool:

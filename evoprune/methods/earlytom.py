@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Method, Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.pruning.indices import ascending
@@ -147,8 +148,8 @@ class EarlyTom(Method):
     third: float = 24 / 26
 
     def __post_init__(self):
-        if self.window < 2 or not all(0 <= share <= 1 for share in (self.momentum, *self._depths)):
-            raise ValueError("window is at least 2; momentum, first, second and third are shares from 0 to 1")
+        shares = dict.fromkeys(("momentum", "first", "second", "third"), "[0, 1]")
+        check_ranges(self, window="[2, inf)", **shares)
 
     @property
     def _depths(self) -> tuple[float, ...]:

@@ -13,13 +13,13 @@ No paper describes this method. It shares its aim, pruning inside the encoder, w
 features with DivPrune (arXiv 2503.02175). results/ablations.md records the settings that were tried and brought nothing.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from evoprune.methods.base import Method, Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.distance import ALPHA, points_of
 from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
@@ -93,12 +93,8 @@ class EvoPrune(Method):
     within: float = 0.0
 
     def __post_init__(self):
-        if not (self.reuse >= 0 and all(0 <= x < math.inf for x in (self.alpha, self.within, self.count))):
-            raise ValueError("reuse, alpha, within and count are at least 0")
-        if not 0 <= self.floor <= 1:
-            raise ValueError("floor is a share of an even spread, from 0 to 1")
-        if not 0 < self.depth <= 1:
-            raise ValueError("depth is a share of layers, above 0 and up to 1")
+        finite = dict.fromkeys(("alpha", "within", "count"), "[0, inf)")
+        check_ranges(self, reuse="[0, inf]", **finite, floor="[0, 1]", depth="(0, 1]")
 
     @property
     def exact(self) -> bool:

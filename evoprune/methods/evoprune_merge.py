@@ -9,13 +9,13 @@ does not state.
 The winning settings ignore attention and merge most in the first layers. `evoprune-paper` is nearer to the paper.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from evoprune.methods.base import Merger
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.matching import alternate, best_partners, match
 from evoprune.pruning.schedule import layer_weights, rows_after_layers
@@ -55,10 +55,8 @@ class EvoPruneMerge(Merger):
         layer_weights(8, self.allocation, self.first, self.last)
         if self.features not in FEATURES:
             raise ValueError(f"features is one of {', '.join(FEATURES)}, not {self.features!r}")
-        if not 0 <= self.critical <= 1 or self.neighbours < 1:
-            raise ValueError("critical is a share from 0 to 1, neighbours at least 1")
-        if not (math.isfinite(self.diversity) and math.isfinite(self.attention)):
-            raise ValueError("diversity and attention are weights, not infinite")
+        weights = dict.fromkeys(("diversity", "attention"), "(-inf, inf)")
+        check_ranges(self, critical="[0, 1]", neighbours="[1, inf)", **weights)
 
     @property
     def needs(self) -> frozenset[str]:

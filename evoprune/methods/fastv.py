@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.language_plan import LanguagePlan, one_drop
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import highest, relative
@@ -25,8 +26,7 @@ class FastV(LanguageMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.depth < 1:
-            raise ValueError("depth is above 0 and below 1")
+        check_ranges(self, depth="(0, 1)")
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return one_drop(depth, tokens, self.depth, budget)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
 from evoprune.pruning.indices import ascending
@@ -55,12 +56,8 @@ class FastVid(Selector):
     centre: float = 0.6
 
     def __post_init__(self):
-        if not (0 <= self.salient <= 1 and 0 < self.centre <= 1):
-            raise ValueError("salient and centre are shares")
-        if not (-1 <= self.threshold <= 1 and -1 <= self.ignore <= 1):
-            raise ValueError("threshold and ignore are cosines")
-        if min(self.segments, self.every, self.neighbours) < 1:
-            raise ValueError("segments, every and neighbours are at least 1")
+        counts = dict.fromkeys(("segments", "every", "neighbours"), "[1, inf)")
+        check_ranges(self, salient="[0, 1]", centre="(0, 1]", threshold="[-1, 1]", ignore="[-1, 1]", **counts)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.methods.divprune import most_diverse
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import few, joined_peaks
 from evoprune.pruning.indices import ascending
@@ -58,10 +59,8 @@ class FlashVid(Selector):
     neighbours: int = 7
 
     def __post_init__(self):
-        if not (0 <= self.diverse <= 1 and -1 <= self.threshold <= 1 and -1 <= self.link <= 1):
-            raise ValueError("diverse is a share, threshold and link are cosines")
-        if min(self.segments, self.neighbours) < 1:
-            raise ValueError("segments and neighbours are at least 1")
+        counts = dict.fromkeys(("segments", "neighbours"), "[1, inf)")
+        check_ranges(self, diverse="[0, 1]", threshold="[-1, 1]", link="[-1, 1]", **counts)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]

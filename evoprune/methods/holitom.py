@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import join_groups
 from evoprune.pruning.indices import ascending
@@ -47,8 +48,7 @@ class HoliTom(Selector):
     centre: float = 0.6
 
     def __post_init__(self):
-        if not (-1 <= self.static <= 1 and 0 < self.centre <= 1) or self.neighbours < 1:
-            raise ValueError("static is a cosine, centre a share, neighbours at least 1")
+        check_ranges(self, static="[-1, 1]", centre="(0, 1]", neighbours="[1, inf)")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 
 from evoprune.methods.base import Front, Selector
 from evoprune.methods.dart import Dart
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.encoder_plan import EncoderPlan, Following, Grid, TowerShape, full_plan
 
 
@@ -45,8 +46,7 @@ class Ipcv(Front):
     then: Selector = field(default_factory=Dart, metadata={"method": True})
 
     def __post_init__(self):
-        if not (0 < self.keep <= 1 and 0 <= self.first <= 1 and 0 <= self.follow <= 1) or self.neighbours < 1:
-            raise ValueError("keep, first and follow are shares, keep above 0; neighbours is at least 1")
+        check_ranges(self, keep="(0, 1]", first="[0, 1]", follow="[0, 1]", neighbours="[1, inf)")
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
         plan, units = full_plan(tower, grid, keep), grid[1] * grid[2]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from evoprune.methods.base import Method
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.language_plan import LanguagePlan
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.types import Selection
@@ -32,8 +33,8 @@ class LanguageMethod(Method, ABC):
     share: float | None = None
 
     def __post_init__(self):
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError("share is above 0 and at most 1")
+        if self.share is not None:
+            check_ranges(self, share="(0, 1]")
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:

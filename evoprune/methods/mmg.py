@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peak_scores
 from evoprune.pruning.ranking import closest, highest
@@ -46,8 +47,7 @@ class Mmg(Selector):
     neighbours: int = 7
 
     def __post_init__(self):
-        if not (-1 <= self.threshold <= 1 and 0 <= self.beta <= 1 and self.neighbours >= 1):
-            raise ValueError("threshold is a cosine, beta from 0 to 1, neighbours at least 1")
+        check_ranges(self, threshold="[-1, 1]", beta="[0, 1]", neighbours="[1, inf)")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.ranking import scaled
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
@@ -41,8 +42,7 @@ class Mmr(Selector):
     def __post_init__(self):
         if self.importance not in IMPORTANCE:
             raise ValueError(f"importance is one of {', '.join(IMPORTANCE)}, not {self.importance!r}")
-        if not 0 <= self.lam <= 1:
-            raise ValueError("lam is a weight from 0 to 1")
+        check_ranges(self, lam="[0, 1]")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import ranked
@@ -48,8 +49,7 @@ class Nuwa(Selector):
     reach: float = 0.8
 
     def __post_init__(self):
-        if not (1 <= self.cell <= 4 and 0 <= self.weak <= 1 and self.reach > 0):
-            raise ValueError("cell is from 1 to 4, weak a share from 0 to 1, reach above 0")
+        check_ranges(self, cell="[1, 4]", weak="[0, 1]", reach="(0, inf]")
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return snap(tokens.attention)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.methods.cdpruner import relevant
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import highest, ranked
 from evoprune.pruning.score import snap
@@ -39,8 +40,7 @@ class Par(Selector):
     link: float = 0.8
 
     def __post_init__(self):
-        if not -1 <= self.link <= 1:
-            raise ValueError("link is a cosine")
+        check_ranges(self, link="[-1, 1]")
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         unit = F.normalize(tokens.features.float(), dim=1)

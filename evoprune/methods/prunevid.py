@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import join_groups, joined_peaks
 from evoprune.pruning.indices import ascending
@@ -47,8 +48,7 @@ class PruneVid(Selector):
     neighbours: int = 7
 
     def __post_init__(self):
-        if not (0 <= self.scenes <= 1 and -1 <= self.static <= 1) or self.neighbours < 1:
-            raise ValueError("scenes is a share, static a cosine, neighbours at least 1")
+        check_ranges(self, scenes="[0, 1]", static="[-1, 1]", neighbours="[1, inf)")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])

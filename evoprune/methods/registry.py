@@ -10,8 +10,9 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
+from warnings import warn
 
-from evoprune.errors import PLUGINS, EvopruneError, UsageError, first_line, names_plugins
+from evoprune.errors import PLUGINS, EvopruneError, PluginWarning, UsageError, first_line, names_plugins
 from evoprune.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -63,12 +64,25 @@ INNER = (
 )  # fmt: skip
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
+# Names under which users look for what a method follows without being it, as letters and digits alone: hints name the method.
+_KNOWN_AS = {
+    "idpruner": "mmr is IDPruner's selection, without its trained scorer",
+    "mmgvid": "mmg follows the outline of MMG-Vid",
+    "streamingassistant": "adjacent follows StreamingAssistant, as far as it is public",
+    "pdrop": "PyramidDrop is pyramiddrop",
+    "full": "-b full prunes nothing, and so does the method none",
+}
 # What may stand before a selector.
 _FRONTS = {REUSE: "evoprune.methods.reuse:Reuse", "ipcv": _REGISTRY["ipcv"]}
 
 
+def built_in() -> list[str]:
+    """Names of this package's own methods."""
+    return list(_REGISTRY)
+
+
 def available() -> list[str]:
-    """Names of the methods, this package's own first."""
+    """Names of the methods, this package's own first. Those of other packages are not loaded, and may be broken."""
     return [*_REGISTRY, *_plugins()]
 
 
@@ -78,20 +92,45 @@ def check(text: str) -> None:
     Raises:
         UsageError: it says which name or order is wrong.
     """
-    names = [name.partition(":")[0] for name in text.split("+")]
+    names = _names(text)
+    if _is_list(text):
+        hint = f"to compare several: evoprune eval --method {text}; --compare shows one beside nothing pruned"
+        raise UsageError(f"{text!r} is a list, and one method is taken here", hint)
     if names == [REUSE]:
         raise UsageError(f"{REUSE} needs a method that selects after it", f"for example {REUSE}+divprune")
     for name in names:
         if name != REUSE and name not in available():
-            raise UsageError(
-                f"no pruning method {name!r}",
-                f"{did_you_mean(name, (*available(), REUSE))}one of {', '.join(available())}; "
-                f"{REUSE}+NAME encodes changed units alone",
-            )
+            raise _unknown(name)
     before, last = names[:-1], names[-1]
     inner = last in INNER or last in _plugins()  # of other packages' methods, only `get` knows what they are
     if not (_possible(names) or (inner and (not before or _possible(before)))):
         raise _impossible(text)
+
+
+def _names(text: str) -> list[str]:
+    """The names in `text`, without settings."""
+    return [name.partition(":")[0] for name in text.split("+")]
+
+
+def _is_list(text: str) -> bool:
+    """Whether a comma separates methods. One in the value of a setting does not."""
+    known = (*available(), REUSE)
+    return any("," in name for name in _names(text)) or any(
+        _names(part.strip())[0] in known for part in text.split(",")[1:]
+    )
+
+
+def _unknown(name: str) -> UsageError:
+    """The error for a name that no method has."""
+    plain, known = _plain(name), (*available(), REUSE)
+    same = [each for each in known if _plain(each) == plain]
+    near = f"{_KNOWN_AS[plain]}; " if plain in _KNOWN_AS else did_you_mean(name, same or known, 3)
+    return UsageError(f"no pruning method {name!r}", f"{near}evoprune inspect lists all methods")
+
+
+def _plain(name: str) -> str:
+    """Its letters and digits, in lower case."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _possible(names: list[str]) -> bool:
@@ -163,24 +202,30 @@ def _before(text: str, names: list[str]) -> "Method":
         raise _impossible(text)
     if not front:
         return method
-    name, settings = _split(front[0])
-    return replace(_class(_FRONTS[name]).from_args(settings), then=method)
-
-
-def _split(text: str) -> tuple[str, dict[str, str]]:
-    """Splits `NAME:SETTING=VALUE:...` into the name and its settings."""
-    name, *settings = text.split(":")
-    if wrong := [setting for setting in settings if "=" not in setting]:
-        raise UsageError(f"method {name}: {wrong[0]!r} is not NAME=VALUE", "for example evoprune:reuse=5")
-    return name, dict(setting.split("=", 1) for setting in settings)
+    return replace(_made(_class(_FRONTS[_names(front[0])[0]]), front[0]), then=method)
 
 
 def _one(text: str, args: dict[str, str] | None) -> "Method":
-    name, settings = _split(text)
-    settings = (args or {}) | settings
-    if name in _REGISTRY:
-        return _class(_REGISTRY[name]).from_args(settings)
-    return _load(_plugins()[name]).from_args(settings)
+    (name,) = _names(text)
+    _warn_of_ignored(name)
+    return _made(_class(_REGISTRY[name]) if name in _REGISTRY else _load(_plugins()[name]), text, args)
+
+
+def _made(kind: "type[Method]", text: str, args: dict[str, str] | None = None) -> "Method":
+    """A method of a class with the settings in `NAME:SETTING=VALUE:...`; `args` are further ones."""
+    _, *texts = text.split(":")
+    if wrong := [text for text in texts if "=" not in text]:
+        raise UsageError(f"method {kind.name}: {wrong[0]!r} is not NAME=VALUE", kind.settings_hint(wrong[0]))
+    return kind.from_args((args or {}) | dict(text.split("=", 1) for text in texts))
+
+
+@cache
+def _warn_of_ignored(name: str) -> None:
+    """Warns, once in a process, of methods of other packages that have the name of the one that is selected."""
+    for entry in _entry_points():
+        if entry.name == name and _plugins().get(name) is not entry:
+            used = "evoprune's own" if name in _REGISTRY else f"that of {_package(_plugins()[name])}"
+            warn(f"{_named(entry)} is ignored: {name} is {used}; give it another name", PluginWarning, stacklevel=2)
 
 
 def _class(where: str) -> "type[Method]":
@@ -200,7 +245,7 @@ def plugins() -> dict[str, str]:
             try:
                 _load(entry)
             except EvopruneError as problem:
-                state += f", broken: {problem.message}"
+                state += f", broken: {problem.message.removeprefix(f'{_named(entry)} ')}"
         found[f"{entry.name} ({_package(entry)})" if entry.name in found else entry.name] = state
     return found
 

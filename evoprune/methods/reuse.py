@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from evoprune.methods.base import Front
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.pruning.reuse import THRESHOLD
 
@@ -28,8 +29,7 @@ class Reuse(Front):
     threshold: float = THRESHOLD
 
     def __post_init__(self):
-        if not self.threshold > 0:
-            raise ValueError("threshold is above 0")
+        check_ranges(self, threshold="(0, inf]")
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
         plan = full_plan(tower, grid, keep)

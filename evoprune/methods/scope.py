@@ -10,7 +10,6 @@ an N x N matrix. Cosines are rounded to multiples of 1/16384, whose sums are exa
 by index.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import snap
@@ -40,8 +40,7 @@ class Scope(Selector):
     alpha: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError("alpha is at least 0")
+        check_ranges(self, alpha="[0, inf)")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import centre_weights, gathered, highest, nearest
@@ -39,8 +40,7 @@ class VisionZip(Selector):
     dominant: float = 0.85
 
     def __post_init__(self):
-        if not 0 <= self.dominant <= 1:
-            raise ValueError("dominant is a share from 0 to 1")
+        check_ranges(self, dominant="[0, 1]")
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import Drop, LanguagePlan, layers_before
@@ -50,10 +51,8 @@ class VisiPruner(LanguageMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if not all(0 < share < 1 for share in (self.shallow, self.latest, self.layer, self.exit)):
-            raise ValueError("shallow, latest, layer and exit are above 0 and below 1")
-        if not (self.token >= 0 and self.exits >= 0):
-            raise ValueError("token and exits are at least 0")
+        shares = dict.fromkeys(("shallow", "latest", "layer", "exit"), "(0, 1)")
+        check_ranges(self, **shares, token="[0, inf]", exits="[0, inf]")
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         keep, blind = keep_count(budget, tokens), layers_before(self.shallow, depth)

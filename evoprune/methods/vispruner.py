@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
+from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import BLOCK
@@ -42,8 +43,7 @@ class VisPruner(Selector):
     step: int = 8
 
     def __post_init__(self):
-        if not 0 <= self.important <= 1 or self.step < 1:
-            raise ValueError("important is a share from 0 to 1, step at least 1")
+        check_ranges(self, important="[0, 1]", step="[1, inf)")
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention

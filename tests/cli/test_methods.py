@@ -10,7 +10,7 @@ from evoprune.methods.registry import INNER
 from evoprune.profiling import bench
 
 CLIP = "samples/square.mp4"
-NAMES = methods.available()
+NAMES = methods.built_in()
 PAIRS = [
     f"{before}+{inner}"
     for before, inner in zip(("evoprune", "reuse+divprune", "downscale", "tome"), INNER, strict=False)

@@ -10,7 +10,7 @@ from evoprune.evaluation.run import Evaluation
 from tests.evaluation.test_run import CLIPS, SETTINGS, begun, loaded, videos  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
-AFTER = tuple(name for name in methods.available() if methods.get(name).acts == "after")
+AFTER = tuple(name for name in methods.built_in() if methods.get(name).acts == "after")
 REUSING = ("evoprune", "evoprune:alpha=0", "reuse+divprune", "reuse+scope", "reuse+cdpruner", "evoprune:depth=1")
 
 

@@ -15,7 +15,7 @@ from evoprune.pruning.types import Selection
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
-NAMES = [*methods.available(), "reuse+visionzip", "evoprune+fastv"]
+NAMES = [*methods.built_in(), "reuse+visionzip", "evoprune+fastv"]
 ON_PATCHES = [name for name in NAMES if methods.get(name).acts != "input" and not methods.get(name).language]
 ALONE = [name for name in ON_PATCHES if not methods.get(name).reads_question]
 CHOOSING = [name for name in ON_PATCHES if methods.get(name).selector or methods.get(name).merger]

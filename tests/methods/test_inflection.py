@@ -11,7 +11,7 @@ from evoprune.methods.inflection import Inflection, by_inflection, inflection
 from evoprune.pruning.types import Tokens
 from tests.methods.tokens import ranked, snapped, tokens_of
 
-RANKING = [name for name in methods.available() if getattr(methods.get(name), "scores", None) is not None]
+RANKING = [name for name in methods.built_in() if getattr(methods.get(name), "scores", None) is not None]
 
 
 def inflection_line_by_line(scores: list[float]) -> int:

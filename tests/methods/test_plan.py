@@ -17,7 +17,7 @@ GRID = (5, 4, 6)
 UNITS = prod(GRID)
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 NAMES = [
-    *methods.available(),
+    *methods.built_in(),
     "evoprune:reuse=0",
     "evoprune:depth=1",
     "evoprune:within=0.3",
@@ -55,7 +55,7 @@ def test_with_the_whole_budget_every_unit_goes_through_every_layer(name):
     assert not plan.prunes and plan.exact
 
 
-@pytest.mark.parametrize("name", [name for name in methods.available() if methods.get(name).acts == "after"])
+@pytest.mark.parametrize("name", [name for name in methods.built_in() if methods.get(name).acts == "after"])
 def test_a_selector_needs_the_whole_encoder(name):
     assert methods.get(name).plan(DEMO, GRID, 9) == EncoderPlan(GRID, 9, (UNITS,) * 8, UNITS)
     assert methods.get(f"reuse:threshold=5+{name}").plan(DEMO, GRID, 9) == EncoderPlan(

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
+from evoprune.errors import PLUGINS, PluginError, PluginWarning, UsageError, names_plugins
 from evoprune.methods import registry
 from evoprune.methods.selecting import select as select_tokens_of
 from evoprune.methods.selecting import select_in_language
@@ -129,6 +130,7 @@ def forget():
     PLUGINS.clear()
     registry._entry_points.cache_clear()
     registry._plugins.cache_clear()
+    registry._warn_of_ignored.cache_clear()
 
 
 def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(package):
@@ -141,7 +143,10 @@ def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(packag
 
 
 def test_a_built_in_name_cannot_be_taken(package):
-    assert type(methods.get("random")).__module__ == "evoprune.methods.random"
+    with pytest.warns(PluginWarning, match="'random' of extra-methods 1.2 is ignored: random is evoprune's own"):
+        assert type(methods.get("random")).__module__ == "evoprune.methods.random"
+    with warnings.catch_warnings(action="error"):  # once
+        methods.get("random")
     assert methods.get("reuse+first:skip=3").selector == methods.get("first:skip=3")
 
 
@@ -151,14 +156,15 @@ def test_a_broken_one_fails_only_when_it_is_selected(package, name, says):
         with pytest.raises(UsageError, match=says) as caught:
             methods.get(text)
         assert "extra-methods 1.2" in caught.value.message and "uninstall" in caught.value.hint
-    with pytest.raises(UsageError, match="no pruning method 'with,comma'"):
+    with pytest.raises(UsageError, match="'with,comma' is a list"):
         methods.get("with,comma")
 
 
 def test_each_has_a_line_in_inspect(package):
     lines = methods.plugins()
     assert lines["first"] == "of extra-methods 1.2"
-    assert "broken" in lines["absent"] and "broken" in lines["wrong"]
+    assert lines["wrong"] == "of extra-methods 1.2, broken: is not a Method: extra_methods:torch"
+    assert lines["absent"].startswith("of extra-methods 1.2, broken: cannot be loaded")
     assert all("ignored" in lines[name] for name in ("random", "reuse", "with,comma"))
 
 
@@ -311,7 +317,20 @@ def test_commands_know_them(package, cli):  # noqa: F811
     done = cli(*ASK, *QUESTIONS[:2], "--method", "absent")
     assert done.code == 2 and "'absent' of extra-methods 1.2 cannot be loaded" in done.err
     done = cli("inspect")
-    assert done.code == 0 and "broken: method 'absent'" in done.out
+    assert done.code == 0 and "broken: cannot be loaded (ModuleNotFoundError" in done.out
+
+
+def test_commands_warn_once_of_one_with_a_built_in_name(package, cli):  # noqa: F811
+    two = ("batch", "samples/square.mp4", *QUESTIONS, "-m", "demo", "--frames", "4", "-n", "1", "-o", "-")
+    err = cli(*two, "--method", "random").err
+    warning = "warning: method 'random' of extra-methods 1.2 is ignored: random is evoprune's own; give it another name"
+    assert err.splitlines().count(warning) == err.count("ignored") == 1
+
+
+def test_tests_of_the_built_in_methods_do_not_see_them(package):
+    assert methods.built_in() == methods.available()[:-3]
+    files = [file for file in Path("tests").rglob("*.py") if file.name != "test_plugins.py"]
+    assert not [file.name for file in files if "methods.available()" in file.read_text(encoding="utf-8")]
 
 
 def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli):  # noqa: F811

@@ -18,7 +18,7 @@ from evoprune.methods.with_language import WithLanguage
 
 
 def test_the_registry_lists_what_it_can_get():
-    names = methods.available()
+    names = methods.built_in()
     assert {"evoprune", "evoprune-paper", "evoprune-merge", "none", "random"} <= set(names)
     assert methods.DEFAULT in names and len(set(names)) == len(names)
     for name in names:
@@ -30,7 +30,7 @@ def test_the_registry_lists_what_it_can_get():
         assert (method.language is not None) == (name in INNER)
 
 
-@pytest.mark.parametrize("name", methods.available())
+@pytest.mark.parametrize("name", methods.built_in())
 def test_settings_survive_the_way_through_texts(name):
     method = methods.get(name)
     settings = [field.name for field in fields(method) if not field.metadata.get("method")]
@@ -48,11 +48,50 @@ def test_settings_are_parsed_by_their_type():
 
 
 @pytest.mark.parametrize("name", ["", "EvoPrune", "magic", "evoprune_paper"])
-def test_an_unknown_method_is_refused_with_those_there_are(name):
+def test_an_unknown_method_is_refused_with_where_all_are_listed(name):
     with pytest.raises(UsageError) as caught:
         methods.get(name)
-    assert repr(name) in caught.value.message
-    assert all(known in caught.value.hint for known in methods.available())
+    assert repr(name) in caught.value.message and caught.value.hint.endswith("evoprune inspect lists all methods")
+    assert sum(known in caught.value.hint.split() for known in methods.built_in()) <= 3
+
+
+@pytest.mark.parametrize("text", ["evoprune,divprune", "visionzip:dominant=0.5,divprune", "evoprune,no-such", "a,b"])
+def test_a_list_is_refused_with_what_takes_one(text):
+    with pytest.raises(UsageError, match="is a list") as caught:
+        methods.check(text)
+    assert f"evoprune eval --method {text}" in caught.value.hint and "--compare" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("visionzip:dominant", "a setting has a value: visionzip:dominant=0.85"),
+        ("reuse:threshold+mmr", "a setting has a value: reuse:threshold=8.0"),
+        ("visionzip:divprune", "its arguments and defaults: dominant=0.85"),
+    ],
+)
+def test_a_setting_without_a_value_is_refused_with_those_of_that_method(text, hint):
+    with pytest.raises(UsageError, match="is not NAME=VALUE") as caught:
+        methods.get(text)
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("ipcv:keep=2:first=3", "keep=2 is not above 0 and at most 1; first=3 is not from 0 to 1"),
+        ("evoprune:alpha=inf:count=-1", "alpha=inf is not a finite number; count=-1 is not at least 0"),
+        (
+            "evoprune-paper:diversity=nan:neighbours=0",
+            "neighbours=0 is not at least 1; diversity=nan is not a finite number",
+        ),
+        ("fastv:depth=1", "depth=1 is not above 0 and below 1"),
+    ],
+)
+def test_settings_out_of_range_are_each_named_with_their_own_range(text, says):
+    with pytest.raises(UsageError) as caught:
+        methods.get(text)
+    assert caught.value.message == f"method {text.partition(':')[0]}: {says}"
 
 
 @pytest.mark.parametrize(("name", "argument"), [("evoprune-paper", "ratio"), ("random", "seed"), ("none", "name")])
@@ -160,31 +199,40 @@ def test_whether_a_method_is_known():
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("visonzip", "visionzip"), ("evo-prune", "evoprune"), ("reuse+DART", "dart")]
+    ("name", "meant"),
+    [
+        ("visonzip", "did you mean visionzip? "),
+        ("evo-prune", "did you mean evoprune? "),
+        ("FastV", "did you mean fastv? "),
+        ("reuse+DART", "did you mean dart? "),
+        ("sparsevlm2", "did you mean sparsevlm? "),
+        ("idpruner", "mmr is IDPruner's selection, without its trained scorer; "),
+        ("MMG-Vid", "mmg follows"),
+    ],
 )
 def test_what_was_probably_meant(name, meant):
     with pytest.raises(UsageError) as caught:
         methods.check(name)
-    assert caught.value.hint.startswith(f"did you mean {meant}? ")
+    assert caught.value.hint.startswith(meant)
 
 
 def test_only_evoprune_finds_a_budget_by_itself():
     assert methods.get("evoprune").automatic().within > 0
     assert methods.get("evoprune:within=0.2").automatic().within == 0.2
-    for name in {*methods.available(), "reuse+divprune"} - {"evoprune"}:
+    for name in {*methods.built_in(), "reuse+divprune"} - {"evoprune"}:
         with pytest.raises(UsageError, match=name.partition("+")[0]):
             methods.get(name).automatic()
 
 
 def test_reports_show_the_whole_budget_where_nothing_is_pruned():
-    for name in methods.available():
+    for name in methods.built_in():
         assert methods.get(name).reported_budget(0.25) == (1.0 if name == "none" else 0.25)
 
 
 def test_listing_methods_and_counting_tokens_needs_no_torch():
     code = (
         "import sys, evoprune.methods, evoprune.pruning.budget, evoprune.pruning.schedule\n"
-        "evoprune.methods.available()\n"
+        "evoprune.methods.built_in()\n"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

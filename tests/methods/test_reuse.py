@@ -11,7 +11,7 @@ from tests.methods.tokens import encoded
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
 
-AFTER = [name for name in methods.available() if methods.get(name).acts == "after"]
+AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
 GRID = (5, 4, 5)
 
 

@@ -49,7 +49,7 @@ def test_they_do_what_their_papers_say(grid, kind, seed, data):
     assert selected("evs-nofloor", tokens, keep) == evs_line_by_line(tokens, keep, floor=False)
 
 
-AFTER = [name for name in methods.available() if methods.get(name).acts == "after"]
+AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
 
 
 @pytest.mark.parametrize("name", AFTER)

@@ -34,7 +34,7 @@ from tests.methods.tokens import encoded, selected, tokens_of
 from tests.vision.clips import changes, clip
 from tests.vision.tower import random_patches
 
-AFTER = [name for name in methods.available() if methods.get(name).acts == "after"]
+AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
 GRID = (5, 4, 5)
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 

@@ -65,7 +65,7 @@ def spoil(loaded, where: str, bad: float) -> None:
                 language.layers[0].mlp.down_proj.register_forward_pre_hook(second_pass)
 
 
-@pytest.mark.parametrize("method", methods.available())
+@pytest.mark.parametrize("method", methods.built_in())
 def test_a_tower_that_computes_nonsense_is_not_answered_over(loaded, method):
     qa = VideoQA(loaded, budget=0.25, method=method)
     assert qa.encode(CLIP).encoded.features.isfinite().all()
@@ -135,7 +135,7 @@ def test_pictures_of_a_row_of_pixels(loaded, tmp_path, shape, method):
             qa.encode(tmp_path)
 
 
-@pytest.mark.parametrize("method", methods.available())
+@pytest.mark.parametrize("method", methods.built_in())
 @pytest.mark.parametrize("most", [1, 2])
 def test_one_grid_and_one_token(loaded, tmp_path, method, most):
     """A video of a constant colour, of which one unit or two are looked at."""

@@ -83,7 +83,7 @@ def test_a_method_that_does_not_hold_what_it_declares_fails_at_the_start(visual)
 def served() -> list[str]:
     """The methods that a server takes."""
     found = ["evoprune:count=0", "reuse+divprune", "ipcv+divprune"]
-    for name in methods.available():
+    for name in methods.built_in():
         with suppress(UsageError):
             served_method(name)
             found.append(name)
