@@ -103,6 +103,7 @@ def patch_method(name: str, args: dict[str, str] | None, has_question: bool = Fa
         hint = f"use VideoQA or the command line; here {found.encoder.name if found.encoder.acts != 'none' else 'evoprune'} works"
         raise UsageError(f"method {name} acts inside the language model, which is not pruned here", hint)
     if found.reads_question and not has_question:
-        hint = "pass question=... to evoprune.encode, use VideoQA, or another method"
-        raise UsageError(f"method {name} reads the question, which is not known here", hint)
+        what, instead = found.reading
+        hint = f"pass question=... to evoprune.encode, use VideoQA, or {instead}"
+        raise UsageError(f"{what}, and it is not known here", hint)
     return found

@@ -112,6 +112,14 @@ class Method:
         held = [getattr(self, f.name) for f in fields(self) if f.metadata.get("method")]
         return [self, *(each for method in held if method for each in method.all_methods)]
 
+    @property
+    def reading(self) -> tuple[str, str]:
+        """For the refusal of a method that reads the question: that it does, or what behind it does, and what to take instead."""
+        name, selector = self.encoder.name, self.selector
+        if selector in (None, self.encoder):
+            return f"method {name} reads the question", "another method"
+        return f"method {name} selects with {selector.name}, which reads the question", f"{name}+divprune"
+
     def automatic(self) -> Self:
         """The same method with a count that depends on the content, and is at most the budget's.
 

@@ -125,9 +125,10 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
         return Selection(video.unit[_largest(tally(tokens.owner, len(video.unit)), keep)] if few else video.unit)
     if method.reads_question:
         if question is None:
+            what, instead = method.reading
             raise UsageError(
-                f"method {method.name} reads the question, and there is none here",
-                "give the question with the video, or choose a method that does not read it",
+                f"{what}, and there is none here",
+                f"give the question with the video, or take {instead}",
             )
         given = {**tokens.given, "question": question.to(video.unit.device).float()}
         tokens = replace(tokens, given=given)

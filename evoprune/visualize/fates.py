@@ -127,8 +127,8 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
     """
     engine, view, plan = opened.engine, opened.view, opened.view.plan
     if engine.method.reads_question:
-        hint = "use a method that does not read the question"
-        raise UsageError(f"method {engine.options.method} selects for each question, and an overlay has none", hint)
+        what, instead = engine.method.reading
+        raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
     if engine.method.acts == "language":
         hint = (
             "use a method that acts before the language model; in a combination, the overlay shows what that one does"

@@ -103,7 +103,7 @@ def test_a_method_that_makes_the_input_smaller(loaded):
 
 
 def test_a_method_that_reads_the_question(loaded):
-    with pytest.raises(UsageError, match="selects for each question"):
+    with pytest.raises(UsageError, match="reads the question, and an overlay has none"):
         traced(loaded, method="dart")
 
 

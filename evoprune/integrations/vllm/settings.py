@@ -53,7 +53,7 @@ def served_method(name: str) -> Method:
     if method.language:
         raise UsageError(f"method {name} acts inside the language model, which is vLLM's", EXACT)
     if method.reads_question:
-        raise UsageError(f"method {name} reads the question, which vLLM's encoder does not see", EXACT)
+        raise UsageError(f"{method.reading[0]}, and vLLM's encoder does not see it", EXACT)
     if not method.exact:
         raise UsageError(f"method {name} does not say in advance how many tokens it keeps", EXACT)
     return method

@@ -73,7 +73,7 @@ def test_the_client_s_code_of_the_page(address, monkeypatch, capsys):
     ("options", "says"),
     [
         ({"evoprune_budget": 2}, "not a share"),
-        ({"evoprune_budget": "auto"}, "not a share"),
+        ({"evoprune_budget": "auto"}, "does not work here"),
         ({"evoprune_method": "tome"}, "no option"),
     ],
 )

@@ -46,7 +46,7 @@ def test_budgets():
     ("options", "rate", "says"),
     [
         ({"evoprune_budget": 0}, 0.5, "not a share"),
-        ({"evoprune_budget": "auto"}, 0.5, "not a share"),
+        ({"evoprune_budget": "auto"}, 0.5, "does not work here"),
         ({"evoprune_budget": [0.5]}, 0.5, "not a share"),
         ({"evoprune_budget": 0.5}, None, "prunes nothing"),
         ({"evoprune_bugdet": 0.5}, 0.5, "no option"),

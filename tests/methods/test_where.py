@@ -1,0 +1,76 @@
+"""Where each method works, as docs/methods.md says it in a table, and what a refusal gives as its reason."""
+
+from pathlib import Path
+
+import pytest
+
+import evoprune
+from evoprune import methods
+from evoprune.errors import UsageError
+from evoprune.huggingface.encoding import patch_method
+from evoprune.integrations.vllm.settings import served_method
+from evoprune.pipeline.engine import make_method
+from evoprune.pipeline.options import PruneOptions
+
+HEADER = (
+    "method", "commands, `VideoQA`", "pictures", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
+    "`-b auto`", "`-b auto:inflection`",
+)  # fmt: skip
+WHOLE = ("subsample", "evs")  # keep at least a frame pair, and a picture has one (tests/pipeline/test_pictures.py)
+
+
+def works(call, *args, **more) -> str:
+    try:
+        call(*args, **more)
+    except UsageError:
+        return "no"
+    return "yes"
+
+
+def facts(name: str) -> tuple[str, ...]:
+    """Where a method works, in the order of `HEADER`. tests/cli/test_methods.py runs each in every command, with overlays."""
+    method = methods.get(name)
+    encode = works(patch_method, name, None, has_question=True)
+    return (
+        "yes",
+        "whole" if name in ("none", *WHOLE) else "pruned",
+        works(evoprune.EvoPrune, method=name),
+        "with `question`" if encode == "yes" and method.reads_question else encode,
+        works(served_method, name),
+        "no" if method.reads_question or method.acts == "language" else "yes",
+        works(make_method, PruneOptions("auto", name)),
+        works(make_method, PruneOptions("auto:inflection", name)),
+    )
+
+
+def table() -> list[str]:
+    """The lines of the table: methods that work in the same places share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in methods.built_in():
+        rows.setdefault(facts(name), []).append(f"`{name}`")
+    lines = [HEADER, ("---",) * len(HEADER), *((", ".join(names), *where) for where, names in rows.items())]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def test_the_document_says_where_each_method_works():
+    page = Path("docs/methods.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) in page, "docs/methods.md needs this table:\n" + "\n".join(table())
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "hint"),
+    [
+        ("ipcv", "method ipcv selects with dart, which reads the question", "ipcv+divprune"),
+        ("ipcv+par+fastv", "method ipcv+par+fastv acts inside the language model", "ipcv"),
+        ("reuse+cdpruner", "method reuse selects with cdpruner, which reads the question", "reuse+divprune"),
+        ("dart", "method dart reads the question", "another method"),
+        ("mmr+fastv", "acts inside the language model", "here mmr works"),
+        ("downscale", "acts on frames", "VideoQA"),
+    ],
+)
+def test_a_refusal_names_what_cannot_work(name, says, hint):
+    with pytest.raises(UsageError, match=says.replace("+", r"\+")) as caught:
+        evoprune.EvoPrune(method=name)
+    assert hint in caught.value.hint
+    for other in ("ipcv+divprune", "ipcv+dart:text=0", "reuse+divprune", "cdpruner:question=false"):
+        evoprune.EvoPrune(method=other)
