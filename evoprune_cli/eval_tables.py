@@ -2,14 +2,14 @@
 
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle, product
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from evoprune.evaluation.scores import is_tie
+from evoprune.evaluation.scores import LEAST_QUESTIONS, TYPE, is_tie, same_tokens
 from evoprune.text import budget_text
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import PALE
@@ -35,7 +35,7 @@ def table(document: dict, width: int = 80) -> str:
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
             notes.append("unparsed: answers that name none of the options; they count as wrong")
-        lines += ["", *_fitting(rows, columns, console, width)]
+        lines += ["", *_fitting(rows, columns, console, width), *_few([rows[0]], width)]
         versus, told = _versus_first(rows, console, width)
         lines += versus
         notes[1:1] = told
@@ -119,11 +119,17 @@ def _versus_first(rows: list[dict], console: Console, width: int) -> tuple[list[
     others = [row for row in rows if row["first"]]
     if not others:
         return [], []
-    title = f"vs {next(one_line(row['method']) for row in rows if row['name'] == others[0]['first'])}"
-    made = _rich(["", title], [[row["name"], _difference(row, "first_difference")] for row in others])
+    of_name = {row["name"]: row for row in rows}
+    first = one_line(of_name[others[0]["first"]]["method"])
+    names = [row["name"] + " *" * (not same_tokens(row, of_name[row["first"]])) for row in others]
+    title, marked = f"vs {first}", any(name.endswith(" *") for name in names)
+    differences = [_difference(row, "first_difference") for row in others]
+    made = _rich(["", title], [list(pair) for pair in zip(names, differences, strict=True)])
     if _width(made, console) > width:
         return [], []
-    return ["", *_lines(made, console)], [f"{title}: the paired difference to the first method, at the same budget"]
+    said = f"* does not read as many tokens as {first} at this budget; how many: below" if marked else ""
+    lines = ["", *_lines(made, console), *textwrap.wrap(said, width, subsequent_indent="  ")]
+    return lines, [f"{title}: the paired difference to the first method, at the same budget"]
 
 
 def _by_group(title: str, rows: list[dict], names: list[str], console: Console, width: int) -> list[str]:
@@ -143,7 +149,19 @@ def _by_group(title: str, rows: list[dict], names: list[str], console: Console, 
                 break
         lines += ["", *_lines(made, console)]
         rest = rest[count:]
+    lines += _few([found[names[0]] for found in groups.values()], width, title)
     return lines
+
+
+def _few(rows: Sequence[dict], width: int, title: str = "") -> list[str]:
+    """A line below a table with too few questions for a measurement. `rows`: one a group; `title`: what groups are called."""
+    few = [row for row in rows if row["n"] < LEAST_QUESTIONS]
+    if not few:
+        return []
+    names = ", ".join(one_line(row["group"].removeprefix(TYPE)) for row in few)
+    where = f" in {f'every {title}' if len(few) == len(rows) else names}" if title else ""
+    said = f"fewer than {LEAST_QUESTIONS} questions{where}: an example, not a measurement"
+    return textwrap.wrap(said, width, subsequent_indent="  ")
 
 
 def _rich(titles: list[str], rows: list[list[str]]) -> Table:

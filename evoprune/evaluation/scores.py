@@ -17,6 +17,7 @@ FULL, BLIND, METHOD = "full", "blind", "method"
 ALL, TYPE = "all", "type:"  # the group of all questions, and the prefix of groups that are types
 DIFFERENCES = ("difference", "first_difference")  # fields of a row, each with its interval
 LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with one, every interval is a point
+LEAST_QUESTIONS = 30  # with fewer, a table's figures are no measurement
 COSTS = ("tokens", "layer_tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 
 
@@ -94,6 +95,11 @@ def _cost(sample: dict, name: str) -> float:
 def is_tie(row: dict, name: str) -> bool:
     """Whether a difference, one of `DIFFERENCES`, has an interval, and this includes 0."""
     return row[f"{name}_low"] is not None and row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
+
+
+def same_tokens(row: dict, other: dict) -> bool:
+    """Whether the language model reads as many tokens in two rows: a mean over questions and layers, up to rounding."""
+    return abs(row["layer_tokens"] - other["layer_tokens"]) <= 0.5
 
 
 def precision(rows: Sequence[dict]) -> str | None:

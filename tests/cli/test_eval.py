@@ -13,6 +13,8 @@ import pytest
 
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.evaluation import run as evaluation_run
+from evoprune.evaluation.scores import COSTS, score_rows
+from evoprune_cli.eval_tables import table
 from evoprune_cli.failures import Terminated
 from tests.cli.screen import visible
 
@@ -57,11 +59,42 @@ def breaking(monkeypatch, at: int, problem: BaseException):
 def table_rows(text: str, title: str = "accuracy") -> list[str]:
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(" ") and title in line) + 1
-    return lines[start : lines.index("", start)]
+    below = lines[start : lines.index("", start)]
+    return below[: next((i for i, line in enumerate(below) if line.startswith(("fewer than", "* "))), None)]
 
 
 def _flat(result) -> str:
     return " ".join(result.out.split())
+
+
+def test_rows_that_do_not_read_as_many_tokens_as_the_first_are_marked(cli, tiny_folder):
+    how = ("-m", str(tiny_folder), "--limit", "1", "-b", "0.25", "-n", "1", "--frames", "4")
+    names = "random,divprune,subsample,evs,fastv"  # of four frames, evs keeps two
+    out = cli("eval", "--data", DATA, *how, "--method", names).out
+    rows = {line.split(" -b")[0]: line for line in table_rows(out, "vs random")[:4]}
+    assert {name for name, line in rows.items() if "-b 0.25 * " in line} == {"subsample", "evs", "fastv"}
+    footnote = "* does not read as many tokens as random at this budget; how many: below"
+    assert footnote in out and footnote not in cli("eval", "--data", DATA, *how, "--method", "random,divprune").out
+
+
+@pytest.mark.parametrize(
+    ("groups", "where"),
+    [
+        ({"a": 29}, (None, "every group")),
+        ({"a": 30}, ()),
+        ({"a": 30, "b": 2}, ("b",)),
+        ({"a": 30, "b": 2, "c": 29}, ("b, c",)),
+    ],
+)
+def test_tables_of_few_questions_say_that_they_are_no_measurement(groups, where):
+    costs = dict.fromkeys(COSTS, 1.0) | {"right": True, "unparseable": False, "type": None}
+    one = costs | {"video": "a", "row": "full", "method": "none", "budget": 1.0}
+    samples = [one | {"groups": [name]} for name, count in groups.items() for _ in range(count)]
+    nothing = {"failures": [], "error": None, "notes": [], "settings": {"data": "x"}, "items": {"answered": 1}}
+    videos, model = {"evaluated": 1, "wanted": 1, "failed": 0}, {"id": "m", "dtype": "fp32", "device": "cpu"}
+    made = table(nothing | {"rows": score_rows(samples), "videos": videos, "model": model}).splitlines()
+    said = [f"fewer than 30 questions{f' in {each}' * bool(each)}: an example, not a measurement" for each in where]
+    assert [line for line in made if "measurement" in line] == said
 
 
 def test_the_content_may_decide_the_budget(cli, tiny_folder):

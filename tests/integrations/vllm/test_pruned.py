@@ -103,7 +103,7 @@ def test_a_prefix_that_is_in_the_cache_changes_no_answer(llm, quarter):
 
 @pytest.mark.parametrize("budget", [0, 1.5, "auto", None])
 def test_a_bad_budget_of_a_request_is_an_error_of_this_request(llm, quarter, budget):
-    with pytest.raises(ValueError, match="not a share of tokens"):
+    with pytest.raises(ValueError, match=r"not a share of tokens|does not work here"):
         answers(llm, [quarter[0].request() | {"mm_processor_kwargs": {"evoprune_budget": budget}}])
     assert same(answers(llm, [quarter[0].request()]), quarter[:1])
 
