@@ -1,5 +1,7 @@
-"""Where each method works, as docs/methods.md says it in a table, and what a refusal gives as its reason."""
+"""What docs/methods.md says of all methods: where each works, and the contract of a selector; and the reasons of refusals."""
 
+from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from evoprune.huggingface.encoding import patch_method
 from evoprune.integrations.vllm.settings import served_method
 from evoprune.pipeline.engine import make_method
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pruning.types import Selection, Tokens
 
 HEADER = (
     "method", "commands, `VideoQA`", "pictures", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
@@ -74,3 +77,12 @@ def test_a_refusal_names_what_cannot_work(name, says, hint):
     assert hint in caught.value.hint
     for other in ("ipcv+divprune", "ipcv+dart:text=0", "reuse+divprune", "cdpruner:question=false"):
         evoprune.EvoPrune(method=other)
+
+
+def test_the_contract_of_a_selector_names_all_that_it_gets_and_returns():
+    page = Path("docs/methods.md").read_text(encoding="utf-8")
+    contract = page.partition("### The contract of a selector\n")[2].partition("\n## ")[0]
+    known = [field.name for kind in (Tokens, Selection) for field in fields(kind)]
+    made = [name for name, value in vars(Tokens).items() if isinstance(value, cached_property | property)]
+    assert {"features", "question", "given", "means"} <= {*known, *made}
+    assert not [name for name in {*known, *made} if f"{name}`" not in contract]
