@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from evoprune.huggingface.context import PrunedModel, apply, remove
     from evoprune.huggingface.context import PruningContext as EvoPrune
     from evoprune.huggingface.encoding import encode
+    from evoprune.huggingface.processor_inputs import processor_inputs
     from evoprune.pipeline.answering import Answer, EncodedInputs, EncodedVideo
     from evoprune.pipeline.cache import Cache
     from evoprune.pipeline.video_qa import VideoQA
@@ -39,6 +40,7 @@ _SOURCES = {
     "VideoQA": "evoprune.pipeline.video_qa:VideoQA",
     "apply": "evoprune.huggingface.context:apply",
     "encode": "evoprune.huggingface.encoding:encode",
+    "processor_inputs": "evoprune.huggingface.processor_inputs:processor_inputs",
     "remove": "evoprune.huggingface.context:remove",
 }
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "apply",
     "encode",
     "methods",
+    "processor_inputs",
     "remove",
 ]
 

@@ -4,16 +4,24 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from itertools import chain, islice
 
+import numpy as np
 import torch
 
 from evoprune.model.clock import Clock
 from evoprune.pipeline.prefetch import prefetched
 from evoprune.pipeline.view import View
 from evoprune.video.frames import FrameChunk, read_frames
-from evoprune.video.plan import VideoLimits
+from evoprune.video.plan import Plan, VideoLimits
 from evoprune.vision.preprocess import patchify, resize
 
 ReadFrames = Callable[..., Iterator[FrameChunk]]
+
+
+def patches_of(frames: np.ndarray, plan: Plan, limits: VideoLimits) -> torch.Tensor:
+    """float32 `[rows, 1176]`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned and normalised."""
+    sizes = limits.patch_size, limits.temporal_patch_size, limits.merge_size
+    resized = resize(torch.from_numpy(frames), plan.height, plan.width)
+    return patchify(resized, limits.image_mean, limits.image_std, *sizes)
 
 
 class PatchReader:
@@ -78,13 +86,5 @@ class PatchReader:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged
                 with self.clock.stage("preprocess"):
-                    frames = resize(torch.from_numpy(chunk.frames), plan.height, plan.width)
-                    patches = patchify(
-                        frames,
-                        limits.image_mean,
-                        limits.image_std,
-                        limits.patch_size,
-                        limits.temporal_patch_size,
-                        limits.merge_size,
-                    )
+                    patches = patches_of(chunk.frames, plan, limits)
                 yield chunk.first + len(chunk.frames), patches

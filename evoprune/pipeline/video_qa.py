@@ -189,7 +189,7 @@ class VideoQA:
             VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
             time of a picture, or one file of subtitles for several videos. OutOfMemory. TypeError: an unknown option.
         """
-        paths = _paths(path)
+        paths = paths_of(path)
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
         if not isinstance(cache, Cache | None):
@@ -244,8 +244,12 @@ class VideoQA:
         return together(self.engine, encoded).ask(question, **vars(options), seed=seed)
 
 
-def _paths(given: Any) -> Sequence[Path]:
-    """What was given as one path, or as several."""
+def paths_of(given: Any) -> Sequence[Path]:
+    """What was given as one path, or as several.
+
+    Raises:
+        UsageError: it is neither.
+    """
     paths = [given] if isinstance(given, str | os.PathLike) else given
     if not isinstance(paths, list | tuple) or not paths:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")

@@ -1,0 +1,123 @@
+"""What a Hugging Face processor makes of videos, pictures and a question, without torchvision.
+
+Files are read, frames taken and resized as in `VideoQA`. So its answers and those of a model that you hold are about the same
+pixels.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from os import PathLike
+
+import torch
+from transformers import BatchFeature
+
+from evoprune.language.prompt import build_prompt
+from evoprune.language.tokenizer import load_tokenizer
+from evoprune.model.config import QWEN2
+from evoprune.pipeline.loading.folder import input_limits
+from evoprune.pipeline.loading.found import find_model
+from evoprune.pipeline.options import ModelOptions, SamplingOptions, from_keywords
+from evoprune.pipeline.patches import patches_of
+from evoprune.pipeline.subtitles import check_one_file, check_picture, prompt_subtitles, subtitles_of
+from evoprune.pipeline.video_qa import paths_of
+from evoprune.video.frames import choose_decoder, read_frames
+from evoprune.video.info import PICTURE, VIDEO, VideoInfo
+from evoprune.video.plan import MAX_VISUAL_TOKENS, Plan, VideoLimits, make_plan
+from evoprune.video.probe import probe
+
+NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
+TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`
+
+
+def processor_inputs(
+    model: str | PathLike,
+    inputs: str | PathLike | Sequence[str | PathLike],
+    question: str,
+    *,
+    system: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    **sampling,
+) -> BatchFeature:
+    """The arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
+
+    Args:
+        model: "demo", a folder or a hub id: whose tokenizer, and limits of videos and pictures. No weights are read.
+        inputs: a video or a picture, or several, in the order in which the model reads them.
+        question: taken literally. `system`: a system prompt; None for the model's own.
+        revision, offline: of the model, see `VideoQA.load`.
+        sampling: options of `VideoQA.encode`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens` (default:
+            24,576), `decoder`, `subtitles`, `max_subtitle_tokens`.
+
+    Returns:
+        One prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and "mm_token_type_ids"; of
+        videos float32 `[patches, 1176]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and for Qwen2.5-VL float32
+        `[videos]` "second_per_grid_ts"; of pictures "pixel_values" and "image_grid_thw" in the same way.
+
+    Raises:
+        VideoError: an input is missing, unreadable or empty. ModelError: the model is missing, of another kind, or its chat
+            template cannot be used. UsageError: an option that makes no sense. TypeError: an unknown option.
+    """
+    (options,) = from_keywords(sampling, SamplingOptions)
+    paths = paths_of(inputs)
+    check_one_file(options.subtitles, len(paths))
+    found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
+    tokenizer, limits = load_tokenizer(found.folder), input_limits(found.folder, found.config.vision_config)
+    read = _planned(paths, options, limits)
+    lines = options.subtitles, options.max_subtitle_tokens
+    said = [(info.kind, prompt_subtitles(tokenizer, info, plan.sampling, *lines)) for info, plan in read]
+    counts = [(info.kind, plan.visual_tokens) for info, plan in read]
+    prompt = build_prompt(tokenizer, question, counts, system=system, subtitles=subtitles_of(said))
+    made = _text(prompt.input_ids, prompt.places, [kind for kind, _ in counts])
+    made |= _visual(read, limits, options.decoder)
+    if found.config.vision_config.family == QWEN2:  # whose processor does not say
+        made.pop("second_per_grid_ts", None)
+    return BatchFeature(made)
+
+
+def _planned(
+    paths: Sequence[str | PathLike], options: SamplingOptions, limits: dict[str, VideoLimits]
+) -> list[tuple[VideoInfo, Plan]]:
+    """Each input, and what is looked at of it."""
+    infos, made = [probe(path) for path in paths], []
+    videos = any(info.kind == VIDEO for info in infos)
+    for info in infos:
+        check_picture(info, options.subtitles)
+        numbers = (options.timeless if videos and info.kind == PICTURE else options).numbers
+        if numbers["max_visual_tokens"] is None:
+            numbers["max_visual_tokens"] = MAX_VISUAL_TOKENS
+        made.append((info, make_plan(info, limits[info.kind], **numbers)))
+    return made
+
+
+def _text(ids: torch.Tensor, places: Sequence[range], kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+    types = torch.zeros_like(ids)
+    for place, kind in zip(places, kinds, strict=True):
+        types[place.start : place.stop] = TYPES[kind]
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
+
+
+def _visual(
+    read: Sequence[tuple[VideoInfo, Plan]], limits: dict[str, VideoLimits], decoder: str
+) -> dict[str, torch.Tensor]:
+    """The pixels and grids of all inputs, by kind, in their order."""
+    made = {}
+    for kind, (pixels, grids) in NAMES.items():
+        mine, merge = [(info, plan) for info, plan in read if info.kind == kind], limits[kind].merge_size
+        if mine:
+            made[pixels] = torch.cat([patches for each in mine for patches in _patches(*each, limits[kind], decoder)])
+            shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for _, plan in mine]
+            made[grids] = torch.tensor(shapes, dtype=torch.int64, device="cpu")
+            if kind == VIDEO:
+                pair = limits[kind].temporal_patch_size
+                seconds = [plan.sampling.seconds_per_pair(pair) for _, plan in mine]
+                made["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
+    return made
+
+
+def _patches(info: VideoInfo, plan: Plan, limits: VideoLimits, decoder: str) -> list[torch.Tensor]:
+    """The patches of an input, chunk by chunk."""
+    source = info if info.kind == VIDEO else replace(info, width=plan.width, height=plan.height)
+    with closing(read_frames(source, plan.sampling.times_s, decoder=choose_decoder(decoder, info))) as chunks:
+        return [patches_of(chunk.frames, plan, limits) for chunk in chunks]
