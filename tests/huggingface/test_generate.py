@@ -341,6 +341,15 @@ def talk(model, inputs, further, **settings):
     return first, ids, mask
 
 
+def test_a_cache_that_was_made_without_pruning_goes_on_while_the_model_prunes(model):
+    inputs, further = processed(model, *PROMPTS["batch"]), torch.arange(10, 16)
+    first, ids, mask = talk(model, inputs, further.expand(len(inputs["input_ids"]), -1))
+    kept, second = copy.deepcopy(first.past_key_values), {"input_ids": ids, "attention_mask": mask}
+    expected = generated(model, second, past_key_values=first.past_key_values)
+    with evoprune.EvoPrune(budget=0.2)(model):
+        assert torch.equal(generated(model, second, past_key_values=kept), expected)
+
+
 @pytest.mark.parametrize("prompt", ["batch", "picture and video"])
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
