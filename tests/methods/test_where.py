@@ -58,6 +58,9 @@ def table() -> list[str]:
 def test_the_document_says_where_each_method_works():
     page = Path("docs/methods.md").read_text(encoding="utf-8")
     assert "\n".join(table()) in page, "docs/methods.md needs this table:\n" + "\n".join(table())
+    names, context = methods.built_in(), HEADER.index("`EvoPrune(...)(model)`, `apply`") - 1
+    refused = sum(facts(name)[context] == "no" for name in names)
+    assert f"there, {refused} of the {len(names)} names are refused" in " ".join(page.split())
 
 
 @pytest.mark.parametrize(
