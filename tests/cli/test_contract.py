@@ -201,7 +201,7 @@ CASES = {
     ),
     "overlay by an unknown method": fails(2, "magic", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "magic"),
     "overlay for a question": fails(
-        2, "selects for each question", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "dart"
+        2, "reads the question, and an overlay", "inspect", CLIP, "--overlay", "{tmp}/a.png", "--method", "dart"
     ),
     "overlay of a missing video": fails(3, "no such file: a.mp4", "inspect", "a.mp4", "--overlay", "{tmp}/a.png"),
     # 3: video
