@@ -122,6 +122,12 @@ def holitom(seen: EagerLayer) -> list[int]:
     return kept
 
 
+def nuwa(seen: EagerLayer) -> list[int]:
+    weights = seen.weights()
+    score = {c: max(float(sum(head[row, c] for row in (-3, -2, -1)) / 3) for head in weights) for c in seen.alive}
+    return best(score, seen.left)
+
+
 RULES = {
     "fastv": fastv,
     "pyramiddrop": pyramiddrop,
@@ -130,6 +136,7 @@ RULES = {
     "prunevid-inner": prunevid,
     "holitom-inner": holitom,
     "flashvid-inner": fastv,
+    "nuwa-inner": nuwa,
 }
 VISI = (
     "visipruner",

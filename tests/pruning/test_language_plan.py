@@ -7,7 +7,7 @@ from evoprune.methods.registry import INNER
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.language_plan import layers_before, tokens_of_layers
 
-ONE = ("fastv", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner")
+ONE = ("fastv", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner")
 
 
 def drops(name, depth, tokens, budget):
@@ -44,6 +44,7 @@ def test_published_counts_at_published_depths():
     assert drops("prunevid-inner", 32, 1000, 0.4) == [(11, 400)]
     assert drops("holitom-inner", 28, 1000, 0.5) == [(18, 500)]
     assert drops("flashvid-inner", 28, 1000, 0.3) == [(20, 300)]
+    assert drops("nuwa-inner", 28, 1000, 0.42) == [(15, 420)]
     plan = methods.get("visipruner").drops(32, 576, 0.1)
     assert (plan.blind, plan.looks[0], plan.looks[-1], plan.drops[0].after) == (6, 8, 31, 16)
 
