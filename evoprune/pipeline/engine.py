@@ -53,6 +53,11 @@ class Engine:
         depth = self.loaded.model.config.text_config.num_hidden_layers
         return self.method.prompt_columns(depth, tokens, text, self.budget)
 
+    def prompt_work(self, tokens: int, text: int) -> int | list[tuple[int, ...]]:
+        """The same for the cost, as `Method.prompt_work`."""
+        depth = self.loaded.model.config.text_config.num_hidden_layers
+        return self.method.prompt_work(depth, tokens, text, self.budget)
+
     @property
     def seed(self) -> int:
         return self.options.seed

@@ -123,12 +123,12 @@ class Estimate:
         flop += prefill_flop(self._config.text_config, self._prompt(row, plan.keep))
         return flop / self._rate + (self._settings.new_tokens - 1) * self._language / self._bytes_rate
 
-    def _prompt(self, row: Row, tokens: int) -> int | tuple[int, ...]:
-        """Columns of the prompt in each layer of the language model, or in all."""
+    def _prompt(self, row: Row, tokens: int) -> int | list[tuple[int, ...]]:
+        """Columns of the prompt, as `Method.prompt_work`."""
         text, depth = TEXT_BEFORE + TEXT_AFTER, self._config.text_config.num_hidden_layers
         if row.kind != METHOD:
             return tokens + text
-        return methods.get(row.method, self._settings.method_args).prompt_columns(depth, tokens, text, row.budget)
+        return methods.get(row.method, self._settings.method_args).prompt_work(depth, tokens, text, row.budget)
 
     def preparing(self, kinds: Collection[str]) -> float:
         """Seconds until the first turn, with these quantisations of the weights."""
