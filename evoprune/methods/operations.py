@@ -36,7 +36,7 @@ class Operations(LanguageMethod):
 
     @property
     def args(self) -> dict[str, Any]:
-        return {"share": self.share}
+        return {"share": self.share, "recipe": self.recipe and self.recipe.digest}
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         recipe = self.recipe

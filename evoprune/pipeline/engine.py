@@ -9,6 +9,7 @@ from evoprune.methods.base import Method
 from evoprune.methods.inflection import by_inflection
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import AUTO, AUTO_INFLECTION, AUTO_MOST, AUTOS
 
@@ -85,10 +86,11 @@ def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float 
     """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
     Raises:
-        UsageError: as `make_method`; the model was never tuned, or its setting is damaged.
+        UsageError: as `make_method` and `recipes.of_model`; the model was never tuned, or its setting is damaged.
     """
     options, tuned = resolve(options, loaded.id, lambda: loaded.weights_fingerprint)
-    return Engine(loaded, options, make_method(options), load_seconds, tuned)
+    method = of_model(make_method(options), loaded.id, lambda: loaded.weights_fingerprint)
+    return Engine(loaded, options, method, load_seconds, tuned)
 
 
 def unpruned(engine: Engine) -> Engine:

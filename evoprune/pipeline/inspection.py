@@ -16,6 +16,7 @@ from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.on_disk import KnownModel
 from evoprune.pipeline.memory_check import TEXT, encoding_bytes
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.recipes import of_model
 from evoprune.pruning.budget import AUTO_MOST, AUTOS, PRESETS, keep_count
 from evoprune.video.plan import STILL, Plan
 from evoprune.video.probe import VideoInfo
@@ -129,10 +130,12 @@ def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
         plan: of the whole video, from `plan.make_plan`.
 
     Raises:
-        UsageError: as `make_method`; a budget of "tuned" for weights that were never tuned, or are not on this machine.
+        UsageError: as `make_method` and `recipes.of_model`; a budget of "tuned" for weights that were never tuned, or are not on
+            this machine.
     """
     pruning, _ = tuned.resolve(pruning, model.id, lambda: model.weights_fingerprint)
-    method, budget = make_method(pruning), AUTO_MOST if pruning.budget in AUTOS else pruning.budget
+    method = of_model(make_method(pruning), model.id, lambda: model.weights_fingerprint)
+    budget = AUTO_MOST if pruning.budget in AUTOS else pruning.budget
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
     prompt = method.prompt_columns(model.config.text_config.num_hidden_layers, encoder.keep, TEXT, budget)
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))

@@ -6,6 +6,7 @@ Leaving out one of all leaves out that of the rest. A token without an operation
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.language_plan import KINDS, Drop, Groups, LanguagePlan
@@ -44,6 +45,11 @@ class Recipe:
         for layer, group, kind in (operation for step in self.steps for operation in step):
             if not self.after <= layer < self.depth or group not in (ALL, REST) or kind not in KINDS:
                 raise ValueError(f"there is no operation {[layer, group, kind]}")
+
+    @property
+    def digest(self) -> str:
+        """Twelve digits that name this recipe in reports."""
+        return sha256(repr(self).encode()).hexdigest()[:12]
 
     def removed(self, budget: float) -> frozenset[Operation]:
         """The operations of the fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""

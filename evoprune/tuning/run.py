@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 import evoprune
 from evoprune.errors import UsageError, error_record
@@ -102,6 +102,18 @@ class Tuning:
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""
         self.loaded = load_model(self.settings.model, to_answer=True, progress=progress)
+
+    schema: ClassVar[str] = "evoprune/tune@1"
+
+    @property
+    def has_results(self) -> bool:
+        """Whether anything was tried."""
+        return any(scores.tokens for scores in self.known.values())
+
+    @property
+    def worth_saving(self) -> bool:
+        """Whether a setting passes."""
+        return recommended(result_rows(self.known, self.settings.agree)) is not None
 
     @property
     def left_s(self) -> float:
