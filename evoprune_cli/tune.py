@@ -73,9 +73,7 @@ def tune(
     evoprune tune *.mp4 -m DIR --operations
     """
     check_output()
-    if operations and (method or chart or agree != AGREE):
-        hint = "leave out --agree, --method and --chart; the budget is chosen when the recipe is used"
-        raise UsageError("--operations finds an order for all budgets", hint)
+    _check_alone(operations and (method or chart or agree != AGREE))
     check_chart(chart)
     check_writable(output)
     asked = {
@@ -101,7 +99,9 @@ def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool, operati
             from evoprune.tuning.run import Settings, Tuning
 
             asked = {name: value for name, value in asked.items() if value is not None}
-            tuning = (OperationTuning if operations else Tuning)(Settings(**asked, model=options.model, sampling=options.sampling))
+            tuning = (OperationTuning if operations else Tuning)(
+                Settings(**asked, model=options.model, sampling=options.sampling)
+            )
             show("loading model")
             tuning.load(lambda done, total: show("quantizing", done, total))
             tuning.run(show, lambda text: quiet or note(text))
@@ -113,6 +113,13 @@ def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool, operati
         raise
     document = deliver(tuning)
     return SOME_FAILED if document["failures"] else 0
+
+
+def _check_alone(more: Any) -> None:
+    """Refuses options that the search for a recipe has no use for."""
+    if more:
+        hint = "leave out --agree, --method and --chart; the budget is chosen when the recipe is used"
+        raise UsageError("--operations finds an order for all budgets", hint)
 
 
 def _there(videos: list[str]) -> tuple[str, ...]:

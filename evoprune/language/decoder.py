@@ -220,10 +220,8 @@ def _layer(
         asking = fed = sees = None
     q, bias = _at(h, asking), _at(bias, keyed)
     queries = rotate(attention.q_proj(q).view(1, len(q), -1, dim), _at(cos, asking), _at(sin, asking))
-    if blind is None:
-        seen = _attend(queries, keys, values, bias, sees)
-    else:
-        seen = _attend_blind(queries, keys, values, bias, *blind)
+    given = queries, keys, values, bias
+    seen = _attend(*given, sees) if blind is None else _attend_blind(*given, *blind)
     x = _put(x, asking, linear(attention.o_proj, seen, plus=_at(x, asking)))
     old = _at(x, fed)
     h = norm(old, layer.post_attention_layernorm.weight, eps)

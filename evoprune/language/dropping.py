@@ -61,7 +61,9 @@ class Dropping:
         self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
         self._memory: dict = {}
-        self._key: torch.Tensor | None = None  # bool, which visual tokens are in the key group; None before that is known
+        self._key: torch.Tensor | None = (
+            None  # bool, which visual tokens are in the key group; None before that is known
+        )
         self.dropped: list[tuple[int, int]] = []
         self.timer = Timer(embeds.device)
 
@@ -98,14 +100,14 @@ class Dropping:
         groups = self._plan.groups
         if groups is None or self._key is None or all(len(kinds) == len(KINDS) for kinds in groups.done[layer]):
             return None
-        masks, rest, found = {}, len(self._visual) - groups.key, []
+        work = dict(zip(KINDS, self._plan.work[layer], strict=True))
+        masks, found = {}, {}
         for kind in KINDS:
             key_too, rest_too = (kind in kinds for kinds in groups.done[layer])
-            stays = self._key & key_too | ~self._key & (rest_too and rest > 0)
+            stays = torch.full_like(self._key, key_too) if key_too == rest_too else self._key == key_too
             masks[kind] = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
-            count = columns - len(stays) + key_too * (len(stays) - rest) + rest_too * rest
-            found.append(true_indices(masks[kind], count))
-        return Rows(*found, masks["keys"].cumsum(0)[found[KINDS.index("queries")]])
+            found[kind] = true_indices(masks[kind], columns - len(stays) + work[kind])
+        return Rows(**found, seen=masks["keys"].cumsum(0)[found["queries"]])
 
     def drop(
         self,

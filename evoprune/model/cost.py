@@ -56,7 +56,9 @@ def prefill_flop(config, length: int | Sequence[int | Sequence[int]]) -> float:
     total = 2.0 * h * config.vocab_size
     for each in lengths:
         keys, queries, mlp = (each,) * 3 if isinstance(each, int) else each
-        total += 4 * h * (key_value * keys + h * queries) + 6 * h * config.intermediate_size * mlp + 2 * keys * queries * h
+        total += (
+            4 * h * (key_value * keys + h * queries) + 6 * h * config.intermediate_size * mlp + 2 * keys * queries * h
+        )
     return total
 
 
@@ -85,7 +87,9 @@ def matmul_rate(
     return best
 
 
-def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int | Sequence[int]]) -> float:
+def estimate_first_token(
+    model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int | Sequence[int]]
+) -> float:
     """Seconds until the first token on a CPU: a rough estimate.
 
     Args:

@@ -1,4 +1,4 @@
-"""Recipes of operation pruning, kept for each model as its tuned setting is, and how a method comes by that of its model. No torch."""
+"""Recipes of operation pruning, kept for each model as its tuned setting is; how a method comes by that of its model. No torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,8 +6,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.keywords import check_types
 from evoprune.pipeline.kept import Shelf
+from evoprune.pipeline.keywords import check_types
 from evoprune.pruning.operations import Recipe
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ class KeptRecipe:
         steps = len(self.made().steps)
         for values in (self.kl, self.agree):
             numbers = [value for value in values if value is not None] if isinstance(values, list) else None
-            if numbers is None or len(values) != steps or not all(isinstance(n, int | float) and n >= 0 for n in numbers):
+            if (
+                numbers is None
+                or len(values) != steps
+                or not all(isinstance(n, int | float) and n >= 0 for n in numbers)
+            ):
                 raise ValueError("kl and agree must hold a number of at least 0, or null, for each step")
 
     def made(self) -> Recipe:

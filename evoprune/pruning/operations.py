@@ -62,14 +62,18 @@ class Recipe:
 
     def share(self, removed: Collection[Operation]) -> float:
         """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
-        weight, later = dict(zip(KINDS, self.weights, strict=True)), self._done(removed)[self.after :]
+        weight, later = dict(zip(KINDS, self.weights, strict=True)), range(self.after, self.depth)
+
+        def work(done: Done) -> float:
+            return sum(
+                weight[kind] * size
+                for n in later
+                for size, of in zip(groups, done[n], strict=True)
+                for kind in sorted(of)
+            )
+
         groups = (self.key, 1 - self.key)
-        left = sum(
-            size * sum(weight[kind] for kind in kinds)
-            for layer in later
-            for size, kinds in zip(groups, layer, strict=True)
-        )
-        return left / (sum(self.weights) * max(1, len(later)))
+        return work(self._done(removed)) / work(self._done(())) if later else 1.0
 
     def plan(self, tokens: int, removed: Collection[Operation]) -> LanguagePlan:
         """The plan for so many visual tokens. A group that no later layer reads leaves for good."""

@@ -196,7 +196,7 @@ class OperationTuning:
 
 
 def weights(config) -> tuple[float, float, float]:
-    """The share of a layer's work on a token that keys and values, queries and output, and the MLP are; `config`: a `TextConfig`."""
+    """What share of a layer's work on a token keys and values, queries and output, and the MLP are; `config`: a `TextConfig`."""
     hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
     work = 2 * hidden * head * config.num_key_value_heads, 2 * hidden * hidden, 3 * hidden * config.intermediate_size
     return tuple(each / sum(work) for each in work)

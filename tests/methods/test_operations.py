@@ -37,7 +37,9 @@ def by_the_book(eager: Eager, removed) -> torch.Tensor:
     rest: list[int] = []
     for layer in range(eager.config.num_hidden_layers):
         at = f"model.language_model.layers.{layer}"
-        without = {kind: VISUAL if (layer, ALL, kind) in removed else rest * ((layer, REST, kind) in removed) for kind in KINDS}
+        without = {
+            kind: VISUAL if (layer, ALL, kind) in removed else rest * ((layer, REST, kind) in removed) for kind in KINDS
+        }
         q, k, v = (eager.project(layer, x, kind) for kind in "qkv")
         q, k = eager.turn(q), eager.turn(k)
         eager.cached.append((k, v, [column for column in VISUAL if column not in without["keys"]]))
@@ -68,7 +70,7 @@ CASES = {
     "one-mlp": ((5, ALL, "mlp"),),
     "keys-and-queries-of-all": ((3, ALL, "keys"), (4, ALL, "queries")),
     "the-rest-leaves": tuple((layer, REST, kind) for layer in range(4, DEPTH) for kind in KINDS),
-    "both-leave": tuple((layer, ALL, kind) for layer in range(5, DEPTH) for kind in KINDS) + ((6, REST, "keys"),),
+    "both-leave": (*((layer, ALL, kind) for layer in range(5, DEPTH) for kind in KINDS), (6, REST, "keys")),
     "everything": tuple(EVERY),
     "the-top-keys": ((DEPTH - 1, ALL, "keys"),),
     **{f"random-{seed}": some(seed, 1 + 5 * seed) for seed in range(6)},
@@ -177,7 +179,7 @@ def test_few_visual_tokens(tokens):
     ],
 )
 def test_recipes_that_cannot_be(wrong):
-    with pytest.raises(ValueError, match="must be|no operation"):
+    with pytest.raises(ValueError, match=r"must be|no operation"):
         replace(recipe_of(), **wrong)
 
 
