@@ -4,7 +4,7 @@ A setting is a file named by the fingerprint of the model's weights (pipeline/ke
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -95,13 +95,16 @@ _SHELF = Shelf(TUNED, SCHEMA, Tuned, "tuned setting", "evoprune tune")
 find, every, save, remove = _SHELF.find, _SHELF.every, _SHELF.save, _SHELF.remove
 
 
-def matching(text: str) -> list[tuple[str, Tuned | UsageError]]:
+def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str, Any]]:
     """The settings that a text names: "all", the name of a model, or the beginning of a fingerprint.
+
+    Args:
+        more: what else is kept for models, of which those without a setting are named the same way.
 
     Raises:
         UsageError: it names none, or more than one without being "all".
     """
-    settings = every()
+    settings = [*(dict(more) | dict(every())).items()] if more else every()
     if text == ALL:
         return settings
     found = [(f, s) for f, s in settings if text and (getattr(s, "model", None) == text or f.startswith(text))]
