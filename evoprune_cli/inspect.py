@@ -300,7 +300,7 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
 
 
 def _tuned_lines(title: str, settings: list[dict]) -> list[str]:
-    """Two lines for each tuned setting or recipe: what it is of, and what it is. Fingerprints are cut: their beginning names them."""
+    """Two lines for each tuned setting or recipe: what it is of, and what it is. Fingerprints are cut; the beginning names them."""
     made = [title if settings else f"{title:<{TITLE}}none"]
     for setting in settings:
         made.append(f"  {setting['fingerprint'][:12]}  {setting['model'] or 'unknown'}")
