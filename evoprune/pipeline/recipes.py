@@ -1,17 +1,15 @@
-"""Recipes of operation pruning, kept for each model as its tuned setting is; how a method comes by that of its model. No torch."""
+"""Recipes of operation pruning, kept for each model as its tuned setting is; and how a method comes by that of its model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
+from evoprune.methods.base import Method
+from evoprune.methods.operations import Operations
 from evoprune.pipeline.kept import Shelf
 from evoprune.pipeline.keywords import check_types
 from evoprune.pruning.operations import Recipe
-
-if TYPE_CHECKING:
-    from evoprune.methods.base import Method
 
 SCHEMA = "evoprune/operations@1"
 
@@ -78,7 +76,7 @@ _SHELF = Shelf("operations", SCHEMA, KeptRecipe, "recipe of operations", "evopru
 find, every, save, remove = _SHELF.find, _SHELF.every, _SHELF.save, _SHELF.remove
 
 
-def of_model(method: "Method", name: str | None, weights: Callable[[], str]) -> "Method":
+def of_model(method: Method, name: str | None, weights: Callable[[], str]) -> Method:
     """A method with the recipe of a model, where it, or what it holds, follows one; other methods unchanged.
 
     Args:
@@ -89,7 +87,7 @@ def of_model(method: "Method", name: str | None, weights: Callable[[], str]) -> 
         UsageError: the model has no recipe, or it is damaged. Whatever `weights` raises.
     """
     inner = method.language
-    if getattr(inner, "recipe", Recipe) is not None:
+    if not isinstance(inner, Operations) or inner.recipe:
         return method
     if (kept := find(weights())) is None:
         hint = f"evoprune tune VIDEO... --operations -m {name or 'MODEL'} finds one"

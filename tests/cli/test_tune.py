@@ -50,6 +50,7 @@ def test_a_table_a_chart_and_a_setting_that_is_used(tune, cli, tiny_folder, tmp_
 def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     ask = ("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-n", "2", "--method", "operations")
     assert "there is none for" in cli(*ask, "-b", "0.3").err
+    assert "there is none for" in tune("--method", "evoprune+operations").err
     result = tune("--operations", "-o", tmp_path / "t.json")
     assert result.code == 0 and result.err == "" and all(len(line) <= 80 for line in result.out.splitlines())
     document = json.loads((tmp_path / "t.json").read_text())
