@@ -73,7 +73,8 @@ class Recipe:
             )
 
         groups = (self.key, 1 - self.key)
-        return work(self._done(removed)) / work(self._done(())) if later else 1.0
+        # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
+        return round(work(self._done(removed)) / work(self._done(())), 9) if later else 1.0
 
     def plan(self, tokens: int, removed: Collection[Operation]) -> LanguagePlan:
         """The plan for so many visual tokens. A group that no later layer reads leaves for good."""

@@ -147,6 +147,13 @@ def test_a_budget_is_the_share_of_the_work_that_is_left():
     assert half.share(half.removed(1e-9)) == pytest.approx(1 - 0.75 * 0.7 * 5 / 6)
 
 
+def test_a_share_that_is_a_budget_but_for_rounding_fits():
+    for depth in range(2, 40):
+        steps = tuple((layer, REST, kind) for layer in range(1, depth) for kind in KINDS), ((depth - 1, ALL, "keys"),)
+        recipe = Recipe(depth, 1, 0.25, (0.028, 0.11, 0.862), steps)
+        assert recipe.share(()) == 1 and recipe.removed(0.25) == frozenset(steps[0])
+
+
 @pytest.mark.parametrize("removed", CASES.values(), ids=CASES)
 def test_what_follows_for_nothing_changes_neither_plan_nor_cost(removed):
     recipe, both = recipe_of(), closed(removed, DEPTH)
