@@ -59,7 +59,8 @@ class Pruning:
     """`layers`: for every layer of the tower, its number and the rows it computed; `encoder_rows`: what the last one left.
 
     `language_layers`: for every layer of the language model, its number and the visual tokens it read, where a method drops some
-    inside it; None where every layer reads `visual_tokens_kept`.
+    inside it; None where every layer reads `visual_tokens_kept`. `language_work`: for every layer, its number and the visual tokens
+    whose keys and values, queries and output, and MLP it computed, where these differ; None where they do not.
 
     `tuned`: of the tuned setting that method and budget come from, when it was found (`created_utc`), the agreement that was asked
     (`agree`), the lower end of what was measured (`low`), and on how many `videos` and `questions`; None if they were given.
@@ -78,6 +79,7 @@ class Pruning:
     positions: str | None = None
     tuned: dict[str, Any] | None = None
     language_layers: list[list[int]] | None = None
+    language_work: list[list[int]] | None = None
 
 
 @dataclass

@@ -226,12 +226,13 @@ def _verbose(report) -> list[str]:
     env, times, pruning, grid = report.env, report.time_ms, report.pruning, report.sampling.grid_thw
     loads = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "preparing": times.load_prepare}
     pairs, rows, wide = grid or (0, 0, 0)
-    said, read = report.subtitles, pruning.language_layers
+    said, read, work = report.subtitles, pruning.language_layers, pruning.language_work
     return [
         *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
         *_wrapped("grid", [counted(pairs, "frame pair"), "of", f"{rows}x{wide}", "patches"] if grid else ["unknown"]),
         *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
         *(_wrapped("read", [f"{layer}:{tokens:,}" for layer, tokens in read]) if read else []),
+        *(_wrapped("work", [f"{layer}:{k:,}/{q:,}/{m:,}" for layer, k, q, m in work]) if work else []),
         *_wrapped("kept", [f"{n:,}" for n in pruning.kept_per_pair or []]),
         *([_subtitles(said)] if said else []),
         *_wrapped("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),

@@ -14,7 +14,7 @@ from evoprune.errors import UsageError
 from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import DEFAULT
 from evoprune.report import VideoFacts
-from evoprune.text import budget_text, clock, size
+from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
 from evoprune_cli import inspect_options as own
 from evoprune_cli import options as opt
@@ -137,14 +137,17 @@ def _clear_cache() -> None:
 
 
 def _forget_tuned(text: str) -> list[dict]:
-    """Deletes the tuned settings that a text names; their facts."""
-    from evoprune.pipeline.inspection import tuned_facts
-    from evoprune.pipeline.tuned import matching, remove
+    """Deletes the tuned settings and recipes that a text names; their facts."""
+    from evoprune.pipeline import recipes, tuned
+    from evoprune.pipeline.inspection import recipe_facts, tuned_facts
 
-    named = matching(text)
-    for fingerprint, _ in named:
-        remove(fingerprint)
-    return tuned_facts(named)
+    named, forgotten = {fingerprint for fingerprint, _ in tuned.matching(text, recipes.every())}, []
+    for shelf, facts in ((tuned, tuned_facts), (recipes, recipe_facts)):
+        found = [(fingerprint, kept) for fingerprint, kept in shelf.every() if fingerprint in named]
+        for fingerprint, _ in found:
+            shelf.remove(fingerprint)
+        forgotten += facts(found)
+    return forgotten
 
 
 def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
@@ -271,7 +274,7 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
             fates = ", ".join(f"{value[fate]:,} {fate}" for fate in ("read", "reused", "merged", "dropped"))
             budget = budget_text(value["budget"])
             made.append(f"{'':<{TITLE}}{value['method']} -b {budget}; {value['units']:,} units: {fates}")
-        elif name in ("tuned", "forgotten"):
+        elif name in ("tuned", "recipes", "forgotten"):
             made += _tuned_lines(title, value)
         elif name == "presets":
             made.append(title)
@@ -297,12 +300,16 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
 
 
 def _tuned_lines(title: str, settings: list[dict]) -> list[str]:
-    """Two lines for each tuned setting: what it is of, and what it is. Fingerprints are cut, as their beginning names them."""
+    """Two lines for each tuned setting or recipe: what it is of, and what it is. Fingerprints are cut; the beginning names them."""
     made = [title if settings else f"{title:<{TITLE}}none"]
     for setting in settings:
         made.append(f"  {setting['fingerprint'][:12]}  {setting['model'] or 'unknown'}")
         if setting["damaged"]:
             made.append(f"    {setting['damaged']}")
+            continue
+        if "method" not in setting:
+            asked = f"{counted(setting['questions'], 'question')} about {counted(setting['videos'], 'video')}"
+            made.append(f"    recipe of operations from {asked}, {setting['created_utc'][:10]}")
             continue
         measured = f"agreement {100 * setting['agreement']:.1f}% (at least {100 * setting['low']:.1f}%)"
         made.append(f"    {setting['method']} -b {setting['budget']:g}, {measured}, {setting['created_utc'][:10]}")

@@ -36,7 +36,7 @@ ForgetTuned = Annotated[
     typer.Option(
         "--forget-tuned",
         metavar="NAME|FINGERPRINT|all",
-        help="First delete the tuned setting of a model, by its name or the beginning of its fingerprint; or all of them.",
+        help="First delete the tuned setting and the recipe of a model, by its name or the beginning of its fingerprint; or all.",
         show_default=False,
     ),
 ]

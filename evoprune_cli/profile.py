@@ -121,18 +121,21 @@ def _measured(
     begun = time.perf_counter()
     show("loading libraries")
     check_libraries()
+    from evoprune.pipeline.loading.found import find_model
     from evoprune.pipeline.options import ModelOptions
+    from evoprune.pipeline.recipes import of_model
     from evoprune.profiling import bench, run, settings, time_limit, weights
 
-    for name in {*asked["methods"]} - {"none"}:
-        methods.get(name, asked["method_args"])
-    swept = settings.Settings(**asked)
     loading = loading | {"load_format": loading["load_format"] or weights.default_load_format(model)}
     options, how = ModelOptions(model, **loading), {}
+    bind = partial(of_model, name=model, weights=lambda: find_model(options).weights_fingerprint)
+    for name in {*asked["methods"]} - {"none"}:
+        bind(methods.get(name, asked["method_args"]))
+    swept = settings.Settings(**asked)
     usual = swept.time_limit_s
     limit = time_limit.TimeLimit(usual if seconds is None else seconds, begun=begun, firm=seconds is not None)
     if found := weights.describe(options):
-        estimate = time_limit.Estimate(*found[:2], swept, *found[2:])
+        estimate = time_limit.Estimate(*found[:2], swept, *found[2:], bind)
         rows = time_limit.choose_rows(bench.all_rows(cases, swept), swept.quantize, estimate, limit)
         how = {"rows": rows, "estimated": estimate.row}
     swept = replace(swept, time_limit_s=limit.seconds)

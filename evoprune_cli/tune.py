@@ -23,16 +23,18 @@ from evoprune_cli.terminal import WIDTH, check_output, note, progress
 
 SCHEMA = "evoprune/tune@1"
 SOME_FAILED = 6
+AGREE = 0.98
 
 
 def tune(
     videos: own.Videos,
     questions: own.Questions = None,
     question_file: own.QuestionFile = None,
-    agree: own.Agree = 0.98,
+    agree: own.Agree = AGREE,
     time_limit: own.TimeLimit = 600,
     budget: own.Budgets = None,
     method: own.Methods = None,
+    operations: own.Operations = False,
     model: opt.Model = "demo",
     revision: opt.Revision = None,
     device: opt.Device = "auto",
@@ -61,12 +63,17 @@ def tune(
     it would have chosen as the unpruned model did, and by the time to the first token. The fastest one that passes is saved for
     this model; -b tuned uses it. Exit code 6: done, but some videos failed.
 
+    With --operations it finds the recipe of the method operations instead: in which order a model's layers can leave out operations
+    on visual tokens.
+
     \b
     evoprune tune *.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune tune *.mp4 -Q "What does the sign say?" --agree 0.95 -m DIR
     evoprune tune *.mp4 -m DIR --time-limit 1800 --chart tune.svg
+    evoprune tune *.mp4 -m DIR --operations
     """
     check_output()
+    _check_alone(operations and (method or chart or agree != AGREE))
     check_chart(chart)
     check_writable(output)
     asked = {
@@ -78,31 +85,41 @@ def tune(
         methods.check(name)
     given = {**locals(), "budget": 1.0, "method": methods.DEFAULT}
     deliver = partial(_deliver, json=json, output=output, chart=chart, save=not no_save)
-    return _run(asked, opt.pipeline_options(given), deliver, quiet)
+    return _run(asked, opt.pipeline_options(given), deliver, quiet, operations)
 
 
-def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool) -> int:
-    """Tunes and delivers; of a run that breaks off, what is known by then."""
+def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool, operations: bool) -> int:
+    """Tunes and delivers; of a run that breaks off, what is known by then. `operations`: finds a recipe, not a setting."""
     tuning = None
     try:
         with progress(not quiet) as show:
             show("loading libraries")
             check_libraries()
+            from evoprune.tuning.operations_run import OperationTuning
             from evoprune.tuning.run import Settings, Tuning
 
             asked = {name: value for name, value in asked.items() if value is not None}
-            tuning = Tuning(Settings(**asked, model=options.model, sampling=options.sampling))
+            tuning = (OperationTuning if operations else Tuning)(
+                Settings(**asked, model=options.model, sampling=options.sampling)
+            )
             show("loading model")
             tuning.load(lambda done, total: show("quantizing", done, total))
             tuning.run(show, lambda text: quiet or note(text))
     except BaseException as problem:
-        if tuning is not None and any(scores.tokens for scores in tuning.known.values()):
+        if tuning is not None and tuning.has_results:
             with suppress(UsageError):  # the first problem is the one to report
                 deliver(tuning, failure(problem))
             problem.reported = True
         raise
     document = deliver(tuning)
     return SOME_FAILED if document["failures"] else 0
+
+
+def _check_alone(more: Any) -> None:
+    """Refuses options that the search for a recipe has no use for."""
+    if more:
+        hint = "leave out --agree, --method and --chart; the budget is chosen when the recipe is used"
+        raise UsageError("--operations finds an order for all budgets", hint)
 
 
 def _there(videos: list[str]) -> tuple[str, ...]:
@@ -140,10 +157,11 @@ def _deliver(
     tuning, error: dict | None = None, *, json: bool, output: str | None, chart: str | None, save: bool
 ) -> dict[str, Any]:
     """Saves, prints, writes and draws the results; returns them. `error`: what cut the run short."""
-    from evoprune_cli.tune_tables import draw_chart, table
+    from evoprune_cli.tune_tables import draw_chart, operations_table, table
 
-    document, problem = tuning.document(error) | {"saved": None}, None
-    if save and error is None and document["recommended"]:
+    document, problem = {"schema": tuning.schema} | tuning.document(error) | {"saved": None}, None
+    table = operations_table if "steps" in document else table
+    if save and error is None and tuning.worth_saving:
         try:
             document["saved"] = str(tuning.save())
         except UsageError as unsaved:  # what was measured is printed first

@@ -64,6 +64,14 @@ Methods = Annotated[
         rich_help_panel=SWEEP,
     ),
 ]
+Operations = Annotated[
+    bool,
+    typer.Option(
+        "--operations",
+        help="Find the recipe of the method operations for this model instead.",
+        rich_help_panel=SWEEP,
+    ),
+]
 TimeLimit = Annotated[
     float,
     typer.Option(

@@ -37,16 +37,44 @@ COLUMNS: dict[str, tuple[Callable[[dict], str], str]] = {
 DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where the terminal has too few characters
 
 
-def table(document: dict, width: int = 80) -> str:
-    """The results, no line longer than `width` if that is possible."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    model, videos, settings = document["model"], document["videos"], document["settings"]
+def _heading(document: dict, width: int) -> list[str]:
+    """What was tuned, and on what."""
+    model, videos = document["model"], document["videos"]
     lines = [
         f"{one_line(model['id'])}, {model['dtype']}, {model['device']}",
         f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')} about "
         f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s",
     ]
-    lines = [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+
+
+def operations_table(document: dict, width: int = 80) -> str:
+    """What each budget of a recipe costs."""
+    lines = _heading(document, width)
+    if document["rows"]:
+        lines += ["", f"{'':<8}{'work':>8}{'operations':>12}{'KL':>10}{'agree':>9}"]
+        for row in document["rows"]:
+            measured = "not measured" if row["kl"] is None else f"{row['kl']:>10.3f}{100 * row['agree']:>8.1f}%"
+            lines.append(f"-b {row['budget']:<5g}{100 * row['share']:>7.1f}%{row['operations']:>12,}{measured}")
+        said = (
+            "work: what is left of the work on visual tokens in the layers that leave some out; operations: left out; KL: mean of "
+            "KL(unpruned, pruned) in nats a token; agree: tokens with the same first choice"
+        )
+        lines += ["", *textwrap.wrap(said, width, subsequent_indent="  ")]
+    else:
+        lines.append("no recipe was found: too little time")
+    lines += [f"failed: {one_line(found['video'])}: {one_line(found['message'])}" for found in document["failures"]]
+    if document["error"]:
+        lines += textwrap.wrap(f"{document['error']['message']}: not everything was measured", width)
+    if document["saved"]:
+        lines += ["", "saved for this model: --method operations uses it"]
+    return "\n".join(lines) + "\n"
+
+
+def table(document: dict, width: int = 80) -> str:
+    """The results, no line longer than `width` if that is possible."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    settings, lines = document["settings"], _heading(document, width)
     said = [_verdict(document)]
     if document["rows"]:
         made, titles = _fitting(document, console, width)

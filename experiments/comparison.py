@@ -34,8 +34,11 @@ BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
 
 
 def compared() -> list[str]:
-    """The rows: methods by name, this package's own first, then `evoprune` and each selector after the tower with reuse."""
-    names = [name for name in methods.built_in() if name != "none"]
+    """The rows: methods by name, this package's own first, then `evoprune` and each selector after the tower with reuse.
+
+    Without `operations`, for which each model must have a recipe: `--method` adds it.
+    """
+    names = [name for name in methods.built_in() if name not in ("none", "operations")]
     return [*names, f"{OURS}:depth=1", *(f"{REUSE}+{name}" for name in names if methods.get(name).acts == "after")]
 
 

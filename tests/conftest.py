@@ -33,8 +33,12 @@ def config(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """A tiny model's folder, not to be touched."""
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    """A tiny model's folder, not to be touched. The model has a recipe of operations."""
+    from tests.recipes import keep_recipe
+
+    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    keep_recipe(folder)
+    return folder
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 The run's own tower says how many rows it computed in each layer. These counts are stretched to the 3B's 32 layers by relative
 depth: layer l of 32 takes the count of layer floor(l * depth / 32) of a tower with `depth` layers. The prompt's true length is
-used as it is; where tokens leave inside the language model, that of each layer, by relative depth again. Scoring and merging, a
-few percent of the tower, are left out.
+used as it is; where tokens leave inside the language model, or its layers compute less for them, that of each layer, by relative
+depth again. Scoring and merging, a few percent of the tower, are left out.
 """
 
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
@@ -36,7 +36,12 @@ class Cost:
         """The cost of an answered question, as fields of a sample. `tflop`: 10^12 multiplications and additions."""
         pruning, tokens, depth = report.pruning, report.tokens, self._text.num_hidden_layers
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
-        prompt = [tokens.text + count for count in stretched(read, depth)] if pruning.language_layers else tokens.prompt
+        work = pruning.language_work or [[layer, *[count] * 3] for layer, count in pruning.language_layers or []]
+        prompt = (
+            [[tokens.text + count for count in counts] for _, *counts in stretched(work, depth)]
+            if work
+            else tokens.prompt
+        )
         prefill = prefill_flop(self._text, prompt) / 1e12
         return {
             "units": pruning.visual_tokens_in,

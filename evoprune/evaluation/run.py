@@ -36,6 +36,7 @@ from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import resolve
 from evoprune.pruning.budget import TUNED
 
@@ -167,8 +168,10 @@ class Evaluation:
         self.loaded: LoadedModel | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises."""
-        self.loaded = load_model(self._found or self.settings.model, progress=progress)
+        """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
+        self.loaded = loaded = load_model(self._found or self.settings.model, progress=progress)
+        for name in {variant.method for variant in self.variants}:
+            of_model(methods.get(name), loaded.id, lambda: loaded.weights_fingerprint)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on. With `resume` it is the folder of an earlier run, whose samples are kept.

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from evoprune.language.dropping import Dropping
+from evoprune.language.dropping import Dropping, Rows
 from evoprune.language.norm_rotary import norm, rotate, rotation
 from evoprune.model.autocast import without_autocast
 from evoprune.model.linear import linear
+from evoprune.pruning.indices import ascending
 
 STRIP = 1024  # query columns that share one mask
 
@@ -157,15 +158,18 @@ def forward(
     for i, layer in enumerate(text.layers):
         if not i or every[i] is not every[i - 1]:
             bias = None if every[i] is None else every[i].log().to(x.dtype)
-        entered.append(len(x))
         blind = dropping.blind(i, len(x)) if dropping else None
+        rows = dropping.rows(i, len(x)) if dropping else None
+        entered.append(len(x if rows is None else rows.keys))
         entering = x
-        x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind)
+        x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind, rows)
         if dropping and dropping.looks(i + 1):
             x, stay = dropping.drop(i + 1, entering, x, places, bias, *seen)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
-                every[i + 1 :] = [None if every[i] is None else every[i][stay]] * (len(every) - i - 1)
+                every[i + 1 :] = [_at(every[i], stay)] * (len(every) - i - 1)
+        if rows is not None:
+            every[i] = _at(every[i], rows.keys)
     hidden = norm(x, text.norm.weight, config.rms_norm_eps)
     cache.add(columns, entered, every)
     return hidden
@@ -197,32 +201,59 @@ def _layer(
     bias: torch.Tensor | None,
     last: int,
     blind: tuple[torch.Tensor, int] | None,
+    rows: Rows | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values."""
+    """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
+
+    With `rows`, keys, queries and MLP are those of some columns only; the others keep their state.
+    """
     attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
-    columns, dim, (cos, sin) = len(x), config.hidden_size // config.num_attention_heads, places
+    keyed, asking, fed, sees = (rows.keys, rows.queries, rows.mlp, rows.seen) if rows else (None,) * 4
+    dim, (cos, sin) = config.hidden_size // config.num_attention_heads, places
     h = norm(x, layer.input_layernorm.weight, eps)
-    keys = rotate(attention.k_proj(h).view(1, columns, -1, dim), cos, sin).transpose(1, 2)
-    values = attention.v_proj(h).view(1, columns, -1, dim).transpose(1, 2)
+    k, turn = _at(h, keyed), (_at(cos, keyed), _at(sin, keyed))
+    keys = rotate(attention.k_proj(k).view(1, len(k), -1, dim), *turn).transpose(1, 2)
+    values = attention.v_proj(k).view(1, len(k), -1, dim).transpose(1, 2)
     keys, values = cache.put(number, keys, values)
     if number == config.num_hidden_layers - 1:  # only the output of these columns is used
         x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
-    queries = rotate(attention.q_proj(h).view(1, len(h), -1, dim), cos, sin)
-    seen = _attend(queries, keys, values, bias) if blind is None else _attend_blind(queries, keys, values, bias, *blind)
-    x = linear(attention.o_proj, seen, plus=x)
-    h = norm(x, layer.post_attention_layernorm.weight, eps)
-    x = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
-    return x, queries, keys, values
+        asking = fed = sees = None
+    q, bias = _at(h, asking), _at(bias, keyed)
+    queries = rotate(attention.q_proj(q).view(1, len(q), -1, dim), _at(cos, asking), _at(sin, asking))
+    given = queries, keys, values, bias
+    seen = _attend(*given, sees) if blind is None else _attend_blind(*given, *blind)
+    x = _put(x, asking, linear(attention.o_proj, seen, plus=_at(x, asking)))
+    old = _at(x, fed)
+    h = norm(old, layer.post_attention_layernorm.weight, eps)
+    new = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=old)
+    return _put(x, fed, new), queries, keys, values
 
 
-def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Causal attention of the last L columns.
+def _at(x: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+    """Some rows of `x`; all where `rows` is None."""
+    return x if x is None or rows is None else x[rows]
+
+
+def _put(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """`x` with new values in some rows, or in all."""
+    return new if rows is None else x.index_copy(0, rows, new)
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    sees: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of the last L columns, or of other columns.
 
     Args:
         queries: `[1, L, heads, head_dim]`; neighbouring heads share keys and values.
         keys, values: `[1, kv_heads, n, head_dim]`.
         bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
             equal keys (arXiv 2210.09461, section 3). None for no bias.
+        sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
 
     Returns:
         `[L, heads * head_dim]`.
@@ -237,32 +268,40 @@ def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bia
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, dim).permute(1, 2, 0, 3)
     keys, values = (t.transpose(0, 1).expand(-1, group, -1, -1) for t in (keys, values))
-    if keys.shape[2] > columns or bias is not None:
-        out = _attend_in_strips(queries, keys, values, bias)
+    if keys.shape[2] > columns or bias is not None or sees is not None:
+        out = _attend_in_strips(queries, keys, values, bias, sees)
     else:
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     return out.permute(2, 0, 1, 3).reshape(columns, -1)
 
 
 def _attend_in_strips(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    sees: torch.Tensor | None,
 ) -> torch.Tensor:
     """Causal attention with an explicit mask, a strip of queries at a time: a whole mask grows with the square of the prompt.
 
     Args:
-        queries: `[kv_heads, group, L, head_dim]`, of the last L of n columns.
+        queries: `[kv_heads, group, L, head_dim]`.
         keys, values: `[kv_heads, group, n, head_dim]`.
-        bias: as in `_attend`.
+        bias, sees: as in `_attend`.
 
     Returns:
         As `queries`.
     """
-    columns, strips = queries.shape[2], []
-    before = keys.shape[2] - columns
+    columns, n, strips = queries.shape[2], keys.shape[2], []
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
-        end = before + start + strip.shape[2]
-        mask = torch.ones(strip.shape[2], end, dtype=torch.bool, device=queries.device).tril(end - strip.shape[2])
+        rows = strip.shape[2]
+        if sees is None:
+            end = n - columns + start + rows
+            mask = torch.ones(rows, end, dtype=torch.bool, device=queries.device).tril(end - rows)
+        else:
+            end = n if start + rows == columns else int(sees[start + rows - 1])
+            mask = ascending(end, queries.device) < sees[start : start + rows, None]
         if bias is not None:
             mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
         strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))

@@ -1,6 +1,6 @@
 """Visual tokens leave the language model while it reads a prompt: what a language method sees, and what of it stays."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -8,11 +8,27 @@ from evoprune.language.norm_rotary import norm, rotate
 from evoprune.methods.language_method import LanguageMethod
 from evoprune.methods.selecting import select_in_language
 from evoprune.pruning.indices import true_indices
-from evoprune.pruning.language_plan import LanguagePlan, tokens_of_layers
+from evoprune.pruning.language_plan import KINDS, LanguagePlan, tokens_of_layers
 from evoprune.pruning.layer_tokens import LayerTokens
+from evoprune.pruning.types import Selection
 from evoprune.vision.timer import Timer
 
 Places = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The columns for which a layer computes each kind of operation, where these are not all that it reads.
+
+    Attributes:
+        keys, queries, mlp: int64, ascending, the last column of the prompt among them.
+        seen: int64, of each column in `queries` how many of `keys` are not behind it.
+    """
+
+    keys: torch.Tensor
+    queries: torch.Tensor
+    mlp: torch.Tensor
+    seen: torch.Tensor
 
 
 class Dropping:
@@ -45,18 +61,28 @@ class Dropping:
         self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
         self._memory: dict = {}
+        self._key: torch.Tensor | None = (
+            None  # bool, which visual tokens are in the key group; None before that is known
+        )
         self.dropped: list[tuple[int, int]] = []
         self.timer = Timer(embeds.device)
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Columns of the prompt that each layer reads, at most."""
-        return tuple(left + self._others for left in self._plan.layers)
+        """Columns of the prompt whose keys each layer has, at most."""
+        return tuple(keys + self._others for keys, _, _ in self._plan.work)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Visual tokens that each layer read, once the prompt was read."""
+        """Visual tokens whose keys each layer has, once the prompt was read."""
+        if self.work:
+            return tuple(keys for keys, _, _ in self.work)
         return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
+
+    @property
+    def work(self) -> tuple[tuple[int, int, int], ...] | None:
+        """As `LanguagePlan.work`, where layers do not compute the same for all visual tokens that are there; else None."""
+        return self._plan.work if self._plan.groups else None
 
     def looks(self, after: int) -> bool:
         """Whether the method is asked once `after` layers have run."""
@@ -68,6 +94,20 @@ class Dropping:
             return None
         mask = torch.ones(columns, dtype=torch.bool, device=self._visual.device).index_fill_(0, self._visual, False)
         return true_indices(mask, columns - len(self._visual)), columns - self._text
+
+    def rows(self, layer: int, columns: int) -> Rows | None:
+        """For which of its `columns` a layer computes what; None where it computes everything."""
+        groups = self._plan.groups
+        if groups is None or self._key is None or all(len(kinds) == len(KINDS) for kinds in groups.done[layer]):
+            return None
+        work = dict(zip(KINDS, self._plan.work[layer], strict=True))
+        masks, found = {}, {}
+        for kind in KINDS:
+            key_too, rest_too = (kind in kinds for kinds in groups.done[layer])
+            stays = torch.full_like(self._key, key_too) if key_too == rest_too else self._key == key_too
+            masks[kind] = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
+            found[kind] = true_indices(masks[kind], columns - len(stays) + work[kind])
+        return Rows(**found, seen=masks["keys"].cumsum(0)[found["queries"]])
 
     def drop(
         self,
@@ -94,9 +134,15 @@ class Dropping:
             The columns for the next layer; and int64 which of the C columns they are, None for all.
         """
         with self.timer:
-            known = queries[0], keys[0].transpose(0, 1), values[0].transpose(0, 1)
-            seen = self._seen(after, entering, x, places, bias, *known)
-            found = select_in_language(self._method, seen)
+            if self._key is None:
+                known = queries[0], keys[0].transpose(0, 1), values[0].transpose(0, 1)
+                found = select_in_language(self._method, self._seen(after, entering, x, places, bias, *known))
+            else:
+                found = self._group(after)
+            if self._plan.groups and self._key is None:
+                self._key = torch.zeros(len(self._visual), dtype=torch.bool, device=x.device)
+                self._key.index_fill_(0, found.kept, True)
+                found = self._group(after)
             if found is None:
                 return x, None
             kept, old = found.kept, self._visual
@@ -105,11 +151,17 @@ class Dropping:
             stay = true_indices(mask, len(x) - len(old) + len(kept))
             self._visual = (mask.cumsum(0) - 1)[old[kept]]
             self._pair = self._pair[kept]
+            self._key = None if self._key is None else self._key[kept]
             made = x[stay]
             if found.owner is not None and len(kept):
                 made[self._visual] = found.features(x[old])
             self.dropped.append((after, len(kept)))
             return made, stay
+
+    def _group(self, after: int) -> Selection | None:
+        """The tokens that no group leaves with here; None for all that are there."""
+        left = self._plan.left(after)
+        return None if left == len(self._key) else Selection(true_indices(self._key, left))
 
     def _seen(
         self,
@@ -125,6 +177,7 @@ class Dropping:
         """What the method sees; arguments as in `drop`, but queries, keys and values are `[C, heads or kv_heads, head_dim]`."""
         layers, plan = self._model.model.language_model.layers, self._plan
         left, due = plan.left(after) if plan.exact else plan.drops[-1].left, after in {d.after for d in plan.drops}
+        left = left if plan.groups is None else plan.groups.key
         latest, (cos, sin), texts = layers[after - 1], places, slice(len(x) - self._text, None)
         seen = LayerTokens(
             after, left, due, x[self._visual], self._visual, self._pair, queries[texts],

@@ -99,7 +99,12 @@ class Method:
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
         """Columns of a prompt with `text` tokens of text, in each layer of the language model or in all; otherwise as above."""
         plan = self.language_plan(depth, tokens, budget)
-        return tokens + text if plan is None else tuple(left + text for left in plan.layers)
+        return tokens + text if plan is None else tuple(keys + text for keys, _, _ in plan.work)
+
+    def prompt_work(self, depth: int, tokens: int, text: int, budget: float) -> int | list[tuple[int, ...]]:
+        """The same for the cost: of each layer, the columns whose keys, queries and MLP it computes; or of all, a number."""
+        plan = self.language_plan(depth, tokens, budget)
+        return tokens + text if plan is None else [tuple(count + text for count in layer) for layer in plan.work]
 
     @property
     def args(self) -> dict[str, Any]:
@@ -312,8 +317,8 @@ class Front(Method, ABC):
 
 
 def _setting_fields(method: type[Method]) -> list[Field]:
-    """The fields that users set: all except those that hold another method."""
-    return [f for f in fields(method) if not f.metadata.get("method")]
+    """The fields that users set: all except those that hold another method, or what belongs to a model."""
+    return [f for f in fields(method) if not f.metadata]
 
 
 def _parse(method: type[Method], field_: Field, text: str):

@@ -58,4 +58,4 @@ class LanguageMethod(Method, ABC):
 
     def language_plan(self, depth: int, tokens: int, budget: float) -> LanguagePlan | None:
         plan = self.drops(depth, tokens, budget)
-        return plan if plan.drops else None
+        return plan if plan.drops or plan.groups else None

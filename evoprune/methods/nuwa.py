@@ -11,8 +11,7 @@ lose. An image of the paper is a frame pair here, and all frame pairs have equal
 full-attention layer. In their code the states from the middle of the tower stay in the order of windows, so that their
 weights belong to other places; here each weight belongs to its own place. Attention is rounded, so equal tokens are ties,
 which go by index.
-Left out: the second stage, which keeps a further share after layer 14 of the language model. It needs a method inside the
-language model; the selection here is complete without it.
+The second stage, inside the language model, is a method of its own: `nuwa+nuwa-inner`.
 """
 
 from dataclasses import dataclass

@@ -57,10 +57,13 @@ _REGISTRY = {
     "prunevid-inner": "evoprune.methods.prunevid_inner:PruneVidInner",
     "holitom-inner": "evoprune.methods.holitom_inner:HoliTomInner",
     "flashvid-inner": "evoprune.methods.flashvid_inner:FlashVidInner",
+    "nuwa-inner": "evoprune.methods.nuwa_inner:NuwaInner",
+    "operations": "evoprune.methods.operations:Operations",
 }
 # Those that act inside the language model, and may follow another method.
 INNER = (
     "fastv", "pyramiddrop", "sparsevlm", "visipruner", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner",
+    "nuwa-inner", "operations",
 )  # fmt: skip
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune

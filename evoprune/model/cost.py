@@ -4,6 +4,7 @@ A multiply-add counts as two operations. Counts use the actual rows of every lay
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from evoprune.model.sizes import PATCHES
 
 # The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
 EFFICIENCY = 0.5
+
+T = TypeVar("T")
 
 
 def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
@@ -35,22 +38,28 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
     return total + 2 * rows[-1] * (wide * wide + wide * config.out_hidden_size)
 
 
-def stretched(rows: Sequence[int], depth: int) -> list[int]:
-    """Rows of each of `depth` layers, taken by relative depth from the rows of a tower with another number of layers."""
+def stretched(rows: Sequence[T], depth: int) -> list[T]:
+    """Rows of each of `depth` layers, taken by relative depth from the rows of a model with another number of layers."""
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
-def prefill_flop(config, length: int | Sequence[int]) -> float:
+def prefill_flop(config, length: int | Sequence[int | Sequence[int]]) -> float:
     """Operations of reading a prompt, with logits of the last token only.
 
     Args:
         config: a `TextConfig`.
-        length: tokens of the prompt after pruning, in each layer or in all.
+        length: tokens of the prompt after pruning, in each layer or in all. Of a layer also three numbers: the tokens of which it
+            computes keys and values, queries and output, and the MLP.
     """
     h, lengths = config.hidden_size, [length] * config.num_hidden_layers if isinstance(length, int) else length
     key_value = h // config.num_attention_heads * config.num_key_value_heads
-    each = 2 * (2 * h * h + 2 * h * key_value + 3 * h * config.intermediate_size)
-    return sum(each * length + 2 * length * length * h for length in lengths) + 2 * h * config.vocab_size
+    total = 2.0 * h * config.vocab_size
+    for each in lengths:
+        keys, queries, mlp = (each,) * 3 if isinstance(each, int) else each
+        total += (
+            4 * h * (key_value * keys + h * queries) + 6 * h * config.intermediate_size * mlp + 2 * keys * queries * h
+        )
+    return total
 
 
 @without_autocast()
@@ -78,13 +87,15 @@ def matmul_rate(
     return best
 
 
-def estimate_first_token(model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int]) -> float:
+def estimate_first_token(
+    model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int | Sequence[int]]
+) -> float:
     """Seconds until the first token on a CPU: a rough estimate.
 
     Args:
         model: a `QwenVL` on a CPU.
         rows, grids, windows: see `tower_flop`.
-        prompt: length of the prompt after pruning, in each layer or in all.
+        prompt: length of the prompt after pruning, as in `prefill_flop`.
     """
     work = tower_flop(model.config.vision_config, rows, grids, windows) + prefill_flop(model.config.text_config, prompt)
     return work / (EFFICIENCY * matmul_rate(model.dtype, "cpu", 0.04))  # briefly: the first word waits for it

@@ -225,6 +225,10 @@ class EncodedVideo(EncodedInputs):
     def __init__(self, engine: Engine, encoding: Encoding):
         super().__init__(engine, [encoding])
 
+    def with_engine(self, engine: Engine) -> "EncodedVideo":
+        """The same tokens, read by an engine that differs in what happens inside the language model alone."""
+        return EncodedVideo(engine, self._encodings[0])
+
     @property
     def encoded(self) -> Encoded:
         """The tokens that the language model reads."""

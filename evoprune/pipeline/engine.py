@@ -9,6 +9,7 @@ from evoprune.methods.base import Method
 from evoprune.methods.inflection import by_inflection
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import AUTO, AUTO_INFLECTION
 
@@ -53,6 +54,11 @@ class Engine:
         depth = self.loaded.model.config.text_config.num_hidden_layers
         return self.method.prompt_columns(depth, tokens, text, self.budget)
 
+    def prompt_work(self, tokens: int, text: int) -> int | list[tuple[int, ...]]:
+        """The same for the cost, as `Method.prompt_work`."""
+        depth = self.loaded.model.config.text_config.num_hidden_layers
+        return self.method.prompt_work(depth, tokens, text, self.budget)
+
     @property
     def seed(self) -> int:
         return self.options.seed
@@ -80,10 +86,11 @@ def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float 
     """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
     Raises:
-        UsageError: as `make_method`; the model was never tuned, or its setting is damaged.
+        UsageError: as `make_method` and `recipes.of_model`; the model was never tuned, or its setting is damaged.
     """
     options, tuned = resolve(options, loaded.id, lambda: loaded.weights_fingerprint)
-    return Engine(loaded, options, make_method(options), load_seconds, tuned)
+    method = of_model(make_method(options), loaded.id, lambda: loaded.weights_fingerprint)
+    return Engine(loaded, options, method, load_seconds, tuned)
 
 
 def unpruned(engine: Engine) -> Engine:

@@ -20,5 +20,5 @@ def estimate_first_token(engine: Engine, view: View, text: int = QUESTION) -> fl
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
     return estimate_seconds(
-        model, [*encoder.layers, encoder.rows], count, windows, engine.prompt_columns(encoder.keep, text)
+        model, [*encoder.layers, encoder.rows], count, windows, engine.prompt_work(encoder.keep, text)
     )

@@ -101,6 +101,9 @@ def fill_dropped(report: Report, dropping: Dropping | None) -> None:
     """Writes into a report what left inside the language model, if anything could; waits for a GPU."""
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]
+        report.pruning.language_work = dropping.work and [
+            [layer, *counts] for layer, counts in enumerate(dropping.work)
+        ]
         report.time_ms.prefill_prune = dropping.timer.seconds() * 1000
 
 

@@ -3,14 +3,16 @@
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import evoprune
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.model.machine import available_memory
 from evoprune.model.sizes import kv_bytes
-from evoprune.pipeline import tuned
+from evoprune.pipeline import recipes, tuned
 from evoprune.pipeline.engine import make_method
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.on_disk import KnownModel
@@ -70,6 +72,7 @@ def environment_facts() -> dict:
             "limit_bytes": cache.limit_bytes,
         },
         "tuned": tuned_facts(tuned.every()),
+        "recipes": recipe_facts(recipes.every()),
         "config_folder": str(tuned.folder()),
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": sys.stdout.encoding,
@@ -77,17 +80,22 @@ def environment_facts() -> dict:
     }
 
 
-def tuned_facts(settings: list[tuple[str, tuned.Tuned | UsageError]]) -> list[dict]:
+def tuned_facts(settings: Sequence[tuple[str, tuned.Tuned | UsageError]]) -> list[dict]:
     """Tuned settings with their fingerprints, and with the error of each that is `damaged`, whose other values are None."""
     unknown = dict.fromkeys(field.name for field in fields(tuned.Tuned))
-    return [
-        {
-            "fingerprint": fingerprint,
-            **(asdict(setting) if isinstance(setting, tuned.Tuned) else unknown),
-            "damaged": setting.message if isinstance(setting, UsageError) else None,
-        }
-        for fingerprint, setting in settings
-    ]
+    return [_kept_facts(fingerprint, setting, unknown) for fingerprint, setting in settings]
+
+
+def recipe_facts(kept: Sequence[tuple[str, recipes.KeptRecipe | UsageError]]) -> list[dict]:
+    """The same of recipes of operations, without the recipes themselves."""
+    unknown = dict.fromkeys(("model", "created_utc", "videos", "questions", "tokens", "version"))
+    return [_kept_facts(fingerprint, recipe, unknown) for fingerprint, recipe in kept]
+
+
+def _kept_facts(fingerprint: str, kept: Any, unknown: dict[str, None]) -> dict[str, Any]:
+    known = not isinstance(kept, UsageError)
+    values = {name: getattr(kept, name) if known else None for name in unknown}
+    return {"fingerprint": fingerprint} | values | {"damaged": None if known else kept.message}
 
 
 def _version(name: str) -> str | None:
@@ -129,10 +137,12 @@ def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
         plan: of the whole video, from `plan.make_plan`.
 
     Raises:
-        UsageError: as `make_method`; a budget of "tuned" for weights that were never tuned, or are not on this machine.
+        UsageError: as `make_method` and `recipes.of_model`; a budget of "tuned" for weights that were never tuned, or are not on
+            this machine.
     """
     pruning, _ = tuned.resolve(pruning, model.id, lambda: model.weights_fingerprint)
-    method, budget = make_method(pruning), pruning.most
+    method = recipes.of_model(make_method(pruning), model.id, lambda: model.weights_fingerprint)
+    budget = pruning.most
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
     prompt = method.prompt_columns(model.config.text_config.num_hidden_layers, encoder.keep, TEXT, budget)
     least, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))

@@ -1,27 +1,22 @@
 """Tuned settings: the method and budget that were found best for a model, kept for each user, for a budget of "tuned".
 
-A setting is a file named by the fingerprint of the model's weights (`loading.fingerprint`), so it belongs to those weights wherever
-they lie. No torch.
+A setting is a file named by the fingerprint of the model's weights (pipeline/kept.py). No torch.
 """
 
-import json
 import os
-import re
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from evoprune import methods
-from evoprune.errors import EvopruneError, UsageError, first_line
+from evoprune.errors import UsageError
+from evoprune.pipeline.kept import Shelf, folder, write
 from evoprune.pipeline.keywords import check_types
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pruning.budget import TUNED, parse_budget
-from evoprune.strict_json import read_object
 
 SCHEMA = "evoprune/tuned@1"
 ALL = "all"
@@ -78,13 +73,6 @@ class Tuned:
         return {name: getattr(self, name) for name in ("created_utc", "agree", "low", "videos", "questions")}
 
 
-def folder() -> Path:
-    """EVOPRUNE_CONFIG_DIR, or `evoprune` where this user's settings are."""
-    if named := os.environ.get("EVOPRUNE_CONFIG_DIR"):
-        return Path(os.path.expanduser(named))
-    return Path(os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config")) / "evoprune"
-
-
 def resolve(options: PruneOptions, name: str | None, weights: Callable[[], str]) -> tuple[PruneOptions, Tuned | None]:
     """Options with the model's own method and budget in the place of "tuned", and the setting; other options unchanged, and None.
 
@@ -103,77 +91,20 @@ def resolve(options: PruneOptions, name: str | None, weights: Callable[[], str])
     return replace(options, budget=tuned.budget, method=tuned.method), tuned
 
 
-def find(fingerprint: str) -> Tuned | None:
-    """The setting for these weights; None if they were never tuned.
-
-    Raises:
-        UsageError: its file is damaged or cannot be read.
-    """
-    path = _path(fingerprint)
-    try:
-        content = read_object(path)
-        if content.get("schema") != SCHEMA:
-            raise ValueError(f"its schema is not {SCHEMA}")
-        names = [field.name for field in fields(Tuned)]
-        if missing := [name for name in names if name not in content]:
-            raise ValueError(f"it has no {missing[0]}")
-        return Tuned(**{name: content[name] for name in names})
-    except FileNotFoundError:
-        return None
-    except OSError as problem:
-        raise _cannot("read", path, problem) from problem
-    except (ValueError, EvopruneError) as problem:
-        hint = f"remove it: evoprune inspect --forget-tuned {fingerprint[:12]}; or tune again: evoprune tune"
-        raise UsageError(f"the tuned setting {path} is damaged: {first_line(problem)}", hint) from problem
+_SHELF = Shelf(TUNED, SCHEMA, Tuned, "tuned setting", "evoprune tune")
+find, every, save, remove = _SHELF.find, _SHELF.every, _SHELF.save, _SHELF.remove
 
 
-def every() -> list[tuple[str, Tuned | UsageError]]:
-    """All fingerprints with a setting, and the settings; of a damaged one the error. The newest come first."""
-    names = [path.stem for path in _tuned_folder().glob("*.json") if re.fullmatch("[0-9a-f]{64}", path.stem)]
-    found: list[tuple[str, Tuned | UsageError]] = []
-    for name in sorted(names):
-        try:
-            if setting := find(name):
-                found.append((name, setting))
-        except UsageError as problem:
-            found.append((name, problem))
-    return sorted(found, key=lambda pair: getattr(pair[1], "created_utc", ""), reverse=True)
-
-
-def save(fingerprint: str, tuned: Tuned) -> Path:
-    """Writes a setting completely or not at all, in the place of an earlier one for the same weights; returns its path.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
-    path = _path(fingerprint)
-    try:
-        _write(path, json.dumps({"schema": SCHEMA} | asdict(tuned), indent=1) + "\n")
-    except OSError as problem:
-        raise _cannot("write", path, problem) from problem
-    return path
-
-
-def remove(fingerprint: str) -> None:
-    """Deletes a setting.
-
-    Raises:
-        UsageError: there is none, or it cannot be deleted.
-    """
-    path = _path(fingerprint)
-    try:
-        path.unlink()
-    except OSError as problem:
-        raise _cannot("remove", path, problem) from problem
-
-
-def matching(text: str) -> list[tuple[str, Tuned | UsageError]]:
+def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str, Any]]:
     """The settings that a text names: "all", the name of a model, or the beginning of a fingerprint.
+
+    Args:
+        more: what else is kept for models, of which those without a setting are named the same way.
 
     Raises:
         UsageError: it names none, or more than one without being "all".
     """
-    settings = every()
+    settings = [*(dict(more) | dict(every())).items()] if more else every()
     if text == ALL:
         return settings
     found = [(f, s) for f, s in settings if text and (getattr(s, "model", None) == text or f.startswith(text))]
@@ -196,33 +127,5 @@ def never_tuned(model: str, weights: Callable[[], str]) -> bool:
     if os.path.exists(mark):  # unlike a path's own method, it raises nothing
         return False
     with suppress(OSError):  # without a mark, the next run asks again
-        _write(mark, "")
-    return not os.path.exists(_path(weights()))
-
-
-def _tuned_folder() -> Path:
-    return folder() / TUNED
-
-
-def _path(fingerprint: str) -> Path:
-    return _tuned_folder() / f"{fingerprint}.json"
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file atomically, in a folder that only this user may read."""
-    folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _cannot(do: str, path: Path, problem: OSError) -> UsageError:
-    hint = "make room or give rights there, or name another folder in EVOPRUNE_CONFIG_DIR"
-    return UsageError(f"cannot {do} {path}: {problem.strerror}", hint)
+        write(mark, "")
+    return not os.path.exists(_SHELF.path(weights()))

@@ -39,6 +39,7 @@ from evoprune.pipeline.options import (
     SamplingOptions,
 )
 from evoprune.pipeline.question_check import longest_prompt
+from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT
 from evoprune.video.info import NO_SUBTITLES
@@ -282,7 +283,7 @@ def load_qa(
     make_method(pruning)
     found = find_model(model) if isinstance(model, ModelOptions) else model
     pruning, setting = resolve(pruning, found.options.model, lambda: found.weights_fingerprint)
-    make_method(pruning)
+    of_model(make_method(pruning), found.options.model, lambda: found.weights_fingerprint)
     loaded = load_model(found, to_answer=True, progress=progress)
     made = kind(loaded, load_seconds=time.perf_counter() - start, **vars(pruning))
     made.engine = replace(made.engine, tuned=setting or tuned)

@@ -15,6 +15,7 @@ from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.model.memory import memory_guard, shortage
 from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading.model import LoadedModel
+from evoprune.pipeline.recipes import of_model
 from evoprune.profiling.clips import Clip, Frames, prepare
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Counts, Row, Sample
@@ -133,7 +134,8 @@ class Bench:
         clip = self._smaller.get((row.case, row.method, row.budget), self._clips[row.case])
         if row.kind == HUGGING_FACE:
             return run_hugging_face(self._loaded, self._reference, clip, settings.new_tokens, clock)
-        method = methods.get(row.method, settings.method_args if row.kind == METHOD else None)
+        loaded, method = self._loaded, methods.get(row.method, settings.method_args if row.kind == METHOD else None)
+        method = of_model(method, loaded.id, lambda: loaded.weights_fingerprint)
         model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.whole), clip.units)
         plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
         return run_evoprune(model, clip, plan, method, row.budget, settings.new_tokens, settings.seed, clock)

@@ -64,6 +64,7 @@ class Counts:
         tokens: visual tokens that reach the language model, K; `prompt`: those and the text around them.
         tower_flop: floating-point operations of the tower.
         language_layers: (layer, visual tokens that it read) of the language model; None where each reads all that reach it.
+        language_work: (layer, visual tokens whose keys, queries and MLP it computed); None where these do not differ.
     """
 
     units: int
@@ -74,6 +75,7 @@ class Counts:
     prompt: int
     tower_flop: float
     language_layers: tuple[tuple[int, int], ...] | None = None
+    language_work: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass

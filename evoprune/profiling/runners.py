@@ -65,7 +65,8 @@ def run_evoprune(
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept))
     if dropping is None:
         return Turn(counts, encoded.prune_seconds, tokens)
-    counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)))
+    work = dropping.work and tuple((layer, *each) for layer, each in enumerate(dropping.work))
+    counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)), language_work=work)
     return Turn(counts, encoded.prune_seconds, tokens, dropping.timer.seconds())
 
 

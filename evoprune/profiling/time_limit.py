@@ -13,6 +13,7 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.methods.base import Method
 from evoprune.model.config import Config
 from evoprune.model.cost import EFFICIENCY, matmul_rate, prefill_flop, tower_flop
 from evoprune.model.weights import empty
@@ -104,10 +105,19 @@ class Estimate:
         limits: of its videos.
         settings: what is measured.
         dtype, device: of the weights.
+        bind: gives a method what belongs to the model (`pipeline.recipes.of_model`).
     """
 
-    def __init__(self, config: Config, limits: VideoLimits, settings: Settings, dtype: torch.dtype, device: str):
-        self._config, self._limits, self._settings = config, limits, settings
+    def __init__(
+        self,
+        config: Config,
+        limits: VideoLimits,
+        settings: Settings,
+        dtype: torch.dtype,
+        device: str,
+        bind: Callable[[Method], Method] = lambda method: method,
+    ):
+        self._config, self._limits, self._settings, self._bind = config, limits, settings, bind
         tree = empty(config)
         self._tower = tower_shape(tree.model.visual)
         self._weights = sum(weight.numel() for weight in tree.parameters()) * dtype.itemsize
@@ -123,12 +133,13 @@ class Estimate:
         flop += prefill_flop(self._config.text_config, self._prompt(row, plan.keep))
         return flop / self._rate + (self._settings.new_tokens - 1) * self._language / self._bytes_rate
 
-    def _prompt(self, row: Row, tokens: int) -> int | tuple[int, ...]:
-        """Columns of the prompt in each layer of the language model, or in all."""
+    def _prompt(self, row: Row, tokens: int) -> int | list[tuple[int, ...]]:
+        """Columns of the prompt, as `Method.prompt_work`."""
         text, depth = TEXT_BEFORE + TEXT_AFTER, self._config.text_config.num_hidden_layers
         if row.kind != METHOD:
             return tokens + text
-        return methods.get(row.method, self._settings.method_args).prompt_columns(depth, tokens, text, row.budget)
+        method = self._bind(methods.get(row.method, self._settings.method_args))
+        return method.prompt_work(depth, tokens, text, row.budget)
 
     def preparing(self, kinds: Collection[str]) -> float:
         """Seconds until the first turn, with these quantisations of the weights."""

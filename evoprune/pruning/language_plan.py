@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from evoprune.pruning.budget import keep_count
 
+KINDS = ("keys", "queries", "mlp")  # of a layer's operations on a token: keys and values; queries and output; the MLP
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -25,6 +27,19 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Two groups of visual tokens for which layers do not compute the same.
+
+    Attributes:
+        key: tokens of the key group. The method names them at its first look; all layers up to then compute everything.
+        done: of each layer, the kinds of operation that it computes for the key group and for the rest.
+    """
+
+    key: int
+    done: tuple[tuple[frozenset[str], frozenset[str]], ...]
+
+
+@dataclass(frozen=True)
 class LanguagePlan:
     """The visual tokens that each layer of the language model reads.
 
@@ -35,6 +50,7 @@ class LanguagePlan:
         exact: whether the counts are exact. Otherwise they are upper bounds, and the content decides.
         looks: numbers of layers after which the method is asked; those of `drops` if it is `exact`.
         blind: the first layers in which text after the visual tokens does not attend to them.
+        groups: what layers do not compute for tokens that are still there; None where they compute everything.
     """
 
     depth: int
@@ -43,11 +59,23 @@ class LanguagePlan:
     exact: bool = True
     looks: tuple[int, ...] = ()
     blind: int = 0
+    groups: Groups | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Visual tokens that each layer reads."""
         return tokens_of_layers(self.depth, self.tokens, [(drop.after, drop.left) for drop in self.drops])
+
+    @property
+    def work(self) -> tuple[tuple[int, int, int], ...]:
+        """Visual tokens of which each layer computes keys and values, queries and output, and the MLP."""
+        if self.groups is None:
+            return tuple((count,) * 3 for count in self.layers)
+        sizes = self.groups.key, self.tokens - self.groups.key
+        return tuple(
+            tuple(sum(n for n, kinds in zip(sizes, done, strict=True) if kind in kinds) for kind in KINDS)
+            for done in self.groups.done
+        )
 
     def left(self, after: int) -> int:
         """Visual tokens that the plan leaves once `after` layers have run."""

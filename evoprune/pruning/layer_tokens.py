@@ -70,10 +70,12 @@ class LayerTokens:
             found = torch.maximum(found, given.amax(0)) if most else found + given.sum(0)
         return found if most else found / (heads * len(rows))
 
-    def last_weights(self) -> torch.Tensor:
-        """float32 `[heads, C]`: the attention of the prompt's last column to every column, head by head."""
-        last = ascending(len(self.queries), self.queries.device)[-1:]
-        return self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
+    def last_weights(self, count: int = 1) -> torch.Tensor:
+        """float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean over them."""
+        last = ascending(len(self.queries), self.queries.device)[-count:]
+        return (
+            self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True).unflatten(0, (-1, len(last))).mean(1)
+        )
 
     def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
         """Attention weights `[heads * q, C]`, heads first, of some queries; `keys`: float32 `[kv_heads, head_dim, C]`."""

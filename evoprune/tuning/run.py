@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 import evoprune
+from evoprune import methods
 from evoprune.errors import UsageError, error_record
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.evaluation.shared_encoding import SharedRows
@@ -18,6 +19,7 @@ from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned
 from evoprune.text import counted
 from evoprune.tuning.candidates import Candidate, candidates
@@ -100,8 +102,22 @@ class Tuning:
         self._answering: Answering | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises."""
-        self.loaded = load_model(self.settings.model, to_answer=True, progress=progress)
+        """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
+        self.loaded = loaded = load_model(self.settings.model, to_answer=True, progress=progress)
+        for candidate in self.known:
+            of_model(methods.get(candidate.method), loaded.id, lambda: loaded.weights_fingerprint)
+
+    schema: ClassVar[str] = "evoprune/tune@1"
+
+    @property
+    def has_results(self) -> bool:
+        """Whether anything was tried."""
+        return any(scores.tokens for scores in self.known.values())
+
+    @property
+    def worth_saving(self) -> bool:
+        """Whether a setting passes."""
+        return recommended(result_rows(self.known, self.settings.agree)) is not None
 
     @property
     def left_s(self) -> float:

@@ -10,6 +10,7 @@ import pytest
 
 from evoprune_cli.main import run
 from tests.cli.screen import Screen
+from tests.recipes import keep_recipe
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
 from tests.tuned import mark_as_seen
@@ -90,4 +91,5 @@ def tiny_folder(tmp_path_factory):
     """A tiny model with random weights in the hub's file layout."""
     folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
     mark_as_seen(folder)
+    keep_recipe(folder)
     return folder

@@ -9,6 +9,7 @@ import pytest
 
 from evoprune.profiling import bench
 from tests.cli.test_readme import ROOT
+from tests.recipes import keep_recipe
 from tests.tuned import tune
 
 PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
@@ -127,6 +128,8 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
     outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", "--subtitles", str(subtitles), *model).record]
     inner = ("-m", str(tiny_folder), *SHORT, "--method", "evoprune+fastv")
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner).record)
+    keep_recipe(tiny_folder)
+    outputs.append(cli("ask", SQUARE, "What?", "--json", *inner[:-1], "operations").record)
     rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH))]))
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
@@ -152,16 +155,18 @@ def test_tune(cli, tiny_folder, monkeypatch, tmp_path):
     refused = cli("tune", "gone.mp4", *asked)
     assert (done.code, refused.code) == (6, 3)
     check("tune", [done.record, refused.record])
+    check("Recipes of operations", [cli("tune", SQUARE, "gone.mp4", "--operations", *asked).record], errors=False)
 
 
 def test_profile(cli, tiny_folder, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
-    quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", "--method", "fastv", *SHORT)
+    quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", "--method", "fastv,operations", *SHORT)
     check("profile", [cli("profile", "-m", str(tiny_folder), *quick).record], errors=False)
 
 
 def test_inspect(cli, tmp_path, monkeypatch, config):
     tune("demo")
+    keep_recipe("demo")
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("evoprune.methods.plugins", lambda: {"own": "a package"})
     video = cli("inspect", SQUARE, "--scan", "--overlay", str(tmp_path / "a.png"), "--json", *SHORT)

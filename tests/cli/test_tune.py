@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.pipeline import tuned
+from evoprune.pipeline import recipes, tuned
 from evoprune.tuning.run import Tuning
 from evoprune_cli.failures import Terminated
 
@@ -45,6 +45,24 @@ def test_a_table_a_chart_and_a_setting_that_is_used(tune, cli, tiny_folder, tmp_
     answer = cli("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-b", "tuned", "-n", "2", "--json")
     pruning = answer.record["pruning"]
     assert pruning["budget"] == 0.2 and pruning["method"] == saved.method and pruning["tuned"]
+
+
+def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
+    ask = ("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-n", "2", "--method", "operations")
+    assert "there is none for" in cli(*ask, "-b", "0.3").err
+    assert "there is none for" in tune("--method", "evoprune+operations").err
+    result = tune("--operations", "-o", tmp_path / "t.json")
+    assert result.code == 0 and result.err == "" and all(len(line) <= 80 for line in result.out.splitlines())
+    document = json.loads((tmp_path / "t.json").read_text())
+    assert document["schema"] == "evoprune/tune-operations@1" and document["complete"] and document["saved"]
+    assert "\n-b 0.2 " in result.out and "--method operations uses it" in result.out
+    assert tuned.every() == [] and len(recipes.every()) == 1
+    assert cli(*ask, "-b", "0.3", "--json").record["pruning"]["language_work"]
+    for more in (("--method", "random"), ("--agree", "0.5"), ("--chart", "a.svg")):
+        assert "--operations finds an order for all budgets" in tune("--operations", *more).err
+    unsaved = tune("--operations", "--json", "--no-save", "--time-limit", "0.01", videos=CLIPS[:1])
+    assert unsaved.code == 0 and not unsaved.record["complete"] and "too little to order" in unsaved.err
+    assert "no recipe was found" in tune("--operations", "--time-limit", "0.01", videos=CLIPS[:1]).out
 
 
 def test_json_alone_and_nothing_saved(tune, tmp_path):

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from evoprune.pipeline import tuned
+from evoprune.pipeline import recipes, tuned
+from tests.recipes import kept
 from tests.tuned import ORIGIN, SETTING, tune
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
@@ -107,6 +108,25 @@ def test_inspect_lists_them_and_forgets_them(cli, config):
     result = cli("inspect", "--forget-tuned", "two")
     assert result.code == 2 and "names 2 tuned settings" in result.err
     assert cli("inspect", "--forget-tuned", "all").code == 0 and tuned.every() == []
+
+
+def test_recipes_are_listed_and_forgotten_with_them(cli, config):
+    first, second = "a" * 64, "b" * 64
+    tuned.save(first, SETTING)
+    for fingerprint in (first, second):
+        recipes.save(fingerprint, kept())
+    record = cli("inspect", "--json").record
+    assert [(each["fingerprint"], each["model"], each["damaged"]) for each in record["recipes"]] == [
+        (first, "tiny", None), (second, "tiny", None),
+    ]  # fmt: skip
+    assert (
+        "  bbbbbbbbbbbb  tiny\n    recipe of operations from 1 question about 2 videos, 2026-03-01\n"
+        in cli("inspect").out
+    )
+    forgotten = cli("inspect", "--forget-tuned", "aaa", "--json").record["forgotten"]
+    assert [each["fingerprint"] for each in forgotten] == [first, first] and tuned.every() == []
+    assert [fingerprint for fingerprint, _ in recipes.every()] == [second]
+    assert cli("inspect", "--forget-tuned", "tiny").code == 0 and recipes.every() == []
 
 
 NOTE = "note: this model was never tuned: evoprune tune VIDEO... -m {} shows what pruning changes in its answers"

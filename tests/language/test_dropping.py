@@ -8,9 +8,8 @@ from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import Visual, along, dropping_for, embed_prompt, prefill, stream
 from evoprune.language.settings import GenerationSettings
-from evoprune.methods.registry import INNER
 from tests.language.test_decoder import assert_close
-from tests.methods.eager import BEFORE, COLUMNS, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
+from tests.methods.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.methods.test_language_methods import rule_of
 
 TEXT = COLUMNS - len(VISUAL)
@@ -45,7 +44,7 @@ def test_decoding_equals_reading_all_of_it_anew(name, sizes):
         assert_close(torch.cat(made).double(), expected, 2e-4)
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", DROPPING)
 def test_room_for_the_prompt_and_not_for_what_left(name):
     model, (embeds, positions) = deep_model(), a_prompt()
     ids = torch.zeros(COLUMNS, dtype=torch.int64)
@@ -63,7 +62,7 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
     assert along(model, again, torch.tensor(tokens)).argmax(-1).tolist() == tokens
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", DROPPING)
 def test_without_a_drop_nothing_changes_bit_for_bit(name):
     model, (embeds, positions) = deep_model(), a_prompt()
     assert methods.get(name).language_plan(8, len(VISUAL), 1.0) is None
@@ -118,7 +117,7 @@ def test_the_same_with_other_numbers_of_threads():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            made.append([run_method(model, methods.get(name), embeds, positions, 0.25) for name in INNER])
+            made.append([run_method(model, methods.get(name), embeds, positions, 0.25) for name in DROPPING])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*made, strict=True):
@@ -137,7 +136,7 @@ def test_two_inputs_of_one_prompt():
         Visual(range(18, 27), torch.randn(9, hidden, generator=random), torch.arange(9)),
     ]
     embeds, columns = embed_prompt(model, ids, visuals)
-    for name in INNER:
+    for name in DROPPING:
         dropping = dropping_for(model, methods.get(name), 0.2, visuals, grids, embeds, columns)
         assert dropping._pair.tolist() == [0, 0, 0, 1, 1, 1] + [2] * 9
         assert columns[dropping._visual].tolist() == [3, 5, 7, 9, 11, 13, *range(18, 27)]

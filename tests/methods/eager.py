@@ -14,10 +14,13 @@ from evoprune.language.decoder import KVCache, logits
 from evoprune.language.dropping import Dropping
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.registry import INNER
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
 from tests.tiny import tiny_config
 
+# Methods that drop tokens by a rule of their own; `operations` follows a recipe (test_operations.py).
+DROPPING = tuple(name for name in INNER if name != "operations")
 BEFORE, GRID, TEXT = 5, (4, 3, 4), 11  # a prompt: text, a video, text
 VISUAL = list(range(BEFORE, BEFORE + math.prod(GRID)))
 COLUMNS = BEFORE + len(VISUAL) + TEXT

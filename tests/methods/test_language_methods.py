@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.methods.registry import INNER
 from evoprune.pruning import layer_tokens
-from tests.methods.eager import BEFORE, VISUAL, EagerLayer, a_prompt, deep_model, pairs, run_method
+from tests.methods.eager import BEFORE, DROPPING, VISUAL, EagerLayer, a_prompt, deep_model, pairs, run_method
 from tests.methods.eager import Eager as EagerModel
 from tests.methods.public_layers import public_layer
 from tests.methods.test_video_peers import clustered_line_by_line
@@ -122,6 +121,12 @@ def holitom(seen: EagerLayer) -> list[int]:
     return kept
 
 
+def nuwa(seen: EagerLayer) -> list[int]:
+    weights = seen.weights()
+    score = {c: max(float(sum(head[row, c] for row in (-3, -2, -1)) / 3) for head in weights) for c in seen.alive}
+    return best(score, seen.left)
+
+
 RULES = {
     "fastv": fastv,
     "pyramiddrop": pyramiddrop,
@@ -130,6 +135,7 @@ RULES = {
     "prunevid-inner": prunevid,
     "holitom-inner": holitom,
     "flashvid-inner": fastv,
+    "nuwa-inner": nuwa,
 }
 VISI = (
     "visipruner",
@@ -168,7 +174,7 @@ def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
 
 
 def test_every_method_is_tested():
-    assert {*RULES, "visipruner"} == set(INNER)
+    assert {*RULES, "visipruner"} == set(DROPPING)
 
 
 def alike_prompt(copies: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +227,7 @@ def test_visipruner_at_every_turn():
 GRID = (6, 4, 5)
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("left", [1, 2, 7, 60, 119])
 def test_exactly_so_many_stay(name, left):
     method = methods.get(f"{name}:token=0" if name == "visipruner" else name)
@@ -231,7 +237,7 @@ def test_exactly_so_many_stay(name, left):
         assert made.features(public_layer(kind, 0, GRID, left).hidden).isfinite().all()
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", DROPPING)
 def test_equal_tokens_go_by_index_and_nothing_is_drawn(name):
     tokens = public_layer("random", 0, GRID, 12)
     same = {f"{part}": torch.ones_like(getattr(tokens, part)) for part in ("hidden", "queries", "keys", "values")}
@@ -245,7 +251,7 @@ def test_equal_tokens_go_by_index_and_nothing_is_drawn(name):
     assert kept == firsts
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", DROPPING)
 def test_every_tensor_is_made_beside_the_tokens(name):
     """What is made on the default device, which has no values here, cannot be mixed with them."""
     expected = methods.get(name).select(public_layer("random", 0, GRID, 23))
@@ -258,7 +264,7 @@ def test_every_tensor_is_made_beside_the_tokens(name):
 
 def test_no_matrix_of_all_pairs_of_columns(monkeypatch):
     """Of 1,200 visual tokens; peaks are found among a tenth of those that SparseVLM drops."""
-    for name in INNER:
+    for name in DROPPING:
         tokens = public_layer("random", 0, (12, 10, 10), 300)
         with Largest() as largest:
             methods.get(name).select(tokens)

@@ -3,18 +3,18 @@
 import pytest
 
 from evoprune import methods
-from evoprune.methods.registry import INNER
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.language_plan import layers_before, tokens_of_layers
+from tests.methods.eager import DROPPING
 
-ONE = ("fastv", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner")
+ONE = ("fastv", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner", "nuwa-inner")
 
 
 def drops(name, depth, tokens, budget):
     return [(drop.after, drop.left) for drop in methods.get(name).drops(depth, tokens, budget).drops]
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 28, 36])
 @pytest.mark.parametrize("budget", [1.0, 0.9, 0.5, 0.25, 0.1, 0.001])
 @pytest.mark.parametrize("tokens", [1, 2, 5, 576, 24_576])
@@ -44,11 +44,12 @@ def test_published_counts_at_published_depths():
     assert drops("prunevid-inner", 32, 1000, 0.4) == [(11, 400)]
     assert drops("holitom-inner", 28, 1000, 0.5) == [(18, 500)]
     assert drops("flashvid-inner", 28, 1000, 0.3) == [(20, 300)]
+    assert drops("nuwa-inner", 28, 1000, 0.42) == [(15, 420)]
     plan = methods.get("visipruner").drops(32, 576, 0.1)
     assert (plan.blind, plan.looks[0], plan.looks[-1], plan.drops[0].after) == (6, 8, 31, 16)
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", DROPPING)
 def test_the_default_share_is_its_papers(name):
     combined = methods.get(f"divprune+{name}")
     assert combined.language_plan(32, 576, 0.1) == methods.get(name).language_plan(32, 576, combined.share)

@@ -36,7 +36,7 @@ def of_files(files: Iterable[Path], tree: QwenVL) -> str:
     shapes = {name: list(weight.shape) for name, weight in tree.named_parameters()}
     rows: list[Row] = []
     for file in files:
-        with safe_open(file, framework="pt") as content:
+        with torch.device("cpu"), safe_open(file, framework="pt") as content:  # whatever the host program's default
             for stored in content.keys():  # noqa: SIM118 (not a dict)
                 name = name_in_memory(stored)
                 tensor = content.get_slice(stored)

@@ -133,6 +133,15 @@ def test_an_adapter_of_peft(saved):
     assert of_model(around.merge_and_unload()) != of_folder(saved)
 
 
+def test_the_default_device_of_the_host_program_does_not_matter(saved):
+    expected = find_model(ModelOptions(str(saved))).weights_fingerprint
+    try:
+        torch.set_default_device("meta")
+        assert find_model(ModelOptions(str(saved))).weights_fingerprint == expected
+    finally:
+        torch.set_default_device(None)
+
+
 def test_random_weights_have_none(saved):
     with pytest.raises(UsageError, match="are random"):
         load_model(str(saved), load_format="dummy").weights_fingerprint  # noqa: B018 (a property that raises)

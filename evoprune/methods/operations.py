@@ -1,0 +1,52 @@
+"""Operation pruning, after "Beyond Token Pruning: Operation Pruning in Vision-Language Models" (zxcvfd13502/GSOP).
+
+Visual tokens do not leave; layers compute less for them. An operation is (layer, group of tokens, kind): kinds are keys and values,
+queries and output, and the MLP. A token without an operation keeps its state of before. Which operations can go, and in which
+order, is a recipe that `evoprune tune --operations` finds for a model. `pruning.operations` holds recipes, `tuning.operations` the
+search. A budget takes the first steps of the recipe that leave no more than that share of the work on visual tokens.
+As in the authors' code: two groups, all tokens and those that are not key; a quarter is key (`--key_img_ratio 0.25`).
+Adapted: the code takes the tokens with the most attention of CLIP's class token for key. Qwen's tower has no such token, and a
+method in front may leave no attention of the tower at all; so here they are those with the most attention of the prompt's last
+token after 2 of 32 layers, as in FastV. The layers up to there compute everything.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from evoprune.errors import UsageError
+from evoprune.methods.language_method import LanguageMethod
+from evoprune.pruning.language_plan import LanguagePlan
+from evoprune.pruning.layer_tokens import LayerTokens
+from evoprune.pruning.operations import Recipe
+from evoprune.pruning.ranking import highest, relative
+from evoprune.pruning.types import Selection
+
+KEY = 0.25  # share of the visual tokens that are key
+PLACE = 2 / 32  # share of the layers after which they are known
+
+
+@dataclass(frozen=True)
+class Operations(LanguageMethod):
+    """Field: recipe: of the model that it works in; None where no model is known yet."""
+
+    name: ClassVar[str] = "operations"
+    source: ClassVar[str] = "zxcvfd13502/GSOP"
+
+    recipe: Recipe | None = field(default=None, metadata={"of_model": True})
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return {"share": self.share, "recipe": self.recipe and self.recipe.digest}
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        recipe = self.recipe
+        if recipe is None or recipe.depth != depth:
+            raise UsageError(
+                "method operations has no recipe for this model" if recipe is None
+                else f"the recipe is for {recipe.depth} layers, and this model has {depth}",
+                "evoprune tune VIDEO... --operations finds one",
+            )  # fmt: skip
+        return recipe.plan(tokens, recipe.removed(budget))
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        return Selection(highest(relative(tokens.attention()), tokens.left))
