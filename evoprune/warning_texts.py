@@ -8,7 +8,7 @@ from evoprune.text import clock, listed
 WARNINGS = {
     "whole_picture": "{video} stays whole: the method prunes frames of videos, and a picture has one",
     "pictures_whole": "the pictures stay whole without pictures=True; counts of pruning are those of the videos alone",
-    "equal_scores": "{video}: every frame is one even colour, so which units were merged or kept says nothing",
+    "equal_scores": "{video} is one even colour throughout, so pruning had nothing to go by",
     "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
     "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
     "damaged_subtitles": "some of the subtitles cannot be decoded and are left out; is their text UTF-8?",
@@ -20,7 +20,8 @@ WARNINGS = {
     "set the limits",
     "demo_model": "the demo model knows only coloured shapes and digits; {answers} nothing. "
     "For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
-    "demo_question": "the demo model was trained on questions in few words, and this one has others; its answer means little. "
+    "demo_inputs": "the demo model was trained on one video without subtitles; its answers about others mean little",
+    "demo_question": "the demo model knows only the words of its training, and a question has others; its answer means little. "
     "samples/questions.jsonl has questions that it knows",
     "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in {video} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",

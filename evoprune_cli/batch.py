@@ -144,6 +144,8 @@ def _on_ray(spans, settings, show, ready, **where):
 def _check_flags(output: str | None, model: str, engine: str, address: str | None) -> None:
     if output is None:
         raise UsageError("no output", f"name a file with -o: {USAGE}")
+    if output.startswith("--"):
+        raise UsageError(f"-o has no file: {output} is an option", "-o FILE; a file of that name is ./--...")
     if not model:
         raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is the bundled tiny one")
     if engine not in ENGINES:

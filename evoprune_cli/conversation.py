@@ -73,6 +73,7 @@ class Conversation:
         self._encode_full: EncodeFull | None = None
         self._running: Answer | None = None  # the one that is being read
         self._half: Report | None = None  # of a question that has only been answered with pruning
+        self._warned: set[str] = set()  # names of warnings that are printed
         self._finished = 0  # answers whose stats are printed, or are not wanted
 
     def begin(
@@ -87,6 +88,7 @@ class Conversation:
         """
         self._inputs, self._generation, self._encode_full = inputs, vars(generation), encode_full
         print_warnings(inputs.report)
+        self._warned = set(inputs.report.warnings)
 
     def answer(self, question: str, typed: bool = False) -> None:
         """Asks, and prints the answer. `typed`: the question stands on the terminal already."""
@@ -139,9 +141,9 @@ class Conversation:
     def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
         """Asks and prints one answer."""
         answer = self._running = inputs.ask(question, **self._generation)
-        print_warnings(
-            answer.report, answer.report.warnings[len(inputs.report.warnings) :] if label == "pruned" else ()
-        )
+        new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
+        print_warnings(answer.report, new)
+        self._warned.update(new)
         with progress(not self._output.quiet) as show:
             show("reading prompt")
             first = next(answer, "")

@@ -69,7 +69,7 @@ def evaluate(
 
     sweep = opt.sweep(budget, method, method_arg, named=True)
     _check_flags(world, split, output, resume)
-    check_chart(chart, beside=output)
+    check_chart(chart, beside=output, inputs=[data])
     videos = _questions(data)
     asked = {
         **sweep, "data": data, "blind": blind, "split": split, "seed": seed, "limit": limit,

@@ -204,12 +204,7 @@ class _Overlay:
             ending = repr(self._ending) if self._ending else "no ending"
             hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
             raise UsageError(f"--overlay {self.file} has {ending}, which cannot be drawn", hint)
-        check_writable(self.file)
-        folder = os.path.dirname(os.path.abspath(self.file))
-        if os.path.exists(video) and any(
-            os.path.exists(place) and os.path.samefile(place, video) for place in (self.file, folder)
-        ):
-            raise UsageError(f"--overlay {self.file} would change the video", "name another place")
+        check_writable(self.file, inputs=[video])
 
     def draw(self, path: str, video: str, options: "PipelineOptions") -> dict:
         """Draws it; the facts to report."""

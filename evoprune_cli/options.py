@@ -111,7 +111,7 @@ Budgets = Annotated[
         "--budget",
         envvar="EVOPRUNE_BUDGET",
         metavar="LIST",
-        help=f"Shares of visual tokens kept, or presets, or of eval auto, auto:inflection and tuned; "
+        help="Shares of visual tokens kept, or presets; in eval also auto, auto:inflection, tuned; "
         f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
         show_default=False,
     ),

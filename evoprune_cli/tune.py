@@ -61,7 +61,7 @@ def tune(
 
     No labels are needed. The unpruned model answers first. Every setting reads these answers, and is judged by the tokens at which
     it would have chosen as the unpruned model did, and by the time to the first token. The fastest one that passes is saved for
-    this model; -b tuned uses it. Exit code 6: done, but some videos failed.
+    this model; -b tuned uses it. Exit code 6: done, but some videos failed, or no setting is sure to pass.
 
     With --operations it finds the recipe of the method operations instead: in which order a model's layers can leave out operations
     on visual tokens.
@@ -74,8 +74,9 @@ def tune(
     """
     check_output()
     _check_alone(operations and (method or chart or agree != AGREE))
-    check_chart(chart)
-    check_writable(output)
+    read = [*videos, *([question_file] if question_file else [])]
+    check_chart(chart, inputs=read)
+    check_writable(output, inputs=read)
     asked = {
         "videos": _there(videos), "questions": _questions(questions, question_file),
         "agree": agree, "time_limit_s": time_limit, "seed": seed,
@@ -112,7 +113,7 @@ def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool, operati
             problem.reported = True
         raise
     document = deliver(tuning)
-    return SOME_FAILED if document["failures"] else 0
+    return SOME_FAILED if document["failures"] or document.get("recommended", "") is None else 0
 
 
 def _check_alone(more: Any) -> None:

@@ -32,6 +32,10 @@ class Words:
         """Raises VideoError or UsageError where one of several inputs is no file. A single one is checked when it is opened."""
         if self.inputs.count(STDIN) > 1:
             raise UsageError("standard input is there twice", "it can be read once")
+        if len(self.inputs) == 1 and self.question is None and re.search(r"\s", self.inputs[0]):
+            (only,) = self.inputs
+            if not _exists(only) and not PATH.search(only):
+                raise VideoError(f"no such file: {only}", f"the video comes first: {USAGE}")
         missing = [word for word in self.inputs if not _exists(word)] if len(self.inputs) > 1 else []
         if not missing:
             return

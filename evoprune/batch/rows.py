@@ -203,7 +203,7 @@ class _Reader:
         with self._wrong.noting(f"{place}: ", self._rules.fields):
             row = self._row(number, fields)
             if row.id in self._rows:
-                message = f"{place}: the same id, or question, as {self._places[row.id]}"
+                message = f"{place}: the same id (or the same question) as {self._places[row.id]}"
                 self._wrong.add(message, "give every row an id of its own")
             self._rows[row.id], self._places[row.id] = row, place
 

@@ -42,6 +42,8 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding], read: Sequence[
     report.warnings = list(dict.fromkeys(name for each in report.inputs for name in each.warnings if name != FLAT))
     if loaded.is_demo and not all(is_demo_clip(encoding.view.info) for encoding in encodings):
         report.warnings.append("demo_model")
+    elif loaded.is_demo and (len(encodings) > 1 or any(each.subtitles for each in report.inputs)):
+        report.warnings.append("demo_inputs")
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")
     if all(each.flat for each in read):

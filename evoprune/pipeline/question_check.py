@@ -77,8 +77,8 @@ def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None
         raise UsageError(
             f"{text:,} tokens of text, {visual:,} visual tokens and an answer of up to {new:,} tokens do not fit into the "
             f"{context:,} tokens of this model's context",
-            "ask a shorter question, or for a shorter answer (-n, max_new_tokens), or keep fewer visual tokens (-b, budget) "
-            "or subtitles (--max-subtitle-tokens, max_subtitle_tokens)",
+            "ask a shorter question, or for a shorter answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "
+            "subtitles (--max-subtitle-tokens, max_subtitle_tokens), or look at fewer frames (--max-frames, max_frames)",
         )
 
 

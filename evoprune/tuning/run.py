@@ -235,7 +235,8 @@ class Tuning:
         if answering.tokens < TOKENS[0] or answering.asked < len(settings.questions):
             asked = f"{answering.asked} of {counted(len(settings.questions), 'question')}"
             made.append(f"the time limit allowed answers of {answering.tokens} tokens to {asked}")
-        if fewer := sum(len(scores.tokens) < len(answering.made) for scores in known):
+        tried = any(scores.tokens for scores in known)
+        if tried and (fewer := sum(len(scores.tokens) < len(answering.made) for scores in known)):
             made.append(
                 f"{fewer} of {len(known)} settings were not tried on all videos: the time went to the better ones"
             )

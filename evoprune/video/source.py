@@ -33,7 +33,10 @@ def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
         VideoError: standard input is closed, empty or a device, or cannot be stored.
     """
     if source.startswith(OPEN_FILES):
-        yield os.path.realpath(source)
+        resolved = os.path.realpath(source)
+        if os.path.exists(source) and not os.path.exists(resolved):  # a pipe, as of <(command)
+            raise VideoError(f"{source} is not a regular file", f"- reads a video from standard input: {HINT}")
+        yield resolved
         return
     if source != STDIN:
         yield source

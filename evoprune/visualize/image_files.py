@@ -6,12 +6,17 @@ from fractions import Fraction
 
 import av
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+MADE_BY = "evoprune"  # in the metadata of each file
 
 
 def png(picture: Image.Image) -> bytes:
     """An RGB picture as PNG with a palette of 256 colours: frames with grain take a third of the bytes of full colour."""
-    file = io.BytesIO()
-    picture.quantize(palette=shared_palette([picture]), dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    file, facts = io.BytesIO(), PngInfo()
+    facts.add_text("Software", MADE_BY)
+    reduced = picture.quantize(palette=shared_palette([picture]), dither=Image.Dither.NONE)
+    reduced.save(file, "PNG", optimize=True, pnginfo=facts)
     return file.getvalue()
 
 
@@ -25,7 +30,7 @@ def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -
     """
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     file, milliseconds = io.BytesIO(), 10 * max(2, round(seconds * 100))
-    first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0, comment=MADE_BY)
     return file.getvalue()
 
 
@@ -43,6 +48,7 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
     """RGB pictures of one size as H.264 in MP4. Width and height are even; each picture is shown for so many seconds."""
     file, stream, step = io.BytesIO(), None, Fraction(seconds).limit_denominator(1000)
     with av.open(file, "w", format="mp4") as out:
+        out.metadata["comment"] = MADE_BY
         for number, picture in enumerate(pictures):
             if stream is None:
                 stream = out.add_stream("libx264", rate=1 / step, options={"crf": "18", "preset": "veryfast"})

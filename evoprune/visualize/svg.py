@@ -17,6 +17,7 @@ def document(title: str, width: int, height: int, elements: Iterable[str]) -> st
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
             f' font-family="{FONT}" font-size="12" fill="{INK}">',
+            "<!-- evoprune -->",
             f"<title>{escape(title)}</title>",
             f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="6" fill="#FFFFFF" stroke="#D0D0D0"/>',
             *elements,

@@ -120,7 +120,7 @@ def test_times_for_rows_that_have_none():
         (ROW | {"id": 1.5}, "id is neither"),
         (ROW | {"id": ""}, "id is neither"),
         (ROW | {"id": True}, "id is neither"),
-        (ROW | {"id": 1}, "the same id, or question, as rows, line 1"),
+        (ROW | {"id": 1}, r"the same id \(or the same question\) as rows, line 1"),
     ],
 )
 def test_what_is_no_row(row, says):

@@ -182,9 +182,21 @@ def test_records_hold_the_warning_about_foreign_clips(cli, tmp_path):
 
 
 def test_the_demo_warns_of_questions_in_other_words(cli):
-    result = cli("ask", CLIP, "Does the man smile?", "-Q", QUESTION, "--json")
-    assert [json.loads(line)["warnings"] for line in result.out.splitlines()] == [["demo_question"], []]
-    assert result.err.count("warning: the demo model was trained on questions in few words") == 1
+    result = cli("ask", CLIP, "Does the man smile?", "-Q", QUESTION, "-Q", "Who smiles?", "--json")
+    given = [json.loads(line)["warnings"] for line in result.out.splitlines()]
+    assert given == [["demo_question"], [], ["demo_question"]]
+    assert result.err.count("warning: the demo model knows only the words of its training") == 1
+
+
+def test_the_demo_warns_of_what_it_was_not_trained_on(cli, tmp_path):
+    (tmp_path / "said.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
+    for more in ((CLIP, QUESTION), (QUESTION, "--subtitles", tmp_path / "said.srt")):
+        assert cli("ask", CLIP, *more, "--json").record["warnings"] == ["demo_inputs"]
+
+
+def test_a_question_without_a_video(cli):
+    result = cli("ask", "What is in it?", terminal=True)
+    assert result.code == 3 and "no such file: What is in it?" in result.err and "the video comes first" in result.err
 
 
 @pytest.mark.parametrize("flags", [(), ("-q",), ("--json",)])

@@ -81,18 +81,21 @@ def test_a_token_limit_that_was_set_is_noted(notes):
 @pytest.mark.parametrize(
     ("flags", "asked"),
     [
-        ((), "300 frames at this model's rate"),
+        ((), "300 at the rate of this model"),
         (("--fps", "0.2"), None),
-        (("--fps", "2"), "300 frames asked for"),
-        (("--fps", "1", "--end", "1:00"), "60 frames asked for"),
+        (("--fps", "2"), "300 asked for"),
+        (("--fps", "1", "--end", "1:00"), "60 asked for"),
         (("--fps", "2", "--max-frames", "16"), None),  # whoever sets the limit knows
         (("--frames", "32"), None),
-        (("--frames", "33"), "34 frames asked for"),
-        (("--frames", "4000"), "4,000 frames asked for"),
+        (("--frames", "33"), "34 asked for"),
+        (("--frames", "4000"), "4,000 asked for"),
     ],
 )
 def test_the_frame_limit_of_the_model_is_noted(notes, long_clip, flags, asked):
-    says = [f"reading 32 of {asked} (--max-frames raises the limit)"] if asked else []
+    every = "~2 s" if "--end" in flags else "~5 s"
+    says = (
+        [f"reading 32 frames, one every {every}, instead of {asked} (--max-frames raises the limit)"] if asked else []
+    )
     assert notes(long_clip, "-b", "fast", *flags) == says
 
 

@@ -168,5 +168,5 @@ def test_two_runs_at_once_save_one_whole_setting(tiny_folder, tmp_path):
 
 def test_the_time_limit_is_kept(tune):
     result = tune(*LOW, "--time-limit", "0.001", "--json", "-b", "0.5,0.2")
-    assert result.code == 0 and result.record["rows"] == [] and result.record["recommended"] is None
+    assert result.code == 6 and result.record["rows"] == [] and result.record["recommended"] is None
     assert result.record["videos"]["answered"] == 1  # the least: one video in full

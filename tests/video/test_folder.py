@@ -149,10 +149,19 @@ def test_exif_of_either_byte_order_whole_or_cut_off(order):
 def test_other_sizes_are_scaled_to_the_first(tmp_path):
     write_image(tmp_path / "1.png", numbered_frame(1))
     write_image(tmp_path / "2.jpg", numbered_frame(2, 96, 128))
-    write_image(tmp_path / "3.bmp", numbered_frame(3, 31, 47))
+    write_image(tmp_path / "3.bmp", numbered_frame(3, 36, 49))
     info = probe(tmp_path)
     assert (info.width, info.height) == (64, 48)
     assert numbers(info, [0.0, 0.5, 1.0]) == [1, 2, 3]
+
+
+def test_images_of_another_shape_are_refused(tmp_path):
+    for number, (height, width) in enumerate([(48, 64), (48, 65), (64, 48)]):
+        write_image(tmp_path / f"{number}.png", numbered_frame(number, height, width))
+    info = probe(tmp_path)
+    assert numbers(info, [0.0, 0.5]) == [0, 1]  # a pixel more is no other shape
+    with pytest.raises(VideoError, match=r"different shapes: .*2\.png has 48x64, the first 64x48"):
+        numbers(info, [0.0, 1.0])
 
 
 def test_whatever_is_no_image_is_ignored(tmp_path):

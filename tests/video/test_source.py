@@ -144,6 +144,12 @@ def test_names_of_what_is_open_here(name, spool):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device here")
+def test_a_pipe_is_no_file():
+    with os.popen("true") as pipe, pytest.raises(VideoError, match=r"fd/\d+ is not a regular file") as caught:
+        local_file(f"/dev/fd/{pipe.fileno()}").__enter__()
+    assert caught.value.hint.startswith("- reads a video from standard input")
+
+
 def test_a_device_is_no_video(spool):
     with open("/dev/zero", "rb") as endless:
         assert "VideoError: standard input is a device" in piped(endless, "-").stderr

@@ -15,6 +15,7 @@ from evoprune.model.rules import Rule, checked, section
 from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.hub import MODEL_HINT
 from evoprune.strict_json import read_object
+from evoprune.text import did_you_mean
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import VideoLimits
 
@@ -56,6 +57,8 @@ def locate(name: str, revision: str | None, offline: bool, *, files: list[str] |
     Args:
         files: patterns of what to download from the hub; None if nothing may be downloaded.
     """
+    if not name.strip():
+        raise ModelError("the name of the model is empty", MODEL_HINT)
     folder = DEMO_FOLDER if name == "demo" else Path(os.path.expanduser(name))
     if name == "demo" and not (folder / "config.json").is_file():
         raise ModelError(
@@ -68,7 +71,10 @@ def locate(name: str, revision: str | None, offline: bool, *, files: list[str] |
     if os.path.exists(folder):
         raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
     if not hub.is_id(name):
-        raise ModelError(f"{name!r} is neither a folder here nor a hub id", f"a hub id is org/name; {MODEL_HINT}")
+        near = [known for known in BUNDLED_CONFIGS if name.lower() in known.lower()]
+        meant = f"did you mean {near[0]}? " if near else did_you_mean(name, ["demo"])
+        hint = f"{meant}a hub id is org/name; {MODEL_HINT}"
+        raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
     if files is None:
         known = " and ".join(BUNDLED_CONFIGS)
         raise ModelError(f"no bundled config for {name}", f"random weights need a local folder, demo, or {known}")

@@ -21,6 +21,7 @@ from evoprune.video.readers.pixels import orientation, to_rgb
 CONTAINER = "folder"
 # Larger files count as damaged.
 MAX_BYTES = 2**29
+SAME_SHAPE = 0.02  # by which the ratios of width and height of a video's images may differ, relative
 
 
 def list_images(folder: str) -> list[str]:
@@ -98,6 +99,7 @@ def read(
             decoded = decode_image(images[i])
             if decoded is not None:
                 _, frame, turn = decoded
+                _check_shape(images[i], frame, turn[0], info)
                 current, rgb = i, to_rgb(frame, info.width, info.height, *turn, reformatter)
                 break
             damaged(i)
@@ -105,6 +107,15 @@ def read(
         if rgb is None:
             raise VideoError(f"no image in the folder {info.path} can be decoded", "the files are damaged")
         yield current / info.fps, rgb
+
+
+def _check_shape(image: str, frame: VideoFrame, rotation: int, info: VideoInfo) -> None:
+    """Raises VideoError if an image has another shape than the first, to which it would be stretched."""
+    width, height = (frame.width, frame.height) if rotation % 180 == 0 else (frame.height, frame.width)
+    if abs(width * info.height - height * info.width) > SAME_SHAPE * width * info.height:
+        message = f"images of different shapes: {image} has {width}x{height}, the first {info.width}x{info.height}"
+        hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
+        raise VideoError(message, hint)
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:

@@ -142,8 +142,9 @@ def _check(image: Image.Image, path: str, refuse) -> None:
         raise refuse("is a camera's raw file, of which only a preview could be read")
     count = getattr(image, "n_frames", 1)
     if count > 1 and image.format != "MPO":  # of which the first is the photograph
-        what = f"has {count:,} pages" if image.format == "TIFF" else "is an animation"
-        raise VideoError(f"{path} {what}", "save one of them as a JPEG or PNG, or the animation as a GIF or MP4")
+        if image.format == "TIFF":
+            raise VideoError(f"{path} has {count:,} pages", "save one page as a JPEG or PNG")
+        raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
 
 
 def _refusal(path: str, reason: str) -> VideoError:

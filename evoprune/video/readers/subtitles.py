@@ -33,7 +33,7 @@ NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
 STILL_S = 0.05
 UNPACK = "\\{{}"  # how FFmpeg writes a brace that is text
 BRACE = "\0"  # in its place meanwhile; no text has it
-HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or none (--subtitles, in Python subtitles)"
+HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave them out"
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evoprune.errors import OutOfMemory, UsageError
+from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, Visual, embed_prompt, prefill, stream, stream_text
 from evoprune.language.positions import VideoSpan, prompt_positions
 from evoprune.language.prompt import VIDEO, build_prompt
@@ -299,6 +299,16 @@ def test_weights_of_other_dimensions_are_refused(folder):
 )
 def test_names_that_are_neither_folder_nor_hub_id(name):
     assert "neither a folder here nor a hub id" in error_of(name)
+
+
+def test_a_name_that_is_nearly_right_is_named():
+    with pytest.raises(ModelError) as caught:
+        load_model("Demo")
+    assert caught.value.hint.startswith("did you mean demo? ")
+    with pytest.raises(ModelError) as caught:
+        load_model("qwen2.5-vl-3b")
+    assert caught.value.hint.startswith("did you mean Qwen/Qwen2.5-VL-3B-Instruct? ")
+    assert "the name of the model is empty" in error_of(" ")
 
 
 def test_a_file_is_not_a_model(saved):
