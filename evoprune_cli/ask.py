@@ -276,9 +276,9 @@ def _note_limits(view: "View", sampling: "SamplingOptions") -> None:
     plan = view.full
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         asked = sampling.frames is not None or sampling.fps is not None
-        wanted = f"{plan.sampling.wanted:,} {'asked for' if asked else 'at the rate of this model'}"
-        every = f"one every {roughly(plan.sampling.seconds_per_frame)}"
-        tell(f"reading {plan.frame_limit:,} frames, {every}, instead of {wanted} (--max-frames raises the limit)")
+        wanted = f"the {plan.sampling.wanted:,} asked for" if asked else f"the model's {plan.sampling.wanted:,}"
+        every = roughly(plan.sampling.seconds_per_frame)
+        tell(f"reading {plan.frame_limit:,} frames, one every {every}, not {wanted} (--max-frames)")
     if plan.token_capped:
         from evoprune.video.info import VIDEO
         from evoprune.video.plan import MAX_VISUAL_TOKENS

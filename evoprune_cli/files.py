@@ -10,7 +10,7 @@ from evoprune.errors import UsageError
 from evoprune_cli.terminal import encodable
 
 OPEN_FILES = ("/dev/", "/proc/self/fd/")
-MARK = b"evoprune"  # is in every file that is written
+MARK, OVERLAY = b"evoprune", b"evoprune overlay"  # in every text that is written, and in every picture
 LARGEST = 2**28  # bytes; larger files were not written here
 
 
@@ -27,7 +27,7 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     Args:
         path: the file.
         beside: a folder that will be made, with its parents.
-        inputs: files and folders that are read.
+        inputs: files and folders that are read; an empty name is none.
 
     Raises:
         UsageError: it cannot; it is one of the inputs, or in a folder that is one; or there is a file that evoprune did not write.
@@ -43,7 +43,9 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
         or not os.access(path if os.path.exists(path) else folder, os.W_OK)
     ):
         raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
-    if any(os.path.realpath(each) in (os.path.realpath(path), os.path.realpath(folder)) for each in inputs):
+    if any(
+        os.path.realpath(each) in (os.path.realpath(path), os.path.realpath(folder)) for each in filter(None, inputs)
+    ):
         raise UsageError(f"{path} would change what is read", "name another place")
     if not _may_replace(path):
         raise UsageError(f"{path} is there, and evoprune did not write it", "name another file, or remove this one")
@@ -55,7 +57,8 @@ def _may_replace(path: str) -> bool:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) or not found.st_size:
             return True
-        return found.st_size <= LARGEST and MARK in Path(path).read_bytes()
+        content = Path(path).read_bytes() if found.st_size <= LARGEST else b""
+        return OVERLAY in content or (b"\0" not in content and MARK in content)
     except FileNotFoundError:
         return True
     except OSError:

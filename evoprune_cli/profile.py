@@ -82,9 +82,8 @@ def profile(
         raise UsageError("--pictures excludes a video and --frames", "leave them out; --size takes other sizes")
     if pictures:
         counts, sizes = [1], sizes or [*PICTURES]
-    read = [video] if video else []
-    check_output() if output is None else check_writable(output, inputs=read)
-    check_chart(chart, inputs=read)
+    check_output() if output is None else check_writable(output, inputs=[video or ""])
+    check_chart(chart, inputs=[video or ""])
     clips = partial(_clips, video, synthetic or SYNTHETIC[0], counts, sizes)
     deliver = partial(_deliver, form=form, output=output, chart=chart)
     asked = {**sweep, **rounds, "seed": seed}

@@ -74,9 +74,8 @@ def tune(
     """
     check_output()
     _check_alone(operations and (method or chart or agree != AGREE))
-    read = [*videos, *([question_file] if question_file else [])]
-    check_chart(chart, inputs=read)
-    check_writable(output, inputs=read)
+    check_chart(chart, inputs=[*videos, question_file or ""])
+    check_writable(output, inputs=[*videos, question_file or ""])
     asked = {
         "videos": _there(videos), "questions": _questions(questions, question_file),
         "agree": agree, "time_limit_s": time_limit, "seed": seed,

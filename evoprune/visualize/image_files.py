@@ -8,7 +8,7 @@ import av
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-MADE_BY = "evoprune"  # in the metadata of each file
+MADE_BY = "evoprune overlay"  # in the metadata of each file
 
 
 def png(picture: Image.Image) -> bytes:

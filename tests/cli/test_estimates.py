@@ -81,27 +81,25 @@ def test_a_token_limit_that_was_set_is_noted(notes):
 @pytest.mark.parametrize(
     ("flags", "asked"),
     [
-        ((), "300 at the rate of this model"),
+        ((), "the model's 300"),
         (("--fps", "0.2"), None),
-        (("--fps", "2"), "300 asked for"),
-        (("--fps", "1", "--end", "1:00"), "60 asked for"),
+        (("--fps", "2"), "the 300 asked for"),
+        (("--fps", "1", "--end", "1:00"), "the 60 asked for"),
         (("--fps", "2", "--max-frames", "16"), None),  # whoever sets the limit knows
         (("--frames", "32"), None),
-        (("--frames", "33"), "34 asked for"),
-        (("--frames", "4000"), "4,000 asked for"),
+        (("--frames", "33"), "the 34 asked for"),
+        (("--frames", "4000"), "the 4,000 asked for"),
     ],
 )
 def test_the_frame_limit_of_the_model_is_noted(notes, long_clip, flags, asked):
     every = "~2 s" if "--end" in flags else "~5 s"
-    says = (
-        [f"reading 32 frames, one every {every}, instead of {asked} (--max-frames raises the limit)"] if asked else []
-    )
+    says = [f"reading 32 frames, one every {every}, not {asked} (--max-frames)"] if asked else []
     assert notes(long_clip, "-b", "fast", *flags) == says
 
 
 def test_both_limits(notes, long_clip):
     lines = notes(long_clip, "--frames", "64", "--max-visual-tokens", "100")
     assert [line.split("(")[1].split(")")[0] for line in lines] == [
-        "--max-frames raises the limit",
+        "--max-frames",
         "--max-visual-tokens",
     ]

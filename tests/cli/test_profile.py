@@ -160,7 +160,7 @@ def test_a_chart_can_be_drawn_again_from_json(profile, tmp_path):
 
 def test_what_was_measured_is_not_lost_with_the_disk(profile, tmp_path, monkeypatch):
     path = tmp_path / "out.txt"
-    monkeypatch.setattr("evoprune_cli.profile.check_writable", lambda path: None)
+    monkeypatch.setattr("evoprune_cli.profile.check_writable", lambda path, **_: None)
     path.mkdir()
     result = profile("-o", path)
     assert result.code == 2 and "cannot write" in result.err and table_rows(result.out)

@@ -149,7 +149,7 @@ def test_exif_of_either_byte_order_whole_or_cut_off(order):
 def test_other_sizes_are_scaled_to_the_first(tmp_path):
     write_image(tmp_path / "1.png", numbered_frame(1))
     write_image(tmp_path / "2.jpg", numbered_frame(2, 96, 128))
-    write_image(tmp_path / "3.bmp", numbered_frame(3, 36, 49))
+    write_image(tmp_path / "3.bmp", numbered_frame(3, 36, 48))
     info = probe(tmp_path)
     assert (info.width, info.height) == (64, 48)
     assert numbers(info, [0.0, 0.5, 1.0]) == [1, 2, 3]
