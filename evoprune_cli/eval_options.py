@@ -25,7 +25,7 @@ Limit = Annotated[
     typer.Option(
         "--limit",
         metavar="N",
-        help="At most so many videos; default: all of a file, 100 demo clips of a world.",
+        help="At most so many videos; default: all of a file, or 100 demo clips.",
         min=1,
         show_default=False,
         rich_help_panel=_DATA,

@@ -45,6 +45,7 @@ class Command(TyperCommand):
             if not (everything or argument or param.name in (*self.common, "help")):
                 continue
             if record := (param if everything else _brief(param)).get_help_record(ctx):
+                record = _named(record[0]), record[1]
                 panel = (everything and getattr(param, "rich_help_panel", None)) or "Options"
                 sections.setdefault("Arguments" if argument else panel, []).append(record)
         for title, rows in sections.items():
@@ -57,6 +58,14 @@ class Command(TyperCommand):
         if not ctx.meta.get(EVERYTHING):
             formatter.write_paragraph()
             formatter.write_text(f"All options: {ctx.command_path} --help-all")
+
+
+def _named(signature: str) -> str:
+    """What a parameter is called, with a word for its values in the place of a type of Python; those of arguments need none."""
+    signature = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", signature)
+    for kind, word in (("str", "TEXT"), ("int", "N"), ("float", "N")):
+        signature = signature.replace(f"<{kind}>", word)
+    return signature
 
 
 def _brief(param):

@@ -59,7 +59,8 @@ def profile(
 ) -> int:
     """Measure latency, counts and memory over a sweep.
 
-    Always beside it, on the same weights, in turn: plain Hugging Face transformers, budget 1.0, the bound of other methods.
+    Always beside it, on the same weights, in turn: plain Hugging Face transformers, budget 1.0, and the bound: the best that
+    a method which prunes after the encoder could reach.
     By default on random weights of Qwen2.5-VL-3B's true dimensions: speed does not depend on what the weights are.
     Exit code 6: done, but some rows ran out of memory.
 

@@ -128,7 +128,7 @@ Chart = Annotated[
     typer.Option(
         "--chart",
         metavar="FILE.svg",
-        help="Draw time against frames or size if they are swept, else the tower's time against its live share.",
+        help="Draw time against frames or size if they are swept, else the encoder's time against the rows computed.",
         show_default=False,
         rich_help_panel=_OUTPUT,
     ),

@@ -10,7 +10,7 @@ _ASKED, _OUTPUT = "What is asked", "Output"
 
 Videos = Annotated[
     list[str],
-    typer.Argument(metavar="VIDEO...", help="Video files like those that will be asked about.", show_default=False),
+    typer.Argument(metavar="VIDEO", help="Video files like those that will be asked about.", show_default=False),
 ]
 Questions = Annotated[
     list[str] | None,
