@@ -31,7 +31,8 @@ Source = Annotated[
     typer.Option(
         "--from",
         metavar="FILE|-",
-        help="Instead: JSONL or CSV rows with video, question and perhaps id, start, end, options (in CSV a|b|c), subtitles, "
+        help="In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
+        "id, start, end, options (in CSV a|b|c), subtitles, "
         "answer. Files are relative to the file; - is stdin, which is read to its end first.",
         show_default=False,
         rich_help_panel=_ROWS,

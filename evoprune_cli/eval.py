@@ -56,8 +56,8 @@ def evaluate(
 ) -> int:
     """Measure accuracy against budget, on questions with known answers.
 
-    Every row answers the same questions, the full budget first. Rows are compared with it, and with the first method at the same
-    budget. Intervals are 95%, over videos. Cost is in operations at the 3B model's dimensions. Exit code 6: done, but some
+    Every setting answers the same questions, the full budget first. Settings are compared with it, and with the first method at
+    the same budget. Intervals are 95%, over videos. Cost is in operations at the 3B model's dimensions. Exit code 6: done, but some
     videos failed.
 
     \b

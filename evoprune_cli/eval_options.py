@@ -105,7 +105,7 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         metavar="DIR",
-        help="Go on with the run in DIR that was cut short, given the same options.",
+        help="Continue the interrupted run in DIR. Needs the same options.",
         show_default=False,
         rich_help_panel=_OUTPUT,
     ),

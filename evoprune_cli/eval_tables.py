@@ -127,7 +127,7 @@ def _versus_first(rows: list[dict], console: Console, width: int) -> tuple[list[
     made = _rich(["", title], [list(pair) for pair in zip(names, differences, strict=True)])
     if _width(made, console) > width:
         return [], []
-    said = f"* does not read as many tokens as {first} at this budget; how many: below" if marked else ""
+    said = f"* reads another number of tokens than {first} at this budget; how many: below" if marked else ""
     lines = ["", *_lines(made, console), *textwrap.wrap(said, width, subsequent_indent="  ")]
     return lines, [f"{title}: the paired difference to the first method, at the same budget"]
 

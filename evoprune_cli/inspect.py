@@ -66,7 +66,7 @@ def inspect(
 ) -> int:
     """Show this machine, what a model needs, or what is in a video.
 
-    With a video also what a model would look at in it, and the memory that takes. Loads no weights and uses no network,
+    With a video, also show what a model would look at in it, and the memory needed. Loads no weights and uses no network,
     except for an overlay.
 
     \b

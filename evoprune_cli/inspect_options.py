@@ -29,14 +29,14 @@ Scan = Annotated[
 ]
 ClearCache = Annotated[
     bool,
-    typer.Option("--clear-cache", help="First delete the encoded videos that `ask --cache` keeps on disk."),
+    typer.Option("--clear-cache", help="Delete the encoded videos that `ask --cache` keeps on disk, then report."),
 ]
 ForgetTuned = Annotated[
     str | None,
     typer.Option(
         "--forget-tuned",
         metavar="NAME|FINGERPRINT|all",
-        help="First delete the tuned setting and the recipe of a model, by its name or the beginning of its fingerprint; or all.",
+        help="Delete the tuned setting and the recipe of a model (by name or beginning of its fingerprint) or all, then report.",
         show_default=False,
     ),
 ]

@@ -39,7 +39,7 @@ app = typer.Typer(
     help="Ask Qwen2.5-VL (or Qwen2-VL) about videos; visual tokens are pruned inside the vision encoder.\n\n"
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
     epilog="Exit codes: 0 done, 1 a bug, 2 usage or an output that cannot be written, 3 video, 4 model, 5 out of memory, "
-    "6 some items failed, 130 interrupted, 143 terminated.",
+    "6 some items failed or no setting passed, 130 interrupted, 143 terminated.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -13,7 +13,7 @@ from evoprune.pruning.budget import PRESETS, TUNED, parse_budget, parse_budget_o
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions
 
-_PRESETS = ", ".join(f"{name} {value:g}" for name, value in PRESETS.items())
+_PRESETS = ", ".join(f"{name} ({value:g})" for name, value in PRESETS.items())
 
 
 def _option(panel: str, *names: str, **settings):
@@ -111,7 +111,7 @@ Budgets = Annotated[
         "--budget",
         envvar="EVOPRUNE_BUDGET",
         metavar="LIST",
-        help="Shares of visual tokens kept, or presets; in eval also auto, auto:inflection, tuned; "
+        help="Shares of visual tokens kept, or presets; only in eval auto, auto:inflection, tuned; "
         f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
         show_default=False,
     ),
@@ -206,7 +206,7 @@ MaxSubtitleTokens = Annotated[
     ),
 ]
 
-MaxNewTokens = Annotated[int, _option(_GENERATION, "-n", "--max-new-tokens", help="Longest answer.")]
+MaxNewTokens = Annotated[int, _option(_GENERATION, "-n", "--max-new-tokens", help="Longest answer, in tokens.")]
 Temperature = Annotated[float, _option(_GENERATION, "-t", "--temperature", help="0 is greedy.")]
 TopP = Annotated[float, _option(_GENERATION, "--top-p", help="Nucleus sampling.")]
 System = Annotated[
@@ -218,7 +218,7 @@ Inputs = Annotated[
     typer.Argument(
         metavar="INPUT",
         help="Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
-        "If there is none, and no -Q, it is read from stdin; otherwise stdin is not read.",
+        "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
         show_default=False,
     ),
 ]
@@ -228,7 +228,7 @@ MoreQuestions = Annotated[
         "-Q",
         "--question",
         metavar="TEXT",
-        help="A further question; repeatable. All share one encoding.",
+        help="A question; repeatable. All share one encoding.",
         show_default=False,
     ),
 ]
@@ -237,7 +237,7 @@ Interactive = Annotated[
     typer.Option(
         "-i",
         "--interactive",
-        help="Keep the video and ask on at a prompt: q or Ctrl-D ends it, Ctrl-C an answer. Needs a terminal, but no question.",
+        help="Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
     ),
 ]
 Compare = Annotated[

@@ -59,10 +59,9 @@ def profile(
 ) -> int:
     """Measure latency, counts and memory over a sweep.
 
-    Always beside it, on the same weights, in turn: plain Hugging Face transformers, budget 1.0, and the bound: the best that
-    a method which prunes after the encoder could reach.
-    By default on random weights of Qwen2.5-VL-3B's true dimensions: speed does not depend on what the weights are.
-    Exit code 6: done, but some rows ran out of memory.
+    Always measured too, in turn and on the same weights: plain Hugging Face transformers, budget 1.0, and the bound, the best that
+    a method which prunes after the encoder could reach. By default on random weights of Qwen2.5-VL-3B's true dimensions: speed does
+    not depend on what the weights are. Exit code 6: done, but some rows ran out of memory.
 
     \b
     evoprune profile
@@ -79,16 +78,16 @@ def profile(
     }  # fmt: skip
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
     _check_flags(kinds, form, load_format, synthetic, video)
-    if pictures and (video is not None or frames):
-        raise UsageError("--pictures excludes a video and --frames", "leave them out; --size takes other sizes")
     if pictures:
+        if video is not None or frames:
+            raise UsageError("--pictures excludes a video and --frames", "leave them out; --size takes other sizes")
         counts, sizes = [1], sizes or [*PICTURES]
     check_output() if output is None else check_writable(output, inputs=[video or ""])
     check_chart(chart, inputs=[video or ""])
     clips = partial(_clips, video, synthetic or SYNTHETIC[0], counts, sizes)
     deliver = partial(_deliver, form=form, output=output, chart=chart)
-    asked = {**sweep, **rounds, "seed": seed}
-    return _run(clips, partial(_measured, model, loading, asked, time_limit), deliver, quiet)
+    measured = partial(_measured, model, loading, {**sweep, **rounds, "seed": seed}, time_limit)
+    return _run(clips, measured, deliver, quiet)
 
 
 def _run(clips: Callable, measured: Callable, deliver: Callable, quiet: bool) -> int:

@@ -110,7 +110,7 @@ TimeLimit = Annotated[
     ),
 ]
 Format = Annotated[
-    str, typer.Option("--format", metavar="|".join(FORMATS), help="Of the output.", rich_help_panel=_OUTPUT)
+    str, typer.Option("--format", metavar="|".join(FORMATS), help="Output format.", rich_help_panel=_OUTPUT)
 ]
 Output = Annotated[
     str | None,

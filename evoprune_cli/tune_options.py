@@ -38,7 +38,7 @@ Agree = Annotated[
     typer.Option(
         "--agree",
         metavar="SHARE",
-        help="Of the tokens of the full answers, at which the pruned model must make the same first choice: the lower end of "
+        help="Share of the full answers' tokens at which the pruned model must make the same first choice, at the lower end of "
         "the 95% interval.",
         rich_help_panel=_ASKED,
     ),

@@ -232,7 +232,7 @@ def test_records_hold_a_path_that_is_no_text(cli, tmp_path):
 
 def test_help_says_what_becomes_of_stdin(cli):
     text = " ".join(cli("ask", "--help").out.split())
-    assert "If there is none, and no -Q, it is read from stdin; otherwise stdin is not read." in text
+    assert "Without a question or -Q, the question is read from stdin; otherwise only - reads it." in text
 
 
 @pytest.mark.parametrize("command", ["ask", "batch", "eval", "inspect", "profile"])
@@ -246,7 +246,7 @@ def test_the_short_help_fits_on_a_screen_and_names_the_full_one(cli, command):
 def test_help_keeps_names_of_options_whole_on_narrow_terminals(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     out = cli("ask", "--help-all").out
-    assert "--max-visual-tokens <int>\n" in out
+    assert "--max-visual-tokens N\n" in out
     assert all(len(line) <= 40 for line in out.splitlines() if not line.startswith(("  evoprune", "  echo")))
 
 

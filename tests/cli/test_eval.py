@@ -73,7 +73,7 @@ def test_rows_that_do_not_read_as_many_tokens_as_the_first_are_marked(cli, tiny_
     out = cli("eval", "--data", DATA, *how, "--method", names).out
     rows = {line.split(" -b")[0]: line for line in table_rows(out, "vs random")[:4]}
     assert {name for name, line in rows.items() if "-b 0.25 * " in line} == {"subsample", "evs", "fastv"}
-    footnote = "* does not read as many tokens as random at this budget; how many: below"
+    footnote = "* reads another number of tokens than random at this budget; how many: below"
     assert footnote in out and footnote not in cli("eval", "--data", DATA, *how, "--method", "random,divprune").out
 
 
