@@ -6,7 +6,6 @@ from itertools import pairwise
 
 from evoprune import methods
 from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
-from evoprune.methods.registry import INNER
 from experiments.paired import in_points, paired_difference
 
 OURS = methods.DEFAULT
@@ -164,7 +163,8 @@ def short(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
 
 def _over(row: dict) -> str:
     """A mark where a row keeps more tokens than its budget allows."""
-    return " †" * (row["kept_share"] > OVER * row["budget"] and row["method"] not in INNER)
+    inner = row["layer_tokens"] < row["tokens"]  # whose budget is a mean over layers
+    return " †" * (row["kept_share"] > OVER * row["budget"] and not inner)
 
 
 def own_steps(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
@@ -275,7 +275,7 @@ def _table(outcome: Outcome, budget: float) -> str:
         name = row["method"]
         lines.append(
             [
-                f"`{name}`", _accuracy(row), _kept(row), str(against[name]), f"{row['tokens']:,.1f}{_over(row)}",
+                f"`{name}`", _accuracy(row), _kept(row), str(against[name]), f"{row['layer_tokens']:,.1f}{_over(row)}",
                 f"{row['live_share']:.2f}", f"{row['tflop_3b']:.3g}", _selection_ms(outcome.samples, name, budget),
             ]
         )  # fmt: skip

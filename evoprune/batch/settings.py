@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from evoprune import methods
 from evoprune.errors import ModelError
 from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import MAX_SUBTITLE_TOKENS, PipelineOptions
@@ -65,6 +66,8 @@ class Settings(PipelineOptions):
         """All of it as flat data for JSON, as records hold it."""
         both = asdict(self.model) | asdict(self.pruning) | asdict(self.sampling) | asdict(self.generation)
         recorded = {name: value for name, value in both.items() if name not in NOT_RECORDED}
+        if code := methods.plugin_code(self.pruning.method):
+            recorded["plugins"] = code
         return {
             name: value for name, value in recorded.items() if name not in UNLESS_GIVEN or value != UNLESS_GIVEN[name]
         }

@@ -105,7 +105,8 @@ class Settings:
         """All that results depend on, as flat data for JSON."""
         groups = asdict(self.model) | asdict(self.sampling) | asdict(self.generation)
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
-        return own | {name: groups[name] for name in RECORDED}
+        code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
+        return own | {name: groups[name] for name in RECORDED} | ({"plugins": code} if code else {})
 
 
 @dataclass(frozen=True)

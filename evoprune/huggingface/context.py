@@ -138,11 +138,12 @@ def remove(model) -> None:
     """Ends the pruning of `model`, whatever began it; does nothing if it is not pruned. See `PrunedModel.remove`.
 
     Args:
-        model: the Hugging Face model.
+        model: the Hugging Face model, or what `apply` returned.
 
     Raises:
         ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
     """
+    model = model.model if isinstance(model, PrunedModel) else model
     interface.check_class(model)
     if end := end_of(model, METHODS):
         end()

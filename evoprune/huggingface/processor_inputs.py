@@ -12,6 +12,7 @@ from os import PathLike
 import torch
 from transformers import BatchFeature
 
+from evoprune.errors import UsageError
 from evoprune.language.prompt import build_prompt
 from evoprune.language.tokenizer import load_tokenizer
 from evoprune.model.config import QWEN2
@@ -60,6 +61,8 @@ def processor_inputs(
             template cannot be used. UsageError: an option that makes no sense. TypeError: an unknown option.
     """
     (options,) = from_keywords(sampling, SamplingOptions)
+    if not question.strip():
+        raise UsageError("the question is empty", 'for example "What happens?"')
     paths = paths_of(inputs)
     check_one_file(options.subtitles, len(paths))
     found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))

@@ -5,10 +5,13 @@ method's name, and its object is a subclass of `Selector`, `Merger`, `InputMetho
 (methods/base.py). It is loaded when a user selects it.
 """
 
+import hashlib
+import inspect
 import re
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 from warnings import warn
 
@@ -203,6 +206,8 @@ def _before(text: str, names: list[str]) -> "Method":
     method = _one(last, None)
     if method.acts in ("none", "language") or (front and not isinstance(method, Selector)):
         raise _impossible(text)
+    if not _possible(_names(text) if front else [method.name]):  # names of other packages' methods are known by now
+        raise _impossible(text)
     if not front:
         return method
     return replace(_made(_class(_FRONTS[_names(front[0])[0]]), front[0]), then=method)
@@ -235,6 +240,21 @@ def _class(where: str) -> "type[Method]":
     """The class at "module:name" of this package."""
     module, _, name = where.partition(":")
     return getattr(import_module(module), name)
+
+
+def plugin_code(text: str) -> dict[str, str]:
+    """A hash of the code of each method of another package that `text` names, by name: of all files of its package.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    found = {}
+    for name in _names(text):
+        if name not in _REGISTRY and (entry := _plugins().get(name)):
+            file = Path(inspect.getfile(_load(entry)))
+            files = sorted(file.parent.rglob("*.py")) if (file.parent / "__init__.py").exists() else [file]
+            found[name] = hashlib.sha256(b"\0".join(each.read_bytes() for each in files)).hexdigest()[:16]
+    return found
 
 
 def plugins() -> dict[str, str]:

@@ -11,7 +11,7 @@ class Answer(Iterator[str]):
     """An answer, in pieces as they are generated. Generation begins with the first piece.
 
     An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
-    `text in answer` are those of `answer.text`, and generate what is left of it.
+    `text in answer` are those of `answer.text`, and generate what is left of it. Sets and dicts take `answer.text` alone.
 
     Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
     ends with an error if another answer began between two of its pieces, in this thread or another.
@@ -75,9 +75,9 @@ class Answer(Iterator[str]):
         return isinstance(text, str) and text in self.text
 
     def __eq__(self, other: object) -> bool:
-        return self.text == other if isinstance(other, str) else self is other
+        return self is other or (self.text == str(other) if isinstance(other, str | Answer) else False)
 
-    __hash__ = object.__hash__  # an answer is not the text that it equals
+    __hash__ = None  # in a set or as a key it would not be found by the text that it equals
 
     def close(self) -> None:
         """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""

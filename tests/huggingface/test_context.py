@@ -484,3 +484,10 @@ def test_the_guide_makes_inputs_with_arguments_that_the_processor_has(monkeypatc
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, made=made, **__: made)
     exec(block, {})
     assert len(calls) == 1 and "kwargs" not in calls[0]
+
+
+def test_what_apply_returned_can_be_removed():
+    model = tiny_model()
+    run = evoprune.apply(model, budget=0.5)
+    evoprune.remove(run)
+    assert repr(run).endswith("not active>")

@@ -76,3 +76,8 @@ def test_what_makes_no_sense_is_refused():
         evoprune.processor_inputs("demo", CLIP, QUESTION, budget=0.1)
     with pytest.raises(UsageError, match="not a path"):
         evoprune.processor_inputs("demo", [], QUESTION)
+
+
+def test_an_empty_question_is_refused():
+    with pytest.raises(UsageError, match="the question is empty"):
+        evoprune.processor_inputs("demo", CLIP, " ")

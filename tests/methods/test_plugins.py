@@ -356,3 +356,24 @@ def test_a_documented_language_method_works_in_a_command(documented, cli):  # no
 def test_a_documented_input_method_makes_the_video_smaller(documented, cli):  # noqa: F811
     pruning = cli(*ASK, *QUESTIONS[:2], "--method", "mixed").record["pruning"]
     assert 0 < pruning["visual_tokens_kept"] <= 36
+
+
+@pytest.mark.parametrize("text", ["evoprune+first", "tome+first", "first+first", "none+first", "first+divprune"])
+def test_impossible_combinations_with_methods_of_other_packages(package, text):
+    with pytest.raises(UsageError, match="methods cannot be combined"):
+        methods.get(text)
+    assert methods.get("reuse+first").then.name == "first" and methods.get("first+fastv").name == "first+fastv"
+
+
+def test_a_run_is_not_gone_on_with_other_code_of_a_method(package, cli, tmp_path):  # noqa: F811
+    data, run = "samples/questions.jsonl", tmp_path / "run"
+    asked = ("eval", "--data", data, "--limit", "1", "-b", "0.5", "--method", "reuse+first", "--json")
+    assert cli(*asked, "-o", run).code == 0 and cli(*asked, "--resume", run).code == 0
+    rows = tmp_path / "rows.jsonl"
+    batch = ("batch", "samples/square.mp4", "-Q", "What digit is it?", "-m", "demo", "--method", "first", "-o", rows)
+    assert cli(*batch).code == 0 and cli(*batch, "--resume").code == 0
+    (package / "extra_methods.py").write_text(MODULE + "# changed\n")
+    for command in ((*asked, "--resume", run), (*batch, "--resume")):
+        result = cli(*command)
+        assert result.code == 2 and "plugins" in result.err
+    assert methods.plugin_code("evoprune+fastv") == methods.plugin_code("reuse+scope") == {}
