@@ -206,10 +206,10 @@ def _before(text: str, names: list[str]) -> "Method":
     method = _one(last, None)
     if method.acts in ("none", "language") or (front and not isinstance(method, Selector)):
         raise _impossible(text)
-    if not _possible(_names(text) if front else [method.name]):  # names of other packages' methods are known by now
-        raise _impossible(text)
     if not front:
         return method
+    if not _possible([_names(name)[0] for name in names]):
+        raise _impossible(text)
     return replace(_made(_class(_FRONTS[_names(front[0])[0]]), front[0]), then=method)
 
 
