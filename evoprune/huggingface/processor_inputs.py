@@ -12,7 +12,6 @@ from os import PathLike
 import torch
 from transformers import BatchFeature
 
-from evoprune.errors import UsageError
 from evoprune.language.prompt import build_prompt
 from evoprune.language.tokenizer import load_tokenizer
 from evoprune.model.config import QWEN2
@@ -20,6 +19,7 @@ from evoprune.pipeline.loading.folder import input_limits
 from evoprune.pipeline.loading.found import find_model
 from evoprune.pipeline.options import ModelOptions, SamplingOptions, from_keywords
 from evoprune.pipeline.patches import patches_of
+from evoprune.pipeline.question_check import check_not_empty
 from evoprune.pipeline.subtitles import check_one_file, check_picture, prompt_subtitles, subtitles_of
 from evoprune.pipeline.video_qa import paths_of
 from evoprune.video.frames import choose_decoder, read_frames
@@ -61,8 +61,7 @@ def processor_inputs(
             template cannot be used. UsageError: an option that makes no sense. TypeError: an unknown option.
     """
     (options,) = from_keywords(sampling, SamplingOptions)
-    if not question.strip():
-        raise UsageError("the question is empty", 'for example "What happens?"')
+    check_not_empty(question)
     paths = paths_of(inputs)
     check_one_file(options.subtitles, len(paths))
     found = find_model(ModelOptions(model, revision, device="cpu", offline=offline))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from evoprune.language.dropping import Dropping, Rows
+from evoprune.language.dropping import Dropping, LayerState, Rows
 from evoprune.language.norm_rotary import norm, rotate, rotation
 from evoprune.model.autocast import without_autocast
 from evoprune.model.linear import linear
@@ -164,7 +164,7 @@ def forward(
         entering = x
         x, *seen = _layer(layer, x, places, cache, i, config, bias, last, blind, rows)
         if dropping and dropping.looks(i + 1):
-            x, stay = dropping.drop(i + 1, entering, x, places, bias, *seen)
+            x, stay = dropping.drop(LayerState(i + 1, entering, x, places, bias, *seen))
             if stay is not None:
                 places = places[0][stay], places[1][stay]
                 every[i + 1 :] = [_at(every[i], stay)] * (len(every) - i - 1)

@@ -31,6 +31,29 @@ class Rows:
     seen: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LayerState:
+    """What the latest layer of the language model read and made.
+
+    Attributes:
+        after: layers that have run.
+        entering, x: `[C, hidden]`, input and output of the latest of them.
+        places: the rotation of each column.
+        bias: `[C]`, see `decoder._attend`.
+        queries: `[1, C, heads, head_dim]`, of that layer, rotated.
+        keys, values: `[1, kv_heads, C, head_dim]`, of that layer; keys are rotated.
+    """
+
+    after: int
+    entering: torch.Tensor
+    x: torch.Tensor
+    places: Places
+    bias: torch.Tensor | None
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 class Dropping:
     """One prompt while the language model reads it.
 
@@ -109,36 +132,15 @@ class Dropping:
             found[kind] = true_indices(masks[kind], columns - len(stays) + work[kind])
         return Rows(**found, seen=masks["keys"].cumsum(0)[found["queries"]])
 
-    def drop(
-        self,
-        after: int,
-        entering: torch.Tensor,
-        x: torch.Tensor,
-        places: Places,
-        bias: torch.Tensor | None,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def drop(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Asks the method.
 
-        Args:
-            after: layers that have run.
-            entering, x: `[C, hidden]`, input and output of the latest of them.
-            places: the rotation of each column.
-            bias: `[C]`, see `decoder._attend`.
-            queries: `[1, C, heads, head_dim]`, of that layer, rotated.
-            keys, values: `[1, kv_heads, C, head_dim]`, of that layer; keys are rotated.
-
         Returns:
-            The columns for the next layer; and int64 which of the C columns they are, None for all.
+            The columns for the next layer, of the C that there are; and int64 which these are, None for all.
         """
+        after, x = state.after, state.x
         with self.timer:
-            if self._key is None:
-                known = queries[0], keys[0].transpose(0, 1), values[0].transpose(0, 1)
-                found = select_in_language(self._method, self._seen(after, entering, x, places, bias, *known))
-            else:
-                found = self._group(after)
+            found = select_in_language(self._method, self._seen(state)) if self._key is None else self._group(after)
             if self._plan.groups and self._key is None:
                 self._key = torch.zeros(len(self._visual), dtype=torch.bool, device=x.device)
                 self._key.index_fill_(0, found.kept, True)
@@ -163,25 +165,17 @@ class Dropping:
         left = self._plan.left(after)
         return None if left == len(self._key) else Selection(true_indices(self._key, left))
 
-    def _seen(
-        self,
-        after: int,
-        entering: torch.Tensor,
-        x: torch.Tensor,
-        places: Places,
-        bias: torch.Tensor | None,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> LayerTokens:
-        """What the method sees; arguments as in `drop`, but queries, keys and values are `[C, heads or kv_heads, head_dim]`."""
+    def _seen(self, state: LayerState) -> LayerTokens:
+        """What the method sees."""
         layers, plan = self._model.model.language_model.layers, self._plan
+        after, entering, x = state.after, state.entering, state.x
+        keys, values = state.keys[0].transpose(0, 1), state.values[0].transpose(0, 1)
         left, due = plan.left(after) if plan.exact else plan.drops[-1].left, after in {d.after for d in plan.drops}
         left = left if plan.groups is None else plan.groups.key
-        latest, (cos, sin), texts = layers[after - 1], places, slice(len(x) - self._text, None)
+        latest, (cos, sin), texts = layers[after - 1], state.places, slice(len(x) - self._text, None)
         seen = LayerTokens(
-            after, left, due, x[self._visual], self._visual, self._pair, queries[texts],
-            keys, values, bias, *self._embeds, self._memory,
+            after, left, due, x[self._visual], self._visual, self._pair, state.queries[0][texts],
+            keys, values, state.bias, *self._embeds, self._memory,
         )  # fmt: skip
 
         def following() -> LayerTokens:

@@ -21,7 +21,7 @@ from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, i
 from evoprune.pipeline.keywords import check_type, names_options
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
-from evoprune.pipeline.question_check import question_warnings
+from evoprune.pipeline.question_check import check_not_empty, question_warnings
 from evoprune.pipeline.view import View
 from evoprune.report import Report, TokenCounts
 from evoprune.text import counted
@@ -85,10 +85,7 @@ class EncodedInputs:
             UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
         options = GenerationOptions(max_new_tokens, temperature, top_p, system)
-        if not isinstance(question, str):
-            raise UsageError(f"the question is {question!r}, not a text", 'for example video.ask("What happens?")')
-        if not question.strip():
-            raise UsageError("the question is empty", 'for example video.ask("What happens?")')
+        check_not_empty(question)
         check_type("seed", seed, int | None)
         settings = options.settings(self._engine.seed if seed is None else seed)
         report = self._report_of(question, settings)

@@ -1,6 +1,7 @@
 """Whether questions about videos and pictures can be read, found out before these are encoded."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from evoprune.errors import LESS, OutOfMemory, UsageError
 from evoprune.language.demo_words import unknown_words
@@ -8,6 +9,7 @@ from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.memory import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.keywords import brief
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.memory_check import TEXT, units_at_once
 from evoprune.pipeline.options import GenerationOptions
@@ -60,6 +62,14 @@ def check_question(loaded: LoadedModel, question: str) -> None:
             f"a question of {len(question):,} characters does not fit into the {context:,} tokens of this model's context",
             "ask a shorter question",
         )
+
+
+def check_not_empty(question: Any) -> None:
+    """Raises UsageError if a question is no text, or empty."""
+    if not isinstance(question, str):
+        raise UsageError(f"the question is {brief(question)}, not a text", 'for example "What happens?"')
+    if not question.strip():
+        raise UsageError("the question is empty", 'for example "What happens?"')
 
 
 def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:

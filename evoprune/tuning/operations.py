@@ -3,7 +3,7 @@
 As in the authors' code (zxcvfd13502/GSOP): first the deepest layers lose what costs nothing, by binary search: all kinds of
 operation together, then queries and MLP, then queries, for all visual tokens and then for the rest. Then one operation after the
 other goes, always the one whose removal costs least by the latest measurement. A loss may grow by a step; where an operation would
-exceed that, all that are left are measured anew, and the loss may grow by one step more.
+exceed that, all that are left are measured again, and the loss may grow by one step more.
 Adapted: their loss is the accuracy on a labelled set, and ends at 30% of it in 15 steps. Here it is the KL divergence from the
 unpruned model, a step is the same fiftieth of what removing everything costs, and it goes on to the end, so that every budget has
 a place in the order. Nothing is lost where all first choices are the unpruned model's. Operations are removed behind the layer that

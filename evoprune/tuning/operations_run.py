@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 import evoprune
-from evoprune.errors import UsageError, error_record
+from evoprune.errors import UsageError
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.methods.operations import KEY, PLACE, Operations
-from evoprune.model.machine import environment
 from evoprune.pipeline import recipes
 from evoprune.pipeline.agreement import Reference, agreement
 from evoprune.pipeline.answering import EncodedVideo
@@ -27,7 +26,7 @@ from evoprune.text import counted
 from evoprune.tuning.candidates import BUDGETS
 from evoprune.tuning.full_answers import Answering, Progress, encode
 from evoprune.tuning.operations import Found, Loss, Removed, search
-from evoprune.tuning.run import SHARE_OF_FULL, Settings
+from evoprune.tuning.run import SHARE_OF_FULL, Settings, run_facts
 
 
 @dataclass(frozen=True)
@@ -151,26 +150,15 @@ class OperationTuning:
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""
-        loaded, answering = self.loaded, self._answering
-        made, problems = (answering.made, answering.problems) if answering else ([], {})
         steps = zip(self.found.steps, self.found.losses, strict=True)
         return {
-            "model": asdict(loaded.facts()) if loaded else None,
-            "env": asdict(environment(loaded.device)) if loaded else None,
-            "settings": self.settings.record(),
-            "videos": {"wanted": len(self.settings.videos), "answered": len(made), "failed": len(problems)},
-            "questions": answering.asked if answering else 0,
-            "answer_tokens": sum(full.tokens for full in made),
-            "seconds": self._now() - self._begun,
+            **run_facts(self.loaded, self.settings, self._answering, self._now() - self._begun),
             "measurements": self._measured,
             "complete": self.complete,
             "rows": self._rows() if self.complete else [],
             "steps": [
                 {"operations": list(map(list, step)), "kl": loss and loss.kl, "agree": loss and loss.agree}
                 for step, loss in steps
-            ],
-            "failures": [
-                {"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()
             ],
             "error": error,
         }

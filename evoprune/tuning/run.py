@@ -176,26 +176,15 @@ class Tuning:
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""
-        loaded, rows = self.loaded, result_rows(self.known, self.settings.agree)
-        answering = self._answering
-        made, problems = (answering.made, answering.problems) if answering else ([], {})
+        rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
         return {
-            "model": asdict(loaded.facts()) if loaded else None,
-            "env": asdict(environment(loaded.device)) if loaded else None,
-            "settings": self.settings.record(),
-            "videos": {"wanted": len(self.settings.videos), "answered": len(made), "failed": len(problems)},
-            "questions": answering.asked if answering else 0,
-            "answer_tokens": sum(full.tokens for full in made),
-            "seconds": self._now() - self._begun,
+            **run_facts(self.loaded, self.settings, self._answering, self._now() - self._begun),
             "rows": rows,
             "recommended": passing and passing["name"],
             "best": best and best["name"],
-            "failures": [
-                {"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()
-            ],
-            "notes": self._notes() if made else [],
+            "notes": self._notes() if self._answering and self._answering.made else [],
             "error": error,
         }
 
@@ -257,3 +246,27 @@ class _Held:
         if video != self._video:
             self._video, self._what = video, (SharedFrames(), SharedRows())
         return self._what
+
+
+def run_facts(
+    loaded: LoadedModel | None, settings: Settings, answering: Answering | None, seconds: float
+) -> dict[str, Any]:
+    """What the documents of both searches say of a run, as plain data for JSON.
+
+    Args:
+        loaded, answering: None before the model is loaded, and before the first answer.
+        seconds: since the run began.
+    """
+    made, problems = (answering.made, answering.problems) if answering else ([], {})
+    return {
+        "model": asdict(loaded.facts()) if loaded else None,
+        "env": asdict(environment(loaded.device)) if loaded else None,
+        "settings": settings.record(),
+        "videos": {"wanted": len(settings.videos), "answered": len(made), "failed": len(problems)},
+        "questions": answering.asked if answering else 0,
+        "answer_tokens": sum(full.tokens for full in made),
+        "seconds": seconds,
+        "failures": [
+            {"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()
+        ],
+    }

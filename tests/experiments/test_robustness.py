@@ -39,7 +39,9 @@ def test_the_table():
     }
     lines = table(made, "x").splitlines()
     assert lines[2].startswith("| crf 33 | 100.0 | 50.0 | -50.0 (") and lines[2].endswith("| 0.25 | 0.50 |")
-    assert lines[3] == "| crf 18, light +-2 levels | 75.0 | 75.0 | +0.0 (too few videos for an interval) | 0.12 | 0.25 |"
+    assert (
+        lines[3] == "| crf 18, light +-2 levels | 75.0 | 75.0 | +0.0 (too few videos for an interval) | 0.12 | 0.25 |"
+    )
 
 
 def test_the_command_runs_on_clips_with_a_still_camera(saved, capsys, monkeypatch):
