@@ -35,7 +35,8 @@ class World:
     Attributes:
         splits: names of its splits, beside those for training and for samples.
         crf: how coarsely its clips are encoded, by their seeds: lowest and highest of x264's constant rate factors.
-        make: the clip of a split and a seed. ask: the questions about a clip, by its seed. write: its file, at a rate factor.
+        make: the clip of a split and a seed. ask: the questions about a clip, by its seed.
+        suffix: how the name of a clip's file ends. write: the file, at a rate factor.
         may_hold: whether the clip of a seed can have a question of one of these groups.
     """
 
@@ -44,6 +45,7 @@ class World:
     crf: tuple[int, int]
     make: Callable[[str, int], Any]
     ask: Callable[[Any, int], list[Question]]
+    suffix: Callable[[Any], str]
     write: Callable[[Any, Path, int], None]
     may_hold: Callable[[int, Collection[str]], bool]
 
@@ -69,16 +71,17 @@ def _scenes_may_hold(seed: int, wanted: Collection[str]) -> bool:
 
 
 SHAPES = World(
-    "shapes", ("heldout", "validation", "portrait"), (18, 28), clips.make_clip, _ask_shapes,
+    "shapes", ("heldout", "validation", "portrait"), (18, 28), clips.make_clip, _ask_shapes, lambda clip: ".mp4",
     lambda clip, path, crf: drawing.write_video(clip, path, crf=crf, preset="veryfast"), lambda seed, wanted: True,
 )  # fmt: skip
 SCENES = World(
     "scenes",
     ("heldout", "validation"),
-    (18, 33),
+    (scenes_drawing.FINEST, 33),
     compose.make_clip,
     _ask_scenes,
-    scenes_drawing.write_video,
+    lambda clip: ".jpg" if clip.is_still else ".mp4",
+    scenes_drawing.write_file,
     _scenes_may_hold,
 )
 WORLDS = {world.name: world for world in (SHAPES, SCENES)}

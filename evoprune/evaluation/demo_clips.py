@@ -74,7 +74,7 @@ def demo_video(
     """
     made, name = WORLDS[world], clip_name(split, seed, world)
     clip = made.make(split, seed)
-    path = folder / f"{name}.mp4"
+    path = folder / f"{name}{made.suffix(clip)}"
     asked = [q for q in made.ask(clip, seed) if not groups or set(groups) & set(q.groups)]
     rows = tuple(
         Row(

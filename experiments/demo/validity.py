@@ -1,6 +1,6 @@
 """How near a world ranks published methods to their published figures: `python -m experiments.demo.validity -m FOLDER`.
 
-Methods of others are run alone on scenes: on pictures, stills of one frame pair, and on videos. The table sets what each keeps of
+Methods of others are run alone on scenes: on pictures and on videos. The table sets what each keeps of
 the full accuracy beside what was published of it for Qwen2.5-VL (docs/methods.md). The mix of clips and questions is fixed by this
 table. No method of this project's own is run, so that it cannot be fixed in their favour.
 """

@@ -10,7 +10,7 @@ import pytest
 from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Camera, Clip, Thing
 from evoprune.demo.scenes.compose import SPLITS, compose, family, make_clip
-from evoprune.demo.scenes.drawing import NOTHING, render, render_with_map, write_video
+from evoprune.demo.scenes.drawing import NOTHING, render, render_with_map, write_file
 from evoprune.demo.scenes.happening import kinds
 from evoprune.demo.scenes.scenery import leaves, pink_noise
 from evoprune.demo.scenes.signs import CHARACTERS, WORDS, glyph_mask, similar_text
@@ -169,8 +169,8 @@ def test_what_changes_is_drawn_anew():
 
 
 def test_a_written_video_is_none_that_the_demo_model_knows_and_lasts_as_long_as_the_clip(tmp_path):
-    clip = make_clip("validation", 0)
-    write_video(clip, tmp_path / "clip.mp4", crf=28)
+    clip = make_clip("validation", 1)
+    write_file(clip, tmp_path / "clip.mp4", crf=28)
     info = probe(tmp_path / "clip.mp4")
     assert not is_demo_clip(info) and (info.height, info.width) == (clip.height, clip.width)
 

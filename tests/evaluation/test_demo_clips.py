@@ -8,9 +8,8 @@ from evoprune.demo.questions import TYPES, ask
 from evoprune.demo.worlds import GROUPS, QUESTIONS, groups
 from evoprune.errors import UsageError
 from evoprune.evaluation.demo_clips import BLOCK, clip_name, clips_asked, demo_video, seeds
-from evoprune.video.info import is_demo_clip
+from evoprune.video.info import PICTURE, is_demo_clip
 from evoprune.video.probe import probe
-from evoprune.video.sampling import plan_sampling
 
 
 def test_each_file_lives_as_long_as_it_is_looked_at(tmp_path):
@@ -76,9 +75,13 @@ def test_clips_of_scenes_are_chosen_by_family(tmp_path):
         assert all(row.groups[0] == "picture" and not row.options for row in video.rows)
 
 
-def test_a_still_of_scenes_is_read_as_one_frame_pair(tmp_path):
-    with demo_video("validation", 0, tmp_path, world="scenes") as video:
-        assert plan_sampling(probe(video.path).duration_s, min_frames=2).frames == 2
+def test_a_still_of_scenes_is_a_picture_and_is_the_same_file_each_time(tmp_path):
+    files = []
+    for crf in (18, 18, 33):
+        with demo_video("validation", 0, tmp_path, crf, world="scenes") as video:
+            assert probe(video.path).kind == PICTURE
+            files.append(video.path.read_bytes())
+    assert files[0] == files[1] and len(files[2]) < len(files[0])
 
 
 def test_a_split_that_a_world_does_not_have_and_a_block_too_small_are_refused():

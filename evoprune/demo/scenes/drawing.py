@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from evoprune.demo.files import write_frames
 from evoprune.demo.scenes.clip import Clip
@@ -12,6 +13,7 @@ from evoprune.demo.scenes.sprites import Sprite, blend, thing_shadow, thing_spri
 from evoprune.video.info import SCENES_TAG
 
 NOTHING = -1
+FINEST = 18  # crf of the finest clips
 
 
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
@@ -19,8 +21,18 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
     return render_with_map(clip, times)[0]
 
 
-def write_video(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
-    """Encodes the clip as a video file: see `files.write_frames`."""
+def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
+    """Writes a still as a JPEG file, any other clip as a video file (`files.write_frames`).
+
+    Args:
+        crf: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if clip.is_still:
+        Image.fromarray(render(clip, [clip.seconds / 2])[0]).save(path, "JPEG", quality=95 - 2 * (crf - FINEST))
+        return
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
     write_frames(frames, path, (clip.height, clip.width), fps, crf=crf, preset="veryfast", tag=SCENES_TAG)
 
