@@ -15,10 +15,11 @@ from evoprune.video.sampling import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
 from experiments.demo.scenes_labels import dense_labels
+from experiments.demo.scenes_lessons import lessons
 from experiments.demo.scenes_model import prompt
 from experiments.demo.training_clips import through_codec
 
-GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open")
+GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open", "lesson")
 IMAGE, VIDEO = 6, 7  # ids of <|image_pad|> and <|video_pad|>
 
 
@@ -41,6 +42,7 @@ class ScenesRecipe:
     thawed: float = 0.3  # of that, for the whole tower afterwards
     thaw_steps: int = 300  # until it has risen to that
     labels: float = 0.3  # weight of the auxiliary loss in the second stage
+    lessons: float = 0.4  # share of the questions of the second stage that are lessons, once not all are open
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
@@ -115,7 +117,8 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
             size = height, width, pairs, pairs * pace
             clips = [compose(_key(rng), *size, crowd=float(rng.uniform(*crowd))) for _ in range(inputs)]
             made += [drawn(clip, rng) for clip in clips]
-            asked.append(_asked(clips, "picture" if image else "video", rng, questions, plain))
+            share = 0.0 if plain else recipe.lessons
+            asked.append(_asked(clips, "picture" if image else "video", rng, questions, plain, share))
         frames, patches, units = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
         prefix, where, after = _prefix(ids, (pairs, height, width), pace, inputs, IMAGE if image else VIDEO, rng)
         yield {
@@ -147,16 +150,19 @@ def _questions(units: int, plain: bool) -> int:
     return 16 if plain else 5 if units < 60 else 8 if units < 200 else 12
 
 
-def _asked(clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool) -> list[Question]:
+def _asked(
+    clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool, taught: float
+) -> list[Question]:
     """Questions about the clips of one prompt, text and answer as the model gets them, in the order in which they are packed.
 
-    `plain`: without options.
+    `plain`: without options. `taught`: the share of lessons.
     """
     questions = []
     for number, clip in enumerate(clips):
         which = "" if len(clips) == 1 else f"In the {('first', 'second')[number]} {noun}: "
         share = -(-count // len(clips))
         fitting = {name: kind for name, kind in kinds(clip).items() if not (plain and name in NEVER_OPEN)}
+        fitting |= lessons(clip, taught, fitting) if taught else {}
         for q in ask(clip, rng, share, fitting, choice=0.0 if plain else float(rng.choice([0.3, 0.75]))):
             questions.append(Question(q.type, which + prompt(q), q.answer, q.options, q.groups))
     return questions

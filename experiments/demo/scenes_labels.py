@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.demo.scenes.clip import COLOURS, OUTLINES, SIGN, TEXTURES, Clip
+from evoprune.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTURES, Clip
 from evoprune.demo.scenes.signs import CHARACTERS
 
 IGNORED = -100
 LOOKS = (*OUTLINES, SIGN)
 NOTHING, BLANK = len(LOOKS), len(CHARACTERS)
 PATCH, SLOT = 14, 7
-# Of a patch: outline of the thing at its middle, texture, colour, and the characters in its left and right half. Of a unit:
-# whether the middle of a thing lies in it.
+# Of a patch: outline of the thing at its middle, texture, colour, the characters in its left and right half, and where the thing
+# goes from one frame of the pair to the next. Of a unit: whether the middle of a thing lies in it.
 PATCH_CLASSES = {
     "outline": NOTHING + 1, "texture": len(TEXTURES), "colour": len(COLOURS), "left": BLANK + 1, "right": BLANK + 1,
+    "motion": 1 + len(MOTIONS),
 }  # fmt: skip
 ROWS = COLUMNS = 24
 
@@ -29,7 +30,7 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
         times: two a frame pair. maps: what each pixel shows, `[len(times), height, width]`.
 
     Returns:
-        int64 `[pairs, units, 4, 5]` of patches and `[pairs, units]` of units.
+        int64 `[pairs, units, 4, 6]` of patches and `[pairs, units]` of units.
     """
     pairs, height, width = len(times) // 2, clip.height // PATCH, clip.width // PATCH
     first, second = (maps[i::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH] for i in (0, 1))
@@ -40,7 +41,9 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
         looks = np.array([_looks(thing, t) for thing in clip.things] + [(NOTHING, IGNORED, IGNORED)])
         labels[pair, ..., :3] = looks[first[pair]]
         labels[pair][first[pair] != second[pair]] = IGNORED
-        labels[pair, ..., 3:] = BLANK
+        labels[pair, ..., 3:5] = BLANK
+        motions = np.array([_motion(clip, thing, t, times[2 * pair + 1]) for thing in clip.things] + [IGNORED])
+        labels[pair, ..., 5] = np.where(first[pair] == second[pair], motions[first[pair]], IGNORED)
         for number, thing in enumerate(clip.things):
             if not all(thing.visible(at) for at in times[2 * pair : 2 * pair + 2]):
                 continue
@@ -48,7 +51,7 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
             if 0 <= x < clip.width and 0 <= y < clip.height and maps[2 * pair, int(y), int(x)] in (number, -1):
                 middles[pair, int(y) // 28, int(x) // 28] = 1
             if thing.is_sign:
-                _write(labels[pair, ..., 3:], clip, number, t, maps[2 * pair])
+                _write(labels[pair, ..., 3:5], clip, number, t, maps[2 * pair])
     by_unit = labels.reshape(pairs, height // 2, 2, width // 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
     return by_unit.reshape(pairs, height * width // 4, 4, -1), middles.reshape(pairs, -1)
 
@@ -56,6 +59,18 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
 def _looks(thing, t: float) -> tuple[int, int, int]:
     colour = list(COLOURS).index(thing.colour_at(t))
     return LOOKS.index(thing.outline), IGNORED if thing.is_sign else TEXTURES.index(thing.texture), colour
+
+
+def _motion(clip: Clip, thing, t: float, then: float) -> int:
+    """Where it goes on the frame, the camera's motion included: 0 if under a pixel, else by MOTIONS; IGNORED if unclear."""
+    dx, dy = (b - a for a, b in zip(_on_frame(clip, thing, t), _on_frame(clip, thing, then), strict=True))
+    far, less = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
+    if far < 1:
+        return 0
+    if far < 2 or less > far / 2:
+        return IGNORED
+    way = (np.sign(dx) * (abs(dx) > abs(dy)), np.sign(dy) * (abs(dy) > abs(dx)))
+    return 1 + list(MOTIONS.values()).index(way)
 
 
 def _on_frame(clip: Clip, thing, t: float, dx: float = 0.0) -> tuple[float, float]:
@@ -93,13 +108,13 @@ class Head(nn.Module):
         loss = loss + 2 * F.cross_entropy(middle.flatten(0, 1), units.flatten(), torch.tensor([0.2, 1.0]))
         right = {}
         for name, out, label in zip(PATCH_CLASSES, outs, patches.unbind(-1), strict=True):
-            blank = {"outline": NOTHING, "left": BLANK, "right": BLANK}.get(name, -1)
+            blank = {"outline": NOTHING, "left": BLANK, "right": BLANK, "motion": 0}.get(name, -1)
             held = (label >= 0) & (label != blank)
             if not held.any():
                 continue
             weight = torch.ones(out.shape[-1])
             if blank >= 0:  # most patches show nothing
-                weight[blank] = 0.2 if name == "outline" else 0.1
+                weight[blank] = 0.1 if name in ("left", "right") else 0.2
             loss = loss + F.cross_entropy(out.flatten(0, 2), label.flatten(), weight, ignore_index=IGNORED)
             right["character" if name in ("left", "right") else name] = (
                 (out.argmax(-1) == label)[held].float().mean().item()

@@ -176,7 +176,8 @@ def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels
     learn(loss + labels * seen if labels else loss)
     log.add("loss", loss.item())
     log.add("seen", seen.item())
-    log.add("character", right.get("character", 0.0), "character" in right)
+    for label in ("character", "motion"):
+        log.add(label, right.get(label, 0.0), label in right)
     log.add("right", good.sum().item(), len(good))
     family = "picture" if batch["grid"][0] == 1 else "video"
     for group, member in zip(GROUPS, batch["groups"][numbers].T, strict=True):

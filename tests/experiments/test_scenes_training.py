@@ -15,6 +15,7 @@ from evoprune.demo.scenes.signs import CHARACTERS
 from experiments.demo.batches import ROW, packed
 from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import BLANK, IGNORED, LOOKS, NOTHING, Head, dense_labels
+from experiments.demo.scenes_lessons import lessons
 from experiments.demo.scenes_model import LARGE, keep_large, prompt, scenes_config, scenes_tokenizer
 from experiments.demo.team import run_team
 from experiments.demo.train_scenes import tower_share
@@ -54,14 +55,14 @@ def test_a_patch_is_labelled_with_what_its_middle_shows():
     thing = Thing("square", "striped", "red", (200, 50, 45), 14, 70.0, 42.0)
     patches, units = labels(Clip((0, 1), 112, 168, 1.0, 1, (thing,)))
     assert patches[0, 2, 4].tolist()[:3] == [LOOKS.index("square"), 1, 0]
-    assert patches[0, 7, 11].tolist() == [NOTHING, IGNORED, IGNORED, BLANK, BLANK]
+    assert patches[0, 7, 11].tolist() == [NOTHING, IGNORED, IGNORED, BLANK, BLANK, IGNORED]
     assert units[0].sum() == 1 and units[0, 1, 2] == 1
 
 
 def test_characters_are_labelled_where_they_are_unless_they_are_hidden():
     sign = Thing("sign", "plain", "white", (235, 235, 230), 10, 70.0, 49.0, text="A1B2")
     over = Thing("circle", "plain", "red", (200, 50, 45), 8, 88.0, 49.0, under=0)
-    read = lambda *things: labels(Clip((0, 1), 112, 168, 1.0, 1, things))[0][0, ..., 3:]  # noqa: E731
+    read = lambda *things: labels(Clip((0, 1), 112, 168, 1.0, 1, things))[0][0, ..., 3:5]  # noqa: E731
     found = [CHARACTERS[c] for c in read(sign).flatten() if c != BLANK]
     assert found == list("A1B2") and (read(sign)[3] != BLANK).sum() == 4
     assert [CHARACTERS[c] for c in read(sign, over).flatten() if c != BLANK] == list("A1B")
@@ -72,15 +73,53 @@ def test_labels_follow_the_camera_and_what_changes():
     clip = Clip((0, 1), 112, 168, 4.0, 4, (sign,), Camera("pan", dx=14.0))
     patches, units = labels(clip, (0.0, 0.1, 3.0, 3.1))
     for pair, text, x in ((0, "77", 84), (1, "88", 42)):
-        rows, columns, halves = (patches[pair, ..., 3:] != BLANK).nonzero()
+        rows, columns, halves = (patches[pair, ..., 3:5] != BLANK).nonzero()
         assert {CHARACTERS[c] for c in patches[pair, rows, columns, 3 + halves]} == set(text)
         assert abs((columns * 14 + halves * 7 + 3.5).mean() - x) < 6 and units[pair].nonzero()[1].tolist() == [x // 28]
+
+
+def test_patches_say_which_way_a_thing_goes_on_the_frame():
+    """With the camera's motion, and nothing where it is unclear."""
+    look = ("square", "plain", "red", (200, 50, 45), 20, 84.0, 56.0)
+    for camera, thing, expected in (
+        (Camera(), Thing(*look, motion="left", speed=10.0), 1),
+        (Camera(), Thing(*look), 0),
+        (Camera("pan", dy=10.0), Thing(*look), 3),
+        (Camera("pan", dx=-10.0), Thing(*look, motion="down", speed=10.0), IGNORED),
+    ):
+        patches, _ = labels(Clip((0, 1), 112, 168, 4.0, 4, (thing,), camera), (0.0, 0.5))
+        assert set(patches[..., 5].flatten().tolist()) == {expected, IGNORED}
+
+
+def test_lessons_are_answered_from_the_clip():
+    """A thing that moves from left to right and appears, beside one that stays."""
+    moving = Thing("square", "plain", "red", (200, 50, 45), 12, 20.0, 42.0, "right", 25.0, ((1.0, math.inf),))
+    other = Thing("ring", "striped", "blue", (60, 90, 210), 12, 70.0, 84.0)
+    clip = Clip((0, 1), 112, 168, 4.0, 4, (moving, other))
+    said: dict[str, set[str]] = {}
+    for seed in range(200):
+        for q in ask(clip, np.random.default_rng(seed), 6, lessons(clip, 0.5, kinds(clip))):
+            said.setdefault(q.question, set()).add(q.answer)
+    assert all(len(answers) == 1 for answers in said.values())
+    for question, answer in {
+        "Does the red square move?": "yes",
+        "Does the ring move?": "no",
+        "When does the red square appear?": "early",
+        "Is the square there at the start?": "no",
+        "Is the square there at the end?": "yes",
+        "Which column is the square in at the end?": "4",
+        "Which row is the blue ring in at the start?": "4",
+        "Is the ring in the left half at the end?": "yes",
+        "Is there any blue ring?": "yes",
+        "Is there any red ring?": "no",
+    }.items():
+        assert said[question] == {answer}, question
 
 
 def test_the_head_learns_from_every_label():
     frames, patches, units, (height, width) = next(vision_batches(ScenesRecipe(vision_units=96), 0))
     pairs = len(frames) // 2
-    assert patches.shape == (pairs, height * width, 4, 5) and units.shape == (pairs, height * width)
+    assert patches.shape == (pairs, height * width, 4, 6) and units.shape == (pairs, height * width)
     head, flat = Head(16), torch.randn(pairs, height * width, 64)
     loss, right = head(flat, patches, units, height, width)
     loss.backward()
