@@ -21,8 +21,7 @@ def load_questions(path: Path) -> list[Video]:
     """The questions of a file, video by video in the order of their first lines.
 
     Beside the fields that `batch.rows.read_rows` reads, a row must have `answer` (with `options`: a letter or an option's text),
-    and may have `type` and `groups` (in CSV separated by |). Ids default to the line's number. An evaluation shows whole videos:
-    `start` and `end` are not used.
+    and may have `type` and `groups` (in CSV separated by |). Ids default to the line's number.
 
     Raises:
         UsageError: the file cannot be read, rows are wrong or repeat an id, or there are none.
@@ -64,7 +63,7 @@ def _answer(row: Row) -> str:
 
 
 GRADED = Rules(
-    fields="a row has video, question and answer, and may have id, options, type and groups",
+    fields="a row has video, question and answer, and may have id, start, end, options, type and groups",
     file="give a JSONL or CSV file of questions, or demo",
     numbered=True,
     complete=_complete,

@@ -17,6 +17,7 @@ from zlib import crc32
 
 import evoprune
 from evoprune import methods
+from evoprune.batch.rows import Row, Span, group_by_span
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.evaluation.cost import NOTE, Cost
 from evoprune.evaluation.demo_clips import ClipName, clips_asked, demo_video
@@ -68,7 +69,8 @@ class Settings:
             row, with the model's own method; `resolved` replaces it. At "auto" and "auto:inflection" the content decides.
         tuned: the tuned method and budget, for one more row; None for none.
         blind: also ask without the video.
-        model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise.
+        model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise. Each row
+            says itself which part of its video it is about.
         timed: whether samples hold `prune_ms` too, the milliseconds of pruning for the video, or for the question if the method
             reads it. Two runs differ in these.
         version: of this program.
@@ -251,17 +253,21 @@ class Evaluation:
                 job.split, job.seed, Path(self.files), world=job.world, groups=self.settings.groups
             ) as video:
                 return self.evaluate(video, progress) if video.rows else []
-        video, made, frames, rows = job, [], SharedFrames(), SharedRows()
+        made: list[dict] = []
         try:
-            for variant in self.variants:
-                progress(variant.name)
-                made += self._asked(variant, video, frames, rows)
-        except (VideoError, ModelError, OutOfMemory) as problem:
+            for span in group_by_span(job.rows):
+                frames, rows = SharedFrames(), SharedRows()
+                for variant in self.variants:
+                    progress(variant.name)
+                    made += self._asked(variant, job, span, frames, rows)
+        except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
-            return [_about(video, i) | {"error": error} for i in range(len(video.rows))]
+            return [_about(job, row) | {"error": error} for row in job.rows]
         return made
 
-    def _asked(self, variant: Variant, video: Video, frames: SharedFrames, rows: SharedRows) -> Iterator[dict]:
+    def _asked(
+        self, variant: Variant, video: Video, span: Span, frames: SharedFrames, rows: SharedRows
+    ) -> Iterator[dict]:
         settings, given = self.settings, variant.kind == METHOD and not variant.tuned
         options = PruneOptions(
             budget=variant.budget,
@@ -271,10 +277,11 @@ class Evaluation:
         )
         engine = make_engine(self.loaded, options)
         how = {"read": grey_frames} if variant.kind == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
-        with closing(open_video(engine, video.path, settings.sampling, name=video.name, **how)) as opened:
+        sampling = replace(settings.sampling, **span.sampling)
+        with closing(open_video(engine, video.path, sampling, name=video.name, **how)) as opened:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
-        for number, row in enumerate(video.rows):
+        for row in span.rows:
             answer = encoded.ask(row.prompt, **vars(settings.generation))
             said = "".join(answer)
             right = grade(row, said)
@@ -282,7 +289,7 @@ class Evaluation:
             prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
             prune_ms += answer.report.time_ms.prefill_prune or 0.0
             times = {"prune_ms": prune_ms} if settings.timed else {}
-            yield _about(video, number) | {
+            yield _about(video, row) | {
                 "row": variant.kind,
                 "method": variant.method,
                 "budget": variant.budget,
@@ -335,6 +342,5 @@ def _start(settings: Settings, files: str) -> Callable[[Video | ClipName], list[
     return evaluation.evaluate
 
 
-def _about(video: Video, number: int) -> dict[str, Any]:
-    row = video.rows[number]
+def _about(video: Video, row: Row) -> dict[str, Any]:
     return {"video": video.name, "id": row.id, "type": row.type, "groups": list(row.groups)}

@@ -47,6 +47,12 @@ def videos(names=CLIPS):
     return made
 
 
+def spans(name, *parts):
+    """A video with one question about each part."""
+    rows = (Row(f"{a}-{b}", (name,), (name,), "What?", a, b, answer="blue") for a, b in parts)
+    return Video(name, SAMPLES / name, tuple(rows))
+
+
 LITTLE = {"sampling": SamplingOptions(frames=4), "generation": GenerationOptions(max_new_tokens=2)}
 SETTINGS = Settings("q.jsonl", (0.5, 0.25), ("random",), **LITTLE)
 
@@ -78,6 +84,27 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     expected = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
     assert encoded == [(name, *each) for name in CLIPS[:2] for each in expected]
     assert len(run.samples) == 2 * 4 * 2 and run.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
+
+
+def test_a_row_is_about_its_own_part_of_the_video(loaded, monkeypatch):
+    """Each part is encoded once for all variants, its answers are those of `VideoQA`, and the video stays one in results."""
+    opened, real = [], evaluation_run.open_video
+
+    def counted(engine, path, sampling, **more):
+        opened.append((sampling.start_s, sampling.end_s))
+        return real(engine, path, sampling, **more)
+
+    monkeypatch.setattr(evaluation_run, "open_video", counted)
+    parts = (0.0, None), (1.0, 3.0), (-2.0, None), (1.0, 3.0)
+    run = begun(loaded, replace(SETTINGS, budgets=(0.25,), methods=("divprune",)), [spans("square.mp4", *parts)])
+    run.run()
+    assert opened == [part for part in parts[:3] for _ in range(2)]
+    assert run.document()["videos"] == {"wanted": 1, "evaluated": 1, "failed": 0} and len(run.samples) == 8
+    for sample in run.samples:
+        start, end = (None if text == "None" else float(text) for text in sample["id"].rsplit("-", 1))
+        qa = VideoQA(loaded, budget=sample["budget"], method=sample["method"])
+        video = qa.encode(SAMPLES / "square.mp4", frames=4, start_s=start, end_s=end)
+        assert video.ask("What?", max_new_tokens=2).text == sample["answer"]
 
 
 def test_samples_say_what_ask_says(loaded):
