@@ -17,6 +17,7 @@ import numpy as np
 
 from evoprune.evaluation.run import Evaluation, Settings
 from evoprune.evaluation.scores import FULL
+from evoprune.evaluation.splits import WORLDS
 from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.schedule import ALLOCATIONS
@@ -47,6 +48,11 @@ def _spec(method: str, variant: str) -> str:
     if "=" in variant.partition(":")[0]:
         return f"{method}:{variant}"
     return variant or method
+
+
+def _tried(setting: str, *values: float) -> dict[str, str]:
+    """Variants in which one setting has another value."""
+    return {f"{setting} {value:g}": f"{setting}={value:g}" for value in values}
 
 
 PAPER, OURS = "evoprune-paper", "evoprune"
@@ -143,6 +149,24 @@ ABLATIONS = {
         {"farthest points": ""}
         | {name: f"{REUSE}+{name}" for name in ("random", "divprune", "mmr", "scope", "visionzip")},
     ),
+    "fastv": Ablation(
+        "After which share of the language model's layers FastV drops tokens", "fastv", {"1/16": ""} | _tried("depth", 0.25, 0.5)
+    ),
+    "d2pruner": Ablation(
+        "D2Pruner's thresholds: share of pivots, cosine at which two tokens are alike",
+        "d2pruner",
+        {"0.7, 0.8": ""} | _tried("pivots", 0.5, 0.9) | _tried("alike", 0.6, 0.7, 0.9),
+    ),
+    "visipruner": Ablation(
+        "VisiPruner's thresholds: where cosines say that a layer reads, which tokens stay, when all leave",
+        "visipruner",
+        {"0.995, 0.2, 0.999": ""}
+        | _tried("layer", 0.98, 0.99, 0.999)
+        | _tried("token", 0.1, 0.4)
+        | _tried("exit", 0.99, 0.9999)
+        | _tried("shallow", 0.1, 0.3)
+        | _tried("latest", 0.35, 0.7),
+    ),
 }  # fmt: skip
 
 
@@ -183,7 +207,7 @@ def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> s
     full = [s for s in samples if s["row"] == FULL]
     settings, of = run.settings, f", group {group!r}" if group else ""
     lines = [
-        f"{len({s['video'] for s in full}):,} clips of split {settings.split!r}, block {settings.seed}{of}, "
+        f"{settings.world}: {len({s['video'] for s in full}):,} clips of split {settings.split!r}, block {settings.seed}{of}, "
         f"{len(full):,} questions; with nothing pruned {100 * np.mean([s['right'] for s in full]):.1f}%.",
     ]
     for name in names:
@@ -194,6 +218,7 @@ def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> s
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the run; an existing run is resumed")
+    parser.add_argument("--world", default=WORLDS[0], choices=WORLDS)
     parser.add_argument("--split", default="validation")
     parser.add_argument("--seed", type=int, default=0, help="block of the split's clips")
     parser.add_argument("--limit", type=int, default=150, help="clips")
@@ -212,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "demo",
         budgets,
         specs(names),
+        world=args.world,
         split=args.split,
         seed=args.seed,
         limit=args.limit,

@@ -74,11 +74,11 @@ class Run:
 
 def test_a_report_may_be_of_one_group():
     assert report(["spending"], Run()).startswith(
-        "6 clips of split 'validation', block 7, 6 questions; with nothing pruned 50.0%"
+        "shapes: 6 clips of split 'validation', block 7, 6 questions; with nothing pruned 50.0%"
     )
     said = report(["spending"], Run(), "panning")
     assert said.startswith(
-        "3 clips of split 'validation', block 7, group 'panning', 3 questions; with nothing pruned 100.0%"
+        "shapes: 3 clips of split 'validation', block 7, group 'panning', 3 questions; with nothing pruned 100.0%"
     )
     assert said.count("| 100.0 |") == len(ABLATIONS["spending"].variants)
 
@@ -112,7 +112,7 @@ def test_the_command_writes_the_tables_and_resumes_its_run(tmp_path, saved, caps
     asked = [str(tmp_path / "run"), "--limit", "1", "--only", "spending,selector", "--model", str(saved), "-b", "0.1"]
     ablations.main([*asked, "--markdown", str(tmp_path / "a.md")])
     text = (tmp_path / "a.md").read_text()
-    assert text in capsys.readouterr().out and text.startswith("1 clips of split 'validation', block 0,")
+    assert text in capsys.readouterr().out and text.startswith("shapes: 1 clips of split 'validation', block 0,")
     assert text.count("### ") == 2 and "| 0.5 |" in text and "| random |" in text
     ablations.main(asked)  # nothing is left to do
     printed = capsys.readouterr()
