@@ -249,7 +249,7 @@ def _check_input(info: "VideoInfo", sampling: "SamplingOptions") -> None:
     from evoprune.pipeline.subtitles import check_picture
     from evoprune.video.frames import choose_decoder
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
-    from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan
+    from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan
     from evoprune.video.probe import read_subtitles
 
     check_picture(info, sampling.subtitles)
@@ -257,7 +257,7 @@ def _check_input(info: "VideoInfo", sampling: "SamplingOptions") -> None:
     numbers = sampling.numbers
     if numbers["max_visual_tokens"] is None:
         numbers["max_visual_tokens"] = MAX_VISUAL_TOKENS
-    make_plan(info, VideoLimits(), **numbers)
+    make_plan(info, InputLimits(), **numbers)
     if sampling.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
         read_subtitles(info, sampling.subtitles)
 

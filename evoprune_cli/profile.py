@@ -157,18 +157,18 @@ def _clips(
         )
         return
     from evoprune.video.info import PICTURE
-    from evoprune.video.plan import VideoLimits, make_plan
+    from evoprune.video.plan import InputLimits, make_plan
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
 
     with local_file(video) as path:
         info = probe(path)
         if info.kind == PICTURE:
-            limits = VideoLimits(min_pixels=56 * 56, max_pixels=PICTURES[-1][0] * PICTURES[-1][1])
+            limits = InputLimits(min_pixels=56 * 56, max_pixels=PICTURES[-1][0] * PICTURES[-1][1])
             plan = make_plan(info, limits)
             counts, sizes = [1], sizes or [(plan.height, plan.width)]
         for count in counts:
-            make_plan(info, VideoLimits(), frames=count)  # refuses a count that the video does not allow
+            make_plan(info, InputLimits(), frames=count)  # refuses a count that the video does not allow
         cases = _cases(counts, sizes or [_natural_size(info)])
         yield cases, {"video": video, "synthetic": None}, partial(_video_frames, info)
 

@@ -11,7 +11,7 @@ from inspect import signature
 import torch
 
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.model.config import check_vision, vision_sizes
 from evoprune.pruning.indices import ascending
 
@@ -286,7 +286,7 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     return positions.to(ids.device)
 
 
-def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[VideoSpan, bool]]]:
+def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[VisualSpan, bool]]]:
     """For each row of a prompt its videos and pictures, in order, and whether each is a video. Padding is not counted."""
     ids = call["input_ids"].cpu()
     videos, images = (
@@ -312,13 +312,13 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
 
 def _spans(
     config, ids: torch.Tensor, videos: Iterator, images: Iterator, seconds: Iterator[float]
-) -> Iterator[tuple[VideoSpan, bool]]:
+) -> Iterator[tuple[VisualSpan, bool]]:
     """The videos and pictures of one row, in order, and whether each is a video; a picture is one frame pair."""
     at, merge = 0, config.vision_config.spatial_merge_size
     while len(found := ((ids[at:] == config.video_token_id) | (ids[at:] == config.image_token_id)).nonzero()):
         at += int(found[0])
         is_video = int(ids[at]) == config.video_token_id
         t, h, w = next(videos if is_video else images)
-        span = VideoSpan(at, (t, h // merge, w // merge), next(seconds) if is_video else 1.0)
+        span = VisualSpan(at, (t, h // merge, w // merge), next(seconds) if is_video else 1.0)
         yield span, is_video
         at += span.tokens

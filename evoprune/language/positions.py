@@ -15,7 +15,7 @@ from evoprune.pruning.indices import ascending
 
 
 @dataclass(frozen=True)
-class VideoSpan:
+class VisualSpan:
     """A video inside a prompt, or a picture, which is one frame pair.
 
     Attributes:
@@ -54,7 +54,7 @@ def video_positions(
     return torch.stack(torch.meshgrid(clock, ascending(h, "cpu"), ascending(w, "cpu"), indexing="ij")).flatten(1)
 
 
-def prompt_positions(length: int, videos: Sequence[VideoSpan], tokens_per_second: float | None) -> torch.Tensor:
+def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_second: float | None) -> torch.Tensor:
     """M-RoPE positions of an unpruned prompt of `length` tokens, by Qwen's rule.
 
     Args:

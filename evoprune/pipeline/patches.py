@@ -11,13 +11,13 @@ from evoprune.model.clock import Clock
 from evoprune.pipeline.prefetch import prefetched
 from evoprune.pipeline.view import View
 from evoprune.video.frames import FrameChunk, read_frames
-from evoprune.video.plan import Plan, VideoLimits
+from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.preprocess import patchify, resize
 
 ReadFrames = Callable[..., Iterator[FrameChunk]]
 
 
-def patches_of(frames: np.ndarray, plan: Plan, limits: VideoLimits) -> torch.Tensor:
+def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits) -> torch.Tensor:
     """float32 `[rows, 1176]`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned and normalised."""
     sizes = limits.patch_size, limits.temporal_patch_size, limits.merge_size
     resized = resize(torch.from_numpy(frames), plan.height, plan.width)
@@ -43,7 +43,7 @@ class PatchReader:
     def __init__(
         self,
         view: View,
-        limits: VideoLimits,
+        limits: InputLimits,
         clock: Clock,
         chunk_bytes: int,
         read: ReadFrames = read_frames,

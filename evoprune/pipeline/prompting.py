@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from evoprune.errors import names_plugins
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import PrefillState, Visual, column_sizes, dropping_for, embed_prompt, prefill
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.language.prompt import Prompt
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import GenerationOptions
@@ -70,11 +70,11 @@ class PromptReader:
         self._prefix = system, state.cache, shared
         return state
 
-    def _spans(self, prompt: Prompt) -> list[VideoSpan]:
+    def _spans(self, prompt: Prompt) -> list[VisualSpan]:
         """Where in the prompt each input stands, and its grid."""
         pair = self._loaded.video.temporal_patch_size
         return [
-            VideoSpan(place.start, view.plan.grid, view.seconds_per_pair(pair))
+            VisualSpan(place.start, view.plan.grid, view.seconds_per_pair(pair))
             for place, view in zip(prompt.places, self._views, strict=True)
         ]
 

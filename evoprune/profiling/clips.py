@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.methods.base import Method
 from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading.model import LoadedModel
@@ -16,7 +16,7 @@ from evoprune.profiling.results import Case
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE
-from evoprune.video.plan import VideoLimits, make_plan
+from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video.probe import VideoInfo
 from evoprune.video.sampling import even_times
 from evoprune.vision.preprocess import patchify, resize
@@ -40,7 +40,7 @@ def video_frames(info: VideoInfo, case: Case) -> Frames:
     source, most = info, max(2, case.frames)
     if info.kind == PICTURE:
         source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
-    plan = make_plan(info, VideoLimits(), frames=case.frames, max_frames=most, max_visual_tokens=sys.maxsize)
+    plan = make_plan(info, InputLimits(), frames=case.frames, max_frames=most, max_visual_tokens=sys.maxsize)
     with closing(read_frames(source, plan.sampling.times_s)) as chunks:
         small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
     return torch.cat(small), plan.sampling.seconds_per_pair()
@@ -97,7 +97,7 @@ def prepare(
     text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random, dtype=torch.int64, device="cpu")
     video = torch.zeros(len(patches) // PATCHES, dtype=torch.int64, device="cpu")
     ids = torch.cat([text[:TEXT_BEFORE], video, text[TEXT_BEFORE:]])
-    span = VideoSpan(TEXT_BEFORE, grid, seconds_per_pair)
+    span = VisualSpan(TEXT_BEFORE, grid, seconds_per_pair)
     positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)
     patches = patches.to(visual.patch_embed.proj.weight)
     return Clip(patches, grid, seconds_per_pair, ids, positions, int(positions.max()) + 1, whole)

@@ -22,7 +22,7 @@ from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Row
 from evoprune.profiling.settings import Settings
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.encoder_plan import EncoderPlan, full_plan
-from evoprune.video.plan import VideoLimits
+from evoprune.video.plan import InputLimits
 from evoprune.vision.tower import tower_shape
 
 LIBRARIES_S = 4.0  # to import transformers
@@ -111,7 +111,7 @@ class Estimate:
     def __init__(
         self,
         config: Config,
-        limits: VideoLimits,
+        limits: InputLimits,
         settings: Settings,
         dtype: torch.dtype,
         device: str,

@@ -21,12 +21,12 @@ from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import Case
 from evoprune.video.info import VIDEO
-from evoprune.video.plan import VideoLimits
+from evoprune.video.plan import InputLimits
 
 MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
 
 
-def case_units(case: Case, limits: VideoLimits) -> int:
+def case_units(case: Case, limits: InputLimits) -> int:
     """N of a case.
 
     Raises:
@@ -47,7 +47,7 @@ def default_load_format(name: str) -> str:
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
-def describe(options: ModelOptions) -> tuple[Config, VideoLimits, torch.dtype, torch.device] | None:
+def describe(options: ModelOptions) -> tuple[Config, InputLimits, torch.dtype, torch.device] | None:
     """What is known of a model before it is loaded: config, limits of its videos, dtype and device; None if only loading tells.
 
     Raises:

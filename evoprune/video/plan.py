@@ -28,7 +28,7 @@ def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
 
 
 @dataclass(frozen=True)
-class VideoLimits:
+class InputLimits:
     """What a model expects of a video, or of a picture: size, normalisation, frame rate. The defaults are Qwen2.5-VL's for video.
 
     Fields with a rule can be given by a file of the model.
@@ -92,7 +92,7 @@ class Plan:
         t, h, w = self.grid
         return t * h * w
 
-    def shrunk(self, grid: tuple[int, int, int], limits: VideoLimits) -> "Plan":
+    def shrunk(self, grid: tuple[int, int, int], limits: InputLimits) -> "Plan":
         """The same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
         pairs, height, width = grid
         same = pairs == self.grid[0]
@@ -123,7 +123,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, fact
 
 def make_plan(
     info: VideoInfo,
-    limits: VideoLimits,
+    limits: InputLimits,
     *,
     fps: float | None = None,
     frames: int | None = None,
@@ -181,7 +181,7 @@ def make_plan(
     return Plan(sampling, *size, grid, most_frames, max_visual_tokens, token_capped)
 
 
-def _picture_plan(info: VideoInfo, limits: VideoLimits, max_tokens: int) -> Plan:
+def _picture_plan(info: VideoInfo, limits: InputLimits, max_tokens: int) -> Plan:
     """The size of a picture: one frame pair, of which it is both frames."""
     preferred, size, _ = _size(info, limits, 1, max_tokens)
     grid = (1, size[0] // limits.unit, size[1] // limits.unit)
@@ -189,7 +189,7 @@ def _picture_plan(info: VideoInfo, limits: VideoLimits, max_tokens: int) -> Plan
 
 
 def _size(
-    info: VideoInfo, limits: VideoLimits, pairs: int, max_tokens: int
+    info: VideoInfo, limits: InputLimits, pairs: int, max_tokens: int
 ) -> tuple[tuple[int, int], tuple[int, int], int]:
     """The frame size that the model prefers; and as of `_fit`.
 
@@ -204,7 +204,7 @@ def _size(
 
 
 def _fit(
-    info: VideoInfo, limits: VideoLimits, size: tuple[int, int], pairs: int, max_tokens: int
+    info: VideoInfo, limits: InputLimits, size: tuple[int, int], pairs: int, max_tokens: int
 ) -> tuple[tuple[int, int], int]:
     """The frame size, (height, width) in pixels, and the number of frame pairs that together have at most `max_tokens` units.
 

@@ -7,9 +7,9 @@ y and x. The result is that of `Qwen2VLImageProcessor`, without torchvision.
 import torch
 import torch.nn.functional as F
 
-from evoprune.video.plan import VideoLimits
+from evoprune.video.plan import InputLimits
 
-CLIP_MEAN, CLIP_STD = VideoLimits.image_mean, VideoLimits.image_std
+CLIP_MEAN, CLIP_STD = InputLimits.image_mean, InputLimits.image_std
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from evoprune.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
 from evoprune.demo.drawing import render
 from evoprune.demo.questions import Question
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.video.sampling import even_times
 from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
 from experiments.demo.lessons import ask_all
@@ -130,7 +130,7 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
                 pack.append(asked[number :: recipe.packs])
         before = ids(BEFORE_VIDEO)
         prefix = before + [7] * n + ids("<|vision_end|>")
-        where = prompt_positions(len(prefix), [VideoSpan(len(before), (grids, height, width), pace)], 2)
+        where = prompt_positions(len(prefix), [VisualSpan(len(before), (grids, height, width), pace)], 2)
         yield {
             "frames": torch.from_numpy(np.concatenate(frames)),
             "grid": (grids, height, width),

@@ -10,7 +10,7 @@ from evoprune.demo.scenes.clip import Clip
 from evoprune.demo.scenes.compose import SPLITS, compose, draw
 from evoprune.demo.scenes.drawing import render_with_map
 from evoprune.demo.scenes.happening import kinds
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.video.sampling import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
@@ -176,7 +176,7 @@ def _prefix(
     prefix, spans = before[:-1], []
     for _ in range(inputs):
         prefix = [*prefix, *ids("<|vision_start|>")]
-        spans.append(VideoSpan(len(prefix), grid, pace))
+        spans.append(VisualSpan(len(prefix), grid, pace))
         prefix = [*prefix, *[pad] * n, *ids("<|vision_end|>")]
     where = prompt_positions(len(prefix), spans, 2)
     if rng.random() < 0.3:  # as in a long stream, of which this is the end

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
 from tests.tiny import tiny_config, tiny_model
@@ -27,7 +27,7 @@ def model():
 
 def columns(length=LENGTH, seed=0):
     """Embeddings `[L, 64]` and positions `[3, L]` of a prompt with a pruned video in it."""
-    positions = prompt_positions(90, [VideoSpan(5, (5, 3, 4), 1.5)], 2)
+    positions = prompt_positions(90, [VisualSpan(5, (5, 3, 4), 1.5)], 2)
     random = torch.Generator().manual_seed(seed)
     kept = torch.randperm(90, generator=random)[:length].sort().values
     return torch.randn(length, 64, generator=random), positions[:, kept]

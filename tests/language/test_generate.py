@@ -17,7 +17,7 @@ from evoprune.language.generate import (
     stream,
     stream_text,
 )
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.language.tokenizer import Tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -48,7 +48,7 @@ class Clip:
         with torch.no_grad():
             self.features = model.model.visual(self.pixels, grid_thw=self.grid_thw).pooler_output
         self.prompt = build_prompt(own_tokenizer(), question, [(VIDEO, t * h * w)])
-        span = VideoSpan(self.prompt.places[0].start, grid, seconds)
+        span = VisualSpan(self.prompt.places[0].start, grid, seconds)
         self.positions = prompt_positions(len(self.prompt.input_ids), [span], 2)
         self.next_position = int(self.positions.max()) + 1
 

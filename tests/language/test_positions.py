@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.language.positions import VideoSpan, prompt_positions, video_positions
+from evoprune.language.positions import VisualSpan, prompt_positions, video_positions
 
 
 def by_hand(length, videos, tokens_per_second):
@@ -37,12 +37,12 @@ def test_an_empty_prompt_has_no_positions():
 
 
 def test_video_at_the_start():
-    positions = prompt_positions(6, [VideoSpan(0, (1, 2, 2), 1.0)], 2)
+    positions = prompt_positions(6, [VisualSpan(0, (1, 2, 2), 1.0)], 2)
     assert positions.tolist() == [[0, 0, 0, 0, 2, 3], [0, 0, 1, 1, 2, 3], [0, 1, 0, 1, 2, 3]]
 
 
 def test_text_goes_on_after_the_time_of_a_video_that_is_longer_than_wide():
-    positions = prompt_positions(8, [VideoSpan(2, (2, 1, 2), 5.0)], 2)
+    positions = prompt_positions(8, [VisualSpan(2, (2, 1, 2), 5.0)], 2)
     assert positions.tolist() == [
         [0, 1, 2, 2, 12, 12, 13, 14],
         [0, 1, 2, 2, 2, 2, 13, 14],
@@ -59,7 +59,7 @@ def test_fractions_of_a_second_count(seconds, clock):
 
 
 def test_two_videos_follow_one_another():
-    positions = prompt_positions(7, [VideoSpan(1, (2, 1, 1), 2.0), VideoSpan(4, (1, 1, 2), 1.0)], 2)
+    positions = prompt_positions(7, [VisualSpan(1, (2, 1, 1), 2.0), VisualSpan(4, (1, 1, 2), 1.0)], 2)
     assert positions.tolist() == [[0, 1, 5, 6, 7, 7, 9], [0, 1, 1, 6, 7, 7, 9], [0, 1, 1, 6, 7, 8, 9]]
 
 
@@ -69,7 +69,7 @@ def prompts(draw):
     for _ in range(draw(st.integers(0, 3))):
         at += draw(st.integers(0, 4))
         grid = tuple(draw(st.integers(1, 5)) for _ in range(3))
-        videos.append(VideoSpan(at, grid, draw(st.floats(0.05, 30))))
+        videos.append(VisualSpan(at, grid, draw(st.floats(0.05, 30))))
         at += videos[-1].tokens
     return at + draw(st.integers(0, 4)), videos, draw(st.sampled_from([1, 2, 4]))
 
@@ -86,9 +86,9 @@ def test_any_prompt_matches_counting_by_hand(prompt):
 @pytest.mark.parametrize(
     ("length", "videos"),
     [
-        (3, [VideoSpan(0, (1, 2, 2), 1.0)]),
-        (4, [VideoSpan(1, (1, 2, 2), 1.0)]),
-        (9, [VideoSpan(0, (1, 2, 2), 1.0), VideoSpan(3, (1, 2, 2), 1.0)]),
+        (3, [VisualSpan(0, (1, 2, 2), 1.0)]),
+        (4, [VisualSpan(1, (1, 2, 2), 1.0)]),
+        (9, [VisualSpan(0, (1, 2, 2), 1.0), VisualSpan(3, (1, 2, 2), 1.0)]),
     ],
 )
 def test_videos_that_do_not_fit_are_refused(length, videos):

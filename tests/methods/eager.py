@@ -12,7 +12,7 @@ import torch
 
 from evoprune.language.decoder import KVCache, logits
 from evoprune.language.dropping import Dropping
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.methods.language_method import LanguageMethod
 from evoprune.methods.registry import INNER
 from evoprune.model.config import parse_config
@@ -46,7 +46,7 @@ def deep_model(depth: int = 8, seed: int = 0) -> QwenVL:
 
 def a_prompt(seed: int = 0, hidden: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings `[C, hidden]` and positions `[3, C]`, with time, height and width."""
-    positions = prompt_positions(COLUMNS, [VideoSpan(BEFORE, GRID, 1.5)], 2)
+    positions = prompt_positions(COLUMNS, [VisualSpan(BEFORE, GRID, 1.5)], 2)
     return torch.randn(COLUMNS, hidden, generator=torch.Generator().manual_seed(seed)), positions
 
 

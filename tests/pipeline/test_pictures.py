@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.methods.registry import INNER
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
@@ -73,7 +73,7 @@ def hugging_face(loaded, inputs, question, tokens):
         assert ids[at] == pads[each.view.kind]
         ids[at : at + 1] = [ids[at]] * (t * h * w // 4)
         end = at + t * h * w // 4
-        spans.append(VideoSpan(at, (t, h // 2, w // 2), each.view.plan.sampling.seconds_per_pair()))
+        spans.append(VisualSpan(at, (t, h // 2, w // 2), each.view.plan.sampling.seconds_per_pair()))
         for name, value in (("", pixels), ("_grid_thw", grid)):
             key = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
             given.setdefault(key[each.view.kind][name != ""], []).append(value)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.model.weights import shared
 from evoprune.pipeline.answering import Answer
@@ -77,7 +77,7 @@ def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack)
     patches = patchify(resize(frames, plan.height, plan.width))
     t, h, w = plan.grid
     prompt = build_prompt(loaded.tokenizer, "Describe the video.", [(VIDEO, t * h * w)])
-    span = VideoSpan(prompt.places[0].start, plan.grid, plan.sampling.seconds_per_pair())
+    span = VisualSpan(prompt.places[0].start, plan.grid, plan.sampling.seconds_per_pair())
     per_second = getattr(model.config.vision_config, "tokens_per_second", None)
     rope = prompt_positions(len(prompt.input_ids), [span], per_second)
     sequence = torch.arange(len(prompt.input_ids))[None]

@@ -15,7 +15,7 @@ import numpy as np
 
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.frames import read_frames
-from evoprune.video.plan import VideoLimits, make_plan
+from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video.probe import probe
 from experiments.decoders import in_this_process, medians
 from tests.video.files import numbered_frames, write_video
@@ -57,7 +57,7 @@ def good_files(folder: Path) -> list[Path]:
 
 def read(path: Path) -> None:
     info = probe(path)
-    for _ in read_frames(info, make_plan(info, VideoLimits()).sampling.times_s):
+    for _ in read_frames(info, make_plan(info, InputLimits()).sampling.times_s):
         pass
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.frames import choose_decoder, read_frames
-from evoprune.video.plan import VideoLimits, make_plan
+from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video.probe import probe
 from evoprune.video.sandbox import pool
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
@@ -180,7 +180,7 @@ def read(path: Path, decoder: str) -> tuple[int, str]:
     try:
         info = probe(path)
         choose_decoder(decoder, info)
-        plan = make_plan(info, VideoLimits())
+        plan = make_plan(info, InputLimits())
         chunk_bytes = min(CHUNK_BYTES, 16 * info.width * info.height * 3)
         frames = damaged = 0
         for chunk in read_frames(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes):

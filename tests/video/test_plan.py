@@ -5,7 +5,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.plan import MAX_VISUAL_TOKENS, VideoLimits, make_plan, smart_resize
+from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan, smart_resize
 from evoprune.video.probe import VideoInfo
 
 
@@ -18,7 +18,7 @@ def video(width=640, height=360, duration=60.0) -> VideoInfo:
 
 lengths = st.integers(1, 5000)
 limits = st.builds(
-    VideoLimits,
+    InputLimits,
     min_pixels=st.integers(1, 300).map(lambda n: n * 784),
     max_pixels=st.integers(300, 1000).map(lambda n: n * 784),
     fps=st.floats(0.1, 10),
@@ -28,7 +28,7 @@ limits = st.builds(
 
 
 @settings(max_examples=300, deadline=None)
-@example(42, 42, 1.0, VideoLimits(min_pixels=2352, max_pixels=235200, fps=1.0, min_frames=3, max_frames=8), 2, None)
+@example(42, 42, 1.0, InputLimits(min_pixels=2352, max_pixels=235200, fps=1.0, min_frames=3, max_frames=8), 2, None)
 @given(lengths, lengths, st.floats(0.05, 20_000), limits, st.integers(1, 30_000), st.none() | st.integers(1, 2000))
 def test_every_limit_holds(width, height, duration, limit, cap, frames):
     assume(max(width, height) <= 200 * min(width, height))
@@ -47,38 +47,38 @@ def test_every_limit_holds(width, height, duration, limit, cap, frames):
 @settings(max_examples=100, deadline=None)
 @given(st.floats(1, 5000), st.integers(50, 20_000))
 def test_a_higher_cap_never_shows_less(duration, cap):
-    less, more = (make_plan(video(duration=duration), VideoLimits(), max_visual_tokens=c) for c in (cap, cap * 2))
+    less, more = (make_plan(video(duration=duration), InputLimits(), max_visual_tokens=c) for c in (cap, cap * 2))
     assert less.sampling.frames <= more.sampling.frames
     assert less.visual_tokens <= more.visual_tokens or less.sampling.frames < more.sampling.frames
 
 
 def test_frames_get_smaller_before_they_get_fewer():
-    free = make_plan(video(1920, 1080), VideoLimits(), max_visual_tokens=10**6)
+    free = make_plan(video(1920, 1080), InputLimits(), max_visual_tokens=10**6)
     assert not free.capped and free.sampling.frames == 120
-    smaller = make_plan(video(1920, 1080), VideoLimits(), max_visual_tokens=60 * 200)
+    smaller = make_plan(video(1920, 1080), InputLimits(), max_visual_tokens=60 * 200)
     assert smaller.capped and smaller.sampling.frames == free.sampling.frames and smaller.height < free.height
-    fewer = make_plan(video(1920, 1080), VideoLimits(), max_visual_tokens=60 * 50)
+    fewer = make_plan(video(1920, 1080), InputLimits(), max_visual_tokens=60 * 50)
     assert fewer.sampling.frames < free.sampling.frames and fewer.height * fewer.width >= 100 * 784
 
 
 def test_a_limit_on_frames_is_a_cap_too():
-    plan = make_plan(video(), VideoLimits(max_frames=50), frames=60)
+    plan = make_plan(video(), InputLimits(max_frames=50), frames=60)
     assert (plan.sampling.frames, plan.token_capped, plan.capped) == (50, False, True)
 
 
 def test_an_hour_stays_within_the_default():
-    plan = make_plan(video(1920, 1080, 3600), VideoLimits())
+    plan = make_plan(video(1920, 1080, 3600), InputLimits())
     assert plan.visual_tokens <= MAX_VISUAL_TOKENS and plan.capped
 
 
 def test_max_frames():
-    assert make_plan(video(), VideoLimits(), max_frames=7).sampling.frames == 6
+    assert make_plan(video(), InputLimits(), max_frames=7).sampling.frames == 6
 
 
 def test_a_plan_names_its_limits():
-    plan = make_plan(video(), VideoLimits(max_frames=50), fps=1.0, max_visual_tokens=5000)
+    plan = make_plan(video(), InputLimits(max_frames=50), fps=1.0, max_visual_tokens=5000)
     assert (plan.sampling.wanted, plan.sampling.frames, plan.frame_limit, plan.token_limit) == (60, 50, 50, 5000)
-    plan = make_plan(video(), VideoLimits(max_frames=50), fps=1.0, max_frames=60, max_visual_tokens=5)
+    plan = make_plan(video(), InputLimits(max_frames=50), fps=1.0, max_frames=60, max_visual_tokens=5)
     assert (plan.sampling.wanted, plan.sampling.frames, plan.frame_limit, plan.capped) == (60, 2, 60, True)
 
 
@@ -95,4 +95,4 @@ def test_a_plan_names_its_limits():
 )
 def test_what_cannot_be_planned(changes, arguments, error):
     with pytest.raises(error):
-        make_plan(video(**changes), VideoLimits(), **arguments)
+        make_plan(video(**changes), InputLimits(), **arguments)

@@ -35,7 +35,7 @@ from evoprune.integrations.vllm.positions import (
     with_videos,
 )
 from evoprune.integrations.vllm.settings import method_of, served_budget
-from evoprune.language.positions import VideoSpan
+from evoprune.language.positions import VisualSpan
 from evoprune.model.config import VisionConfig, check_vision, vision_sizes
 from evoprune.model.linear import pack
 from evoprune.model.weights import Tower
@@ -122,7 +122,7 @@ class _Pruned(SupportsMultiModalPruning):
             grid = PICTURE if feature.modality == "image" else VIDEO
             seconds = feature.data.get(processor.SECONDS)
             (shape,) = self._grids(feature.data[grid].data[None])
-            span = VideoSpan(feature.mm_position.offset, shape, 1.0 if seconds is None else float(seconds.data))
+            span = VisualSpan(feature.mm_position.offset, shape, 1.0 if seconds is None else float(seconds.data))
             items.append(Placeholders(span, feature.mm_position.length))
         return known_positions(len(input_tokens), items, self.sizes.tokens_per_second)
 

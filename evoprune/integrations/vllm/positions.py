@@ -20,7 +20,7 @@ from math import prod
 
 import torch
 
-from evoprune.language.positions import VideoSpan, video_positions
+from evoprune.language.positions import VisualSpan, video_positions
 from evoprune.pruning.indices import ascending
 
 BASE = 256
@@ -39,7 +39,7 @@ class Placeholders:
         count: the number of placeholders, less if the video is pruned.
     """
 
-    span: VideoSpan
+    span: VisualSpan
     count: int
 
 

@@ -17,7 +17,7 @@ from evoprune.pipeline.loading.hub import MODEL_HINT
 from evoprune.strict_json import read_object
 from evoprune.text import did_you_mean
 from evoprune.video.info import PICTURE, VIDEO
-from evoprune.video.plan import VideoLimits
+from evoprune.video.plan import InputLimits
 
 PACKAGE = Path(__file__).parents[2]
 DEMO_FOLDER = PACKAGE / "demo" / "weights"
@@ -37,7 +37,7 @@ INSIDE = Rule(
 
 def describe_model(
     name: str = "demo", *, revision: str | None = None, offline: bool = False
-) -> tuple[Config, dict[str, VideoLimits]]:
+) -> tuple[Config, dict[str, InputLimits]]:
     """A model's config and its limits for videos and pictures, without its weights. A bundled config needs no hub.
 
     Raises:
@@ -156,14 +156,14 @@ def eos_ids(folder: Path | None, config: Config, tokenizer: Tokenizer | None) ->
     return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
-def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, VideoLimits]:
+def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
     """Limits of videos and of pictures from a model folder's processor settings, and patch sizes from its config.
 
     `preprocessor_config.json` belongs to the image processor. Of videos only its mean and std are used: its limit of 12.8 million
     pixels is meant for one picture; every frame pair would get 16,000 tokens. Qwen's own code limits the frames of a video far
     lower, and those limits are the defaults here.
     """
-    limits = VideoLimits(
+    limits = InputLimits(
         patch_size=vision_config.patch_size,
         temporal_patch_size=vision_config.temporal_patch_size,
         merge_size=vision_config.spatial_merge_size,
@@ -180,7 +180,7 @@ def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, 
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
-    """The fields of `VideoLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
+    """The fields of `InputLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
     content = _json(path)
     with _valid(f"{path} is damaged"):
         content = section(content, inner) if inner else content
@@ -189,7 +189,7 @@ def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None =
             content = content | {name: content.get(name) or size.get(edge)}
         if only:
             content = {name: content.get(name) for name in only}
-        return checked(VideoLimits, content, inner or "")
+        return checked(InputLimits, content, inner or "")
 
 
 def fingerprint(name: str, commit: str | None, folder: Path | None, files: list[Path]) -> str:

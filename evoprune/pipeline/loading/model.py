@@ -34,7 +34,7 @@ from evoprune.pipeline.loading.weights import (
 from evoprune.pipeline.options import ModelOptions, from_keywords
 from evoprune.report import ModelFacts
 from evoprune.video.info import VIDEO
-from evoprune.video.plan import VideoLimits
+from evoprune.video.plan import InputLimits
 
 
 @dataclass
@@ -62,7 +62,7 @@ class LoadedModel:
 
     model: QwenVL
     tokenizer: Tokenizer | None
-    limits: dict[str, VideoLimits]
+    limits: dict[str, InputLimits]
     eos_ids: tuple[int, ...]
     id: str
     revision: str | None
@@ -81,7 +81,7 @@ class LoadedModel:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
 
     @property
-    def video(self) -> VideoLimits:
+    def video(self) -> InputLimits:
         """The limits of videos; the patch sizes are those of pictures too."""
         return self.limits[VIDEO]
 

@@ -23,7 +23,7 @@ from evoprune.pipeline.loading.folder import (
 from evoprune.pipeline.loading.weights import needed_bytes, stay_mapped
 from evoprune.pipeline.options import ModelOptions
 from evoprune.strict_json import read_object
-from evoprune.video.plan import VideoLimits
+from evoprune.video.plan import InputLimits
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class KnownModel:
 
     id: str
     config: Config
-    limits: dict[str, VideoLimits]
+    limits: dict[str, InputLimits]
     folder: Path | None
     files: tuple[Path, ...]
     dtype: str

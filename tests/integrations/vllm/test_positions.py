@@ -13,7 +13,7 @@ from evoprune.integrations.vllm.positions import (
     split_bias,
     with_videos,
 )
-from evoprune.language.positions import VideoSpan, prompt_positions, video_positions
+from evoprune.language.positions import VisualSpan, prompt_positions, video_positions
 
 TEXT, PICTURE, VIDEO = 0, 1, 2
 # Items of a prompt, with a piece of text in front of each and one at the end.
@@ -36,8 +36,8 @@ def prompt(per_second, share=0.3):
         chosen = torch.randperm(units, generator=random)[:keep].sort().values
         columns += [whole + i for i in range(text)] + (whole + text + chosen).tolist()
         ids += [TEXT] * text
-        spans.append(VideoSpan(whole + text, grid, seconds))
-        items.append(Placeholders(VideoSpan(len(ids), grid, seconds), keep))
+        spans.append(VisualSpan(whole + text, grid, seconds))
+        items.append(Placeholders(VisualSpan(len(ids), grid, seconds), keep))
         ids += [kind] * keep
         whole += text + units
         kept += [chosen] if kind == VIDEO else []
@@ -107,7 +107,7 @@ def test_the_bias_travels_with_the_positions_exactly(dtype, number):
 
 
 def test_an_unpruned_video_has_its_positions_from_the_start():
-    items = [Placeholders(VideoSpan(2, (3, 2, 2), 0.7), 12)]
+    items = [Placeholders(VisualSpan(2, (3, 2, 2), 0.7), 12)]
     positions, offset = known_positions(17, items, 2.0)
     right = prompt_positions(17, [items[0].span], 2.0)
     assert torch.equal(positions, right) and offset == int(right.max()) + 1 - 17

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, Visual, embed_prompt, prefill, stream, stream_text
-from evoprune.language.positions import VideoSpan, prompt_positions
+from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.model import linear
 from evoprune.model.linear import PackedLinear
 from evoprune.pipeline.loading import device, folder, found, model, weights
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
-from evoprune.pipeline.loading.model import VideoLimits
+from evoprune.pipeline.loading.model import InputLimits
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
 from tests.loading import edit, error_of, load_model, no_network
@@ -66,7 +66,7 @@ def test_a_loaded_model_answers(saved):
     with torch.no_grad():
         features = hugging_face_model(loaded.model).model.visual(pixels, torch.tensor([[2, 4, 6]])).pooler_output
     kept = torch.tensor([0, 5, 7])
-    span = VideoSpan(prompt.places[0].start, (2, 2, 3), 1.0)
+    span = VisualSpan(prompt.places[0].start, (2, 2, 3), 1.0)
     positions = prompt_positions(len(prompt.input_ids), [span], loaded.model.config.vision_config.tokens_per_second)
     embeds, columns = embed_prompt(loaded.model, prompt.input_ids, [Visual(prompt.places[0], features[kept], kept)])
     state = prefill(loaded.model, embeds, positions[:, columns], int(positions.max()) + 1)
@@ -188,7 +188,7 @@ def test_image_limits_are_not_used_for_video(folder):
 def test_without_any_processor_settings_the_limits_are_qwens(folder):
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         (folder / name).unlink()
-    assert load_model(str(folder)).video == VideoLimits()
+    assert load_model(str(folder)).video == InputLimits()
 
 
 def test_older_and_newer_ways_to_write_video_limits(folder):
@@ -404,7 +404,7 @@ def test_bundled_configs_have_the_published_size(name, billions, monkeypatch):
     assert sum(weight.numel() for weight in loaded.model.parameters()) == round(billions * 1e9)
     assert loaded.weights_bytes == round(billions * 2e9)
     assert loaded.eos_ids == (151645,)
-    assert loaded.video == VideoLimits()
+    assert loaded.video == InputLimits()
 
 
 def test_random_weights_of_unknown_hub_ids_are_refused():
