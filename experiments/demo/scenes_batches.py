@@ -147,7 +147,7 @@ def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[i
 
 def _questions(units: int, plain: bool) -> int:
     """Questions a prompt: more where what is shared costs more than they do, and where they are short."""
-    return 16 if plain else 5 if units < 60 else 8 if units < 200 else 12
+    return 16 if plain else 8 if units < 60 else 14 if units < 200 else 16
 
 
 def _asked(
