@@ -6,6 +6,7 @@ table. No method of this project's own is run, so that it cannot be fixed in the
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -63,8 +64,13 @@ CELLS = (
 )
 
 
-def kept(model: str, limit: int, seed: int, split: str, processes: int) -> tuple[dict[Cell, float], list[str]]:
-    """What each cell's method keeps, in percent of the full accuracy, and a line on each group: in full and blind."""
+def kept(
+    model: str, limit: int, seed: int, split: str, processes: int, samples: list[dict]
+) -> tuple[dict[Cell, float], list[str]]:
+    """What each cell's method keeps, in percent of the full accuracy, and a line on each group: in full and blind.
+
+    Appends the answers to `samples`.
+    """
     found, facts = {}, []
     for group in (PICTURE, VIDEO):
         for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
@@ -78,6 +84,7 @@ def kept(model: str, limit: int, seed: int, split: str, processes: int) -> tuple
             run = Evaluation(settings, None)
             run.load()
             run.run(lambda what, at=(group, budget): _progress(f"{at[0]} {at[1]:.2g}: {what}"), processes)
+            samples += run.samples
             rows = run.document()["rows"]
             by_name = {(row["row"], row["method"], row["group"]): row for row in rows}
             if first:
@@ -145,9 +152,13 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="block of clips (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="clips at a time (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="write the table there too")
+    parser.add_argument("--samples", type=Path, help="write the answers there, a line of JSON each")
     asked = parser.parse_args(args)
-    text = table(*kept(asked.model, asked.limit, asked.seed, asked.split, asked.processes))
+    samples: list[dict] = []
+    text = table(*kept(asked.model, asked.limit, asked.seed, asked.split, asked.processes, samples))
     print(text)
+    if asked.samples:
+        asked.samples.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
     if asked.output:
         asked.output.write_text(text + "\n", encoding="utf-8")
 
