@@ -14,7 +14,7 @@ from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.video.sampling import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
-from experiments.demo.scenes_labels import dense_labels
+from experiments.demo.scenes_labels import dense_labels, story_labels
 from experiments.demo.scenes_lessons import lessons
 from experiments.demo.scenes_model import prompt
 from experiments.demo.training_clips import through_codec
@@ -68,13 +68,13 @@ NEVER_OPEN = ("extreme", "there", "missing")
 OFFSET = 16_000  # largest number of positions that a prompt's inputs are moved by
 
 
-def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames, one in five times as a video codec leaves them, and the labels of patches and units."""
+def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Frames, one in five times as a video codec leaves them, and the labels of patches, of units, and of units over time."""
     times = even_times(0.0, clip.seconds, 2 * clip.pairs)
     frames, maps = render_with_map(clip, times)
     if rng.random() < 0.2:
         frames = through_codec(frames, int(rng.integers(2, 9)))
-    return frames, *dense_labels(clip, times, maps)
+    return frames, *dense_labels(clip, times, maps), story_labels(clip, times, maps)
 
 
 def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
@@ -87,7 +87,7 @@ def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
         for _ in range(max(4, recipe.vision_units // (height * width))):
             clip = compose(_key(rng), height, width, 1, 1.0, crowd=float(rng.uniform(1, 3)))
             made.append(drawn(clip, rng))
-        frames, patches, units = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
+        frames, patches, units, _ = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
         yield frames, patches, units, (height, width)
         step += 1
 
@@ -119,11 +119,12 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
             made += [drawn(clip, rng) for clip in clips]
             share = 0.0 if plain else recipe.lessons
             asked.append(_asked(clips, "picture" if image else "video", rng, questions, plain, share))
-        frames, patches, units = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
+        frames, patches, units, story = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
         prefix, where, after = _prefix(ids, (pairs, height, width), pace, inputs, IMAGE if image else VIDEO, rng)
         yield {
             "frames": frames,
             "labels": (patches, units),
+            "story": story.view(prompts, -1),
             "grid": (pairs, height, width),
             "prefix": torch.tensor(prefix),
             "slots": torch.tensor([token in (IMAGE, VIDEO) for token in prefix]),

@@ -14,6 +14,10 @@ IGNORED = -100
 LOOKS = (*OUTLINES, SIGN)
 NOTHING, BLANK = len(LOOKS), len(CHARACTERS)
 PATCH, SLOT = 14, 7
+# What has become of a unit since the frame pair before: its thing is still there, has come by one of MOTIONS, is new or changed;
+# or the thing that it showed is gone, or has moved away; or it shows no thing, now and before.
+STILL, CAME, NEW, CHANGED, GONE, LEFT, EMPTY = 0, 1, 5, 6, 7, 8, 9
+STORY_WEIGHT = torch.tensor([0.2, 1, 1, 1, 1, 1, 1, 1, 1, 0.05])
 # Of a patch: outline of the thing at its middle, texture, colour, the characters in its left and right half, and where the thing
 # goes from one frame of the pair to the next. Of a unit: whether the middle of a thing lies in it.
 PATCH_CLASSES = {
@@ -56,18 +60,46 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
     return by_unit.reshape(pairs, height * width // 4, 4, -1), middles.reshape(pairs, -1)
 
 
+def story_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> np.ndarray:
+    """What has become of each unit since the frame pair before, int64 `[pairs, units]`, IGNORED in the first; as `dense_labels`."""
+    pairs, height, width = len(times) // 2, clip.height // 28, clip.width // 28
+    # The thing at the middle of a unit's patches, of the last of them that shows one.
+    shown = maps[::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].reshape(pairs, height, 2, width, 2).astype(np.int64)
+    shown = shown.transpose(0, 1, 3, 2, 4).reshape(pairs, height * width, 4).max(-1)
+    labels = np.full((pairs, height * width), IGNORED)
+    for pair in range(1, pairs):
+        before, now = times[2 * pair - 2], times[2 * pair]
+        of_things = [_story(clip, thing, before, now) for thing in clip.things]
+        left = [LEFT if thing.visible(now) else GONE for thing in clip.things]
+        there, was = np.array([*of_things, EMPTY]), np.array([*left, EMPTY])
+        labels[pair] = np.where(shown[pair] >= 0, there[shown[pair]], was[shown[pair - 1]])
+    return labels
+
+
+def _story(clip: Clip, thing, before: float, now: float) -> int:
+    if not thing.visible(before):
+        return NEW
+    if before < thing.turn <= now:
+        return CHANGED
+    motion = _motion(clip, thing, before, now, least=4.0)
+    return motion if motion in (STILL, IGNORED) else CAME - 1 + motion
+
+
 def _looks(thing, t: float) -> tuple[int, int, int]:
     colour = list(COLOURS).index(thing.colour_at(t))
     return LOOKS.index(thing.outline), IGNORED if thing.is_sign else TEXTURES.index(thing.texture), colour
 
 
-def _motion(clip: Clip, thing, t: float, then: float) -> int:
-    """Where it goes on the frame, the camera's motion included: 0 if under a pixel, else by MOTIONS; IGNORED if unclear."""
+def _motion(clip: Clip, thing, t: float, then: float, least: float = 2.0) -> int:
+    """Where it goes on the frame, the camera's motion included: 0 if by less than half of `least` pixels, else by MOTIONS.
+
+    IGNORED if it is unclear.
+    """
     dx, dy = (b - a for a, b in zip(_on_frame(clip, thing, t), _on_frame(clip, thing, then), strict=True))
     far, less = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
-    if far < 1:
+    if far < least / 2:
         return 0
-    if far < 2 or less > far / 2:
+    if far < least or less > far / 2:
         return IGNORED
     way = (np.sign(dx) * (abs(dx) > abs(dy)), np.sign(dy) * (abs(dy) > abs(dx)))
     return 1 + list(MOTIONS.values()).index(way)
@@ -91,10 +123,11 @@ def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarra
 class Head(nn.Module):
     """Reads the labels off the tower's last layer, row and column of each unit besides. Thrown away after training."""
 
-    def __init__(self, hidden: int):
+    def __init__(self, hidden: int, text_hidden: int):
         super().__init__()
         self.patch = nn.Linear(hidden, sum(PATCH_CLASSES.values()))
         self.unit = nn.Linear(4 * hidden, 2 + ROWS + COLUMNS)
+        self.story = nn.Linear(text_hidden, len(STORY_WEIGHT))
 
     def forward(self, flat: torch.Tensor, patches: torch.Tensor, units: torch.Tensor, height: int, width: int):
         """Loss, and for the log how often it is right; flat `[G, units, 4 * hidden]`, labels of `dense_labels`."""
@@ -122,3 +155,12 @@ class Head(nn.Module):
         there = units == 1
         right["middle"] = (middle.argmax(-1) == 1)[there].float().mean().item() if there.any() else 1.0
         return loss, right
+
+    def told(self, states: torch.Tensor, story: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """As `forward`, for the language model's states of visual tokens, `[..., D]`, and labels of `story_labels`, `[...]`."""
+        if not (story != IGNORED).any():
+            return states.new_zeros(()), {}
+        out = self.story(F.rms_norm(states, states.shape[-1:])).float()
+        happened = (story != IGNORED) & (story != STILL) & (story != EMPTY)
+        right = {"story": (out.argmax(-1) == story)[happened].float().mean().item()} if happened.any() else {}
+        return F.cross_entropy(out.flatten(0, -2), story.flatten(), STORY_WEIGHT, ignore_index=IGNORED), right

@@ -48,7 +48,7 @@ def hidden_of_rows(
     place: torch.Tensor,
     own: torch.Tensor,
     section: list[int],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The language model on prompts, each followed by rows that read the prompt and themselves, but not each other.
 
     Args:
@@ -59,7 +59,7 @@ def hidden_of_rows(
         section: `mrope_section` of the configuration.
 
     Returns:
-        Normalised hidden states of the rows, `[B, S, Q, D]`.
+        Normalised hidden states of the rows, `[B, S, Q, D]`; and the states of the prompts after half of the layers, `[B, P, D]`.
     """
     att = text.layers[0].self_attn
     groups, dim = att.num_key_value_groups, att.head_dim
@@ -69,7 +69,9 @@ def hidden_of_rows(
     seen = torch.cat([own.new_ones(*own.shape[:3], shape.length), own], -1)
     bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, BARRED)[:, :, None].repeat(1, 1, 1, groups, 1)
     x = torch.cat([prefix.flatten(0, 1), rows.flatten(0, 2)])
-    for layer in text.layers:
+    for number, layer in enumerate(text.layers):
+        if number == len(text.layers) // 2:
+            middle = x[: shape.before].view(prefix.shape)
         h, att = layer.input_layernorm(x), layer.self_attn
         k, v = rotate(att.k_proj(h).unflatten(-1, (-1, dim)), cos, sin), att.v_proj(h).unflatten(-1, (-1, dim))
         if layer is text.layers[-1]:  # nothing reads what the prompts become
@@ -80,7 +82,7 @@ def hidden_of_rows(
             read = torch.cat([_of_prompts(q[: shape.before], k, v, shape), read])
         x = x + att.o_proj(read.to(x.dtype))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return text.norm(x).view(rows.shape)
+    return text.norm(x).view(rows.shape), middle
 
 
 def _angles(

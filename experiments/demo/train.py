@@ -136,7 +136,7 @@ def question_steps(model, batch: dict, learn: Callable[[torch.Tensor], None]) ->
             video = model.model.visual.merger.mlp(flat).reshape(
                 len(pack["tokens"]), -1, model.config.text_config.hidden_size
             )
-            loss, _, right = answer_loss(model, video, batch, pack)
+            loss, _, right, _ = answer_loss(model, video, batch, pack)
         learn(loss)
         yield {"loss": loss.item(), "right": right.float().mean().item()}
 

@@ -43,7 +43,7 @@ def build(folder: Path, seed: int):
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(scenes_config())
     init_weights(model, torch.Generator().manual_seed(seed))
-    head = Head(HIDDEN)
+    head = Head(HIDDEN, model.config.text_config.hidden_size)
     init_weights(head, torch.Generator().manual_seed(seed + 1))
     keep_large(model.model.visual)
     words = folder / "tokenizer"
@@ -172,12 +172,13 @@ def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels
             seen, right = head(flat, *batch["labels"], height, width)
         merged = model.model.visual.merger.mlp(flat)
         video = merged.reshape(len(batch["pack"]["tokens"]), -1, merged.shape[-1])
-        loss, numbers, good = answer_loss(model, video, batch, batch["pack"])
-    learn(loss + labels * seen if labels else loss)
+        loss, numbers, good, states = answer_loss(model, video, batch, batch["pack"])
+        told, happened = head.told(states, batch["story"])
+    learn(loss + labels * (seen + told) if labels else loss)
     log.add("loss", loss.item())
     log.add("seen", seen.item())
-    for label in ("character", "motion"):
-        log.add(label, right.get(label, 0.0), label in right)
+    for label in ("character", "motion", "story"):
+        log.add(label, (right | happened).get(label, 0.0), label in right | happened)
     log.add("right", good.sum().item(), len(good))
     family = "picture" if batch["grid"][0] == 1 else "video"
     for group, member in zip(GROUPS, batch["groups"][numbers].T, strict=True):

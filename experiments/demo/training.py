@@ -16,7 +16,7 @@ from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team
 
 
-def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, ...]:
     """Loss on the answers of one pack of questions.
 
     Args:
@@ -25,7 +25,8 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
         pack: see `batches.packed`.
 
     Returns:
-        The loss; the numbers of the answers, `64 * prompt + segment`; and whether every token of each is right, bool.
+        The loss; the numbers of the answers, `64 * prompt + segment`; whether every token of each is right, bool; and the states
+        of the visual tokens after half of the language model, `[prompts, units of a prompt, D]`.
     """
     text = model.model.language_model
     prompts, _, longest = pack["tokens"].shape
@@ -34,7 +35,7 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
     segment = pack["segment"]
     own = (segment[..., None] == segment[..., None, :]) & torch.ones(longest, longest, dtype=torch.bool).tril()
     section = model.config.text_config.rope_parameters["mrope_section"]
-    hidden = hidden_of_rows(
+    hidden, middle = hidden_of_rows(
         text, prefix, batch["where"], text.embed_tokens(pack["tokens"]), pack["place"], own, section
     )
     held = pack["target"] >= 0
@@ -47,7 +48,7 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
     length = torch.bincount(answer)
     weight = length.float().rsqrt()[answer]
     wrong = torch.zeros(len(length)).index_add_(0, answer, (logits.argmax(-1) != target).float())
-    return (each * weight).sum() / weight.sum(), numbers, wrong == 0
+    return (each * weight).sum() / weight.sum(), numbers, wrong == 0, middle[:, batch["slots"]]
 
 
 def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) -> list[torch.optim.Optimizer]:

@@ -67,7 +67,7 @@ def test_each_question_behind_a_shared_prompt_gets_hugging_faces_logits(grid):
     place = (start + torch.tensor([*range(5), *range(4)])).expand(2, 2, 9)
     own = (segment[..., None] == segment[..., None, :]) & torch.ones(9, 9, dtype=torch.bool).tril()
     section = model.config.text_config.rope_parameters["mrope_section"]
-    hidden = hidden_of_rows(model.model.language_model, prefix, where, embed(tokens), place, own, section)
+    hidden, _ = hidden_of_rows(model.model.language_model, prefix, where, embed(tokens), place, own, section)
     for clip in range(2):
         for row in range(2):
             for part in (slice(0, 5), slice(5, 9)):

@@ -14,7 +14,22 @@ from evoprune.demo.scenes.happening import kinds
 from evoprune.demo.scenes.signs import CHARACTERS
 from experiments.demo.batches import ROW, packed
 from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
-from experiments.demo.scenes_labels import BLANK, IGNORED, LOOKS, NOTHING, Head, dense_labels
+from experiments.demo.scenes_labels import (
+    BLANK,
+    CAME,
+    CHANGED,
+    EMPTY,
+    GONE,
+    IGNORED,
+    LEFT,
+    LOOKS,
+    NEW,
+    NOTHING,
+    STILL,
+    Head,
+    dense_labels,
+    story_labels,
+)
 from experiments.demo.scenes_lessons import lessons
 from experiments.demo.scenes_model import LARGE, keep_large, prompt, scenes_config, scenes_tokenizer
 from experiments.demo.team import run_team
@@ -91,6 +106,24 @@ def test_patches_say_which_way_a_thing_goes_on_the_frame():
         assert set(patches[..., 5].flatten().tolist()) == {expected, IGNORED}
 
 
+def test_units_are_labelled_with_what_has_become_of_them():
+    """A thing that goes down by a unit a second, one that appears, one that vanishes and a sign that changes."""
+    look = {"texture": "plain", "colour": "red", "rgb": (200, 50, 45), "radius": 12}
+    things = (
+        Thing("square", **look, x=14.0, y=14.0, motion="down", speed=28.0),
+        Thing("square", **look, x=70.0, y=14.0, spans=((1.0, math.inf),)),
+        Thing("square", **look, x=98.0, y=14.0, spans=((0.0, 1.0),)),
+        Thing("sign", **look, x=126.0, y=70.0, text="7", turn=1.0, after="8"),
+    )
+    clip, times = Clip((0, 1), 112, 168, 2.0, 2, things, noise=0.0), (0.0, 0.1, 1.0, 1.1)
+    story = story_labels(clip, times, render_with_map(clip, times)[1])
+    assert (story[0] == IGNORED).all()
+    expected = np.full((4, 6), EMPTY)
+    expected[0, 0], expected[1, 0], expected[0, 2], expected[0, 3] = LEFT, CAME + 3, NEW, GONE
+    expected[2, 4] = CHANGED
+    assert np.array_equal(story[1].reshape(4, 6), expected)
+
+
 def test_lessons_are_answered_from_the_clip():
     """A thing that moves from left to right and appears, beside one that stays."""
     moving = Thing("square", "plain", "red", (200, 50, 45), 12, 20.0, 42.0, "right", 25.0, ((1.0, math.inf),))
@@ -120,9 +153,10 @@ def test_the_head_learns_from_every_label():
     frames, patches, units, (height, width) = next(vision_batches(ScenesRecipe(vision_units=96), 0))
     pairs = len(frames) // 2
     assert patches.shape == (pairs, height * width, 4, 6) and units.shape == (pairs, height * width)
-    head, flat = Head(16), torch.randn(pairs, height * width, 64)
+    head, flat = Head(16, 8), torch.randn(pairs, height * width, 64)
     loss, right = head(flat, patches, units, height, width)
-    loss.backward()
+    told, _ = head.told(torch.randn(2, 3, 8), torch.tensor([[IGNORED, STILL, CAME], [NEW, GONE, EMPTY]]))
+    (loss + told).backward()
     assert (
         all(p.grad.abs().sum() > 0 for p in head.parameters())
         and {"outline", "texture", "colour", "middle"} <= right.keys()
@@ -228,7 +262,7 @@ def test_the_loss_is_hugging_faces_also_with_two_pictures(model, tokenizer):
         "target": torch.tensor([[[-100, -100, -100, -100, *answer, -100]]]),  # of the second question alone
     }
     batch = {"prefix": torch.tensor(prefix), "slots": torch.tensor([t == IMAGE for t in prefix]), "where": where}
-    loss, numbers, right = answer_loss(model, video, batch, pack)
+    loss, numbers, right, states = answer_loss(model, video, batch, pack)
     tokens = torch.tensor([[*prefix, *asked, *answer]])
     embeds = model.get_input_embeddings()(tokens)
     embeds[0, [i for i, t in enumerate(prefix) if t == IMAGE]] = video[0]
@@ -237,6 +271,13 @@ def test_the_loss_is_hugging_faces_also_with_two_pictures(model, tokenizer):
     ).logits
     expected = torch.nn.functional.cross_entropy(logits[0, -3:-1], torch.tensor(answer))
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5) and numbers.tolist() == [2] and len(right) == 1
+    read = model.model.language_model.layers[: len(model.model.language_model.layers) // 2]
+    kept = {}
+    hook = read[-1].register_forward_hook(lambda layer, given, out: kept.update(out=out))
+    model(inputs_embeds=embeds, position_ids=torch.arange(tokens.shape[1]).expand(4, 1, -1), use_cache=False)
+    hook.remove()
+    expected = kept["out"][0, : len(prefix)][batch["slots"]]
+    assert torch.allclose(states[0], expected, atol=1e-4)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
