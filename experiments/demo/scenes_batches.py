@@ -78,14 +78,17 @@ def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
-    """Stage 1: crowded frame pairs, `(frames uint8 [2 * G, H, W, 3], labels of patches, of units, (height, width))` for ever."""
+    """Stage 1: crowded frame pairs, `(frames uint8 [2 * G, H, W, 3], labels of patches, of units, (height, width))` for ever.
+
+    Every second batch is of clips of two frame pairs, in which things and the camera move.
+    """
     step = first
     while True:
         rng = np.random.default_rng((recipe.seed, 1, step))  # of the shape, the same in all processes
         height, width = draw(rng, SMALL if step < recipe.vision_steps * 0.8 else (*SMALL, ((8, 12), 3.0)))
-        made, rng = [], np.random.default_rng((recipe.seed, 1, step, rank))
-        for _ in range(max(4, recipe.vision_units // (height * width))):
-            clip = compose(_key(rng), height, width, 1, 1.0, crowd=float(rng.uniform(1, 3)))
+        pairs, made, rng = 1 + step % 2, [], np.random.default_rng((recipe.seed, 1, step, rank))
+        for _ in range(max(4, recipe.vision_units // (height * width)) // pairs):
+            clip = compose(_key(rng), height, width, pairs, float(pairs), crowd=float(rng.uniform(1, 3)))
             made.append(drawn(clip, rng))
         frames, patches, units, _ = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
         yield frames, patches, units, (height, width)
