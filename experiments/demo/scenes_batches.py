@@ -61,7 +61,7 @@ STILLS = (
 )  # as well, while videos are still small
 LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.6), ((9, 16), 0.8), ((12, 18), 0.4))
 PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
-MOST = 1000  # units of one clip
+MOST = 1200  # units of one clip
 PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds a frame pair
 UNITS_PER_QUESTION = 6  # what the text of a question costs, about
 NEVER_OPEN = ("extreme", "there", "missing")
@@ -112,7 +112,8 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
         image = pairs == 1 and rng.random() < 0.6
         plain = step < recipe.open_steps
         questions = _questions(n, plain)
-        prompts = max(2, round(recipe.units / (n * inputs + (2 if plain else UNITS_PER_QUESTION) * questions)))
+        cost = n * inputs + (2 if plain else UNITS_PER_QUESTION) * questions
+        prompts = max(1 if n > recipe.units // 2 else 2, round(recipe.units / cost))
         rng = np.random.default_rng((recipe.seed, 2, step, rank))
         crowd = (0.8, 2) if height * width < 60 else (1.0, 1.0)
         asked, made = [], []
