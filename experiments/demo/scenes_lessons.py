@@ -9,10 +9,7 @@ from evoprune.demo.scenes.clip import Clip, Thing
 
 UNIT, APART = 28, 20  # pixels
 LISTED = 6
-
-
-def _whole(clip: Clip) -> bool:
-    return clip.cut >= clip.seconds
+VERBS = {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}
 
 
 def _moments(clip: Clip) -> dict[str, float]:
@@ -34,7 +31,7 @@ def _yes(it: bool) -> str:
 def _there(clip, rng):
     """Whether a thing is there at all."""
     named = [name(t) for t in distinct(clip) if t.event(clip.seconds) != "flashes"]
-    if not named or not _whole(clip):
+    if not named or not clip.is_whole:
         return []
     drafts = [Draft(f"Is there any {x}?", "yes") for x in (pick(rng, *named), pick(rng, *named))]
     return drafts + [Draft(f"Is there any {x}?", "no") for x in absent(clip, rng, 2)]
@@ -65,7 +62,7 @@ def _halves(clip, rng):
 
 def _beside(clip, rng):
     """How two things that lie still lie to each other."""
-    if clip.camera.kind in ("pan", "zoom") or not _whole(clip):
+    if clip.camera.travels or not clip.is_whole:
         return []
     lie = [t for t in clip.things if not t.speed]
     drafts = []
@@ -80,7 +77,7 @@ def _beside(clip, rng):
 
 def _lists(clip, rng):
     """Everything, or all of one look, from left to right."""
-    if clip.camera.kind in ("pan", "zoom") or not _whole(clip):
+    if clip.camera.travels or not clip.is_whole:
         return []
     lie = sorted((t for t in clip.things if not t.speed and not t.after), key=lambda t: t.x)
     lie = [t for t in lie if t.event(clip.seconds) == "stays"]
@@ -114,19 +111,20 @@ def _at(clip, rng):
 
 def _when(clip, rng):
     drafts = []
-    for thing in clip.things if _whole(clip) else ():
+    for thing in clip.things if clip.is_whole else ():
         event, called, (start, end) = thing.event(clip.seconds), refer(clip, thing, rng), thing.spans[0]
-        if called is None or event not in ("appears", "vanishes", "flashes"):
+        if called is None or event not in VERBS:
             continue
         third = int(min((end if event == "vanishes" else start) / clip.seconds * 3, 2))
-        verb = event.removesuffix("es") if event != "appears" else "appear"
-        drafts.append(Draft(f"When does the {called} {verb}?", ("early", "midway", "late")[third], (), (thing,)))
+        drafts.append(
+            Draft(f"When does the {called} {VERBS[event]}?", ("early", "midway", "late")[third], (), (thing,))
+        )
     return drafts
 
 
 def _moves(clip, rng):
     drafts = []
-    if clip.camera.kind in ("pan", "zoom"):
+    if clip.camera.travels:
         return drafts
     for thing in clip.things:
         called = refer(clip, thing, rng)

@@ -65,13 +65,10 @@ CELLS = (
 
 
 def kept(
-    model: str, limit: int, seed: int, split: str, processes: int, samples: list[dict]
-) -> tuple[dict[Cell, float], list[str]]:
-    """What each cell's method keeps, in percent of the full accuracy, and a line on each group: in full and blind.
-
-    Appends the answers to `samples`.
-    """
-    found, facts = {}, []
+    model: str, limit: int, seed: int, split: str, processes: int
+) -> tuple[dict[Cell, float], list[str], list[dict]]:
+    """What each cell's method keeps, in percent of the full accuracy; a line on each group, in full and blind; and all answers."""
+    found, facts, samples = {}, [], []
     for group in (PICTURE, VIDEO):
         for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
             cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
@@ -96,7 +93,7 @@ def kept(
             for cell in cells:
                 value = by_name["method", cell.method, cell.within or "all"]["kept_of_full"]
                 found[cell] = math.nan if value is None else 100 * value
-    return found, facts
+    return found, facts, samples
 
 
 def _progress(what: str) -> None:
@@ -154,8 +151,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the table there too")
     parser.add_argument("--samples", type=Path, help="write the answers there, a line of JSON each")
     asked = parser.parse_args(args)
-    samples: list[dict] = []
-    text = table(*kept(asked.model, asked.limit, asked.seed, asked.split, asked.processes, samples))
+    found, facts, samples = kept(asked.model, asked.limit, asked.seed, asked.split, asked.processes)
+    text = table(found, facts)
     print(text)
     if asked.samples:
         asked.samples.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evoprune.batch.rows import Row
 from evoprune.errors import OutOfMemory, UsageError
@@ -105,6 +106,21 @@ def test_a_row_is_about_its_own_part_of_the_video(loaded, monkeypatch):
         qa = VideoQA(loaded, budget=sample["budget"], method=sample["method"])
         video = qa.encode(SAMPLES / "square.mp4", frames=4, start_s=start, end_s=end)
         assert video.ask("What?", max_new_tokens=2).text == sample["answer"]
+
+
+def test_a_part_that_an_input_does_not_have_fails_its_video_alone(loaded, tmp_path):
+    Image.new("RGB", (112, 112), (200, 0, 0)).save(tmp_path / "p.png")
+    row = Row("p", ("p.png",), (str(tmp_path / "p.png"),), "What?", 1.0, answer="blue")
+    clips = [Video("p.png", tmp_path / "p.png", (row,)), spans("square.mp4", (200.0, None)), *videos(CLIPS[:1])]
+    clips[1] = replace(clips[1], name="late")
+    run = begun(loaded, SETTINGS, clips)
+    run.run()
+    made = run.document()
+    assert made["videos"] == {"wanted": 3, "evaluated": 1, "failed": 2} and run.failed
+    assert [f["message"] for f in made["failures"]] == [
+        "start 200 s lies beyond the video, which is 6 s long",
+        f"{tmp_path / 'p.png'} is a picture, which has no start and no end",
+    ]
 
 
 def test_samples_say_what_ask_says(loaded):

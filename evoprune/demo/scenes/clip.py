@@ -108,6 +108,11 @@ class Camera:
     zoom: tuple[float, float] = (1.0, 1.0)
     shake: float = 0.0
 
+    @property
+    def travels(self) -> bool:
+        """Whether things that lie still change their places on the frame; a shake is too small for that."""
+        return self.kind in ("pan", "zoom")
+
     def factor(self, t: float, seconds: float) -> float:
         a, b = self.zoom
         return a + (b - a) * min(max(t / seconds, 0.0), 1.0)
@@ -140,6 +145,11 @@ class Clip:
     def is_still(self) -> bool:
         """Whether it is a picture: one frame pair in which nothing happens."""
         return self.pairs == 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one scene fills it."""
+        return self.cut >= self.seconds
 
     @cached_property
     def shapes(self) -> tuple[Thing, ...]:

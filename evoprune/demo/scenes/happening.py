@@ -13,14 +13,9 @@ STAYS, FLASHES, STILL = 0.12, 0.15, 0.15
 CAMERA = ("stands still", "pans left", "pans right", "pans up", "pans down", "zooms in", "zooms out")
 
 
-def _whole(clip: Clip) -> bool:
-    """Whether one scene fills the clip."""
-    return clip.cut >= clip.seconds
-
-
 def _event(clip, rng):
     drafts = []
-    for t in clip.things if _whole(clip) else ():
+    for t in clip.things if clip.is_whole else ():
         event, x = t.event(clip.seconds), refer(clip, t, rng)
         if x is None or t.after or rng.random() > {"stays": STAYS, "flashes": FLASHES}.get(event, 1.0):
             continue
@@ -31,7 +26,7 @@ def _event(clip, rng):
 
 def _order(clip, rng):
     drafts = []
-    if not _whole(clip):
+    if not clip.is_whole:
         return drafts
     for event, verb, time_of in (
         ("appears", "appears", lambda t: t.spans[0][0]), ("vanishes", "vanishes", lambda t: t.spans[0][1]),
@@ -55,7 +50,7 @@ def _way(clip, rng):
     for t in clip.things:
         x = refer(clip, t, rng)
         drift = max(abs(clip.camera.dx), abs(clip.camera.dy))
-        if x is None or not t.speed or drift > 0.5 * t.speed or clip.camera.kind == "zoom" or not _whole(clip):
+        if x is None or not t.speed or drift > 0.5 * t.speed or clip.camera.kind == "zoom" or not clip.is_whole:
             continue
         if t.event(clip.seconds) in ("stays", "appears", "vanishes"):
             text = pick(rng, f"Which way does the {x} move?", f"Where does the {x} go?")
@@ -66,7 +61,7 @@ def _way(clip, rng):
 def _moves(clip, rng):
     """One of four moves, or one of four does not."""
     named = [t for t in distinct(clip) if t.event(clip.seconds) == "stays"]
-    if clip.camera.kind in ("pan", "zoom") or not _whole(clip):
+    if clip.camera.travels or not clip.is_whole:
         return []
     moving, still = ([t for t in named if bool(t.speed) == moves] for moves in (True, False))
     drafts = []
@@ -123,7 +118,7 @@ def _turns(clip, rng):
 
 def _lasts(clip, rng):
     """One of four is there all the time; one of four is not."""
-    if not _whole(clip):
+    if not clip.is_whole:
         return []
     named = distinct(clip)
     lasting, passing = ([t for t in named if (t.event(clip.seconds) == "stays") == stays] for stays in (True, False))
@@ -144,7 +139,7 @@ def _lasts(clip, rng):
 
 def _camera(clip, rng):
     camera = clip.camera
-    if not _whole(clip):
+    if not clip.is_whole:
         return []
     if camera.kind == "pan":
         right = "pans " + (
@@ -163,7 +158,7 @@ def _camera(clip, rng):
 
 def _scenes(clip, rng):
     """What is to be seen in one of two scenes."""
-    if _whole(clip):
+    if clip.is_whole:
         return []
     named = distinct(clip)
     before, after = ([t for t in named if t.visible(at)] for at in (0.0, clip.seconds * 0.999))

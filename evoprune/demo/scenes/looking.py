@@ -59,7 +59,7 @@ def _attribute(hide: str, values, phrase):
 
 def _where(clip, rng):
     drafts = []
-    if clip.camera.kind in ("pan", "zoom"):
+    if clip.camera.travels:
         return drafts
     for t in clip.things:
         x = refer(clip, t, rng)
@@ -88,7 +88,7 @@ def _top(clip, rng):
 
 def _extreme(clip, rng):
     named = [t for t in distinct(clip) if not t.speed and t.event(clip.seconds) == "stays" and t.visible(0)]
-    if len(named) < 4 or clip.cut < clip.seconds:
+    if len(named) < 4 or not clip.is_whole:
         return []
     drafts = []
     for side, key in (
@@ -104,7 +104,7 @@ def _extreme(clip, rng):
 
 def _count(clip, rng):
     """Things of one look, in a clip where all things stay; each count as often as the others where it can be."""
-    if any(t.event(clip.seconds) != "stays" or t.after for t in clip.things) or clip.cut < clip.seconds:
+    if any(t.event(clip.seconds) != "stays" or t.after for t in clip.things) or not clip.is_whole:
         return []
     found: dict[int, list[str]] = {}
     for values, part, phrase in (
