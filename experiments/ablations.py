@@ -21,7 +21,9 @@ from evoprune.evaluation.splits import WORLDS
 from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.schedule import ALLOCATIONS
+from experiments.distances import DISTANCES
 from experiments.paired import in_points, paired_difference
+from experiments.variants import register
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ ABLATIONS = {
     "depth": Ablation(
         "After which share of the layers rows are selected",
         OURS,
-        {"0.125": ""} | {str(share): f"depth={share}" for share in (0.25, 0.375, 0.5, 0.75)} | {"1, after the tower": "depth=1"},
+        {"0.125": ""}
+        | {str(share): f"depth={share}" for share in (0.1875, 0.25, 0.375, 0.5, 0.75)}
+        | {"1, after the tower": "depth=1"},
     ),
     "spending": Ablation(
         "Share of an even spread that each frame pair gets at least",
@@ -134,6 +138,20 @@ ABLATIONS = {
             "itself, size ** 0.5": "average=false",
             **{f"mean, size ** {power}": f"count={power}" for power in (0.25, 0.75, 1)},
         },
+    ),
+    "distance": Ablation(
+        "Distance of the selection", OURS, {name: f"variant:distance={name}" if at else "" for at, name in enumerate(DISTANCES)}
+    ),
+    "opening": Ablation(
+        "The first frame pair as a whole, where it is at most this share of the tokens",
+        OURS,
+        {"never": ""} | {str(share): f"variant:opening={share}" for share in (0.5, 0.9)},
+    ),
+    "rows": Ablation(
+        "Rows that go on after the selection, per token", OURS, {"1": ""} | {str(r): f"variant:ratio={r}" for r in (1.5, 2, 3)}
+    ),
+    "contrast": Ablation(
+        "How much farther away units of contrast count", OURS, {"0": ""} | {str(c): f"variant:contrast={c}" for c in (0.5, 1, 3)}
     ),
     "auto": Ablation(
         "Distance to a selected unit at which `-b auto` stops, at most at the column's budget",
@@ -253,5 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.markdown.write_text(text)
 
 
+if __name__ in ("__main__", "__mp_main__"):  # the second is this file in a worker process
+    register()
 if __name__ == "__main__":
     main()

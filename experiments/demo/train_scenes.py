@@ -4,7 +4,7 @@ Two stages. First the tower alone names what each patch shows, characters of sig
 language model, many packed behind each clip: at first without options, about small pictures, and with the tower frozen, because the
 gradients of an untrained language model undo what the tower knows. After that the tower goes on learning, so that its attention
 comes to mean something; short and small videos join in, and in the end frames as large as those of the evaluation. Two of five
-questions are lessons (`scenes_lessons`), because hard questions asked alone stayed at chance for thousands of steps. So did most about
+questions are lessons (`scenes_lessons`), because hard questions asked alone stayed at chance for thousands of steps. So did most
 time, until the tower had to name motion, and the language model what has become of each unit since the frame pair before.
 
 A question with options is answered with the text of an option. Its letter was tried: after thousands of questions the answers were

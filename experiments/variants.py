@@ -1,0 +1,111 @@
+"""`variant`: the method `evoprune` with what its settings do not offer, for `python -m experiments.ablations`.
+
+What an ablation shows to be worth it moves into `evoprune`; the rest stays here, out of what users install.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from evoprune.methods import registry
+from evoprune.methods.evoprune import EvoPrune, FarthestPoints
+from evoprune.methods.ranges import check_ranges
+from evoprune.pruning import distance
+from evoprune.pruning.distance import points_of
+from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape
+from evoprune.pruning.select import POOL, _farthest, _filled, assign_clusters
+from evoprune.pruning.types import Selection, Tokens
+from experiments.distances import DISTANCES, TODAY, Distance, using
+
+PATCHES = 4  # of a unit
+
+
+@dataclass(frozen=True)
+class VariantPoints(FarthestPoints):
+    """The selection of `Variant`, whose fields it has."""
+
+    distance: str = TODAY
+    contrast: float = 0.0
+    opening: float = 0.0
+    ratio: float = 1.0
+    inside: bool = False
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        if self.inside:
+            keep = min(round(self.ratio * keep), len(tokens.rows))
+        with using(self._places()):
+            opens = tokens.grid[1] * tokens.grid[2] <= self.opening * keep
+            return self._opened(tokens, keep) if opens else super().select(tokens, keep)
+
+    def suffices(self, count: int, keep: int, units: int) -> bool:
+        return count == keep
+
+    def _places(self) -> Distance | None:
+        """The distance, stretched where a unit's patches differ from one another."""
+        places = DISTANCES[self.distance] or distance.places_and_salience
+        if not self.contrast or not self.inside:  # after the patch merger, a row has no patches
+            return places
+
+        def stretched(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            place, salience = places(rows, owner)
+            patches = rows.float().view(len(rows), PATCHES, -1)
+            spread = patches.var(1, unbiased=False).sum(1) / patches.square().mean(1).sum(1).clamp(min=1e-12)
+            return place * (1 + self.contrast * spread / spread.mean().clamp(min=1e-12)).sqrt()[:, None], salience
+
+        return stretched
+
+    def _opened(self, tokens: Tokens, keep: int) -> Selection:
+        """The first frame pair as a whole, then the units that differ most from it and from one another."""
+        seconds = [tokens.seconds_per_pair * pair for pair in range(tokens.grid[0])]
+        points = points_of(tokens.rows, tokens.owner, tokens.grid, seconds, self.alpha)
+        start = (points.units < tokens.grid[1] * tokens.grid[2]).nonzero()[:, 0].tolist()
+        selected = _filled(points, tokens.grid, _farthest(points, start, keep, POOL, 0.0, keep), keep)
+        kept = points.units[selected].sort().values
+        owner = assign_clusters(points, kept, len(tokens.owner))
+        return Selection(kept, owner, None, self._sizes(owner, len(kept)))
+
+
+@dataclass(frozen=True)
+class Variant(EvoPrune):
+    """Fields beyond those of `evoprune`:
+
+    distance: one of `experiments.distances.DISTANCES`.
+    contrast: by how much a unit counts as farther away whose patches differ as much from one another as is usual in the clip.
+    opening: the first frame pair is selected as a whole, where it is at most this share of the tokens.
+    ratio: rows that go on after the selection, per token; more than 1 selects tokens among them after the tower.
+    """
+
+    name: ClassVar[str] = "variant"
+
+    distance: str = TODAY
+    contrast: float = 0.0
+    opening: float = 0.0
+    ratio: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, contrast="[0, inf)", opening="[0, 1)", ratio="[1, inf)")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"distance is one of {', '.join(DISTANCES)}")
+
+    @property
+    def selector(self) -> VariantPoints:
+        own = (self.distance, self.contrast, self.opening, self.ratio)
+        return VariantPoints(self.alpha, self.floor, self.average, self.count, self.within, *own)
+
+    @property
+    def inner(self) -> VariantPoints:
+        return replace(self.selector, inside=True)
+
+    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
+        plan = super().plan(tower, grid, keep)
+        if not plan.select_after:
+            return plan
+        rows, after = min(round(self.ratio * keep), plan.units), plan.select_after[0]
+        return replace(plan, layers=plan.layers[:after] + (rows,) * (tower.depth - after), rows=rows)
+
+
+def register() -> None:
+    """Lets `methods.get` find `variant` in this process."""
+    registry._REGISTRY[Variant.name] = "experiments.variants:Variant"

@@ -1,0 +1,64 @@
+"""Variants of `evoprune`: as it is without their settings, and each setting does what it says."""
+
+import pytest
+import torch
+
+from evoprune.methods.evoprune import EvoPrune
+from evoprune.pruning.encoder_plan import TowerShape
+from evoprune.pruning.types import Tokens
+from experiments.distances import DISTANCES
+from experiments.variants import Variant
+
+GRID = (4, 6, 8)
+UNITS = 4 * 6 * 8
+TOWER = TowerShape(depth=16, full_layers=(3, 7, 11, 15), window=4)
+
+
+@pytest.fixture
+def tokens():
+    rows = torch.randn(UNITS, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float32).cumsum(0)
+    return Tokens(rows, torch.arange(UNITS), GRID, 1.0, 0)
+
+
+def test_without_settings_it_is_evoprune(tokens):
+    plain, same = EvoPrune().inner.select(tokens, 30), Variant().inner.select(tokens, 30)
+    assert torch.equal(plain.kept, same.kept) and torch.equal(plain.owner, same.owner)
+    assert Variant().plan(TOWER, GRID, 30) == EvoPrune().plan(TOWER, GRID, 30)
+
+
+def test_the_first_frame_pair_stays_whole_where_there_is_room(tokens):
+    found = Variant(opening=0.5).inner.select(tokens, 100)
+    assert (
+        found.kept[:48].tolist() == [*range(48)]
+        and len(found.kept) == 100
+        and torch.equal(found.kept, found.kept.unique())
+    )
+    few = Variant(opening=0.5).inner.select(tokens, 90)
+    assert torch.equal(few.kept, EvoPrune().inner.select(tokens, 90).kept)
+
+
+def test_more_rows_than_tokens_go_on(tokens):
+    method = Variant(ratio=2)
+    plan = method.plan(TOWER, GRID, 30)
+    assert (plan.keep, plan.rows, plan.layers) == (30, 60, (UNITS, UNITS, *[60] * 14))
+    assert len(method.inner.select(tokens, 30).kept) == 60 and len(method.selector.select(tokens, 30).kept) == 30
+    assert not method.inner.suffices(60, 30, UNITS)
+
+
+def test_units_of_contrast_are_selected_first(tokens):
+    patches = tokens.rows.view(UNITS, 4, -1)
+    patches[:] = patches.mean(1, keepdim=True)  # without contrast
+    patches[::5] += 3 * torch.randn(patches[::5].shape, generator=torch.Generator().manual_seed(1))
+    plain, found = (set(m.inner.select(tokens, 30).kept.tolist()) for m in (EvoPrune(), Variant(contrast=3)))
+    units = set(range(0, UNITS, 5))
+    assert len(found & units) > len(plain & units)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_every_distance_selects(tokens, name):
+    assert len(Variant(distance=name).inner.select(tokens, 30).kept) == 30
+
+
+def test_an_unknown_distance_is_refused():
+    with pytest.raises(ValueError, match="distance is one of today"):
+        Variant(distance="far")
