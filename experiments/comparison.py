@@ -22,7 +22,7 @@ from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.evaluation.folder import SETTINGS
 from evoprune.evaluation.run import DEMO, Evaluation, Settings
-from evoprune.evaluation.splits import SPLITS
+from evoprune.evaluation.splits import SPLITS, WORLDS
 from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.budget import parse_budget
@@ -68,6 +68,7 @@ def compare(
     folder: Path,
     *,
     names: Sequence[str] | None = None,
+    world: str = WORLDS[0],
     split: str = SPLITS[0],
     seed: int = 0,
     limit: int = CLIPS,
@@ -84,6 +85,7 @@ def compare(
         tuple(budgets),
         tuple(names or compared()),
         blind=True,
+        world=world,
         split=split,
         seed=seed,
         limit=limit,
@@ -106,6 +108,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", action="append", help="folder, hub id or demo; may be given several times")
     parser.add_argument("--method", help="some methods instead of all, separated by commas")
     parser.add_argument("-b", "--budget", default=",".join(map(str, BUDGETS)), help="default: %(default)s")
+    parser.add_argument("--world", default=WORLDS[0], choices=WORLDS, help="default: %(default)s")
     parser.add_argument("--split", default=SPLITS[0], choices=SPLITS, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="block of clips (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=CLIPS, help="clips (default: %(default)s)")
@@ -127,7 +130,8 @@ def main(args: Sequence[str] | None = None) -> None:
         outcomes = compare(
             list(dict.fromkeys(asked.model or [DEMO])), budgets, asked.output,
             names=asked.method and list(dict.fromkeys(asked.method.split(","))),
-            split=asked.split, seed=asked.seed, limit=asked.limit, processes=asked.processes, progress=_print_progress,
+            world=asked.world, split=asked.split, seed=asked.seed, limit=asked.limit,
+            processes=asked.processes, progress=_print_progress,
         )  # fmt: skip
     except EvopruneError as problem:
         parser.exit(problem.exit_code, f"error: {problem.message}\nhint: {problem.hint}\n")

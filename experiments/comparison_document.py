@@ -24,7 +24,7 @@ def read(document: str) -> list[Outcome]:
     Raises:
         UsageError: the document holds no such tables.
     """
-    clips = re.search(r"clips \((\w+), block (\d+)\)", document)
+    clips = re.search(r"clips(?: of \w+)? \((\w+), block (\d+)\)", document)
     made = []
     for name, block in re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", document, re.M | re.S) if clips else ():
         if facts := re.search(r"about ([\d,]+) of .*?With nothing pruned: (\S+ \(\S+\)), .*? ([\d.]+) TFLOP\.", block):

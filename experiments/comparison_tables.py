@@ -9,7 +9,8 @@ from evoprune.evaluation.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
 from experiments.paired import in_points, paired_difference
 
 OURS = methods.DEFAULT
-CAMERAS = ("static", "panning")  # groups with columns of their own at equal cost
+# By world: groups with columns of their own at equal cost.
+APART = {"shapes": ("static", "panning"), "scenes": ("picture", "video", "text")}
 
 LEGEND = """\
 - **accuracy**: right answers in percent, with the 95% interval over videos; **kept**: as a share of accuracy with nothing pruned.
@@ -33,11 +34,12 @@ COST_LEGEND = (
     "Each row of another method is paired with the most expensive row of `evoprune`, at any budget, that costs no more operations. "
     "The last columns are the accuracy of `evoprune` minus that of the other row, in points."
 )
-GROUPS_LEGEND = (
-    "Detail: shape, colour, size, digit. Time: events, order, motion. Space: place, relation, count. Rest: existence and "
-    "descriptions. Flash: questions of any kind about a thing that flashes."
-)
-CAMERA_LEGEND = "Accuracy on clips with a still and with a panning camera."
+GROUPS_LEGEND = {
+    "shapes": "Detail: shape, colour, size, digit. Time: events, order, motion. Space: place, relation, count. Rest: existence and "
+    "descriptions. Flash: questions of any kind about a thing that flashes. Static, panning: what the camera does.",
+    "scenes": "Picture, video: what is asked about. Of pictures: what a sign says (text), looks, places, counts. Of videos: what "
+    "any frame shows (gist), events, motion, and what two or three frames show (moment).",
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def equal_cost(outcome: Outcome) -> list[Match]:
             (row for row in ours if row["tflop_3b"] <= other["tflop_3b"]), key=lambda row: row["tflop_3b"], default=None
         )
         differences = {}
-        for group in (ALL, *CAMERAS) if mine else ():
+        for group in (ALL, *_apart(outcome)) if mine else ():
             pair = [[s for s in samples[row["name"]] if group == ALL or group in s["groups"]] for row in (mine, other)]
             if pair[0]:
                 differences[group] = paired_difference(*pair)
@@ -200,12 +202,12 @@ def against_ours(outcome: Outcome, budgets: Sequence[float]) -> str:
 def document(outcomes: Sequence[Outcome], budgets: Sequence[float], chart: str, command: str) -> str:
     """All of it in Markdown."""
     settings, videos = (outcomes[0].document[name] for name in ("settings", "videos"))
-    clips = f"{videos['evaluated']:,} clips ({settings['split']}, block {settings['seed']})"
+    clips = f"{videos['evaluated']:,} clips of {settings['world']} ({settings['split']}, block {settings['seed']})"
     blocks = [
         f"# Methods side by side: {clips}",
         *_findings(outcomes, budgets),
-        f"{outcomes[0].document['items']['answered']:,} questions about {clips} of the demo's generator, asked of "
-        f"{' / '.join(f'`{outcome.name}`' for outcome in outcomes)}. The clips are small and synthetic. The tables rank methods on "
+        f"{outcomes[0].document['items']['answered']:,} questions about {clips}, asked of "
+        f"{' / '.join(f'`{outcome.name}`' for outcome in outcomes)}. The clips are small and generated. The tables rank methods on "
         "them; they are not scores of a real Qwen2.5-VL.",
         TUNED,
         f"`{command}`",
@@ -237,7 +239,7 @@ def _findings(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> list[str
 
 
 def _of_model(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
-    """The section of one model: accuracy and cost of each budget, paired differences, and accuracy by camera and by group."""
+    """The section of one model: accuracy and cost of each budget, paired differences, and accuracy by group."""
     videos, answered = outcome.document["videos"], outcome.document["items"]["answered"]
     failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""
     whole = {row["row"]: row for row in outcome.document["rows"] if row["row"] != METHOD and row["group"] == ALL}
@@ -255,15 +257,11 @@ def _of_model(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
     if others := against_ours(outcome, budgets):
         blocks += [f"### `{OURS}` minus each other row at the same budget", others]
     if matches := equal_cost(outcome):
-        blocks += ["### At equal cost", COST_LEGEND, _cost_table(matches)]
-    groups = list(dict.fromkeys(row["group"] for row in outcome.document["rows"]))
-    questions = [group for group in groups if group not in (ALL, *CAMERAS) and not group.startswith(TYPE)]
-    for heading, legend, columns in (
-        ("### By camera", CAMERA_LEGEND, [group for group in CAMERAS if group in groups]),
-        ("### By group of questions", GROUPS_LEGEND, questions),
-    ):
-        if columns:
-            blocks += [heading, legend, *(_group_table(outcome, budget, columns) for budget in budgets)]
+        blocks += ["### At equal cost", COST_LEGEND, _cost_table(matches, _apart(outcome))]
+    groups = dict.fromkeys(row["group"] for row in outcome.document["rows"])
+    if columns := [group for group in groups if group != ALL and not group.startswith(TYPE)]:
+        tables = (_group_table(outcome, budget, columns) for budget in budgets)
+        blocks += ["### By group of questions", GROUPS_LEGEND[_world(outcome)], *tables]
     return blocks
 
 
@@ -303,8 +301,16 @@ def _spread(outcome: Outcome, budget: float) -> list[str]:
     return [f"From `random` to the best row: {100 * apart:.1f} points{times}."]
 
 
-def _cost_table(matches: Sequence[Match]) -> str:
-    groups = [group for group in (ALL, *CAMERAS) if any(group in match.differences for match in matches)]
+def _world(outcome: Outcome) -> str:
+    return outcome.document["settings"]["world"]
+
+
+def _apart(outcome: Outcome) -> tuple[str, ...]:
+    return APART[_world(outcome)]
+
+
+def _cost_table(matches: Sequence[Match], apart: Sequence[str]) -> str:
+    groups = [group for group in (ALL, *apart) if any(group in match.differences for match in matches)]
     lines = [["", "TFLOP", OURS, "TFLOP", *groups]]
     lines.append(["---"] * len(lines[0]))
     for match in matches:

@@ -28,18 +28,16 @@ class ScenesRecipe:
     """Everything that decides the outcome, together with the code. Steps of the second stage are counted from its start."""
 
     seed: int = 0
-    processes: int = 2  # each with batches of its own
+    processes: int = 4  # each with batches of its own
     vision_steps: int = 1600
-    steps: int = 14000
+    steps: int = 8000
     open_steps: int = 600  # on questions without options about small pictures, the tower frozen
-    still_steps: int = 2500  # on small pictures alone
-    small_steps: int = 9000  # without the largest frames and lengths
+    still_steps: int = 1500  # on small pictures alone
+    small_steps: int = 6200  # without the largest frames and lengths
     vision_units: int = 768  # a batch of the first stage
     units: int = 768  # a batch of the second stage, about
-    tower_rate: float = (
-        0.4  # of the learning rate, for the merger in the second stage while the rest of the tower is frozen
-    )
-    thawed: float = 0.3  # of that, for the whole tower afterwards
+    tower_rate: float = 0.4  # of the learning rate, for the merger in the second stage; the rest of the tower is frozen
+    thawed: float = 0.5  # of that, for the whole tower afterwards
     thaw_steps: int = 300  # until it has risen to that
     labels: float = 0.3  # weight of the auxiliary loss in the second stage
     lessons: float = 0.4  # share of the questions of the second stage that are lessons, once not all are open

@@ -50,7 +50,7 @@ def outcome(name: str, right: dict[str, str], budgets=(0.5,)) -> Outcome:
     n = len(next(iter(right.values())))
     full = [s | {"row": "full", "method": "none", "budget": 1.0} for s in samples({"": "1" * n})]
     about = {
-        "settings": {"split": "heldout", "seed": 3},
+        "settings": {"world": "shapes", "split": "heldout", "seed": 3},
         "videos": {"wanted": n // 2, "evaluated": n // 2, "failed": 0},
     }
     found = about | {"items": {"answered": n, "failed": 0}, "rows": score_rows(full + made)}
@@ -108,8 +108,8 @@ def test_the_document():
         first[8] == "From `random` to the best row: 0.0 points, 0.0 times the half-width of the interval of `random`."
     )
     assert [line for line in lines if line.startswith("#")] == [
-        "# Methods side by side: 20 clips (heldout, block 3)", "## Best, or a tie with the best, in all models", "## In short",
-        "## Columns",
+        "# Methods side by side: 20 clips of shapes (heldout, block 3)",
+        "## Best, or a tie with the best, in all models", "## In short", "## Columns",
         *(line for name in ("one", "two") for line in (
             f"## {name}", "### `-b 0.5`", "### `-b 0.1`", "### At equal cost", "### By group of questions",
         )),
@@ -183,7 +183,9 @@ def test_equal_cost_is_the_most_expensive_of_ours_that_costs_no_more():
         camera = "static" if int(sample["video"][1:]) % 2 else "panning"
         flop = 2.0 if sample["budget"] == 0.25 else costs[sample["method"]]
         made.append(sample | {"tflop_3b": flop, "groups": [camera]})
-    matches = equal_cost(Outcome("", {"rows": score_rows(made)}, [*made, {"video": "v0", "error": {}}]))
+    matches = equal_cost(
+        Outcome("", {"rows": score_rows(made), "settings": {"world": "shapes"}}, [*made, {"video": "v0", "error": {}}])
+    )
     assert [(m.other["method"], m.ours and m.ours["name"]) for m in matches] == [
         ("pool", "evoprune -b 0.5"), ("evs", "evoprune -b 0.25"), ("dart", None)
     ]  # fmt: skip
