@@ -7,6 +7,7 @@ import os
 import textwrap
 from math import ceil, floor
 
+from evoprune.bundled import DEMOS
 from evoprune.text import budget_text, clock, counted, shorten, size
 from evoprune.warning_texts import warned, warning_text
 
@@ -210,7 +211,7 @@ def _side_by_side(pruned, full) -> list[str]:
     if along := pruned.agreement:
         agree = f"agrees at {along['agree']} of {counted(along['tokens'], 'token')} of the full answer"
         lines.append(f"{'agreement':<16}{agree}, KL {along['kl']:.3f} nats")
-    why = "the demo is too small to gain time" if pruned.model.id == "demo" else "the first of the two also warms up"
+    why = "the demo is too small to gain time" if pruned.model.id in DEMOS else "the first of the two also warms up"
     return [*lines, f"{why}; to measure: evoprune profile"]
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from evoprune.text import clock, listed
 
+KNOWN = "the demo models know only generated clips (demo: coloured shapes and digits; demo-scenes: crowded scenes with signs)"
 WARNINGS = {
     "whole_picture": "{video} stays whole: the method prunes frames of videos, and a picture has one",
     "pictures_whole": "the pictures stay whole without pictures=True; counts of pruning are those of the videos alone",
@@ -18,12 +19,12 @@ WARNINGS = {
     "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
-    "demo_model": "the demo model knows only coloured shapes and digits; {answers} nothing. "
-    "For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
-    "demo_inputs": "the demo model was trained on one video without subtitles; its answers about others mean little",
-    "demo_question": "the demo model knows only the words of its training, and a question has others; its answer means little. "
-    "samples/questions.jsonl has questions that it knows",
-    "demo_overlay": "the demo model knows only coloured shapes and digits; what it merges and selects in {video} "
+    "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_inputs": "the demo models were trained without subtitles, and on few inputs at a time (demo: one video; demo-scenes: "
+    "up to two videos or pictures); answers about others mean little",
+    "demo_question": "a demo model knows only the words of its training, and a question has others; its answer means little. "
+    "samples/questions.jsonl has questions that demo knows, and docs/demo-model.md some for demo-scenes",
+    "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
 

@@ -147,7 +147,7 @@ def _check_flags(output: str | None, model: str, engine: str, address: str | Non
     if output.startswith("--"):
         raise UsageError(f"-o has no file: {output} is an option", "-o FILE; a file of that name is ./--...")
     if not model:
-        raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is the bundled tiny one")
+        raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a bundled tiny one")
     if engine not in ENGINES:
         raise UsageError(f"no engine {engine!r}", f"one of {', '.join(ENGINES)}")
     if address and engine != "ray":

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evoprune.bundled import demo_knowing
 from evoprune.errors import UsageError
 from evoprune.evaluation.splits import BOTH, SPLITS, WORLDS
 from evoprune.model.limits import check_libraries
@@ -33,7 +34,7 @@ def evaluate(
     method: opt.Methods = None,
     method_arg: opt.MethodArg = None,
     blind: own.Blind = False,
-    model: opt.Model = "demo",
+    model: own.Model = None,
     revision: opt.Revision = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -69,6 +70,7 @@ def evaluate(
 
     sweep = opt.sweep(budget, method, method_arg, named=True)
     _check_flags(world, split, output, resume)
+    model = _knowing(data, world) if model is None else model
     check_chart(chart, beside=output, inputs=[data])
     videos = _questions(data)
     asked = {
@@ -141,6 +143,16 @@ def _check_flags(world, split, output, resume) -> None:
         raise UsageError(f"--split {split!r} is unknown", f"one of {', '.join(SPLITS)}")
     if output is not None and resume is not None:
         raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
+
+
+def _knowing(data: str, world: str) -> str:
+    """The bundled model that knows what is asked about. Of a file nothing is known, and samples have questions for `demo`."""
+    if data != "demo":
+        return "demo"
+    if world == BOTH:
+        hint = f"evaluate one after the other (--world {', then --world '.join(WORLDS)}), or name a model with -m"
+        raise UsageError("no bundled model knows both worlds", hint)
+    return demo_knowing(world)
 
 
 def _questions(data: str):

@@ -15,7 +15,7 @@ Data = Annotated[
         "--data",
         metavar="FILE|demo",
         help="Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
-        "of the demo model's generator.",
+        "of the demo models' generators.",
         show_default=False,
         rich_help_panel=_DATA,
     ),
@@ -36,7 +36,7 @@ World = Annotated[
     typer.Option(
         "--world",
         metavar="|".join((*WORLDS, BOTH)),
-        help="The demo's clips: shapes, which the bundled model knows, or crowded scenes with signs.",
+        help="The demo's clips: coloured shapes and digits, or crowded scenes with signs.",
         rich_help_panel=_DATA,
     ),
 ]
@@ -68,6 +68,18 @@ Seed = Annotated[
         min=0,
         max=2**31 - 1,
         rich_help_panel=_DATA,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        envvar="EVOPRUNE_MODEL",
+        metavar="ID|DIR|demo",
+        help="Hub id, local folder, demo or demo-scenes; default: demo, or demo-scenes for --world scenes.",
+        show_default=False,
+        rich_help_panel="Model",
     ),
 ]
 Blind = Annotated[

@@ -31,7 +31,11 @@ SCHEMA = "evoprune/inspect@1"
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
 OFTEN_NOTHING = ("folder", "download_bytes")  # facts that have no line where there is nothing to say
 ONE_LINE = ("tower", "language_model")  # facts of several values in a line
-TITLES = {"resized_hw": "frame size", "capped": "cut by a limit"}  # of facts whose names do not explain them
+TITLES = {  # of facts whose names do not explain them, or are too long
+    "resized_hw": "frame size",
+    "capped": "cut by a limit",
+    "demo_scenes_model_folder": "demo scenes folder",
+}
 FIRST = ("overlay", "model")  # what was asked for stands first; about a video, the model comes after it
 WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
@@ -185,8 +189,8 @@ def _plan(info, options: "PipelineOptions") -> Iterator[dict]:
     model, numbers = look_up(options.model), options.sampling.numbers
     yield {"model": model_facts(model)}
     if numbers["max_visual_tokens"] is None:
-        is_demo = model.id == "demo"
-        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=model.device.type == "cpu", is_demo=is_demo)
+        on_cpu = model.device.type == "cpu"
+        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.is_demo)
     plan = make_plan(info, model.limits[info.kind], **numbers)
     yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
     yield {"memory": memory_facts(model, plan, options.pruning)}

@@ -25,7 +25,7 @@ _NAMED, _NAME = ("-m", "--model"), {"envvar": "EVOPRUNE_MODEL", "metavar": "ID|D
 
 Model = Annotated[
     str,
-    _option(_MODEL, *_NAMED, **_NAME, help="Hub id, local folder, or demo: the bundled tiny model."),
+    _option(_MODEL, *_NAMED, **_NAME, help="Hub id, local folder, or a bundled tiny model: demo, demo-scenes."),
 ]
 Revision = Annotated[
     str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub id.", show_default=False)
@@ -45,7 +45,7 @@ Dtype = Annotated[
         _MODEL,
         "--dtype",
         metavar="auto|bf16|fp16|fp32",
-        help="auto: bf16 where the hardware has it; the demo fp32.",
+        help="auto: bf16 where the hardware has it; demo models fp32.",
     ),
 ]
 Quantize = Annotated[
@@ -254,7 +254,7 @@ InspectedModel = Annotated[
         _MODEL,
         *_NAMED,
         **_NAME,
-        help="Hub id, local folder, or demo: what it needs. With a video the default is demo.",
+        help="Hub id, local folder, demo or demo-scenes: what it needs. With a video the default is demo.",
         show_default=False,
     ),
 ]

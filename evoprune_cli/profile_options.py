@@ -61,7 +61,7 @@ Model = Annotated[
         "-m",
         "--model",
         metavar="ID|DIR|demo",
-        help="Hub id, local folder or demo. EVOPRUNE_MODEL is ignored.",
+        help="Hub id, local folder, demo or demo-scenes. EVOPRUNE_MODEL is ignored.",
         rich_help_panel="Model",
     ),
 ]

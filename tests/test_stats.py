@@ -23,7 +23,7 @@ def test_warnings_are_told_in_words():
         model=ModelFacts("demo"), video=VideoFacts(path="/tmp/a.mp4"), warnings=["demo_model", "unheard_of"]
     )
     text = " ".join(str(report).split())
-    assert "warning the demo model knows only" in text and "its answer about a.mp4 means nothing" in text
+    assert "warning the demo models know only" in text and "its answer about a.mp4 means nothing" in text
     assert text.endswith("warning unheard_of")
 
 

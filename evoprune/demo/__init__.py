@@ -1,5 +1,5 @@
-"""The bundled demo model: a tiny Qwen2.5-VL trained from scratch on procedural clips, the clips, and questions about them.
+"""The bundled demo models: tiny Qwen2.5-VLs trained from scratch on procedural clips, the clips, and questions about them.
 
-It knows coloured shapes and digits on small textured frames, and nothing else. It exists so that a fresh install can
-answer a question without a download, and so that pruning methods can be compared honestly on a small, known world.
+One knows coloured shapes and digits on small textured frames, the other crowded scenes with signs. They exist so that a fresh
+install can answer a question without a download, and so that pruning methods can be compared honestly on small, known worlds.
 """

@@ -44,7 +44,7 @@ def processor_inputs(
     """The arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
 
     Args:
-        model: "demo", a folder or a hub id: whose tokenizer, and limits of videos and pictures. No weights are read.
+        model: "demo", "demo-scenes", a folder or a hub id: whose tokenizer, and limits of videos and pictures. No weights are read.
         inputs: a video or a picture, or several, in the order in which the model reads them.
         question: taken literally. `system`: a system prompt; None for the model's own.
         revision, offline: of the model, see `VideoQA.load`.

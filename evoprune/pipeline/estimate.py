@@ -9,7 +9,7 @@ QUESTION = 40  # tokens of a prompt around the video, where the question is not 
 
 
 def estimate_first_token(engine: Engine, view: View, text: int = QUESTION) -> float | None:
-    """Seconds until the first token, roughly; None on CUDA and for the demo model, where it is short.
+    """Seconds until the first token, roughly; None on CUDA and for a demo model, where it is short.
 
     Args:
         text: tokens of the prompt around the video.

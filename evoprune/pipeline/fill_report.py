@@ -8,7 +8,6 @@ from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
-from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import STILL
 from evoprune.vision.encoded import Encoded
 
@@ -40,9 +39,9 @@ def inputs_report(engine: Engine, encodings: Sequence[Encoding], read: Sequence[
         setattr(report.time_ms, f"load_{part}", spent * 1000)
     report.time_ms.encode_prune = sum(each.prune_seconds for each in read) * 1000
     report.warnings = list(dict.fromkeys(name for each in report.inputs for name in each.warnings if name != FLAT))
-    if loaded.is_demo and not all(is_demo_clip(encoding.view.info) for encoding in encodings):
+    if not all(loaded.knows(encoding.view.info) for encoding in encodings):
         report.warnings.append("demo_model")
-    elif loaded.is_demo and (len(encodings) > 1 or any(each.subtitles for each in report.inputs)):
+    elif loaded.demo and (len(encodings) > loaded.demo.inputs or any(each.subtitles for each in report.inputs)):
         report.warnings.append("demo_inputs")
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import evoprune
+from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.model.machine import available_memory
 from evoprune.model.sizes import kv_bytes
@@ -37,7 +38,7 @@ def environment_facts() -> dict:
     from evoprune.model.machine import cpu_name
     from evoprune.pipeline.cache import Cache, default_folder
     from evoprune.pipeline.loading.device import cpu_has_bf16
-    from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
+    from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
     from evoprune.video.frames import choose_decoder
 
     decoders = {"pyav": "works"}
@@ -61,8 +62,7 @@ def environment_facts() -> dict:
         "decoders": decoders,
         "methods": methods.available(),
         "method_plugins": methods.plugins(),
-        "demo_model": "installed" if (DEMO_FOLDER / "model.safetensors").is_file() else "missing",
-        "demo_model_folder": str(DEMO_FOLDER),
+        **_demo_facts(),
         "bundled_configs": list(BUNDLED_CONFIGS),
         "hub_cache": constants.HF_HUB_CACHE,
         "cache": {
@@ -96,6 +96,16 @@ def _kept_facts(fingerprint: str, kept: Any, unknown: dict[str, None]) -> dict[s
     known = not isinstance(kept, UsageError)
     values = {name: getattr(kept, name) if known else None for name in unknown}
     return {"fingerprint": fingerprint} | values | {"damaged": None if known else kept.message}
+
+
+def _demo_facts() -> dict[str, str]:
+    """Whether each demo model is installed, and its folder: `demo_model`, `demo_model_folder` and so on."""
+    facts = {}
+    for name, demo in DEMOS.items():
+        key = f"{name.replace('-', '_')}_model"
+        facts[key] = "installed" if (demo.folder / "model.safetensors").is_file() else "missing"
+        facts[f"{key}_folder"] = str(demo.folder)
+    return facts
 
 
 def _version(name: str) -> str | None:

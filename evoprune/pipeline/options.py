@@ -27,13 +27,14 @@ class ModelOptions:
     """Which model is loaded, and how.
 
     Attributes:
-        model: "demo" for the bundled one, a folder in the hub's file layout, or a hub id `org/name`, tried in this order.
+        model: "demo" or "demo-scenes" for a bundled one, a folder in the hub's file layout, or a hub id `org/name`, tried in this
+            order.
         revision: branch, tag or commit of a hub id.
         device: "auto" (CUDA if there is any, else the CPU) or any torch device or its name; kept as its name.
-        dtype: "bf16", "fp16", "fp32", or "auto": fp32 for the demo; else bf16 on CUDA and on CPUs with bf16 instructions,
+        dtype: "bf16", "fp16", "fp32", or "auto": fp32 for the demos; else bf16 on CUDA and on CPUs with bf16 instructions,
             fp32 elsewhere. torch's dtypes and their names become these.
         quantize: "none", or "int8" or "int4" to quantise the language model for decoding on a CPU, see `model.quantize`.
-        load_format: "auto" reads the weights. "dummy" takes the dimensions from a folder, from "demo" or from a bundled config
+        load_format: "auto" reads the weights. "dummy" takes the dimensions from a folder, from a demo or from a bundled config
             and fills in seeded random weights, without any network.
         offline: use nothing but the hub's cache on this machine.
         threads: threads of the whole process on the CPU, set when the model is loaded: a number; "auto" for one by the model's

@@ -111,7 +111,7 @@ def check_memory(engine: Engine, text: int, visual: int) -> None:
 def question_warnings(loaded: LoadedModel, question: str, known: Sequence[str]) -> list[str]:
     """Warnings about a question, by name, beside those that are `known` already.
 
-    The demo model answers whatever it is asked. On a video of another kind no answer means anything, which is known then.
+    A demo model answers whatever it is asked. On a video of another kind no answer means anything, which is known then.
     """
-    strange = loaded.is_demo and "demo_model" not in known and unknown_words(question)
+    strange = loaded.demo and "demo_model" not in known and unknown_words(question, loaded.demo.world)
     return ["demo_question"] if strange else []

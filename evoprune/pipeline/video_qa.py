@@ -108,7 +108,7 @@ class VideoQA:
         """Loads a model. Options are checked before any weights are read.
 
         Args:
-            model: "demo", a folder, or a hub id.
+            model: "demo", "demo-scenes", a folder, or a hub id.
             revision: branch, tag or commit of a hub id.
             device: "auto" (CUDA if there is any, else the CPU), or any torch device or its name.
             dtype: "bf16", "fp16", "fp32", torch's dtypes or their names, or "auto" by model and device.

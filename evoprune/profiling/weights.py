@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.model import memory
 from evoprune.model.clock import now
@@ -54,11 +55,11 @@ def describe(options: ModelOptions) -> tuple[Config, InputLimits, torch.dtype, t
         What `load_model` raises.
     """
     name, random = options.model, options.load_format == "dummy"
-    if random and not (name in BUNDLED_CONFIGS or name == "demo" or Path(name).is_dir()):
+    if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
         return None
     config, limits = describe_model(name, revision=None if random else options.revision, offline=options.offline)
     place = pick_device(options.device)
-    return config, limits[VIDEO], DTYPES[pick_dtype(options.dtype, place, is_demo=name == "demo")], place
+    return config, limits[VIDEO], DTYPES[pick_dtype(options.dtype, place, is_demo=name in DEMOS)], place
 
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:

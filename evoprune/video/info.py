@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 VIDEO, PICTURE = "video", "picture"
 # Default frame rate of a folder of images: the rate at which frames for Qwen2.5-VL are usually extracted.
 FOLDER_FPS = 2.0
-# What the comment of a clip says: of the world that the demo model knows, and of the other one, which it does not.
+# What the comment of a clip says: which generator made it.
 DEMO_TAG = "evoprune demo clip"
 SCENES_TAG = "evoprune scenes clip"
+_WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
 # What else than a file subtitles can be asked from: nowhere, or wherever there are any.
 NO_SUBTITLES, AUTO_SUBTITLES = "none", "auto"
 
@@ -32,7 +33,7 @@ class VideoInfo:
         variable_rate: whether frame intervals differ; None if only a scan of the whole file could tell.
         frames_total: None if only a scan of the whole file could tell.
         start_s: the file's own timestamp of the first frame. All other times in this package count from there.
-        tags: metadata tags of the container.
+        tags: metadata tags of the container; of a picture its comment, if it has one.
         mirrored: stored frames are flipped left to right before they are rotated.
         stated_s: the duration that the file states, in seconds from the first frame to the end of the last one. It exceeds
             `duration_s` if the file was cut off. None if the file states none, or only one for sound and pictures together.
@@ -67,9 +68,10 @@ class VideoInfo:
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
 
 
-def is_demo_clip(info: VideoInfo) -> bool:
-    """Whether the file is of the world that the demo model knows: its generator tags its clips."""
-    return any(key.lower() == "comment" and value == DEMO_TAG for key, value in info.tags.items())
+def world_of(info: VideoInfo) -> str | None:
+    """The name of the world that a file is of, by its generator's tag; None for a file that no generator made."""
+    comments = (text for key, text in info.tags.items() if key.lower() == "comment")
+    return next((_WORLDS[text] for text in comments if text in _WORLDS), None)
 
 
 @dataclass(frozen=True)

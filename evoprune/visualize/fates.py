@@ -15,7 +15,6 @@ from evoprune.pipeline.memory_check import CHUNK_BYTES
 from evoprune.pipeline.opening import OpenVideo
 from evoprune.pruning.indices import ascending
 from evoprune.video.frames import read_frames
-from evoprune.video.info import is_demo_clip
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
@@ -95,7 +94,7 @@ class TracedVideo:
         plan: which frames were read, and at what size.
         frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair.
         fates: of the units.
-        warnings: as in a report, and `demo_overlay` where the demo model read a video that it was not trained for.
+        warnings: as in a report, and `demo_overlay` where a demo model read a video that it was not trained for.
         damaged: how many packets could not be decoded.
     """
 
@@ -165,6 +164,6 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
         "cut_short": view.cut_short,
         "damaged_video": damaged > 0,
         "equal_scores": video.finish()[0],
-        "demo_overlay": engine.loaded.is_demo and not is_demo_clip(view.info),
+        "demo_overlay": not engine.loaded.knows(view.info),
     }
     return TracedVideo(plan, torch.cat(frames), found, [name for name, applies in warnings.items() if applies], damaged)

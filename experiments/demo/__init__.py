@@ -1,4 +1,4 @@
-"""Training of the bundled demo model, and the clips in `samples/`: `python -m experiments.demo.train OUT`."""
+"""Training of the bundled demo models, and the clips in `samples/`: `python -m experiments.demo.train OUT`."""
 
 import os
 

@@ -7,17 +7,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from evoprune.bundled import DEMOS
+from evoprune.demo.worlds import SCENES
 from evoprune.report import Report
 from evoprune.stats import stats_block
 from tests.cli.screen import visible
 from tests.video.files import write_video
 
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
+SCENE = "samples/scenes/crossing.mp4"
 ROOT = Path(__file__).parents[2]
 
 
@@ -185,13 +189,45 @@ def test_the_demo_warns_of_questions_in_other_words(cli):
     result = cli("ask", CLIP, "Does the man smile?", "-Q", QUESTION, "-Q", "Who smiles?", "--json")
     given = [json.loads(line)["warnings"] for line in result.out.splitlines()]
     assert given == [["demo_question"], [], ["demo_question"]]
-    assert result.err.count("warning: the demo model knows only the words of its training") == 1
+    assert result.err.count("warning: a demo model knows only the words of its training") == 1
 
 
 def test_the_demo_warns_of_what_it_was_not_trained_on(cli, tmp_path):
     (tmp_path / "said.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
     for more in ((CLIP, QUESTION), (QUESTION, "--subtitles", tmp_path / "said.srt")):
         assert cli("ask", CLIP, *more, "--json").record["warnings"] == ["demo_inputs"]
+
+
+@pytest.fixture
+def scenes_of_tiny(tiny_folder, monkeypatch):
+    """Other weights in the place of the model for scenes: warnings do not depend on them."""
+    monkeypatch.setitem(DEMOS, "demo-scenes", replace(DEMOS["demo-scenes"], folder=tiny_folder))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "asked", "warnings"),
+    [
+        ([SCENE], "What does the camera do?", []),
+        ([SCENE, SCENE], "In the second video: Where is the sign that says EXIT?", []),
+        (["still.jpg"], "Which of these is missing?\nA. red star\nB. sign 482", []),
+        ([SCENE], "Is the man smiling?", ["demo_question"]),
+        ([CLIP], QUESTION, ["demo_model"]),
+        ([SCENE, CLIP], QUESTION, ["demo_model"]),
+        ([SCENE, SCENE, SCENE], QUESTION, ["demo_inputs"]),
+        ([SCENE, "--subtitles", "said.srt"], QUESTION, ["demo_inputs"]),
+    ],
+)
+def test_the_model_for_scenes_warns_of_what_it_does_not_know(cli, tmp_path, scenes_of_tiny, inputs, asked, warnings):
+    (tmp_path / "said.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
+    SCENES.write(SCENES.make("samples", 0), tmp_path / "still.jpg", 23)
+    inputs = [tmp_path / name if name in ("still.jpg", "said.srt") else name for name in inputs]
+    record = cli("ask", *inputs, asked, "-m", "demo-scenes", "--frames", "4", "-n", "1", "--json").record
+    assert (record["model"]["id"], record["model"]["dtype"], record["warnings"]) == ("demo-scenes", "fp32", warnings)
+
+
+def test_each_demo_model_knows_clips_of_its_own_world_alone(cli, tmp_path):
+    result = cli("ask", SCENE, QUESTION, "--frames", "4", "-n", "1", "--json")
+    assert result.record["warnings"] == ["demo_model"] and "demo-scenes: crowded scenes with signs" in result.err
 
 
 def test_a_question_without_a_video(cli):

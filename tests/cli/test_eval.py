@@ -400,6 +400,37 @@ def test_defaults(cli, monkeypatch):
     assert demo.digest is None and len(file.digest) == 64
 
 
+@pytest.mark.parametrize(
+    ("asked", "environment", "model"),
+    [
+        (("demo",), None, "demo"),
+        (("demo", "--world", "scenes"), None, "demo-scenes"),
+        ((DATA, "--world", "scenes"), None, "demo"),
+        (("demo", "--world", "scenes", "-m", "demo"), "some/model", "demo"),
+        (("demo", "--world", "scenes"), "some/model", "some/model"),
+        (("demo", "--world", "both"), "some/model", "some/model"),
+    ],
+)
+def test_the_default_model_is_the_one_that_knows_the_world(cli, monkeypatch, asked, environment, model):
+    made = []
+
+    def begin(settings, videos):
+        made.append(settings.model.model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation_run, "Evaluation", begin)
+    if environment:
+        monkeypatch.setenv("EVOPRUNE_MODEL", environment)
+    assert cli("eval", "--data", *asked).code == 130
+    assert made == [model]
+
+
+def test_no_bundled_model_knows_both_worlds(cli):
+    result = cli("eval", "--data", "demo", "--world", "both")
+    assert result.code == 2 and "error: no bundled model knows both worlds" in result.err
+    assert "--world shapes, then --world scenes" in result.err
+
+
 def test_help_imports_neither_torch_nor_numpy():
     code = (
         "import sys; from evoprune_cli.main import app\n"

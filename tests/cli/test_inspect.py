@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 import evoprune
-from evoprune.pipeline.loading.folder import DEMO_FOLDER
+from evoprune.bundled import DEMOS
 from evoprune.pruning.reuse import THRESHOLD
 from evoprune_cli.inspect import lines
 from tests.video.files import write_video
@@ -120,7 +120,7 @@ def test_short_memory_is_counted_with_fewer_units_at_a_time(cli, tiny_folder, mo
 def test_text_is_for_people(cli):
     out = cli("inspect", CLIP).out
     assert "6.000 s (0:06.0)" in out and "balanced" in out
-    assert all(len(line) <= 80 or str(DEMO_FOLDER) in line for line in out.splitlines())
+    assert all(len(line) <= 80 or str(DEMOS["demo"].folder) in line for line in out.splitlines())
 
 
 def test_everything_about_the_machine_fits_a_terminal(cli, monkeypatch):
@@ -134,9 +134,10 @@ def test_methods_of_other_packages_are_shown_by_their_names(name):
     assert lines({"method_plugins": {name: "of extra 1.2"}})[1].split() == [name, "of", "extra", "1.2"]
 
 
-def test_the_folder_of_the_demo_model_is_shown(cli):
-    folder = str(DEMO_FOLDER)
-    assert folder in cli("inspect").out and cli("inspect", "--json").record["demo_model_folder"] == folder
+def test_the_folders_of_the_demo_models_are_shown(cli):
+    out, record = cli("inspect").out, cli("inspect", "--json").record
+    for key, demo in (("demo_model", DEMOS["demo"]), ("demo_scenes_model", DEMOS["demo-scenes"])):
+        assert str(demo.folder) in out and record[f"{key}_folder"] == str(demo.folder) and key in record
 
 
 def test_what_is_for_an_overlay_is_checked_without_one(cli):
@@ -212,7 +213,7 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
 def test_overlay_of_a_foreign_video_warns(cli, tmp_path):
     write_video(tmp_path / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
     result = cli("inspect", tmp_path / "foreign.mp4", "--overlay", tmp_path / "a.gif")
-    assert result.code == 0 and result.err.startswith("warning: the demo model knows only coloured shapes")
+    assert result.code == 0 and result.err.startswith("warning: the demo models know only generated clips")
     assert "merged" in result.out and (tmp_path / "a.gif").read_bytes().startswith(b"GIF89a")
 
 
@@ -235,7 +236,7 @@ def test_a_warning_of_an_overlay_is_a_sentence(cli, tmp_path):
     path = tmp_path / "foreign.mp4"
     write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
     result = cli("inspect", path, "--overlay", tmp_path / "a.png")
-    assert "demo_overlay" not in result.out and "the demo model knows only coloured shapes" in result.err
+    assert "demo_overlay" not in result.out and "the demo models know only generated clips" in result.err
 
 
 def test_what_was_asked_for_stands_first(cli, tmp_path):

@@ -15,7 +15,7 @@ from evoprune.demo.scenes.happening import kinds
 from evoprune.demo.scenes.scenery import leaves, pink_noise
 from evoprune.demo.scenes.signs import CHARACTERS, WORDS, glyph_mask, similar_text
 from evoprune.demo.scenes.sprites import outline_mask, texture_field, thing_sprite
-from evoprune.video.info import is_demo_clip
+from evoprune.video.info import world_of
 from evoprune.video.probe import probe
 from evoprune.video.sampling import even_times
 
@@ -168,11 +168,12 @@ def test_what_changes_is_drawn_anew():
     assert (before[30:50, 70:110] != after[30:50, 70:110]).any()
 
 
-def test_a_written_video_is_none_that_the_demo_model_knows_and_lasts_as_long_as_the_clip(tmp_path):
-    clip = make_clip("validation", 1)
-    write_file(clip, tmp_path / "clip.mp4", crf=28)
-    info = probe(tmp_path / "clip.mp4")
-    assert not is_demo_clip(info) and (info.height, info.width) == (clip.height, clip.width)
+@pytest.mark.parametrize(("seed", "name"), [(1, "clip.mp4"), (0, "still.jpg")])
+def test_a_written_file_says_which_world_it_is_of_and_is_as_large_as_the_clip(tmp_path, seed, name):
+    clip = make_clip("validation", seed)
+    write_file(clip, tmp_path / name, crf=28)
+    info = probe(tmp_path / name)
+    assert world_of(info) == "scenes" and (info.height, info.width) == (clip.height, clip.width)
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (6, 4), (16, 24)])

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
+from evoprune.bundled import DEMOS
 from evoprune.model.config import parse_config
-from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.profiling.hugging_face import hugging_face_config
 
 NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
@@ -90,7 +91,10 @@ def test_both_ways_to_write_it_mean_the_same():
         assert getattr(old.text_config, name) == getattr(new.text_config, name)
 
 
-@pytest.mark.parametrize("path", [*BUNDLED_CONFIGS.values(), DEMO_FOLDER / "config.json"], ids=lambda p: p.stem)
+CONFIGS = BUNDLED_CONFIGS | {name: demo.folder / "config.json" for name, demo in DEMOS.items()}
+
+
+@pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("form", [lambda content: content, flat], ids=["new", "old"])
 def test_numbers_are_those_that_transformers_reads(path, form):
     from transformers import Qwen2_5_VLConfig

@@ -88,6 +88,20 @@ def test_every_kind_is_what_hugging_face_sees(name, tmp_path):
     assert np.array_equal(read(info), theirs)
 
 
+@pytest.mark.parametrize(
+    ("comment", "tags"),
+    [
+        ("by the sea", {"comment": "by the sea"}),
+        (b"", {}),
+        (b"\xff\xd8\xff", {}),
+        (b"x" * 60_000, {}),
+    ],
+    ids=["text", "none", "no text", "too long"],
+)
+def test_a_comment_is_a_tag(tmp_path, comment, tags):
+    assert probe(written(tmp_path / "a.jpg", image(RGB), {"comment": comment})).tags == tags
+
+
 @pytest.mark.parametrize(("name", "mode"), [("grey.png", None), ("grey.tiff", None), ("wide.tiff", "I")])
 def test_16_bits_become_8_by_their_upper_half(name, mode, tmp_path):
     made = Image.fromarray(GREY16) if mode is None else Image.fromarray(GREY16.astype(np.int32))

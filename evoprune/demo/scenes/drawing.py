@@ -22,7 +22,7 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
 
 
 def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
-    """Writes a still as a JPEG file, any other clip as a video file (`files.write_frames`).
+    """Writes a still as a JPEG file, any other clip as a video file (`files.write_frames`); both with the tag of scenes as comment.
 
     Args:
         crf: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest.
@@ -31,7 +31,8 @@ def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> Non
         OSError: the file cannot be written.
     """
     if clip.is_still:
-        Image.fromarray(render(clip, [clip.seconds / 2])[0]).save(path, "JPEG", quality=95 - 2 * (crf - FINEST))
+        still = Image.fromarray(render(clip, [clip.seconds / 2])[0])
+        still.save(path, "JPEG", quality=95 - 2 * (crf - FINEST), comment=SCENES_TAG)
         return
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
     write_frames(frames, path, (clip.height, clip.width), fps, crf=crf, preset="veryfast", tag=SCENES_TAG)

@@ -1,4 +1,4 @@
-"""Loading a whole model: the bundled demo, a folder, a hub id, or true dimensions with random weights.
+"""Loading a whole model: a bundled demo, a folder, a hub id, or true dimensions with random weights.
 
 `model` is the entrance. Only safetensors are read, and no code that comes with a model is run.
 """

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
+from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, UsageError, first_line
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import END_IDS, MODEL_TYPES, Config, VisionConfig, parse_config
@@ -20,7 +21,7 @@ from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 
 PACKAGE = Path(__file__).parents[2]
-DEMO_FOLDER = PACKAGE / "demo" / "weights"
+DEMO_FOLDER = DEMOS["demo"].folder
 # The published dimensions (config.json of the two repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {f"Qwen/{path.stem}": path for path in sorted((PACKAGE / "model" / "configs").glob("*.json"))}
 NORMALISATION = ("image_mean", "image_std")
@@ -59,10 +60,10 @@ def locate(name: str, revision: str | None, offline: bool, *, files: list[str] |
     """
     if not name.strip():
         raise ModelError("the name of the model is empty", MODEL_HINT)
-    folder = DEMO_FOLDER if name == "demo" else Path(os.path.expanduser(name))
-    if name == "demo" and not (folder / "config.json").is_file():
+    folder = DEMOS[name].folder if name in DEMOS else Path(os.path.expanduser(name))
+    if name in DEMOS and not (folder / "config.json").is_file():
         raise ModelError(
-            f"the bundled demo model is missing: {folder}", "install evoprune again, or name another model"
+            f"the bundled {name} model is missing: {folder}", "install evoprune again, or name another model"
         )
     if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
         if revision is not None:
@@ -72,12 +73,13 @@ def locate(name: str, revision: str | None, offline: bool, *, files: list[str] |
         raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
     if not hub.is_id(name):
         near = [known for known in BUNDLED_CONFIGS if name.lower() in known.lower()]
-        meant = f"did you mean {near[0]}? " if near else did_you_mean(name, ["demo"])
+        meant = f"did you mean {near[0]}? " if near else did_you_mean(name, DEMOS)
         hint = f"{meant}a hub id is org/name; {MODEL_HINT}"
         raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
     if files is None:
         known = " and ".join(BUNDLED_CONFIGS)
-        raise ModelError(f"no bundled config for {name}", f"random weights need a local folder, demo, or {known}")
+        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {known}"
+        raise ModelError(f"no bundled config for {name}", hint)
     return hub.download(name, revision, offline, files, check=read_config)
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
+from evoprune.bundled import Demo, demo_in
 from evoprune.errors import UsageError
 from evoprune.model.config import Config
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.weights import empty
 from evoprune.pipeline.loading import fingerprint, hub
 from evoprune.pipeline.loading.device import pick_device
-from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, locate, read_config, weight_files
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, locate, read_config, weight_files
 from evoprune.pipeline.loading.weights import check_layers
 from evoprune.pipeline.options import ModelOptions
 
@@ -40,9 +41,9 @@ class FoundModel:
         return self.options.load_format == "dummy"
 
     @property
-    def is_demo(self) -> bool:
-        """Whether this is the folder of the bundled demo model."""
-        return self.folder is not None and self.folder.resolve() == DEMO_FOLDER.resolve()
+    def demo(self) -> Demo | None:
+        """Which bundled demo model this is the folder of; None for any other model."""
+        return demo_in(self.folder)
 
     @cached_property
     def files(self) -> list[Path]:

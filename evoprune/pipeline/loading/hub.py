@@ -13,7 +13,7 @@ HUB_SECONDS = 5.0
 FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 SETTINGS = ["config.json", "*processor_config.json"]
 MODEL_HINT = (
-    "evoprune runs Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and the bundled demo"
+    "evoprune runs Qwen2.5-VL and Qwen2-VL checkpoints, such as Qwen/Qwen2.5-VL-3B-Instruct, and the bundled demos"
 )
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)

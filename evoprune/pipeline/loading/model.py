@@ -1,4 +1,4 @@
-"""Loading a model: the bundled demo, a folder, a hub id, or true dimensions with random weights for benchmarks.
+"""Loading a model: a bundled demo, a folder, a hub id, or true dimensions with random weights for benchmarks.
 
 Whatever can be checked is checked before the weights are read. Only safetensors are read, and no code that comes with a model is
 ever run.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from evoprune.bundled import Demo
 from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import Config
@@ -33,7 +34,7 @@ from evoprune.pipeline.loading.weights import (
 )
 from evoprune.pipeline.options import ModelOptions, from_keywords
 from evoprune.report import ModelFacts
-from evoprune.video.info import VIDEO
+from evoprune.video.info import VIDEO, VideoInfo, world_of
 from evoprune.video.plan import InputLimits
 
 
@@ -46,11 +47,11 @@ class LoadedModel:
         tokenizer: with a chat template; None only for random weights without tokenizer files.
         limits: of videos and of pictures, by kind.
         eos_ids: token ids that end an answer.
-        id: "demo", or the folder or hub id as given.
+        id: the name of a bundled demo, or the folder or hub id as given.
         revision: commit on the hub, None for anything local.
         dtype: "bf16", "fp16" or "fp32".
         device: torch's name of the device.
-        is_demo: whether this is the bundled demo model with its trained weights.
+        demo: which bundled demo model this is, with its trained weights; None for any other model.
         load_format: "auto" or "dummy" (random weights).
         quantize: "none", "int8" or "int4".
         weights_bytes: of all weights in memory, tied ones counted once.
@@ -68,7 +69,7 @@ class LoadedModel:
     revision: str | None
     dtype: str
     device: str
-    is_demo: bool
+    demo: Demo | None
     load_format: str
     quantize: str
     weights_bytes: int
@@ -79,6 +80,15 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is a bundled demo model with its trained weights."""
+        return self.demo is not None
+
+    def knows(self, info: VideoInfo) -> bool:
+        """Whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
+        return self.demo is None or world_of(info) == self.demo.world
 
     @property
     def video(self) -> InputLimits:
@@ -138,7 +148,7 @@ def load_model(
     found = model if isinstance(model, FoundModel) else find_model(model)
     model, device, folder, config = found.options, found.device, found.folder, found.config
     use_threads(model.threads, config)
-    dtype = pick_dtype(model.dtype, device, found.is_demo)
+    dtype = pick_dtype(model.dtype, device, is_demo=found.demo is not None)
     tokenizer, start = None, time.perf_counter()
     if folder is not None and (has_tokenizer(folder) or not found.random):
         tokenizer = load_tokenizer(folder)
@@ -155,7 +165,7 @@ def load_model(
         revision=found.commit,
         dtype=dtype,
         device=str(device),
-        is_demo=found.is_demo and not found.random,
+        demo=None if found.random else found.demo,
         load_format=model.load_format,
         quantize=model.quantize,
         weights_bytes=weights_bytes(weights),

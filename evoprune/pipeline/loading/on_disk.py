@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from evoprune.bundled import demo_in
 from evoprune.errors import ModelError, UsageError
 from evoprune.model.config import Config
 from evoprune.model.quantize import check as check_quantize
@@ -51,6 +52,11 @@ class KnownModel:
     quantize: str
     stored: torch.dtype | None
     tree: QwenVL
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is a bundled demo model."""
+        return demo_in(self.folder) is not None
 
     @property
     def parameters(self) -> int:
@@ -111,7 +117,7 @@ def look_up(options: ModelOptions) -> KnownModel:
         limits=input_limits(folder, config.vision_config),
         folder=folder,
         files=files,
-        dtype=pick_dtype(options.dtype, device, is_demo=name == "demo"),
+        dtype=pick_dtype(options.dtype, device, is_demo=demo_in(folder) is not None),
         device=device,
         quantize=options.quantize,
         stored=_stored_dtype(path),
@@ -121,7 +127,7 @@ def look_up(options: ModelOptions) -> KnownModel:
 
 def _local(name: str, revision: str | None) -> Path:
     """The folder of a model that is not in the hub's cache."""
-    if name != "demo" and hub.is_id(name) and not Path(name).exists():
+    if hub.is_id(name) and not Path(name).exists():
         at = "" if revision is None else f" --revision {revision}"
         files = f"config.json preprocessor_config.json{at}"
         hint = f"{hub.kind_hint(name)}its settings are small, and suffice: hf download {name} {files}"

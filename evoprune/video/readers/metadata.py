@@ -18,6 +18,7 @@ from evoprune.video.readers import heartbeat
 from evoprune.video.readers.container import (
     FALLBACK_FPS,
     MOV,
+    TAG_CHARACTERS,
     first_frame,
     frame_time,
     nothing_decoded,
@@ -34,8 +35,7 @@ from evoprune.video.readers.pixels import orientation
 TAIL_S = 3.0
 # Frame intervals that differ by less are constant: Matroska rounds times to milliseconds.
 RATE_JITTER_S = 0.0025
-# At most this many tags, and characters of a tag, are kept.
-TAGS, TAG_CHARACTERS = 200, 4000
+TAGS = 200  # at most this many are kept
 
 
 def probe(path: str, folder_fps: float) -> VideoInfo:
@@ -108,7 +108,7 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
 
 
 def _tags(container: InputContainer) -> dict[str, str]:
-    """The container's tags, without very long ones: they travel with every `VideoInfo`."""
+    """The container's tags, without very long ones."""
     short = {key: text for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS}
     return dict(islice(short.items(), TAGS))
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, VideoInfo
 from evoprune.video.readers import heartbeat
-from evoprune.video.readers.container import MAX_PIXELS, Damage, ignore_damage
+from evoprune.video.readers.container import MAX_PIXELS, TAG_CHARACTERS, Damage, ignore_damage
 from evoprune.video.readers.exif import ORIENTATIONS
 from evoprune.video.readers.file_kind import PICTURES, picture_format
 from evoprune.video.readers.picture_size import too_large
@@ -82,7 +82,7 @@ def probe(path: str) -> VideoInfo:
             variable_rate=None,
             frames_total=1,
             start_s=0.0,
-            tags={},
+            tags=_tags(image),
             mirrored=mirrored,
         )
 
@@ -145,6 +145,16 @@ def _check(image: Image.Image, path: str, refuse) -> None:
         if image.format == "TIFF":
             raise VideoError(f"{path} has {count:,} pages", "save one page as a JPEG or PNG")
         raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
+
+
+def _tags(image: Image.Image) -> dict[str, str]:
+    """The comment of a picture, if its header has one that is text and not very long."""
+    comment = image.info.get("comment", "")
+    try:
+        text = comment.decode() if isinstance(comment, bytes) else comment
+    except UnicodeDecodeError:
+        return {}
+    return {"comment": text} if 0 < len(text) <= TAG_CHARACTERS else {}
 
 
 def _refusal(path: str, reason: str) -> VideoError:

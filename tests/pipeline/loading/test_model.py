@@ -5,22 +5,26 @@ import socket
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, Visual, embed_prompt, prefill, stream, stream_text
 from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.model import linear
 from evoprune.model.linear import PackedLinear
-from evoprune.pipeline.loading import device, folder, found, model, weights
+from evoprune.pipeline.loading import device, model, weights
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.model import InputLimits
+from evoprune.pipeline.loading.on_disk import look_up
+from evoprune.pipeline.options import ModelOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
 from tests.loading import edit, error_of, load_model, no_network
@@ -48,15 +52,17 @@ def test_weights_come_in_the_dtype_asked_for(saved, dtype):
     assert {weight.dtype for weight in loaded.model.parameters()} == {DTYPES[dtype]}
 
 
+@pytest.mark.parametrize("name", DEMOS)
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_dtype_follows_the_hardware_and_the_demo_is_exact(saved, monkeypatch, has_bf16, expected):
+def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypatch, has_bf16, expected, name):
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
-    monkeypatch.setattr(folder, "DEMO_FOLDER", saved)
-    monkeypatch.setattr(found, "DEMO_FOLDER", saved)
-    demo = load_model("demo", device="cpu")
-    assert (demo.dtype, demo.is_demo, demo.id) == ("fp32", True, "demo")
-    assert load_model("demo", device="cpu", dtype="bf16").dtype == "bf16"
+    monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=saved))
+    demo = load_model(name, device="cpu")
+    assert (demo.dtype, demo.is_demo, demo.demo.world, demo.id) == ("fp32", True, DEMOS[name].world, name)
+    assert load_model(name, device="cpu", dtype="bf16").dtype == "bf16"
+    known = look_up(ModelOptions(name, device="cpu"))
+    assert (known.dtype, known.is_demo) == ("fp32", True)
 
 
 def test_a_loaded_model_answers(saved):
@@ -315,9 +321,10 @@ def test_a_file_is_not_a_model(saved):
     assert "is a file" in error_of(saved / "model.safetensors")
 
 
-def test_a_missing_demo_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "DEMO_FOLDER", tmp_path / "gone")
-    assert "bundled demo model is missing" in error_of("demo")
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_missing_demo_says_so(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=tmp_path / "gone"))
+    assert f"the bundled {name} model is missing" in error_of(name)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,35 @@
+"""The models that come with the package: the tests of the installed weights are those that fail where a file is missing."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import evoprune
+from evoprune.bundled import DEMOS, demo_in, demo_knowing
+from evoprune.demo.worlds import WORLDS
+from evoprune.evaluation import splits
+from evoprune.language.demo_words import WORDS
+
+PACKAGE = Path(evoprune.__file__).parent
+CLIPS = {"demo": "samples/square.mp4", "demo-scenes": "samples/scenes/crossing.mp4"}
+
+
+def test_each_world_has_a_model_that_knows_it():
+    assert [demo.world for demo in DEMOS.values()] == list(WORLDS) == list(splits.WORLDS) == list(WORDS)
+    assert [demo_knowing(world) for world in WORLDS] == list(DEMOS)
+    assert [demo_in(demo.folder / "." / "") for demo in DEMOS.values()] == list(DEMOS.values())
+    assert demo_in(PACKAGE) is demo_in(None) is demo_knowing("both") is None
+
+
+def test_the_package_holds_their_files():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    packed = project["tool"]["setuptools"]["package-data"]["evoprune"]
+    assert all(f"{demo.folder.relative_to(PACKAGE).as_posix()}/*" in packed for demo in DEMOS.values())
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_they_answer_about_their_own_clips(name):
+    qa = evoprune.VideoQA.load(name, device="cpu", budget=0.25)
+    answer = qa.ask(CLIPS[name], "What colour is the square?", max_new_tokens=8)
+    assert qa.loaded.dtype == "fp32" and answer.text and answer.report.warnings == []
