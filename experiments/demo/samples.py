@@ -14,6 +14,8 @@ import numpy as np
 from evoprune.demo.clips import make_clip
 from evoprune.demo.drawing import write_video
 from evoprune.demo.questions import ask
+from evoprune.demo.scenes.clip import Clip
+from evoprune.demo.scenes.compose import SPLITS, compose
 from evoprune.demo.worlds import SCENES
 
 # name: seed, height, width, seconds, codec, types of the questions and a word each must hold
@@ -32,7 +34,7 @@ CLIPS = {
     "arrivals.webm": (7, 112, 168, 8, "libvpx-vp9", [("order", "cross"), ("relation", "ring")]),
     "pan.mp4": (98, 224, 336, 6, "libx264", [("digit", "Which digit is shown?"), ("which", "What vanishes?")]),
 }
-SCENE_CLIPS = {"crossing.mp4": 2719}  # name: seed
+SCENE_CLIPS = {"crossing.mp4": (2719, 8, 12, 6)}  # name: seed, height and width in units, seconds
 
 
 def render(folder: Path) -> None:
@@ -46,10 +48,16 @@ def render(folder: Path) -> None:
             draws = (q for draw in range(100) for q in ask(clip, np.random.default_rng((seed, draw)), 100))
             found = next(q for q in draws if q.type == kind and word in q.question)
             rows.append({"video": name, "question": found.question, "answer": found.answer})
-    for name, seed in SCENE_CLIPS.items():
-        SCENES.write(SCENES.make("samples", seed), folder / "scenes" / name, 23)
+    for name in SCENE_CLIPS:
+        SCENES.write(scene(name), folder / "scenes" / name, 23)
     lines = [json.dumps({"id": f"{i + 1:02d}", **row}) + "\n" for i, row in enumerate(rows)]
     (folder / "questions.jsonl").write_text("".join(lines))
+
+
+def scene(name: str) -> Clip:
+    """The clip of a file in `samples/scenes/`, a frame pair a second."""
+    seed, height, width, seconds = SCENE_CLIPS[name]
+    return compose((SPLITS["samples"], seed), height, width, seconds, float(seconds))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from evoprune.demo.scenes.asking import Question, ask
+from evoprune.demo.scenes.checking import CHECKED, CHECKED_OVER_TIME
 from evoprune.demo.scenes.clip import Camera, Clip, Thing
 from evoprune.demo.scenes.compose import compose
 from evoprune.demo.scenes.drawing import render_with_map
@@ -124,14 +125,16 @@ def test_units_are_labelled_with_what_has_become_of_them():
     assert np.array_equal(story[1].reshape(4, 6), expected)
 
 
-def test_lessons_are_answered_from_the_clip():
+def test_lessons_and_what_they_prepare_are_answered_from_the_clip():
     """A thing that moves from left to right and appears, beside one that stays."""
     moving = Thing("square", "plain", "red", (200, 50, 45), 12, 20.0, 42.0, "right", 25.0, ((1.0, math.inf),))
     other = Thing("ring", "striped", "blue", (60, 90, 210), 12, 70.0, 84.0)
     clip = Clip((0, 1), 112, 168, 4.0, 4, (moving, other))
     said: dict[str, set[str]] = {}
     for seed in range(200):
-        for q in ask(clip, np.random.default_rng(seed), 6, lessons(clip, 0.5, kinds(clip))):
+        for q in ask(
+            clip, np.random.default_rng(seed), 6, {**CHECKED, **CHECKED_OVER_TIME, **lessons(clip, 0.5, kinds(clip))}
+        ):
             said.setdefault(q.question, set()).add(q.answer)
     assert all(len(answers) == 1 for answers in said.values())
     for question, answer in {

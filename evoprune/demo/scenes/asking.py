@@ -10,7 +10,7 @@ from evoprune.demo.scenes.clip import COLOURS, OUTLINES, Clip, Thing
 
 OPTIONS = 4
 CHOICE = 0.75  # share of questions that have options, of those that may be open too
-MOMENT = 0.3  # chance that a question about a video is about what flashes, if something does
+MOMENT = 0.1  # chance that a question about a video is about what flashes, if something does
 
 
 @dataclass(frozen=True)

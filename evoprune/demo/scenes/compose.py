@@ -13,10 +13,11 @@ from evoprune.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTURES
 from evoprune.demo.scenes.signs import draw_text, similar_text
 
 SPLITS = {"train": 10, "validation": 11, "heldout": 12, "samples": 13}
-# Frames of height x width units (28 pixels) and lengths in frame pairs that are asked about, with odds. The last two of each are
-# never trained on.
-FRAMES = (((8, 12), 0.5), ((12, 8), 0.1), ((9, 16), 0.15), ((12, 18), 0.1), ((10, 14), 0.1), ((16, 24), 0.05))
-LENGTHS = ((4, 0.2), (8, 0.4), (12, 0.2), (16, 0.05), (6, 0.1), (10, 0.05))
+# Frames of height x width units (28 pixels) and lengths in frame pairs that are asked about, with odds. The last two of videos, and
+# the last two lengths, are never trained on.
+PICTURES = (((8, 12), 0.15), ((9, 16), 0.25), ((12, 18), 0.3), ((10, 14), 0.15), ((16, 24), 0.15))
+FRAMES = (((8, 12), 0.4), ((12, 8), 0.1), ((9, 16), 0.2), ((12, 18), 0.15), ((10, 14), 0.1), ((16, 24), 0.05))
+LENGTHS = ((4, 0.05), (8, 0.25), (12, 0.35), (16, 0.25), (6, 0.05), (10, 0.05))
 FATES = ("stays", "appears", "vanishes", "flashes", "blinks", "turns")
 PLOTS = {
     "quiet": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.3),  # odds of the fates, and share of things that move
@@ -42,8 +43,9 @@ def make_clip(split: str, seed: int) -> Clip:
     """The clip number `seed` of a split; splits never share a clip."""
     key = (SPLITS[split], seed)
     rng = np.random.default_rng((7, *key))
-    height, width = draw(rng, FRAMES)
-    pairs = 1 if family(seed) == "picture" else draw(rng, LENGTHS)
+    still = family(seed) == "picture"
+    height, width = draw(rng, PICTURES if still else FRAMES)
+    pairs = 1 if still else draw(rng, LENGTHS)
     return compose(key, height, width, pairs, float(pairs))
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from evoprune.demo.scenes.asking import Draft, Kind, absent, distinct, name, pick, refer, shuffled
+from evoprune.demo.scenes.checking import CHECKED, CHECKED_OVER_TIME
 from evoprune.demo.scenes.clip import COLOURS, MOTIONS, Clip
 from evoprune.demo.scenes.looking import COUNTED, LOOKING
 from evoprune.demo.scenes.signs import similar_text
@@ -174,20 +175,22 @@ def _scenes(clip, rng):
 
 
 HAPPENING = {
-    "event": Kind(_event, "events", 2.0),
-    "order": Kind(_order, "events", 1.5),
-    "often": Kind(_often, "events", 1.0),
-    "turns": Kind(_turns, "events", 1.5),
-    "lasts": Kind(_lasts, "events", 1.0),
-    "scenes": Kind(_scenes, "events", 1.5),
-    "way": Kind(_way, "motion", 1.5),
-    "moves": Kind(_moves, "motion", 1.0),
-    "camera": Kind(_camera, "motion", 0.7),
+    "event": Kind(_event, "events", 1.0),
+    "order": Kind(_order, "events", 0.3),
+    "often": Kind(_often, "events", 0.3),
+    "turns": Kind(_turns, "events", 0.6),
+    "lasts": Kind(_lasts, "events", 0.4),
+    "scenes": Kind(_scenes, "events", 0.6),
+    "way": Kind(_way, "motion", 1.3),
+    "moves": Kind(_moves, "motion", 0.3),
+    "camera": Kind(_camera, "motion", 0.9),
 }
-# What is asked of pictures is asked of videos too, less often, and counts as the gist of a clip.
-GIST = {kind: Kind(LOOKING[kind].make, "gist", 0.6 * LOOKING[kind].weight) for kind in LOOKING}
+# What is asked of pictures is asked of videos too, and counts as the gist of a clip: mostly what a glance tells.
+GLANCE, CLOSER = 1.8, 0.6
+GIST = {kind: Kind(found.make, "gist", CLOSER * found.weight) for kind, found in LOOKING.items()}
+GIST |= {kind: Kind(found.make, "gist", GLANCE * found.weight) for kind, found in CHECKED.items()}
 
 
 def kinds(clip: Clip) -> dict[str, Kind]:
     """The types of questions that fit a clip of this family."""
-    return LOOKING if clip.is_still else GIST | HAPPENING
+    return LOOKING | CHECKED if clip.is_still else GIST | HAPPENING | CHECKED_OVER_TIME

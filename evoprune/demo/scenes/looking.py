@@ -150,15 +150,15 @@ def _colour_phrase(x: str, rng: np.random.Generator) -> str:
 
 
 LOOKING = {
-    "read": Kind(_read, "text", 3.0),
-    "sign_colour": Kind(_sign_colour, "text", 0.7),
-    "colour": Kind(_attribute("colour", COLOURS, _colour_phrase), "look"),
-    "texture": Kind(_attribute("texture", TEXTURES, lambda x, rng: f"What pattern does the {x} have?"), "look", 1.5),
-    "outline": Kind(_attribute("outline", OUTLINES, lambda x, rng: f"What shape is the {x}?"), "look"),
-    "where": Kind(_where, "place"),
-    "top": Kind(_top, "place", 1.5),
-    "extreme": Kind(_extreme, "place", 0.7),
-    "count": Kind(_count, "count", 1.0),
-    "there": Kind(_there, "look", 0.7),
-    "missing": Kind(_missing, "look", 0.5),
+    "read": Kind(_read, "text", 2.1),
+    "sign_colour": Kind(_sign_colour, "text", 0.8),
+    "colour": Kind(_attribute("colour", COLOURS, _colour_phrase), "look", 0.8),
+    "texture": Kind(_attribute("texture", TEXTURES, lambda x, rng: f"What pattern does the {x} have?"), "look", 1.3),
+    "outline": Kind(_attribute("outline", OUTLINES, lambda x, rng: f"What shape is the {x}?"), "look", 0.8),
+    "where": Kind(_where, "place", 1.4),
+    "top": Kind(_top, "place", 0.2),
+    "extreme": Kind(_extreme, "place", 0.3),
+    "count": Kind(_count, "count", 0.7),
+    "there": Kind(_there, "look", 0.9),
+    "missing": Kind(_missing, "look", 0.3),
 }
