@@ -150,6 +150,28 @@ ABLATIONS = {
     "rows": Ablation(
         "Rows that go on after the selection, per token", OURS, {"1": ""} | {str(r): f"variant:ratio={r}" for r in (1.5, 2, 3)}
     ),
+    "two": Ablation(
+        "More rows than tokens: how many, from which layer, as means or as they are",
+        OURS,
+        {
+            "today": "",
+            "as it is": "average=false",
+            "depth 0.5, as it is": "depth=0.5:average=false",
+            "after the tower": "depth=1",
+            "after the tower, as it is": "depth=1:average=false",
+            "2 rows": "variant:ratio=2",
+            "3 rows": "variant:ratio=3",
+            "2 rows as they are": "variant:ratio=2:raw=true",
+            "3 rows as they are": "variant:ratio=3:raw=true",
+            "4 rows as they are": "variant:ratio=4:raw=true",
+            "2 rows, nothing averaged": "variant:ratio=2:average=false",
+            "3 rows, nothing averaged": "variant:ratio=3:average=false",
+            "2 rows as they are, depth 0.25": "variant:ratio=2:raw=true:depth=0.25",
+            "3 rows as they are, depth 0.25": "variant:ratio=3:raw=true:depth=0.25",
+            "3 rows as they are, standardised": "variant:ratio=3:raw=true:distance=standardised-largest",
+            "3 rows as they are, weight of time 1": "variant:ratio=3:raw=true:alpha=1",
+        },
+    ),
     "contrast": Ablation(
         "How much farther away units of contrast count", OURS, {"0": ""} | {str(c): f"variant:contrast={c}" for c in (0.5, 1, 3)}
     ),

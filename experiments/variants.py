@@ -74,6 +74,7 @@ class Variant(EvoPrune):
     contrast: by how much a unit counts as farther away whose patches differ as much from one another as is usual in the clip.
     opening: the first frame pair is selected as a whole, where it is at most this share of the tokens.
     ratio: rows that go on after the selection, per token; more than 1 selects tokens among them after the tower.
+    raw: rows that go on stay as they are, also where tokens are means.
     """
 
     name: ClassVar[str] = "variant"
@@ -82,6 +83,7 @@ class Variant(EvoPrune):
     contrast: float = 0.0
     opening: float = 0.0
     ratio: float = 1.0
+    raw: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,7 +98,7 @@ class Variant(EvoPrune):
 
     @property
     def inner(self) -> VariantPoints:
-        return replace(self.selector, inside=True)
+        return replace(self.selector, inside=True, average=self.average and not self.raw)
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
         plan = super().plan(tower, grid, keep)
