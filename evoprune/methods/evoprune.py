@@ -5,7 +5,8 @@
 2. Selection: after the first eighth of the tower's layers, every unit of the clip has a feature, a place and a time.
    Farthest-point sampling over features and time selects the rows for the other layers (pruning/select.py). Each selected row
    becomes the mean of its cluster. A thing that stands still can be selected again at a later time, where it sees what has changed
-   around it.
+   around it. With `rows` below 1 more rows go on than the language model reads, as they are, and the tokens are selected among
+   them in the same way after the tower.
 3. Bias: the language model's attention adds half the log of the cluster size to each token's logits. Otherwise a token of
    many units would weigh as little as a token of one.
 
@@ -72,6 +73,7 @@ class EvoPrune(Method):
     reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
     depth: share of the tower's layers before the selection; 1 selects after the tower.
     alpha: weight of time in the selection's distance.
+    rows: how many rows go on after the selection: all units times budget ** rows. 1 is as many as tokens, 0 is all of them.
     floor: share of its even part of the budget that each frame pair gets at least; 0 for none, 1 for an even spread.
     average: whether a selected row becomes the mean of its cluster, or stays as it is.
     count: the language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
@@ -87,6 +89,7 @@ class EvoPrune(Method):
     reuse: float = THRESHOLD
     depth: float = 0.125
     alpha: float = ALPHA
+    rows: float = 1.0
     floor: float = 0.0
     average: bool = True
     count: float = 0.5
@@ -94,7 +97,7 @@ class EvoPrune(Method):
 
     def __post_init__(self):
         finite = dict.fromkeys(("alpha", "within", "count"), "[0, inf)")
-        check_ranges(self, reuse="[0, inf]", **finite, floor="[0, 1]", depth="(0, 1]")
+        check_ranges(self, reuse="[0, inf]", **finite, rows="[0, 1]", floor="[0, 1]", depth="(0, 1]")
 
     @property
     def exact(self) -> bool:
@@ -110,7 +113,9 @@ class EvoPrune(Method):
 
     @property
     def inner(self) -> FarthestPoints:
-        return self.selector
+        if self.rows == 1:
+            return self.selector
+        return replace(self.selector, average=False, within=0.0)
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
         whole = full_plan(tower, grid, keep)
@@ -118,11 +123,12 @@ class EvoPrune(Method):
             return whole
         plan = replace(whole, exact=not self.reuse, reuse=self.reuse)
         after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
-        if self.depth == 1 or not after:  # a tower of one layer has no layer after the selection
+        rows = max(keep, round(plan.units * (keep / plan.units) ** self.rows))
+        if self.depth == 1 or not after or rows == plan.units:  # a tower of one layer has no layer after the selection
             return plan
-        layers = (plan.units,) * after + (keep,) * (tower.depth - after)
+        layers = (plan.units,) * after + (rows,) * (tower.depth - after)
         exact = plan.exact and self.exact
-        return replace(plan, layers=layers, rows=keep, exact=exact, select_after=(after,))
+        return replace(plan, layers=layers, rows=rows, exact=exact, select_after=(after,))
 
     def automatic(self) -> "EvoPrune":
         return replace(self, within=self.within or WITHIN)

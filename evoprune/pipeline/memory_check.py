@@ -33,7 +33,7 @@ def encoding_bytes(
         bytes_each: of a weight.
         prompt: tokens that the language model reads, in each layer or in all.
     """
-    selected, means = encoder.keep if encoder.select_after else 0, 0
+    selected, means = encoder.rows if encoder.select_after else 0, 0
     if encoder.whole_pairs:  # their rows go on in chunks; the means of all of them are made in float32
         selected, means = min(at_once, encoder.units), encoder.units * PATCHES * config.vision_config.hidden_size * 4
     return working_memory(config, encoder.units, at_once, prompt, bytes_each, selected) + means

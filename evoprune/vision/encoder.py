@@ -226,8 +226,9 @@ class _Run:
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
         plan, selector = self.plan, self.method.inner
+        most = plan.keep if plan.whole_pairs else plan.rows
         by_pair = rows.owner.view(plan.grid[0], -1)
-        if plan.keep >= len(rows.x) and (by_pair == by_pair[0]).all():
+        if most >= len(rows.x) and (by_pair == by_pair[0]).all():
             return rows, None
         with self.timer:
             seen = rows.x
@@ -235,7 +236,7 @@ class _Run:
                 seen = family(self.visual).norm(self.visual.blocks[layer].norm1, seen)
             seen = seen.flatten(1)
             tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
-            found = select(selector, tokens, min(plan.keep, len(rows.x)))
+            found = select(selector, tokens, min(most, len(rows.x)))
             del seen, tokens  # as large as all rows
             means = found.features(rows.x.flatten(1), rows.owner).view(-1, *rows.x.shape[1:])
         final = not plan.whole_pairs and selector.suffices(len(found.kept), plan.keep, plan.units)

@@ -26,6 +26,14 @@ def test_without_settings_it_is_evoprune(tokens):
     assert Variant().plan(TOWER, GRID, 30) == EvoPrune().plan(TOWER, GRID, 30)
 
 
+def test_rows_as_they_are_are_those_of_evoprune(tokens):
+    """A quarter of the units with twice as many rows: the root of the budget."""
+    ours, same = EvoPrune(rows=0.5), Variant(ratio=2, raw=True)
+    assert ours.plan(TOWER, GRID, 48) == same.plan(TOWER, GRID, 48)
+    one, other = ours.inner.select(tokens, 96), same.inner.select(tokens, 48)
+    assert torch.equal(one.kept, other.kept) and torch.equal(one.weight, other.weight)
+
+
 def test_the_first_frame_pair_stays_whole_where_there_is_room(tokens):
     found = Variant(opening=0.5).inner.select(tokens, 100)
     assert (

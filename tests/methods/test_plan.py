@@ -84,6 +84,13 @@ def test_after_how_many_layers_evoprune_selects(depth, layers):
     assert plan.layers == (UNITS,) * (layers or 8) + (30,) * (8 - (layers or 8)) and plan.rows == plan.layers[-1]
 
 
+@pytest.mark.parametrize(("power", "rows"), [(1, 30), (0.5, round((UNITS * 30) ** 0.5)), (0, UNITS)])
+def test_more_rows_than_tokens_may_go_on(power, rows):
+    plan = methods.get(f"evoprune:rows={power}").plan(DEMO, GRID, 30)
+    assert (plan.keep, plan.rows, plan.layers) == (30, rows, (UNITS, *(rows,) * 7))
+    assert plan.select_after == ((1,) if rows < UNITS else ())
+
+
 def test_a_tower_of_one_layer_selects_after_it():
     plan = methods.get("evoprune").plan(TowerShape(1, (0,)), GRID, 30)
     assert (plan.select_after, plan.layers, plan.rows) == ((), (UNITS,), UNITS)

@@ -45,7 +45,7 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
     rows = embedded(visual, patches, geo, total, changed)
     for layer, block in enumerate(visual.blocks):
         if layer in plan.select_after:
-            rows = selected(block, rows, geo, grid, method, keep)
+            rows = selected(block, rows, geo, grid, method, plan.rows)
         scope = "pair" if layer in full else "window"
         run_layer(block, rows, geo, scope, method)
         if plan.merged:
@@ -86,11 +86,11 @@ def selected(block, rows: list[Row], geo: Geometry, grid, method, keep) -> list[
     owner = owners(rows, len(units))
     if keep < len(rows) or any(owner[unit] != owner[unit % geo.units] for unit in units):
         seen = torch.stack([rms_norm(block.norm1, row.x).flatten() for row in rows])
-        found = method.selector.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
+        found = method.inner.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
         made = []
         for k, unit in enumerate(found.kept.tolist()):
             cluster = [other for other in units if found.owner[other] == k]
-            mean_of = cluster if method.average else [unit]
+            mean_of = cluster if method.inner.average else [unit]
             made.append(Row(unit, cluster, sum(rows[owner[other]].x for other in mean_of) / len(mean_of)))
         rows = made
     return sorted(rows, key=lambda row: place_key(geo, row.unit))

@@ -30,13 +30,16 @@ from tests.vision.tower import random_patches, tiny_tower
 def test_selected_rows_against_loops(share, keep, full_layers):
     grid, changed = (5, 3, 5), changes((5, 3, 5), share)
     patches, visual = clip(grid, changed), tiny_tower(full_layers)
-    for method in (EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0)):
+    for method in (
+        EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0),
+        EvoPrune(rows=0.5), EvoPrune(rows=0.0),
+    ):  # fmt: skip
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
             made = encode_patches(patches, grid, method, keep, visual, chunk_units=size)
             assert made.owner.tolist() == owner and len(made.kept) == keep
             torch.testing.assert_close(made.rows.double(), tokens, atol=1e-4, rtol=1e-4)
-            if len(units) == keep < made.layers[0][1]:
+            if len(units) == keep < made.layers[0][1] and method.rows == 1:
                 assert made.kept.tolist() == units and torch.equal(made.features, made.rows)
 
 
@@ -50,10 +53,11 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     seed=st.integers(0, 99),
     share_kept=st.floats(0, 1),
     depth=st.sampled_from([0.1, 0.5, 0.75]),
+    power=st.sampled_from([1.0, 0.5, 0.1]),
     chunk_units=st.integers(1, 200),
 )
-def test_counts_are_exact_and_do_not_depend_on_the_chunk_size(grid, share, seed, share_kept, depth, chunk_units):
-    method, n = EvoPrune(depth=depth), prod(grid)
+def test_counts_are_exact_and_do_not_depend_on_the_chunk_size(grid, share, seed, share_kept, depth, power, chunk_units):
+    method, n = EvoPrune(depth=depth, rows=power), prod(grid)
     keep = max(1, round(n * share_kept))
     changed = changes(grid, share, seed)
     whole = encode_clip(grid, changed, method, keep, seed, chunk_units=10**6)
@@ -66,7 +70,7 @@ def test_counts_are_exact_and_do_not_depend_on_the_chunk_size(grid, share, seed,
     after = max(1, round(depth * 4))
     rows = [count for _, count in whole.layers]
     assert {*rows[:after]} == {int(changed.sum())} and {*rows[after:]} == {len(whole.rows)}
-    assert len(whole.rows) <= min(keep, rows[0])
+    assert len(whole.rows) <= min(max(keep, round(n * (keep / n) ** power)), rows[0])
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -149,9 +153,10 @@ def test_units_may_be_dropped():
 
 @pytest.mark.parametrize("within", [1e-6, 0.02, 0.2, 9.0])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
-def test_an_automatic_budget_stays_between_a_twentieth_and_its_limit(share, within):
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_an_automatic_budget_stays_between_a_twentieth_and_its_limit(share, within, power):
     grid, keep = (10, 4, 6), 120
-    made = encode_clip(grid, changes(grid, share), EvoPrune(within=within), keep)
+    made = encode_clip(grid, changes(grid, share), EvoPrune(within=within, rows=power), keep)
     assert 12 <= len(made.kept) == len(made.features) <= keep
     check_result(made, grid, whole_clip=True)
 
@@ -161,7 +166,7 @@ def test_an_automatic_budget_stays_between_a_twentieth_and_its_limit(share, with
     grid=st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 6)),
     share=st.sampled_from([0.0, 0.3, 1.0]),
     keep=st.floats(0, 1),
-    method=st.sampled_from([EvoPrune(), EvoPrune(depth=0.5, reuse=0.0)]),
+    method=st.sampled_from([EvoPrune(), EvoPrune(depth=0.5, reuse=0.0), EvoPrune(rows=0.5)]),
     full_layers=st.sampled_from([(1, 3), (), (2,)]),
     chunk_units=st.integers(1, 100),
     kernel=st.booleans(),
