@@ -13,7 +13,6 @@ from evoprune.methods.evoprune import EvoPrune, FarthestPoints
 from evoprune.methods.ranges import check_ranges
 from evoprune.pruning import distance
 from evoprune.pruning.distance import points_of
-from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape
 from evoprune.pruning.select import POOL, _farthest, _filled, assign_clusters
 from evoprune.pruning.types import Selection, Tokens
 from experiments.distances import DISTANCES, TODAY, Distance, using
@@ -28,18 +27,12 @@ class VariantPoints(FarthestPoints):
     distance: str = TODAY
     contrast: float = 0.0
     opening: float = 0.0
-    ratio: float = 1.0
     inside: bool = False
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        if self.inside:
-            keep = min(round(self.ratio * keep), len(tokens.rows))
         with using(self._places()):
             opens = tokens.grid[1] * tokens.grid[2] <= self.opening * keep
             return self._opened(tokens, keep) if opens else super().select(tokens, keep)
-
-    def suffices(self, count: int, keep: int, units: int) -> bool:
-        return count == keep
 
     def _places(self) -> Distance | None:
         """The distance, stretched where a unit's patches differ from one another."""
@@ -73,8 +66,6 @@ class Variant(EvoPrune):
     distance: one of `experiments.distances.DISTANCES`.
     contrast: by how much a unit counts as farther away whose patches differ as much from one another as is usual in the clip.
     opening: the first frame pair is selected as a whole, where it is at most this share of the tokens.
-    ratio: rows that go on after the selection, per token; more than 1 selects tokens among them after the tower.
-    raw: rows that go on stay as they are, also where tokens are means.
     """
 
     name: ClassVar[str] = "variant"
@@ -82,30 +73,21 @@ class Variant(EvoPrune):
     distance: str = TODAY
     contrast: float = 0.0
     opening: float = 0.0
-    ratio: float = 1.0
-    raw: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, contrast="[0, inf)", opening="[0, 1)", ratio="[1, inf)")
+        check_ranges(self, contrast="[0, inf)", opening="[0, 1)")
         if self.distance not in DISTANCES:
             raise ValueError(f"distance is one of {', '.join(DISTANCES)}")
 
     @property
     def selector(self) -> VariantPoints:
-        own = (self.distance, self.contrast, self.opening, self.ratio)
+        own = (self.distance, self.contrast, self.opening)
         return VariantPoints(self.alpha, self.floor, self.average, self.count, self.within, *own)
 
     @property
     def inner(self) -> VariantPoints:
-        return replace(self.selector, inside=True, average=self.average and not self.raw)
-
-    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        plan = super().plan(tower, grid, keep)
-        if not plan.select_after:
-            return plan
-        rows, after = min(round(self.ratio * keep), plan.units), plan.select_after[0]
-        return replace(plan, layers=plan.layers[:after] + (rows,) * (tower.depth - after), rows=rows)
+        return replace(self.selector, inside=True, average=super().inner.average, within=super().inner.within)
 
 
 def register() -> None:
