@@ -56,11 +56,6 @@ class EncodedRows:
     timer: Timer
     checks: Checks
 
-    @property
-    def changed_inside(self) -> bool:
-        """Whether rows were merged or selected inside the tower."""
-        return self.plan.merged is not None or bool(self.plan.select_after)
-
     def nothing_selected(self) -> Encoded:
         """An encoding without tokens, for a method whose question is not known yet."""
         flat, seconds = self.finish()

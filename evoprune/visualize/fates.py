@@ -74,9 +74,7 @@ def fates(video: EncodedRows) -> Fates:
     row, selection = video.tokens.owner.cpu(), selected(video)
     owner = torch.where(row >= 0, video.unit.cpu()[row.clamp(min=0)], -1)
     kept = selection.kept.cpu()
-    if (
-        selection.owner is not None and not video.changed_inside
-    ):  # otherwise the merging inside the encoder is what is drawn
+    if selection.owner is not None:  # otherwise the merging inside the encoder is what is drawn
         into = selection.owner.cpu()
         owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
     chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)

@@ -59,7 +59,9 @@ def test_what_is_chosen_inside_the_tower_may_be_a_time_when_nothing_changed(load
     assert (fates.chosen & ~fates.encoded).any() and fates.all_of("merged").any()
 
 
-@pytest.mark.parametrize("method", ["evoprune", "evoprune-merge", "reuse+divprune", "divprune", "pool"])
+@pytest.mark.parametrize(
+    "method", ["evoprune", "evoprune:rows=0.5", "evoprune-merge", "reuse+divprune", "divprune", "pool"]
+)
 def test_each_unit_has_one_fate(loaded, method):
     fates = traced(loaded, budget=0.25, method=method).fates
     counts, masks = fates.counts(), torch.stack([fates.all_of(name) for name in FATES])
@@ -68,9 +70,10 @@ def test_each_unit_has_one_fate(loaded, method):
     reused, merged, dropped = (fates.all_of(name) for name in FATES[1:])
     assert not fates.encoded[reused].any() and fates.encoded[merged | dropped].all()
     assert (fates.owner[merged] >= 0).all()
+    assert not (method.startswith("evoprune") and dropped.any())
 
 
-@pytest.mark.parametrize("method", ["evoprune", "evoprune-merge"])
+@pytest.mark.parametrize("method", ["evoprune", "evoprune:rows=0.5", "evoprune-merge"])
 def test_the_owner_of_merged_units_has_a_dot(loaded, method):
     video = traced(loaded, budget=0.25, method=method)
     fates, panels, side = video.fates, Panels(video), 3 * 28  # pixels of a unit as drawn
