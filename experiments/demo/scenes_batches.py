@@ -30,10 +30,10 @@ class ScenesRecipe:
     seed: int = 0
     processes: int = 4  # each with batches of its own
     vision_steps: int = 1600
-    steps: int = 8000
+    steps: int = 7000
     open_steps: int = 600  # on questions without options about small pictures, the tower frozen
-    still_steps: int = 1500  # on small pictures alone
-    small_steps: int = 6200  # without the largest frames and lengths
+    still_steps: int = 1200  # on small pictures alone
+    small_steps: int = 5600  # without the largest frames and lengths
     vision_units: int = 768  # a batch of the first stage
     units: int = 768  # a batch of the second stage, about
     tower_rate: float = 0.4  # of the learning rate, for the merger in the second stage; the rest of the tower is frozen
