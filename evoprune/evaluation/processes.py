@@ -1,10 +1,13 @@
 """Jobs shared out over processes, each with a model of its own: a small model leaves most cores idle."""
 
 import multiprocessing
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any
 
 from evoprune.errors import PluginWarning
@@ -40,8 +43,15 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
 def _begin(start: Callable[[], Work]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", PluginWarning)  # the parent has printed them
     _work = start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process once its parent has ended, also where that was killed and could end nothing itself."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _do(job: Any) -> list[dict]:
