@@ -12,6 +12,10 @@ from evoprune.vision.received import add_by_row, query_weight, received_by_keys
 from evoprune.vision.timer import Timer
 from evoprune.vision.varlen import attend_packed, varlen_kernel
 
+# Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
+# 2688x2688 pixels it takes a third of the time.
+LONG = 4096
+
 
 def grouped_attention(
     q: torch.Tensor,
@@ -74,7 +78,7 @@ def _attend_bucket(
     """Attention of one bucket, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
     query, key, value = (bucket.by_head(x, which) for x, which in ((q, "query"), (k, "key"), (v, "key")))
     bias, per_key = key_bias(bucket, size_bias, q.dtype), None
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and key.shape[2] < LONG:
         weight = None
         if received is not None:
             with timer:

@@ -61,9 +61,13 @@ def by_hand(q, k, v, layout, scope, size_bias):
 
 @pytest.mark.parametrize("size_bias", [False, True])
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
-@pytest.mark.parametrize(("dtype", "scores"), [(torch.float32, 100), (torch.bfloat16, 1 << 23), (torch.bfloat16, 100)])
-def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, dtype, scores, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "scores", "long"),
+    [(torch.float32, 100, 1), (torch.bfloat16, 1 << 23, 10**6), (torch.bfloat16, 100, 10**6), (torch.bfloat16, 100, 1)],
+)
+def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, dtype, scores, long, monkeypatch):
     monkeypatch.setattr("evoprune.vision.devices.SCORES", scores)  # also in many small pieces
+    monkeypatch.setattr("evoprune.vision.attention.LONG", long)
     layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = (x.to(dtype) for x in rows_of(layout))
     plan, received = plan_of(layout, scope), torch.zeros(layout.rows)
