@@ -151,14 +151,11 @@ ABLATIONS = {
         "Rows that go on after the selection, as a power of the budget; after which share of the layers; what tokens become",
         OURS,
         {
-            "1": "",
-            **_tried("rows", 0.7, 0.6, 0.5, 0.4),
+            "0.5": "",
+            **_tried("rows", 1, 0.7, 0.6, 0.4),
             **{f"{p}, depth {d}": f"rows={p}:depth={d}" for p in (0.6, 0.5) for d in (0.1875, 0.25)},
             "all": "depth=1",
-            "0.5, tokens as they are": "rows=0.5:average=false",
-            **{f"0.5, size ** {c}": f"rows=0.5:count={c}" for c in (0, 0.25, 1)},
-            **{f"0.5, weight of time {a}": f"rows=0.5:alpha={a}" for a in (0.5, 3)},
-            **{f"0.5, {name}": f"variant:rows=0.5:distance={name}" for name in ("centred-largest", "standardised-largest")},
+            "tokens as they are": "average=false",
         },
     ),
     "contrast": Ablation(
@@ -167,7 +164,7 @@ ABLATIONS = {
     "auto": Ablation(
         "Distance to a selected unit at which `-b auto` stops, at most at the column's budget",
         OURS,
-        {"never": ""} | {str(d): f"within={d}" for d in (0.01, 0.02, 0.03, 0.05, 0.1)},
+        {"never": ""} | {str(d): f"within={d}" for d in (0.003, 0.01, 0.02, 0.03, 0.05, 0.1)},
     ),
     "time": Ablation(
         "Weight of time in the selection", OURS, {"1.5": ""} | {str(a): f"alpha={a}" for a in (0, 0.5, 1, 2, 4)}

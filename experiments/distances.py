@@ -1,7 +1,7 @@
 """Other distances for the selection of `evoprune`.
 
-`python -m experiments.ablations OUT --only distance,scale` says what each is worth, `experiments.geometry` how much each depends on
-the geometry of features.
+`python -m experiments.ablations OUT --only distance` says what each is worth, `experiments.geometry` how much each depends on the
+geometry of features. What `evoprune` has was called "standardised-largest" in the results of before.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,8 +28,14 @@ def _salience(unlike: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     return salience / salience.max().clamp(min=distance.STEP)
 
 
+def cosine(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 - cosine, which `evoprune` had before; DivPrune's."""
+    share, unit = _share(rows, owner), F.normalize(rows.float(), dim=1)
+    return unit, _salience(1 - unit @ F.normalize((share * unit).sum(0), dim=0), share)
+
+
 def by_spread(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines as today, divided by their spread, 1 - |mean|^2."""
+    """Cosines, divided by their spread, 1 - |mean|^2."""
     share, unit = _share(rows, owner), F.normalize(rows.float(), dim=1)
     mean = (share * unit).sum(0)
     unlike = 1 - unit @ F.normalize(mean, dim=0)
@@ -56,15 +62,13 @@ def _deviations(off: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 
 DISTANCES: dict[str, Distance | None] = {
     TODAY: None,
+    "cosine": cosine,
     "spread": by_spread,
     "centred": centred(lambda off, share: (share * off.square()).sum().sqrt()),
     "centred-largest": centred(lambda off, share: off.square().sum(1).max().sqrt()),
     "standardised": centred(lambda off, share: _deviations(off, share) * off.shape[1] ** 0.5),
     "half-standardised": centred(
         lambda off, share: (d := _deviations(off, share).sqrt()) * (share * (off / d).square()).sum().sqrt()
-    ),
-    "standardised-largest": centred(
-        lambda off, share: (d := _deviations(off, share)) * (off / d).square().sum(1).max().sqrt()
     ),
 }
 

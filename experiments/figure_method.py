@@ -21,7 +21,7 @@ from evoprune.pipeline.opening import open_video
 from evoprune.visualize.fates import TracedVideo, trace
 from evoprune.visualize.svg import COLOURS, GRID, INK, SOFT, document, text
 
-CLIP, BUDGET, MOST_PAIRS = "samples/square.mp4", 0.25, 8
+CLIP, BUDGET, MOST_PAIRS = "samples/flash.mp4", 0.1, 8
 WIDTH, HEIGHT, EDGE = 830, 690, 24
 OURS, OTHERS, REUSED = COLOURS[0], COLOURS[1], "#CFE3F1"
 STRIPS, PITCH, GAP = 78, 138, 10  # the first row of frames, from one to the next, and between two frames, in pixels
@@ -35,7 +35,7 @@ class Run:
     Attributes:
         name: of the clip. budget: share of units that is kept.
         video: frames and fates of units.
-        layers: rows that each layer of the tower computes.
+        layers: rows that each layer of the tower computes, of which there are fewer after the first selection.
         live_share: mean of `layers`, as a share of the units.
     """
 
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def first_layers(self) -> int:
-        """How many layers run before the selection."""
+        """How many layers run before the first selection."""
         return next((n for n, rows in enumerate(self.layers) if rows < self.layers[0]), len(self.layers))
 
 
@@ -87,9 +87,9 @@ def figure(run: Run) -> str:
             f"{changed} enter the tower.",
         ),
         (
-            f"3  Selection after {layer} of {total}",
-            f"{n['read']} units, each the farthest from those before it in features and time. "
-            "Its row becomes the mean of its cluster (number: units, if not 1).",
+            f"3  Two selections, after {layer} of {total} and after the tower",
+            f"Of {run.layers[-1]} rows that go on, {n['read']} become tokens: the farthest in features and time, as means of their "
+            "clusters (number: units, if not 1).",
         ),
     )
     elements = [

@@ -1,17 +1,18 @@
-"""evoprune, this project's own method: reuse in time, then a selection between two layers of the encoder.
+"""evoprune, this project's own method: reuse in time, a selection between two layers of the encoder, and one after it.
 
 1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
    attention (pruning/reuse.py).
-2. Selection: after the first eighth of the tower's layers, every unit of the clip has a feature, a place and a time.
-   Farthest-point sampling over features and time selects the rows for the other layers (pruning/select.py). Each selected row
-   becomes the mean of its cluster. A thing that stands still can be selected again at a later time, where it sees what has changed
-   around it. With `rows` below 1 more rows go on than the language model reads, as they are, and the tokens are selected among
-   them in the same way after the tower.
-3. Bias: the language model's attention adds half the log of the cluster size to each token's logits. Otherwise a token of
+2. First selection: after the first eighth of the tower's layers, every unit of the clip has a feature, a place and a time.
+   Farthest-point sampling over features and time selects the rows for the other layers (pruning/select.py), as many as all units
+   times the root of the budget. A thing that stands still can be selected again at a later time, where it sees what has changed
+   around it.
+3. Second selection: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
+4. Bias: the language model's attention adds half the log of the cluster size to each token's logits. Otherwise a token of
    many units would weigh as little as a token of one.
 
-No paper describes this method. It shares its aim, pruning inside the encoder, with EvoPrune (arXiv 2603.03681), and its distance of
-features with DivPrune (arXiv 2503.02175). results/ablations.md records the settings that were tried and brought nothing.
+No paper describes this method. It shares its aim, pruning inside the encoder, with EvoPrune (arXiv 2603.03681), and selecting the
+units that differ most with DivPrune (arXiv 2503.02175). results/scenes-ablations.md says what each setting is worth,
+results/ablations.md which settings were tried and brought nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -71,14 +72,15 @@ class EvoPrune(Method):
     """Fields:
 
     reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
-    depth: share of the tower's layers before the selection; 1 selects after the tower.
+    depth: share of the tower's layers before the first selection; 1 selects after the tower alone.
     alpha: weight of time in the selection's distance.
-    rows: how many rows go on after the selection: all units times budget ** rows. 1 is as many as tokens, 0 is all of them.
+    rows: how many rows go on after the first selection: all units times budget ** rows. 0 is all of them; 1 is as many as tokens,
+        which become means at once, without a second selection.
     floor: share of its even part of the budget that each frame pair gets at least; 0 for none, 1 for an even spread.
-    average: whether a selected row becomes the mean of its cluster, or stays as it is.
+    average: whether a token becomes the mean of its cluster, or stays as it is.
     count: the language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
         proportional attention (arXiv 2210.09461, section 3).
-    within: the selection ends early once every unit is within this distance of a selected one, but not below a twentieth of all
+    within: the last selection ends once every unit is within this distance of a selected one, but not below a twentieth of all
         units; 0 selects as many as the budget says.
     """
 
@@ -89,7 +91,7 @@ class EvoPrune(Method):
     reuse: float = THRESHOLD
     depth: float = 0.125
     alpha: float = ALPHA
-    rows: float = 1.0
+    rows: float = 0.5
     floor: float = 0.0
     average: bool = True
     count: float = 0.5

@@ -146,8 +146,16 @@ def check(kind: str, device: torch.device) -> None:
         return
     if device.type != "cpu":
         raise UsageError(f"quantize {kind} works on the CPU, not on {device}", "leave quantize out")
-    if not (_int8_is_exact() if kind == "int8" else hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")):
+    if kind not in kinds(device):
         raise UsageError(f"this PyTorch has no exact {kind} products for this CPU", "leave quantize out")
+
+
+def kinds(device: torch.device) -> list[str]:
+    """The kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
+    if device.type != "cpu":
+        return []
+    here = {"int8": _int8_is_exact(), "int4": hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")}
+    return [kind for kind, works in here.items() if works]
 
 
 @lru_cache

@@ -1,10 +1,11 @@
 """The distance of the selection: how much two units of a video differ, in features and in time.
 
-    d(i, j) = (1 - cos(f_i, f_j)) + alpha / 2 * salience_j^2 * |t_i - t_j|
+    d(i, j) = |p_i - p_j|^2 / 2 + alpha / 2 * salience_j^2 * |t_i - t_j|
 
-Unit i is selected and unit j is a candidate. t runs from 0 to 1 over the clip. salience_j = 1 - cos(f_j, mean over all
-units), scaled to a maximum of 1. So the more a thing stands out, the more it counts as new at another time. With alpha
-= 0 this is DivPrune's distance (arXiv 2503.02175); the term in time is this project's.
+Unit i is selected and unit j is a candidate. p is a unit's feature minus the mean over all units of the clip, with every
+channel divided by its standard deviation, and all divided by the length of the longest. So a part that all features have in
+common, and channels that are large in all of them, change nothing (results/geometry.md). t runs from 0 to 1 over the clip.
+salience_j = |p_j|^2. So the more a thing stands out, the more it counts as new at another time.
 """
 
 import math
@@ -13,12 +14,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
 FEW = 512  # up to this number of rows, features are not projected
 AT_ONCE = 1024  # rows that have float32 copies at a time
+STILL = (
+    1e-3  # of the mean variance, added to each channel's: one that hardly varies must not count as much as the others
+)
+ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
 STEP = 1 / 16384  # resolution of distances
 
 
@@ -30,9 +34,9 @@ class Points:
         units: int64 `[n]`, the numbers of the units, ascending.
         row: int64 `[n]`, the row that represents each unit.
         time: float32 `[n]`, the time of each unit, from 0 to 1.
-        place: float32 `[E, d]`, the point of each row: |p_i - p_j|^2 / 2 = 1 - cos(f_i, f_j), approximately if projected.
+        place: float32 `[E, d]`, the point of each row, at most about 1 long; distances are approximate if it is projected.
         half: float32 `[E]`, half of the squared length of each point.
-        salience: float32 `[E]`, from 0 to 1; all 0 if nothing stands out.
+        salience: float32 `[E]`, from 0 to 1; all 0 if all features are equal.
         weight: float32 `[E]`, the weight of time: alpha / 2 * salience^2.
     """
 
@@ -97,21 +101,25 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`place` and `salience` of `Points`; equal features have equal points."""
-    count = torch.bincount(owner[owner >= 0], minlength=len(rows))
+    """`place` and `salience` of `Points`; equal features have equal points. A row counts as often as it represents a unit."""
+    count = torch.bincount(owner[owner >= 0], minlength=len(rows)).float()
+    shares = (count / count.sum()).split(AT_ONCE)
     project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > FEW  # otherwise projection saves nothing
     to = _projection(rows.shape[1]).to(rows.device) if project else None
 
-    def units() -> Iterator[torch.Tensor]:  # rows in float32 and of length one, a few at a time to save memory
-        return (F.normalize(some.float(), dim=1) for some in rows.split(AT_ONCE))
+    def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
+        return (some.float() for some in rows.split(AT_ONCE))
 
-    weights = count.float().split(AT_ONCE)
-    mean = sum(weight @ unit for weight, unit in zip(weights, units(), strict=True)) / count.sum()
-    common = F.normalize(mean, dim=0)
-    made = [(unit if to is None else unit @ to, 1 - unit @ common) for unit in units()]
-    place, unlike = (torch.cat(pieces) for pieces in zip(*made, strict=True))
-    salience = rounded(unlike) * (count > 0)
-    return place, salience / salience.max().clamp(min=STEP)
+    first = rows[0].float()  # sums of differences are exact where all rows are equal
+    mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
+    variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
+    scale = (variance + STILL * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
+    standard = ((piece - mean).mul_(scale) for piece in pieces())
+    made = [(piece if to is None else piece @ to, piece.square().sum(1)) for piece in standard]
+    place, salience = (torch.cat(pieces) for pieces in zip(*made, strict=True))
+    largest = (salience * (count > 0)).max().clamp(min=STILL * rows.shape[1])
+    salience = rounded(salience / largest) * (count > 0)
+    return place / largest.sqrt(), salience
 
 
 @lru_cache(maxsize=8)

@@ -7,9 +7,9 @@ from itertools import product
 from evoprune import methods
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
-# This project's method as it is, with more rows than tokens, with its selection after half of the tower's layers, and with tokens
-# spread evenly over time; and the paper's merging.
-METHODS = ("evoprune", "evoprune:rows=0.5", "evoprune:depth=0.5", "evoprune:floor=1", "evoprune-paper")
+# This project's method as it is, with as few rows as tokens, with its first selection after half of the tower's layers, and with
+# tokens spread evenly over time; and the paper's merging.
+METHODS = ("evoprune", "evoprune:rows=1", "evoprune:depth=0.5", "evoprune:floor=1", "evoprune-paper")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class ScenesRecipe:
     """Everything that decides the outcome, together with the code. Steps of the second stage are counted from its start."""
 
     seed: int = 0
+    reader: str = ""  # folder of a finished model whose language model this one starts with; empty: a new one
     processes: int = 4  # each with batches of its own
     vision_steps: int = 1600
     steps: int = 7000
@@ -39,6 +40,7 @@ class ScenesRecipe:
     tower_rate: float = 0.4  # of the learning rate, for the merger in the second stage; the rest of the tower is frozen
     thawed: float = 0.5  # of that, for the whole tower afterwards
     thaw_steps: int = 300  # until it has risen to that
+    reader_rate: float = 0.4  # of the learning rate, for a language model that was trained before
     labels: float = 0.3  # weight of the auxiliary loss in the second stage
     lessons: float = 0.4  # share of the questions of the second stage that are lessons, once not all are open
     muon_lr: float = 3e-3

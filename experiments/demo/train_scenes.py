@@ -38,20 +38,24 @@ SIZE = 16 * 24, 32  # units a frame and frames that the finished model takes at 
 Learn = Callable[[torch.Tensor], None]
 
 
-def build(folder: Path, seed: int):
+def build(folder: Path, recipe: ScenesRecipe):
     """The model, the auxiliary head and the tokenizer before training. The tokenizer is that in `folder` if there is one."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+    seed = recipe.seed
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(scenes_config())
     init_weights(model, torch.Generator().manual_seed(seed))
     head = Head(HIDDEN, model.config.text_config.hidden_size)
     init_weights(head, torch.Generator().manual_seed(seed + 1))
     keep_large(model.model.visual)
+    if recipe.reader:
+        trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(recipe.reader, dtype=torch.float32)
+        model.model.language_model.load_state_dict(trained.model.language_model.state_dict())
     words = folder / "tokenizer"
     if words.exists():
         return model, head, AutoTokenizer.from_pretrained(words)
-    tokenizer = scenes_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(recipe.reader) if recipe.reader else scenes_tokenizer()
     tokenizer.save_pretrained(words)
     return model, head, tokenizer
 
@@ -59,7 +63,7 @@ def build(folder: Path, seed: int):
 def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> None:
     """All stages, from the checkpoint in `folder` if there is one; stops after `minutes` with a checkpoint."""
     run, end = Run(folder, recipe), time.monotonic() + 60 * minutes
-    model, head, tokenizer = build(folder, recipe.seed)
+    model, head, tokenizer = build(folder, recipe)
     state = run.load()
     if state:
         model.load_state_dict(state["modules"][0])
@@ -75,7 +79,7 @@ def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> Non
 
 def export_checkpoint(folder: Path, recipe: ScenesRecipe, to: Path) -> None:
     """Writes the weights of the checkpoint in `folder` as a model, wherever training stands."""
-    model, _, tokenizer = build(folder, recipe.seed)
+    model, _, tokenizer = build(folder, recipe)
     state = Run(folder, recipe).load()
     if state is None:
         raise SystemExit(f"{folder} has no checkpoint")
@@ -91,7 +95,11 @@ def train_stage(team: Team, run: Run, stage: int, model, head: Head, tokenizer, 
     modules = [model.model.visual, head]
     if stage == 2:
         modules.append(model.model.language_model)
-    shares = [1.0, 1.0] if stage == 1 else [recipe.tower_rate, recipe.tower_rate, 1.0]
+    shares = (
+        [1.0, 1.0]
+        if stage == 1
+        else [recipe.tower_rate, recipe.tower_rate, recipe.reader_rate if recipe.reader else 1.0]
+    )
     opts = optimizers(recipe, modules, shares)
     if state:
         first = state["step"] + 1
@@ -200,7 +208,7 @@ def main() -> None:
     if to is not None:
         export_checkpoint(out, recipe, to)
     else:
-        build(out, recipe.seed)  # the tokenizer, before several processes look for it
+        build(out, recipe)  # the tokenizer, before several processes look for it
         run_team(train, recipe.processes, out, recipe, minutes)
 
 

@@ -78,7 +78,8 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
         answer = generated(model, call)
         with evoprune.EvoPrune(**settings)(model) as run:
             assert torch.equal(model(**call).logits, expected)
-            assert torch.equal(model(**call | {"logits_to_keep": torch.arange(3)}).logits, expected[:, :3])
+            first = model(**call | {"logits_to_keep": torch.arange(3)}).logits
+            torch.testing.assert_close(first, expected[:, :3], atol=1e-5, rtol=1e-5)  # a product of fewer rows
             assert torch.equal(generated(model, call), answer)
             video = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
             known = {name: value for name, value in inputs.items() if not name.startswith("pixel")}

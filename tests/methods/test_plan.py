@@ -69,17 +69,20 @@ def test_an_input_method_plans_a_smaller_grid():
 
 
 def test_evoprune_selects_between_two_layers():
-    layers = (UNITS, *(30,) * 7)
+    rows = round((UNITS * 30) ** 0.5)
+    layers = (UNITS, *(rows,) * 7)
     assert methods.get("evoprune").plan(DEMO, GRID, 30) == EncoderPlan(
-        GRID, 30, layers, 30, exact=False, reuse=8.0, select_after=(1,)
+        GRID, 30, layers, rows, exact=False, reuse=8.0, select_after=(1,)
     )
-    assert methods.get("evoprune:reuse=0").plan(DEMO, GRID, 30) == EncoderPlan(GRID, 30, layers, 30, select_after=(1,))
+    assert methods.get("evoprune:reuse=0").plan(DEMO, GRID, 30) == EncoderPlan(
+        GRID, 30, layers, rows, select_after=(1,)
+    )
     assert not methods.get("evoprune:reuse=0").automatic().plan(DEMO, GRID, 30).exact  # fewer rows may be enough
 
 
 @pytest.mark.parametrize(("depth", "layers"), [(0.25, 2), (0.125, 1), (0.01, 1), (0.5, 4), (0.99, 7), (1, None)])
 def test_after_how_many_layers_evoprune_selects(depth, layers):
-    plan = methods.get(f"evoprune:depth={depth}").plan(DEMO, GRID, 30)
+    plan = methods.get(f"evoprune:rows=1:depth={depth}").plan(DEMO, GRID, 30)
     assert plan.select_after == ((layers,) if layers else ())
     assert plan.layers == (UNITS,) * (layers or 8) + (30,) * (8 - (layers or 8)) and plan.rows == plan.layers[-1]
 

@@ -25,6 +25,7 @@ from evoprune.profiling.time_limit import Estimate, TimeLimit, choose_rows, fitt
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.video.probe import probe
 from evoprune.vision.tower import tower_shape
+from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
 
 CASE, OTHER = Case(4, 112, 168), Case(8, 84, 84)
@@ -106,9 +107,9 @@ def test_a_bound_is_made_of_the_same_round(results):
 
 
 def test_quantised_weights_have_rows_of_their_own(loaded):
-    settings = replace(SETTINGS, budgets=(0.5,), methods=("evoprune",), quantize=("none", "int8", "int4"))
+    settings = replace(SETTINGS, budgets=(0.5,), methods=("evoprune",), quantize=("none", *KINDS))
     found = last(loaded, [CASE], MOTION, settings)
-    names = ["evoprune -b 0.5", "evoprune -b 0.5 int8", "evoprune -b 0.5 int4"]
+    names = ["evoprune -b 0.5", *(f"evoprune -b 0.5 {kind}" for kind in KINDS)]
     assert [row.name for row in found.rows if row.kind == METHOD] == names
     assert [row.quantize for row in found.rows if row.kind == METHOD] == list(settings.quantize)
     assert not any(row.error for row in found.rows)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,31 +41,46 @@ def points(features, owner, grid, alpha=1.5, seconds=None):
     return points_of(features, owner, grid, seconds or [float(t) for t in range(grid[0])], alpha)
 
 
+def exact(features, owner, grid, alpha=1.5, seconds=None):
+    """Points at multiples of a quarter, features of plus and minus 1 in 16 channels, so that distances are exact."""
+    made, salience = points(features, owner, grid, alpha, seconds), (features[:, :4].sum(1) + 4) / 8
+    return replace(
+        made,
+        place=features / 4,
+        half=torch.full_like(made.half, 0.5),
+        salience=salience,
+        weight=alpha / 2 * salience**2,
+    )
+
+
 def same(grid):
     """Points of a video of one feature."""
     return points(torch.ones(1, 8), torch.zeros(grid[0] * grid[1] * grid[2], dtype=torch.int64), grid)
 
 
-def definition(features, owner, grid, alpha):
-    """The distance between a selected unit and another, and each row's salience; times are 0, 1, 2 and so on."""
-    place, last = grid[1] * grid[2], max(grid[0] - 1, 1)
-    unit, salience = torch.nn.functional.normalize(features, dim=1), points(features, owner, grid).salience
+def definition(every, grid):
+    """The distance between a selected unit and another; times are 0, 1, 2 and so on."""
+    place, last, row = (
+        grid[1] * grid[2],
+        max(grid[0] - 1, 1),
+        dict(zip(every.units.tolist(), every.row.tolist(), strict=True)),
+    )
 
     def between(i, j):
         time = torch.tensor(i // place / last) - torch.tensor(j // place / last)
-        space = 1 - unit[owner[i]] @ unit[owner[j]]
-        return (((alpha / 2 * salience[owner[j]] ** 2 * time.abs() + space) / STEP).round() * STEP).item()
+        space = (every.place[row[i]] - every.place[row[j]]).square().sum() / 2
+        return (((every.weight[row[j]] * time.abs() + space) / STEP).round() * STEP).item()
 
-    return between, salience
+    return between
 
 
-def greedy(features, owner, grid, keep, alpha, within=0.0, least=0, floor=0.0):
+def greedy(every, grid, keep, within=0.0, least=0, floor=0.0):
     """One distance at a time, first each pair's share as if there were nothing else; without the even spread of what is left."""
-    units = [u for u in range(len(owner)) if owner[u] >= 0]
-    between, salience = definition(features, owner, grid, alpha)
+    units, between = every.units.tolist(), definition(every, grid)
+    salience = dict(zip(units, every.salience[every.row].tolist(), strict=True))
 
     def select_from(among, count, selected):
-        selected = selected or [max(among, key=lambda u: (salience[owner[u]].item(), -u))]
+        selected = selected or [max(among, key=lambda u: (salience[u], -u))]
         while len(selected) < count:
             left = {j: min(between(i, j) for i in selected) for j in among if j not in selected}
             far, j = max((d, -j) for j, d in left.items())
@@ -80,15 +97,48 @@ def greedy(features, owner, grid, keep, alpha, within=0.0, least=0, floor=0.0):
     return sorted(select_from(units, keep, start))
 
 
-def test_salience_is_the_distance_to_the_mean_of_all_units():
+def test_points_are_standardised_features():
     features, owner = video(3, (4, 3, 2), 0.5)
-    unit = torch.nn.functional.normalize(features, dim=1)
-    unlike = 1 - torch.cosine_similarity(unit, unit[owner].mean(0), dim=1)
-    unlike[[row for row in range(len(unit)) if row not in owner.tolist()]] = 0
+    features = features * torch.linspace(0.1, 30, 16) + 5
+    of_units = features[owner].double()
+    off = features.double() - of_units.mean(0)
+    variance = of_units.var(0, unbiased=False)
+    off /= (variance + 1e-3 * variance.mean() + (of_units.mean(0) / 256) ** 2).sqrt()
+    length = off.norm(dim=1) * torch.isin(torch.arange(len(off)), owner)
     made = points(features, owner, (4, 3, 2), 1.5)
-    torch.testing.assert_close(made.salience, unlike / unlike.max(), atol=2 * STEP, rtol=0)
+    torch.testing.assert_close(made.place, (off / length.max()).float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.salience, (length / length.max()).float() ** 2, atol=STEP, rtol=0)
     torch.testing.assert_close(made.weight, 0.75 * made.salience**2)
+    torch.testing.assert_close(made.half, made.place.square().sum(1) / 2)
     assert made.time.view(4, 6)[:, 0].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+@pytest.mark.parametrize("wide", [16, 2048])
+def test_what_carries_no_information_changes_no_point(wide):
+    """A common part, channels that are large in all rows, gains of channels, and the scale of all."""
+    features, owner = video(4, (20, 6, 8), 0.7, wide)
+    random = torch.Generator().manual_seed(1)
+    common, large = torch.randn(wide, generator=random), 1000 * (torch.arange(wide) == 3)
+    gain = torch.exp(0.3 * torch.randn(wide, generator=random))
+    expected = points(features, owner, (20, 6, 8))
+    for changed in (
+        features + 3 * common,
+        features * gain,
+        features + 20 * large / 1000,
+        1e4 * features,
+        1e-4 * features,
+    ):
+        made = points(changed, owner, (20, 6, 8))
+        assert (made.place - expected.place).norm(dim=1).max() < 0.03
+        assert (made.salience - expected.salience).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_features_have_no_distance(dtype):
+    row = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for rows in (row.expand(2000, -1), row * 0, row * 1e-20):
+        made = points(rows, torch.zeros(24, dtype=torch.int64), (1, 4, 6))
+        assert not made.place.any() and not made.salience.any()
 
 
 def test_time_is_relative_to_the_clip():
@@ -104,8 +154,9 @@ def test_time_is_relative_to_the_clip():
 def test_the_selection_is_the_greedy_one(seed, grid, share, alpha, pool, dropped):
     features, owner = video(seed, grid, share, dropped=dropped, signs=True)
     keep = max(1, int((owner >= 0).sum()) // 3)
-    made = farthest_points(points(features, owner, grid, alpha), grid, keep, pool=pool).tolist()
-    hand = greedy(features, owner, grid, keep, alpha)
+    every = exact(features, owner, grid, alpha)
+    made = farthest_points(every, grid, keep, pool=pool).tolist()
+    hand = greedy(every, grid, keep)
     assert set(hand) <= set(made) and len(made) == keep
     if len(hand) == keep:
         assert made == hand
@@ -114,10 +165,12 @@ def test_the_selection_is_the_greedy_one(seed, grid, share, alpha, pool, dropped
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(st.integers(0, 9999), CASES["grid"], st.floats(0, 1), CASES["alpha"], st.sampled_from([0.25, 1.0]))
 def test_each_pair_may_have_a_share_of_its_own(seed, grid, kept, alpha, floor):
-    features, owner = video(seed, grid, 1.0)
+    features, owner = video(seed, grid, 1.0, signs=True)
     keep, places = max(1, round(kept * len(owner) / 2)), grid[1] * grid[2]
-    made = farthest_points(points(features, owner, grid, alpha), grid, keep, floor=floor, pool=3)
-    assert made.tolist() == greedy(features, owner, grid, keep, alpha, floor=floor)
+    every = exact(features, owner, grid, alpha)
+    made = farthest_points(every, grid, keep, floor=floor, pool=3)
+    hand = greedy(every, grid, keep, floor=floor)
+    assert set(hand) <= set(made.tolist()) and len(made) == keep and (len(hand) < keep or made.tolist() == hand)
     counts = torch.bincount(made // places, minlength=grid[0]).tolist()
     assert all(count >= int(floor * share) for count, share in zip(counts, spread(keep, grid[0]), strict=True))
 
@@ -132,12 +185,12 @@ def test_a_pair_in_which_nothing_differs_has_its_share_too(floor):
 @given(**CASES, piece=st.sampled_from([1, 16, 1 << 20]))
 def test_every_unit_belongs_to_the_nearest(seed, grid, share, alpha, piece, dropped):
     features, owner = video(seed, grid, share, dropped=dropped, signs=True)
-    every = points(features, owner, grid, alpha)
+    every = exact(features, owner, grid, alpha)
     kept = farthest_points(every, grid, max(1, len(every) // 3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "PIECE", piece)
         clusters = assign_clusters(every, kept, len(owner)).tolist()
-    (between, _), selected = definition(features, owner, grid, alpha), kept.tolist()
+    between, selected = definition(every, grid), kept.tolist()
     for unit, cluster in enumerate(clusters):
         if owner[unit] < 0 or unit in selected:
             assert cluster == (selected.index(unit) if unit in selected else -1)
@@ -151,7 +204,7 @@ def test_every_unit_belongs_to_the_nearest(seed, grid, share, alpha, piece, drop
 def test_pool_and_piece_are_a_matter_of_speed(seed, pool, piece, alpha):
     grid = (5, 4, 6)
     features, owner = video(seed, grid, 0.3, signs=True)
-    every = points(features, owner, grid, alpha, [0.5, 1.5, 2.0, 4.5, 7.0])
+    every = exact(features, owner, grid, alpha, [0.5, 1.5, 2.0, 4.5, 7.0])
     expected = farthest_points(every, grid, 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "PIECE", piece)
@@ -244,7 +297,9 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
     assert made.place.shape[1] == 128
     some = torch.arange(100)
     apart = made.in_features(some, some)
-    true = 1 - torch.nn.functional.cosine_similarity(features[some][:, None], features[some], dim=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distance, "FEW", len(features))
+        true = points(features, owner, grid).in_features(some, some)
     assert apart[3, 8] < STEP / 2
     other = true > 0.1
     assert ((apart / true)[other] - 1).abs().mean() < 0.12
@@ -262,9 +317,9 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
 )
 def test_it_stops_where_every_unit_is_near_a_selected_one(seed, grid, within, least, pool):
     features, owner = video(seed, grid, 0.5, signs=True)
-    every = points(features, owner, grid, 2.0)
+    every = exact(features, owner, grid, 2.0)
     made = farthest_points(every, grid, 12, pool=pool, within=within, least=least).tolist()
-    hand = greedy(features, owner, grid, 12, 2.0, within, least)
+    hand = greedy(every, grid, 12, within, least)
     assert made == hand if len(hand) >= least else set(hand) < set(made) and len(made) == least
     # What is selected is what a budget of that many would have selected.
     assert made == farthest_points(every, grid, len(made), pool=pool).tolist()

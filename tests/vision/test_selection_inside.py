@@ -32,7 +32,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     patches, visual = clip(grid, changed), tiny_tower(full_layers)
     for method in (
         EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0),
-        EvoPrune(rows=0.5), EvoPrune(rows=0.0),
+        EvoPrune(rows=1.0), EvoPrune(rows=0.0),
     ):  # fmt: skip
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
@@ -76,7 +76,7 @@ def test_counts_are_exact_and_do_not_depend_on_the_chunk_size(grid, share, seed,
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_the_selected_rows_are_the_tokens(share):
     grid, keep = (6, 3, 5), 12
-    made = encode_clip(grid, changes(grid, share), EvoPrune(), keep)
+    made = encode_clip(grid, changes(grid, share), EvoPrune(rows=1.0), keep)
     assert torch.equal(made.features, made.rows) and torch.equal(made.owner[made.kept], torch.arange(keep))
     sizes = torch.bincount(made.owner)
     assert sizes.sum() == prod(grid)
@@ -88,10 +88,11 @@ def test_a_still_clip_goes_on_as_its_first_frame_pair_where_that_is_kept(pairs):
     grid = (pairs, 3, 5)
     patches = clip(grid, changes(grid, 0.0))
     alone = encode_patches(patches[: 4 * 15], (1, 3, 5), Nothing(), 15)
-    made = encode_patches(patches, grid, EvoPrune(), 15)
+    method = EvoPrune(rows=1.0)
+    made = encode_patches(patches, grid, method, 15)
     torch.testing.assert_close(made.rows, alone.rows, atol=2e-5, rtol=1e-5)
     assert made.layers == [(layer, 15) for layer in range(4)] and made.owner.tolist() == list(range(15)) * pairs
-    assert {rows for _, rows in encode_patches(patches, grid, EvoPrune(), 4).layers} == {15, 4}
+    assert {rows for _, rows in encode_patches(patches, grid, method, 4).layers} == {15, 4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,7 @@ class Given(Selector):
 
 @dataclass(frozen=True, eq=False)
 class GivenInside(EvoPrune):
+    rows: float = 1.0
     given: Given | None = None
 
     @property
@@ -166,7 +168,7 @@ def test_an_automatic_budget_stays_between_a_twentieth_and_its_limit(share, with
     grid=st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 6)),
     share=st.sampled_from([0.0, 0.3, 1.0]),
     keep=st.floats(0, 1),
-    method=st.sampled_from([EvoPrune(), EvoPrune(depth=0.5, reuse=0.0), EvoPrune(rows=0.5)]),
+    method=st.sampled_from([EvoPrune(), EvoPrune(depth=0.5, reuse=0.0), EvoPrune(rows=1.0)]),
     full_layers=st.sampled_from([(1, 3), (), (2,)]),
     chunk_units=st.integers(1, 100),
     kernel=st.booleans(),

@@ -54,13 +54,13 @@ def test_merged_units_belong_to_a_row_of_their_frame_pair(loaded):
 
 def test_what_is_chosen_inside_the_tower_may_be_a_time_when_nothing_changed(loaded):
     fates, units = traced(loaded, budget=0.25).fates, torch.arange(144)
-    assert fates.rows == fates.chosen.sum() == 36 and fates.chosen[fates.owner].all()
+    assert fates.rows == 50 and fates.chosen.sum() == 36 and fates.chosen[fates.owner].all()
     assert torch.equal(fates.owner == units, fates.chosen)
     assert (fates.chosen & ~fates.encoded).any() and fates.all_of("merged").any()
 
 
 @pytest.mark.parametrize(
-    "method", ["evoprune", "evoprune:rows=0.5", "evoprune-merge", "reuse+divprune", "divprune", "pool"]
+    "method", ["evoprune", "evoprune:rows=1", "evoprune-merge", "reuse+divprune", "divprune", "pool"]
 )
 def test_each_unit_has_one_fate(loaded, method):
     fates = traced(loaded, budget=0.25, method=method).fates
@@ -73,7 +73,7 @@ def test_each_unit_has_one_fate(loaded, method):
     assert not (method.startswith("evoprune") and dropped.any())
 
 
-@pytest.mark.parametrize("method", ["evoprune", "evoprune:rows=0.5", "evoprune-merge"])
+@pytest.mark.parametrize("method", ["evoprune", "evoprune:rows=1", "evoprune-merge"])
 def test_the_owner_of_merged_units_has_a_dot(loaded, method):
     video = traced(loaded, budget=0.25, method=method)
     fates, panels, side = video.fates, Panels(video), 3 * 28  # pixels of a unit as drawn

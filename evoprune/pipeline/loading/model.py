@@ -18,7 +18,7 @@ from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime, weights_bytes
 from evoprune.model.memory import shortage
-from evoprune.model.precision import QUANTIZE
+from evoprune.model.quantize import kinds
 from evoprune.model.threads import use_threads
 from evoprune.model.weights import QwenVL
 from evoprune.pipeline.loading.device import DTYPES, pick_dtype
@@ -197,8 +197,8 @@ def _weights(
     mapped = stay_mapped(files, *how)
     needed = partial(needed_bytes, config, how[0], mapped=mapped)
     if short := shortage(needed(model.quantize), str(device)):
-        kinds = [kind for kind in QUANTIZE if not shortage(needed(kind), str(device))]
-        less = f", or fewer bits (quantize {kinds[0]})" if kinds else ""
+        fit = [kind for kind in kinds(device) if not shortage(needed(kind), str(device))]
+        less = f", or fewer bits (quantize {fit[0]})" if fit else ""
         raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
         weights = load_weights(config, files, *how) if files else random_model(config, *how)

@@ -28,6 +28,7 @@ from evoprune.pipeline.options import ModelOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
 from tests.loading import edit, error_of, load_model, no_network
+from tests.quantized import parameters
 from tests.tiny import CHAT_TEMPLATE, tiny_model
 
 # --- what loads ---
@@ -133,7 +134,7 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
     assert rate is None or rate >= (tokens - 1) / times.generate * 999  # without packing; to a thousandth
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quantize", parameters("none", "int8", "int4"))
 def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):

@@ -1,0 +1,17 @@
+"""Which kinds of quantisation the CPU at hand can do: some have no exact products of bytes."""
+
+import pytest
+import torch
+
+from evoprune.model.quantize import kinds
+
+KINDS = kinds(torch.device("cpu"))
+FEWEST = KINDS[0] if KINDS else "none"
+
+
+def parameters(*names: str) -> list:
+    """`names` as parameters of a test; those that do not work here are skipped."""
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(name not in ("none", *KINDS), reason=f"no {name} on this CPU"))
+        for name in names
+    ]
