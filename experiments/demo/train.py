@@ -25,7 +25,7 @@ from evoprune.vision.preprocess import patchify
 from experiments.demo.batches import ATTRIBUTES, COLUMNS, ROWS, Recipe, question_batches, vision_batches
 from experiments.demo.build import build_config, build_tokenizer, init_weights
 from experiments.demo.forward import tower
-from experiments.demo.training import Run, answer_loss, export, in_worker, learn_from, optimizers, rate
+from experiments.demo.training import Run, answer_loss, export, half_precision, in_worker, learn_from, optimizers, rate
 
 
 class Head(nn.Module):
@@ -120,7 +120,7 @@ def train_stage(run: Run, stage: int, steps: int, model, head: Head, tokenizer, 
 def vision_step(visual, head: Head, batch: tuple, learn: Callable[[torch.Tensor], None]) -> Iterator[dict]:
     """One step of stage 1; yields what to log."""
     frames, labels, (height, width) = batch
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         _, flat = tower(visual, patchify(frames), height, width)
         loss, report = head(flat, labels, height, width)
     learn(loss)
@@ -129,10 +129,10 @@ def vision_step(visual, head: Head, batch: tuple, learn: Callable[[torch.Tensor]
 
 def question_steps(model, batch: dict, learn: Callable[[torch.Tensor], None]) -> Iterator[dict]:
     """The steps of stage 2 on one batch, one a pack of questions; yields what to log of each."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         flat = look(model.model.visual, batch)
     for pack in batch["packs"]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             video = model.model.visual.merger.mlp(flat).reshape(
                 len(pack["tokens"]), -1, model.config.text_config.hidden_size
             )

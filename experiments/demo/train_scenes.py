@@ -31,7 +31,7 @@ from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batch
 from experiments.demo.scenes_labels import Head
 from experiments.demo.scenes_model import HIDDEN, keep_large, scenes_config, scenes_tokenizer
 from experiments.demo.team import Team, run_team
-from experiments.demo.training import Run, answer_loss, export, in_worker, learn_from, optimizers, rate
+from experiments.demo.training import Run, answer_loss, export, half_precision, in_worker, learn_from, optimizers, rate
 
 LOG_EVERY = 30.0  # seconds
 SIZE = 16 * 24, 32  # units a frame and frames that the finished model takes at most
@@ -164,7 +164,7 @@ class Log:
 def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
     """One step of stage 1."""
     frames, patches, units, (height, width) = batch
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         _, flat = tower(model.model.visual, patchify(frames), height, width)
         loss, right = head(flat, patches, units, height, width)
     learn(loss)
@@ -176,7 +176,7 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
     """One step of stage 2; `labels` is the weight of the auxiliary loss, and 0 freezes the tower."""
     _, height, width = batch["grid"]
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         with torch.set_grad_enabled(labels > 0):
             _, flat = tower(model.model.visual, patchify(batch["frames"]), height, width)
             seen, right = head(flat, *batch["labels"], height, width)

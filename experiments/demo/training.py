@@ -16,6 +16,11 @@ from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team
 
 
+def half_precision() -> torch.autocast:
+    """Autocast to bfloat16, or nothing on a CPU that has no products in it: there it is several times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, ...]:
     """Loss on the answers of one pack of questions.
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from evoprune.demo.scenes.asking import Question, ask
 from evoprune.demo.scenes.checking import CHECKED, CHECKED_OVER_TIME
@@ -34,7 +35,7 @@ from experiments.demo.scenes_labels import (
 from experiments.demo.scenes_lessons import lessons
 from experiments.demo.scenes_model import LARGE, keep_large, prompt, scenes_config, scenes_tokenizer
 from experiments.demo.team import run_team
-from experiments.demo.train_scenes import tower_share
+from experiments.demo.train_scenes import build, tower_share
 from experiments.demo.training import answer_loss
 from experiments.demo.validity import CELLS, rank_correlation, ranks, table
 
@@ -309,3 +310,14 @@ def test_the_tower_thaws_slowly():
     shares = [tower_share(step, recipe) for step in range(60)]
     assert set(shares[:10]) == {1.0} and shares[10] == pytest.approx(0.025) and shares[19] == pytest.approx(0.25)
     assert set(shares[29:]) == {0.5}
+
+
+def test_a_second_set_may_start_with_the_language_model_of_the_first(tmp_path):
+    first = "evoprune/demo/weights_scenes"
+    trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(first, dtype=torch.float32).state_dict()
+    model, _, tokenizer = build(tmp_path, ScenesRecipe(seed=1, reader=first))
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, trained[name])}
+    assert {name for name in trained if "language_model" in name} <= same
+    assert "model.visual.patch_embed.proj.weight" not in same
+    question = "Which way does the heart move?"
+    assert tokenizer(question).input_ids == AutoTokenizer.from_pretrained(first)(question).input_ids

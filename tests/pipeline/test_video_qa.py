@@ -344,11 +344,11 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
 
 
 def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 0.2))
+    monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 1.0))
     with closing(open_video(VideoQA(loaded).engine, CLIP)) as video:
         video.begin()
         times = video.encode().report.time_ms
-    assert times.preprocess >= 200 > times.total
+    assert times.preprocess >= 1000 > times.total
 
 
 def test_a_video_that_was_begun_and_is_not_wanted(loaded):
@@ -651,11 +651,11 @@ def test_auto_keeps_as_much_as_the_content_asks_for():
     assert pruning.budget == "auto" and pruning.args["within"] > 0
     assert round(0.05 * units) <= pruning.visual_tokens_kept <= round(0.5 * units)
     kept = []
-    for within in ("0.001", "0.3", "100"):
+    for within in ("0.001", "0.03", "100"):
         coarse = VideoQA(loaded, budget="auto", method_args={"within": within}).encode(CLIP)
         kept.append(len(coarse.encoded.kept))
     assert round(0.5 * units) >= kept[0] > kept[1] > kept[2] == round(0.05 * units)
-    exact = VideoQA(loaded, budget=0.5, method_args={"within": "0.3"}).encode(CLIP)
+    exact = VideoQA(loaded, budget=0.5, method_args={"within": "0.03"}).encode(CLIP)
     assert len(exact.encoded.kept) == kept[1]
 
 
