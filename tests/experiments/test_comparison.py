@@ -167,8 +167,9 @@ def test_the_short_table_has_no_variants_and_no_combinations():
     ]
 
 
-def test_the_short_table_in_the_docs_is_that_of_the_comparison():
-    made, page = (Path(name).read_text(encoding="utf-8") for name in ("results/comparison.md", "docs/methods.md"))
+@pytest.mark.parametrize("name", ["comparison", "comparison-scenes"])
+def test_the_short_table_in_the_docs_is_that_of_the_comparison(name):
+    made, page = (Path(file).read_text(encoding="utf-8") for file in (f"results/{name}.md", "docs/methods.md"))
     table = made.split("## In short\n")[1].split("\n## ")[0].strip().split("\n\n")[1]
     assert table.count("\n") > 20 and table in page
 

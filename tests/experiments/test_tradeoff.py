@@ -35,7 +35,7 @@ def test_a_document_is_read_as_it_was_written():
         read("# Nothing\n")
 
 
-@pytest.mark.parametrize("name", ["rivals", "comparison", "portrait", "rivals-earlier"])
+@pytest.mark.parametrize("name", ["rivals", "comparison", "comparison-scenes", "portrait", "rivals-earlier"])
 def test_the_committed_charts_are_those_of_their_documents(name, tmp_path):
     redraw([f"results/{name}.md", "-o", str(tmp_path / "a.svg")])
     assert (tmp_path / "a.svg").read_text() == Path(f"results/{name}.svg").read_text()
@@ -51,22 +51,21 @@ def test_earlier_forms_are_marked():
         name: {
             row.method for row in rows(Path(f"results/{name}.md").read_text()) if row.method.endswith("(earlier form)")
         }
-        for name in ("rivals", "comparison", "rivals-earlier")
+        for name in ("rivals", "rivals-earlier")
     }
     assert marked["rivals"] == set() and marked["rivals-earlier"] == {"evoprune (earlier form)"}
-    assert len(marked["comparison"]) == 8 and "tome (earlier form)" in marked["comparison"]
 
 
 def test_the_chart_of_a_comparison_marks_the_rows_that_its_page_marks():
-    found = words(Path("results/comparison.svg").read_text())
-    assert {"tome*", "reuse+tome"} & found == {"tome*"} and {"evoprune", "divprune", "reuse+vispruner*"} <= found
+    found = words(Path("results/rivals-earlier.svg").read_text())
+    assert {"evoprune*", "divprune", "evoprune-merge"} <= found and "divprune*" not in found
     assert any("*: measured with earlier code" in (word or "") for word in found)
     assert not any("*" in (word or "") for word in words(Path("results/rivals.svg").read_text()))
 
 
 def test_a_chart_of_marked_rows_says_so(tmp_path):
-    main(["results/comparison.md", "--method", "evoprune,tome", "-o", str(tmp_path / "a.svg")])
-    assert {"tome (earlier form)", "evoprune", "-b 0.1"} <= words((tmp_path / "a.svg").read_text())
+    main(["results/rivals-earlier.md", "--method", "evoprune,divprune", "-o", str(tmp_path / "a.svg")])
+    assert {"evoprune (earlier form)", "divprune"} <= words((tmp_path / "a.svg").read_text())
 
 
 def test_too_many_methods_are_refused(tmp_path, capsys):
