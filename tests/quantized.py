@@ -6,7 +6,7 @@ import torch
 from evoprune.model.quantize import kinds
 
 KINDS = kinds(torch.device("cpu"))
-FEWEST = KINDS[0] if KINDS else "none"
+SOME = KINDS[0] if KINDS else "none"  # a kind that works here
 
 
 def parameters(*names: str) -> list:

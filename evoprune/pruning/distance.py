@@ -4,7 +4,7 @@
 
 Unit i is selected and unit j is a candidate. p is a unit's feature minus the mean over all units of the clip, with every
 channel divided by its standard deviation, and all divided by the length of the longest. So a part that all features have in
-common, and channels that are large in all of them, change nothing (results/geometry.md). t runs from 0 to 1 over the clip.
+common, and channels that are large in all of them, change little (results/geometry.md). t runs from 0 to 1 over the clip.
 salience_j = |p_j|^2. So the more a thing stands out, the more it counts as new at another time.
 """
 
@@ -19,9 +19,7 @@ ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
 FEW = 512  # up to this number of rows, features are not projected
 AT_ONCE = 1024  # rows that have float32 copies at a time
-STILL = (
-    1e-3  # of the mean variance, added to each channel's: one that hardly varies must not count as much as the others
-)
+STILL = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
 ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
 STEP = 1 / 16384  # resolution of distances
 

@@ -13,7 +13,7 @@ from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.types import Selection
 from tests.prompts import processed
-from tests.quantized import FEWEST
+from tests.quantized import SOME
 from tests.tiny import tiny_model
 
 NAMES = [*methods.built_in(), "reuse+visionzip", "evoprune+fastv"]
@@ -51,7 +51,7 @@ def model(family: str = "qwen2_5_vl"):
 @cache
 def load(folder, default: str | None):
     """A model that was loaded under another default."""
-    return load_model(str(folder), dtype="fp32", quantize=FEWEST)
+    return load_model(str(folder), dtype="fp32", quantize=SOME)
 
 
 @cache
