@@ -281,9 +281,11 @@ def _table(outcome: Outcome, budget: float) -> str:
 
 
 def _group_table(outcome: Outcome, budget: float, groups: Sequence[str]) -> str:
-    """Accuracy in each group at a budget."""
+    """Accuracy in each group at a budget, after that with nothing pruned."""
     found = {(row["method"], row["group"]): row for row in outcome.document["rows"] if _at(row, budget)}
+    full = {row["group"]: row for row in outcome.document["rows"] if row["row"] == FULL}
     lines = [[f"-b {budget:g}", *groups], ["---"] * (len(groups) + 1)]
+    lines.append(["nothing pruned", *(_accuracy(full[group]) if group in full else "" for group in groups)])
     for row in outcome.rows(budget):
         cells = (found.get((row["method"], group)) for group in groups)
         lines.append([f"`{row['method']}`", *(_accuracy(cell) if cell else "" for cell in cells)])
