@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD
+from experiments.demo.muon import Muon
 from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team
 
@@ -75,7 +76,7 @@ def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) ->
             if params:
                 groups.append({"params": params, "lr": lr, "peak": lr, "module": number})
         if matrix:
-            made.append(torch.optim.Muon(groups, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+            made.append(Muon(groups, momentum=0.95, weight_decay=0.05))
         else:
             made.append(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01))
     return made

@@ -15,6 +15,7 @@ from evoprune.demo.scenes.drawing import render_with_map
 from evoprune.demo.scenes.happening import kinds
 from evoprune.demo.scenes.signs import CHARACTERS
 from experiments.demo.batches import ROW, packed
+from experiments.demo.muon import Muon
 from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches
 from experiments.demo.scenes_labels import (
     BLANK,
@@ -321,3 +322,21 @@ def test_a_second_set_may_start_with_the_language_model_of_the_first(tmp_path):
     assert "model.visual.patch_embed.proj.weight" not in same
     question = "Which way does the heart move?"
     assert tokenizer(question).input_ids == AutoTokenizer.from_pretrained(first)(question).input_ids
+
+
+def test_muon_is_pytorch_s_but_for_its_precision():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (64, 160), (160, 64), (64, 64))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    one = Muon([{"params": ours, "lr": 0.01}], momentum=0.95, weight_decay=0.05)
+    other = torch.optim.Muon(theirs, lr=0.01, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    first = [p.detach().clone() for p in ours]
+    for _ in range(3):
+        for p, q in zip(ours[:3], theirs[:3], strict=True):  # the last one has no gradient
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        one.step()
+        other.step()
+    for p, q, begun in zip(ours[:3], theirs[:3], first[:3], strict=True):
+        assert (p - q).norm() < 0.05 * (q - begun).norm()
+    assert torch.equal(ours[3], first[3])
