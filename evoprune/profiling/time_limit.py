@@ -123,7 +123,7 @@ class Estimate:
         self._weights = sum(weight.numel() for weight in tree.parameters()) * dtype.itemsize
         self._language = sum(weight.numel() for weight in tree.model.language_model.parameters()) * dtype.itemsize
         self._rate = EFFICIENCY * matmul_rate(dtype, device)
-        self._bytes_rate = _write_rate(device)
+        self._written, self._read = memory_rates(device)
 
     def row(self, row: Row) -> float:
         """Seconds of a turn."""
@@ -131,7 +131,7 @@ class Estimate:
         count, height, width = plan.grid
         flop = tower_flop(vision, [*plan.layers, plan.rows], count, self._tower.windows(height, width))
         flop += prefill_flop(self._config.text_config, self._prompt(row, plan.keep))
-        return flop / self._rate + (self._settings.new_tokens - 1) * self._language / self._bytes_rate
+        return flop / self._rate + (self._settings.new_tokens - 1) * self._language / self._read
 
     def _prompt(self, row: Row, tokens: int) -> int | list[tuple[int, ...]]:
         """Columns of the prompt, as `Method.prompt_work`."""
@@ -144,7 +144,7 @@ class Estimate:
     def preparing(self, kinds: Collection[str]) -> float:
         """Seconds until the first turn, with these quantisations of the weights."""
         quantized = sum(PASSES[kind] * self._language for kind in kinds if kind != "none")
-        return LIBRARIES_S + (PASSES["none"] * self._weights + quantized) / self._bytes_rate
+        return LIBRARIES_S + (PASSES["none"] * self._weights + quantized) / self._written
 
     def _plan(self, row: Row) -> EncoderPlan:
         limits, case = self._limits, row.case
@@ -155,14 +155,17 @@ class Estimate:
         return method.plan(self._tower, grid, keep_count(row.budget, grid[0] * grid[1] * grid[2]))
 
 
-def _write_rate(device: str, size: int = 2**26) -> float:
-    """Bytes a second that this machine writes into memory that is new, the best of three."""
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.ones(size, dtype=torch.uint8, device=device)
-        took.append(time.perf_counter() - start)
-    return size / min(took)
+def memory_rates(device: str, size: int = 2**26) -> tuple[float, float]:
+    """Bytes a second that this machine writes into new memory, and that it reads; each the best of three."""
+    rates = []
+    for pass_over in (lambda: torch.ones(size // 4, device=device), torch.ones(size // 4, device=device).sum):
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            pass_over().view(-1)[-1].item()  # waits for a GPU
+            took.append(time.perf_counter() - start)
+        rates.append(size / min(took))
+    return rates[0], rates[1]
 
 
 def choose_rows(rows: Sequence[Row], kinds: Sequence[str], estimate: Estimate, limit: TimeLimit) -> list[Row]:
