@@ -7,6 +7,7 @@ first turn on, the times that rows have really taken correct the estimates of th
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -123,7 +124,7 @@ class Estimate:
         self._weights = sum(weight.numel() for weight in tree.parameters()) * dtype.itemsize
         self._language = sum(weight.numel() for weight in tree.model.language_model.parameters()) * dtype.itemsize
         self._rate = EFFICIENCY * matmul_rate(dtype, device)
-        self._written, self._read = memory_rates(device)
+        self._written, self._read = _memory_rates(device)
 
     def row(self, row: Row) -> float:
         """Seconds of a turn."""
@@ -155,10 +156,11 @@ class Estimate:
         return method.plan(self._tower, grid, keep_count(row.budget, grid[0] * grid[1] * grid[2]))
 
 
-def memory_rates(device: str, size: int = 2**26) -> tuple[float, float]:
+def _memory_rates(device: str, size: int = 2**26) -> tuple[float, float]:
     """Bytes a second that this machine writes into new memory, and that it reads; each the best of three."""
     rates = []
-    for pass_over in (lambda: torch.ones(size // 4, device=device), torch.ones(size // 4, device=device).sum):
+    new = partial(torch.ones, size // 4, dtype=torch.float32, device=device)
+    for pass_over in (new, new().sum):
         took = []
         for _ in range(3):
             start = time.perf_counter()
