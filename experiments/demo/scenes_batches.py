@@ -31,6 +31,7 @@ class ScenesRecipe:
     reader: str = ""  # folder of a finished model whose language model this one starts with; empty: a new one
     processes: int = 4  # each with batches of its own
     vision_steps: int = 1600
+    match_steps: int = 400  # of the merger alone towards the visual tokens of `reader`, if there is one
     steps: int = 7000
     open_steps: int = 600  # on questions without options about small pictures, the tower frozen
     still_steps: int = 1200  # on small pictures alone

@@ -7,6 +7,9 @@ comes to mean something; short and small videos join in, and in the end frames a
 questions are lessons (`scenes_lessons`), because hard questions asked alone stayed at chance for thousands of steps. So did most
 time, until the tower had to name motion, and the language model what has become of each unit since the frame pair before.
 
+With `--reader` the language model is that of a trained model. Between the stages the merger alone then learns to make that model's
+visual tokens, because answers teach the merger of a new tower slowly.
+
 A question with options is answered with the text of an option. Its letter was tried: after thousands of questions the answers were
 as good as drawn, with the letters taught from text alone first or not, and with a head that judges each option or not.
 
@@ -35,6 +38,7 @@ from experiments.demo.training import Run, answer_loss, export, half_precision, 
 
 LOG_EVERY = 30.0  # seconds
 SIZE = 16 * 24, 32  # units a frame and frames that the finished model takes at most
+MATCH = "match"  # the stage between 1 and 2 in which the merger learns
 Learn = Callable[[torch.Tensor], None]
 
 
@@ -50,14 +54,20 @@ def build(folder: Path, recipe: ScenesRecipe):
     init_weights(head, torch.Generator().manual_seed(seed + 1))
     keep_large(model.model.visual)
     if recipe.reader:
-        trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(recipe.reader, dtype=torch.float32)
-        model.model.language_model.load_state_dict(trained.model.language_model.state_dict())
+        model.model.language_model.load_state_dict(read(recipe.reader).language_model.state_dict())
     words = folder / "tokenizer"
     if words.exists():
         return model, head, AutoTokenizer.from_pretrained(words)
     tokenizer = AutoTokenizer.from_pretrained(recipe.reader) if recipe.reader else scenes_tokenizer()
     tokenizer.save_pretrained(words)
     return model, head, tokenizer
+
+
+def read(folder: str):
+    """The trained model in `folder`, without its output layer, in float32."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model
 
 
 def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> None:
@@ -68,8 +78,9 @@ def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> Non
     if state:
         model.load_state_dict(state["modules"][0])
         head.load_state_dict(state["modules"][1])
+    stages = (1, MATCH, 2) if recipe.reader else (1, 2)
     reached = state["stage"] if state else 1
-    for stage in range(reached, 3):
+    for stage in stages[stages.index(reached) :]:
         if not train_stage(team, run, stage, model, head, tokenizer, state if stage == reached else None, end):
             return
     if team.rank == 0:
@@ -88,25 +99,25 @@ def export_checkpoint(folder: Path, recipe: ScenesRecipe, to: Path) -> None:
     export(to, model, tokenizer, *SIZE)
 
 
-def train_stage(team: Team, run: Run, stage: int, model, head: Head, tokenizer, state: dict | None, end: float) -> bool:
+def train_stage(
+    team: Team, run: Run, stage: int | str, model, head: Head, tokenizer, state: dict | None, end: float
+) -> bool:
     """One stage, from `state` if it is a checkpoint of this stage; whether it is finished."""
-    recipe, first = run.recipe, 0
-    steps = recipe.vision_steps if stage == 1 else recipe.steps
-    modules = [model.model.visual, head]
-    if stage == 2:
+    recipe, first, visual = run.recipe, 0, model.model.visual
+    steps = {1: recipe.vision_steps, MATCH: recipe.match_steps, 2: recipe.steps}[stage]
+    modules, shares = [visual, head], [1.0, 1.0]
+    if stage == MATCH:
+        modules, aim = [visual.merger.mlp], read(recipe.reader).visual
+    elif stage == 2:
         modules.append(model.model.language_model)
-    shares = (
-        [1.0, 1.0]
-        if stage == 1
-        else [recipe.tower_rate, recipe.tower_rate, recipe.reader_rate if recipe.reader else 1.0]
-    )
+        shares = [recipe.tower_rate, recipe.tower_rate, recipe.reader_rate if recipe.reader else 1.0]
     opts = optimizers(recipe, modules, shares)
     if state:
         first = state["step"] + 1
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    made = (vision_batches, recipe) if stage == 1 else (question_batches, recipe, tokenizer)
-    batches = in_worker(*made, first, team.rank)
+    made = (question_batches, recipe, tokenizer) if stage == 2 else (vision_batches, recipe)
+    batches = in_worker(*made, first + (recipe.vision_steps if stage == MATCH else 0), team.rank)
     parameters = [p for module in modules for p in module.parameters()]
     learn, log = partial(learn_from, opts=opts, parameters=parameters, team=team), Log(run, stage)
     for step in range(first, steps):
@@ -116,9 +127,11 @@ def train_stage(team: Team, run: Run, stage: int, model, head: Head, tokenizer, 
                 group["lr"] = group["peak"] * rate(step, steps, recipe) * (tower_share(step, recipe) if own else 1.0)
         if stage == 1:
             vision_step(model, head, next(batches), learn, log)
+        elif stage == MATCH:
+            match_step(visual, aim, next(batches), learn, log)
         else:
             question_step(model, head, next(batches), learn, log, 0.0 if step < recipe.open_steps else recipe.labels)
-        keep_large(model.model.visual)
+        keep_large(visual)
         last = step + 1 == steps
         late = team.any(time.monotonic() > end)
         if team.rank == 0:
@@ -139,7 +152,7 @@ def tower_share(step: int, recipe: ScenesRecipe) -> float:
 class Log:
     """Means since the last line: of losses, and of the share of right answers by group."""
 
-    def __init__(self, run: Run, stage: int):
+    def __init__(self, run: Run, stage: int | str):
         self.run, self.stage = run, stage
         self._clear()
 
@@ -171,6 +184,20 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
     log.add("loss", loss.item())
     for name, share in right.items():
         log.add(name, share)
+
+
+def match_step(visual, aim, batch: tuple, learn: Learn, log: Log) -> None:
+    """One step of the merger of `visual` towards the visual tokens of the tower `aim`."""
+    frames, _, _, (height, width) = batch
+    patches = patchify(frames)
+    with half_precision():
+        with torch.no_grad():
+            _, flat = tower(visual, patches, height, width)
+            wanted = tower(aim, patches, height, width)[0].float()
+        missed = visual.merger.mlp(flat).float() - wanted
+    loss = missed.square().sum() / (wanted - wanted.mean((0, 1))).square().sum()
+    learn(loss)
+    log.add("unexplained", loss.item())
 
 
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:

@@ -127,7 +127,7 @@ class Run:
             raise SystemExit(f"{self.checkpoint} comes from another recipe: use another folder, or remove it")
         return state
 
-    def save(self, stage: int, step: int, modules, opts, every: float = 180.0) -> None:
+    def save(self, stage: int | str, step: int, modules, opts, every: float = 180.0) -> None:
         if time.monotonic() - self.saved < every:
             return
         state = {

@@ -1,6 +1,8 @@
 """Labels, prompts and packing of the second world's training, and the table that its mix is fixed by."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,8 +38,8 @@ from experiments.demo.scenes_labels import (
 from experiments.demo.scenes_lessons import lessons
 from experiments.demo.scenes_model import LARGE, keep_large, prompt, scenes_config, scenes_tokenizer
 from experiments.demo.team import run_team
-from experiments.demo.train_scenes import build, tower_share
-from experiments.demo.training import answer_loss
+from experiments.demo.train_scenes import build, match_step, tower_share
+from experiments.demo.training import answer_loss, learn_from, optimizers
 from experiments.demo.validity import CELLS, rank_correlation, ranks, table
 
 
@@ -322,6 +324,25 @@ def test_a_second_set_may_start_with_the_language_model_of_the_first(tmp_path):
     assert "model.visual.patch_embed.proj.weight" not in same
     question = "Which way does the heart move?"
     assert tokenizer(question).input_ids == AutoTokenizer.from_pretrained(first)(question).input_ids
+
+
+def test_a_merger_learns_to_make_the_visual_tokens_of_another_model(model):
+    torch.manual_seed(1)
+    visual = Qwen2_5_VLForConditionalGeneration._from_config(scenes_config(), dtype=torch.float32).model.visual
+    before = {name: p.detach().clone() for name, p in visual.named_parameters()}
+    batch = next(vision_batches(ScenesRecipe(vision_units=64), 0))
+    opts = optimizers(ScenesRecipe(), [visual.merger.mlp])
+    for group in (group for opt in opts for group in opt.param_groups):
+        group["lr"] = group["peak"]
+    missed = []
+    learn = partial(learn_from, opts=opts, parameters=[*visual.merger.mlp.parameters()])
+    for _ in range(40):
+        match_step(
+            visual, model.model.visual, batch, learn, SimpleNamespace(add=lambda name, loss: missed.append(loss))
+        )
+    assert missed[-1] < 0.5 * missed[0]
+    changed = {name for name, p in visual.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {f"merger.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
 
 
 def test_muon_is_pytorch_s_but_for_its_precision():
