@@ -29,6 +29,17 @@ class Team:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def complete(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Gives a gradient of zeros to each parameter that has none here, but has one in another process."""
+        if self.size == 1:
+            return
+        has = [p.grad is not None for p in parameters]
+        counts = torch.tensor(has, dtype=torch.float32, device="cpu")
+        dist.all_reduce(counts)
+        for p, here, count in zip(parameters, has, counts.tolist(), strict=True):
+            if count and not here:
+                p.grad = torch.zeros_like(p)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process, the same answer in all."""
         if self.size == 1:

@@ -97,6 +97,8 @@ def learn_from(
     for optimizer in opts:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if team is not None:
+        team.complete(parameters)
     learned = [p for p in parameters if p.grad is not None]
     if team is not None:
         team.average([p.grad for p in learned])

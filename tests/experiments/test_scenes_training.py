@@ -244,14 +244,19 @@ def test_questions_are_packed_into_rows(tokenizer):
 def _average(team, folder):
     one, two = torch.full((2,), float(team.rank)), torch.full((1, 3), 10.0 * team.rank)
     team.average([one, two])
-    torch.save([one, two, team.any(team.rank == 1)], folder / f"{team.rank}.pt")
+    lonely, absent = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    if team.rank == 1:
+        lonely.grad = torch.ones(3)
+    team.complete([absent, lonely])
+    torch.save([one, two, team.any(team.rank == 1), lonely.grad, absent.grad], folder / f"{team.rank}.pt")
 
 
 def test_a_team_learns_from_the_mean_of_all(tmp_path):
     run_team(_average, 2, tmp_path)
     for rank in (0, 1):
-        one, two, flag = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        one, two, flag, lonely, absent = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert one.tolist() == [0.5, 0.5] and two.tolist() == [[5.0, 5.0, 5.0]] and flag
+        assert lonely.tolist() == [float(rank)] * 3 and absent is None
 
 
 @torch.no_grad()
