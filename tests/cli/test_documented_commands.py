@@ -7,6 +7,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.pruning.budget import parse_budget_or_name
 from evoprune_cli.main import ParserError, app
+from experiments.demo.scenes_batches import ScenesRecipe
 from tests.cli.test_readme import PAGES, ROOT
 
 GROUP = get_command(app)
@@ -93,12 +95,15 @@ def check(name: str, choices: list[str], given: object) -> None:
 
 
 def missing_options(arguments: list[str]) -> list[str]:
-    """Options of `python -m MODULE ...` that are no text in the module."""
+    """Options of `python -m MODULE ...` that are no text in the module, nor made from the fields of a recipe."""
     name, *rest = arguments
     path = ROOT / name.replace(".", "/")
     source = next(file for file in (path.with_suffix(".py"), path / "__main__.py") if file.exists())
     own = rest[: rest.index("--")] if "--" in rest else rest
-    return [word for word in own if re.match("--?[a-z]", word) and f'"{word}"' not in source.read_text("utf-8")]
+    known = source.read_text("utf-8")
+    if "asdict(ScenesRecipe())" in known:
+        known += " ".join(f'"--{field.name.replace("_", "-")}"' for field in fields(ScenesRecipe))
+    return [word for word in own if re.match("--?[a-z]", word) and f'"{word}"' not in known]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
