@@ -54,7 +54,7 @@ def build(folder: Path, recipe: ScenesRecipe):
     init_weights(head, torch.Generator().manual_seed(seed + 1))
     keep_large(model.model.visual)
     if recipe.reader:
-        model.model.language_model.load_state_dict(read(recipe.reader).language_model.state_dict())
+        model.model.language_model.load_state_dict(trained(recipe.reader).language_model.state_dict())
     words = folder / "tokenizer"
     if words.exists():
         return model, head, AutoTokenizer.from_pretrained(words)
@@ -63,7 +63,7 @@ def build(folder: Path, recipe: ScenesRecipe):
     return model, head, tokenizer
 
 
-def read(folder: str):
+def trained(folder: str):
     """The trained model in `folder`, without its output layer, in float32."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -107,7 +107,7 @@ def train_stage(
     steps = {1: recipe.vision_steps, MATCH: recipe.match_steps, 2: recipe.steps}[stage]
     modules, shares = [visual, head], [1.0, 1.0]
     if stage == MATCH:
-        modules, aim = [visual.merger.mlp], read(recipe.reader).visual
+        modules, aim = [visual.merger.mlp], trained(recipe.reader).visual
     elif stage == 2:
         modules.append(model.model.language_model)
         shares = [recipe.tower_rate, recipe.tower_rate, recipe.reader_rate if recipe.reader else 1.0]

@@ -99,9 +99,8 @@ def learn_from(
     loss.backward()
     if team is not None:
         team.complete(parameters)
+        team.average([p.grad for p in parameters if p.grad is not None])
     learned = [p for p in parameters if p.grad is not None]
-    if team is not None:
-        team.average([p.grad for p in learned])
     nn.utils.clip_grad_norm_(learned, 1.0)
     for optimizer in opts:
         optimizer.step()

@@ -35,7 +35,19 @@ def test_a_document_is_read_as_it_was_written():
         read("# Nothing\n")
 
 
-@pytest.mark.parametrize("name", ["rivals", "comparison", "comparison-scenes", "portrait", "rivals-earlier"])
+CHARTS = (
+    "rivals",
+    "rivals-earlier",
+    "portrait",
+    "comparison",
+    "comparison-scenes",
+    "default-scenes",
+    "default-scenes-second",
+    "default-shapes",
+)
+
+
+@pytest.mark.parametrize("name", CHARTS)
 def test_the_committed_charts_are_those_of_their_documents(name, tmp_path):
     redraw([f"results/{name}.md", "-o", str(tmp_path / "a.svg")])
     assert (tmp_path / "a.svg").read_text() == Path(f"results/{name}.svg").read_text()
