@@ -6,7 +6,8 @@ about the demo's clips, once in every model given. Each model's run has a folder
 
 Within a budget every row is paired with the best one. A row is a tie if the 95% interval of the difference, over videos, includes
 zero. The best row is the best of many on the same answers, so its accuracy is a little too high. At equal cost every row of another
-method is paired with the most expensive row of `evoprune` that costs no more. That row is found by the costs alone.
+method is paired with the most expensive row of `evoprune` that costs no more. That row is found by the costs alone. Methods that
+cost much are matched fairly only if `evoprune` also runs at larger budgets: `--equal-cost` gives it some that no other row has.
 """
 
 import argparse
@@ -73,9 +74,12 @@ def compare(
     seed: int = 0,
     limit: int = CLIPS,
     processes: int = 1,
+    alone: Sequence[float] = (),
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Outcome]:
     """Every method of `names`, by default all rows, at every budget in every model, one model after another.
+
+    `evoprune` alone also runs at the budgets `alone`, for the pairs at equal cost.
 
     Raises:
         EvopruneError: what `measure` raises.
@@ -92,10 +96,15 @@ def compare(
         model=ModelOptions(dtype="fp32"),  # as the demo's own; all that know its clips are as small
         timed=True,
     )
-    return [
-        measure(replace(settings, model=replace(settings.model, model=model)), folder, processes, progress)
-        for model in models
-    ]
+    made = []
+    for model in models:
+        mine = replace(settings, model=replace(settings.model, model=model))
+        outcome = measure(mine, folder, processes, progress)
+        if alone:
+            more = replace(mine, budgets=tuple(alone), methods=(OURS,))
+            outcome = outcome.with_rows_of(measure(more, folder / "equal-cost", processes, progress))
+        made.append(outcome)
+    return made
 
 
 def _print_progress(what: str) -> None:
@@ -108,6 +117,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", action="append", help="folder, hub id or demo; may be given several times")
     parser.add_argument("--method", help="some methods instead of all, separated by commas")
     parser.add_argument("-b", "--budget", default=",".join(map(str, BUDGETS)), help="default: %(default)s")
+    parser.add_argument(
+        "--equal-cost", default="", metavar="BUDGETS", help=f"more budgets of {OURS}, for the pairs at equal cost alone"
+    )
     parser.add_argument("--world", default=WORLDS[0], choices=WORLDS, help="default: %(default)s")
     parser.add_argument("--split", default=SPLITS[0], choices=SPLITS, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="block of clips (default: %(default)s)")
@@ -120,10 +132,13 @@ def main(args: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(given)
     try:
         budgets = list(dict.fromkeys(parse_budget(text) for text in asked.budget.split(",")))
-        if max(budgets) == 1 or len(budgets) > len(COLOURS) or min(asked.limit, asked.processes) < 1:
+        alone = [parse_budget(text) for text in asked.equal_cost.split(",") if text]
+        if max(budgets + alone) == 1 or len(budgets) > len(COLOURS) or min(asked.limit, asked.processes) < 1:
             raise UsageError(
                 "budgets are shares below 1, at most six; clips and processes one or more", "for example -b 0.5,0.1"
             )
+        if set(alone) & set(budgets):
+            raise UsageError("--equal-cost repeats a budget of -b", "name other budgets, for example 0.75,0.5")
         for path in (asked.table, asked.chart):
             if not path.parent.is_dir():
                 raise UsageError(f"cannot write {path}", "name a file in an existing folder")
@@ -131,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> None:
             list(dict.fromkeys(asked.model or [DEMO])), budgets, asked.output,
             names=asked.method and list(dict.fromkeys(asked.method.split(","))),
             world=asked.world, split=asked.split, seed=asked.seed, limit=asked.limit,
-            processes=asked.processes, progress=_print_progress,
+            processes=asked.processes, alone=alone, progress=_print_progress,
         )  # fmt: skip
     except EvopruneError as problem:
         parser.exit(problem.exit_code, f"error: {problem.message}\nhint: {problem.hint}\n")

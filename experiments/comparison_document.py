@@ -1,6 +1,6 @@
 """Reads a document of `experiments.comparison`, and draws its chart again where the runs themselves are gone.
 
-python -m experiments.comparison_document results/rivals.md -o results/rivals.svg
+python -m experiments.comparison_document results/comparison.md -o results/comparison.svg
 """
 
 import argparse

@@ -72,6 +72,12 @@ class Outcome:
         found = [row for row in self.document["rows"] if _at(row, budget) and row["group"] == ALL]
         return sorted(found, key=lambda row: -row["accuracy"])
 
+    def with_rows_of(self, other: "Outcome") -> "Outcome":
+        """This one, and the rows and samples of the methods of another, which asked the same questions of the same model."""
+        rows = [row for row in other.document["rows"] if row["row"] == METHOD]
+        samples = [sample for sample in other.samples if sample.get("row") == METHOD]
+        return Outcome(self.name, self.document | {"rows": self.document["rows"] + rows}, self.samples + samples)
+
 
 def standings(samples: Sequence[dict], budget: float) -> dict[str, Standing]:
     """Of each method at a budget, by name. The best has most right answers; of several, it is the first."""
@@ -257,7 +263,7 @@ def _of_model(outcome: Outcome, budgets: Sequence[float]) -> list[str]:
     if others := against_ours(outcome, budgets):
         blocks += [f"### `{OURS}` minus each other row at the same budget", others]
     if matches := equal_cost(outcome):
-        blocks += ["### At equal cost", COST_LEGEND, _cost_table(matches, _apart(outcome))]
+        blocks += ["### At equal cost", COST_LEGEND, _all_of_ours(outcome), _cost_table(matches, _apart(outcome))]
     groups = dict.fromkeys(row["group"] for row in outcome.document["rows"])
     if columns := [group for group in groups if group != ALL and not group.startswith(TYPE)]:
         tables = (_group_table(outcome, budget, columns) for budget in budgets)
@@ -309,6 +315,14 @@ def _world(outcome: Outcome) -> str:
 
 def _apart(outcome: Outcome) -> tuple[str, ...]:
     return APART[_world(outcome)]
+
+
+def _all_of_ours(outcome: Outcome) -> str:
+    rows = [r for r in outcome.document["rows"] if r["row"] == METHOD and r["group"] == ALL and r["method"] == OURS]
+    return "\n".join(
+        f"- `{row['name']}` keeps {_kept(row)}% with {row['tflop_3b']:.3g} TFLOP"
+        for row in sorted(rows, key=lambda row: -row["budget"])
+    )
 
 
 def _cost_table(matches: Sequence[Match], apart: Sequence[str]) -> str:

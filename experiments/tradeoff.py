@@ -1,8 +1,8 @@
 """What each method keeps against what it costs, as a chart.
 
-    python -m experiments.tradeoff results/rivals.md -o results/tradeoff.svg
+    python -m experiments.tradeoff results/default-scenes.md -o results/tradeoff.svg
 
-It reads a document of `experiments.comparison`, and the first table of `evoprune profile` in a document of benchmarks. The left
+It reads a document of `experiments.comparison`, and the first table of first tokens in a document of benchmarks. The left
 panel has the operations of tower and prefill at 3B dimensions, which every row has. The right panel has the first token as it was
 measured. A method that acts after the encoder was not timed: it stands at the measured bound, which leaves out its selection.
 """
@@ -24,6 +24,7 @@ from experiments.comparison_document import read
 # Dark enough for labels of 11 pixels on white; the first is `evoprune`'s.
 COLOURS = ("#0072B2", "#C24A00", "#00785A", "#A6457E", "#7D5F00", "#4B4B4B", "#6A4FB3", "#2F7D8C")
 EARLIER = " (earlier form)"
+FASTER = "times as fast as Hugging Face"
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,16 @@ def rows(document: str) -> list[Row]:
 
 
 def first_tokens(document: str) -> dict[str, float]:
-    """The first token of each row as percent of Hugging Face's, by the row's name, from the first table with methods.
+    """The first token of each row as percent of Hugging Face's, by the row's name, from the first table with that ratio.
 
     Raises:
         UsageError: there is no such table.
     """
-    for block in re.findall(r"```text\n(.*?)```", document, re.S):
-        if "first token  vs HF" in block and re.search(r"^evoprune -b", block, re.M):
-            head = block.partition("\n\n")[2].partition("\n\n")[0]  # the table of times
-            lines = re.findall(r"^((?:evoprune|bound) -b [\d.]+|budget 1\.0) .*?([\d.]+)x", head, re.M)
-            return {name: 100 / float(ratio) for name, ratio in lines}
-    raise UsageError("the document has no table of times", "name one with what evoprune profile prints")
+    for table in re.findall(r"(?:^\|.*\n)+", document, re.M):
+        titles, _, *lines = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines())
+        if FASTER in titles:
+            return {line[0]: 100 / float(line[titles.index(FASTER)]) for line in lines}
+    raise UsageError("the document has no table of times", f"name one with a column {FASTER!r}")
 
 
 def frontier(points: Sequence[Point]) -> tuple[Point, ...]:
@@ -105,7 +105,7 @@ def chart(found: Sequence[Row], times: Mapping[str, float]) -> str:
     budgets = ", ".join(f"{budget:g}" for budget in sorted({row.budget for row in found}))
     facts = (
         f"Each line: -b {budgets}, from left to right, with 95% intervals. Dashed: the frontier, which no row beats in both. "
-        "Accuracy: the demo model on its own clips. Times: 8 moving frames, bf16, 2 CPU threads. Methods after the encoder were "
+        "Accuracy: a demo model on its own clips. Times: 8 moving frames, fp32, 4 CPU threads. Methods after the encoder were "
         "not timed: they stand where a selection that takes no time would put them. Methods that are not drawn may tie with these."
     )
     return draw("Accuracy kept against cost", facts, panels, legend=False)

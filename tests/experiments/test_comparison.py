@@ -259,12 +259,25 @@ def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monk
     assert len(seen) == 10 and table.read_text() == text
 
 
+def test_more_budgets_of_ours_are_paired_at_equal_cost_and_appear_nowhere_else(asked):
+    _, args, table, picture = asked
+    main([*args, "--method", "evoprune,random", "--equal-cost", "0.5,0.25"])
+    text = table.read_text()
+    before, equal = text.split("### At equal cost\n")
+    rows = [line for line in equal.splitlines() if line.startswith("- `evoprune -b ")]
+    assert [row.split("`")[1] for row in rows] == ["evoprune -b 0.5", "evoprune -b 0.25", "evoprune -b 0.1"]
+    paired = next(line for line in equal.splitlines() if line.startswith("| `random -b 0.1`"))
+    assert "| `evoprune -b 0.25` |" in paired or "| `evoprune -b 0.5` |" in paired
+    assert "-b 0.5" not in before.split("## In short")[1] and "-b 0.5" not in picture.read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         (["-b", "2"], "budget '2'"), (["-b", "1"], "shares below 1"), (["--limit", "0"], "one or more"),
         (["--table", "nowhere/a.md"], "cannot write"), (["--split", "magic"], "invalid choice"),
-        (["--model", "/no/such"], "no/such"),
+        (["--model", "/no/such"], "no/such"), (["--equal-cost", "0.5,0.1"], "repeats a budget"),
+        (["--equal-cost", "1"], "shares below 1"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(asked, capsys, more, says):
