@@ -134,7 +134,8 @@ def _head(title: str, subtitle: str, panels: Sequence[Panel], width: int) -> tup
     """Title, subtitle and legend, each in as many lines as it needs; and where the plots begin."""
     elements, y = [], 16
     for words, size, fill, weight in ((title, 17, INK, 600), (subtitle, 12, SOFT, 400)):
-        for line in textwrap.wrap(words, int((width - 2 * EDGE) / (LETTER * size / 12))):
+        letter = LETTER * size / 12 * (1.1 if weight > 400 else 1.0)  # bold letters are wider
+        for line in textwrap.wrap(words, int((width - 2 * EDGE) / letter)):
             y += round(1.35 * size)
             elements.append(text(EDGE, y, line, fill=fill, size=size, weight=weight))
     x, y = EDGE, y + 26
