@@ -31,13 +31,16 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
-        yield from pool.map(_do, jobs)
+        # Not `pool.map`: it cancels what is left after a failure, and the thread that ends a broken pool fails on a cancelled job
+        # (Python 3.11). That thread would neither end the other processes nor wait for them.
+        for result in [pool.submit(_do, job) for job in jobs]:
+            yield result.result()
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def _begin(start: Callable[[], Work]) -> None:

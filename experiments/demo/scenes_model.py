@@ -51,12 +51,15 @@ def prompt(question: Question) -> str:
     return Row("", (), (), question.question, options=question.options).prompt
 
 
-def scenes_tokenizer():
-    """As that of shapes, trained on the questions of scenes. What signs say is left out, so they are read letter by letter."""
+def scenes_tokenizer(clips: int = 1200):
+    """As that of shapes, trained on the questions of so many clips of scenes.
+
+    What signs say is left out, so they are read letter by letter.
+    """
 
     def texts() -> Iterator[str]:
         yield " ".join(CHARACTERS)
-        for seed in range(1200):
+        for seed in range(clips):
             clip = make_clip("train", seed)
             written = {t.text for t in clip.signs} | {t.after for t in clip.signs}
             for q in ask(clip, np.random.default_rng(seed), 8, kinds(clip)):

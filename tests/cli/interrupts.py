@@ -1,8 +1,8 @@
-"""Signals at chosen moments of commands: `python -m tests.cli.interrupts FOLDER COUNT`.
+"""Signals at chosen moments of a command: `python -m tests.cli.interrupts ask|batch|eval FOLDER COUNT`.
 
-A moment is a call of a function of this program in the main thread. The first run of a command counts them, the others get a signal
-at one of COUNT moments spread over them; the last of these is then gone on with, where that is possible. Every run is a copy of
-this process, which has imported everything before. Prints one JSON object a run.
+A moment is a call of a function of this program in the main thread. The first run counts them, the others get a signal at one of
+COUNT moments spread over them; the last of these is then gone on with, where that is possible. Every run is a copy of this process,
+which has imported everything before. Prints one JSON object a run.
 """
 
 import atexit
@@ -27,25 +27,25 @@ MARK = "EVOPRUNE_MOMENT"  # in the environment of a run and of all that it start
 OURS = tuple(f"{Path(__file__).parents[2] / package}{os.sep}" for package in ("evoprune", "evoprune_cli"))
 
 
-def main(folder: Path, count: int) -> None:
+def main(command: str, folder: Path, count: int) -> None:
     import torch
 
     import evoprune_cli.main  # noqa: F401
 
     torch.set_num_threads(1)
-    for command, (words, again) in COMMANDS.items():
-        moments = tell(command, run(folder / command / "whole", words))
-        for how in SIGNALS:
-            for number in range(count):
-                place = folder / command / how / str(number)
-                moment = moments * 97 * (2 * number + 1) // (200 * count)  # no two runs have quite the same
-                tell(command, run(place, words, how, moment), how, moment)
-            if again:
-                tell(command, run(place, again))
+    words, again = COMMANDS[command]
+    moments = tell(run(folder / "whole", words))
+    for how in SIGNALS:
+        for number in range(count):
+            place = folder / how / str(number)
+            moment = moments * 97 * (2 * number + 1) // (200 * count)  # no two runs have quite the same
+            tell(run(place, words, how, moment), how, moment)
+        if again:
+            tell(run(place, again))
 
 
-def tell(command: str, found: dict, how: str | None = None, moment: int | None = None) -> int:
-    print(json.dumps({"command": command, "signal": how, "moment": moment} | found), flush=True)
+def tell(found: dict, how: str | None = None, moment: int | None = None) -> int:
+    print(json.dumps({"signal": how, "moment": moment} | found), flush=True)
     return found["moments"]
 
 
@@ -114,4 +114,4 @@ def left(mark: str, patience_s: float = 20.0) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -45,7 +45,7 @@ def test_ask(tiny, name):
         assert kept == 24 or (name not in EXACT and 12 <= kept < 24)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PAIRS])
+@pytest.mark.parametrize("name", ["evoprune", *(name for name in NAMES if methods.get(name).reads_question), *PAIRS])
 def test_batch(tiny, name, tmp_path):
     out = tmp_path / "out.jsonl"
     rows = ("-Q", "What happens?", "-Q", "How many shapes are there?")

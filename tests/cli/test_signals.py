@@ -17,30 +17,27 @@ RECORDS = {"batch": "out.jsonl", "eval": "run/samples.jsonl"}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
-def runs_of(folder: Path, count: int) -> list[dict]:
-    """What `moments` tells of every run."""
+def check(command: str, folder: Path, count: int) -> None:
+    """Signals at so many moments, and whole runs: those that nobody disturbed, and those that went on where one was cut short."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cli.interrupts", str(folder), str(count)],
+        [sys.executable, "-m", "tests.cli.interrupts", command, str(folder), str(count)],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr.decode()
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return runs_of(tmp_path_factory.mktemp("signals"), 3)
-
-
-def check(runs: list[dict], command: str, how: str, count: int) -> None:
-    mine = [run for run in runs if run["command"] == command and run["signal"] == how]
-    assert len({run["moment"] for run in mine}) == count
-    for run in mine:
-        assert (run["code"], run["moments"]) == (CODES[how], run["moment"]), run
+    runs = [json.loads(line) for line in done.stdout.splitlines()]
+    for run in runs:
+        assert run["code"] == CODES[run["signal"]] and run["moment"] in (None, run["moments"]), run
         check_end(run)
+    for how in SIGNALS:
+        assert len({run["moment"] for run in runs if run["signal"] == how}) == count
+    whole = [Path(run["folder"]) for run in runs if run["signal"] is None]
+    assert len(whole) == (1 if command == "ask" else 3)
+    if command in RECORDS:
+        lines = [len((folder / RECORDS[command]).read_bytes().splitlines()) for folder in whole]
+        assert lines == lines[:1] * 3 and lines[0] > 3
 
 
 def check_end(run: dict) -> None:
@@ -55,27 +52,15 @@ def check_end(run: dict) -> None:
             json.loads(path.read_text())
 
 
-def check_whole(runs: list[dict], command: str) -> None:
-    """Runs that nobody disturbed, and those that went on where another was cut short."""
-    mine = [run for run in runs if run["command"] == command and run["signal"] is None]
-    assert len(mine) == (1 if command == "ask" else 3)
-    for run in mine:
-        assert run["code"] == 0, run
-        check_end(run)
-    if command in RECORDS:
-        lines = [len((Path(run["folder"]) / RECORDS[command]).read_bytes().splitlines()) for run in mine]
-        assert lines == lines[:1] * 3 and lines[0] > 3
-
-
-@pytest.mark.parametrize("how", SIGNALS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_signals(few, command, how):
-    check(few, command, how, 3)
+def test_signals_at_three_moments(tmp_path, command):
+    check(command, tmp_path, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_left_can_be_gone_on_with(few, command):
-    check_whole(few, command)
+def test_signals_at_a_hundred_moments(tmp_path, command):
+    check(command, tmp_path, 100)
 
 
 LOST = """
@@ -107,12 +92,3 @@ def test_a_signal_where_nothing_can_be_raised(how, then_s):
     command = [sys.executable, "-c", program, how, str(then_s)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[how], b"", b"")  # `run` alone
-
-
-@pytest.mark.slow
-def test_a_hundred_moments(tmp_path):
-    runs = runs_of(tmp_path, 100)
-    for command in COMMANDS:
-        check_whole(runs, command)
-        for how in SIGNALS:
-            check(runs, command, how, 100)

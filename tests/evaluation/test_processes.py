@@ -1,7 +1,13 @@
 """Jobs shared out over processes."""
 
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from evoprune.evaluation.processes import map_in_processes
 
 SCRIPT = """
 import time
@@ -26,3 +32,42 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     assert [parent.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
     parent.kill()
     assert parent.communicate(timeout=30)[0] == ""  # the output ends once no process holds it
+
+
+def cannot_start():
+    raise ValueError("no model here")
+
+
+def double():
+    return _doubled
+
+
+def _doubled(job):
+    if job == 5:
+        raise ValueError("job 5")
+    return [{"job": 2 * job}]
+
+
+# The thread that ends a pool runs beside this one: an error in it shows in a few of many failures, and as a warning alone.
+@pytest.mark.filterwarnings("error")
+def test_a_failure_at_the_start_ends_all_processes():
+    before = set(multiprocessing.active_children())
+    for _ in range(6):
+        with pytest.raises(BrokenProcessPool):
+            list(map_in_processes(cannot_start, range(2000), 2))
+        assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("fails", [False, True], ids=["closed", "failed"])
+def test_results_come_in_order_and_no_process_stays(fails):
+    before, made = set(multiprocessing.active_children()), []
+    each = map_in_processes(double, range(100), 2)
+    if fails:
+        with pytest.raises(ValueError, match="job 5"):
+            made.extend(each)
+    else:
+        made.extend(next(each) for _ in range(5))
+        each.close()
+    assert made == [[{"job": 2 * job}] for job in range(5)]
+    assert set(multiprocessing.active_children()) <= before

@@ -45,7 +45,7 @@ from experiments.demo.validity import CELLS, rank_correlation, ranks, table
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return scenes_tokenizer()
+    return scenes_tokenizer(clips=100)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +341,7 @@ def test_a_merger_learns_to_make_the_visual_tokens_of_another_model(model):
         group["lr"] = group["peak"]
     missed = []
     learn = partial(learn_from, opts=opts, parameters=[*visual.merger.mlp.parameters()])
-    for _ in range(40):
+    for _ in range(15):
         match_step(
             visual, model.model.visual, batch, learn, SimpleNamespace(add=lambda name, loss: missed.append(loss))
         )

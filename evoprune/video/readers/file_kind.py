@@ -85,9 +85,11 @@ def unknown_to_ffmpeg(path: str) -> VideoError | None:
 
 
 def _head(path: str) -> bytes:
-    """The first bytes of a file; none if it is not a file that can be read."""
+    """The first bytes of a file; none if it is empty, or no file that can be read."""
     try:
-        if not os.path.isfile(path):
+        if not os.path.isfile(path) or not os.path.getsize(
+            path
+        ):  # an empty one may be a device that waits (/proc/kmsg)
             return b""
         with open(path, "rb") as file:
             return file.read(HEAD)
