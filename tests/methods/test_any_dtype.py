@@ -180,7 +180,9 @@ def test_at_full_budget_the_tower_under_autocast_is_hugging_faces(family, half):
     assert moved(made, theirs) < 1.5 * moved(theirs, exact) < 0.02
 
 
-@pytest.mark.parametrize(("name", "half"), [*((name, "bf16") for name in ALONE), ("evoprune", "fp16"), ("tome", "fp16")])
+@pytest.mark.parametrize(
+    ("name", "half"), [*((name, "bf16") for name in ALONE), ("evoprune", "fp16"), ("tome", "fp16")]
+)
 def test_autocast_moves_the_logits_no_further_than_hugging_faces_own(name, half):
     """Where the rows, which are rounded, still lead to the same choice; among nearly equal rows they may not."""
     exact, columns = logits(name, 0.25)
