@@ -6,15 +6,18 @@ import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
-from evoprune.errors import PluginWarning
+from evoprune.errors import EvopruneError, OutOfMemory, PluginWarning
+from evoprune.model.limits import oom_kills
 
 Work = Callable[[Any], list[dict]]
 
-_work: Work  # of this process
+_work: Work  # of this process; it raises what its beginning raised
 
 
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
@@ -25,22 +28,35 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
         processes: how many.
 
     Raises:
-        BrokenProcessPool: `start` raised in a process. Whatever a job raises.
+        OutOfMemory: the system ended a process, because memory ran out.
+        EvopruneError: a process crashed, or was killed.
+        Whatever `start` or a job raises.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    others = set(multiprocessing.active_children())
+    others, killed = set(multiprocessing.active_children()), oom_kills()
     pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
         # Not `pool.map`: it cancels what is left after a failure, and the thread that ends a broken pool fails on a cancelled job
         # (Python 3.11). That thread would neither end the other processes nor wait for them.
         for result in [pool.submit(_do, job) for job in jobs]:
             yield result.result()
-    except BaseException:
+    except BaseException as problem:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
+        if isinstance(problem, BrokenProcessPool):
+            raise _ended(processes, oom_kills() > killed) from problem
         raise
     finally:
         pool.shutdown()
+
+
+def _ended(processes: int, by_system: bool) -> EvopruneError:
+    if by_system:
+        hint = "fewer processes (--processes), or a smaller model"
+        return OutOfMemory(f"out of memory: the system ended one of {processes} processes", hint)
+    return EvopruneError(
+        f"one of {processes} processes crashed, or was killed", "one process (--processes 1) tells more"
+    )
 
 
 def _begin(start: Callable[[], Work]) -> None:
@@ -48,7 +64,14 @@ def _begin(start: Callable[[], Work]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", PluginWarning)  # the parent has printed them
-    _work = start()
+    try:
+        _work = start()
+    except Exception as problem:  # raised here, the pool would print it with its traceback, and report a broken pool
+        _work = partial(_raise, problem)
+
+
+def _raise(problem: Exception, _: Any) -> list[dict]:
+    raise problem
 
 
 def _end_with_parent() -> None:

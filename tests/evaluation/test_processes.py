@@ -1,12 +1,14 @@
 """Jobs shared out over processes."""
 
 import multiprocessing
+import os
 import subprocess
 import sys
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
+from evoprune.errors import EvopruneError, ModelError, OutOfMemory
+from evoprune.evaluation import processes
 from evoprune.evaluation.processes import map_in_processes
 
 SCRIPT = """
@@ -35,7 +37,31 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path):
 
 
 def cannot_start():
-    raise ValueError("no model here")
+    raise ModelError("no model here", "look elsewhere")
+
+
+def crashes():
+    os._exit(3)
+
+
+# The thread that ends a pool runs beside this one: an error in it shows in a few of many failures, and as a warning alone.
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("start", "code", "message"), [(cannot_start, 4, "no model here"), (crashes, 1, "one of 2 ")])
+def test_a_failure_at_the_start_ends_all_processes(start, code, message, capfd):
+    before = set(multiprocessing.active_children())
+    for _ in range(6):
+        with pytest.raises(EvopruneError, match=message) as caught:
+            list(map_in_processes(start, range(2000), 2))
+        assert caught.value.exit_code == code and caught.value.hint
+        assert set(multiprocessing.active_children()) <= before
+    assert capfd.readouterr().err == ""
+
+
+def test_the_system_ends_a_process_that_takes_too_much_memory(monkeypatch):
+    kills = iter((5, 6))
+    monkeypatch.setattr(processes, "oom_kills", lambda: next(kills))
+    with pytest.raises(OutOfMemory, match="one of 2 processes"):
+        list(map_in_processes(crashes, range(10), 2))
 
 
 def double():
@@ -46,16 +72,6 @@ def _doubled(job):
     if job == 5:
         raise ValueError("job 5")
     return [{"job": 2 * job}]
-
-
-# The thread that ends a pool runs beside this one: an error in it shows in a few of many failures, and as a warning alone.
-@pytest.mark.filterwarnings("error")
-def test_a_failure_at_the_start_ends_all_processes():
-    before = set(multiprocessing.active_children())
-    for _ in range(6):
-        with pytest.raises(BrokenProcessPool):
-            list(map_in_processes(cannot_start, range(2000), 2))
-        assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.filterwarnings("error")

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import pickle
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 from evoprune.batch.rows import Row
-from evoprune.errors import OutOfMemory, UsageError
+from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.evaluation import frames as evaluation_frames
 from evoprune.evaluation import run as evaluation_run
 from evoprune.evaluation.cost import COST_MODEL
@@ -285,7 +284,7 @@ def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):
     run.load()
     run.settings = settings  # whose model the processes cannot load
     before = set(multiprocessing.active_children())
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(ModelError, match="gone"):
         run.run(processes=2)
     assert set(multiprocessing.active_children()) <= before
 
