@@ -180,7 +180,7 @@ def vision_sizes(config) -> VisionConfig:
     """The config of a tower, from ours or that of transformers. Raises ValueError as `parse_vision`."""
     if isinstance(config, VisionConfig):
         return config
-    return parse_vision(config.to_dict(), config.model_type.removesuffix("_vision"))
+    return parse_vision(vars(config), config.model_type.removesuffix("_vision"))
 
 
 def check_vision(v: VisionConfig) -> None:

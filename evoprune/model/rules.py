@@ -9,6 +9,7 @@ used has a rule, so that a bad one is named here, and does not become a crash or
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
@@ -73,12 +74,9 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
     Raises:
         ValueError: a value is not what its rule says; it names the entry as `where`.NAME.
     """
-    rules = {
-        name: hint.__metadata__[0] for name, hint in get_type_hints(cls, include_extras=True).items() if _has_rule(hint)
-    }
     return {
         name: rule.check(content[name], f"{where}.{name}" if where else name)
-        for name, rule in rules.items()
+        for name, rule in _rules(cls).items()
         if content.get(name) is not None
     }
 
@@ -96,5 +94,9 @@ def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
     return cls(**found)
 
 
-def _has_rule(hint: Any) -> bool:
-    return isinstance(getattr(hint, "__metadata__", (None,))[0], Rule)
+@cache
+def _rules(cls: type) -> dict[str, Rule]:
+    """The rules of a dataclass, by the names of its fields."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
+    return {name: rule for name, rule in found.items() if isinstance(rule, Rule)}

@@ -1,5 +1,6 @@
 """Runs the command line inside this process, so that a test costs no import of torch."""
 
+import functools
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import typer.main
 
 from evoprune_cli.main import run
 from tests.cli.screen import Screen
@@ -14,6 +16,9 @@ from tests.recipes import keep_recipe
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
 from tests.tuned import mark_as_seen
+
+# Typer makes the parser of every command anew for every call.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 
 @dataclass

@@ -53,8 +53,8 @@ def check_end(run: dict) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_signals_at_three_moments(tmp_path, command):
-    check(command, tmp_path, 3)
+def test_signals_at_two_moments(tmp_path, command):
+    check(command, tmp_path, 2)
 
 
 @pytest.mark.slow

@@ -18,11 +18,16 @@ CLIPS = 700
 
 
 @cache
+def clip_of(seed: int) -> Clip:
+    return make_clip("validation", seed)
+
+
+@cache
 def asked() -> list[tuple[Clip, Question]]:
     """Six questions about each of many clips, as an evaluation asks them."""
     made = []
     for seed in range(CLIPS):
-        clip = make_clip("validation", seed)
+        clip = clip_of(seed)
         made += [(clip, q) for q in ask(clip, np.random.default_rng(seed), 6, kinds(clip))]
     return made
 
@@ -30,7 +35,7 @@ def asked() -> list[tuple[Clip, Question]]:
 @cache
 def of_type(type: str) -> list[tuple[Clip, Question]]:
     """All that can be asked of a type about some clips."""
-    clips = (make_clip("validation", seed) for seed in range(200))
+    clips = map(clip_of, range(200))
     fitting = ((clip, found[type]) for clip in clips if type in (found := kinds(clip)))
     made = [(clip, q) for clip, kind in fitting for q in ask(clip, np.random.default_rng(clip.seed), 9, {type: kind})]
     assert len(made) > 10
@@ -93,7 +98,7 @@ def test_some_questions_about_videos_are_about_a_flash():
 def test_all_types_can_be_asked(first, types):
     rng, found = np.random.default_rng(0), set()
     for seed in range(first, 400, 2):
-        clip = make_clip("validation", seed)
+        clip = clip_of(seed)
         found |= {name for name, kind in kinds(clip).items() if name not in found and kind.make(clip, rng)}
     assert found == types
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from evoprune.video.frames import read_frames
 
@@ -71,8 +72,9 @@ def write_video(
             # FFmpeg's flip comes after its (anticlockwise) rotation, so it undoes a turn of the opposite direction.
             stream.set_display_rotation(rotation if mirrored else -rotation, hflip=mirrored)
         sound = out.add_stream("aac", rate=8000, layout="mono") if audio_s else None
+        converter = VideoReformatter()  # one for all frames: to make one takes longer than to convert a frame
         for rgb, time in zip(frames, times, strict=True):
-            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=pix_fmt)
+            frame = converter.reformat(av.VideoFrame.from_ndarray(rgb, format="rgb24"), format=pix_fmt)
             frame.pts, frame.time_base = round(time / CLOCK), CLOCK
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,9 @@ def everything(info):
     with av.open(info.path) as container:
         stream = container.streams.best("video")
         rate = stream.average_rate or stream.guessed_rate
-        frames = [(frame.pts, turned(frame.to_ndarray(format="rgb24"), info)) for frame in container.decode(stream)]
+        converter, decoded = VideoReformatter(), container.decode(stream)
+        rgb = ((frame.pts, converter.reformat(frame, format="rgb24").to_ndarray()) for frame in decoded)
+        frames = [(pts, turned(picture, info)) for pts, picture in rgb]
         if frames[0][0] is None or info.path.endswith("avi"):  # files that state no times
             return [(float(i / rate), rgb) for i, (_, rgb) in enumerate(frames)]
         return [(float((pts - frames[0][0]) * stream.time_base), rgb) for pts, rgb in frames]
