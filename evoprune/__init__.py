@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from evoprune.pipeline.answering import Answer, EncodedInputs, EncodedVideo
     from evoprune.pipeline.cache import Cache
     from evoprune.pipeline.video_qa import VideoQA
-    from evoprune.report import Report
+    from evoprune.report.records import Report
     from evoprune.vision.encoded import Encoded
 
 _SOURCES = {
@@ -34,7 +34,7 @@ _SOURCES = {
     "ModelError": "evoprune.errors:ModelError",
     "OutOfMemory": "evoprune.errors:OutOfMemory",
     "PrunedModel": "evoprune.huggingface.context:PrunedModel",
-    "Report": "evoprune.report:Report",
+    "Report": "evoprune.report.records:Report",
     "UsageError": "evoprune.errors:UsageError",
     "VideoError": "evoprune.errors:VideoError",
     "VideoQA": "evoprune.pipeline.video_qa:VideoQA",

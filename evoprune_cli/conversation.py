@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from evoprune.report import Report, name_inputs
+from evoprune.report.records import Report, name_inputs
 from evoprune_cli.failures import failure
 from evoprune_cli.terminal import note, print_json, print_stats, print_summary, print_warnings, progress, tell
 from evoprune_cli.wrapping import print_stream

@@ -13,7 +13,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import DEFAULT
-from evoprune.report import VideoFacts
+from evoprune.report.records import VideoFacts
 from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
 from evoprune_cli import inspect_options as own

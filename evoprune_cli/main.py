@@ -201,7 +201,7 @@ def _report(problem: Exception) -> int:
         elif _command() in ("eval", "tune"):
             (print_document if _command() == "eval" else print_tuning)({"error": error})
         elif _command() != "profile":  # it has --format json instead
-            from evoprune.report import Report
+            from evoprune.report.records import Report
 
             print_json(Report(finish_reason="error", error=error))
     print_error(error["message"], error["hint"])

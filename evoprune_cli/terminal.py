@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
 from evoprune.language.text import harmless
-from evoprune.report import Report, VideoFacts
-from evoprune.stats import WIDTH, stats_block, summary
+from evoprune.report.records import Report, VideoFacts
+from evoprune.report.stats import WIDTH, stats_block, summary
+from evoprune.report.warning_texts import WARNINGS, warned, warning_text
 from evoprune.text import counted
-from evoprune.warning_texts import WARNINGS, warned, warning_text
 
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:

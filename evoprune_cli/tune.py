@@ -13,7 +13,7 @@ from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.limits import check_libraries
 from evoprune.pruning.budget import parse_budget
-from evoprune.report import rounded
+from evoprune.report.records import rounded
 from evoprune_cli import options as opt
 from evoprune_cli import tune_options as own
 from evoprune_cli.failures import failure

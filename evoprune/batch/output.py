@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.report import SCHEMA, Report
+from evoprune.report.records import SCHEMA, Report
 from evoprune.strict_json import loads
 
 STDOUT = "-"

@@ -7,7 +7,7 @@ from evoprune.batch.output import Found
 from evoprune.batch.rows import Row
 from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
-from evoprune.report import rounded
+from evoprune.report.records import rounded
 
 
 def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:

@@ -13,7 +13,7 @@ from evoprune.batch.rows import Row, Span
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, error_record
 from evoprune.pipeline.prefetch import prefetched
-from evoprune.report import Report, name_inputs
+from evoprune.report.records import Report, name_inputs
 
 if TYPE_CHECKING:
     from evoprune.pipeline.answering import EncodedInputs

@@ -10,7 +10,7 @@ from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.loading.model import LoadedModel
-from evoprune.report import Report
+from evoprune.report.records import Report
 from evoprune.vision.tower import tower_geometry
 
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -10,7 +10,7 @@ from evoprune.methods.base import Method
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.loading.device import DTYPES
-from evoprune.report import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
+from evoprune.report.records import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.vision.encoded import Encoded
 
 

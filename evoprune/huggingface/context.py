@@ -36,7 +36,7 @@ from evoprune.pipeline.loading.fingerprint import of_model
 from evoprune.pipeline.options import PruneOptions, check_tuned
 from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
-from evoprune.report import Report
+from evoprune.report.records import Report
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
 INNER = "evoprune_inside"  # argument of the calls of `forward` that `generate` makes; nothing is pruned in those again

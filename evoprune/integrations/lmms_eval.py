@@ -24,7 +24,7 @@ from evoprune.errors import UsageError
 from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions, from_keywords
 from evoprune.pipeline.video_qa import VideoQA
-from evoprune.report import Report
+from evoprune.report.records import Report
 
 MAX_NEW_TOKENS = 128  # where the task does not say
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"

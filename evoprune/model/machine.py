@@ -9,7 +9,7 @@ import torch
 
 import evoprune
 from evoprune.model import limits
-from evoprune.report import Environment
+from evoprune.report.records import Environment
 
 
 def environment(device: str) -> Environment:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 from evoprune.errors import error_record
-from evoprune.report import Report
+from evoprune.report.records import Report
 
 
 class Answer(Iterator[str]):

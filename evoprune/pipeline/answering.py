@@ -23,7 +23,7 @@ from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.question_check import check_not_empty, question_warnings
 from evoprune.pipeline.view import View
-from evoprune.report import Report, TokenCounts
+from evoprune.report.records import Report, TokenCounts
 from evoprune.text import counted
 from evoprune.video.info import VIDEO, VideoInfo
 from evoprune.video.plan import Plan

@@ -7,7 +7,7 @@ from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
-from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
+from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.video.plan import STILL
 from evoprune.vision.encoded import Encoded
 

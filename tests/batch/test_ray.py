@@ -23,7 +23,7 @@ from evoprune.batch.rows import Span, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
-from evoprune.report import Report
+from evoprune.report.records import Report
 from tests.tuned import SETTING, tune
 
 CLIPS = sorted(map(str, Path("samples").glob("*.[mw]*")))

@@ -18,7 +18,7 @@ from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.pipeline import opening
 from evoprune.pipeline.opening import OpenVideo
-from evoprune.report import Report
+from evoprune.report.records import Report
 from evoprune.video.frames import read_frames
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]

@@ -15,8 +15,8 @@ import pytest
 
 from evoprune.bundled import DEMOS
 from evoprune.demo.worlds import SCENES
-from evoprune.report import Report
-from evoprune.stats import stats_block
+from evoprune.report.records import Report
+from evoprune.report.stats import stats_block
 from tests.cli.screen import visible
 from tests.video.files import write_video
 

@@ -6,7 +6,7 @@ import pytest
 
 from evoprune.pipeline import encoding, prompting
 from evoprune.pipeline.answering import EncodedVideo
-from evoprune.report import Report
+from evoprune.report.records import Report
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 MORE = "Which way does the square move?"

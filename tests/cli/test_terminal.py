@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from evoprune.report import Report, VideoFacts
+from evoprune.report.records import Report, VideoFacts
 from evoprune_cli.terminal import print_json, print_warning
 from tests.cli.screen import visible
 

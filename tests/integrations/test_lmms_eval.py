@@ -18,7 +18,7 @@ from PIL import Image
 from evoprune.errors import UsageError
 from evoprune.pipeline.answering import Answer
 from evoprune.pipeline.video_qa import VideoQA
-from evoprune.report import Report
+from evoprune.report.records import Report
 from tests.tuned import tune
 
 CLIPS, QUESTIONS = (

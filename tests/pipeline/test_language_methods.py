@@ -4,7 +4,7 @@ import pytest
 
 from evoprune import Cache, VideoQA
 from evoprune.pipeline.agreement import agreement, reference
-from evoprune.stats import stats_block
+from evoprune.report.stats import stats_block
 
 CLIP, QUESTIONS = (
     "samples/square.mp4",

@@ -11,7 +11,7 @@ from evoprune.errors import UsageError
 from evoprune.pipeline import recipes
 from evoprune.pipeline.agreement import agreement, reference
 from evoprune.pruning.operations import ALL, REST, Recipe
-from evoprune.stats import stats_block
+from evoprune.report.stats import stats_block
 from tests.recipes import keep_recipe, kept
 
 A, B = "a" * 64, "b" * 64

@@ -25,7 +25,7 @@ from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
-from evoprune.report import Report
+from evoprune.report.records import Report
 from evoprune.video.frames import read_frames
 from evoprune.vision.preprocess import patchify, resize
 from tests.tiny import save_tiny

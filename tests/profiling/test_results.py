@@ -18,7 +18,7 @@ from evoprune.profiling.results import (
     bound_of,
     median_ratio,
 )
-from evoprune.report import Environment, ModelFacts
+from evoprune.report.records import Environment, ModelFacts
 
 CASE = Case(8, 224, 336)
 

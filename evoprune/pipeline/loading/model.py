@@ -33,7 +33,7 @@ from evoprune.pipeline.loading.weights import (
     stay_mapped,
 )
 from evoprune.pipeline.options import ModelOptions, from_keywords
-from evoprune.report import ModelFacts
+from evoprune.report.records import ModelFacts
 from evoprune.video.info import VIDEO, VideoInfo, world_of
 from evoprune.video.plan import InputLimits
 

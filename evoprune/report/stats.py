@@ -8,8 +8,8 @@ import textwrap
 from math import ceil, floor
 
 from evoprune.bundled import DEMOS
+from evoprune.report.warning_texts import warned, warning_text
 from evoprune.text import budget_text, clock, counted, shorten, size
-from evoprune.warning_texts import warned, warning_text
 
 STAGES = ("read", "preprocess", "encode", "prefill", "generate")
 WIDTH, BAR = 80, 12

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from evoprune.stats import stats_block, warning_lines
+from evoprune.report.stats import stats_block, warning_lines
 
 SCHEMA = "evoprune/answer@1"
 # Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.
