@@ -465,7 +465,8 @@ def test_processes(case, clips, endless):
         )
     match case.event:
         case "interrupt":
-            while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # fails once the process has ended
+            while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+                assert process.poll() is None
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
         case "terminate":
