@@ -292,13 +292,19 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
-    try:
+
+    def saved_ms() -> float:
+        """What the overlap saves: about 200 on idle cores."""
         times = VideoQA(loaded, budget=1.0).encode(CLIP, frames=20).report.time_ms
+        assert times.preprocess >= 200 and times.encode >= 300
+        return times.read + times.preprocess + times.encode - times.total
+
+    try:
+        assert any(saved_ms() > 30 for _ in range(3))  # not all of them meet with a pause of a busy machine
         apart = encode(VideoQA(loaded, budget=1.0), CLIP, sampling={"frames": 20}, threaded=False).report.time_ms
     finally:
         hook.remove()
-    assert times.preprocess >= 200 and times.encode >= 300 and apart.preprocess >= 200 and apart.encode >= 300
-    assert times.total < times.read + times.preprocess + times.encode - 30  # on idle cores about 200
+    assert apart.preprocess >= 200 and apart.encode >= 300
     assert apart.total >= apart.read + apart.preprocess + apart.encode - 1
 
 
