@@ -9,6 +9,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from evoprune.video.frames import read_frames
+from tests.video.writing import apart
 
 BITS = 8
 CLOCK = Fraction(1, 1000)
@@ -31,9 +32,15 @@ def numbered_frames(count: int, height: int = 48, width: int = 64) -> list[np.nd
     return [numbered_frame(i, height, width) for i in range(count)]
 
 
-def write_video(
-    path: Path | str,
-    frames: Iterable[np.ndarray],
+def write_video(path: Path | str, frames: Iterable[np.ndarray], **how) -> Path:
+    """A file of RGB frames, encoded by `encode_video` in a process of its own."""
+    apart(encode_video, str(path), list(frames), **how)
+    return Path(path)
+
+
+def encode_video(
+    path: str,
+    frames: Sequence[np.ndarray],
     *,
     fps: int = 10,
     codec: str = "libx264",
@@ -47,7 +54,7 @@ def write_video(
     metadata: dict[str, str] | None = None,
     audio_s: float = 0.0,
     container_options: dict[str, str] | None = None,
-) -> Path:
+) -> None:
     """Encode RGB frames into a file whose container follows from its ending.
 
     Args:
@@ -58,9 +65,8 @@ def write_video(
         audio_s: length of a silent audio track; 0 for none.
         container_options: such as `{"movflags": "faststart"}`.
     """
-    frames = list(frames)
     times = [start + i / fps for i in range(len(frames))] if pts is None else pts
-    with av.open(str(path), "w", container_options=container_options or {}) as out:
+    with av.open(path, "w", container_options=container_options or {}) as out:
         out.metadata.update(metadata or {})
         stream = out.add_stream(codec, rate=fps, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
@@ -84,7 +90,30 @@ def write_video(
                 silence.sample_rate, silence.pts = 8000, at
                 out.mux(sound.encode(silence))
             out.mux(sound.encode(None))
-    return Path(path)
+
+
+def write_sound(path: Path, cover: bool = False) -> Path:
+    """A file of a second of silence, as MP3 or AAC by its ending, perhaps with a picture as its cover."""
+    apart(encode_sound, path, cover)
+    return path
+
+
+def encode_sound(path: Path, cover: bool) -> None:
+    with av.open(str(path), "w") as out:
+        sound = out.add_stream("mp3" if path.suffix == ".mp3" else "aac", rate=44100, layout="mono")
+        if cover:
+            picture = out.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+        for at in range(0, 44100, 1152):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, at
+            out.mux(sound.encode(frame))
+        out.mux(sound.encode(None))
+        if cover:
+            shown = av.VideoFrame.from_ndarray(numbered_frame(0), format="rgb24").reformat(format="yuvj420p")
+            out.mux(picture.encode(shown))
+            out.mux(picture.encode(None))
 
 
 def add_beside(path: Path, out: Path, beside: str) -> Path:

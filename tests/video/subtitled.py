@@ -9,6 +9,8 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from tests.video.writing import apart
+
 SRT = """1
 00:00:01,000 --> 00:00:02,000
 {\\an8}Who <i>is</i>
@@ -48,14 +50,26 @@ def _time(seconds: float) -> str:
 
 
 def write_subtitled(
-    path: Path, texts: Sequence[str | bytes], *, default: int | None = None, start_s: float = 0.0, encode=str.encode
+    path: Path,
+    texts: Sequence[str | bytes],
+    *,
+    default: int | None = None,
+    start_s: float = 0.0,
+    encoding: str = "utf-8",
 ) -> Path:
     """A video of 6 s with a subtitle track of each text, which is a file's content; in English, `default` marked as such.
 
     Args:
         start_s: the timestamp of the first frame; subtitles are later by as much.
-        encode: what makes bytes of the text of each packet.
+        encoding: of the text of each packet.
     """
+    apart(encode_subtitled, path, texts, default, start_s, encoding)
+    return path
+
+
+def encode_subtitled(
+    path: Path, texts: Sequence[str | bytes], default: int | None, start_s: float, encoding: str
+) -> None:
     webm, mp4 = path.suffix == ".webm", path.suffix == ".mp4"
     with av.open(str(path), "w") as out:
         video = out.add_stream("libvpx" if webm else "libx264", rate=2)
@@ -79,13 +93,12 @@ def write_subtitled(
         out.mux(video.encode(None))
         for source, track in tracks:
             for packet in (each for each in source.demux() if each.size):
-                content = bytes(packet) if source.format.name == "sup" else encode(bytes(packet).decode())
+                content = bytes(packet) if source.format.name == "sup" else bytes(packet).decode().encode(encoding)
                 made = av.Packet(len(content).to_bytes(2, "big") + content if mp4 else content)
                 made.time_base, made.duration = packet.time_base, packet.duration
                 made.pts = made.dts = packet.pts + round(start_s / packet.time_base)
                 made.stream = track
                 out.mux(made)
-    return path
 
 
 def pictures() -> bytes:

@@ -1,12 +1,11 @@
 import os
 
-import av
 import numpy as np
 import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video.probe import probe
-from tests.video.files import numbered_frames, write_video
+from tests.video.files import numbered_frames, write_sound, write_video
 
 FRAMES = numbered_frames(30)
 FILES = {
@@ -159,20 +158,3 @@ def test_a_video_of_which_nothing_can_be_decoded_is_refused(tmp_path):
     content[begin : content.index(b"moov") - 4] = bytes(content.index(b"moov") - 4 - begin)
     path.write_bytes(content)
     refused(path)
-
-
-def write_sound(path, cover=False):
-    with av.open(str(path), "w") as out:
-        sound = out.add_stream("mp3" if path.suffix == ".mp3" else "aac", rate=44100, layout="mono")
-        if cover:
-            picture = out.add_stream("mjpeg", rate=1)
-            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
-        for at in range(0, 44100, 1152):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 44100, at
-            out.mux(sound.encode(frame))
-        out.mux(sound.encode(None))
-        if cover:
-            out.mux(picture.encode(av.VideoFrame.from_ndarray(FRAMES[0], format="rgb24").reformat(format="yuvj420p")))
-            out.mux(picture.encode(None))

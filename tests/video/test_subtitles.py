@@ -104,7 +104,7 @@ def test_what_is_no_file_is_refused(video, name):
 
 
 def test_damaged_text_in_a_track_is_warned_of(tmp_path):
-    path = write_subtitled(tmp_path / "old.mkv", [SRT], encode=lambda text: text.encode("cp1252"))
+    path = write_subtitled(tmp_path / "old.mkv", [SRT], encoding="cp1252")
     found = read_subtitles(probe(path), "auto")
     assert found.lines == [WHO] and found.warnings == ["damaged_subtitles"]
 
