@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,21 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
     number = getattr(signal, name, None)
     if number is not None and signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `few(n)`, n of its cases stay in the default run, evenly spread. The others are `full`."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("few"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for all_of_it in cases.values():
+        (count,) = all_of_it[0].get_closest_marker("few").args
+        stay = {round(n * len(all_of_it) / count) for n in range(count)}
+        for number, item in enumerate(all_of_it):
+            if number not in stay:
+                item.add_marker("full")
 
 
 @pytest.fixture

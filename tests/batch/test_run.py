@@ -160,6 +160,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("where", "problem", "kind", "stage", "failing"),
     [

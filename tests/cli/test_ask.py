@@ -53,6 +53,7 @@ def test_a_seed_that_no_generator_takes(cli):
     assert result.code == 2 and "bug" not in result.err
 
 
+@pytest.mark.full
 def test_a_limit_on_the_size_of_files_is_named(tmp_path):
     command = [sys.executable, "-m", "evoprune_cli", "ask", str(ROOT / CLIP), QUESTION]
     limited = f"ulimit -f 2; exec {shlex.join(command)}"
@@ -109,6 +110,7 @@ def test_several_questions_share_one_encoding(cli):
     assert len({r["id"] for r in records}) == 3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("flags", "blocks", "lines"), [((), 1, 1), (("--stats",), 2, 0), (("--no-stats",), 0, 0)])
 def test_each_of_several_questions_stands_above_its_answer_on_a_terminal(cli, flags, blocks, lines):
     asked, more = ("ask", CLIP, QUESTION, *flags), "Which\nway?"
@@ -206,6 +208,7 @@ def scenes_of_tiny(tiny_folder, monkeypatch):
     monkeypatch.setitem(DEMOS, "demo-scenes", replace(DEMOS["demo-scenes"], folder=tiny_folder))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("inputs", "asked", "warnings"),
     [

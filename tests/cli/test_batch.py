@@ -463,6 +463,7 @@ def wait_for_lines(process, out: Path, count: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_signals(start, out, sent, code):
     process = start(questions=40, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -499,6 +500,7 @@ def kill_and_resume(start, out: Path, kills: int, questions: int, seed: int) -> 
     assert len(records(out)) == len(ours) == total and ours == theirs
 
 
+@pytest.mark.full
 def test_killed_twice_and_resumed(start, out):
     kill_and_resume(start, out, kills=2, questions=3, seed=0)
 
@@ -519,6 +521,7 @@ def test_the_disk_is_full(start, out):
     assert start("--resume").wait(120) == 0 and len(records(out)) == len({r["id"] for r in records(out)}) == 24
 
 
+@pytest.mark.full
 def test_two_at_a_time(start, out):
     first = start(questions=40)
     wait_for_lines(first, out, 1)
@@ -529,6 +532,7 @@ def test_two_at_a_time(start, out):
     first.communicate()
 
 
+@pytest.mark.full
 def test_nobody_reads(start):
     process = start(questions=40, out=Path("-"))
     assert json.loads(process.stdout.readline())["error"] is None

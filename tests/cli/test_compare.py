@@ -51,6 +51,7 @@ def test_nothing_is_taken_away_on_the_full_side_by_methods_that_shrink_the_input
     assert full["sampling"]["grid_thw"] == [6, 8, 12] and full["pruning"]["visual_tokens_kept"] == 144
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("when", ["encode", "prefill"])
 @pytest.mark.parametrize("problem", [MemoryError(), KeyboardInterrupt()])
 def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, problem, when):

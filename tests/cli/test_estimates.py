@@ -78,6 +78,7 @@ def test_a_token_limit_that_was_set_is_noted(notes):
     ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("flags", "asked"),
     [

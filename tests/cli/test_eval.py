@@ -113,6 +113,7 @@ def test_a_chart_beside_results_that_are_not_there_yet(run, tmp_path):
     assert "name it .svg" in run("--chart", tmp_path / "a.png").err
 
 
+@pytest.mark.full
 def test_no_room_for_the_demos_clips(tmp_path):
     command = f"ulimit -f 2; exec {sys.executable} -m evoprune_cli eval --data demo --limit 1 -b 0.1 -m demo"
     done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, text=True)
@@ -129,6 +130,7 @@ def test_a_table_on_stdout_and_nothing_else(run):
     assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("columns", [100, 80, 60, 40])
 def test_a_narrow_terminal(run, choices, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -211,6 +213,7 @@ def test_a_chart_tells_twelve_methods_apart(run, tmp_path):
     assert len({(mark.get("fill"), mark.get("stroke")) for mark in marks}) == 1 + 12  # and full
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monkeypatch, problem, form):
@@ -291,6 +294,7 @@ def test_the_demo(cli):
     )
 
 
+@pytest.mark.full
 def test_the_second_world(cli, tiny_folder):
     some = ("-b", "0.25", "--method", "random", "-m", str(tiny_folder), "-n", "2", "--limit", "1")
     record = cli("eval", "--data", "demo", "--world", "both", *some, "--json").record
@@ -442,6 +446,7 @@ def test_help_imports_neither_torch_nor_numpy():
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.full
 def test_ctrl_c(tiny_folder, tmp_path):
     """In a process of its own: what is finished is printed and kept."""
     place = tmp_path / "run"

@@ -58,6 +58,7 @@ def test_questions_are_never_replaced(cli, tmp_path):
     assert data.read_text() == "{}"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("ending", [".png", ".gif", ".mp4"])
 def test_an_overlay_replaces_an_overlay(cli, clip, tmp_path, ending):
     drawn = tmp_path / f"drawn{ending}"
@@ -67,6 +68,7 @@ def test_an_overlay_replaces_an_overlay(cli, clip, tmp_path, ending):
         assert result.code == 0 and result.record["overlay"]["budget"] == float(budget)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_tables_and_charts_replace_their_like(cli, clip, tmp_path, form):
     table, chart = tmp_path / "a.txt", tmp_path / "a.svg"

@@ -161,6 +161,7 @@ REDIRECTED = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize(("words", "code", "says"), REDIRECTED.values(), ids=REDIRECTED)
 def test_output_that_goes_nowhere(request, words, code, says):

@@ -52,6 +52,7 @@ def test_a_table_on_stdout_and_nothing_else(profile):
     assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("columns", [100, 80, 60, 40])
 def test_a_narrow_terminal(profile, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -132,6 +133,7 @@ def test_output_goes_to_a_file(profile, tmp_path):
     assert "live share: rows computed, mean over all layers" in words and "-b 0.5" in words
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_the_title_of_a_chart_says_that_weights_are_random(profile, tmp_path, load_format):
     profile("--load-format", load_format, "--chart", tmp_path / "chart.svg")
@@ -140,6 +142,7 @@ def test_the_title_of_a_chart_says_that_weights_are_random(profile, tmp_path, lo
     assert title.endswith("live share of evoprune")  # a chart of another method has another title
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("sweep", "label"),
     [(("--frames", "2,8"), "frames"), (("--size", "56x56"), "units (visual tokens before pruning)")],
@@ -247,6 +250,7 @@ def test_a_row_without_memory_stays(profile, monkeypatch):
     assert rows[-1]["error"] == "out of memory in encode" and rows[-1]["encode_ms"] == ""
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("finished", [0, 1])
 def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch, finished):
     turns = []

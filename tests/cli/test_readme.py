@@ -44,6 +44,7 @@ def test_the_guide_explains_every_line_of_the_stats(cli):
     assert {"video", "now", "compare", "kept"} <= set(names) and [n for n in names if f"`{n}`" not in table] == []
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_shell_blocks_run_one_after_the_other(tmp_path, page):
     """In one folder that looks like an installed clone; each block gives a line a clip."""

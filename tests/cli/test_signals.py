@@ -52,6 +52,7 @@ def check_end(run: dict) -> None:
             json.loads(path.read_text())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("command", COMMANDS)
 def test_signals_at_two_moments(tmp_path, command):
     check(command, tmp_path, 2)
@@ -85,6 +86,7 @@ main.run()
 """
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("then_s", [60, 0])  # a command that would go on, and one that ends there
 @pytest.mark.parametrize("how", SIGNALS)
 def test_a_signal_where_nothing_can_be_raised(how, then_s):

@@ -47,6 +47,7 @@ def test_a_table_a_chart_and_a_setting_that_is_used(tune, cli, tiny_folder, tmp_
     assert pruning["budget"] == 0.2 and pruning["method"] == saved.method and pruning["tuned"]
 
 
+@pytest.mark.full
 def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     ask = ("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", "-n", "2", "--method", "operations")
     assert "there is none for" in cli(*ask, "-b", "0.3").err
@@ -90,6 +91,7 @@ def test_videos_that_cannot_be_read(tune, tmp_path):
     assert refused.code == 3 and refused.record["error"]["code"] == 3 and len(tuned.every()) == 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("problem", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
 def test_an_interruption_leaves_what_is_known(tune, monkeypatch, problem, code):
     tried, real = [], Tuning._try
@@ -140,6 +142,7 @@ def test_wrong_options_are_refused_before_weights_are_read(tune, monkeypatch, wr
     assert UsageError.exit_code == 2
 
 
+@pytest.mark.full
 def test_two_runs_at_once_save_one_whole_setting(tiny_folder, tmp_path):
     """The later one replaces the file of the earlier one in one step."""
     folder = tmp_path / "config"

@@ -110,6 +110,7 @@ def test_portrait_clips_are_upright_and_always_pan():
 # --- events ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("grids", [3, 4, 6, 12])
 def test_flashes_last_two_or_three_sampled_frames(grids):
     lengths = [
@@ -122,6 +123,7 @@ def test_flashes_last_two_or_three_sampled_frames(grids):
     assert set(lengths) == {2, 3}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("grids", [3, 4, 6, 12])
 @pytest.mark.parametrize(
     ("event", "first", "last"),
@@ -160,6 +162,7 @@ def test_event_follows_from_start_and_end(start, end, event):
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", SETTINGS)
 def test_things_are_drawn_where_centre_says_and_only_while_visible(how):
     checked = 0

@@ -181,6 +181,7 @@ def test_every_type_is_checked_here():
     assert set(ANSWERS) == {*TYPES}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("how", [{}, {"height": 112, "width": 168, "seconds": 12.0, "grids": 12}], ids=["drawn", "12s"])
 def test_answers_follow_from_the_scene(kind, how):
@@ -190,6 +191,7 @@ def test_answers_follow_from_the_scene(kind, how):
         assert ANSWERS[kind](clip, question) == question.answer, question
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "answers"),
     [

@@ -68,6 +68,7 @@ def named(clip: Clip, text: str) -> list[Thing]:
     return [t for t in clip.shapes if t.outline == outline and colour in t.colours]
 
 
+@pytest.mark.full
 def test_a_question_has_four_options_or_none_and_one_is_the_answer():
     for clip, q in asked():
         assert len(q.options) in (0, 4) and len(set(q.options)) == len(q.options)

@@ -96,6 +96,7 @@ def every_setting(prompt):
 CASES = ("model", "prompt", "side", "settings")
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(CASES, [*every_prompt(*FAMILIES), *every_setting("batch")], indirect=["model"])
 def test_full_budget_is_the_models_own(model, prompt, side, settings):
     inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]
@@ -113,6 +114,7 @@ def test_prefill_in_chunks_is_refused_where_transformers_would_drop_the_video(mo
             pruned(model, inputs, 0.2, **settings)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(
     (*CASES, "how"),
     [(*case, ONCE) for case in [*every_prompt(*FAMILIES), *every_setting("one video")]]
@@ -169,6 +171,7 @@ def test_a_prompt_in_a_padded_batch_gives_the_same_as_alone(model):
             first += videos
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("left_out", ["mm_token_type_ids", "second_per_grid_ts", "attention_mask"])
 @pytest.mark.parametrize("prompt", ["one video", "batch"])
 def test_inputs_without_types_seconds_or_mask_are_accepted(model, prompt, left_out):

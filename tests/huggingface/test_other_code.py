@@ -28,6 +28,7 @@ def generated(model, inputs, **settings):
     return model.generate(**inputs, **{"max_new_tokens": 8, "do_sample": False} | settings)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("pruned", ["model", "assistant", "both", "both in one model"])
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 def test_an_assistant_may_be_pruned_too(model, pruned, budget):

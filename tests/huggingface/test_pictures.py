@@ -57,6 +57,7 @@ def reference(model, inputs, budget, method):
     return call | {"attention_mask": mask}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_full_budget_is_the_models_own(model, prompt):
     inputs = processed(model, *PROMPTS[prompt])
@@ -66,6 +67,7 @@ def test_full_budget_is_the_models_own(model, prompt):
     assert run.report.pruning.kept_ratio == 1
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("method", ["evoprune", "tome", "visionzip"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_it_is_the_whole_prompt_with_the_dropped_columns_masked(model, prompt, method):

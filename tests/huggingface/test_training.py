@@ -93,6 +93,7 @@ def same(made, expected, tolerance):
         assert (made[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", MODELS)
@@ -125,6 +126,7 @@ def test_the_reference_is_the_stock_model_with_dropped_columns_masked():
     same((loss.detach(), {name: w.grad for name, w in model.named_parameters() if w.requires_grad}), expected, 1e-4)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

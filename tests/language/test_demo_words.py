@@ -31,6 +31,7 @@ def scenes():
         yield from (f"In the {which} {noun}: " for which in ("first", "second"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("asked", [shapes, scenes])
 def test_the_words_are_those_of_the_generator(asked):
     found = {word for question in asked() for word in re.findall(r"\w+", question)}

@@ -77,6 +77,7 @@ CASES = {
 }
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("sizes", [None, sizes_of()])
 @pytest.mark.parametrize("name", CASES)
 def test_the_prompt_and_the_answer_read_as_if_a_mask_barred_what_is_removed(name, sizes):

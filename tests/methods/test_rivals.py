@@ -52,6 +52,7 @@ def test_they_do_what_their_papers_say(grid, kind, seed, data):
 AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_and_order(name, kind):

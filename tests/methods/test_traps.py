@@ -39,6 +39,7 @@ GRID = (5, 4, 5)
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", AFTER)
 def test_exactly_the_budget_comes_out(name):
     method = methods.get(name)
@@ -50,6 +51,7 @@ def test_exactly_the_budget_comes_out(name):
             assert (made.kept.diff() > 0).all() and made.features.isfinite().all()
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", AFTER)
 def test_the_result_does_not_depend_on_the_chunk_size(name):
     args = methods.get(name), clip(GRID, changes(GRID, 0.4)), GRID, 23
@@ -96,6 +98,7 @@ def test_equal_tokens_go_by_index(name, kind):
     assert kept == firsts
 
 
+@pytest.mark.full
 def test_nothing_depends_on_hashes():
     code = (
         "from tests.methods.tokens import selected, tokens_of\n"

@@ -204,6 +204,7 @@ def empty_checkpoint(folder: Path) -> None:
         file.truncate(8 + len(text) + end)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("limit", "found", "hint"),
     [(5 * GIB, r"loading .* needs about 7\.0 GiB of memory, and 4\.\d GiB are available", "quantize"),
@@ -255,6 +256,7 @@ def test_frames_need_no_room_in_dev_shm(tmp_path):
     assert done.stdout == "4\n", done.stderr
 
 
+@pytest.mark.full
 def test_a_decoder_that_the_system_ends(limited, tmp_path):
     """Its picture, 100 MiB in the decoder alone, does not fit into the group."""
     path = tmp_path / "large.mkv"

@@ -82,6 +82,7 @@ def test_on_a_gpu_it_is_looked_at_in_the_end(loaded, monkeypatch, method):
         VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("where", "stage"), [("weight", "encode"), ("prompt", "prefill"), ("answer", "generate")])
@@ -120,6 +121,7 @@ def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
 SHAPES = {(1, 64): True, (64, 1): True, (1, 1): True, (2, 199): True, (1, 201): False, (300, 1): False}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "none"])
 def test_pictures_of_a_row_of_pixels(loaded, tmp_path, shape, method):

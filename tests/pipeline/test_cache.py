@@ -80,6 +80,7 @@ def test_and_how_often_tokens_count(cache):
     assert cache.load("0" * 64, torch.device("cpu")).size.tolist() == [1.0, 2.5, 1.0, 4.0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("method", "budget"), [("evoprune", 0.25), ("evoprune", 1.0), ("pool", 0.25), ("subsample", 0.5)]
 )
@@ -194,6 +195,7 @@ def test_who_leaves_the_cache_alone(loaded, cache, clip, monkeypatch):
     assert qa.encode(clip, cache=cache).report.cache == "off" and cache.size()[0] == 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "folder"])
 def test_a_damaged_entry_is_replaced(loaded, cache, clip, damage):
     qa = VideoQA(loaded, budget=0.25)
@@ -280,6 +282,7 @@ def _storm(folder: str, worker: int) -> int:
     return right
 
 
+@pytest.mark.full
 def test_several_processes_at_once(tmp_path):
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert sum(pool.map(_storm, [str(tmp_path)] * 3, range(3))) > 0

@@ -17,6 +17,7 @@ def load(name, **how):
     return VideoQA.load("demo", method=name, budget=0.5, **how)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_question_is_answered_the_same_whatever_was_asked_before(name):
     qa = load(name)

@@ -96,6 +96,7 @@ def hugging_face(loaded, inputs, question, tokens):
 SIZES = [(1, 1), (3, 400), (27, 29), (101, 67), (140, 112), (997, 13)]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("model", ["tiny", "demo"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_picture_at_full_budget_is_hugging_faces_generate(loaded, model, size, tmp_path):
@@ -132,6 +133,7 @@ def test_a_shape_that_hugging_face_refuses_is_refused(loaded, size, tmp_path):
         VideoQA(loaded).encode(save(tmp_path / "a.png", *size))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kinds", ["pp", "vp", "pvv", "vv"])
 def test_several_inputs_at_full_budget_are_hugging_faces_generate(loaded, kinds, tmp_path):
     paths = [

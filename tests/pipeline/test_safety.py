@@ -159,6 +159,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_nothing_but_a_name(cli, tmp_path, monkeypatch, name):  # noqa: F811
     place = tmp_path / name
@@ -234,6 +235,7 @@ def room(path: Path, more: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("more", [0, 1, 100])
 def test_the_disk_is_full_while_an_evaluation_writes(cli, tmp_path, monkeypatch, more):  # noqa: F811
     asked = ("eval", "--data", "samples/questions.jsonl", "--limit", "2", "-b", "0.5", "--method", "random", *QUICK)

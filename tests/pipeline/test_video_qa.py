@@ -62,6 +62,7 @@ def encode(qa, path, *, progress=None, sampling=None, **how):
         return opened.encode(progress)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("clip", [CLIP, LONG])
 @pytest.mark.parametrize("model", ["tiny", "qwen2", "demo"])
 @pytest.mark.parametrize("pack", [True, False])

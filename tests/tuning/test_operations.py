@@ -33,6 +33,7 @@ def found_for(seed: int, depth: int, after: int, go_on=lambda: True) -> tuple[bo
     return search(after, depth, measure, found, go_on), found
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("case", FIXTURE["cases"], ids=[f"{case['depth']}-{case['seed']}" for case in FIXTURE["cases"]])
 def test_the_order_is_that_of_the_public_code(case):
     """As far as that goes: it ends at 30% of the whole loss. Its list of removed operations was copied where it is put back."""
@@ -72,6 +73,7 @@ def by_the_book(seed: int, depth: int, after: int) -> list[set]:
         removed = then
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("seed", range(10, 22))
 def test_the_order_is_that_of_the_specification_to_the_end(seed):
     depth, after = 5 + seed % 4, 1 + seed % 2

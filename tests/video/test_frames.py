@@ -96,6 +96,7 @@ LONG_FILES = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", LONG_FILES)
 def test_jumps_change_nothing(name, folder, in_process, monkeypatch):
     info = probe(write_video(folder / f"jump_{name}", numbered_frames(256), **LONG_FILES[name]))
@@ -136,6 +137,7 @@ FAR = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAR)
 def test_what_lies_between_far_moments_is_not_decoded(name, folder, decoded):
     info = probe(write_video(folder / f"far_{name}", numbered_frames(256), **FAR[name]))
@@ -158,6 +160,7 @@ def test_no_moments_no_chunks(long_file):
     assert list(read_frames(probe(long_file), [])) == []
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("frames_fitting", [0, 1, 2, 3, 4, 5, 100])
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("total", [2, 7, 10])

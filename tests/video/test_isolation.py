@@ -82,6 +82,7 @@ CRASHES = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CRASHES)
 def test_a_crash_is_an_error_about_the_video(name, named, good, started):
     path = named(name)
@@ -93,6 +94,7 @@ def test_a_crash_is_an_error_about_the_video(name, named, good, started):
     assert probe(good).frames_total == 20
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["crash", "nonsense"])
 def test_a_crash_while_frames_are_read(name, named, good, started):
     info = probe(named(f"later_{name}"))
@@ -359,6 +361,7 @@ def shielded():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, -1)]
 )

@@ -17,6 +17,7 @@ def test_a_case_is_always_the_same_and_no_other(originals):
     assert all(any(mutation.__name__ in name for name, _ in made) for mutation in MUTATIONS)
 
 
+@pytest.mark.full
 def test_what_must_not_be_is_noticed(tmp_path, monkeypatch):
     """A case that fails, one that takes long, one that takes much memory: each keeps its file."""
     problems = iter([(1, "ZeroDivisionError", 0.1, 0), (0, "answered", 99.0, 0), (0, "answered", 99.0, 0)])

@@ -6,6 +6,7 @@ from tests.video.files import numbered_frames, spoil, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", KINDS)
 def test_whole_files(name, folder):
     kind, path = KINDS[name], write_kind(folder, name)

@@ -59,6 +59,7 @@ def by_hand(q, k, v, layout, scope, size_bias):
     return out, received
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("size_bias", [False, True])
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
 @pytest.mark.parametrize(
@@ -143,6 +144,7 @@ def test_groups_do_not_see_each_other(size_bias):
         assert not torch.isclose(before[changed], after[changed]).any(-1).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
 @pytest.mark.parametrize(("shape", "merges", "scope"), [LAYOUTS[1], LAYOUTS[4], LAYOUTS[9]])
 def test_every_backend_of_torch_gives_the_same(shape, merges, scope, backend):

@@ -36,6 +36,7 @@ def packed(layout, scope) -> Packed:
 # --- attention ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("size_bias", [False, True])
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
@@ -156,6 +157,7 @@ def test_torchs_own_kernel_accepts_the_arguments():
 # --- the whole tower ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 3), ()])
 @pytest.mark.parametrize("share", [1.0, 0.25, 0.0])  # nothing pruned, and to less than a token a frame pair
@@ -206,6 +208,7 @@ def test_reuse_is_the_cpus_on_any_clip(monkeypatch, grid, share, seed, keep, ful
     assert_same_on_a_gpu(monkeypatch, patches, grid, method, count, kernel, full_layers, chunk_units)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("reuse", "keep"), [(False, 35), (False, 2), (True, 20)])
 def test_every_shape_is_known_on_a_device_without_values(reuse, keep, kernel, monkeypatch):

@@ -30,6 +30,7 @@ from tests.vision.tower import random_patches, tiny_tower
 SIZES = [(1, 1, 1), (3, 1, 1), (1, 4, 4), (1, 5, 7), (2, 3, 5), (3, 8, 4), (2, 9, 6), (1, 1, 9), (4, 6, 2)]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("grid", SIZES)
 @pytest.mark.parametrize("full_layers", [(1, 3), (), (0, 1, 2, 3)])
 def test_budget_one_is_hugging_faces_tower(grid, full_layers):
@@ -78,6 +79,7 @@ def test_a_selector_after_the_tower_gets_all_rows_and_keeps_some(keep):
 # --- the plan ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "name", ["evoprune", "evoprune:reuse=0", "evoprune-merge", "divprune", "reuse+divprune", "downscale"]
 )
@@ -101,6 +103,7 @@ def test_the_layers_compute_the_rows_of_the_plan(name, budget):
 # --- chunks, pieces and threads ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", [Nothing(), Random(), EvoPrunePaper()], ids=lambda method: method.name)
 @pytest.mark.parametrize("keep", [3, 40, 100])
 def test_the_result_does_not_depend_on_the_chunk_size(method, keep):
@@ -133,6 +136,7 @@ def still_frames(grid, scene: str) -> torch.Tensor:
     return picture.expand(t * 2, -1, -1, -1)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("scene", ["black", "half plain", "noise"])
 @pytest.mark.parametrize(
     ("grid", "keep", "method"),
@@ -265,6 +269,7 @@ def assert_like_the_slow_one(grid, method, keep, full_layers=(1, 3), seed=0):
     torch.testing.assert_close(encoded.features.double(), tokens, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("keep", [48, 18, 7])  # of 70
 @pytest.mark.parametrize("features", ["keys", "keys_rotary", "hidden"])
 def test_merging_by_each_feature_against_loops(features, keep):
@@ -286,6 +291,7 @@ def test_merging_with_other_weights_against_loops(settings_):
     assert_like_the_slow_one((1, 6, 6), replace(EvoPrunePaper(), **settings_), 9)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 3), (2,)])
 def test_merging_on_each_schedule_against_loops(allocation, full_layers):

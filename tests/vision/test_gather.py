@@ -56,6 +56,7 @@ class LooksInside(Looks):
 # --- definition --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), (2,)])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, full_layers):
@@ -130,6 +131,7 @@ def test_attention_and_keys_do_not_depend_on_the_chunk_size(grid, share, seed, f
     assert whole.attention.shape == (prod(grid),) and (whole.attention > 0).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("chunk_units", [1, 10**6])
 @pytest.mark.parametrize("reuse", [True, False])

@@ -40,6 +40,7 @@ def points(encoded, grid, seconds_per_pair=1.0, alpha=EvoPrune.alpha):
 # --- against the slow encoder ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), ()])
 def test_reused_rows_against_loops(share, full_layers):
@@ -121,6 +122,7 @@ def test_the_result_does_not_depend_on_the_chunk_size(grid, share, seed, share_k
         check_result(whole, grid, whole_clip=True)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "method", [EvoPrune(), EvoPrune(reuse=0.0, alpha=0.0), AFTER], ids=["inside", "no reuse", "after"]
 )

@@ -24,6 +24,7 @@ from tests.vision.tower import random_patches, tiny_tower
 # --- against the slow encoder ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("keep", [40, 10, 1])
 @pytest.mark.parametrize("full_layers", [(1, 3), ()])
@@ -153,6 +154,7 @@ def test_units_may_be_dropped():
     assert made.kept.tolist() == [3, 20] and torch.bincount(made.owner[made.owner >= 0]).tolist() == [1, 12]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("within", [1e-6, 0.02, 0.2, 9.0])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
 @pytest.mark.parametrize("power", [1.0, 0.5])

@@ -58,6 +58,7 @@ def no_bias(units):
     return torch.zeros(len(units))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("per_second", [2.0, 25.0, None])
 @pytest.mark.parametrize("chunk", [1000, 7, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -92,6 +92,7 @@ def test_shards_load_as_one(folder):
     assert torch.equal(loaded.model.lm_head.weight, tiny_model().lm_head.weight)
 
 
+@pytest.mark.full
 def test_loading_leaves_transformers_alone(saved):
     code = f"""import sys; from evoprune.pipeline.loading.model import load_model
 load_model({str(saved)!r}); sys.exit('transformers' in sys.modules)"""
@@ -401,6 +402,7 @@ def test_random_weights_keep_the_folders_tokenizer(saved):
     assert load_model(str(saved), load_format="dummy").tokenizer is not None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "billions"), [("Qwen/Qwen2.5-VL-3B-Instruct", 3.754622976), ("Qwen/Qwen2.5-VL-7B-Instruct", 8.292166656)]
 )
