@@ -26,6 +26,10 @@ ASK = ("ask", str(CLIP), "What colour is the square?", "--json", "-q")
 OURS = ("EVOPRUNE_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
 
+# What a busy process runs: it computes until the process whose number it is given has ended, however it did.
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_000))"
+
+
 @dataclass(frozen=True)
 class Asked:
     """One run of `ask`: milliseconds from its report, of encode and in all, seconds of the whole process, and its threads."""
@@ -50,11 +54,11 @@ def ask(code: Path, *more: str) -> Asked:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """That many processes that compute without end, until the block ends."""
+    """That many processes that compute until the block ends."""
     burners = []
     try:
         for _ in range(count):
-            burners.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            burners.append(subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]))
         yield
     finally:
         for burner in burners:

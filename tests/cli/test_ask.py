@@ -291,6 +291,7 @@ def test_help_keeps_names_of_options_whole_on_narrow_terminals(cli, monkeypatch)
     assert all(len(line) <= 40 for line in out.splitlines() if not line.startswith(("  evoprune", "  echo")))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_stats_block_fits_the_terminal(cli, width):
     report = Report.from_json(cli("ask", CLIP, QUESTION, "--json").out)
@@ -303,6 +304,7 @@ def test_stats_block_fits_the_terminal(cli, width):
     assert all(len(line) <= 80 for line in stats_block(report))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["arrivals.webm", "vanish.webm", "pan.mp4"])
 def test_stats_of_containers_that_state_their_frames_and_of_those_that_do_not(cli, name):
     result = cli("ask", f"samples/{name}", "What happens?", "-n", "2")

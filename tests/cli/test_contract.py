@@ -277,7 +277,14 @@ CASES = {
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.probe.scan", KeyboardInterrupt())
     ),
 }
-WAYS = [pytest.param(case, way, id=f"{name}-{way}") for name, case in CASES.items() for way in case.ways]
+# Every case in one of its ways; in all of them with -m full.
+WAYS = [
+    pytest.param(
+        case, way, id=f"{name}-{way}", marks=[pytest.mark.full] if way != case.ways[number % len(case.ways)] else []
+    )
+    for number, (name, case) in enumerate(CASES.items())
+    for way in case.ways
+]
 
 
 @pytest.fixture(scope="module")
@@ -426,6 +433,12 @@ PROCESSES = {
 }
 
 
+def marks_of(case: Process) -> list:
+    """Of processes with an event that another one has, too, one is started by default."""
+    first = next(each for each in PROCESSES.values() if each.event == case.event)
+    return [] if case is first else [pytest.mark.full]
+
+
 @pytest.fixture(scope="module")
 def endless(tiny_folder, tmp_path_factory):
     """A model that never ends its turn: no token has the number that would."""
@@ -443,7 +456,9 @@ def _at_the_keyboard(terminal: bool) -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # or Ctrl-C is a mere letter
 
 
-@pytest.mark.parametrize("case", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=marks_of(case)) for name, case in PROCESSES.items()]
+)
 def test_processes(case, clips, endless):
     names = {"{endless}": str(endless), "{grün}": str(clips / "grün.mp4")}
     screen = Screen(100) if case.event == "ctrl-c" else None

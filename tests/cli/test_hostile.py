@@ -61,6 +61,7 @@ ROWS = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("content", "code", "says"), ROWS.values(), ids=ROWS)
 def test_rows(cli, tmp_path, content, code, says):
     (tmp_path / "rows").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -98,6 +99,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("content", "code", "says"), QUESTIONS.values(), ids=QUESTIONS)
 def test_questions_from_stdin(cli, monkeypatch, tmp_path, content, code, says):
     (tmp_path / "question").write_bytes(content)
@@ -209,6 +211,7 @@ __main__.start()
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["exit", "twice"])
 @pytest.mark.parametrize(("how", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 143)])
 def test_signals_at_the_very_end(how, code, when):
@@ -248,6 +251,7 @@ def test_ctrl_c_at_any_time(tmp_path):
 # --- the cache ---
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "circle"])
 def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind):
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))

@@ -8,6 +8,7 @@ import pytest
 from evoprune import methods
 from evoprune.methods.registry import INNER
 from evoprune.profiling import bench
+from tests.methods.kinds import one_of_each
 
 CLIP = "samples/square.mp4"
 NAMES = methods.built_in()
@@ -33,7 +34,7 @@ def tiny(cli, tiny_folder):
     return call
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PAIRS])
+@pytest.mark.parametrize("name", one_of_each([*NAMES, *PAIRS]))
 def test_ask(tiny, name):
     made = tiny("ask", CLIP, "What happens?", "-n", 2, "--frames", 8, "-b", 0.25, "--method", name, "--json").record
     pruning = made["pruning"]
@@ -52,7 +53,9 @@ def test_ask(tiny, name):
         assert kept == 24 or (name not in EXACT and 12 <= kept < 24)
 
 
-@pytest.mark.parametrize("name", ["evoprune", *(name for name in NAMES if methods.get(name).reads_question), *PAIRS])
+@pytest.mark.parametrize(
+    "name", one_of_each(["evoprune", *(name for name in NAMES if methods.get(name).reads_question), *PAIRS])
+)
 def test_batch(tiny, name, tmp_path):
     out = tmp_path / "out.jsonl"
     rows = ("-Q", "What happens?", "-Q", "How many shapes are there?")
@@ -61,7 +64,7 @@ def test_batch(tiny, name, tmp_path):
     assert [record["pruning"]["method"] for record in made] == [name, name]
 
 
-@pytest.mark.parametrize("name", [*DRAWN, *(name for name in (*NAMES, *PAIRS) if reads_question(name))])
+@pytest.mark.parametrize("name", one_of_each([*DRAWN, *(name for name in (*NAMES, *PAIRS) if reads_question(name))]))
 def test_inspect(tiny, name, tmp_path):
     out = tmp_path / "out.png"
     made = tiny("inspect", CLIP, "--overlay", out, "--frames", 4, "-b", 0.25, "--method", name)
@@ -71,6 +74,7 @@ def test_inspect(tiny, name, tmp_path):
         assert "question" in made.err and "hint: " in made.err
 
 
+@pytest.mark.full
 def test_eval(tiny, tmp_path):
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"video": str(Path(CLIP).resolve()), "question": "What happens?", "answer": "nothing"}))
@@ -82,6 +86,7 @@ def test_eval(tiny, tmp_path):
     assert all(row["tflop_3b_prefill"] < full["tflop_3b_prefill"] for row in made["rows"] if row["method"] in INNER)
 
 
+@pytest.mark.full
 def test_profile(tiny, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     quick = ("-r", 1, "-w", 0, "--size", "112x168", "--frames", 4, "-b", 0.25, "-n", 1, "--format", "json")

@@ -31,6 +31,7 @@ def test_a_number_that_is_none_is_refused(cli, command):
     assert result.err == "error: 'many' is not a number of threads\nhint: use auto, or 1 to 256\n"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("option", "variable", "threads"), [((), None, 1), (("--threads", "3"), "2", 3), ((), "2", 2)], ids=str
 )

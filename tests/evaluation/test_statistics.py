@@ -57,6 +57,7 @@ def test_an_interval_holds_its_accuracy(pairs):
         assert low <= right.sum() / asked.sum() <= high and high - low > 0.01
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gap", [0.0, 0.1])
 def test_the_paired_differences_interval_covers_the_truth(gap):
     random, covered = np.random.default_rng(2), []

@@ -1,4 +1,6 @@
+import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -40,6 +42,17 @@ def test_tables(monkeypatch, capsys, tmp_path):
     assert rows[-1] == f"| {tmp_path.name} | 1 | 12.0 | 4.0 | 3.00x |"
     assert len({line.count("|") for line in rows}) == 2 and not running
     assert [name for name, _ in calls[:4]] == [busy_machine.ROOT.name, tmp_path.name] * 2  # versions take turns
+
+
+def test_busy_processes_end_when_the_one_that_started_them_is_killed():
+    code = (
+        "import os, signal\nfrom experiments.busy_machine import busy_processes\n"
+        "with busy_processes(1): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # The busy process inherits the pipe, which is closed when both have ended.
+    killed = [sys.executable, "-c", code]
+    done = subprocess.run(killed, stdout=subprocess.PIPE, cwd=busy_machine.ROOT, timeout=100)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_busy_processes_end_with_the_block():

@@ -353,6 +353,7 @@ def test_a_cache_that_was_made_without_pruning_goes_on_while_the_model_prunes(mo
         assert torch.equal(generated(model, second, past_key_values=kept), expected)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("prompt", ["batch", "picture and video"])
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
@@ -478,6 +479,7 @@ def test_decoding_by_hand_is_the_same(model, prompt, budget):
             assert torch.equal(loop(model, inputs), expected)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("prompt", ["batch", "picture and video"])
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 def test_a_call_returns_logits_and_loss_of_the_columns_left(model, prompt, budget):

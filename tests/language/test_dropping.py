@@ -25,6 +25,7 @@ def more(count):
     return embeds, (torch.arange(count) + 40).expand(3, -1)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "visipruner", "holitom-inner"])
 @pytest.mark.parametrize("sizes", [None, sizes_of()])
 def test_decoding_equals_reading_all_of_it_anew(name, sizes):

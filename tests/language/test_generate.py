@@ -84,6 +84,7 @@ def test_all_tokens_kept_gives_the_tokens_of_transformers(model, grid, seconds):
     assert greedy(model, clip.prefill(model)) == expected.tolist()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("grid", "seconds"), CLIPS)
 @pytest.mark.parametrize("share", [0.5, 0.1])
 def test_decoding_on_a_pruned_cache_is_one_forward_pass_without_cache(model, grid, seconds, share):

@@ -12,6 +12,7 @@ from evoprune.methods.mmr import Mmr
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.types import Selection
+from tests.methods.kinds import one_of_each
 from tests.prompts import processed
 from tests.quantized import SOME
 from tests.tiny import tiny_model
@@ -90,13 +91,8 @@ def assert_equal_encodings(made, expected) -> None:
     assert made.kept_per_pair == expected.kept_per_pair
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        *((name, "qwen2_5_vl") for name in ON_PATCHES),
-        *((name, "qwen2_vl") for name in ("evoprune", "tome", "divprune")),
-    ],
-)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen2_vl", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", one_of_each(ON_PATCHES))
 def test_the_encoding_is_the_same_whatever_the_default(name, family):
     for budget in BUDGETS:
         expected = encode(name, budget, family)
@@ -105,7 +101,7 @@ def test_the_encoding_is_the_same_whatever_the_default(name, family):
                 assert_equal_encodings(encode(name, budget, family), expected)
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", one_of_each(ALONE))
 def test_the_logits_of_a_pruned_hugging_face_model_are_the_same_whatever_the_default(name):
     for budget in BUDGETS:
         expected, columns = logits(name, budget)
@@ -116,7 +112,7 @@ def test_the_logits_of_a_pruned_hugging_face_model_are_the_same_whatever_the_def
 
 
 @pytest.mark.parametrize(
-    "name", ["evoprune", "reuse+visionzip", "tome", *OTHERS]
+    "name", one_of_each(["evoprune", "reuse+visionzip", "tome", *OTHERS])
 )  # the encodings of all are compared above
 def test_video_qa_answers_the_same_whatever_the_default_and_under_autocast(name, saved):
     def answered(loaded):
@@ -136,7 +132,7 @@ def test_video_qa_answers_the_same_whatever_the_default_and_under_autocast(name,
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", one_of_each(CHOOSING))
 def test_a_method_chooses_from_the_same_rows_as_without_autocast(name, half, monkeypatch):
     method, calls = methods.get(name), []
     kind, call = (type(method.merger), "match") if method.merger else (type(method.selector), "select")
@@ -184,9 +180,8 @@ def test_at_full_budget_the_tower_under_autocast_is_hugging_faces(family, half):
     assert moved(made, theirs) < 1.5 * moved(theirs, exact) < 0.02
 
 
-@pytest.mark.parametrize(
-    ("name", "half"), [*((name, "bf16") for name in ALONE), ("evoprune", "fp16"), ("tome", "fp16")]
-)
+@pytest.mark.parametrize("half", ["bf16", pytest.param("fp16", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", one_of_each(ALONE))
 def test_autocast_moves_the_logits_no_further_than_hugging_faces_own(name, half):
     """Where the rows, which are rounded, still lead to the same choice; among nearly equal rows they may not."""
     exact, columns = logits(name, 0.25)

@@ -119,6 +119,7 @@ def patches_of(scene: str, grid: tuple[int, int, int]) -> torch.Tensor:
     return patches
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("grid", "keep", "proportional", "scene"),
     [

@@ -151,6 +151,7 @@ def rule_of(name: str):
     return method, RULES[name] if name in RULES else lambda seen: visipruner(seen, method)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.1])
 @pytest.mark.parametrize("name", [*RULES, *VISI])
@@ -227,6 +228,7 @@ def test_visipruner_at_every_turn():
 GRID = (6, 4, 5)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("left", [1, 2, 7, 60, 119])
 def test_exactly_so_many_stay(name, left):

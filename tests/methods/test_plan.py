@@ -9,6 +9,7 @@ from evoprune import methods
 from evoprune.pruning.encoder_plan import EncoderPlan, TowerShape, full_plan
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
+from tests.methods.kinds import one_of_each
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
 
@@ -29,7 +30,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("keep", [1, 12, 77])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", one_of_each(NAMES))
 def test_the_encoder_computes_what_was_planned(name, keep):
     method = methods.get(name)
     plan = method.plan(tower_shape(tiny_tower()), GRID, keep)

@@ -232,6 +232,7 @@ def test_the_documented_methods_are_short_and_complete(documented):
     assert kinds == ["after", "inside", "input", "after", "language"]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("keep", [1, 9, 50, 96])
 @pytest.mark.parametrize("name", ["longest", "neighbours", "asked", "reuse+longest", "reuse:threshold=5+asked:power=0"])
 def test_the_documented_methods_keep_their_budget_in_the_encoder(documented, name, keep):

@@ -15,6 +15,7 @@ AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after
 GRID = (5, 4, 5)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", AFTER)
 def test_the_selector_sees_every_unit_with_what_its_row_has(name):
     selector, method = methods.get(name), methods.get(f"reuse+{name}")

@@ -200,6 +200,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
     torch.testing.assert_close(again.encoded.features, video.encoded.features)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize(("room", "tried"), [(24, [96, 48, 24]), (23, [96, 48, 24])])
 def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, tried):

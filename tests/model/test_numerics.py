@@ -18,6 +18,7 @@ from evoprune.pipeline import opening
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.video_qa import VideoQA
+from tests.methods.kinds import one_of_each
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import write_image
 from tests.vision.devices import take_gpu_route
@@ -65,7 +66,7 @@ def spoil(loaded, where: str, bad: float) -> None:
                 language.layers[0].mlp.down_proj.register_forward_pre_hook(second_pass)
 
 
-@pytest.mark.parametrize("method", methods.built_in())
+@pytest.mark.parametrize("method", one_of_each(methods.built_in()))
 def test_a_tower_that_computes_nonsense_is_not_answered_over(loaded, method):
     qa = VideoQA(loaded, budget=0.25, method=method)
     assert qa.encode(CLIP).encoded.features.isfinite().all()
@@ -137,8 +138,8 @@ def test_pictures_of_a_row_of_pixels(loaded, tmp_path, shape, method):
             qa.encode(tmp_path)
 
 
-@pytest.mark.parametrize("method", methods.built_in())
-@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("method", one_of_each(methods.built_in()))
+@pytest.mark.parametrize("most", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_one_grid_and_one_token(loaded, tmp_path, method, most):
     """A video of a constant colour, of which one unit or two are looked at."""
     for number in range(2):

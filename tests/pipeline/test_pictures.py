@@ -23,6 +23,7 @@ from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
+from tests.methods.kinds import one_of_each
 from tests.threads import one_thread  # noqa: F401
 
 CLIP, OTHER = "samples/square.mp4", "samples/arrivals.webm"
@@ -151,7 +152,7 @@ def test_several_inputs_at_full_budget_are_hugging_faces_generate(loaded, kinds,
 EXACT = [name for name in methods.built_in() if methods.get(name).exact]
 
 
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", one_of_each(EXACT))
 def test_exactly_k_tokens_are_kept_of_each_input(loaded, method, tmp_path):
     qa = VideoQA(loaded, budget=0.25, method=method)
     inputs = qa.encode([save(tmp_path / "a.png", 300, 200), CLIP, save(tmp_path / "b.png", 97, 130)])

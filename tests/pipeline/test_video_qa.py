@@ -374,6 +374,7 @@ def test_a_video_that_was_begun_and_is_not_wanted(loaded):
     assert closed == [1] and set(threading.enumerate()) == threads
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
 @pytest.mark.parametrize("stage", ["read", "preprocess", "encode"])
 def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem):

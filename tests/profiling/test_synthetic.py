@@ -36,6 +36,7 @@ def test_a_longer_clip_begins_like_a_shorter_one(kind):
     assert (synthetic.clip(kind, 6, 84, 112)[:4] == synthetic.clip(kind, 4, 84, 112)).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("frames", "height", "width"), SIZES)
 def test_about_a_third_of_the_units_move(frames, height, width):
     apart = changes(synthetic.clip("motion", frames, height, width))

@@ -20,7 +20,16 @@ from tests.video.kinds import KINDS, write_kind
 WHOLE = [name for name, kind in KINDS.items() if kind.frames == 40 and not kind.hidden]
 
 
-@pytest.fixture(scope="session", params=WHOLE)
+# Every codec, and what is odd about times and sizes; the other containers with -m full.
+FEW = (
+    "h264.mp4", "hevc.ts", "vp9.webm", "av1.mkv", "h264_10.mp4", "mpeg4.avi", "late.ts", "vary.mkv", "open_gop.mp4", "odd.mp4",
+    "turned.mp4", "mirrored.mkv", "interlaced.mp4", "picture.gif",
+)  # fmt: skip
+
+
+@pytest.fixture(
+    scope="session", params=[name if name in FEW else pytest.param(name, marks=pytest.mark.full) for name in WHOLE]
+)
 def info(request, folder):
     return probe(write_kind(folder, request.param))
 

@@ -133,6 +133,7 @@ def piped(stdin, source, text="print(probe(path).frames_total)"):
     return subprocess.run([sys.executable, "-c", program], stdin=stdin, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="no such names here")
 @pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
 def test_names_of_what_is_open_here(name, spool):

@@ -116,6 +116,7 @@ def test_extra_head_dimensions_carry_the_bias(dim, dtype, error):
     torch.testing.assert_close(scores(q2, k2), expected, atol=error, rtol=0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("size_bias", [False, True])
 @pytest.mark.parametrize(("shape", "merges", "scope"), [LAYOUTS[2], LAYOUTS[5], LAYOUTS[9]])
 def test_in_bf16_the_kernel_is_as_exact_as_its_dtype(shape, merges, scope, size_bias, monkeypatch):

@@ -155,6 +155,7 @@ def test_the_result_does_not_depend_on_the_chunk_size_where_ties_decide(scene, g
         assert_same(other, whole)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("cuts", [[139], [140, 140], [0, 5, 400], [140, 280, 420, 560], [700]])
 @pytest.mark.parametrize("chunk_units", [35, 70])
 def test_the_result_does_not_depend_on_how_patches_are_cut_into_pieces(cuts, chunk_units):

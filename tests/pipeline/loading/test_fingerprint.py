@@ -43,6 +43,7 @@ def checkpoint(request, tmp_path_factory):
     return folder
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_files_and_a_transformers_model_in_any_dtype_agree(checkpoint, dtype):
     from transformers import AutoModelForImageTextToText
