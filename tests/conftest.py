@@ -11,6 +11,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.process_state import differences, process_state
 from tests.tiny import save_tiny
 
 # No test reads or writes the settings of whoever runs it, nor does a process that a test starts. Set before modules copy the
@@ -38,6 +39,15 @@ def pytest_collection_modifyitems(items):
         for number, item in enumerate(all_of_it):
             if number not in stay:
                 item.add_marker("full")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_process_stays_as_it_was():
+    """A test that changes it would make another one, and what that starts, behave in another way."""
+    before = process_state()
+    yield
+    changed = differences(before, process_state())
+    assert not changed, "\n".join(changed)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -79,8 +80,14 @@ def cli(monkeypatch, capfd):
             patch.setattr(sys, "stdin", Stdin(stdin, terminal))
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "stderr", err)
-            with pytest.raises(SystemExit) as stop:
-                run()
+            for hook in ("excepthook", "unraisablehook"):  # which the program sets for its process
+                patch.setattr(sys, hook, getattr(sys, hook))
+            handler = signal.getsignal(signal.SIGTERM)
+            try:
+                with pytest.raises(SystemExit) as stop:
+                    run()
+            finally:
+                signal.signal(signal.SIGTERM, handler)
         written = screen.finish() if screen else None
         out, err = capfd.readouterr()
         if screen:
