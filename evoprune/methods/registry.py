@@ -243,7 +243,7 @@ def _class(where: str) -> "type[Method]":
 
 
 def plugin_code(text: str) -> dict[str, str]:
-    """A hash of the code of each method of another package that `text` names, by name: of all files of its package.
+    """A hash of the code of each method of another package that `text` names, by name.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -251,10 +251,22 @@ def plugin_code(text: str) -> dict[str, str]:
     found = {}
     for name in _names(text):
         if name not in _REGISTRY and (entry := _plugins().get(name)):
-            file = Path(inspect.getfile(_load(entry)))
-            files = sorted(file.parent.rglob("*.py")) if (file.parent / "__init__.py").exists() else [file]
+            files = _code_files(entry, Path(inspect.getfile(_load(entry))))
             found[name] = hashlib.sha256(b"\0".join(each.read_bytes() for each in files)).hexdigest()[:16]
     return found
+
+
+def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
+    """What a method's module may import of its own package: the Python files of its folder, or those installed with it."""
+    folder = file.parent
+    while (folder.parent / "__init__.py").exists():
+        folder = folder.parent
+    if (folder / "__init__.py").exists():
+        return sorted(folder.rglob("*.py"))
+    installed = (
+        [Path(str(each.locate())) for each in entry.dist.files or () if each.suffix == ".py"] if entry.dist else []
+    )
+    return sorted(installed if file in installed else folder.glob("*.py"))
 
 
 def plugins() -> dict[str, str]:

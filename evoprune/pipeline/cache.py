@@ -7,18 +7,19 @@ entry counts as missing, and an entry that cannot be written is skipped.
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import evoprune
+from evoprune import methods
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
 from evoprune.strict_json import loads
@@ -27,6 +28,7 @@ from evoprune.vision.encoded import Encoded
 LIMIT_BYTES = 2 * 2**30
 SUFFIX, UNFINISHED = ".safetensors", ".tmp"
 HOUR = 3600.0
+READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
 
 
 def default_folder() -> Path:
@@ -165,7 +167,7 @@ def entry_key(engine: Engine, view: View) -> str | None:
         content = content_hash(view.info.path)
     except OSError:
         return None
-    limits, modules = loaded.limits[view.kind], sorted({type(m).__module__ for m in method.all_methods})
+    limits = loaded.limits[view.kind]
     facts = {
         "video": content,
         "decoder": view.decoder,
@@ -182,7 +184,8 @@ def entry_key(engine: Engine, view: View) -> str | None:
         ],
         "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
         "method": [type(method).__module__, repr(method), engine.seed],  # the repr names the class and all settings
-        "code": [evoprune.__version__, torch.__version__, *map(_code, modules)],
+        "code": [evoprune.__version__, torch.__version__, _own_code(), methods.plugin_code(engine.options.method)],
+        "reader": version(READERS[view.decoder]),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -202,10 +205,10 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 @cache
-def _code(module: str) -> str:
-    """A hash of this package's files and the method's, which change during development while the version does not."""
-    files = [*Path(evoprune.__file__).parent.rglob("*.py"), Path(getattr(sys.modules[module], "__file__", None) or ".")]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+def _own_code() -> str:
+    """A hash of this package's files, which change during development while the version does not."""
+    files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 

@@ -141,7 +141,7 @@ class OpenVideo:
             result, seconds = encode_view(self.engine, self.view, self._reader, progress, self._encode_rows, around)
             if self._reader.damaged:  # not stored, or the next run would not warn
                 warnings.append("damaged_video")
-            elif self._key and not self._cache.store(self._key, result):
+            elif self._key and self._is_unchanged() and not self._cache.store(self._key, result):
                 warnings.append("cache_not_written")
         cache = "hit" if self._cached else "miss" if self._key else "off"
         wall = earlier + clock.now() - start
@@ -159,6 +159,10 @@ class OpenVideo:
     def close(self) -> None:
         """Reads no further."""
         self._reader.close()
+
+    def _is_unchanged(self) -> bool:
+        """Whether the file is still the one that was looked up; another one may have been put in its place while it was read."""
+        return entry_key(self.engine, self.view) == self._key
 
     def _look_up(self) -> None:
         if self._looked_up or not self._cache:

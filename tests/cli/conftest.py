@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 import typer.main
 
 from evoprune_cli.main import run
@@ -95,7 +96,9 @@ def cli(monkeypatch, capfd):
             err = written
         return Result(stop.value.code or 0, out, err)
 
-    return call
+    threads = torch.get_num_threads()
+    yield call
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

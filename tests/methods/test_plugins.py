@@ -366,6 +366,18 @@ def test_impossible_combinations_with_methods_of_other_packages(package, text):
     assert methods.get("reuse+first").then.name == "first" and methods.get("first+fastv").name == "first+fastv"
 
 
+def test_the_code_of_a_method_is_all_that_its_package_brings(package, tmp_path):
+    found = {}
+    for helper in ("SHARE = 1\n", "SHARE = 2\n"):
+        (package / "helper_of_methods.py").write_text(helper)
+        found[helper] = methods.plugin_code("evoprune+fastv") | methods.plugin_code("reuse+first")
+    assert len({code["first"] for code in found.values()}) == 2
+    qa, cache = evoprune.VideoQA.load("demo", method="first"), evoprune.Cache(tmp_path / "cache")
+    assert [qa.encode("samples/square.mp4", cache=cache).report.cache for _ in range(2)] == ["miss", "hit"]
+    (package / "helper_of_methods.py").write_text("SHARE = 3\n")
+    assert qa.encode("samples/square.mp4", cache=cache).report.cache == "miss"
+
+
 def test_a_run_is_not_gone_on_with_other_code_of_a_method(package, cli, tmp_path):  # noqa: F811
     data, run = "samples/questions.jsonl", tmp_path / "run"
     asked = ("eval", "--data", data, "--limit", "1", "-b", "0.5", "--method", "reuse+first", "--json")

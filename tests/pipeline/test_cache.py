@@ -162,6 +162,14 @@ def test_the_same_name_size_and_time_but_other_bytes(loaded, cache, clip):
     assert qa.encode(clip, cache=cache).report.cache == "miss"
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_not_stored(loaded, cache, clip):
+    with closing(open_video(VideoQA(loaded, budget=0.25).engine, clip, cache=cache)) as opened:
+        assert not opened.in_cache
+        os.replace(shutil.copy("samples/pan.mp4", f"{clip}.new"), clip)
+        opened.encode()
+    assert cache.size() == (0, 0)
+
+
 def test_hash_of_a_folder_of_frames(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name)
@@ -175,7 +183,9 @@ def test_hash_of_a_folder_of_frames(tmp_path):
 def test_changed_code_and_weights_make_other_entries(loaded, cache, clip, folder, monkeypatch):
     qa = VideoQA(loaded, budget=0.25)
     assert qa.encode(clip, cache=cache).report.cache == "miss"
-    monkeypatch.setattr(cache_module, "_code", lambda module: "changed")
+    monkeypatch.setattr(cache_module, "_own_code", lambda: "changed")
+    assert qa.encode(clip, cache=cache).report.cache == "miss"
+    monkeypatch.setattr(cache_module, "version", lambda package: f"{package} 0.1")
     assert qa.encode(clip, cache=cache).report.cache == "miss"
     first = load_model(str(folder)).fingerprint
     assert load_model(str(folder)).fingerprint == first

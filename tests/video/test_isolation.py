@@ -115,11 +115,16 @@ def test_a_process_that_an_earlier_video_has_spoilt_is_replaced(named, started):
     assert numbers(info, TIMES, chunk_bytes=SMALL) == list(range(20)) and len(started) == 3
 
 
-def test_one_that_died_in_its_sleep_is_replaced(good, started):
-    probe(good)
-    os.kill(started[0], signal.SIGKILL)
-    assert gone(started[0])
-    assert probe(good).frames_total == 20 and len(started) == 2
+@pytest.mark.parametrize("for_memory", [False, True])
+def test_those_that_died_while_idle_are_replaced(good, started, monkeypatch, for_memory):
+    with pool.borrow("a"), pool.borrow("b"):
+        pass
+    for pid in started:
+        os.kill(pid, signal.SIGKILL)
+    assert all(map(gone, started)) and len(started) == 2
+    if for_memory:  # as the system's counter says
+        monkeypatch.setattr(process, "oom_kills", lambda: 1e9)
+    assert probe(good).frames_total == 20 and len(started) == 3
 
 
 @pytest.mark.parametrize("when", ["", "later_"])

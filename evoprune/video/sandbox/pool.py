@@ -23,6 +23,18 @@ def start_idle() -> None:
             _idle.append(WorkerProcess())
 
 
+def _take() -> WorkerProcess | None:
+    """An idle process that is alive. What ended one that idled is not the next video's fault."""
+    while True:
+        with _lock:
+            if not _idle:
+                return None
+            worker = _idle.pop()
+        if worker.alive():
+            return worker
+        worker.end()
+
+
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess]:
     """A process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended.
@@ -30,8 +42,7 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
     Raises:
         OutOfMemory: no process can be started.
     """
-    with _lock:
-        worker = _idle.pop() if _idle else None
+    worker = _take()
     if worker is None:
         try:
             worker = WorkerProcess()

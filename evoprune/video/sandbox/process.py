@@ -64,6 +64,10 @@ class WorkerProcess:
             )
         self.pid = self._process.pid
 
+    def alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
     def ask(self, task: str, arguments: dict[str, Any]) -> None:
         """Request a task; `answer` returns its result."""
         self._send(self.request(task, arguments))
