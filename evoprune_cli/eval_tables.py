@@ -34,7 +34,7 @@ def table(document: dict, width: int = 80) -> str:
         columns = dict(ANSWERS)
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
-            notes.append("unparsed: answers that name none of the options; they count as wrong")
+            notes.append("unparsed: answers that name none of the options, or several; they count as wrong")
         lines += ["", *_fitting(rows, columns, console, width), *_few([rows[0]], width)]
         versus, told = _versus_first(rows, console, width)
         lines += versus

@@ -48,7 +48,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
 
 
 def _answer(row: Row) -> str:
-    """The expected answer; of a question with options the text of one of them."""
+    """The expected answer; of a question with options the text of one of them. A text goes before a letter."""
     if row.answer is None:
         raise ValueError("no answer")
     answer = str(row.answer) if isinstance(row.answer, int) else row.answer
@@ -56,7 +56,8 @@ def _answer(row: Row) -> str:
         raise ValueError("answer is not a text")
     if not row.options:
         return answer
-    choice = chosen_option(answer, row.options)
+    texts = [normalised(option) for option in row.options]
+    choice = texts.index(normalised(answer)) if normalised(answer) in texts else chosen_option(answer, row.options)
     if choice is None:
         raise ValueError(f"the answer {answer!r} is none of the options")
     return row.options[choice]

@@ -19,10 +19,11 @@ ROW = {"video": "a.mp4", "question": "What?", "answer": "yes"}
 def test_a_file_is_read_video_by_video(tmp_path):
     rows = [ROW, ROW | {"video": "b.mp4", "id": 7, "type": "order", "groups": ["time"]}, "", ROW | {"answer": 3}]
     rows.append(ROW | {"options": ["no", "yes", "maybe"], "answer": "b"})
+    rows.append(ROW | {"options": ["B", "A"], "answer": "B"})  # a text goes before a letter
     first, second = load_questions(write(tmp_path / "q.jsonl", *rows))
     assert (first.name, first.path) == ("a.mp4", tmp_path / "a.mp4") and second.name == "b.mp4"
-    assert [row.id for row in first.rows] == ["1", "4", "5"] and second.rows[0].id == "7"
-    assert first.rows[1].answer == "3" and first.rows[2].answer == "yes"
+    assert [row.id for row in first.rows] == ["1", "4", "5", "6"] and second.rows[0].id == "7"
+    assert first.rows[1].answer == "3" and [row.answer for row in first.rows[2:]] == ["yes", "B"]
     assert (second.rows[0].type, second.rows[0].groups) == ("order", ("time",))
 
 

@@ -1,0 +1,175 @@
+"""What an answer consists of: names of options, words that state the answer, deny or leave it open, give reasons. No torch."""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+
+from evoprune.batch.rows import LETTERS
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+STATES = (
+    r"(?:(?:final|correct|right|best|my) )?answer|(?:final|correct|best|my) (?:option|choice|letter|one)"
+    r"|(?:option|choice)(?= is\b|:)"
+    r"|(?:I|we)(?:'d|'ll|'m| would| will| am)? (?:choose|chose|select|selected|pick|picked|go with|going with|opt for)"
+)
+IS = "is|was|would be|should be|must be"
+DENIES = r"or|not|no|none|never|neither|nor|cannot|without|rul(?:ed?|es|ing) out|eliminat\w*|exclud\w*|\w+n't"
+DENIES_BEFORE = "wrong|incorrect|false|impossible|unlikely"
+ASIDE = (
+    "because|since|due to|given that|while|whereas|although|though|if|unlike|except|other than"
+    "|rather than|instead of|as opposed to"
+)
+# A letter names an option at the start of a clause or after one of the first words, but not directly before a word
+# ("A circle", "I think", "C major") other than the second.
+LEADS = re.compile(
+    "is|was|be|are|it's|that's|options?|choice|letter|say|think|guess|believe|with|choose|choosing|pick|select|either|only|just"
+    "|probably|definitely|clearly|certainly|surely|likely|maybe|perhaps|possibly|是|为|项",
+    re.IGNORECASE,
+)
+FOLLOWS = re.compile(
+    "is|was|would|seems|appears|looks|best|correctly|matches|describes|shows|fits|as|and|then|to", re.IGNORECASE
+)
+# Texts that are also common words: "no car", "the left one", "one of them" are not the answers "no" and "one".
+COMMON = {
+    "no": r"no(?! (?!because\b)\w)",
+    "(?:one|1)": r"(?:1|(?:(?<![\w ])|(?<=\bis )|(?<=\bonly )|(?<=\bjust )|(?<=\bexactly ))one(?! of\b))",
+}
+
+_SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean write no blanks between words
+_MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
+
+
+@dataclass
+class Word:
+    """A word or a sign of an answer.
+
+    Attributes:
+        kind: "name" (of options), "states", "denies", "denies_before", "aside", "clause" (which begins), "stop", "line" or "plain".
+        text: as it was written. options: the indices of the options that it names; -1 is a letter of no option.
+        letter: whether it names by a letter. marked: whether the letter is in brackets, or begins a clause and has a bracket, a
+            full stop or a colon behind it.
+        sure: whether it names by itself. A letter that does not can only contradict another ("vitamin C", the C of "B and C").
+    """
+
+    kind: str
+    text: str
+    options: frozenset[int] = frozenset()
+    letter: bool = False
+    marked: bool = False
+    sure: bool = True
+
+
+def read(said: str, options: tuple[str, ...]) -> list[Word]:
+    """The words and signs of an answer. What it denies, leaves open, asks, or says aside names nothing."""
+    scanner, names = _scanner(options)
+    words: list[Word] = []
+    for found in scanner.finditer(_plain(said)):
+        kind, text = found.lastgroup, found[0]
+        if kind == "letter":
+            letter = next(char for char in text if char.isalpha()).upper()
+            words.append(Word("name", text, names[letter], letter=True, marked=len(text) > 1))
+        else:
+            words.append(Word("name", text, names[kind]) if kind in names else Word(kind, text))
+    edge = Word("line", "")
+    for before, word, after in zip([edge, *words], words, [*words[1:], edge], strict=False):
+        if word.letter and not word.marked:
+            _weigh(word, before, after, pronoun=len(options) < 9)
+    _drop_denied([*words, edge])
+    return words
+
+
+def _plain(text: str) -> str:
+    """The text without thinking and markup, in one kind of letters. Marks of an answer, such as a box, become words."""
+    text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
+    text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # special tokens
+    text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
+    text = re.sub(r"</?[a-z]+>|\\(?:text|math)[a-z]*", " ", text)
+    text = re.sub(r"(\*\*|__|[*_`$])([A-Za-z])\1", r"(\2)", text)
+    text = re.sub(r"(?<!\w)'([A-Za-z])'", r" \1 ", text)
+    text = _SPACED.sub(r" \1 ", text.translate(_MARKUP))
+    text = "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
+    return re.sub(r" (?=[.,:;!?%)\]])", "", text).replace(":\n", ": ")
+
+
+def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
+    """Makes a letter without brackets plain if it is a word, and finds whether it names an option by itself."""
+    letter = word.text
+    word.marked = before.kind in ("stop", "line", "clause", "name") and after.text in (".", ":", ")", "]")
+    wordy = after.kind == "plain" and after.text.isascii() and not FOLLOWS.fullmatch(after.text)
+    article = letter in "Aa" and (wordy or (after.kind in ("name", "states") and not after.letter))
+    personal = letter in "Ii" and (pronoun or (after.kind not in ("clause", "stop", "line") and after.text != "is"))
+    led = before.kind in ("states", "aside", "clause", "stop", "line") or LEADS.fullmatch(before.text)
+    word.sure = bool(led) and not wordy
+    if article or personal or (letter.islower() and not word.sure):
+        word.kind = "plain"
+
+
+def _drop_denied(words: list[Word]) -> None:
+    """Makes plain the names in clauses that deny or leave open, behind words such as "because", and in questions."""
+    clause: list[Word] = []
+    sentence: list[Word] = []
+    denied = False
+    for word in words:
+        if word.kind == "name":
+            clause.append(word)
+            sentence.append(word)
+        elif word.kind in ("clause", "aside", "stop", "line"):
+            dropped = sentence if word.text == "?" else clause if denied else []
+            for name in dropped:
+                name.kind = "plain"
+            clause, denied = [], word.kind == "aside"
+            sentence = sentence if word.kind in ("clause", "aside") else []
+        elif word.kind == "denies":
+            denied = True
+        elif word.kind == "denies_before":
+            for name in clause:
+                name.kind = "plain"
+
+
+@lru_cache(maxsize=256)
+def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
+    """A pattern whose last group is the kind of a word, and what its groups of texts, and letters, name. Long texts go first."""
+    letters = {letter: {index if index < len(options) else -1} for index, letter in enumerate(LETTERS)}
+    patterns: dict[str, set[int]] = {}
+    for index, option in enumerate(options):
+        pattern = _pattern(option, LETTERS[index])
+        if re.fullmatch("[A-Z]", pattern, re.IGNORECASE):  # the text is a letter, perhaps that of another option
+            letters[pattern.upper()] = letters[pattern.upper()] - {-1} | {index}
+        elif pattern:
+            patterns.setdefault(pattern, set()).add(index)
+    ordered = sorted(patterns, key=len, reverse=True)
+    groups = {f"text{number}": pattern for number, pattern in enumerate(ordered)}
+    names = letters | {group: patterns[pattern] for group, pattern in groups.items()}
+    whole = "|".join(f"(?P<{group}>{pattern})" for group, pattern in groups.items()) or "(?!)"
+    kinds = (
+        rf"(?<![\w+-])(?<!\d[.,:/])(?i:{whole})(?!\w|-\w|[.,:/]\d)",
+        rf"(?P<states>(?i:\b(?:{STATES})\b(?: (?:{IS})\b)?)|答 案|选(?: [择项])?)",
+        rf"(?P<aside>(?i:\b(?:{ASIDE})\b)|因 为)",
+        rf"(?P<denies>(?i:\b(?:{DENIES})\b)|[不没或])",
+        rf"(?P<denies_before>(?i:\b(?:{DENIES_BEFORE})\b)|错)",
+        r"(?P<letter>[(\[【<] ?[A-Za-z] ?[.:]?[)\]】>]|(?<![\w.&°'-])[A-Za-z](?![\w+#]|[.&'-]\w))",
+        r"(?P<line>\n)",
+        r"(?P<stop>[.!?;。])",
+        r"(?P<clause>,(?! (?i:or)\b)|[:()\[\]、–—]|(?<!\w)-(?!\w)|(?i:\b(?:but|so|therefore|thus|hence|and(?= not\b))\b))",
+        r"(?P<plain>\w+(?:'\w+)?|[/&,])",
+    )
+    return re.compile("|".join(kinds)), {name: frozenset(named) for name, named in names.items()}
+
+
+def _pattern(option: str, letter: str) -> str:
+    """The pattern of an option's text, with or without articles, in figures or words. Empty if the text is signs alone."""
+    words = re.sub(rf"^\(?{letter}[.):] (?=.)", "", _plain(option)).removesuffix(".").split()
+    if not re.search(r"\w", "".join(words)):
+        return ""
+    words[0] = words[0].lower()
+    kept = [*(word for word in words[:-1] if word not in ("a", "an", "the")), words[-1]]
+    pattern = r" (?:(?:an?|the) )?".join(_number(word) or re.escape(word) for word in kept)
+    return COMMON.get(pattern, pattern)
+
+
+def _number(word: str) -> str:
+    """The pattern of a number up to twelve, else nothing."""
+    word = word.lower()
+    number = NUMBERS.index(word) if word in NUMBERS else int(word) if re.fullmatch("[0-9]{1,2}", word) else len(NUMBERS)
+    return f"(?:{NUMBERS[number]}|{number})" if number < len(NUMBERS) else ""
