@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from evoprune_cli import completion
+
 ENGINES = ("local", "ray")
 _ROWS, _OUTPUT, _ENGINE = "Rows", "Output", "Engine"
 
@@ -65,7 +67,7 @@ Engine = Annotated[
     str,
     typer.Option(
         "--engine",
-        metavar="|".join(ENGINES),
+        **completion.one_of(*ENGINES),
         help="ray: on a Ray cluster, one model for each GPU, or for each node without GPUs. Needs evoprune[ray].",
         rich_help_panel=_ENGINE,
     ),
@@ -74,7 +76,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         "--address",
-        metavar="auto|HOST:PORT",
+        **completion.one_of("auto", "HOST:PORT"),
         help="Of the Ray cluster; default: RAY_ADDRESS, else a cluster on this machine.",
         show_default=False,
         rich_help_panel=_ENGINE,

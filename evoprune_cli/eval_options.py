@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from evoprune.evaluation.splits import BOTH, SPLITS, WORLDS
+from evoprune_cli import completion
 from evoprune_cli.options import SWEEP
 
 _DATA, _OUTPUT = "Data", "Output"
@@ -13,7 +14,7 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        metavar="FILE|demo",
+        **completion.one_of("FILE", "demo"),
         help="Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
         "of the demo models' generators.",
         show_default=False,
@@ -35,7 +36,7 @@ World = Annotated[
     str,
     typer.Option(
         "--world",
-        metavar="|".join((*WORLDS, BOTH)),
+        **completion.one_of(*WORLDS, BOTH),
         help="The demo's clips: coloured shapes and digits, or crowded scenes with signs.",
         rich_help_panel=_DATA,
     ),
@@ -54,7 +55,7 @@ Split = Annotated[
     str,
     typer.Option(
         "--split",
-        metavar="|".join(SPLITS),
+        **completion.one_of(*SPLITS),
         help="The demo's clips: to report on, to tune on, or upright ones with a panning camera, to report on.",
         rich_help_panel=_DATA,
     ),
@@ -76,7 +77,7 @@ Model = Annotated[
         "-m",
         "--model",
         envvar="EVOPRUNE_MODEL",
-        metavar="ID|DIR|demo",
+        **completion.MODEL,
         help="Hub id, local folder, demo or demo-scenes; default: demo, or demo-scenes for --world scenes.",
         show_default=False,
         rich_help_panel="Model",

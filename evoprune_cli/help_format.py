@@ -4,12 +4,14 @@
 """
 
 import re
+import textwrap
 from copy import copy
 from typing import Annotated, ClassVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
+BESIDE_NAMES = 60  # characters of help that a shell prints beside the name of an option
 EVERYTHING = "evoprune.help_all"  # in the `meta` of a context whose help names every option
 
 
@@ -31,10 +33,24 @@ HelpAll = Annotated[
 ]
 
 
+class Group(TyperGroup):
+    """All commands. To find the one that a line names, nothing imports pydantic."""
+
+    def get_help_option(self, ctx):
+        """With a default that is False, and not None, which Typer would convert with pydantic."""
+        option = super().get_help_option(ctx)
+        option.default = False
+        return option
+
+
 class Command(TyperCommand):
     """A command with a short and a full help."""
 
     common: ClassVar[tuple[str, ...]] = ()  # names of the parameters in the short help
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Nothing where names alone are wanted, for a shell or a document: Typer would import pydantic for the values."""
+        return [] if ctx.resilient_parsing else super().parse_args(ctx, args)
 
     def format_options(self, ctx, formatter) -> None:
         """Every option under the title of its panel, or the common ones in one list."""
@@ -52,6 +68,13 @@ class Command(TyperCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a line of their own
+
+    def shell_complete(self, ctx, incomplete: str) -> list:
+        """The names of options for a shell, each with the beginning of its help."""
+        found = super().shell_complete(ctx, incomplete)
+        for item in found:
+            item.help = textwrap.shorten(item.help or "", BESIDE_NAMES, placeholder="...")
+        return found
 
     def format_epilog(self, ctx, formatter) -> None:
         """The line that names the full help."""

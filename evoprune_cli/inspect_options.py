@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from evoprune_cli import completion
+
 OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
 
 Video = Annotated[
@@ -35,7 +37,7 @@ ForgetTuned = Annotated[
     str | None,
     typer.Option(
         "--forget-tuned",
-        metavar="NAME|FINGERPRINT|all",
+        **completion.one_of("NAME", "FINGERPRINT", "all"),
         help="Delete the tuned setting and the recipe of a model (by name or beginning of its fingerprint) or all, then report.",
         show_default=False,
     ),

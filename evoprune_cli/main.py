@@ -17,11 +17,12 @@ import typer
 
 import evoprune
 from evoprune.errors import PluginWarning, UsageError
+from evoprune_cli import completion
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate, print_document
 from evoprune_cli.failures import Terminated, debugging, failure
-from evoprune_cli.help_format import showing
+from evoprune_cli.help_format import Group, showing
 from evoprune_cli.inspect import inspect, print_failure
 from evoprune_cli.profile import profile
 from evoprune_cli.terminal import WIDTH, ClosedOutput, print_error, print_json, print_plugin_warning
@@ -36,19 +37,20 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="evoprune",
+    cls=Group,
     help="Ask Qwen2.5-VL (or Qwen2-VL) about videos; visual tokens are pruned inside the vision encoder.\n\n"
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
     epilog="Exit codes: 0 done, 1 a bug, 2 usage or an output that cannot be written, 3 video, 4 model, 5 out of memory, "
     "6 some items failed or no setting passed, 130 interrupted, 143 terminated.",
-    add_completion=False,
+    add_completion=False,  # the two options are those of evoprune_cli.completion, with errors of our own
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
         typer.echo(f"evoprune {evoprune.__version__}")
         raise typer.Exit
 
@@ -57,6 +59,8 @@ def _version(wanted: bool) -> None:
 def main(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    install_completion: completion.InstallCompletion = False,
+    show_completion: completion.ShowCompletion = False,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
@@ -144,6 +148,7 @@ def _outcome() -> int:
     try:
         # Not standalone, or click would print errors its own way. Commands return their exit code.
         columns = min(shutil.get_terminal_size().columns, WIDTH)
+        completion.prepare()
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         finally:
@@ -152,8 +157,8 @@ def _outcome() -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _nobody_reads(streams)
-    except SystemExit:  # Typer and rich raise it for a closed pipe; nothing else here does
-        code = _nobody_reads(streams)
+    except SystemExit as ended:  # Typer and rich raise it for a closed pipe, and Typer when it has answered a shell
+        code = ended.code if completion.is_requested() else _nobody_reads(streams)
     except typer.Exit as done:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):

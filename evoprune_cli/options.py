@@ -7,8 +7,9 @@ import typer
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
+from evoprune.model.precision import AUTO_THREADS, DTYPE_NAMES, LOAD_FORMATS, QUANTIZE
 from evoprune.pruning.budget import PRESETS, TUNED, parse_budget, parse_budget_or_name
+from evoprune_cli import completion
 
 if TYPE_CHECKING:
     from evoprune.pipeline.options import PipelineOptions
@@ -21,7 +22,7 @@ def _option(panel: str, *names: str, **settings):
 
 
 _MODEL, _PRUNING, _SAMPLING, _GENERATION, _OUTPUT = "Model", "Pruning", "Sampling", "Generation", "Output"
-_NAMED, _NAME = ("-m", "--model"), {"envvar": "EVOPRUNE_MODEL", "metavar": "ID|DIR|demo"}
+_NAMED, _NAME = ("-m", "--model"), {"envvar": "EVOPRUNE_MODEL", **completion.MODEL}
 
 Model = Annotated[
     str,
@@ -35,7 +36,7 @@ Device = Annotated[
     _option(
         _MODEL,
         "--device",
-        metavar="auto|cpu|cuda[:N]",
+        **completion.one_of("auto", "cpu", "cuda[:N]"),
         help="Device to run on; auto is CUDA if there is any.",
     ),
 ]
@@ -44,7 +45,7 @@ Dtype = Annotated[
     _option(
         _MODEL,
         "--dtype",
-        metavar="auto|bf16|fp16|fp32",
+        **completion.one_of("auto", *DTYPE_NAMES),
         help="auto: bf16 where the hardware has it; demo models fp32.",
     ),
 ]
@@ -53,7 +54,7 @@ Quantize = Annotated[
     _option(
         _MODEL,
         "--quantize",
-        metavar="|".join(QUANTIZE),
+        **completion.one_of(*QUANTIZE),
         help="Weights of the language model while it generates, on a CPU: fewer bits are faster and less exact.",
     ),
 ]
@@ -62,7 +63,7 @@ LoadFormat = Annotated[
     _option(
         _MODEL,
         "--load-format",
-        metavar="|".join(LOAD_FORMATS),
+        **completion.one_of(*LOAD_FORMATS),
         help="auto reads the weights. dummy makes random ones of the same dimensions: times and counts are right, answers mean "
         "nothing. It needs a folder with config.json and a tokenizer.",
     ),
@@ -73,7 +74,7 @@ Threads = Annotated[
         _MODEL,
         "--threads",
         envvar="EVOPRUNE_THREADS",
-        metavar="auto|N",
+        **completion.one_of(AUTO_THREADS, "N"),
         help="Threads on the CPU; auto: by the model's size, at most the cores that this process may use, or OMP_NUM_THREADS.",
     ),
 ]
@@ -86,7 +87,7 @@ Budget = Annotated[
         "-b",
         "--budget",
         envvar="EVOPRUNE_BUDGET",
-        metavar="SHARE|PRESET|auto|tuned",
+        **completion.BUDGET,
         help=f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full prunes nothing; -b auto to let the content "
         "decide, or auto:inflection by a method's scores; -b tuned for what was tuned for the model, method included.",
     ),
@@ -96,7 +97,7 @@ MethodName = Annotated[
     _option(
         _PRUNING,
         "--method",
-        metavar="NAME",
+        **completion.METHOD,
         help=f"How tokens are pruned: {', '.join(methods.available())}. NAME:SETTING=VALUE for its settings; "
         "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
         "tokens inside the language model, too.",
@@ -110,7 +111,7 @@ Budgets = Annotated[
         "-b",
         "--budget",
         envvar="EVOPRUNE_BUDGET",
-        metavar="LIST",
+        **completion.BUDGETS,
         help="Shares of visual tokens kept, or presets; only in eval auto, auto:inflection, tuned; "
         f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
         show_default=False,
@@ -121,7 +122,7 @@ Methods = Annotated[
     _option(
         SWEEP,
         "--method",
-        metavar="LIST",
+        **completion.METHODS,
         help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; "
         "reuse+NAME, ipcv+NAME and NAME+fastv.",
         show_default=False,
@@ -184,15 +185,16 @@ End = Annotated[
         _SAMPLING, "--end", metavar="TIME", help="Where to stop, in the same way; default: the end.", show_default=False
     ),
 ]
+_DECODERS = completion.one_of("auto", "pyav", "decord")
 Decoder = Annotated[
-    str, _option(_SAMPLING, "--decoder", metavar="auto|pyav|decord", help="Library that reads the video; auto is pyav.")
+    str, _option(_SAMPLING, "--decoder", **_DECODERS, help="Library that reads the video; auto is pyav.")
 ]
 Subtitles = Annotated[
     str,
     _option(
         _SAMPLING,
         "--subtitles",
-        metavar="none|auto|FILE",
+        **completion.one_of("none", "auto", "FILE"),
         help="What is said, for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a "
         "video with a text track.",
     ),

@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
-from evoprune.model.precision import LOAD_FORMATS
+from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.profiling.settings import SYNTHETIC
+from evoprune_cli import completion
 from evoprune_cli.options import SWEEP
 
 FORMATS = ("table", "md", "csv", "json")
@@ -40,7 +41,7 @@ Synthetic = Annotated[
     str | None,
     typer.Option(
         "--synthetic",
-        metavar="|".join(SYNTHETIC),
+        **completion.one_of(*SYNTHETIC),
         help="Without VIDEO: things that move before a still background, a still picture with a tenth of it changing, "
         "or noise; default: motion.",
         show_default=False,
@@ -60,7 +61,7 @@ Model = Annotated[
     typer.Option(
         "-m",
         "--model",
-        metavar="ID|DIR|demo",
+        **completion.MODEL,
         help="Hub id, local folder, demo or demo-scenes. EVOPRUNE_MODEL is ignored.",
         rich_help_panel="Model",
     ),
@@ -69,7 +70,7 @@ LoadFormat = Annotated[
     str | None,
     typer.Option(
         "--load-format",
-        metavar="|".join(LOAD_FORMATS),
+        **completion.one_of(*LOAD_FORMATS),
         help="auto reads the weights; dummy takes random ones of the same dimensions, which is as fast and needs no "
         "network; default: dummy for Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct, else auto.",
         show_default=False,
@@ -80,7 +81,7 @@ Quantize = Annotated[
     list[str] | None,
     typer.Option(
         "--quantize",
-        metavar="LIST",
+        **completion.list_of(*QUANTIZE),
         help="Of none, int8, int4: how the language model's weights are quantised, CPU only; default: none.",
         show_default=False,
         rich_help_panel=SWEEP,
@@ -110,7 +111,7 @@ TimeLimit = Annotated[
     ),
 ]
 Format = Annotated[
-    str, typer.Option("--format", metavar="|".join(FORMATS), help="Output format.", rich_help_panel=_OUTPUT)
+    str, typer.Option("--format", **completion.one_of(*FORMATS), help="Output format.", rich_help_panel=_OUTPUT)
 ]
 Output = Annotated[
     str | None,

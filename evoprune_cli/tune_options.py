@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from evoprune_cli import completion
 from evoprune_cli.options import SWEEP
 
 _ASKED, _OUTPUT = "What is asked", "Output"
@@ -48,7 +49,7 @@ Budgets = Annotated[
     typer.Option(
         "-b",
         "--budget",
-        metavar="LIST",
+        **completion.BUDGETS,
         help="Shares of visual tokens to try, or presets.  [default: 0.5,0.35,0.25,0.15,0.1]",
         show_default=False,
         rich_help_panel=SWEEP,
@@ -58,7 +59,7 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        metavar="LIST",
+        **completion.METHODS,
         help="Further methods to try, beside those that are always tried.",
         show_default=False,
         rich_help_panel=SWEEP,

@@ -1,0 +1,242 @@
+"""Completion at TAB: what is offered, in which shell, and how it is installed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import shellingham
+from typer.main import get_command
+
+from evoprune.methods import registry
+from evoprune_cli.main import app
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["ask", "batch", "eval", "tune", "inspect", "profile"]
+BUDGETS = ["full", "high", "balanced", "fast", "auto", "auto:inflection", "tuned"]
+# A line up to the cursor, and what is offered; where that is nothing, the shell offers files.
+LINES = {
+    "": COMMANDS,
+    "e": ["eval"],
+    "--show": ["--show-completion"],
+    "--version pro": ["profile"],
+    "ask --meth": ["--method", "--method-arg"],
+    "ask --help-all --dev": ["--device"],
+    "ask --frames many -b fu": ["full"],
+    "ask clip.mp4 ": [],
+    "ask clip.mp4 -b ": BUDGETS,
+    "eval -b fast,h": ["fast,high"],
+    "eval -b fast,tu": ["fast,tuned"],
+    "profile -b tu": [],
+    "tune -b fast,": ["fast,full", "fast,high", "fast,balanced"],
+    "ask --method divp": ["divprune"],
+    "ask --method = divp": ["divprune"],  # what bash makes of --method=divp
+    "ask --method evoprune+fa": ["evoprune+fastv"],
+    "ask --method evoprune:rows=1+fa": ["evoprune:rows=1+fastv"],
+    "ask --method evoprune+pool+": [],
+    "ask --method reuse+divprune+fa": ["reuse+divprune+fastv"],
+    "ask --method reuse+div": ["reuse+divprune"],
+    "ask --method pool,fa": [],
+    "eval --method pool,fa": ["pool,fastvid", "pool,fastv"],
+    "tune --method pool,evoprune+fa": ["pool,evoprune+fastv"],
+    "ask -m ": ["demo", "demo-scenes"],
+    "inspect --model demo-": ["demo-scenes"],
+    "profile -m ./runs": [],
+    "ask --device c": ["cpu", "cuda"],
+    "ask --dtype b": ["bf16"],
+    "profile --quantize int8,": ["int8,none", "int8,int4"],
+    "profile --format ": ["table", "md", "csv", "json"],
+    "eval --world s": ["shapes", "scenes"],
+    "eval --data ": [],
+    "eval --data d": ["demo"],
+    "ask --subtitles ": [],
+    "ask --subtitles a": ["auto"],
+    "batch -o ": [],
+    "inspect --forget-tuned ": ["all"],
+}
+
+
+@pytest.fixture
+def at_tab(cli, monkeypatch):
+    """`at_tab("bash", "ask -m ")`: the result of a script's request to complete the line."""
+    monkeypatch.setenv("COLUMNS", "30")
+
+    def complete(shell: str, line: str, action: str = "get-args"):
+        words = f"evoprune {line}"
+        monkeypatch.setenv("_EVOPRUNE_COMPLETE", f"complete_{shell}")
+        monkeypatch.setenv("COMP_WORDS", words.replace(" ", "\n"))
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", words)
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", action)
+        return cli()
+
+    return complete
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_offers(at_tab, monkeypatch, line):
+    monkeypatch.setenv("EVOPRUNE_DEBUG", "1")
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "7")
+    result = at_tab("bash", line)
+    assert (result.code, result.err) == (0, "")
+    assert sorted(result.out.split()) == sorted(LINES[line])
+
+
+def test_every_method_is_offered_and_reuse_with_what_may_follow(at_tab):
+    assert at_tab("bash", "ask --method ").out.split() == registry.available()
+    offered = at_tab("bash", "ask --method reu").out.split()
+    assert "reuse+divprune" in offered and "reuse+fastv" not in offered
+    assert all(name.startswith("reuse+") for name in offered)
+
+
+def test_methods_of_other_packages_are_offered_unloaded(at_tab, monkeypatch):
+    broken = EntryPoint("mine", "no_such_module:Thing", registry.GROUP)
+    monkeypatch.setattr(registry, "_plugins", lambda: {"mine": broken})
+    result = at_tab("bash", "ask --method evoprune+mi")
+    assert (result.out, result.err) == ("evoprune+mine\n", "")
+
+
+def test_every_word_that_a_metavar_names_is_offered():
+    group = get_command(app)
+    checked = 0
+    for name, command in group.commands.items():
+        context = command.make_context(name, [], resilient_parsing=True)
+        for param in command.params:
+            for word in re.findall(r"(?:^|\|)([a-z][\w-]*)", param.metavar or ""):
+                offered = [item.value for item in param.shell_complete(context, word[:1])]
+                assert word in offered, f"{name} {param.opts[0]} offers {offered}"
+                checked += 1
+    assert checked > 50
+
+
+def test_zsh(at_tab):
+    assert at_tab("zsh", "ask --method evoprune+fa").out == "_arguments '*: :((\"evoprune+fastv\"))'\n"
+    assert '"--quiet":"No progress' in at_tab("zsh", "ask --q").out
+    assert at_tab("zsh", "ask clip").out == "_files\n"
+
+
+def test_fish(at_tab):
+    lines = at_tab("fish", "ask --").out.splitlines()
+    assert len(lines) > 30 and all(re.fullmatch(r"--[\w-]+\t.{5,61}", line) for line in lines)  # none is folded
+    assert at_tab("fish", "ask -m demo-").out == "demo-scenes\n"
+    assert at_tab("fish", "ask -m demo-", "is-args").code == 0
+    assert at_tab("fish", "ask clip", "is-args").code == 1  # the shell offers files
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        ("source_bash", "complete -o default -F _evoprune_completion evoprune"),
+        ("bash_source", "complete -o default -F _evoprune_completion evoprune"),
+        ("zsh_source", "compdef _evoprune_completion evoprune"),
+        ("source_fish", "complete --command evoprune"),
+    ],
+)
+def test_both_spellings_print_the_script(cli, monkeypatch, request_, says):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("_EVOPRUNE_COMPLETE", request_)
+    result = cli()
+    assert (result.code, result.err) == (0, "") and says in result.out
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        ("source_tcsh", "no completion for the shell 'tcsh'"),
+        ("tcsh_source", "no completion for the shell 'tcsh'"),
+        ("bash_complete", "_EVOPRUNE_COMPLETE=bash_complete is unknown"),
+        ("1", "_EVOPRUNE_COMPLETE=1 is unknown"),
+        ("complete_bash", "needs COMP_WORDS and COMP_CWORD"),
+    ],
+)
+def test_unknown_requests_are_usage_errors(cli, monkeypatch, request_, says):
+    monkeypatch.setenv("_EVOPRUNE_COMPLETE", request_)
+    fails_in_two_lines(cli(), says)
+
+
+def fails_in_two_lines(result, says):
+    error, hint = result.err.splitlines()
+    assert (result.code, result.out) == (2, "")
+    assert error.startswith("error: ") and says in error and hint.startswith("hint: _EVOPRUNE_COMPLETE=source_bash")
+
+
+@pytest.mark.parametrize(
+    ("shell", "files"),
+    [
+        ("bash", {".bash_completions/evoprune.sh": "complete -o default", ".bashrc": "/.bash_completions/evoprune.sh"}),
+        ("zsh", {".zfunc/_evoprune": "#compdef evoprune", ".zshrc": "fpath+=~/.zfunc"}),
+        ("fish", {".config/fish/completions/evoprune.fish": "complete --command evoprune"}),
+    ],
+)
+def test_install_and_show(cli, monkeypatch, tmp_path, shell, files):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: (shell, f"/bin/{shell}"))
+    shown = cli("--show-completion")
+    assert (shown.code, shown.err, list(tmp_path.iterdir())) == (0, "", [])
+    installed = cli("--install-completion")
+    script = tmp_path / next(iter(files))
+    assert (installed.code, installed.err) == (0, "") and str(script) in installed.out
+    assert script.read_text().strip() == shown.out.strip()
+    for name, text in files.items():
+        assert text in (tmp_path / name).read_text()
+
+
+def test_a_shell_that_is_not_known_is_a_usage_error(cli, monkeypatch, tmp_path):
+    def undetected():
+        raise shellingham.ShellDetectionFailure
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for option in ("--install-completion", "--show-completion"):
+        monkeypatch.setattr(shellingham, "detect_shell", lambda: ("tcsh", "/bin/tcsh"))
+        fails_in_two_lines(cli(option), "no completion for the shell 'tcsh'")
+        monkeypatch.setattr(shellingham, "detect_shell", undetected)
+        fails_in_two_lines(cli(option), "cannot detect which shell this is")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_rc_file_that_is_no_text_is_left_alone(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: ("bash", "/bin/bash"))
+    (tmp_path / ".bashrc").write_bytes(b"caf\xe9\n")
+    fails_in_two_lines(cli("--install-completion"), "cannot install the completion of bash")
+    assert (tmp_path / ".bashrc").read_bytes() == b"caf\xe9\n"
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_without_slow_imports(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: ("bash", "/bin/bash"))
+    (tmp_path / "script").write_text(cli("--show-completion").out)
+    program = tmp_path / "evoprune"
+    program.write_text(f"""#!{sys.executable}
+import sys
+from evoprune_cli.__main__ import start
+try:
+    start()
+finally:
+    print([name for name in ("torch", "numpy", "transformers", "pydantic", "rich") if name in sys.modules], file=sys.stderr)
+""")
+    program.chmod(0o755)
+    line = (
+        f"source {tmp_path}/script && complete -p evoprune && COMP_WORDS=(evoprune ask \"'my clip.mp4'\" --method evoprune+fa) "
+        f"COMP_CWORD=4 && _evoprune_completion {program} && printf '<%s>' \"${{COMPREPLY[@]}}\""
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "--norc", "-c", line], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "complete -o default -F _evoprune_completion evoprune\n<evoprune+fastv>"
+    assert done.stderr == "[]\n"
+
+
+def test_nobody_reads_what_is_offered():
+    read, write = os.pipe()
+    os.close(read)
+    request = {"_EVOPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "evoprune\n", "COMP_CWORD": "1"}
+    with open(write, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "evoprune_cli"], env=os.environ | request, cwd=ROOT, stdout=closed,
+            stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
