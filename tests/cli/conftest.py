@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -53,6 +54,26 @@ class Stdin(io.StringIO):
         return super().read(*args)
 
 
+@contextmanager
+def restored():
+    """What the program sets for its process becomes what it was."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hooks, threads = (sys.excepthook, sys.unraisablehook), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def the_process_is_restored():
+    with restored():
+        yield
+
+
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """`cli("ask", ..., stdin="text")`: exit code, stdout, stderr. Without `stdin`, reading it fails the test.
@@ -81,14 +102,8 @@ def cli(monkeypatch, capfd):
             patch.setattr(sys, "stdin", Stdin(stdin, terminal))
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "stderr", err)
-            for hook in ("excepthook", "unraisablehook"):  # which the program sets for its process
-                patch.setattr(sys, hook, getattr(sys, hook))
-            handler = signal.getsignal(signal.SIGTERM)
-            try:
-                with pytest.raises(SystemExit) as stop:
-                    run()
-            finally:
-                signal.signal(signal.SIGTERM, handler)
+            with pytest.raises(SystemExit) as stop:
+                run()
         written = screen.finish() if screen else None
         out, err = capfd.readouterr()
         if screen:
@@ -96,9 +111,8 @@ def cli(monkeypatch, capfd):
             err = written
         return Result(stop.value.code or 0, out, err)
 
-    threads = torch.get_num_threads()
-    yield call
-    torch.set_num_threads(threads)
+    with restored():
+        yield call
 
 
 @pytest.fixture(scope="session")

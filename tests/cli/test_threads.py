@@ -20,8 +20,9 @@ COMMANDS = {
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
