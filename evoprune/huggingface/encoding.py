@@ -38,7 +38,8 @@ def encode(
     Args:
         model: a Hugging Face `Qwen2_5_VLForConditionalGeneration` or `Qwen2VLForConditionalGeneration`, or any object with such a
             tower at `model.visual`.
-        pixel_values_videos: float `[patches, 1176]`, from the model's processor; of pictures its `pixel_values`.
+        pixel_values_videos: float `[patches, 1176]`, from the model's processor; of pictures its `pixel_values`. Reuse takes them
+            to be normalised by Qwen's own mean and deviation.
         video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; of pictures its
             `image_grid_thw`.
         budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.

@@ -133,6 +133,7 @@ def _run(
         seconds_per_pair=view.seconds_per_pair(loaded.video.temporal_patch_size),
         seed=engine.seed,
         chunk_units=at_once,
+        normal=loaded.limits[view.kind].normal,
         **more,
     )
     return rows if engine.method.reads_question and view.encoder.prunes else select_tokens(rows)

@@ -50,7 +50,12 @@ def run_evoprune(
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        how = {"question": question, "seconds_per_pair": clip.seconds_per_pair, "seed": seed}
+        how = {
+            "question": question,
+            "seconds_per_pair": clip.seconds_per_pair,
+            "seed": seed,
+            "normal": loaded.video.normal,
+        }
         encoded = encode(visual, [clip.patches], plan, method.encoder, **how)
     with clock.stage("prefill"):
         place = range(TEXT_BEFORE, TEXT_BEFORE + clip.units)

@@ -55,6 +55,11 @@ class InputLimits:
     merge_size: int = 2
 
     @property
+    def normal(self) -> tuple[Means, Deviations]:
+        """Mean and std."""
+        return self.image_mean, self.image_std
+
+    @property
     def unit(self) -> int:
         """Side of a unit in pixels."""
         return self.patch_size * self.merge_size

@@ -15,7 +15,7 @@ from evoprune.pruning.indices import ascending
 from evoprune.pruning.reuse import scan
 from evoprune.vision import devices
 from evoprune.vision.layout import Geometry, TokenLayout, full_layout, geometry, referring_layout, window_order
-from evoprune.vision.preprocess import patch_means
+from evoprune.vision.preprocess import CLIP, Normalisation, patch_means
 from evoprune.vision.timer import Timer
 
 
@@ -81,6 +81,7 @@ def in_chunks(
     threshold: float,
     dtype: torch.dtype,
     timer: Timer,
+    normal: Normalisation = CLIP,
     even: list[torch.Tensor] | None = None,
 ) -> Iterator[Chunk]:
     """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
@@ -95,6 +96,7 @@ def in_chunks(
         threshold: of reuse, in levels of 255; 0 for no reuse.
         dtype: of the chunks' patches.
         timer: measures the search for references.
+        normal: mean and std of the patches' normalisation, as in `patchify`.
         even: a list that gets, for each piece, whether each of its frame pairs has one colour, up to the first that has more; or
             None.
 
@@ -112,7 +114,7 @@ def in_chunks(
         source = None
         if threshold:
             with timer:
-                source, references = scan(patch_means(piece.cpu(), geo.units), references, threshold)
+                source, references = scan(patch_means(piece.cpu(), geo.units, *normal), references, threshold)
         held.append(Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source))
         done += count
         units = (done - held[0].first) * geo.units

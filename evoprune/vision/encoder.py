@@ -36,6 +36,7 @@ from evoprune.vision.followers import Followers
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
 from evoprune.vision.merging import Merging
+from evoprune.vision.preprocess import CLIP, Normalisation
 from evoprune.vision.references import References
 from evoprune.vision.timer import Timer
 from evoprune.vision.token_selection import Checks, EncodedRows, all_true, select_tokens
@@ -54,6 +55,7 @@ def encode(
     seconds_per_pair: float = 1.0,
     seed: int = 0,
     chunk_units: int | None = None,
+    normal: Normalisation = CLIP,
 ) -> Encoded:
     """Encodes one video.
 
@@ -67,13 +69,14 @@ def encode(
         seconds_per_pair: time from one frame pair to the next, in seconds.
         seed: for methods that draw at random.
         chunk_units: rows to encode at a time, rounded up to whole frame pairs; default: `devices.units_at_a_time`.
+        normal: mean and std of the patches' normalisation, as in `patchify`; reuse compares the pixels behind them.
 
     Raises:
         ValueError: the number of patches does not fit the grid.
         UsageError: the method reads the question, and there is none.
         ModelError: the tower computes NaN or infinite values.
     """
-    how = {"seconds_per_pair": seconds_per_pair, "seed": seed, "chunk_units": chunk_units}
+    how = {"seconds_per_pair": seconds_per_pair, "seed": seed, "chunk_units": chunk_units, "normal": normal}
     return select_tokens(encode_rows(visual, patches, plan, method, **how), question)
 
 
@@ -87,6 +90,7 @@ def encode_rows(
     seconds_per_pair: float = 1.0,
     seed: int = 0,
     chunk_units: int | None = None,
+    normal: Normalisation = CLIP,
     on_layer: OnLayer = lambda done, total: None,
 ) -> EncodedRows:
     """The part of `encode` before a question is needed. Arguments and errors as in `encode`.
@@ -97,7 +101,7 @@ def encode_rows(
     """
     run = _Run(visual, plan, method, chunk_units, on_layer)
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
-        for chunk in run.chunks(patches):
+        for chunk in run.chunks(patches, normal):
             x, layout = run.embed(chunk)
             x, layout = run.run_first_layers(chunk, x, layout)
             if not plan.select_after:
@@ -157,7 +161,7 @@ class _Run:
         """The number of each layer, and the rows that it computed."""
         return list(enumerate(self.computed))
 
-    def chunks(self, patches: Iterable[torch.Tensor]) -> Iterator[Chunk]:
+    def chunks(self, patches: Iterable[torch.Tensor], normal: Normalisation) -> Iterator[Chunk]:
         """The chunks of the video: whole frame pairs that go through the tower together."""
         return in_chunks(
             patches,
@@ -167,6 +171,7 @@ class _Run:
             threshold=self.plan.reuse,
             dtype=self.dtype,
             timer=self.timer,
+            normal=normal,
             even=self.checks.even if self.plan.prunes else None,
         )
 

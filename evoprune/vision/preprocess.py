@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from evoprune.video.plan import InputLimits
 
-CLIP_MEAN, CLIP_STD = InputLimits.image_mean, InputLimits.image_std
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std
+CLIP = CLIP_MEAN, CLIP_STD = InputLimits.image_mean, InputLimits.image_std
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -155,6 +155,7 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
             engine.method.encoder,
             seconds_per_pair=plan.sampling.seconds_per_pair(limits.temporal_patch_size),
             seed=engine.seed,
+            normal=limits.normal,
             on_layer=lambda done, total: progress("layers", done, total) if progress else None,
         )
         found = fates(video)

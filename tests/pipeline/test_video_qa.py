@@ -28,6 +28,7 @@ from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.report.records import Report
 from evoprune.video.frames import read_frames
 from evoprune.vision.preprocess import patchify, resize
+from evoprune.visualize.fates import trace
 from tests.tiny import save_tiny
 from tests.video.files import write_video
 
@@ -95,6 +96,17 @@ def test_full_budget_is_hugging_faces_generate(loaded, qwen2, model, clip, pack)
     )[0, len(prompt.input_ids) :]
     expected = loaded.tokenizer.decode(ids.tolist())
     assert mine.text == expected and mine.report.tokens.new >= len([i for i in ids.tolist() if i not in loaded.eos_ids])
+
+
+def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
+    other = {kind: replace(each, image_std=(5.0, 5.0, 5.0)) for kind, each in loaded.limits.items()}
+    live, unchanged = set(), []
+    for model in (loaded, replace(loaded, limits=other)):
+        qa = VideoQA(model, budget=0.25, method="reuse+divprune")
+        live.add(asked(qa.encode(LONG), n=1).report.pruning.encoder_live_share)
+        with closing(open_video(qa.engine, LONG)) as opened:
+            unchanged.append(trace(opened).fates.source)
+    assert len(live) == 1 and torch.equal(*unchanged)
 
 
 @pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])

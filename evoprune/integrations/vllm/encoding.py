@@ -15,6 +15,7 @@ from evoprune.model.config import vision_sizes
 from evoprune.pruning.encoder_plan import Grid
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import encode
+from evoprune.vision.preprocess import CLIP, Normalisation
 from evoprune.vision.tower import tower_shape
 
 PATCHES = 4096  # that have float32 copies at a time
@@ -49,6 +50,12 @@ class Normalised:
     std: tuple[float, ...]
     scale: float
 
+    @property
+    def normal(self) -> Normalisation:
+        """Mean and std for bytes times 1/255, as `patchify` takes them."""
+        levels = round(1 / self.scale) / 255
+        return tuple(levels * each for each in self.mean), tuple(levels * each for each in self.std)
+
     def __call__(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
         """Patches `[n, 1176]` in float32, some at a time, from bytes."""
         mean, std = (
@@ -60,13 +67,16 @@ class Normalised:
 
 
 @names_plugins()
-def encoded(visual, patches: Iterable[torch.Tensor], item: Item, method: Method) -> Encoded:
+def encoded(
+    visual, patches: Iterable[torch.Tensor], item: Item, method: Method, normal: Normalisation = CLIP
+) -> Encoded:
     """The tokens of an item, exactly K of them.
 
     Args:
         visual: the tower.
         patches: pieces `[n, 1176]`, float32, normalised.
         method: prunes the item, unless all its units are kept.
+        normal: mean and std of that normalisation.
 
     Raises:
         ModelError: the tower computes NaN or infinite values.
@@ -74,7 +84,7 @@ def encoded(visual, patches: Iterable[torch.Tensor], item: Item, method: Method)
     """
     chosen = method if item.keep < prod(item.grid) else Nothing()
     plan = chosen.plan(tower_shape(visual), item.grid, item.keep)
-    found = encode(visual, patches, plan, chosen, seconds_per_pair=item.seconds)
+    found = encode(visual, patches, plan, chosen, seconds_per_pair=item.seconds, normal=normal)
     if len(found.kept) != item.keep:
         hint = "choose another method"
         raise PluginError(f"method {method.name} kept {len(found.kept):,} tokens of {item.keep:,}", hint)

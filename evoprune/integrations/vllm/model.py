@@ -177,7 +177,7 @@ class _Pruned(SupportsMultiModalPruning):
                 made = torch.empty(keep, wide + columns, dtype=self.model_config.dtype, device=group.device)
             else:
                 item = Item(grid, keep, seconds[i] if seconds else 1.0)
-                found = encoded(self.visual, self._patches(patches), item, self.method)
+                found = encoded(self.visual, self._patches(patches), item, self.method, self.normalised.normal)
                 made = with_columns(found, item, self.sizes.tokens_per_second) if columns else found.features
             yield group.broadcast(made.contiguous())
 

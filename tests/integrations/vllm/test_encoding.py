@@ -49,6 +49,16 @@ def test_bytes_are_normalised_as_in_preprocessing():
     assert torch.equal(made, patchify(frames))
 
 
+@pytest.mark.parametrize(("mean", "std", "scale"), [(0.1, 5.0, 1 / 255), (25.5, 1275.0, 1.0)])
+def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, mean, std, scale):
+    levels = torch.full((1, 28 * 4, 28 * 6, 3), 100, dtype=torch.uint8).repeat(8, 1, 1, 1)
+    levels[4:, :56] = 115  # half of each frame, from the third pair on
+    pixels = patchify(levels, (0.0,) * 3, (1 / 255,) * 3).round().to(torch.uint8)
+    normalised = Normalised((mean,) * 3, (std,) * 3, scale)
+    found = encoded(visual, normalised(pixels), Item(GRID, 20), methods.get("reuse+divprune"), normalised.normal)
+    assert found.layers[0] == (0, 24 + 12)
+
+
 def test_a_video_of_which_all_is_kept_has_no_bias(visual):
     item = Item(GRID, math.prod(GRID))
     made = with_columns(encoded(visual, [patches()], item, methods.get("evoprune")), item, 2.0)
