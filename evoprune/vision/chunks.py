@@ -7,6 +7,7 @@ only the number of its reference.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 import torch
 
@@ -72,6 +73,26 @@ def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) ->
         yield torch.cat(held)
 
 
+def _read(
+    patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int, reuse: bool, timer: Timer
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Whole frame pairs, `pairs` at a time; with `reuse` one at a time. And the same on the CPU with reuse.
+
+    The program waits for a copy from a GPU, and with it for all that the GPU has to do. So `pairs` are copied at once.
+    """
+    stream = iter(patches)
+    ahead = list(islice(stream, 1))
+    apart = reuse and ahead and not devices.static_shapes(ahead[0].device)
+    for piece in in_pairs(chain(iter(ahead), stream), rows_per_pair, 1 if apart else pairs):
+        ahead.clear()  # frees its memory
+        if not reuse:
+            yield piece, piece
+            continue
+        with timer:
+            here = piece.cpu()
+        yield from zip(piece.split(rows_per_pair), here.split(rows_per_pair), strict=True)
+
+
 def in_chunks(
     patches: Iterable[torch.Tensor],
     geo: Geometry,
@@ -103,10 +124,9 @@ def in_chunks(
     Raises:
         ValueError: the number of patches does not fit `pairs` frame pairs.
     """
-    step = 1 if threshold else -(-rows // geo.units)
-    done, references, held = 0, None, []
-    for piece in in_pairs(patches, geo.units * PATCHES, step):
-        count, rest = divmod(len(piece), geo.units * PATCHES)
+    pair, done, references, held = geo.units * PATCHES, 0, None, []
+    for piece, here in _read(patches, pair, -(-rows // geo.units), threshold > 0, timer):
+        count, rest = divmod(len(piece), pair)
         if rest or done + count > pairs:
             raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
         if even is not None and (not even or devices.static_shapes(piece.device) or even[-1]):
@@ -114,7 +134,7 @@ def in_chunks(
         source = None
         if threshold:
             with timer:
-                source, references = scan(patch_means(piece.cpu(), geo.units, *normal), references, threshold)
+                source, references = scan(patch_means(here, geo.units, *normal), references, threshold)
         held.append(Chunk(done, count, _rows_of(piece, geo, done, count, source).to(dtype), source))
         done += count
         units = (done - held[0].first) * geo.units

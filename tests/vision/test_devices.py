@@ -25,6 +25,7 @@ from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route, varlen_by_hand
 from tests.vision.results import encode_noise, encode_patches
 from tests.vision.test_attention import HEADS, LAYOUTS, by_hand, rows_of
+from tests.vision.test_chunks import chunks_of
 from tests.vision.test_encoder import papers
 from tests.vision.tower import random_layout, random_patches, tiny_tower
 
@@ -207,6 +208,20 @@ def test_reuse_is_the_cpus_on_any_clip(monkeypatch, grid, share, seed, keep, ful
     patches, count = clip(grid, changes(grid, share, seed), seed), max(1, round(prod(grid) * keep))
     method = EvoPrune(depth=1.0)
     assert_same_on_a_gpu(monkeypatch, patches, grid, method, count, kernel, full_layers, chunk_units)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
+def test_reuse_waits_for_patches_on_a_gpu_once_for_the_units_of_a_chunk(share, monkeypatch):
+    grid, copies, real = (20, 3, 5), [], torch.Tensor.cpu
+    patches = clip(grid, changes(grid, share))
+    expected = list(chunks_of([patches], grid, 60, 5.0))
+    with monkeypatch.context() as patch, take_gpu_route(patch, False):
+        patch.setattr(torch.Tensor, "cpu", lambda x: copies.append(len(x)) or real(x))
+        made = list(chunks_of(patches.split(7 * 60), grid, 60, 5.0))
+    assert copies == [4 * 60] * 5
+    for ours, theirs in zip(made, expected, strict=True):
+        assert ours.first == theirs.first and ours.pairs == theirs.pairs
+        assert torch.equal(ours.patches, theirs.patches) and torch.equal(ours.source, theirs.source)
 
 
 @pytest.mark.few(2)
