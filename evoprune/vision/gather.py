@@ -23,6 +23,9 @@ class Gathering:
         tower: attention and keys come from its last full-attention layer, `layer`.
         merge: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
 
+    Attributes:
+        layer, middle: numbers of the layers that are looked at, and after which states are added.
+
     Raises:
         TypeError: the selector needs something unknown.
         ValueError: the tower has no full-attention layer.
@@ -37,7 +40,7 @@ class Gathering:
             raise ValueError(f"method {selector.name} needs a full-attention layer, and this tower has none")
         self.layer = max(tower.full_layers)
         first, last = (min(round(share * tower.depth), tower.depth - 1) for share in MIDDLE)
-        self._middle = range(first, last + 1) if "middle" in selector.needs else range(0)
+        self.middle = range(first, last + 1) if "middle" in selector.needs else range(0)
         self._merge = merge
         self._states: torch.Tensor | None = None
         self._collected: dict[str, list[torch.Tensor]] = {name: [] for name in sorted(selector.needs)}
@@ -69,11 +72,10 @@ class Gathering:
             values["keys"] = unit_features(plain)
         self._seen = {name: spread(value) for name, value in values.items()}
 
-    def add_states(self, layer: int, x: torch.Tensor) -> None:
-        """Adds the rows of one chunk after a layer, `[R, 4, hidden]`, to the states that "middle" is the mean of."""
-        if layer in self._middle:
-            share = x.float() / len(self._middle)
-            self._states = share if self._states is None else self._states + share
+    def add_states(self, x: torch.Tensor) -> None:
+        """Adds the rows of one chunk after one of the layers `middle`, `[R, 4, hidden]`, to the states of which it is the mean."""
+        share = x.float() / len(self.middle)
+        self._states = share if self._states is None else self._states + share
 
     def finish(self, order: torch.Tensor) -> None:
         """Stores the values of a chunk; `order`, int64 `[R]`, sorts its rows by unit."""

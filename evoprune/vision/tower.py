@@ -110,8 +110,8 @@ def run_layers(
                 rows.x, layout = between.after(layer, tower.scope(layer), rows.x, rows.layout, *compared)
                 if layout is not rows.layout:
                     rows = _LayerRows(rows.x, layout, _rotation(table, layout))
-        if passage.gathering:
-            passage.gathering.add_states(layer, between.whole(rows.x))
+        if passage.gathering and layer in passage.gathering.middle:
+            passage.gathering.add_states(between.whole(rows.x))
         passage.on_layer(layer + 1)
     return rows.x, rows.layout
 

@@ -164,6 +164,14 @@ def test_the_selector_sees_every_unit(name):
         assert torch.equal(made.kept, selector.select(every, keep).kept) and len(made.kept) == keep
 
 
+@pytest.mark.parametrize(("name", "times"), [("visionzip", 1), ("nuwa", 1 + 3)])
+def test_dropped_rows_are_moved_where_a_selector_reads_them_and_at_the_end(name, times, monkeypatch):
+    calls, real = [], Followers.whole
+    monkeypatch.setattr(Followers, "whole", lambda self, x: calls.append(len(x)) or real(self, x))
+    encoded(methods.get(f"ipcv+{name}"), random_patches(GRID), GRID, 9)
+    assert len(calls) == times
+
+
 def test_dart_is_the_default():
     assert methods.get("ipcv") == methods.get("ipcv+dart") and methods.get("ipcv").reads_question
     assert not methods.get("ipcv+divprune").reads_question
