@@ -43,8 +43,9 @@ class SparseVlm(LanguageMethod):
         return several_drops(depth, tokens, PLACES, _interpolated, budget)
 
     def select(self, tokens: LayerTokens) -> Selection:
-        raters = tokens.memory.setdefault("raters", _raters(tokens.visual_embeds, tokens.text_embeds))
-        score, count = relative(tokens.attention(raters)), len(tokens.visual)
+        if "raters" not in tokens.memory:
+            tokens.memory["raters"] = _raters(tokens.visual_embeds, tokens.text_embeds)
+        score, count = relative(tokens.attention(tokens.memory["raters"])), len(tokens.visual)
         stay = selected(count, tokens.left)
         order = ranked(score)
         into = torch.full_like(order, -1)

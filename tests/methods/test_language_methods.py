@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.methods import sparsevlm as sparsevlm_module
 from evoprune.pruning import layer_tokens
 from tests.methods.eager import BEFORE, DROPPING, VISUAL, EagerLayer, a_prompt, deep_model, pairs, run_method
 from tests.methods.eager import Eager as EagerModel
@@ -172,6 +173,13 @@ def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
         lengths.append(columns)
     assert cache.lengths == lengths
     assert method.exact == (dropped == [(drop.after, drop.left) for drop in plan.drops]) or not method.exact
+
+
+def test_sparsevlms_raters_are_chosen_once(monkeypatch):
+    made, real = [], sparsevlm_module._raters
+    monkeypatch.setattr(sparsevlm_module, "_raters", lambda *embeds: made.append(real(*embeds)) or made[-1])
+    _, dropping, _ = run_method(deep_model(), methods.get("sparsevlm"), *a_prompt(), 0.25)
+    assert len(dropping.dropped) == 3 and len(made) == 1
 
 
 def test_every_method_is_tested():
