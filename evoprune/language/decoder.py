@@ -61,12 +61,11 @@ class KVCache:
         """
         if not (0 <= length <= self.length and (length >= self._whole or not length)):
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
-        self.lengths = [max(0, end - (self.length - length)) for end in self.lengths]
-        cropped = {
-            id(sizes): sizes[:end] for sizes, end in zip(self.sizes, self.lengths, strict=True) if sizes is not None
-        }
-        self.sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
-        self.length, self._whole = length, self._whole if length else 0
+        lengths = [max(0, end - (self.length - length)) for end in self.lengths]
+        cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
+        sizes, whole = [cropped.get(id(sizes)) for sizes in self.sizes], self._whole if length else 0
+        # In one statement: after a signal between two (Ctrl-C), some of these would be old and some new.
+        self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns after the valid ones. They become valid with `add`.
@@ -90,11 +89,10 @@ class KVCache:
 
     def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
         """Makes what was put valid: `read` columns, of which each layer has `columns`, with the `sizes` of all its columns."""
-        if len(set(columns)) > 1:
-            self._whole = self.length + read
-        self.length += read
-        self.lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
-        self.sizes = list(sizes)
+        length = self.length + read
+        lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
+        sizes, whole = list(sizes), length if len(set(columns)) > 1 else self._whole
+        self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole  # in one statement, as above
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
         """Of each layer the cluster sizes of its columns and of new ones, whose `sizes` (None for 1 each) are the same in all."""

@@ -84,10 +84,11 @@ class PromptReader:
         Args:
             shared: columns of the new prompt that its question does not change.
         """
-        if self._prefix is None or self._prefix[0] != system:
-            self._prefix = None  # frees its memory before the next one is made
+        taken, self._prefix = self._prefix, None
+        if taken is None or taken[0] != system:
             return None, 0
-        _, cache, known = self._prefix
+        _, cache, known = taken
         known = min(known, shared)  # both end with the inputs or with their subtitles
         cache.crop(known)
+        self._prefix = system, cache, known  # a prompt that breaks off leaves this much
         return cache, known

@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -258,6 +259,39 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was(model, capacity, laye
     hook.remove()
     logits = decoder.logits(model, embeds[20:], positions[:, 20:], cache)
     assert_close(logits, fresh(model, embeds, positions))
+
+
+def test_a_signal_leaves_every_layer_with_the_columns_that_the_cache_says(model):
+    """Ctrl-C comes between two lines; in every place where a cache grows or shrinks."""
+
+    def interrupted(function, code, line):
+        def trace(frame, event, _):
+            if frame.f_code is not code:
+                return None
+            if event == "line" and frame.f_lineno == line:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with suppress(KeyboardInterrupt):
+                function()
+        finally:
+            sys.settrace(before)
+
+    embeds, positions = columns(30)
+    for method in (KVCache.add, KVCache.crop):
+        for line in sorted({line for *_, line in method.__code__.co_lines() if line}):
+            cache = KVCache(model, LENGTH)
+            decoder.forward(model, embeds[:20], positions[:, :20], cache, torch.ones(20))
+
+            def change(cache=cache):
+                decoder.forward(model, embeds[20:], positions[:, 20:], cache)
+                cache.crop(10)
+
+            interrupted(change, method.__code__, line)
+            assert {*cache.lengths, *map(len, cache.sizes)} == {cache.length}, (method, line)
 
 
 @pytest.mark.parametrize("last", [0, 31])

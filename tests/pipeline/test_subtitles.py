@@ -1,5 +1,7 @@
 """Subtitles in the prompt: which lines, how they are written, and that answers do not depend on what was asked before."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions
 from evoprune.pipeline.question_check import longest_prompt
-from evoprune.pipeline.subtitles import as_text, fit
+from evoprune.pipeline.subtitles import PromptSubtitles, as_text, fit
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.info import Subtitles
 from tests.threads import one_thread  # noqa: F401
@@ -92,16 +94,29 @@ def test_answers_do_not_depend_on_earlier_questions(qa, said, budget):
     assert not torch.allclose(other, alone, atol=1e-2)  # the model reads them
 
 
-def test_a_question_that_merges_with_the_subtitles(qa):
-    def encoded():
-        video = qa.encode(CLIP)
-        video._prompts._subtitles = "said: Wh"
-        return video
+def about_said_wh(qa):
+    """A video with subtitles with which a question may merge."""
+    video = qa.encode(CLIP)
+    video._prompts._views = [replace(video.view, subtitles=PromptSubtitles("said: Wh"))]
+    return video
 
-    video = encoded()
+
+def test_a_question_that_merges_with_the_subtitles(qa):
+    video = about_said_wh(qa)
     for question in ["?", "at?", "?", "at?"]:
         logits, _ = video.read_along(question, [5, 6, 7])
-        torch.testing.assert_close(logits, encoded().read_along(question, [5, 6, 7])[0], atol=1e-4, rtol=1e-4)
+        alone, _ = about_said_wh(qa).read_along(question, [5, 6, 7])
+        torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_and_is_interrupted(qa):
+    video = about_said_wh(qa)
+    expected, _ = video.read_along("?", [5, 6, 7])
+    hook = qa.loaded.model.model.language_model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        video.read_along("at?", [5, 6, 7])
+    hook.remove()
+    torch.testing.assert_close(video.read_along("?", [5, 6, 7])[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_later_question_reads_no_subtitles_again(qa, said, monkeypatch):
