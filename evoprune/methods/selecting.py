@@ -36,8 +36,9 @@ def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection
     Raises:
         PluginError: a method of another package returned something that its base class does not allow.
     """
-    found, count = method.select(tokens), len(tokens.visual)
-    name = PLUGINS.get(type(method))
+    name, count = PLUGINS.get(type(method)), len(tokens.visual)
+    # Keys and values are those of the cache, and a stranger's code may write into what it gets.
+    found = method.select(tokens.copied() if name else tokens)
     if name and found is not None:
         left = getattr(getattr(found, "kept", None), "shape", (0,))[0]
         enough = left == tokens.left if method.exact else left <= tokens.left

@@ -5,7 +5,7 @@ matrix of all pairs of a prompt's columns.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -52,6 +52,12 @@ class LayerTokens:
     following: Callable[[], "LayerTokens"] | None = None
     unrotated: Callable[[], "LayerTokens"] | None = None
     evened: Callable[[], "LayerTokens"] | None = None
+
+    def copied(self) -> "LayerTokens":
+        """The same tokens in memory of their own. `memory` is the same."""
+        own = {name: value.clone() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        others = {name: lambda make=make: make().copied() for name, make in vars(self).items() if callable(make)}
+        return replace(self, **own, **others)
 
     def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
         """float32 `[n]`: how much attention each visual token gets, as the mean over heads and queries.

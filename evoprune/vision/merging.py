@@ -198,10 +198,11 @@ def _merged_into(
         valid=valid,
         width=layout.geometry.width,
     )
-    with without_autocast():
-        local = merger.match(candidates, remove)
     into = ascending(layout.rows + 1, row.device)  # the last entry takes the values at padding
-    into.scatter_(0, torch.where(valid, row, layout.rows).flatten(), row.gather(1, local).flatten())
+    place = torch.where(valid, row, layout.rows).flatten()
+    with without_autocast():
+        local = merger.match(candidates, remove)  # which may write into what it gets: nothing reads that again
+    into.scatter_(0, place, row.gather(1, local).flatten())
     return into[:-1]
 
 

@@ -20,6 +20,7 @@ from evoprune.methods.selecting import select as select_tokens_of
 from evoprune.methods.selecting import select_in_language
 from evoprune.pruning.types import Selection, Tokens
 from tests.cli.conftest import cli  # noqa: F401
+from tests.methods.eager import COLUMNS, a_prompt, deep_model, run_method
 from tests.methods.public_layers import public_layer
 from tests.methods.tokens import encoded, selected, tokens_of
 from tests.prompts import VIDEO, processed
@@ -200,6 +201,44 @@ def test_one_may_write_into_what_it_gets(package):
     one_more(package, f"@dataclass(frozen=True)\nclass Mine(Selector):\n    name: ClassVar[str] = 'mine'\n{select}")
     tokens = Tokens(torch.ones(96, 8), torch.arange(96), GRID)
     assert len(select_tokens_of(methods.get("mine"), tokens, 24).kept) == 24 and (tokens.rows == 1).all()
+
+
+def fill(seen):
+    """Writes into every tensor of an object."""
+    for value in vars(seen).values():
+        if isinstance(value, torch.Tensor):
+            value.fill_(1)
+
+
+def test_a_merger_may_write_too(documented, monkeypatch):
+    patches, method = clip(GRID, changes(GRID, 1.0)), methods.get("neighbours")
+    expected, match = encoded(method, patches, GRID, 24), type(method).match
+
+    def writes(self, candidates, remove):
+        found = match(self, candidates, remove)
+        fill(candidates)
+        remove.fill_(1)
+        return found
+
+    monkeypatch.setattr(type(method), "match", writes)
+    made = encoded(method, patches, GRID, 24)
+    assert torch.equal(made.kept, expected.kept) and torch.equal(made.features, expected.features)
+
+
+@pytest.mark.parametrize("more", [(), ("following", "unrotated", "evened")])
+def test_a_language_method_may_write_too(documented, monkeypatch, more):
+    method = methods.get("loudest")
+    prompt = deep_model(), method, *a_prompt(), 0.5, torch.rand(COLUMNS) + 1
+    (expected, _, _), select = run_method(*prompt), type(method).select
+
+    def writes(self, tokens):
+        found = select(self, tokens)
+        for seen in [getattr(tokens, name)() for name in more] or [tokens]:
+            fill(seen)
+        return found
+
+    monkeypatch.setattr(type(method), "select", writes)
+    assert torch.equal(run_method(*prompt)[0], expected)
 
 
 @pytest.mark.parametrize("skip", [-1, 40])
