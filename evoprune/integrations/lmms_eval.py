@@ -4,7 +4,7 @@
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
 Tasks ask one question at a time about a video or a folder of frames; with `pictures=true` also about pictures, or several of both.
-Consecutive questions about the same video share its encoding. Each sample's `token_counts` also holds visual tokens in and kept,
+Consecutive questions about the same videos and pictures share their encoding. Each sample's `token_counts` also holds visual tokens in and kept,
 the tower's live share, milliseconds of every stage, and warnings.
 """
 
@@ -12,6 +12,8 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -94,16 +96,18 @@ class EvoPruneQwen25VL(lmms):
             question, settings, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
             with TemporaryDirectory(prefix="evoprune-") as folder:
-                inputs = self._encoded(_files(visuals, folder) if self._pictures else [_only_video(visuals)])
+                paths = _files(visuals, folder) if self._pictures else [_only_video(visuals)]
+                inputs = self._encoded(paths, [path.removeprefix(folder) for path in paths])
             text, report = self._answer(inputs, question, settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
             yield GenerationResult(text, _measured(report))
 
-    def _encoded(self, paths: list[str]) -> EncodedInputs:
-        if self._shown != paths:
+    def _encoded(self, paths: list[str], shown: list[str]) -> EncodedInputs:
+        """The inputs at `paths`; those of the question before, if `shown`, the names of their contents, are the same."""
+        if self._shown != shown:
             self._inputs = self._shown = None  # its memory goes before the next one is encoded
             self._inputs = self._qa.encode(paths, **vars(self._sampling))
-            self._shown = paths
+            self._shown = shown
         return self._inputs
 
     def _answer(self, inputs: EncodedInputs, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
@@ -141,7 +145,8 @@ def _only_video(visuals: list) -> str:
 
 
 def _files(visuals: list, folder: str) -> list[str]:
-    """The files of a question's videos and pictures. Pictures that a task holds in memory are written into `folder`, without loss.
+    """The files of a question's videos and pictures. Pictures that a task holds in memory are written into `folder`, without loss,
+    under names that are equal for equal pictures.
 
     Raises:
         UsageError: something else, or nothing.
@@ -151,9 +156,10 @@ def _files(visuals: list, folder: str) -> list[str]:
         if isinstance(visual, str | os.PathLike):
             paths.append(os.fspath(visual))
         elif isinstance(visual, Image.Image):
-            name = hashlib.sha256(visual.tobytes() + repr((visual.mode, visual.size)).encode()).hexdigest()
-            paths.append(os.path.join(folder, f"{name}.tiff"))
-            (visual.convert("RGBA") if "transparency" in visual.info else visual).save(paths[-1], exif=b"")
+            content = BytesIO()
+            (visual.convert("RGBA") if "transparency" in visual.info else visual).save(content, "TIFF", exif=b"")
+            paths.append(os.path.join(folder, f"{hashlib.sha256(content.getvalue()).hexdigest()}.tiff"))
+            Path(paths[-1]).write_bytes(content.getvalue())
         else:
             raise UsageError(f"this task shows {type(visual).__name__}, and not a video or a picture", HINT)
     if not paths:

@@ -153,6 +153,22 @@ def test_pictures_and_several_inputs(model_class, tmp_path):
             model.generate_until([request(model, "What?", wrong)])
 
 
+def test_questions_about_the_same_pictures_share_their_encoding(model_class, monkeypatch):
+    encoded, encode = [], VideoQA.encode
+    monkeypatch.setattr(VideoQA, "encode", lambda qa, paths, **how: encoded.append(1) or encode(qa, paths, **how))
+    picture = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50)
+    palettes = [picture.convert("P"), picture.convert("P")]
+    palettes[1].putpalette(palettes[0].getpalette()[::-1])
+    asked = [(q, [CLIPS[0], each]) for each in (picture, picture.copy(), *palettes) for q in QUESTIONS]
+    model = model_class(pretrained="demo", pictures="true", budget=0.5, frames=4)
+    results = model.generate_until([request(model, q, shown, max_new_tokens=4) for q, shown in asked])
+    assert len(encoded) == 3  # equal pictures are the same, and those with another palette are not
+    assert [r.token_counts.measured["time_ms"]["encode"] > 0 for r in results] == [True, *[False] * 3] + [
+        True,
+        False,
+    ] * 2
+
+
 def test_settings_that_make_no_sense(model_class, monkeypatch):
     for wrong, said in (({"batch_size": 4}, "one at a time"), ({"budget": 2.0}, "budget"), ({"method": "x"}, "'x'")):
         with pytest.raises(UsageError, match=said):
