@@ -4,8 +4,8 @@
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
 Tasks ask one question at a time about a video or a folder of frames; with `pictures=true` also about pictures, or several of both.
-Consecutive questions about the same videos and pictures share their encoding. Each sample's `token_counts` also holds visual tokens in and kept,
-the tower's live share, milliseconds of every stage, and warnings.
+Consecutive questions about the same videos and pictures share their encoding. Each sample's `token_counts` also holds visual
+tokens in and kept, the tower's live share, milliseconds of every stage, and warnings.
 """
 
 import hashlib
