@@ -7,7 +7,6 @@ layers share settings.
 """
 
 import math
-from collections.abc import Sequence
 
 from evoprune.pruning.encoder_plan import TowerShape
 
@@ -69,37 +68,4 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
             wish = max(wish, windows) if layer in weights else rows
         rows = min(rows, wish)
         counts.append(rows)
-    return counts
-
-
-def share_by_size(sizes: Sequence[int], total: int) -> list[int]:
-    """How many rows each group keeps: `total` in proportion to `sizes`, by largest remainder, at least one per group with rows.
-
-    Args:
-        sizes: rows of each group now; zeros stay zero.
-        total: between the number of groups with rows and `sum(sizes)`.
-
-    Returns:
-        Counts with `count <= size` that sum to `total`; ties by index.
-
-    Raises:
-        ValueError: `total` is out of that range.
-    """
-    whole = sum(sizes)
-    if not sum(map(bool, sizes)) <= total <= whole:
-        raise ValueError(f"cannot keep {total} of {whole} rows in {sum(map(bool, sizes))} groups")
-    counts = [max(1, total * size // whole) if size else 0 for size in sizes]
-    missing = total - sum(counts)
-    # How far each count is above its exact share, as an integer multiple of 1 / whole, so that ties are exact.
-    excess = [count * whole - total * size for count, size in zip(counts, sizes, strict=True)]
-    order = sorted(range(len(sizes)), key=lambda i: (excess[i], i))
-    while missing > 0:
-        for i in order:
-            if missing and counts[i] < sizes[i]:
-                counts[i], missing = counts[i] + 1, missing - 1
-    order.sort(key=lambda i: (-excess[i], i))
-    while missing < 0:
-        for i in order:
-            if missing and counts[i] > 1:
-                counts[i], missing = counts[i] - 1, missing + 1
     return counts

@@ -1,4 +1,4 @@
-"""`schedule.share_by_size` for many frame pairs at once, on counts that only the device knows."""
+"""Divides the rows that frame pairs keep among their groups, on counts that only the device knows."""
 
 import torch
 
@@ -6,15 +6,15 @@ from evoprune.pruning.indices import ascending
 
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """How many rows each group keeps, by the rule of `schedule.share_by_size`.
+    """How many rows each group keeps: `total` in proportion to `sizes`, by largest remainder, at least one per group with rows.
 
     Args:
-        sizes: int64 `[B, G]`, rows of each group.
+        sizes: int64 `[B, G]`, rows of each group; zeros stay zero.
         total: int64 `[B]`, between the number of groups with rows and the sum of sizes.
         longest: an upper bound of the sizes.
 
     Returns:
-        int64 `[B, G]`; the sum differs from `total` if `total` is out of range.
+        int64 `[B, G]`, at most `sizes`; ties by index. The sum differs from `total` if `total` is out of range.
     """
     whole, total = sizes.sum(1, keepdim=True), total[:, None]
     counts = torch.where(sizes > 0, (total * sizes // whole.clamp(min=1)).clamp(min=1), 0)

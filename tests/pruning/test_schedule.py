@@ -1,5 +1,4 @@
 import math
-from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +6,7 @@ from hypothesis import strategies as st
 
 from evoprune.methods.evoprune_merge import EvoPruneMerge
 from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.pruning.schedule import ALLOCATIONS, layer_weights, rows_after_layers, share_by_size
+from evoprune.pruning.schedule import ALLOCATIONS, layer_weights, rows_after_layers
 
 DEMO, LARGE = TowerShape(8, (1, 3, 5, 7)), TowerShape(32, (7, 15, 23, 31))
 towers = st.integers(1, 32).flatmap(
@@ -129,52 +128,3 @@ def test_the_same_settings_cost_the_same_share_of_a_small_and_of_a_large_tower(a
         counts = rows_after_layers(tower, units, windows, round(units * budget), weights)
         live.append((units + sum(counts[:-1])) / tower.depth / units)
     assert live[0] == pytest.approx(live[1], abs=0.03)
-
-
-# --- shares --------------------------------------------------------------------------------------------------------------
-
-sizes_and_total = (
-    st.lists(st.integers(0, 16), min_size=1, max_size=12)
-    .filter(any)
-    .flatmap(lambda sizes: st.tuples(st.just(sizes), st.integers(sum(s > 0 for s in sizes), sum(sizes))))
-)
-
-
-def exact_shares(sizes, total):
-    return [Fraction(total * size, sum(sizes)) for size in sizes]
-
-
-@settings(max_examples=100)
-@given(sizes_and_total)
-def test_shares_sum_up_within_their_bounds_and_larger_groups_never_get_less(case):
-    sizes, total = case
-    counts = share_by_size(sizes, total)
-    assert sum(counts) == total
-    assert all((size > 0) <= count <= size for count, size in zip(counts, sizes, strict=True))
-    exact = [Fraction(total * size, sum(sizes)) for size in sizes]
-    if all(share >= 1 or share == 0 for share in exact):  # no floor binds
-        assert all(abs(count - share) < 1 for count, share in zip(counts, exact, strict=True))
-    else:  # a group below its share lost to a floor
-        assert all(count <= math.ceil(share) or count == 1 for count, share in zip(counts, exact, strict=True))
-    shared = list(zip(sizes, counts, strict=True))
-    for size, count in shared:
-        for other, others_count in shared:
-            assert size < other or count >= others_count - (size == other)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "total", "counts"),
-    [
-        ([16, 16, 16, 16], 6, [2, 2, 1, 1]),
-        ([4, 4, 4], 12, [4, 4, 4]),
-        ([0, 5, 0, 5], 3, [0, 2, 0, 1]),
-        ([1, 1, 1, 97], 4, [1, 1, 1, 1]),
-        ([1, 1, 1, 97], 50, [1, 1, 1, 47]),
-        ([16, 8, 4], 7, [4, 2, 1]),
-        ([7], 3, [3]),
-        ([2, 8, 0, 6, 8], 20, [2, 7, 0, 5, 6]),  # remainders of 2/3 are equal: the lower indices get the rest
-        ([1, 3, 3, 3, 2, 16], 20, [1, 2, 2, 2, 2, 11]),
-    ],
-)
-def test_shares_by_largest_remainder_with_ties_by_index(sizes, total, counts):
-    assert share_by_size(sizes, total) == counts
