@@ -102,12 +102,12 @@ class EvoPruneQwen25VL(lmms):
             self.cache_hook.add_partial("generate_until", (question, settings), text)
             yield GenerationResult(text, _measured(report))
 
-    def _encoded(self, paths: list[str], shown: list[str]) -> EncodedInputs:
-        """The inputs at `paths`; those of the question before, if `shown`, the names of their contents, are the same."""
-        if self._shown != shown:
+    def _encoded(self, paths: list[str], contents: list[str]) -> EncodedInputs:
+        """The inputs at `paths`; those of the question before, if the names of their `contents` are the same."""
+        if self._shown != contents:
             self._inputs = self._shown = None  # its memory goes before the next one is encoded
             self._inputs = self._qa.encode(paths, **vars(self._sampling))
-            self._shown = shown
+            self._shown = contents
         return self._inputs
 
     def _answer(self, inputs: EncodedInputs, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
