@@ -160,4 +160,4 @@ def test_a_wrong_command_is_found(line, says):
 
 def test_a_wrong_option_of_a_module_is_found():
     assert missing_options(["experiments.kernels", "--repeat", "1", "--rounds", "2"]) == ["--rounds"]
-    assert missing_options(["experiments.lowest_versions", "--", "-n", "4"]) == []
+    assert missing_options(["experiments.environments", "lowest", "--", "-n", "4"]) == []

