@@ -66,7 +66,10 @@ def test_chunks(start):
     assert farthest(llm, asked) < 1e-3
 
 
-@pytest.mark.parametrize("method", ["divprune", "reuse+visionzip", "tome", "evoprune:count=1", "evoprune:reuse=0"])
+OWN = ("evoprune:count=0", "evoprune:count=1", "evoprune:reuse=0", "evoprune:rows=1")
+
+
+@pytest.mark.parametrize("method", ["divprune", "reuse+visionzip", "tome", *OWN])
 def test_methods(start, method):
     asked = samples(budget=0.25, method=method)
     llm = start(**pruning(0.75, method))

@@ -43,6 +43,20 @@ def test_it_answers_as_video_qa_does(llm, quarter):
         assert output.prompt_token_ids.count(video) == int(0.25 * units + 0.5)
 
 
+def test_the_default_selects_the_tokens_of_video_qa(llm, monkeypatch):
+    """First rows inside the tower, then the tokens among them."""
+    from evoprune.integrations.vllm import model
+
+    found, encoded = [], model.encoded
+    monkeypatch.setattr(model, "encoded", lambda *args: found.append(encoded(*args)) or found[-1])
+    asked = [each for each in samples(budget=0.3) if each.question == "Describe the video."]
+    answers(llm, [each.request(0.3) for each in asked], together=False)
+    for mine, each in zip(found, asked, strict=True):
+        right = each.encoded.encoded
+        assert mine.layers == right.layers and len(mine.kept) < right.layers[-1][1] < len(right.owner)
+        assert torch.equal(mine.kept, right.kept) and torch.equal(mine.size, right.size)
+
+
 def test_the_tower_is_in_memory_once_and_packed(llm):
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 
