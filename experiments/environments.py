@@ -24,16 +24,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
-# torchvision of PyPI is made for CUDA. It cannot be imported beside a torch for CPUs, nor can what imports it, unless the operator
-# that it misses is declared.
-DECLARE = """
+# torchvision of PyPI is made for CUDA. It cannot be imported beside a torch for CPUs, nor can what imports it, unless the operators
+# that it misses are declared. A line of a .pth file runs when Python starts, a module that it imports once.
+DECLARE = '''
 import pathlib, sysconfig
 try:
     import torchvision
 except RuntimeError:
-    line = 'import torch; torch.library.define("torchvision::nms", "(Tensor boxes, Tensor scores, float most) -> Tensor")'
-    pathlib.Path(sysconfig.get_path("purelib"), "torchvision_nms.pth").write_text(line)
-"""
+    here = pathlib.Path(sysconfig.get_path("purelib"))
+    (here / "declare_operators.pth").write_text("import declare_operators")
+    (here / "declare_operators.py").write_text("""
+import torch
+for name in ("nms", "qnms"):
+    torch.library.define("torchvision::" + name, "(Tensor boxes, Tensor scores, float most) -> Tensor")
+""")
+'''
 
 
 @dataclass(frozen=True)
