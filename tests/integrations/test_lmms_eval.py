@@ -1,6 +1,6 @@
 """The model for lmms-eval: against a stand-in with the parts of its interface that are used; and in lmms-eval, where that is there.
 
-The environment that the other tests run in cannot hold lmms-eval (it wants an older PyAV). How to make one that can: docs/guide.md.
+`python -m experiments.environments lmms-eval` makes an environment for lmms-eval, which wants an older PyAV than the other tests.
 """
 
 import importlib
