@@ -259,6 +259,24 @@ def test_every_package_says_what_it_is_for():
     )
 
 
+def test_every_python_file_that_house_md_or_the_code_names_exists():
+    """But for the examples in house.md, which stand in fences."""
+    tops = ("evoprune", "evoprune_cli", "experiments", "tests")
+    files = "\n".join(f"/{path.relative_to(ROOT).as_posix()}" for top in tops for path in (ROOT / top).rglob("*.py"))
+    house = ROOT / "docs/house.md"
+    texts = {path: path.read_text(encoding="utf-8") for path in (house, *modules().values())}
+    texts[house] = re.sub(r"^```.*?^```", "", texts[house], flags=re.S | re.M)
+    fail_on(
+        (
+            f"{path.relative_to(ROOT)}: {name}"
+            for path, text in texts.items()
+            for name in re.findall(r"[\w/]+\.py\b", text)
+            if not re.search(rf"/{re.escape(name)}$", files, re.M)
+        ),
+        "files that do not exist",
+    )
+
+
 def test_no_name_uses_a_word_that_the_glossary_replaces():
     forbidden = re.compile(rf"\b({'|'.join(FORBIDDEN)})\b")
     fail_on((f"{where} {name}" for name, where in names() if forbidden.search(words(name))), "forbidden words in names")

@@ -82,7 +82,7 @@ class LatestCall:
 
     @classmethod
     def empty(cls, why: str) -> "LatestCall":
-        """A call in which nothing was encoded here. `why`: a name in `report.EMPTY`."""
+        """A call in which nothing was encoded here. `why`: a name in `report.records.EMPTY`."""
         return cls(Report(warnings=[why]))
 
 

@@ -83,7 +83,7 @@ class EvoPruneMerge(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """`merge.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
+        """`matching.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
         pieces, density = strips(*c.valid.shape), None
         if self.diversity:
             each = (local_density(similarity(c.features, rows), c.valid, self.neighbours, rows) for rows in pieces)

@@ -63,7 +63,7 @@ def patchify(
 def patch_means(
     patches: torch.Tensor, units: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> torch.Tensor:
-    """The mean colour of each block of 7x7 pixels, for `pruning.reference`.
+    """The mean colour of each block of 7x7 pixels, for `pruning.reuse.scan`.
 
     Args:
         patches: `[T * units * 4, 1176]`, from `patchify`.

@@ -68,7 +68,7 @@ def _run_once(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any]
 def stream_frames(
     info: VideoInfo, times_s: Sequence[float], decoder: str, sizes: Sequence[int]
 ) -> Iterator[FilledArray]:
-    """The frames on screen at given times, in arrays; see `decode.read_frames`.
+    """The frames on screen at given times, in arrays; see `frames.read_frames`.
 
     The worker fills one array while the caller uses the one before it, in memory that both processes share.
 

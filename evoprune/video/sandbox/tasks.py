@@ -33,7 +33,7 @@ def _reader(info: VideoInfo, decoder: str):
 
 
 class FrameReader:
-    """The frames on screen at given times, in order; see `decode.read_frames`.
+    """The frames on screen at given times, in order; see `frames.read_frames`.
 
     Args:
         info: the video.
