@@ -1,6 +1,7 @@
-"""Results as text: to stdout or to a file. A file that is there is replaced only if evoprune wrote it."""
+"""Results as text: to stdout or to a file. A file that is there is replaced only if it begins as evoprune's own."""
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable
@@ -10,8 +11,21 @@ from evoprune.errors import UsageError
 from evoprune_cli.terminal import encodable
 
 OPEN_FILES = ("/dev/", "/proc/self/fd/")
-MARK, OVERLAY = b"evoprune", b"evoprune overlay"  # in every text that is written, and in every picture
-LARGEST = 2**28  # bytes; larger files were not written here
+# How each kind of file begins that evoprune writes, and only such a file: a word somewhere in it proves nothing.
+HEADS = re.compile(
+    b"|".join(
+        [
+            rb'\{"schema":"evoprune/(profile|tune|tune-operations)@\d+",',
+            rb"evoprune profile \d\S*, torch \d\S*, transformers \d[^\s;]*[\n;]",  # a table or Markdown
+            rb"row,name,method,budget,quantize,frames,height,width,units,encoder_rows,live_share,tokens,prompt,",
+            rb'<svg xmlns="http://www\.w3\.org/2000/svg" [^>]*>\n<!-- evoprune -->\n<title>',
+            rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{17}\0\0\0\x19tEXtSoftware\0evoprune overlay",
+            rb"GIF8.{9,800}!\xfe\x10evoprune overlay\0",
+        ]
+    ),
+    re.DOTALL,
+)
+MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comment is the last that is in an MP4 file
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
@@ -30,12 +44,12 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
         inputs: files and folders that are read; an empty name is none.
 
     Raises:
-        UsageError: it cannot; it is one of the inputs, or in a folder that is one; or there is a file that evoprune did not write.
+        UsageError: it cannot; it is one of the inputs, or in a folder that is one; or a file is there that is not evoprune's own.
     """
     if path is None:
         return
-    folder = os.path.dirname(os.path.abspath(path))
-    if beside is not None and not os.path.exists(folder) and Path(os.path.abspath(beside)).is_relative_to(folder):
+    folder = os.path.dirname(os.path.realpath(path))
+    if beside is not None and not os.path.exists(folder) and Path(os.path.realpath(beside)).is_relative_to(folder):
         return
     if (
         os.path.isdir(path)
@@ -52,13 +66,15 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
 
 
 def _may_replace(path: str) -> bool:
-    """Whether a file is missing, empty, a device or a pipe, or was written by evoprune."""
+    """Whether a file is missing, empty, a device or a pipe, or begins as evoprune's own."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) or not found.st_size:
             return True
-        content = Path(path).read_bytes() if found.st_size <= LARGEST else b""
-        return OVERLAY in content or (b"\0" not in content and MARK in content)
+        with open(path, "rb") as file:
+            head = file.read(1024)
+            file.seek(max(0, found.st_size - len(MP4_END)))
+            return bool(HEADS.match(head)) or (head[4:8] == b"ftyp" and file.read() == MP4_END)
     except FileNotFoundError:
         return True
     except OSError:

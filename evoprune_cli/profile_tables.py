@@ -107,12 +107,12 @@ def _head(results: Results) -> list[str]:
     args = "; ".join(f"{name}={value}" for name, value in (asked["method_args"] or {}).items())
     weights = " (true dimensions, random weights)" if model.load_format == "dummy" else ""
     return [
+        f"evoprune profile {env.evoprune}, torch {env.torch}, transformers {env.transformers}",  # as evoprune_cli/files.py knows it
         f"{one_line(model.id)}{weights}, {model.dtype}",
         f"{device(results)}: {env.device_name}, {median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
         f"{source(results)}; {asked['text_tokens']} text tokens; {plural(asked['new_tokens'], 'new token')}"
         + (f"; {one_line(args)}" if args else ""),
         f"{plural(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
-        f"evoprune {env.evoprune}, torch {env.torch}, transformers {env.transformers}",
     ]
 
 
@@ -207,7 +207,7 @@ MARKDOWN: dict[str, Cell] = {
 def _markdown(results: Results) -> str:
     one = results.cases[0] if len(results.cases) == 1 else None
     seen = _caption(results, one) if one else f"{len(results.cases)} sizes"
-    head = "; ".join([*_head(results)[:2], seen, *_head(results)[2:]]) + "."
+    head = "; ".join([*_head(results)[:3], seen, *_head(results)[3:]]) + "."
     titles = ["", *MARKDOWN] if one else ["frames", "size", "", *MARKDOWN]
     lines = [head, "", _cells(titles), _cells("---" for _ in titles)]
     for row in results.rows:

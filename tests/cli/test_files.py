@@ -4,8 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from evoprune_cli.files import MARK, write_bytes
+from evoprune.batch.output import HEAD
+from evoprune.errors import EvopruneError, UsageError
+from evoprune.profiling import bench
+from evoprune.profiling.results import METHOD, Case, Results, Row
+from evoprune.report.records import Environment, ModelFacts
+from evoprune.visualize.image_files import gif, mp4, png, shared_palette
+from evoprune.visualize.svg import document
+from evoprune_cli.files import check_writable, write_bytes
+from evoprune_cli.profile_tables import render
+from evoprune_cli.tune import _line
 
 SAMPLES = Path("samples")
 QUICK = ("-m", "demo", "-b", "0.25", "--frames", "4", "-r", "1", "-w", "0", "-q")
@@ -31,18 +41,88 @@ def commands(clip: Path, target: Path) -> dict[str, tuple]:
     }
 
 
+# What users write that has to do with evoprune.
+OF_USERS = {
+    "script": b"#!/bin/sh\nevoprune ask clip.mp4 'Who comes in?'\n",
+    "page": b"# evoprune\n\nevoprune profile 0.1.0 is slow here.\n",
+    "comment": b"<!-- evoprune -->\n\nMy notes.\n",
+    "settings": b'{"evoprune":{"schema":"evoprune/tune@1"}}',
+    "answers": HEAD + b'"id":"1"}\n',  # of a batch, which asks for --overwrite
+    "table": b"row,name,evoprune\n",
+    "drawing": b'<svg xmlns="http://www.w3.org/2000/svg"><!-- evoprune --></svg>',
+    "clip": (SAMPLES / "square.mp4").read_bytes() + b"evoprune overlay",
+    "picture": (SAMPLES.parent / "docs/overlay.png").read_bytes().replace(b"Software\0evoprune", b"Software\0my-paint"),
+}
+
+
 @pytest.mark.parametrize("what", commands(Path(), Path()))
 def test_a_file_of_the_user_is_never_replaced(cli, clip, tmp_path, what):
-    other = tmp_path / ("other.svg" if "chart" in what else "other.mp4")
-    other.write_bytes(clip.read_bytes())
-    result = cli(*commands(clip, other)[what])
-    assert result.code == 2 and f"{other} is there, and evoprune did not write it" in result.err
-    assert other.read_bytes() == clip.read_bytes() and sorted(tmp_path.iterdir()) == [clip, other]
+    named = tmp_path / ("named.svg" if "chart" in what else "named.mp4")
+    named.symlink_to(other := tmp_path / "other")
+    for content in OF_USERS.values():
+        other.write_bytes(content)
+        result = cli(*commands(clip, named)[what])
+        assert result.code == 2 and f"{named} is there, and evoprune did not write it" in result.err, content[:80]
+        assert other.read_bytes() == content and sorted(tmp_path.iterdir()) == [clip, named, other]
+    named.unlink()
+    named.mkdir()
+    assert f"cannot write {named}" in cli(*commands(clip, named)[what]).err
+
+
+def written() -> dict[str, bytes]:
+    """What evoprune writes, of each kind."""
+    picture = Image.new("RGB", (64, 64))
+    results = Results(
+        ModelFacts("model", None, "fp32", "none", "cpu", "auto"),
+        0,
+        Environment("0.1.0", "2.13.0+cpu", "5.23.0", "a CPU", 2),
+        {},
+        {"method_args": {}, "text_tokens": 1, "new_tokens": 1, "repetitions": 1, "time_limit_s": 9},
+        [Row(METHOD, Case(4, 56, 56), 0.5, "evoprune", error="failed")],
+        [1e9],
+    )
+    tables = {form: render(results, form).encode() for form in ("table", "md", "csv", "json")}
+    tuned = {
+        name: (_line({"schema": f"evoprune/{name}@1", "model": {}}) + "\n").encode()
+        for name in ("tune", "tune-operations")
+    }
+    overlays = {
+        "png": png(picture),
+        "gif": gif([picture, picture], 0.1, shared_palette([picture])),
+        "mp4": mp4([picture, picture], 0.1),
+    }
+    return {**tables, **tuned, **overlays, "svg": document("Title", 9, 9, []).encode(), "nothing": b""}
+
+
+@pytest.mark.parametrize("what", commands(Path(), Path()))
+def test_what_evoprune_wrote_is_replaced(cli, clip, tmp_path, monkeypatch, what):
+    def reached():
+        raise EvopruneError("it would be written")
+
+    monkeypatch.setattr(f"evoprune_cli.{what.split()[0]}.check_libraries", reached)
+    named = tmp_path / ("named.svg" if "chart" in what else "named.mp4")
+    named.symlink_to(tmp_path / "other")
+    for content in (None, *written().values()):  # first a link to nothing
+        if content is not None:
+            (tmp_path / "other").write_bytes(content)
+        assert "it would be written" in cli(*commands(clip, named)[what]).err, content and content[:80]
+
+
+def test_a_link_into_no_folder_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "file")
+    with pytest.raises(UsageError, match="cannot write"):
+        check_writable(str(tmp_path / "link"))
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_bytes(str(tmp_path / "link"), b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("what", ["tune -o", "profile -o", "inspect --overlay"])
 def test_an_input_is_never_replaced(cli, clip, tmp_path, what):
-    clip.write_bytes(clip.read_bytes() + MARK)  # as if it had been written here
+    clip.write_bytes(written()["mp4"])
     before = clip.read_bytes()
     (tmp_path / "link.mp4").symlink_to(clip)
     for target in (clip, tmp_path / "link.mp4"):
@@ -60,22 +140,22 @@ def test_questions_are_never_replaced(cli, tmp_path):
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("ending", [".png", ".gif", ".mp4"])
-def test_an_overlay_replaces_an_overlay(cli, clip, tmp_path, ending):
+def test_an_overlay_may_be_drawn_again(cli, clip, tmp_path, ending):
     drawn = tmp_path / f"drawn{ending}"
     drawn.touch()  # an empty file holds nothing
-    for budget in ("0.25", "0.5"):
-        result = cli("inspect", clip, "--overlay", drawn, "-b", budget, "--frames", "4", "--json")
-        assert result.code == 0 and result.record["overlay"]["budget"] == float(budget)
+    result = cli("inspect", clip, "--overlay", drawn, "-b", "0.5", "--frames", "4", "--json")
+    assert result.code == 0 and result.record["overlay"]["budget"] == 0.5
+    assert drawn.stat().st_size
+    check_writable(str(drawn))
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize("form", ["table", "json"])
-def test_tables_and_charts_replace_their_like(cli, clip, tmp_path, form):
+def test_a_table_and_a_chart_may_be_written_again(cli, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     table, chart = tmp_path / "a.txt", tmp_path / "a.svg"
-    for _ in range(2):
-        command = ("profile", clip, *QUICK, "--method", "divprune", "--format", form)
-        assert cli(*command, "-o", table, "--chart", chart).code == 0
-    assert MARK in table.read_bytes() and MARK in chart.read_bytes()
+    assert cli("profile", *QUICK, "-m", tiny_folder, "--size", "56x56", "-o", table, "--chart", chart).code == 0
+    for each in (table, chart):
+        assert each.stat().st_size
+        check_writable(str(each))
 
 
 def test_what_was_there_stays_where_the_disk_is_full(tmp_path, monkeypatch):
