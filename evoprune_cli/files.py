@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from evoprune import unfinished
 from evoprune.errors import UsageError
 from evoprune_cli.terminal import encodable
 
@@ -103,12 +104,6 @@ def write_bytes(path: str, content: bytes) -> None:
             with open(path, "wb") as file:
                 file.write(content)
             return
-        unfinished = f"{os.path.realpath(path)}.{os.getpid()}.tmp"
-        try:
-            with open(unfinished, "wb") as file:
-                file.write(content)
-            os.replace(unfinished, os.path.realpath(path))
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
+        unfinished.replace(os.path.realpath(path), content)
     except OSError as problem:
         raise UsageError(f"cannot write {path}: {problem.strerror}", "choose another place") from problem

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from evoprune import unfinished
 from evoprune.errors import UsageError
 from evoprune.report.records import SCHEMA, Report
 from evoprune.strict_json import loads
@@ -90,6 +91,7 @@ class RecordFile:
         kept = [record for record in self.found if record.id not in again]
         size = sum(record.end - record.start for record in kept)
         try:
+            unfinished.remove_left_overs(self.path)  # this program has the lock, so nobody is writing one
             if kept and kept[-1].end != size:  # some records before the last one go
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
@@ -206,8 +208,7 @@ class RecordFile:
 
     def _copied(self, kept: list[Found]) -> int:
         """Replaces the file by one with these records, in one step; returns the new file's descriptor, locked."""
-        place = f"{self.path}.new"
-        number = os.open(place, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o666)
+        number, place = unfinished.create(self.path)
         try:
             self._lock(number)
             os.fchmod(number, stat.S_IMODE(os.fstat(self._number).st_mode))

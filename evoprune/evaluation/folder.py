@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from evoprune import unfinished
 from evoprune.batch.resume import differences
 from evoprune.errors import UsageError
 from evoprune.strict_json import read_object
@@ -56,6 +57,11 @@ class RunFolder:
             raise UsageError(f"{path} is no folder of an evaluation", f"name one with a {SETTINGS}") from problem
         if other := differences(before, json.loads(json.dumps(settings))):
             raise UsageError(f"{path} was begun with other settings: {other}", "give the same ones, or a new -o DIR")
+        try:
+            for name in (SETTINGS, SAMPLES, RESULTS):
+                unfinished.remove_left_overs(str(path / name))
+        except OSError as problem:
+            raise _cannot_write(path, problem) from problem
         samples = _finished(text)
         folder = cls(path, samples)
         kept = "".join(_line(sample) for sample in samples)
@@ -93,14 +99,8 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         """Writes a file completely or not at all."""
-        new = self.path / f"{name}.new"
         try:
-            try:
-                new.write_text(text, encoding="ascii")
-                new.replace(self.path / name)
-            except BaseException:
-                new.unlink(missing_ok=True)
-                raise
+            unfinished.replace(str(self.path / name), text.encode("ascii"))
         except OSError as problem:
             raise _cannot_write(self.path / name, problem) from problem
 

@@ -250,6 +250,20 @@ def test_a_full_disk_while_a_copy_is_made(path, monkeypatch):
     assert path.read_bytes() == before and [name.name for name in path.parent.iterdir()] == ["out.jsonl"]
 
 
+def test_a_copy_is_made_in_a_file_of_its_own(path):
+    """A file of the user beside the output stays; what a killed run left there goes."""
+    beside = [
+        path.with_name(f"out.jsonl{end}") for end in (".new", ".tmp", ".evoprune-1.tmp", ".evoprune-0123abcd.tmp")
+    ]
+    for each in beside:
+        each.write_text(GOOD + "\n")
+    write(path, record(1, failed=True), record(2))
+    with closing(RecordFile(str(path), resume=True)) as file:
+        file.begin({"1"})
+    assert ids(path) == ["2"] and sorted(path.parent.iterdir()) == sorted([path, *beside[:3]])
+    assert all(each.read_text() == GOOD + "\n" for each in beside[:3])
+
+
 @pytest.mark.parametrize("place", ["", "no/such/folder/out.jsonl", "file/out.jsonl", "/proc/out.jsonl"])
 def test_places_that_cannot_be_written(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)

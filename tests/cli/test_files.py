@@ -1,6 +1,7 @@
 """Files that commands write: which are never replaced, and which are."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,16 @@ def test_a_table_and_a_chart_may_be_written_again(cli, tiny_folder, tmp_path, mo
     for each in (table, chart):
         assert each.stat().st_size
         check_writable(str(each))
+
+
+def test_a_file_beside_it_stays(tmp_path):
+    others = [tmp_path / f"a.json{end}" for end in (".new", ".tmp", f".{os.getpid()}.tmp")]
+    for each in others:
+        each.write_text("mine")
+    write_bytes(str(tmp_path / "a.json"), b"{}")
+    assert [each.read_text() for each in others] == ["mine"] * 3
+    mode = (tmp_path / "a.json").stat().st_mode
+    assert mode == others[0].stat().st_mode and len(list(tmp_path.iterdir())) == 4
 
 
 def test_what_was_there_stays_where_the_disk_is_full(tmp_path, monkeypatch):

@@ -274,6 +274,18 @@ def test_results_that_do_not_fit_leave_the_earlier_ones(tmp_path):
     assert len(list(folder.path.iterdir())) == 2
 
 
+def test_a_run_writes_only_its_own_files(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", {"a": 1})
+    mine, left = folder.path / "results.json.new", folder.path / "results.json.evoprune-0123abcd.tmp"
+    for each in (mine, left):
+        each.write_text("mine")
+    folder.finish({"first": 1})
+    RunFolder.resume(folder.path, {"a": 1})  # removes what a killed run left
+    assert mine.read_text() == "mine" and {each.name for each in folder.path.iterdir()} == {
+        "settings.json", "results.json", "results.json.new"
+    }  # fmt: skip
+
+
 def test_stdout_onto_a_full_disk(cli, tmp_path):  # noqa: F811
     """A redirected answer that does not fit is an error about the output, not a bug."""
     with open("/dev/full", "wb") as full:
