@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from evoprune import unfinished
+from evoprune.batch import unfinished
 from evoprune.errors import UsageError
 from evoprune_cli.terminal import encodable
 

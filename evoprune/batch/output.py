@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from evoprune import unfinished
+from evoprune.batch import unfinished
 from evoprune.errors import UsageError
 from evoprune.report.records import SCHEMA, Report
 from evoprune.strict_json import loads

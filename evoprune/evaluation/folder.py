@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from evoprune import unfinished
+from evoprune.batch import unfinished
 from evoprune.batch.resume import differences
 from evoprune.errors import UsageError
 from evoprune.strict_json import read_object
