@@ -10,7 +10,7 @@ then, and the selected rows go through the other layers together, or, if frame p
 There may be several such selections. What else is done with rows between two layers stays inside a chunk (between.py).
 
 The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program waits for the GPU
-only at the selection inside the tower, and at the end, when it reads all checks.
+only at the selection inside the tower, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
 """
 
 from collections.abc import Callable, Iterable, Iterator
