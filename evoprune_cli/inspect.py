@@ -251,7 +251,9 @@ def print_failure(facts: dict, problem: BaseException) -> None:
 
 
 def _print_json(facts: dict, error: dict | None) -> None:
-    print(jsonlib.dumps({"schema": SCHEMA, **facts, "error": error}, separators=(",", ":")), flush=True)
+    print(
+        jsonlib.dumps({"schema": SCHEMA, **facts, "error": error}, separators=(",", ":"), allow_nan=False), flush=True
+    )
 
 
 def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:

@@ -7,6 +7,7 @@ An `InputMethod` makes the video smaller before the encoder. A `Merger` merges r
 knows of windows, rotary positions, patch mergers, placeholders or prompts.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -108,8 +109,8 @@ class Method:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings by name, as reports show them."""
-        return asdict(self)
+        """The settings by name, as reports show them: an infinite number is a text, because JSON has no such number."""
+        return _reported(asdict(self))
 
     @property
     def all_methods(self) -> "list[Method]":
@@ -158,9 +159,12 @@ class Method:
                 raise UsageError(f"method {cls.name} has no argument {name!r}", cls.settings_hint())
             values[name] = _parse(cls, known[name], str(text))
         try:
-            return cls(**values)
+            made = cls(**values)
         except ValueError as error:
             raise UsageError(f"method {cls.name}: {error}", cls.settings_hint()) from None
+        if wrong := [name for name, value in values.items() if value != value]:  # NaN is no number to any method
+            raise UsageError(f"method {cls.name}: {wrong[0]}=nan is not a number", cls.settings_hint())
+        return made
 
     @classmethod
     def settings_hint(cls, name: str | None = None) -> str:
@@ -291,7 +295,7 @@ class Front(Method, ABC):
     @property
     def args(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in _setting_fields(type(self))}
-        return {**own, self.then.name: self.then.args}
+        return {**_reported(own), self.then.name: self.then.args}
 
     @property
     def selector(self) -> Selector:
@@ -319,6 +323,10 @@ class Front(Method, ABC):
 def _setting_fields(method: type[Method]) -> list[Field]:
     """The fields that users set: all except those that hold another method, or what belongs to a model."""
     return [f for f in fields(method) if not f.metadata]
+
+
+def _reported(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in settings.items()}
 
 
 def _parse(method: type[Method], field_: Field, text: str):

@@ -41,7 +41,7 @@ class D2Pruner(FastV):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, pivots="[0, 1]")
+        check_ranges(self, pivots="[0, 1]", alike="(-inf, inf)")
 
     def select(self, tokens: LayerTokens) -> Selection:
         score = relative(tokens.attention() / (tokens.evened().attention() + 1e-7))

@@ -149,7 +149,7 @@ class EarlyTom(Method):
 
     def __post_init__(self):
         shares = dict.fromkeys(("momentum", "first", "second", "third"), "[0, 1]")
-        check_ranges(self, window="[2, inf)", **shares)
+        check_ranges(self, threshold="(-inf, inf)", window="[2, inf)", **shares)
 
     @property
     def _depths(self) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
+import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -128,6 +129,31 @@ def test_a_bad_value_is_refused_with_what_would_be_good(name, setting):
         methods.get(f"{name}:{setting}")
     assert name in caught.value.message and "defaults" in caught.value.hint
     assert setting.partition("=")[0] in caught.value.message or "schedule" in caught.value.message
+
+
+def test_every_number_is_finite_or_has_a_text_in_json():
+    """An infinite number is refused too, but where it means something."""
+    infinite = []
+    for kind in (Reuse, *(type(methods.get(name)) for name in methods.built_in())):
+        for setting in (f.name for f in fields(kind) if not f.metadata and "float" in str(f.type)):
+            with pytest.raises(UsageError, match=f"method {kind.name}: .*{setting}=nan is not ") as caught:
+                kind.from_args({setting: "nan"})
+            assert f"{setting}=" in caught.value.hint
+            for text in ("inf", "-inf", "1e400"):
+                try:
+                    made = kind.from_args({setting: text})
+                except UsageError as problem:
+                    assert setting in problem.message and f"{setting}=" in problem.hint
+                else:
+                    args = (replace(made, then=DivPrune()) if kind is Reuse else made).args
+                    assert kind.from_args({setting: json.loads(json.dumps(args, allow_nan=False))[setting]}) == made
+                    infinite.append(f"{kind.name}:{setting}={text}")
+    assert sorted({text.rpartition("=")[0] for text in infinite}) == [
+        "evoprune:reuse", "nuwa:reach", "reuse:threshold", "visipruner:token"
+    ]  # fmt: skip
+    assert not [text for text in infinite if "=-" in text]
+    combined = methods.get("reuse:threshold=inf+mmr+visipruner:token=inf")
+    assert combined.args["threshold"] == combined.args["visipruner"]["token"] == "inf"
 
 
 @pytest.mark.parametrize("name", ["evoprune", "evoprune-paper"])
