@@ -78,6 +78,7 @@ _KNOWN_AS = {
     "pdrop": "PyramidDrop is pyramiddrop",
     "full": "-b full prunes nothing, and so does the method none",
 }
+_NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # of a setting
 # What may stand before a selector.
 _FRONTS = {REUSE: "evoprune.methods.reuse:Reuse", "ipcv": _REGISTRY["ipcv"]}
 
@@ -115,7 +116,13 @@ def check(text: str) -> None:
 
 def _names(text: str) -> list[str]:
     """The names in `text`, without settings."""
-    return [name.partition(":")[0] for name in text.split("+")]
+    return [name.partition(":")[0] for name in _split(text)]
+
+
+def _split(text: str) -> list[str]:
+    """The methods in `text`, with their settings. A plus in a setting's number, as in 1e+1, separates none."""
+    hidden = _NUMBER.sub(lambda found: found[0].replace("+", "\0"), text)
+    return [each.replace("\0", "+") for each in hidden.split("+")]
 
 
 def _is_list(text: str) -> bool:
@@ -167,7 +174,7 @@ def get(text: str, args: dict[str, str] | None = None) -> "Method":
         PluginError: the code of another package's method failed.
     """
     check(text)
-    names = text.split("+")
+    names = _split(text)
     if len(names) == 1:
         return _alone(_one(text, args))
     if args:

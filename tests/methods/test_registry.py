@@ -177,6 +177,27 @@ def test_reuse_goes_before_a_selector():
     assert methods.get("reuse:threshold=5+mmr:lam=0.7") == Reuse(threshold=5.0, then=Mmr(lam=0.7))
 
 
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("evoprune:reuse=1e+1", EvoPrune(reuse=10.0)),
+        ("evoprune:reuse=+1.5E+1:count=.1e+1", EvoPrune(reuse=15.0, count=1.0)),
+        ("evoprune:reuse=1e+1+fastv", WithLanguage(EvoPrune(reuse=10.0), FastV())),
+        ("evoprune:count=1+fastv:depth=1e-1", WithLanguage(EvoPrune(count=1.0), FastV(depth=0.1))),
+        ("reuse:threshold=1e+1+mmr:lam=+7e-1+fastv", WithLanguage(Reuse(threshold=10.0, then=Mmr(lam=0.7)), FastV())),
+    ],
+)
+def test_a_plus_in_a_number_separates_no_methods(text, method):
+    methods.check(text)
+    assert methods.get(text) == method and methods.plugin_code(text) == {}
+
+
+@pytest.mark.parametrize("text", ["evoprune:count=1e+", "evoprune:count=1e+1e+1", "evoprune:count=1e++1", "1e+1"])
+def test_what_is_no_number_is_refused(text):
+    with pytest.raises(UsageError):
+        methods.get(text)
+
+
 def test_a_method_inside_the_language_model_goes_last():
     assert methods.get("evoprune+fastv") == WithLanguage(EvoPrune(), FastV())
     assert methods.get("reuse:threshold=5+mmr+fastv:share=0.3:depth=0.5") == WithLanguage(
