@@ -239,7 +239,7 @@ class Evaluation:
         if not s.groups:
             return list(videos[: s.limit])
         chosen = [replace(v, rows=tuple(r for r in v.rows if set(s.groups) & set(r.groups))) for v in videos]
-        if not any(video.rows for video in chosen):
+        if videos and not any(video.rows for video in chosen):
             raise UsageError(f"no question is in {' or '.join(s.groups)}", "see the field groups of the file")
         return [video for video in chosen if video.rows][: s.limit]
 
@@ -336,7 +336,7 @@ class Evaluation:
 
 def _start(settings: Settings, files: str) -> Callable[[Video | ClipName], list[dict]]:
     """`evaluate` of an evaluation of its own, with a model loaded: what a process runs."""
-    evaluation = Evaluation(settings, None)
+    evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
     evaluation.load()
     evaluation.files = files
     return evaluation.evaluate

@@ -256,8 +256,16 @@ def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
     assert "--processes" in caught.value.hint
 
 
-@pytest.mark.full
-def test_a_process_gives_the_same_samples_of_the_demos_clips(loaded, saved, monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "clips", "count", "jobs"),
+    [
+        ({"data": "demo", "split": "validation", "limit": 2}, None, 2 * 2 * 6, ["validation-0", "validation-1"]),
+        # More than the demo's clips hold, and groups that it does not have.
+        ({"limit": 100_001, "groups": ("g",)}, videos(CLIPS[:1]), 2 * 2, [CLIPS[0]]),
+    ],
+    ids=["the demo's clips", "a file"],
+)
+def test_a_process_gives_the_same_samples(loaded, saved, monkeypatch, asked, clips, count, jobs):
     """What is sent to processes and what they do with it, in this process."""
     sent = []
 
@@ -269,14 +277,15 @@ def test_a_process_gives_the_same_samples_of_the_demos_clips(loaded, saved, monk
 
     monkeypatch.setattr(evaluation_run, "map_in_processes", map_here)
     model = ModelOptions(str(saved), dtype="fp32")
-    settings = replace(SETTINGS, data="demo", budgets=(0.5,), model=model, split="validation", limit=2)
+    settings = replace(SETTINGS, budgets=(0.5,), model=model, **asked)
     runs = []
     for processes in (1, 2):
-        run = Evaluation(settings, None)
+        run = Evaluation(settings, clips)
         run.loaded = loaded
         run.run(processes=processes)
         runs.append(run.samples)
-    assert len(runs[0]) == 2 * 2 * 6 and runs[0] == runs[1] and [job.seed for job in sent] == [0, 1]
+    assert len(runs[0]) == count and runs[0] == runs[1]
+    assert [getattr(job, "name", None) or str(job) for job in sent] == jobs
 
 
 def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):
