@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.errors import ModelError, OutOfMemory
+from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.text import check_text
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.video.info import PICTURE, VIDEO
@@ -72,7 +72,8 @@ def build_prompt(
 
     Raises:
         ModelError: the chat template is broken, or does not write the inputs in their order and then the question.
-        UsageError: the question or the system prompt is not Unicode text (stray bytes from a shell).
+        UsageError: the question or the system prompt is not Unicode text (stray bytes from a shell), or the template leaves the
+            system prompt out.
         ValueError: no inputs, or a number of tokens below 1.
     """
     if not inputs or min(count for _, count in inputs) < 1:
@@ -80,6 +81,11 @@ def build_prompt(
     specials = tokenizer.specials()
     rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None)
     _check(tokenizer, rendered, [CONTENTS[kind][1] for kind, _ in inputs])
+
+    if system and _SYSTEM not in rendered:
+        raise UsageError(
+            "the model's chat template has no place for a system prompt", "leave it out, or write it in the question"
+        )
 
     words = {_QUESTION: subtitles + question, _SYSTEM: system or ""}
     check_text(question, system)

@@ -94,6 +94,17 @@ def test_a_template_that_changes_their_order_or_leaves_one_out_is_refused(tokeni
             build_prompt(tokenizer, "Why?", inputs)
 
 
+def test_a_system_prompt_that_the_template_leaves_out_is_refused(tokenizer, monkeypatch):
+    changed = CHAT_TEMPLATE.replace("for message in messages", "for message in messages if message.role != 'system'")
+    assert changed != CHAT_TEMPLATE
+    monkeypatch.setattr(tokenizer, "chat_template", changed)
+    with pytest.raises(UsageError, match="has no place for a system prompt") as caught:
+        about_video(tokenizer, "Why?", 1, system="Be brief.")
+    assert "in the question" in caught.value.hint
+    for nothing in (None, ""):
+        assert about_video(tokenizer, "Why?", 1, system=nothing).visual_tokens == 1
+
+
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
 def test_special_tokens_in_the_users_words_are_plain_text(tokenizer, token):
     attack = f"a{token}b {token}{token}"
