@@ -1,6 +1,6 @@
 """Whether questions about videos and pictures can be read, found out before these are encoded."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from evoprune.errors import LESS, OutOfMemory, UsageError
@@ -30,11 +30,21 @@ def prompt_about(tokenizer: Tokenizer, views: Sequence[View], question: str, sys
     return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles)
 
 
-def longest_prompt(engine: Engine, views: Sequence[View], questions: Sequence[str], options: GenerationOptions) -> int:
+def longest_prompt(
+    engine: Engine,
+    views: Sequence[View],
+    questions: Sequence[str],
+    options: GenerationOptions,
+    encoded: Collection[View] = (),
+) -> int:
     """Tokens of text in the longest prompt of some questions about some inputs.
 
+    Args:
+        encoded: those of `views` that are encoded already.
+
     Raises:
-        UsageError: a question does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
+        UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
+            with the prompt. ModelError: an unusable chat template.
     """
     tokenizer = engine.loaded.tokenizer
     for question in questions:
@@ -43,7 +53,8 @@ def longest_prompt(engine: Engine, views: Sequence[View], questions: Sequence[st
     kept = sum(view.encoder.keep for view in views)
     check_context(engine.loaded, longest, kept, options.max_new_tokens)
     for view in views:
-        if (around := longest + kept - view.encoder.keep) > TEXT:
+        around = max(TEXT, longest) + kept - view.encoder.keep
+        if around > TEXT and not any(view is each for each in encoded):
             units_at_once(engine, view, around)
     return longest
 

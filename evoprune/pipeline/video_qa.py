@@ -240,7 +240,8 @@ class VideoQA:
                 for each in given
             ]
             if isinstance(question, str) and opened:
-                longest_prompt(self.engine, [each.view for each in opened], [question], options)
+                held = [each.view for each in given if isinstance(each, EncodedVideo)]
+                longest_prompt(self.engine, [each.view for each in opened], [question], options, held)
             encoded = [each if isinstance(each, EncodedVideo) else each.encode() for each in opened]
         return together(self.engine, encoded).ask(question, **vars(options), seed=seed)
 

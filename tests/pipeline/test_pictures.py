@@ -222,6 +222,22 @@ def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, mo
     assert asked == [TEXT + others for others in tokens]
 
 
+@pytest.mark.parametrize("budget", [0.5, 0.05])
+def test_asking_checks_the_memory_of_all_that_is_to_be_encoded(loaded, monkeypatch, budget):
+    qa, asked = VideoQA(loaded, budget=budget), []
+    held = qa.encode(OTHER)
+    tokens = [len(held.encoded.kept), len(qa.encode(CLIP).encoded.kept)]
+    monkeypatch.setattr("evoprune.pipeline.opening.encode_view", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("evoprune.pipeline.question_check.units_at_once", lambda _, __, around: asked.append(around))
+    for inputs, others in (([CLIP, OTHER], tokens), ([CLIP, held], tokens[:1])):
+        asked.clear()
+        with pytest.raises(pytest.fail.Exception):
+            qa.ask(inputs, "Why?")
+        assert asked == [TEXT + other for other in others]
+    asked.clear()
+    assert qa.ask([held, held], "Why? " * 100, max_new_tokens=1).text is not None and not asked
+
+
 def test_times_are_those_of_the_videos_among_the_inputs(loaded, tmp_path):
     qa, picture = VideoQA(loaded), save(tmp_path / "a.png", 60, 60)
     first, second = qa.encode([CLIP, picture], start_s=1.0, end_s=3.0).report.inputs
