@@ -26,11 +26,19 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
         signal.signal(number, handler)
 
 
+EXPERIMENTS = Path(__file__).parent / "experiments"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `few(n)`, n of its cases stay in the default run, evenly spread. The others are `full`."""
+    """Of a test marked `few(n)`, n of its cases stay in the default run, evenly spread. The others are `full`.
+
+    So are all tests of experiments, which users never run.
+    """
     cases = defaultdict(list)
     for item in items:
+        if EXPERIMENTS in item.path.parents:
+            item.add_marker("full")
         if item.get_closest_marker("few"):
             cases[item.nodeid.partition("[")[0]].append(item)
     for all_of_it in cases.values():

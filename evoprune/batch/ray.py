@@ -167,7 +167,6 @@ def _enter(folder: str) -> None:
 @contextmanager
 def _cluster(address: str | None):
     """Ray, connected to a cluster, with its own output turned off."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster made here sends no usage statistics
     try:
         import ray
         import ray.data
@@ -176,7 +175,7 @@ def _cluster(address: str | None):
     # Ray reports workers that died on stdout, also while it shuts down.
     with redirect_stdout(sys.stderr):
         try:
-            with _own_signals():
+            with _own_signals(), _no_usage_statistics():
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
             hint = "start one (ray start --head), or leave --address out"
@@ -187,6 +186,19 @@ def _cluster(address: str | None):
             yield ray
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _no_usage_statistics():
+    """A cluster made here sends none, unless the environment says otherwise."""
+    name = "RAY_USAGE_STATS_ENABLED"
+    said = name in os.environ
+    os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        if not said:
+            del os.environ[name]
 
 
 @contextmanager

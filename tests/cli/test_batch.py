@@ -511,6 +511,7 @@ def test_killed_twenty_times_and_resumed(start, out, seed):
     kill_and_resume(start, out, kills=20, questions=20, seed=seed)
 
 
+@pytest.mark.full
 def test_the_disk_is_full(start, out):
     """A limit on the size of files, which the fifth record or so runs into."""
     process = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)))

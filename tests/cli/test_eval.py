@@ -213,7 +213,7 @@ def test_a_chart_tells_twelve_methods_apart(run, tmp_path):
     assert len({(mark.get("fill"), mark.get("stroke")) for mark in marks}) == 1 + 12  # and full
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monkeypatch, problem, form):

@@ -95,6 +95,7 @@ def written() -> dict[str, bytes]:
     return {**tables, **tuned, **overlays, "svg": document("Title", 9, 9, []).encode(), "nothing": b""}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("what", commands(Path(), Path()))
 def test_what_evoprune_wrote_is_replaced(cli, clip, tmp_path, monkeypatch, what):
     def reached():
@@ -139,7 +140,7 @@ def test_questions_are_never_replaced(cli, tmp_path):
     assert data.read_text() == "{}"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ending", [".png", ".gif", ".mp4"])
 def test_an_overlay_may_be_drawn_again(cli, clip, tmp_path, ending):
     drawn = tmp_path / f"drawn{ending}"

@@ -163,7 +163,7 @@ REDIRECTED = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize(("words", "code", "says"), REDIRECTED.values(), ids=REDIRECTED)
 def test_output_that_goes_nowhere(request, words, code, says):
@@ -251,7 +251,7 @@ def test_ctrl_c_at_any_time(tmp_path):
 # --- the cache ---
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "circle"])
 def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind):
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))

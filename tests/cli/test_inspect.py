@@ -49,6 +49,7 @@ def no_network_no_weights(monkeypatch, tmp_path):
     monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("video", [(), (CLIP,)])
 def test_what_a_model_needs_before_it_is_downloaded(cli, no_network_no_weights, video):
     args = ("inspect", *video, "-m", "Qwen/Qwen2.5-VL-3B-Instruct", "--dtype", "bf16")
@@ -173,6 +174,7 @@ def test_reading_a_folder_of_frames(cli, tmp_path):
     assert evoprune.__version__
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("ending", "frames"), [("png", 1), ("gif", 12), ("mp4", 12)])
 def test_overlay(cli, tmp_path, ending, frames):
     file = tmp_path / f"drawn.{ending}"
@@ -212,6 +214,7 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_overlay_of_a_foreign_video_warns(cli, tmp_path):
     write_video(tmp_path / "foreign.mp4", np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
     result = cli("inspect", tmp_path / "foreign.mp4", "--overlay", tmp_path / "a.gif")
@@ -234,6 +237,7 @@ def test_a_full_disk(cli, tmp_path):
     assert result.record["plan"]["grid"] == [6, 4, 6]
 
 
+@pytest.mark.full
 def test_a_warning_of_an_overlay_is_a_sentence(cli, tmp_path):
     path = tmp_path / "foreign.mp4"
     write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)

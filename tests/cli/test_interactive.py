@@ -181,6 +181,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
     assert process.stdout.read().endswith(b"\n") and "Traceback" not in screen.finish()
 
 
+@pytest.mark.full
 def test_records_of_answers_that_were_stopped(keyboard, endless):
     screen, process = keyboard("ask", CLIP, QUESTION, "--interactive", "-m", endless, "-n", "30000", "--json")
     screen.wait_for(re.escape("\x1b[?25h"), 2)  # the second spinner has given the cursor back: there is a first word

@@ -132,6 +132,7 @@ def test_recipes_are_listed_and_forgotten_with_them(cli, config):
 NOTE = "note: this model was never tuned: evoprune tune VIDEO... -m {} shows what pruning changes in its answers"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", ["ask", "batch"])
 def test_a_real_model_is_said_once_to_be_untuned(cli, tiny_folder, tmp_path, command):
     quick = ("-m", tiny_folder, "-n", "1", "--frames", "2")

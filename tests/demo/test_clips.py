@@ -21,6 +21,8 @@ from evoprune.demo.drawing import digit_mask, render, shape_mask, write_video
 from evoprune.video.info import DEMO_TAG
 from evoprune.video.sampling import even_times
 
+pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
+
 SETTINGS = [{}, {"height": 112, "width": 168}, {"height": 112, "width": 112, "seconds": 3.0, "grids": 3}]
 
 
@@ -110,7 +112,6 @@ def test_portrait_clips_are_upright_and_always_pan():
 # --- events ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize("grids", [3, 4, 6, 12])
 def test_flashes_last_two_or_three_sampled_frames(grids):
     lengths = [
@@ -123,7 +124,6 @@ def test_flashes_last_two_or_three_sampled_frames(grids):
     assert set(lengths) == {2, 3}
 
 
-@pytest.mark.few(2)
 @pytest.mark.parametrize("grids", [3, 4, 6, 12])
 @pytest.mark.parametrize(
     ("event", "first", "last"),
@@ -162,7 +162,6 @@ def test_event_follows_from_start_and_end(start, end, event):
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize("how", SETTINGS)
 def test_things_are_drawn_where_centre_says_and_only_while_visible(how):
     checked = 0

@@ -9,6 +9,8 @@ import pytest
 from evoprune.demo.clips import COLOURS, SHAPES, Clip, Thing, make_clip
 from evoprune.demo.questions import TYPES, Question, ask
 
+pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
+
 MANY = 1000
 
 
@@ -181,7 +183,6 @@ def test_every_type_is_checked_here():
     assert set(ANSWERS) == {*TYPES}
 
 
-@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("how", [{}, {"height": 112, "width": 168, "seconds": 12.0, "grids": 12}], ids=["drawn", "12s"])
 def test_answers_follow_from_the_scene(kind, how):
@@ -191,7 +192,6 @@ def test_answers_follow_from_the_scene(kind, how):
         assert ANSWERS[kind](clip, question) == question.answer, question
 
 
-@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "answers"),
     [

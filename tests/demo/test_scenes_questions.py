@@ -14,6 +14,8 @@ from evoprune.demo.scenes.compose import make_clip
 from evoprune.demo.scenes.happening import GIST, HAPPENING, kinds
 from evoprune.demo.scenes.looking import LOOKING
 
+pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
+
 CLIPS = 700
 
 
@@ -68,7 +70,6 @@ def named(clip: Clip, text: str) -> list[Thing]:
     return [t for t in clip.shapes if t.outline == outline and colour in t.colours]
 
 
-@pytest.mark.full
 def test_a_question_has_four_options_or_none_and_one_is_the_answer():
     for clip, q in asked():
         assert len(q.options) in (0, 4) and len(set(q.options)) == len(q.options)

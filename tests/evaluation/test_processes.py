@@ -45,7 +45,7 @@ def crashes():
 
 
 # The thread that ends a pool runs beside this one: an error in it shows in a few of many failures, and as a warning alone.
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("start", "code", "message"), [(cannot_start, 4, "no model here"), (crashes, 1, "one of 2 ")])
 def test_a_failure_at_the_start_ends_all_processes(start, code, message, capfd):

@@ -256,6 +256,7 @@ def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
     assert "--processes" in caught.value.hint
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("asked", "clips", "count", "jobs"),
     [
@@ -303,7 +304,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("at", [1, 5, 6, 11])
 def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypatch, at):
     whole = begun(loaded, folder=tmp_path / "whole")
@@ -332,7 +333,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
         assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("cut", [1, 30, 500, 2000])
 def test_a_torn_file_is_mended(loaded, tmp_path, cut):
     whole = begun(loaded, folder=tmp_path / "run")

@@ -14,8 +14,6 @@ from experiments.ablations import ABLATIONS, PAPER, Ablation, report, specs, tab
 from experiments.paired import in_points, paired_difference
 from experiments.variants import Variant
 
-pytestmark = pytest.mark.full
-
 
 def sample(method, budget, video, number, right, live=0.5):
     return {

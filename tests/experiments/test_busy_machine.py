@@ -7,8 +7,6 @@ import pytest
 from experiments import busy_machine
 from experiments.busy_machine import Asked
 
-pytestmark = pytest.mark.full
-
 
 def test_tables(monkeypatch, capsys, tmp_path):
     """Twice the time beside busy processes, and three times the throughput at once."""

@@ -1,11 +1,8 @@
 import numpy as np
-import pytest
 
 from evoprune.video.readers.pyav import MIN_JUMP_S
 from evoprune.video.sandbox import isolation
 from experiments import decoders
-
-pytestmark = pytest.mark.full
 
 
 def test_tables(monkeypatch, capsys):

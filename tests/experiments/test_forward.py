@@ -8,8 +8,6 @@ from experiments.demo.build import build_config, init_weights
 from experiments.demo.forward import attend, tower, window_buckets
 from experiments.demo.shared_prompts import CHUNK, hidden_of_rows
 
-pytestmark = pytest.mark.full
-
 
 @cache
 def demo_model():

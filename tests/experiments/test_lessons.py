@@ -10,8 +10,6 @@ from evoprune.demo.questions import TYPES
 from experiments.demo.lessons import LESSONS, ask_all
 from tests.demo.test_questions import MANY, fate, parse, referred, way
 
-pytestmark = pytest.mark.full
-
 
 def asked(kind=None, clips=150, **how):
     """All questions of a type, or of any, about some clips."""

@@ -3,15 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
 from experiments import robustness
 from experiments.robustness import NOISES, Noise, in_changing_light, table
 from tests.threads import one_thread  # noqa: F401
-
-pytestmark = pytest.mark.full
 
 CLIP = Path("samples/square.mp4")
 

@@ -42,8 +42,6 @@ from experiments.demo.train_scenes import build, match_step, tower_share
 from experiments.demo.training import answer_loss, learn_from, optimizers
 from experiments.demo.validity import CELLS, rank_correlation, ranks, table
 
-pytestmark = pytest.mark.full
-
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -156,7 +156,7 @@ def loaded_by_hand(name, question, clip=CLIP):
     return loaded, model, inputs
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "clip", "question"), [
     ("tiny", CLIP, "Describe the video."), ("tiny", LONG, "What happens?"), ("demo", CLIP, "What colour is the square?"),
     ("demo", LONG, "What happens?"),

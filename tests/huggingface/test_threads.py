@@ -44,6 +44,7 @@ def generated(model, inputs, **settings):
     return model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_each_thread_gets_what_it_gets_alone(model, use_cache):
     batches, made = [processed(model, *prompts) for prompts in PROMPTS] * 3, {}

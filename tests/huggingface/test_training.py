@@ -141,6 +141,7 @@ def test_under_autocast_they_differ_by_its_rounding(attention, checkpointing, si
     same(made, reference(budget, attention, side, autocast=budget < 1), 0.06)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_gradients_of_threads_are_their_own(attention, budget):

@@ -162,6 +162,7 @@ def tokens_line_by_line(frames: list, units: int, keep: int, method: EarlyTom) -
     return sorted(kept)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("grid", "full_layers", "settings_", "scene"),
     [

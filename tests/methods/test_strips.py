@@ -58,6 +58,7 @@ def test_matches_do_not_depend_on_the_strips(lengths, seed, held, method, share)
         assert torch.equal(method.match(groups, remove), whole)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "rows"),
     [(EvoPruneMerge(diversity=0.0), 900), (EvoPrunePaper(), 900), (EvoPrunePaper(), 2700)],

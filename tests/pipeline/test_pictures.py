@@ -134,7 +134,7 @@ def test_a_shape_that_hugging_face_refuses_is_refused(loaded, size, tmp_path):
         VideoQA(loaded).encode(save(tmp_path / "a.png", *size))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kinds", ["pp", "vp", "pvv", "vv"])
 def test_several_inputs_at_full_budget_are_hugging_faces_generate(loaded, kinds, tmp_path):
     paths = [
@@ -178,6 +178,7 @@ def test_a_picture_that_a_method_cannot_prune_stays_whole_and_says_so(loaded, me
     assert (len(picture.encoded.kept) == picture.units) == (whole or method == "none")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
 def test_an_answer_about_several_does_not_depend_on_what_was_asked_before(loaded, method, tmp_path):
     qa = VideoQA(loaded, budget=0.25, method=method)

@@ -92,6 +92,7 @@ def test_a_pickle_is_no_model(folder, tmp_path):
     assert not (tmp_path / "struck").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "template",
     [
@@ -159,7 +160,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_nothing_but_a_name(cli, tmp_path, monkeypatch, name):  # noqa: F811
     place = tmp_path / name

@@ -121,6 +121,7 @@ def test_a_qwen2_vl_is_pruned_too(qwen2, method):
     assert answer(qa.encode(LONG)) == made.text
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, budget):
     qa = VideoQA(loaded, budget=budget)
@@ -143,6 +144,7 @@ def test_answers_must_not_be_mixed(loaded):
         list(first)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
 @pytest.mark.parametrize("shared_video", [True, False], ids=["one video", "a video each"])
 def test_threads_get_their_answers_one_after_the_other(loaded, method, shared_video):

@@ -75,6 +75,7 @@ class Ticks:
         return self.seconds
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("seconds", "tokens", "asked", "videos"), [(1e6, 64, 2, 2), (60, 64, 2, 2), (3, 8, 1, 1)])
 def test_full_answers_keep_their_time(loaded, seconds, tokens, asked, videos):
     engine = make_engine(loaded, PruneOptions())

@@ -224,7 +224,7 @@ def test_reuse_waits_for_patches_on_a_gpu_once_for_the_units_of_a_chunk(share, m
         assert torch.equal(ours.patches, theirs.patches) and torch.equal(ours.source, theirs.source)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("reuse", "keep"), [(False, 35), (False, 2), (True, 20)])
 def test_every_shape_is_known_on_a_device_without_values(reuse, keep, kernel, monkeypatch):

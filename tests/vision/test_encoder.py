@@ -112,6 +112,7 @@ def test_the_result_does_not_depend_on_the_chunk_size(method, keep):
         assert_same(other, whole)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["evoprune", "evoprune-paper", "divprune"])
 def test_the_result_does_not_depend_on_the_number_of_threads(name):
     grid, made = (4, 6, 8), []

@@ -210,6 +210,7 @@ def test_frames_are_of_one_even_size_and_a_long_title_wraps():
     assert width % 2 == height % 2 == long_height % 2 == 0 and width == long_width and long_height > height + 50
 
 
+@pytest.mark.full
 def test_a_sheet_keeps_its_colours_as_png_and_is_small():
     grain = np.random.default_rng(0).normal(0, 9, (320, 400, 3))
     pixels = np.clip(np.linspace(20, 220, 400)[None, :, None] + grain, 0, 255).astype(np.uint8)
