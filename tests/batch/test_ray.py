@@ -24,6 +24,7 @@ from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
 from evoprune.report.records import Report
+from tests.threads import one_thread  # noqa: F401
 from tests.tuned import SETTING, tune
 
 CLIPS = sorted(map(str, Path("samples").glob("*.[mw]*")))
