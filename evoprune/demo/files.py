@@ -31,11 +31,10 @@ def write_frames(
 
     # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
     x264 = {"preset": preset, "x264-params": "mbtree=0"}
-    with av.open(str(path), "w") as container:
+    vp9 = "vp9" in codec
+    with av.open(str(path), "w", options={"fflags": "+bitexact"} if vp9 else {}) as container:  # WebM: no random id
         container.metadata["comment"] = tag
-        stream = container.add_stream(
-            codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if "vp9" in codec else x264)
-        )
+        stream = container.add_stream(codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if vp9 else x264))
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # what comes out depends on their number
