@@ -1,8 +1,11 @@
 """Renders the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
 
-They come from seeds of their own (split "samples"), and were chosen for their variety before any model had seen them. The clip of
-the second world, in `samples/scenes/`, has no questions. It was chosen by its frames and its overlay, for things that move at
-different times before a camera that stands still.
+They come from seeds of their own (split "samples"). They were chosen for their variety, and so that the demo model answers their
+questions with nothing pruned and by default; what it says about them is no measurement. `choose_samples.py` found three of the
+clips by that. The others had been chosen for their variety alone, and their questions were chosen later.
+
+The clip of the second world, in `samples/scenes/`, has no questions. It was chosen by its frames and its overlay, for things that
+move at different times before a camera that stands still.
 """
 
 import argparse
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evoprune.demo.clips import Clip as Shapes
 from evoprune.demo.clips import make_clip
 from evoprune.demo.drawing import write_video
 from evoprune.demo.questions import ask
@@ -18,7 +22,7 @@ from evoprune.demo.scenes.clip import Clip
 from evoprune.demo.scenes.compose import SPLITS, compose
 from evoprune.demo.worlds import SCENES
 
-# name: seed, height, width, seconds, codec, types of the questions and a word each must hold
+# name: seed, height, width, seconds, codec, types of the questions and what each must hold
 CLIPS = {
     "square.mp4": (
         198,
@@ -26,13 +30,41 @@ CLIPS = {
         168,
         6,
         "libx264",
-        [("colour", "What colour is the square?"), ("digit", "What digit is it?")],
+        [("colour", "What colour is the square?"), ("event", "What happens to the square?")],
     ),
-    "three.mp4": (89, 112, 168, 6, "libx264", [("count", "How many shapes are there?"), ("shape", "yellow")]),
-    "vanish.webm": (27, 112, 168, 6, "libvpx-vp9", [("event", "triangle"), ("motion", "red square")]),
-    "flash.mp4": (172, 168, 224, 6, "libx264", [("which", "flashes"), ("exists", "red triangle")]),
-    "arrivals.webm": (7, 112, 168, 8, "libvpx-vp9", [("order", "cross"), ("relation", "ring")]),
-    "pan.mp4": (98, 224, 336, 6, "libx264", [("digit", "Which digit is shown?"), ("which", "What vanishes?")]),
+    "three.mp4": (
+        306,
+        112,
+        168,
+        6,
+        "libx264",
+        [("count", "How many shapes are there?"), ("shape", "What shape is green?")],
+    ),
+    "vanish.webm": (
+        853,
+        112,
+        168,
+        6,
+        "libvpx-vp9",
+        [("event", "What happens to the circle?"), ("motion", "Which way does the green diamond move?")],
+    ),
+    "flash.mp4": (
+        172,
+        168,
+        224,
+        6,
+        "libx264",
+        [("event", "What happens to the cyan cross?"), ("which", "What vanishes?")],
+    ),
+    "arrivals.webm": (
+        440,
+        112,
+        168,
+        8,
+        "libvpx-vp9",
+        [("order", "the blue shape or the ring"), ("relation", "Is the ring above or below the circle?")],
+    ),
+    "pan.mp4": (98, 224, 336, 6, "libx264", [("digit", "Which digit is shown?"), ("exists", "blue cross")]),
 }
 SCENE_CLIPS = {"crossing.mp4": (2719, 8, 12, 6)}  # name: seed, height and width in units, seconds
 
@@ -40,18 +72,29 @@ SCENE_CLIPS = {"crossing.mp4": (2719, 8, 12, 6)}  # name: seed, height and width
 def render(folder: Path) -> None:
     """Writes the clips and `questions.jsonl` into `folder`."""
     (folder / "scenes").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name, (seed, height, width, seconds, codec, wanted) in CLIPS.items():
-        clip = make_clip("samples", seed, height, width, float(seconds), seconds)
-        write_video(clip, folder / name, codec=codec, crf=23)
-        for kind, word in wanted:
-            draws = (q for draw in range(100) for q in ask(clip, np.random.default_rng((seed, draw)), 100))
-            found = next(q for q in draws if q.type == kind and word in q.question)
-            rows.append({"video": name, "question": found.question, "answer": found.answer})
+    for name, (seed, *_, codec, _) in CLIPS.items():
+        write_video(drawn(name, seed), folder / name, codec=codec, crf=23)
     for name in SCENE_CLIPS:
         SCENES.write(scene(name), folder / "scenes" / name, 23)
-    lines = [json.dumps({"id": f"{i + 1:02d}", **row}) + "\n" for i, row in enumerate(rows)]
-    (folder / "questions.jsonl").write_text("".join(lines))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions()))
+
+
+def questions() -> list[dict[str, str]]:
+    """The lines of `questions.jsonl`."""
+    rows = []
+    for name, (seed, *_, wanted) in CLIPS.items():
+        clip = drawn(name, seed)
+        for kind, words in wanted:
+            draws = (q for draw in range(100) for q in ask(clip, np.random.default_rng((seed, draw)), 100))
+            found = next(q for q in draws if q.type == kind and words in q.question)
+            rows.append({"video": name, "question": found.question, "answer": found.answer})
+    return [{"id": f"{i + 1:02d}", **row} for i, row in enumerate(rows)]
+
+
+def drawn(name: str, seed: int) -> Shapes:
+    """The clip that a seed draws for a file in `samples/`."""
+    _, height, width, seconds, *_ = CLIPS[name]
+    return make_clip("samples", seed, height, width, float(seconds), seconds)
 
 
 def scene(name: str) -> Clip:

@@ -70,16 +70,44 @@ def test_shell_blocks_run_one_after_the_other(tmp_path, page):
         lines = ((tmp_path / file[0]).read_text() if file else done.stdout.decode()).splitlines()
         clips = sorted(path.name for path in (ROOT / "samples").glob("*.webm" if "webm" in block else "*.mp4"))
         assert len(lines) == len(clips)
+        answers = [line.split("\t")[-1] for line in lines]
         if file:
-            records = [json.loads(line) for line in lines]
-            assert sorted(Path(record["video"]["path"]).name for record in records) == clips
-            assert [r["answer"] for r in sorted(records, key=lambda r: r["video"]["path"])] == expected(block, clips)
+            records = sorted(map(json.loads, lines), key=lambda record: record["video"]["path"])
+            assert [Path(record["video"]["path"]).name for record in records] == clips
+            answers = [record["answer"] for record in records]
+        digits = {"flash.mp4": "2", "pan.mp4": "5", "square.mp4": "7", "three.mp4": "9"}
+        there = "no" if "webm" in block else "yes"
+        assert answers == [digits[clip] if "Which digit" in block else there for clip in clips]
 
 
-def expected(block: str, clips: list[str]) -> list[str]:
-    """The right answers to the question of a block."""
-    digits = {"flash.mp4": "2", "pan.mp4": "5", "square.mp4": "7", "three.mp4": "5"}
-    return [digits[clip] for clip in clips] if "Which digit" in block else ["yes"] * len(clips)
+# What the commands of the documents ask of `samples/`, and the right answers.
+ASKED = {
+    "What colour is the square?": "green",
+    "What digit is it?": "7",
+    "What happens to the square?": "pruned: vanishes\nfull: stays",  # at 0.1, beside the answer from all tokens
+    "Which way does the green heart move?": "right",
+}
+
+
+def test_what_the_documents_ask_is_answered_right(cli):
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name != "results")
+    asked = set()
+    for command in dict.fromkeys(re.findall(r'(?m)^evoprune (ask samples/.*".*".*)$', pages)):
+        words = shlex.split(command, comments=True)
+        result, questions = cli(*words, "-q"), [word for word in words if word in ASKED]
+        assert (result.code, result.out.strip()) == (0, "\n".join(ASKED[q] for q in questions)), command
+        asked |= set(questions)
+    assert asked == set(ASKED)
+
+
+@pytest.mark.parametrize(("page", "answers"), [("README.md", ["green"]), ("docs/guide.md", ["green", "7", "cyan"])])
+def test_the_demo_answers_right_in_python(capsys, page, answers):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+    names: dict = {}
+    for block in blocks:
+        if "samples/" in block:
+            exec(block, names)
+    assert re.sub(r"\(\d+ ms\)", " ", capsys.readouterr().out).split() == answers
 
 
 def without_code(page: Path) -> str:

@@ -1,15 +1,37 @@
-"""The sample clip of scenes is what its seed draws."""
+"""The samples are what their seeds draw."""
+
+import json
+from pathlib import Path
 
 import numpy as np
+import pytest
 
-from evoprune.demo.scenes.drawing import render
+from evoprune.demo import drawing
+from evoprune.demo.scenes import drawing as scenes_drawing
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
-from experiments.demo.samples import SCENE_CLIPS, scene
+from experiments.demo.choose_samples import WANTED
+from experiments.demo.samples import CLIPS, SCENE_CLIPS, drawn, questions, scene
 
 
-def test_the_scene_of_the_samples_comes_from_its_seed():
+def difference(path: str, drawn_frames: np.ndarray, times: list[float]) -> float:
+    """Of a file's frames: grain that the codec has smoothed."""
+    found = np.concatenate([chunk.frames for chunk in read_frames(probe(path), times)])
+    return np.abs(found.astype(int) - drawn_frames).mean()
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_clips_come_from_their_seeds(name):
+    clip, times = drawn(name, CLIPS[name][0]), [0.0, 5.0]
+    assert difference(f"samples/{name}", drawing.render(clip, times), times) < 6
+    assert name not in WANTED or WANTED[name][0](clip)
+
+
+def test_the_scene_comes_from_its_seed():
     (name,) = SCENE_CLIPS
-    clip, times = scene(name), [0.0, 5.0]
-    found = np.concatenate([chunk.frames for chunk in read_frames(probe(f"samples/scenes/{name}"), times)])
-    assert np.abs(found.astype(int) - render(clip, times)).mean() < 6  # grain that the codec has smoothed
+    times = [0.0, 5.0]
+    assert difference(f"samples/scenes/{name}", scenes_drawing.render(scene(name), times), times) < 6
+
+
+def test_the_questions_are_those_of_the_clips():
+    assert list(map(json.loads, Path("samples/questions.jsonl").read_text().splitlines())) == questions()

@@ -24,8 +24,8 @@ PROMPT = (
 NEW = 16  # tokens of an answer
 QUESTIONS = {
     "square.mp4": ("What colour is the square?", "What digit is it?", "Describe the video."),
-    "three.mp4": ("How many shapes are there?", "What shape is yellow?", "Describe the video."),
-    "vanish.webm": ("What happens to the red triangle?", "Which way does the red square move?", "Describe the video."),
+    "three.mp4": ("How many shapes are there?", "What shape is green?", "Describe the video."),
+    "vanish.webm": ("What happens to the circle?", "Which way does the green diamond move?", "Describe the video."),
     "pan.mp4": ("How many shapes are there?", "Describe the video."),
     "flash.mp4": ("Which thing flashes?", "Describe the video."),
     "arrivals.webm": ("What appears first?", "Describe the video."),
