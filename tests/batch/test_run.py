@@ -110,6 +110,7 @@ def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
     assert encoded == [clip for clip in CLIPS for _ in range(2)] and len({report.id for report in made}) == 12
 
 
+@pytest.mark.full
 def test_rows_about_several_inputs(qa):
     """Inputs are part of what a row asks, in their order; one that is missing fails the row."""
     both, swapped, gone = (
@@ -160,7 +161,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("where", "problem", "kind", "stage", "failing"),
     [

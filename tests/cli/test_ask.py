@@ -110,7 +110,7 @@ def test_several_questions_share_one_encoding(cli):
     assert len({r["id"] for r in records}) == 3
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("flags", "blocks", "lines"), [((), 1, 1), (("--stats",), 2, 0), (("--no-stats",), 0, 0)])
 def test_each_of_several_questions_stands_above_its_answer_on_a_terminal(cli, flags, blocks, lines):
     asked, more = ("ask", CLIP, QUESTION, *flags), "Which\nway?"
@@ -134,6 +134,7 @@ def test_answer_is_cut_at_the_limit(cli):
     assert record["finish_reason"] == "length" and record["tokens"]["new"] == 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "kept", "rows"), [("none", 144, 144), ("random", 36, 144), ("evoprune-paper", 36, 36)]
 )
@@ -208,7 +209,7 @@ def scenes_of_tiny(tiny_folder, monkeypatch):
     monkeypatch.setitem(DEMOS, "demo-scenes", replace(DEMOS["demo-scenes"], folder=tiny_folder))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("inputs", "asked", "warnings"),
     [
@@ -240,6 +241,7 @@ def test_a_question_without_a_video(cli):
     assert result.code == 3 and "no such file: What is in it?" in result.err and "the video comes first" in result.err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("flags", [(), ("-q",), ("--json",)])
 def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, tmp_path, monkeypatch, flags):
     path = tmp_path / "foreign.mp4"
@@ -304,7 +306,7 @@ def test_stats_block_fits_the_terminal(cli, width):
     assert all(len(line) <= 80 for line in stats_block(report))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["arrivals.webm", "vanish.webm", "pan.mp4"])
 def test_stats_of_containers_that_state_their_frames_and_of_those_that_do_not(cli, name):
     result = cli("ask", f"samples/{name}", "What happens?", "-n", "2")

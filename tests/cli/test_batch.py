@@ -115,6 +115,7 @@ def rows_file(folder: Path, form: str) -> Path:
     return path
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_rows_from_a_file_and_from_stdin(run, out, tmp_path, monkeypatch, form):
     path = rows_file(tmp_path, form)
@@ -280,6 +281,7 @@ def test_a_video_that_is_missing(run, out, tmp_path):
     assert [r["id"] for r in records(out)] == [r["id"] for r in (*good, *bad)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("problem", "kind"), [(torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"), (ZeroDivisionError(), "bug")]
 )
@@ -295,6 +297,7 @@ def test_a_row_that_fails(run, out, monkeypatch, problem, kind):
     assert [r["error"] is None for r in records(out)] == [True, True, True, False]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
 def test_an_interruption_keeps_what_is_finished(run, out, monkeypatch, problem):
     with monkeypatch.context() as patch:
@@ -306,6 +309,7 @@ def test_an_interruption_keeps_what_is_finished(run, out, monkeypatch, problem):
     assert run(*CLIPS, *ASKED, "-n", "1", "--resume").code == 0 and len(records(out)) == 4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
 @pytest.mark.parametrize("at", ["choose", "load_weights"])
 def test_an_interruption_before_the_first_record(run, out, monkeypatch, problem, at):
@@ -338,6 +342,7 @@ def test_another_one_is_writing(run, out):
             assert result.code == 2 and "another batch is writing" in result.err and "hint: wait" in result.err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("columns", [100, 50])
 def test_progress_on_a_terminal(run, columns):
     result = run(*CLIPS, *ASKED, columns=columns)
@@ -463,7 +468,7 @@ def wait_for_lines(process, out: Path, count: int) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_signals(start, out, sent, code):
     process = start(questions=40, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))

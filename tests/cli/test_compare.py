@@ -27,6 +27,7 @@ def test_both_answers_on_stdout_and_both_sides_in_the_stats(cli):
     assert cli(*ASK, "-q").err == ""
 
 
+@pytest.mark.full
 def test_one_json_line_a_question(cli):
     result = cli(*ASK, "-Q", MORE, "-b", "fast", "--json")
     records = [json.loads(line) for line in result.out.splitlines()]

@@ -435,7 +435,7 @@ PROCESSES = {
 
 def marks_of(case: Process) -> list:
     """One process of those without an event, and those that are stopped or cannot write."""
-    return [] if case.args[1] == "-" or case.event in ("ctrl-c", "terminate", "full") else [pytest.mark.full]
+    return [] if "-" in case.args or case.event in ("ctrl-c", "terminate", "full") else [pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ def notes(cli, tiny_folder, monkeypatch):
     return call
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("rate", "says"), [(1e6, " min"), (2e7, " s"), (1e15, None)])
 def test_a_long_wait_is_estimated_before_it_begins(notes, monkeypatch, rate, says):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: rate)

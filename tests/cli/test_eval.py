@@ -67,6 +67,7 @@ def _flat(result) -> str:
     return " ".join(result.out.split())
 
 
+@pytest.mark.full
 def test_rows_that_do_not_read_as_many_tokens_as_the_first_are_marked(cli, tiny_folder):
     how = ("-m", str(tiny_folder), "--limit", "1", "-b", "0.25", "-n", "1", "--frames", "4")
     names = "random,divprune,subsample,evs,fastv"  # of four frames, evs keeps two
@@ -130,7 +131,7 @@ def test_a_table_on_stdout_and_nothing_else(run):
     assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("columns", [100, 80, 60, 40])
 def test_a_narrow_terminal(run, choices, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -170,6 +171,7 @@ def test_json_is_one_line(run):
     assert [row["tokens"] for row in overall] == [48, 48, 24] and overall[0]["difference"] == 0
 
 
+@pytest.mark.full
 def test_lists_and_presets(run, monkeypatch):
     result = run("-b", "high,0.25", "-b", "full", "--method", "none,pool", "--json")
     names = [row["name"] for row in result.record["rows"] if row["group"] == "all"]
@@ -206,6 +208,7 @@ def test_a_chart(run, tmp_path):
     assert {"By tokens", "By cost", "accuracy, %", "full", "blind", "random", "-b 0.5"} <= set(words)
 
 
+@pytest.mark.full
 def test_a_chart_tells_twelve_methods_apart(run, tmp_path):
     names = "random,pool,divprune,mmr,dart,vidcom2,evs,scope,fastvid,prunevid,holitom,tome"
     run("--limit", "1", "--method", names, "--chart", tmp_path / "chart.svg")
@@ -273,6 +276,7 @@ def test_what_was_measured_is_not_lost_with_the_disk(run, tmp_path, monkeypatch)
     assert result.code == 2 and table_rows(result.out) and "cannot write results.json" in result.err
 
 
+@pytest.mark.full
 def test_progress_on_a_terminal_only(run):
     result = run(columns=50)
     assert "video 2 of 2: random -b 0.5" in result.err and visible(result.err) == [] and "video 2" not in result.out
@@ -362,6 +366,7 @@ def test_wrong_data(run, cli, tmp_path):
     assert cli("eval").code == 2
 
 
+@pytest.mark.full
 def test_other_settings(run, tmp_path):
     run("-o", tmp_path / "run")
     result = run("--resume", tmp_path / "run", "--seed", "1")

@@ -151,6 +151,7 @@ def test_an_overlay_may_be_drawn_again(cli, clip, tmp_path, ending):
     check_writable(str(drawn))
 
 
+@pytest.mark.full
 def test_a_table_and_a_chart_may_be_written_again(cli, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     table, chart = tmp_path / "a.txt", tmp_path / "a.svg"

@@ -61,7 +61,7 @@ ROWS = {
 }
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("content", "code", "says"), ROWS.values(), ids=ROWS)
 def test_rows(cli, tmp_path, content, code, says):
     (tmp_path / "rows").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -99,7 +99,7 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("content", "code", "says"), QUESTIONS.values(), ids=QUESTIONS)
 def test_questions_from_stdin(cli, monkeypatch, tmp_path, content, code, says):
     (tmp_path / "question").write_bytes(content)

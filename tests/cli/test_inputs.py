@@ -91,6 +91,7 @@ def test_a_picture_has_no_times_and_no_subtitles(cli, photo, options):
     assert result.code in (2, 3) and "is a picture, which has no" in result.err
 
 
+@pytest.mark.full
 def test_what_is_about_videos_is_said_to_be(cli, photo):
     assert "note: --fps, --frames" in cli("ask", photo, QUESTION, "--fps", "3", *QUICK).err
     assert "note: --fps, --frames" not in cli("ask", photo, CLIP, QUESTION, "--fps", "3", *QUICK).err
@@ -102,12 +103,14 @@ def test_a_failure_names_all_inputs(cli, photo):
     assert record["error"]["code"] == 2 and [each["path"] for each in record["inputs"]] == [CLIP, photo]
 
 
+@pytest.mark.full
 def test_several_inputs_are_compared(cli, photo):
     record = cli("ask", CLIP, photo, QUESTION, "--compare", "--json", *QUICK).record
     assert record["compare"]["pruning"]["kept_ratio"] == 1
     assert [each["pruning"]["kept_ratio"] for each in record["compare"]["inputs"]] == [1, 1]
 
 
+@pytest.mark.full
 def test_each_video_has_its_own_subtitles(cli, tmp_path):
     paths = []
     for name in ("one", "two"):

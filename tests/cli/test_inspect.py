@@ -49,7 +49,7 @@ def no_network_no_weights(monkeypatch, tmp_path):
     monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("video", [(), (CLIP,)])
 def test_what_a_model_needs_before_it_is_downloaded(cli, no_network_no_weights, video):
     args = ("inspect", *video, "-m", "Qwen/Qwen2.5-VL-3B-Instruct", "--dtype", "bf16")
@@ -85,6 +85,7 @@ def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
     assert without_video.code == 4 and without_video.out.startswith("python  ")  # what is known of the machine
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [("-b", "0.1"), ("-b", "0.5", "--method", "downscale"), ("--frames", "4")])
 def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypatch, options):
     needed = []
@@ -98,6 +99,7 @@ def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypa
     assert record["memory"]["needed_bytes"] == record["memory"]["working_bytes"] + record["model"]["weights_bytes"]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
 def test_fewer_bits_need_less_memory_whether_or_not_the_model_is_here(cli, no_network_no_weights, tiny_folder):
     for name in ("Qwen/Qwen2.5-VL-3B-Instruct", tiny_folder):
@@ -148,6 +150,7 @@ def test_what_is_for_an_overlay_is_checked_without_one(cli):
         assert cli("inspect", CLIP, *wrong).code == 2
 
 
+@pytest.mark.full
 def test_an_overlay_of_what_the_content_asks_for(cli, tmp_path):
     record = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", "-b", "auto", "--json").record["overlay"]
     assert record["budget"] == "auto" and 7 <= record["read"] <= 72
@@ -230,6 +233,7 @@ def test_an_overlay_never_changes_the_video(cli, tmp_path):
     assert video.read_bytes() == before and not (tmp_path / "frame.png").exists()
 
 
+@pytest.mark.full
 def test_a_full_disk(cli, tmp_path):
     (tmp_path / "drawn.png").symlink_to("/dev/full")
     result = cli("inspect", CLIP, "--overlay", tmp_path / "drawn.png", "--json")

@@ -43,12 +43,14 @@ def test_a_line_of_stats_an_answer_and_all_of_them_on_request(cli):
     assert "pruned: 63 tokens read (36 visual)" in both and "full: 171 tokens read (144 visual)" in both
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("end", ["exit", "quit", " QUIT ", "/exit", "q"])
 def test_words_that_end_it(cli, end):
     result = cli(*ASK, stdin=f"{QUESTION}\n{end}\n{MORE}\n", terminal=True)
     assert (result.code, result.out) == (0, "green\n")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("line", ["-b 0.1", "--compare", "  -n 5", "--"])
 def test_a_line_that_looks_like_an_option_is_not_asked(cli, line):
     result = cli(*ASK, "-q", stdin=f"{line}\n- {QUESTION}\n", terminal=True)
@@ -139,6 +141,7 @@ def keyboard():
         process.wait()
 
 
+@pytest.mark.full
 def test_ctrl_d_ends_it_and_answers_alone_reach_a_pipe(keyboard):
     screen, process = keyboard(*ASK, "-q")
     screen.wait_for("> ")
@@ -195,6 +198,7 @@ def test_records_of_answers_that_were_stopped(keyboard, endless):
     screen.finish()
 
 
+@pytest.mark.full
 def test_answers_and_prompts_on_one_terminal(keyboard):
     screen, process = keyboard(*ASK, stdout=None)
     screen.wait_for("> ")

@@ -148,6 +148,7 @@ def test_eval(cli, tiny_folder, rows, tmp_path):
     assert json.loads((folder / "settings.json").read_text()) == done.record["settings"]
 
 
+@pytest.mark.full
 def test_tune(cli, tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", str(tmp_path))
     asked = ("-m", str(tiny_folder), "-b", "0.2", "-Q", "What?", "--json", *SHORT)

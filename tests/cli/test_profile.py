@@ -52,7 +52,7 @@ def test_a_table_on_stdout_and_nothing_else(profile):
     assert all(len(line) <= 80 and line == line.rstrip() for line in result.out.splitlines())
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("columns", [100, 80, 60, 40])
 def test_a_narrow_terminal(profile, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -66,10 +66,12 @@ def test_a_narrow_terminal(profile, monkeypatch, columns):
         assert (title in " ".join(heads)) == (columns >= least), title
 
 
+@pytest.mark.full
 def test_random_weights_are_named(profile):
     assert "model (true dimensions, random weights)" in " ".join(profile("--load-format", "dummy").out.split())
 
 
+@pytest.mark.full
 def test_markdown(profile):
     out = profile("--format", "md", "--frames", "4,8").out
     head, _, titles, rule, *rows = out.splitlines()
@@ -83,6 +85,7 @@ def test_markdown(profile):
     assert out.count("\n- ") >= 4
 
 
+@pytest.mark.full
 def test_csv(profile):
     rows = list(csv.DictReader(io.StringIO(profile("--format", "csv", "-r", "2").out)))
     assert [row["name"] for row in rows] == ROWS
@@ -104,11 +107,13 @@ def test_json(profile):
     assert document["rows"][-1]["counts"]["live_share"] == 0.75 and document["rows"][-1]["error"] is None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["static90", "noise"])
 def test_synthetic_clips(profile, kind):
     assert profile("--synthetic", kind, "--format", "json").record["settings"]["synthetic"] == kind
 
 
+@pytest.mark.full
 def test_a_sweep(profile):
     document = profile("--frames", "3", "--frames", "4,6", "--size", "84x84,56x112", "--format", "json").record
     cases = list(dict.fromkeys((row["frames"], row["height"], row["width"]) for row in document["rows"]))
@@ -116,6 +121,7 @@ def test_a_sweep(profile):
     assert cases == [(n, *size) for n in (4, 6) for size in sizes]
 
 
+@pytest.mark.full
 def test_a_video(cli, tiny_folder):
     common = ("-m", str(tiny_folder), "-r", "1", "--frames", "4", "-b", "0.5", "--format", "json")
     document = cli("profile", CLIP, *common).record
@@ -133,7 +139,7 @@ def test_output_goes_to_a_file(profile, tmp_path):
     assert "live share: rows computed, mean over all layers" in words and "-b 0.5" in words
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_the_title_of_a_chart_says_that_weights_are_random(profile, tmp_path, load_format):
     profile("--load-format", load_format, "--chart", tmp_path / "chart.svg")
@@ -142,7 +148,7 @@ def test_the_title_of_a_chart_says_that_weights_are_random(profile, tmp_path, lo
     assert title.endswith("live share of evoprune")  # a chart of another method has another title
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("sweep", "label"),
     [(("--frames", "2,8"), "frames"), (("--size", "56x56"), "units (visual tokens before pruning)")],
@@ -169,6 +175,7 @@ def test_what_was_measured_is_not_lost_with_the_disk(profile, tmp_path, monkeypa
     assert result.code == 2 and "cannot write" in result.err and table_rows(result.out)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("option", ["-o", "--chart"])
 def test_a_full_disk(profile, option):
     result = profile(option, "/dev/full")
@@ -177,6 +184,7 @@ def test_a_full_disk(profile, option):
     assert hint == "hint: choose another place" and table_rows(result.out)
 
 
+@pytest.mark.full
 def test_ascii(profile):
     out = profile("-r", "2", encoding="ascii").out
     assert out.isascii() and " +-" in out
@@ -234,6 +242,7 @@ def test_other_failures(cli, profile, monkeypatch):
     assert result.code == 5 and "needs about" in result.err and "--frames, --size" in result.err and result.out == ""
 
 
+@pytest.mark.full
 def test_a_row_without_memory_stays(profile, monkeypatch):
     def run_evoprune(loaded, clip, plan, method, *rest):
         if method.name == "random":
@@ -250,7 +259,7 @@ def test_a_row_without_memory_stays(profile, monkeypatch):
     assert rows[-1]["error"] == "out of memory in encode" and rows[-1]["encode_ms"] == ""
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("finished", [0, 1])
 def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch, finished):
     turns = []

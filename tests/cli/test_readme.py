@@ -37,6 +37,7 @@ def test_the_transcript_of_the_readme(cli):
     assert counts(shown) == counts(result.out + result.err)
 
 
+@pytest.mark.full
 def test_the_guide_explains_every_line_of_the_stats(cli):
     written = cli("ask", "samples/square.mp4", "What happens?", "--compare", "-v", "-b", "fast").err
     names = re.findall(r"(?m)^ *(first token|encode \+ prefill|visual tokens|(?!the\b)[a-z]+)(?![=a-z])", written)

@@ -95,6 +95,7 @@ def batch(cli, tiny_folder, tmp_path):
     return call
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_rows_of_a_batch(batch, clip, tmp_path, form):
     write_subtitled(tmp_path / "track.mkv", [ASS])

@@ -66,12 +66,14 @@ def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     assert "no recipe was found" in tune("--operations", "--time-limit", "0.01", videos=CLIPS[:1]).out
 
 
+@pytest.mark.full
 def test_json_alone_and_nothing_saved(tune, tmp_path):
     result = tune(*LOW, "--json", "--no-save", "--method", "random")
     assert result.err == "" and result.record["saved"] is None and tuned.every() == []
     assert "random -b 0.2" in [row["name"] for row in result.record["rows"]]
 
 
+@pytest.mark.full
 def test_none_passes(tune):
     result = tune("--agree", "0.99")
     assert result.code == 6 and tuned.every() == []
@@ -81,6 +83,7 @@ def test_none_passes(tune):
     )
 
 
+@pytest.mark.full
 def test_videos_that_cannot_be_read(tune, tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("no video")
@@ -108,12 +111,14 @@ def test_an_interruption_leaves_what_is_known(tune, monkeypatch, problem, code):
     assert [row["videos"] for row in result.record["rows"]].count(2) == 2  # the second of two videos was begun
 
 
+@pytest.mark.full
 def test_a_setting_that_cannot_be_saved(tune, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_CONFIG_DIR", "/proc/none")
     result = tune(*LOW)
     assert result.code == 2 and "recommended" in result.out and "EVOPRUNE_CONFIG_DIR" in result.err
 
 
+@pytest.mark.full
 def test_questions_of_a_file(tune, tmp_path):
     path = tmp_path / "questions.txt"
     path.write_text("\ufeffWho?\n\n  Where? \nWho?\n", encoding="utf-8")

@@ -48,6 +48,7 @@ def test_profile_refuses_and_says_where_to_look(cli):
     assert result.code == 2 and "evoprune inspect shows its budget and method" in result.err
 
 
+@pytest.mark.full
 def test_a_batch_goes_on_unless_the_model_was_tuned_anew(cli, tmp_path):
     tune("demo")
     run = ("batch", CLIP, "-Q", QUESTION, "-m", "demo", "-b", "tuned", "-o", tmp_path / "out.jsonl")
@@ -64,6 +65,7 @@ def test_a_batch_goes_on_unless_the_model_was_tuned_anew(cli, tmp_path):
     assert result.code == 2 and "begun with other settings: budget was 0.2, is 0.3" in result.err
 
 
+@pytest.mark.full
 def test_eval_has_a_row_for_it(cli, tmp_path):
     tune("demo")
     run = ("eval", "--data", "samples/questions.jsonl", "--limit", "1", "--frames", "4", "-n", "2", "-b", "tuned,0.25")
@@ -132,7 +134,7 @@ def test_recipes_are_listed_and_forgotten_with_them(cli, config):
 NOTE = "note: this model was never tuned: evoprune tune VIDEO... -m {} shows what pruning changes in its answers"
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("command", ["ask", "batch"])
 def test_a_real_model_is_said_once_to_be_untuned(cli, tiny_folder, tmp_path, command):
     quick = ("-m", tiny_folder, "-n", "1", "--frames", "2")

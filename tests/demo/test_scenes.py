@@ -120,6 +120,7 @@ def test_layers_move_against_each_other_when_the_camera_pans():
     assert sorted(best) == [8, 16]  # the far layer, at half of the speed, and the ground
 
 
+@pytest.mark.full
 def test_a_clip_mostly_repeats_itself():
     for clip in [c for c in clips(30, pairs=8) if c.camera.kind == "still" and c.cut > 8]:
         frames = render(replace(clip, noise=0.0), times(clip)).astype(int)
@@ -176,6 +177,7 @@ def test_a_written_file_says_which_world_it_is_of_and_is_as_large_as_the_clip(tm
     assert world_of(info) == "scenes" and (info.height, info.width) == (clip.height, clip.width)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (6, 4), (16, 24)])
 def test_clips_of_all_sizes_can_be_composed(height, width):
     """Small frames leave no room for a motion, in which case the thing stands still."""

@@ -75,6 +75,7 @@ def _doubled(job):
     return [{"job": 2 * job}]
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("fails", [False, True], ids=["closed", "failed"])
 def test_results_come_in_order_and_no_process_stays(fails):

@@ -304,7 +304,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("at", [1, 5, 6, 11])
 def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypatch, at):
     whole = begun(loaded, folder=tmp_path / "whole")
@@ -421,6 +421,7 @@ def test_the_demo_model_on_the_sample_questions():
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.full
 def test_demo_clips():
     run = Evaluation(Settings("demo", (0.25,), ("pool",), split="validation", limit=2), None)
     run.load()

@@ -33,7 +33,7 @@ def towers(monkeypatch) -> list[tuple]:
     return seen
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("names", [AFTER, (*REUSING, "evoprune-paper", "downscale", "reuse:threshold=5+divprune")])
 def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers):  # noqa: F811
     settings = replace(SETTINGS, methods=names)

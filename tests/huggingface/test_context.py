@@ -453,6 +453,7 @@ def test_the_report_counts_tokens_rows_and_times(model):
     assert report.model.id == "Qwen2_5_VLForConditionalGeneration"  # it has no name
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/guide.md", 2)])
 def test_the_documents_run(model, page, count):
     """Their code for a Hugging Face model, as it is printed there."""

@@ -212,6 +212,7 @@ def test_seconds_may_be_a_list_and_ids_the_first_argument(model):
         assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **inputs), expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rows", [2, 3, 4])
 def test_positions_that_are_given_are_taken(model, rows):
     inputs = processed(model, *ONE)
@@ -287,6 +288,7 @@ def test_a_streamer_gets_the_whole_prompt_and_then_tokens(model):
     assert torch.equal(short.ids[0], inputs["input_ids"])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("prompt", ["one video", "batch", "long video"])
 def test_qwens_positions_are_those_counted_by_hand(model, prompt):
     """The same on the whole prompt, at positions counted by hand."""
@@ -456,6 +458,7 @@ def whole_mask(inputs, step):
     return torch.nn.functional.pad(inputs["attention_mask"], (0, step), value=1)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 @pytest.mark.parametrize("prompt", ["one video", "batch"])
 def test_decoding_by_hand_is_the_same(model, prompt, budget):

@@ -65,6 +65,7 @@ def test_a_callback_may_call_the_model_for_other_prompts(model):
     assert report.visual_tokens_in == 96
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("settings", [{"budget": 1.0}, {"method": "none", "budget": 0.25}])
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids):

@@ -345,6 +345,7 @@ def test_every_column_has_its_position(model, count, shape):
     assert cache.length == 0
 
 
+@pytest.mark.full
 def test_neither_prefill_nor_decoding_needs_transformers():
     code = "import sys, evoprune.language.generate; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

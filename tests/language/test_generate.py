@@ -65,6 +65,7 @@ def greedy(model, state, tokens=TOKENS):
     return list(stream(model, state, GenerationSettings(max_new_tokens=tokens), []))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("grid", "seconds"), CLIPS)
 def test_all_tokens_kept_gives_the_tokens_of_transformers(model, grid, seconds):
     clip = Clip(model, grid, seconds)

@@ -56,6 +56,7 @@ TEMPLATES = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("template", [None, *TEMPLATES])
 def test_rendering_is_that_of_transformers(folder, template):
     own, theirs = load_tokenizer(folder), tiny_tokenizer()

@@ -162,7 +162,7 @@ def tokens_line_by_line(frames: list, units: int, keep: int, method: EarlyTom) -
     return sorted(kept)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("grid", "full_layers", "settings_", "scene"),
     [
@@ -199,6 +199,7 @@ def test_the_whole_encoder_line_by_line(grid, full_layers, settings_, scene):
 # --- counts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("keep", [1, 5, 90, 130, 179])
 def test_exactly_the_budget_comes_out(keep):
     """Also where it is more than the tokens that are left: 80 of 180."""

@@ -113,7 +113,7 @@ def ipcv_slowly(visual, patches, grid, plan: Following) -> torch.Tensor:
     return torch.stack([linear(second, torch.nn.functional.gelu(h)) for h in hidden])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("grid", "full_layers", "first", "follow"),
     [

@@ -245,6 +245,7 @@ except OutOfMemory as problem:
 """
 
 
+@pytest.mark.full
 def test_frames_need_no_room_in_dev_shm(tmp_path):
     """Docker gives 64 MB. Here it is 1 MiB, for 3.5 MiB of frames."""
     path = write_video(tmp_path / "some.mp4", [np.full((480, 640, 3), 60 * i, np.uint8) for i in range(4)], fps=4)

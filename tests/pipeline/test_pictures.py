@@ -97,7 +97,7 @@ def hugging_face(loaded, inputs, question, tokens):
 SIZES = [(1, 1), (3, 400), (27, 29), (101, 67), (140, 112), (997, 13)]
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model", ["tiny", "demo"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_picture_at_full_budget_is_hugging_faces_generate(loaded, model, size, tmp_path):

@@ -144,6 +144,7 @@ def test_the_cache_of_the_commands_is_a_call_away(monkeypatch, tmp_path):
     assert evoprune.Cache() == evoprune.Cache(str(tmp_path)) == evoprune.Cache(tmp_path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("question", [3, None, b"What?", ["What?"]])
 def test_a_question_is_a_text(question):
     video = evoprune.VideoQA.load("demo").encode("samples/square.mp4", frames=4)

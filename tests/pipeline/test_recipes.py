@@ -114,6 +114,7 @@ def test_a_question_is_answered_the_same_whatever_was_asked_before(demo, name):
     assert bool(agreement(own, video).agrees.all())
 
 
+@pytest.mark.full
 def test_at_the_full_budget_nothing_changes(demo):
     """What remains is the way of a method that does nothing inside the language model."""
     for name, plain in (("operations", "none"), ("evoprune+operations:share=1", "evoprune")):
@@ -137,6 +138,7 @@ def test_the_report_says_what_was_computed(demo):
     assert methods.get("operations").args["recipe"] is None
 
 
+@pytest.mark.full
 def test_pieces_of_the_encoder_do_not_matter(demo, monkeypatch):
     from evoprune.vision import devices
 
@@ -147,6 +149,7 @@ def test_pieces_of_the_encoder_do_not_matter(demo, monkeypatch):
     assert len({answer.text for answer in answers}) == 1
 
 
+@pytest.mark.full
 def test_an_encoded_video_from_the_cache_serves_it(demo, tmp_path):
     cache = Cache(tmp_path / "cache")
     assert load("divprune").encode(CLIP, frames=8, cache=cache).report.cache == "miss"
@@ -155,6 +158,7 @@ def test_an_encoded_video_from_the_cache_serves_it(demo, tmp_path):
     assert video.ask(QUESTIONS[0]).text == load("divprune+operations").encode(CLIP, frames=8).ask(QUESTIONS[0]).text
 
 
+@pytest.mark.full
 def test_two_videos_in_one_prompt(demo):
     video = load("operations", 0.3).encode([CLIP, "samples/arrivals.webm"], frames=4)
     answer = video.ask(QUESTIONS[0])

@@ -210,6 +210,7 @@ def closed(tmp_path):
     return Path("/proc/self/fdinfo")
 
 
+@pytest.mark.full
 def test_folders_that_may_only_be_read(cli, closed, monkeypatch):  # noqa: F811
     result = cli("batch", CLIP, "-Q", "What?", *QUICK, "-o", closed / "a.jsonl")
     assert result.code == 2 and "cannot write" in result.err
@@ -236,7 +237,7 @@ def room(path: Path, more: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("more", [0, 1, 100])
 def test_the_disk_is_full_while_an_evaluation_writes(cli, tmp_path, monkeypatch, more):  # noqa: F811
     asked = ("eval", "--data", "samples/questions.jsonl", "--limit", "2", "-b", "0.5", "--method", "random", *QUICK)

@@ -82,6 +82,7 @@ def test_a_line_that_is_too_long_is_left_out_whole(qa):
     assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("budget", [1.0, 0.5])
 def test_answers_do_not_depend_on_earlier_questions(qa, said, budget):
     qa = VideoQA(qa.loaded, budget=budget)

@@ -63,7 +63,7 @@ def encode(qa, path, *, progress=None, sampling=None, **how):
         return opened.encode(progress)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("clip", [CLIP, LONG])
 @pytest.mark.parametrize("model", ["tiny", "qwen2", "demo"])
 @pytest.mark.parametrize("pack", [True, False])
@@ -109,6 +109,7 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
     assert len(live) == 1 and torch.equal(*unchanged)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["evoprune", "evoprune-paper", "tome", "divprune"])
 def test_a_qwen2_vl_is_pruned_too(qwen2, method):
     qa = VideoQA(qwen2, budget=0.25, method=method)
@@ -144,7 +145,7 @@ def test_answers_must_not_be_mixed(loaded):
         list(first)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
 @pytest.mark.parametrize("shared_video", [True, False], ids=["one video", "a video each"])
 def test_threads_get_their_answers_one_after_the_other(loaded, method, shared_video):
@@ -233,6 +234,7 @@ def test_an_answer_that_failed_holds_no_memory_of_what_it_computed():
         assert seen[0]() is None and made.report.error
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["reading the prompt", "decoding"])
 def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
     qa = VideoQA(loaded, budget=0.25)
@@ -280,6 +282,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     assert frames[0] <= 16 and frames[-1] == 32
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("threaded", [True, False])
 def test_times_add_up(loaded, threaded):
     video = encode(VideoQA(loaded, budget=0.25), CLIP, threaded=threaded)
@@ -323,6 +326,7 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     assert apart.total >= apart.read + apart.preprocess + apart.encode - 1
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
@@ -338,6 +342,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     assert done == [("encode", n, 16) for n in range(2, 17, 2)] + late
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("threaded", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
     """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
@@ -598,6 +603,7 @@ def test_methods_that_a_shape_binds(loaded, method, grid, tokens):
     assert report.sampling.seconds_per_pair * grid[0] == pytest.approx(6.0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["downscale", "subsample"])
 def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
     """The same as looking at the video so from the start: decoding, positions and all."""

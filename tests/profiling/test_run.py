@@ -106,6 +106,7 @@ def test_a_bound_is_made_of_the_same_round(results):
             assert (made.encode, made.prefill, made.generate) == (tower.encode, rest.prefill, rest.generate)
 
 
+@pytest.mark.full
 def test_quantised_weights_have_rows_of_their_own(loaded):
     settings = replace(SETTINGS, budgets=(0.5,), methods=("evoprune",), quantize=("none", *KINDS))
     found = last(loaded, [CASE], MOTION, settings)
@@ -117,6 +118,7 @@ def test_quantised_weights_have_rows_of_their_own(loaded):
     assert type(loaded.model.model.language_model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
+@pytest.mark.full
 def test_rows_take_turns(loaded):
     said = []
     last(loaded, [CASE, OTHER], MOTION, SETTINGS, progress=said.append)

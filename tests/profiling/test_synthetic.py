@@ -46,6 +46,7 @@ def test_about_a_third_of_the_units_move(frames, height, width):
     assert still.min() > 0 and still.max() < 2  # nothing but the sensor's noise
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("frames", "height", "width"), [*SIZES, (4, 28, 140), (4, 28, 112)])
 def test_nine_tenths_of_the_units_stay_as_they_are(frames, height, width):
     clip = synthetic.clip("static90", frames, height, width)

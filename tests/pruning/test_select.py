@@ -149,7 +149,7 @@ def test_time_is_relative_to_the_clip():
     assert points(features[:6], torch.arange(6), (1, 3, 2), seconds=[5.0]).time.tolist() == [0.0] * 6
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(**CASES, pool=st.sampled_from([1, 3, 7, 100]))
 def test_the_selection_is_the_greedy_one(seed, grid, share, alpha, pool, dropped):
     features, owner = video(seed, grid, share, dropped=dropped, signs=True)
@@ -181,7 +181,7 @@ def test_a_pair_in_which_nothing_differs_has_its_share_too(floor):
     assert torch.bincount(made // 6, minlength=4).tolist() == [3, 3, 3, 3]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(**CASES, piece=st.sampled_from([1, 16, 1 << 20]))
 def test_every_unit_belongs_to_the_nearest(seed, grid, share, alpha, piece, dropped):
     features, owner = video(seed, grid, share, dropped=dropped, signs=True)
@@ -211,7 +211,7 @@ def test_pool_and_piece_are_a_matter_of_speed(seed, pool, piece, alpha):
         assert torch.equal(farthest_points(every, grid, 30, pool=pool), expected)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     st.integers(0, 9999),
     st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 5)),

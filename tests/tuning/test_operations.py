@@ -117,6 +117,7 @@ def run(saved):
     return tuning
 
 
+@pytest.mark.full
 def test_a_run_is_kept_and_used(run, saved, config):
     document = run.document()
     assert document["complete"] and document["videos"] == {"wanted": 2, "answered": 2, "failed": 0}

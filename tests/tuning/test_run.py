@@ -53,6 +53,7 @@ def test_questions_that_prove_too_little_are_named_at_once(saved):
     assert "cannot prove that 99.9% agree" in said[0]
 
 
+@pytest.mark.full
 def test_bad_videos_among_good_ones(saved, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nothing")
@@ -75,7 +76,7 @@ class Ticks:
         return self.seconds
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("seconds", "tokens", "asked", "videos"), [(1e6, 64, 2, 2), (60, 64, 2, 2), (3, 8, 1, 1)])
 def test_full_answers_keep_their_time(loaded, seconds, tokens, asked, videos):
     engine = make_engine(loaded, PruneOptions())

@@ -69,6 +69,7 @@ def test_colours_agree(name, folder):
     assert difference.mean() < 2 if "10" in info.pix_fmt else difference.max() <= 2
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (20, 16), (182, 322)])
 def test_padding_of_turned_frames_is_cut_off(size, rotation, folder):

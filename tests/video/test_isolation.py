@@ -127,6 +127,7 @@ def test_those_that_died_while_idle_are_replaced(good, started, monkeypatch, for
     assert probe(good).frames_total == 20 and len(started) == 3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["", "later_"])
 def test_silence_is_an_error(when, named, started, monkeypatch):
     monkeypatch.setattr(process, "SILENCE_S", 0.6)

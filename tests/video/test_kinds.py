@@ -14,7 +14,7 @@ def moments_in(info):
     return sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), 99.0])
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.decord_refuses])
 def test_both_decoders_show_the_same_frames(name, folder):
     info = probe(write_kind(folder, name))
@@ -27,7 +27,7 @@ def test_both_decoders_show_the_same_frames(name, folder):
     assert difference.max() <= 2 or (name == "odd.webm" or ("_10" in name and difference.mean() < 2))
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(20)
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):

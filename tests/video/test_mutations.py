@@ -9,6 +9,7 @@ def originals(tmp_path_factory):
     return sources(tmp_path_factory.mktemp("sources"))
 
 
+@pytest.mark.full
 def test_a_case_is_always_the_same_and_no_other(originals):
     made = [mutant(number, 5, originals) for number in range(200)]
     assert made == [mutant(number, 5, originals) for number in range(200)]

@@ -205,6 +205,7 @@ PLAYLISTS = {
 }
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("ending", ["own", "mp4"])
 @pytest.mark.parametrize(
     "target", ["secret.ts", "{here}/secret.ts", "file:{here}/secret.ts", "http://127.0.0.1:{port}/a.ts"]

@@ -146,6 +146,7 @@ def test_huge_images(size, in_folder, tmp_path, peak):
     assert peak() < 2**28
 
 
+@pytest.mark.full
 def test_large_pictures_are_read(tmp_path):
     picture = np.zeros((1000, 9000, 3), np.uint8)
     picture[:500, :, 0] = 255

@@ -20,6 +20,7 @@ def first_picture(path):
     return next(read_frames(probe(path), [0.0])).frames[0]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])

@@ -59,7 +59,7 @@ def by_hand(q, k, v, layout, scope, size_bias):
     return out, received
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("size_bias", [False, True])
 @pytest.mark.parametrize(("shape", "merges", "scope"), LAYOUTS)
 @pytest.mark.parametrize(

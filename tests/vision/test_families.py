@@ -31,6 +31,7 @@ def test_budget_one_is_transformers_tower(model, grid):
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["evoprune", "evoprune:depth=1", "evoprune-paper", "tome", "scope"])
 @pytest.mark.parametrize("budget", [0.5, 0.1])
 def test_pruned_results_do_not_depend_on_the_chunk_size(model, name, budget):

@@ -56,7 +56,7 @@ class LooksInside(Looks):
 # --- definition --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), (2,)])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, full_layers):
@@ -80,6 +80,7 @@ def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, fu
         torch.testing.assert_close(tokens.attention.view(3, -1).mean(1), torch.ones(3), atol=1e-5, rtol=0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_the_middle_is_the_mean_of_states_after_the_patch_merger(share):
     """Layers 7 to 23 of 32 are layers 1 to 3 of 4."""

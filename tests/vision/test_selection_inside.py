@@ -24,7 +24,7 @@ from tests.vision.tower import random_patches, tiny_tower
 # --- against the slow encoder ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("keep", [40, 10, 1])
 @pytest.mark.parametrize("full_layers", [(1, 3), ()])
@@ -47,7 +47,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
 # --- properties --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(
     grid=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 6)),
     share=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
@@ -165,7 +165,7 @@ def test_an_automatic_budget_stays_between_a_twentieth_and_its_limit(share, with
     check_result(made, grid, whole_clip=True)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     grid=st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 6)),
     share=st.sampled_from([0.0, 0.3, 1.0]),

@@ -59,6 +59,7 @@ def test_what_is_chosen_inside_the_tower_may_be_a_time_when_nothing_changed(load
     assert (fates.chosen & ~fates.encoded).any() and fates.all_of("merged").any()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "method", ["evoprune", "evoprune:rows=1", "evoprune-merge", "reuse+divprune", "divprune", "pool"]
 )
@@ -73,6 +74,7 @@ def test_each_unit_has_one_fate(loaded, method):
     assert not (method.startswith("evoprune") and dropped.any())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["evoprune", "evoprune:rows=1", "evoprune-merge"])
 def test_the_owner_of_merged_units_has_a_dot(loaded, method):
     video = traced(loaded, budget=0.25, method=method)
@@ -231,6 +233,7 @@ def test_films_last_as_long_as_the_video(ending):
         assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - np.asarray(picture)).mean() < 4
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ending", [".png", ".gif", ".mp4"])
 def test_the_same_video_gives_the_same_bytes(ending):
     assert overlay_file(painted(), "t", ending) == overlay_file(painted(), "t", ending)

@@ -97,6 +97,7 @@ def test_numbers_of_a_config(folder, part, name, value, says):
     said_of(folder, "config.json", says)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(("name", "content", "says"), FILES.values(), ids=FILES)
 def test_settings(folder, name, content, says):
     if name == "chat_template.json":
@@ -203,6 +204,7 @@ def refusal(folder: Path, source: str) -> str:
     return caught.value.message
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("source", "says"), TEMPLATES.values(), ids=TEMPLATES)
 def test_templates_that_take_too_much(folder, source, says):
     assert says in refusal(folder, source)
