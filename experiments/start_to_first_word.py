@@ -63,9 +63,9 @@ sys.path.insert(0, sys.argv.pop(1))
 record = sys.argv.pop(1)
 from evoprune_cli import conversation
 finish = conversation.Conversation._finish
-def keep(self, report, last):
+def keep(self, report, *more):
     open(record, "w").write(report.to_json())
-    finish(self, report, last)
+    finish(self, report, *more)
 conversation.Conversation._finish = keep
 from evoprune_cli.__main__ import start
 start()
