@@ -130,7 +130,7 @@ def _measured(
     options, how = ModelOptions(model, **loading), {}
     bind = partial(of_model, name=model, weights=lambda: find_model(options).weights_fingerprint)
     for name in {*asked["methods"]} - {"none"}:
-        bind(methods.get(name, asked["method_args"]))
+        bind(methods.parse(name, asked["method_args"]))
     swept = settings.Settings(**asked)
     usual = swept.time_limit_s
     limit = time_limit.TimeLimit(usual if seconds is None else seconds, begun=begun, firm=seconds is not None)

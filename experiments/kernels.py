@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune import methods
 from evoprune.errors import UsageError, first_line
 from evoprune.model.config import Config
 from evoprune.model.cost import matmul_rate
@@ -238,10 +237,7 @@ def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
     patches = torch.randn(units * PATCHES, packed.patch_embed.proj.weight[0].numel()).to(DTYPE)
     some = min(CHUNK_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
     plan = full_plan(tower_shape(packed), (sizes.clip, *sizes.grid))
-    runs = [
-        partial(encode, packed, [patches], plan, methods.get("none"), chunk_units=chunk_units)
-        for chunk_units in (some, units)
-    ]
+    runs = [partial(encode, packed, [patches], plan, chunk_units=chunk_units) for chunk_units in (some, units)]
     ms = times(medians(runs, repeat))
     rows = [(f"{some} units at a time", *ms[0]), (f"all {units:,} at once", *ms[1])]
     show(f"A tower of {config.depth} layers on {2 * sizes.clip} frames", ("", "ms", "of as built"), rows)

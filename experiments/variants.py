@@ -13,6 +13,7 @@ from evoprune.methods.evoprune import EvoPrune, FarthestPoints
 from evoprune.methods.ranges import check_ranges
 from evoprune.pruning import distance
 from evoprune.pruning.distance import points_of
+from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
 from evoprune.pruning.select import POOL, _farthest, _filled, assign_clusters
 from evoprune.pruning.types import Selection, Tokens
 from experiments.distances import DISTANCES, TODAY, Distance, using
@@ -81,13 +82,14 @@ class Variant(EvoPrune):
             raise ValueError(f"distance is one of {', '.join(DISTANCES)}")
 
     @property
-    def selector(self) -> VariantPoints:
+    def tokens(self) -> VariantPoints:
         own = (self.distance, self.contrast, self.opening)
         return VariantPoints(self.alpha, self.floor, self.average, self.count, self.within, *own)
 
-    @property
-    def inner(self) -> VariantPoints:
-        return replace(self.selector, inside=True, average=super().inner.average, within=super().inner.within)
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        return [
+            replace(stage, reduce=replace(stage.reduce, inside=True)) for stage in super().stages(tower, grid, keep)
+        ]
 
 
 def register() -> None:

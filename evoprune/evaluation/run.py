@@ -174,7 +174,7 @@ class Evaluation:
         """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
         self.loaded = loaded = load_model(self._found or self.settings.model, progress=progress)
         for name in {variant.method for variant in self.variants}:
-            of_model(methods.get(name), loaded.id, lambda: loaded.weights_fingerprint)
+            of_model(methods.parse(name), loaded.id, lambda: loaded.weights_fingerprint)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on. With `resume` it is the folder of an earlier run, whose samples are kept.

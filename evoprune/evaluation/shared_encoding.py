@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.methods.base import Method
 from evoprune.model.clock import Clock
-from evoprune.pruning.encoder_plan import EncoderPlan
+from evoprune.pruning.encoder_plan import EncoderPlan, SetAside
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.token_selection import EncodedRows
 
@@ -31,11 +30,9 @@ class SharedRows:
         self.saved = 0.0
         self._held: OrderedDict[tuple, tuple[EncodedRows, float]] = OrderedDict()
 
-    def encode_rows(
-        self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, method: Method, **how
-    ) -> EncodedRows:
+    def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **how) -> EncodedRows:
         """As `vision.encoder.encode_rows`."""
-        key = (_tower_work(plan, method), *sorted(how.items()))
+        key = (_tower_work(plan), *sorted(how.items()))
         if key in self._held:
             for _ in patches:  # the reader of the patches counts damaged frames
                 pass
@@ -44,16 +41,17 @@ class SharedRows:
         else:
             clock, self.saved = Clock(visual.patch_embed.proj.weight.device), 0.0
             start = clock.now()
-            rows = encode_rows(visual, clock.each("wait", patches), plan, method, **how)
+            rows = encode_rows(visual, clock.each("wait", patches), plan, **how)
             self._held[key] = rows, clock.now() - start - clock.seconds["wait"]
             if len(self._held) > HELD:
                 self._held.popitem(last=False)
-        return replace(rows, method=method, plan=plan, timer=rows.timer.copy())  # each caller adds its own times
+        return replace(rows, plan=plan, timer=rows.timer.copy())  # each caller adds its own times
 
 
-def _tower_work(plan: EncoderPlan, method: Method) -> tuple:
-    """What the tower's rows depend on: everything for a method that acts between its layers, else what is collected."""
-    if plan.merged is not None or plan.select_after:
-        return plan, method
-    needs = method.selector.needs if plan.prunes and method.selector else frozenset()
-    return plan.grid, plan.reuse, plan.following, needs, plan.prunes
+def _tower_work(plan: EncoderPlan) -> tuple:
+    """What the tower's rows depend on: everything if tokens may be selected inside, else what is collected."""
+    inside = plan.stages[:-1] if plan.tokens else plan.stages
+    if any(not isinstance(stage.reduce, SetAside) for stage in inside):
+        return (plan,)
+    needs = plan.tokens.selector.needs if plan.tokens else frozenset()
+    return plan.grid, plan.reuse, inside, needs, plan.prunes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from evoprune.huggingface import interface
 from evoprune.huggingface.columns import Columns
 from evoprune.huggingface.visuals import Visuals
-from evoprune.methods.base import Method
+from evoprune.methods.pipeline import Pipeline
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.loading.device import DTYPES
@@ -21,7 +21,7 @@ def call_report(
     visuals: Visuals,
     encoded: Encoded,
     name: str,
-    method: Method,
+    method: Pipeline,
     budget: float,
     positions: str,
 ) -> Report:

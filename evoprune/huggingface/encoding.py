@@ -10,7 +10,7 @@ from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
 from evoprune.huggingface import interface
 from evoprune.huggingface.arguments import check_question, check_videos, seconds_of
-from evoprune.methods.base import Method
+from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.keywords import names_options
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.vision.encoded import Encoded, joined
@@ -67,7 +67,7 @@ def encode_with(
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
     share: float,
-    method: Method,
+    method: Pipeline,
     *,
     question: torch.Tensor | None = None,
     seconds_per_pair: float | Sequence[float] = 1.0,
@@ -85,23 +85,25 @@ def encode_with(
     for patches, grid, step in zip(pixel_values_videos.split(sizes), grids, seconds, strict=True):
         plan = method.plan(tower, grid, keep_count(share, prod(grid)))
         how = {"question": question, "seconds_per_pair": step, "seed": seed}
-        videos.append(encode_video(visual, [patches], plan, method, **how))
+        videos.append(encode_video(visual, [patches], plan, **how))
     return joined(videos)
 
 
-def patch_method(name: str, args: dict[str, str] | None, has_question: bool = False) -> Method:
+def patch_method(name: str, args: dict[str, str] | None, has_question: bool = False) -> Pipeline:
     """The method `name`, which must be able to work on a processor's patches.
 
     Raises:
         UsageError: there is no such method or setting, it resizes frames, or it reads the question and there is none.
     """
-    found = methods.get(name, args)
+    found = methods.parse(name, args)
     if found.acts == "input":
         raise UsageError(
             f"method {name} acts on frames, and these are patches", "use VideoQA, or shrink the video first"
         )
     if found.language:
-        hint = f"use VideoQA or the command line; here {found.encoder.name if found.encoder.acts != 'none' else 'evoprune'} works"
+        hint = (
+            f"use VideoQA or the command line; here {found.before.name if found.before.members else 'evoprune'} works"
+        )
         raise UsageError(f"method {name} acts inside the language model, which is not pruned here", hint)
     if found.reads_question and not has_question:
         what, instead = found.reading

@@ -15,7 +15,7 @@ from evoprune.language.decoder import KVCache
 from evoprune.language.dropping import Dropping
 from evoprune.language.settings import GenerationSettings
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.methods.base import Method
+from evoprune.methods.pipeline import Pipeline
 from evoprune.model.numerics import not_a_number_error
 from evoprune.model.sizes import ANSWER_COLUMNS
 from evoprune.pruning.indices import ascending
@@ -136,7 +136,7 @@ def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tens
 
 def dropping_for(
     model,
-    method: Method,
+    method: Pipeline,
     budget: float,
     visuals: Sequence[Visual],
     grids: Sequence[tuple[int, int, int]],

@@ -3,6 +3,6 @@
 Importing this package imports neither torch nor the methods.
 """
 
-from evoprune.methods.registry import DEFAULT, available, built_in, check, get, plugin_code, plugins
+from evoprune.methods.registry import DEFAULT, available, built_in, check, get, parse, plugin_code, plugins
 
-__all__ = ["DEFAULT", "available", "built_in", "check", "get", "plugin_code", "plugins"]
+__all__ = ["DEFAULT", "available", "built_in", "check", "get", "parse", "plugin_code", "plugins"]

@@ -21,16 +21,17 @@ Left out: density peaks, whose share is 0 in the code's defaults, and merging in
 """
 
 from collections import deque
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Method, Selector
+from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import spread
-from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape, WholePairs
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import highest
 from evoprune.pruning.score import snap
@@ -127,7 +128,7 @@ class FrameTokens(Runs, Selector):
 
 
 @dataclass(frozen=True)
-class EarlyTom(Method):
+class EarlyTom(EncoderMethod):
     """Fields:
 
     threshold: a run of frame pairs ends where the running similarity to its first one is below this.
@@ -138,7 +139,6 @@ class EarlyTom(Method):
 
     name: ClassVar[str] = "earlytom"
     source: ClassVar[str] = "arXiv 2605.30010"
-    acts: ClassVar[Literal["inside"]] = "inside"
 
     threshold: float = 0.6
     window: int = 8
@@ -156,20 +156,14 @@ class EarlyTom(Method):
         return self.first, self.second, self.third
 
     @property
-    def inner(self) -> MergedFrames:
-        return MergedFrames(self.threshold, self.window, self.momentum)
-
-    @property
-    def selector(self) -> FrameTokens:
+    def tokens(self) -> FrameTokens:
         return FrameTokens(self.threshold, self.window, self.momentum)
 
-    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        plan = full_plan(tower, grid, keep)
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         latest = max(tower.full_layers, default=tower.depth - 1)
         after = {min(max(1, round(share * tower.depth)), latest) for share in self._depths} - {0}
-        if not plan.prunes or not after:
-            return plan
-        return replace(plan, exact=False, select_after=tuple(sorted(after)), whole_pairs=True)
+        merge = WholePairs(MergedFrames(self.threshold, self.window, self.momentum))
+        return [Stage(layer, prod(grid), merge, exact=False) for layer in sorted(after)]
 
 
 def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:

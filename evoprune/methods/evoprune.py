@@ -16,15 +16,16 @@ results/ablations.md which settings were tried and brought nothing.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from math import prod
+from typing import ClassVar
 
 import torch
 
-from evoprune.methods.base import Method, Selector
+from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.distance import ALPHA, points_of
-from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
 from evoprune.pruning.indices import tally
 from evoprune.pruning.reuse import THRESHOLD
 from evoprune.pruning.select import assign_clusters, farthest_points
@@ -44,6 +45,10 @@ class FarthestPoints(Selector):
     average: bool = True
     count: float = 0.5
     within: float = 0.0
+
+    @property
+    def weighs(self) -> bool:
+        return self.count > 0
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         units = len(tokens.owner)
@@ -68,7 +73,7 @@ class FarthestPoints(Selector):
 
 
 @dataclass(frozen=True)
-class EvoPrune(Method):
+class EvoPrune(EncoderMethod):
     """Fields:
 
     reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
@@ -86,8 +91,6 @@ class EvoPrune(Method):
 
     name: ClassVar[str] = "evoprune"
     source: ClassVar[str] = "this project; its aim is that of arXiv 2603.03681"
-    acts: ClassVar[Literal["inside"]] = "inside"
-
     reuse: float = THRESHOLD
     depth: float = 0.125
     alpha: float = ALPHA
@@ -106,31 +109,16 @@ class EvoPrune(Method):
         return not self.within
 
     @property
-    def weighs(self) -> bool:
-        return self.count > 0
-
-    @property
-    def selector(self) -> FarthestPoints:
+    def tokens(self) -> FarthestPoints:
         return FarthestPoints(self.alpha, self.floor, self.average, self.count, self.within)
 
-    @property
-    def inner(self) -> FarthestPoints:
-        if self.rows == 1:
-            return self.selector
-        return replace(self.selector, average=False, within=0.0)
-
-    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        whole = full_plan(tower, grid, keep)
-        if not whole.prunes:
-            return whole
-        plan = replace(whole, exact=not self.reuse, reuse=self.reuse)
-        after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
-        rows = max(keep, round(plan.units * (keep / plan.units) ** self.rows))
-        if self.depth == 1 or not after or rows == plan.units:  # a tower of one layer has no layer after the selection
-            return plan
-        layers = (plan.units,) * after + (rows,) * (tower.depth - after)
-        exact = plan.exact and self.exact
-        return replace(plan, layers=layers, rows=rows, exact=exact, select_after=(after,))
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        after, units = min(max(1, round(self.depth * tower.depth)), tower.depth - 1), prod(grid)
+        rows = max(keep, round(units * (keep / units) ** self.rows))
+        if self.depth == 1 or not after or rows == units:  # a tower of one layer has no layer after the selection
+            return []
+        select = self.tokens if self.rows == 1 else replace(self.tokens, average=False, within=0.0)
+        return [Stage(after, rows, select, self.exact)]
 
     def automatic(self) -> "EvoPrune":
         return replace(self, within=self.within or WITHIN)

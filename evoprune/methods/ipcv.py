@@ -15,44 +15,43 @@ with fewer layers there are fewer that are followed. DART selects after the enco
 distances are rounded, relative to the greatest, so equal rows are ties, which go by index.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
 
-from evoprune.methods.base import Front, Selector
+from evoprune.methods.base import EncoderMethod
 from evoprune.methods.dart import Dart
 from evoprune.methods.ranges import check_ranges
-from evoprune.pruning.encoder_plan import EncoderPlan, Following, Grid, TowerShape, full_plan
+from evoprune.pruning.encoder_plan import Grid, SetAside, Stage, TowerShape
 
 
 @dataclass(frozen=True)
-class Ipcv(Front):
+class Ipcv(EncoderMethod):
     """Fields:
 
     keep: share of the rows that stay.
     first: share of the tower's layers before rows are dropped.
     follow: share of the layers in which dropped rows follow and are keys and values.
     neighbours: how many rows a dropped row follows.
-    then: the selector, which users may name after `ipcv+`.
     """
 
     name: ClassVar[str] = "ipcv"
     source: ClassVar[str] = "arXiv 2512.18747"
-    acts: ClassVar[Literal["inside"]] = "inside"
+    combines: ClassVar[bool] = True
+    tokens: ClassVar[Dart] = Dart()
 
     keep: float = 0.35
     first: float = 3 / 32
     follow: float = 7 / 32
     neighbours: int = 10
-    then: Selector = field(default_factory=Dart, metadata={"method": True})
 
     def __post_init__(self):
         check_ranges(self, keep="(0, 1]", first="[0, 1]", follow="[0, 1]", neighbours="[1, inf)")
 
-    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        plan, units = full_plan(tower, grid, keep), grid[1] * grid[2]
-        first, rows = max(1, round(self.first * tower.depth)), max(1, int(self.keep * units))
-        if not plan.prunes or first >= tower.depth or rows == units:
-            return plan
-        last = min(first + round(self.follow * tower.depth), tower.depth)
-        layers = (plan.units,) * first + (grid[0] * rows,) * (tower.depth - first)
-        return replace(plan, layers=layers, following=Following(first, last, rows, self.neighbours))
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        units = prod(grid[1:])
+        first, left = max(1, round(self.first * tower.depth)), max(1, int(self.keep * units))
+        if first >= tower.depth or left == units:
+            return []
+        until = min(first + round(self.follow * tower.depth), tower.depth)
+        return [Stage(first, grid[0] * left, SetAside(left, until, self.neighbours))]

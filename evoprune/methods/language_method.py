@@ -36,9 +36,14 @@ class LanguageMethod(Method, ABC):
         if self.share is not None:
             check_ranges(self, share="(0, 1]")
 
+    @property
+    def left(self) -> float:
+        """The share of what arrives that it leaves in a combination."""
+        return self.default_share if self.share is None else self.share
+
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """The plan at a budget of its own; arguments as in `language_plan`."""
+        """The plan for a language model of `depth` layers that `tokens` visual tokens reach, at a budget of its own in (0, 1]."""
 
     @abstractmethod
     def select(self, tokens: LayerTokens) -> Selection | None:
@@ -47,15 +52,3 @@ class LanguageMethod(Method, ABC):
         Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
         leaves here, which only a method that is not `exact` may return.
         """
-
-    @property
-    def encoder(self) -> Method:
-        return Method()
-
-    @property
-    def language(self) -> "LanguageMethod":
-        return self
-
-    def language_plan(self, depth: int, tokens: int, budget: float) -> LanguagePlan | None:
-        plan = self.drops(depth, tokens, budget)
-        return plan if plan.drops or plan.groups else None

@@ -11,7 +11,7 @@ token after 2 of 32 layers, as in FastV. The layers up to there compute everythi
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from evoprune.errors import UsageError
 from evoprune.methods.language_method import LanguageMethod
@@ -32,11 +32,7 @@ class Operations(LanguageMethod):
     name: ClassVar[str] = "operations"
     source: ClassVar[str] = "zxcvfd13502/GSOP"
 
-    recipe: Recipe | None = field(default=None, metadata={"of_model": True})
-
-    @property
-    def args(self) -> dict[str, Any]:
-        return {"share": self.share, "recipe": self.recipe and self.recipe.digest}
+    recipe: Recipe | None = field(default=None, metadata={"report": lambda recipe: recipe and recipe.digest})
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         recipe = self.recipe

@@ -1,13 +1,14 @@
 """The pruning methods by name: this package's own, and those of other packages.
 
 Another package adds a method with an entry point in the group `evoprune.methods`. The entry point's name is the
-method's name, and its object is a subclass of `Selector`, `Merger`, `InputMethod` or `LanguageMethod`
-(methods/base.py). It is loaded when a user selects it.
+method's name, and its object is a subclass of a kind in methods/base.py or methods/language_method.py. It is loaded when
+a user selects it.
 """
 
 import hashlib
 import inspect
 import re
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -20,6 +21,7 @@ from evoprune.text import did_you_mean
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
+    from evoprune.methods.pipeline import Pipeline
 
 GROUP = "evoprune.methods"
 _REGISTRY = {
@@ -162,68 +164,68 @@ def _impossible(text: str) -> UsageError:
 
 @names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """The method that `text` names.
+    """The one method that `text` names: `NAME` or `NAME:SETTING=VALUE:...`.
 
     Args:
-        text: `NAME`, or `NAME:SETTING=VALUE:...`, or several of these joined by `+` in the order in which they act:
-            `reuse+divprune`, `evoprune+fastv`.
-        args: further settings as texts; settings in `text` override them. A combination accepts settings in `text` only.
+        args: further settings as texts; settings in `text` override them.
 
     Raises:
-        UsageError: no such method, combination or setting, or another package's method is broken.
+        UsageError: no such method or setting, a combination, or another package's method is broken.
         PluginError: the code of another package's method failed.
     """
     check(text)
+    if len(_split(text)) > 1:
+        raise _impossible(text)
+    return _one(text, args)
+
+
+@names_plugins()
+def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
+    """What `text` names: a method, or several joined by `+` in the order in which they act: `reuse+divprune`, `evoprune+fastv`.
+
+    Args:
+        text: as in `get`, for each of them.
+        args: as in `get`. A combination accepts settings in `text` only.
+
+    Raises:
+        UsageError: as `get`, or methods that cannot be combined. PluginError: as `get`.
+    """
+    from evoprune.methods.pipeline import Pipeline
+
+    check(text)
     names = _split(text)
-    if len(names) == 1:
-        return _alone(_one(text, args))
-    if args:
+    if args and len(names) > 1:
         setting = "=".join(next(iter(args.items())))
         raise UsageError(
             f"settings of {text} must be part of its name",
             f"for example {text}:{setting}, or {REUSE}:threshold=5+{names[-1]}",
         )
-    return _combined(text, names)
-
-
-def _alone(method: "Method") -> "Method":
-    if method.acts == "language" and method.share is not None:
-        hint = f"the budget (-b) is the share of a method alone; or combine it: {DEFAULT}+{method.name}:share={method.share}"
-        raise UsageError(f"method {method.name} has a share, and nothing acts before it", hint)
-    return method
-
-
-def _combined(text: str, names: list[str]) -> "Method":
-    from evoprune.methods.language_method import LanguageMethod
-    from evoprune.methods.with_language import WithLanguage
-
-    last = _one(names[-1], None)
-    if isinstance(last, LanguageMethod):
-        return WithLanguage(_before(text, names[:-1]), last)
-    return _before(text, names)
-
-
-def _before(text: str, names: list[str]) -> "Method":
-    """What acts before the language model: a method, or a selector with something in front of it."""
-    from dataclasses import replace
-
-    from evoprune.methods.base import Selector
-
-    *front, last = names
-    method = _one(last, None)
-    if method.acts in ("none", "language") or (front and not isinstance(method, Selector)):
+    parts = [Pipeline.of(_one(name, args)) for name in names]
+    made = parts.pop()
+    language = made.language
+    if language and not parts:
+        if language.share is None:
+            return made
+        name = language.name
+        hint = f"the budget (-b) is the share of a method alone; or combine it: {DEFAULT}+{name}:share={language.share}"
+        raise UsageError(f"method {name} has a share, and nothing acts before it", hint)
+    if language:
+        made = parts.pop()
+    if parts:
+        front = parts.pop().encoder
+        if parts or not (front and front.combines and made.selector):
+            raise _impossible(text)
+        made = replace(made, encoder=front)
+    if language and (made.language or not made.members):
         raise _impossible(text)
-    if not front:
-        return method
-    if not _possible([_names(name)[0] for name in names]):
-        raise _impossible(text)
-    return replace(_made(_class(_FRONTS[_names(front[0])[0]]), front[0]), then=method)
+    return replace(made, language=language)
 
 
 def _one(text: str, args: dict[str, str] | None) -> "Method":
     (name,) = _names(text)
     _warn_of_ignored(name)
-    return _made(_class(_REGISTRY[name]) if name in _REGISTRY else _load(_plugins()[name]), text, args)
+    where = _FRONTS.get(name) or _REGISTRY.get(name)
+    return _made(_class(where) if where else _load(_plugins()[name]), text, args)
 
 
 def _made(kind: "type[Method]", text: str, args: dict[str, str] | None = None) -> "Method":
@@ -239,7 +241,7 @@ def _warn_of_ignored(name: str) -> None:
     """Warns, once in a process, of methods of other packages that have the name of the one that is selected."""
     for entry in _entry_points():
         if entry.name == name and _plugins().get(name) is not entry:
-            used = "evoprune's own" if name in _REGISTRY else f"that of {_package(_plugins()[name])}"
+            used = "evoprune's own" if name in (*_REGISTRY, REUSE) else f"that of {_package(_plugins()[name])}"
             warn(f"{_named(entry)} is ignored: {name} is {used}; give it another name", PluginWarning, stacklevel=2)
 
 

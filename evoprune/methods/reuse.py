@@ -5,32 +5,31 @@ selector runs after the encoder and sees every unit of the clip; a reused unit h
 represents it.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
-from evoprune.methods.base import Front
+from evoprune.methods.base import EncoderMethod
 from evoprune.methods.ranges import check_ranges
-from evoprune.pruning.encoder_plan import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
 from evoprune.pruning.reuse import THRESHOLD
 
 
 @dataclass(frozen=True)
-class Reuse(Front):
-    """Fields:
-
-    threshold: a unit is encoded again if it changes by at least this many levels of 255; above 0.
-    then: the selector, which users name after `reuse+`.
-    """
+class Reuse(EncoderMethod):
+    """Field: threshold: a unit is encoded again if it changes by at least this many levels of 255; above 0."""
 
     name: ClassVar[str] = "reuse"
     source: ClassVar[str] = "this project"
-    acts: ClassVar[Literal["inside"]] = "inside"
+    combines: ClassVar[bool] = True
 
     threshold: float = THRESHOLD
 
     def __post_init__(self):
         check_ranges(self, threshold="(0, inf]")
 
-    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        plan = full_plan(tower, grid, keep)
-        return replace(plan, exact=False, reuse=self.threshold) if plan.prunes else plan
+    @property
+    def reuse(self) -> float:
+        return self.threshold
+
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        return []

@@ -160,7 +160,7 @@ def entry_key(engine: Engine, view: View) -> str | None:
 
     All of the file, or of a folder of frames, is read: sizes and times of files do not say what is in them.
     """
-    loaded, plan, method = engine.loaded, view.plan, engine.method.encoder
+    loaded, plan = engine.loaded, view.plan
     if loaded.fingerprint is None:
         return None
     try:
@@ -183,7 +183,7 @@ def entry_key(engine: Engine, view: View) -> str | None:
             limits.merge_size,
         ],
         "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
-        "method": [type(method).__module__, repr(method), engine.seed],  # the repr names the class and all settings
+        "method": [repr(engine.method.before), engine.seed],  # the repr names the classes and all settings
         "code": [evoprune.__version__, torch.__version__, _own_code(), methods.plugin_code(engine.options.method)],
         "reader": version(READERS[view.decoder]),
     }

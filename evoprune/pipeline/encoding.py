@@ -129,7 +129,6 @@ def _run(
         loaded.model.model.visual,
         patches,
         view.encoder,
-        engine.method.encoder,
         seconds_per_pair=view.seconds_per_pair(loaded.video.temporal_patch_size),
         seed=engine.seed,
         chunk_units=at_once,

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune import methods
-from evoprune.methods.base import Method
-from evoprune.methods.inflection import by_inflection
+from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.recipes import of_model
@@ -28,7 +27,7 @@ class Engine:
 
     loaded: LoadedModel
     options: PruneOptions
-    method: Method
+    method: Pipeline
     load_seconds: float | None = None
     tuned: Tuned | None = None
 
@@ -55,7 +54,7 @@ class Engine:
         return self.method.prompt_columns(depth, tokens, text, self.budget)
 
     def prompt_work(self, tokens: int, text: int) -> int | list[tuple[int, ...]]:
-        """The same for the cost, as `Method.prompt_work`."""
+        """The same for the cost, as `Pipeline.prompt_work`."""
         depth = self.loaded.model.config.text_config.num_hidden_layers
         return self.method.prompt_work(depth, tokens, text, self.budget)
 
@@ -69,16 +68,16 @@ class Engine:
         return self.loaded.model.model.visual.patch_embed.proj.weight.device
 
 
-def make_method(options: PruneOptions) -> Method:
+def make_method(options: PruneOptions) -> Pipeline:
     """The method that options name, other than those of a budget of "tuned".
 
     Raises:
         UsageError: settings that it does not have, or a budget of "auto" or "auto:inflection" where it cannot let the content
             decide.
     """
-    method = methods.get(options.method, options.method_args)
+    method = methods.parse(options.method, options.method_args)
     if options.budget == AUTO_INFLECTION:
-        return by_inflection(method)
+        return method.by_inflection()
     return method.automatic() if options.budget == AUTO else method
 
 

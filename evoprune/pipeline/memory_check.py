@@ -8,7 +8,7 @@ from evoprune.model.memory import shortage, working_memory
 from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.view import View
-from evoprune.pruning.encoder_plan import EncoderPlan
+from evoprune.pruning.encoder_plan import EncoderPlan, WholePairs
 from evoprune.text import counted
 from evoprune.vision.devices import units_at_a_time
 
@@ -33,8 +33,11 @@ def encoding_bytes(
         bytes_each: of a weight.
         prompt: tokens that the language model reads, in each layer or in all.
     """
-    selected, means = encoder.rows if encoder.select_after else 0, 0
-    if encoder.whole_pairs:  # their rows go on in chunks; the means of all of them are made in float32
+    selections = encoder.selections
+    selected, means = selections[0].rows if selections else 0, 0
+    if any(
+        isinstance(stage.reduce, WholePairs) for stage in selections
+    ):  # their rows go on in chunks; the means of all of them are made in float32
         selected, means = min(at_once, encoder.units), encoder.units * PATCHES * config.vision_config.hidden_size * 4
     return working_memory(config, encoder.units, at_once, prompt, bytes_each, selected) + means
 

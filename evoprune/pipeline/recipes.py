@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from evoprune.errors import UsageError
-from evoprune.methods.base import Method
 from evoprune.methods.operations import Operations
+from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.kept import Shelf
 from evoprune.pipeline.keywords import check_types
 from evoprune.pruning.operations import Recipe
@@ -76,8 +76,8 @@ _SHELF = Shelf("operations", SCHEMA, KeptRecipe, "recipe of operations", "evopru
 find, every, save, remove = _SHELF.find, _SHELF.every, _SHELF.save, _SHELF.remove
 
 
-def of_model(method: Method, name: str | None, weights: Callable[[], str]) -> Method:
-    """A method with the recipe of a model, where it, or what it holds, follows one; other methods unchanged.
+def of_model(method: Pipeline, name: str | None, weights: Callable[[], str]) -> Pipeline:
+    """A method with the recipe of a model, where it follows one; other methods unchanged.
 
     Args:
         name: of the model, for errors; None where that is unknown.
@@ -92,5 +92,4 @@ def of_model(method: Method, name: str | None, weights: Callable[[], str]) -> Me
     if (kept := find(weights())) is None:
         hint = f"evoprune tune VIDEO... --operations -m {name or 'MODEL'} finds one"
         raise UsageError(f"method {inner.name} follows a recipe, and there is none for {name or 'this model'}", hint)
-    made = replace(inner, recipe=kept.made())
-    return made if inner is method else replace(method, then=made)
+    return replace(method, language=replace(inner, recipe=kept.made()))

@@ -53,7 +53,7 @@ class Tuned:
 
     def __post_init__(self):
         check_types(self)
-        methods.get(self.method)
+        methods.parse(self.method)
         parse_budget(self.budget)
         try:
             datetime.fromisoformat(self.created_utc)

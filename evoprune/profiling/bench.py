@@ -125,7 +125,7 @@ class Bench:
         """Preprocesses a clip, once as it is and once for each method and budget that makes it smaller."""
         self._clips[case] = prepare(self._loaded, *frames)
         for name, budget in {(row.method, row.budget) for row in self._of(case) if row.kind == METHOD}:
-            method = methods.get(name, self._settings.method_args)
+            method = methods.parse(name, self._settings.method_args)
             if method.acts == "input":
                 self._smaller[case, name, budget] = prepare(self._loaded, *frames, method, budget)
 
@@ -134,7 +134,7 @@ class Bench:
         clip = self._smaller.get((row.case, row.method, row.budget), self._clips[row.case])
         if row.kind == HUGGING_FACE:
             return run_hugging_face(self._loaded, self._reference, clip, settings.new_tokens, clock)
-        loaded, method = self._loaded, methods.get(row.method, settings.method_args if row.kind == METHOD else None)
+        loaded, method = self._loaded, methods.parse(row.method, settings.method_args if row.kind == METHOD else None)
         method = of_model(method, loaded.id, lambda: loaded.weights_fingerprint)
         model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.whole), clip.units)
         plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
@@ -148,7 +148,7 @@ def all_rows(cases: Sequence[Case], settings: Settings) -> list[Row]:
 
 def _rows(case: Case, settings: Settings) -> list[Row]:
     """The rows of a case in the order of their turns. A method that prunes nothing is the budget of 1.0, which is always there."""
-    named = {name: methods.get(name, settings.method_args) for name in settings.methods if name != "none"}
+    named = {name: methods.parse(name, settings.method_args) for name in settings.methods if name != "none"}
     pruned = [
         Row(METHOD, case, budget, method, quantize=kind)
         for budget, method, kind in product(settings.budgets, named, settings.quantize)

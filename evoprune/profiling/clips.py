@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from evoprune.language.positions import VisualSpan, prompt_positions
-from evoprune.methods.base import Method
+from evoprune.methods.pipeline import Pipeline
 from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic
@@ -75,7 +75,7 @@ def prepare(
     loaded: LoadedModel,
     frames: torch.Tensor,
     seconds_per_pair: float,
-    method: Method | None = None,
+    method: Pipeline | None = None,
     budget: float = 1.0,
 ) -> Clip:
     """Preprocesses a clip, made smaller if `method` acts on the input.

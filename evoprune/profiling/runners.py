@@ -13,7 +13,7 @@ from evoprune.language.generate import (
     prefill,
     stream,
 )
-from evoprune.methods.base import Method
+from evoprune.methods.pipeline import Pipeline
 from evoprune.model.clock import Clock
 from evoprune.model.cost import tower_flop
 from evoprune.pipeline.loading.model import LoadedModel
@@ -39,7 +39,7 @@ def run_evoprune(
     loaded: LoadedModel,
     clip: Clip,
     plan: EncoderPlan,
-    method: Method,
+    method: Pipeline,
     budget: float,
     new_tokens: int,
     seed: int,
@@ -56,7 +56,7 @@ def run_evoprune(
             "seed": seed,
             "normal": loaded.video.normal,
         }
-        encoded = encode(visual, [clip.patches], plan, method.encoder, **how)
+        encoded = encode(visual, [clip.patches], plan, **how)
     with clock.stage("prefill"):
         place = range(TEXT_BEFORE, TEXT_BEFORE + clip.units)
         visuals = [Visual(place, encoded.features, encoded.kept, encoded.size)]

@@ -14,7 +14,7 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.base import Method
+from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import Config
 from evoprune.model.cost import EFFICIENCY, matmul_rate, prefill_flop, tower_flop
 from evoprune.model.weights import empty
@@ -116,7 +116,7 @@ class Estimate:
         settings: Settings,
         dtype: torch.dtype,
         device: str,
-        bind: Callable[[Method], Method] = lambda method: method,
+        bind: Callable[[Pipeline], Pipeline] = lambda method: method,
     ):
         self._config, self._limits, self._settings, self._bind = config, limits, settings, bind
         tree = empty(config)
@@ -135,11 +135,11 @@ class Estimate:
         return flop / self._rate + (self._settings.new_tokens - 1) * self._language / self._read
 
     def _prompt(self, row: Row, tokens: int) -> int | list[tuple[int, ...]]:
-        """Columns of the prompt, as `Method.prompt_work`."""
+        """Columns of the prompt, as `Pipeline.prompt_work`."""
         text, depth = TEXT_BEFORE + TEXT_AFTER, self._config.text_config.num_hidden_layers
         if row.kind != METHOD:
             return tokens + text
-        method = self._bind(methods.get(row.method, self._settings.method_args))
+        method = self._bind(methods.parse(row.method, self._settings.method_args))
         return method.prompt_work(depth, tokens, text, row.budget)
 
     def preparing(self, kinds: Collection[str]) -> float:
@@ -152,7 +152,7 @@ class Estimate:
         grid = max(1, case.frames // limits.temporal_patch_size), case.height // limits.unit, case.width // limits.unit
         if row.kind != METHOD:
             return full_plan(self._tower, grid)
-        method = methods.get(row.method, self._settings.method_args)
+        method = methods.parse(row.method, self._settings.method_args)
         return method.plan(self._tower, grid, keep_count(row.budget, grid[0] * grid[1] * grid[2]))
 
 

@@ -1,13 +1,12 @@
-"""The encoder's plan for a video, made before its first frame is read. Plain integers, no tensors.
+"""The encoder's plan for a video: how many tokens to keep, and the stages that reduce rows on the way. No tensors.
 
-A method makes the plan once, from the shape of the tower, the grid and the number of tokens to keep. The encoder runs
-it. The memory check, the estimate of the time to the first token, and the cache's key read it.
+A method makes it before the first frame is read. The encoder, the memory check, the cost and the cache's key read it.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 Grid = tuple[int, int, int]
 
@@ -36,20 +35,67 @@ class TowerShape:
 
 
 @dataclass(frozen=True)
-class Following:
-    """Rows that are dropped inside the tower, follow others, and come back at its end (vision/followers.py).
+class WholePairs:
+    """A selector keeps all rows of a frame pair or none; the others go on in chunks."""
+
+    selector: Any
+
+
+@dataclass(frozen=True)
+class Inflection:
+    """A selector keeps the tokens before the inflection of its sorted scores (methods/inflection.py)."""
+
+    selector: Any
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merger merges rows inside each window or frame pair, until each frame pair has as many as `left`, `[T]`, says."""
+
+    merger: Any
+    left: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """Rows are set aside, follow similar rows, and come back after the last layer (vision/followers.py).
 
     Attributes:
-        first: number of layers before rows are dropped.
-        last: number of layers up to which dropped rows are keys and values of attention.
-        rows: how many rows of each frame pair stay.
-        neighbours: how many of these each dropped row follows.
+        left: rows of each frame pair that stay.
+        until: number of layers up to which rows that were set aside are keys and values of attention.
+        neighbours: how many of the rows that stay each other row follows.
     """
 
-    first: int
-    last: int
-    rows: int
+    left: int
+    until: int
     neighbours: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From one layer of the tower on there are fewer rows.
+
+    Attributes:
+        first_layer: how many layers have run: 0 for patch embeddings, the tower's depth for what comes after its last layer.
+        rows: of the whole video from there on; an upper bound if not `exact`.
+        reduce: a `Selector` of rows, or of tokens after the last layer; `WholePairs`, `Inflection`, `Merge` or `SetAside`.
+        exact: whether `rows` does not depend on the content.
+    """
+
+    first_layer: int
+    rows: int
+    reduce: Any
+    exact: bool = True
+
+    @property
+    def inside_chunk(self) -> bool:
+        """Whether each chunk is reduced by itself; otherwise the video as a whole is."""
+        return isinstance(self.reduce, Merge | SetAside)
+
+    @property
+    def selector(self) -> Any:
+        """Its selector; None where rows merge or are set aside."""
+        return None if self.inside_chunk else getattr(self.reduce, "selector", self.reduce)
 
 
 @dataclass(frozen=True)
@@ -59,26 +105,26 @@ class EncoderPlan:
     Attributes:
         grid: (T, H, W) in units, as the encoder sees the video; an input method makes it smaller than the video's own.
         keep: K, the number of tokens for the language model.
-        layers: rows that each layer computes, over the whole video.
-        rows: rows that leave the tower.
-        exact: whether `layers` and `rows` are exact; otherwise they are upper bounds, and the content decides.
+        depth: layers of the tower.
         reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
-        merged: rows left in each frame pair after each layer, `[T][depth]`; None where nothing merges.
-        select_after: numbers of layers before each selection inside the tower, ascending.
-        whole_pairs: whether these selections keep all rows of a frame pair or none.
-        following: how rows are dropped for a while; None where none are.
+        stages: in the order of their layers. The last may select tokens, after the last layer.
+
+    Raises:
+        ValueError: stages that are out of order, or that reduce chunks after the video as a whole was reduced.
     """
 
     grid: Grid
     keep: int
-    layers: tuple[int, ...]
-    rows: int
-    exact: bool = True
+    depth: int
     reuse: float = 0.0
-    merged: tuple[tuple[int, ...], ...] | None = None
-    select_after: tuple[int, ...] = ()
-    whole_pairs: bool = False
-    following: Following | None = None
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self):
+        for stage, after in pairwise(self.stages):
+            if after.first_layer < stage.first_layer or (after.inside_chunk and not stage.inside_chunk):
+                raise ValueError(f"stage {after} cannot come after {stage}")
+        if self.selections and any(isinstance(stage.reduce, SetAside) for stage in self.stages):
+            raise ValueError("rows that are set aside come back after the last layer, and none may be selected before")
 
     @property
     def units(self) -> int:
@@ -91,17 +137,45 @@ class EncoderPlan:
         return self.keep < self.units
 
     @property
-    def layers_before(self) -> range:
-        """The layers before the first selection inside the tower; all without one."""
-        return range(self.select_after[0] if self.select_after else len(self.layers))
+    def exact(self) -> bool:
+        """Whether `layers` and `rows` are exact; otherwise they are upper bounds, and the content decides."""
+        return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.tokens)
 
     @property
-    def layers_after(self) -> list[range]:
-        """The layers between each selection inside the tower and the next one."""
-        return [range(first, last) for first, last in pairwise((*self.select_after, len(self.layers)))]
+    def tokens(self) -> Stage | None:
+        """The stage that selects tokens after the tower."""
+        last = self.stages[-1] if self.stages else None
+        return last if last and last.first_layer == self.depth and not last.inside_chunk else None
+
+    @property
+    def inside_chunks(self) -> list[Stage]:
+        """The stages that reduce each chunk by itself; they come first."""
+        return [stage for stage in self.stages if stage.inside_chunk]
+
+    @property
+    def selections(self) -> list[Stage]:
+        """The stages between layers that select among the rows of the whole video."""
+        return [stage for stage in self.stages if not stage.inside_chunk and stage is not self.tokens]
+
+    @property
+    def spans(self) -> list[range]:
+        """The layers before the first of `selections`, and those after each."""
+        edges = [0, *(stage.first_layer for stage in self.selections), self.depth]
+        return [range(first, last) for first, last in pairwise(edges)]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Rows that each layer computes, over the whole video."""
+        edges = [(0, self.units), *((s.first_layer, s.rows) for s in self.stages), (self.depth, 0)]
+        return tuple(rows for (first, rows), (last, _) in pairwise(edges) for _ in range(first, last))
+
+    @property
+    def rows(self) -> int:
+        """Rows that leave the tower."""
+        left = [s.rows for s in self.stages if s is not self.tokens and not isinstance(s.reduce, SetAside)]
+        return left[-1] if left else self.units
 
 
-def full_plan(tower: TowerShape, grid: Grid, keep: int | None = None) -> EncoderPlan:
-    """The plan in which every unit goes through every layer, and `keep` tokens (default: all) are selected after the last."""
-    units = prod(grid)
-    return EncoderPlan(grid, units if keep is None else keep, (units,) * tower.depth, units)
+def full_plan(tower: TowerShape, grid: Grid) -> EncoderPlan:
+    """The plan in which every unit goes through every layer and becomes a token."""
+    return EncoderPlan(grid, prod(grid), tower.depth)

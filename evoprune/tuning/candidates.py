@@ -35,6 +35,6 @@ def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[
     Raises:
         UsageError: an unknown method, or settings that it does not have.
     """
-    named = {name: methods.get(name) for name in dict.fromkeys((*METHODS, *more)) if name != "none"}
+    named = {name: methods.parse(name) for name in dict.fromkeys((*METHODS, *more)) if name != "none"}
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
     return [Candidate(name, budget) for name, budget in pairs if named[name].acts_at(budget)]

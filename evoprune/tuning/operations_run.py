@@ -13,6 +13,7 @@ import evoprune
 from evoprune.errors import UsageError
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.methods.operations import KEY, PLACE, Operations
+from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline import recipes
 from evoprune.pipeline.agreement import Reference, agreement
 from evoprune.pipeline.answering import EncodedVideo
@@ -108,7 +109,7 @@ class OperationTuning:
         def measure(removed: Removed) -> Loss:
             self._measured += 1
             progress(f"measurement {self._measured}, {counted(sum(map(len, self.found.steps)), 'operation')} left out")
-            engine = replace(full, method=_Trial(recipe=self._blank, removed=removed))
+            engine = replace(full, method=Pipeline(language=_Trial(recipe=self._blank, removed=removed)))
             each = [
                 agreement(given, other)
                 for video, references in asked

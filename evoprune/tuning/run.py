@@ -105,7 +105,7 @@ class Tuning:
         """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
         self.loaded = loaded = load_model(self.settings.model, to_answer=True, progress=progress)
         for candidate in self.known:
-            of_model(methods.get(candidate.method), loaded.id, lambda: loaded.weights_fingerprint)
+            of_model(methods.parse(candidate.method), loaded.id, lambda: loaded.weights_fingerprint)
 
     schema: ClassVar[str] = "evoprune/tune@1"
 

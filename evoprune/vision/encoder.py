@@ -5,9 +5,9 @@ tower reads nothing outside a frame pair, except keys and values of reused rows,
 constant, and the result does not depend on the chunk size. Without pruning the output is Hugging Face's, up to
 rounding.
 
-If the plan selects rows inside the tower, the selection covers the whole video: the rows of all chunks are held until
-then, and the selected rows go through the other layers together, or, if frame pairs are kept whole, again in chunks.
-There may be several such selections. What else is done with rows between two layers stays inside a chunk (between.py).
+The plan's stages say where rows are left behind. A selection covers the whole video: the rows of all chunks are held
+until then, and the selected rows go through the following layers together, or, if frame pairs are kept whole, again in
+chunks. Merging and setting aside stay inside a chunk (between.py).
 
 The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program waits for the GPU
 only at the selection inside the tower, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
@@ -18,24 +18,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from evoprune.methods.base import Method
 from evoprune.methods.selecting import select
 from evoprune.model.autocast import without_autocast
 from evoprune.model.numerics import all_numbers, not_a_number_error
 from evoprune.model.weights import Tower
-from evoprune.pruning.encoder_plan import EncoderPlan
+from evoprune.pruning.encoder_plan import EncoderPlan, Stage, WholePairs
 from evoprune.pruning.indices import ascending
+from evoprune.pruning.ranking import nearest
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
-from evoprune.vision.between import Between
+from evoprune.vision.between_layers import between_layers
 from evoprune.vision.chunks import Chunk, in_chunks
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.families import family
-from evoprune.vision.followers import Followers
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
-from evoprune.vision.merging import Merging
 from evoprune.vision.preprocess import CLIP, Normalisation
 from evoprune.vision.references import References
 from evoprune.vision.timer import Timer
@@ -49,7 +48,6 @@ def encode(
     visual,
     patches: Iterable[torch.Tensor],
     plan: EncoderPlan,
-    method: Method,
     *,
     question: torch.Tensor | None = None,
     seconds_per_pair: float = 1.0,
@@ -63,8 +61,7 @@ def encode(
         visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of Qwen2.5-VL or Qwen2-VL, whose layers obey
             torch's autocast. The rows are then in its dtype.
         patches: pieces `[n, 1176]` in Hugging Face's order that make up the whole video.
-        plan: from `method.plan` for this tower.
-        method: the pruning method.
+        plan: for this tower, from `Pipeline.plan`.
         question: `[Q, D]`, the embeddings of its tokens, for a method that reads the question.
         seconds_per_pair: time from one frame pair to the next, in seconds.
         seed: for methods that draw at random.
@@ -76,8 +73,10 @@ def encode(
         UsageError: the method reads the question, and there is none.
         ModelError: the tower computes NaN or infinite values.
     """
-    how = {"seconds_per_pair": seconds_per_pair, "seed": seed, "chunk_units": chunk_units, "normal": normal}
-    return select_tokens(encode_rows(visual, patches, plan, method, **how), question)
+    rows = encode_rows(
+        visual, patches, plan, seconds_per_pair=seconds_per_pair, seed=seed, chunk_units=chunk_units, normal=normal
+    )
+    return select_tokens(rows, question)
 
 
 @torch.inference_mode()
@@ -85,7 +84,6 @@ def encode_rows(
     visual,
     patches: Iterable[torch.Tensor],
     plan: EncoderPlan,
-    method: Method,
     *,
     seconds_per_pair: float = 1.0,
     seed: int = 0,
@@ -96,28 +94,28 @@ def encode_rows(
     """The part of `encode` before a question is needed. Arguments and errors as in `encode`.
 
     Args:
-        on_layer: called with the number of finished layers and of all layers, after each layer that follows the selection
+        on_layer: called with the number of finished layers and of all layers, after each layer that follows a selection
             inside the tower.
     """
-    run = _Run(visual, plan, method, chunk_units, on_layer)
+    run = _Run(visual, plan, chunk_units, on_layer)
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
         for chunk in run.chunks(patches, normal):
             x, layout = run.embed(chunk)
             x, layout = run.run_first_layers(chunk, x, layout)
-            if not plan.select_after:
+            if not plan.selections:
                 x = run.merge_patches(x)
             run.collect(chunk, x, layout)
         chunk = x = layout = None  # frees the memory of the last chunk
         rows, selection = run.all_rows(), None
-        for layers in plan.layers_after:
-            rows, selection = run.select_rows(rows, layers.start, seconds_per_pair, seed)
-            rows = run.run_later_layers(rows, layers)
-        if plan.select_after:
+        for stage, layers in zip(plan.selections, plan.spans[1:], strict=True):
+            rows, selection = run.select_rows(rows, stage, seconds_per_pair, seed)
+            rows = run.run_later_layers(rows, stage, layers)
+        if plan.selections:
             rows.x = run.merge_patches(rows.x)
             run.checks.numbers.append(all_numbers(rows.x))
     tokens = Tokens(rows.x, rows.owner, plan.grid, seconds_per_pair, seed, run.selector_inputs())
     source = torch.cat(run.sources)
-    return EncodedRows(method, plan, tokens, rows.unit, source, run.layers, selection, run.timer, run.checks)
+    return EncodedRows(plan, tokens, rows.unit, source, run.layers, selection, run.timer, run.checks)
 
 
 @dataclass
@@ -138,19 +136,21 @@ class _VideoRows:
 class _Run:
     """The state of one video while the tower encodes it; its methods are the steps of `encode_rows`."""
 
-    def __init__(self, visual, plan: EncoderPlan, method: Method, chunk_units: int | None, on_layer: OnLayer):
+    def __init__(self, visual, plan: EncoderPlan, chunk_units: int | None, on_layer: OnLayer):
         weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
-        self.visual, self.plan, self.method, self.depth = visual, plan, method, tower.depth
+        self.visual, self.plan = visual, plan
         self.device, self.dtype = weight.device, weight.dtype
         self.geometry = tower_geometry(visual, *plan.grid[1:])
         self.at_once = chunk_units or devices.units_at_a_time(self.device)
         self.on_layer = on_layer
         self.timer, self.checks = Timer(self.device), Checks()
         self.references = References() if plan.reuse else None
-        selector = method.selector if plan.prunes else None
+        selector = plan.tokens.selector if plan.tokens else None
         self.gathering = Gathering(selector, tower, self._merge_states) if selector and selector.needs else None
-        if self.gathering and plan.select_after and not plan.whole_pairs:
-            raise TypeError(f"method {method.name} selects between layers, so it gets nothing but the rows")
+        if self.gathering and not all(isinstance(stage.reduce, WholePairs) for stage in plan.selections):
+            raise TypeError(
+                f"method {selector.name} selects behind a selection between layers, and gets nothing but the rows"
+            )
         self.computed = [0] * tower.depth
         self.pieces: list[_VideoRows] = []
         self.sources: list[torch.Tensor] = []
@@ -185,17 +185,13 @@ class _Run:
         return embed(self.visual, devices.to_device(chunk.patches, self.device)), layout
 
     def run_first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
-        """The rows after the layers before the selection, or after all layers."""
-        between, plan = Between(), self.plan
-        if plan.merged:
-            left = plan.merged[chunk.first : chunk.first + chunk.pairs]
-            between = Merging(self.method.merger, left, self.checks.failed)
-        elif plan.following:
-            between = Followers(plan.following, self.depth)
-        for layer in plan.layers_before:
+        """The rows after the layers before the first selection, or after all layers."""
+        layers = self.plan.spans[0]
+        between = between_layers(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
+        for layer in layers:
             self.computed[layer] += between.computed(layer, layout)
         passage = Passage(self.visual, self.timer, between, self.references, self.gathering)
-        return run_layers(passage, plan.layers_before, x, layout)
+        return run_layers(passage, layers, x, layout)
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
         """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""
@@ -220,9 +216,9 @@ class _Run:
         return _VideoRows(torch.cat(live), torch.cat(units), torch.cat(owners))
 
     def select_rows(
-        self, rows: _VideoRows, layer: int, seconds_per_pair: float, seed: int
+        self, rows: _VideoRows, stage: Stage, seconds_per_pair: float, seed: int
     ) -> tuple[_VideoRows, Selection | None]:
-        """The rows for the layers from `layer` on; and the selection, if the language model reads exactly these rows.
+        """The rows that go on; and the selection, if the language model reads exactly these rows.
 
         Rows are compared after the norm of the next layer, which reduces the few channels that are large in all rows, if the
         selector does not ask for hidden states. Nothing is selected in a video without any change, if all its rows may go on: each
@@ -230,34 +226,35 @@ class _Run:
         """
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
-        plan, selector = self.plan, self.method.inner
-        most = plan.keep if plan.whole_pairs else plan.rows
+        plan, selector, whole_pairs = self.plan, stage.selector, isinstance(stage.reduce, WholePairs)
+        most = plan.keep if whole_pairs else stage.rows
         by_pair = rows.owner.view(plan.grid[0], -1)
         if most >= len(rows.x) and (by_pair == by_pair[0]).all():
             return rows, None
         with self.timer:
             seen = rows.x
             if "hidden" not in selector.needs:
-                seen = family(self.visual).norm(self.visual.blocks[layer].norm1, seen)
+                seen = family(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
             seen = seen.flatten(1)
             tokens = Tokens(seen, rows.owner, plan.grid, seconds_per_pair, seed)
             found = select(selector, tokens, min(most, len(rows.x)))
+            owner = found.owner if found.owner is not None else _nearest_kept(seen, rows.owner, found.kept)
             del seen, tokens  # as large as all rows
             means = found.features(rows.x.flatten(1), rows.owner).view(-1, *rows.x.shape[1:])
-        final = not plan.whole_pairs and selector.suffices(len(found.kept), plan.keep, plan.units)
-        return _VideoRows(means, found.kept, found.owner), found if final else None
+        final = not whole_pairs and selector.suffices(len(found.kept), plan.keep, plan.units)
+        return _VideoRows(means, found.kept, owner), found if final else None
 
-    def run_later_layers(self, rows: _VideoRows, layers: range) -> _VideoRows:
+    def run_later_layers(self, rows: _VideoRows, stage: Stage, layers: range) -> _VideoRows:
         """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
         self.computed[layers.start : layers.stop] = [len(rows.unit)] * len(layers)
-        if self.plan.whole_pairs:
+        if isinstance(stage.reduce, WholePairs):
             pairs = -(-self.at_once // self.geometry.units)
             pieces = rows.x.split(pairs * self.geometry.units)
             made = [self._run_pairs(x, layers, last=x is pieces[-1]) for x in pieces]
             return _VideoRows(torch.cat(made), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
         passage = Passage(
-            self.visual, self.timer, mlp_rows=self.at_once, on_layer=lambda done: self.on_layer(done, self.depth)
+            self.visual, self.timer, mlp_rows=self.at_once, on_layer=lambda done: self.on_layer(done, self.plan.depth)
         )
         x, rows.x = rows.x[order], None  # frees the rows in the old order
         x, _ = run_layers(passage, layers, x, layout)
@@ -268,7 +265,7 @@ class _Run:
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
         passage = Passage(self.visual, self.timer, gathering=self.gathering)
         if last:
-            passage.on_layer = lambda done: self.on_layer(done, self.depth)
+            passage.on_layer = lambda done: self.on_layer(done, self.plan.depth)
         order = layout.unit.argsort()
         x, _ = run_layers(passage, layers, x[layout.unit], layout)
         if self.gathering:
@@ -296,3 +293,14 @@ class _Run:
         self.checks.numbers.append(all_numbers(rows))
         if not devices.static_shapes(self.device) and not self.checks.numbers[-1]:
             raise not_a_number_error("encode")
+
+
+def _nearest_kept(seen: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """int64 `[N]`, for a selector that names no owners: the kept row that is most similar to each unit's row, by cosine.
+
+    Args:
+        seen: `[E, D]`, rows. owner: int64 `[N]`, the row of each unit. kept: int64 `[K]`, the kept units.
+    """
+    rows = F.normalize(seen.float(), dim=1)
+    found = nearest(rows, rows[owner[kept]])[owner]
+    return torch.where(owner < 0, -1, found).index_copy_(0, kept, ascending(len(kept), kept.device))

@@ -1,7 +1,7 @@
 """Rows that are dropped inside the tower and come back at its end: until then they follow similar rows that stay.
 
-After some layers (`Following.first`) each frame pair keeps the rows that the last layer changed most. A dropped row
-remembers its state and the kept rows nearest to it. Until `Following.last` it moves as these move on average, and it
+After some layers (`Stage.first_layer`) each frame pair keeps the rows that the last layer changed most. A dropped row
+remembers its state and the kept rows nearest to it. Until `SetAside.until` it moves as these move on average, and it
 stays a key and a value of attention, but no MLP computes it. Then the kept rows go on alone. After the last layer all
 dropped rows come back, moved in the same way. This is IPCV (arXiv 2512.18747); methods/ipcv.py says what is adapted.
 
@@ -10,7 +10,7 @@ Every shape follows from the plan, so nothing waits for a GPU.
 
 import torch
 
-from evoprune.pruning.encoder_plan import Following
+from evoprune.pruning.encoder_plan import Stage
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.score import snap
 from evoprune.vision.between import Between
@@ -21,30 +21,30 @@ class Followers(Between):
     """Of one chunk, of which every unit is a row.
 
     Args:
-        plan: which rows are dropped, and when.
+        stage: reduces by a `SetAside`.
         depth: number of layers.
     """
 
     size_bias = False
 
-    def __init__(self, plan: Following, depth: int):
-        self._plan, self._depth = plan, depth
+    def __init__(self, stage: Stage, depth: int):
+        self._first, self._plan, self._depth = stage.first_layer, stage.reduce, depth
         self._earlier: torch.Tensor | None = None  # the rows before the layer whose changes decide
         self._saved: torch.Tensor | None = None  # [R, 4, hidden], the rows after that layer
 
     def begin(self, x: torch.Tensor) -> None:
-        if self._plan.first == 1:
+        if self._first == 1:
             self._earlier = x
 
     def computed(self, layer: int, layout: TokenLayout) -> int:
         """Rows in `layer`: without followers, of which attention computes keys and values."""
-        return layout.rows if layer < self._plan.first else layout.pairs * self._plan.rows
+        return layout.rows if layer < self._first else layout.pairs * self._plan.left
 
     def active(self, layer: int) -> torch.Tensor | None:
-        return self._kept if self._plan.first <= layer < self._plan.last else None
+        return self._kept if self._first <= layer < self._plan.until else None
 
     def acts(self, layer: int, layout: TokenLayout) -> bool:
-        return self._plan.first - 1 <= layer + 1 <= self._plan.last or layer + 1 == self._depth
+        return self._first - 1 <= layer + 1 <= self._plan.until or layer + 1 == self._depth
 
     def after(
         self,
@@ -56,16 +56,16 @@ class Followers(Between):
         received: torch.Tensor | None,
     ) -> tuple[torch.Tensor, TokenLayout]:
         plan, done = self._plan, layer + 1
-        if done < plan.first:
+        if done < self._first:
             self._earlier = x
             return x, layout
-        if done == plan.first:
+        if done == self._first:
             self._divide(x, layout)
-        elif done <= plan.last:
+        elif done <= plan.until:
             x = self._moved(x[self._kept])
         if done == self._depth:
             return self.whole(x), self._layout
-        return (x[self._kept], self._layout_of_kept) if done == plan.last else (x, layout)
+        return (x[self._kept], self._layout_of_kept) if done == plan.until else (x, layout)
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._saved is None or len(x) == len(self._saved) else self._moved(x)
@@ -81,7 +81,7 @@ class Followers(Between):
 
     def _divide(self, x: torch.Tensor, layout: TokenLayout) -> None:
         """Decides which rows stay, and whom the others follow."""
-        geo, pairs, keep = layout.geometry, layout.pairs, self._plan.rows
+        geo, pairs, keep = layout.geometry, layout.pairs, self._plan.left
         rows = x.flatten(1).float().view(pairs, geo.units, -1)
         change = (rows - self._earlier.flatten(1).float().view_as(rows)).norm(dim=2)
         change = snap(change / change.amax(1, keepdim=True).clamp(min=1e-30))

@@ -1,6 +1,6 @@
 """Merges rows inside windows or frame pairs, down to the counts of the plan; a merger decides which rows go together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,12 +23,12 @@ class Merging(Between):
 
     Attributes:
         merger: decides which rows merge.
-        left: rows of each of the chunk's frame pairs after each layer, `[T][depth]`.
+        left: by the number of layers that have run, where rows merge: the rows of each of the chunk's frame pairs from there on.
         failed: bool tensors without dimension, read at the end: whether a group did not lose its rows.
     """
 
     merger: Merger
-    left: Sequence[tuple[int, ...]]
+    left: Mapping[int, tuple[int, ...]]
     failed: list[torch.Tensor]
 
     @property
@@ -36,17 +36,14 @@ class Merging(Between):
         return self.merger.size_bias
 
     def computed(self, layer: int, layout: TokenLayout) -> int:
-        return sum(self.target(layer - 1)) if layer else layout.rows
+        merged = [done for done in self.left if done <= layer]
+        return sum(self.left[max(merged)]) if merged else layout.rows
 
     def needs(self, layer: int, layout: TokenLayout) -> frozenset[str]:
         return self.merger.needs if self.acts(layer, layout) else frozenset()
 
-    def target(self, layer: int) -> tuple[int, ...]:
-        """Rows of each frame pair after a layer."""
-        return tuple(rows[layer] for rows in self.left)
-
     def acts(self, layer: int, layout: TokenLayout) -> bool:
-        return self.target(layer) != layout.per_pair
+        return self.left.get(layer + 1, layout.per_pair) != layout.per_pair
 
     def after(
         self,
@@ -106,7 +103,7 @@ def reduce_rows(
     Raises:
         RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
     """
-    target, static = merging.target(layer), devices.static_shapes(x.device)
+    target, static = merging.left[layer + 1], devices.static_shapes(x.device)
     total, longest = layout.group_count(scope), layout.longest(scope)
     length = tally(layout.group_of(layout.unit, scope), total)
     goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)

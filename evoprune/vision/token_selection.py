@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.base import Method
+from evoprune.methods.inflection import tokens_before_inflection
 from evoprune.methods.selecting import select
 from evoprune.model.numerics import not_a_number_error
-from evoprune.pruning.encoder_plan import EncoderPlan
+from evoprune.pruning.encoder_plan import EncoderPlan, Inflection
 from evoprune.pruning.indices import ascending, tally
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
@@ -36,7 +36,7 @@ class EncodedRows:
     """A video after the tower, before tokens are selected.
 
     Attributes:
-        method, plan: the method and plan that encoded it.
+        plan: as it was encoded.
         tokens: the input of the selector.
         unit: int64 `[E]`, the unit whose place each row has.
         source: int64 `[T, H*W]` on the CPU, the number of the frame pair whose pixels represent each unit.
@@ -46,7 +46,6 @@ class EncodedRows:
         checks: results that `finish` reads.
     """
 
-    method: Method
     plan: EncoderPlan
     tokens: Tokens
     unit: torch.Tensor
@@ -75,7 +74,9 @@ class EncodedRows:
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
         if self.checks.failed and torch.stack(self.checks.failed).any():
-            raise RuntimeError(f"method {self.method.name} did not remove as many rows as it was asked to")
+            raise RuntimeError(
+                f"method {self.plan.stages[0].reduce.merger.name} did not remove as many rows as it was asked to"
+            )
         return bool(self.checks.even) and all_true(self.checks.even), self.timer.seconds()
 
 
@@ -112,22 +113,23 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
         UsageError: the method reads the question, and there is none.
         PluginError: a method of another package returns what is no selection of `keep` units.
     """
-    method, tokens, keep = video.method, video.tokens, video.plan.keep
+    tokens, keep, stage = video.tokens, video.plan.keep, video.plan.tokens
     if video.selection is not None or not video.plan.prunes:
         return video.selection or Selection(video.unit)
-    if method.selector is None:
+    if stage is None:
         few = len(video.unit) > keep
         return Selection(video.unit[_largest(tally(tokens.owner, len(video.unit)), keep)] if few else video.unit)
-    if method.reads_question:
+    selector = stage.selector
+    if selector.reads_question:
         if question is None:
-            what, instead = method.reading
             raise UsageError(
-                f"{what}, and there is none here",
-                f"give the question with the video, or take {instead}",
+                f"method {selector.name} reads the question, and there is none here",
+                "give the question with the video, or take another method",
             )
-        given = {**tokens.given, "question": question.to(video.unit.device).float()}
-        tokens = replace(tokens, given=given)
-    return select(method.selector, tokens, keep)
+        tokens = replace(tokens, given={**tokens.given, "question": question.to(video.unit.device).float()})
+    if isinstance(stage.reduce, Inflection):
+        keep = tokens_before_inflection(selector, tokens, keep)
+    return select(selector, tokens, keep)
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:

@@ -152,7 +152,6 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
             engine.loaded.model.model.visual,
             patches(),
             view.encoder,
-            engine.method.encoder,
             seconds_per_pair=plan.sampling.seconds_per_pair(limits.temporal_patch_size),
             seed=engine.seed,
             normal=limits.normal,

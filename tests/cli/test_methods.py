@@ -16,14 +16,14 @@ PAIRS = [
     f"{before}+{inner}"
     for before, inner in zip(("evoprune", "reuse+divprune", "downscale", "tome"), INNER, strict=False)
 ]
-EXACT = [name for name in NAMES if name != "none" and methods.get(name).exact]
+EXACT = [name for name in NAMES if name != "none" and methods.parse(name).exact]
 
 
 DRAWN = ("none", "downscale", "vidcom2", "tome", "evoprune", "reuse+divprune")  # one of each kind: what goes, and where
 
 
 def reads_question(name: str) -> bool:
-    return methods.get(name).reads_question or name in INNER
+    return methods.parse(name).reads_question or name in INNER
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_ask(tiny, name):
 
 
 @pytest.mark.parametrize(
-    "name", one_of_each(["evoprune", *(name for name in NAMES if methods.get(name).reads_question), *PAIRS])
+    "name", one_of_each(["evoprune", *(name for name in NAMES if methods.parse(name).reads_question), *PAIRS])
 )
 def test_batch(tiny, name, tmp_path):
     out = tmp_path / "out.jsonl"

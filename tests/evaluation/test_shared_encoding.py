@@ -10,7 +10,7 @@ from evoprune.evaluation.run import Evaluation
 from tests.evaluation.test_run import CLIPS, SETTINGS, begun, loaded, videos  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
-AFTER = tuple(name for name in methods.built_in() if methods.get(name).acts == "after")
+AFTER = tuple(name for name in methods.built_in() if methods.parse(name).acts == "after")
 REUSING = ("evoprune", "evoprune:alpha=0", "reuse+divprune", "reuse+scope", "reuse+cdpruner", "evoprune:depth=1")
 
 
@@ -22,12 +22,12 @@ def samples(loaded, settings, clips) -> list[dict]:  # noqa: F811
 
 @pytest.fixture
 def towers(monkeypatch) -> list[tuple]:
-    """The method's name and its tokens to keep, each time that a video went through the tower."""
+    """The reuse, the number of selections between layers and the tokens to keep, each time that a video went through the tower."""
     seen, real = [], shared_encoding.encode_rows
 
-    def encode_rows(visual, patches, plan, method, **how):
-        seen.append((method.name, plan.keep))
-        return real(visual, patches, plan, method, **how)
+    def encode_rows(visual, patches, plan, **how):
+        seen.append((plan.reuse, len(plan.selections), plan.keep))
+        return real(visual, patches, plan, **how)
 
     monkeypatch.setattr(shared_encoding, "encode_rows", encode_rows)
     return seen
@@ -53,12 +53,12 @@ def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers): 
 def test_selectors_after_the_same_tower_share_rows(loaded, towers):  # noqa: F811
     settings = replace(SETTINGS, methods=(*REUSING, "divprune", "random", "reuse:threshold=5+divprune"))
     samples(loaded, settings, videos(CLIPS[:1]))
-    inside = [("evoprune", 24), ("evoprune", 12)]  # evoprune selects inside the tower, with other rows in each variant
-    needs = {methods.get(name).selector.needs for name in REUSING[2:]}
-    after_reuse = [("reuse", 24)] * len(needs)  # once for selectors that need attention, keys, both or nothing
+    inside = [(8.0, 1, 24), (8.0, 1, 12)]  # evoprune selects inside the tower, with other rows in each variant
+    needs = {methods.parse(name).tokens.needs for name in REUSING[2:]}
+    after_reuse = [(8.0, 0, 24)] * len(needs)  # once for selectors that need attention, keys, both or nothing
     assert len(needs) >= 2 and frozenset() in needs  # evoprune:depth=1 shares the rows of reuse+divprune
-    other_threshold, after = ("reuse", 24), ("divprune", 24)  # random shares the rows of divprune
-    assert towers == [("none", 48), *inside * 2, *after_reuse, after, other_threshold]
+    other_threshold, after = (5.0, 0, 24), (0.0, 0, 24)  # random shares the rows of divprune
+    assert towers == [(0.0, 0, 48), *inside * 2, *after_reuse, after, other_threshold]
 
 
 def test_methods_with_shared_rows_have_their_own_pruning_times(loaded):  # noqa: F811

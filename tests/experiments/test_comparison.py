@@ -62,11 +62,11 @@ RIGHT = {"pool": "1110" * 10, "random": "1111" * 10, "evs": "1111" * 9 + "1110",
 
 def test_all_methods_are_rows_and_every_selector_also_after_reuse():
     names = compared()
-    after = [name for name in methods.built_in() if methods.get(name).acts == "after"]
+    after = [name for name in methods.built_in() if methods.parse(name).acts == "after"]
     assert len(after) > 10 and len(set(names)) == len(names)
     expected = {*methods.built_in(), "evoprune:depth=1", *(f"reuse+{name}" for name in after)}
     assert set(names) == expected - {"none", "operations"}
-    assert all(methods.get(name).acts_at(0.5) for name in names)
+    assert all(methods.parse(name).acts_at(0.5) for name in names)
 
 
 def test_a_tie_is_called_a_tie():

@@ -14,6 +14,11 @@ UNITS = 4 * 6 * 8
 TOWER = TowerShape(depth=16, full_layers=(3, 7, 11, 15), window=4)
 
 
+def inner(method):
+    """The selector of its first stage, between two layers."""
+    return method.stages(TowerShape(8, (1, 3, 5, 7)), (4, 5, 6), 30)[0].selector
+
+
 @pytest.fixture
 def tokens():
     rows = torch.randn(UNITS, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float32).cumsum(0)
@@ -21,37 +26,37 @@ def tokens():
 
 
 def test_without_settings_it_is_evoprune(tokens):
-    plain, same = EvoPrune().inner.select(tokens, 30), Variant().inner.select(tokens, 30)
+    plain, same = inner(EvoPrune()).select(tokens, 30), inner(Variant()).select(tokens, 30)
     assert torch.equal(plain.kept, same.kept) and torch.equal(plain.owner, same.owner)
     assert Variant().plan(TOWER, GRID, 30) == EvoPrune().plan(TOWER, GRID, 30)
     assert torch.equal(plain.weight, same.weight)
-    plain, same = EvoPrune(rows=1.0).inner.select(tokens, 30), Variant(rows=1.0).inner.select(tokens, 30)
+    plain, same = inner(EvoPrune(rows=1.0)).select(tokens, 30), inner(Variant(rows=1.0)).select(tokens, 30)
     assert torch.equal(plain.kept, same.kept) and plain.weight is same.weight is None
 
 
 def test_the_first_frame_pair_stays_whole_where_there_is_room(tokens):
-    found = Variant(opening=0.5).inner.select(tokens, 100)
+    found = inner(Variant(opening=0.5)).select(tokens, 100)
     assert (
         found.kept[:48].tolist() == [*range(48)]
         and len(found.kept) == 100
         and torch.equal(found.kept, found.kept.unique())
     )
-    few = Variant(opening=0.5).inner.select(tokens, 90)
-    assert torch.equal(few.kept, EvoPrune().inner.select(tokens, 90).kept)
+    few = inner(Variant(opening=0.5)).select(tokens, 90)
+    assert torch.equal(few.kept, inner(EvoPrune()).select(tokens, 90).kept)
 
 
 def test_units_of_contrast_are_selected_first(tokens):
     patches = tokens.rows.view(UNITS, 4, -1)
     patches[:] = patches.mean(1, keepdim=True)  # without contrast
     patches[::5] += 1.5 * torch.randn(patches[::5].shape, generator=torch.Generator().manual_seed(1))
-    plain, found = (set(m.inner.select(tokens, 30).kept.tolist()) for m in (EvoPrune(), Variant(contrast=3)))
+    plain, found = (set(inner(m).select(tokens, 30).kept.tolist()) for m in (EvoPrune(), Variant(contrast=3)))
     units = set(range(0, UNITS, 5))
     assert len(found & units) > len(plain & units)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_every_distance_selects(tokens, name):
-    assert len(Variant(distance=name).inner.select(tokens, 30).kept) == 30
+    assert len(inner(Variant(distance=name)).select(tokens, 30).kept) == 30
 
 
 def test_an_unknown_distance_is_refused():

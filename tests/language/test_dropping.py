@@ -52,13 +52,13 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
     place = range(BEFORE, BEFORE + len(VISUAL))
     visuals = [Visual(place, embeds[VISUAL], torch.arange(len(VISUAL)))]
     prompt, columns = embed_prompt(model, ids, visuals)
-    dropping = dropping_for(model, methods.get(name), 0.25, visuals, [GRID], prompt, columns)
+    dropping = dropping_for(model, methods.parse(name), 0.25, visuals, [GRID], prompt, columns)
     state = prefill(model, prompt, positions, 60, dropping=dropping)
     room = [keys.shape[2] - 256 for keys, _ in state.cache._layers]
     assert room == list(dropping.columns) and all(a >= b for a, b in zip(room, state.cache.lengths, strict=True))
     assert list(dropping.layers) == [length - TEXT for length in state.cache.lengths]
     tokens = list(stream(model, state, GenerationSettings(4), ()))
-    dropping = dropping_for(model, methods.get(name), 0.25, visuals, [GRID], prompt, columns)
+    dropping = dropping_for(model, methods.parse(name), 0.25, visuals, [GRID], prompt, columns)
     again = prefill(model, prompt, positions, 60, dropping=dropping)
     assert along(model, again, torch.tensor(tokens)).argmax(-1).tolist() == tokens
 
@@ -66,10 +66,10 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
 @pytest.mark.parametrize("name", DROPPING)
 def test_without_a_drop_nothing_changes_bit_for_bit(name):
     model, (embeds, positions) = deep_model(), a_prompt()
-    assert methods.get(name).language_plan(8, len(VISUAL), 1.0) is None
+    assert methods.parse(name).language_plan(8, len(VISUAL), 1.0) is None
     plain = decoder.logits(model, embeds, positions, KVCache(model, COLUMNS))
     visuals = [Visual(range(BEFORE, BEFORE + len(VISUAL)), embeds[VISUAL], torch.arange(len(VISUAL)))]
-    assert dropping_for(model, methods.get(name), 1.0, visuals, [GRID], embeds, torch.arange(COLUMNS)) is None
+    assert dropping_for(model, methods.parse(name), 1.0, visuals, [GRID], embeds, torch.arange(COLUMNS)) is None
     assert torch.equal(plain, decoder.logits(model, embeds, positions, KVCache(model, COLUMNS)))
 
 
@@ -138,7 +138,7 @@ def test_two_inputs_of_one_prompt():
     ]
     embeds, columns = embed_prompt(model, ids, visuals)
     for name in DROPPING:
-        dropping = dropping_for(model, methods.get(name), 0.2, visuals, grids, embeds, columns)
+        dropping = dropping_for(model, methods.parse(name), 0.2, visuals, grids, embeds, columns)
         assert dropping._pair.tolist() == [0, 0, 0, 1, 1, 1] + [2] * 9
         assert columns[dropping._visual].tolist() == [3, 5, 7, 9, 11, 13, *range(18, 27)]
         state = prefill(model, embeds, columns.expand(3, -1), 60, dropping=dropping)

@@ -8,6 +8,7 @@ import torch
 
 import evoprune
 from evoprune import methods
+from evoprune.methods.base import Merger
 from evoprune.methods.mmr import Mmr
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.video_qa import VideoQA
@@ -18,10 +19,12 @@ from tests.quantized import SOME
 from tests.tiny import tiny_model
 
 NAMES = [*methods.built_in(), "reuse+visionzip", "evoprune+fastv"]
-ON_PATCHES = [name for name in NAMES if methods.get(name).acts != "input" and not methods.get(name).language]
-ALONE = [name for name in ON_PATCHES if not methods.get(name).reads_question]
+ON_PATCHES = [name for name in NAMES if methods.parse(name).acts != "input" and not methods.parse(name).language]
+ALONE = [name for name in ON_PATCHES if not methods.parse(name).reads_question]
 OTHERS = [name for name in NAMES if name not in ALONE]
-CHOOSING = [name for name in ON_PATCHES if methods.get(name).selector or methods.get(name).merger]
+CHOOSING = [
+    name for name in ON_PATCHES if methods.parse(name).tokens or isinstance(methods.parse(name).encoder, Merger)
+]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 HALVES = ["bf16", "fp16"]
 BUDGETS = (1.0, 0.25)
@@ -134,8 +137,8 @@ def test_video_qa_answers_the_same_whatever_the_default_and_under_autocast(name,
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", one_of_each(CHOOSING))
 def test_a_method_chooses_from_the_same_rows_as_without_autocast(name, half, monkeypatch):
-    method, calls = methods.get(name), []
-    kind, call = (type(method.merger), "match") if method.merger else (type(method.selector), "select")
+    method, calls = methods.parse(name), []
+    kind, call = (type(method.tokens), "select") if method.tokens else (type(method.encoder), "match")
     choose = getattr(kind, call)
 
     def seen(*args):

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.earlytom import EarlyTom, FrameTokens, Runs, highest_of_stretches, similarities
-from evoprune.pruning.encoder_plan import EncoderPlan, TowerShape
+from evoprune.methods.earlytom import (
+    EarlyTom,
+    FrameTokens,
+    MergedFrames,
+    Runs,
+    highest_of_stretches,
+    similarities,
+)
+from evoprune.pruning.encoder_plan import EncoderPlan, Stage, TowerShape, WholePairs
 from evoprune.pruning.types import Tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import geometry
@@ -21,7 +28,7 @@ from evoprune.vision.token_selection import select_tokens, selected
 from evoprune.vision.tower import tower_shape
 from tests.methods.line_by_line import shares
 from tests.methods.public_tokens import public_tokens
-from tests.methods.tokens import KINDS, Largest, cosine, encoded, features_of, ranked, snapped
+from tests.methods.tokens import KINDS, Largest, cosine, encoded, features_of, plan_of, ranked, snapped
 from tests.vision.clips import changes, clip
 from tests.vision.devices import take_gpu_route
 from tests.vision.reference import embedded, linear, rms_norm, run_layer
@@ -113,7 +120,7 @@ def test_merging_line_by_line(count, places, kind, seed, data):
 @torch.no_grad()
 def earlytom_slowly(visual, patches, grid, method: EarlyTom, after: set[int]) -> list[Frame]:
     """The frames that leave the tower, with their tokens; all in float64."""
-    geo, depth, nothing = geometry(*grid[1:]), len(visual.blocks), methods.get("none")
+    geo, depth = geometry(*grid[1:]), len(visual.blocks)
     rows = embedded(visual, patches, geo, math.prod(grid))
     pairs = {pair: [pair] for pair in range(grid[0])}  # what each frame pair that is left represents
     for layer, block in enumerate(visual.blocks):
@@ -128,7 +135,7 @@ def earlytom_slowly(visual, patches, grid, method: EarlyTom, after: set[int]) ->
             for of, x in left:
                 for i in range(geo.units):
                     here[of[0] * geo.units + i].x = x[i].view(4, -1)
-        run_layer(block, rows, geo, "pair" if layer in visual.fullatt_block_indexes else "window", nothing)
+        run_layer(block, rows, geo, "pair" if layer in visual.fullatt_block_indexes else "window", True)
         if layer == max(visual.fullatt_block_indexes):
             received = {row.unit: row.attention * geo.units for row in rows}
     assert depth not in after
@@ -181,10 +188,10 @@ def test_the_whole_encoder_line_by_line(grid, full_layers, settings_, scene):
         "one colour": lambda: torch.full((math.prod(grid) * 4, 1176), 0.3),
     }[scene]()
     keep, units = math.prod(grid) // 4, grid[1] * grid[2]
-    plan = method.plan(tower_shape(visual), grid, keep)
-    frames = earlytom_slowly(visual, patches, grid, method, {*plan.select_after})
+    plan = plan_of(method, tower_shape(visual), grid, keep)
+    frames = earlytom_slowly(visual, patches, grid, method, {stage.first_layer for stage in plan.selections})
     for size in (1, 10**6):
-        rows = encode_rows(visual, [patches], plan, method, chunk_units=size)
+        rows = encode_rows(visual, [patches], plan, chunk_units=size)
         assert rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]
         number = {pair: i for i, (of, *_) in enumerate(frames) for pair in of}
         assert rows.tokens.owner.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
@@ -222,13 +229,18 @@ def test_more_tokens_than_are_left_are_those_of_frame_pairs_that_merged_away():
 def test_the_plan():
     """Upper bounds, because the content decides; and no merging after the last layer that gives attention."""
     units = 8 * 60
-    plan = methods.get("earlytom").plan(TowerShape(32, (7, 15, 23, 31)), (8, 6, 10), 40)
-    assert plan == EncoderPlan(
-        (8, 6, 10), 40, (units,) * 32, units, exact=False, select_after=(9, 27, 30), whole_pairs=True
-    )
-    assert methods.get("earlytom").plan(TowerShape(8, (1, 3, 5, 7)), (8, 6, 10), 40).select_after == (2, 7)
-    assert methods.get("earlytom").plan(TowerShape(8, (1, 5)), (8, 6, 10), 40).select_after == (2, 5)
-    assert methods.get("earlytom").plan(TowerShape(1, (0,)), (8, 6, 10), 40).select_after == ()
+    plan = methods.parse("earlytom").plan(TowerShape(32, (7, 15, 23, 31)), (8, 6, 10), 40)
+    merge = WholePairs(MergedFrames())
+    merges = tuple(Stage(layer, units, merge, exact=False) for layer in (9, 27, 30))
+    assert plan == EncoderPlan((8, 6, 10), 40, 32, stages=(*merges, Stage(32, 40, FrameTokens())))
+    assert (plan.layers, plan.rows, plan.exact) == ((units,) * 32, units, False)
+    for tower, layers in (
+        (TowerShape(8, (1, 3, 5, 7)), [2, 7]),
+        (TowerShape(8, (1, 5)), [2, 5]),
+        (TowerShape(1, (0,)), []),
+    ):
+        stages = methods.get("earlytom").stages(tower, (8, 6, 10), 40)
+        assert [stage.first_layer for stage in stages] == layers
 
 
 @pytest.mark.parametrize("setting", ["window=1", "momentum=2", "first=-1", "third=1.5"])
@@ -248,10 +260,10 @@ def test_equal_scores_go_by_index():
 @pytest.mark.parametrize("kernel", [True, False])
 def test_nothing_but_the_selections_waits_for_a_gpu(kernel, monkeypatch):
     grid, method = (9, 4, 5), methods.get("earlytom:threshold=-1")
-    plan, patches = method.plan(tower_shape(tiny_tower()), grid, 30), random_patches(grid)
-    expected = encode_rows(tiny_tower(), [patches], plan, method)
+    plan, patches = plan_of(method, tower_shape(tiny_tower()), grid, 30), random_patches(grid)
+    expected = encode_rows(tiny_tower(), [patches], plan)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel) as mode:
-        made = encode_rows(tiny_tower(), [patches], plan, method, chunk_units=40)
+        made = encode_rows(tiny_tower(), [patches], plan, chunk_units=40)
         with mode.pause():
             kept = select_tokens(made).kept
     assert torch.equal(kept, select_tokens(expected).kept) and made.layers == expected.layers
@@ -263,7 +275,7 @@ def test_no_matrix_of_all_pairs():
     x = features_of("drift", 16384, width=16)
     tokens = Tokens(x, torch.arange(16384), (64, 16, 16), given={"attention": x[:, 0].abs()})
     with Largest() as largest:
-        found = methods.get("earlytom").inner.select(tokens, 4096)
+        found = MergedFrames().select(tokens, 4096)
         found.features(x)
-        assert len(methods.get("earlytom").selector.select(tokens, 4096).kept) == 4096
+        assert len(FrameTokens().select(tokens, 4096).kept) == 4096
     assert len(found.kept) < 16384 and largest.numbers <= 16384 * 16

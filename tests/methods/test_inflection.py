@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.inflection import Inflection, by_inflection, inflection
+from evoprune.methods.inflection import inflection, tokens_before_inflection
+from evoprune.pruning.encoder_plan import Inflection, TowerShape
 from evoprune.pruning.types import Tokens
-from tests.methods.tokens import ranked, snapped, tokens_of
+from tests.methods.tokens import encoded, ranked, snapped, tokens_of
+from tests.vision.clips import changes, clip
 
 RANKING = [name for name in methods.built_in() if getattr(methods.get(name), "scores", None) is not None]
 
@@ -45,31 +47,29 @@ def test_the_methods_that_rank_tokens():
 @pytest.mark.parametrize("name", RANKING)
 def test_the_count_is_the_contents_inside_the_bounds(name):
     for kind in ("random", "duplicates", "constant", "drift"):
-        tokens, method = tokens_of(kind, (5, 4, 5)), by_inflection(methods.get(name))
-        keep = min(50, max(5, inflection(methods.get(name).scores(tokens))))
-        made, expected = method.select(tokens, 50), methods.get(name).select(tokens, keep)
-        assert len(made.kept) == keep and torch.equal(made.kept, expected.kept)
+        tokens, method = tokens_of(kind, (5, 4, 5)), methods.parse(name).by_inflection()
+        keep = min(50, max(5, inflection(method.selector.scores(tokens))))
+        assert tokens_before_inflection(method.selector, tokens, 50) == keep
         assert not method.exact and (method.name, method.args) == (name, methods.get(name).args)
+        assert method.plan(TowerShape(8, (7,)), (5, 4, 5), 50).tokens.reduce == Inflection(methods.get(name))
 
 
 def test_few_attended_tokens_are_few_tokens():
     attention = torch.ones(100)
     attention[[3, 40, 41, 42, 77, 78, 79, 80, 90, 91]] = 50.0
     tokens = Tokens(torch.eye(100), torch.arange(100), (1, 10, 10), given={"attention": attention})
-    assert (
-        by_inflection(methods.get("mmr")).select(tokens, 50).kept.tolist()
-        == attention.argsort()[-10:].sort().values.tolist()
-    )
+    assert tokens_before_inflection(methods.get("mmr"), tokens, 50) == 10
 
 
 def test_it_works_behind_reuse():
-    method = by_inflection(methods.get("reuse+visionzip"))
-    assert method.then == Inflection(of=methods.get("visionzip")) and not method.exact
-    assert method.args == methods.get("reuse+visionzip").args
+    method = methods.parse("reuse+visionzip").by_inflection()
+    assert not method.exact and method.args == methods.parse("reuse+visionzip").args
+    made = encoded(method, clip((5, 4, 5), changes((5, 4, 5), 0.4)), (5, 4, 5), 50)
+    assert 5 <= len(made.kept) < 50
 
 
 @pytest.mark.parametrize("name", ["evoprune", "divprune", "pool", "reuse+divprune", "tome", "none", "downscale"])
 def test_methods_without_scores_are_refused(name):
     with pytest.raises(UsageError, match="has no scores") as caught:
-        by_inflection(methods.get(name))
+        methods.parse(name).by_inflection()
     assert "visionzip" in caught.value.hint

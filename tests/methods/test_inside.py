@@ -67,11 +67,10 @@ def tome_slowly(visual, patches, grid, keep, proportional=True) -> tuple[list[in
     The rows of every frame pair become fewer by the same number in each layer, inside windows or pairs as the layer attends.
     """
     geo, depth = geometry(*grid[1:]), len(visual.blocks)
-    method = methods.get("tome", {"size_bias": str(proportional)})  # for its bias alone
     rows = embedded(visual, patches, geo, math.prod(grid))
     for layer, block in enumerate(visual.blocks):
         scope = "pair" if layer in visual.fullatt_block_indexes else "window"
-        run_layer(block, rows, geo, scope, method)
+        run_layer(block, rows, geo, scope, proportional)
         left = []
         for pair, due in enumerate(spread(keep, grid[0])):
             mine = [row for row in rows if row.unit // geo.units == pair]

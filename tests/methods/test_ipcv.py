@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ import torch
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods.ipcv import Ipcv
+from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.random import Random
-from evoprune.pruning.encoder_plan import EncoderPlan, Following, TowerShape, full_plan
+from evoprune.pruning.encoder_plan import SetAside, Stage, TowerShape, full_plan
 from evoprune.pruning.types import Tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.followers import Followers
@@ -40,13 +40,17 @@ def computed(x: torch.Tensor) -> torch.Tensor:
     return x + (x.roll(1, -1) * x + x.roll(3, -1)) / 8
 
 
+def aside(first: int, *rule: int) -> Stage:
+    return Stage(first, 0, SetAside(*rule))
+
+
 @pytest.mark.parametrize("case", PUBLIC["cases"], ids=lambda case: f"{case['grid']}-{case['kind']}")
 def test_does_what_the_public_code_does(case):
     """The windows here are larger than the frame, so that rows are in raster order, and a row is one patch of theirs."""
     grid, depth, first = case["grid"], case["depth"], case["first"]
     x = public_tokens(case["kind"], case["seed"], tuple(grid)).features
     n = len(x)
-    followers = Followers(Following(first, first + case["follow"], int(0.35 * n), 10), depth)
+    followers = Followers(aside(first, int(0.35 * n), first + case["follow"], 10), depth)
     rows, layout = x.view(n, 4, -1), full_layout(geometry(*grid[1:], side=16), 1)
     followers.begin(rows)
     for layer in range(depth):
@@ -67,9 +71,10 @@ def test_does_what_the_public_code_does(case):
 
 
 @torch.no_grad()
-def ipcv_slowly(visual, patches, grid, plan: Following) -> torch.Tensor:
+def ipcv_slowly(visual, patches, grid, stage: Stage) -> torch.Tensor:
     """The tokens `[N, D]` of all units, in float64."""
-    geo, depth, method = geometry(*grid[1:]), len(visual.blocks), methods.get("none")
+    plan = stage.reduce
+    geo, depth = geometry(*grid[1:]), len(visual.blocks)
     rows = embedded(visual, patches, geo, math.prod(grid))
     kept, saved, near = None, {}, {}
 
@@ -81,29 +86,29 @@ def ipcv_slowly(visual, patches, grid, plan: Following) -> torch.Tensor:
     for layer, block in enumerate(visual.blocks):
         scope = "pair" if layer in visual.fullatt_block_indexes else "window"
         before = {row.unit: row.x for row in rows}
-        run_layer(block, live, geo, scope, method)  # for rows that follow, only keys and values count
+        run_layer(block, live, geo, scope, True)  # for rows that follow, only keys and values count
         done = layer + 1
-        if done == plan.first:
+        if done == stage.first_layer:
             saved, kept = {row.unit: row.x for row in rows}, []
             for pair in range(grid[0]):
                 mine = sorted((row for row in rows if row.unit // geo.units == pair), key=lambda row: row.unit)
                 change = {row.unit: float((row.x - before[row.unit]).norm()) for row in mine}
                 top = max(change.values())
-                stay = sorted(mine, key=lambda row: (-round(change[row.unit] / top * 16384), row.unit))[: plan.rows]
+                stay = sorted(mine, key=lambda row: (-round(change[row.unit] / top * 16384), row.unit))[: plan.left]
                 for row in mine:
                     if row not in stay:
                         by = sorted(stay, key=lambda other: float((other.x - row.x).norm()))
                         near[row.unit] = by[: plan.neighbours]
                 kept += stay
-        elif plan.first < done <= plan.last:
+        elif stage.first_layer < done <= plan.until:
             for row in rows:
                 if row not in kept:
                     row.x = move(row)
-        if done == plan.last:
+        if done == plan.until:
             live = [row for row in rows if row in kept]
             for row in live:
                 row.units = [row.unit]
-    if plan.last < depth:
+    if plan.until < depth:
         for row in rows:
             if row not in kept:
                 row.x = move(row)
@@ -126,24 +131,30 @@ def ipcv_slowly(visual, patches, grid, plan: Following) -> torch.Tensor:
 )
 def test_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
     visual, patches = tiny_tower(full_layers), random_patches(grid)
-    method = Ipcv(first=first / 4, follow=follow / 4, neighbours=3, then=Random())
-    plan = method.plan(tower_shape(visual), grid, 5)
-    assert plan.following == Following(first, first + follow, int(0.35 * grid[1] * grid[2]), 3)
-    expected = ipcv_slowly(visual, patches, grid, plan.following)
+    method = Ipcv(first=first / 4, follow=follow / 4, neighbours=3)
+    plan = Pipeline(encoder=method, selector=Random()).plan(tower_shape(visual), grid, 5)
+    stage, tokens = plan.stages
+    assert stage.first_layer == first and tokens.selector == Random()
+    assert stage.reduce == SetAside(int(0.35 * grid[1] * grid[2]), first + follow, 3)
+    expected = ipcv_slowly(visual, patches, grid, stage)
     for size in (1, 10**6):
-        rows = encode_rows(visual, [patches], plan, method, chunk_units=size)
+        rows = encode_rows(visual, [patches], plan, chunk_units=size)
         torch.testing.assert_close(rows.tokens.rows.double(), expected, atol=1e-4, rtol=1e-4)
         assert rows.tokens.owner.tolist() == list(range(math.prod(grid)))
 
 
 def test_the_plan():
     tower, units = TowerShape(32, (7, 15, 23, 31)), 4 * 60
-    plan = methods.get("ipcv").plan(tower, (4, 6, 10), 24)
-    assert plan.following == Following(3, 10, 21, 10) and (plan.rows, plan.keep, plan.exact) == (units, 24, True)
+    plan = methods.parse("ipcv").plan(tower, (4, 6, 10), 24)
+    assert plan.stages[0] == Stage(3, 4 * 21, SetAside(21, 10, 10)) and (plan.rows, plan.keep, plan.exact) == (
+        units,
+        24,
+        True,
+    )
     assert plan.layers == (units,) * 3 + (4 * 21,) * 29
     for name in ("ipcv:keep=1", "ipcv:first=1"):  # nothing is dropped
-        assert methods.get(name).plan(tower, (4, 6, 10), 24) == full_plan(tower, (4, 6, 10), 24)
-    assert isinstance(plan, EncoderPlan) and methods.get("ipcv").plan(tower, (4, 6, 10), units).following is None
+        assert len(methods.parse(name).plan(tower, (4, 6, 10), 24).stages) == 1
+    assert methods.parse("ipcv").plan(tower, (4, 6, 10), units) == full_plan(tower, (4, 6, 10))
 
 
 # --- with a selector ---------------------------------------------------------------------------------------------------
@@ -154,10 +165,10 @@ GRID = (5, 4, 5)
 @pytest.mark.parametrize("name", ["dart", "visionzip", "nuwa", "divprune", "mmr", "random", "par"])
 def test_the_selector_sees_every_unit(name):
     """A row that was dropped has the attention, the keys and the states of the rows that it followed."""
-    selector, method = methods.get(name), methods.get(f"ipcv+{name}")
+    selector, method = methods.get(name), methods.parse(f"ipcv+{name}")
     patches = random_patches(GRID)
     plan = method.plan(tower_shape(tiny_tower()), GRID, 9)
-    tokens = encode_rows(tiny_tower(), [patches], plan, method).tokens
+    tokens = encode_rows(tiny_tower(), [patches], plan).tokens
     assert {what: len(value) for what, value in tokens.given.items()} == dict.fromkeys(selector.needs, 100)
     every = Tokens(tokens.rows, tokens.owner, GRID, given={**tokens.given, "question": QUESTION})
     for keep in (1, 9, 40):
@@ -169,14 +180,15 @@ def test_the_selector_sees_every_unit(name):
 def test_dropped_rows_are_moved_where_a_selector_reads_them_and_at_the_end(name, times, monkeypatch):
     calls, real = [], Followers.whole
     monkeypatch.setattr(Followers, "whole", lambda self, x: calls.append(len(x)) or real(self, x))
-    encoded(methods.get(f"ipcv+{name}"), random_patches(GRID), GRID, 9)
+    encoded(methods.parse(f"ipcv+{name}"), random_patches(GRID), GRID, 9)
     assert len(calls) == times
 
 
 def test_dart_is_the_default():
-    assert methods.get("ipcv") == methods.get("ipcv+dart") and methods.get("ipcv").reads_question
-    assert not methods.get("ipcv+divprune").reads_question
-    assert methods.get("ipcv:keep=0.5+scope:alpha=2").args == {
+    alone, named = methods.parse("ipcv"), methods.parse("ipcv+dart")
+    assert alone.tokens == named.tokens and alone.args == named.args and alone.reads_question
+    assert not methods.parse("ipcv+divprune").reads_question
+    assert methods.parse("ipcv:keep=0.5+scope:alpha=2").args == {
         "keep": 0.5, "first": 3 / 32, "follow": 7 / 32, "neighbours": 10, "scope": {"alpha": 2.0},
     }  # fmt: skip
 
@@ -184,7 +196,7 @@ def test_dart_is_the_default():
 @pytest.mark.parametrize("name", ["ipcv+evoprune", "ipcv+tome", "reuse+ipcv", "ipcv+reuse+dart", "ipcv+none"])
 def test_it_stands_before_a_selector_alone(name):
     with pytest.raises(UsageError, match="cannot be combined"):
-        methods.get(name)
+        methods.parse(name)
 
 
 @pytest.mark.parametrize("setting", ["keep=0", "keep=1.1", "first=-0.1", "follow=2", "neighbours=0"])
@@ -199,14 +211,14 @@ def test_settings_out_of_range(setting):
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("full_layers", "chunk_units"), [((1, 3), 10**6), ((0, 2), 40), ((3,), 1)])
 def test_nothing_waits_for_a_gpu(full_layers, chunk_units, kernel, monkeypatch):
-    method = Ipcv(then=Random())
+    method = Pipeline(encoder=Ipcv(), selector=Random())
     assert_same_on_a_gpu(
         monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 20, kernel, full_layers, chunk_units
     )
 
 
 def test_equal_rows_go_by_index():
-    followers, layout = Followers(Following(1, 2, 3, 2), 4), full_layout(geometry(3, 6), 2)
+    followers, layout = Followers(aside(1, 3, 2, 2), 4), full_layout(geometry(3, 6), 2)
     followers.begin(torch.zeros(36, 4, 2))
     followers.after(0, "pair", torch.ones(36, 4, 2), layout, None, None)
     assert layout.unit[followers._kept].tolist() == [0, 1, 2, 18, 19, 20]
@@ -216,7 +228,7 @@ def test_equal_rows_go_by_index():
 def test_no_matrix_of_all_pairs():
     """16,384 units at a time, in 64 frame pairs: no tensor is larger than the rows."""
     grid, hidden = (64, 16, 16), 8
-    followers, layout = Followers(Following(1, 2, 89, 10), 4), full_layout(geometry(16, 16), 64)
+    followers, layout = Followers(aside(1, 89, 2, 10), 4), full_layout(geometry(16, 16), 64)
     x = features_of("random", 16384, width=4 * hidden).view(-1, 4, hidden)
     with Largest() as largest:
         followers.begin(torch.zeros_like(x))
@@ -228,8 +240,10 @@ def test_no_matrix_of_all_pairs():
 
 def test_another_share_of_the_rows_changes_the_tokens():
     patches = random_patches(GRID)
-    some, more = (encoded(Ipcv(keep=keep, then=Random()), patches, GRID, 9) for keep in (0.35, 0.7))
+    some, more = (
+        encoded(Pipeline(encoder=Ipcv(keep=keep), selector=Random()), patches, GRID, 9) for keep in (0.35, 0.7)
+    )
     assert torch.equal(some.kept, more.kept) and (some.features - more.features).norm() > 0.1
     assert [rows for _, rows in some.layers] == [100, 35, 35, 35]
-    plain = encoded(replace(Ipcv(then=Random()), keep=1.0), patches, GRID, 9)
+    plain = encoded(Pipeline(encoder=Ipcv(keep=1.0), selector=Random()), patches, GRID, 9)
     assert torch.equal(plain.features, encoded(Random(), patches, GRID, 9).features)

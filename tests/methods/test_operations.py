@@ -11,6 +11,7 @@ from evoprune.errors import UsageError
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.methods.operations import Operations
+from evoprune.methods.pipeline import Pipeline
 from evoprune.pruning.language_plan import KINDS
 from evoprune.pruning.operations import ALL, REST, Recipe, closed
 from tests.language.test_decoder import assert_close
@@ -109,7 +110,7 @@ def test_attention_in_strips_of_any_length(strip, monkeypatch):
 
 def test_with_nothing_removed_nothing_changes_bit_for_bit():
     method, (embeds, positions) = Operations(recipe=recipe_of(*((each,) for each in EVERY))), a_prompt()
-    assert method.language_plan(DEPTH, len(VISUAL), 1.0) is None
+    assert Pipeline.of(method).language_plan(DEPTH, len(VISUAL), 1.0) is None
     plain = decoder.logits(deep_model(), embeds, positions, KVCache(deep_model(), COLUMNS))
     assert torch.equal(plain, run_method(deep_model(), method, embeds, positions, 1.0)[0])
 

@@ -1,12 +1,14 @@
 """What methods plan, and that the encoder does what was planned."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
 import torch
 
 from evoprune import methods
-from evoprune.pruning.encoder_plan import EncoderPlan, TowerShape, full_plan
+from evoprune.methods.evoprune import FarthestPoints
+from evoprune.pruning.encoder_plan import EncoderPlan, Stage, TowerShape, full_plan
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 from tests.methods.kinds import one_of_each
@@ -32,10 +34,10 @@ NAMES = [
 @pytest.mark.parametrize("keep", [1, 12, 77])
 @pytest.mark.parametrize("name", one_of_each(NAMES))
 def test_the_encoder_computes_what_was_planned(name, keep):
-    method = methods.get(name)
+    method = methods.parse(name)
     plan = method.plan(tower_shape(tiny_tower()), GRID, keep)
     patches = clip(plan.grid, changes(plan.grid, 0.3))
-    made = encode(tiny_tower(), [patches], plan, method, question=QUESTION)
+    made = encode(tiny_tower(), [patches], plan, question=QUESTION)
     rows = [count for _, count in made.layers]
     assert [layer for layer, _ in made.layers] == list(range(4)) and len(plan.layers) == 4
     if plan.exact:
@@ -51,65 +53,67 @@ def test_the_encoder_computes_what_was_planned(name, keep):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_the_whole_budget_every_unit_goes_through_every_layer(name):
-    plan = methods.get(name).plan(DEMO, GRID, UNITS)
-    assert plan == full_plan(DEMO, GRID) == EncoderPlan(GRID, UNITS, (UNITS,) * 8, UNITS)
-    assert not plan.prunes and plan.exact
+    plan = methods.parse(name).plan(DEMO, GRID, UNITS)
+    assert plan == full_plan(DEMO, GRID) == EncoderPlan(GRID, UNITS, 8)
+    assert not plan.prunes and plan.exact and (plan.layers, plan.rows) == ((UNITS,) * 8, UNITS)
 
 
-@pytest.mark.parametrize("name", [name for name in methods.built_in() if methods.get(name).acts == "after"])
+@pytest.mark.parametrize("name", [name for name in methods.built_in() if methods.parse(name).acts == "after"])
 def test_a_selector_needs_the_whole_encoder(name):
-    assert methods.get(name).plan(DEMO, GRID, 9) == EncoderPlan(GRID, 9, (UNITS,) * 8, UNITS)
-    assert methods.get(f"reuse:threshold=5+{name}").plan(DEMO, GRID, 9) == EncoderPlan(
-        GRID, 9, (UNITS,) * 8, UNITS, exact=False, reuse=5.0
-    )
+    stages = (Stage(8, 9, methods.get(name)),)
+    plan = methods.parse(name).plan(DEMO, GRID, 9)
+    assert plan == EncoderPlan(GRID, 9, 8, stages=stages)
+    assert (plan.layers, plan.rows, plan.exact) == ((UNITS,) * 8, UNITS, True)
+    reusing = methods.parse(f"reuse:threshold=5+{name}").plan(DEMO, GRID, 9)
+    assert reusing == replace(plan, reuse=5.0) and not reusing.exact
 
 
 def test_an_input_method_plans_a_smaller_grid():
-    assert methods.get("subsample").plan(DEMO, GRID, 50) == full_plan(DEMO, (2, 4, 6))
-    assert methods.get("downscale").plan(DEMO, GRID, 35) == full_plan(DEMO, (5, 2, 3))
+    assert methods.parse("subsample").plan(DEMO, GRID, 50) == full_plan(DEMO, (2, 4, 6))
+    assert methods.parse("downscale").plan(DEMO, GRID, 35) == full_plan(DEMO, (5, 2, 3))
 
 
 def test_evoprune_selects_between_two_layers():
     rows = round((UNITS * 30) ** 0.5)
     layers = (UNITS, *(rows,) * 7)
-    assert methods.get("evoprune").plan(DEMO, GRID, 30) == EncoderPlan(
-        GRID, 30, layers, rows, exact=False, reuse=8.0, select_after=(1,)
-    )
-    assert methods.get("evoprune:reuse=0").plan(DEMO, GRID, 30) == EncoderPlan(
-        GRID, 30, layers, rows, select_after=(1,)
-    )
-    assert not methods.get("evoprune:reuse=0").automatic().plan(DEMO, GRID, 30).exact  # fewer rows may be enough
+    plan = methods.parse("evoprune").plan(DEMO, GRID, 30)
+    stages = (Stage(1, rows, FarthestPoints(average=False)), Stage(8, 30, FarthestPoints()))
+    assert plan == EncoderPlan(GRID, 30, 8, 8.0, stages) and not plan.exact
+    assert (plan.layers, plan.rows) == (layers, rows)
+    assert methods.parse("evoprune:reuse=0").plan(DEMO, GRID, 30) == replace(plan, reuse=0.0)
+    assert replace(plan, reuse=0.0).exact
+    assert not methods.parse("evoprune:reuse=0").automatic().plan(DEMO, GRID, 30).exact  # fewer rows may be enough
 
 
 @pytest.mark.parametrize(("depth", "layers"), [(0.25, 2), (0.125, 1), (0.01, 1), (0.5, 4), (0.99, 7), (1, None)])
 def test_after_how_many_layers_evoprune_selects(depth, layers):
-    plan = methods.get(f"evoprune:rows=1:depth={depth}").plan(DEMO, GRID, 30)
-    assert plan.select_after == ((layers,) if layers else ())
+    plan = methods.parse(f"evoprune:rows=1:depth={depth}").plan(DEMO, GRID, 30)
+    assert [stage.first_layer for stage in plan.selections] == ([layers] if layers else [])
     assert plan.layers == (UNITS,) * (layers or 8) + (30,) * (8 - (layers or 8)) and plan.rows == plan.layers[-1]
 
 
 @pytest.mark.parametrize(("power", "rows"), [(1, 30), (0.5, round((UNITS * 30) ** 0.5)), (0, UNITS)])
 def test_more_rows_than_tokens_may_go_on(power, rows):
-    plan = methods.get(f"evoprune:rows={power}").plan(DEMO, GRID, 30)
+    plan = methods.parse(f"evoprune:rows={power}").plan(DEMO, GRID, 30)
     assert (plan.keep, plan.rows, plan.layers) == (30, rows, (UNITS, *(rows,) * 7))
-    assert plan.select_after == ((1,) if rows < UNITS else ())
+    assert [stage.first_layer for stage in plan.selections] == ([1] if rows < UNITS else [])
 
 
 def test_a_tower_of_one_layer_selects_after_it():
-    plan = methods.get("evoprune").plan(TowerShape(1, (0,)), GRID, 30)
-    assert (plan.select_after, plan.layers, plan.rows) == ((), (UNITS,), UNITS)
+    plan = methods.parse("evoprune").plan(TowerShape(1, (0,)), GRID, 30)
+    assert (plan.selections, plan.layers, plan.rows) == ([], (UNITS,), UNITS)
 
 
 def test_a_merger_plans_rows_for_each_frame_pair():
-    plan = methods.get("tome").plan(TowerShape(4, (1, 3)), (2, 4, 6), 9)  # 4 and 5 of 24
-    assert plan.merged == ((19, 14, 9, 4), (19, 14, 10, 5))
+    plan = methods.parse("tome").plan(TowerShape(4, (1, 3)), (2, 4, 6), 9)  # 4 and 5 of 24
+    assert [stage.reduce.left for stage in plan.inside_chunks] == [(19, 19), (14, 14), (9, 10), (4, 5)]
     assert (plan.layers, plan.rows, plan.exact) == ((48, 38, 28, 19), 9, True)
 
 
 def test_merging_leaves_a_row_in_each_frame_pair_at_least():
-    plan = methods.get("evoprune-merge").plan(DEMO, GRID, 2)
+    plan = methods.parse("evoprune-merge").plan(DEMO, GRID, 2)
     assert (plan.keep, plan.rows) == (2, 5)  # the most that were merged are kept of these
-    assert all(rows[-1] == 1 for rows in plan.merged)
+    assert plan.stages[-1].reduce.left == (1,) * 5
 
 
 def test_windows_are_counted_at_the_towers_own_size():

@@ -148,14 +148,14 @@ def test_a_built_in_name_cannot_be_taken(package):
         assert type(methods.get("random")).__module__ == "evoprune.methods.random"
     with warnings.catch_warnings(action="error"):  # once
         methods.get("random")
-    assert methods.get("reuse+first:skip=3").selector == methods.get("first:skip=3")
+    assert methods.parse("reuse+first:skip=3").selector == methods.get("first:skip=3")
 
 
 @pytest.mark.parametrize(("name", "says"), [("absent", "No module named"), ("wrong", "is not a Method")])
 def test_a_broken_one_fails_only_when_it_is_selected(package, name, says):
     for text in (name, f"reuse+{name}"):
         with pytest.raises(UsageError, match=says) as caught:
-            methods.get(text)
+            methods.parse(text)
         assert "extra-methods 1.2" in caught.value.message and "uninstall" in caught.value.hint
     with pytest.raises(UsageError, match="'with,comma' is a list"):
         methods.get("with,comma")
@@ -276,7 +276,7 @@ def test_the_documented_methods_are_short_and_complete(documented):
 @pytest.mark.parametrize("name", ["longest", "neighbours", "asked", "reuse+longest", "reuse:threshold=5+asked:power=0"])
 def test_the_documented_methods_keep_their_budget_in_the_encoder(documented, name, keep):
     patches, question = clip(GRID, changes(GRID, 0.5)), torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
-    args = methods.get(name), patches, GRID, keep
+    args = methods.parse(name), patches, GRID, keep
     made, in_pieces = (encoded(*args, question=question, chunk_units=size) for size in (10**6, 1))
     assert len(made.kept) == keep and torch.equal(made.kept, in_pieces.kept)
     if keep < 96:
@@ -325,7 +325,7 @@ def test_the_documented_language_method_keeps_the_longest_states(documented):
     tokens = public_layer("random", 0, (3, 4, 5), 7)
     kept = methods.get("loudest").select(tokens).kept.tolist()
     assert kept == sorted(tokens.hidden.norm(dim=1).argsort(descending=True)[:7].tolist())
-    assert methods.get("longest+loudest:share=0.1").language_plan(4, 36, 0.25).layers == (36, 36, 4, 4)
+    assert methods.parse("longest+loudest:share=0.1").language_plan(4, 36, 0.25).layers == (36, 36, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -401,8 +401,8 @@ def test_a_documented_input_method_makes_the_video_smaller(documented, cli):  # 
 @pytest.mark.parametrize("text", ["evoprune+first", "tome+first", "first+first", "none+first", "first+divprune"])
 def test_impossible_combinations_with_methods_of_other_packages(package, text):
     with pytest.raises(UsageError, match="methods cannot be combined"):
-        methods.get(text)
-    assert methods.get("reuse+first").then.name == "first" and methods.get("first+fastv").name == "first+fastv"
+        methods.parse(text)
+    assert methods.parse("reuse+first").selector.name == "first" and methods.parse("first+fastv").name == "first+fastv"
 
 
 def test_the_code_of_a_method_is_all_that_its_package_brings(package, tmp_path):

@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 
@@ -13,9 +13,9 @@ from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.fastv import FastV
 from evoprune.methods.mmr import Mmr
+from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.registry import INNER
 from evoprune.methods.reuse import Reuse
-from evoprune.methods.with_language import WithLanguage
 
 
 def test_the_registry_lists_what_it_can_get():
@@ -23,12 +23,12 @@ def test_the_registry_lists_what_it_can_get():
     assert {"evoprune", "evoprune-paper", "evoprune-merge", "none", "random"} <= set(names)
     assert methods.DEFAULT in names and len(set(names)) == len(names)
     for name in names:
-        method = methods.get(name)
+        method, pipeline = methods.get(name), methods.parse(name)
         assert isinstance(method, Method) and method.name == name and type(method).__doc__
         assert method.acts in ("none", "input", "inside", "after", "language")
-        kinds = (method.merger, method.selector, method.language, method.acts in ("none", "input") or None)
-        assert sum(kind is not None for kind in kinds) == 1
-        assert (method.language is not None) == (name in INNER)
+        assert pipeline == Pipeline.of(method) and pipeline.name == name and pipeline.acts == method.acts
+        assert pipeline.members == ([] if name == "none" else [method])
+        assert (pipeline.language is not None) == (name in INNER)
 
 
 @pytest.mark.parametrize("name", methods.built_in())
@@ -51,7 +51,7 @@ def test_settings_are_parsed_by_their_type():
 @pytest.mark.parametrize("name", ["", "EvoPrune", "magic", "evoprune_paper"])
 def test_an_unknown_method_is_refused_with_where_all_are_listed(name):
     with pytest.raises(UsageError) as caught:
-        methods.get(name)
+        methods.parse(name)
     assert repr(name) in caught.value.message and caught.value.hint.endswith("evoprune inspect lists all methods")
     assert sum(known in caught.value.hint.split() for known in methods.built_in()) <= 3
 
@@ -73,7 +73,7 @@ def test_a_list_is_refused_with_what_takes_one(text):
 )
 def test_a_setting_without_a_value_is_refused_with_those_of_that_method(text, hint):
     with pytest.raises(UsageError, match="is not NAME=VALUE") as caught:
-        methods.get(text)
+        methods.parse(text)
     assert caught.value.hint == hint
 
 
@@ -91,14 +91,14 @@ def test_a_setting_without_a_value_is_refused_with_those_of_that_method(text, hi
 )
 def test_settings_out_of_range_are_each_named_with_their_own_range(text, says):
     with pytest.raises(UsageError) as caught:
-        methods.get(text)
+        methods.parse(text)
     assert caught.value.message == f"method {text.partition(':')[0]}: {says}"
 
 
 @pytest.mark.parametrize(("name", "argument"), [("evoprune-paper", "ratio"), ("random", "seed"), ("none", "name")])
 def test_an_unknown_argument_is_refused_with_those_there_are(name, argument):
     with pytest.raises(UsageError) as caught:
-        methods.get(name, {argument: "1"})
+        methods.parse(name, {argument: "1"})
     assert repr(argument) in caught.value.message and name in caught.value.message
     for field in fields(methods.get(name)):
         assert f"{field.name}={field.default}" in caught.value.hint
@@ -126,7 +126,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize(("name", "setting"), [(name, text) for name in BAD_VALUES for text in BAD_VALUES[name]])
 def test_a_bad_value_is_refused_with_what_would_be_good(name, setting):
     with pytest.raises(UsageError) as caught:
-        methods.get(f"{name}:{setting}")
+        methods.parse(f"{name}:{setting}")
     assert name in caught.value.message and "defaults" in caught.value.hint
     assert setting.partition("=")[0] in caught.value.message or "schedule" in caught.value.message
 
@@ -145,14 +145,14 @@ def test_every_number_is_finite_or_has_a_text_in_json():
                 except UsageError as problem:
                     assert f"{setting}=" in problem.hint
                 else:
-                    args = (replace(made, then=DivPrune()) if kind is Reuse else made).args
+                    args = made.args
                     assert kind.from_args({setting: json.loads(json.dumps(args, allow_nan=False))[setting]}) == made
                     infinite.append(f"{kind.name}:{setting}={text}")
     assert sorted({text.rpartition("=")[0] for text in infinite}) == [
         "evoprune:reuse", "nuwa:reach", "reuse:threshold", "visipruner:token"
     ]  # fmt: skip
     assert not [text for text in infinite if "=-" in text]
-    combined = methods.get("reuse:threshold=inf+mmr+visipruner:token=inf")
+    combined = methods.parse("reuse:threshold=inf+mmr+visipruner:token=inf")
     assert combined.args["threshold"] == combined.args["visipruner"]["token"] == "inf"
 
 
@@ -160,7 +160,7 @@ def test_every_number_is_finite_or_has_a_text_in_json():
 @pytest.mark.parametrize("setting", ["encoder_budget", "merge", "refresh", "choice", "block", "split", "then"])
 def test_what_is_no_setting_is_refused(name, setting):
     with pytest.raises(UsageError, match="no argument"):
-        methods.get(name, {setting: "1"})
+        methods.parse(name, {setting: "1"})
 
 
 def test_a_name_may_bring_settings():
@@ -169,44 +169,46 @@ def test_a_name_may_bring_settings():
     assert methods.get("evoprune-paper:critical=0.2", {"critical": "0.3", "last": "0.6"}).critical == 0.2
     for name in ("evoprune-paper:critical", "evoprune-paper:ratio=1", "evoprune-paper:critical=x", "evoprune-paper:"):
         with pytest.raises(UsageError):
-            methods.get(name)
+            methods.parse(name)
 
 
 def test_reuse_goes_before_a_selector():
-    assert methods.get("reuse+divprune") == Reuse(then=DivPrune())
-    assert methods.get("reuse:threshold=5+mmr:lam=0.7") == Reuse(threshold=5.0, then=Mmr(lam=0.7))
+    assert methods.parse("reuse+divprune") == Pipeline(encoder=Reuse(), selector=DivPrune())
+    assert methods.parse("reuse:threshold=5+mmr:lam=0.7") == Pipeline(
+        encoder=Reuse(threshold=5.0), selector=Mmr(lam=0.7)
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "method"),
     [
-        ("evoprune:reuse=1e+1", EvoPrune(reuse=10.0)),
-        ("evoprune:reuse=+1.5E+1:count=.1e+1", EvoPrune(reuse=15.0, count=1.0)),
-        ("evoprune:reuse=1e+1+fastv", WithLanguage(EvoPrune(reuse=10.0), FastV())),
-        ("evoprune:count=1+fastv:depth=1e-1", WithLanguage(EvoPrune(count=1.0), FastV(depth=0.1))),
-        ("reuse:threshold=1e+1+mmr:lam=+7e-1+fastv", WithLanguage(Reuse(threshold=10.0, then=Mmr(lam=0.7)), FastV())),
+        ("evoprune:reuse=1e+1", Pipeline(encoder=EvoPrune(reuse=10.0))),
+        ("evoprune:reuse=+1.5E+1:count=.1e+1", Pipeline(encoder=EvoPrune(reuse=15.0, count=1.0))),
+        ("evoprune:reuse=1e+1+fastv", Pipeline(encoder=EvoPrune(reuse=10.0), language=FastV())),
+        ("evoprune:count=1+fastv:depth=1e-1", Pipeline(encoder=EvoPrune(count=1.0), language=FastV(depth=0.1))),
+        ("reuse:threshold=1e+1+mmr:lam=+7e-1+fastv", Pipeline(None, Reuse(10.0), Mmr(lam=0.7), FastV())),
     ],
 )
 def test_a_plus_in_a_number_separates_no_methods(text, method):
     methods.check(text)
-    assert methods.get(text) == method and methods.plugin_code(text) == {}
+    assert methods.parse(text) == method and methods.plugin_code(text) == {}
 
 
 @pytest.mark.parametrize("text", ["evoprune:count=1e+", "evoprune:count=1e+1e+1", "evoprune:count=1e++1", "1e+1"])
 def test_what_is_no_number_is_refused(text):
     with pytest.raises(UsageError):
-        methods.get(text)
+        methods.parse(text)
 
 
 def test_a_method_inside_the_language_model_goes_last():
-    assert methods.get("evoprune+fastv") == WithLanguage(EvoPrune(), FastV())
-    assert methods.get("reuse:threshold=5+mmr+fastv:share=0.3:depth=0.5") == WithLanguage(
-        Reuse(threshold=5.0, then=Mmr()), FastV(share=0.3, depth=0.5)
+    assert methods.parse("evoprune+fastv") == Pipeline(encoder=EvoPrune(), language=FastV())
+    assert methods.parse("reuse:threshold=5+mmr+fastv:share=0.3:depth=0.5") == Pipeline(
+        None, Reuse(threshold=5.0), Mmr(), FastV(share=0.3, depth=0.5)
     )
-    combined = methods.get("evoprune+fastv")
+    combined = methods.parse("evoprune+fastv")
     assert combined.args["fastv"] == {"share": 0.5, "depth": 0.0625}
-    assert combined.automatic().before.within > 0 and combined.acts_at(1.0)
-    assert not methods.get("divprune+fastv:share=1").acts_at(1.0)
+    assert combined.automatic().encoder.within > 0 and combined.acts_at(1.0)
+    assert not methods.parse("divprune+fastv:share=1").acts_at(1.0)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_a_method_inside_the_language_model_goes_last():
 )  # fmt: skip
 def test_other_combinations_are_refused(name, args):
     with pytest.raises(UsageError) as caught:
-        methods.get(name, args)
+        methods.parse(name, args)
     assert caught.value.hint
 
 
@@ -264,16 +266,16 @@ def test_what_was_probably_meant(name, meant):
 
 
 def test_only_evoprune_finds_a_budget_by_itself():
-    assert methods.get("evoprune").automatic().within > 0
-    assert methods.get("evoprune:within=0.2").automatic().within == 0.2
+    assert methods.parse("evoprune").automatic().encoder.within > 0
+    assert methods.parse("evoprune:within=0.2").automatic().encoder.within == 0.2
     for name in {*methods.built_in(), "reuse+divprune"} - {"evoprune"}:
         with pytest.raises(UsageError, match=name.partition("+")[0]):
-            methods.get(name).automatic()
+            methods.parse(name).automatic()
 
 
 def test_reports_show_the_whole_budget_where_nothing_is_pruned():
     for name in methods.built_in():
-        assert methods.get(name).reported_budget(0.25) == (1.0 if name == "none" else 0.25)
+        assert methods.parse(name).reported_budget(0.25) == (1.0 if name == "none" else 0.25)
 
 
 def test_listing_methods_and_counting_tokens_needs_no_torch():

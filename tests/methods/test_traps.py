@@ -34,7 +34,7 @@ from tests.methods.tokens import encoded, selected, tokens_of
 from tests.vision.clips import changes, clip
 from tests.vision.tower import random_patches
 
-AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
+AFTER = [name for name in methods.built_in() if methods.parse(name).acts == "after"]
 GRID = (5, 4, 5)
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +42,7 @@ QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", AFTER)
 def test_exactly_the_budget_comes_out(name):
-    method = methods.get(name)
+    method = methods.parse(name)
     for patches in (random_patches(GRID), torch.zeros(400, 1176)):
         for keep in (1, 3, 33, 100):
             made = encoded(method, patches, GRID, keep, question=QUESTION)
@@ -54,7 +54,7 @@ def test_exactly_the_budget_comes_out(name):
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", AFTER)
 def test_the_result_does_not_depend_on_the_chunk_size(name):
-    args = methods.get(name), clip(GRID, changes(GRID, 0.4)), GRID, 23
+    args = methods.parse(name), clip(GRID, changes(GRID, 0.4)), GRID, 23
     whole, *others = (encoded(*args, question=QUESTION, chunk_units=size) for size in (10**6, 1, 40))
     for other in others:
         assert torch.equal(other.kept, whole.kept)

@@ -32,7 +32,7 @@ def works(call, *args, **more) -> str:
 
 def facts(name: str) -> tuple[str, ...]:
     """Where a method works, in the order of `HEADER`. tests/cli/test_methods.py runs each in every command, with overlays."""
-    method = methods.get(name)
+    method = methods.parse(name)
     encode = works(patch_method, name, None, has_question=True)
     return (
         "yes",

@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune import methods
 from evoprune.methods.base import Method
+from evoprune.methods.pipeline import Pipeline
+from evoprune.pruning.encoder_plan import EncoderPlan, TowerShape
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision.encoder import encode
@@ -77,10 +79,16 @@ def ranked(values: list[float]) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
-def encoded(method: Method, patches: torch.Tensor, grid: tuple[int, int, int], keep: int, full_layers=(1, 3), **how):
+def encoded(
+    method: Method | Pipeline, patches: torch.Tensor, grid: tuple[int, int, int], keep: int, full_layers=(1, 3), **how
+):
     """What the tiny tower makes of a video; `how`: further arguments of `encode`."""
     visual = tiny_tower(full_layers)
-    return encode(visual, [patches], method.plan(tower_shape(visual), grid, keep), method, **how)
+    return encode(visual, [patches], plan_of(method, tower_shape(visual), grid, keep), **how)
+
+
+def plan_of(method: Method | Pipeline, tower: TowerShape, grid: tuple[int, int, int], keep: int) -> EncoderPlan:
+    return (method if isinstance(method, Pipeline) else Pipeline.of(method)).plan(tower, grid, keep)
 
 
 class Largest(TorchDispatchMode):

@@ -103,7 +103,7 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
 
     def foretold(name: str, at_once: int = 2048) -> int:
         return memory_check.encoding_bytes(
-            config, methods.get(name).plan(tower, grid, 1638), at_once, 2, 1638 + memory_check.TEXT
+            config, methods.parse(name).plan(tower, grid, 1638), at_once, 2, 1638 + memory_check.TEXT
         )
 
     held = 16_384 * 4 * 1280 * 4

@@ -149,7 +149,7 @@ def test_several_inputs_at_full_budget_are_hugging_faces_generate(loaded, kinds,
         assert [each.kind for each in answer.report.inputs] == [{"p": "picture", "v": "video"}[kind] for kind in kinds]
 
 
-EXACT = [name for name in methods.built_in() if methods.get(name).exact]
+EXACT = [name for name in methods.built_in() if methods.parse(name).exact]
 
 
 @pytest.mark.parametrize("method", one_of_each(EXACT))

@@ -145,7 +145,9 @@ def test_it_holds_the_method_too(kind, more):
 def test_it_becomes_plain_values_once_and_reports_say_so(config):
     tune("demo")
     qa = VideoQA.load(budget="tuned", seed=3)
-    assert qa.engine.options == PruneOptions(0.2, "evoprune:depth=0.25", seed=3) and qa.engine.method.depth == 0.25
+    assert (
+        qa.engine.options == PruneOptions(0.2, "evoprune:depth=0.25", seed=3) and qa.engine.method.encoder.depth == 0.25
+    )
     assert "method 'evoprune:depth=0.25', budget 0.2" in repr(qa)
     report = qa.encode(CLIP).ask(QUESTION).report
     given = VideoQA(qa.loaded, budget=0.2, method="evoprune", method_args={"depth": 0.25}).encode(CLIP).report

@@ -145,7 +145,7 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
     clock, reference = Clock(torch.device("cpu")), hugging_face_model(loaded.model)
     theirs = run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
     ours = run_evoprune(
-        loaded, clip, unpruned(loaded, clip), methods.get("none"), 1.0, settings.new_tokens, settings.seed, clock
+        loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, settings.new_tokens, settings.seed, clock
     )
     assert len(theirs.tokens) == 12 and len(set(theirs.tokens)) > 1
     assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
@@ -154,7 +154,7 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
 def test_generation_is_forced(loaded, monkeypatch):
     """An end of sequence does not end it."""
     clip = clips.prepare(loaded, *MOTION(CASE))
-    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), methods.get("none"), 1.0, 6, 0)
+    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, 6, 0)
     first = run(Clock(torch.device("cpu"))).tokens
     assert len(first) == 6
     monkeypatch.setattr(loaded, "eos_ids", tuple(first))
@@ -272,11 +272,12 @@ def test_the_rows_that_fit(left, there):
 def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
     asked = []
 
-    def encode(visual, patches, plan, method, **more):
-        asked.append((method.name, plan.keep))
-        if method.name == "evoprune-paper" and plan.keep == 5:
+    def encode(visual, patches, plan, **more):
+        name = next((stage.reduce.merger.name for stage in plan.inside_chunks), None)
+        asked.append((name, plan.keep))
+        if name == "evoprune-paper" and plan.keep == 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(visual, patches, plan, method, **more)
+        return real(visual, patches, plan, **more)
 
     real = runners.encode
     monkeypatch.setattr(runners, "encode", encode)

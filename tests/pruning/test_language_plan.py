@@ -56,9 +56,9 @@ def test_published_counts_at_published_depths():
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_the_default_share_is_its_papers(name):
-    combined = methods.get(f"divprune+{name}")
-    assert combined.language_plan(32, 576, 0.1) == methods.get(name).language_plan(32, 576, combined.share)
-    assert methods.get(f"divprune+{name}:share=0.2").language_plan(32, 576, 0.9) == methods.get(name).drops(
+    combined = methods.parse(f"divprune+{name}")
+    assert combined.language_plan(32, 576, 0.1) == methods.parse(name).language_plan(32, 576, combined.language.left)
+    assert methods.parse(f"divprune+{name}:share=0.2").language_plan(32, 576, 0.9) == methods.get(name).drops(
         32, 576, 0.2
     )
 
@@ -70,7 +70,7 @@ def test_relative_depth():
 
 
 def test_columns_of_a_prompt():
-    assert methods.get("fastv").prompt_columns(4, 100, 7, 0.25) == (107, 32, 32, 32)
-    assert methods.get("fastv").prompt_columns(4, 100, 7, 1.0) == 107
-    assert methods.get("divprune").prompt_columns(4, 100, 7, 0.25) == 107
-    assert methods.get("divprune+fastv:share=0.1").prompt_columns(4, 100, 7, 0.25) == (107, 17, 17, 17)
+    assert methods.parse("fastv").prompt_columns(4, 100, 7, 0.25) == (107, 32, 32, 32)
+    assert methods.parse("fastv").prompt_columns(4, 100, 7, 1.0) == 107
+    assert methods.parse("divprune").prompt_columns(4, 100, 7, 0.25) == 107
+    assert methods.parse("divprune+fastv:share=0.1").prompt_columns(4, 100, 7, 0.25) == (107, 17, 17, 17)

@@ -15,6 +15,7 @@ import torch
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.types import Tokens
 from evoprune.vision.layout import Geometry, geometry
+from tests.methods.tokens import plan_of
 from tests.vision.tower import group_key, place_key
 
 
@@ -41,15 +42,17 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
     """
     geo, total = geometry(*grid[1:]), math.prod(grid)
     full = tuple(visual.fullatt_block_indexes)
-    plan = method.plan(TowerShape(len(visual.blocks), full), grid, keep)
+    plan = plan_of(method, TowerShape(len(visual.blocks), full), grid, keep)
+    stages = {stage.first_layer: stage for stage in plan.stages}
+    merger = next((stage.reduce.merger for stage in plan.inside_chunks), None)
     rows = embedded(visual, patches, geo, total, changed)
     for layer, block in enumerate(visual.blocks):
-        if layer in plan.select_after:
-            rows = selected(block, rows, geo, grid, method, plan.rows)
+        if layer in stages and stages[layer] in plan.selections:
+            rows = selected(block, rows, geo, grid, stages[layer].selector, stages[layer].rows)
         scope = "pair" if layer in full else "window"
-        run_layer(block, rows, geo, scope, method)
-        if plan.merged:
-            rows = merged(rows, geo, scope, method, [left[layer] for left in plan.merged])
+        run_layer(block, rows, geo, scope, not merger or merger.size_bias)
+        if merger and layer + 1 in stages:
+            rows = merged(rows, geo, scope, merger, stages[layer + 1].reduce.left)
     rows.sort(key=lambda row: row.unit)
     owner = owners(rows, total)
     first, second = visual.merger.mlp[0], visual.merger.mlp[2]
@@ -79,24 +82,24 @@ def owners(rows: list[Row], total: int) -> list[int]:
     return [next(i for i, row in enumerate(rows) if unit in row.units) for unit in range(total)]
 
 
-def selected(block, rows: list[Row], geo: Geometry, grid, method, keep) -> list[Row]:
+def selected(block, rows: list[Row], geo: Geometry, grid, selector, keep) -> list[Row]:
     """The rows that the method selects, each the mean over its cluster; all of a clip that stands still and is kept whole."""
     rows = sorted(rows, key=lambda row: row.unit)
     units = range(math.prod(grid))
     owner = owners(rows, len(units))
     if keep < len(rows) or any(owner[unit] != owner[unit % geo.units] for unit in units):
         seen = torch.stack([rms_norm(block.norm1, row.x).flatten() for row in rows])
-        found = method.inner.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
+        found = selector.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
         made = []
         for k, unit in enumerate(found.kept.tolist()):
             cluster = [other for other in units if found.owner[other] == k]
-            mean_of = cluster if method.inner.average else [unit]
+            mean_of = cluster if selector.average else [unit]
             made.append(Row(unit, cluster, sum(rows[owner[other]].x for other in mean_of) / len(mean_of)))
         rows = made
     return sorted(rows, key=lambda row: place_key(geo, row.unit))
 
 
-def merged(rows: list[Row], geo: Geometry, scope: str, method, left: list[int]) -> list[Row]:
+def merged(rows: list[Row], geo: Geometry, scope: str, method, left: tuple[int, ...]) -> list[Row]:
     """The rows after a layer's merging; `left`: of each frame pair."""
     result = []
     for row in rows:
@@ -141,9 +144,9 @@ def rotate(x: torch.Tensor, geo: Geometry, unit: int) -> torch.Tensor:
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
-def run_layer(block, rows: list[Row], geo: Geometry, scope: str, method) -> None:
+def run_layer(block, rows: list[Row], geo: Geometry, scope: str, size_bias: bool) -> None:
     """One layer of the tower; leaves queries, keys and the attention received from the own frame pair in the rows."""
-    heads, size_bias = block.attn.num_heads, not method.merger or method.merger.size_bias
+    heads = block.attn.num_heads
     for row in rows:
         qkv = linear(block.attn.qkv, rms_norm(block.norm1, row.x)).view(4, 3, heads, -1)
         row.plain, row.v = qkv[:, 1], qkv[:, 2]

@@ -7,6 +7,7 @@ import torch
 from evoprune.vision.encoded import Encoded
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
+from tests.methods.tokens import plan_of
 from tests.vision.clips import clip
 from tests.vision.tower import random_patches, tiny_tower
 
@@ -15,7 +16,7 @@ def encode_patches(patches, grid, method, keep, visual=None, **how) -> Encoded:
     """`encode` by the method's own plan; `patches`: one tensor, or pieces."""
     visual = visual or tiny_tower()
     pieces = [patches] if isinstance(patches, torch.Tensor) else patches
-    return encode(visual, pieces, method.plan(tower_shape(visual), grid, keep), method, **how)
+    return encode(visual, pieces, plan_of(method, tower_shape(visual), grid, keep), **how)
 
 
 def encode_noise(grid, method, keep, full_layers=(1, 3), seed=0, **how) -> Encoded:

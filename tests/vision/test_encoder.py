@@ -20,6 +20,7 @@ from evoprune.pruning.schedule import ALLOCATIONS
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify
 from evoprune.vision.tower import tower_shape
+from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_noise, encode_patches
@@ -87,11 +88,11 @@ def test_a_selector_after_the_tower_gets_all_rows_and_keeps_some(keep):
 @pytest.mark.parametrize("budget", [1.0, 0.5, 0.1])
 def test_the_layers_compute_the_rows_of_the_plan(name, budget):
     """Exactly so many where the plan is exact; with reuse at most so many, and all where everything changes."""
-    grid, method, visual = (6, 4, 6), methods.get(name), tiny_tower()
+    grid, method, visual = (6, 4, 6), methods.parse(name), tiny_tower()
     plan = method.plan(tower_shape(visual), grid, keep_count(budget, prod(grid)))
     assert plan.exact == (not plan.reuse)
     for share in (0.0, 0.3, 1.0):
-        made = encode(visual, [clip(plan.grid, changes(plan.grid, share))], plan, method)
+        made = encode(visual, [clip(plan.grid, changes(plan.grid, share))], plan)
         layers, rows = zip(*made.layers, strict=True)
         assert layers == (0, 1, 2, 3) and made.grids == (plan.grid,) and len(made.kept) == plan.keep
         if plan.exact or share == 1.0:
@@ -120,7 +121,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(name):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            made.append(encode_patches(clip(grid, changes(grid, 0.5)), grid, methods.get(name), 60))
+            made.append(encode_patches(clip(grid, changes(grid, 0.5)), grid, methods.parse(name), 60))
         finally:
             torch.set_num_threads(1)
     assert_same(*made)
@@ -203,7 +204,7 @@ def papers(draw):
 def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, chunk_units):
     keep, visual = keep_count(budget, prod(grid)), tiny_tower(full_layers)
     encoded = encode_noise(grid, method, keep, full_layers, chunk_units=chunk_units)
-    plan = method.plan(tower_shape(visual), grid, keep)
+    plan = plan_of(method, tower_shape(visual), grid, keep)
     assert len(encoded.kept) == len(encoded.features) == keep
     assert encoded.layers == list(enumerate(plan.layers)) and len(encoded.rows) == plan.rows
     assert encoded.live_share == pytest.approx(sum(plan.layers) / 4 / prod(grid))

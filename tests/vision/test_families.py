@@ -7,6 +7,7 @@ import torch
 
 import evoprune
 from evoprune import methods
+from evoprune.methods.base import Merger
 from evoprune.model.config import QWEN2, QWEN2_5, vision_sizes
 from evoprune.pruning.budget import keep_count
 from tests.tiny import tiny_model
@@ -35,20 +36,20 @@ def test_budget_one_is_transformers_tower(model, grid):
 @pytest.mark.parametrize("name", ["evoprune", "evoprune:depth=1", "evoprune-paper", "tome", "scope"])
 @pytest.mark.parametrize("budget", [0.5, 0.1])
 def test_pruned_results_do_not_depend_on_the_chunk_size(model, name, budget):
-    grid, method = (6, 5, 7), methods.get(name)
+    grid, method = (6, 5, 7), methods.parse(name)
     keep, patches = keep_count(budget, prod(grid)), clip(grid, changes(grid, 0.4))
     whole, chunks = (
         encode_patches(patches, grid, method, keep, model.model.visual, chunk_units=size) for size in (10**6, 35)
     )
-    check_result(whole, grid, whole_clip=not method.merger)
+    check_result(whole, grid, whole_clip=not isinstance(method.encoder, Merger))
     assert len(whole.kept) == keep and (whole.live_share < 1) == (name != "scope")
     assert_same(chunks, whole, atol=1e-4)
 
 
 def test_the_rows_of_a_still_clip_are_those_of_its_first_frame_pair(model):
     first, visual = random_patches((1, 4, 6)), model.model.visual
-    alone = encode_patches(first, (1, 4, 6), methods.get("none"), 24, visual)
-    made = encode_patches(first.repeat(5, 1), (5, 4, 6), methods.get("evoprune:depth=1"), 60, visual)
+    alone = encode_patches(first, (1, 4, 6), methods.parse("none"), 24, visual)
+    made = encode_patches(first.repeat(5, 1), (5, 4, 6), methods.parse("evoprune:depth=1"), 60, visual)
     torch.testing.assert_close(made.rows, alone.rows, rtol=1e-5, atol=1e-5)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from evoprune.errors import UsageError
 from evoprune.methods.base import Selector
 from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.reuse import Reuse
 from evoprune.pruning.score import unit_features
 from evoprune.pruning.types import Selection, Tokens
@@ -20,6 +21,7 @@ from evoprune.vision.encoder import encode, encode_rows
 from evoprune.vision.layout import geometry
 from evoprune.vision.token_selection import select_tokens
 from evoprune.vision.tower import tower_shape
+from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.devices import take_gpu_route
 from tests.vision.reference import embedded, linear, rms_norm, run_layer
@@ -42,7 +44,7 @@ class Looks(Selector):
 
 def tokens_of(patches, grid, reuse=False, full_layers=(1, 3), selector=None, **how) -> Tokens:
     selector = selector or Looks()
-    method = Reuse(then=selector) if reuse else selector
+    method = Pipeline(encoder=Reuse(), selector=selector) if reuse else selector
     encode_patches(patches, grid, method, max(1, prod(grid) // 8), tiny_tower(full_layers), **how)
     (tokens,) = selector.seen
     return tokens
@@ -61,13 +63,13 @@ class LooksInside(Looks):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, full_layers):
     """A reused unit has what its row had when it was encoded."""
-    grid, visual, method = (3, 5, 7), tiny_tower(full_layers), Reuse(then=Looks())
+    grid, visual = (3, 5, 7), tiny_tower(full_layers)
     changed, geo = changes(grid, share), geometry(5, 7)
     patches = clip(grid, changed)
     with torch.no_grad():
         rows = embedded(visual, patches, geo, prod(grid), changed)
         for layer, block in enumerate(visual.blocks[: full_layers[-1] + 1]):
-            run_layer(block, rows, geo, "pair" if layer in full_layers else "window", method)
+            run_layer(block, rows, geo, "pair" if layer in full_layers else "window", True)
     row_of = {unit: row for row in rows for unit in row.units}
     for size in (1, 10**6):
         tokens = tokens_of(patches, grid, True, full_layers, chunk_units=size)
@@ -84,13 +86,13 @@ def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, fu
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_the_middle_is_the_mean_of_states_after_the_patch_merger(share):
     """Layers 7 to 23 of 32 are layers 1 to 3 of 4."""
-    grid, visual, method = (3, 5, 7), tiny_tower(), Reuse(then=LooksInside())
+    grid, visual = (3, 5, 7), tiny_tower()
     changed, geo = changes(grid, share), geometry(5, 7)
     patches, states = clip(grid, changed), []
     with torch.no_grad():
         rows = embedded(visual, patches, geo, prod(grid), changed)
         for layer, block in enumerate(visual.blocks):
-            run_layer(block, rows, geo, "pair" if layer in (1, 3) else "window", method)
+            run_layer(block, rows, geo, "pair" if layer in (1, 3) else "window", True)
             states.append({unit: row.x for row in rows for unit in row.units})
         first, second, expected = visual.merger.mlp[0], visual.merger.mlp[2], []
         for unit in range(prod(grid)):
@@ -190,7 +192,7 @@ class Asks(Selector):
 def test_the_question_is_read_after_the_encoder():
     grid, questions = (2, 3, 4), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     visual = tiny_tower()
-    args = visual, [random_patches(grid)], Asks().plan(tower_shape(visual), grid, 4), Asks()
+    args = visual, [random_patches(grid)], plan_of(Asks(), tower_shape(visual), grid, 4)
     with pytest.raises(UsageError, match="reads the question, and there is none"):
         encode(*args)
     rows = encode_rows(*args)

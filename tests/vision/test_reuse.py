@@ -75,7 +75,7 @@ def test_at_budget_one_nothing_is_reused(share):
     patches = clip(grid, changes(grid, share))
     with torch.inference_mode():
         theirs = tiny_tower()(patches, torch.tensor([[5, 10, 12]])).pooler_output
-    for method in (EvoPrune(), methods.get("reuse+divprune")):
+    for method in (EvoPrune(), methods.parse("reuse+divprune")):
         ours = encode_patches(patches, grid, method, 150, chunk_units=60)
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         assert torch.equal(ours.kept, torch.arange(150)) and ours.live_share == 1
@@ -113,7 +113,7 @@ def test_a_changed_unit_is_a_row_and_the_others_have_the_last_that_changed():
     chunk_units=st.integers(1, 200),
 )
 def test_the_result_does_not_depend_on_the_chunk_size(grid, share, seed, share_kept, name, chunk_units):
-    method, changed = methods.get(name), changes(grid, share, seed)
+    method, changed = methods.parse(name), changes(grid, share, seed)
     keep = max(1, round(prod(grid) * share_kept))
     whole = encode_clip(grid, changed, method, keep, seed, chunk_units=10**6)
     assert_same(encode_clip(grid, changed, method, keep, seed, chunk_units=chunk_units), whole)

@@ -114,7 +114,7 @@ class GivenInside(EvoPrune):
     given: Given | None = None
 
     @property
-    def selector(self):
+    def tokens(self):
         return self.given
 
 

@@ -9,8 +9,7 @@ import torch
 from evoprune.errors import PluginError, UsageError, names_plugins
 from evoprune.integrations.vllm.positions import as_columns
 from evoprune.language.positions import video_positions
-from evoprune.methods.base import Method
-from evoprune.methods.none import Nothing
+from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import vision_sizes
 from evoprune.pruning.encoder_plan import Grid
 from evoprune.vision.encoded import Encoded
@@ -68,7 +67,7 @@ class Normalised:
 
 @names_plugins()
 def encoded(
-    visual, patches: Iterable[torch.Tensor], item: Item, method: Method, normal: Normalisation = CLIP
+    visual, patches: Iterable[torch.Tensor], item: Item, method: Pipeline, normal: Normalisation = CLIP
 ) -> Encoded:
     """The tokens of an item, exactly K of them.
 
@@ -82,9 +81,8 @@ def encoded(
         ModelError: the tower computes NaN or infinite values.
         PluginError: a method of another package failed, or kept another number of tokens.
     """
-    chosen = method if item.keep < prod(item.grid) else Nothing()
-    plan = chosen.plan(tower_shape(visual), item.grid, item.keep)
-    found = encode(visual, patches, plan, chosen, seconds_per_pair=item.seconds, normal=normal)
+    plan = method.plan(tower_shape(visual), item.grid, item.keep)
+    found = encode(visual, patches, plan, seconds_per_pair=item.seconds, normal=normal)
     if len(found.kept) != item.keep:
         hint = "choose another method"
         raise PluginError(f"method {method.name} kept {len(found.kept):,} tokens of {item.keep:,}", hint)
@@ -99,7 +97,7 @@ def with_columns(found: Encoded, item: Item, tokens_per_second: float | None) ->
     return torch.cat([features, as_columns(positions, bias.to(features.device), features.dtype)], 1)
 
 
-def try_out(visual, method: Method) -> None:
+def try_out(visual, method: Pipeline) -> None:
     """Encodes a small clip of noise, so that a method that cannot work fails at start and not at the first request.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
-from evoprune.methods.base import Method
+from evoprune.methods.pipeline import Pipeline
 from evoprune.pruning.budget import parse_budget
 from evoprune.text import did_you_mean
 
@@ -19,7 +19,7 @@ EXAMPLE = '--additional-config \'{"evoprune": {"method": "divprune"}}\''
 EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method"
 
 
-def method_of(additional: Any) -> Method:
+def method_of(additional: Any) -> Pipeline:
     """The method that `--additional-config` names; the default one if it names none.
 
     Args:
@@ -36,7 +36,7 @@ def method_of(additional: Any) -> Method:
 
 
 @names_plugins()
-def served_method(name: str) -> Method:
+def served_method(name: str) -> Pipeline:
     """The method `name`, perhaps with settings (`NAME:SETTING=VALUE`).
 
     Raises:
@@ -45,7 +45,7 @@ def served_method(name: str) -> Method:
     """
     if not isinstance(name, str):
         raise UsageError(f"method {name!r} is not a name", f"for example {EXAMPLE}")
-    method = methods.get(name)
+    method = methods.parse(name)
     if method.acts == "none":
         raise UsageError(f"method {name} prunes nothing", "leave --video-pruning-rate out instead")
     if method.acts == "input":

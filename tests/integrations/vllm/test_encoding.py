@@ -15,6 +15,7 @@ from evoprune.integrations.vllm.positions import COLUMNS, from_columns, split_bi
 from evoprune.integrations.vllm.settings import served_method
 from evoprune.language.positions import video_positions
 from evoprune.methods.base import Selector
+from evoprune.methods.pipeline import Pipeline
 from evoprune.pruning.types import Selection
 from evoprune.vision.preprocess import CLIP_MEAN, CLIP_STD, patchify
 from tests.tiny import tiny_model
@@ -33,7 +34,7 @@ def patches(grid=GRID):
 
 def test_columns_hold_position_and_log_of_the_cluster_size(visual):
     item = Item(GRID, 20, 0.7)
-    found = encoded(visual, [patches()], item, methods.get("evoprune"))
+    found = encoded(visual, [patches()], item, methods.parse("evoprune"))
     made = with_columns(found, item, 2.0)
     wide = found.features.shape[1]
     plain, bias = split_bias(from_columns(made[:, wide:]))
@@ -55,13 +56,13 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, m
     levels[4:, :56] = 115  # half of each frame, from the third pair on
     pixels = patchify(levels, (0.0,) * 3, (1 / 255,) * 3).round().to(torch.uint8)
     normalised = Normalised((mean,) * 3, (std,) * 3, scale)
-    found = encoded(visual, normalised(pixels), Item(GRID, 20), methods.get("reuse+divprune"), normalised.normal)
+    found = encoded(visual, normalised(pixels), Item(GRID, 20), methods.parse("reuse+divprune"), normalised.normal)
     assert found.layers[0] == (0, 24 + 12)
 
 
 def test_a_video_of_which_all_is_kept_has_no_bias(visual):
     item = Item(GRID, math.prod(GRID))
-    made = with_columns(encoded(visual, [patches()], item, methods.get("evoprune")), item, 2.0)
+    made = with_columns(encoded(visual, [patches()], item, methods.parse("evoprune")), item, 2.0)
     assert not split_bias(from_columns(made[:, -COLUMNS:]))[1].any()
 
 
@@ -84,10 +85,10 @@ class Undeclared(Selector):
 
 def test_a_method_that_does_not_hold_what_it_declares_fails_at_the_start(visual):
     with pytest.raises(PluginError, match="kept 15 tokens of 16"):
-        try_out(visual, TooFew())
+        try_out(visual, Pipeline.of(TooFew()))
     with pytest.raises(UsageError, match="sizes"):
-        try_out(visual, Undeclared())
-    try_out(visual, methods.get("evoprune"))
+        try_out(visual, Pipeline.of(Undeclared()))
+    try_out(visual, methods.parse("evoprune"))
 
 
 def served() -> list[str]:
@@ -102,6 +103,6 @@ def served() -> list[str]:
 
 @pytest.mark.parametrize("name", served())
 def test_whether_tokens_have_weights_is_declared(visual, name):
-    method = methods.get(name)
+    method = methods.parse(name)
     found = encoded(visual, [patches()], Item(GRID, 20), method)
     assert (found.size is not None) == method.weighs

@@ -8,8 +8,8 @@ from evoprune.integrations.vllm.settings import method_of, request_budget, serve
 
 def test_the_method_is_the_one_of_the_configuration():
     assert method_of({}).name == "evoprune"
-    assert method_of({"evoprune": {"method": "evoprune:count=0"}}).count == 0
-    assert method_of({"evoprune": {"method": "reuse+divprune"}}).then.name == "divprune"
+    assert method_of({"evoprune": {"method": "evoprune:count=0"}}).encoder.count == 0
+    assert method_of({"evoprune": {"method": "reuse+divprune"}}).selector.name == "divprune"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""The settings of a method: from texts as on a command line, and as reports show them."""
+
+import math
+from dataclasses import Field, fields
+from types import NoneType
+from typing import Any, get_args
+
+from evoprune.errors import UsageError
+
+
+def setting_fields(method: type) -> list[Field]:
+    """The fields that users set: all except those that belong to a model."""
+    return [f for f in fields(method) if not f.metadata]
+
+
+def reported(method: object) -> dict[str, Any]:
+    """The fields by name: an infinite number as a text, and a field with a `report` in its metadata as that makes it."""
+    values = {f.name: f.metadata.get("report", _json_number)(getattr(method, f.name)) for f in fields(method)}
+    return values
+
+
+def _json_number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_args(kind: type, args: dict[str, Any]) -> Any:
+    """A method of class `kind`; see `Method.from_args`."""
+    known = {f.name: f for f in setting_fields(kind)}
+    values = {}
+    for name, text in args.items():
+        if name not in known:
+            raise UsageError(f"method {kind.name} has no argument {name!r}", settings_hint(kind))
+        values[name] = _parsed(kind, known[name], str(text))
+    try:
+        made = kind(**values)
+    except ValueError as error:
+        raise UsageError(f"method {kind.name}: {error}", settings_hint(kind)) from None
+    if wrong := [name for name, value in values.items() if value != value]:  # NaN is no number to any method
+        raise UsageError(f"method {kind.name}: {wrong[0]}=nan is not a number", settings_hint(kind))
+    return made
+
+
+def settings_hint(kind: type, name: str | None = None) -> str:
+    """See `Method.settings_hint`."""
+    known = {f.name: f"{f.name}={f.default}" for f in setting_fields(kind)}
+    if name in known:
+        return f"a setting has a value: {kind.name}:{known[name]}"
+    return f"its arguments and defaults: {', '.join(known.values()) or 'none'}"
+
+
+def _parsed(method: type, setting: Field, text: str) -> Any:
+    """The value of a setting given as text, in the type of its default."""
+    kind = type(setting.default)
+    if setting.default is None:
+        if text == "None":
+            return None
+        kind = next(kind for kind in get_args(setting.type) if kind is not NoneType)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        problem = f"method {method.name}: {setting.name}={text!r} is not {kind.__name__}"
+        raise UsageError(problem, settings_hint(method)) from None
