@@ -89,7 +89,7 @@ REFUSED = {
     "is no dataclass: Mine needs": "class Mine(First):\n    name = 'mine'\n    more: int = 1",
 }
 PAGES = ["CONTRIBUTING.md", "docs/house.md", "docs/methods.md"]
-DOCUMENTED = ["longest", "neighbours", "mixed", "asked", "loudest"]
+DOCUMENTED = ["longest", "sieve", "neighbours", "mixed", "asked", "loudest"]
 GRID = (4, 4, 6)
 
 
@@ -263,17 +263,19 @@ def test_every_way_of_running_one_names_it(package, way, skip):
 
 def test_the_documented_methods_are_short_and_complete(documented):
     assert set(documented) == set(DOCUMENTED) == set(methods.plugins())
-    assert methods.available()[-5:] == sorted(DOCUMENTED)
+    assert methods.available()[-6:] == sorted(DOCUMENTED)
     for name, module in documented.items():
         assert module.count("\n") < 40
         assert methods.plugins()[name] == "of docs-examples 1.2" and methods.get(name).name == name
     kinds = [methods.get(name).acts for name in DOCUMENTED]
-    assert kinds == ["after", "inside", "input", "after", "language"]
+    assert kinds == ["after", "inside", "inside", "input", "after", "language"]
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("keep", [1, 9, 50, 96])
-@pytest.mark.parametrize("name", ["longest", "neighbours", "asked", "reuse+longest", "reuse:threshold=5+asked:power=0"])
+@pytest.mark.parametrize(
+    "name", ["longest", "sieve", "neighbours", "asked", "reuse+longest", "reuse:threshold=5+asked:power=0"]
+)
 def test_the_documented_methods_keep_their_budget_in_the_encoder(documented, name, keep):
     patches, question = clip(GRID, changes(GRID, 0.5)), torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
     args = methods.parse(name), patches, GRID, keep
@@ -281,7 +283,8 @@ def test_the_documented_methods_keep_their_budget_in_the_encoder(documented, nam
     assert len(made.kept) == keep and torch.equal(made.kept, in_pieces.kept)
     if keep < 96:
         live = [rows for _, rows in made.layers]
-        assert (live[0] < 96) == name.startswith("reuse") and (live[-1] < live[0]) == (name == "neighbours")
+        assert (live[0] < 96) == (name == "sieve" or name.startswith("reuse"))
+        assert (live[-1] < live[0]) == (name in ("sieve", "neighbours"))
 
 
 def test_the_documented_input_method_goes_from_smaller_to_fewer_frames(documented):

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import ModelError
-from evoprune.methods.base import Selector
+from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
 from evoprune.methods.none import Nothing
+from evoprune.pruning.encoder_plan import Stage
 from evoprune.pruning.types import Selection
 from evoprune.vision import devices
 from tests.vision.clips import changes, clip
@@ -20,6 +22,19 @@ from tests.vision.devices import assert_same_on_a_gpu
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_clip, encode_patches
 from tests.vision.tower import random_patches, tiny_tower
+
+
+@dataclass(frozen=True)
+class Several(EncoderMethod):
+    """Rows are left behind before the first layer, and before the second and the last of four."""
+
+    tokens: ClassVar[Selector] = FarthestPoints()
+    reuse: ClassVar[float] = 8.0
+
+    def stages(self, tower, grid, keep):
+        after = {0: 60, 1: 50, 3: 45}
+        return [Stage(layer, max(keep, rows), FarthestPoints(average=layer == 1)) for layer, rows in after.items()]
+
 
 # --- against the slow encoder ------------------------------------------------------------------------------------------
 
@@ -33,14 +48,14 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     patches, visual = clip(grid, changed), tiny_tower(full_layers)
     for method in (
         EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0),
-        EvoPrune(rows=1.0), EvoPrune(rows=0.0),
+        EvoPrune(rows=1.0), EvoPrune(rows=0.0), Several(),
     ):  # fmt: skip
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
             made = encode_patches(patches, grid, method, keep, visual, chunk_units=size)
             assert made.owner.tolist() == owner and len(made.kept) == keep
             torch.testing.assert_close(made.rows.double(), tokens, atol=1e-4, rtol=1e-4)
-            if len(units) == keep < made.layers[0][1] and method.rows == 1:
+            if len(units) == keep < made.layers[0][1] and getattr(method, "rows", 0) == 1:
                 assert made.kept.tolist() == units and torch.equal(made.features, made.rows)
 
 
