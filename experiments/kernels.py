@@ -25,7 +25,7 @@ from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.loading.random_weights import random_model
 from evoprune.pruning.encoder_plan import full_plan
-from evoprune.vision import norm_rotary
+from evoprune.vision import families
 from evoprune.vision.attention import grouped_attention
 from evoprune.vision.buckets import Bucket
 from evoprune.vision.devices import CHUNK_UNITS
@@ -179,7 +179,7 @@ def layer(
     heads: int,
     group: int,
     attend: Attention = as_built,
-    norm: Callable = norm_rotary.norm,
+    norm: Callable = families.norm,
 ) -> torch.Tensor:
     """One layer of the tower without pruning, on the functions that the encoder runs on.
 
@@ -189,7 +189,7 @@ def layer(
         group: patch rows that attend to each other.
     """
     qkv = linear(block.attn.qkv, norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
-    q, k = norm_rotary.rotate(qkv[:, :, :2], *turn).unbind(2)
+    q, k = families.rotate(qkv[:, :, :2], *turn).unbind(2)
     by_head = [rows.reshape(-1, group, heads, rows.shape[-1]).transpose(1, 2) for rows in (q, k, qkv[:, :, 2])]
     mixed = attend(*by_head).transpose(1, 2).reshape(x.shape)
     x = linear(block.attn.proj, mixed, plus=x)
@@ -203,7 +203,7 @@ def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[t
     geo = tower_geometry(visual, *sizes.grid)
     x = torch.randn(sizes.grids * geo.units, PATCHES, visual.config.hidden_size).to(DTYPE)
     cos, sin = (
-        part[geo.order].repeat(sizes.grids, 1, 1)[:, :, None, None] for part in norm_rotary.rotary(visual.config, geo)
+        part[geo.order].repeat(sizes.grids, 1, 1)[:, :, None, None] for part in families.rotary(visual.config, geo)
     )
     return x, (cos, sin), [geo.units // geo.windows * PATCHES, geo.units * PATCHES]
 

@@ -11,8 +11,8 @@ import torch
 
 from evoprune.model.clock import Clock
 from evoprune.pruning.encoder_plan import EncoderPlan, SetAside
+from evoprune.vision.encoded import EncodedRows
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.token_selection import EncodedRows
 
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.

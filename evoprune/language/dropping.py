@@ -11,7 +11,7 @@ from evoprune.pruning.indices import true_indices
 from evoprune.pruning.language_plan import KINDS, LanguagePlan, tokens_of_layers
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.types import Selection
-from evoprune.vision.timer import Timer
+from evoprune.vision.devices import Timer
 
 Places = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
 

@@ -27,8 +27,7 @@ from evoprune.report.records import Report, TokenCounts
 from evoprune.text import counted
 from evoprune.video.info import VIDEO, VideoInfo
 from evoprune.video.plan import Plan
-from evoprune.vision.encoded import Encoded
-from evoprune.vision.token_selection import select_tokens
+from evoprune.vision.encoded import Encoded, select_tokens
 
 __all__ = ["Answer", "EncodedInputs", "EncodedVideo", "together"]
 

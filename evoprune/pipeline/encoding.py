@@ -13,9 +13,8 @@ from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.memory_check import TEXT, units_at_once
 from evoprune.pipeline.patches import PatchReader
 from evoprune.pipeline.view import View
-from evoprune.vision.encoded import Encoded
+from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.token_selection import EncodedRows, select_tokens
 
 Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
 EncodeRows = Callable[..., EncodedRows]

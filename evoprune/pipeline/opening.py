@@ -19,8 +19,7 @@ from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.probe import probe
-from evoprune.vision.encoded import Encoded
-from evoprune.vision.token_selection import EncodedRows
+from evoprune.vision.encoded import Encoded, EncodedRows
 
 
 def open_inputs(

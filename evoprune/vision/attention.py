@@ -1,16 +1,18 @@
 """Attention of rows inside their groups (windows or frame pairs), over all groups of a chunk."""
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
+from evoprune.model.autocast import without_autocast
 from evoprune.model.sizes import PATCHES
 from evoprune.vision import devices
 from evoprune.vision.buckets import Bucket, Packed, key_bias
-from evoprune.vision.received import add_by_row, query_weight, received_by_keys
-from evoprune.vision.timer import Timer
-from evoprune.vision.varlen import attend_packed, varlen_kernel
+from evoprune.vision.devices import Timer
 
 # Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
 # 2688x2688 pixels it takes a third of the time.
@@ -140,3 +142,111 @@ def attend_by_products(
                     received[of] += (scores * weight[of, piece]).sum(1)
     out = out.view(batch, heads, queries, dim)
     return out, None if received is None else received.view(batch, heads, keys).sum(1)
+
+
+def attention_received(q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Packed, size_bias: bool) -> torch.Tensor:
+    """The attention that each row receives, without computing the output of the attention.
+
+    Args:
+        q: `[R, 4, heads, d]`. k: `[R or more, 4, heads, d]`. plan, size_bias: as in `attention.grouped_attention`.
+
+    Returns:
+        float32 `[R]`, as `received` of `attention.grouped_attention`.
+    """
+    total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
+    for bucket in [plan.bucket] if isinstance(plan, Packed) else plan:
+        queries, keys = bucket.by_head(q, "query"), bucket.by_head(k, "key")
+        add_by_row(total, received_by_keys(queries, keys, bucket, size_bias), bucket)
+    return total[: len(q)]
+
+
+@without_autocast()
+def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool) -> torch.Tensor:
+    """The attention that each key patch of a bucket receives, float32 `[B, K*4]`.
+
+    Args:
+        queries: `[B, heads, Q*4, d]`. keys: `[B, heads, K*4, d]`.
+    """
+    batch, heads, _, dim = queries.shape
+    bias, weight = key_bias(bucket, size_bias, torch.float32), query_weight(bucket, heads)
+    total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
+    step = max(1, devices.scores_at_a_time(queries.device) // (batch * heads * keys.shape[2]))
+    for at in range(0, queries.shape[2], step):
+        scores = (queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)
+        probs = (scores.float() if bias is None else scores.float() + bias).softmax(-1)
+        total += torch.einsum("bhqk,bq->bk", probs, weight[:, at : at + step])
+    return total
+
+
+def query_weight(bucket: Bucket, heads: int) -> torch.Tensor:
+    """float32 `[B, Q*4]`: the weight of each query patch in the mean over heads and queries of its group; 0 at padding."""
+    valid = bucket.query_valid
+    if valid is None:
+        valid = torch.ones(bucket.shape, dtype=torch.bool, device=bucket.key_count.device)
+    valid = valid.float()
+    return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / heads).repeat_interleave(PATCHES, dim=1)
+
+
+def add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) -> None:
+    """Adds what the key patches of a bucket receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
+    per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
+    index = bucket.key if bucket.key is not None else bucket.query
+    if index is None:
+        received += per_row.flatten()
+    else:
+        own = bucket.key_count > 0 if bucket.near is None else bucket.near
+        received.index_add_(0, index.flatten(), torch.where(own, per_row, 0).flatten())
+
+
+@lru_cache
+def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
+    """PyTorch's `varlen_attn`, or None if this torch does not have it, or the device cannot run it in this dtype."""
+    if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
+
+
+def attend_packed(
+    kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed, size_bias: bool
+) -> torch.Tensor:
+    """Attention of all groups in one call of `kernel`; arguments and result as in `attention.grouped_attention`."""
+    groups, dim = plan.groups, q.shape[-1]
+    key, value = (x if groups.consecutive else x[groups.keys] for x in (k, v))
+    if size_bias:
+        q, key, value = with_bias(q, key, value, groups.count)
+    answer = kernel(
+        *(x.flatten(0, 1) for x in (q, key, value)),
+        *plan.ends,
+        *(longest * PATCHES for longest in groups.longest),
+        scale=dim**-0.5,
+    )
+    return answer[..., :dim].unflatten(0, (-1, PATCHES))
+
+
+def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Carries the log of the cluster size in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
+
+    The kernel scales all products by 1 / sqrt(d), so the log is multiplied by sqrt(d) here. The value is the sum of two numbers,
+    because one bf16 number would be off by up to 2^-9 of it. Zeros fill up to a multiple of eight dimensions, which kernels need.
+
+    Args:
+        q: `[R, 4, heads, d]`. k, v: `[K, 4, heads, d]`.
+        count: int64 `[K]`, the cluster sizes; zero for a key that no group uses.
+
+    Returns:
+        q, k and v with d' dimensions; the added dimensions of v are zero.
+    """
+    dim = q.shape[-1]
+    extra = -(dim + 2) % 8 + 2
+    value = count.clamp(min=1).float().log() * dim**0.5
+    high = value.to(k.dtype)
+    low = (value - high.float()).to(k.dtype)
+    more = F.pad(torch.stack([high, low], -1), (0, extra - 2))[:, None, None].expand(*k.shape[:3], extra)
+    ones = F.pad(q.new_ones(*q.shape[:3], 2), (0, extra - 2))
+    return torch.cat([q, ones], -1), torch.cat([k, more], -1), F.pad(v, (0, extra))

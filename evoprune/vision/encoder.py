@@ -24,21 +24,21 @@ from evoprune.methods.selecting import select
 from evoprune.model.autocast import without_autocast
 from evoprune.model.numerics import all_numbers, not_a_number_error
 from evoprune.model.weights import Tower
-from evoprune.pruning.encoder_plan import EncoderPlan, Stage, WholePairs
+from evoprune.pruning.encoder_plan import EncoderPlan, SetAside, Stage, WholePairs
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import nearest
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
-from evoprune.vision.between_layers import between_layers
-from evoprune.vision.chunks import Chunk, in_chunks
-from evoprune.vision.encoded import Encoded
+from evoprune.vision.between import Between
+from evoprune.vision.chunks import Chunk, References, in_chunks
+from evoprune.vision.devices import Timer
+from evoprune.vision.encoded import Checks, Encoded, EncodedRows, all_true, select_tokens
 from evoprune.vision.families import family
+from evoprune.vision.followers import Followers
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
+from evoprune.vision.merging import Merging
 from evoprune.vision.preprocess import CLIP, Normalisation
-from evoprune.vision.references import References
-from evoprune.vision.timer import Timer
-from evoprune.vision.token_selection import Checks, EncodedRows, all_true, select_tokens
 from evoprune.vision.tower import Passage, embed, merge_patches, run_layers, tower_geometry, tower_shape
 
 OnLayer = Callable[[int, int], None]
@@ -187,7 +187,7 @@ class _Run:
     def run_first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
         """The rows after the layers before the first selection, or after all layers."""
         layers = self.plan.spans[0]
-        between = between_layers(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
+        between = _between(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         for layer in layers:
             self.computed[layer] += between.computed(layer, layout)
         passage = Passage(self.visual, self.timer, between, self.references, self.gathering)
@@ -304,3 +304,17 @@ def _nearest_kept(seen: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor) -
     rows = F.normalize(seen.float(), dim=1)
     found = nearest(rows, rows[owner[kept]])[owner]
     return torch.where(owner < 0, -1, found).index_copy_(0, kept, ascending(len(kept), kept.device))
+
+
+def _between(plan: EncoderPlan, pairs: range, failed: list[torch.Tensor]) -> Between:
+    """What the stages do with the rows of the chunk of these frame pairs. Raises TypeError where they cannot be together."""
+    stages = plan.inside_chunks
+    if not stages:
+        return Between()
+    if isinstance(stages[0].reduce, SetAside) and len(stages) == 1:
+        return Followers(stages[0], plan.depth)
+    mergers = {stage.reduce.merger for stage in stages if not isinstance(stage.reduce, SetAside)}
+    if len(mergers) != 1:
+        raise TypeError("the rows of a chunk are merged by one merger, or set aside once")
+    left = {stage.first_layer: stage.reduce.left[pairs.start : pairs.stop] for stage in stages}
+    return Merging(mergers.pop(), left, failed)

@@ -7,9 +7,9 @@ import torch
 from evoprune.methods.base import Selector
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.score import unit_features
+from evoprune.vision.attention import attention_received
 from evoprune.vision.buckets import Bucket, Packed
 from evoprune.vision.layout import TokenLayout
-from evoprune.vision.received import attention_received
 
 KNOWN = ("attention", "keys", "middle")
 MIDDLE = 7 / 32, 23 / 32  # the layers of "middle", in relative depth: those of Nuwa (arXiv 2602.02951)

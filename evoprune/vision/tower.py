@@ -13,12 +13,11 @@ from evoprune.vision import devices
 from evoprune.vision.attention import grouped_attention
 from evoprune.vision.between import Between
 from evoprune.vision.buckets import Bucket, Packed, buckets
-from evoprune.vision.families import Family, family
+from evoprune.vision.chunks import References
+from evoprune.vision.devices import Timer
+from evoprune.vision.families import Family, family, rotary, rotate
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
-from evoprune.vision.norm_rotary import rotary, rotate
-from evoprune.vision.references import References
-from evoprune.vision.timer import Timer
 
 
 def tower_shape(visual) -> TowerShape:

@@ -16,9 +16,9 @@ from evoprune.pipeline.opening import OpenVideo
 from evoprune.pruning.indices import ascending
 from evoprune.video.frames import read_frames
 from evoprune.video.plan import Plan
+from evoprune.vision.encoded import EncodedRows, selected
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.preprocess import patchify, resize
-from evoprune.vision.token_selection import EncodedRows, selected
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
 

@@ -22,9 +22,9 @@ from evoprune.methods.earlytom import (
 )
 from evoprune.pruning.encoder_plan import EncoderPlan, Stage, TowerShape, WholePairs
 from evoprune.pruning.types import Tokens
+from evoprune.vision.encoded import select_tokens, selected
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import geometry
-from evoprune.vision.token_selection import select_tokens, selected
 from evoprune.vision.tower import tower_shape
 from tests.methods.line_by_line import shares
 from tests.methods.public_tokens import public_tokens

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoprune.methods.base import Merger
 from evoprune.methods.evoprune import FarthestPoints
 from evoprune.pruning.types import Selection
-from evoprune.vision import attention, chunks, devices, encoder, token_selection
+from evoprune.vision import attention, chunks, devices, encoded, encoder
 from tests.vision.results import assert_same, check_result, encode_patches
 from tests.vision.tower import tiny_tower
 
@@ -74,7 +74,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     by_hand = pausing(varlen_by_hand)
     monkeypatch.setattr(devices, "static_shapes", lambda device: True)
     for where, name in (
-        (token_selection.EncodedRows, "finish"),
+        (encoded.EncodedRows, "finish"),
         (chunks, "scan"),
         (chunks, "_rows_of"),
         (chunks.Chunk, "layout"),

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evoprune.vision.attention import grouped_attention
 from evoprune.vision.buckets import buckets
+from evoprune.vision.devices import Timer
 from evoprune.vision.layout import attention_groups, full_layout, geometry, merged_layout, referring_layout
-from evoprune.vision.timer import Timer
 from tests.vision.tower import groups_by_hand, random_layout
 
 HEADS, DIM = 2, 8

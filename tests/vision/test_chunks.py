@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from evoprune.pruning.reuse import scan
 from evoprune.vision import devices
 from evoprune.vision.chunks import in_chunks, in_pairs
+from evoprune.vision.devices import Timer
 from evoprune.vision.layout import geometry, referring_layout
 from evoprune.vision.preprocess import patch_means
-from evoprune.vision.timer import Timer
 from tests.vision.clips import changes, clip
 from tests.vision.tower import PATCH_WIDTH, random_patches
 

@@ -15,12 +15,11 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.methods.reuse import Reuse
-from evoprune.vision import attention, devices, token_selection
-from evoprune.vision.attention import grouped_attention
+from evoprune.vision import attention, devices, encoded
+from evoprune.vision.attention import attend_packed, grouped_attention, with_bias
 from evoprune.vision.buckets import Packed, buckets
+from evoprune.vision.devices import Timer
 from evoprune.vision.layout import attention_groups, geometry
-from evoprune.vision.timer import Timer
-from evoprune.vision.varlen import attend_packed, with_bias
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route, varlen_by_hand
 from tests.vision.results import encode_noise, encode_patches
@@ -236,7 +235,7 @@ def test_every_shape_is_known_on_a_device_without_values(reuse, keep, kernel, mo
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
     monkeypatch.setattr(devices, "static_shapes", lambda device: device == meta)
-    monkeypatch.setattr(token_selection.EncodedRows, "finish", lambda _: (False, 0.0))
+    monkeypatch.setattr(encoded.EncodedRows, "finish", lambda _: (False, 0.0))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = Reuse(then=Random()) if reuse else EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))

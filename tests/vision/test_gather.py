@@ -17,9 +17,9 @@ from evoprune.methods.reuse import Reuse
 from evoprune.pruning.score import unit_features
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import encoder
+from evoprune.vision.encoded import select_tokens
 from evoprune.vision.encoder import encode, encode_rows
 from evoprune.vision.layout import geometry
-from evoprune.vision.token_selection import select_tokens
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
