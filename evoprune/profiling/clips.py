@@ -7,9 +7,9 @@ from math import prod
 
 import torch
 
+from evoprune.errors import UsageError
 from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.methods.pipeline import Pipeline
-from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case
@@ -46,6 +46,20 @@ def video_frames(info: VideoInfo, case: Case) -> Frames:
     return torch.cat(small), plan.sampling.seconds_per_pair()
 
 
+def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
+    """(T, H, W) of a case in units.
+
+    Raises:
+        UsageError: the frames cannot be cut into merge units.
+    """
+    if case.height % limits.unit or case.width % limits.unit:
+        raise UsageError(
+            f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
+            f"height and width must be multiples of {limits.unit}, for example 224x336",
+        )
+    return max(1, case.frames // limits.temporal_patch_size), case.height // limits.unit, case.width // limits.unit
+
+
 @dataclass(frozen=True)
 class Clip:
     """A clip ready for the tower, and the prompt around it.
@@ -68,7 +82,7 @@ class Clip:
 
     @property
     def units(self) -> int:
-        return len(self.patches) // PATCHES
+        return prod(self.grid)
 
 
 def prepare(
@@ -80,11 +94,11 @@ def prepare(
 ) -> Clip:
     """Preprocesses a clip, made smaller if `method` acts on the input.
 
-    The text's tokens are drawn from the whole vocabulary with a fixed seed.
+    The text's tokens are selected at random from the whole vocabulary, always the same.
     """
     v, visual = loaded.video, loaded.model.model.visual
     count, height, width, _ = frames.shape
-    grid = (max(1, count // v.temporal_patch_size), height // v.unit, width // v.unit)
+    grid = case_grid(Case(count, height, width), v)
     whole = prod(grid)
     smaller = method.plan(tower_shape(visual), grid, keep_count(budget, whole)).grid if method else grid
     if smaller != grid:
@@ -95,7 +109,7 @@ def prepare(
     patches = patchify(frames, v.image_mean, v.image_std, v.patch_size, v.temporal_patch_size, v.merge_size)
     random, size = torch.Generator().manual_seed(0), loaded.model.config.text_config.vocab_size
     text = torch.randint(size, (TEXT_BEFORE + TEXT_AFTER,), generator=random, dtype=torch.int64, device="cpu")
-    video = torch.zeros(len(patches) // PATCHES, dtype=torch.int64, device="cpu")
+    video = torch.zeros(prod(grid), dtype=torch.int64, device="cpu")
     ids = torch.cat([text[:TEXT_BEFORE], video, text[TEXT_BEFORE:]])
     span = VisualSpan(TEXT_BEFORE, grid, seconds_per_pair)
     positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)

@@ -1,7 +1,7 @@
 """What a benchmark measured: rows of raw samples, and the figures made of them (schema `evoprune/profile@1`). No torch.
 
-All rows of a round run one after another. A ratio is taken round by round, and its median is reported, so that a drift of the
-machine's speed cancels. Times are seconds here and milliseconds in the document; unknown values are None.
+A ratio is taken round by round, and its median is reported, so that a drift of the machine's speed cancels. Times are seconds here
+and milliseconds in the document; unknown values are None.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,10 @@ from evoprune.report.records import Environment, ModelFacts
 SCHEMA = "evoprune/profile@1"
 # Kinds of rows: plain transformers, evoprune without pruning, the best that a post-encoder method could reach, a method.
 HUGGING_FACE, FULL, BOUND, METHOD = "hugging_face", "full", "post_encoder_bound", "method"
+STAGES = {  # names of times in the document, and in a `Sample`
+    "encode": "encode", "encode_prune": "prune", "prefill": "prefill", "prefill_prune": "prefill_prune",
+    "generate": "generate", "ttft_model": "first_token",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -35,7 +39,7 @@ class Sample:
 
     Attributes:
         encode: the tower. `prune`: scores, merging and selection, part of `encode`.
-        prefill: the prompt, up to the logits of its last column. `prefill_prune`: choosing tokens there, part of prefill.
+        prefill: the prompt, up to the logits of its last token. `prefill_prune`: choosing tokens there, part of prefill.
         generate: all new tokens; the first needs no pass of its own.
         peak_bytes: the most memory in use, weights included.
     """
@@ -49,7 +53,6 @@ class Sample:
 
     @property
     def first_token(self) -> float:
-        """`ttft_model`: encode + prefill."""
         return self.encode + self.prefill
 
 
@@ -78,7 +81,7 @@ class Counts:
     language_work: tuple[tuple[int, ...], ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One row at one case. `kind`: see above. `samples`: one for each measured round; none if the row failed with an `error`."""
 
@@ -122,25 +125,20 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 def bound_of(full: Row, method: Row) -> Row:
     """The best that a method after the encoder can do with as many tokens as `method` keeps, or why it is unknown.
 
-    It is not run but put together, round by round: the tower without pruning, a selection that costs nothing, and `method`'s own
-    prefill and generation.
+    It is put together, round by round: the tower without pruning, a selection that costs nothing, and `method`'s own prefill and
+    generation.
     """
-    bound = Row(BOUND, method.case, method.budget)
-    bound.error = full.error or method.error
+    bound = Row(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:
         return bound
-    tokens, prompt = method.counts.tokens, method.counts.prompt
-    f = full.counts
-    bound.counts = Counts(f.units, f.encoder_rows, f.live_share, f.layers, tokens, prompt, f.tower_flop)
-    bound.samples = [
-        Sample(tower.encode, 0.0, rest.prefill, rest.generate)
-        for tower, rest in zip(full.samples, method.samples, strict=True)
-    ]
+    f, m = full.counts, method.counts
+    bound.counts = Counts(f.units, f.encoder_rows, f.live_share, f.layers, m.tokens, m.prompt, f.tower_flop)
+    rounds = zip(full.samples, method.samples, strict=True)
+    bound.samples = [Sample(tower.encode, 0.0, rest.prefill, rest.generate) for tower, rest in rounds]
     return bound
 
 
-@dataclass(frozen=True)
-class Figures:
+class Figures(NamedTuple):
     """The figures of a row: medians over the rounds in seconds, and ratios as medians of the rounds' own.
 
     Attributes:
@@ -175,7 +173,6 @@ class Results:
         rows: case after case: Hugging Face, budget 1.0, then for each budget the bound and the methods.
         matmul_rates: floating-point operations a second in plain matrix products, one figure a measured round.
         warmups, rounds: how many ran. `warmup_seconds`, `seconds`: how long the warm-ups took, and everything.
-        notes: remarks on this run.
         interrupted: whether it was stopped before it was done.
     """
 
@@ -211,34 +208,29 @@ class Results:
         return list(dict.fromkeys(row.case for row in self.rows))
 
     def of(self, case: Case) -> list[Row]:
-        """The rows of a case."""
         return [row for row in self.rows if row.case == case]
 
-    def peer(self, row: Row, kind: str) -> Row | None:
-        """The row of this kind that `row` is compared with, if it has samples."""
+    def _against(self, row: Row, kind: str, stage: str) -> float | None:
+        """How many times as fast `row` is as the row of this kind that it is compared with, if that has samples."""
         peers = (r for r in self.of(row.case) if r.kind == kind and (kind != BOUND or r.budget == row.budget))
-        return next((r for r in peers if r.samples), None)
+        peer = next((r for r in peers if r.samples), None)
+        return median_ratio(peer.seconds(stage), row.seconds(stage)) if peer else None
 
     def figures(self, row: Row) -> Figures | None:
         """None where the row has no samples."""
         if not row.samples:
             return None
-        encode, first, generate = row.seconds("encode"), row.seconds("first_token"), row.seconds("generate")
-        hugging_face = self.peer(row, HUGGING_FACE)
-        bound = self.peer(row, BOUND) if row.kind == METHOD else None
+        encode, generate = row.seconds("encode"), row.seconds("generate")
         passes, flop = self.settings["new_tokens"] - 1, row.counts.tower_flop
         reached = [flop / spent / rate for spent, rate in zip(encode, self.matmul_rates, strict=True)]
         peaks = [sample.peak_bytes for sample in row.samples if sample.peak_bytes is not None]
         return Figures(
-            encode=Spread.of(encode),
-            prefill=Spread.of(row.seconds("prefill")),
-            generate=Spread.of(generate),
-            first_token=Spread.of(first),
+            *(Spread.of(row.seconds(stage)) for stage in ("encode", "prefill", "generate", "first_token")),
             generate_tok_s=median(passes / spent for spent in generate) if passes else None,
             prune_share=median_ratio(row.seconds("prune"), encode),
-            vs_hf=median_ratio(hugging_face.seconds("first_token"), first) if hugging_face else None,
-            vs_bound=median_ratio(bound.seconds("first_token"), first) if bound else None,
-            encode_vs_hf=median_ratio(hugging_face.seconds("encode"), encode) if hugging_face else None,
+            vs_hf=self._against(row, HUGGING_FACE, "first_token"),
+            vs_bound=self._against(row, BOUND, "first_token") if row.kind == METHOD else None,
+            encode_vs_hf=self._against(row, HUGGING_FACE, "encode"),
             matmul_share=None if row.kind == BOUND else median(reached),
             peak_bytes=max(peaks, default=None),
         )
@@ -268,6 +260,7 @@ class Results:
 
     def _row_document(self, row: Row) -> dict[str, Any]:
         f = self.figures(row)
+        times = {name: row.seconds(stage) for name, stage in STAGES.items()}
         return {
             "row": row.kind,
             "name": row.name,
@@ -276,14 +269,7 @@ class Results:
             "quantize": row.quantize,
             **asdict(row.case),
             "counts": asdict(row.counts) if row.counts else None,
-            "time_ms": {
-                "encode": f and _ms(f.encode.median),
-                "encode_prune": f and _ms(median(row.seconds("prune"))),
-                "prefill": f and _ms(f.prefill.median),
-                "prefill_prune": f and _ms(median(row.seconds("prefill_prune"))),
-                "generate": f and _ms(f.generate.median),
-                "ttft_model": f and _ms(f.first_token.median),
-            },
+            "time_ms": {name: _ms(median(seconds)) if seconds else None for name, seconds in times.items()},
             "rate": {"generate_tok_s": f and _short(f.generate_tok_s)},
             "ratio": {
                 "first_token_to_hugging_face": f and _short(f.vs_hf),
@@ -294,16 +280,9 @@ class Results:
             },
             "memory": {"peak_bytes": f and f.peak_bytes},
             "samples": [
-                {
-                    "encode": _ms(s.encode),
-                    "encode_prune": _ms(s.prune),
-                    "prefill": _ms(s.prefill),
-                    "prefill_prune": _ms(s.prefill_prune),
-                    "generate": _ms(s.generate),
-                    "ttft_model": _ms(s.first_token),
-                    "peak_bytes": s.peak_bytes,
-                }
-                for s in row.samples
+                {name: _ms(getattr(sample, stage)) for name, stage in STAGES.items()}
+                | {"peak_bytes": sample.peak_bytes}
+                for sample in row.samples
             ],
             "error": row.error,
         }

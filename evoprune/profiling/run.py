@@ -36,10 +36,7 @@ def measure(
     """Runs all rows in turn, round after round, as far as they end in time.
 
     Args:
-        loaded: the model.
-        cases: the clips' sizes.
         source: makes the frames of a case.
-        settings: what is swept and how often.
         about: what else to note among the settings: `video` or `synthetic`.
         progress: called with a description of what comes next.
         limit: of the whole run, which may have begun before; None for that of the settings, from now on.
@@ -47,14 +44,16 @@ def measure(
         estimated: seconds of a row, or how long it takes beside the others.
 
     Yields:
-        The results so far after each measured round, of which there is at least one. A round that breaks off leaves the results of
-        the rounds before it as they are.
+        The results so far after each measured round, of which there is at least one. A round that is interrupted leaves the
+        results of the rounds before it as they are.
     """
     limit = limit or TimeLimit(settings.time_limit_s)
     progress("preparing")
+    alone = reset_peak_memory(loaded.device)
     bench = Bench(loaded, cases, source, settings, progress, rows, limit.now)
     results, asked = _blank_results(loaded, settings, about or {}), all_rows(cases, settings)
-    notes = results.notes + bench.notes
+    notes = [] if alone else ["peak memory is the whole process's so far: this system cannot measure it for each row"]
+    notes += bench.notes
 
     def run_round(title: str, rounds: int) -> None:
         def trim() -> None:
@@ -68,13 +67,12 @@ def measure(
             results = replace(results, warmups=results.warmups + 1, warmup_seconds=limit.spent)
             continue
         bench.count()
-        made = _with_bounds([replace(row) for row in bench.rows])
         if kind == COUNTED:
             results.warmups -= 1
             notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
         results = replace(
             results,
-            rows=made,
+            rows=_with_bounds([replace(row) for row in bench.rows]),
             matmul_rates=[*bench.rates],
             rounds=results.rounds + 1,
             seconds=limit.spent,
@@ -124,7 +122,6 @@ def _with_bounds(rows: list[Row]) -> list[Row]:
 
 
 def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Results:
-    alone = reset_peak_memory(loaded.device)
     return Results(
         model=replace(loaded.facts(), quantize="none"),
         weights_bytes=loaded.weights_bytes,
@@ -136,7 +133,4 @@ def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Resu
             "cores": available_cores(),
         },
         settings={**about, **asdict(settings), "text_tokens": TEXT_BEFORE + TEXT_AFTER},
-        notes=[]
-        if alone
-        else ["peak memory is the whole process's so far: this system cannot measure it for each row"],
     )

@@ -1,6 +1,7 @@
 """One turn of a benchmark, stage by stage: evoprune, and plain Hugging Face transformers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -16,47 +17,37 @@ from evoprune.language.generate import (
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.clock import Clock
 from evoprune.model.cost import tower_flop
+from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, Clip
-from evoprune.profiling.results import Counts
+from evoprune.profiling.results import Counts, Sample
 from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.pruning.indices import ascending
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_geometry
 
 
-@dataclass(frozen=True)
-class Turn:
-    """The outcome of one run: its counts, the seconds of pruning in the tower and in the prompt, and the generated tokens."""
+class Turn(NamedTuple):
+    """What one run counted and measured, and the tokens that it generated."""
 
     counts: Counts
-    prune: float
+    sample: Sample
     tokens: list[int]
-    prefill_prune: float = 0.0
 
 
 def run_evoprune(
-    loaded: LoadedModel,
-    clip: Clip,
-    plan: EncoderPlan,
-    method: Pipeline,
-    budget: float,
-    new_tokens: int,
-    seed: int,
-    clock: Clock,
+    loaded: LoadedModel, clip: Clip, plan: EncoderPlan, method: Pipeline, budget: float, new_tokens: int, seed: int
 ) -> Turn:
     """evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
     model, visual = loaded.model, loaded.model.model.visual
+    clock = _start(loaded)
     with clock.stage("encode"):
         embed = model.model.language_model.embed_tokens
         question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
-        how = {
-            "question": question,
-            "seconds_per_pair": clip.seconds_per_pair,
-            "seed": seed,
-            "normal": loaded.video.normal,
-        }
-        encoded = encode(visual, [clip.patches], plan, **how)
+        encoded = encode(
+            visual, [clip.patches], plan,
+            question=question, seconds_per_pair=clip.seconds_per_pair, seed=seed, normal=loaded.video.normal,
+        )  # fmt: skip
     with clock.stage("prefill"):
         place = range(TEXT_BEFORE, TEXT_BEFORE + clip.units)
         visuals = [Visual(place, encoded.features, encoded.kept, encoded.size)]
@@ -68,16 +59,16 @@ def run_evoprune(
     with clock.stage("generate"):
         tokens = list(stream(model, state, GenerationSettings(new_tokens), eos_ids=()))
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept))
-    if dropping is None:
-        return Turn(counts, encoded.prune_seconds, tokens)
-    work = dropping.work and tuple((layer, *each) for layer, each in enumerate(dropping.work))
-    counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)), language_work=work)
-    return Turn(counts, encoded.prune_seconds, tokens, dropping.timer.seconds())
+    sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
+    if dropping:
+        work = dropping.work and tuple((layer, *each) for layer, each in enumerate(dropping.work))
+        counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)), language_work=work)
+    return Turn(counts, sample, tokens)
 
 
 @torch.inference_mode()
-def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int, clock: Clock) -> Turn:
-    """Transformers' own tower, language model and cache. All tokens are read; logits are of the last column alone.
+def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
+    """Transformers' own tower, language model and cache. All tokens are read; logits are of the last token alone.
 
     Args:
         reference: the transformers model that shares the weights of `loaded`. Its modules are called one by one, without what its
@@ -85,10 +76,10 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     """
     from transformers import DynamicCache
 
-    text = reference.model.language_model
+    clock, text = _start(loaded), reference.model.language_model
     device, (time_, rows, columns) = clip.patches.device, clip.grid
     grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
-    # Row 0 is the column's place in the text; the others are its positions in time, height and width.
+    # Row 0 is the place in the text; the others are the positions in time, height and width.
     positions = torch.cat([ascending(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
         features = reference.model.visual(clip.patches, grid_thw=grid_thw).pooler_output
@@ -107,7 +98,18 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
             hidden = text(inputs_embeds=embeds, position_ids=position, past_key_values=cache, use_cache=True)
             tokens.append(int(reference.lm_head(hidden.last_hidden_state[:, -1]).argmax()))
     layers = [(layer, clip.units) for layer in range(len(reference.model.visual.blocks))]
-    return Turn(_counts(loaded.model.model.visual, clip, layers, clip.units, clip.units), 0.0, tokens)
+    counts = _counts(loaded.model.model.visual, clip, layers, clip.units, clip.units)
+    return Turn(counts, _sample(loaded, clock), tokens)
+
+
+def _start(loaded: LoadedModel) -> Clock:
+    reset_peak_memory(loaded.device)
+    return Clock(torch.device(loaded.device))
+
+
+def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune: float = 0.0) -> Sample:
+    s = clock.seconds
+    return Sample(s["encode"], prune, s["prefill"], s["generate"], peak_memory(loaded.device), prefill_prune)
 
 
 def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int) -> Counts:

@@ -13,7 +13,7 @@ class Settings:
 
     Attributes:
         budgets, methods, quantize: every method runs at every budget, with each quantisation of the language model's weights.
-        method_args: settings of the methods, as texts. `seed`: for methods that draw at random.
+        method_args: settings of the methods, as texts. `seed`: for methods that select at random.
         new_tokens: generated in any case; ends of sequence are ignored.
         warmups, repetitions: rounds; warm-ups are not counted.
         time_limit_s: of the whole run. Rows and rounds that would end later are left out; one round of the least rows runs in any
@@ -29,3 +29,7 @@ class Settings:
     warmups: int = 1
     repetitions: int = 3
     time_limit_s: float = 150.0
+
+    def parse(self, name: str):
+        """The `Pipeline` that a name means, with the settings of all methods."""
+        return methods.parse(name, self.method_args)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.errors import OutOfMemory, UsageError
+from evoprune.errors import OutOfMemory
 from evoprune.model import memory
 from evoprune.model.clock import now
 from evoprune.model.config import Config
@@ -19,28 +20,12 @@ from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, describe_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions
-from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
+from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, case_grid
 from evoprune.profiling.results import Case
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import InputLimits
 
 MEMORY_HINT = "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
-
-
-def case_units(case: Case, limits: InputLimits) -> int:
-    """N of a case.
-
-    Raises:
-        UsageError: the frames cannot be cut into merge units.
-    """
-    if case.height % limits.unit or case.width % limits.unit:
-        raise UsageError(
-            f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
-            f"height and width must be multiples of {limits.unit}, for example 224x336",
-        )
-    return (
-        max(1, case.frames // limits.temporal_patch_size) * (case.height // limits.unit) * (case.width // limits.unit)
-    )
 
 
 def default_load_format(name: str) -> str:
@@ -71,7 +56,7 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
     if found := describe(options):
         config, limits, dtype, place = found
         weights = sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
-        working = min(working_memory(config, case_units(case, limits), dtype.itemsize) for case in cases)
+        working = min(working_memory(config, case, limits, dtype.itemsize) for case in cases)
         if short := memory.shortage(weights + working, str(place)):
             raise OutOfMemory(f"{options.model} at {min(cases)} {short}", MEMORY_HINT, stage="load")
     return load_model(options, pack=False)
@@ -92,13 +77,12 @@ def quantized_models(
     """
     for kind in kinds:
         check_quantize(kind, torch.device(loaded.device))
-    ours, notes = shared(loaded.model), []
-    tower, language = (
-        sum(p.nbytes for p in part.parameters()) for part in (ours.model.visual, ours.model.language_model)
-    )
+    ours, notes, missing = shared(loaded.model), [], {}
+    parts = ours.model.visual, ours.model.language_model
+    tower, language = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
     if can_pack(next(ours.parameters())):
         progress("packing weights")
-        start = now(loaded.model.device)
+        start = now(ours.device)
         free = memory.available_memory(loaded.device)
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
             if free is None or free > 1.1 * size + working:
@@ -107,19 +91,19 @@ def quantized_models(
         if not isinstance(ours.lm_head, PackedLinear):
             notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
         notes.append(_ready("packed", ours, start))
-    models, missing = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}, {}
+    models = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}
     for kind in kinds:
-        if kind != "none":
-            if short := memory.shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
-                missing[kind] = f"not run: beside the other weights, {kind} {short}"
-                continue
-            start, model = now(loaded.model.device), shared(loaded.model)
-            model.model.visual = ours.model.visual
-            quantize(
-                model, kind, ours, lambda done, total, kind=kind: progress(f"quantizing to {kind}: {done} of {total}")
-            )
-            models[kind] = replace(loaded, model=model, quantize=kind, weights_bytes=weights_bytes(model))
-            notes.append(_ready(kind, model, start))
+        if kind == "none":
+            continue
+        if short := memory.shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
+            missing[kind] = f"not run: beside the other weights, {kind} {short}"
+            continue
+        start, model = now(loaded.model.device), shared(loaded.model)
+        model.model.visual = ours.model.visual
+        title = f"quantizing to {kind}"
+        quantize(model, kind, ours, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
+        models[kind] = replace(loaded, model=model, quantize=kind, weights_bytes=weights_bytes(model))
+        notes.append(_ready(kind, model, start))
     if not loaded.device.startswith("cuda"):
         notes.append("peak memory is the process's, with the weights of all rows in it")
     return models, missing, notes
@@ -129,12 +113,13 @@ def _ready(kind: str, model: QwenVL, start: float) -> str:
     return f"{kind} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
 
 
-def working_memory(config: Config, units: int, bytes_each: int) -> int:
-    """The most bytes in use beside the weights. Transformers takes the most, with all units at a time.
+def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
+    """The most bytes in use beside weights of `bytes_each`. Transformers takes the most, with all units at a time.
 
-    Args:
-        units: N. `bytes_each`: of a weight.
+    Raises:
+        UsageError: the frames cannot be cut into merge units.
     """
-    prompt = units + TEXT_BEFORE + TEXT_AFTER
+    units = prod(case_grid(case, limits))
     held = memory.SMALL_CHANGE + memory.pixel_bytes(config, units, bytes_each)
-    return held + max(memory.tower_bytes(config, units, bytes_each), memory.language_bytes(config, prompt, bytes_each))
+    language = memory.language_bytes(config, units + TEXT_BEFORE + TEXT_AFTER, bytes_each)
+    return held + max(memory.tower_bytes(config, units, bytes_each), language)

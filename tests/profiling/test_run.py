@@ -11,7 +11,6 @@ import torch
 from evoprune import methods
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.model import memory
-from evoprune.model.clock import Clock
 from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.options import ModelOptions
@@ -23,6 +22,7 @@ from evoprune.profiling.runners import run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.time_limit import Estimate, TimeLimit, choose_rows, fitting
 from evoprune.pruning.encoder_plan import full_plan
+from evoprune.video.info import VIDEO
 from evoprune.video.probe import probe
 from evoprune.vision.tower import tower_shape
 from tests.quantized import KINDS
@@ -142,10 +142,9 @@ def test_what_prunes_nothing_is_there_once(loaded):
 def test_transformers_generates_what_budget_one_does(loaded, case):
     clip = clips.prepare(loaded, *MOTION(case))
     settings = replace(SETTINGS, new_tokens=12)
-    clock, reference = Clock(torch.device("cpu")), hugging_face_model(loaded.model)
-    theirs = run_hugging_face(loaded, reference, clip, settings.new_tokens, clock)
+    theirs = run_hugging_face(loaded, hugging_face_model(loaded.model), clip, settings.new_tokens)
     ours = run_evoprune(
-        loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, settings.new_tokens, settings.seed, clock
+        loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, settings.new_tokens, settings.seed
     )
     assert len(theirs.tokens) == 12 and len(set(theirs.tokens)) > 1
     assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
@@ -155,10 +154,10 @@ def test_generation_is_forced(loaded, monkeypatch):
     """An end of sequence does not end it."""
     clip = clips.prepare(loaded, *MOTION(CASE))
     run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), methods.parse("none"), 1.0, 6, 0)
-    first = run(Clock(torch.device("cpu"))).tokens
+    first = run().tokens
     assert len(first) == 6
     monkeypatch.setattr(loaded, "eos_ids", tuple(first))
-    assert run(Clock(torch.device("cpu"))).tokens == first
+    assert run().tokens == first
 
 
 class Time:
@@ -332,7 +331,7 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
 
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
     large = Case(64, 560, 560)
-    enough = weights.working_memory(loaded.model.config, weights.case_units(CASE, loaded.video), 4)
+    enough = weights.working_memory(loaded.model.config, CASE, loaded.video, 4)
     monkeypatch.setattr(memory, "available_memory", lambda device: enough)
 
     def source(case):
@@ -346,8 +345,8 @@ def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
 
 
 def test_working_memory_grows_with_the_clip():
-    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
-    few, many = (weights.working_memory(config, units, 2) for units in (384, 3840))
+    config, limits = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    few, many = (weights.working_memory(config, Case(n, 224, 336), limits[VIDEO], 2) for n in (8, 80))
     assert 2**29 > few > 2**27 and 4 * few < many < 10 * few
 
 
