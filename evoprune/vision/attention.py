@@ -28,21 +28,17 @@ def grouped_attention(
     received: torch.Tensor | None = None,
     timer: Timer | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of every row to the key rows of its group.
+    """Softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
         plan: the groups, from `buckets` or as `Packed`.
-        size_bias: adds to the scores of a key the log of its cluster size inside the group, so that a merged row weighs as much as
-            the units that it represents (proportional attention: ToMe, arXiv 2210.09461, section 3).
+        size_bias: adds to the scores of a key the log of its cluster size inside the group (proportional attention: ToMe, arXiv
+            2210.09461, section 3).
         received: float32 `[R]` of zeros, or None. The function adds the attention that each row receives: the mean over heads and
-            over the queries of a group, summed over the row's 4 patches and over the groups of its own chunk. Groups of later
-            chunks are left out, because the result must not depend on the chunk size. If the keys of a group are its own rows,
-            their sum is one. On a CPU in bf16 this costs little, because the probabilities exist anyway.
+            over the queries of a group, summed over the row's 4 patches and over the groups of its own chunk. Later chunks are
+            left out, because the result must not depend on the chunk size.
         timer: measures the time for `received`.
-
-    Returns:
-        `[R, 4, heads, d]`, in the dtype of `q`.
     """
     timer = timer or nullcontext()
     if isinstance(plan, Packed):
@@ -104,10 +100,7 @@ def attend_by_products(
     weight: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention as two plain matrix products, the fast way for bf16 on a CPU.
-
-    It takes half the time of the fused kernel if the scores stay in the cache. Scores are rounded to bf16, as in Hugging
-    Face's eager attention.
+    """Attention as two matrix products: for bf16 on a CPU half the time of the fused kernel, if the scores stay in the cache.
 
     Args:
         q: `[B, heads, Q, d]`. k, v: `[B, heads, K, d]`. bias: `[B, 1, 1, K]` or None.
@@ -145,14 +138,7 @@ def attend_by_products(
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Packed, size_bias: bool) -> torch.Tensor:
-    """The attention that each row receives, without computing the output of the attention.
-
-    Args:
-        q: `[R, 4, heads, d]`. k: `[R or more, 4, heads, d]`. plan, size_bias: as in `attention.grouped_attention`.
-
-    Returns:
-        float32 `[R]`, as `received` of `attention.grouped_attention`.
-    """
+    """float32 `[R]`, as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     for bucket in [plan.bucket] if isinstance(plan, Packed) else plan:
         queries, keys = bucket.by_head(q, "query"), bucket.by_head(k, "key")
@@ -162,11 +148,7 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, plan: list[Bucket] | Pa
 
 @without_autocast()
 def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket, size_bias: bool) -> torch.Tensor:
-    """The attention that each key patch of a bucket receives, float32 `[B, K*4]`.
-
-    Args:
-        queries: `[B, heads, Q*4, d]`. keys: `[B, heads, K*4, d]`.
-    """
+    """The attention that each key patch of a bucket receives, float32 `[B, K*4]`, from `queries` and `keys` by head."""
     batch, heads, _, dim = queries.shape
     bias, weight = key_bias(bucket, size_bias, torch.float32), query_weight(bucket, heads)
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
@@ -215,7 +197,7 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
 def attend_packed(
     kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed, size_bias: bool
 ) -> torch.Tensor:
-    """Attention of all groups in one call of `kernel`; arguments and result as in `attention.grouped_attention`."""
+    """Attention of all groups in one call of a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
     groups, dim = plan.groups, q.shape[-1]
     key, value = (x if groups.consecutive else x[groups.keys] for x in (k, v))
     if size_bias:
@@ -230,17 +212,10 @@ def attend_packed(
 
 
 def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Carries the log of the cluster size in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
+    """Carries the log of `count` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
 
-    The kernel scales all products by 1 / sqrt(d), so the log is multiplied by sqrt(d) here. The value is the sum of two numbers,
-    because one bf16 number would be off by up to 2^-9 of it. Zeros fill up to a multiple of eight dimensions, which kernels need.
-
-    Args:
-        q: `[R, 4, heads, d]`. k, v: `[K, 4, heads, d]`.
-        count: int64 `[K]`, the cluster sizes; zero for a key that no group uses.
-
-    Returns:
-        q, k and v with d' dimensions; the added dimensions of v are zero.
+    The kernel scales all products by 1 / sqrt(d), so the log is multiplied by sqrt(d) here. It is the sum of two numbers, because
+    one bf16 number would be off by up to 2^-9 of it. Zeros fill up to a multiple of eight dimensions, which kernels need.
     """
     dim = q.shape[-1]
     extra = -(dim + 2) % 8 + 2

@@ -6,13 +6,9 @@ from evoprune.vision.layout import Scope, TokenLayout
 
 
 class Between:
-    """The base of what merges rows (merging.py) and of what lets rows follow others (followers.py); one object a chunk.
+    """The base of what merges rows (merging.py) and of what lets rows follow others (followers.py); one object a chunk."""
 
-    Attributes:
-        size_bias: whether attention weighs a row by its cluster size inside the group.
-    """
-
-    size_bias: bool = True
+    size_bias: bool = True  # whether attention weighs a row by its cluster size inside the group
 
     def begin(self, x: torch.Tensor) -> None:
         """Notes the rows before the first layer, `[R, 4, hidden]`."""
@@ -42,14 +38,9 @@ class Between:
         keys: torch.Tensor | None,
         received: torch.Tensor | None,
     ) -> tuple[torch.Tensor, TokenLayout]:
-        """The rows for the next layer and their layout, from those after a layer.
+        """The rows for the next layer and their layout, from `x` (`[R, 4, hidden]`) after a layer whose attention has `scope`.
 
-        Args:
-            layer: the number of the layer.
-            scope: of its attention.
-            x: `[R, 4, hidden]`.
-            layout: of the rows.
-            keys: `[R, 4, heads, d]` or None, received: float32 `[R]` or None, both of the layer, if `needs` asks for them.
+        `keys` (`[R, 4, heads, d]`) and `received` (float32 `[R]`) are those of the layer, if `needs` asks for them, else None.
         """
         return x, layout
 

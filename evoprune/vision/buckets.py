@@ -1,12 +1,9 @@
 """Groups of rows (windows or frame pairs) as batches for attention.
 
-Hugging Face's tower under sdpa loops over windows in Python. Here groups of similar length share one call. A *bucket* is such
-a batch: its groups are padded to a common length, and a mask covers the padding. Equal groups of neighbouring rows need no
-padding, so their bucket is a view without gather or mask.
-
-On a CPU, `buckets` sorts the groups by their lengths. On a GPU, reading the lengths would make the program wait. There
-`Packed` holds all groups at once: for a kernel that reads the lengths on the device, or as one bucket padded to the greatest
-possible length.
+Groups of similar length share a *bucket*: they are padded to a common length, and a mask covers the padding. Equal groups of
+neighbouring rows need no padding, so their bucket is a view without gather or mask. On a CPU, `buckets` sorts the groups by
+their lengths. On a GPU, reading the lengths would synchronise. There `Packed` holds all groups at once: for a kernel that reads
+the lengths on the device, or as one bucket padded to the greatest possible length.
 """
 
 from collections.abc import Iterator

@@ -25,8 +25,7 @@ class Chunk:
     """Neighbouring whole frame pairs.
 
     Attributes:
-        first: number of the first frame pair in the video.
-        pairs: number of frame pairs.
+        first, pairs: number of the first frame pair in the video, and how many there are.
         patches: `[R, 4, 1176]`, of the units that are rows, in window order.
         source: int64 `[pairs, H*W]` on the CPU, the number of the frame pair whose row represents each unit: its own if the unit is
             a row. None without reuse, where every unit is a row.
@@ -76,9 +75,9 @@ def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) ->
 def _read(
     patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int, reuse: bool, timer: Timer
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Whole frame pairs, `pairs` at a time; with `reuse` one at a time. And the same on the CPU with reuse.
+    """Whole frame pairs, `pairs` at a time; with `reuse` one at a time, and the same on the CPU.
 
-    The program waits for a copy from a GPU, and with it for all that the GPU has to do. So `pairs` are copied at once.
+    A copy from a GPU synchronises, so `pairs` are copied at once.
     """
     stream = iter(patches)
     ahead = list(islice(stream, 1))
@@ -187,16 +186,7 @@ class References:
     def seen_by(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends the references' keys and values to those of a chunk, and keeps the references of later chunks.
-
-        Args:
-            layer: the layer of the tower.
-            k, v: `[R, 4, heads, d]`, of the chunk's rows.
-            layout: of the chunk's rows.
-
-        Returns:
-            Keys and values `[R or R + P, 4, heads, d]`.
-        """
+        """Keys and values `[R or R + P, 4, heads, d]`: a chunk's in `layer`, and the references'; keeps those of later chunks."""
         earlier = self._keys_values.pop(layer, None)
         if earlier is None and self._latest is None:
             return k, v
@@ -209,12 +199,7 @@ class References:
         return both.unbind(1) if earlier is not None and layout.reach == "clip" else (k, v)
 
     def owners(self, owner: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        """int64, like `owner`: for each unit of the chunk, the index among all rows of the row that represents it.
-
-        Args:
-            owner: int64, of the chunk's layout.
-            number: int64 `[R]`, the index among all rows of each of the chunk's rows.
-        """
+        """`owner` of the chunk's layout as indices among all rows, of which the chunk's have `number` (int64 `[R]`)."""
         if self._number is not None:
             number = torch.cat([number, self._number])
         owner = number[owner]

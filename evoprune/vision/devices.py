@@ -26,15 +26,12 @@ def scores_at_a_time(device: torch.device) -> int:
 
 
 def static_shapes(device: torch.device) -> bool:
-    """Whether shapes must not depend on values: on a GPU, reading a value makes the program wait for the device.
-
-    On a CPU reading is free, and saves padding and empty rounds of merging.
-    """
+    """Whether shapes must not depend on values: on a GPU reading a value synchronises; on a CPU it saves padding."""
     return device.type == "cuda"
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on `device`; a copy from the CPU to a GPU does not wait for the work that the GPU has to do."""
+    """`x` on `device`; a copy from the CPU to a GPU does not synchronise."""
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -67,7 +64,7 @@ class Timer:
         return event
 
     def seconds(self) -> float:
-        """The sum so far, in seconds. On CUDA this waits for the last block."""
+        """The sum so far, in seconds. On CUDA this synchronises with the last block."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
         if self._cuda is None:
             return sum(end - start for start, end in pairs)

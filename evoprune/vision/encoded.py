@@ -89,9 +89,9 @@ def _joined_sizes(videos: list[Encoded]) -> torch.Tensor | None:
 
 @dataclass
 class Checks:
-    """Results that are read at the end, so that the program does not wait for a GPU earlier.
+    """Results that are read at the end, so that nothing synchronises earlier: bool tensors without dimension.
 
-    Attributes are lists of bool tensors without dimension:
+    Attributes:
         even: for each chunk, whether each of its frame pairs has one colour.
         failed: for each merging, whether a group did not lose its rows.
         numbers: for each chunk, whether its rows are without NaN and infinity.
@@ -133,14 +133,10 @@ class EncodedRows:
         return Encoded(rows[:0], none, rows, self.tokens.owner, (self.plan.grid,), self.layers, seconds, flat)
 
     def finish(self) -> tuple[bool, float]:
-        """Reads all checks. Only this and the selection inside the tower wait for a GPU.
-
-        Returns:
-            Whether each frame pair has one colour; and the time spent on pruning, in seconds.
+        """Whether each frame pair has one colour, and the seconds spent on pruning; reads all checks, which synchronises.
 
         Raises:
-            ModelError: a row has NaN or infinite values.
-            RuntimeError: a merger did not remove its rows.
+            ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
         """
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")
@@ -152,7 +148,7 @@ class EncodedRows:
 
 
 def all_true(flags: list[torch.Tensor]) -> bool:
-    """Whether all are true (bool tensors without dimension); waits for the device."""
+    """Whether all are true (bool tensors without dimension); synchronises."""
     return bool(torch.stack(flags).all())
 
 

@@ -9,8 +9,8 @@ The plan's stages say where rows are left behind. A selection covers the whole v
 until then, and the selected rows go through the following layers together, or, if frame pairs are kept whole, again in
 chunks. Merging and setting aside stay inside a chunk (between.py).
 
-The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program waits for the GPU
-only at the selection inside the tower, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
+The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program synchronises with it
+only at a selection between layers, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
 """
 
 from collections.abc import Callable, Iterable, Iterator

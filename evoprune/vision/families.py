@@ -1,8 +1,7 @@
-"""The differences between the layers of the two towers: the norm and the MLP. The rest of the code is shared.
+"""Norm, MLP and rotary embedding of the towers' layers, rounded as in Hugging Face's code.
 
 Qwen2.5-VL (arXiv 2502.13923) has RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) has layer norms with a bias, and MLPs of two
-matrices with the quick GELU between them. All layers of Qwen2-VL attend to whole frame pairs, which its sizes state
-(`model.config.vision_sizes`).
+matrices with the quick GELU between them.
 """
 
 from collections.abc import Callable
@@ -19,12 +18,7 @@ from evoprune.vision.layout import Geometry
 
 @dataclass(frozen=True)
 class Family:
-    """The functions of one family of towers. Their first argument is a module with Hugging Face's names.
-
-    Attributes:
-        norm: norm(module, x) of rows `[..., hidden]`.
-        mlp: mlp(module, x, plus) is `plus` plus the MLP of normed rows `x`; all are `[..., hidden]`.
-    """
+    """What differs between towers: `norm(module, x)`, and `mlp(module, x, plus)`, which adds the MLP of normed `x` to `plus`."""
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
     mlp: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,10 +52,7 @@ FAMILIES = {QWEN2_5: Family(_rms, _gated), QWEN2: Family(_layer, _plain)}
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMS norm of rows `[..., D]`, in float32 and rounded before scaling as in Hugging Face's code.
-
-    On CPUs it needs fewer passes over the memory than F.rms_norm.
-    """
+    """RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = length.square_().div_(x.shape[-1]).add_(1e-6).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
@@ -83,14 +74,7 @@ def rotary(config, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies the rotary embedding in float32, as in Hugging Face's code.
-
-    Args:
-        x: `[R, 4, 2, heads, d]`. cos, sin: float32 `[R, 4, 1, 1, d]`.
-
-    Returns:
-        `[R, 4, 2, heads, d]`, in the dtype of `x`.
-    """
+    """`x` (`[R, 4, 2, heads, d]`) turned in float32 by `cos` and `sin` (float32 `[R, 4, 1, 1, d]`)."""
     wide = x.float()
     other = wide.roll(x.shape[-1] // 2, -1)
     return (wide * cos).addcmul_(other, sin).to(x.dtype)

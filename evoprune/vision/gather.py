@@ -59,10 +59,8 @@ class Gathering:
         """Computes the values of one chunk, in that layer.
 
         Args:
-            q: `[R, 4, heads, d]` and k: `[R or more, 4, heads, d]`, after rotary.
+            q, k, groups, bias: as in `attention_received`, with frame pairs as groups.
             plain: `[R, 4, heads, d]`, keys before rotary.
-            layout, groups: of the chunk's rows, with frame pairs as groups.
-            bias: whether attention weighs a row by its cluster size.
             spread: gives the values of all rows of the chunk, from those of the rows of this layer.
         """
         values = {}

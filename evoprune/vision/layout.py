@@ -25,10 +25,7 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A frame pair of H x W units cut into windows of `side` x `side` units (112 pixels are 4 units).
-
-    `device` is torch's name of the device of its tensors.
-    """
+    """A frame pair of H x W units cut into windows of `side` x `side` units (112 pixels are 4 units), on torch's `device`."""
 
     height: int
     width: int
@@ -101,7 +98,7 @@ class TokenLayout:
 
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
-        """Rows of each frame pair; waits for the device only if `counts` is None."""
+        """Rows of each frame pair; synchronises only if `counts` is None."""
         return self.counts or tuple(tally(self.group_of(self.unit, "pair"), self.pairs).tolist())
 
     def longest(self, scope: Scope) -> int:
@@ -184,15 +181,11 @@ def merged_layout(
     rows: int | None = None,
     counts: tuple[int, ...] | None = None,
 ) -> TokenLayout:
-    """The layout after every row r has merged into row `into[r]`; a row that stays has `into[r] == r`.
+    """The layout after every row r has merged into row `into[r]` (int64 `[R]`), itself if it stays, inside groups of `scope`.
 
     Args:
-        layout: before merging.
-        into: int64 `[R]`; a row that others merge into must stay.
-        scope: the groups inside which rows merged.
-        rows: number of rows in the result. Default: the rows that stay, whose count waits for the device. If it is more, the
-            last rows are padding: they own no unit, and their `unit` is the first after the last frame pair, so they form a
-            group of their own.
+        rows: number of rows in the result. Default: the rows that stay, whose count synchronises. If it is more, the last rows are
+            padding: they own no unit, and their `unit` is the first after the last frame pair, so they form a group of their own.
         counts: rows of each frame pair, if known.
     """
     stays = into == ascending(len(into), into.device)
@@ -235,10 +228,7 @@ class Groups:
 
 
 def attention_groups(layout: TokenLayout, scope: Scope, exact: bool = True) -> Groups:
-    """The groups of a layer whose attention is limited to `scope`.
-
-    `exact` removes empty groups and unused keys, which waits for the device.
-    """
+    """The groups of a layer whose attention is limited to `scope`; `exact` removes empty ones and unused keys, and synchronises."""
     length = tally(layout.group_of(layout.unit, scope), layout.group_count(scope))
     make = _own_groups if WIDTH[layout.reach] <= WIDTH[scope] else _owner_groups
     groups = make(layout, scope, length)

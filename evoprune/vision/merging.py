@@ -60,13 +60,7 @@ class Merging(Between):
 
 @dataclass(frozen=True)
 class _RoundRows:
-    """Rows between two rounds of merging.
-
-    Attributes:
-        x: `[R, 4, hidden]`.
-        features: float32 `[R, D]`, attention: float32 `[R]` or None: what the merger compares.
-        layout: of the rows.
-    """
+    """Rows between two rounds of merging; fields as the arguments of `reduce_rows`."""
 
     x: torch.Tensor
     features: torch.Tensor
@@ -83,22 +77,14 @@ def reduce_rows(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> tuple[torch.Tensor, TokenLayout]:
-    """Merges rows inside windows or frame pairs, in rounds, until each frame pair has its target.
+    """Merges rows (`[R, 4, hidden]`) in groups of `scope` after `layer`, in rounds, until each frame pair has its target.
 
     Where shapes are static, the rounds cannot end early: there are as many as the worst case needs, and until the last one merged
     rows stay at the end as padding.
 
     Args:
-        merging: of the chunk.
-        layer: the layer after which rows merge.
-        x: `[R, 4, hidden]`.
-        layout: of the rows.
-        scope: the groups inside which rows merge.
         features: float32 `[R, D]`, compared by the merger. A merged row has the size-weighted mean.
         attention: float32 `[R]` or None, compared by the merger. A merged row has the sum.
-
-    Returns:
-        The rows that are left, and their layout.
 
     Raises:
         RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
@@ -141,11 +127,8 @@ def _round(
     """One round: a call of the merger, and the merging that it decides. None if every group has lost its rows.
 
     Args:
-        wanted: int64 `[groups]`, the target of each group.
-        longest: upper bound of the rows of a group.
+        wanted: int64 `[groups]`, the target of each group; longest: upper bound of its rows now.
         target: rows of each frame pair after the last round.
-        last: whether this is the last round.
-        static: whether shapes must not depend on values.
     """
     layout, total = rows.layout, len(wanted)
     length = tally(layout.group_of(layout.unit, scope), total + 1)[:total]  # padding counts as one more group

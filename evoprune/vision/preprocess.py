@@ -14,14 +14,7 @@ CLIP = CLIP_MEAN, CLIP_STD = InputLimits.image_mean, InputLimits.image_std
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes frames by antialiased bicubic interpolation on bytes; the result is PIL's within one level of 255.
-
-    Args:
-        frames: uint8 `[F, H, W, 3]`.
-
-    Returns:
-        uint8 `[F, height, width, 3]`; `frames` itself if it has this size.
-    """
+    """Resizes frames (uint8 `[F, H, W, 3]`) by antialiased bicubic interpolation; the result is PIL's within one level of 255."""
     if frames.shape[1:3] == (height, width):
         return frames
     planes = frames.permute(0, 3, 1, 2)

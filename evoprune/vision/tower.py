@@ -85,13 +85,7 @@ class _LayerRows:
 def run_layers(
     passage: Passage, layers: range, x: torch.Tensor, layout: TokenLayout
 ) -> tuple[torch.Tensor, TokenLayout]:
-    """Runs neighbouring layers of the tower.
-
-    Args:
-        passage: weights, timer and what prunes.
-        layers: the numbers of the layers.
-        x: `[R, 4, hidden]`, rows in the window order of `layout`.
-        layout: of the rows.
+    """Runs neighbouring layers of the tower on rows `[R, 4, hidden]` in window order.
 
     Returns:
         The rows after the layers, in window order, and their layout, which differs if there are fewer rows.

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 
-from evoprune import methods
 from evoprune.model.config import parse_config
 from evoprune.model.quantize import check
 from evoprune.pipeline.loading.random_weights import random_model
@@ -55,7 +54,7 @@ def test_the_measured_layer_is_that_of_the_tower(sizes):
     units, weight = sizes.grid[0] * sizes.grid[1], visual.patch_embed.proj.weight.flatten(1)
     patches = torch.randn(units * 4, weight.shape[1])
     plan = full_plan(kernels.tower_shape(visual), (1, *sizes.grid))
-    whole = encode(visual, [patches], plan, methods.get("none")).rows
+    whole = encode(visual, [patches], plan).rows
     _, turn, (window, grid) = kernels.layer_inputs(visual, replace(sizes, grids=1))
     order = kernels.tower_geometry(visual, *sizes.grid).order
     x = (patches @ weight.T).view(units, 4, -1)[order]
