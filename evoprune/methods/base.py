@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.settings import from_args, reported, settings_hint
+from evoprune.methods.settings import reported
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import Grid, Merge, Stage, TowerShape
 from evoprune.pruning.schedule import layer_weights, rows_after_layers
@@ -50,20 +50,6 @@ class Method:
     def args(self) -> dict[str, Any]:
         """The settings by name, as reports show them: an infinite number is a text, because JSON has no such number."""
         return reported(self)
-
-    @classmethod
-    def from_args(cls, args: dict[str, Any]) -> Self:
-        """The method with settings as texts, as on a command line; other values count as their texts.
-
-        Raises:
-            UsageError: the method has no such setting, or a value has the wrong type or is out of range.
-        """
-        return from_args(cls, args)
-
-    @classmethod
-    def settings_hint(cls, name: str | None = None) -> str:
-        """A hint that lists the settings, or that shows how the one called `name` is given."""
-        return settings_hint(cls, name)
 
 
 def not_automatic(name: str) -> UsageError:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from warnings import warn
 
 from evoprune.errors import PLUGINS, EvopruneError, PluginWarning, UsageError, first_line, names_plugins
+from evoprune.methods.settings import from_args, settings_hint
 from evoprune.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -232,8 +233,8 @@ def _made(kind: "type[Method]", text: str, args: dict[str, str] | None = None) -
     """A method of a class with the settings in `NAME:SETTING=VALUE:...`; `args` are further ones."""
     _, *texts = text.split(":")
     if wrong := [text for text in texts if "=" not in text]:
-        raise UsageError(f"method {kind.name}: {wrong[0]!r} is not NAME=VALUE", kind.settings_hint(wrong[0]))
-    return kind.from_args((args or {}) | dict(text.split("=", 1) for text in texts))
+        raise UsageError(f"method {kind.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(kind, wrong[0]))
+    return from_args(kind, (args or {}) | dict(text.split("=", 1) for text in texts))
 
 
 @cache

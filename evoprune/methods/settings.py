@@ -15,8 +15,7 @@ def setting_fields(method: type) -> list[Field]:
 
 def reported(method: object) -> dict[str, Any]:
     """The fields by name: an infinite number as a text, and a field with a `report` in its metadata as that makes it."""
-    values = {f.name: f.metadata.get("report", _json_number)(getattr(method, f.name)) for f in fields(method)}
-    return values
+    return {f.name: f.metadata.get("report", _json_number)(getattr(method, f.name)) for f in fields(method)}
 
 
 def _json_number(value: Any) -> Any:
@@ -24,7 +23,11 @@ def _json_number(value: Any) -> Any:
 
 
 def from_args(kind: type, args: dict[str, Any]) -> Any:
-    """A method of class `kind`; see `Method.from_args`."""
+    """A method of class `kind` with settings as texts, as on a command line; other values count as their texts.
+
+    Raises:
+        UsageError: the method has no such setting, or a value has the wrong type or is out of range.
+    """
     known = {f.name: f for f in setting_fields(kind)}
     values = {}
     for name, text in args.items():
@@ -41,7 +44,7 @@ def from_args(kind: type, args: dict[str, Any]) -> Any:
 
 
 def settings_hint(kind: type, name: str | None = None) -> str:
-    """See `Method.settings_hint`."""
+    """A hint that lists the settings, or that shows how the one called `name` is given."""
     known = {f.name: f"{f.name}={f.default}" for f in setting_fields(kind)}
     if name in known:
         return f"a setting has a value: {kind.name}:{known[name]}"

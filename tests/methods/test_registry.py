@@ -16,6 +16,7 @@ from evoprune.methods.mmr import Mmr
 from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.registry import INNER
 from evoprune.methods.reuse import Reuse
+from evoprune.methods.settings import from_args
 
 
 def test_the_registry_lists_what_it_can_get():
@@ -137,16 +138,16 @@ def test_every_number_is_finite_or_has_a_text_in_json():
     for kind in (Reuse, *(type(methods.get(name)) for name in methods.built_in())):
         for setting in (f.name for f in fields(kind) if not f.metadata and "float" in str(f.type)):
             with pytest.raises(UsageError, match=f"method {kind.name}: .*nan") as caught:
-                kind.from_args({setting: "nan"})
+                from_args(kind, {setting: "nan"})
             assert f"{setting}=" in caught.value.hint
             for text in ("inf", "-inf", "1e400"):
                 try:
-                    made = kind.from_args({setting: text})
+                    made = from_args(kind, {setting: text})
                 except UsageError as problem:
                     assert f"{setting}=" in problem.hint
                 else:
                     args = made.args
-                    assert kind.from_args({setting: json.loads(json.dumps(args, allow_nan=False))[setting]}) == made
+                    assert from_args(kind, {setting: json.loads(json.dumps(args, allow_nan=False))[setting]}) == made
                     infinite.append(f"{kind.name}:{setting}={text}")
     assert sorted({text.rpartition("=")[0] for text in infinite}) == [
         "evoprune:reuse", "nuwa:reach", "reuse:threshold", "visipruner:token"
