@@ -1,23 +1,6 @@
-"""EarlyTom (arXiv 2605.30010): whole frames merge after three layers of the encoder; then attention selects tokens.
+"""EarlyTom (arXiv 2605.30010): whole frame pairs merge between layers; then attention selects tokens.
 
-As in the authors' code for LLaVA-OneVision (viridisGreen/EarlyTom): similarity of two frames is the mean cosine of tokens
-at the same place. A run of frames goes on while a running mean of the similarity to its first frame (0.9 of the new
-value, `momentum`) is not below a threshold (0.6), and for 7 frames at most (`window` - 1). The first and the last frame of
-a run stay. Of the frames between, two neighbours merge if they are more similar than the ends of the run and than the
-next two; the weights are their similarity and that of the next two. The last frame between is left out unless it is
-alone: their loop ends one frame early, and its last merging has the weights 1 and 0. So the content decides how many
-frames are left. Then every frame keeps an equal share of the budget: the ends of runs their most attended tokens, a frame
-between ends the most attended token of each of as many stretches of neighbouring tokens.
-Their scripts set a threshold from 0.3 to 0.8, 6 frames and other layers for each benchmark; the defaults here are those of
-the code: layers 6, 21 and 23 of 26.
-Adapted: a frame is a frame pair, which Qwen's tower encodes as one, and a token is a unit of four patches, joined. Layers are
-in relative depth, and rows merge no later than before the last full-attention layer, where attention is received; in a
-tower with few layers, two of the three fall together and merge once. A merged frame pair has the place of its first one.
-Similarities below 0 have weight 0. The runs of the selection are found on the encoder's output, not on the states of
-the last layer that merges. Exactly the budget is kept: where it is more than the tokens that are left, units of frame
-pairs that merged away are read as well, with the feature of what they merged into. Similarities and attention are
-rounded, so equal frames and tokens are ties, which go by index.
-Left out: density peaks, whose share is 0 in the code's defaults, and merging inside the language model.
+docs/methods.md says what is adapted and left out.
 """
 
 from collections import deque

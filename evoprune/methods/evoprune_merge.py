@@ -1,12 +1,6 @@
 """EvoPrune's merging (arXiv 2603.03681) for Qwen2.5-VL, with the settings that won on the demo model (results/ablations.md).
 
-As in the paper: rows of two disjoint sets merge in pairs, without training, by a score of similarity, diversity and
-attention. The most attended rows, a critical share, merge last. Six allocations divide the reduction among the layers.
-Adapted, because the paper covers a tower with global attention: units instead of patches; groups that are windows where
-the tower attends to windows, and frame pairs elsewhere; exact counts; and the exact form of the score, which the paper
-does not state.
-
-The winning settings ignore attention and merge most in the first layers. `evoprune-paper` is nearer to the paper.
+docs/methods.md says what is the paper's and what is adapted.
 """
 
 from dataclasses import dataclass

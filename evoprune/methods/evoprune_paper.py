@@ -1,8 +1,4 @@
-"""EvoPrune after its paper (arXiv 2603.03681): `skip` allocation, attention in the score, a critical share.
-
-The code is that of `evoprune-merge`, whose file states what is adapted to Qwen2.5-VL. The form of the score, its weights and the
-number of neighbours are this project's. No code of the authors is public.
-"""
+"""EvoPrune after its paper (arXiv 2603.03681): `skip` allocation, attention in the score, a critical share."""
 
 from dataclasses import dataclass
 from typing import ClassVar

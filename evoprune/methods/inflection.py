@@ -1,12 +1,6 @@
-"""After Sparsity Meets Similarity (arXiv 2409.01162): the curve of a method's sorted scores says how many tokens are kept.
+"""A count of tokens from the curve of a method's sorted scores, after Sparsity Meets Similarity (arXiv 2409.01162).
 
-As in the paper's abstract: few visual tokens have a high score and many a low one, a long tail. The tokens before the
-inflection point of the sorted scores are kept, so the content decides the count. The paper's score is the similarity to
-a class token; here any method's scores will do (`Selector.scores`), and the method itself selects the tokens.
-Filled in here, because no code is public and the paper's formula could not be read: the inflection point is where the
-curve lies deepest below the straight line from its first to its last point, both axes scaled from 0 to 1; of equally
-deep points the first. A curve that never lies below that line has no tail, and as many tokens are kept as are allowed.
-Left out: the paper's second pruning, inside the language model.
+docs/methods.md says what is filled in and left out.
 """
 
 import torch

@@ -1,17 +1,6 @@
 """ToMe (arXiv 2210.09461): the most similar rows merge, equally many in every layer of the encoder.
 
-As in the paper: tokens alternate between two sets. Each token of one set is matched with the token of the other set
-that has the highest cosine of attention keys (mean over heads). The r most similar pairs become size-weighted means. r
-is equal in all layers, or falls (`allocation`: decreasing). Attention weighs a merged token by its cluster size
-(proportional attention); `size_bias` turns this off, as the paper does for some models.
-Adapted, because the paper's tower attends globally and its counts are free: units instead of patches. Groups are
-windows where the tower attends to windows, and frame pairs elsewhere; all groups lose the same share, as the author
-advises for window attention. r follows from the budget, with a second round where it exceeds half of a group. Rows
-merge after a layer's MLP, not before it, and keep their order. The paper does not say which set is absorbed: as in the
-authors' code (facebookresearch/ToMe) it is the first token of each two, of which one round removes at most half of a
-group.
-
-It is `evoprune-merge` without penalties, with another schedule and the other set absorbed.
+It is `evoprune-merge` without penalties, with another schedule and the other set absorbed. docs/methods.md says what is adapted.
 """
 
 from dataclasses import dataclass
