@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from evoprune.evaluation.scores import ALL, FULL
-from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw_rows
+from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from experiments.comparison_tables import Outcome
 
 
@@ -37,7 +37,7 @@ def chart(outcomes: Sequence[Outcome], budgets: Sequence[float]) -> str:
     facts += "The most accurate method on top: mean over models and budgets."
     if any(name.endswith("*") for name in names):
         facts += " *: measured with earlier code, or with a setting that was removed."
-    return draw_rows("Accuracy of each method at the same budgets", facts, names, panels)
+    return draw("Accuracy of each method at the same budgets", facts, panels, rows=names)
 
 
 def _label(row: dict) -> str:

@@ -2,33 +2,33 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise, product
 
-from evoprune.visualize.labels import Labels
 from evoprune.visualize.svg import COLOURS, GRID, INK, LETTER, SOFT, document, reach, text
 
-__all__ = ["COLOURS", "INK", "Panel", "Point", "Series", "draw", "draw_rows", "ticks"]
+__all__ = ["COLOURS", "INK", "Panel", "Point", "Series", "draw", "ticks"]
 
-WIDTH, EDGE = 830, 24  # pixels of a chart of one or two panels, a page's width on GitHub, and at its edges
-PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # pixels of a panel's plot; the width is the least
-ROW_PLOT_WIDTH = 180  # at least, of a plot of named rows
-LEFT, GAP, BOTTOM = 62, 74, 58  # pixels left of the first plot, between plots, and below them
-CLOSE = 26  # pixels: labels that are nearer to one another overlap
-ROW = 24  # pixels from one named row to the next
+# All in pixels.
+WIDTH, EDGE = 830, 24  # of a chart of one or two panels, a page's width on GitHub, and at its edges
+PLOT_WIDTH, PLOT_HEIGHT = 330, 300  # of a panel's plot; the width is the least
+ROW_PLOT_WIDTH, ROW = 180, 24  # at least, of a plot of named rows; and from one row to the next
+LEFT, GAP, BOTTOM = 62, 74, 58  # left of the first plot, between plots, and below them
+CLOSE = 26  # labels that are nearer to one another overlap
+MARK = 3.2  # radius of a mark
+CAP, ROW_CAP = 5.5, 3  # half the length of the bars at an interval's ends, to be seen beside the mark; and with rows
+BESIDE, SPREAD = 7, 28  # from a mark to one that it would hide, and at most from the first of several to the last
+LABEL, RISE, DROP = 11, 11, 5  # the letters of labels, and the room that they need above and below their baseline
 CUT = 1 / 3  # an axis may start above zero where everything lies above this share of the highest value
-MARK, CAP = (
-    3.2,
-    5.5,
-)  # radius of a mark, and half the length of the strokes at an interval's ends, which must be seen beside it
-BESIDE, SPREAD = (
-    7,
-    28,
-)  # pixels from a mark to one that it would hide, and at most from the first of several to the last
+# Places of a label to the right and left of a mark, then above and below, ever farther: its left end in widths of the label and in
+# pixels, and its baseline.
+OFFSETS = [(0, 8, 4), (-1, -8, 4)]
+OFFSETS += [
+    (w, x, y) for y, (w, x) in product((-11, 18, -21, 28, -31, 38), ((-0.5, 0), (0, -8), (-1, 8), (0, 8), (-1, -8)))
+]
 
-Place = tuple[float, float]  # in pixels
+Place = tuple[float, float]  # x and y
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Panel:
     x_ticks: tuple[float, ...] | None = None
     from_zero: bool = True
 
+    @property
+    def points(self) -> list[Point]:
+        return [point for series in self.series for point in series.points]
+
 
 def ticks(top: float, most: int = 6, low: float = 0.0) -> list[float]:
     """About `most` + 1 round numbers, from 0, or from the one below `low`, to at least `top`."""
@@ -84,50 +88,36 @@ def ticks(top: float, most: int = 6, low: float = 0.0) -> list[float]:
     return [n * step for n in range(math.floor(low / step + 1e-9), math.ceil(top / step - 1e-9) + 1)]
 
 
-def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True) -> str:
-    """An SVG document of panels side by side under one legend, or with the name of each series beside one of its points.
+def draw(title: str, subtitle: str, panels: Sequence[Panel], legend: bool = True, rows: Sequence[str] = ()) -> str:
+    """An SVG document of panels side by side.
 
-    Panels whose values have the same label share the axis of the values.
+    Args:
+        panels: those whose values have the same label share the axis of the values.
+        legend: whether there is one; otherwise each series has its name beside one of its points.
+        rows: names. With them, values go to the right: a point's `x` is the value with its interval, and `y` is the number of its
+            row, the first on top. Only dashed series are lines.
     """
-    plot = max(PLOT_WIDTH, (WIDTH - LEFT - EDGE + GAP) / max(1, len(panels)) - GAP)
-    width = math.ceil(LEFT + len(panels) * (plot + GAP) - GAP + EDGE)
+    left, gap, least = (EDGE + max(map(reach, rows)) + 12, GAP / 2, ROW_PLOT_WIDTH) if rows else (LEFT, GAP, PLOT_WIDTH)
+    height = ROW * len(rows) if rows else PLOT_HEIGHT
+    plot = max(least, (WIDTH - left - EDGE + gap) / max(1, len(panels)) - gap)
+    width = math.ceil(left + len(panels) * (plot + gap) - gap + EDGE)
     elements, top = _head(title, subtitle, panels if legend else (), width)
+    elements += [text(left - 12, top + ROW * (n + 0.5) + 4, name, anchor="end") for n, name in enumerate(rows)]
     for number, panel in enumerate(panels):
         alike = [other for other in panels if other.y_label == panel.y_label]
-        y_ticks = _ticks([(p.y, p.low, p.high) for other in alike for s in other.series for p in s.points], alike)
-        elements += _panel(panel, y_ticks, LEFT + number * (plot + GAP), top, plot, named=not legend)
-    return document(title, width, top + PLOT_HEIGHT + BOTTOM, elements)
+        place = left + number * (plot + gap), top, plot, height
+        elements += _Plot(panel, *place, _value_ticks(alike, "x" if rows else "y"), len(rows)).drawn(named=not legend)
+    return document(title, width, top + height + BOTTOM, elements)
 
 
-def draw_rows(title: str, subtitle: str, names: Sequence[str], panels: Sequence[Panel]) -> str:
-    """An SVG document of named rows, the first on top, with dots and their intervals, in panels side by side.
-
-    A point's `x` is the value, `low` and `high` are its interval, and `y` is the number of its row. The series of a panel are drawn
-    a little above one another. A dashed line is drawn through its points. All panels have the same axis.
-    """
-    left = EDGE + max(map(reach, names), default=0) + 12
-    room = (WIDTH - EDGE - left + GAP / 2) / max(1, len(panels)) - GAP / 2
-    plot = max(ROW_PLOT_WIDTH, room)
-    width = math.ceil(left + len(panels) * (plot + GAP / 2) - GAP / 2 + EDGE)
-    elements, top = _head(title, subtitle, panels, width)
-    for row, name in enumerate(names):
-        elements.append(text(left - 12, top + ROW * (row + 0.5) + 4, name, anchor="end"))
-    shared = _ticks([(p.x, p.low, p.high) for panel in panels for s in panel.series for p in s.points], panels)
-    for number, panel in enumerate(panels):
-        elements += _rows(panel, left + number * (plot + GAP / 2), top, plot, len(names), shared)
-    return document(title, width, math.ceil(top + ROW * len(names) + BOTTOM), elements)
-
-
-def _ticks(values: Iterable[tuple[float, float | None, float | None]], panels: Sequence[Panel]) -> list[float]:
-    """The ticks of an axis of values with their intervals."""
-    ends = [end for value in values for end in value if end is not None]
+def _value_ticks(panels: Sequence[Panel], name: str) -> list[float]:
+    """The ticks of the axis of `x` or `y` values with their intervals."""
+    ends = [
+        end for panel in panels for p in panel.points for end in (getattr(p, name), p.low, p.high) if end is not None
+    ]
     low, high = min(ends, default=0), max(ends, default=0)
     cut = not any(panel.from_zero for panel in panels) and low >= CUT * high > 0
     return ticks(high, low=low if cut else 0.0)
-
-
-def _axis_label(label: str, found: Sequence[float]) -> str:
-    return label if found[0] == 0 else f"{label} (axis from {found[0]:,.6g})"
 
 
 def _head(title: str, subtitle: str, panels: Sequence[Panel], width: int) -> tuple[list[str], int]:
@@ -145,144 +135,157 @@ def _head(title: str, subtitle: str, panels: Sequence[Panel], width: int) -> tup
         if x > EDGE and x + wide > width - EDGE:
             x, y = EDGE, y + 20
         elements.append(_line([(x, y - 4), (x + 22, y - 4)], one))
-        elements += [] if one.dashed else [_mark(x + 11, y - 4, one)]
+        elements += [] if one.dashed else [_mark((x + 11, y - 4), one)]
         elements.append(text(x + 30, y, one.name))
         x += wide
     return elements, y + (48 if series else 24)
 
 
-def _rows(panel: Panel, left: float, top: float, plot: float, rows: int, x_ticks: Sequence[float]) -> Iterable[str]:
-    bottom, first, span = top + ROW * rows, x_ticks[0], x_ticks[-1] - x_ticks[0]
+@dataclass
+class _Plot:
+    """One panel, its place in pixels, and the ticks of its values. With rows, positions go down and values to the right."""
 
-    def at(x: float, row: float) -> tuple[float, float]:
-        return left + plot * (x - first) / span, top + ROW * (row + 0.5)
-
-    yield text(left, top - 14, panel.title, size=13, weight=600)
-    for value in x_ticks:
-        x, _ = at(value, 0)
-        yield f'<path d="M{x:.1f} {top}V{bottom:.1f}" stroke="{SOFT if value == first else GRID}"/>'
-        yield text(x, bottom + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
-    yield text(left + plot / 2, bottom + 44, _axis_label(panel.x_label, x_ticks), anchor="middle")
-    marked = [series for series in panel.series if not series.dashed]
-    yield from (_line([at(p.x, p.y) for p in series.points], series) for series in panel.series if series.dashed)
-    for number, series in enumerate(marked):
-        for point in series.points:
-            x, y = at(point.x, point.y + (number - (len(marked) - 1) / 2) * 0.27)
-            yield _mark(x, y, series)
-            if point.low is not None and point.high is not None:
-                (low, _), (high, _) = at(point.low, 0), at(point.high, 0)
-                yield _interval(
-                    f"M{low:.1f} {y:.1f}H{high:.1f}", [f"M{end:.1f} {y - 3:.1f}v6" for end in (low, high)], series
-                )
-
-
-def _panel(panel: Panel, y_ticks: Sequence[float], left: float, top: float, plot: float, named: bool) -> Iterable[str]:
-    right = max((point.x for series in panel.series for point in series.points), default=0)
-    x_ticks = ticks(right) if panel.x_ticks is None else panel.x_ticks
-    widest = max(right, *x_ticks) * 1.04
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + plot * x / widest, top + PLOT_HEIGHT * (1 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
-
-    yield text(left, top - 24, panel.title, size=13, weight=600)
-    for value in y_ticks:
-        _, y = at(0, value)
-        yield f'<path d="M{left:.1f} {y:.1f}h{plot:.1f}" stroke="{SOFT if value == y_ticks[0] else GRID}"/>'
-        yield text(left - 8, y + 4, f"{value:,.6g}", anchor="end", fill=SOFT)
-    last = -math.inf
-    for value in x_ticks:
-        x, y = at(value, y_ticks[0])
-        if x - last >= CLOSE:
-            last = x
-            yield f'<path d="M{x:.1f} {y:.1f}v5" stroke="{SOFT}"/>'
-            yield text(x, y + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
-    yield text(left + plot / 2, top + PLOT_HEIGHT + 44, panel.x_label, anchor="middle")
-    y, words = top + PLOT_HEIGHT / 2, _axis_label(panel.y_label, y_ticks)
-    yield text(left - 46, y, words, anchor="middle", transform=f"rotate(-90 {left - 46:.1f} {y:.1f})")
-    yield from _curves(panel, at, Labels((left, left + plot + EDGE - 2, top - 21, top + PLOT_HEIGHT)), named)
-
-
-class _Spot(NamedTuple):
-    """Where a point is drawn, in pixels: its mark, and the upper and lower end of its interval, or of its mark if it has none."""
-
-    x: float
-    y: float
+    panel: Panel
+    left: float
     top: float
-    bottom: float
+    width: float
+    height: float
+    values: Sequence[float]
+    rows: int
+    ink: list[Place] = field(default_factory=list)  # where something is drawn that labels had better not hide
+
+    def __post_init__(self):
+        right = max((point.x for point in self.panel.points), default=0)
+        self.x_ticks = [] if self.rows else self.panel.x_ticks or ticks(right)
+        self.first, self.last = (-0.5, self.rows - 0.5) if self.rows else (0.0, 1.04 * max(right, *self.x_ticks))
+
+    def at(self, position: float, value: float) -> Place:
+        """Pixels along the axis of positions and along that of values."""
+        along = (position - self.first) / (self.last - self.first)
+        share = (value - self.values[0]) / (self.values[-1] - self.values[0])
+        if self.rows:
+            return self.top + self.height * along, self.left + self.width * share
+        return self.left + self.width * along, self.top + self.height * (1 - share)
+
+    def xy(self, along: float, value: float) -> Place:
+        return (value, along) if self.rows else (along, value)
+
+    def drawn(self, named: bool) -> Iterable[str]:
+        """Its elements; `named`: whether each series has its name beside one of its points."""
+        panel, bottom, middle = self.panel, self.top + self.height, self.left + self.width / 2
+        yield text(self.left, self.top - (14 if self.rows else 24), panel.title, size=13, weight=600)
+        for value in self.values:
+            (x, y), end = (self.xy(*self.at(position, value)) for position in (self.first, self.last))
+            yield f'<path d="{_stroke((x, y), end)}" stroke="{SOFT if value == self.values[0] else GRID}"/>'
+            place = (x, bottom + 19, f"{value:,.6g}", "middle") if self.rows else (x - 8, y + 4, f"{value:,.6g}", "end")
+            yield text(*place, fill=SOFT)
+        shown = -math.inf
+        for x, value in ((self.at(value, 0)[0], value) for value in self.x_ticks):
+            if x - shown >= CLOSE:
+                shown = x
+                yield f'<path d="M{x:.1f} {bottom:.1f}v5" stroke="{SOFT}"/>'
+                yield text(x, bottom + 19, f"{value:,.6g}", anchor="middle", fill=SOFT)
+        start = "" if self.values[0] == 0 else f" (axis from {self.values[0]:,.6g})"
+        yield text(middle, bottom + 44, panel.x_label + start * bool(self.rows), anchor="middle")
+        if not self.rows:
+            x, y = self.left - 46, self.top + self.height / 2
+            turned = f"rotate(-90 {x:.1f} {y:.1f})"
+            yield text(x, y, panel.y_label + start, anchor="middle", transform=turned)
+        yield from self._series(named)
+
+    def _series(self, named: bool) -> Iterable[str]:
+        """Lines, marks, intervals, and labels where they hide least. A label near a point that has one is left out."""
+        spots = self._side_by_side()
+        places = [[self.xy(along, value) for along, value, _, _ in mine] for mine in spots]
+        for series, mine in zip(self.panel.series, places, strict=True):
+            if series.dashed or not self.rows:
+                self.ink += _along(mine)
+                yield _line(mine, series)
+        cap = ROW_CAP if self.rows else CAP
+        marked = [each for each in zip(self.panel.series, spots, places, strict=True) if not each[0].dashed]
+        for series, mine, here in marked:
+            for point, (along, _, low, high), place in zip(series.points, mine, here, strict=True):
+                self.ink += [place] * 12  # a label had better hide a line than a mark
+                yield _mark(place, series)
+                if point.low is not None and point.high is not None:
+                    ends = [[self.xy(along - cap, end), self.xy(along + cap, end)] for end in (low, high)]
+                    strokes = [[self.xy(along, low), self.xy(along, high)], *ends]
+                    self.ink += [inked for stroke in strokes for inked in _along(stroke)]
+                    path = "".join(_stroke(*stroke) for stroke in strokes)
+                    yield f'<path d="{path}" stroke="{series.colour}" stroke-width="1.4" fill="none"/>'
+        labelled: list[Place] = []
+        for series, _, here in marked:
+            if named and series.name:
+                yield self._label(series.name, here, series.colour, 600)
+            for point, place in zip(series.points, here, strict=True):
+                if point.label and all(math.dist(place, other) > CLOSE for other in labelled):
+                    labelled.append(place)
+                    yield self._label(point.label, [place], series.colour if named else SOFT, 400)
+
+    def _side_by_side(self) -> list[list[tuple[float, float, float, float]]]:
+        """Where the points and their intervals are drawn, in pixels along the axes: side by side where they would hide each other.
+
+        A mark and its interval move together, so that it is seen whose interval it is.
+        """
+
+        def spot(point: Point) -> tuple[float, float, float, float]:
+            position, value = (point.y, point.x) if self.rows else (point.x, point.y)
+            along, mark = self.at(position, value)
+            if point.low is None or point.high is None:
+                return along, mark, mark - MARK, mark + MARK
+            return along, mark, *(self.at(position, end)[1] for end in (point.low, point.high))
+
+        def hides(a: tuple, b: tuple) -> bool:
+            (low, high), (start, end) = sorted(a[2:]), sorted(b[2:])
+            return abs(a[0] - b[0]) < 2 * MARK and low < end + MARK and start < high + MARK
+
+        spots, crowds = [[spot(point) for point in series.points] for series in self.panel.series], []
+        for s, series in enumerate(self.panel.series):
+            for p in range(0 if series.dashed else len(series.points)):
+                near = [crowd for crowd in crowds if any(s != t and hides(spots[s][p], spots[t][q]) for t, q in crowd)]
+                crowds = [crowd for crowd in crowds if crowd not in near] + [sorted([(s, p), *chain(*near)])]
+        for crowd in crowds:
+            middle = sum(spots[s][p][0] for s, p in crowd) / len(crowd)
+            step = min(BESIDE, SPREAD / max(1, len(crowd) - 1))
+            for number, (s, p) in enumerate(crowd):
+                spots[s][p] = (middle + step * (number - (len(crowd) - 1) / 2), *spots[s][p][1:])
+        return spots
+
+    def _label(self, words: str, marks: Sequence[Place], fill: str, weight: int) -> str:
+        """Words beside one of the marks, where they hide least."""
+        wide = reach(words, LABEL, weight)
+
+        def cost(place: tuple[float, float, float]) -> float:
+            x, y, away = place
+            inside = self.left <= x and x + wide <= self.left + self.width + EDGE - 2
+            if not inside or y - RISE < self.top - 21 or y + DROP > self.top + self.height:
+                return math.inf
+            return sum(x - 3 < u < x + wide + 3 and y - RISE < v < y + DROP for u, v in self.ink) + 0.4 * away
+
+        places = ((x + w * wide + dx, y + dy, abs(dy - 4)) for w, dx, dy in OFFSETS for x, y in marks)
+        x, y, _ = min(places, key=cost)
+        self.ink += [(x + wide * n / 20, y - up) for n in range(21) for up in (0, 4, 8)]
+        return text(x, y, words, fill=fill, size=LABEL, weight=weight)
 
 
-def _curves(panel: Panel, at: Callable[[float, float], Place], labels: Labels, named: bool) -> Iterable[str]:
-    """Lines, marks, intervals, and labels where they hide least. A label near a point that has one is left out."""
-    spots = _side_by_side(panel.series, at)
-    for series, mine in zip(panel.series, spots, strict=True):
-        places = [(spot.x, spot.y) for spot in mine]
-        labels.avoid_line(places)
-        yield _line(places, series)
-    marked = [(s, mine) for s, mine in zip(panel.series, spots, strict=True) if not s.dashed]
-    for series, mine in marked:
-        for point, (x, y, top, bottom) in zip(series.points, mine, strict=True):
-            labels.avoid([(x, y)], weight=12)  # a label had better hide a line than a mark
-            yield _mark(x, y, series)
-            if point.low is not None and point.high is not None:
-                labels.avoid_line([(x, bottom), (x, top)])
-                for end in (bottom, top):
-                    labels.avoid_line([(x - CAP, end), (x + CAP, end)])
-                ends = [f"M{x - CAP:.1f} {end:.1f}h{2 * CAP}" for end in (bottom, top)]
-                yield _interval(f"M{x:.1f} {bottom:.1f}V{top:.1f}", ends, series)
-    labelled: list[Place] = []
-    for series, mine in marked:
-        fill, weight = (series.colour, 600) if named else (SOFT, 400)
-        places = [(spot.x, spot.y) for spot in mine]
-        if named and series.name:
-            yield labels.place(series.name, places, fill, weight)
-        for point, place in zip(series.points, places, strict=True):
-            if point.label and all(math.dist(place, other) > CLOSE for other in labelled):
-                labelled.append(place)
-                yield labels.place(point.label, [place], fill, 400)
+def _along(places: Sequence[Place]) -> Iterable[Place]:
+    """Places on a line, every four pixels."""
+    for (x, y), (u, v) in pairwise(places):
+        steps = math.ceil(math.dist((x, y), (u, v)) / 4)
+        yield from ((x + (u - x) * n / steps, y + (v - y) * n / steps) for n in range(steps + 1) if steps)
 
 
-def _side_by_side(lines: Sequence[Series], at: Callable[[float, float], Place]) -> list[list[_Spot]]:
-    """Where the points of each series are drawn: at their values, but side by side where they would hide each other.
-
-    A mark and its interval move together, so that it is seen whose interval it is.
-    """
-    spots = [[_spot(point, at) for point in series.points] for series in lines]
-    keys = [(s, p) for s, series in enumerate(lines) if not series.dashed for p in range(len(series.points))]
-    crowds = {key: [key] for key in keys}
-    for a, b in combinations(keys, 2):
-        if a[0] != b[0] and crowds[a] is not crowds[b] and _hide(spots[a[0]][a[1]], spots[b[0]][b[1]]):
-            crowds[a] += crowds[b]
-            crowds |= dict.fromkeys(crowds[b], crowds[a])
-    for crowd in {id(crowd): crowd for crowd in crowds.values() if len(crowd) > 1}.values():
-        middle = sum(spots[s][p].x for s, p in crowd) / len(crowd)
-        step = min(BESIDE, SPREAD / (len(crowd) - 1))
-        for number, (s, p) in enumerate(sorted(crowd)):
-            spots[s][p] = spots[s][p]._replace(x=middle + step * (number - (len(crowd) - 1) / 2))
-    return spots
+def _stroke(start: Place, end: Place) -> str:
+    return f"M{start[0]:.1f} {start[1]:.1f}L{end[0]:.1f} {end[1]:.1f}"
 
 
-def _spot(point: Point, at: Callable[[float, float], Place]) -> _Spot:
-    x, y = at(point.x, point.y)
-    if point.low is None or point.high is None:
-        return _Spot(x, y, y - MARK, y + MARK)
-    return _Spot(x, y, at(point.x, point.high)[1], at(point.x, point.low)[1])
+def _line(places: Sequence[Place], series: Series) -> str:
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    look = ' stroke-width="1.6" stroke-dasharray="5 4"' if series.dashed else ' stroke-width="2"'
+    return f'<path d="M{path}" fill="none" stroke="{series.colour}" stroke-linejoin="round"{look}/>'
 
 
-def _hide(a: _Spot, b: _Spot) -> bool:
-    return abs(a.x - b.x) < 2 * MARK and a.top < b.bottom + MARK and b.top < a.bottom + MARK
-
-
-def _interval(path: str, ends: Sequence[str], series: Series) -> str:
-    """A stroke with a bar at either end, so that an interval shorter than its mark is seen too."""
-    return f'<path d="{path}{"".join(ends)}" stroke="{series.colour}" stroke-width="1.4" fill="none"/>'
-
-
-def _line(points: Sequence[tuple[float, float]], series: Series) -> str:
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    style = f'stroke="{series.colour}" stroke-width="{1.6 if series.dashed else 2}" stroke-linejoin="round"'
-    return f'<path d="M{path}" fill="none" {style}{" stroke-dasharray=" + chr(34) + "5 4" + chr(34) if series.dashed else ""}/>'
-
-
-def _mark(x: float, y: float, series: Series) -> str:
+def _mark(place: Place, series: Series) -> str:
     fill, stroke, wide = ("#FFFFFF", series.colour, 1.6) if series.hollow else (series.colour, "#FFFFFF", 1)
+    x, y = place
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{MARK}" fill="{fill}" stroke="{stroke}" stroke-width="{wide}"/>'

@@ -15,7 +15,6 @@ from evoprune.visualize.chart import (
     Point,
     Series,
     draw,
-    draw_rows,
     ticks,
 )
 from evoprune.visualize.svg import reach
@@ -84,11 +83,11 @@ def test_an_axis_starts_near_values_that_all_lie_high_and_says_so():
     with_low = Series("low", (Point(1, 20.0),))
     for draw_one in (
         lambda *series: draw("", "", [Panel("", "x", "accuracy, %", series, from_zero=False)]),
-        lambda *series: draw_rows(
+        lambda *series: draw(
             "",
             "",
-            ["a", "b"],
             [Panel("", "accuracy, %", "", tuple(_sideways(s) for s in series), from_zero=False)],
+            rows=["a", "b"],
         ),
     ):
         words = texts(ElementTree.fromstring(draw_one(high)))
@@ -109,8 +108,8 @@ def test_an_interval_that_is_shorter_than_its_mark_is_seen():
     radius = max(float(e.get("r")) for e in root.iter(f"{SVG}circle"))
     ends = [e.get("d") for e in root.iter(f"{SVG}path") if e.get("d").count("M") == 3]
     assert len(ends) == 1
-    strokes = re.findall(r"M([0-9.]+) [0-9.]+h([0-9.]+)", ends[0])
-    assert len(strokes) == 2 and all(float(at) < x - radius and float(long) > 2 * radius for at, long in strokes)
+    strokes = [tuple(map(float, ends)) for ends in re.findall(r"M([0-9.]+) [0-9.]+L([0-9.]+) ", ends[0])][1:]
+    assert len(strokes) == 2 and all(left < x - radius and right > x + radius for left, right in strokes)
 
 
 def intervals(root, series) -> list[float]:
