@@ -1,13 +1,6 @@
-"""EVS, Efficient Video Sampling (arXiv 2510.14624; `--video-pruning-rate` in vLLM): drops what repeats the frame pair before.
+"""EVS, Efficient Video Sampling (arXiv 2510.14624; `--video-pruning-rate` in vLLM): drops what repeats the frame pair before."""
 
-As in the paper: the dissimilarity of a token is 1 - cosine to the token at the same place in the frame pair before. The
-first frame pair is kept whole. Of all other tokens of the video, the most dissimilar are kept, at their own positions.
-So at least one whole frame pair is left: H * W tokens, even if the budget is smaller.
-Adapted: cosines are rounded, so equal tokens are ties, which go by index.
-`evs-nofloor` is this project's variant: the first frame pair is compared with the second, so every budget can be
-reached.
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,31 +14,27 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Evs(Selector):
-    """O(N D). No fields."""
+    """Setting `floor`: whether the first frame pair stays whole, even if the budget is smaller."""
 
     name: ClassVar[str] = "evs"
     source: ClassVar[str] = "arXiv 2510.14624"
-    exact: ClassVar[bool] = False
+
+    floor: bool = True
+
+    @property
+    def exact(self) -> bool:
+        return not self.floor
+
+    @property
+    def scores(self) -> Callable[[Tokens], torch.Tensor] | None:
+        return None if self.floor else lambda tokens: dissimilarity(tokens).flatten()
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         change = dissimilarity(tokens)
-        change[0] = torch.inf
-        return Selection(highest(change.flatten(), max(keep, change.shape[1])))
-
-
-@dataclass(frozen=True)
-class EvsNoFloor(Evs):
-    """O(N D). No fields."""
-
-    name: ClassVar[str] = "evs-nofloor"
-    source: ClassVar[str] = "this project; after arXiv 2510.14624"
-    exact: ClassVar[bool] = True
-
-    def scores(self, tokens: Tokens) -> torch.Tensor:
-        return dissimilarity(tokens).flatten()
-
-    def select(self, tokens: Tokens, keep: int) -> Selection:
-        return Selection(highest(self.scores(tokens), keep))
+        if self.floor:
+            change[0] = torch.inf
+            keep = max(keep, change.shape[1])
+        return Selection(highest(change.flatten(), keep))
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:

@@ -39,7 +39,7 @@ _REGISTRY = {
     "pool": "evoprune.methods.pool:Pool",
     "divprune": "evoprune.methods.divprune:DivPrune",
     "evs": "evoprune.methods.evs:Evs",
-    "evs-nofloor": "evoprune.methods.evs:EvsNoFloor",
+    "evs-nofloor": "evoprune.methods.evs:Evs",
     "mmr": "evoprune.methods.mmr:Mmr",
     "scope": "evoprune.methods.scope:Scope",
     "visionzip": "evoprune.methods.visionzip:VisionZip",
@@ -66,6 +66,7 @@ _REGISTRY = {
     "nuwa-inner": "evoprune.methods.nuwa_inner:NuwaInner",
     "operations": "evoprune.methods.operations:Operations",
 }
+_VARIANTS = {"evs-nofloor": {"floor": "false"}}  # settings that a name brings: evs:floor=false
 # Those that act inside the language model, and may follow another method.
 INNER = (
     "fastv", "pyramiddrop", "sparsevlm", "visipruner", "d2pruner", "prunevid-inner", "holitom-inner", "flashvid-inner",
@@ -226,7 +227,7 @@ def _one(text: str, args: dict[str, str] | None) -> "Method":
     (name,) = _names(text)
     _warn_of_ignored(name)
     where = _FRONTS.get(name) or _REGISTRY.get(name)
-    return _made(_class(where) if where else _load(_plugins()[name]), text, args)
+    return _made(_class(where) if where else _load(_plugins()[name]), text, _VARIANTS.get(name, {}) | (args or {}))
 
 
 def _made(kind: "type[Method]", text: str, args: dict[str, str] | None = None) -> "Method":

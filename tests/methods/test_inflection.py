@@ -50,7 +50,7 @@ def test_the_count_is_the_contents_inside_the_bounds(name):
         tokens, method = tokens_of(kind, (5, 4, 5)), methods.parse(name).by_inflection()
         keep = min(50, max(5, inflection(method.selector.scores(tokens))))
         assert tokens_before_inflection(method.selector, tokens, 50) == keep
-        assert not method.exact and (method.name, method.args) == (name, methods.get(name).args)
+        assert not method.exact and (method.name, method.args) == (methods.get(name).name, methods.get(name).args)
         assert method.plan(TowerShape(8, (7,)), (5, 4, 5), 50).tokens.reduce == Inflection(methods.get(name))
 
 

@@ -11,6 +11,7 @@ from evoprune.methods.base import Method
 from evoprune.methods.divprune import DivPrune
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods.evs import Evs
 from evoprune.methods.fastv import FastV
 from evoprune.methods.mmr import Mmr
 from evoprune.methods.pipeline import Pipeline
@@ -25,9 +26,10 @@ def test_the_registry_lists_what_it_can_get():
     assert methods.DEFAULT in names and len(set(names)) == len(names)
     for name in names:
         method, pipeline = methods.get(name), methods.parse(name)
-        assert isinstance(method, Method) and method.name == name and type(method).__doc__
+        assert isinstance(method, Method) and type(method).__doc__
+        assert method.name == pipeline.name == ("evs" if name == "evs-nofloor" else name)
         assert method.acts in ("none", "input", "inside", "after", "language")
-        assert pipeline == Pipeline.of(method) and pipeline.name == name and pipeline.acts == method.acts
+        assert pipeline == Pipeline.of(method) and pipeline.acts == method.acts
         assert pipeline.members == ([] if name == "none" else [method])
         assert (pipeline.language is not None) == (name in INNER)
 
@@ -173,6 +175,12 @@ def test_a_name_may_bring_settings():
             methods.parse(name)
 
 
+def test_a_variant_is_a_setting_under_a_name_of_its_own():
+    assert methods.get("evs-nofloor") == methods.get("evs:floor=false") == Evs(floor=False) != methods.get("evs")
+    assert methods.parse("reuse+evs-nofloor") == methods.parse("reuse+evs:floor=false")
+    assert methods.get("evs-nofloor").exact and not methods.get("evs").exact
+
+
 def test_reuse_goes_before_a_selector():
     assert methods.parse("reuse+divprune") == Pipeline(encoder=Reuse(), selector=DivPrune())
     assert methods.parse("reuse:threshold=5+mmr:lam=0.7") == Pipeline(
@@ -270,7 +278,7 @@ def test_only_evoprune_finds_a_budget_by_itself():
     assert methods.parse("evoprune").automatic().encoder.within > 0
     assert methods.parse("evoprune:within=0.2").automatic().encoder.within == 0.2
     for name in {*methods.built_in(), "reuse+divprune"} - {"evoprune"}:
-        with pytest.raises(UsageError, match=name.partition("+")[0]):
+        with pytest.raises(UsageError, match=methods.parse(name).first.name):
             methods.parse(name).automatic()
 
 

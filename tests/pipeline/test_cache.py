@@ -123,9 +123,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"qa": VideoQA(loaded, budget=0.25, seed=1)},
         {"qa": VideoQA(loaded, budget=0.25, method="evs")},
         {"qa": VideoQA(loaded, budget=0.1, method="reuse+evs")},
-        {
-            "qa": VideoQA(loaded, budget=0.1, method="reuse+evs-nofloor")
-        },  # a class of the same module, without settings either
+        {"qa": VideoQA(loaded, budget=0.1, method="reuse+evs-nofloor")},
         {"qa": VideoQA(loaded, budget=0.25, method_args={"alpha": "3"})},
         {"qa": VideoQA(loaded, budget=0.25, method="evoprune-paper", method_args={"allocation": "mean"})},
         {"qa": VideoQA(replace(loaded, fingerprint="other"), budget=0.25)},
