@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from evoprune.visualize.fates import FATES, TracedVideo
 from evoprune.visualize.image_files import gif, mp4, png, shared_palette
@@ -47,15 +47,14 @@ class Overlay:
 
     def sheet(self) -> Image.Image:
         """RGB picture of the first frame of each frame pair, or of twelve that are spread over the video."""
-        count = self._video.plan.grid[0]
+        count, panels = self._video.plan.grid[0], self._panels
         shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
-        frames = [pair * (len(self._video.frames) // count) for pair in shown]
-        height = self._video.plan.height * self._panels.width / self._video.plan.width
-        across = _columns(len(frames), self._panels.width / height)
-        width = max(MIN_WIDTH, across * (self._panels.width + GAP) - GAP)
+        height = self._video.plan.height * panels.width / self._video.plan.width
+        across = _columns(len(shown), panels.width / height)
+        width = max(MIN_WIDTH, across * (panels.width + GAP) - GAP)
         size = _text_size(width)
-        panels = self._captioned(frames, round(0.85 * size))
-        rows = [_beside(panels[at : at + across]) for at in range(0, len(panels), across)]
+        drawn = list(self._captioned([pair * (len(self._video.frames) // count) for pair in shown], round(0.85 * size)))
+        rows = [_joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
         number = f"{len(shown)} of {count} frame pairs" if len(shown) < count else "Each frame pair"
         note = f"{number}, by its first frame. A square is a unit, which can become one token."
         above = text_picture(self._title, width, size)
@@ -66,29 +65,24 @@ class Overlay:
         width = max(MIN_WIDTH, self._panels.width)
         size = _text_size(width)
         above, legend = text_picture(self._title, width, size), self._legend(width, size)
-        rows = self._caption_rows(range(len(self._video.frames)), size)
-        for frame in range(0, len(self._video.frames), every):
-            yield _framed([above, self._captioned_frame(frame, size, rows), *legend])
+        for drawn in self._captioned(range(len(self._video.frames)), size, every):
+            yield _framed([above, drawn, *legend])
 
-    def _captioned(self, frames: Sequence[int], size: int) -> list[Image.Image]:
-        """Panels of one size."""
-        rows = self._caption_rows(frames, size)
-        return [self._captioned_frame(frame, size, rows) for frame in frames]
-
-    def _captioned_frame(self, frame: int, size: int, rows: int) -> Image.Image:
-        caption = text_picture(self._panels.caption(frame), self._panels.width, size, FAINT, rows)
-        return _below([self._panels.draw(frame), caption], GAP // 4)
-
-    def _caption_rows(self, frames: Sequence[int], size: int) -> int:
-        return max(len(wrap(self._panels.caption(frame), self._panels.width, size)) for frame in frames)
+    def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
+        """Panels, or every `every`-th one, with as much room for their captions as the longest of all takes."""
+        width = self._panels.width
+        captions = {frame: self._panels.caption(frame) for frame in frames}
+        rows = max(len(wrap(caption, width, size)) for caption in captions.values())
+        for frame in frames[::every]:
+            caption = text_picture(captions[frame], width, size, FAINT, rows)
+            yield _joined([self._panels.draw(frame), caption], GAP // 4)
 
     def _legend(self, width: int, size: int) -> list[Image.Image]:
         fates, counts = self._video.fates, self._video.fates.counts()
         again = int((fates.chosen & ~fates.encoded).sum())
         clusters = len(fates.owner[fates.all_of("merged")].unique())
-        alike = f" The {clusters:,} clusters share few hues, so colours of different clusters can look alike." * (
-            clusters > HUES
-        )
+        alike = f" The {clusters:,} clusters share few hues, so colours of different clusters can look alike."
+        alike = alike if clusters > HUES else ""
         of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
         meanings = {
             "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
@@ -129,33 +123,21 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
     if name == "merged":
         for x in (0, 1):
             outline(swatch, np.zeros((1, 2), int), 0, x, side, cluster_colour(0), dot=x == 1)
-    return _beside([swatch, text_picture(text, width - 2 * side - GAP, size)])
+    return _joined([swatch, text_picture(text, width - 2 * side - GAP, size)], GAP, across=True)
 
 
-def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in a row, centred vertically."""
-    width, height = sum(p.width + GAP for p in pictures) - GAP, max(p.height for p in pictures)
-    made, left = Image.new("RGB", (width, height), BACKGROUND), 0
-    for picture in pictures:
-        made.paste(picture, (left, (height - picture.height) // 2))
-        left += picture.width + GAP
-    return made
-
-
-def _below(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
-    """Pictures in a column, aligned to the left."""
-    width, height = max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap
-    made, top = Image.new("RGB", (width, height), BACKGROUND), 0
-    for picture in pictures:
-        made.paste(picture, (0, top))
-        top += picture.height + gap
+def _joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
+    """Pictures in a column, aligned to the left; or in a row, centred vertically."""
+    sizes = [picture.size[::-1] if across else picture.size for picture in pictures]
+    wide, length = max(size[0] for size in sizes), sum(size[1] + gap for size in sizes) - gap
+    made, at = Image.new("RGB", (length, wide) if across else (wide, length), BACKGROUND), 0
+    for picture, size in zip(pictures, sizes, strict=True):
+        made.paste(picture, (at, (wide - size[0]) // 2) if across else (0, at))
+        at += size[1] + gap
     return made
 
 
 def _framed(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures in a column with a margin around it; width and height are even, as H.264 needs."""
-    column = _below(pictures, GAP // 2)
-    size = (column.width + 2 * GAP + column.width % 2, column.height + 2 * GAP + column.height % 2)
-    made = Image.new("RGB", size, BACKGROUND)
-    made.paste(column, (GAP, GAP))
-    return made
+    column = _joined(pictures, GAP // 2)
+    return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)

@@ -30,11 +30,9 @@ class Panels:
     """
 
     def __init__(self, video: TracedVideo):
-        self._video, self._fate, self._colours = video, video.fates.fate, _owner_colours(video.fates)
-        count, self._rows, self._columns = video.plan.grid
+        self._video, self._fate, self._colours = video, video.fates.fate.numpy(), _owner_colours(video.fates)
         self._zoom = max(1, min(MAX_ZOOM, round(FRAME_WIDTH / video.plan.width)))
-        self._pixels = video.plan.width // self._columns  # of a unit's side in the frame
-        self._frames_per_pair = len(video.frames) // count
+        self._pixels = video.plan.width // video.plan.grid[2]  # of a unit's side in the frame
         self.width = video.plan.width * self._zoom
 
     def draw(self, frame: int) -> Image.Image:
@@ -42,9 +40,8 @@ class Panels:
         fate = self._of_frame(self._fate, frame)
         lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
         picture = Image.fromarray(lit).resize((self.width, lit.shape[0] * self._zoom), Image.Resampling.NEAREST)
-        unit = self._first_unit(frame) + np.arange(fate.size).reshape(fate.shape)
-        merged = fate == FATES.index("merged")
-        cluster = np.where(merged, self._of_frame(self._video.fates.owner, frame), unit)
+        unit = self._of_frame(np.arange(len(self._fate)), frame)
+        cluster = np.where(fate == FATES.index("merged"), self._of_frame(self._video.fates.owner.numpy(), frame), unit)
         cluster = np.where(np.isin(cluster, list(self._colours)), cluster, -1)
         for y, x in np.argwhere(cluster >= 0).tolist():
             colour = self._colours[int(cluster[y, x])]
@@ -55,15 +52,13 @@ class Panels:
         """The frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the video has."""
         here, anywhere = self._of_frame(self._fate, frame), set(self._fate.tolist())
         counts = (f"{(here == n).sum()} {name}" for n, name in enumerate(FATES) if n in anywhere)
-        return f"{clock(self._video.plan.sampling.times_s[frame])}: {', '.join(counts)}"
+        minutes, rest = divmod(round(self._video.plan.sampling.times_s[frame] * 100), 6000)
+        return f"{minutes}:{rest // 100:02d}.{rest % 100:02d}: {', '.join(counts)}"
 
-    def _of_frame(self, units, frame: int) -> np.ndarray:
-        """`[h, w]` in units: the values of a tensor `[N]` for the frame's pair."""
-        first = self._first_unit(frame)
-        return units[first : first + self._rows * self._columns].view(self._rows, self._columns).numpy()
-
-    def _first_unit(self, frame: int) -> int:
-        return frame // self._frames_per_pair * self._rows * self._columns
+    def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
+        """`[h, w]` in units: the values of an array `[N]` for the frame's pair."""
+        grid = self._video.plan.grid
+        return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
@@ -118,9 +113,3 @@ def cluster_colour(number: int) -> Colour:
 def _owner_colours(fates: Fates) -> dict[int, Colour]:
     """The colour of every unit that others merged into."""
     return {owner: cluster_colour(n) for n, owner in enumerate(fates.owner[fates.all_of("merged")].unique().tolist())}
-
-
-def clock(seconds: float) -> str:
-    """1:02.35"""
-    minutes, rest = divmod(round(seconds * 100), 6000)
-    return f"{minutes}:{rest // 100:02d}.{rest % 100:02d}"

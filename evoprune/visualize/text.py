@@ -1,6 +1,5 @@
 """Text in pictures, in the font that comes with Pillow: ASCII letters; any other character is drawn as a box."""
 
-from collections.abc import Iterator
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -10,8 +9,7 @@ BACKGROUND, INK, FAINT = (18, 18, 22), (235, 235, 240), (160, 160, 170)
 
 def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] = INK, rows: int = 1) -> Image.Image:
     """RGB picture of a text that is wrapped to a width in pixels; it has room for at least so many rows."""
-    lines = wrap(text, width, size)
-    height = row_height(size)
+    lines, height = wrap(text, width, size), round(1.3 * size)
     picture = Image.new("RGB", (width, height * max(rows, len(lines))), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for row, line in enumerate(lines):
@@ -19,31 +17,19 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
     return picture
 
 
-def row_height(size: int) -> int:
-    """Pixels from one row of text to the next."""
-    return round(1.3 * size)
-
-
 def wrap(text: str, width: int, size: int) -> list[str]:
     """The rows of a text, none wider than so many pixels. A word that is wider than a row is broken."""
-    rows = [""]
-    for word in _pieces(text, width, size):
-        longer = f"{rows[-1]} {word}".lstrip()
-        if _font(size).getlength(longer) <= width:
+    rows, long = [""], _font(size).getlength
+    for word in text.split():
+        while long(word) > width and len(word) > 1:
+            fits = max(n for n in range(1, len(word)) if n == 1 or long(word[:n]) <= width)
+            rows.append(word[:fits])
+            word = word[fits:]
+        if long(longer := f"{rows[-1]} {word}".lstrip()) <= width:
             rows[-1] = longer
         else:
             rows.append(word)
     return [row for row in rows if row]
-
-
-def _pieces(text: str, width: int, size: int) -> Iterator[str]:
-    """Words, broken where they are wider than a row; a piece has at least one character."""
-    for word in text.split():
-        while _font(size).getlength(word) > width and len(word) > 1:
-            fits = max(n for n in range(1, len(word)) if n == 1 or _font(size).getlength(word[:n]) <= width)
-            yield word[:fits]
-            word = word[fits:]
-        yield word
 
 
 @cache
