@@ -7,7 +7,7 @@ rounding.
 
 The plan's stages say where rows are left behind. A selection covers the whole video: the rows of all chunks are held
 until then, and the selected rows go through the following layers together, or, if frame pairs are kept whole, again in
-chunks. Merging and setting aside stay inside a chunk (between.py).
+chunks. Merging and setting aside stay inside a chunk (reduction.py).
 
 The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program synchronises with it
 only at a selection between layers, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
@@ -29,7 +29,6 @@ from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import nearest
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
-from evoprune.vision.between import Between
 from evoprune.vision.chunks import Chunk, References, in_chunks
 from evoprune.vision.devices import Timer
 from evoprune.vision.encoded import Checks, Encoded, EncodedRows, all_true, select_tokens
@@ -39,7 +38,8 @@ from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
 from evoprune.vision.merging import Merging
 from evoprune.vision.preprocess import CLIP, Normalisation
-from evoprune.vision.tower import Passage, embed, merge_patches, run_layers, tower_geometry, tower_shape
+from evoprune.vision.reduction import Reduction
+from evoprune.vision.tower import LayerRun, embed, merge_patches, run_layers, tower_geometry, tower_shape
 
 OnLayer = Callable[[int, int], None]
 
@@ -187,11 +187,11 @@ class _Run:
     def run_first_layers(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
         """The rows after the layers before the first selection, or after all layers."""
         layers = self.plan.spans[0]
-        between = _between(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
+        reduction = _reduction(self.plan, range(chunk.first, chunk.first + chunk.pairs), self.checks.failed)
         for layer in layers:
-            self.computed[layer] += between.computed(layer, layout)
-        passage = Passage(self.visual, self.timer, between, self.references, self.gathering)
-        return run_layers(passage, layers, x, layout)
+            self.computed[layer] += reduction.computed(layer, layout)
+        run = LayerRun(self.visual, self.timer, reduction, self.references, self.gathering)
+        return run_layers(run, layers, x, layout)
 
     def collect(self, chunk: Chunk, x: torch.Tensor, layout: TokenLayout) -> None:
         """Appends a chunk's rows, ordered by unit, to those of earlier chunks. `x`: after the patch merger if no layer follows."""
@@ -253,21 +253,21 @@ class _Run:
             made = [self._run_pairs(x, layers, last=x is pieces[-1]) for x in pieces]
             return _VideoRows(torch.cat(made), rows.unit, rows.owner)
         layout, order = selected_layout(self.geometry, self.plan.grid[0], rows.unit, rows.owner)
-        passage = Passage(
+        run = LayerRun(
             self.visual, self.timer, mlp_rows=self.at_once, on_layer=lambda done: self.on_layer(done, self.plan.depth)
         )
         x, rows.x = rows.x[order], None  # frees the rows in the old order
-        x, _ = run_layers(passage, layers, x, layout)
+        x, _ = run_layers(run, layers, x, layout)
         return _VideoRows(x[order.argsort()], rows.unit, rows.owner)
 
     def _run_pairs(self, x: torch.Tensor, layers: range, last: bool) -> torch.Tensor:
         """Rows of whole frame pairs after `layers`. `last`: whether no others follow; then finished layers are reported."""
         layout = full_layout(self.geometry, len(x) // self.geometry.units)
-        passage = Passage(self.visual, self.timer, gathering=self.gathering)
+        run = LayerRun(self.visual, self.timer, gathering=self.gathering)
         if last:
-            passage.on_layer = lambda done: self.on_layer(done, self.plan.depth)
+            run.on_layer = lambda done: self.on_layer(done, self.plan.depth)
         order = layout.unit.argsort()
-        x, _ = run_layers(passage, layers, x[layout.unit], layout)
+        x, _ = run_layers(run, layers, x[layout.unit], layout)
         if self.gathering:
             with self.timer:
                 self.gathering.finish(order)
@@ -306,11 +306,11 @@ def _nearest_kept(seen: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor) -
     return torch.where(owner < 0, -1, found).index_copy_(0, kept, ascending(len(kept), kept.device))
 
 
-def _between(plan: EncoderPlan, pairs: range, failed: list[torch.Tensor]) -> Between:
+def _reduction(plan: EncoderPlan, pairs: range, failed: list[torch.Tensor]) -> Reduction:
     """What the stages do with the rows of the chunk of these frame pairs. Raises TypeError where they cannot be together."""
     stages = plan.inside_chunks
     if not stages:
-        return Between()
+        return Reduction()
     if isinstance(stages[0].reduce, SetAside) and len(stages) == 1:
         return Followers(stages[0], plan.depth)
     mergers = {stage.reduce.merger for stage in stages if not isinstance(stage.reduce, SetAside)}

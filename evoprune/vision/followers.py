@@ -13,11 +13,11 @@ import torch
 from evoprune.pruning.encoder_plan import Stage
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.score import snap
-from evoprune.vision.between import Between
 from evoprune.vision.layout import Geometry, Scope, TokenLayout
+from evoprune.vision.reduction import Reduction
 
 
-class Followers(Between):
+class Followers(Reduction):
     """Of one chunk, of which every unit is a row.
 
     Args:
@@ -64,10 +64,10 @@ class Followers(Between):
         elif done <= plan.until:
             x = self._moved(x[self._kept])
         if done == self._depth:
-            return self.whole(x), self._layout
+            return self.all_rows(x), self._layout
         return (x[self._kept], self._layout_of_kept) if done == plan.until else (x, layout)
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
+    def all_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._saved is None or len(x) == len(self._saved) else self._moved(x)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:

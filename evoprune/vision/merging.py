@@ -13,12 +13,12 @@ from evoprune.pruning.score import unit_features
 from evoprune.pruning.shares import share_rows
 from evoprune.pruning.types import Candidates
 from evoprune.vision import devices
-from evoprune.vision.between import Between
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
+from evoprune.vision.reduction import Reduction
 
 
 @dataclass
-class Merging(Between):
+class Merging(Reduction):
     """The merging of one chunk.
 
     Attributes:

@@ -11,13 +11,13 @@ from evoprune.model.linear import linear
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.vision import devices
 from evoprune.vision.attention import grouped_attention
-from evoprune.vision.between import Between
 from evoprune.vision.buckets import Bucket, Packed, buckets
 from evoprune.vision.chunks import References
 from evoprune.vision.devices import Timer
 from evoprune.vision.families import Family, family, rotary, rotate
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
+from evoprune.vision.reduction import Reduction
 
 
 def tower_shape(visual) -> TowerShape:
@@ -43,13 +43,13 @@ def merge_patches(visual, x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Passage:
+class LayerRun:
     """What `run_layers` needs beside rows and layout.
 
     Attributes:
         visual: the tower's weights.
         timer: measures pruning.
-        between: what is done with rows between two layers.
+        reduction: what is done with rows between two layers.
         references: rows of earlier chunks that this chunk attends to; None without reuse.
         gathering: collects the inputs of a selector; None without one.
         mlp_rows: rows that go through an MLP at a time, which bounds the memory; None for all.
@@ -58,7 +58,7 @@ class Passage:
 
     visual: torch.nn.Module
     timer: Timer
-    between: Between = field(default_factory=Between)
+    reduction: Reduction = field(default_factory=Reduction)
     references: References | None = None
     gathering: Gathering | None = None
     mlp_rows: int | None = None
@@ -82,9 +82,7 @@ class _LayerRows:
     groups: dict[Scope, list[Bucket] | Packed] = field(default_factory=dict)
 
 
-def run_layers(
-    passage: Passage, layers: range, x: torch.Tensor, layout: TokenLayout
-) -> tuple[torch.Tensor, TokenLayout]:
+def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
     """Runs neighbouring layers of the tower on rows `[R, 4, hidden]` in window order.
 
     Returns:
@@ -92,20 +90,20 @@ def run_layers(
     """
     if not layout.rows:  # all units are reused
         return x, layout
-    tower, table = tower_shape(passage.visual), rotary(vision_sizes(passage.visual.config), layout.geometry)
-    rows, between = _LayerRows(x, layout, _rotation(table, layout)), passage.between
-    between.begin(x)
+    tower, table = tower_shape(run.visual), rotary(vision_sizes(run.visual.config), layout.geometry)
+    rows, reduction = _LayerRows(x, layout, _rotation(table, layout)), run.reduction
+    reduction.begin(x)
     for layer in layers:
-        compared = _attend(passage, tower, layer, rows)
-        _transform(passage, layer, rows)
-        if between.acts(layer, rows.layout):
-            with passage.timer:
-                rows.x, layout = between.after(layer, tower.scope(layer), rows.x, rows.layout, *compared)
+        compared = _attend(run, tower, layer, rows)
+        _transform(run, layer, rows)
+        if reduction.acts(layer, rows.layout):
+            with run.timer:
+                rows.x, layout = reduction.after(layer, tower.scope(layer), rows.x, rows.layout, *compared)
                 if layout is not rows.layout:
                     rows = _LayerRows(rows.x, layout, _rotation(table, layout))
-        if passage.gathering and layer in passage.gathering.middle:
-            passage.gathering.add_states(between.whole(rows.x))
-        passage.on_layer(layer + 1)
+        if run.gathering and layer in run.gathering.middle:
+            run.gathering.add_states(reduction.all_rows(rows.x))
+        run.on_layer(layer + 1)
     return rows.x, rows.layout
 
 
@@ -116,31 +114,31 @@ def _rotation(table: tuple[torch.Tensor, torch.Tensor], layout: TokenLayout) -> 
 
 
 def _attend(
-    passage: Passage, tower: TowerShape, layer: int, rows: _LayerRows
+    run: LayerRun, tower: TowerShape, layer: int, rows: _LayerRows
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The first half of a layer: attention, added to the rows.
 
     Returns:
-        What `Between.after` compares: keys `[R, 4, heads, d]`, None for hidden states; and attention received, float32, or None.
+        What `Reduction.after` compares: keys `[R, 4, heads, d]`, None for hidden states; and attention received, float32, or None.
     """
-    visual, layout, x = passage.visual, rows.layout, rows.x
+    visual, layout, x = run.visual, rows.layout, rows.x
     block, kind, scope = visual.blocks[layer], family(visual), tower.scope(layer)
     qkv = linear(block.attn.qkv, kind.norm(block.norm1, x))
     qkv = qkv.view(*x.shape[:2], 3, vision_sizes(visual.config).num_heads, -1)
     q, k = rotate(qkv[:, :, :2], *rows.rotation).unbind(2)
     v, plain, rotated = qkv[:, :, 2], qkv[:, :, 1], k
-    if passage.references:
-        k, v = passage.references.seen_by(layer, k, v, layout)
+    if run.references:
+        k, v = run.references.seen_by(layer, k, v, layout)
     groups = _groups(rows, scope, x.device)
     bias = (
-        passage.between.size_bias and layout.reach != "place"
+        run.reduction.size_bias and layout.reach != "place"
     )  # before rows merge, every cluster size is 1 and its log is 0
-    needs = passage.between.needs(layer, layout)
+    needs = run.reduction.needs(layer, layout)
     received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
-    mixed = grouped_attention(q, k, v, groups, bias, received, passage.timer)
-    if passage.gathering and layer == passage.gathering.layer:
-        with passage.timer:
-            passage.gathering.look(q, k, plain, layout, groups, bias, passage.between.spread)
+    mixed = grouped_attention(q, k, v, groups, bias, received, run.timer)
+    if run.gathering and layer == run.gathering.layer:
+        with run.timer:
+            run.gathering.look(q, k, plain, layout, groups, bias, run.reduction.spread)
     rows.x = linear(block.attn.proj, mixed.flatten(2), plus=x)
     return None if "hidden" in needs else plain if "keys" in needs else rotated, received
 
@@ -155,12 +153,12 @@ def _groups(rows: _LayerRows, scope: Scope, device: torch.device) -> list[Bucket
     return rows.groups[scope]
 
 
-def _transform(passage: Passage, layer: int, rows: _LayerRows) -> None:
+def _transform(run: LayerRun, layer: int, rows: _LayerRows) -> None:
     """The second half of a layer: the MLP, which works on each row alone."""
-    block, kind = passage.visual.blocks[layer], family(passage.visual)
-    active = passage.between.active(layer)
+    block, kind = run.visual.blocks[layer], family(run.visual)
+    active = run.reduction.active(layer)
     x = rows.x if active is None else rows.x[active]
-    pieces = x.split(passage.mlp_rows) if passage.mlp_rows else [x]
+    pieces = x.split(run.mlp_rows) if run.mlp_rows else [x]
     made = [mlp_half(kind, block, piece) for piece in pieces]
     x = made[0] if len(made) == 1 else torch.cat(made)
     rows.x = x if active is None else rows.x.index_copy(0, active, x)

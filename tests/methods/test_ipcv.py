@@ -178,8 +178,8 @@ def test_the_selector_sees_every_unit(name):
 
 @pytest.mark.parametrize(("name", "times"), [("visionzip", 1), ("nuwa", 1 + 3)])
 def test_dropped_rows_are_moved_where_a_selector_reads_them_and_at_the_end(name, times, monkeypatch):
-    calls, real = [], Followers.whole
-    monkeypatch.setattr(Followers, "whole", lambda self, x: calls.append(len(x)) or real(self, x))
+    calls, real = [], Followers.all_rows
+    monkeypatch.setattr(Followers, "all_rows", lambda self, x: calls.append(len(x)) or real(self, x))
     encoded(methods.parse(f"ipcv+{name}"), random_patches(GRID), GRID, 9)
     assert len(calls) == times
 

@@ -178,9 +178,9 @@ def test_a_chunk_may_have_nothing_new(dtype, packed):
 def test_what_is_carried_to_the_next_chunk_does_not_grow(monkeypatch):
     held, run_layers = [], encoder.run_layers
 
-    def measured(passage, *args):
-        result = run_layers(passage, *args)
-        kept = passage.references._keys_values.values()
+    def measured(run, *args):
+        result = run_layers(run, *args)
+        kept = run.references._keys_values.values()
         held.append(sum(x.untyped_storage().nbytes() for x in kept))
         return result
 

@@ -5,7 +5,7 @@ import torch
 from evoprune.vision.layout import Scope, TokenLayout
 
 
-class Between:
+class Reduction:
     """The base of what merges rows (merging.py) and of what lets rows follow others (followers.py); one object a chunk."""
 
     size_bias: bool = True  # whether attention weighs a row by its cluster size inside the group
@@ -44,7 +44,7 @@ class Between:
         """
         return x, layout
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
+    def all_rows(self, x: torch.Tensor) -> torch.Tensor:
         """The states `[R', 4, hidden]` of all rows that leave the tower, from those that a layer has computed."""
         return x
 
