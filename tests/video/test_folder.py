@@ -12,8 +12,7 @@ from evoprune.video.frames import choose_decoder, read_frames
 from evoprune.video.listing import natural
 from evoprune.video.probe import probe
 from evoprune.video.readers import folder as backend
-from evoprune.video.readers.exif import exif_orientation
-from evoprune.video.readers.folder import FOLDER_FPS
+from evoprune.video.readers.folder import FOLDER_FPS, exif_orientation
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, quarters, write_image
 
 
@@ -134,11 +133,11 @@ def test_exif_of_either_byte_order_whole_or_cut_off(order):
     mark = b"II*\0" if order == "<" else b"MM\0*"
     entries = struct.pack(order + "HHHII", 2, 0x010F, 2, 1, 0) + struct.pack(order + "HHIHH", 0x0112, 3, 1, 5, 0)
     tiff = mark + struct.pack(order + "I", 8) + entries
-    block = b"Exif\0\0" + tiff
+    picture = jpeg(1, b"Exif\0\0" + tiff)
     before = b"\xff\xe1" + struct.pack(">H", 2 + 9) + b"http://ns"  # XMP comes as APP1 too
-    picture = b"\xff\xd8" + before + b"\xff\xe1" + struct.pack(">H", 2 + len(block)) + block + b"\xff\xda\0\2"
+    picture = picture[:2] + before + picture[2:]
     assert exif_orientation(picture) == (270, True)
-    for length in range(len(picture) - 8):
+    for length in range(picture.index(tiff) + len(tiff)):
         assert exif_orientation(picture[:length]) is None
     tag = struct.pack(order + "IHH", 1, 5, 0)
     for value in (0, 9, 77):

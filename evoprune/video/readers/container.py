@@ -4,19 +4,20 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import av
 from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Disposition
+from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.model.limits import available_cores
 from evoprune.video.readers import heartbeat
-from evoprune.video.readers.file_kind import FORMATS, not_a_video, unknown_to_ffmpeg
+from evoprune.video.readers.file_kind import FORMATS, not_a_video
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
 Damage = Callable[[int | None], None]
@@ -47,6 +48,11 @@ def ignore_damage(number: int | None) -> None:
     """A `Damage` that does nothing."""
 
 
+def reason(error: Exception) -> str:
+    """What PyAV or the file system says about a file."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Turn what PyAV and the file system raise about the file into `VideoError`, which says so where it surely is no video.
@@ -56,16 +62,12 @@ def reading(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except VideoError as error:
-        if other := not_a_video(path):
+    except (VideoError, av.error.FFmpegError, OSError, ValueError) as error:
+        if other := not_a_video(path, unrecognised=isinstance(error, av.error.InvalidDataError)):
             raise other from error
-        raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        unknown = isinstance(error, av.error.InvalidDataError) and unknown_to_ffmpeg(path)
-        if other := not_a_video(path) or unknown:
-            raise other from error
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(f"cannot read {path}: {reason}", INCOMPLETE) from error
+        if isinstance(error, VideoError):
+            raise
+        raise VideoError(f"cannot read {path}: {reason(error)}", INCOMPLETE) from error
 
 
 @contextmanager
@@ -102,27 +104,23 @@ def open_video(path: str) -> Iterator[InputContainer]:
 _TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
-def open_bytes(file: BinaryIO, kind: str | None = None) -> InputContainer:
-    """Open what a seekable binary file holds, of FFmpeg's format `kind` if that is known; PyAV raises its own errors."""
+def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer:
+    """Open what a seekable binary file holds, in FFmpeg's format of that name if it is known; PyAV raises its own errors."""
     # FFmpeg gets bytes and no name, because it takes what precedes a colon in a name for a protocol, and %d for a pattern.
     # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
-    return av.open(_Nameless(file), format=kind, options=options, **_TAGS)
+    nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+    return av.open(nameless, format=format_name, options=options, **_TAGS)
 
 
-class _Nameless:
-    """What FFmpeg may use of a binary file: everything but its name."""
-
-    def __init__(self, file: BinaryIO):
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
-
-def video_stream(container: InputContainer, path: str) -> VideoStream:
+def video_stream(container: InputContainer, path: str, *, threads: bool = False) -> VideoStream:
     """The stream to show.
 
+    Args:
+        threads: decode with several; FFmpeg would count cores that a container's quota of CPU time does not leave.
+
     Raises:
-        VideoError: the file has no video, only a cover picture, or one that this build of FFmpeg cannot decode; or its
-            pictures are too large.
+        VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
     """
     moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not moving:
@@ -143,13 +141,9 @@ def video_stream(container: InputContainer, path: str) -> VideoStream:
         )
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may state another size
     heartbeat.picture_size(width * height)
+    if threads:
+        stream.thread_type, stream.codec_context.thread_count = "AUTO", thread_count()
     return stream
-
-
-def decode_in_threads(stream: VideoStream) -> None:
-    """Decode with as many threads as FFmpeg would take, but of the cores that a container's quota of CPU time leaves."""
-    stream.thread_type = "AUTO"
-    stream.codec_context.thread_count = thread_count()
 
 
 def thread_count() -> int:
@@ -164,15 +158,20 @@ def nothing_decoded(path: str) -> VideoError:
     return VideoError(f"no frame of {path} can be decoded", hint)
 
 
-def packets(container: InputContainer, stream: VideoStream, damaged: Damage = ignore_damage) -> Iterator[Packet | None]:
+def packets(
+    container: InputContainer, stream: Stream, damaged: Damage = ignore_damage, *, alive: bool = False
+) -> Iterator[Packet | None]:
     """Packets up to the end. If the file breaks off, the last one is None, which makes the decoder return what it still holds.
 
-    `damaged` is called where bytes were skipped in search of the next packet, in containers that make it visible.
+    Args:
+        damaged: called where bytes were skipped in search of the next packet, in containers that make it visible.
+        alive: report progress also between packets that are far apart.
     """
     dense = container.format.name in DENSE
     end, slack = None, 0
     try:
-        for count, packet in enumerate(container.demux() if dense else container.demux(stream)):
+        for count, packet in enumerate(container.demux() if dense or alive else container.demux(stream)):
+            heartbeat.alive()
             if count > container.size:  # more packets than bytes: the index is a loop
                 raise av.error.InvalidDataError(0, "endless")
             if dense and packet.pos is not None:
@@ -186,16 +185,31 @@ def packets(container: InputContainer, stream: VideoStream, damaged: Damage = ig
         yield None
 
 
-def first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame | None:
-    """The first frame that can be decoded."""
-    for packet in packets(container, stream):
+def decoded_frames(
+    container: InputContainer, stream: VideoStream, damaged: Damage = ignore_damage
+) -> Iterator[VideoFrame]:
+    """All frames from the container's position on, in display order.
+
+    Damaged packets are skipped; frames that the decoder patched up are not. `damaged` is called for both, and where the file
+    breaks off.
+    """
+    for packet in packets(container, stream, damaged):
+        broken, frames = packet is None or packet.is_corrupt, []
         try:
             frames = stream.decode(packet)
-        except av.error.FFmpegError:  # a damaged packet: the next may be whole
-            continue
-        if frames:
-            return frames[0]
-    return None
+        except av.error.FFmpegError:  # the next packet may be whole
+            broken = True
+        if broken:
+            damaged(None if packet is None else _stamp(packet))
+        for frame in frames:
+            heartbeat.alive()
+            if frame.is_corrupt:
+                damaged(_stamp(frame))
+            yield frame
+
+
+def _stamp(found: Packet | VideoFrame) -> int | None:
+    return found.dts if found.pts is None else found.pts
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:

@@ -16,7 +16,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import VideoInfo
 from evoprune.video.readers import pyav
 from evoprune.video.readers.container import MOV, TOLERANCE_S, Damage, ignore_damage, reading, thread_count
-from evoprune.video.readers.pixels import rotated
+from evoprune.video.readers.pixels import rotated, turned_size
 
 # In other containers it does not return to the beginning (MPEG-TS), or it does not open them at all.
 CONTAINERS = (MOV, "matroska,webm", "avi", "flv")
@@ -57,9 +57,7 @@ def check(info: VideoInfo) -> None:
 def read(
     info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """The frame on screen at each time: its own time in seconds from the first frame, and uint8 `[H, W, 3]` as displayed.
-
-    Where one frame serves several times, the same array is returned. `times_s` ascend. `damaged` is never called.
+    """As `readers` says; `damaged` is never called.
 
     Raises:
         UsageError: decord is not installed.
@@ -70,10 +68,9 @@ def read(
     with reading(info.path), open(info.path, "rb") as file, _refusing(info):
         # By number where the system can, because decord's FFmpeg takes some names for patterns; else by absolute path,
         # because it takes what precedes a colon for a protocol.
-        numbered = f"/dev/fd/{file.fileno()}"
-        reader = decord.VideoReader(
-            numbered if os.path.exists(numbered) else os.path.abspath(info.path), num_threads=thread_count()
-        )
+        name = f"/dev/fd/{file.fileno()}"
+        name = name if os.path.exists(name) else os.path.abspath(info.path)
+        reader = decord.VideoReader(name, num_threads=thread_count())
         stamps = _stamps(info, reader)
         # One float32 step more, because decord rounds its times to 32 bits.
         begins = stamps - np.spacing(stamps) - TOLERANCE_S
@@ -117,12 +114,11 @@ def _stamps(info: VideoInfo, reader) -> np.ndarray:
 
 
 def _pixels(info: VideoInfo, frame) -> np.ndarray:
-    rows = (
-        frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
-    )  # the calling program may have set a tensor bridge
+    # The calling program may have set a tensor bridge.
+    rows = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
     # Frames of MP4 and related containers are rotated already.
     turn = 0 if info.container == MOV else info.rotation_deg
-    width, height = (info.width, info.height) if turn % 180 == 0 else (info.height, info.width)
+    width, height = turned_size((info.width, info.height), turn)
     if rows.shape[:2] != (height, width):
         raise _refusal(info, "the frames change their size")
     # Rows of slim rotated frames are padded, as if each pixel had more than three bytes.

@@ -6,8 +6,9 @@ from evoprune.errors import VideoError
 
 HEAD = 4096  # bytes
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
-PLAYLISTS = (b"#EXTM3U", b"ffconcat version")
 OTHERS = {
+    b"#EXTM3U": "a playlist",
+    b"ffconcat version": "a playlist",
     b"%PDF-": "a PDF document",
     b"PK\x03\x04": "a ZIP archive or an office document",
     b"\x1f\x8b": "a gzip archive",
@@ -19,27 +20,14 @@ OTHERS = {
     b"\xff\xfe": "a text file",  # in UTF-16
     b"\xfe\xff": "a text file",
 }
-MEDIA = (
-    b"\x1aE\xdf\xa3",
-    b"RIFF",
-    b"FLV",
-    b"OggS",
-    b"\x00\x00\x01",
-    b"\x30\x26\xb2\x75",
-    b"GIF8",
-    b"YUV4MPEG2",
-)
+MEDIA = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\0\0\1", b"\x30\x26\xb2\x75", b"GIF8", b"YUV4MPEG2")
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # of MP4 and MOV, after four bytes
 # Pictures, by Pillow's names of their formats. HEIC is recognised, and refused.
 PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
 PICTURE_HEADS = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-}
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF87a": "GIF", b"GIF89a": "GIF",
+}  # fmt: skip
 PICTURE_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC"}
 BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))
@@ -55,41 +43,31 @@ def picture_format(path: str) -> str | None:
         return "WEBP"
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in BMP_HEADERS:
         return "BMP"
-    return next((kind for start, kind in PICTURE_HEADS.items() if head.startswith(start)), None)
+    return next((name for start, name in PICTURE_HEADS.items() if head.startswith(start)), None)
 
 
-def other_kind(head: bytes) -> str | None:
-    """What a file that begins so is, if it is surely no video."""
-    if head.startswith(MEDIA) or head[4:8] in BOXES:
-        return None
-    if head.startswith(PLAYLISTS):
-        return "a playlist"
-    known = next((kind for start, kind in OTHERS.items() if head.startswith(start)), None)
-    return known or ("a text file" if head and len(head.translate(None, CONTROL)) == len(head) else None)
+def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
+    """The error for a file that FFmpeg could not read, if it surely holds something else than a video.
 
-
-def not_a_video(path: str) -> VideoError | None:
-    """The error for a file that FFmpeg could not read, if it surely holds something else than a video."""
-    head = _head(path)
-    if kind := other_kind(head):
-        return VideoError(f"{path} is not a video: it is {kind}", FORMATS)
-    return None
-
-
-def unknown_to_ffmpeg(path: str) -> VideoError | None:
-    """The error for a file in which FFmpeg recognised nothing, unless it begins as videos do."""
+    Args:
+        unrecognised: FFmpeg recognised nothing in it, so whatever does not begin as videos do is none.
+    """
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
         return None
-    return VideoError(f"{path} is not a video, or its beginning is damaged", FORMATS)
+    found = next((name for start, name in OTHERS.items() if head.startswith(start)), None)
+    if found is None and len(head.translate(None, CONTROL)) == len(head):
+        found = "a text file"
+    if found:
+        return VideoError(f"{path} is not a video: it is {found}", FORMATS)
+    return VideoError(f"{path} is not a video, or its beginning is damaged", FORMATS) if unrecognised else None
 
 
 def _head(path: str) -> bytes:
     """The first bytes of a file; none if it is empty, or no file that can be read."""
     try:
-        if not os.path.isfile(path) or not os.path.getsize(
-            path
-        ):  # an empty one may be a device that waits (/proc/kmsg)
+        # An empty one may be a device that waits (/proc/kmsg).
+        if not os.path.isfile(path) or not os.path.getsize(path):
             return b""
         with open(path, "rb") as file:
             return file.read(HEAD)

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 
 import av
@@ -13,14 +14,21 @@ from av.video.reformatter import VideoReformatter
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import FOLDER_FPS, VideoInfo
 from evoprune.video.listing import IMAGES, files
-from evoprune.video.readers.container import TOLERANCE_S, Damage, first_frame, ignore_damage, open_bytes, video_stream
-from evoprune.video.readers.exif import exif_orientation
-from evoprune.video.readers.picture_size import check_picture_size
-from evoprune.video.readers.pixels import orientation, to_rgb
+from evoprune.video.readers.container import (
+    TOLERANCE_S,
+    Damage,
+    decoded_frames,
+    ignore_damage,
+    open_bytes,
+    reason,
+    video_stream,
+)
+from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, orientation, to_rgb, turned_size
 
 CONTAINER = "folder"
 # Larger files count as damaged.
 MAX_BYTES = 2**29
+EXIF_MARKS, EXIF_FORMATS = (b"Exif\0\0", b"eXIf", b"EXIF"), ("JPEG", "PNG", "WEBP")
 SAME_SHAPE = 0.02  # by which the ratios of width and height of a video's images may differ, relative
 
 
@@ -33,15 +41,14 @@ def list_images(folder: str) -> list[str]:
     try:
         images = files(folder, IMAGES)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"cannot read the folder {folder}: {reason}", "check the path") from error
+        raise VideoError(f"cannot read the folder {folder}: {reason(error)}", "check the path") from error
     if not images:
         hint = f"files that count as images: {', '.join(IMAGES)}; for a folder of videos: evoprune batch {folder}"
         raise VideoError(f"no images in the folder {folder}", hint)
     return images
 
 
-def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
+def probe(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
     """Metadata of a folder as a video. Opens images up to the first that can be decoded; it sets the size.
 
     Raises:
@@ -51,16 +58,14 @@ def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
     if not 0 < fps < math.inf:
         raise UsageError(f"{fps} images per second make no video", "give a number above 0")
     images = list_images(folder)
-    for image in images:
-        decoded = decode_image(image)
-        if decoded is not None:
-            break
-    else:
-        check_picture_size(images[0])
+    decoded = next(filter(None, map(decode_image, images)), None)
+    if decoded is None:
+        from evoprune.video.readers.picture import check_size
+
+        check_size(images[0])  # FFmpeg does not distinguish a picture that is too large from a damaged one
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
     codec, frame, (rotation, _) = decoded
-    size = frame.width, frame.height
-    width, height = size if rotation % 180 == 0 else size[::-1]
+    width, height = turned_size((frame.width, frame.height), rotation)
     return VideoInfo(
         path=folder,
         duration_s=len(images) / fps,
@@ -81,13 +86,9 @@ def probe_folder(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
 def read(
     info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """The image on screen at each time: its own time in seconds from the first image, and uint8 `[H, W, 3]` as displayed.
+    """As `readers` says. Opens only the images that are needed, one at a time.
 
-    Opens only the images that are needed, one at a time. A damaged image is replaced by the one before it, at the beginning
-    by the first that can be decoded. `times_s` ascend. `damaged` is called with the index of each damaged image.
-
-    Raises:
-        VideoError: the folder cannot be read (any more), or none of its images can be decoded.
+    A damaged image is replaced by the one before it, at the beginning by the first that can be decoded. `damaged` gets its index.
     """
     images, reformatter = list_images(info.path), VideoReformatter()
     last = len(images) - 1
@@ -109,9 +110,18 @@ def read(
         yield current / info.fps, rgb
 
 
+def intervals(info: VideoInfo, damaged: Damage) -> Iterator[tuple[float, float, bool]]:
+    """As of `pyav`: every image is a keyframe."""
+    for i, image in enumerate(list_images(info.path)):
+        if decode_image(image) is None:
+            damaged(i)
+        else:
+            yield i / info.fps, 1 / info.fps, True
+
+
 def _check_shape(image: str, frame: VideoFrame, rotation: int, info: VideoInfo) -> None:
     """Raises VideoError if an image has another shape than the first, to which it would be stretched."""
-    width, height = (frame.width, frame.height) if rotation % 180 == 0 else (frame.height, frame.width)
+    width, height = turned_size((frame.width, frame.height), rotation)
     if abs(width * info.height - height * info.width) > SAME_SHAPE * width * info.height:
         message = f"images of different shapes: {image} has {width}x{height}, the first {info.width}x{info.height}"
         hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
@@ -127,9 +137,24 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
             stream = video_stream(container, path)
             # Without it, half a JPEG decodes to a picture with a grey bottom.
             stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
-            frame = first_frame(container, stream)
+            frame = next(decoded_frames(container, stream), None)
             if frame is None:
                 return None
             return stream.codec_context.codec.canonical_name, frame, exif_orientation(content) or orientation(frame)
     except (av.error.FFmpegError, OSError, ValueError, VideoError):
+        return None
+
+
+def exif_orientation(content: bytes) -> tuple[int, bool] | None:
+    """The orientation by the EXIF data of a JPEG, PNG or WebP file, of which PyAV 18 does not report a flip; None without any."""
+    if not any(mark in content for mark in EXIF_MARKS):  # the usual frame of a video, for which Pillow is not imported
+        return None
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=EXIF_FORMATS) as image:
+            return ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
+    except MemoryError:
+        raise
+    except Exception:  # damaged data may raise anything
         return None

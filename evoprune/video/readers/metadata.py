@@ -9,17 +9,17 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.video.info import VideoInfo
-from evoprune.video.readers import heartbeat
+from evoprune.video.readers import folder
 from evoprune.video.readers.container import (
+    DENSE,
     FALLBACK_FPS,
     MOV,
     TAG_CHARACTERS,
-    first_frame,
+    decoded_frames,
     frame_time,
     nothing_decoded,
     open_video,
@@ -28,8 +28,7 @@ from evoprune.video.readers.container import (
     video_stream,
 )
 from evoprune.video.readers.file_kind import PICTURES, picture_format
-from evoprune.video.readers.folder import probe_folder
-from evoprune.video.readers.pixels import orientation
+from evoprune.video.readers.pixels import orientation, turned_size
 
 # The video's end is read from the packets of its last seconds: the frame displayed last is not always the one stored last.
 TAIL_S = 3.0
@@ -42,33 +41,14 @@ def probe(path: str, folder_fps: float) -> VideoInfo:
     """See `evoprune.video.probe.probe`."""
     with reading(path):
         if os.path.isdir(path):
-            return probe_folder(path, folder_fps)
-        if picture_format(path) and (found := _probe_picture(path)):
-            return found
+            return folder.probe(path, folder_fps)
+        if picture_format(path):
+            from evoprune.video.readers import picture  # Pillow's import would delay every video
+
+            if picture.is_picture(path):
+                return picture.probe(path)
         with open_video(path) as container:
             return _probe_file(path, container)
-
-
-def _probe_picture(path: str) -> VideoInfo | None:
-    """The facts about a file that begins as pictures do; None if it goes on as a video."""
-    from evoprune.video.readers import picture  # Pillow's import would delay every video
-
-    return picture.probe(path) if picture.is_picture(path) and not _is_mjpeg(path, picture.format_of(path)) else None
-
-
-def _is_mjpeg(path: str, kind: str | None) -> bool:
-    """Whether a file that begins with a JPEG goes on with more of them, which are the frames of a video.
-
-    Args:
-        kind: by Pillow: "JPEG", or "MPO" where the others are smaller, or a map of brightness.
-    """
-    if kind != "JPEG":
-        return False
-    try:
-        with open_video(path) as container:
-            return container.format.name == "mjpeg"
-    except av.error.FFmpegError:
-        return False
 
 
 def _probe_file(path: str, container: InputContainer) -> VideoInfo:
@@ -76,18 +56,19 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
         hint = f"convert it to JPEG or PNG; {', '.join(PICTURES)} are read"
         raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
-    first = first_frame(container, stream)
+    first = next(decoded_frames(container, stream), None)
     if first is None:
         raise nothing_decoded(path)
     rotation, mirrored = orientation(first)
-    size = first.width, first.height
-    width, height = size if rotation % 180 == 0 else size[::-1]
+    width, height = turned_size((first.width, first.height), rotation)
     rate = stream.average_rate or stream.guessed_rate
     step = 1 / float(rate or FALLBACK_FPS)
+    tags = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
     # The header's count is wrong if it has more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
-    duration = _duration(path, container, stream, first, step)
-    stated = _stated(container, stream, first, step)  # after `_duration`, which makes FFmpeg find fragments
+    start = frame_time(first, stream)
+    duration = _duration(path, container, stream, start, step)
+    stated = _stated(container, stream, start or 0.0, step)  # after `_duration`, which makes FFmpeg find fragments
     return VideoInfo(
         path=path,
         duration_s=duration,
@@ -100,25 +81,18 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
         fps=float(rate) if rate else None,
         variable_rate=_variable_rate(stream),
         frames_total=total or None,
-        start_s=frame_time(first, stream) or 0.0,
-        tags=_tags(container),
+        start_s=start or 0.0,
+        tags=dict(islice(tags, TAGS)),
         mirrored=mirrored,
         stated_s=stated and max(stated, duration or 0.0),
     )
 
 
-def _tags(container: InputContainer) -> dict[str, str]:
-    """The container's tags, without very long ones."""
-    short = {key: text for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS}
-    return dict(islice(short.items(), TAGS))
-
-
 def _duration(
-    path: str, container: InputContainer, stream: VideoStream, first: VideoFrame, step: float
+    path: str, container: InputContainer, stream: VideoStream, start: float | None, step: float
 ) -> float | None:
     # The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first
     # frame, and does not know that the file was cut off.
-    start = frame_time(first, stream)
     if start is None:
         return step * sum(1 for _ in _all_packets(path))
     if container.format.name == "avi":
@@ -133,26 +107,26 @@ def _duration(
     return None if end is None else end - start
 
 
-def _stated(container: InputContainer, stream: VideoStream, first: VideoFrame, step: float) -> float | None:
+def _stated(container: InputContainer, stream: VideoStream, start: float, step: float) -> float | None:
     """See `VideoInfo.stated_s`. Containers whose duration FFmpeg estimates from their content state none."""
-    kind, start = container.format.name, frame_time(first, stream) or 0.0
-    if kind == "avi":
+    name = container.format.name
+    if name == "avi":
         return step * stream.frames or None
-    if kind == MOV and len(stream.index_entries):  # decoding times, a little earlier than display
+    if name == MOV and len(stream.index_entries):  # decoding times, a little earlier than display
         return float(stream.index_entries[-1].timestamp * stream.time_base) + step - start
-    if kind in ("matroska,webm", "flv") and container.duration is not None and len(container.streams) == 1:
+    if name in DENSE and container.duration is not None and len(container.streams) == 1:
         return container.duration / av.time_base - start
     return None
 
 
-def _end(found: Iterable[Packet], step: float) -> float | None:
+def _end(found: Iterable[Packet | None], step: float) -> float | None:
     """When the last of these packets leaves the screen; `step` replaces durations that are not stored."""
-    displayed = (p for p in found if p.pts is not None and not p.is_discard)
+    displayed = (p for p in found if p is not None and p.pts is not None and not p.is_discard)
     ends = (float(p.pts * p.time_base) + (float((p.duration or 0) * p.time_base) or step) for p in displayed)
     return max(ends, default=None)
 
 
-def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
     """Packets of the last seconds; none if FFmpeg cannot seek there."""
     if container.duration is None:
         return
@@ -161,20 +135,13 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
         container.seek(math.floor((end - TAIL_S) / stream.time_base), stream=stream)
     except av.error.FFmpegError:
         return
-    yield from _packets(container, stream)
+    yield from packets(container, stream)
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
     """All packets of the stream that are not empty, up to where the file breaks off."""
     with open_video(path) as container:
-        yield from (p for p in _packets(container, video_stream(container, path)) if p.size)
-
-
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    for packet in packets(container, stream):
-        heartbeat.alive()
-        if packet is not None:
-            yield packet
+        yield from (p for p in packets(container, video_stream(container, path)) if p is not None and p.size)
 
 
 def _variable_rate(stream: VideoStream) -> bool | None:

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
@@ -16,48 +15,64 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, VideoInfo
 from evoprune.video.readers import heartbeat
-from evoprune.video.readers.container import MAX_PIXELS, TAG_CHARACTERS, Damage, ignore_damage
-from evoprune.video.readers.exif import ORIENTATIONS
+from evoprune.video.readers.container import MAX_PIXELS, TAG_CHARACTERS, Damage, ignore_damage, open_video
 from evoprune.video.readers.file_kind import PICTURES, picture_format
-from evoprune.video.readers.picture_size import too_large
+from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, turned_size
 
 # Larger files are refused before they are read.
 MAX_BYTES = 2**29
 CONVERT = "convert it to JPEG or PNG"
 ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
-DNG, SUBFILE, REDUCED = (
-    50706,
-    254,
-    1,
-)  # tags of a camera's raw file, whose first picture is a small one, and the value that says so
-ORIENTATION = 0x0112
+# Tags of a camera's raw file, whose first picture is a small one, and the value that says so.
+DNG, SUBFILE, REDUCED = 50706, 254, 1
 
 
 def is_picture(path: str) -> bool:
-    """Whether a file that begins as pictures do is one, and no animation, which FFmpeg reads as a video."""
-    kind = picture_format(path)
-    if kind not in ANIMATIONS:
-        return kind is not None
+    """Whether a file that begins as pictures do is one: no animation, and no JPEGs in a row, which FFmpeg reads as videos."""
+    name = picture_format(path)
+    if name not in (*ANIMATIONS, "JPEG"):
+        return True
     try:
-        with _header(path, kind) as image:
-            return not getattr(image, "is_animated", False)
+        with _header(path, name) as image:
+            if name in ANIMATIONS:
+                return not getattr(image, "is_animated", False)
+            if image.format != "JPEG":  # "MPO", where the others are smaller, or a map of brightness
+                return True
+        with open_video(path) as container:
+            return container.format.name != "mjpeg"
     except Exception:  # damaged, and said so by the reader of videos or of pictures
-        return kind == "PNG"
-
-
-def format_of(path: str) -> str | None:
-    """Pillow's name of a picture's format, which may be "MPO" where a file begins as a JPEG; None if it cannot be opened."""
-    try:
-        with _header(path, picture_format(path)) as image:
-            return image.format
-    except Exception:  # damaged, which is said when it is read
-        return None
+        return name != "GIF"
 
 
 @contextmanager
-def _header(path: str, kind: str | None) -> Iterator[Image.Image]:
-    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[kind]) as image:
-        yield image
+def _header(path: str, name: str | None) -> Iterator[Image.Image]:
+    """The picture in Pillow's format of that name, of which only the header is read."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[name]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise too_large(path)
+            yield image
+    except Image.DecompressionBombError:
+        raise too_large(path) from None
+
+
+def check_size(path: str) -> None:
+    """Raises VideoError if the file is a picture of more than `MAX_PIXELS`."""
+    try:
+        with _header(path, picture_format(path)):
+            return
+    except VideoError:
+        raise
+    except Exception:  # no picture
+        return
+
+
+def too_large(path: str) -> VideoError:
+    """The error for a picture with more pixels or bytes than are read."""
+    return VideoError(
+        f"the picture {path} is too large: evoprune reads at most {MAX_PIXELS // 10**6} megapixels",
+        "make it smaller; the model sees no more than a few megapixels of it",
+    )
 
 
 def probe(path: str) -> VideoInfo:
@@ -67,8 +82,8 @@ def probe(path: str) -> VideoInfo:
         VideoError: of a kind that is not read, too large, or damaged.
     """
     with _opened(path) as image:
-        rotation, mirrored = ORIENTATIONS.get(_orientation(image), (0, False))
-        width, height = image.size if rotation % 180 == 0 else image.size[::-1]
+        rotation, mirrored = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG), (0, False))
+        width, height = turned_size(image.size, rotation)
         return VideoInfo(
             path=path,
             duration_s=None,
@@ -90,11 +105,7 @@ def probe(path: str) -> VideoInfo:
 def read(
     info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """The picture at each time: 0, and uint8 `[H, W, 3]` as displayed, resized to the size in `info` as Hugging Face does it.
-
-    Raises:
-        VideoError: as `probe`.
-    """
+    """As `readers` says, resized to the size in `info` as Hugging Face does it. Raises what `probe` raises."""
     with _opened(info.path) as image:
         rgb = _rgb(ImageOps.exif_transpose(image), info.path)
     if rgb.size != (info.width, info.height):
@@ -106,40 +117,33 @@ def read(
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """The picture, of which only the header is read."""
-    kind = picture_format(path)
-    refuse = partial(_refusal, path)
-    if kind == "HEIC":
-        raise refuse("is in HEIC, which is not read")
-    if kind is None:
-        raise refuse("is no picture any more")
-    if kind == "AVIF" and not features.check("avif"):
-        raise refuse("is in AVIF, which this version of Pillow does not read")
+    """The picture, of which only the header is read. Refuses one that is too large, or not all that the file shows."""
+    name = picture_format(path)
+    if name == "HEIC":
+        raise VideoError(f"{path} is in HEIC, which is not read", CONVERT)
+    if name is None:
+        raise VideoError(f"{path} is no picture any more", CONVERT)
+    if name == "AVIF" and not features.check("avif"):
+        raise VideoError(f"{path} is in AVIF, which this version of Pillow does not read", CONVERT)
     try:
         if os.stat(path).st_size > MAX_BYTES:
             raise too_large(path)
-        with _header(path, kind) as image:
+        with _header(path, name) as image:
             heartbeat.alive()
-            _check(image, path, refuse)
+            heartbeat.picture_size(image.width * image.height)
+            _check(image, path)
             yield image
     except (VideoError, MemoryError):
         raise
-    except Image.DecompressionBombError:
-        raise too_large(path) from None
     except Exception as problem:  # a damaged file may raise anything
-        reason = str(problem) or type(problem).__name__
         hint = f"is it complete? {', '.join(PICTURES)} are read as pictures"
-        raise VideoError(f"cannot read the picture {path}: {reason}", hint) from problem
+        raise VideoError(f"cannot read the picture {path}: {str(problem) or type(problem).__name__}", hint) from problem
 
 
-def _check(image: Image.Image, path: str, refuse) -> None:
-    """Refuses a picture that is too large, or that is not all that the file shows."""
-    if image.width * image.height > MAX_PIXELS:
-        raise too_large(path)
-    heartbeat.picture_size(image.width * image.height)
+def _check(image: Image.Image, path: str) -> None:
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     if DNG in tags or tags.get(SUBFILE, 0) & REDUCED:
-        raise refuse("is a camera's raw file, of which only a preview could be read")
+        raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
     count = getattr(image, "n_frames", 1)
     if count > 1 and image.format != "MPO":  # of which the first is the photograph
         if image.format == "TIFF":
@@ -157,25 +161,17 @@ def _tags(image: Image.Image) -> dict[str, str]:
     return {"comment": text} if 0 < len(text) <= TAG_CHARACTERS else {}
 
 
-def _refusal(path: str, reason: str) -> VideoError:
-    return VideoError(f"{path} {reason}", CONVERT)
-
-
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ORIENTATION, 1)
-
-
 def _rgb(image: Image.Image, path: str) -> Image.Image:
     """The picture in 8 bits of red, green and blue, transparent parts over white."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
-            raise _refusal(path, "has more than 16 bits, which are not read")
+            raise VideoError(f"{path} has more than 16 bits, which are not read", CONVERT)
         levels = levels if transparent is None else np.where(levels == transparent, 65535, levels)
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise _refusal(path, "has floating-point pixels, which are not read")
+        raise VideoError(f"{path} has floating-point pixels, which are not read", CONVERT)
     if "A" in image.getbands() or "a" in image.getbands() or transparent is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")

@@ -6,6 +6,13 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
+# For every value of EXIF's orientation, as `orientation`: clockwise degrees, and whether a left-right flip comes first.
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True),
+    5: (270, True), 6: (90, False), 7: (90, True), 8: (270, False),
+}  # fmt: skip
+
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
     """Clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip comes before it."""
@@ -23,11 +30,16 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
     return round(math.degrees(math.atan2(b, a)) / 90) * 90 % 360, mirrored
 
 
+def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
+    """The two sides of a frame after a rotation, or before it."""
+    return size if rotation_deg % 180 == 0 else size[::-1]
+
+
 def to_rgb(
     frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, reformatter: VideoReformatter
 ) -> np.ndarray:
     """uint8 `[height, width, 3]`: the frame by libswscale's default conversion, rotated and scaled to this size."""
-    stored = (width, height) if rotation_deg % 180 == 0 else (height, width)
+    stored = turned_size((width, height), rotation_deg)
     return rotated(reformatter.reformat(frame, *stored, format="rgb24").to_ndarray(), rotation_deg, mirrored)
 
 

@@ -13,18 +13,16 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from evoprune.video.info import VideoInfo
-from evoprune.video.readers import heartbeat
 from evoprune.video.readers.container import (
     FALLBACK_FPS,
     SEEKABLE,
     TOLERANCE_S,
     Damage,
-    decode_in_threads,
+    decoded_frames,
     frame_time,
     ignore_damage,
     nothing_decoded,
     open_video,
-    packets,
     reading,
     video_stream,
 )
@@ -43,14 +41,7 @@ TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decod
 def read(
     info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """The frame on screen at each time: its own time in seconds from the first frame, and uint8 `[H, W, 3]` as displayed.
-
-    Where one frame serves several times, the same array is returned. Holds two decoded frames at a time. `times_s` ascend.
-    `damaged` is called for what was skipped or patched up on the way, perhaps more than once.
-
-    Raises:
-        VideoError: the file cannot be read (any more), or nothing in it can be decoded.
-    """
+    """As `readers` says. Holds two decoded frames at a time; `damaged` may be called more than once for the same damage."""
     reformatter, converted, rgb = VideoReformatter(), None, None
     with reading(info.path), closing(_on_screen(info, times_s, damaged)) as on_screen:
         for time, frame in on_screen:
@@ -60,13 +51,22 @@ def read(
             yield time, rgb
 
 
+def intervals(info: VideoInfo, damaged: Damage) -> Iterator[tuple[float, float, bool]]:
+    """The time and duration of every frame in seconds, and whether it is a keyframe."""
+    step = 1 / (info.fps or FALLBACK_FPS)
+    with open_video(info.path) as container:
+        stream = video_stream(container, info.path, threads=True)
+        for time_s, frame in decode(container, stream, info, damaged):
+            length = frame.duration if frame.pts is not None else 0
+            yield time_s, float((length or 0) * stream.time_base) or step, frame.key_frame
+
+
 def _on_screen(info: VideoInfo, times: Sequence[float], damaged: Damage, *, seek: bool = True) -> Iterator[TimedFrame]:
     """The frame on screen at each time. Holds no more than that frame and the one after it."""
     end = info.duration_s if seek and info.container in SEEKABLE else None
     jump_from, keyframe_time = MIN_JUMP_S, 0.0
     with open_video(info.path) as container:
-        stream = video_stream(container, info.path)
-        decode_in_threads(stream)
+        stream = video_stream(container, info.path, threads=True)
         frames = decode(container, stream, info, damaged)
         current, coming = None, next(frames, None)
         if coming is None:
@@ -109,25 +109,10 @@ def _jump(
 
 
 def decode(container: InputContainer, stream: VideoStream, info: VideoInfo, damaged: Damage) -> Iterator[TimedFrame]:
-    """All frames from the container's position on, in display order.
-
-    Damaged packets are skipped; frames that the decoder patched up are not. `damaged` is called for both, and where the file
-    breaks off.
-    """
+    """As `decoded_frames`, with the time of each frame: where the file states none, one step after the frame before it."""
     step = 1 / (info.fps or FALLBACK_FPS)
     time = -step
-    for packet in packets(container, stream, damaged):
-        broken, frames = packet is None or packet.is_corrupt, []
-        try:
-            frames = stream.decode(packet)
-        except av.error.FFmpegError:  # the next packet may be whole
-            broken = True
-        if broken:
-            damaged(None if packet is None else packet.dts if packet.pts is None else packet.pts)
-        for frame in frames:
-            heartbeat.alive()
-            if frame.is_corrupt:
-                damaged(frame.dts if frame.pts is None else frame.pts)
-            stamp = frame_time(frame, stream)
-            time = time + step if stamp is None else stamp - info.start_s
-            yield time, frame
+    for frame in decoded_frames(container, stream, damaged):
+        stamp = frame_time(frame, stream)
+        time = time + step if stamp is None else stamp - info.start_s
+        yield time, frame

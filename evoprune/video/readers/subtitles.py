@@ -4,7 +4,7 @@ import io
 import os
 import re
 import stat
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
@@ -16,7 +16,7 @@ from av.subtitles.stream import SubtitleStream
 from evoprune.errors import VideoError
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
 from evoprune.video.readers import heartbeat
-from evoprune.video.readers.container import MOV, open_bytes, open_video
+from evoprune.video.readers.container import MOV, open_bytes, open_video, packets, reason
 
 ENDINGS = (".srt", ".vtt", ".ass", ".ssa")  # of files beside a video, the preferred one first
 LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # between a video's name and the ending: .en, .pt-BR
@@ -49,8 +49,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
         else:
             found = _from_container(path, origin_s, "")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(f"cannot read subtitles from {file or path}: {reason}", HINT) from error
+        raise VideoError(f"cannot read subtitles from {file or path}: {reason(error)}", HINT) from error
     if found.source is None:
         return Subtitles(note=why or found.note)
     lines = [line for line in found.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
@@ -85,9 +84,8 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     try:
         found = os.stat(file)
     except FileNotFoundError:
-        raise VideoError(
-            f"no such file of subtitles: {file}", "check the path; auto looks for one beside the video"
-        ) from None
+        hint = "check the path; auto looks for one beside the video"
+        raise VideoError(f"no such file of subtitles: {file}", hint) from None
     if not stat.S_ISREG(found.st_mode):
         raise VideoError(f"{file} is no file of subtitles", HINT)
     with open(file, "rb") as opened:
@@ -96,16 +94,15 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
             return _from_container(file, origin_s, f"{file}, ")
         content += opened.read(MAX_BYTES + 1 - len(content))
     if len(content) > MAX_BYTES:
-        raise VideoError(
-            f"{file} has more than {MAX_BYTES // 2**20} MiB", "is it a file of subtitles? cut it into pieces"
-        )
+        hint = "is it a file of subtitles? cut it into pieces"
+        raise VideoError(f"{file} has more than {MAX_BYTES // 2**20} MiB", hint)
     text, warnings = _decoded(content, file)
-    kind, content = _format(text), text.encode()
-    if kind == "srt" and max(map(len, content.split(b"\n"))) > LONGEST_LINE:
-        raise VideoError(
-            f"{file} has a line of more than {LONGEST_LINE:,} bytes", "is it a file of subtitles? break the line"
-        )
-    with open_bytes(io.BytesIO(content), kind) as container:
+    start, content = text.lstrip()[:16].lower(), text.encode()
+    name = "webvtt" if start.startswith("webvtt") else "ass" if start.startswith("[script info]") else "srt"
+    if name == "srt" and max(map(len, content.split(b"\n"))) > LONGEST_LINE:
+        hint = "is it a file of subtitles? break the line"
+        raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
+    with open_bytes(io.BytesIO(content), name) as container:
         lines = _lines(_cues(container, container.streams.subtitles[0], 0.0, warnings))
     if not lines:
         raise VideoError(f"{file} holds no subtitles", HINT)
@@ -114,35 +111,18 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
 
 def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
     """The text of a file, and a warning if its encoding is a guess."""
+    marked = content.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
     warnings = []
     try:
-        if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-            text = content.decode("utf-16")
-        else:
-            text = content.removeprefix(BOM_UTF8).decode("utf-8")
+        text = content.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
-        text, warnings = _as_cp1252(content), ["subtitles_encoding"]
-        if text is None:
+        text, warnings = content.decode("cp1252", "replace"), ["subtitles_encoding"]
+        proper = re.sub(r"[\n\r\t\xa0\xad]", "", text).isprintable() and "\ufffd" not in text
+        if not proper or NO_WESTERN_WORD.search(text):
             raise VideoError(f"{file} is not UTF-8, nor another text that can be recognised", HINT) from error
     if "\0" in text:
         raise VideoError(f"{file} is no text", HINT)
     return text, warnings
-
-
-def _as_cp1252(content: bytes) -> str | None:
-    """The text if it looks like a Western European one."""
-    try:
-        text = content.decode("cp1252")
-    except UnicodeDecodeError:
-        return None
-    proper = re.sub(r"[\n\r\t\xa0\xad]", "", text).isprintable()
-    return text if proper and not NO_WESTERN_WORD.search(text) else None
-
-
-def _format(text: str) -> str:
-    """FFmpeg's name of the format."""
-    start = text.lstrip()[:16].lower()
-    return "webvtt" if start.startswith("webvtt") else "ass" if start.startswith("[script info]") else "srt"
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
@@ -182,42 +162,23 @@ def _cues(
     """The start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read."""
     hidden, size = _codec(stream) in ("ass", "ssa"), 0
     tick, per = stream.time_base.as_integer_ratio()  # fractions would take half of the time
-    for packet in _packets(container, stream):
+    for packet in packets(container, stream, alive=True):
+        if packet is not None and (packet.pts is None or not packet.size):
+            continue
         texts = None
-        with suppress(av.error.FFmpegError):
-            texts = packet and list(_decode(packet))
+        with suppress(av.error.FFmpegError):  # which has all formats as ASS
+            texts = packet and [each.ass.split(b",", 8)[-1].decode("utf-8", "replace") for each in packet.decode()]
         if texts is None:
             if DAMAGED not in warnings:
                 warnings.append(DAMAGED)
             continue
         size += packet.size + LINE_BYTES
         if size > MAX_BYTES:
-            raise VideoError(
-                f"the subtitles have more than {MAX_BYTES // 2**20} MiB", "give a file of those that are needed"
-            )
+            hint = "give a file of those that are needed"
+            raise VideoError(f"the subtitles have more than {MAX_BYTES // 2**20} MiB", hint)
         start = packet.pts * tick / per - origin_s
         end = start + max(0, packet.duration or 0) * tick / per
         yield start, end, [line for text in texts for line in _plain(text, hidden)]
-
-
-def _packets(container: InputContainer, stream: SubtitleStream) -> Iterator[av.Packet | None]:
-    """The packets of a stream that have a time; None at the end if the container breaks off."""
-    try:
-        for count, packet in enumerate(container.demux()):
-            heartbeat.alive()
-            if count > container.size:  # more packets than bytes: the index is a loop
-                yield None
-                return
-            if packet.stream.index == stream.index and packet.pts is not None and packet.size:
-                yield packet
-    except (av.error.FFmpegError, IndexError):  # PyAV (18) raises IndexError where damage looks like a new stream
-        yield None
-
-
-def _decode(packet: av.Packet) -> Iterator[str]:
-    """The texts of a packet as FFmpeg has them: ASS, whatever the format."""
-    for subtitle in packet.decode():
-        yield subtitle.ass.split(b",", 8)[-1].decode("utf-8", "replace")
 
 
 def _plain(text: str, hidden: bool) -> list[str]:
