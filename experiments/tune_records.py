@@ -26,7 +26,7 @@ from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.opening import open_video
 from evoprune.pipeline.options import ModelOptions, PruneOptions
-from evoprune.tuning.candidates import Candidate, candidates
+from evoprune.tuning.search import Candidate, candidates
 
 RIVALS = ("random", "divprune", "downscale")
 FULL = Candidate("none", 1.0)

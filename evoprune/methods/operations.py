@@ -1,13 +1,8 @@
-"""Operation pruning, after "Beyond Token Pruning: Operation Pruning in Vision-Language Models" (zxcvfd13502/GSOP).
+"""Operation pruning, from the code of "Beyond Token Pruning: Operation Pruning in Vision-Language Models" (zxcvfd13502/GSOP).
 
-Visual tokens do not leave; layers compute less for them. An operation is (layer, group of tokens, kind): kinds are keys and values,
-queries and output, and the MLP. A token without an operation keeps its state of before. Which operations can go, and in which
-order, is a recipe that `evoprune tune --operations` finds for a model. `pruning.operations` holds recipes, `tuning.operations` the
-search. A budget takes the first steps of the recipe that leave no more than that share of the work on visual tokens.
-As in the authors' code: two groups, all tokens and those that are not key; a quarter is key (`--key_img_ratio 0.25`).
-Adapted: the code takes the tokens with the most attention of CLIP's class token for key. Qwen's tower has no such token, and a
-method in front may leave no attention of the tower at all; so here they are those with the most attention of the prompt's last
-token after 2 of 32 layers, as in FastV. The layers up to there compute everything.
+Visual tokens do not leave; layers compute less for them. What goes in which order is a recipe (`pruning.operations`) that
+`evoprune tune --operations` finds for a model; a budget takes its first steps that leave no more than that share of the work.
+Key tokens, a quarter as in the authors' code, are those with the most attention of the prompt's last token after 2 of 32 layers.
 """
 
 from dataclasses import dataclass, field

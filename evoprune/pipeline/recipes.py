@@ -48,12 +48,7 @@ class KeptRecipe:
             raise ValueError("videos, questions and tokens must be above 0")
         steps = len(self.made().steps)
         for values in (self.kl, self.agree):
-            numbers = [value for value in values if value is not None] if isinstance(values, list) else None
-            if (
-                numbers is None
-                or len(values) != steps
-                or not all(isinstance(n, int | float) and n >= 0 for n in numbers)
-            ):
+            if not isinstance(values, list) or len(values) != steps or not all(map(_measured, values)):
                 raise ValueError("kl and agree must hold a number of at least 0, or null, for each step")
 
     def made(self) -> Recipe:
@@ -63,13 +58,14 @@ class KeptRecipe:
             ValueError: it cannot be one.
         """
         try:
-            fields = self.recipe | {
-                "weights": tuple(self.recipe["weights"]),
-                "steps": tuple(tuple(tuple(each) for each in step) for step in self.recipe["steps"]),
-            }
-            return Recipe(**fields)
+            steps = tuple(tuple(tuple(each) for each in step) for step in self.recipe["steps"])
+            return Recipe(**self.recipe | {"weights": tuple(self.recipe["weights"]), "steps": steps})
         except (KeyError, TypeError) as problem:
             raise ValueError(f"it holds no recipe: {problem}") from problem
+
+
+def _measured(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and value >= 0)
 
 
 _SHELF = Shelf("operations", SCHEMA, KeptRecipe, "recipe of operations", "evoprune tune VIDEO... --operations")

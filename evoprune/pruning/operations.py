@@ -51,60 +51,57 @@ class Recipe:
         """Twelve digits that name this recipe in reports."""
         return sha256(repr(self).encode()).hexdigest()[:12]
 
-    def removed(self, budget: float) -> frozenset[Operation]:
-        """The operations of the fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
-        gone: frozenset[Operation] = frozenset()
-        for step in self.steps:
-            if self.share(gone) <= budget:
-                break
-            gone = gone.union(step)
-        return gone
+    def count(self, budget: float) -> int:
+        """The fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
+        fits = (count for count in range(len(self.steps)) if self.share(self._first(count)) <= budget)
+        return next(fits, len(self.steps))
 
-    def share(self, removed: Collection[Operation]) -> float:
+    def removed(self, budget: float) -> frozenset[Operation]:
+        """The operations of those steps."""
+        return self._first(self.count(budget))
+
+    def _first(self, count: int) -> frozenset[Operation]:
+        return frozenset().union(*self.steps[:count])
+
+    def share(self, removed: Iterable[Operation]) -> float:
         """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
-        weight, later = dict(zip(KINDS, self.weights, strict=True)), range(self.after, self.depth)
+        weight, sizes = dict(zip(KINDS, self.weights, strict=True)), (self.key, 1 - self.key)
 
         def work(done: Done) -> float:
-            return sum(
-                weight[kind] * size
-                for n in later
-                for size, of in zip(groups, done[n], strict=True)
-                for kind in sorted(of)
-            )
+            layers = (zip(sizes, layer, strict=True) for layer in done[self.after :])
+            return sum(weight[kind] * size for layer in layers for size, of in layer for kind in sorted(of))
 
-        groups = (self.key, 1 - self.key)
         # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
-        return round(work(self._done(removed)) / work(self._done(())), 9) if later else 1.0
+        return round(work(self._done(removed)) / work(self._done(())), 9) if self.after < self.depth else 1.0
 
-    def plan(self, tokens: int, removed: Collection[Operation]) -> LanguagePlan:
+    def plan(self, tokens: int, removed: Iterable[Operation]) -> LanguagePlan:
         """The plan for so many visual tokens. A group that no later layer reads leaves for good."""
         done, key = self._done(removed), keep_count(self.key, tokens)
+        if all(kinds == (frozenset(KINDS),) * 2 for kinds in done):
+            return LanguagePlan(self.depth, tokens, ())
         ends = [max(layer for layer in range(self.depth) if "keys" in done[layer][group]) + 1 for group in (0, 1)]
         drops = [Drop(ends[1], key)] if ends[1] < ends[0] and key < tokens else []
         drops += [Drop(ends[0], 0)] if ends[0] < self.depth else []
-        if all(kinds == (frozenset(KINDS),) * 2 for kinds in done):
-            return LanguagePlan(self.depth, tokens, ())
         looks = sorted({self.after, *(drop.after for drop in drops)})
         return LanguagePlan(self.depth, tokens, tuple(drops), looks=tuple(looks), groups=Groups(key, tuple(done)))
 
-    def _done(self, removed: Collection[Operation]) -> Done:
-        """What is computed. Where no later layer reads a group's keys, nothing but keys is of use, and after that nothing.
+    def _done(self, removed: Iterable[Operation]) -> Done:
+        """What is computed. In the last layer that computes a group's keys, nothing but these is of use.
 
-        The top layer computes queries and MLP of the last column alone. They count as computed, as they do with other methods.
+        The top layer computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
         """
-        left = [
-            [
-                {kind for kind in KINDS if not any((layer, group, kind) in removed for group in groups)}
-                for groups in ((ALL,), (ALL, REST))
-            ]
-            for layer in range(self.depth)
-        ]
-        for group in (0, 1):
-            end = max((layer for layer in range(self.depth) if "keys" in left[layer][group]), default=-1)
-            for layer in range(max(end, self.after), self.depth):
-                useful = {"keys"} if layer == end else set()
-                left[layer][group] = set(KINDS) if layer == end == self.depth - 1 else useful
-        return [(frozenset(key), frozenset(rest)) for key, rest in left]
+        gone, made = closed(removed, self.depth), []
+        ends = {group: _end(gone, group, self.depth) for group in (ALL, REST)}
+        for layer in range(self.depth):
+            last = {group for group, end in ends.items() if self.after <= layer == end}
+            of_last = frozenset(KINDS if layer == self.depth - 1 else ("keys",))
+            made.append(
+                tuple(
+                    of_last if group in last else frozenset(k for k in KINDS if (layer, group, k) not in gone)
+                    for group in (ALL, REST)
+                )
+            )
+        return made
 
 
 def closed(removed: Iterable[Operation], depth: int) -> frozenset[Operation]:
@@ -112,6 +109,10 @@ def closed(removed: Iterable[Operation], depth: int) -> frozenset[Operation]:
     made = set(removed)
     made |= {(layer, REST, kind) for layer, group, kind in made if group == ALL}
     for group in (ALL, REST):
-        end = max((layer for layer in range(depth) if (layer, group, "keys") not in made), default=depth)
-        made |= {(layer, group, kind) for layer in range(end + 1, depth) for kind in KINDS}
+        made |= {(layer, group, kind) for layer in range(_end(made, group, depth) + 1, depth) for kind in KINDS}
     return frozenset(made)
+
+
+def _end(removed: Collection[Operation], group: str, depth: int) -> int:
+    """The last layer that computes a group's keys; `depth` if none does."""
+    return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)

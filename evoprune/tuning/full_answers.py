@@ -10,6 +10,7 @@ from evoprune.errors import EvopruneError, ModelError, OutOfMemory, VideoError
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.pipeline.agreement import Reference, reference
+from evoprune.pipeline.answer import Answer
 from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.engine import Engine, unpruned
 from evoprune.pipeline.opening import open_video
@@ -57,9 +58,6 @@ class Answering:
     """Answers the questions about all videos within a time.
 
     Args:
-        engine: the model.
-        sampling: how videos are looked at.
-        questions: asked of every video.
         seconds: for all answers. Where they would take longer they become shorter, then fewer questions are asked, then
             videos are left out.
         now: a clock in seconds.
@@ -112,43 +110,37 @@ class Answering:
         start, frames = self._now(), SharedFrames()
         video, seconds = encode(self._engine, path, self._sampling, frames)
         spent = self._now() - start
-        if not self.made and spent < SLOW * self._seconds:
-            video, seconds = encode(self._engine, path, self._sampling, frames)  # the first time also warms up
+        if not self.made:
+            if spent < SLOW * self._seconds:
+                video, seconds = encode(self._engine, path, self._sampling, frames)  # the first time also warms up
+            self._plan(video, spent, videos)
         made: list[Reference] = []
-        for question in self._questions:
-            if len(made) < self.asked:
-                made.append(self._reference(video, question, None if self.made or made else (spent, videos)))
+        for question in self._questions[: self.asked]:
+            answer = _finished(video.ask(question, max_new_tokens=self.tokens))
+            made.append(reference(video, question, answer.ids, answer.report.finish_reason == "stop"))
         return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
 
-    def _reference(self, video: EncodedVideo, question: str, first: tuple[float, int] | None) -> Reference:
-        """The answer to a question. Before the `first` of all, a few tokens show how long and how many answers may be."""
-        if first:
-            self._try_out(video, question, *first)
-        answer = video.ask(question, max_new_tokens=self.tokens)
-        for _ in answer:
-            pass
-        return reference(video, question, answer.ids, answer.report.finish_reason == "stop")
-
-    def _try_out(self, video: EncodedVideo, question: str, encoding: float, videos: int) -> None:
-        """Plans by a short answer, the second time it is given: the first time also warms up."""
-        for _ in range(2):
-            start, answer = self._now(), video.ask(question, max_new_tokens=TOKENS[-1])
-            for _ in answer:
-                pass
-            reference(video, question, answer.ids, ended=False)
-        token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
-        self._plan(encoding, videos, self._now() - start - token * len(answer.ids), token)
-
-    def _plan(self, encoding: float, videos: int, reading: float, token: float) -> None:
-        """The longest answers to the most questions for which there is time.
+    def _plan(self, video: EncodedVideo, encoding: float, videos: int) -> None:
+        """The longest answers to the most questions for which there is time, by a short answer.
 
         Args:
-            encoding, reading, token: seconds to encode a video, to read a question and the answer to it, and of a token.
-            videos: that are to be answered.
+            encoding: seconds to encode a video. `videos`: that are to be answered.
         """
-        every = len(self._questions)
+        question, every = self._questions[0], len(self._questions)
+        for _ in range(2):  # the first time also warms up
+            start = self._now()
+            answer = _finished(video.ask(question, max_new_tokens=TOKENS[-1]))
+            reference(video, question, answer.ids, ended=False)
+        token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
+        reading = self._now() - start - token * len(answer.ids)
         choices = [(tokens, every) for tokens in TOKENS] + [(TOKENS[-1], asked) for asked in range(every - 1, 0, -1)]
         for self.tokens, self.asked in choices:
             self._next_s = encoding + self.asked * (reading + self.tokens * token)
             if videos * self._next_s <= self._left:
                 return
+
+
+def _finished(answer: Answer) -> Answer:
+    for _ in answer:
+        pass
+    return answer

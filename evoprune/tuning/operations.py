@@ -1,17 +1,15 @@
-"""The order in which operations can be left out, found by what each does to the output distribution.
+"""The order in which operations can be left out, found by what each does to the output distribution (docs/methods.md, operations).
 
 As in the authors' code (zxcvfd13502/GSOP): first the deepest layers lose what costs nothing, by binary search: all kinds of
 operation together, then queries and MLP, then queries, for all visual tokens and then for the rest. Then one operation after the
 other goes, always the one whose removal costs least by the latest measurement. A loss may grow by a step; where an operation would
-exceed that, all that are left are measured again, and the loss may grow by one step more.
-Adapted: their loss is the accuracy on a labelled set, and ends at 30% of it in 15 steps. Here it is the KL divergence from the
-unpruned model, a step is the same fiftieth of what removing everything costs, and it goes on to the end, so that every budget has
-a place in the order. Nothing is lost where all first choices are the unpruned model's. Operations are removed behind the layer that
-shows which tokens are key.
+exceed that, all that are left are measured again, and the loss may grow by one step more. Here it goes on to the end, so that every
+budget has a place in the order. The top layer computes queries and MLP of no visual token.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 from evoprune.pruning.operations import ALL, REST, Operation, closed
 
@@ -22,39 +20,19 @@ ORDER = ("queries", "mlp", "keys")
 Removed = frozenset[Operation]
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """What a removal costs. `kl`: mean KL in nats a token. `agree`: share of tokens with the same first choice."""
 
     kl: float
     agree: float
 
 
-Measure = Callable[[Removed], Loss]
+class Step(NamedTuple):
+    """Operations that go together, and the loss after them; None where that was not measured."""
 
-
-@dataclass
-class Found:
-    """The order so far: `steps`, and the `losses` after each of them, None where that was not measured."""
-
-    steps: list[tuple[Operation, ...]]
-    losses: list[Loss | None]
-
-    def add(self, step: Collection[Operation], loss: Loss | None) -> None:
-        self.steps.append(tuple(sorted(step)))
-        self.losses.append(loss)
-
-
-def candidates(removed: Removed, after: int, depth: int) -> list[Operation]:
-    """What may go next. The top layer computes queries and MLP of no visual token."""
-    layers = range(after, depth)
-    every = [(layer, group, kind) for layer in layers for group in (ALL, REST) for kind in ORDER]
-    return [each for each in every if each not in removed and (each[0] < depth - 1 or each[2] == "keys")]
-
-
-def suffix(first: int, depth: int, group: str, kinds: Collection[str]) -> Removed:
-    """Operations of some kinds in all layers from `first` on."""
-    return frozenset((layer, group, kind) for layer in range(first, depth) for kind in kinds)
+    operations: tuple[Operation, ...]
+    kl: float | None = None
+    agree: float | None = None
 
 
 def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> Removed:
@@ -62,15 +40,14 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
     removed: Removed = frozenset()
     for group in (ALL, REST):
         last = depth - 1
-        for count in (3, 2, 1):
-            kinds = ORDER[:count]
+        for kinds in (ORDER, ORDER[:2], ORDER[:1]):
 
-            def passes(first: int, kinds=kinds, group=group, removed=removed) -> bool:
-                return lossless(removed | suffix(first, depth, group, kinds))
+            def more(first: int, group=group, kinds=kinds, removed=removed) -> Removed:
+                return removed | {*product(range(first, depth), [group], kinds)}
 
-            first = deepest(after, last, passes)
+            first = deepest(after, last, lambda first, more=more: lossless(more(first)))
             if first is not None:
-                last, removed = first, removed | suffix(first, depth, group, kinds)
+                last, removed = first, more(first)
             if last <= after:
                 break
     return removed
@@ -92,7 +69,13 @@ def deepest(low: int, high: int, passes: Callable[[int], bool]) -> int | None:
     return found
 
 
-def search(after: int, depth: int, measure: Measure, found: Found, go_on: Callable[[], bool] = lambda: True) -> bool:
+def search(
+    after: int,
+    depth: int,
+    measure: Callable[[Removed], Loss],
+    found: list[Step],
+    go_on: Callable[[], bool] = lambda: True,
+) -> bool:
     """Finds the order; `found` grows step after step.
 
     Args:
@@ -110,11 +93,15 @@ def search(after: int, depth: int, measure: Measure, found: Found, go_on: Callab
             known[removed] = measure(removed)
         return known[removed]
 
+    def add(operations: Collection[Operation], loss: Loss | None) -> None:
+        found.append(Step(tuple(sorted(operations)), *(loss or ())))
+
+    every = [*product(range(after, depth), (ALL, REST), ORDER)]
     removed = for_nothing(after, depth, lambda removed: loss(removed).agree == 1)
-    found.add(removed, loss(removed))
-    step = STEP * loss(suffix(after, depth, ALL, ORDER)).kl
+    add(removed, loss(removed))
+    step = STEP * loss(frozenset(product(range(after, depth), [ALL], ORDER))).kl
     allowed, scores = step, {}
-    while left := candidates(removed, after, depth):
+    while left := [each for each in every if each not in removed and (each[0] < depth - 1 or each[2] == "keys")]:
         for each in left:
             if each not in scores:
                 if not go_on():
@@ -127,6 +114,6 @@ def search(after: int, depth: int, measure: Measure, found: Found, go_on: Callab
             allowed += step
             scores |= {each: loss(closed(removed | {each}, depth)).kl for each in left if go_on()}
         else:
-            found.add(then - removed, measured)
+            add(then - removed, measured)
             removed = then
     return True

@@ -1,90 +1,74 @@
-"""One run of `evoprune tune --operations`: full answers, the search, and the document of results (`evoprune/tune-operations@1`)."""
+"""One run of `evoprune tune --operations`: full answers, the search, and the document of results."""
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-import evoprune
 from evoprune.errors import UsageError
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.methods.operations import KEY, PLACE, Operations
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline import recipes
-from evoprune.pipeline.agreement import Reference, agreement
-from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine
-from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.recipes import KeptRecipe
 from evoprune.pruning.language_plan import LanguagePlan, layers_before
 from evoprune.pruning.operations import Recipe
 from evoprune.text import counted
-from evoprune.tuning.candidates import BUDGETS
-from evoprune.tuning.full_answers import Answering, Progress, encode
-from evoprune.tuning.operations import Found, Loss, Removed, search
-from evoprune.tuning.run import SHARE_OF_FULL, Settings, run_facts
+from evoprune.tuning.full_answers import Progress, encode
+from evoprune.tuning.operations import Loss, Removed, Step, search
+from evoprune.tuning.run import Run, Settings
+from evoprune.tuning.search import BUDGETS
 
 
 @dataclass(frozen=True)
 class _Trial(Operations):
     """Without some operations, whatever the budget."""
 
-    removed: Removed = field(default=frozenset(), metadata={"of_model": True})
+    removed: Removed = field(default=frozenset(), metadata={"report": sorted})
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return self.recipe.plan(tokens, self.removed)
 
 
-class OperationTuning:
-    """Construct it, `load` a model, `run`. The results are in `document`, at any time.
-
-    Args:
-        settings: the videos, questions and time; `agree` and `methods` are not read.
-        now: a clock in seconds.
+class OperationTuning(Run):
+    """Finds a recipe; of the settings `agree` and `methods` are not read.
 
     Attributes:
         found: the order so far. `complete`: whether it holds all operations.
-        loaded: the model; None before `load`.
     """
 
+    schema = "evoprune/tune-operations@1"
+
     def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
-        self.settings, self._now, self._begun = settings, now, now()
-        self.found, self.complete = Found([], []), False
-        self.loaded: LoadedModel | None = None
-        self._answering: Answering | None = None
+        super().__init__(settings, now)
+        self.found: list[Step] = []
+        self.complete, self._measured = False, 0
         self._blank: Recipe | None = None
-        self._measured = 0
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises. UsageError: the language model has a single layer."""
-        self.loaded = load_model(self.settings.model, to_answer=True, progress=progress)
+        super().load(progress)
         text = self.loaded.model.config.text_config
         after = layers_before(PLACE, text.num_hidden_layers)
         if not after:
             raise UsageError("a language model with one layer has no operations to leave out", "take a deeper model")
         self._blank = Recipe(text.num_hidden_layers, after, KEY, weights(text), ())
 
-    schema: ClassVar[str] = "evoprune/tune-operations@1"
-
     @property
     def has_results(self) -> bool:
         """Whether anything was found."""
-        return bool(self.found.steps)
+        return bool(self.found)
 
     @property
     def worth_saving(self) -> bool:
         """Whether the recipe serves every budget."""
         return self.complete
-
-    @property
-    def left_s(self) -> float:
-        """Seconds until the time limit."""
-        return self.settings.time_limit_s - (self._now() - self._begun)
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then searches until the order is complete or the time is over.
@@ -96,26 +80,19 @@ class OperationTuning:
         Raises:
             VideoError, ModelError, OutOfMemory: of the first video, if none can be answered. Others are left out.
         """
-        settings = self.settings
+        made, settings, asked = self.answer(progress), self.settings, []
         full = make_engine(self.loaded, PruneOptions(1.0, "none", seed=settings.seed))
-        seconds = SHARE_OF_FULL * settings.time_limit_s
-        self._answering = Answering(full, settings.sampling, settings.questions, seconds, self._now)
-        self._answering.answer(settings.videos, progress)
-        asked: list[tuple[EncodedVideo, tuple[Reference, ...]]] = []
-        for made in self._answering.made:
-            progress(f"encoding video {len(asked) + 1} of {len(self._answering.made)}")
-            asked.append((encode(full, made.path, settings.sampling, SharedFrames())[0], made.references))
+        for number, answers in enumerate(made):
+            progress(f"encoding video {number + 1} of {len(made)}")
+            asked.append((encode(full, answers.path, settings.sampling, SharedFrames())[0], answers.references))
 
         def measure(removed: Removed) -> Loss:
             self._measured += 1
-            progress(f"measurement {self._measured}, {counted(sum(map(len, self.found.steps)), 'operation')} left out")
+            left_out = sum(len(step.operations) for step in self.found)
+            progress(f"measurement {self._measured}, {counted(left_out, 'operation')} left out")
             engine = replace(full, method=Pipeline(language=_Trial(recipe=self._blank, removed=removed)))
-            each = [
-                agreement(given, other)
-                for video, references in asked
-                for other in [video.with_engine(engine)]
-                for given in references
-            ]
+            pruned = [(video.with_engine(engine), references) for video, references in asked]
+            each = [agreement(given, video) for video, references in pruned for given in references]
             kl = np.concatenate([one.kl.numpy() for one in each])
             return Loss(float(kl.mean()), sum(int(one.agrees.sum()) for one in each) / len(kl))
 
@@ -127,7 +104,7 @@ class OperationTuning:
     @property
     def recipe(self) -> Recipe:
         """What has been found so far."""
-        return replace(self._blank, steps=tuple(self.found.steps))
+        return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def save(self) -> Path:
         """Saves the recipe for this model's weights, where the method `operations` finds it; returns its path.
@@ -135,31 +112,27 @@ class OperationTuning:
         Raises:
             UsageError: it cannot be written, or the weights cannot be identified.
         """
-        answering = self._answering
+        made = self.answering.made
         kept = KeptRecipe(
             recipe=asdict(self.recipe),
-            kl=[loss and loss.kl for loss in self.found.losses],
-            agree=[loss and loss.agree for loss in self.found.losses],
-            model=self.loaded.id,
-            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            videos=len(answering.made),
-            questions=answering.asked,
-            tokens=sum(full.tokens for full in answering.made),
-            version=evoprune.__version__,
+            kl=[step.kl for step in self.found],
+            agree=[step.agree for step in self.found],
+            videos=len(made),
+            tokens=sum(full.tokens for full in made),
+            **self.kept_facts(),
         )
         return recipes.save(self.loaded.weights_fingerprint, kept)
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""
-        steps = zip(self.found.steps, self.found.losses, strict=True)
         return {
-            **run_facts(self.loaded, self.settings, self._answering, self._now() - self._begun),
+            **self.facts(),
             "measurements": self._measured,
             "complete": self.complete,
             "rows": self._rows() if self.complete else [],
             "steps": [
-                {"operations": list(map(list, step)), "kl": loss and loss.kl, "agree": loss and loss.agree}
-                for step, loss in steps
+                {"operations": [[*each] for each in step.operations], "kl": step.kl, "agree": step.agree}
+                for step in self.found
             ],
             "error": error,
         }
@@ -168,19 +141,11 @@ class OperationTuning:
         """What each budget takes of the order, and what that cost."""
         recipe, rows = self.recipe, []
         for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):
-            removed, count = recipe.removed(budget), 0
-            while frozenset().union(*recipe.steps[:count]) != removed:
-                count += 1
-            loss = self.found.losses[count - 1] if count else Loss(0.0, 1.0)
-            rows.append(
-                {
-                    "budget": budget,
-                    "share": recipe.share(removed),
-                    "operations": len(removed),
-                    "kl": loss and loss.kl,
-                    "agree": loss and loss.agree,
-                }
-            )
+            count = recipe.count(budget)
+            removed = recipe.removed(budget)
+            last = self.found[count - 1] if count else Step((), 0.0, 1.0)
+            share = {"budget": budget, "share": recipe.share(removed), "operations": len(removed)}
+            rows.append(share | {"kl": last.kl, "agree": last.agree})
         return rows
 
 

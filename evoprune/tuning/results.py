@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.tuning.candidates import Candidate
-from evoprune.tuning.search import Known
+from evoprune.tuning.search import Candidate, Known
 from evoprune.tuning.statistics import bounds, design_effect, smoothed
 
 SAME_TIME = 0.05  # medians of times that differ by less are taken as equal

@@ -1,4 +1,4 @@
-"""One run of `evoprune tune`: full answers, trials of candidates, and the document of results (`evoprune/tune@1`)."""
+"""One run of `evoprune tune`: full answers, trials of candidates, and the document of results."""
 
 import time
 from collections.abc import Callable
@@ -22,10 +22,9 @@ from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOption
 from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned
 from evoprune.text import counted
-from evoprune.tuning.candidates import Candidate, candidates
 from evoprune.tuning.full_answers import TOKENS, Answering, FullAnswers, Progress, encode
 from evoprune.tuning.results import recommended, result_rows
-from evoprune.tuning.search import Known, Scores, search
+from evoprune.tuning.search import Candidate, Known, Scores, candidates, search
 from evoprune.tuning.statistics import least_tokens, provable
 
 GENERAL = (
@@ -45,9 +44,9 @@ class Settings:
         questions: asked of every video.
         agree: share of tokens at which the pruned model must choose as the full one does, in (0, 1).
         time_limit_s: of the whole run, loading included.
-        budgets, methods: see `candidates.candidates`.
+        budgets, methods: see `search.candidates`.
         model, sampling: options of the pipeline.
-        seed: for methods that draw at random.
+        seed: for methods that select at random.
 
     Raises:
         UsageError: no video or question, or an agreement or a time limit out of range.
@@ -78,36 +77,91 @@ class Settings:
         return own | asdict(self.model) | asdict(self.sampling)
 
 
-class Tuning:
+class Run:
     """Construct it, `load` a model, `run`. The results are in `document`, at any time.
 
     Args:
-        settings: what is tuned.
         now: a clock in seconds.
 
     Attributes:
-        known: what is known of every candidate.
+        schema: of the document.
         loaded: the model; None before `load`.
+        answering: the full answers; None before `run`.
+    """
+
+    schema: ClassVar[str]
+
+    def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
+        self.settings, self._now, self._begun = settings, now, now()
+        self.loaded: LoadedModel | None = None
+        self.answering: Answering | None = None
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Raises what `load_model` raises."""
+        self.loaded = load_model(self.settings.model, to_answer=True, progress=progress)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the time limit."""
+        return self.settings.time_limit_s - (self._now() - self._begun)
+
+    def answer(self, progress: Progress) -> list[FullAnswers]:
+        """The unpruned model's answers.
+
+        Raises:
+            VideoError, ModelError, OutOfMemory: of the first video, if none can be answered. Others are left out.
+        """
+        engine, settings = make_engine(self.loaded, PruneOptions(seed=self.settings.seed)), self.settings
+        seconds = SHARE_OF_FULL * settings.time_limit_s
+        self.answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
+        self.answering.answer(settings.videos, progress)
+        return self.answering.made
+
+    def kept_facts(self) -> dict[str, Any]:
+        """What every file says that keeps results of a run."""
+        return {
+            "model": self.loaded.id,
+            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "questions": self.answering.asked,
+            "version": evoprune.__version__,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What every document says of a run, as plain data for JSON."""
+        made, problems = (self.answering.made, self.answering.problems) if self.answering else ([], {})
+        failures = [{"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()]
+        return {
+            "model": asdict(self.loaded.facts()) if self.loaded else None,
+            "env": asdict(environment(self.loaded.device)) if self.loaded else None,
+            "settings": self.settings.record(),
+            "videos": {"wanted": len(self.settings.videos), "answered": len(made), "failed": len(problems)},
+            "questions": self.answering.asked if self.answering else 0,
+            "answer_tokens": sum(full.tokens for full in made),
+            "seconds": self._now() - self._begun,
+            "failures": failures,
+        }
+
+
+class Tuning(Run):
+    """Finds the fastest setting; `known` is what is known of every candidate.
 
     Raises:
         UsageError: an unknown method, settings that it does not have, or nothing to try.
     """
 
+    schema = "evoprune/tune@1"
+
     def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
-        self.settings, self._now, self._begun = settings, now, now()
+        super().__init__(settings, now)
         self.known: Known = {made: Scores() for made in candidates(settings.budgets, settings.methods)}
         if not self.known:
             raise UsageError("no candidate prunes anything", "give budgets below 1 (-b 0.25,0.1)")
-        self.loaded: LoadedModel | None = None
-        self._answering: Answering | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
-        self.loaded = loaded = load_model(self.settings.model, to_answer=True, progress=progress)
+        super().load(progress)
         for candidate in self.known:
-            of_model(methods.parse(candidate.method), loaded.id, lambda: loaded.weights_fingerprint)
-
-    schema: ClassVar[str] = "evoprune/tune@1"
+            of_model(methods.parse(candidate.method), self.loaded.id, lambda: self.loaded.weights_fingerprint)
 
     @property
     def has_results(self) -> bool:
@@ -119,11 +173,6 @@ class Tuning:
         """Whether a setting passes."""
         return recommended(result_rows(self.known, self.settings.agree)) is not None
 
-    @property
-    def left_s(self) -> float:
-        """Seconds until the time limit."""
-        return self.settings.time_limit_s - (self._now() - self._begun)
-
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
         """Answers in full, then tries candidates until everything is known or the time is over.
 
@@ -134,21 +183,18 @@ class Tuning:
         Raises:
             VideoError, ModelError, OutOfMemory: of the first video, if none can be answered. Others are left out.
         """
-        settings = self.settings
-        engine = make_engine(self.loaded, PruneOptions(seed=settings.seed))
-        seconds = SHARE_OF_FULL * settings.time_limit_s
-        self._answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
-        self._answering.answer(settings.videos, progress)
-        made, held = self._answering.made, _Held()
+        made, held = self.answer(progress), {}
         if warning := self._too_few():
             note(warning)
 
         def trial(candidate: Candidate, video: int) -> None:
-            self._try(candidate, made[video], *held.of(video))
+            if video not in held:
+                held.clear()  # the frames and rows of the video before
+                held[video] = SharedFrames(), SharedRows()
+            self._try(candidate, made[video], *held[video])
 
-        trials = search(
-            self.known, len(made), settings.agree, trial, lambda: self.left_s, lambda video: made[video].took_s
-        )
+        goal = self.settings.agree
+        trials = search(self.known, len(made), goal, trial, lambda: self.left_s, lambda video: made[video].took_s)
         for candidate, video in trials:
             progress(f"video {video + 1} of {len(made)}, {candidate.name}{self._best()}")
 
@@ -158,20 +204,9 @@ class Tuning:
         Raises:
             UsageError: it cannot be written, or the weights cannot be identified.
         """
-        row, settings = recommended(result_rows(self.known, self.settings.agree)), self.settings
-        setting = Tuned(
-            method=row["method"],
-            budget=row["budget"],
-            model=self.loaded.id,
-            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            agree=settings.agree,
-            agreement=row["agreement"],
-            low=row["low"],
-            first_token=row["first_token"],
-            videos=row["videos"],
-            questions=self._answering.asked,
-            version=evoprune.__version__,
-        )
+        row = recommended(result_rows(self.known, self.settings.agree))
+        measured = {name: row[name] for name in ("method", "budget", "agreement", "low", "first_token", "videos")}
+        setting = Tuned(**measured, **self.kept_facts(), agree=self.settings.agree)
         return tuned.save(self.loaded.weights_fingerprint, setting)
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
@@ -180,11 +215,11 @@ class Tuning:
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
         return {
-            **run_facts(self.loaded, self.settings, self._answering, self._now() - self._begun),
+            **self.facts(),
             "rows": rows,
             "recommended": passing and passing["name"],
             "best": best and best["name"],
-            "notes": self._notes() if self._answering and self._answering.made else [],
+            "notes": self._notes() if self.answering and self.answering.made else [],
             "error": error,
         }
 
@@ -206,7 +241,7 @@ class Tuning:
 
     def _too_few(self) -> str | None:
         """A sentence that says so where nothing could pass even if all tokens agreed."""
-        tokens, goal = [full.tokens for full in self._answering.made], self.settings.agree
+        tokens, goal = [full.tokens for full in self.answering.made], self.settings.agree
         if len(tokens) > 1 and provable(sum(tokens)) >= goal:
             return None
         videos = max(2, -(-least_tokens(goal) // max(1, round(mean(tokens)))))
@@ -216,7 +251,7 @@ class Tuning:
         )
 
     def _notes(self) -> list[str]:
-        answering, known = self._answering, self.known.values()
+        answering, known = self.answering, self.known.values()
         made, settings = [self._too_few()], self.settings
         wanted = len(settings.videos) - len(answering.problems)
         if len(answering.made) < wanted:
@@ -234,39 +269,3 @@ class Tuning:
     def _best(self) -> str:
         best = recommended(result_rows(self.known, self.settings.agree))
         return f"; best so far: {best['name']}, first token {1 / best['first_token']:.1f}x as fast" if best else ""
-
-
-class _Held:
-    """The frames and rows of the video that is tried; those of the one before go first."""
-
-    def __init__(self):
-        self._video, self._what = None, (SharedFrames(), SharedRows())
-
-    def of(self, video: int) -> tuple[SharedFrames, SharedRows]:
-        if video != self._video:
-            self._video, self._what = video, (SharedFrames(), SharedRows())
-        return self._what
-
-
-def run_facts(
-    loaded: LoadedModel | None, settings: Settings, answering: Answering | None, seconds: float
-) -> dict[str, Any]:
-    """What the documents of both searches say of a run, as plain data for JSON.
-
-    Args:
-        loaded, answering: None before the model is loaded, and before the first answer.
-        seconds: since the run began.
-    """
-    made, problems = (answering.made, answering.problems) if answering else ([], {})
-    return {
-        "model": asdict(loaded.facts()) if loaded else None,
-        "env": asdict(environment(loaded.device)) if loaded else None,
-        "settings": settings.record(),
-        "videos": {"wanted": len(settings.videos), "answered": len(made), "failed": len(problems)},
-        "questions": answering.asked if answering else 0,
-        "answer_tokens": sum(full.tokens for full in made),
-        "seconds": seconds,
-        "failures": [
-            {"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()
-        ],
-    }

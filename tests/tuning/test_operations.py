@@ -13,8 +13,8 @@ from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.language_plan import KINDS
 from evoprune.pruning.operations import ALL, REST, Recipe, closed
-from evoprune.tuning import operations_run
-from evoprune.tuning.operations import Found, Loss, deepest, search
+from evoprune.tuning import run as run_module
+from evoprune.tuning.operations import Loss, Step, deepest, search
 from evoprune.tuning.operations_run import OperationTuning
 from evoprune.tuning.run import Settings
 from tests.methods.eager import deep_model
@@ -24,12 +24,12 @@ FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "operations.json").re
 CLIPS, QUESTION = ("samples/square.mp4", "samples/arrivals.webm"), "What happens?"
 
 
-def found_for(seed: int, depth: int, after: int, go_on=lambda: True) -> tuple[bool, Found]:
+def found_for(seed: int, depth: int, after: int, go_on=lambda: True) -> tuple[bool, list[Step]]:
     def measure(removed):
         loss = made_up_loss(seed, depth, removed)
         return Loss(float(loss), 0.5 if loss else 1.0)
 
-    found = Found([], [])
+    found: list[Step] = []
     return search(after, depth, measure, found, go_on), found
 
 
@@ -39,7 +39,7 @@ def test_the_order_is_that_of_the_public_code(case):
     """As far as that goes: it ends at 30% of the whole loss. Its list of removed operations was copied where it is put back."""
     complete, found = found_for(case["seed"], case["depth"], case["after"])
     theirs = [[tuple(each) for each in step] for step in case["steps"]]
-    assert complete and [list(step) for step in found.steps[: len(theirs)]] == theirs and len(found.steps) > len(theirs)
+    assert complete and [list(step.operations) for step in found[: len(theirs)]] == theirs and len(found) > len(theirs)
 
 
 def by_the_book(seed: int, depth: int, after: int) -> list[set]:
@@ -78,8 +78,8 @@ def by_the_book(seed: int, depth: int, after: int) -> list[set]:
 def test_the_order_is_that_of_the_specification_to_the_end(seed):
     depth, after = 5 + seed % 4, 1 + seed % 2
     complete, found = found_for(seed, depth, after)
-    assert complete and [set(step) for step in found.steps] == by_the_book(seed, depth, after)
-    recipe = Recipe(depth, after, 0.25, (0.1, 0.2, 0.7), tuple(found.steps))
+    assert complete and [set(step.operations) for step in found] == by_the_book(seed, depth, after)
+    recipe = Recipe(depth, after, 0.25, (0.1, 0.2, 0.7), tuple(step.operations for step in found))
     assert recipe.share(recipe.removed(1e-9)) == 0  # every budget has a place in it
 
 
@@ -96,14 +96,14 @@ def test_where_time_is_over_the_latest_measurement_decides(most):
     complete, found = found_for(3, 8, 2, lambda: next(calls) < most)
     whole = found_for(3, 8, 2)[1]
     assert complete == (most > 10) and (
-        not complete or {x for s in found.steps for x in s} >= {(7, ALL, "keys"), (2, ALL, "mlp")}
+        not complete or {x for step in found for x in step.operations} >= {(7, ALL, "keys"), (2, ALL, "mlp")}
     )
-    measured = [loss for loss in found.losses if loss is not None]
-    assert found.losses[: len(measured)] == measured  # then no more
+    measured = [step for step in found if step.kl is not None]
+    assert found[: len(measured)] == measured  # then no more
     if most > 1000:
         assert found == whole
     elif complete:
-        assert len(measured) < len(found.losses)
+        assert len(measured) < len(found)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,6 @@ def test_too_little_time_finds_nothing(saved):
 
 
 def test_a_model_of_one_layer_has_none(monkeypatch):
-    monkeypatch.setattr(operations_run, "load_model", lambda *_, **__: SimpleNamespace(model=deep_model(1)))
+    monkeypatch.setattr(run_module, "load_model", lambda *_, **__: SimpleNamespace(model=deep_model(1)))
     with pytest.raises(UsageError, match="one layer"):
         OperationTuning(Settings(CLIPS)).load()

@@ -1,8 +1,7 @@
 import pytest
 
-from evoprune.tuning.candidates import Candidate
 from evoprune.tuning.results import recommended, result_rows
-from evoprune.tuning.search import Scores
+from evoprune.tuning.search import Candidate, Scores
 
 
 def row(method: str, first_token: float, passes: bool = True) -> dict:

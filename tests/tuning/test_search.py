@@ -2,8 +2,7 @@
 
 import pytest
 
-from evoprune.tuning.candidates import Candidate, candidates
-from evoprune.tuning.search import LEAST, Scores, promising, rungs, search
+from evoprune.tuning.search import LEAST, Candidate, Scores, candidates, promising, rungs, search
 
 
 class World:
