@@ -434,8 +434,8 @@ PROCESSES = {
 
 
 def marks_of(case: Process) -> list:
-    """One process of those without an event, and those that are stopped or cannot write."""
-    return [] if "-" in case.args or case.event in ("ctrl-c", "terminate", "full") else [pytest.mark.full]
+    """Those that are stopped by Ctrl-C or cannot write."""
+    return [] if case.event in ("ctrl-c", "full") else [pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

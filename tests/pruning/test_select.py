@@ -307,7 +307,7 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
     assert torch.equal(points(features, owner, grid).place, made.place)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 @given(
     CASES["seed"],
     CASES["grid"],
