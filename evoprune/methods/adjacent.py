@@ -1,14 +1,4 @@
-"""After StreamingAssistant (arXiv 2512.12560): drops what its neighbours repeat, and never two neighbours at once.
-
-As in the paper: the redundancy of a token is its greatest cosine to the tokens above, below, left and right of it in its
-frame pair. Where two neighbours repeat each other, only one of them may go, so tokens that go at the same time are never
-neighbours. Tokens that repeat the same place of the frame pair before go as well.
-Filled in here, because the paper's code is not public and the details of its rounds could not be read: redundancy in
-time goes first, where the cosine is above 0.9 (`still`), the most similar tokens first. Then there are rounds, until
-exactly the budget is left. A round drops the most redundant tokens one after another, and skips the neighbours of those
-that it has dropped. For the next round, the neighbour of a token is the nearest one that is left in each direction.
-Cosines are rounded, so equal tokens are ties, which go by index: the first one is dropped.
-"""
+"""After StreamingAssistant (arXiv 2512.12560): drops what its neighbours repeat, and never two neighbours at once."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,10 +17,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    """O(N D) for each of about log(N / K) rounds, memory O(N D). Fields:
-
-    still: a token repeats the same place of the frame pair before if their cosine is above this; 1 for no redundancy in time.
-    """
+    """Setting `still`: a token repeats its place in the frame pair before above this cosine; 1 for no redundancy in time."""
 
     name: ClassVar[str] = "adjacent"
     source: ClassVar[str] = "after arXiv 2512.12560"
@@ -41,12 +28,11 @@ class Adjacent(Selector):
         check_ranges(self, still="[-1, 1]")
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
-        unit = F.normalize(tokens.features.float(), dim=1)
-        left = torch.ones(tokens.grid, dtype=torch.bool, device=unit.device)
-        return -redundancy(unit, neighbours(left))
+        left = torch.ones(tokens.grid, dtype=torch.bool, device=tokens.rows.device)
+        return -redundancy(tokens.unit, neighbours(left))
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        unit = F.normalize(tokens.features.float(), dim=1)
+        unit = tokens.unit
         left = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
         like = 1 - dissimilarity(tokens)
         like[0] = -1  # nothing is before the first frame pair
@@ -59,17 +45,12 @@ class Adjacent(Selector):
 
 
 def neighbours(left: torch.Tensor) -> torch.Tensor:
-    """int64 `[N, 4]`: the nearest token that is left above, below, left and right of each token in its frame pair; -1 for none.
-
-    Args:
-        left: bool `[T, H, W]`, the tokens that are left.
-    """
+    """int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for none."""
     index = torch.where(left, ascending(left.numel(), left.device).view_as(left), -1)
-    found = []
+    last, found = left.numel(), []
     for dim in (1, 2):
         before = index.cummax(dim).values.roll(1, dim)  # indices rise along both dimensions
         before.select(dim, 0).fill_(-1)
-        last = len(left.flatten())
         after = torch.where(index < 0, last, index).flip(dim).cummin(dim).values.roll(1, dim)
         after.select(dim, 0).fill_(last)
         after = after.flip(dim)
@@ -78,18 +59,13 @@ def neighbours(left: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """float32 `[N]`: the greatest cosine of each token to its neighbours, -2 without any.
-
-    Args:
-        unit: `[N, D]`, tokens of length one.
-        near: int64 `[N, 4]`, from `neighbours`.
-    """
+    """float32 `[N]`: the greatest cosine of each token (`[N, D]`) to its neighbours (int64 `[N, 4]`), -2 without any."""
     cosines = [snap((unit * unit[to.clamp(min=0)]).sum(1)).masked_fill(to < 0, -2) for to in near.unbind(1)]
     return torch.stack(cosines).amax(0)
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[count or fewer]`: the tokens of highest score, one after another, without neighbours of those taken before.
+    """int64, `count` or fewer: the tokens of highest score, one after another, without neighbours of those taken before.
 
     Args:
         score: `[N]`, -inf for tokens that may not be taken. Ties go to the lower index.

@@ -1,15 +1,4 @@
-"""DART (arXiv 2502.11494): a few pivot tokens, and the tokens that are least similar to them.
-
-As in the paper: pivots are the 4 visual and the 4 text tokens of greatest L1 norm. Each pivot in turn keeps the least
-similar of the tokens that are left, equally many for each.
-Adapted: the paper uses keys and hidden states of the language model's first layers, which do not exist yet after the
-encoder. Here norms and cosines are those of the embeddings that the language model reads, visual and text, as in
-NVIDIA's TensorRT-Edge-LLM; the paper finds that little depends on how pivots are selected. The text is the question's.
-The authors' code (ZichenWen1/DART) takes the pivots in the order of a Python set, so chance decides which of two pivots
-keeps a token; here they go by norm, visual ones first. Their code ends at the visual pivots plus a multiple of all
-pivots; if the count does not divide evenly, the first pivots here keep one token more. Norms (relative to the greatest)
-and cosines are rounded, so equal tokens are ties, which go by index.
-"""
+"""DART (arXiv 2502.11494): a few pivot tokens, and the tokens that are least similar to them."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,10 +15,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Dart(Selector):
-    """O(N D), memory O(N D). Fields:
-
-    visual, text: number of pivots of each kind; with `text` 0 the method does not read the question.
-    """
+    """Settings `visual` and `text`: number of pivots of each; with `text` 0 the method does not read the question."""
 
     name: ClassVar[str] = "dart"
     source: ClassVar[str] = "arXiv 2502.11494"
@@ -47,8 +33,7 @@ class Dart(Selector):
         return self.text > 0
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        x = tokens.features.float()
-        unit, first = F.normalize(x, dim=1), longest(x, min(self.visual, keep))
+        unit, first = tokens.unit, longest(tokens.features.float(), min(self.visual, keep))
         pivots = unit[first]
         if self.text:
             pivots = torch.cat([pivots, F.normalize(tokens.question[longest(tokens.question, self.text)], dim=1)])

@@ -1,12 +1,4 @@
-"""DivPrune (arXiv 2503.02175): the most diverse tokens, by greedy max-min distance.
-
-As in the paper: the distance of two tokens is 1 - cosine of the features that the language model would read. The first
-token is the one whose nearest neighbour is farthest. Each further token is the one whose nearest selected token is
-farthest.
-Adapted: one selection covers the whole video. A running maximum of the cosines to selected tokens replaces the N x N
-matrix. A token cannot be selected twice, even if it equals another. Cosines are rounded (`score.snap`), so equal tokens
-are ties, which go by index.
-"""
+"""DivPrune (arXiv 2503.02175): the most diverse tokens, by greedy max-min distance."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,14 +8,14 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import BLOCK
+from evoprune.pruning.ranking import BLOCK, greedy
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
 
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """O(N^2 D) for the first token, O(K N D) for the others; memory O(N D). No fields."""
+    """No settings."""
 
     name: ClassVar[str] = "divprune"
     source: ClassVar[str] = "arXiv 2503.02175"
@@ -37,25 +29,19 @@ def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None 
 
     Args:
         features: `[N, D]`, any float dtype.
-        keep: K, from 1 to N.
+        keep: K, from 0 to N.
         weight: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
 
     Returns:
         int64 `[K]`, indices of rows, ascending.
     """
     unit = F.normalize(features.float(), dim=1)
-    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
 
-    def farthest(near: torch.Tensor) -> torch.Tensor:
-        far = 1 - near.clamp(min=-1)
-        return (far if weight is None else snap(far * weight)).masked_fill(selected, -torch.inf).argmax()
+    def far(near: torch.Tensor) -> torch.Tensor:
+        distance = 1 - near.clamp(min=-1)
+        return distance if weight is None else snap(distance * weight)
 
-    near = torch.full((len(unit),), -torch.inf, dtype=torch.float32, device=unit.device)
-    for step in range(keep):
-        latest = farthest(near if step else nearest_cosine(unit))[None]
-        selected.index_fill_(0, latest, True)  # an index in brackets would make the program wait for a GPU
-        near = torch.maximum(near, snap(unit @ unit.index_select(0, latest)[0]))
-    return selected.nonzero().flatten()
+    return greedy(unit, nearest_cosine(unit) if keep else unit[:, 0], keep, far)
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:

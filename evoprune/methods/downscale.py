@@ -1,9 +1,4 @@
-"""Smaller frames: the simplest rival of pruning, which saves encoder time too.
-
-VTC-Bench finds that it beats many methods of token compression. Nothing is adapted: the frames are resized from the
-file straight to the smaller size. The model's own minimum frame size is ignored, because it would put small budgets out
-of reach.
-"""
+"""Smaller frames: the simplest rival of pruning, which saves encoder time too (a baseline in VTC-Bench)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +10,7 @@ from evoprune.pruning.shapes import smaller_frame
 
 @dataclass(frozen=True)
 class Downscale(InputMethod):
-    """As many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one. No fields."""
+    """As many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one. No settings."""
 
     name: ClassVar[str] = "downscale"
     source: ClassVar[str] = "VTC-Bench, a baseline there"

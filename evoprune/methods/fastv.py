@@ -1,11 +1,9 @@
-"""FastV (arXiv 2403.06764): after the second layer, the visual tokens with the most attention of the last token stay.
-
-Attention is the mean over heads in the layer that has just run. As in the authors' code, the K best stay, in their order.
-Adapted: layers in relative depth (2 of LLaVA's 32); tokens keep their positions, which the authors' code renumbers.
-"""
+"""FastV (arXiv 2403.06764): after the second layer, the visual tokens with the most attention of the last token stay."""
 
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
 
 from evoprune.methods.language_method import LanguageMethod
 from evoprune.methods.ranges import check_ranges
@@ -17,7 +15,7 @@ from evoprune.pruning.types import Selection
 
 @dataclass(frozen=True)
 class FastV(LanguageMethod):
-    """Field: depth: share of the layers that run before tokens leave, in (0, 1)."""
+    """Setting `depth`: share of the layers that run before tokens leave, in (0, 1)."""
 
     name: ClassVar[str] = "fastv"
     source: ClassVar[str] = "arXiv 2403.06764, section 4"
@@ -31,5 +29,9 @@ class FastV(LanguageMethod):
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return one_drop(depth, tokens, self.depth, budget)
 
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        """float32 `[n]`, at least 0: what the tokens that stay have most of."""
+        return tokens.attention()
+
     def select(self, tokens: LayerTokens) -> Selection:
-        return Selection(highest(relative(tokens.attention()), tokens.left))
+        return Selection(highest(relative(self.score(tokens)), tokens.left))

@@ -1,17 +1,4 @@
-"""FastVID (arXiv 2503.11187): the most attended tokens of a segment, and means around density peaks.
-
-As in the paper: the video is cut into 8 segments at least, where the mean tokens of neighbouring frame pairs are least
-similar, and wherever their cosine is below 0.84. 60% of a segment's tokens are the most attended ones, equally many
-from each frame pair. The others are density peaks of every fourth frame pair. Each remaining token joins the most
-similar peak. The peak stays at its place and has weight 0.6 in its mean, or more if that is its even share.
-As in the authors' code for Qwen2.5-VL (LunarShen/FastVID): of frame pairs with a cosine of 0.95 or more to the next
-one, nothing is kept. Every fourth of the others is counted from the end of the segment, and at most half of its tokens
-are peaks, which are searched among those that attention did not select.
-Adapted: attention is received in the last full-attention layer (the paper uses a class token or, for Qwen, softmax(mean
-query . key)). Where there are too few tokens for peaks, attention selects more. In their code a remaining token joins
-one peak of every fourth frame pair, so several at once; here it joins the most similar of all, because a unit belongs
-to one token.
-"""
+"""FastVID (arXiv 2503.11187): the most attended tokens of a segment, and means around density peaks."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,7 +19,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FastVid(Selector):
-    """O(N n D) for n tokens per frame pair, memory O(N D). Fields:
+    """Settings:
 
     segments: the least number of segments.
     threshold: cosine of neighbouring frame pairs below which the video is always cut.
@@ -60,49 +47,45 @@ class FastVid(Selector):
         check_ranges(self, salient="[0, 1]", centre="(0, 1]", threshold="[-1, 1]", ignore="[-1, 1]", **counts)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        shares, like = spread(keep, pairs), transitions(tokens)
-        attention = snap(tokens.attention).view(pairs, per_pair)
-        x = tokens.features.float().view(pairs, per_pair, -1)
-        into = torch.full_like(tokens.owner, -1).view(pairs, per_pair)
+        like, shares = transitions(tokens), spread(keep, tokens.grid[0])
+        x, attention, into = tokens.features, snap(tokens.attention), torch.full_like(tokens.owner, -1)
+        index = tokens.by_pair(ascending(len(x), x.device))
         for span in segments(like, self.segments, self.threshold):
+            new = (like[span.start : span.stop - 1] < self.ignore).nonzero().flatten().tolist()
             some = slice(span.start, span.stop)
-            new = [*(like[span.start : span.stop - 1] < self.ignore).nonzero().flatten().tolist(), len(span) - 1]
-            local = self.condensed(attention[some], x[some], new, sum(shares[some]))
-            into[some] = torch.where(local < 0, -1, local + span.start * per_pair)
-        into = into.flatten()
+            self.condense(x, attention, index[some], [*new, len(span) - 1], sum(shares[some]), into)
         return gathered(into, centre_weights(into, self.centre))
 
-    def condensed(self, attention: torch.Tensor, x: torch.Tensor, new: list[int], keep: int) -> torch.Tensor:
-        """Which token of a segment each of its tokens joins.
+    def condense(
+        self,
+        x: torch.Tensor,
+        attention: torch.Tensor,
+        index: torch.Tensor,
+        new: list[int],
+        keep: int,
+        into: torch.Tensor,
+    ) -> None:
+        """Writes to `into` (int64 `[N]`) which unit each unit of a segment joins: `keep` themselves, others peaks or nothing.
 
         Args:
-            attention: `[g, n]`, of the segment's frame pairs.
-            x: `[g, n, D]`, the features.
+            x, attention: `[N, D]` and `[N]`, of all units.
+            index: int64 `[g, n]`, the units of the segment's frame pairs.
             new: the frame pairs that are not too similar to the next one, ascending.
-            keep: how many tokens stay.
-
-        Returns:
-            int64 `[g, n]`, indices into the segment: its own if a token stays, -1 if it is dropped.
         """
-        per_pair = attention.shape[1]
-        index = ascending(attention.numel(), x.device).view(attention.shape)
-        into = torch.full_like(index, -1).flatten()
-        context = min(keep, max(1, int((1 - self.salient) * keep)))
+        half, context = index.shape[1] // 2, min(keep, max(1, int((1 - self.salient) * keep)))
         anchors = new[:: -self.every]
-        wanted = dict(zip(anchors, apportion(context, [1] * len(anchors), [per_pair // 2] * len(anchors)), strict=True))
-        salient = apportion(keep - context, [1] * len(new), [per_pair - wanted.get(pair, 0) for pair in new])
-        best = torch.cat(
-            [index[pair, highest(attention[pair], count)] for pair, count in zip(new, salient, strict=True)]
-        )
+        wanted = dict(zip(anchors, apportion(context, [1] * len(anchors), [half] * len(anchors)), strict=True))
+        most = [index.shape[1] - wanted.get(pair, 0) for pair in new]
+        salient = zip(new, apportion(keep - context, [1] * len(new), most), strict=True)
+        best = torch.cat([index[pair, highest(attention[index[pair]], count)] for pair, count in salient])
         into[best] = best
-        x = x.flatten(0, 1)
         free = {pair: index[pair][into[index[pair]] < 0] for pair in anchors}
         centres = torch.cat([some[peaks(x[some], wanted[pair], self.neighbours)] for pair, some in free.items()])
         into[centres] = centres
-        best = highest(torch.where(into < 0, attention.flatten(), -torch.inf), keep - len(best) - len(centres))
-        into[best] = best
-        rest = (into < 0).nonzero().flatten()
+        rest = index[into[index] < 0]
+        more = rest[highest(attention[rest], keep - len(best) - len(centres))]
+        into[more] = more
+        rest = rest[into[rest] < 0]
         if len(centres):
-            into[rest] = centres[nearest(F.normalize(x[rest], dim=1), F.normalize(x[centres], dim=1))]
-        return into.view_as(index)
+            unit, peak = (F.normalize(x[some].float(), dim=1) for some in (rest, centres))
+            into[rest] = centres[nearest(unit, peak)]

@@ -1,22 +1,4 @@
-"""FlashVID (arXiv 2602.08024), the stage before the language model: attended and diverse tokens, and trees of tokens through time.
-
-As in the paper: the video is cut between neighbouring frame pairs whose mean tokens have a cosine below 0.9, and into 4
-segments at least. Max-min diversity selects 70% of the tokens in each frame pair, with distances multiplied by the
-attention that a token receives. Each other token is linked to the most similar one in the frame pair before, at any
-place, if their cosine is above 0.8. Each tree of links becomes one token, the mean, at its earliest place. If there are
-more trees than tokens left, trees are merged around density peaks.
-As in the authors' code (Fanziyang-v/FlashVID, ADTS and 4 segments as in its script for Qwen2.5-VL): trees are merged
-inside one frame pair, around peaks whose densities are of as many neighbours as there are peaks, if these are fewer
-than 7, but never fewer than 2, because with one neighbour, itself, every token is as dense. With one or two peaks their
-noise decides.
-Adapted: exactly the budget is kept, and each frame pair gets tokens in proportion to its trees, where theirs rounds up
-each. The strongest links are made first, and no more than necessary; theirs makes one less. Attention is received in
-the tower's last full-attention layer. A tree is the mean of its tokens, as the paper says; their code divides the sum
-by one more than the root's direct links, which makes long trees long tokens. In a segment of a single frame pair their
-code merges all tokens, also those that diversity selected, so that some come twice; here they stay what they are.
-Left out: the stage inside the language model, and the relevance to an event, which the paper does not use for
-Qwen2.5-VL.
-"""
+"""FlashVID (arXiv 2602.08024), the stage before the language model: attended and diverse tokens, and trees through time."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +21,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FlashVid(Selector):
-    """O(N n D) for n tokens per frame pair, memory O(N D). Fields:
+    """Settings:
 
     segments: the least number of segments.
     threshold: cosine of neighbouring frame pairs below which the video is always cut.
@@ -63,16 +45,14 @@ class FlashVid(Selector):
         check_ranges(self, diverse="[0, 1]", threshold="[-1, 1]", link="[-1, 1]", **counts)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        shares = spread(keep, pairs)
-        attention = snap(tokens.attention).view(pairs, per_pair)
-        x = tokens.features.float().view(pairs, per_pair, -1)
-        into = torch.full_like(tokens.owner, -1).view(pairs, per_pair)
-        weight = torch.ones(into.shape, dtype=torch.float32, device=x.device)
+        shares = spread(keep, tokens.grid[0])
+        attention, x = tokens.by_pair(snap(tokens.attention)), tokens.by_pair(tokens.features.float())
+        into = torch.full_like(attention, -1, dtype=torch.int64)
+        weight = torch.ones_like(attention, dtype=torch.float32)
         for span in segments(transitions(tokens), self.segments, self.threshold):
             some = slice(span.start, span.stop)
             local, weight[some] = self.condensed(attention[some], x[some], sum(shares[some]))
-            into[some] = torch.where(local < 0, -1, local + span.start * per_pair)
+            into[some] = torch.where(local < 0, -1, local + span.start * x.shape[1])
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,12 +119,9 @@ class FlashVid(Selector):
             roots, pair: int64 `[r]`, the root of each tree and the root's frame pair.
             into: int64 `[n]`, the root of each token.
         """
-        sizes = torch.bincount(pair).tolist()
-        to = torch.full_like(into, -1)
-        start = 0
-        for size, count in zip(sizes, apportion(keep, sizes, sizes), strict=True):
+        sizes, to = torch.bincount(pair).tolist(), torch.full_like(into, -1)
+        counts = apportion(keep, sizes, sizes)
+        for own, some, count in zip(roots.split(sizes), mean.split(sizes), counts, strict=True):
             if count:
-                local = joined_peaks(mean[start : start + size], count, few(self.neighbours, count))
-                to[roots[start : start + size]] = roots[start + local]
-            start += size
+                to[own] = own[joined_peaks(some, count, few(self.neighbours, count))]
         return to[into]

@@ -1,8 +1,4 @@
-"""FlashVID's stage inside the language model (arXiv 2602.08024): FastV after 20 of 28 layers, three tenths of the tokens stay.
-
-As in the authors' code. It lets the stage before the language model keep a quarter more tokens, so that the mean over all layers
-is the budget; here `-b` is what reaches the language model.
-"""
+"""FlashVID's stage inside the language model (arXiv 2602.08024): FastV after 20 of 28 layers, three tenths of the tokens stay."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +8,7 @@ from evoprune.methods.fastv import FastV
 
 @dataclass(frozen=True)
 class FlashVidInner(FastV):
-    """Field: depth: as in `FastV`."""
+    """Settings: those of `FastV`."""
 
     name: ClassVar[str] = "flashvid-inner"
     source: ClassVar[str] = "arXiv 2602.08024"

@@ -1,18 +1,4 @@
-"""HoliTom (arXiv 2505.21334), the stage before the language model: segments that save most by averaging what stands still.
-
-As in the paper: a place stands still in a segment if each of its tokens has a cosine above 0.8 to the next. Dynamic
-programming cuts the video so that most tokens are saved. A place that stands still becomes one token, the mean, in its
-first frame pair. Of the other tokens, each frame pair keeps the most attended ones. The means of a segment are merged
-around density peaks.
-As in the authors' code (cokeshao/HoliTom): a peak weighs 0.6 in its mean, and all tokens around it together weigh 0.4.
-Of cuts that save equally much, the one with the shortest last segments is taken. Densities are of as many neighbours as
-there are peaks, if these are fewer than 7, but never fewer than 2, because with one neighbour, itself, every token is
-as dense. With one or two peaks their noise decides.
-Adapted: exactly the budget is kept, shared in proportion to the numbers of tokens. If averaging saves too much, only
-the stillest places are averaged, and the last of them over fewer frame pairs. Attention is received in the tower's last
-full-attention layer.
-Left out: merging inside the language model.
-"""
+"""HoliTom (arXiv 2505.21334), the stage before the language model: segments that save most by averaging what stands still."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,7 +18,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """O(N D + T^2 + N n D / L) for n tokens per frame pair and segments of L frame pairs, memory O(N D). Fields:
+    """Settings:
 
     static: a place stands still if the cosines of its neighbouring tokens are above this.
     neighbours: how many nearest tokens a density is computed from.
@@ -51,28 +37,25 @@ class HoliTom(Selector):
         check_ranges(self, static="[-1, 1]", centre="(0, 1]", neighbours="[1, inf)")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])
-        index = ascending(len(tokens.owner), x.device).view(x.shape[:2])
+        x = tokens.by_pair(tokens.features.float())
+        index = tokens.by_pair(ascending(len(tokens.owner), x.device))
         cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
         spans = most_saving(cosine > self.static)
-        least = [stillness(cosine, span, index.shape[1]) for span in spans]
+        least = [stillness(cosine, span) for span in spans]
+        into = averaged(index, spans, least, self.static, keep)
+        if into is not None:
+            return gathered(into.flatten())
+        attention, into = snap(tokens.attention), torch.full_like(tokens.owner, -1)
         still = [lowest > self.static for lowest in least]
-        saved = sum(int(places.sum()) * (len(span) - 1) for span, places in zip(spans, still, strict=True))
-        if index.numel() - saved <= keep:
-            return gathered(averaged(index, spans, least, index.numel() - keep).flatten())
-        attention = snap(tokens.attention)
-        into = torch.full_like(tokens.owner, -1)
-        weight = torch.ones(len(into), dtype=torch.float32, device=x.device)
         # The units of the places that stand still, one row per place; and the others of each frame pair.
         groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
         moving = [index[pair, ~places] for span, places in zip(spans, still, strict=True) for pair in span]
         sizes = [len(group) for group in (*groups, *moving)]
         counts = apportion(keep, sizes, sizes)
-        join_groups(into, weight, x.flatten(0, 1), groups, counts[: len(groups)], self.neighbours, self.centre)
         for some, count in zip(moving, counts[len(groups) :], strict=True):
             best = some[highest(attention[some], count)]
             into[best] = best
-        return gathered(into, weight)
+        return join_groups(into, x.flatten(0, 1), groups, counts[: len(groups)], self.neighbours, self.centre)
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
@@ -102,14 +85,11 @@ def most_saving(same: torch.Tensor) -> list[range]:
     return spans[::-1]
 
 
-def stillness(cosine: torch.Tensor, span: range, places: int) -> torch.Tensor:
+def stillness(cosine: torch.Tensor, span: range) -> torch.Tensor:
     """float32 `[n]`: the least cosine of neighbouring tokens at each place of a segment; -inf if it has one frame pair.
 
-    Args:
-        cosine: `[T - 1, n]`, of each token to the next one at its place.
-        span: the frame pairs of the segment.
-        places: n.
+    `cosine`: `[T - 1, n]`, of each token to the next one at its place.
     """
     if len(span) == 1:
-        return torch.full((places,), -torch.inf, dtype=torch.float32, device=cosine.device)
+        return torch.full(cosine.shape[1:], -torch.inf, dtype=torch.float32, device=cosine.device)
     return cosine[span.start : span.stop - 1].amin(0)

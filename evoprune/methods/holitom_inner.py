@@ -1,9 +1,4 @@
-"""HoliTom's stage inside the language model (arXiv 2505.21334): FastV after 18 of 28 layers, and what is dropped merges.
-
-As in the authors' code, each dropped token joins the most similar of those that stay, one after the other: the token becomes the
-mean of itself and the next one that joins. So the last to join weighs a half, the one before it a quarter, and so on.
-Adapted: tokens keep their positions and cluster sizes.
-"""
+"""HoliTom's stage inside the language model (arXiv 2505.21334): FastV after 18 of 28 layers, and what is dropped merges."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +9,7 @@ import torch.nn.functional as F
 from evoprune.methods.fastv import FastV
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.layer_tokens import LayerTokens
-from evoprune.pruning.ranking import highest, nearest, relative
+from evoprune.pruning.ranking import nearest
 from evoprune.pruning.types import Selection
 
 LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precision
@@ -22,7 +17,7 @@ LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precisio
 
 @dataclass(frozen=True)
 class HoliTomInner(FastV):
-    """O(n K D). Field: depth: as in `FastV`."""
+    """Settings: those of `FastV`."""
 
     name: ClassVar[str] = "holitom-inner"
     source: ClassVar[str] = "arXiv 2505.21334"
@@ -31,12 +26,14 @@ class HoliTomInner(FastV):
     depth: float = 18 / 28
 
     def select(self, tokens: LayerTokens) -> Selection:
-        kept = highest(relative(tokens.attention()), tokens.left)
-        return joined_in_turn(F.normalize(tokens.hidden.float(), dim=1), kept)
+        return joined_in_turn(F.normalize(tokens.hidden.float(), dim=1), super().select(tokens).kept)
 
 
 def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
-    """The selection of `kept` (int64 `[K]`, ascending) rows of `unit` (`[n, D]`, of length 1), which the others join in turn."""
+    """The selection of `kept` (int64 `[K]`, ascending) rows of `unit` (`[n, D]`, of length 1), which the others join in turn.
+
+    A token becomes the mean of itself and the next one that joins. So the last to join weighs a half, the one before a quarter.
+    """
     count, device = len(unit), unit.device
     others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, kept, False).nonzero()[:, 0]
     owner = torch.zeros(count, dtype=torch.int64, device=device)

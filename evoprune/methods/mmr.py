@@ -1,14 +1,4 @@
-"""Maximal marginal relevance, the selection of IDPruner (arXiv 2602.13315): important tokens that differ from each other.
-
-As in the paper: importance is scaled to [0, 1] by its least and greatest value. The first token is the most important
-one. Each further token has the highest lam * importance - (1 - lam) * (greatest cosine to a selected token), with lam
-0.5.
-Left out: the paper's importance comes from a trained scorer whose weights are not public. So this method is called
-`mmr` and not IDPruner. Importance is the attention received in the last full-attention layer, or the norm of the keys
-there, or in Python any vector (`most_relevant`).
-Adapted: one selection covers the whole video, with a running maximum instead of an N x N matrix. Scores are rounded, so
-equal tokens are ties, which go by index.
-"""
+"""Maximal marginal relevance, the selection of IDPruner (arXiv 2602.13315): important tokens that differ from each other."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +8,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.methods.ranges import check_ranges
-from evoprune.pruning.ranking import scaled
+from evoprune.pruning.ranking import greedy, scaled
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
 
@@ -27,7 +17,7 @@ IMPORTANCE = ("attention", "keynorm")
 
 @dataclass(frozen=True)
 class Mmr(Selector):
-    """O(K N D), memory O(N D). Fields:
+    """Settings:
 
     importance: `attention` for attention received, or `keynorm` for the norm of a unit's key.
     lam: weight of importance, from 0 to 1; diversity has the weight 1 - lam.
@@ -67,13 +57,6 @@ def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, l
     Returns:
         int64 `[K]`, indices of rows, ascending.
     """
-    unit = F.normalize(features.float(), dim=1)
     important = lam * snap(scaled(importance.float()))
-    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
-    near = torch.zeros(len(unit), dtype=torch.float32, device=unit.device)
-    for step in range(keep):
-        latest = snap(important - (1 - lam) * near).masked_fill(selected, -torch.inf).argmax()
-        selected[latest] = True
-        cosine = snap(unit @ unit[latest])
-        near = torch.maximum(near, cosine) if step else cosine
-    return selected.nonzero().flatten()
+    unit = F.normalize(features.float(), dim=1)
+    return greedy(unit, torch.zeros_like(important), keep, lambda near: snap(important - (1 - lam) * near))

@@ -8,6 +8,6 @@ from evoprune.methods.base import Method
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    """The base class as it is. No fields."""
+    """The base class as it is. No settings."""
 
     source: ClassVar[str] = "this project; the unpruned model"

@@ -1,24 +1,12 @@
-"""After PAR (arXiv 2410.07278): tokens that the question is about, and few of those that repeat each other.
-
-As in the paper's abstract: two kinds of redundancy. Tokens that have little to do with the prompt go (semantic
-retrieval). The others are clustered as a graph, and a router keeps some tokens of each cluster. Nothing is trained.
-Filled in here, because no code is public and the paper's formulas could not be read: relevance is the mean cosine to the
-embeddings of the question's tokens in the language model's space, scaled to (0, 1] by its least and greatest value, as
-in `cdpruner`. The graph links a token to the tokens right of it and below it in its frame pair, and to the same place of
-the next frame pair, where their cosine is above 0.8 (`link`). A cluster is what hangs together. The token with the j-th
-highest relevance of its cluster has the value relevance / j, and the tokens of highest value are kept, over the whole
-video. So clusters get tokens in proportion to their relevance (D'Hondt's rule), and irrelevant ones get none.
-Relevance and cosines are rounded, so equal tokens are ties, which go by index.
-"""
+"""After PAR (arXiv 2410.07278): tokens that the question is about, and few of those that repeat each other."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.cdpruner import relevant
+from evoprune.methods.cdpruner import like_question, relevant
 from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import highest, ranked
@@ -28,10 +16,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Par(Selector):
-    """O(N (D + Q)) for Q tokens of the question, memory O(N D). Fields:
-
-    link: neighbouring tokens are of one cluster if their cosine is above this.
-    """
+    """Setting `link`: neighbouring tokens are of one cluster if their cosine is above this."""
 
     name: ClassVar[str] = "par"
     source: ClassVar[str] = "after arXiv 2410.07278"
@@ -43,9 +28,8 @@ class Par(Selector):
         check_ranges(self, link="[-1, 1]")
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
-        unit = F.normalize(tokens.features.float(), dim=1)
-        relevance = snap(relevant(snap((unit @ F.normalize(tokens.question, dim=1).T).mean(1))))
-        return relevance / (1 + rank_inside(relevance, connected(unit.view(*tokens.grid, -1), self.link)))
+        relevance = snap(relevant(like_question(tokens)))
+        return relevance / (1 + rank_inside(relevance, connected(tokens.unit.view(*tokens.grid, -1), self.link)))
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         return Selection(highest(self.scores(tokens), keep))
@@ -62,8 +46,7 @@ def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
     ends = []
     for dim in range(3):
         length = unit.shape[dim] - 1
-        one, other = (slice_.narrow(dim, first, length) for slice_, first in ((unit, 0), (unit, 1)))
-        linked = (snap((one * other).sum(-1)) > link).flatten()
+        linked = (snap((unit.narrow(dim, 0, length) * unit.narrow(dim, 1, length)).sum(-1)) > link).flatten()
         ends.append(torch.stack([index.narrow(dim, first, length).flatten()[linked] for first in (0, 1)]))
     a, b = torch.cat(ends, 1)
     cluster = index.flatten().clone()

@@ -1,9 +1,4 @@
-"""Average pooling of neighbouring tokens after the encoder: a baseline in EarlyTom (arXiv 2605.30010) and many other papers.
-
-The papers pool fixed blocks. Here the budget sets the number of blocks: they form a smaller picture of nearly the same
-ratio, so `pool` and `downscale` keep equally many tokens at one budget. Where a side does not divide evenly, its blocks
-differ by one unit. The token of a block has the position of its middle unit.
-"""
+"""Average pooling of neighbouring tokens after the encoder: a baseline in EarlyTom (arXiv 2605.30010) and many other papers."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +13,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Pool(Selector):
-    """A block lies inside one frame pair, unless there are fewer tokens than frame pairs: then it spans whole ones. No fields."""
+    """A block lies inside one frame pair, unless there are fewer tokens than frame pairs: then it spans whole ones. No settings."""
 
     name: ClassVar[str] = "pool"
     source: ClassVar[str] = "arXiv 2605.30010, a baseline there"
@@ -38,10 +33,6 @@ class Pool(Selector):
 
 
 def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divides `length` places into `count` blocks of nearly equal length.
-
-    Returns:
-        int64 `[length]`, the block of each place; and int64 `[count]`, the middle place of each block.
-    """
+    """int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle places."""
     edges = ascending(count + 1, device) * length // count
     return ascending(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2

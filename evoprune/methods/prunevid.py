@@ -1,17 +1,4 @@
-"""PruneVid (arXiv 2412.16117), the stage before the language model: averages what stands still over time, then merges neighbours.
-
-As in the paper: frame pairs are clustered around density peaks, a quarter as many as there are frame pairs. A place is
-static in a segment if the mean cosine of its tokens, each with each, is above 0.8. Then its tokens become one, the
-mean. The static tokens of a segment are merged around density peaks, and so are the other tokens of each frame pair.
-As in the authors' code (Visual-AI/PruneVid): a segment is a run of frame pairs of one cluster. Of each cluster only the
-longest runs stay, if they are of two frame pairs or more; what lies between two runs that stay joins the longer of
-them, or the earlier one.
-Adapted: the paper merges to a half and leaves the rest to the language model; groups of 14 tokens or fewer are not
-merged there. Here merging continues down to the budget, which is shared in proportion to the numbers of tokens. If
-averaging saves too much, only the most static places are averaged, and the last of them over fewer frame pairs. A mean
-has the place of its peak, or of its first frame pair.
-Left out: the stage inside the language model, which uses the question's attention.
-"""
+"""PruneVid (arXiv 2412.16117), the stage before the language model: averages what stands still, then merges neighbours."""
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -33,7 +20,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """O(N n D) for n tokens per frame pair, memory O(N D). Fields:
+    """Settings:
 
     scenes: number of clusters, as a share of the frame pairs.
     static: a place is static if the mean cosine of its tokens over time is above this.
@@ -51,22 +38,19 @@ class PruneVid(Selector):
         check_ranges(self, scenes="[0, 1]", static="[-1, 1]", neighbours="[1, inf)")
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        x = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1])
-        index = ascending(len(tokens.owner), x.device).view(x.shape[:2])
+        x = tokens.by_pair(tokens.features.float())
+        index = tokens.by_pair(ascending(len(tokens.owner), x.device))
         spans = self.segments(x)
         steady = [steadiness(F.normalize(x[span.start : span.stop], dim=2)) for span in spans]
-        static = [mean > self.static for mean in steady]
-        saved = sum(int(places.sum()) * (len(span) - 1) for span, places in zip(spans, static, strict=True))
-        if index.numel() - saved <= keep:
-            return gathered(averaged(index, spans, steady, index.numel() - keep).flatten())
-        into = torch.full_like(tokens.owner, -1)
-        weight = torch.ones(len(into), dtype=torch.float32, device=x.device)
+        into = averaged(index, spans, steady, self.static, keep)
+        if into is not None:
+            return gathered(into.flatten())
         groups = []  # for each group of tokens, the units of each, one row per token
-        for span, places in zip(spans, static, strict=True):
+        for span, places in zip(spans, (mean > self.static for mean in steady), strict=True):
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
-        join_groups(into, weight, x.flatten(0, 1), groups, apportion(keep, sizes, sizes), self.neighbours)
-        return gathered(into, weight)
+        into, counts = torch.full_like(tokens.owner, -1), apportion(keep, sizes, sizes)
+        return join_groups(into, x.flatten(0, 1), groups, counts, self.neighbours)
 
     def segments(self, x: torch.Tensor) -> list[range]:
         """Runs of frame pairs of `x` (`[T, n, D]`) in one cluster."""
@@ -76,13 +60,10 @@ class PruneVid(Selector):
 
 
 def folded(cluster: list[int]) -> list[int]:
-    """The lengths of the segments of a video.
+    """The lengths of the segments of a video, from the cluster of each frame pair.
 
     Only the longest runs of a cluster stay, and only if they have two frame pairs or more. What is between two runs joins the
     longer of them, or the earlier of equals.
-
-    Args:
-        cluster: the cluster of each frame pair.
     """
     runs = _runs(cluster)
     longest = {label: max(length for other, length in runs if other == label) for label in cluster}
@@ -104,11 +85,7 @@ def _runs(labels: list[int]) -> list[tuple[int, int]]:
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:
-    """float32 `[n]`: the mean cosine of each two tokens of a place; -inf if there is one frame pair.
-
-    Args:
-        unit: `[g, n, D]`, features of g frame pairs, of length one or zero.
-    """
+    """float32 `[n]`: the mean cosine of each two of a place's tokens (`[g, n, D]`, of length one or zero); -inf where g is 1."""
     count = len(unit) * (len(unit) - 1)
     if not count:
         return torch.full(unit.shape[1:2], -torch.inf, dtype=torch.float32, device=unit.device)

@@ -1,11 +1,4 @@
-"""PruneVid's stage inside the language model (arXiv 2412.16117, section 3.3): what the question attends to stays.
-
-After 11 of 32 layers a token's score is the greatest attention that any head of any text token behind the video gives to it. As in
-the authors' code, this attention is computed without rotary positions and without a causal mask. Each frame pair keeps its best.
-Adapted: their groups are the moving tokens of a frame and the still ones of a segment, which are known only behind their own
-first stage; here they are frame pairs, with shares by largest remainder. Left out: their code also removes the tokens from the
-caches of the layers before.
-"""
+"""PruneVid's stage inside the language model (arXiv 2412.16117): of each frame pair, what the text attends to most stays."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +15,7 @@ from evoprune.pruning.types import Selection
 
 @dataclass(frozen=True)
 class PruneVidInner(FastV):
-    """Field: depth: as in `FastV`."""
+    """Settings: those of `FastV`."""
 
     name: ClassVar[str] = "prunevid-inner"
     source: ClassVar[str] = "arXiv 2412.16117, section 3.3"
@@ -30,13 +23,14 @@ class PruneVidInner(FastV):
 
     depth: float = 11 / 32
 
-    def select(self, tokens: LayerTokens) -> Selection:
+    def score(self, tokens: LayerTokens) -> torch.Tensor:
+        """The greatest attention of any head of any text token behind the video, without rotary and causal mask."""
         queries = ascending(len(tokens.queries), tokens.visual.device)
-        score = relative(tokens.unrotated().attention(queries, most=True, causal=False))
+        return tokens.unrotated().attention(queries, most=True, causal=False)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        index, score = ascending(len(tokens.pair), tokens.pair.device), relative(self.score(tokens))
         sizes = tokens.pair.unique_consecutive(return_counts=True)[1].tolist()
-        counts, pairs = apportion(tokens.left, sizes, sizes), torch.split(score, sizes)
-        kept, start = [], 0
-        for size, count, pair in zip(sizes, counts, pairs, strict=True):
-            kept.append(highest(pair, count) + start)
-            start += size
+        counts = apportion(tokens.left, sizes, sizes)
+        kept = [some[highest(score[some], count)] for some, count in zip(index.split(sizes), counts, strict=True)]
         return Selection(torch.cat(kept))

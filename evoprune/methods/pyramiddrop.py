@@ -1,9 +1,4 @@
-"""PyramidDrop (arXiv 2410.17247): after a quarter, a half and three quarters of the layers a share of the visual tokens stays.
-
-The share is the same each time, the paper's half by default. The score is the attention of the last token of the prompt, mean
-over heads. As in the authors' code it is computed from queries and keys of the next layer, before that layer runs.
-Adapted: tokens keep their positions, which the authors' code renumbers. The share follows from the budget.
-"""
+"""PyramidDrop (arXiv 2410.17247): after a quarter, a half and three quarters of the layers a share of the visual tokens stays."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +14,7 @@ PLACES = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class PyramidDrop(LanguageMethod):
-    """No fields but `share`. With the default, (1/2 + 1/4 + 1/8) / 3, half of the tokens leave each time."""
+    """No settings but `share`. With the default, (1/2 + 1/4 + 1/8) / 3, half of the tokens leave each time."""
 
     name: ClassVar[str] = "pyramiddrop"
     source: ClassVar[str] = "arXiv 2410.17247, section 3.2"

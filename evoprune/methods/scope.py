@@ -1,14 +1,4 @@
-"""SCOPE (arXiv 2510.24214): salient tokens that cover what no selected token covers yet.
-
-As in the paper: the coverage of a token is its cosine to the most similar selected token, at least 0. Each step selects
-the token with the highest product of two numbers: its saliency to the power alpha (1), and the coverage that it adds
-over all tokens.
-Adapted: saliency is the attention received in the tower's last full-attention layer, because Qwen's tower has no class
-token. One selection covers the whole video. The added coverage of a token only shrinks while others are selected. So
-earlier sums serve as upper bounds, and only the highest are computed again: the result is the exact greedy one without
-an N x N matrix. Cosines are rounded to multiples of 1/16384, whose sums are exact, so equal tokens are ties, which go
-by index.
-"""
+"""SCOPE (arXiv 2510.24214): salient tokens that cover what no selected token covers yet."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,10 +19,7 @@ STEPS = 16384  # cosines are integers of this many steps, as in `score.snap`
 
 @dataclass(frozen=True)
 class Scope(Selector):
-    """O(N^2 D) for the first token, about O(K N D) for the others; memory O(N D). Fields:
-
-    alpha: power of saliency; at 0, coverage alone decides.
-    """
+    """Setting `alpha`: power of saliency; at 0, coverage alone decides."""
 
     name: ClassVar[str] = "scope"
     source: ClassVar[str] = "arXiv 2510.24214"
@@ -52,15 +39,12 @@ class Scope(Selector):
 
 
 def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int) -> torch.Tensor:
-    """Selects rows greedily by weighted coverage; ties go to the lower index.
+    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) selected greedily by coverage; ties go to the lower index.
+
+    What a row adds only shrinks while others are selected. So earlier sums are upper bounds; only the highest are computed anew.
 
     Args:
-        features: `[N, D]`, any float dtype.
-        weight: float64 `[N]`, at least 0; None for equal weights.
-        keep: K, from 1 to N.
-
-    Returns:
-        int64 `[K]`, indices of rows, ascending.
+        weight: float64 `[N]`, at least 0, multiplies what a row adds; None for equal weights.
     """
     unit = F.normalize(features.float(), dim=1)
     every = ascending(len(unit), unit.device)

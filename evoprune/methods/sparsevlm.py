@@ -1,15 +1,4 @@
-"""SparseVLM (arXiv 2410.04417): the text that matters for the video rates the visual tokens, and some of the dropped are recycled.
-
-1. Raters: the softmax over the text of (visual token . text token), averaged over the visual tokens; the text tokens above the
-   mean rate. As in the authors' code (version 1), both are what reaches the first layer.
-2. After three layers the tokens with the most attention of the raters stay, as the mean over heads and raters.
-3. Of the dropped, the best three tenths merge around a tenth as many density peaks, and these means stay too.
-
-Adapted: counts follow the budget. Between the four published triples (64 to 192 of 576 tokens) they are interpolated; they
-include the means, which the authors count on top. Layers in relative depth (2, 6 and 15 of 32, counted from 0). A mean has the
-position of its peak; in the authors' code the means follow the other tokens, and positions are renumbered. Without a text token
-above the mean, all rate.
-"""
+"""SparseVLM (arXiv 2410.04417): the text that matters for the video rates the visual tokens; some of the dropped are recycled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +22,7 @@ COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110
 
 @dataclass(frozen=True)
 class SparseVlm(LanguageMethod):
-    """No fields but `share`. The density peaks take O(r^2 D) for r recycled tokens."""
+    """No settings but `share`."""
 
     name: ClassVar[str] = "sparsevlm"
     source: ClassVar[str] = "arXiv 2410.04417, section 3"

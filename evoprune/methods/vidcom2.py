@@ -1,13 +1,4 @@
-"""VidCom2 (arXiv 2505.14454): frame pairs that differ from the rest of the video get more tokens.
-
-As in the paper: it uses the half of the channels with the lowest variance, each token at length one. The affinity of a
-token to a mean is the sum of exp(-d^2 / 2a) for a = 1/8, 1/4, 1/2, 1 and 2, where d is its distance to the mean. Frame
-pairs share the budget by their mean affinity to the mean of the video: R * (1 + u - 1/T), where R is the even share of
-T frame pairs and u the softmax of the negative affinity at temperature 0.01. Each frame pair keeps the tokens with the
-lowest affinity to the video's mean and its own.
-Adapted: shares are whole numbers by largest remainder, and a share that exceeds a frame pair goes to the others.
-Affinities are rounded, so equal tokens are ties, which go by index.
-"""
+"""VidCom2 (arXiv 2505.14454): frame pairs that differ from the rest of the video get more tokens."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +8,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import apportion
-from evoprune.pruning.ranking import highest
+from evoprune.pruning.ranking import highest, of_pairs
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
 
@@ -27,23 +18,20 @@ TEMPERATURE = 0.01
 
 @dataclass(frozen=True)
 class VidCom2(Selector):
-    """O(N D). No fields."""
+    """No settings."""
 
     name: ClassVar[str] = "vidcom2"
     source: ClassVar[str] = "arXiv 2505.14454"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
-        unit = F.normalize(tokens.features[:, steadiest(tokens.features)].float(), dim=1).view(pairs, per_pair, -1)
+        unit = tokens.by_pair(F.normalize(tokens.features[:, steadiest(tokens.features)].float(), dim=1))
+        pairs, per_pair = unit.shape[:2]
         like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
         like_pair = likeness(unit, unit.mean(1, keepdim=True))
         unlike = (-snap(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
         weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded: equal shares stay equal
         shares = apportion(keep, weights.tolist(), [per_pair] * pairs)
-        unlike = -snap(like_video + like_pair)
-        return Selection(
-            torch.cat([highest(unlike[pair], share) + pair * per_pair for pair, share in enumerate(shares)])
-        )
+        return of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
 
 
 def steadiest(features: torch.Tensor) -> torch.Tensor:

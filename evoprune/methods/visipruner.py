@@ -2,15 +2,6 @@
 
 c_i = a_i v_i is what visual token i adds to the attention output o of the last token (all heads joined, before the output
 projection), and cos(o - c_i, o) says whether o would be another one without it.
-
-1. In the first layers, text does not attend to visual tokens.
-2. The first layer behind them in which a token has a cosine below `layer` is decisive: tokens with |c_i| above `token` stay.
-3. Once `exits` later layers had no cosine below `exit`, all visual tokens leave.
-
-As in the authors' code, the layer next to the first ones does not decide yet. Adapted: layers in relative depth (6 of LLaVA's
-32); attention of the first layers is normalised over what text does attend to, where their code sets weights to 0 after the
-softmax and treats the very first layer of each of its models in a way of its own. Filled in here for the budget: at most K tokens
-stay, those of greatest |c_i|, and at least one; if no layer is decisive, they leave at `latest`. The thresholds are LLaVA-1.5's.
 """
 
 from dataclasses import dataclass
@@ -30,7 +21,7 @@ from evoprune.pruning.types import Selection
 
 @dataclass(frozen=True)
 class VisiPruner(LanguageMethod):
-    """Fields, all in (0, 1) but `token` and `exits`:
+    """Settings, all in (0, 1) but `token` and `exits`:
 
     shallow: share of the layers in which text does not attend to visual tokens.
     latest: share of the layers after which tokens leave if no layer was decisive.

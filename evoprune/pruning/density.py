@@ -12,8 +12,9 @@ from functools import lru_cache
 import torch
 
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import BLOCK, centre_weights, highest
+from evoprune.pruning.ranking import BLOCK, centre_weights, gathered, highest
 from evoprune.pruning.score import snap
+from evoprune.pruning.types import Selection
 
 HELD = 4  # blocks of distances that are held; more are computed twice
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
@@ -38,24 +39,23 @@ def few(neighbours: int, count: int) -> int:
 
 def join_groups(
     into: torch.Tensor,
-    weight: torch.Tensor,
     features: torch.Tensor,
     groups: list[torch.Tensor],
     counts: list[int],
     neighbours: int,
     centre: float | None = None,
-) -> None:
-    """Merges the tokens of each group around density peaks; writes the result to `into` and `weight`.
+) -> Selection:
+    """Merges the tokens of each group around density peaks.
 
     Args:
-        into: int64 `[N]`, the unit that each unit joins.
-        weight: float32 `[N]`, the weight of each unit in its mean.
+        into: int64 `[N]`, the unit that each unit joins, -1 for the units of groups, which is changed.
         features: float32 `[N, D]`.
         groups: int64 `[m, g]` each: m tokens, each the mean of g units.
-        counts: tokens to keep of each group; a group that keeps none is left out of `into`.
+        counts: tokens to keep of each group; a group that keeps none is dropped.
         neighbours: as in `peak_scores`; fewer for fewer peaks (`few`).
         centre: the least weight of a peak, as in `centre_weights`; None for equal weights.
     """
+    weight = torch.ones(len(into), dtype=torch.float32, device=into.device)
     for group, count in zip(groups, counts, strict=True):
         if count:
             to = joined_peaks(features[group].mean(1), count, few(neighbours, count))
@@ -66,6 +66,7 @@ def join_groups(
                 else centre_weights(to, centre)
             )
             weight[group] = (own / group.shape[1])[:, None].expand(group.shape)
+    return gathered(into, weight)
 
 
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:

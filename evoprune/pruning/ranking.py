@@ -1,5 +1,7 @@
 """Functions that rank tokens, shared by the methods. Ties go by index everywhere."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 
 from evoprune.pruning.indices import ascending
@@ -50,6 +52,29 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 def nearest(unit: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """int64 `[n]`: the index of the most similar of `others` to each row of `unit`; arguments as in `closest`."""
     return closest(unit, others)[1]
+
+
+def greedy(
+    unit: torch.Tensor, near: torch.Tensor, keep: int, score: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """int64 `[keep]`, ascending: rows of `unit` (`[N, D]`), one after another that of the highest score; ties by index.
+
+    Args:
+        near: float32 `[N]`, what the first is scored by.
+        score: from the greatest cosine of each row to the selected ones to its score, `[N]` both.
+    """
+    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
+    for step in range(keep):
+        latest = score(near).masked_fill(selected, -torch.inf).argmax()[None]
+        selected.index_fill_(0, latest, True)  # an index in brackets would synchronise a GPU
+        cosine = snap(unit @ unit.index_select(0, latest)[0])
+        near = torch.maximum(near, cosine) if step else cosine
+    return selected.nonzero().flatten()
+
+
+def of_pairs(kept: Iterable[torch.Tensor], per_pair: int) -> Selection:
+    """The selection of what each frame pair keeps: for each the places, int64, ascending, of its `per_pair`."""
+    return Selection(torch.cat([places + pair * per_pair for pair, places in enumerate(kept)]))
 
 
 def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:

@@ -28,8 +28,10 @@ def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[ran
     return [range(first, last) for first, last in pairwise(edges)]
 
 
-def averaged(index: torch.Tensor, spans: list[range], still: list[torch.Tensor], saved: int) -> torch.Tensor:
-    """Averages the stillest places over time until exactly `saved` units have joined another.
+def averaged(
+    index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
+) -> torch.Tensor | None:
+    """Averages the stillest places over time until exactly `keep` units are left.
 
     Places are averaged over their whole segment; the last one only over as many of its first frame pairs as necessary.
 
@@ -37,11 +39,14 @@ def averaged(index: torch.Tensor, spans: list[range], still: list[torch.Tensor],
         index: int64 `[T, n]`, the numbers of the units.
         spans: the segments, from `segments`.
         still: for each segment, `[n]`, how still each place stands; ties go by index.
+        limit: only places that are stiller than this are averaged.
 
     Returns:
-        int64 `[T, n]`: the unit that each unit joins, itself if it stays.
+        int64 `[T, n]`: the unit that each unit joins, itself if it stays. None: more than `keep` are left.
     """
-    into, n = index.clone(), index.shape[1]
+    into, n, saved = index.clone(), index.shape[1], index.numel() - keep
+    if sum(int((each > limit).sum()) * (len(span) - 1) for span, each in zip(spans, still, strict=True)) < saved:
+        return None
     for best in torch.cat(still).argsort(descending=True, stable=True).tolist():
         if not saved:
             break

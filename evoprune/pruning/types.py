@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from evoprune.pruning.indices import ascending
 
@@ -41,6 +42,15 @@ class Tokens:
     def features(self) -> torch.Tensor:
         """`[N, D]`: the feature of each unit, in raster order, frame pair after frame pair."""
         return self._of_units(self.rows)
+
+    @property
+    def unit(self) -> torch.Tensor:
+        """float32 `[N, D]`: the features, each divided by its length; zeros stay zeros."""
+        return F.normalize(self.features.float(), dim=1)
+
+    def by_pair(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (`[N, ...]`) as `[T, H * W, ...]`: frame pair by frame pair."""
+        return x.view(self.grid[0], -1, *x.shape[1:])
 
     @cached_property
     def attention(self) -> torch.Tensor:
