@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evoprune.errors import VideoError
 from evoprune.video.readers import heartbeat, metadata
-from evoprune.video.sandbox import tasks, worker
+from evoprune.video.sandbox import channel, tasks, worker
 
 C = ctypes.PyDLL(None)  # calls into C keep Python's lock, as a decoder's callbacks may
 PROGRAM = "import sys; sys.path[:] = {paths}; from tests.video.unruly import main; main({socket})"
@@ -100,6 +100,6 @@ def unruly_probe(path, folder_fps):
 
 
 def main(socket: int) -> None:
-    worker.ALIVE_EVERY_S = 0.05
+    channel.ALIVE_EVERY_S = 0.05
     tasks.TASKS["probe"], worker.FrameReader = unruly_probe, UnrulyReader
     worker.main(socket)

@@ -6,8 +6,10 @@ No pickle: a malicious video may have taken over the process that reads it, and 
 import json
 import socket
 import struct
+import time
 
 LARGEST = 2**26  # bytes of a message
+ALIVE_EVERY_S = 1.0  # signs of life come at most this often
 _LENGTH = struct.Struct("<I")
 _ALIVE = _LENGTH.pack(0)
 
@@ -16,12 +18,11 @@ class Channel:
     """One end of a connected Unix socket. Sending and receiving may raise OSError.
 
     Args:
-        end: of the socket.
         descriptors: how many file descriptors a received message may bring, 0 or 1; the caller closes them.
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
-        self._socket, self._descriptors = end, descriptors
+        self._socket, self._descriptors, self._reported = end, descriptors, 0.0
 
     def send(self, message: dict, descriptor: int | None = None) -> None:
         """Send a message. Raises ValueError if it is too large."""
@@ -34,9 +35,12 @@ class Channel:
             head = b""
         self._socket.sendall(head + content)
 
-    def send_alive(self) -> None:
-        """Report progress before there is a message."""
-        self._socket.sendall(_ALIVE)
+    def report_alive(self) -> None:
+        """Report progress before there is a message, unless that was done just now."""
+        now = time.monotonic()
+        if now - self._reported > ALIVE_EVERY_S:
+            self._reported = now
+            self._socket.sendall(_ALIVE)
 
     def receive(self, patience_s: float | None = None) -> tuple[dict, int | None]:
         """The next message, and the descriptor that came with it.

@@ -36,12 +36,7 @@ def warm_up() -> None:
 
 
 def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Run one of `tasks.TASKS`, and return its result as plain data.
-
-    Args:
-        task: its name.
-        path: the video's, for messages.
-        arguments: of the task, plain data.
+    """The result of one of `tasks.TASKS` as plain data. `path` is the video's, for messages.
 
     Raises:
         VideoError: the process crashed or took too much memory, twice, or made no progress for `process.SILENCE_S`.
@@ -49,10 +44,9 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
         What the task raises.
     """
     if not POSSIBLE:
-        from evoprune.video.sandbox.tasks import TASKS
+        from evoprune.video.sandbox.tasks import run
 
-        result = TASKS[task](**arguments)
-        return result and asdict(result)
+        return run(task, arguments)
     try:
         return _run_once(task, path, arguments)
     except Crash:
@@ -61,7 +55,7 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
 
 def _run_once(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     with pool.borrow(path) as worker:
-        worker.ask(task, arguments)
+        worker.send(worker.request(task, arguments))
         return worker.answer()
 
 
@@ -73,25 +67,21 @@ def stream_frames(
     The worker fills one array while the caller uses the one before it, in memory that both processes share.
 
     Args:
-        info: the video.
         times_s: seconds from the first frame, ascending.
-        decoder: `pyav` or `decord`.
+        decoder: as of `frames.choose_decoder`.
         sizes: frames of each array, at least one array; their sum is the number of times.
 
     Raises:
         What `run_task` raises, while iterating.
     """
-    if not POSSIBLE:
-        yield from _stream_here(info, times_s, decoder, sizes)
-        return
-    done = 0
+    stream, done = _stream_once if POSSIBLE else _stream_here, 0
     try:
-        with closing(_stream_once(info, times_s, decoder, sizes)) as arrays:
+        with closing(stream(info, times_s, decoder, sizes)) as arrays:
             for filled in arrays:
                 done += 1
                 yield filled
     except Crash:
-        yield from _stream_once(info, times_s[sum(sizes[:done]) :], decoder, sizes[done:])
+        yield from stream(info, times_s[sum(sizes[:done]) :], decoder, sizes[done:])
 
 
 def _stream_here(

@@ -14,14 +14,11 @@ PIECES = 3
 
 
 class FrameMemory:
-    """Shared memory for the frames of one video, array after array.
+    """Shared memory for the frames of one video, array after array; `size` is the bytes of the largest.
 
     A piece is used again once nobody holds its array or a view of it. New memory would come from the system page by page, in
     both processes, which takes as long as decoding a picture. Callers that hold more than `PIECES` arrays get further ones
     in memory of their own.
-
-    Args:
-        size: bytes of the largest array.
     """
 
     def __init__(self, size: int):
@@ -41,11 +38,11 @@ class FrameMemory:
         """
         import numpy as np
 
-        size = prod(shape)
+        size, descriptor = prod(shape), None
         if self._forks != _forks:  # a forked copy may hold arrays that this process has released: do not reuse them
             self._forks, self._pieces, self._free = _forks, [], []
         if self._free:
-            number, descriptor = self._free.pop(), None
+            number = self._free.pop()
         elif (
             len(self._pieces) < PIECES and 2 * size > self._size
         ):  # a video's last array may be small, and held for long
@@ -53,11 +50,11 @@ class FrameMemory:
             number = len(self._pieces)
             self._pieces.append(piece)
         else:
-            own, descriptor = shared_memory(size)
-            return np.frombuffer(own, np.uint8).reshape(shape), None, descriptor
-        whole = np.frombuffer(self._pieces[number], np.uint8, size)  # all views of it keep this array alive
-        weakref.finalize(whole, self._free.append, number).atexit = False
-        return whole.reshape(shape), number, descriptor
+            piece, descriptor = shared_memory(size)
+            return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
+        array = np.frombuffer(self._pieces[number], np.uint8, size)  # all views of it keep this array alive
+        weakref.finalize(array, self._free.append, number).atexit = False
+        return array.reshape(shape), number, descriptor
 
 
 def shared_memory(size: int) -> tuple[mmap.mmap, int]:

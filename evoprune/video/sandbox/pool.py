@@ -27,10 +27,8 @@ def _take() -> WorkerProcess | None:
     """An idle process that is alive. What ended one that idled is not the next video's fault."""
     while True:
         with _lock:
-            if not _idle:
-                return None
-            worker = _idle.pop()
-        if worker.alive():
+            worker = _idle.pop() if _idle else None
+        if worker is None or worker.alive():
             return worker
         worker.end()
 
@@ -42,14 +40,11 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
     Raises:
         OutOfMemory: no process can be started.
     """
-    worker = _take()
-    if worker is None:
-        try:
-            worker = WorkerProcess()
-        except OSError as error:
-            raise OutOfMemory(
-                f"cannot start the process that reads videos: {error.strerror}", "close other programs", stage="read"
-            ) from error
+    try:
+        worker = _take() or WorkerProcess()
+    except OSError as error:
+        message = f"cannot start the process that reads videos: {error.strerror}"
+        raise OutOfMemory(message, "close other programs", stage="read") from error
     worker.path = path
     try:
         yield worker

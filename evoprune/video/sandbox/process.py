@@ -32,11 +32,7 @@ class Crash(VideoError):
 
 
 class WorkerProcess:
-    """A process that reads videos, one request at a time.
-
-    Attributes:
-        path: the video that it reads, for messages.
-        busy: whether a request is unanswered.
+    """A process that reads videos, one request at a time: `path` names the video in messages, `busy` says that one is unanswered.
 
     Raises:
         OSError: the process cannot be started.
@@ -65,19 +61,10 @@ class WorkerProcess:
         self.pid = self._process.pid
 
     def alive(self) -> bool:
-        """Whether the process has not ended."""
         return self._process.poll() is None
 
-    def ask(self, task: str, arguments: dict[str, Any]) -> None:
-        """Request a task; `answer` returns its result."""
-        self._send(self.request(task, arguments))
-
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The message that requests a task.
-
-        Raises:
-            VideoError: the path is relative to a working directory that no longer exists.
-        """
+        """The message that requests a task. Raises VideoError if its path is relative to a folder that no longer exists."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
@@ -85,15 +72,10 @@ class WorkerProcess:
         return {"task": task, "folder": folder, "arguments": arguments}
 
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
-        """Request the next frames.
-
-        Args:
-            memory: where the array is taken from.
-            shape: `(n, H, W, 3)`.
-            more: further entries of the message.
+        """Request the next frames, with further entries of the message.
 
         Returns:
-            uint8 of that shape, which holds the frames after `answer` has returned.
+            uint8 `[n, H, W, 3]` from that memory, which holds the frames after `answer` has returned.
 
         Raises:
             VideoError: a limit on the size of files forbids such memory. MemoryError: there is none.
@@ -103,18 +85,18 @@ class WorkerProcess:
         except OSError as error:
             self.busy = True  # in the middle of a video, so the process cannot serve another one
             if error.errno == errno.EFBIG:
-                raise VideoError(
-                    "the limit on the size of files is below that of a few frames", "ulimit -f unlimited"
-                ) from error
+                message = "the limit on the size of files is below that of a few frames"
+                raise VideoError(message, "ulimit -f unlimited") from error
             raise MemoryError(f"no memory for frames: {error.strerror}") from error
         try:
-            self._send({"shape": shape, "piece": number, **more}, descriptor)
+            self.send({"shape": shape, "piece": number, **more}, descriptor)
         finally:
             if descriptor is not None:
                 os.close(descriptor)
         return frames
 
-    def _send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
+    def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
+        """Send a request, which `answer` answers. Raises Crash."""
         self.busy = True
         try:
             self._channel.send(message, descriptor)
@@ -133,9 +115,8 @@ class WorkerProcess:
         try:
             message, _ = self._channel.receive(SILENCE_S)
         except TimeoutError as error:
-            raise VideoError(
-                f"reading {self.path} has come to a standstill: nothing for {SILENCE_S:g} s", HINT
-            ) from error
+            message = f"reading {self.path} has come to a standstill: nothing for {SILENCE_S:g} s"
+            raise VideoError(message, HINT) from error
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error
         # An earlier video in the same process may have taken the memory, so this is a crash: it is tried again.
@@ -157,8 +138,8 @@ class WorkerProcess:
         if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
             hint = "close other programs, give the container more memory, or convert the video to a smaller size"
             return OutOfMemory(f"out of memory: the system ended the decoder of {self.path}", hint, stage="read")
-        how = "its answer is invalid" if code is None else signal.strsignal(-code) if code < 0 else f"exit code {code}"
-        problem = Crash(f"the decoder crashed on {self.path} ({how})", HINT)
+        end = "its answer is invalid" if code is None else signal.strsignal(-code) if code < 0 else f"exit code {code}"
+        problem = Crash(f"the decoder crashed on {self.path} ({end})", HINT)
         problem.add_note(os.pread(self._stderr.fileno(), 2**16, 0).decode(errors="replace"))
         return problem
 

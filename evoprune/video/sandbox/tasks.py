@@ -1,9 +1,7 @@
-"""Everything that is done with FFmpeg and Pillow, by name.
+"""Everything that is done with FFmpeg and Pillow, by name: in the worker process, or in this one where that is not possible."""
 
-It runs in the worker process, or in this one where `isolation` is not possible.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,12 @@ def check_decord(info: dict[str, Any] | None) -> None:
 TASKS = {"probe": metadata.probe, "scan": scan.scan, "check_decord": check_decord, "subtitles": subtitles.read}
 
 
+def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a task as plain data."""
+    result = TASKS[task](**arguments)
+    return result and asdict(result)
+
+
 def _reader(info: VideoInfo, decoder: str):
     """The module that reads such a file."""
     if info.kind == PICTURE:
@@ -33,19 +37,12 @@ def _reader(info: VideoInfo, decoder: str):
 
 
 class FrameReader:
-    """The frames on screen at given times, in order; see `frames.read_frames`.
-
-    Args:
-        info: the video.
-        times_s: seconds from the first frame, ascending.
-        decoder: as of `frames.choose_decoder`.
-    """
+    """The frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
 
     def __init__(self, info: VideoInfo, times_s: Sequence[float], decoder: str):
-        reader = _reader(info, decoder)
         heartbeat.picture_size(info.width * info.height)
         self._damaged: set[int | None] = set()
-        self._frames: Iterator[tuple[float, np.ndarray]] = reader.read(info, times_s, self._damaged.add)
+        self._frames = _reader(info, decoder).read(info, times_s, self._damaged.add)
 
     def fill(self, frames: np.ndarray) -> tuple[list[float], int]:
         """Write the next frames into uint8 `[n, H, W, 3]`.
@@ -55,8 +52,7 @@ class FrameReader:
         """
         times, before = [], len(self._damaged)
         for slot in frames:
-            time, rgb = next(self._frames)
-            slot[:] = rgb
+            time, slot[:] = next(self._frames)
             times.append(time)
             heartbeat.alive()
         return times, len(self._damaged) - before

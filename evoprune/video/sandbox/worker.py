@@ -15,10 +15,8 @@ import resource
 import select
 import signal
 import socket
-import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict
 from math import prod
 from typing import Any
 
@@ -28,10 +26,8 @@ from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.info import VideoInfo
 from evoprune.video.readers import heartbeat
 from evoprune.video.sandbox.channel import Channel
-from evoprune.video.sandbox.tasks import TASKS, FrameReader
+from evoprune.video.sandbox.tasks import FrameReader, run
 
-# Progress is reported at most this often, in seconds.
-ALIVE_EVERY_S = 1.0
 # Memory that any video may take, in bytes: libraries, stacks of threads, the tables of a long file, one large picture.
 BASE_BYTES = 2**30
 # And for each pixel of a picture: 16 reference pictures, one picture in each of 16 threads, and some in queues, of up to
@@ -44,7 +40,7 @@ def main(descriptor: int) -> None:
     _end_with(0)
     _confine()
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
-    heartbeat.alive, heartbeat.picture_size = _Progress(channel).report, _allow
+    heartbeat.alive, heartbeat.picture_size = channel.report_alive, _allow
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
         _serve(channel)
 
@@ -75,8 +71,8 @@ def _confine() -> None:
 
 def _allow(pixels: int) -> None:
     """Raise the memory limit to what decoding pictures of that size needs."""
-    wanted, (current, _) = BASE_BYTES + BYTES_PER_PIXEL * pixels, resource.getrlimit(resource.RLIMIT_DATA)
-    if wanted > current:
+    wanted = BASE_BYTES + BYTES_PER_PIXEL * pixels
+    if wanted > resource.getrlimit(resource.RLIMIT_DATA)[0]:
         _limit(wanted)
 
 
@@ -84,19 +80,6 @@ def _limit(memory: int) -> None:
     """Set the memory limit in bytes, within the hard limit."""
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (memory if most == resource.RLIM_INFINITY else min(memory, most), most))
-
-
-class _Progress:
-    """Sends signs of life, at most one in `ALIVE_EVERY_S`."""
-
-    def __init__(self, channel: Channel):
-        self._channel, self._last = channel, 0.0
-
-    def report(self) -> None:
-        now = time.monotonic()
-        if now - self._last > ALIVE_EVERY_S:
-            self._last = now
-            self._channel.send_alive()
 
 
 def _serve(channel: Channel) -> None:
@@ -117,7 +100,7 @@ def _serve(channel: Channel) -> None:
                 result = reader.fill(pieces[piece][: prod(shape)].reshape(shape))
             answer = {"result": result}
         except EvopruneError as problem:
-            answer = _error(problem)
+            answer = {"error": {name: getattr(problem, name) for name in ("type", "message", "hint", "stage")}}
         except MemoryError:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
@@ -138,8 +121,7 @@ def _begin(task: str, folder: str | None, arguments: dict[str, Any]) -> tuple[Fr
             raise VideoError(f"cannot enter {folder}: {error.strerror}", "give the whole path of the video") from error
     if task == "frames":
         return FrameReader(VideoInfo(**arguments.pop("info")), **arguments), None
-    result = TASKS[task](**arguments)
-    return None, result and asdict(result)
+    return None, run(task, arguments)
 
 
 def _mapped(descriptor: int) -> np.ndarray:
@@ -149,7 +131,3 @@ def _mapped(descriptor: int) -> np.ndarray:
             return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
         except OSError as error:
             raise MemoryError(f"no memory for frames: {error.strerror}") from error
-
-
-def _error(problem: EvopruneError) -> dict:
-    return {"error": {"type": problem.type, "message": problem.message, "hint": problem.hint, "stage": problem.stage}}
