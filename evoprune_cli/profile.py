@@ -134,10 +134,10 @@ def _measured(
     swept = settings.Settings(**asked)
     usual = swept.time_limit_s
     limit = time_limit.TimeLimit(usual if seconds is None else seconds, begun=begun, firm=seconds is not None)
-    if found := weights.describe(options):
-        estimate = time_limit.Estimate(*found[:2], swept, *found[2:], bind)
-        rows = time_limit.choose_rows(bench.all_rows(cases, swept), swept.quantize, estimate, limit)
-        how = {"rows": rows, "estimated": estimate.row}
+    if found := weights.outline(options):
+        expected, preparing = time_limit.estimate(bench.all_rows(cases, swept), swept, found, bind)
+        rows = time_limit.choose_rows(expected, swept.quantize, preparing, limit)
+        how = {"rows": rows, "estimated": expected.__getitem__}
     swept = replace(swept, time_limit_s=limit.seconds)
     show("loading model" + f" (the run takes about {limit.seconds:.0f} s)" * (limit.seconds > usual and not limit.firm))
     loaded = weights.load(options, cases)

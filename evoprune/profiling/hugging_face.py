@@ -12,14 +12,21 @@ def hugging_face_config(config: Config):
     """`Qwen2_5_VLConfig` or `Qwen2VLConfig` with the same numbers."""
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
-    rope = {"rope_type": "default"} | config.text_config.rope_parameters
-    kind = {QWEN2_5: Qwen2_5_VLConfig, QWEN2: Qwen2VLConfig}[config.vision_config.family]
-    return kind(
-        vision_config=_vision(config.vision_config),
-        text_config=_plain(config.text_config)
-        | {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": config.text_config.eos_token_id},
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    of_vision, text = config.vision_config, config.text_config
+    vision = {name: value for name, value in _plain(of_vision).items() if name != "family"}
+    if of_vision.family == QWEN2:
+        vision |= {"embed_dim": of_vision.hidden_size, "hidden_size": of_vision.out_hidden_size}
+        vision |= {"mlp_ratio": of_vision.intermediate_size // of_vision.hidden_size}
+    rope = {"rope_type": "default"} | text.rope_parameters
+    special = {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": text.eos_token_id}
+    kind = {QWEN2_5: Qwen2_5_VLConfig, QWEN2: Qwen2VLConfig}[of_vision.family]
+    tied = config.tie_word_embeddings
+    return kind(vision_config=vision, text_config=_plain(text) | special, tie_word_embeddings=tied)
+
+
+def _plain(config: VisionConfig | TextConfig) -> dict:
+    known = {name: value for name, value in asdict(config).items() if value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
 
 
 def hugging_face_model(model: QwenVL):
@@ -30,36 +37,14 @@ def hugging_face_model(model: QwenVL):
     kind = {QWEN2_5: Qwen2_5_VLForConditionalGeneration, QWEN2: Qwen2VLForConditionalGeneration}[family]
     with torch.device("meta"):
         made = kind._from_config(hugging_face_config(model.config), dtype=model.dtype, attn_implementation="sdpa")
-    return _share(made, model)
-
-
-def _vision(config: VisionConfig) -> dict:
-    plain = _plain(config)
-    del plain["family"]
-    if config.family == QWEN2_5:
-        return plain
-    return plain | {
-        "embed_dim": config.hidden_size,
-        "hidden_size": config.out_hidden_size,
-        "mlp_ratio": config.intermediate_size // config.hidden_size,
-    }
-
-
-def _plain(config: VisionConfig | TextConfig) -> dict:
-    known = {name: value for name, value in asdict(config).items() if value is not None}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
-
-
-def _share(made, own):
-    made.load_state_dict(own.state_dict(), strict=True, assign=True)
+    made.load_state_dict(model.state_dict(), strict=True, assign=True)
     made.tie_weights()
-    device = next(own.parameters()).device
     # Rotary frequencies follow from the config, and are not part of the weights.
     for parent in list(made.modules()):
         for name, child in parent.named_children():
             if hasattr(child, "inv_freq"):
                 # The tower's module has no config before transformers 5.17.
                 given = (child.config,) if hasattr(child, "config") else (child.dim, child.theta)
-                with device:
+                with model.device:
                     setattr(parent, name, type(child)(*given))
     return made.eval().requires_grad_(False)

@@ -15,14 +15,13 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.methods.pipeline import Pipeline
-from evoprune.model.config import Config
 from evoprune.model.cost import EFFICIENCY, matmul_rate, prefill_flop, tower_flop
 from evoprune.model.weights import empty
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, case_grid
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Row
 from evoprune.profiling.settings import Settings
+from evoprune.profiling.weights import ModelOutline
 from evoprune.pruning.budget import keep_count
-from evoprune.video.plan import InputLimits
 from evoprune.vision.tower import tower_shape
 
 LIBRARIES_S = 4.0  # to import transformers
@@ -86,49 +85,38 @@ def _least(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.kind in (HUGGING_FACE, FULL) or row is method]
 
 
-class Estimate:
-    """Seconds of rows and of what comes before them, estimated before anything is loaded.
+def estimate(
+    rows: Sequence[Row],
+    settings: Settings,
+    model: ModelOutline,
+    bind: Callable[[Pipeline], Pipeline] = lambda method: method,
+) -> tuple[dict[Row, float], Callable[[Collection[str]], float]]:
+    """Seconds of a turn of each row; and a function from quantisations of the weights to the seconds until the first turn.
 
     Args:
-        limits: of the model's videos.
-        dtype, device: of the weights.
+        model: what is known of it before it is loaded.
         bind: gives a method what belongs to the model (`pipeline.recipes.of_model`).
     """
+    config, limits, dtype, device = model
+    tree, text = empty(config), config.text_config
+    tower, parts = tower_shape(tree.model.visual), (tree, tree.model.language_model)
+    whole, language = (sum(weight.numel() for weight in part.parameters()) * dtype.itemsize for part in parts)
+    rate, (written, read) = EFFICIENCY * matmul_rate(dtype, str(device)), _memory_rates(str(device))
 
-    def __init__(
-        self,
-        config: Config,
-        limits: InputLimits,
-        settings: Settings,
-        dtype: torch.dtype,
-        device: str,
-        bind: Callable[[Pipeline], Pipeline] = lambda method: method,
-    ):
-        self._config, self._limits, self._settings, self._bind = config, limits, settings, bind
-        tree = empty(config)
-        self._tower = tower_shape(tree.model.visual)
-        self._weights, self._language = (
-            sum(weight.numel() for weight in part.parameters()) * dtype.itemsize
-            for part in (tree, tree.model.language_model)
-        )
-        self._rate = EFFICIENCY * matmul_rate(dtype, device)
-        self._written, self._read = _memory_rates(device)
-
-    def row(self, row: Row) -> float:
-        """Seconds of a turn."""
-        method = self._bind(self._settings.parse(row.method)) if row.kind == METHOD else Pipeline()
-        grid, text = case_grid(row.case, self._limits), self._config.text_config
-        plan = method.plan(self._tower, grid, keep_count(row.budget, prod(grid)))
+    def turn(row: Row) -> float:
+        method = bind(settings.parse(row.method)) if row.kind == METHOD else Pipeline()
+        grid = case_grid(row.case, limits)
+        plan = method.plan(tower, grid, keep_count(row.budget, prod(grid)))
         prompt = method.prompt_work(text.num_hidden_layers, plan.keep, TEXT_BEFORE + TEXT_AFTER, row.budget)
-        windows = self._tower.windows(*plan.grid[1:])
-        flop = tower_flop(self._config.vision_config, [*plan.layers, plan.rows], plan.grid[0], windows)
-        flop += prefill_flop(text, prompt)
-        return flop / self._rate + (self._settings.new_tokens - 1) * self._language / self._read
+        layers, windows = [*plan.layers, plan.rows], tower.windows(*plan.grid[1:])
+        flop = tower_flop(config.vision_config, layers, plan.grid[0], windows) + prefill_flop(text, prompt)
+        return flop / rate + (settings.new_tokens - 1) * language / read
 
-    def preparing(self, kinds: Collection[str]) -> float:
-        """Seconds until the first turn, with these quantisations of the weights."""
-        quantized = sum(PASSES[kind] * self._language for kind in kinds if kind != "none")
-        return LIBRARIES_S + (PASSES["none"] * self._weights + quantized) / self._written
+    def preparing(kinds: Collection[str]) -> float:
+        quantized = sum(PASSES[kind] * language for kind in kinds if kind != "none")
+        return LIBRARIES_S + (PASSES["none"] * whole + quantized) / written
+
+    return {row: turn(row) for row in rows}, preparing
 
 
 def _memory_rates(device: str, size: int = 2**26) -> tuple[float, float]:
@@ -145,19 +133,24 @@ def _memory_rates(device: str, size: int = 2**26) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
-def choose_rows(rows: Sequence[Row], kinds: Sequence[str], estimate: Estimate, limit: TimeLimit) -> list[Row]:
+def choose_rows(
+    expected: Mapping[Row, float], kinds: Sequence[str], preparing: Callable[[Collection[str]], float], limit: TimeLimit
+) -> list[Row]:
     """The rows that are loaded for: those of as many quantisations `kinds` as can be prepared, as far as they end in time.
 
     Where even the least does not, a limit that is not firm is raised to what that takes.
+
+    Args:
+        expected, preparing: from `estimate`.
 
     Raises:
         UsageError: the least that can be measured takes longer than a firm limit.
     """
     for count in range(len(kinds), 0, -1):
-        prepared = [row for row in rows if row.quantize in ("none", *kinds[:count])]
-        left = limit.left - estimate.preparing(kinds[:count])
-        chosen = fitting(prepared, estimate.row, left)
-        missing = sum(map(estimate.row, chosen)) - left
+        prepared = [row for row in expected if row.quantize in ("none", *kinds[:count])]
+        left = limit.left - preparing(kinds[:count])
+        chosen = fitting(prepared, expected.__getitem__, left)
+        missing = sum(expected[row] for row in chosen) - left
         if missing <= 0:
             return chosen
     needed = math.ceil(limit.seconds + missing)

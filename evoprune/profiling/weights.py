@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,8 +34,17 @@ def default_load_format(name: str) -> str:
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
-def describe(options: ModelOptions) -> tuple[Config, InputLimits, torch.dtype, torch.device] | None:
-    """What is known of a model before it is loaded: config, limits of its videos, dtype and device; None if only loading tells.
+class ModelOutline(NamedTuple):
+    """What is known of a model before it is loaded. `limits`: of its videos. `dtype`, `device`: of the weights."""
+
+    config: Config
+    limits: InputLimits
+    dtype: torch.dtype
+    device: torch.device
+
+
+def outline(options: ModelOptions) -> ModelOutline | None:
+    """The model without its weights; None if only loading tells.
 
     Raises:
         What `load_model` raises.
@@ -44,7 +54,7 @@ def describe(options: ModelOptions) -> tuple[Config, InputLimits, torch.dtype, t
         return None
     config, limits = describe_model(name, revision=None if random else options.revision, offline=options.offline)
     place = pick_device(options.device)
-    return config, limits[VIDEO], DTYPES[pick_dtype(options.dtype, place, is_demo=name in DEMOS)], place
+    return ModelOutline(config, limits[VIDEO], DTYPES[pick_dtype(options.dtype, place, is_demo=name in DEMOS)], place)
 
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
@@ -53,7 +63,7 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
     Raises:
         UsageError: a case cannot be cut into merge units. OutOfMemory: there is too little memory. What `load_model` raises.
     """
-    if found := describe(options):
+    if found := outline(options):
         config, limits, dtype, place = found
         weights = sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
         working = min(working_memory(config, case, limits, dtype.itemsize) for case in cases)

@@ -20,7 +20,7 @@ from evoprune.profiling.results import BOUND, FULL, HUGGING_FACE, METHOD, Case, 
 from evoprune.profiling.run import measure, paced
 from evoprune.profiling.runners import run_evoprune, run_hugging_face
 from evoprune.profiling.settings import Settings
-from evoprune.profiling.time_limit import Estimate, TimeLimit, choose_rows, fitting
+from evoprune.profiling.time_limit import TimeLimit, choose_rows, estimate, fitting
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.video.info import VIDEO
 from evoprune.video.probe import probe
@@ -232,17 +232,16 @@ def test_rows_that_would_end_too_late_are_left_out_and_named(loaded):
 
 
 def test_the_least_is_refused_before_anything_is_loaded(saved):
-    described = weights.describe(ModelOptions(str(saved), dtype="fp32"))
     rows = bench.all_rows([CASE, OTHER], SETTINGS)
-    estimate = Estimate(*described[:2], SETTINGS, *described[2:])
-    assert 0 < estimate.row(rows[2]) < estimate.row(rows[1]) == estimate.row(rows[0])
+    expected, preparing = estimate(rows, SETTINGS, weights.outline(ModelOptions(str(saved), dtype="fp32")))
+    assert list(expected) == rows and 0 < expected[rows[2]] < expected[rows[1]] == expected[rows[0]]
     with pytest.raises(UsageError, match=r"takes about \d+ s, the time limit is 1 s") as problem:
-        choose_rows(rows, ["none"], estimate, TimeLimit(1))
+        choose_rows(expected, ["none"], preparing, TimeLimit(1))
     assert "--time-limit" in problem.value.hint
     usual = TimeLimit(1, firm=False)
-    least = choose_rows(rows, ["none"], estimate, usual)
+    least = choose_rows(expected, ["none"], preparing, usual)
     assert [row.kind for row in least] == [HUGGING_FACE, FULL, METHOD] and usual.seconds > 1
-    assert choose_rows(rows, ["none"], estimate, TimeLimit(1e6)) == rows
+    assert choose_rows(expected, ["none"], preparing, TimeLimit(1e6)) == rows
 
 
 @pytest.mark.parametrize(
