@@ -1,4 +1,4 @@
-"""From scores to the rows of a table."""
+"""From trials to the rows of a table."""
 
 from collections import defaultdict
 from statistics import mean, median
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.tuning.search import Candidate, Known
+from evoprune.tuning.search import Candidate, Known, Trial
 from evoprune.tuning.statistics import bounds, design_effect, smoothed
 
 SAME_TIME = 0.05  # medians of times that differ by less are taken as equal
@@ -20,11 +20,11 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     the time to the first token / that with nothing pruned, the median over videos and over candidates with the same work.
     `passes`: the interval lies at or above the goal. `frontier`: no other is at least as fast and agrees more.
     """
-    tried = {candidate: scores for candidate, scores in known.items() if scores.tokens}
-    effect = design_effect([(np.array(s.agree, float), np.array(s.tokens, float)) for s in tried.values()])
+    tried = {candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials}  # of tuples
+    effect = design_effect([(np.array(seen.agree, float), np.array(seen.tokens, float)) for seen in tried.values()])
     rows, shares, times = [], _estimates(tried), _times(tried)
-    for candidate, scores in tried.items():
-        tokens, videos, share = sum(scores.tokens), len(scores.tokens), shares[candidate]
+    for candidate, seen in tried.items():
+        tokens, videos, share, kl = sum(seen.tokens), len(seen.tokens), shares[candidate], np.concatenate(seen.kl)
         low, high = bounds(share, tokens, videos, effect)
         rows.append(
             {
@@ -34,16 +34,16 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
                 "videos": videos,
                 "tokens": tokens,
                 "agreement": share,
-                "observed": scores.share,
+                "observed": sum(seen.agree) / tokens,
                 "low": low,
                 "high": high,
-                "kl": float(np.mean(scores.kl)),
-                "kl_p95": float(np.percentile(scores.kl, 95)),
-                "first_token_ms": 1000 * float(np.median(scores.first_s)),
-                "full_first_token_ms": 1000 * float(np.median(scores.full_s)),
+                "kl": float(np.mean(kl)),
+                "kl_p95": float(np.percentile(kl, 95)),
+                "first_token_ms": 1000 * float(np.median(seen.first_s)),
+                "full_first_token_ms": 1000 * float(np.median(seen.full_s)),
                 "first_token": times[candidate],
-                "kept_share": float(np.mean(scores.kept)),
-                "live_share": float(np.mean(scores.live)),
+                "kept_share": float(np.mean(seen.kept)),
+                "live_share": float(np.mean(seen.live)),
                 "passes": low >= goal,
             }
         )
@@ -52,25 +52,25 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["first_token"])
 
 
-def _estimates(tried: Known) -> dict[Candidate, float]:
+def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
     """The agreement of each candidate, estimated among those that were tried on as many videos."""
     made = {}
-    for videos in {len(scores.tokens) for scores in tried.values()}:
-        group = {candidate: scores for candidate, scores in tried.items() if len(scores.tokens) == videos}
-        sums = [(sum(s.agree), sum(s.tokens), np.mean(s.kl)) for s in group.values()]
+    for videos in {len(seen.tokens) for seen in tried.values()}:
+        group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
+        sums = [(sum(seen.agree), sum(seen.tokens), np.mean(np.concatenate(seen.kl))) for seen in group.values()]
         made |= dict(zip(group, smoothed(*map(np.array, zip(*sums, strict=True))).tolist(), strict=True))
     return made
 
 
-def _times(tried: Known) -> dict[Candidate, float]:
+def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
     """`first_token` of each candidate.
 
     Settings of a method that compute as many rows and keep as many tokens do the same work. What differs in their times is noise.
     """
     of_work = defaultdict(list)
     works = {c: (c.method.partition(":")[0], round(mean(s.kept), 6), round(mean(s.live), 6)) for c, s in tried.items()}
-    for candidate, scores in tried.items():
-        of_work[works[candidate]] += [first / full for first, full in zip(scores.first_s, scores.full_s, strict=True)]
+    for candidate, seen in tried.items():
+        of_work[works[candidate]] += [first / full for first, full in zip(seen.first_s, seen.full_s, strict=True)]
     return {candidate: median(of_work[work]) for candidate, work in works.items()}
 
 

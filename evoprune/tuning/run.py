@@ -24,7 +24,7 @@ from evoprune.pipeline.tuned import Tuned
 from evoprune.text import counted
 from evoprune.tuning.full_answers import TOKENS, Answering, FullAnswers, Progress, encode
 from evoprune.tuning.results import recommended, result_rows
-from evoprune.tuning.search import Candidate, Known, Scores, candidates, search
+from evoprune.tuning.search import Candidate, Known, Trial, candidates, search
 from evoprune.tuning.statistics import least_tokens, provable
 
 GENERAL = (
@@ -153,7 +153,7 @@ class Tuning(Run):
 
     def __init__(self, settings: Settings, now: Callable[[], float] = time.perf_counter):
         super().__init__(settings, now)
-        self.known: Known = {made: Scores() for made in candidates(settings.budgets, settings.methods)}
+        self.known: Known = {made: [] for made in candidates(settings.budgets, settings.methods)}
         if not self.known:
             raise UsageError("no candidate prunes anything", "give budgets below 1 (-b 0.25,0.1)")
 
@@ -166,7 +166,7 @@ class Tuning(Run):
     @property
     def has_results(self) -> bool:
         """Whether anything was tried."""
-        return any(scores.tokens for scores in self.known.values())
+        return any(self.known.values())
 
     @property
     def worth_saving(self) -> bool:
@@ -187,11 +187,11 @@ class Tuning(Run):
         if warning := self._too_few():
             note(warning)
 
-        def trial(candidate: Candidate, video: int) -> None:
+        def trial(candidate: Candidate, video: int) -> Trial:
             if video not in held:
                 held.clear()  # the frames and rows of the video before
                 held[video] = SharedFrames(), SharedRows()
-            self._try(candidate, made[video], *held[video])
+            return self._try(candidate, made[video], *held[video])
 
         goal = self.settings.agree
         trials = search(self.known, len(made), goal, trial, lambda: self.left_s, lambda video: made[video].took_s)
@@ -223,21 +223,21 @@ class Tuning(Run):
             "error": error,
         }
 
-    def _try(self, candidate: Candidate, full: FullAnswers, frames: SharedFrames, rows: SharedRows) -> None:
-        """Adds to what is known of a candidate what a video shows."""
-        start, scores = self._now(), self.known[candidate]
+    def _try(self, candidate: Candidate, full: FullAnswers, frames: SharedFrames, rows: SharedRows) -> Trial:
+        start = self._now()
         engine = make_engine(self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed))
         video, seconds = encode(engine, full.path, self.settings.sampling, frames, rows)
-        made = [agreement(given, video) for given in full.references]
-        scores.agree.append(sum(int(one.agrees.sum()) for one in made))
-        scores.tokens.append(full.tokens)
-        scores.kl += [value for one in made for value in one.kl.tolist()]
-        scores.first_s.append(seconds + made[0].seconds)
-        scores.full_s.append(full.first_s)
-        pruning = video.report.pruning
-        scores.kept.append(pruning.visual_tokens_kept / pruning.visual_tokens_in)
-        scores.live.append(pruning.encoder_live_share)
-        scores.took_s.append(self._now() - start)
+        made, pruning = [agreement(given, video) for given in full.references], video.report.pruning
+        return Trial(
+            agree=sum(int(one.agrees.sum()) for one in made),
+            tokens=full.tokens,
+            kl=[value for one in made for value in one.kl.tolist()],
+            first_s=seconds + made[0].seconds,
+            full_s=full.first_s,
+            took_s=self._now() - start,
+            kept=pruning.visual_tokens_kept / pruning.visual_tokens_in,
+            live=pruning.encoder_live_share,
+        )
 
     def _too_few(self) -> str | None:
         """A sentence that says so where nothing could pass even if all tokens agreed."""
@@ -259,11 +259,10 @@ class Tuning(Run):
         if answering.tokens < TOKENS[0] or answering.asked < len(settings.questions):
             asked = f"{answering.asked} of {counted(len(settings.questions), 'question')}"
             made.append(f"the time limit allowed answers of {answering.tokens} tokens to {asked}")
-        tried = any(scores.tokens for scores in known)
-        if tried and (fewer := sum(len(scores.tokens) < len(answering.made) for scores in known)):
-            made.append(
-                f"{fewer} of {len(known)} settings were not tried on all videos: the time went to the better ones"
-            )
+        fewer = sum(len(trials) < len(answering.made) for trials in known)
+        if self.has_results and fewer:
+            said = "settings were not tried on all videos: the time went to the better ones"
+            made.append(f"{fewer} of {len(known)} {said}")
         return [note for note in made if note]
 
     def _best(self) -> str:

@@ -4,9 +4,10 @@ All candidates see the first videos, the most promising see them all. Nothing is
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from statistics import mean, median
+from typing import NamedTuple
 
 from evoprune import methods
 
@@ -46,49 +47,43 @@ def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[
     return [Candidate(name, budget) for name, budget in pairs if named[name].acts_at(budget)]
 
 
-@dataclass
-class Scores:
-    """What is known of a candidate; lists have an entry a video.
+class Trial(NamedTuple):
+    """What a video shows of a candidate.
 
     Attributes:
         agree, tokens: tokens of the full answers at which the first choice is the full model's, and all of them.
-        kl: of every token of all videos.
-        first_s, full_s: seconds to the first token, of the candidate and with nothing pruned.
-        took_s: seconds that the trial took.
+        kl: of every token.
+        first_s, full_s: seconds to the first token, of the candidate and with nothing pruned; `took_s`: of the trial.
         kept, live: share of the visual tokens kept, and of the tower's rows computed.
     """
 
-    agree: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    first_s: list[float] = field(default_factory=list)
-    full_s: list[float] = field(default_factory=list)
-    took_s: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
-    live: list[float] = field(default_factory=list)
-
-    @property
-    def share(self) -> float:
-        """Of tokens that agree."""
-        return sum(self.agree) / sum(self.tokens)
-
-    @property
-    def ratio(self) -> float:
-        """First-token time / that with nothing pruned, the median over videos."""
-        return median(first / full for first, full in zip(self.first_s, self.full_s, strict=True))
+    agree: int
+    tokens: int
+    kl: list[float]
+    first_s: float
+    full_s: float
+    took_s: float
+    kept: float
+    live: float
 
 
-Known = dict[Candidate, Scores]
+Known = dict[Candidate, list[Trial]]
+
+
+def observed(trials: Sequence[Trial]) -> float:
+    """The share of tokens that agree."""
+    return sum(trial.agree for trial in trials) / sum(trial.tokens for trial in trials)
 
 
 def promising(known: Known, goal: float) -> list[Candidate]:
     """Those that reach the goal, the fastest first; then the others, the most agreeing first."""
 
     def key(candidate: Candidate) -> tuple[bool, float]:
-        scores = known[candidate]
-        return (False, scores.ratio) if scores.share >= goal else (True, -scores.share)
+        share = observed(known[candidate])
+        ratio = median(trial.first_s / trial.full_s for trial in known[candidate])
+        return (False, ratio) if share >= goal else (True, -share)
 
-    return sorted((candidate for candidate in known if known[candidate].tokens), key=key)
+    return sorted((candidate for candidate in known if known[candidate]), key=key)
 
 
 def rungs(videos: int) -> list[range]:
@@ -106,7 +101,7 @@ def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, ro
         new: videos of the round. rest: videos of this and all later rounds.
         rounds: this and the later ones, which get equal times. left: seconds for all of them.
     """
-    costs = [mean(known[candidate].took_s) for candidate in order]
+    costs = [mean(trial.took_s for trial in known[candidate]) for candidate in order]
     if sum(costs) * rest <= left:
         return len(order)
     count, used = 0, 0.0
@@ -120,7 +115,7 @@ def search(
     known: Known,
     videos: int,
     goal: float,
-    trial: Callable[[Candidate, int], None],
+    trial: Callable[[Candidate, int], Trial],
     left: Callable[[], float],
     first_guess: Callable[[int], float],
 ) -> Iterator[tuple[Candidate, int]]:
@@ -129,7 +124,6 @@ def search(
     Args:
         known: of all candidates; it grows.
         videos: how many there are. goal: agreement that is asked for.
-        trial: adds to the scores of a candidate what a video shows.
         left: seconds until the end.
         first_guess: seconds of a first trial on a video.
 
@@ -144,8 +138,7 @@ def search(
             alive = alive[: affordable(alive, known, len(these), videos - these.start, rounds, left())]
         for video in these:
             for candidate in alive:
-                took = known[candidate].took_s
-                if left() < (mean(took) if took else first_guess(video)):
-                    continue
-                yield candidate, video
-                trial(candidate, video)
+                took = [made.took_s for made in known[candidate]]
+                if left() >= (mean(took) if took else first_guess(video)):
+                    yield candidate, video
+                    known[candidate].append(trial(candidate, video))

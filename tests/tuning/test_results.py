@@ -1,7 +1,7 @@
 import pytest
 
 from evoprune.tuning.results import recommended, result_rows
-from evoprune.tuning.search import Candidate, Scores
+from evoprune.tuning.search import Candidate, Trial
 
 
 def row(method: str, first_token: float, passes: bool = True) -> dict:
@@ -25,13 +25,13 @@ def test_the_fastest_that_passes(rows, chosen):
 
 
 def test_settings_that_do_the_same_work_share_their_times():
-    def scores(first_s: list[float], live: float) -> Scores:
-        return Scores([9, 9], [10, 10], [0.1] * 20, first_s, [1.0, 1.0], [1.0, 1.0], [0.1, 0.1], [live, live])
+    def trials(first_s: list[float], live: float) -> list[Trial]:
+        return [Trial(9, 10, [0.1] * 10, first, 1.0, 1.0, 0.1, live) for first in first_s]
 
     known = {
-        Candidate("evoprune", 0.1): scores([0.30, 0.40], 0.2),
-        Candidate("evoprune:floor=1", 0.1): scores([0.10, 0.20], 0.2),
-        Candidate("evoprune:depth=0.5", 0.1): scores([0.15, 0.15], 0.5),
+        Candidate("evoprune", 0.1): trials([0.30, 0.40], 0.2),
+        Candidate("evoprune:floor=1", 0.1): trials([0.10, 0.20], 0.2),
+        Candidate("evoprune:depth=0.5", 0.1): trials([0.15, 0.15], 0.5),
     }
     rows = {row["name"]: row["first_token"] for row in result_rows(known, 0.9)}
     assert rows["evoprune -b 0.1"] == rows["evoprune:floor=1 -b 0.1"] == pytest.approx(0.25)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evoprune.tuning.search import LEAST, Candidate, Scores, candidates, promising, rungs, search
+from evoprune.tuning.search import LEAST, Candidate, Trial, candidates, promising, rungs, search
 
 
 class World:
@@ -10,24 +10,22 @@ class World:
 
     def __init__(self, count: int, limit: float, cost: float = 1.0):
         self.spent, self.limit, self.cost = 0.0, limit, cost
-        self.known = {Candidate(f"m{i}", 0.5): Scores() for i in range(count)}
+        self.known = {Candidate(f"m{i}", 0.5): [] for i in range(count)}
         self.tried = []
 
-    def trial(self, candidate: Candidate, video: int) -> None:
-        number, scores = int(candidate.method[1:]), self.known[candidate]
+    def trial(self, candidate: Candidate, video: int) -> Trial:
+        number = int(candidate.method[1:])
         self.spent += self.cost
-        scores.agree.append(100 - number)  # the later, the faster and the worse
-        scores.tokens.append(100)
-        scores.first_s.append(1 / (1 + number))
-        scores.full_s.append(2.0)
-        scores.took_s.append(self.cost)
+        return Trial(
+            100 - number, 100, [], 1 / (1 + number), 2.0, self.cost, 1.0, 1.0
+        )  # the later, the faster and the worse
 
     def run(self, videos: int, goal: float) -> dict[str, int]:
         """Videos that each candidate was tried on."""
         left = lambda: self.limit - self.spent  # noqa: E731
         self.tried = list(search(self.known, videos, goal, self.trial, left, lambda video: self.cost))
         assert self.spent <= self.limit and len(self.tried) == len(set(self.tried))
-        return {candidate.method: len(scores.tokens) for candidate, scores in self.known.items()}
+        return {candidate.method: len(trials) for candidate, trials in self.known.items()}
 
 
 def test_everything_is_tried_where_there_is_time():
