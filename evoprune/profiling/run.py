@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 from evoprune.model.limits import available_cores
 from evoprune.model.machine import environment, reset_peak_memory
@@ -15,10 +16,12 @@ from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.bench import Bench, Progress, Source, all_rows
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE
 from evoprune.profiling.results import FULL, METHOD, Case, Results, Row, bound_of
+from evoprune.profiling.runners import Turn
 from evoprune.profiling.settings import Settings
 from evoprune.profiling.time_limit import Seconds, TimeLimit, left_out, trimmed
 
 WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields
+Round = tuple[float, dict[Row, Turn | str]]  # the rate in matrix products, and the turn of each row or why it failed
 
 
 def measure(
@@ -47,41 +50,54 @@ def measure(
         The results so far after each measured round, of which there is at least one. A round that is interrupted leaves the
         results of the rounds before it as they are.
     """
-    limit = limit or TimeLimit(settings.time_limit_s)
+    limit, asked = limit or TimeLimit(settings.time_limit_s), all_rows(cases, settings)
+    rows = list(asked if rows is None else rows)
     progress("preparing")
-    alone = reset_peak_memory(loaded.device)
-    bench = Bench(loaded, cases, source, settings, progress, rows, limit.now)
-    results, asked = _blank_results(loaded, settings, about or {}), all_rows(cases, settings)
-    notes = [] if alone else ["peak memory is the whole process's so far: this system cannot measure it for each row"]
-    notes += bench.notes
+    results = _blank_results(loaded, settings, about or {})
+    bench = Bench(loaded, rows, source, settings, progress)
+    notes = results.notes + bench.notes
 
-    def run_round(title: str, rounds: int) -> None:
-        def trim() -> None:
-            left = limit.left - (rounds - 1) * bench.rate_took
-            bench.rows = trimmed(bench.rows, bench.took, estimated, rounds, left)
-
-        bench.run_round(title, trim if rounds else lambda: None)
-
-    for kind in paced(run_round, settings, limit):
+    run_round = partial(_run_round, bench, rows, limit, progress, estimated)
+    for kind, (rate, turns) in paced(run_round, settings, limit):
+        _note(turns, measured=kind != WARM_UP)
         if kind == WARM_UP:
             results = replace(results, warmups=results.warmups + 1, warmup_seconds=limit.spent)
             continue
-        bench.count()
         if kind == COUNTED:
             results.warmups -= 1
             notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
         results = replace(
             results,
-            rows=_with_bounds([replace(row) for row in bench.rows]),
-            matmul_rates=[*bench.rates],
+            rows=_with_bounds([replace(row) for row in rows]),
+            matmul_rates=[*results.matmul_rates, rate],
             rounds=results.rounds + 1,
             seconds=limit.spent,
-            notes=[*notes, *left_out(asked, bench.rows, limit)],
+            notes=[*notes, *left_out(asked, rows, limit)],
         )
         yield results
 
 
-def paced(run_round: Callable[[str, int], None], settings: Settings, limit: TimeLimit) -> Iterator[str]:
+def _run_round(
+    bench: Bench, rows: list[Row], limit: TimeLimit, progress: Progress, estimated: Seconds, title: str, rounds: int
+) -> Round:
+    """A turn of each row. With `rounds`, those that must end in time, rows that would end too late leave `rows`."""
+    begun = limit.now()
+    progress(f"{title}: matrix products")
+    rate, turns, took = bench.rate(), {}, {}
+    later = (rounds - 1) * (limit.now() - begun)  # the matrix products of the other rounds
+    while True:
+        if rounds:
+            rows[:] = trimmed(rows, took, estimated, rounds, limit.left - later)
+        row = next((row for row in rows if not row.error and row not in turns), None)
+        if row is None:
+            return rate, turns
+        start = limit.now()
+        progress(f"{title}: {row.name}, {row.case}")
+        turns[row] = bench.run(row)
+        took[row] = limit.now() - start
+
+
+def paced(run_round: Callable[[str, int], Round], settings: Settings, limit: TimeLimit) -> Iterator[tuple[str, Round]]:
     """Runs rounds while they end in time. The previous round says how long the next one takes.
 
     The first round runs in any case. If it was a warm-up and no other round ends in time, it counts as the measured one.
@@ -92,20 +108,30 @@ def paced(run_round: Callable[[str, int], None], settings: Settings, limit: Time
         limit: of the whole run.
 
     Yields:
-        After each round `WARM_UP` or `ROUND`; or `COUNTED`, when the last warm-up counts as the measured round.
+        Each round with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if it counts as the measured round.
     """
-    last, ran = 0.0, False
-    for kind, name, wanted in ((WARM_UP, "warm-up", settings.warmups), (ROUND, "round", settings.repetitions)):
+    last, made = 0.0, None
+    for kind, wanted in ((WARM_UP, settings.warmups), (ROUND, settings.repetitions)):
         for number in range(wanted):
             rounds = 1 if kind == ROUND else 2  # a measured round comes after each warm-up
-            if ran and limit.left < last * rounds:
+            if made and limit.left < last * rounds:
                 if kind == ROUND and not number:
-                    yield COUNTED
+                    yield COUNTED, made
                 break
             begun = limit.spent
-            run_round(f"{name} {number + 1} of {wanted}", 0 if ran else rounds)
-            last, ran = limit.spent - begun, True
-            yield kind
+            made = run_round(f"{kind} {number + 1} of {wanted}", 0 if made else rounds)
+            last = limit.spent - begun
+            yield kind, made
+
+
+def _note(turns: dict[Row, Turn | str], measured: bool) -> None:
+    """Writes the turns of a round to their rows; samples only if it is `measured`."""
+    for row, turn in turns.items():
+        if isinstance(turn, str):
+            row.error, row.samples = turn, []
+        else:
+            row.counts = turn.counts
+            row.samples = [*row.samples, turn.sample] if measured else row.samples
 
 
 def _with_bounds(rows: list[Row]) -> list[Row]:
@@ -122,6 +148,7 @@ def _with_bounds(rows: list[Row]) -> list[Row]:
 
 
 def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Results:
+    shared = "peak memory is the whole process's so far: this system cannot measure it for each row"
     return Results(
         model=replace(loaded.facts(), quantize="none"),
         weights_bytes=loaded.weights_bytes,
@@ -133,4 +160,5 @@ def _blank_results(loaded: LoadedModel, settings: Settings, about: dict) -> Resu
             "cores": available_cores(),
         },
         settings={**about, **asdict(settings), "text_tokens": TEXT_BEFORE + TEXT_AFTER},
+        notes=[] if reset_peak_memory(loaded.device) else [shared],
     )

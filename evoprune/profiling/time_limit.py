@@ -7,6 +7,7 @@ first turn on, the times that rows have really taken correct the estimates of th
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from math import prod
@@ -31,25 +32,24 @@ PASSES = {"none": 3, "int8": 20, "int4": 30}
 Seconds = Callable[[Row], float]
 
 
+@dataclass
 class TimeLimit:
     """The seconds that a run may take since it `begun`, by the clock `now`.
 
     If the limit is not `firm` it is raised for a run that would take longer, which is otherwise refused.
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        now: Callable[[], float] = time.perf_counter,
-        begun: float | None = None,
-        firm: bool = True,
-    ):
-        self.seconds, self.now, self.firm = seconds, now, firm
-        self._begun = now() if begun is None else begun
+    seconds: float
+    now: Callable[[], float] = time.perf_counter
+    begun: float | None = None
+    firm: bool = True
+
+    def __post_init__(self):
+        self.begun = self.now() if self.begun is None else self.begun
 
     @property
     def spent(self) -> float:
-        return self.now() - self._begun
+        return self.now() - self.begun
 
     @property
     def left(self) -> float:

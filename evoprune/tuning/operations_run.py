@@ -71,15 +71,7 @@ class OperationTuning(Run):
         return self.complete
 
     def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
-        """Answers in full, then searches until the order is complete or the time is over.
-
-        Args:
-            progress: called with what comes next.
-            note: called with a sentence that is to be read at once.
-
-        Raises:
-            VideoError, ModelError, OutOfMemory: of the first video, if none can be answered. Others are left out.
-        """
+        """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
         made, settings, asked = self.answer(progress), self.settings, []
         full = make_engine(self.loaded, PruneOptions(1.0, "none", seed=settings.seed))
         for number, answers in enumerate(made):

@@ -40,13 +40,10 @@ class Settings:
     """What is tuned, and on what.
 
     Attributes:
-        videos: paths of files or folders of frames.
-        questions: asked of every video.
+        videos: paths of files or folders of frames. `questions`: asked of every one.
         agree: share of tokens at which the pruned model must choose as the full one does, in (0, 1).
         time_limit_s: of the whole run, loading included.
-        budgets, methods: see `search.candidates`.
-        model, sampling: options of the pipeline.
-        seed: for methods that select at random.
+        budgets, methods: see `search.candidates`. `seed`: for methods that select at random.
 
     Raises:
         UsageError: no video or question, or an agreement or a time limit out of range.
@@ -80,13 +77,9 @@ class Settings:
 class Run:
     """Construct it, `load` a model, `run`. The results are in `document`, at any time.
 
-    Args:
-        now: a clock in seconds.
-
     Attributes:
         schema: of the document.
-        loaded: the model; None before `load`.
-        answering: the full answers; None before `run`.
+        loaded: the model; None before `load`. `answering`: the full answers; None before `run`.
     """
 
     schema: ClassVar[str]
@@ -101,16 +94,15 @@ class Run:
         self.loaded = load_model(self.settings.model, to_answer=True, progress=progress)
 
     @property
+    def spent_s(self) -> float:
+        return self._now() - self._begun
+
+    @property
     def left_s(self) -> float:
-        """Seconds until the time limit."""
-        return self.settings.time_limit_s - (self._now() - self._begun)
+        return self.settings.time_limit_s - self.spent_s
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
-        """The unpruned model's answers.
-
-        Raises:
-            VideoError, ModelError, OutOfMemory: of the first video, if none can be answered. Others are left out.
-        """
+        """The unpruned model's answers. Raises what `Answering.answer` raises."""
         engine, settings = make_engine(self.loaded, PruneOptions(seed=self.settings.seed)), self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
         self.answering = Answering(engine, settings.sampling, settings.questions, seconds, self._now)
@@ -137,7 +129,7 @@ class Run:
             "videos": {"wanted": len(self.settings.videos), "answered": len(made), "failed": len(problems)},
             "questions": self.answering.asked if self.answering else 0,
             "answer_tokens": sum(full.tokens for full in made),
-            "seconds": self._now() - self._begun,
+            "seconds": self.spent_s,
             "failures": failures,
         }
 
@@ -181,7 +173,7 @@ class Tuning(Run):
             note: called with a sentence that is to be read at once.
 
         Raises:
-            VideoError, ModelError, OutOfMemory: of the first video, if none can be answered. Others are left out.
+            What `Answering.answer` raises.
         """
         made, held = self.answer(progress), {}
         if warning := self._too_few():

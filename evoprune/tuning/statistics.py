@@ -19,10 +19,10 @@ Counts = tuple[np.ndarray, np.ndarray]  # of a candidate: agreeing tokens and to
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """The share of agreeing tokens of every candidate, as estimated from all of them: it does not rise with KL.
+    """The share of agreeing tokens of each of S candidates, as estimated from all of them: it does not rise with KL.
 
     Args:
-        agree, tokens, kl: `[S]`, agreeing tokens, all tokens, and the mean KL of each.
+        agree, tokens, kl: `[S]`, agreeing tokens, all tokens, and the mean KL.
     """
     blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, tokens, and the candidates that share them
     for candidate in np.argsort(kl, kind="stable"):

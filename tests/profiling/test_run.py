@@ -166,9 +166,10 @@ class Time:
     def __init__(self, *lasts: float):
         self.lasts, self.now, self.titles = list(lasts), 100.0, []
 
-    def run_round(self, title: str, rounds: int) -> None:
+    def run_round(self, title: str, rounds: int) -> tuple[str]:
         self.titles.append((title, rounds))
         self.now += self.lasts.pop(0)
+        return (title,)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,9 @@ class Time:
 def test_the_rounds_that_end_within_the_time_limit(lasts, warmups, repetitions, limit, run):
     time = Time(*lasts)
     settings = Settings((0.5,), warmups=warmups, repetitions=repetitions, time_limit_s=limit)
-    kinds = list(paced(time.run_round, settings, TimeLimit(limit, lambda: time.now)))
-    titles = [title for title, _ in time.titles]
+    made = list(paced(time.run_round, settings, TimeLimit(limit, lambda: time.now)))
+    kinds, titles = [kind for kind, _ in made], [title for title, _ in time.titles]
+    assert [title for kind, (title,) in made if kind != "counted"] == titles and made[-1][1] == (titles[-1],)
     assert not time.lasts and titles == [title for title in run if title != "counted"]
     assert kinds == [title.partition(" ")[0] for title in run]
     # Rows are left out in the first round alone, and for the measured round that follows a warm-up.
