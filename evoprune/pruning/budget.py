@@ -44,7 +44,7 @@ def parse_budget_or_name(text: str | float) -> float | str:
 
 
 def _share(text: str | float) -> float | None:
-    """The share; None where the text is no budget."""
+    """The share; None where the text is none."""
     if isinstance(text, str) and text in PRESETS:
         return PRESETS[text]
     percent = isinstance(text, str) and text.rstrip().endswith("%")
@@ -80,8 +80,7 @@ def keep_count(budget: float, units: int) -> int:
 def spread(keep: int, pairs: int) -> list[int]:
     """Divides `keep` tokens among equal frame pairs; each gets the mean, rounded down or up. Sums to `keep`.
 
-    This is the method of largest remainder. All remainders are equal; they are resolved at even distances and not in favour of the
-    first frame pairs. So even with fewer tokens than frame pairs the whole clip is covered.
+    Remainders go to frame pairs at even distances, so that even fewer tokens than frame pairs cover the clip.
     """
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
@@ -92,7 +91,6 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
     Excess above a limit goes to the others, in proportion again; if only weights of zero are left, evenly. Ties go by index.
 
     Args:
-        total: the number to divide.
         weights: at least 0 each.
         most: the limit of each share.
 
@@ -102,8 +100,8 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
     counts, quotas = [0] * len(most), {}
     open_ = [i for i, limit in enumerate(most) if limit > 0]
     while open_:
-        left, whole = total - sum(counts), sum(Fraction(weights[i]) for i in open_)
-        quotas = {i: left * (Fraction(weights[i]) / whole if whole else Fraction(1, len(open_))) for i in open_}
+        left, weight = total - sum(counts), sum(Fraction(weights[i]) for i in open_)
+        quotas = {i: left * (Fraction(weights[i]) / weight if weight else Fraction(1, len(open_))) for i in open_}
         full = [i for i in open_ if quotas[i] >= most[i]]
         if not full:
             break

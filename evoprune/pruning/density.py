@@ -1,10 +1,7 @@
 """Density peaks (Rodriguez and Laio, Science 344, 2014): tokens that other tokens gather around.
 
-A peak has near neighbours (a high density) and is far from all denser tokens. As in the public code of the methods that
-use peaks, distances are Euclidean, between tokens as they are, and divided by sqrt(D); a token is its own nearest
-neighbour. That code adds noise of 1e-6 to densities; here distances and scores are rounded, and of equally dense tokens
-the first counts as denser, so one of several equal tokens is a peak. Scores are logarithms, because densities of long
-tokens would all round to 0.
+A peak has near neighbours (a high density) and is far from all denser tokens. Distances are Euclidean. Scores are logarithms,
+because densities of long tokens would all round to 0.
 """
 
 from functools import lru_cache
@@ -21,12 +18,12 @@ STEPS = 16384  # distances are integers of this many steps of the tokens' root m
 
 
 def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
-    """int64 `[count]`, ascending: the rows of `x` (`[n, D]`) with the highest peak scores; ties by index."""
+    """int64 `[count]`, ascending: the rows of `x` (`[n, D]`) with the highest peak scores."""
     return highest(peak_scores(x, neighbours), count) if count else ascending(0, x.device)
 
 
 def joined_peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
-    """int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself. Ties by index."""
+    """int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself."""
     centres, (points, _) = peaks(x, count, neighbours), _points(x)
     to = torch.cat([_distances(some, points[centres]).argmin(1) for some in points.split(BLOCK)])
     return centres[to].index_copy(0, centres, centres)
@@ -72,8 +69,8 @@ def join_groups(
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     """float64 `[n]`: the logarithm of density times distance to the nearest denser row; for the densest row, the greatest distance.
 
-    Density is exp(-m), where m is the mean squared distance to the `neighbours` nearest rows, of which a row itself is the first.
-    The logarithms lack a constant. O(n^2 D), memory O(n D).
+    Density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, of which a row itself is the
+    first. The logarithms lack a constant. Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
     """
     points, step = _points(x)
     index = ascending(len(points), x.device)

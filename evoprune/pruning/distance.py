@@ -3,9 +3,8 @@
     d(i, j) = |p_i - p_j|^2 / 2 + alpha / 2 * salience_j^2 * |t_i - t_j|
 
 Unit i is selected and unit j is a candidate. p is a unit's feature minus the mean over all units of the clip, with every
-channel divided by its standard deviation, and all divided by the length of the longest. So a part that all features have in
-common, and channels that are large in all of them, change little (results/geometry.md). t runs from 0 to 1 over the clip.
-salience_j = |p_j|^2. So the more a thing stands out, the more it counts as new at another time.
+channel divided by its standard deviation, and all divided by the length of the longest (results/geometry.md). t runs from 0 to 1
+over the clip. salience_j = |p_j|^2: the more a thing stands out, the more it counts as new at another time.
 """
 
 import math
@@ -29,7 +28,7 @@ class Points:
     """The units of a video as points with distances.
 
     Attributes:
-        units: int64 `[n]`, the numbers of the units, ascending.
+        units: int64 `[n]`, ascending.
         row: int64 `[n]`, the row that represents each unit.
         time: float32 `[n]`, the time of each unit, from 0 to 1.
         place: float32 `[E, d]`, the point of each row, at most about 1 long; distances are approximate if it is projected.
@@ -50,7 +49,7 @@ class Points:
         return len(self.units)
 
     def some(self, index: torch.Tensor) -> "Points":
-        """The points with these indices (int64), with all rows."""
+        """The points with these indices (int64); all rows stay."""
         return replace(self, units=self.units[index], row=self.row[index], time=self.time[index])
 
     def in_features(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -66,12 +65,9 @@ class Points:
 def points_of(
     rows: torch.Tensor, owner: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], alpha: float
 ) -> Points:
-    """The points of one video.
+    """The points of one video, from `rows`, `owner` and `grid` as in `Tokens`.
 
     Args:
-        rows: `[E, D]`, any float dtype.
-        owner: int64 `[T * H * W]`, the row of each unit, -1 for a unit that cannot be selected.
-        grid: (T, H, W) in units.
         seconds: T times, one for each frame pair.
         alpha: weight of time.
     """
@@ -122,10 +118,7 @@ def places_and_salience(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.
 
 @lru_cache(maxsize=8)
 def _projection(width: int) -> torch.Tensor:
-    """float32 `[width, DIMENSIONS]`: orthogonal columns in random directions, the same in every call.
-
-    The projection keeps squared lengths on average; with 128 columns the error is about an eighth, for any features.
-    """
+    """float32 `[width, DIMENSIONS]`: orthogonal columns in random directions that keep squared lengths to about an eighth."""
     generator = torch.Generator("cpu").manual_seed(0)
     normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")
     return torch.linalg.qr(normal).Q * math.sqrt(width / DIMENSIONS)

@@ -1,11 +1,7 @@
-"""The visual tokens of a prompt as a language method sees them, behind one layer of the language model.
-
-Attention is computed for chosen queries only, from the rotated queries and keys that the layer itself used: never a
-matrix of all pairs of a prompt's columns.
-"""
+"""The visual tokens of a prompt as a language method sees them, behind one layer of the language model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -31,9 +27,9 @@ class LayerTokens:
         visual_embeds: `[N, hidden]`, all visual tokens as they reached the first layer.
         text_embeds: `[Q, hidden]`, the text after the last visual token as it reached the first layer.
         memory: what the method keeps from layer to layer of one prompt; empty at first.
-        following: gives the same tokens with queries and keys of the next layer, which has not run yet.
-        unrotated: gives the same tokens with queries and keys of this layer before rotary.
-        evened: gives the same tokens as if all visual ones had the same key before rotary, their mean.
+        following: the same with queries and keys of the next layer, which has not run yet.
+        unrotated: the same with queries and keys of this layer before rotary.
+        evened: the same as if all visual tokens had the same key before rotary, their mean.
     """
 
     after: int
@@ -55,8 +51,9 @@ class LayerTokens:
 
     def copied(self) -> "LayerTokens":
         """The same tokens in memory of their own. `memory` is the same."""
-        own = {name: value.clone() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        others = {name: lambda make=make: make().copied() for name, make in vars(self).items() if callable(make)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        own = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        others = {name: lambda make=make: make().copied() for name, make in values.items() if callable(make)}
         return replace(self, **own, **others)
 
     def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:

@@ -6,25 +6,17 @@ from evoprune.pruning.indices import ascending, true_indices
 
 
 def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
-    """The sources of a round, bool `[B, n]`: every second row of each group, from row `first` (0 or 1), may merge into another.
-
-    Valid rows come first.
-    """
+    """The sources of a round, bool `[B, n]`: every second row of each group, from row `first` (0 or 1), may merge into another."""
     return (ascending(valid.shape[1], valid.device) % 2 == first) & valid
 
 
 def best_partners(
     score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best destination of each source.
-
-    Args:
-        score: `[B, m, n]`, of m rows with all rows of their group.
-        source: bool `[B, m]`. destination: bool `[B, n]`.
+    """The highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`).
 
     Returns:
-        `[B, m]`, the highest score of each source with a destination, -inf for other rows; and int64 `[B, m]`, the index of that
-        destination. Ties go to the lower index.
+        `[B, m]`, -inf for other rows; and int64 `[B, m]`, the index of that destination. Ties go to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
@@ -33,16 +25,13 @@ def best_partners(
 def match(
     best: torch.Tensor, partner: torch.Tensor, source: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
 ) -> torch.Tensor:
-    """Selects the sources of each group that merge, those of highest score first.
+    """int64 `[B, n]`: the row that each row merges into, its own index if it stays. Sources of highest score merge first.
 
     Args:
         best, partner: `[B, n]`, from `best_partners`, of all rows.
         source: bool `[B, n]`.
         last: bool `[B, n]`, critical rows: they merge only after all other sources.
         remove: int64 `[B]`, how many sources merge; all of them if there are fewer.
-
-    Returns:
-        int64 `[B, n]`: the row that each row merges into, its own index if it stays. Ties go to the lower index.
     """
     b, n = source.shape
     # The order: sources by score, then critical sources, then all other rows. The stable sorts give ties to the lower index.
@@ -63,8 +52,8 @@ def merge_rows(
         x: `[R, ...]`, any float dtype; sums are computed in float32.
         size: int64 `[R]`, cluster size of each row.
         into: int64 `[R]`, the row that each row merges into, its own index if it stays.
-        rows: number of rows in the result. Default: the rows that stay, whose count waits for the device. If it is more, the last
-            rows are padding without meaning.
+        rows: number of rows in the result. Default: the rows that stay, whose count synchronises. If it is more, the last rows are
+            padding without meaning.
         moves: upper bound of the rows that merge; default `R - rows`.
 
     Returns:

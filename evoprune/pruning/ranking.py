@@ -22,10 +22,7 @@ def highest(score: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def relative(score: torch.Tensor) -> torch.Tensor:
-    """The logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are ties.
-
-    For scores whose size depends on their number, such as shares of attention.
-    """
+    """The logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are ties."""
     return snap(score.log())
 
 
@@ -36,21 +33,16 @@ def scaled(score: torch.Tensor) -> torch.Tensor:
 
 
 def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most similar of `others` to each row of `unit`; ties to the lower index.
+    """float32 `[n]`, the greatest cosine of each row of `unit` (`[n, d]`) to one of `others` (`[m, d]`); int64 `[n]`, its index.
 
-    Args:
-        unit: `[n, d]`, rows of length one.
-        others: `[m, d]`, rows of length one, m at least 1.
-
-    Returns:
-        float32 `[n]`, the greatest cosine of each row; and int64 `[n]`, the index of the row in `others` that has it.
+    All rows are of length one, and m is at least 1. Ties go to the lower index.
     """
     found = [snap(some @ others.T).max(1) for some in unit.split(BLOCK)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
 def nearest(unit: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """int64 `[n]`: the index of the most similar of `others` to each row of `unit`; arguments as in `closest`."""
+    """int64 `[n]`: the index of the most similar of `others` to each row of `unit`, as in `closest`."""
     return closest(unit, others)[1]
 
 

@@ -1,10 +1,8 @@
 """Reuse in time: finds the units that have not changed since they were last encoded, from the pixels and before the tower runs.
 
-Each unit is compared with the frame pair that was last encoded at its place. A comparison with the frame pair just
-before would miss slow changes. The comparison uses mean colours of blocks of 7x7 pixels: they average out noise, but
-not a stroke one pixel wide. A unit has changed if any of its blocks has; a mean over the unit would miss a small digit.
-A small drift in the brightness of the whole picture is no change. A cut changes every unit, so it starts new references
-by itself.
+Each unit is compared with the frame pair last encoded at its place, because a comparison with the one just before would miss
+slow changes. It has changed if the mean colour of any of its blocks of 7x7 pixels has: such means average out noise, but not a
+stroke one pixel wide. A small drift in the brightness of the whole picture is no change.
 """
 
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ BRIGHTNESS = 1.2
 
 @dataclass(frozen=True)
 class References:
-    """The state between two pieces of a video: one reference per place, so its size does not grow.
+    """The state between two pieces of a video.
 
     Attributes:
         means: float32 `[units, 96]`, block means of each place when it was last encoded, divided by its frame pair's brightness.
@@ -40,12 +38,12 @@ def scan(
 
     Args:
         means: float32 `[T, units, 96]`, from `vision.preprocess.patch_means`, at least one frame pair.
-        references: from the scan of the piece before; None at the start of a video, whose first frame pair is encoded whole.
+        references: from the scan of the piece before; None at the start of a video.
         threshold: in levels of 255; a unit is encoded if a block differs by at least this much. 0 encodes all units.
 
     Returns:
-        int64 `[T, units]`: the number of the frame pair whose row represents each unit, counted from the start of the video; a unit
-        that is encoded has its own frame pair. And the references for the next scan.
+        int64 `[T, units]`: the frame pair whose row represents each unit, counted from the start of the video (its own where it
+        is encoded); and the references for the next scan.
     """
     seen = references.seen if references else 0
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
@@ -67,10 +65,7 @@ def scan(
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """float32 `[units]`: the greatest difference of a block, in levels of 255 and Euclidean over the channels.
-
-    Both arguments are float32 `[units, 96]`.
-    """
+    """float32 `[units]`: the greatest difference of a block (float32 `[units, 96]` both), Euclidean over the channels."""
     difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
     return difference.square_().sum(2).amax(1).sqrt_()
 
@@ -78,8 +73,7 @@ def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """float32 `[96]`: how much brighter the picture is than its references: one factor per channel, repeated for every block.
 
-    It is the median over the units, weighted by their brightness. So it ignores changes in less than half of the picture, and noise
-    in dark regions.
+    The median over units, weighted by brightness, ignores changes in less than half of the picture, and noise in dark regions.
     """
     now, then = (x.view(len(x), BLOCKS, CHANNELS).mean(1) for x in (means, reference))
     ratio, order = (now / then.clamp(min=1e-3)).sort(0)

@@ -1,9 +1,6 @@
 """How many rows are left after every layer, computed before the tower runs. Plain integers, no tensors.
 
-The six allocations of EvoPrune (arXiv 2603.03681) divide the reduction among the layers of a range: evenly (`mean`),
-among every second layer (`skip`, the paper's best), among the first or the second half (`first`, `last`), or with
-weights that rise or fall (`increasing`, `decreasing`). Ranges are in relative depth, so that towers of 8 and of 32
-layers share settings.
+The six allocations are those of EvoPrune (arXiv 2603.03681). Ranges are in relative depth, for towers of any depth.
 """
 
 import math
@@ -16,10 +13,7 @@ ALLOCATIONS = ("mean", "skip", "first", "last", "increasing", "decreasing")
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:
     """The layers that reduce, each with its share of the whole reduction; the shares sum to one.
 
-    Args:
-        depth: number of layers.
-        allocation: one of ALLOCATIONS.
-        first, last: the range in relative depth; layer l ends at (l + 1) / depth. The range always has at least one layer.
+    `first` and `last`: the range in relative depth, of at least one layer; layer l ends at (l + 1) / depth.
 
     Raises:
         ValueError: an unknown allocation or an empty range.
@@ -47,17 +41,9 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
 def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, weights: dict[int, float]) -> list[int]:
     """Rows of one frame pair after each layer, from `units` down to `keep`.
 
-    A layer that merges inside windows leaves at least one row in each window. The next full-attention layer removes the
-    excess, even if it is outside the range.
-
-    Args:
-        tower: the shape of the vision tower.
-        units, windows: of the frame pair.
-        keep: rows after the last layer, at least 1.
-        weights: from `layer_weights`.
-
-    Returns:
-        `depth` counts that never rise. The last exceeds `keep` only in a tower without a full layer at or after the range.
+    A layer that merges inside windows leaves at least one row in each of the `windows`. The next full-attention layer removes the
+    excess, even if it is outside the range; in a tower without one, more than `keep` (at least 1) are left. `weights`: from
+    `layer_weights`.
     """
     rows, done, counts = units, 0.0, []
     for layer in range(tower.depth):

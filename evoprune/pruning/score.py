@@ -1,14 +1,9 @@
-"""The score of merging two rows: EvoPrune's composite score (arXiv 2603.03681), on units.
+"""The score of merging two rows: EvoPrune's composite score (arXiv 2603.03681), on units; and the rounding of all scores.
 
     S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
 
-s is the cosine of the rows' features. d is the local density, the mean cosine to the nearest rows of the group; a row
-unlike all others has a low density, and the penalty keeps it from merging. a is the attention received, relative to the
-most attended row of the group. The paper names the three terms and their purpose; their form for units and windows is
-this project's.
-
-A group of n rows has n x n scores. For large frames they would need more memory than anything else, so they are
-computed in strips of rows, and only the best score of every row is kept.
+s is the cosine of the rows' features, d the local density (a row unlike all others should not merge), a the attention received,
+relative to the most attended row of the group. Scores are computed in strips of rows, because a group of n rows has n x n.
 """
 
 import torch
@@ -21,20 +16,13 @@ ALL = slice(None)
 
 
 def strips(groups: int, rows: int) -> list[slice]:
-    """Divides the rows of `groups` padded groups into strips, so that the scores `[groups, strip, rows]` are at most `HELD`."""
+    """The strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `HELD`."""
     step = max(1, HELD // max(1, groups * rows))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def unit_features(x: torch.Tensor) -> torch.Tensor:
-    """Keys or queries as one vector per row: the mean over heads, with the four patches joined.
-
-    Args:
-        x: `[R, 4, heads, d]`.
-
-    Returns:
-        float32 `[R, 4 * d]`.
-    """
+    """float32 `[R, 4 * d]`: keys or queries (`[R, 4, heads, d]`) as the mean over heads, with the four patches joined."""
     return x.float().mean(2).flatten(1)
 
 
@@ -45,14 +33,11 @@ def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """Mean cosine of each row to its `neighbours` nearest other rows of the group, or to all if there are fewer.
+    """`[B, m]`: mean cosine of the m `rows` to their `neighbours` nearest other rows of the group; 1 for the only row of a group.
 
     Args:
-        cosine: `[B, m, n]`, of the m `rows`, from `similarity`.
+        cosine: `[B, m, n]`, from `similarity`.
         valid: bool `[B, n]`.
-
-    Returns:
-        `[B, m]`; 1 for the only row of a group.
     """
     n = cosine.shape[2]
     index = ascending(n, cosine.device)
@@ -77,15 +62,11 @@ def composite_score(
     attention_weight: float,
     rows: slice = ALL,
 ) -> torch.Tensor:
-    """The score S of the module's docstring.
+    """`[B, m, n]`: the score S, with the row to be absorbed in dimension 1.
 
     Args:
         cosine: `[B, m, n]`, of the m `rows`, from `similarity`.
-        density, attention: `[B, n]`; None if its weight is zero.
-        diversity_weight, attention_weight: w_div and w_att.
-
-    Returns:
-        `[B, m, n]`, with the row to be absorbed in dimension 1.
+        density, attention: `[B, n]`; None if its weight (w_div, w_att) is zero.
     """
     score = cosine
     if diversity_weight:
@@ -99,7 +80,6 @@ def composite_score(
 def snap(score: torch.Tensor) -> torch.Tensor:
     """Rounds scores to multiples of 1/16384: far below any meaningful difference, and far above rounding noise.
 
-    Cosines of equal rows differ in the last bits, and differently in batches of another size. Without rounding, such bits would
-    decide between equal rows, and the result would depend on the chunk size. Rounded, equal rows are ties, which go by index.
+    Cosines of equal rows differ in the last bits, and differently in batches of another size. Rounded, they are ties.
     """
     return (score * 16384).round() / 16384

@@ -9,19 +9,13 @@ from evoprune.pruning.types import Tokens
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
-    """float32 `[T - 1]`: the cosine of the mean tokens of neighbouring frame pairs, rounded so that equal ones are ties."""
-    mean = tokens.features.float().view(tokens.grid[0], -1, tokens.features.shape[1]).mean(1)
+    """float32 `[T - 1]`: the cosine of the mean tokens of neighbouring frame pairs, rounded."""
+    mean = tokens.by_pair(tokens.features.float()).mean(1)
     return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
-    """The frame pairs of each segment, in order.
-
-    Args:
-        similarity: `[T - 1]`, from `transitions`.
-        least: number of segments at least; the video is cut at the `least - 1` lowest similarities.
-        threshold: the video is also cut wherever the similarity is below this.
-    """
+    """The frame pairs of each segment: cut at the `least - 1` lowest of `similarity` (`[T - 1]`), and wherever below `threshold`."""
     lowest = similarity.argsort(stable=True)[: max(0, least - 1)].tolist()
     below = (similarity < threshold).nonzero().flatten().tolist()
     edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
@@ -33,11 +27,11 @@ def averaged(
 ) -> torch.Tensor | None:
     """Averages the stillest places over time until exactly `keep` units are left.
 
-    Places are averaged over their whole segment; the last one only over as many of its first frame pairs as necessary.
+    Places are averaged over their segment; the last one only over as many of its first frame pairs as necessary.
 
     Args:
         index: int64 `[T, n]`, the numbers of the units.
-        spans: the segments, from `segments`.
+        spans: the segments.
         still: for each segment, `[n]`, how still each place stands; ties go by index.
         limit: only places that are stiller than this are averaged.
 

@@ -1,9 +1,7 @@
 """The selection: farthest-point sampling over features and time, and the clusters that it makes.
 
-The K most different units of a video are selected, one after another. Each is the unit that is farthest from all units
-selected before (pruning/distance.py). The encoder computes rows and the selection selects units: a unit has the feature
-of the row that represents it, and its own place and time. The selection is the exact greedy one, and holds no matrix of
-N x N or N x K numbers.
+The K most different units of a video are selected, one after another, each the farthest from all selected before
+(pruning/distance.py). It is the exact greedy selection, and holds no matrix of N x N or N x K numbers.
 """
 
 import math
@@ -43,7 +41,7 @@ def farthest_points(
         least: with `within`, the least number of units to select.
         floor: share of its even part of `keep` that each frame pair gets first, before units are selected among all; 0 for none, 1
             for an even spread.
-        pool: number of candidates in a pool (see `_farthest`).
+        pool: candidates in a pool (see `_farthest`).
 
     Returns:
         int64 `[keep]`, or fewer if `within` is above 0: units, ascending.
@@ -63,15 +61,9 @@ def farthest_points(
 
 
 def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Tensor:
-    """The selected unit that is nearest to each unit; ties go to the lower index. A selected unit is its own.
+    """int64 `[total]`: the index in `kept` (from `farthest_points`) of the selected unit nearest to each unit; -1 for no point.
 
-    Args:
-        points: all units that may be selected.
-        kept: int64 `[K]`, ascending, from `farthest_points`.
-        total: N, units of the video.
-
-    Returns:
-        int64 `[N]`, indices into `kept`; -1 for a unit that is not among the points.
+    Ties go to the lower index. A selected unit is its own.
     """
     device = points.units.device
     selected = torch.searchsorted(points.units, kept)
@@ -112,7 +104,7 @@ def _filled(points: Points, grid: tuple[int, int, int], selected: torch.Tensor, 
 
 
 def _most_salient(points: Points) -> list[int]:
-    """The index of the first point of the most salient row, in a list; an empty list if no row stands out."""
+    """The index of the first point of the most salient row; none if no row stands out."""
     of_each = points.salience[points.row]
     top = of_each.max()
     return [int((of_each == top).to(torch.uint8).argmax())] if top > 0 else []
@@ -163,12 +155,7 @@ def _update(nearest: torch.Tensor, points: Points, fresh: torch.Tensor) -> None:
 
 
 def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, float, int]:
-    """The `count` farthest candidates.
-
-    Returns:
-        Their indices, int64, ascending (ties by index); the greatest distance of any other candidate; and the index of the first
-        other candidate at exactly that distance.
-    """
+    """Indices of the `count` farthest candidates, ascending; the greatest distance of any other; and the first index of those."""
     if len(nearest) <= count:
         return ascending(len(nearest), nearest.device), -1.0, 0
     bound = nearest.topk(count).values[-1]
@@ -189,18 +176,15 @@ def _select_in_pool(
     within: float,
     least: int,
 ) -> list[int]:
-    """Selects from a pool while its farthest member is certain to be the farthest of all candidates.
+    """Indices of points selected from a pool, in order, while its farthest member is certain to be the farthest of all candidates.
 
     Args:
         nearest: float32 `[n]`, the distance of each member to the nearest selected point.
         apart: float32 `[n, n]`, the distance of each member (second dimension) to each member that is selected (first dimension).
         members: int64 `[n]`, indices of the members among all points.
-        bound, before: from `_farthest_few`: the greatest distance outside the pool, and the first candidate at that distance.
+        bound, before: the greatest distance outside the pool, and the first candidate at that distance.
         most: the most points to select.
         within, least: stop at distance `within` once `least` points are selected.
-
-    Returns:
-        Indices of points, in the order of selection.
     """
     at, apart, index = nearest.cpu().numpy().copy(), apart.cpu().numpy(), members.cpu().numpy()
     selected = []
@@ -217,11 +201,7 @@ def _select_in_pool(
 
 
 def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.Tensor:
-    """Selects `keep` of `units` (int64, ascending) evenly over time, and evenly over the places of each frame pair.
-
-    Returns:
-        int64 `[keep]`, indices into `units`.
-    """
+    """int64 `[keep]`: indices of `units` (int64, ascending), even over time and over the places of each frame pair."""
     places = grid[1] * grid[2]
     pair, place = units // places, units % places
     last = torch.bincount(pair, minlength=grid[0]).cumsum(0)
@@ -236,10 +216,7 @@ def _even(units: torch.Tensor, grid: tuple[int, int, int], keep: int) -> torch.T
 
 
 def _scattered(height: int, width: int) -> torch.Tensor:
-    """int64 `[height * width]`, in raster order: when a low-discrepancy sequence first visits each place, as a rank.
-
-    The sequence is Roberts's R2: its steps are powers of 1 / 1.3247..., where 1.3247... is the root of s^3 = s + 1.
-    """
+    """int64 `[height * width]`: the order in which a low-discrepancy sequence (Roberts's R2) first visits the places."""
     n, step = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu"), 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()
     never = len(n)

@@ -16,14 +16,15 @@ AT_ONCE = 4096  # units that have float32 copies at a time
 class Tokens:
     """A video as a selector sees it, after the encoder or between two of its layers.
 
+    What the method did not declare in `needs` or `reads_question` raises TypeError.
+
     Attributes:
         rows: `[E, D]`, the encoder's rows, ordered by unit; one for each unit, unless some units were not encoded.
         owner: int64 `[N]`, the row that represents each unit, -1 for none.
         grid: (T, H, W) in units.
-        seconds_per_pair: time from one frame pair to the next, in seconds.
-        seed: for methods that draw at random.
-        given: the inputs that the method declared: float32 "attention" `[E]`, "keys" `[E, 4 d]`, "middle" `[E, D]` and "question"
-            `[Q, D]`.
+        seconds_per_pair: from one frame pair to the next.
+        seed: for what is drawn at random.
+        given: of each row, float32 "attention" `[E]`, "keys" `[E, 4 d]` and "middle" `[E, D]`; and "question" `[Q, D]`.
     """
 
     rows: torch.Tensor
@@ -57,48 +58,29 @@ class Tokens:
         """float32 `[N]`: the attention that each unit receives in its frame pair, in the tower's last full-attention layer.
 
         It is the mean over heads and over the queries of all encoded units of the frame pair, summed over the unit's patches, times
-        the number of units of a frame pair. So 1 is an even share. A reused unit has the value of the row that represents it.
-
-        Raises:
-            TypeError: the method did not declare "attention" in `needs`.
+        the number of units of a frame pair. So 1 is an even share.
         """
         return self._of_units(self._given("attention"))
 
     @cached_property
     def keys(self) -> torch.Tensor:
-        """float32 `[N, 4 d]`: the key of each unit in the same layer, before rotary: the mean over heads, four patches joined.
-
-        The patches are joined and not averaged, because the place of a patch inside its unit matters.
-
-        Raises:
-            TypeError: the method did not declare "keys" in `needs`.
-        """
+        """float32 `[N, 4 d]`: the key of each unit in the same layer, before rotary: the mean over heads, four patches joined."""
         return self._of_units(self._given("keys"))
 
     @cached_property
     def middle(self) -> torch.Tensor:
-        """float32 `[N, D]`: the mean of each unit's states in the middle of the tower, after the patch merger.
-
-        The states are those after the layers from 7/32 to 23/32 of the tower's depth, as in Nuwa (arXiv 2602.02951).
-
-        Raises:
-            TypeError: the method did not declare "middle" in `needs`.
-        """
+        """float32 `[N, D]`: the mean of each unit's states after the layers from 7/32 to 23/32 of the tower, merged to units."""
         return self._of_units(self._given("middle"))
 
     @property
     def question(self) -> torch.Tensor:
-        """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the rest of the prompt.
-
-        Raises:
-            TypeError: the method did not declare `reads_question`.
-        """
+        """float32 `[Q, D]`: the language model's embeddings of the question's tokens, without the rest of the prompt."""
         return self._given("question")
 
     def _given(self, name: str) -> torch.Tensor:
         if name not in self.given:
-            how = "`reads_question`" if name == "question" else f'"{name}" in its `needs`'
-            raise TypeError(f"there is no {name} here: the method must declare {how}")
+            missing = "`reads_question`" if name == "question" else f'"{name}" in its `needs`'
+            raise TypeError(f"there is no {name} here: the method must declare {missing}")
         return self.given[name]
 
     def _of_units(self, rows: torch.Tensor) -> torch.Tensor:
@@ -127,11 +109,9 @@ class Selection:
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
-        """`[K, D]`: the tokens, in the dtype of `rows`; means are computed in float32.
+        """`[K, D]`: the tokens, in the dtype of `rows` (`[E, D]`); means are computed in float32.
 
-        Args:
-            rows: `[E, D]`, any float dtype.
-            row_of: int64 `[N]`, the row of each unit; None where each unit has its own.
+        `row_of`: int64 `[N]`, the row of each unit; None where each unit has its own.
         """
         if self.owner is None and self.means is None:
             return rows[self.kept if row_of is None else row_of[self.kept]]

@@ -7,10 +7,9 @@ import torch
 
 from evoprune.methods.base import Merger
 from evoprune.model.autocast import without_autocast
-from evoprune.pruning.indices import ascending, runs, tally, true_indices
+from evoprune.pruning.indices import ascending, runs, share_rows, tally, true_indices
 from evoprune.pruning.matching import merge_rows
 from evoprune.pruning.score import unit_features
-from evoprune.pruning.shares import share_rows
 from evoprune.pruning.types import Candidates
 from evoprune.vision import devices
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout

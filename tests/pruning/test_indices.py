@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.pruning.indices import runs, tally, true_indices
-from evoprune.pruning.shares import share_rows
+from evoprune.pruning.indices import runs, share_rows, tally, true_indices
 
 
 @st.composite
