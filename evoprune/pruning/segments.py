@@ -15,7 +15,7 @@ def transitions(tokens: Tokens) -> torch.Tensor:
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
-    """The frame pairs of each segment: cut at the `least - 1` lowest of `similarity` (`[T - 1]`), and wherever below `threshold`."""
+    """The frame pairs of each segment: cut at the `least - 1` lowest of `similarity` (`[T - 1]`), and below `threshold`."""
     lowest = similarity.argsort(stable=True)[: max(0, least - 1)].tolist()
     below = (similarity < threshold).nonzero().flatten().tolist()
     edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
