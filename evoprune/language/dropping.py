@@ -121,12 +121,12 @@ class Dropping:
     def rows(self, layer: int, columns: int) -> Rows | None:
         """For which of its `columns` a layer computes what; None where it computes everything."""
         groups = self._plan.groups
-        if groups is None or self._key is None or all(len(kinds) == len(KINDS) for kinds in groups.done[layer]):
+        if groups is None or self._key is None or all(all(groups.computed(layer, kind)) for kind in KINDS):
             return None
         work = dict(zip(KINDS, self._plan.work[layer], strict=True))
         masks, found = {}, {}
         for kind in KINDS:
-            key_too, rest_too = (kind in kinds for kinds in groups.done[layer])
+            key_too, rest_too = groups.computed(layer, kind)
             stays = torch.full_like(self._key, key_too) if key_too == rest_too else self._key == key_too
             masks[kind] = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
             found[kind] = true_indices(masks[kind], columns - len(stays) + work[kind])

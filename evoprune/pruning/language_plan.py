@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from evoprune.pruning.budget import keep_count
 
 KINDS = ("keys", "queries", "mlp")  # of a layer's operations on a token: keys and values; queries and output; the MLP
+ALL, REST = "all", "rest"  # visual tokens: all, and those that are not key
+Operation = tuple[int, str, str]  # layer, ALL or REST, kind
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,15 @@ class Groups:
 
     Attributes:
         key: tokens of the key group. The method names them at its first look; all layers up to then compute everything.
-        done: of each layer, the kinds of operation that it computes for the key group and for the rest.
+        gone: operations that are left out; where those of all are, those of the rest are among them.
     """
 
     key: int
-    done: tuple[tuple[frozenset[str], frozenset[str]], ...]
+    gone: frozenset[Operation]
+
+    def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
+        """Whether a layer computes an operation for the key group, and for the rest."""
+        return (layer, ALL, kind) not in self.gone, (layer, REST, kind) not in self.gone
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,9 @@ class LanguagePlan:
         """Visual tokens of which each layer computes keys and values, queries and output, and the MLP."""
         if self.groups is None:
             return tuple((count,) * 3 for count in self.layers)
-        sizes = self.groups.key, self.tokens - self.groups.key
-        return tuple(
-            tuple(sum(n for n, kinds in zip(sizes, done, strict=True) if kind in kinds) for kind in KINDS)
-            for done in self.groups.done
-        )
+        key, groups = self.groups.key, self.groups
+        counts = {(True, True): self.tokens, (True, False): key, (False, True): self.tokens - key, (False, False): 0}
+        return tuple(tuple(counts[groups.computed(layer, kind)] for kind in KINDS) for layer in range(self.depth))
 
     def left(self, after: int) -> int:
         """Visual tokens that the plan leaves once `after` layers have run."""

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from evoprune.pruning.budget import keep_count
-from evoprune.pruning.language_plan import KINDS, Drop, Groups, LanguagePlan
+from evoprune.pruning.language_plan import ALL, KINDS, REST, Drop, Groups, LanguagePlan, Operation
 
-ALL, REST = "all", "rest"
-Operation = tuple[int, str, str]  # layer, group, kind
-Done = list[tuple[frozenset[str], frozenset[str]]]  # of each layer: kinds computed for the key tokens, and for the rest
+Removed = frozenset[Operation]
 
 
 @dataclass(frozen=True)
@@ -56,63 +54,62 @@ class Recipe:
         fits = (count for count in range(len(self.steps)) if self.share(self._first(count)) <= budget)
         return next(fits, len(self.steps))
 
-    def removed(self, budget: float) -> frozenset[Operation]:
+    def removed(self, budget: float) -> Removed:
         """The operations of those steps."""
         return self._first(self.count(budget))
 
-    def _first(self, count: int) -> frozenset[Operation]:
+    def _first(self, count: int) -> Removed:
         return frozenset().union(*self.steps[:count])
 
     def share(self, removed: Iterable[Operation]) -> float:
         """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
-        weight, sizes = dict(zip(KINDS, self.weights, strict=True)), (self.key, 1 - self.key)
+        weight, sizes = dict(zip(KINDS, self.weights, strict=True)), {ALL: self.key, REST: 1 - self.key}
 
-        def work(done: Done) -> float:
-            layers = (zip(sizes, layer, strict=True) for layer in done[self.after :])
-            return sum(weight[kind] * size for layer in layers for size, of in layer for kind in sorted(of))
+        def work(gone: Removed) -> float:
+            each = (
+                (n, group, kind) for n in range(self.after, self.depth) for group in sizes for kind in sorted(KINDS)
+            )
+            return sum(weight[one[2]] * sizes[one[1]] for one in each if one not in gone)
 
         # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
-        return round(work(self._done(removed)) / work(self._done(())), 9) if self.after < self.depth else 1.0
+        return round(work(self._gone(removed)) / work(frozenset()), 9) if self.after < self.depth else 1.0
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> LanguagePlan:
         """The plan for so many visual tokens. A group that no later layer reads leaves for good."""
-        done, key = self._done(removed), keep_count(self.key, tokens)
-        if all(kinds == (frozenset(KINDS),) * 2 for kinds in done):
+        gone, key = self._gone(removed), keep_count(self.key, tokens)
+        if not gone:
             return LanguagePlan(self.depth, tokens, ())
-        ends = [max(layer for layer in range(self.depth) if "keys" in done[layer][group]) + 1 for group in (0, 1)]
-        drops = [Drop(ends[1], key)] if ends[1] < ends[0] and key < tokens else []
-        drops += [Drop(ends[0], 0)] if ends[0] < self.depth else []
+        end, rest_end = (_last_keys(gone, group, self.depth) + 1 for group in (ALL, REST))
+        drops = [Drop(rest_end, key)] if rest_end < end and key < tokens else []
+        drops += [Drop(end, 0)] if end < self.depth else []
         looks = sorted({self.after, *(drop.after for drop in drops)})
-        return LanguagePlan(self.depth, tokens, tuple(drops), looks=tuple(looks), groups=Groups(key, tuple(done)))
+        return LanguagePlan(self.depth, tokens, tuple(drops), looks=tuple(looks), groups=Groups(key, gone))
 
-    def _done(self, removed: Iterable[Operation]) -> Done:
-        """What is computed. In the last layer that computes a group's keys, nothing but these is of use.
+    def _gone(self, removed: Iterable[Operation]) -> Removed:
+        """What is not computed: `closed`, and all but keys in the last layer that computes a group's keys.
 
         The top layer computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
         """
-        gone, made = closed(removed, self.depth), []
-        ends = {group: _end(gone, group, self.depth) for group in (ALL, REST)}
-        for layer in range(self.depth):
-            last = {group for group, end in ends.items() if self.after <= layer == end}
-            of_last = frozenset(KINDS if layer == self.depth - 1 else ("keys",))
-            made.append(
-                tuple(
-                    of_last if group in last else frozenset(k for k in KINDS if (layer, group, k) not in gone)
-                    for group in (ALL, REST)
-                )
-            )
-        return made
+        gone = set(closed(removed, self.depth))
+        for group in (ALL, REST):
+            last = _last_keys(gone, group, self.depth)
+            useless = {(last, group, kind) for kind in KINDS if kind != "keys"}
+            if last == self.depth - 1:
+                gone -= useless
+            elif last >= self.after:
+                gone |= useless
+        return frozenset(gone)
 
 
-def closed(removed: Iterable[Operation], depth: int) -> frozenset[Operation]:
+def closed(removed: Iterable[Operation], depth: int) -> Removed:
     """`removed`, with those of the rest where those of all are, and with what nothing reads behind a group's last keys."""
     made = set(removed)
     made |= {(layer, REST, kind) for layer, group, kind in made if group == ALL}
     for group in (ALL, REST):
-        made |= {(layer, group, kind) for layer in range(_end(made, group, depth) + 1, depth) for kind in KINDS}
+        made |= {(layer, group, kind) for layer in range(_last_keys(made, group, depth) + 1, depth) for kind in KINDS}
     return frozenset(made)
 
 
-def _end(removed: Collection[Operation], group: str, depth: int) -> int:
+def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
     """The last layer that computes a group's keys; `depth` if none does."""
     return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)

@@ -11,13 +11,12 @@ from collections.abc import Callable, Collection
 from itertools import product
 from typing import NamedTuple
 
-from evoprune.pruning.operations import ALL, REST, Operation, closed
+from evoprune.pruning.language_plan import ALL, REST, Operation
+from evoprune.pruning.operations import Removed, closed
 
 STEP = 0.3 / 15  # of the loss with everything removed
 # Kinds in the order in which the authors' code tries them; of equal losses the last one goes first.
 ORDER = ("queries", "mlp", "keys")
-
-Removed = frozenset[Operation]
 
 
 class Loss(NamedTuple):

@@ -18,10 +18,10 @@ from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.recipes import KeptRecipe
 from evoprune.pruning.language_plan import LanguagePlan, layers_before
-from evoprune.pruning.operations import Recipe
+from evoprune.pruning.operations import Recipe, Removed
 from evoprune.text import counted
 from evoprune.tuning.full_answers import Progress, encode
-from evoprune.tuning.operations import Loss, Removed, Step, search
+from evoprune.tuning.operations import Loss, Step, search
 from evoprune.tuning.run import Run, Settings
 from evoprune.tuning.search import BUDGETS
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from evoprune.pruning.operations import ALL, REST, Operation
+from evoprune.pruning.language_plan import ALL, REST, Operation
 from evoprune.tuning.operations import ORDER
 
 WHOLE = 1_000_000  # the accuracy with nothing removed, for code that asks for one
