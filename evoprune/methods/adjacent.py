@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.methods.evs import dissimilarity
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Cosine
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import ranked
 from evoprune.pruning.score import snap
@@ -17,15 +17,10 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    """Setting `still`: a token repeats its place in the frame pair before above this cosine; 1 for no redundancy in time."""
-
     name: ClassVar[str] = "adjacent"
     source: ClassVar[str] = "after arXiv 2512.12560"
 
-    still: float = 0.9
-
-    def __post_init__(self):
-        check_ranges(self, still="[-1, 1]")
+    still: Cosine = 0.9  # above it, a token repeats its place in the frame pair before; 1 for no redundancy in time
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         left = torch.ones(tokens.grid, dtype=torch.bool, device=tokens.rows.device)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.methods.ranges import check_settings
 from evoprune.methods.settings import reported
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import Grid, Merge, Stage, TowerShape
@@ -37,6 +38,9 @@ class Method:
     source: ClassVar[str] = ""
     acts: ClassVar[Literal["none", "input", "inside", "after", "language"]] = "none"
     exact: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_settings(self)
 
     def automatic(self) -> Self:
         """The same method with a count that depends on the content, and is at most the budget's.

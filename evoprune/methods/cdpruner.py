@@ -17,17 +17,11 @@ LEAST, STEP = 1 / 128, 1 / 16384
 
 @dataclass(frozen=True)
 class CdPruner(Selector):
-    """Settings:
-
-    question: whether relevance counts; without it diversity alone decides, and the method does not read the question.
-    negative: whether tokens unlike the question are the relevant ones, as in the authors' code.
-    """
-
     name: ClassVar[str] = "cdpruner"
     source: ClassVar[str] = "arXiv 2506.10967"
 
-    question: bool = True
-    negative: bool = False
+    question: bool = True  # whether relevance counts; otherwise diversity alone decides
+    negative: bool = False  # whether tokens unlike the question are relevant, as in the authors' code
 
     @property
     def reads_question(self) -> bool:

@@ -1,13 +1,13 @@
 """After D2Pruner (arXiv 2512.19443): attention without the bias of position, then tokens that are unlike each other."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.methods.fastv import FastV
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Share
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import ranked, relative
 from evoprune.pruning.score import snap
@@ -16,21 +16,11 @@ from evoprune.pruning.types import Selection
 
 @dataclass(frozen=True)
 class D2Pruner(FastV):
-    """Settings, beside those of `FastV`:
-
-    pivots: share of the budget that goes by score alone, in [0, 1].
-    alike: cosine above which two of the other tokens do not both stay.
-    """
-
     name: ClassVar[str] = "d2pruner"
     source: ClassVar[str] = "after arXiv 2512.19443"
 
-    pivots: float = 0.7
-    alike: float = 0.8
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, pivots="[0, 1]", alike="(-inf, inf)")
+    pivots: Share = 0.7  # share of the budget that goes by score alone
+    alike: Annotated[float, "(-inf, inf)"] = 0.8  # above this cosine, two of the other tokens do not both stay
 
     def select(self, tokens: LayerTokens) -> Selection:
         order = ranked(relative(tokens.attention() / (tokens.evened().attention() + 1e-7)))

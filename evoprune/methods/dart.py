@@ -1,13 +1,12 @@
 """DART (arXiv 2502.11494): a few pivot tokens, and the tokens that are least similar to them."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.ranking import ranked
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
@@ -15,16 +14,14 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Dart(Selector):
-    """Settings `visual` and `text`: number of pivots of each; with `text` 0 the method does not read the question."""
-
     name: ClassVar[str] = "dart"
     source: ClassVar[str] = "arXiv 2502.11494"
 
-    visual: int = 4
-    text: int = 4
+    visual: Annotated[int, "[0, inf)"] = 4  # number of visual pivots
+    text: Annotated[int, "[0, inf)"] = 4  # number of pivots of the question; with 0 the method does not read it
 
     def __post_init__(self):
-        check_ranges(self, visual="[0, inf)", text="[0, inf)")
+        super().__post_init__()
         if not self.visual + self.text:
             raise ValueError("visual and text are both 0, and one of them must be more")
 

@@ -15,8 +15,6 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """No settings."""
-
     name: ClassVar[str] = "divprune"
     source: ClassVar[str] = "arXiv 2503.02175"
 

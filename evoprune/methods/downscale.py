@@ -10,7 +10,7 @@ from evoprune.pruning.shapes import smaller_frame
 
 @dataclass(frozen=True)
 class Downscale(InputMethod):
-    """As many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one. No settings."""
+    """As many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one."""
 
     name: ClassVar[str] = "downscale"
     source: ClassVar[str] = "VTC-Bench, a baseline there"

@@ -14,12 +14,10 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Evs(Selector):
-    """Setting `floor`: whether the first frame pair stays whole, even if the budget is smaller."""
-
     name: ClassVar[str] = "evs"
     source: ClassVar[str] = "arXiv 2510.14624"
 
-    floor: bool = True
+    floor: bool = True  # whether the first frame pair stays whole, even if the budget is smaller
 
     @property
     def exact(self) -> bool:

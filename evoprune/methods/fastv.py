@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.language_method import LanguageMethod
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Part
 from evoprune.pruning.language_plan import LanguagePlan, one_drop
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import highest, relative
@@ -15,16 +15,10 @@ from evoprune.pruning.types import Selection
 
 @dataclass(frozen=True)
 class FastV(LanguageMethod):
-    """Setting `depth`: share of the layers that run before tokens leave, in (0, 1)."""
-
     name: ClassVar[str] = "fastv"
     source: ClassVar[str] = "arXiv 2403.06764, section 4"
 
-    depth: float = 2 / 32
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, depth="(0, 1)")
+    depth: Part = 2 / 32  # share of the layers that run before tokens leave
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return one_drop(depth, tokens, self.depth, budget)

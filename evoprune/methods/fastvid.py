@@ -1,13 +1,13 @@
 """FastVID (arXiv 2503.11187): the most attended tokens of a segment, and means around density peaks."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Cosine, Count, Share
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
 from evoprune.pruning.indices import ascending
@@ -19,32 +19,17 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FastVid(Selector):
-    """Settings:
-
-    segments: the least number of segments.
-    threshold: cosine of neighbouring frame pairs below which the video is always cut.
-    salient: share of the tokens that attention selects.
-    ignore: cosine from which on a frame pair is too similar to the next one for any of its tokens to stay.
-    every: peaks are searched in one of so many frame pairs.
-    neighbours: how many nearest tokens a density is computed from.
-    centre: the least weight of a peak in its mean.
-    """
-
     name: ClassVar[str] = "fastvid"
     source: ClassVar[str] = "arXiv 2503.11187"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
-    segments: int = 8
-    threshold: float = 0.84
-    salient: float = 0.6
-    ignore: float = 0.95
-    every: int = 4
-    neighbours: int = 4
-    centre: float = 0.6
-
-    def __post_init__(self):
-        counts = dict.fromkeys(("segments", "every", "neighbours"), "[1, inf)")
-        check_ranges(self, salient="[0, 1]", centre="(0, 1]", threshold="[-1, 1]", ignore="[-1, 1]", **counts)
+    segments: Count = 8  # the least number of segments
+    threshold: Cosine = 0.84  # of neighbouring frame pairs; below it the video is always cut
+    salient: Share = 0.6  # share of the tokens that attention selects
+    ignore: Cosine = 0.95  # of a frame pair and the next one; from here on none of its tokens stay
+    every: Count = 4  # peaks are searched in one of so many frame pairs
+    neighbours: Count = 4  # a density is computed from so many nearest tokens
+    centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         like, shares = transitions(tokens), spread(keep, tokens.grid[0])

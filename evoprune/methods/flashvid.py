@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.methods.divprune import most_diverse
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Cosine, Count, Share
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import few, joined_peaks
 from evoprune.pruning.indices import ascending
@@ -21,28 +21,15 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class FlashVid(Selector):
-    """Settings:
-
-    segments: the least number of segments.
-    threshold: cosine of neighbouring frame pairs below which the video is always cut.
-    diverse: share of the tokens that attention and diversity select.
-    link: cosine above which a token may be linked to one of the frame pair before.
-    neighbours: how many nearest tokens a density is computed from.
-    """
-
     name: ClassVar[str] = "flashvid"
     source: ClassVar[str] = "arXiv 2602.08024, the stage before the language model"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
-    segments: int = 4
-    threshold: float = 0.9
-    diverse: float = 0.7
-    link: float = 0.8
-    neighbours: int = 7
-
-    def __post_init__(self):
-        counts = dict.fromkeys(("segments", "neighbours"), "[1, inf)")
-        check_ranges(self, diverse="[0, 1]", threshold="[-1, 1]", link="[-1, 1]", **counts)
+    segments: Count = 4  # the least number of segments
+    threshold: Cosine = 0.9  # of neighbouring frame pairs; below it the video is always cut
+    diverse: Share = 0.7  # share of the tokens that attention and diversity select
+    link: Cosine = 0.8  # above this, a token may be linked to one of the frame pair before
+    neighbours: Count = 7  # a density is computed from so many nearest tokens
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         shares = spread(keep, tokens.grid[0])

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from evoprune.methods.fastv import FastV
+from evoprune.methods.ranges import Part
 
 
 @dataclass(frozen=True)
 class FlashVidInner(FastV):
-    """Settings: those of `FastV`."""
-
     name: ClassVar[str] = "flashvid-inner"
     source: ClassVar[str] = "arXiv 2602.08024"
     default_share: ClassVar[float] = 0.3
 
-    depth: float = 20 / 28
+    depth: Part = 20 / 28

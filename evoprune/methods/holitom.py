@@ -1,12 +1,12 @@
 """HoliTom (arXiv 2505.21334), the stage before the language model: segments that save most by averaging what stands still."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Cosine, Count
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import join_groups
 from evoprune.pruning.indices import ascending
@@ -18,23 +18,13 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """Settings:
-
-    static: a place stands still if the cosines of its neighbouring tokens are above this.
-    neighbours: how many nearest tokens a density is computed from.
-    centre: the least weight of a peak in its mean.
-    """
-
     name: ClassVar[str] = "holitom"
     source: ClassVar[str] = "arXiv 2505.21334, the stage before the language model"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
-    static: float = 0.8
-    neighbours: int = 7
-    centre: float = 0.6
-
-    def __post_init__(self):
-        check_ranges(self, static="[-1, 1]", centre="(0, 1]", neighbours="[1, inf)")
+    static: Cosine = 0.8  # a place stands still if its neighbouring tokens are above this
+    neighbours: Count = 7  # a density is computed from so many nearest tokens
+    centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())

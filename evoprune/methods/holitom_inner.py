@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.fastv import FastV
+from evoprune.methods.ranges import Part
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import nearest
@@ -17,13 +18,11 @@ LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precisio
 
 @dataclass(frozen=True)
 class HoliTomInner(FastV):
-    """Settings: those of `FastV`."""
-
     name: ClassVar[str] = "holitom-inner"
     source: ClassVar[str] = "arXiv 2505.21334"
     default_share: ClassVar[float] = 0.5
 
-    depth: float = 18 / 28
+    depth: Part = 18 / 28
 
     def select(self, tokens: LayerTokens) -> Selection:
         return joined_in_turn(F.normalize(tokens.hidden.float(), dim=1), super().select(tokens).kept)

@@ -33,6 +33,7 @@ class LanguageMethod(Method, ABC):
     share: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.share is not None:
             check_ranges(self, share="(0, 1]")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Cosine, Count, Share
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peak_scores
 from evoprune.pruning.ranking import closest, highest
@@ -19,22 +19,12 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Mmg(Selector):
-    """Settings:
-
-    threshold: cosine of neighbouring frame pairs below which the video is cut.
-    beta: weight of repetition in the gain of a segment.
-    neighbours: how many nearest tokens a density is computed from.
-    """
-
     name: ClassVar[str] = "mmg"
     source: ClassVar[str] = "after arXiv 2508.21044, whose formulas this project fills in"
 
-    threshold: float = 0.95
-    beta: float = 0.5
-    neighbours: int = 7
-
-    def __post_init__(self):
-        check_ranges(self, threshold="[-1, 1]", beta="[0, 1]", neighbours="[1, inf)")
+    threshold: Cosine = 0.95  # of neighbouring frame pairs; below it the video is cut
+    beta: Share = 0.5  # weight of repetition in the gain of a segment
+    neighbours: Count = 7  # a density is computed from so many nearest tokens
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x, like = tokens.by_pair(tokens.features.float()), transitions(tokens)

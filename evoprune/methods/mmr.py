@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Share
 from evoprune.pruning.ranking import greedy, scaled
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
@@ -17,22 +17,16 @@ IMPORTANCE = ("attention", "keynorm")
 
 @dataclass(frozen=True)
 class Mmr(Selector):
-    """Settings:
-
-    importance: `attention` for attention received, or `keynorm` for the norm of a unit's key.
-    lam: weight of importance, from 0 to 1; diversity has the weight 1 - lam.
-    """
-
     name: ClassVar[str] = "mmr"
     source: ClassVar[str] = "after arXiv 2602.13315, without its trained scorer"
 
-    importance: str = "attention"
-    lam: float = 0.5
+    importance: str = "attention"  # `attention` received, or `keynorm` for the norm of a unit's key
+    lam: Share = 0.5  # weight of importance; diversity has the weight 1 - lam
 
     def __post_init__(self):
+        super().__post_init__()
         if self.importance not in IMPORTANCE:
             raise ValueError(f"importance is one of {', '.join(IMPORTANCE)}, not {self.importance!r}")
-        check_ranges(self, lam="[0, 1]")
 
     @property
     def needs(self) -> frozenset[str]:

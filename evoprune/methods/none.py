@@ -8,6 +8,4 @@ from evoprune.methods.base import Method
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    """The base class as it is. No settings."""
-
     source: ClassVar[str] = "this project; the unpruned model"

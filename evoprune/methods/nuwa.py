@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from math import hypot
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import of_pairs, ranked
@@ -18,23 +18,13 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    """Settings:
-
-    cell: tokens of each cell of 2x2 places that are candidates, from 1 to 4.
-    weak: quantile of the kept tokens' attention below which a token becomes a mean.
-    reach: distance at which a weight falls to 0, as a share of the frame's diagonal.
-    """
-
     name: ClassVar[str] = "nuwa"
     source: ClassVar[str] = "arXiv 2602.02951, the stage before the language model"
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "middle"})
 
-    cell: int = 3
-    weak: float = 0.1
-    reach: float = 0.8
-
-    def __post_init__(self):
-        check_ranges(self, cell="[1, 4]", weak="[0, 1]", reach="(0, inf]")
+    cell: Annotated[int, "[1, 4]"] = 3  # tokens of each cell of 2x2 places that are candidates
+    weak: Share = 0.1  # quantile of the kept tokens' attention below which a token becomes a mean
+    reach: Annotated[float, "(0, inf]"] = 0.8  # distance at which a weight is 0, as a share of the diagonal
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return snap(tokens.attention)

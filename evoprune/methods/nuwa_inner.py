@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.fastv import FastV
+from evoprune.methods.ranges import Part
 from evoprune.pruning.layer_tokens import LayerTokens
 
 LAST = 3  # tokens of the prompt whose attention counts, as the mean of each head
@@ -13,13 +14,11 @@ LAST = 3  # tokens of the prompt whose attention counts, as the mean of each hea
 
 @dataclass(frozen=True)
 class NuwaInner(FastV):
-    """Settings: those of `FastV`."""
-
     name: ClassVar[str] = "nuwa-inner"
     source: ClassVar[str] = "arXiv 2602.02951"
     default_share: ClassVar[float] = 0.42
 
-    depth: float = 15 / 28
+    depth: Part = 15 / 28
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         return tokens.last_weights(LAST)[:, tokens.visual].amax(0)

@@ -7,7 +7,7 @@ import torch
 
 from evoprune.methods.base import Selector
 from evoprune.methods.cdpruner import like_question, relevant
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Cosine
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import highest, ranked
 from evoprune.pruning.score import snap
@@ -16,16 +16,11 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Par(Selector):
-    """Setting `link`: neighbouring tokens are of one cluster if their cosine is above this."""
-
     name: ClassVar[str] = "par"
     source: ClassVar[str] = "after arXiv 2410.07278"
     reads_question: ClassVar[bool] = True
 
-    link: float = 0.8
-
-    def __post_init__(self):
-        check_ranges(self, link="[-1, 1]")
+    link: Cosine = 0.8  # neighbouring tokens are of one cluster if their cosine is above this
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         relevance = snap(relevant(like_question(tokens)))

@@ -13,7 +13,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Pool(Selector):
-    """A block lies inside one frame pair, unless there are fewer tokens than frame pairs: then it spans whole ones. No settings."""
+    """A block lies inside one frame pair, unless there are fewer tokens than frame pairs: then it spans whole ones."""
 
     name: ClassVar[str] = "pool"
     source: ClassVar[str] = "arXiv 2605.30010, a baseline there"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Cosine, Count, Share
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import join_groups, joined_peaks
 from evoprune.pruning.indices import ascending
@@ -20,22 +20,12 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """Settings:
-
-    scenes: number of clusters, as a share of the frame pairs.
-    static: a place is static if the mean cosine of its tokens over time is above this.
-    neighbours: how many nearest tokens a density is computed from.
-    """
-
     name: ClassVar[str] = "prunevid"
     source: ClassVar[str] = "arXiv 2412.16117, the stage before the language model"
 
-    scenes: float = 0.25
-    static: float = 0.8
-    neighbours: int = 7
-
-    def __post_init__(self):
-        check_ranges(self, scenes="[0, 1]", static="[-1, 1]", neighbours="[1, inf)")
+    scenes: Share = 0.25  # number of clusters, as a share of the frame pairs
+    static: Cosine = 0.8  # a place is static if the mean of its tokens over time is above this
+    neighbours: Count = 7  # a density is computed from so many nearest tokens
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())

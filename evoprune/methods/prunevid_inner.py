@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.fastv import FastV
+from evoprune.methods.ranges import Part
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.layer_tokens import LayerTokens
@@ -15,13 +16,11 @@ from evoprune.pruning.types import Selection
 
 @dataclass(frozen=True)
 class PruneVidInner(FastV):
-    """Settings: those of `FastV`."""
-
     name: ClassVar[str] = "prunevid-inner"
     source: ClassVar[str] = "arXiv 2412.16117, section 3.3"
     default_share: ClassVar[float] = 0.4
 
-    depth: float = 11 / 32
+    depth: Part = 11 / 32
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         """The greatest attention of any head of any text token behind the video, without rotary and causal mask."""

@@ -14,11 +14,9 @@ PLACES = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class PyramidDrop(LanguageMethod):
-    """No settings but `share`. With the default, (1/2 + 1/4 + 1/8) / 3, half of the tokens leave each time."""
-
     name: ClassVar[str] = "pyramiddrop"
     source: ClassVar[str] = "arXiv 2410.17247, section 3.2"
-    default_share: ClassVar[float] = 7 / 24
+    default_share: ClassVar[float] = 7 / 24  # (1/2 + 1/4 + 1/8) / 3: half of the tokens leave each time
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return several_drops(depth, tokens, PLACES, lambda share: (share, share**2, share**3), budget)

@@ -13,7 +13,7 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class Random(Selector):
-    """Draws without replacement inside each frame pair, seeded with `tokens.seed`. No settings."""
+    """Draws without replacement inside each frame pair, seeded with `tokens.seed`."""
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "this project; a common baseline"

@@ -1,6 +1,20 @@
 """The ranges of a method's numbers, and how an error names the ones that are outside."""
 
 import math
+from dataclasses import fields
+from typing import Annotated
+
+# Types of settings: the number's, and its range.
+Share = Annotated[float, "[0, 1]"]
+Part = Annotated[float, "(0, 1)"]
+Cosine = Annotated[float, "[-1, 1]"]
+Count = Annotated[int, "[1, inf)"]
+
+
+def check_settings(method: object) -> None:
+    """Checks the fields of a method whose types have a range, such as `Share`; otherwise as `check_ranges`."""
+    ranges = {f.name: f.type.__metadata__[0] for f in fields(method) if hasattr(f.type, "__metadata__")}
+    check_ranges(method, **ranges)
 
 
 def check_ranges(method: object, **ranges: str) -> None:

@@ -1,13 +1,12 @@
 """SCOPE (arXiv 2510.24214): salient tokens that cover what no selected token covers yet."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import BLOCK
 from evoprune.pruning.score import snap
@@ -19,15 +18,10 @@ STEPS = 16384  # cosines are integers of this many steps, as in `score.snap`
 
 @dataclass(frozen=True)
 class Scope(Selector):
-    """Setting `alpha`: power of saliency; at 0, coverage alone decides."""
-
     name: ClassVar[str] = "scope"
     source: ClassVar[str] = "arXiv 2510.24214"
 
-    alpha: float = 1.0
-
-    def __post_init__(self):
-        check_ranges(self, alpha="[0, inf)")
+    alpha: Annotated[float, "[0, inf)"] = 1.0  # power of saliency; at 0, coverage alone decides
 
     @property
     def needs(self) -> frozenset[str]:

@@ -22,8 +22,6 @@ COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110
 
 @dataclass(frozen=True)
 class SparseVlm(LanguageMethod):
-    """No settings but `share`."""
-
     name: ClassVar[str] = "sparsevlm"
     source: ClassVar[str] = "arXiv 2410.04417, section 3"
     default_share: ClassVar[float] = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens

@@ -9,7 +9,7 @@ from evoprune.pruning.encoder_plan import Grid
 
 @dataclass(frozen=True)
 class Subsample(InputMethod):
-    """Fewer whole frame pairs, at least one. No settings."""
+    """Fewer whole frame pairs, at least one."""
 
     name: ClassVar[str] = "subsample"
     source: ClassVar[str] = "arXiv 2605.30010, a baseline there"

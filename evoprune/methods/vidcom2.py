@@ -18,8 +18,6 @@ TEMPERATURE = 0.01
 
 @dataclass(frozen=True)
 class VidCom2(Selector):
-    """No settings."""
-
     name: ClassVar[str] = "vidcom2"
     source: ClassVar[str] = "arXiv 2505.14454"
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import centre_weights, gathered, highest, nearest
@@ -17,16 +17,11 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """Setting `dominant`: share of the kept tokens that attention selects."""
-
     name: ClassVar[str] = "visionzip"
     source: ClassVar[str] = "arXiv 2412.04467"
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
 
-    dominant: float = 0.85
-
-    def __post_init__(self):
-        check_ranges(self, dominant="[0, 1]")
+    dominant: Share = 0.85  # share of the kept tokens that attention selects
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention

@@ -5,12 +5,12 @@ projection), and cos(o - c_i, o) says whether o would be another one without it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from evoprune.methods.language_method import LanguageMethod
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Part
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import Drop, LanguagePlan, layers_before
@@ -21,29 +21,16 @@ from evoprune.pruning.types import Selection
 
 @dataclass(frozen=True)
 class VisiPruner(LanguageMethod):
-    """Settings, all in (0, 1) but `token` and `exits`:
-
-    shallow: share of the layers in which text does not attend to visual tokens.
-    latest: share of the layers after which tokens leave if no layer was decisive.
-    layer: cosine below which a layer is decisive. `token`: least |c_i| of tokens that stay, at least 0.
-    exit, exits: cosine that no token may be below, in how many layers, for all to leave; 0 layers for never.
-    """
-
     name: ClassVar[str] = "visipruner"
     source: ClassVar[str] = "arXiv 2510.17205, section 4"
     exact: ClassVar[bool] = False
 
-    shallow: float = 6 / 32
-    latest: float = 0.5
-    layer: float = 0.995
-    token: float = 0.2
-    exit: float = 0.999
-    exits: int = 2
-
-    def __post_init__(self):
-        super().__post_init__()
-        shares = dict.fromkeys(("shallow", "latest", "layer", "exit"), "(0, 1)")
-        check_ranges(self, **shares, token="[0, inf]", exits="[0, inf]")
+    shallow: Part = 6 / 32  # share of the layers in which text does not attend to visual tokens
+    latest: Part = 0.5  # share of the layers after which tokens leave if no layer was decisive
+    layer: Part = 0.995  # cosine below which a layer is decisive
+    token: Annotated[float, "[0, inf]"] = 0.2  # least |c_i| of tokens that stay
+    exit: Part = 0.999  # no token may be below this cosine
+    exits: Annotated[int, "[0, inf]"] = 2  # in so many layers, for all to leave; 0 for never
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         keep, blind = keep_count(budget, tokens), layers_before(self.shallow, depth)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Count, Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import BLOCK, of_pairs, ranked
@@ -16,21 +16,12 @@ from evoprune.pruning.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class VisPruner(Selector):
-    """Settings:
-
-    important: share of the kept tokens that attention selects.
-    step: the most tokens that one round removes.
-    """
-
     name: ClassVar[str] = "vispruner"
     source: ClassVar[str] = "arXiv 2412.01818"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
-    important: float = 0.5
-    step: int = 8
-
-    def __post_init__(self):
-        check_ranges(self, important="[0, 1]", step="[1, inf)")
+    important: Share = 0.5  # share of the kept tokens that attention selects
+    step: Count = 8  # the most tokens that one round removes
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention
