@@ -92,7 +92,7 @@ def _run(rows, resolved, ask, open_output, tally: Tally) -> int:
     Args:
         resolved: gives the settings. ask: makes records. open_output: opens the output file.
     """
-    from evoprune.batch.resume import remaining
+    from evoprune.batch.output import remaining
     from evoprune.batch.rows import group_by_span
 
     with tally, closing(open_output()) as file, progress(not tally.quiet) as show:
@@ -180,7 +180,7 @@ def _check_files(rows, source: str | None, output: str, quiet: bool) -> list[str
 
 
 def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None, quiet: bool):
-    from evoprune.batch.folders import left_out
+    from evoprune.batch.inputs import left_out
     from evoprune.batch.rows import load_rows, product_rows, read_rows
     from evoprune.batch.table import read_all
     from evoprune.video.sampling import parse_time
@@ -213,7 +213,7 @@ def _check_videos(rows, in_rows: bool, quiet: bool) -> list[str]:
     Returns:
         The videos that it named.
     """
-    from evoprune.batch.wrong import missing_hint
+    from evoprune.batch.inputs import missing_hint
 
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
     missing = [path for path in videos if not os.path.exists(path)]

@@ -8,14 +8,16 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from evoprune.batch import unfinished
+from evoprune.batch.rows import Row
+from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
-from evoprune.report.records import SCHEMA, Report
+from evoprune.report.records import SCHEMA, Report, rounded
 from evoprune.strict_json import loads
 
 STDOUT = "-"
@@ -33,6 +35,31 @@ class Found:
     failed: bool
     start: int
     end: int
+
+
+def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
+    """The rows that have no answer yet. Rows that failed are asked again.
+
+    Raises:
+        UsageError: a record was made with other settings, or its row has changed.
+    """
+    now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
+    for record in found:
+        if other := differences(record.settings, now):
+            raise UsageError(f"the output was begun with other settings: {other}", "give the same ones, or another -o")
+        before = record.row | {"answer": None}  # which the model's answer does not depend on
+        if other := differences(before, asked.get(record.id, before) | {"answer": None}):
+            hint = "give changed rows ids of their own, or choose another -o"
+            raise UsageError(f"the row {record.id!r} is not what it was: {other}", hint)
+        if not record.failed:
+            done.add(record.id)
+    return [row for row in rows if row.id not in done]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The entries in which two dicts differ, in words; empty where they are equal."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
 
 
 class RecordFile:
@@ -78,11 +105,7 @@ class RecordFile:
         self._writer = ThreadPoolExecutor(1)
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Cuts the file down to its whole records, without those whose ids are in `again`; without `resume`, to nothing.
-
-        Raises:
-            UsageError: the file cannot be written.
-        """
+        """Cuts the file down to its whole records, without those whose ids are in `again`; without `resume`, to nothing."""
         self._begun = True
         if self.regular:
             self._writer.submit(self._keep, again).result()
@@ -144,14 +167,12 @@ class RecordFile:
             return os.dup(sys.stdout.fileno())
         if not self.regular:
             return os.open(self.path, os.O_WRONLY)
-        how = os.O_RDWR | os.O_APPEND
+        flags = os.O_RDWR | os.O_APPEND
         while True:
             try:
-                number = os.open(self.path, how | os.O_CREAT | os.O_EXCL, 0o666)
-                self._made = True
+                number, self._made = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
             except FileExistsError:
-                number = os.open(self.path, how)
-                self._made = False
+                number, self._made = os.open(self.path, flags), False
             try:
                 self._lock(number)
                 # The program that held the lock may have replaced or removed the file.
@@ -170,40 +191,35 @@ class RecordFile:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
-            raise UsageError(
-                f"another batch is writing {self.name}", "wait until it is done, or choose another -o"
-            ) from problem
+            hint = "wait until it is done, or choose another -o"
+            raise UsageError(f"another batch is writing {self.name}", hint) from problem
         except OSError as problem:
             if problem.errno not in NO_LOCKS:
                 raise
 
     def _read(self) -> list[Found]:
         """All whole records. A torn one may follow them; a file with anything else is refused."""
-        found, end, strange, settings = [], 0, 0, None
+        found, end, settings = [], 0, None
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if strange:
-                    break
                 try:
                     record = loads(line)
                     if record["schema"] != SCHEMA:
                         raise ValueError
-                    about, row = record["batch"], record["batch"]["row"]
-                    settings = (
-                        settings if about["settings"] == settings else about["settings"]
-                    )  # usually one object serves all records
-                    failed = record["error"] is not None
-                    found.append(Found(record["id"], row, settings, failed, end, end + len(line)))
-                except (ValueError, KeyError, TypeError):
-                    strange = number
+                    about, failed = record["batch"], record["error"] is not None
+                    if about["settings"] != settings:  # usually one object serves all records
+                        settings = about["settings"]
+                    found.append(Found(record["id"], about["row"], settings, failed, end, end + len(line)))
+                except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, bool(found)):
-                        return found
+                        break
+                    hint = "choose another -o, or give --overwrite instead of --resume to replace the whole file"
+                    if found:
+                        hint = (
+                            "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
+                        )
+                    raise UsageError(f"{self.name}, line {number} is no record of a batch", hint) from problem
                 end += len(line)
-        if strange:
-            hint = "choose another -o, or give --overwrite instead of --resume to replace the whole file"
-            if found:
-                hint = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
-            raise UsageError(f"{self.name}, line {strange} is no record of a batch", hint)
         return found
 
     def _copied(self, kept: list[Found]) -> int:
@@ -233,8 +249,7 @@ class RecordFile:
 def _is_torn(line: bytes, follows: bool) -> bool:
     """Whether the line, which is no record, is the beginning of one. After a power failure the rest may be zeros.
 
-    Args:
-        follows: a record stands before it. Else a line of zeros alone may be anything.
+    `follows`: a record stands before it. Else a line of zeros alone may be anything.
     """
     begun = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (begun or follows):

@@ -1,11 +1,8 @@
 """A batch on a Ray cluster, with Ray Data: one worker for each GPU, or for each node without GPUs, each with its own model.
 
-Spans of videos go to the workers, and records come back to the program that started the batch. That program alone writes the
-output, so locking and resuming work as without Ray. Every node must see the same files under the same names, and have evoprune
-installed. A worker that dies is replaced, and its span is done again. A span whose workers die three times is given up, and its
-rows get records with an error.
-
-Needs `pip install 'evoprune[ray]'`.
+The program that started the batch alone writes the output, so locking and resuming work as without Ray. Every node must see the
+same files under the same names, and have evoprune installed. A worker that dies is replaced, and its span is done again. A span
+whose workers die three times is given up, and its rows get records with an error.
 """
 
 import json
@@ -65,8 +62,8 @@ def answers_on_ray(
     with _cluster(address) as ray:
         on_ready()
         tries = ray.remote(num_cpus=0)(Tries).remote()
-        how = {"folder": os.getcwd(), "cache": cache, "tries": tries}
-        for line in _lines(ray, spans, settings, how):
+        where = {"folder": os.getcwd(), "cache": cache, "tries": tries}
+        for line in _lines(ray, spans, settings, where):
             if error := json.loads(line).get("broken"):
                 raise RemoteError(error)
             record = Report.from_json(line)
@@ -77,7 +74,7 @@ def answers_on_ray(
         raise EvopruneError(f"Ray has lost {len(left):,} rows", "go on with --resume")
 
 
-def _lines(ray, spans: Sequence[Span], settings: Settings, how: dict[str, Any]) -> Iterator[str]:
+def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
     """The lines that the workers make, as they come."""
     workers, share = _workers(ray, settings.model.device)
     # One block for each span: a worker that dies loses no more than its span.
@@ -85,7 +82,7 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, how: dict[str, Any]) 
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         fn_constructor_args=(settings,),
-        fn_constructor_kwargs=how,
+        fn_constructor_kwargs=where,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(spans))),
         **share,
@@ -122,8 +119,8 @@ class Worker:
         self._settings, self._tries, self._cache, self._broken = settings, tries, None, None
         try:
             _enter(folder)  # names of videos and models are relative to it
-            self._settings = settings = settings.resolved()
-            self._qa = settings.load()
+            self._settings = settings.resolved()
+            self._qa = self._settings.load()
         except EvopruneError as problem:  # if it were raised here, Ray would try again
             self._broken = error_record(problem)
         if cache:
@@ -138,9 +135,6 @@ class Worker:
         span = Span(tuple(_row(fields) for fields in json.loads(text)))
         return {"line": [record.to_json(ascii_only=True) for record in self._records(span)]}
 
-    def _asked(self, span: Span) -> Iterator[Report]:
-        return answers(self._qa, [span], self._settings, self._cache)
-
     def _records(self, span: Span) -> Iterator[Report]:
         import ray
 
@@ -149,6 +143,9 @@ class Worker:
         hint = "was there too little memory? take fewer frames (--frames)"
         error = error_record(WorkerDied(f"the worker died, {TRIES} times", hint))
         return (failure_report(row, self._settings, error) for row in span.rows)
+
+    def _asked(self, span: Span) -> Iterator[Report]:
+        return answers(self._qa, [span], self._settings, self._cache)
 
 
 def _row(fields: dict[str, Any]) -> Row:
@@ -175,7 +172,7 @@ def _cluster(address: str | None):
     # Ray reports workers that died on stdout, also while it shuts down.
     with redirect_stdout(sys.stderr):
         try:
-            with _own_signals(), _no_usage_statistics():
+            with _own_signals(), _environment("RAY_USAGE_STATS_ENABLED", "0"):
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
             hint = "start one (ray start --head), or leave --address out"
@@ -189,15 +186,14 @@ def _cluster(address: str | None):
 
 
 @contextmanager
-def _no_usage_statistics():
-    """A cluster made here sends none, unless the environment says otherwise."""
-    name = "RAY_USAGE_STATS_ENABLED"
-    said = name in os.environ
-    os.environ.setdefault(name, "0")
+def _environment(name: str, usual: str):
+    """A variable that a cluster made here gets, unless the environment has it."""
+    given = name in os.environ
+    os.environ.setdefault(name, usual)
     try:
         yield
     finally:
-        if not said:
+        if not given:
             del os.environ[name]
 
 

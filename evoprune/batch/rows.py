@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evoprune.batch.folders import in_folders
-from evoprune.batch.table import read_file, read_lines
-from evoprune.batch.wrong import Wrong
+from evoprune.batch.inputs import Wrong, in_folders
+from evoprune.batch.table import Line, read_file, read_lines
 from evoprune.errors import UsageError
 from evoprune.language.text import is_text
 from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
@@ -97,7 +96,7 @@ REQUIRED = (("video", "inputs"), ("question",))  # one of each
 
 @dataclass(frozen=True)
 class Span:
-    """Inputs, a span of their time, and subtitles, encoded once for all `rows` about them. There is at least one row."""
+    """Inputs, a span of their time, and subtitles, encoded once for all `rows` about them, of which there is at least one."""
 
     rows: tuple[Row, ...]
 
@@ -128,9 +127,7 @@ def group_by_span(rows: Iterable[Row]) -> list[Span]:
 def product_rows(
     videos: Sequence[str], questions: Sequence[str], start_s: float = 0.0, end_s: float | None = None
 ) -> list[Row]:
-    """Every question about every video.
-
-    A folder of videos stands for the videos in it (`batch.folders`).
+    """Every question about every video. A folder of videos stands for the videos in it (`batch.inputs`).
 
     Raises:
         UsageError: a video or a question is empty or given twice, a question is not valid text, a folder holds neither videos nor
@@ -138,20 +135,17 @@ def product_rows(
     """
     wrong = Wrong()
     videos = list(in_folders(videos, wrong))
-    for what, texts, check in (("video", videos, _filled), ("question", questions, _text)):
+    for noun, texts, check in (("video", videos, _filled), ("question", questions, _text)):
         for text, times in Counter(texts).items():
             if times > 1:
-                wrong.add(f"the {what} {text!r} is there twice", f"name every {what} once")
+                wrong.add(f"the {noun} {text!r} is there twice", f"name every {noun} once")
             with wrong.noting(f"{text!r}: ", BATCH.fields):
-                check({what: text}, what)
+                check(text, noun)
     with wrong.noting("", "choose an end after the start"):
         _check_span(start_s, end_s)
     wrong.check(dict.fromkeys(videos, ""))
-    reader = _Reader("", start_s, end_s, BATCH)
-    for video in videos:
-        for question in questions:
-            reader.add("", 0, {"video": video, "question": question})
-    return reader.finish()
+    pairs = ((0, {"video": video, "question": question}) for video in videos for question in questions)
+    return _rows(pairs, "", "", (start_s, end_s), BATCH)
 
 
 def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH) -> list[Row]:
@@ -180,101 +174,89 @@ def read_rows(
     Raises:
         UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """
-    reader = _Reader(folder, start_s, end_s, rules)
-    for number, fields in read_lines(content, name, REQUIRED, rules.fields):
-        reader.add(f"{name}, line {number}", number, fields)
-    rows = reader.finish(name)
+    rows = _rows(read_lines(content, name, REQUIRED, rules.fields), name, folder, (start_s, end_s), rules)
     if not rows:
         raise UsageError(f"{name} holds no rows", rules.fields)
     return rows
 
 
-class _Reader:
-    """Collects rows and everything that is wrong with them."""
+def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, float | None], rules: Rules) -> list[Row]:
+    """The rows of all lines; raises UsageError if any is wrong. `name`: of their file, if there is one; else nothing."""
+    wrong = Wrong()
+    rows: dict[str, Row] = {}
+    places: dict[str, str] = {}
+    for number, fields in lines:
+        place = f"{name}, line {number}"
+        with wrong.noting(f"{place}: ", rules.fields):
+            row = _row(number, fields, folder, span, rules)
+            if row.id in rows:
+                message = f"{place}: the same id (or the same question) as {places[row.id]}"
+                wrong.add(message, "give every row an id of its own")
+            rows[row.id], places[row.id] = row, place
+    videos: dict[str, str] = {}
+    for row in rows.values():
+        for path in row.paths:
+            videos.setdefault(path, f"{places[row.id]}: " if name else "")
+    wrong.check(videos, name)
+    return list(rows.values())
 
-    def __init__(self, folder: str, start_s: float, end_s: float | None, rules: Rules):
-        self._folder, self._span, self._rules = folder, {"start": start_s, "end": end_s}, rules
-        self._rows: dict[str, Row] = {}
-        self._places: dict[str, str] = {}
-        self._wrong = Wrong()
 
-    def add(self, place: str, number: int, fields: dict[str, Any] | ValueError) -> None:
-        """Checks a row's fields. `place` names the row in errors; `number` is its line."""
-        with self._wrong.noting(f"{place}: ", self._rules.fields):
-            row = self._row(number, fields)
-            if row.id in self._rows:
-                message = f"{place}: the same id (or the same question) as {self._places[row.id]}"
-                self._wrong.add(message, "give every row an id of its own")
-            self._rows[row.id], self._places[row.id] = row, place
-
-    def finish(self, name: str = "") -> list[Row]:
-        """All rows; raises UsageError if any was wrong, with the `name` of the file once."""
-        videos: dict[str, str] = {}
-        for row in self._rows.values():
-            for path in row.paths:
-                videos.setdefault(path, f"{self._places[row.id]}: " if name else "")
-        self._wrong.check(videos, name)
-        return list(self._rows.values())
-
-    def _row(self, number: int, fields: dict[str, Any] | ValueError) -> Row:
-        if isinstance(fields, ValueError):
-            raise fields
-        fields = self._span | {name: value for name, value in fields.items() if value is not None}
-        start, end = _seconds(fields, "start"), None if fields["end"] is None else _seconds(fields, "end")
-        _check_span(start, end)
-        inputs = _inputs(fields)
-        subtitles = _filled(fields, "subtitles") if "subtitles" in fields else None
-        named = subtitles in (None, NO_SUBTITLES, AUTO_SUBTITLES)
-        row = Row(
-            id="",
-            inputs=inputs,
-            paths=tuple(os.path.join(self._folder, each) for each in inputs),
-            question=_text(fields, "question"),
-            start_s=start,
-            end_s=end,
-            options=_options(fields),
-            subtitles=subtitles,
-            subtitles_path=subtitles if named else os.path.join(self._folder, subtitles),
-            answer=fields.get("answer"),
-        )
-        row = self._rules.complete(row, fields)
-        name = fields.get("id", number if self._rules.numbered else _digest(row))
-        if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-            raise ValueError("id is neither a text nor a whole number")
-        return replace(row, id=str(name))
+def _row(
+    number: int, fields: dict[str, Any] | ValueError, folder: str, span: tuple[float, float | None], rules: Rules
+) -> Row:
+    if isinstance(fields, ValueError):
+        raise fields
+    fields = {name: value for name, value in fields.items() if value is not None}
+    start, end = (_seconds(fields.get(name, usual), name) for name, usual in zip(("start", "end"), span, strict=True))
+    _check_span(start, end)
+    inputs = _inputs(fields)
+    subtitles = _filled(fields["subtitles"], "subtitles") if "subtitles" in fields else None
+    named = subtitles in (None, NO_SUBTITLES, AUTO_SUBTITLES)
+    row = Row(
+        id="",
+        inputs=inputs,
+        paths=tuple(os.path.join(folder, each) for each in inputs),
+        question=_text(fields.get("question"), "question"),
+        start_s=start,
+        end_s=end,
+        options=_options(fields),
+        subtitles=subtitles,
+        subtitles_path=subtitles if named else os.path.join(folder, subtitles),
+        answer=fields.get("answer"),
+    )
+    row = rules.complete(row, fields)
+    digest = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
+    name = fields.get("id", number if rules.numbered else digest)
+    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+        raise ValueError("id is neither a text nor a whole number")
+    return replace(row, id=str(name))
 
 
 def _check_span(start_s: float, end_s: float | None) -> None:
-    if (
-        end_s is not None and end_s <= start_s and (end_s < 0) == (start_s < 0)
-    ):  # below 0 they count from the video's end
+    # Below 0 they count from the video's end.
+    if end_s is not None and end_s <= start_s and (end_s < 0) == (start_s < 0):
         raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
-
-
-def _digest(row: Row) -> str:
-    return hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _options(fields: dict) -> tuple[str, ...]:
     options = fields.get("options", [])
     if not isinstance(options, list) or len(options) == 1 or len(options) > len(LETTERS):
         raise ValueError(f"options are not a list of 2 to {len(LETTERS)} texts")
-    return tuple(_text({"option": option}, "option") for option in options)
+    return tuple(_text(option, "option") for option in options)
 
 
 def _inputs(fields: dict) -> tuple[str, ...]:
     if "inputs" not in fields:
-        return (_filled(fields, "video"),)
+        return (_filled(fields.get("video"), "video"),)
     if "video" in fields:
         raise ValueError("video and inputs exclude each other")
     inputs = fields["inputs"]
     if not isinstance(inputs, list) or not inputs:
         raise ValueError("inputs are not a list of paths")
-    return tuple(_filled({"input": each}, "input") for each in inputs)
+    return tuple(_filled(each, "input") for each in inputs)
 
 
-def _filled(fields: dict, name: str) -> str:
-    value = fields.get(name)
+def _filled(value: Any, name: str) -> str:
     if value is None:
         raise ValueError(f"no {name}")
     if not isinstance(value, str):
@@ -284,15 +266,15 @@ def _filled(fields: dict, name: str) -> str:
     return value
 
 
-def _text(fields: dict, name: str) -> str:
-    value = _filled(fields, name)
-    if not is_text(value):
+def _text(value: Any, name: str) -> str:
+    if not is_text(_filled(value, name)):
         raise ValueError(f"{name} is not valid text")
     return value
 
 
-def _seconds(fields: dict, name: str) -> float:
-    value = fields[name]
+def _seconds(value: Any, name: str) -> float | None:
+    if value is None:  # an end that nobody gave
+        return None
     if isinstance(value, str):
         return parse_time(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

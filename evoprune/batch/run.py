@@ -6,7 +6,7 @@ questions about a video are answered, the first chunks of the next one are read 
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evoprune.batch.rows import Row, Span
@@ -32,11 +32,7 @@ def answers(
     cache: "Cache | None" = None,
     on_failure: OnFailure = lambda problem: None,
 ) -> Iterator[Report]:
-    """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
-
-    Args:
-        on_failure: called with each exception.
-    """
+    """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on."""
     with closing(prefetched(_prepared(qa, spans, settings, cache), depth=1)) as prepared:
         for span, inputs in prepared:
             yield from _asked(span, inputs, settings, on_failure)
@@ -93,7 +89,7 @@ def _encoded(inputs: "OpenInputs | Exception") -> "EncodedInputs":
 
 
 def _answered(encoded: "EncodedInputs", row: Row, settings: Settings) -> Report:
-    answer = encoded.ask(row.prompt, **vars(settings.generation))
+    answer = encoded.ask(row.prompt, **asdict(settings.generation))
     for _ in answer:
         pass
     return answer.report

@@ -18,11 +18,7 @@ Line = tuple[int, dict[str, Any] | ValueError]  # its number from 1, and its fie
 
 
 def read_file(path: str, hint: str) -> bytes:
-    """The content of a file. `hint` goes into errors.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+    """The content of a file. Raises UsageError with that hint if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return read_all(file, path, hint)
@@ -31,11 +27,7 @@ def read_file(path: str, hint: str) -> bytes:
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
-    """All that is in an open file, which may be a pipe or a device that never ends.
-
-    Raises:
-        UsageError: there are more than `MAX_BYTES`.
-    """
+    """All that is in an open file, which may be endless; raises UsageError at more than `MAX_BYTES`."""
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UsageError(f"{name} has more than {MAX_BYTES // 2**20} MiB", f"give it in pieces; {hint}")

@@ -1,4 +1,4 @@
-"""Files that are written under a name of their own, beside the file that they then replace."""
+"""Files that are written under a name of their own, beside the file that they then replace. All functions may raise OSError."""
 
 import glob
 import os
@@ -9,11 +9,7 @@ _NAME, _ANY = "{}.evoprune-{}.tmp", "[0-9a-f]" * 8
 
 
 def replace(path: str, content: bytes) -> None:
-    """Writes a file completely or not at all.
-
-    Raises:
-        OSError: it cannot be written; what was there stays.
-    """
+    """Writes a file completely or not at all."""
     number, unfinished = create(path)
     try:
         with open(number, "wb") as file:
@@ -25,20 +21,12 @@ def replace(path: str, content: bytes) -> None:
 
 
 def create(path: str) -> tuple[int, str]:
-    """Creates an unfinished file for `path`, to read and to append to: its descriptor, and its name, which no file had before.
-
-    Raises:
-        OSError: it cannot be created.
-    """
+    """Creates an unfinished file for `path`, to read and to append to: its descriptor, and its name, which no file had before."""
     name = _NAME.format(path, secrets.token_hex(4))
     return os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666), name
 
 
 def remove_left_overs(path: str) -> None:
-    """Removes the unfinished files for `path` that killed programs left; no program may be writing one.
-
-    Raises:
-        OSError: one cannot be removed.
-    """
+    """Removes the unfinished files for `path` that killed programs left; no program may be writing one."""
     for name in glob.glob(_NAME.format(glob.escape(path), _ANY)):
         Path(name).unlink(missing_ok=True)

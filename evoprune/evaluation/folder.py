@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.batch import unfinished
-from evoprune.batch.resume import differences
+from evoprune.batch.output import differences
 from evoprune.errors import UsageError
 from evoprune.strict_json import read_object
 

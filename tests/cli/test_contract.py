@@ -129,7 +129,7 @@ CASES = {
         ("inspect", CLIP), 1, "KeyError", breaks=("evoprune.pipeline.inspection.video_facts", KeyError(1))
     ),
     "bug in batch": Case(
-        BATCH, 1, "KeyError", breaks=("evoprune.batch.resume.remaining", KeyError(1)), ways=EVERYWHERE
+        BATCH, 1, "KeyError", breaks=("evoprune.batch.output.remaining", KeyError(1)), ways=EVERYWHERE
     ),
     # 2: usage
     "unknown command": fails(2, "what", "what"),

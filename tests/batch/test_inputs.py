@@ -2,8 +2,7 @@
 
 import pytest
 
-from evoprune.batch.folders import in_folders, left_out
-from evoprune.batch.wrong import Wrong
+from evoprune.batch.inputs import Wrong, in_folders, left_out
 from evoprune.errors import UsageError
 
 
