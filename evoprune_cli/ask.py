@@ -1,29 +1,26 @@
 """`evoprune ask`: videos and pictures, one question or several, the answers on stdout."""
 
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.language.text import check_text
 from evoprune.model.limits import check_libraries
-from evoprune.pruning.budget import DEFAULT
+from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.text import roughly
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
 from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
-from evoprune_cli.help_format import HelpAll
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
 from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, note_tuning, progress, tell
 from evoprune_cli.words import STDIN, USAGE, Words
 
 if TYPE_CHECKING:
-    from evoprune.pipeline.options import PipelineOptions, SamplingOptions
     from evoprune.pipeline.view import View
     from evoprune.video.info import VideoInfo
 
@@ -31,43 +28,19 @@ LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 
 
+@opt.with_options(*PipelineOptions.KINDS)
 def ask(
+    *,
     words: opt.Inputs,
     more: opt.MoreQuestions = None,
     interactive: opt.Interactive = False,
     compare: opt.Compare = False,
-    model: opt.Model = "demo",
-    revision: opt.Revision = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    quantize: opt.Quantize = "none",
-    load_format: opt.LoadFormat = "auto",
-    offline: opt.Offline = False,
-    threads: opt.Threads = "auto",
-    budget: opt.Budget = DEFAULT,
-    method: opt.MethodName = methods.DEFAULT,
-    method_arg: opt.MethodArg = None,
-    seed: opt.Seed = 0,
-    fps: opt.Fps = None,
-    frames: opt.Frames = None,
-    max_frames: opt.MaxFrames = None,
-    max_visual_tokens: opt.MaxVisualTokens = None,
-    start: opt.Start = "0",
-    end: opt.End = None,
-    decoder: opt.Decoder = "auto",
-    subtitles: opt.Subtitles = "none",
-    max_subtitle_tokens: opt.MaxSubtitleTokens = 2048,
-    max_new_tokens: opt.MaxNewTokens = 256,
-    temperature: opt.Temperature = 0.0,
-    top_p: opt.TopP = 1.0,
-    system: opt.System = None,
+    options: opt.Options,
     json: opt.Json = False,
     stats: opt.Stats = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
     cache: opt.Cache = False,
-    debug: opt.Debug = False,
-    help_all: HelpAll = False,
 ) -> int:
     """Ask a question about videos or pictures. The answer goes to stdout, everything else to stderr.
 
@@ -81,7 +54,8 @@ def ask(
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
     request = _Request(Words.of(words), more or [], interactive, compare, cache, quiet)
-    _run(request, Output.of(locals(), len(request.questions)), locals())
+    several = interactive or len(request.questions) > 1
+    _run(request, Output.of(json, stats, verbose, quiet, interactive=interactive, several=several), options)
     return 0
 
 
@@ -107,20 +81,17 @@ class _Request:
         return self.words.inputs
 
 
-def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
-    """Answers all questions. Where something goes wrong, prints what there is, and raises it.
-
-    Args:
-        given: the command's arguments.
-    """
+def _run(request: _Request, output: Output, typed: opt.Options) -> None:
+    """Answers all questions. Where something goes wrong, prints what there is, and raises it."""
     talk, questions = Conversation(request.inputs, output), request.questions or [""]
     with ExitStack() as cleanup:
         try:
             check_output()
             request.words.check()
             warm_up()  # while this process imports what it needs
-            questions = _questions(request, given["system"])
-            options = _check_flags(given)
+            questions = _questions(request)
+            options = _check_flags(typed)
+            check_text(*questions, options.generation.system)
             paths = [cleanup.enter_context(local_file(each)) for each in request.inputs]
             _check_inputs(paths, options.sampling, request.quiet)
             _encode_into(talk, paths, request, questions, options)
@@ -135,7 +106,7 @@ def _run(request: _Request, output: Output, given: Mapping[str, Any]) -> None:
 
 
 def _encode_into(
-    talk: Conversation, paths: list[str], request: _Request, questions: list[str], options: "PipelineOptions"
+    talk: Conversation, paths: list[str], request: _Request, questions: list[str], options: PipelineOptions
 ) -> None:
     """Loads the model, encodes the inputs, and hands them to the conversation."""
     with progress(not request.quiet) as show:
@@ -144,10 +115,7 @@ def _encode_into(
             from evoprune.pipeline.video_qa import VideoQA
 
         show("loading model")
-        qa = VideoQA.load(
-            **vars(options.model), **vars(options.pruning),
-            progress=lambda done, total: show("quantizing", done, total),
-        )  # fmt: skip
+        qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
         if not request.quiet:
             note_tuning(qa.engine)
         encoded = _encode(qa.engine, paths, request, questions, options, show)
@@ -163,7 +131,7 @@ def _encode(
     paths: list[str],
     request: _Request,
     questions: list[str],
-    options: "PipelineOptions",
+    options: PipelineOptions,
     show,
     full: bool = False,
 ):
@@ -189,7 +157,7 @@ def _encode(
         return opened.encode(encoding(show))
 
 
-def _questions(request: _Request, system: str | None) -> list[str]:
+def _questions(request: _Request) -> list[str]:
     """All questions in order. One is read from stdin if none is given, none will be typed, and stdin is not the video."""
     questions = request.questions
     if request.interactive:
@@ -200,7 +168,6 @@ def _questions(request: _Request, system: str | None) -> list[str]:
         questions = [_question_from_stdin()]
     if not all(q.strip() for q in questions):
         raise UsageError("the question is empty", USAGE)
-    check_text(*questions, system)
     return questions
 
 
@@ -221,16 +188,16 @@ def _question_from_stdin() -> str:
     return question
 
 
-def _check_flags(given: Mapping[str, Any]) -> "PipelineOptions":
+def _check_flags(typed: opt.Options) -> PipelineOptions:
     """The options of the pipeline, with everything checked that can be wrong with flags alone."""
     from evoprune.video.frames import choose_decoder
 
-    options = opt.pipeline_options(given)
+    options = typed()
     choose_decoder(options.sampling.decoder)
     return options
 
 
-def _check_inputs(paths: list[str], sampling: "SamplingOptions", quiet: bool) -> None:
+def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:
     """Checks the inputs in milliseconds, before torch is imported or weights are read."""
     from evoprune.pipeline.subtitles import check_one_file
     from evoprune.video.info import VIDEO
@@ -245,7 +212,7 @@ def _check_inputs(paths: list[str], sampling: "SamplingOptions", quiet: bool) ->
         _check_input(info, sampling.timeless if videos and info.kind != VIDEO else sampling)
 
 
-def _check_input(info: "VideoInfo", sampling: "SamplingOptions") -> None:
+def _check_input(info: "VideoInfo", sampling: SamplingOptions) -> None:
     from evoprune.pipeline.subtitles import check_picture
     from evoprune.video.frames import choose_decoder
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
@@ -271,7 +238,7 @@ def _note_wait(engine, views: list["View"], text: int, how: str) -> None:
         note(f"estimated first token {how}{roughly(wait)}")
 
 
-def _note_limits(view: "View", sampling: "SamplingOptions") -> None:
+def _note_limits(view: "View", sampling: SamplingOptions) -> None:
     """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     plan = view.full
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:

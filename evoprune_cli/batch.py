@@ -3,21 +3,17 @@
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
-from typing import Any
 
-from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.limits import check_libraries
-from evoprune.pruning.budget import DEFAULT
+from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.text import SOME, some
 from evoprune_cli import batch_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.batch_options import ENGINES
 from evoprune_cli.failures import debugging
-from evoprune_cli.help_format import HelpAll
 from evoprune_cli.tally import Tally
 from evoprune_cli.terminal import note_tuning, progress, tell
 
@@ -26,44 +22,20 @@ DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
 
 
+@opt.with_options(*PipelineOptions.KINDS, model={"unless_typed": ""})
 def batch(
+    *,
     videos: own.Videos = None,
     questions: own.Questions = None,
     source: own.Source = None,
     output: own.Output = None,
     resume: own.Resume = False,
     overwrite: own.Overwrite = False,
-    model: opt.Model = "",
-    revision: opt.Revision = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    quantize: opt.Quantize = "none",
-    load_format: opt.LoadFormat = "auto",
-    offline: opt.Offline = False,
-    threads: opt.Threads = "auto",
-    budget: opt.Budget = DEFAULT,
-    method: opt.MethodName = methods.DEFAULT,
-    method_arg: opt.MethodArg = None,
-    seed: opt.Seed = 0,
-    fps: opt.Fps = None,
-    frames: opt.Frames = None,
-    max_frames: opt.MaxFrames = None,
-    max_visual_tokens: opt.MaxVisualTokens = None,
-    start: opt.Start = "0",
-    end: opt.End = None,
-    decoder: opt.Decoder = "auto",
-    subtitles: opt.Subtitles = "none",
-    max_subtitle_tokens: opt.MaxSubtitleTokens = 2048,
-    max_new_tokens: opt.MaxNewTokens = 256,
-    temperature: opt.Temperature = 0.0,
-    top_p: opt.TopP = 1.0,
-    system: opt.System = None,
+    options: opt.Options,
     engine: own.Engine = ENGINES[0],
     address: own.Address = None,
     quiet: opt.Quiet = False,
     cache: opt.Cache = False,
-    debug: opt.Debug = False,
-    help_all: HelpAll = False,
 ) -> int:
     """Ask many questions about many videos: one JSON line each.
 
@@ -77,9 +49,10 @@ def batch(
     evoprune batch --from rows.csv -o answers.jsonl --resume
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
-    _check_flags(output, model, engine, address)
-    settings = _settings(locals())
-    rows = _rows(videos or [], questions or [], source, start, end, quiet)
+    _check_flags(output, engine, address)
+    made = options()
+    settings = _settings(made)
+    rows = _rows(videos or [], questions or [], source, made.sampling, quiet)
     named = _check_files(rows, source, output, quiet)
     ask = partial(_on_ray, address=address) if engine == "ray" else partial(_here, quiet=quiet)
     ask, resolved = partial(ask, cache=cache), settings.resolved_here if engine == "ray" else settings.resolved
@@ -126,7 +99,7 @@ def _here(spans, settings, show, ready, *, cache: bool, quiet: bool):
 
     show("loading model")
     check_libraries()
-    qa = settings.load(lambda done, total: show("quantizing", done, total))
+    qa = settings.load(partial(show, "quantizing"))
     if not quiet:
         note_tuning(qa.engine)
     ready()
@@ -141,33 +114,29 @@ def _on_ray(spans, settings, show, ready, **where):
     yield from answers_on_ray(spans, settings, **where, on_ready=ready)
 
 
-def _check_flags(output: str | None, model: str, engine: str, address: str | None) -> None:
+def _check_flags(output: str | None, engine: str, address: str | None) -> None:
     if output is None:
         raise UsageError("no output", f"name a file with -o: {USAGE}")
     if output.startswith("--"):
         raise UsageError(f"-o has no file: {output} is an option", "-o FILE; a file of that name is ./--...")
-    if not model:
-        raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a bundled tiny one")
     if engine not in ENGINES:
         raise UsageError(f"no engine {engine!r}", f"one of {', '.join(ENGINES)}")
     if address and engine != "ray":
         raise UsageError("--address is of a Ray cluster", "add --engine ray")
 
 
-def _settings(given: Mapping[str, Any]):
-    """The settings, of the command's arguments. Refuses those that are wrong whatever the model and the videos are."""
-    from dataclasses import fields
-
+def _settings(options: PipelineOptions):
+    """The settings of the batch. Refuses those that are wrong whatever the model and the videos are."""
     from evoprune.batch.settings import Settings
     from evoprune.language.text import is_text
     from evoprune.video.frames import choose_decoder
 
-    known = {f.name for kind in Settings.KINDS for f in fields(kind)} & given.keys()
-    settings = Settings.of(**{name: given[name] for name in known}, method_args=opt.settings(given["method_arg"]))
-    choose_decoder(settings.sampling.decoder)
-    if settings.generation.system is not None and not is_text(settings.generation.system):
+    if not options.model.model:
+        raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a bundled tiny one")
+    choose_decoder(options.sampling.decoder)
+    if options.generation.system is not None and not is_text(options.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
-    return settings
+    return Settings(options.model, options.pruning, options.sampling.timeless, options.generation)
 
 
 def _check_files(rows, source: str | None, output: str, quiet: bool) -> list[str]:
@@ -179,13 +148,12 @@ def _check_files(rows, source: str | None, output: str, quiet: bool) -> list[str
     return named
 
 
-def _rows(videos: list[str], questions: list[str], source: str | None, start: str, end: str | None, quiet: bool):
+def _rows(videos: list[str], questions: list[str], source: str | None, sampling: SamplingOptions, quiet: bool):
     from evoprune.batch.inputs import left_out
     from evoprune.batch.rows import load_rows, product_rows, read_rows
     from evoprune.batch.table import read_all
-    from evoprune.video.sampling import parse_time
 
-    span = parse_time(start), parse_time(end) if end else None
+    span = sampling.start_s, sampling.end_s
     if source is None:
         if not videos or not questions:
             if videos:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -41,15 +41,15 @@ class Output:
     questions: bool
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], questions: int) -> "Output":
-        """Made of a command's arguments, and the number of questions among them.
+    def of(
+        cls, json: bool, stats: bool | None, verbose: bool, quiet: bool, *, interactive: bool, several: bool
+    ) -> "Output":
+        """Made of a command's arguments. `several`: there is more than one question.
 
         By default there are stats unless --json or -q: a block for the first answer, a line for later ones and in a conversation.
         """
-        json, stats, verbose, quiet = (given[name] for name in ("json", "stats", "verbose", "quiet"))
         asked = bool((stats if stats is not None else not json and not quiet) or (verbose and not quiet))
-        blocks = math.inf if verbose or stats else 0 if given["interactive"] else 1
-        several = given["interactive"] or questions > 1
+        blocks = math.inf if verbose or stats else 0 if interactive else 1
         return cls(json, asked, verbose, blocks, quiet, several and not json and not quiet)
 
 
@@ -67,7 +67,7 @@ class Conversation:
     def __init__(self, inputs: Sequence[str], output: Output):
         self.answered = 0
         self._names, self._output = inputs, output
-        self._generation: dict[str, Any] = {}
+        self._generation: GenerationOptions | None = None
         self._inputs: EncodedInputs | None = None
         self._full: EncodedInputs | None = None
         self._encode_full: EncodeFull | None = None
@@ -86,7 +86,7 @@ class Conversation:
             generation: how answers are generated.
             encode_full: encodes them once more with nothing pruned; None where nothing is to be compared.
         """
-        self._inputs, self._generation, self._encode_full = inputs, vars(generation), encode_full
+        self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
         print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
 
@@ -135,12 +135,12 @@ class Conversation:
         from evoprune.pipeline.agreement import agreement, reference
 
         ended = full.report.finish_reason == "stop"
-        given = reference(self._full, question, full.ids, ended, self._generation["system"])
+        given = reference(self._full, question, full.ids, ended, self._generation.system)
         return agreement(given, self._inputs).record()
 
     def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
         """Asks and prints one answer."""
-        answer = self._running = inputs.ask(question, **self._generation)
+        answer = self._running = inputs.ask(question, options=self._generation)
         new = [name for name in answer.report.warnings if name not in self._warned] if label == "pruned" else []
         print_warnings(answer.report, new)
         self._warned.update(new)

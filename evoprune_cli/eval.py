@@ -4,6 +4,7 @@ import json as jsonlib
 import shutil
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,31 @@ from evoprune.bundled import demo_knowing
 from evoprune.errors import UsageError
 from evoprune.evaluation.splits import BOTH, SPLITS, WORLDS
 from evoprune.model.limits import check_libraries
+from evoprune.pipeline.options import PipelineOptions
 from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
-from evoprune_cli.help_format import HelpAll
 from evoprune_cli.terminal import WIDTH, check_output, note, progress
 
 SCHEMA = "evoprune/eval@1"
 SOME_FAILED = 6
 
 
+@opt.with_options(
+    *PipelineOptions.KINDS,
+    without=(
+        "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
+        "temperature", "top_p", "system",
+    ),
+    model={
+        "unless_typed": "",
+        "help": "Hub id, local folder, demo or demo-scenes; default: demo, or demo-scenes for --world scenes.",
+    },
+    max_new_tokens={"unless_typed": 64},
+)  # fmt: skip
 def evaluate(
+    *,
     data: own.Data,
     limit: own.Limit = None,
     world: own.World = WORLDS[0],
@@ -32,28 +46,14 @@ def evaluate(
     seed: own.Seed = 0,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
-    method_arg: opt.MethodArg = None,
     blind: own.Blind = False,
-    model: own.Model = None,
-    revision: opt.Revision = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    quantize: opt.Quantize = "none",
-    offline: opt.Offline = False,
-    threads: opt.Threads = "auto",
-    fps: opt.Fps = None,
-    frames: opt.Frames = None,
-    max_frames: opt.MaxFrames = None,
-    max_visual_tokens: opt.MaxVisualTokens = None,
-    max_new_tokens: opt.MaxNewTokens = 64,
+    options: opt.Options,
     processes: own.Processes = 1,
     output: own.Output = None,
     resume: own.Resume = None,
     chart: own.Chart = None,
     json: own.Json = False,
     quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
-    help_all: HelpAll = False,
 ) -> int:
     """Measure accuracy against budget, on questions with known answers.
 
@@ -66,19 +66,16 @@ def evaluate(
     evoprune eval --data demo -b 0.25,0.1 --method evoprune,downscale -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
-
-    sweep = opt.sweep(budget, method, method_arg, named=True)
+    made = options()
+    sweep = opt.sweep(budget, method, made.pruning.method_args, named=True)
     _check_flags(world, split, output, resume)
-    model = _knowing(data, world) if model is None else model
+    model = made.model if made.model.model else replace(made.model, model=_knowing(data, world))
     check_chart(chart, beside=output, inputs=[data])
     videos = _questions(data)
     asked = {
         **sweep, "data": data, "blind": blind, "split": split, "seed": seed, "limit": limit,
         "world": world, "groups": tuple(dict.fromkeys(opt.listed(group))),
-        "model": ModelOptions(model, revision, device, dtype, quantize, offline=offline, threads=threads),
-        "sampling": SamplingOptions(fps, frames, max_frames=max_frames, max_visual_tokens=max_visual_tokens),
-        "generation": GenerationOptions(max_new_tokens),
+        "model": model, "sampling": made.sampling, "generation": made.generation,
     }  # fmt: skip
     deliver = partial(_deliver, json=json, chart=chart)
     return _run(asked, videos, output, resume, processes, deliver, quiet)
@@ -105,7 +102,7 @@ def _run(
         with progress(not quiet) as show:
             evaluation = _checked(asked, videos, resume, show)
             show("loading model")
-            evaluation.load(lambda done, total: show("quantizing", done, total))
+            evaluation.load(partial(show, "quantizing"))
             if output:
                 evaluation.keep_in(Path(output))
                 if not quiet and evaluation.folder.path != Path(output):

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.limits import check_libraries
-from evoprune.pruning.budget import DEFAULT
+from evoprune.pipeline.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.report.records import VideoFacts
 from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
@@ -20,12 +19,8 @@ from evoprune_cli import inspect_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
-from evoprune_cli.help_format import HelpAll
 from evoprune_cli.inspect_options import OVERLAYS
 from evoprune_cli.terminal import encoding, print_warning, printable, progress
-
-if TYPE_CHECKING:
-    from evoprune.pipeline.options import PipelineOptions
 
 SCHEMA = "evoprune/inspect@1"
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
@@ -40,33 +35,25 @@ FIRST = ("overlay", "model")  # what was asked for stands first; about a video, 
 WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
 
+@opt.with_options(
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    without=("load_format", "subtitles", "max_subtitle_tokens"),
+    model={
+        "unless_typed": "",
+        "help": "Hub id, local folder, demo or demo-scenes: what it needs. With a video the default is demo.",
+    },
+)
 def inspect(
+    *,
     video: own.Video = None,
     overlay: own.Overlay = None,
-    model: opt.InspectedModel = None,
-    revision: opt.Revision = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    quantize: opt.Quantize = "none",
-    offline: opt.Offline = False,
-    threads: opt.Threads = "auto",
-    budget: opt.Budget = DEFAULT,
-    method: opt.MethodName = methods.DEFAULT,
-    method_arg: opt.MethodArg = None,
-    seed: opt.Seed = 0,
-    fps: opt.Fps = None,
-    frames: opt.Frames = None,
-    max_frames: opt.MaxFrames = None,
-    max_visual_tokens: opt.MaxVisualTokens = None,
-    start: opt.Start = "0",
-    end: opt.End = None,
-    decoder: opt.Decoder = "auto",
+    options: opt.Options,
     scan: own.Scan = False,
     clear_cache: own.ClearCache = False,
     forget_tuned: own.ForgetTuned = None,
     json: own.Json = False,
-    debug: opt.Debug = False,
-    help_all: HelpAll = False,
 ) -> int:
     """Show this machine, what a model needs, or what is in a video.
 
@@ -80,22 +67,24 @@ def inspect(
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
     evoprune inspect clip.mp4 --overlay clip.png -b 0.1
     """
-    _run(locals())
+    if video is None:
+        _print(_about_machine(options, overlay, scan, clear_cache, forget_tuned), {}, json)
+    else:
+        found = _about_video(video, options, overlay, scan, clear_cache, forget_tuned)
+        _print(found, {"video": {"path": video}}, json)
     return 0
 
 
-def _run(given: Mapping[str, Any]) -> None:
-    """Prints all facts; with JSON, where something goes wrong, those that were found before it did."""
-    video, json = given["video"], given["json"]
-    facts = {} if video is None else {"video": {"path": video}}
+def _print(every: Iterator[dict], facts: dict[str, Any], json: bool) -> None:
+    """Prints `facts` and all that are found; where something goes wrong, those that were found before it did."""
     try:
-        for found in _about_machine(given) if video is None else _about_video(video, given):
+        for found in every:
             facts |= found
     except BaseException as problem:
         if json and not isinstance(problem, BrokenPipeError | SystemExit):
             print_failure(facts, problem)
             problem.reported = True
-        elif video is None:
+        elif "video" not in facts:
             _print_lines(facts)
         raise
     if json:
@@ -110,23 +99,25 @@ def _print_lines(facts: Mapping[str, Any]) -> None:
         print(printable(line, sys.stdout))
 
 
-def _about_machine(given: Mapping[str, Any]) -> Iterator[dict]:
+def _about_machine(
+    options: opt.Options, overlay: str | None, scan: bool, clear_cache: bool, forget_tuned: str | None
+) -> Iterator[dict]:
     """Versions, devices, decoders, caches, tuned settings, and the model that is named."""
-    if given["clear_cache"]:
+    if clear_cache:
         _clear_cache()
-    if given["forget_tuned"] is not None:
-        yield {"forgotten": _forget_tuned(given["forget_tuned"])}
-    if given["scan"]:
+    if forget_tuned is not None:
+        yield {"forgotten": _forget_tuned(forget_tuned)}
+    if scan:
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
-    if given["overlay"] is not None:
+    if overlay is not None:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
     from evoprune.pipeline.inspection import environment_facts, model_facts
 
     yield environment_facts()
-    if given["model"] is not None:
+    if (model := options().model).model:
         from evoprune.pipeline.loading.on_disk import look_up
 
-        yield {"model": model_facts(look_up(opt.pipeline_options(given).model))}
+        yield {"model": model_facts(look_up(model))}
 
 
 def _clear_cache() -> None:
@@ -154,24 +145,27 @@ def _forget_tuned(text: str) -> list[dict]:
     return forgotten
 
 
-def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
+def _about_video(
+    video: str, typed: opt.Options, drawn: str | None, scan: bool, clear_cache: bool, forget_tuned: str | None
+) -> Iterator[dict]:
     """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
-    if given["clear_cache"]:
+    if clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
-    if given["forget_tuned"] is not None:
+    if forget_tuned is not None:
         raise UsageError("--forget-tuned is not about a video", "evoprune inspect --forget-tuned NAME")
     from evoprune.pipeline.inspection import video_facts
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
 
-    options = opt.pipeline_options({**given, "model": given["model"] or "demo"})
-    overlay = None if given["overlay"] is None else _Overlay(given["overlay"])
+    options = typed()
+    options = replace(options, model=replace(options.model, model=options.model.model or "demo"))
+    overlay = None if drawn is None else _Overlay(drawn)
     if overlay:
         overlay.check(video)
     with local_file(video) as path:
         info = replace(probe(path), path=video)
         yield {"video": video_facts(info)}
-        if given["scan"]:
+        if scan:
             from evoprune.video.probe import scan as scan_video
 
             yield {"scan": asdict(scan_video(path))}
@@ -180,7 +174,7 @@ def _about_video(video: str, given: Mapping[str, Any]) -> Iterator[dict]:
             yield {"overlay": overlay.draw(path, video, options)}
 
 
-def _plan(info, options: "PipelineOptions") -> Iterator[dict]:
+def _plan(info, options: PipelineOptions) -> Iterator[dict]:
     """The model, what it would look at, and the memory that this takes."""
     from evoprune.pipeline.inspection import memory_facts, model_facts, plan_facts
     from evoprune.pipeline.loading.on_disk import look_up
@@ -210,7 +204,7 @@ class _Overlay:
             raise UsageError(f"--overlay {self.file} has {ending}, which cannot be drawn", hint)
         check_writable(self.file, inputs=[video])
 
-    def draw(self, path: str, video: str, options: "PipelineOptions") -> dict:
+    def draw(self, path: str, video: str, options: PipelineOptions) -> dict:
         """Draws it; the facts to report."""
         with progress(True) as show:
             check_libraries()
@@ -220,7 +214,7 @@ class _Overlay:
             from evoprune.visualize.overlay import overlay_file
 
             show("loading model")
-            engine = VideoQA.load(**vars(options.model), **vars(options.pruning)).engine
+            engine = VideoQA.load(loading=options.model, pruning=options.pruning).engine
             with closing(open_video(engine, path, options.sampling, name=video)) as opened:
                 show("reading video")
                 traced = trace(opened, encoding(show))

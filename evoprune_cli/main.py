@@ -67,7 +67,7 @@ def main(
         raise typer.Exit(2)
 
 
-_MODEL, _FRAMES, _OUTPUT = ("model", "budget"), ("fps", "frames", "start", "end"), ("json", "quiet")
+_MODEL, _FRAMES, _OUTPUT = ("model", "budget"), ("fps", "frames", "start_s", "end_s"), ("json", "quiet")
 app.command(
     cls=showing("more", "interactive", "compare", *_MODEL, *_FRAMES, "max_new_tokens", *_OUTPUT, "verbose"),
 )(ask)

@@ -1,112 +1,88 @@
-"""Options that several commands share, declared once."""
+"""The options of several commands. Those of the pipeline are made of the dataclasses that define them."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields, replace
+from functools import partial, wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_args
 
 import typer
 
 from evoprune import methods
-from evoprune.errors import UsageError
-from evoprune.model.precision import AUTO_THREADS, DTYPE_NAMES, LOAD_FORMATS, QUANTIZE
+from evoprune.keywords import OPTION, Option
+from evoprune.pipeline.options import PipelineOptions, check_tuned
 from evoprune.pruning.budget import PRESETS, TUNED, parse_budget, parse_budget_or_name
 from evoprune_cli import completion
+from evoprune_cli.help_format import HelpAll
 
-if TYPE_CHECKING:
-    from evoprune.pipeline.options import PipelineOptions
+COMPLETED = {"model": completion.MODEL, "budget": completion.BUDGET, "method": completion.METHOD}
+Options = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
+Command = Callable[..., int]
 
-_PRESETS = ", ".join(f"{name} ({value:g})" for name, value in PRESETS.items())
 
-
-def _option(panel: str, *names: str, **settings):
+def option(panel: str | None, *names: str, **settings: Any) -> Any:
+    """What Typer knows of an option, under the title `panel` in the full help."""
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
-_MODEL, _PRUNING, _SAMPLING, _GENERATION, _OUTPUT = "Model", "Pruning", "Sampling", "Generation", "Output"
-_NAMED, _NAME = ("-m", "--model"), {"envvar": "EVOPRUNE_MODEL", **completion.MODEL}
+def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str, Any]) -> Callable[[Command], Command]:
+    """Decorates a command: its parameter `options` becomes an option for each field of `kinds`.
 
-Model = Annotated[
-    str,
-    _option(_MODEL, *_NAMED, **_NAME, help="Hub id, local folder, or a bundled tiny model: demo, demo-scenes."),
-]
-Revision = Annotated[
-    str | None, _option(_MODEL, "--revision", help="Branch, tag or commit of a hub id.", show_default=False)
-]
-Device = Annotated[
-    str,
-    _option(
-        _MODEL,
-        "--device",
-        **completion.one_of("auto", "cpu", "cuda[:N]"),
-        help="Device to run on; auto is CUDA if there is any.",
-    ),
-]
-Dtype = Annotated[
-    str,
-    _option(
-        _MODEL,
-        "--dtype",
-        **completion.one_of("auto", *DTYPE_NAMES),
-        help="auto: bf16 where the hardware has it; demo models fp32.",
-    ),
-]
-Quantize = Annotated[
-    str,
-    _option(
-        _MODEL,
-        "--quantize",
-        **completion.one_of(*QUANTIZE),
-        help="Weights of the language model while it generates, on a CPU: fewer bits are faster and less exact.",
-    ),
-]
-LoadFormat = Annotated[
-    str,
-    _option(
-        _MODEL,
-        "--load-format",
-        **completion.one_of(*LOAD_FORMATS),
-        help="auto reads the weights. dummy makes random ones of the same dimensions: times and counts are right, answers mean "
-        "nothing. It needs a folder with config.json and a tokenizer.",
-    ),
-]
-Threads = Annotated[
-    str,
-    _option(
-        _MODEL,
-        "--threads",
-        envvar="EVOPRUNE_THREADS",
-        **completion.one_of(AUTO_THREADS, "N"),
-        help="Threads on the CPU; auto: by the model's size, at most the cores that this process may use, or OMP_NUM_THREADS.",
-    ),
-]
-Offline = Annotated[bool, _option(_MODEL, "--offline", help="Never use the network.")]
+    The command is called with an `Options`. Fields that are not offered have their defaults. `--debug` and `--help-all` are
+    added.
 
-Budget = Annotated[
-    str,
-    _option(
-        _PRUNING,
-        "-b",
-        "--budget",
-        envvar="EVOPRUNE_BUDGET",
-        **completion.BUDGET,
-        help=f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full prunes nothing; -b auto to let the content "
-        "decide, or auto:inflection by a method's scores; -b tuned for what was tuned for the model, method included.",
-    ),
-]
-MethodName = Annotated[
-    str,
-    _option(
-        _PRUNING,
-        "--method",
-        **completion.METHOD,
-        help=f"How tokens are pruned: {', '.join(methods.available())}. NAME:SETTING=VALUE for its settings; "
-        "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
-        "tokens inside the language model, too.",
-    ),
-]
+    Args:
+        without: names of fields that are not offered.
+        changed: what the command says otherwise of a field, by its name: fields of `Option`.
+    """
+    offered = [(kind.PANEL, each) for kind in kinds for each in fields(kind) if each.name not in without]
+    said = {each.name: replace(each.metadata[OPTION], **changed.get(each.name, {})) for _, each in offered}
+
+    def decorate(command: Command) -> Command:
+        parameters = []
+        for parameter in signature(command).parameters.values():
+            own = [_parameter(panel, each, said[each.name]) for panel, each in offered]
+            parameters += own if parameter.name == "options" else [parameter]
+
+        @wraps(command)
+        def run(debug: bool, help_all: bool, **given: Any) -> int:
+            typed = {name: given.pop(name) for name in said}
+            return command(**given, options=partial(_made, said, typed))
+
+        run.__signature__ = Signature([*parameters, *signature(_for_all).parameters.values()])
+        run.__annotations__ = {}
+        return run
+
+    return decorate
+
+
+def _parameter(panel: str, field: Field, said: Option) -> Parameter:
+    """An option of the pipeline, as Typer takes parameters of a command."""
+    default = field.default if said.unless_typed is None else said.unless_typed
+    kind = said.typed or (str if str in get_args(field.type) else field.type)
+    made = option(
+        panel,
+        *(said.flags or [f"--{field.name.replace('_', '-')}"]),
+        help=said.help,
+        envvar=said.env,
+        min=said.least,
+        max=said.most,
+        show_default=default != "",
+        **COMPLETED.get(field.name) or (completion.one_of(*said.words) if said.words else {"metavar": said.metavar}),
+    )
+    annotation = Annotated[kind | None if default is None else kind, made]
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
+    parse = {name: each.parse for name, each in said.items() if each.parse}
+    return PipelineOptions.of(**{name: parse[name](value) if name in parse else value for name, value in typed.items()})
+
+
 SWEEP = "Sweep (lists by commas or repetition)"
 Budgets = Annotated[
     list[str] | None,
-    _option(
+    option(
         SWEEP,
         "-b",
         "--budget",
@@ -119,7 +95,7 @@ Budgets = Annotated[
 ]
 Methods = Annotated[
     list[str] | None,
-    _option(
+    option(
         SWEEP,
         "--method",
         **completion.METHODS,
@@ -128,93 +104,7 @@ Methods = Annotated[
         show_default=False,
     ),
 ]
-MethodArg = Annotated[
-    list[str] | None,
-    _option(
-        _PRUNING,
-        "--method-arg",
-        metavar="NAME=VALUE",
-        help="A setting of the method; repeatable.",
-        show_default=False,
-    ),
-]
-Seed = Annotated[
-    int, _option(_PRUNING, "--seed", metavar="<int>", help="Seed of everything random.", min=0, max=2**63 - 1)
-]
-
-Fps = Annotated[
-    float | None,
-    _option(_SAMPLING, "--fps", help="Frames a second to look at; default: the model's rate.", show_default=False),
-]
-Frames = Annotated[
-    int | None,
-    _option(
-        _SAMPLING,
-        "--frames",
-        help="Number of frames to look at, instead of --fps; odd numbers round up.",
-        show_default=False,
-    ),
-]
-MaxFrames = Annotated[
-    int | None,
-    _option(
-        _SAMPLING, "--max-frames", help="At most this many frames; default: the model's limit.", show_default=False
-    ),
-]
-MaxVisualTokens = Annotated[
-    int | None,
-    _option(
-        _SAMPLING,
-        "--max-visual-tokens",
-        help="Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
-        show_default=False,
-    ),
-]
-Start = Annotated[
-    str,
-    _option(
-        _SAMPLING,
-        "--start",
-        metavar="TIME",
-        help="Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
-    ),
-]
-End = Annotated[
-    str | None,
-    _option(
-        _SAMPLING, "--end", metavar="TIME", help="Where to stop, in the same way; default: the end.", show_default=False
-    ),
-]
-_DECODERS = completion.one_of("auto", "pyav", "decord")
-Decoder = Annotated[
-    str, _option(_SAMPLING, "--decoder", **_DECODERS, help="Library that reads the video; auto is pyav.")
-]
-Subtitles = Annotated[
-    str,
-    _option(
-        _SAMPLING,
-        "--subtitles",
-        **completion.one_of("none", "auto", "FILE"),
-        help="What is said, for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a "
-        "video with a text track.",
-    ),
-]
-MaxSubtitleTokens = Annotated[
-    int,
-    _option(
-        _SAMPLING,
-        "--max-subtitle-tokens",
-        help="Limit of the subtitles: above it, lines are left out, evenly over all.",
-    ),
-]
-
-MaxNewTokens = Annotated[int, _option(_GENERATION, "-n", "--max-new-tokens", help="Longest answer, in tokens.")]
-Temperature = Annotated[float, _option(_GENERATION, "-t", "--temperature", help="0 is greedy.")]
-TopP = Annotated[float, _option(_GENERATION, "--top-p", help="Nucleus sampling.")]
-System = Annotated[
-    str | None, _option(_GENERATION, "-s", "--system", metavar="TEXT", help="A system prompt.", show_default=False)
-]
-
+_OUTPUT = "Output"
 Inputs = Annotated[
     list[str],
     typer.Argument(
@@ -250,75 +140,33 @@ Compare = Annotated[
     ),
 ]
 
-InspectedModel = Annotated[
-    str | None,
-    _option(
-        _MODEL,
-        *_NAMED,
-        **_NAME,
-        help="Hub id, local folder, demo or demo-scenes: what it needs. With a video the default is demo.",
-        show_default=False,
-    ),
-]
-Json = Annotated[bool, _option(_OUTPUT, "--json", help="One JSON line a question on stdout, instead of text.")]
+Json = Annotated[bool, option(_OUTPUT, "--json", help="One JSON line a question on stdout, instead of text.")]
 Stats = Annotated[
     bool | None,
-    _option(
+    option(
         _OUTPUT,
         "--stats/--no-stats",
         help="Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
         show_default=False,
     ),
 ]
-Quiet = Annotated[bool, _option(_OUTPUT, "-q", "--quiet", help="No progress, notes or stats; warnings remain.")]
+Quiet = Annotated[bool, option(_OUTPUT, "-q", "--quiet", help="No progress, notes or stats; warnings remain.")]
 Verbose = Annotated[
-    bool, _option(_OUTPUT, "-v", "--verbose", help="Also print rows of every layer, settings, versions.")
+    bool, option(_OUTPUT, "-v", "--verbose", help="Also print rows of every layer, settings, versions.")
 ]
 Cache = Annotated[
     bool,
-    _option(
+    option(
         _OUTPUT,
         "--cache/--no-cache",
         help="Keep encoded videos on disk (at most 2 GiB) and reuse them.  [env var: EVOPRUNE_CACHE_DIR]",
     ),
 ]
-Debug = Annotated[bool, _option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
+Debug = Annotated[bool, option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
 
 
-def pipeline_options(given: Mapping[str, Any]) -> "PipelineOptions":
-    """The pipeline's options, made of a command's arguments by their names (`locals()`); other arguments are ignored.
-
-    Raises:
-        UsageError: a bad value.
-    """
-    from dataclasses import fields
-
-    from evoprune.pipeline import options
-    from evoprune.video.sampling import parse_time
-
-    given = {
-        **given,
-        "method_args": settings(given.get("method_arg")),
-        "start_s": parse_time(given["start"]),
-        "end_s": parse_time(given["end"]) if given["end"] else None,
-    }
-    known = {f.name for kind in options.PipelineOptions.KINDS for f in fields(kind)}
-    return options.PipelineOptions.of(**{name: value for name, value in given.items() if name in known})
-
-
-def settings(texts: list[str] | None) -> dict[str, str]:
-    """A method's settings, of NAME=VALUE texts.
-
-    Raises:
-        UsageError: a text without an equals sign or a name.
-    """
-    made = {}
-    for text in texts or []:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg alpha=2")
-        made[name] = value
-    return made
+def _for_all(*, debug: Debug = False, help_all: HelpAll = False) -> None:
+    """The last options of every command. Whatever reads them reads the command line."""
 
 
 def listed(texts: list[str] | None) -> list[str]:
@@ -326,23 +174,22 @@ def listed(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
 
-def sweep(budgets: list[str] | None, names: list[str] | None, args: list[str] | None, *, named: bool = False) -> dict:
+def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, str], *, named: bool = False) -> dict:
     """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
 
     Args:
+        args: settings of the methods.
         named: whether budgets of "auto", "auto:inflection" and "tuned" are allowed; "tuned", alone, holds the method too.
 
     Raises:
-        UsageError: a bad budget, no such method, or a setting that is not NAME=VALUE.
+        UsageError: a bad budget, no such method, or settings beside a budget of "tuned" alone.
     """
-    from evoprune.pipeline.options import check_tuned
-
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     for name in wanted:
         methods.check(name)
-    texts, made = listed(budgets) or list(PRESETS)[1:], settings(args)
+    texts = listed(budgets) or list(PRESETS)[1:]
     if named and set(texts) == {TUNED}:
         for name in wanted:
-            check_tuned(TUNED, name, made)
+            check_tuned(TUNED, name, args)
     shares = map(parse_budget_or_name if named else parse_budget, texts)
-    return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": made}
+    return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": args}

@@ -13,12 +13,12 @@ from typing import Any
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.model.limits import check_libraries
-from evoprune.model.precision import LOAD_FORMATS, QUANTIZE, parse_threads
+from evoprune.model.precision import LOAD_FORMATS, QUANTIZE
+from evoprune.pipeline.options import ModelOptions, PruneOptions
 from evoprune.profiling.settings import SYNTHETIC
 from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
-from evoprune_cli.help_format import HelpAll
 from evoprune_cli.profile_options import FORMATS
 from evoprune_cli.terminal import WIDTH, check_output
 
@@ -28,7 +28,18 @@ PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 SOME_FAILED = 6
 
 
+@opt.with_options(
+    ModelOptions,
+    PruneOptions,
+    without=("load_format", "quantize", "budget", "method"),
+    model={
+        "unless_typed": MODEL,
+        "help": "Hub id, local folder, demo or demo-scenes. EVOPRUNE_MODEL is ignored.",
+        "env": None,
+    },
+)
 def profile(
+    *,
     video: own.Video = None,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
@@ -36,16 +47,9 @@ def profile(
     size: own.Size = None,
     synthetic: own.Synthetic = None,
     pictures: own.Pictures = False,
-    model: own.Model = MODEL,
+    options: opt.Options,
     load_format: own.LoadFormat = None,
-    revision: opt.Revision = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    offline: opt.Offline = False,
-    threads: opt.Threads = "auto",
     quantize: own.Quantize = None,
-    method_arg: opt.MethodArg = None,
-    seed: opt.Seed = 0,
     new_tokens: own.NewTokens = 4,
     repeat: own.Repeat = 3,
     warmup: own.Warmup = 1,
@@ -54,8 +58,6 @@ def profile(
     output: own.Output = None,
     chart: own.Chart = None,
     quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
-    help_all: HelpAll = False,
 ) -> int:
     """Measure latency, counts and memory over a sweep.
 
@@ -70,11 +72,10 @@ def profile(
     evoprune profile --pictures -b 0.25,0.1 --time-limit 3600
     """
     kinds = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
-    sweep = {**opt.sweep(budget, method, method_arg), "quantize": kinds}
-    rounds = {"new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat}
-    loading = {
-        "revision": revision, "device": device, "dtype": dtype, "offline": offline, "load_format": load_format,
-        "threads": parse_threads(threads),
+    made = options()
+    asked = {
+        **opt.sweep(budget, method, made.pruning.method_args), "seed": made.pruning.seed,
+        "quantize": kinds, "new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat,
     }  # fmt: skip
     counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
     _check_flags(kinds, form, load_format, synthetic, video)
@@ -86,7 +87,7 @@ def profile(
     check_chart(chart, inputs=[video or ""])
     clips = partial(_clips, video, synthetic or SYNTHETIC[0], counts, sizes)
     deliver = partial(_deliver, form=form, output=output, chart=chart)
-    measured = partial(_measured, model, loading, {**sweep, **rounds, "seed": seed}, time_limit)
+    measured = partial(_measured, made.model, load_format, asked, time_limit)
     return _run(clips, measured, deliver, quiet)
 
 
@@ -108,8 +109,8 @@ def _run(clips: Callable, measured: Callable, deliver: Callable, quiet: bool) ->
 
 
 def _measured(
-    model: str,
-    loading: dict[str, Any],
+    model: ModelOptions,
+    load_format: str | None,
     asked: dict[str, Any],
     seconds: float | None,
     cases: list,
@@ -122,13 +123,11 @@ def _measured(
     show("loading libraries")
     check_libraries()
     from evoprune.pipeline.loading.found import find_model
-    from evoprune.pipeline.options import ModelOptions
     from evoprune.pipeline.recipes import of_model
     from evoprune.profiling import bench, run, settings, time_limit, weights
 
-    loading = loading | {"load_format": loading["load_format"] or weights.default_load_format(model)}
-    options, how = ModelOptions(model, **loading), {}
-    bind = partial(of_model, name=model, weights=lambda: find_model(options).weights_fingerprint)
+    options, how = replace(model, load_format=load_format or weights.default_load_format(model.model)), {}
+    bind = partial(of_model, name=model.model, weights=lambda: find_model(options).weights_fingerprint)
     for name in {*asked["methods"]} - {"none"}:
         bind(methods.parse(name, asked["method_args"]))
     swept = settings.Settings(**asked)

@@ -12,13 +12,13 @@ from typing import Any
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.limits import check_libraries
+from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.report.records import rounded
 from evoprune_cli import options as opt
 from evoprune_cli import tune_options as own
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
-from evoprune_cli.help_format import HelpAll
 from evoprune_cli.terminal import WIDTH, check_output, note, progress
 
 SCHEMA = "evoprune/tune@1"
@@ -26,7 +26,14 @@ SOME_FAILED = 6
 AGREE = 0.98
 
 
+@opt.with_options(
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    without=("load_format", "budget", "method", "method_args", "decoder", "subtitles", "max_subtitle_tokens"),
+)
 def tune(
+    *,
     videos: own.Videos,
     questions: own.Questions = None,
     question_file: own.QuestionFile = None,
@@ -35,27 +42,12 @@ def tune(
     budget: own.Budgets = None,
     method: own.Methods = None,
     operations: own.Operations = False,
-    model: opt.Model = "demo",
-    revision: opt.Revision = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    quantize: opt.Quantize = "none",
-    offline: opt.Offline = False,
-    threads: opt.Threads = "auto",
-    seed: opt.Seed = 0,
-    fps: opt.Fps = None,
-    frames: opt.Frames = None,
-    max_frames: opt.MaxFrames = None,
-    max_visual_tokens: opt.MaxVisualTokens = None,
-    start: opt.Start = "0",
-    end: opt.End = None,
+    options: opt.Options,
     no_save: own.NoSave = False,
     output: own.Output = None,
     chart: own.Chart = None,
     json: own.Json = False,
     quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
-    help_all: HelpAll = False,
 ) -> int:
     """Find the fastest setting that keeps this model's answers.
 
@@ -78,17 +70,18 @@ def tune(
     check_writable(output, inputs=[*videos, question_file or ""])
     asked = {
         "videos": _there(videos), "questions": _questions(questions, question_file),
-        "agree": agree, "time_limit_s": time_limit, "seed": seed,
+        "agree": agree, "time_limit_s": time_limit,
         "budgets": tuple(map(parse_budget, opt.listed(budget))), "methods": tuple(opt.listed(method)),
     }  # fmt: skip
     for name in asked["methods"]:
         methods.check(name)
-    given = {**locals(), "budget": 1.0, "method": methods.DEFAULT}
+    made = options()
+    asked |= {"seed": made.pruning.seed, "model": made.model, "sampling": made.sampling}
     deliver = partial(_deliver, json=json, output=output, chart=chart, save=not no_save)
-    return _run(asked, opt.pipeline_options(given), deliver, quiet, operations)
+    return _run(asked, deliver, quiet, operations)
 
 
-def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool, operations: bool) -> int:
+def _run(asked: dict[str, Any], deliver: Callable, quiet: bool, operations: bool) -> int:
     """Tunes and delivers; of a run that breaks off, what is known by then. `operations`: finds a recipe, not a setting."""
     tuning = None
     try:
@@ -99,11 +92,9 @@ def _run(asked: dict[str, Any], options, deliver: Callable, quiet: bool, operati
             from evoprune.tuning.run import Settings, Tuning
 
             asked = {name: value for name, value in asked.items() if value is not None}
-            tuning = (OperationTuning if operations else Tuning)(
-                Settings(**asked, model=options.model, sampling=options.sampling)
-            )
+            tuning = (OperationTuning if operations else Tuning)(Settings(**asked))
             show("loading model")
-            tuning.load(lambda done, total: show("quantizing", done, total))
+            tuning.load(partial(show, "quantizing"))
             tuning.run(show, lambda text: quiet or note(text))
     except BaseException as problem:
         if tuning is not None and tuning.has_results:

@@ -6,7 +6,7 @@ questions about a video are answered, the first chunks of the next one are read 
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evoprune.batch.rows import Row, Span
@@ -89,7 +89,7 @@ def _encoded(inputs: "OpenInputs | Exception") -> "EncodedInputs":
 
 
 def _answered(encoded: "EncodedInputs", row: Row, settings: Settings) -> Report:
-    answer = encoded.ask(row.prompt, **asdict(settings.generation))
+    answer = encoded.ask(row.prompt, options=settings.generation)
     for _ in answer:
         pass
     return answer.report

@@ -1,25 +1,25 @@
 """The options of a batch, as records hold them."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from evoprune import methods
 from evoprune.errors import ModelError
 from evoprune.model.limits import check_libraries
-from evoprune.pipeline.options import MAX_SUBTITLE_TOKENS, PipelineOptions
+from evoprune.pipeline.options import PipelineOptions, record
 from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import TUNED
-from evoprune.video.info import NO_SUBTITLES
 
 if TYPE_CHECKING:
     from evoprune.pipeline.loading.found import FoundModel
     from evoprune.pipeline.video_qa import VideoQA
 
-# What an answer does not depend on, or what each row says itself.
-NOT_RECORDED = ("device", "offline", "threads", "start_s", "end_s")
-# Options that earlier versions did not have: without them their outputs can be resumed.
-UNLESS_GIVEN = {"subtitles": NO_SUBTITLES, "max_subtitle_tokens": MAX_SUBTITLE_TOKENS}
+# Options that records hold also at their defaults, as the first version's did; the others where they differ from these.
+RECORDED = (
+    "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "method_args", "seed", "fps", "frames",
+    "max_frames", "max_visual_tokens", "decoder", "max_new_tokens", "temperature", "top_p", "system",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,6 @@ class Settings(PipelineOptions):
 
     def record(self) -> dict[str, Any]:
         """All of it as flat data for JSON, as records hold it."""
-        both = asdict(self.model) | asdict(self.pruning) | asdict(self.sampling) | asdict(self.generation)
-        recorded = {name: value for name, value in both.items() if name not in NOT_RECORDED}
-        if code := methods.plugin_code(self.pruning.method):
-            recorded["plugins"] = code
-        return {
-            name: value for name, value in recorded.items() if name not in UNLESS_GIVEN or value != UNLESS_GIVEN[name]
-        }
+        code = methods.plugin_code(self.pruning.method)
+        made = record((self.model, self.pruning, self.sampling, self.generation), RECORDED)
+        return made | ({"plugins": code} if code else {})

@@ -36,24 +36,17 @@ from evoprune.pipeline.engine import make_engine, make_method
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_video
-from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
 from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import resolve
 from evoprune.pruning.budget import TUNED
 
 DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
+# Options that results hold also at their defaults.
 RECORDED = (
-    "fps",
-    "frames",
-    "max_frames",
-    "max_visual_tokens",
-    "max_new_tokens",
-    "model",
-    "revision",
-    "dtype",
-    "quantize",
-)
+    "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,10 +98,10 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """All that results depend on, as flat data for JSON."""
-        groups = asdict(self.model) | asdict(self.sampling) | asdict(self.generation)
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
         code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
-        return own | {name: groups[name] for name in RECORDED} | ({"plugins": code} if code else {})
+        options = record((self.sampling, self.generation, self.model), RECORDED)
+        return own | options | ({"plugins": code} if code else {})
 
 
 @dataclass(frozen=True)
@@ -282,7 +275,7 @@ class Evaluation:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
-            answer = encoded.ask(row.prompt, **vars(settings.generation))
+            answer = encoded.ask(row.prompt, options=settings.generation)
             said = "".join(answer)
             right = grade(row, said)
             # A method that does not read the question did all its work before the first one.

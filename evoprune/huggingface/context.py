@@ -30,8 +30,8 @@ from evoprune.huggingface.packed_tower import PackedTower
 from evoprune.huggingface.patches import Patches, end_of
 from evoprune.huggingface.visuals import find_visuals
 from evoprune.huggingface.whole_prompt import with_whole_prompts
+from evoprune.keywords import check_types, names_options
 from evoprune.model.clock import Clock
-from evoprune.pipeline.keywords import check_types, names_options
 from evoprune.pipeline.loading.fingerprint import of_model
 from evoprune.pipeline.options import PruneOptions, check_tuned
 from evoprune.pipeline.tuned import Tuned, resolve

@@ -10,8 +10,8 @@ from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
 from evoprune.huggingface import interface
 from evoprune.huggingface.arguments import check_question, check_videos, seconds_of
+from evoprune.keywords import names_options
 from evoprune.methods.pipeline import Pipeline
-from evoprune.pipeline.keywords import names_options
 from evoprune.pruning.budget import DEFAULT, keep_count, parse_budget
 from evoprune.vision.encoded import Encoded, joined
 from evoprune.vision.encoder import encode as encode_video

@@ -11,7 +11,7 @@ tokens in and kept, the tower's live share, milliseconds of every stage, and war
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from evoprune.errors import UsageError
+from evoprune.keywords import from_keywords
 from evoprune.pipeline.answering import EncodedInputs
-from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions, from_keywords
+from evoprune.pipeline.options import PipelineOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.report.records import Report
 
@@ -51,8 +52,8 @@ class EvoPruneQwen25VL(lmms):
         pictures: whether tasks may show pictures, which are pruned as videos are, and several inputs.
         batch_size: must be 1.
         max_batch_size: ignored.
-        options: fields of `ModelOptions`, `PruneOptions` and `SamplingOptions`, such as `budget`, `method`, `fps`. `method` may
-            bring settings: `evoprune:reuse=0`.
+        options: as of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`; what a task says comes first. `method`
+            may bring settings: `evoprune:reuse=0`.
 
     Raises:
         EvopruneError: as `VideoQA.load`; a larger batch, or several processes. TypeError: an unknown option.
@@ -72,11 +73,9 @@ class EvoPruneQwen25VL(lmms):
             raise UsageError(f"batch_size {batch_size}: videos are answered one at a time", "leave it at 1")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UsageError("this model runs in one process", "start one run a GPU, each with tasks of its own")
-        model, pruning, self._sampling = from_keywords(
-            {"model": pretrained, **options}, ModelOptions, PruneOptions, SamplingOptions
-        )
-        self._qa = VideoQA.load(**vars(model), **vars(pruning))
-        self._system = system_prompt
+        given = {"model": pretrained, "system": system_prompt, "max_new_tokens": MAX_NEW_TOKENS, **options}
+        model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
+        self._qa = VideoQA.load(loading=model, pruning=pruning)
         self._pictures = str(pictures).lower() in ("true", "1")
         self._inputs: EncodedInputs | None = None
         self._shown: list[str] | None = None
@@ -106,7 +105,7 @@ class EvoPruneQwen25VL(lmms):
         """The inputs at `paths`; those of the question before, if the names of their `contents` are the same."""
         if self._shown != contents:
             self._inputs = self._shown = None  # its memory goes before the next one is encoded
-            self._inputs = self._qa.encode(paths, **vars(self._sampling))
+            self._inputs = self._qa.encode(paths, sampling=self._sampling)
             self._shown = contents
         return self._inputs
 
@@ -117,13 +116,13 @@ class EvoPruneQwen25VL(lmms):
         sampled = settings.get("do_sample", True)
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until
-        answer = inputs.ask(
-            question,
-            system=self._system,
-            max_new_tokens=settings.get("max_new_tokens") or MAX_NEW_TOKENS,
-            temperature=(settings.get("temperature") or 0.0) if sampled else 0.0,
-            top_p=settings.get("top_p") or 1.0,
+        options = replace(
+            self._generation,
+            max_new_tokens=settings.get("max_new_tokens") or self._generation.max_new_tokens,
+            temperature=(settings.get("temperature") or self._generation.temperature) if sampled else 0.0,
+            top_p=settings.get("top_p") or self._generation.top_p,
         )
+        answer = inputs.ask(question, options=options)
         for _ in answer:
             said = answer.report.answer
             if ends := [said.index(stop) for stop in until if stop in said]:

@@ -234,13 +234,13 @@ class TokenStream(Iterator[int]):
         ModelError: while iterating, if a logit is NaN or infinite.
     """
 
-    def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]):
+    def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int], seed: int):
         self.finish_reason: str | None = None
         self.ids: list[int] = []
         self._model, self._state, self._settings = model, state, settings
         self._eos_ids = frozenset(eos_ids)
         # On the CPU, so that a seed gives the same draws on every device.
-        self._random = torch.Generator().manual_seed(settings.seed)
+        self._random = torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
     def __next__(self) -> int:
@@ -267,7 +267,9 @@ class TokenStream(Iterator[int]):
         return decoder.logits(self._model, column, positions, self._state.cache)[0]
 
 
-def stream(model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int]) -> TokenStream:
+def stream(
+    model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int], seed: int = 0
+) -> TokenStream:
     """Decodes from `state`, lazily: each token is computed when it is requested.
 
     Args:
@@ -275,11 +277,12 @@ def stream(model, state: PrefillState, settings: GenerationSettings, eos_ids: It
         state: from `prefill`. Its cache grows by the decoded tokens, so a state serves one answer.
         settings: length and sampling.
         eos_ids: token ids that end the answer.
+        seed: of the draws; the same seed gives the same answer.
 
     Returns:
         An iterator of token ids, with `finish_reason` set at its end.
     """
-    return TokenStream(model, state, settings, eos_ids)
+    return TokenStream(model, state, settings, eos_ids, seed)
 
 
 def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Generator) -> int:

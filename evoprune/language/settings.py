@@ -1,28 +1,33 @@
 """How an answer is decoded. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from evoprune.errors import UsageError
+from evoprune.keywords import option
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
     """How an answer is decoded.
 
-    Attributes:
-        max_new_tokens: at most so many tokens, at least 1.
-        temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn.
-        top_p: draw only among the most probable tokens that together reach this probability, in (0, 1].
-        seed: of the draw; the same seed gives the same answer.
-
     Raises:
         UsageError: a value out of range.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: int = option(256, "Longest answer, in tokens.", "-n", "--max-new-tokens")
+    temperature: float = option(
+        0.0,
+        "0 is greedy.",
+        "-t",
+        "--temperature",
+        python="0 is greedy; above 0 tokens are drawn, from logits divided by it.",
+    )
+    top_p: float = option(
+        1.0,
+        "Nucleus sampling.",
+        python="Draw only among the most probable tokens that together reach this probability, in (0, 1].",
+    )
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -31,3 +36,7 @@ class GenerationSettings:
             raise UsageError(f"temperature is {self.temperature}", "0 is greedy, 1 samples as the model was trained")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}", "top_p is a probability above 0, and 1 keeps every token")
+
+    def record(self, seed: int) -> dict[str, Any]:
+        """As reports hold it, with the seed of the draws."""
+        return {f.name: getattr(self, f.name) for f in fields(GenerationSettings)} | {"seed": seed}

@@ -7,18 +7,17 @@ Answers about the same inputs share the keys and values of their prompt. So a lo
 import threading
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict
 
 import torch
 
 from evoprune.errors import UsageError, names_plugins
-from evoprune.language.generate import GenerationSettings, PrefillState, along, embed_question, stream, stream_text
+from evoprune.keywords import check_type, names_options
+from evoprune.language.generate import PrefillState, along, embed_question, stream, stream_text
 from evoprune.model.clock import Clock
 from evoprune.pipeline.answer import Answer
 from evoprune.pipeline.encoding import Encoding, total_seconds
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
-from evoprune.pipeline.keywords import check_type, names_options
 from evoprune.pipeline.options import GenerationOptions
 from evoprune.pipeline.prompting import PromptReader
 from evoprune.pipeline.question_check import check_not_empty, question_warnings
@@ -64,32 +63,24 @@ class EncodedInputs:
         self,
         question: str,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        system: str | None = None,
+        options: GenerationOptions,
         seed: int | None = None,
     ) -> Answer:
         """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
 
         Args:
             question: taken literally.
-            max_new_tokens: the most tokens of the answer, at least 1.
-            temperature: 0 takes the most probable token; above 0 tokens are drawn, from logits divided by it.
-            top_p: draw only among the most probable tokens that together reach this probability, in (0, 1].
-            system: a system prompt; None for the model's own.
             seed: of the draw of tokens; None for that of the `VideoQA`, so that the same question has the same answer.
 
         Raises:
             UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
-        options = GenerationOptions(max_new_tokens, temperature, top_p, system)
         check_not_empty(question)
         check_type("seed", seed, int | None)
-        settings = options.settings(self._engine.seed if seed is None else seed)
-        report = self._report_of(question, settings)
+        seed = self._engine.seed if seed is None else seed
+        report = self._report_of(question, options, seed)
         ids: list[int] = []
-        return Answer(report, self._pieces(question, options, settings, report, ids), self._lock, ids)
+        return Answer(report, self._pieces(question, options, seed, report, ids), self._lock, ids)
 
     def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
         """Reads a question and a given answer to it: what the model would have said at each token (teacher forcing).
@@ -111,15 +102,15 @@ class EncodedInputs:
         with self._lock:
             self._turn += 1
             clock = Clock(self._engine.device)
-            state = self._read(question, options, self._report_of(question, options.settings()), clock)
+            state = self._read(question, options, self._report_of(question, options), clock)
             seconds, given = sum(clock.seconds.values()), torch.tensor(ids, dtype=torch.int64, device="cpu")
             with clock.stage("generate"):
                 return along(self._engine.loaded.model, state, given), seconds
 
-    def _report_of(self, question: str, settings: GenerationSettings) -> Report:
+    def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
         report, fresh = deepcopy(self._blank), Report()
         report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
-        report.generation = asdict(settings)
+        report.generation = options.record(seed)
         report.warnings += question_warnings(self._engine.loaded, question, report.warnings)
         return report
 
@@ -127,7 +118,7 @@ class EncodedInputs:
         self,
         question: str,
         options: GenerationOptions,
-        settings: GenerationSettings,
+        seed: int,
         report: Report,
         ids: list[int],
     ) -> Iterator[str]:
@@ -138,7 +129,7 @@ class EncodedInputs:
         start, packing = clock.now(), self._engine.loaded.packing
         packed = packing.seconds
         loaded = self._engine.loaded
-        tokens = stream(loaded.model, self._read(question, options, report, clock), settings, loaded.eos_ids)
+        tokens = stream(loaded.model, self._read(question, options, report, clock), options, loaded.eos_ids, seed)
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer, before = "", packing.seconds

@@ -1,57 +1,90 @@
-"""The options shared by the command line, batches, evaluations, lmms-eval and Python. Imports no torch.
+"""The options shared by the command line, batches, evaluations, lmms-eval and Python, each defined once. Imports no torch.
 
 Values are checked when an object is made, as far as that needs neither a model nor a video.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import Any, ClassVar, Self
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.keywords import OPTION, check_types, from_keywords, option
 from evoprune.language.settings import GenerationSettings
-from evoprune.model.precision import LOAD_FORMATS, check_dtype, check_quantize, parse_threads, short_dtype
-from evoprune.pipeline.keywords import check_types, unknown_option
-from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, TUNED, parse_budget_or_name
+from evoprune.model.precision import (
+    AUTO_THREADS,
+    DTYPE_NAMES,
+    LOAD_FORMATS,
+    QUANTIZE,
+    check_dtype,
+    check_quantize,
+    parse_threads,
+    short_dtype,
+)
+from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, PRESETS, TUNED, parse_budget_or_name
 from evoprune.video.info import NO_SUBTITLES
-from evoprune.video.sampling import check_sampling
+from evoprune.video.sampling import check_sampling, parse_time
 
 MAX_SUBTITLE_TOKENS = 2048
+_PRESETS = ", ".join(f"{name} ({value:g})" for name, value in PRESETS.items())
 HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is loaded, and how.
-
-    Attributes:
-        model: "demo" or "demo-scenes" for a bundled one, a folder in the hub's file layout, or a hub id `org/name`, tried in this
-            order.
-        revision: branch, tag or commit of a hub id.
-        device: "auto" (CUDA if there is any, else the CPU) or any torch device or its name; kept as its name.
-        dtype: "bf16", "fp16", "fp32", or "auto": fp32 for the demos; else bf16 on CUDA and on CPUs with bf16 instructions,
-            fp32 elsewhere. torch's dtypes and their names become these.
-        quantize: "none", or "int8" or "int4" to quantise the language model for decoding on a CPU, see `model.quantize`.
-        load_format: "auto" reads the weights. "dummy" takes the dimensions from a folder, from a demo or from a bundled config
-            and fills in seeded random weights, without any network.
-        offline: use nothing but the hub's cache on this machine.
-        threads: threads of the whole process on the CPU, set when the model is loaded: a number; "auto" for one by the model's
-            size and the cores that this process may use, see `model.threads`; None to leave torch's number as it is.
+    """Which model is loaded, and how. A dtype of torch, a device and a path become their names.
 
     Raises:
         UsageError: an unknown dtype, quantisation or load format, or no number of threads.
     """
 
-    model: str | PathLike = "demo"
-    revision: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    quantize: str = "none"
-    load_format: str = "auto"
-    offline: bool = False
-    threads: int | str | None = None
+    PANEL: ClassVar[str] = "Model"
+
+    model: str | PathLike = option(
+        "demo",
+        "Hub id, local folder, or a bundled tiny model: demo, demo-scenes.",
+        "-m",
+        "--model",
+        env="EVOPRUNE_MODEL",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    device: str = option(
+        "auto",
+        "Device to run on; auto is CUDA if there is any.",
+        words=("auto", "cpu", "cuda[:N]"),
+        python="Any torch device or its name, or auto: CUDA if there is any, else the CPU.",
+        changes_answers=False,
+    )
+    dtype: str = option(
+        "auto",
+        "auto: bf16 where the hardware has it; demo models fp32.",
+        words=("auto", *DTYPE_NAMES),
+        python="Also torch's dtypes and their names. auto: bf16 on CUDA and on CPUs that have it, else fp32; demo models fp32.",
+    )
+    quantize: str = option(
+        "none",
+        "Weights of the language model while it generates, on a CPU: fewer bits are faster and less exact.",
+        words=QUANTIZE,
+    )
+    load_format: str = option(
+        "auto",
+        "auto reads the weights. dummy makes random ones of the same dimensions: times and counts are right, answers mean "
+        "nothing. It needs a folder with config.json and a tokenizer.",
+        words=LOAD_FORMATS,
+    )
+    offline: bool = option(False, "Never use the network.", changes_answers=False)
+    threads: int | str | None = option(
+        None,
+        "Threads on the CPU; auto: by the model's size, at most the cores that this process may use, or OMP_NUM_THREADS.",
+        words=(AUTO_THREADS, "N"),
+        env="EVOPRUNE_THREADS",
+        unless_typed=AUTO_THREADS,
+        python="Threads of the whole process on the CPU; auto: by the model's size and the cores that this process may use; None "
+        "leaves torch's number as it is.",
+        changes_answers=False,
+    )
 
     def __post_init__(self):
         if hasattr(self.model, "forward"):
@@ -68,25 +101,65 @@ class ModelOptions:
         check_quantize(self.quantize)
 
 
+def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
+    """A method's settings, of NAME=VALUE texts.
+
+    Raises:
+        UsageError: a text without an equals sign or a name.
+    """
+    made = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg alpha=2")
+        made[name] = value
+    return made
+
+
 @dataclass(frozen=True)
 class PruneOptions:
-    """How visual tokens are pruned.
-
-    Attributes:
-        budget: share of visual tokens kept, in (0, 1], or a preset's name, which becomes its share; or "auto" or "auto:inflection",
-            if the method can let the content decide; or "tuned", for the method and budget that were tuned for the model.
-        method: name of a pruning method, perhaps with settings: `NAME:SETTING=VALUE`.
-        method_args: its settings, by name; kept as texts.
-        seed: of everything random, generation included.
+    """How visual tokens are pruned. A preset becomes its share, and the values of `method_args` become texts.
 
     Raises:
         UsageError: a bad budget, no such method, or "tuned" together with a method or its settings.
     """
 
-    budget: float | str = DEFAULT
-    method: str = methods.DEFAULT
-    method_args: dict[str, Any] | None = None
-    seed: int = 0
+    PANEL: ClassVar[str] = "Pruning"
+
+    budget: float | str = option(
+        DEFAULT,
+        f"Share of visual tokens kept: 0.1 or 10%, or {_PRESETS}. -b full prunes nothing; -b auto to let the content "
+        "decide, or auto:inflection by a method's scores; -b tuned for what was tuned for the model, method included.",
+        "-b",
+        "--budget",
+        env="EVOPRUNE_BUDGET",
+        python=f"Share of visual tokens kept: a number in (0, 1], or {_PRESETS}; auto or auto:inflection, where the content "
+        "decides; or tuned, the method and budget that were tuned for the model.",
+    )
+    method: str = option(
+        methods.DEFAULT,
+        f"How tokens are pruned: {', '.join(methods.available())}. NAME:SETTING=VALUE for its settings; "
+        "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
+        "tokens inside the language model, too.",
+        python="Name of a pruning method; `evoprune.methods.available()` lists them. NAME:SETTING=VALUE for its settings.",
+    )
+    method_args: dict[str, Any] | None = option(
+        None,
+        "A setting of the method; repeatable.",
+        "--method-arg",
+        metavar="NAME=VALUE",
+        typed=list[str],
+        parse=parse_settings,
+        python="Settings of the method, by name.",
+    )
+    seed: int = option(
+        0,
+        "Seed of everything random.",
+        metavar="<int>",
+        least=0,
+        most=2**63 - 1,
+        python="Seed of everything random, generation included.",
+    )
 
     def __post_init__(self):
         if self.budget is None:
@@ -116,29 +189,54 @@ def check_tuned(budget: float | str, method: str, method_args: Mapping[str, Any]
 class SamplingOptions:
     """What of a video is looked at.
 
-    Attributes:
-        fps: frames a second; None for the model's own rate. `frames`: how many in all, instead; odd numbers round up.
-        start_s, end_s: the part of the video, in seconds, below 0 from the video's end; None for the end.
-        max_frames: None for the model's own limit.
-        max_visual_tokens: limit before pruning, kept by smaller, then fewer frames; None for 24,576, and for 4,096 where a
-            real model runs on a CPU.
-        decoder: "auto", "pyav" or "decord", see `video.frames.read_frames`.
-        subtitles: "none", "auto" for those that are beside the video or in it, or a file, see `video.probe.read_subtitles`.
-        max_subtitle_tokens: with more, lines are left out.
-
     Raises:
         UsageError: a number that makes no sense, or fps and frames together.
     """
 
-    fps: float | None = None
-    frames: int | None = None
-    start_s: float = 0.0
-    end_s: float | None = None
-    max_frames: int | None = None
-    max_visual_tokens: int | None = None
-    decoder: str = "auto"
-    subtitles: str | PathLike = NO_SUBTITLES
-    max_subtitle_tokens: int = MAX_SUBTITLE_TOKENS
+    PANEL: ClassVar[str] = "Sampling"
+
+    fps: float | None = option(None, "Frames a second to look at; default: the model's rate.")
+    frames: int | None = option(
+        None,
+        "Number of frames to look at, instead of --fps; odd numbers round up.",
+        python="Number of frames to look at, instead of `fps`; odd numbers round up.",
+    )
+    start_s: float = option(
+        0.0,
+        "Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
+        "--start",
+        metavar="TIME",
+        typed=str,
+        unless_typed="0",
+        parse=parse_time,
+        python="Where to start, in seconds; below 0 from the end.",
+        changes_answers=False,  # each row of a batch says it itself
+    )
+    end_s: float | None = option(
+        None,
+        "Where to stop, in the same way; default: the end.",
+        "--end",
+        metavar="TIME",
+        typed=str,
+        parse=lambda text: parse_time(text) if text else None,
+        python="Where to stop, in the same way; None for the end.",
+        changes_answers=False,
+    )
+    max_frames: int | None = option(None, "At most this many frames; default: the model's limit.")
+    max_visual_tokens: int | None = option(
+        None,
+        "Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
+    )
+    decoder: str = option("auto", "Library that reads the video; auto is pyav.", words=("auto", "pyav", "decord"))
+    subtitles: str | PathLike = option(
+        NO_SUBTITLES,
+        "What is said, for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a "
+        "video with a text track.",
+        words=("none", "auto", "FILE"),
+    )
+    max_subtitle_tokens: int = option(
+        MAX_SUBTITLE_TOKENS, "Limit of the subtitles: above it, lines are left out, evenly over all."
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -162,53 +260,28 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """How an answer is generated.
+class GenerationOptions(GenerationSettings):
+    """How an answer is generated."""
 
-    Attributes:
-        max_new_tokens: at most so many tokens, at least 1.
-        temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn.
-        top_p: draw only among the most probable tokens that together reach this probability, in (0, 1].
-        system: a system prompt; None for the model's own.
+    PANEL: ClassVar[str] = "Generation"
 
-    Raises:
-        UsageError: a value out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    system: str | None = None
+    system: str | None = option(
+        None, "A system prompt.", "-s", "--system", metavar="TEXT", python="A system prompt; None for the model's own."
+    )
 
     def __post_init__(self):
         check_types(self)
-        self.settings()
-
-    def settings(self, seed: int = 0) -> GenerationSettings:
-        """The settings for decoding."""
-        return GenerationSettings(self.max_new_tokens, self.temperature, self.top_p, seed)
-
-
-def from_keywords(given: Mapping[str, Any], *kinds: type) -> list:
-    """One object of each of `kinds`, made of the keywords that are its fields.
-
-    Raises:
-        TypeError: a keyword that is a field of none of them. UsageError: a bad value.
-    """
-    known = [f.name for kind in kinds for f in fields(kind)]
-    if unknown := [name for name in given if name not in known]:
-        raise unknown_option(unknown[0], known)
-    return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds]
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
 class PipelineOptions:
     """Everything that an answer depends on, besides the video, the question and the machine."""
 
-    model: ModelOptions
-    pruning: PruneOptions
-    sampling: SamplingOptions
-    generation: GenerationOptions
+    model: ModelOptions = field(default_factory=ModelOptions)
+    pruning: PruneOptions = field(default_factory=PruneOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
 
     KINDS: ClassVar[tuple[type, ...]] = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
 
@@ -220,3 +293,17 @@ class PipelineOptions:
             UsageError: a bad value. TypeError: an unknown option.
         """
         return cls(*from_keywords(options, *cls.KINDS))
+
+
+def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
+    """Options as outputs hold them, flat: those that change answers and differ from their defaults, or are `always` there.
+
+    Options that earlier versions did not have are not always there, so that outputs of those versions can be resumed.
+    """
+    made = {}
+    for group in groups:
+        for each in fields(group):
+            value = getattr(group, each.name)
+            if each.name in always or (each.metadata[OPTION].changes_answers and value != each.default):
+                made[each.name] = value
+    return made

@@ -4,12 +4,12 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from evoprune.errors import LESS, OutOfMemory, UsageError
+from evoprune.keywords import brief
 from evoprune.language.demo_words import unknown_words
 from evoprune.language.prompt import Prompt, build_prompt
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.memory import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.keywords import brief
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.memory_check import TEXT, units_at_once
 from evoprune.pipeline.options import GenerationOptions

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from evoprune.errors import UsageError
+from evoprune.keywords import check_types
 from evoprune.methods.operations import Operations
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.kept import Shelf
-from evoprune.pipeline.keywords import check_types
 from evoprune.pruning.operations import Recipe
 
 SCHEMA = "evoprune/operations@1"

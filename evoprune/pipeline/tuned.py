@@ -13,8 +13,8 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.keywords import check_types
 from evoprune.pipeline.kept import Shelf, folder, write
-from evoprune.pipeline.keywords import check_types
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pruning.budget import TUNED, parse_budget
 

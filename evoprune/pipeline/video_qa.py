@@ -18,21 +18,17 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from evoprune import methods
 from evoprune.errors import UsageError, names_plugins
+from evoprune.keywords import brief, check_type, names_options
 from evoprune.pipeline.answering import Answer, EncodedInputs, EncodedVideo, together
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, make_method, unpruned
-from evoprune.pipeline.keywords import brief, check_type, names_options
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import open_inputs, open_video
 from evoprune.pipeline.options import (
     HELD,
-    MAX_SUBTITLE_TOKENS,
     GenerationOptions,
     ModelOptions,
     PruneOptions,
@@ -41,8 +37,6 @@ from evoprune.pipeline.options import (
 from evoprune.pipeline.question_check import longest_prompt
 from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned, resolve
-from evoprune.pruning.budget import DEFAULT
-from evoprune.video.info import NO_SUBTITLES
 
 Path = str | os.PathLike[str]
 
@@ -55,7 +49,7 @@ class VideoQA:
     Args:
         loaded: from `loading.load_model`.
         load_seconds: how long loading took, for reports.
-        budget, method, method_args, seed: see `VideoQA.load`.
+        pruning: see `VideoQA.load`.
 
     Attributes:
         engine: the model and how it prunes, as `opening.open_video` takes it.
@@ -71,16 +65,13 @@ class VideoQA:
         loaded: LoadedModel,
         *,
         load_seconds: float | None = None,
-        budget: float | str = DEFAULT,
-        method: str = methods.DEFAULT,
-        method_args: dict[str, Any] | None = None,
-        seed: int = 0,
+        pruning: PruneOptions,
     ):
         if not isinstance(loaded, LoadedModel):
             if hasattr(loaded, "forward"):
                 raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {HELD}")
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
-        self.engine = make_engine(loaded, PruneOptions(budget, method, method_args, seed), load_seconds)
+        self.engine = make_engine(loaded, pruning, load_seconds)
         if loaded.tokenizer is None:
             raise no_tokenizer(loaded.id)
         if loaded.device == "meta":  # shapes without numbers
@@ -90,48 +81,21 @@ class VideoQA:
     @names_options
     def load(
         cls,
-        model: str | os.PathLike[str] = "demo",
+        loading: ModelOptions,
         *,
-        revision: str | None = None,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        quantize: str = "none",
-        load_format: str = "auto",
-        offline: bool = False,
-        threads: int | str | None = None,
-        budget: float | str = DEFAULT,
-        method: str = methods.DEFAULT,
-        method_args: dict[str, Any] | None = None,
-        seed: int = 0,
+        pruning: PruneOptions,
         progress: Callable[[int, int], None] | None = None,
     ) -> "VideoQA":
         """Loads a model. Options are checked before any weights are read.
 
         Args:
-            model: "demo", "demo-scenes", a folder, or a hub id.
-            revision: branch, tag or commit of a hub id.
-            device: "auto" (CUDA if there is any, else the CPU), or any torch device or its name.
-            dtype: "bf16", "fp16", "fp32", torch's dtypes or their names, or "auto" by model and device.
-            quantize: "none", or "int8" or "int4" to quantise the language model for decoding on a CPU.
-            load_format: "auto" reads the weights; "dummy" fills in random ones, for benchmarks.
-            offline: use nothing but the hub's cache on this machine.
-            threads: of the whole process on a CPU: a number, "auto", or None to leave torch's number as it is.
-            budget: share of visual tokens kept, a number in (0, 1] or a preset: "full" 1, "high" 0.5, "balanced" 0.25,
-                "fast" 0.1; or "auto" or "auto:inflection", where the content decides; or "tuned", the method and budget that were
-                tuned for the model.
-            method: name of a pruning method, perhaps with settings: "NAME:SETTING=VALUE".
-                `evoprune.methods.available()` lists them.
-            method_args: settings of the method, by name.
-            seed: of everything random, generation included.
             progress: called with layers quantised and layers in all.
 
         Raises:
             UsageError, ModelError, OutOfMemory: as `loading.load_model` and the constructor. TypeError: an unknown option.
         """
-        wanted = ModelOptions(model, revision, device, dtype, quantize, load_format, offline, threads)
-        pruning = PruneOptions(budget, method, method_args, seed)
         check_type("progress", progress, Callable | None)
-        return load_qa(wanted, pruning, progress=progress, kind=cls)
+        return load_qa(loading, pruning, progress=progress, kind=cls)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -144,7 +108,7 @@ class VideoQA:
     def unpruned(self) -> "VideoQA":
         """The same model and seed with every visual token kept: what pruning is compared with."""
         engine = unpruned(self.engine)
-        return VideoQA(engine.loaded, load_seconds=engine.load_seconds, **vars(engine.options))
+        return VideoQA(engine.loaded, load_seconds=engine.load_seconds, pruning=engine.options)
 
     @names_options
     @names_plugins()
@@ -152,15 +116,7 @@ class VideoQA:
         self,
         path: Path | Sequence[Path],
         *,
-        fps: float | None = None,
-        frames: int | None = None,
-        start_s: float = 0.0,
-        end_s: float | None = None,
-        max_frames: int | None = None,
-        max_visual_tokens: int | None = None,
-        decoder: str = "auto",
-        subtitles: str | os.PathLike[str] = NO_SUBTITLES,
-        max_subtitle_tokens: int = MAX_SUBTITLE_TOKENS,
+        sampling: SamplingOptions,
         name: str | None = None,
         cache: Cache | None = None,
         progress: Progress | None = None,
@@ -169,16 +125,6 @@ class VideoQA:
 
         Args:
             path: the file, or a folder of frames; or a list of such, in the order in which the model reads them.
-            fps: frames a second; None for the model's own rate. Of a picture, which is one frame, this and the next say nothing.
-            frames: how many frames in all, instead of `fps`; odd numbers round up.
-            start_s, end_s: the part of the video, in seconds, below 0 from its end; None for the end.
-            max_frames: the most frames; None for the model's own limit.
-            max_visual_tokens: the most tokens before pruning, kept by smaller, then fewer frames; None for 24,576, and for 4,096
-                where a real model runs on a CPU.
-            decoder: "auto", "pyav" or "decord".
-            subtitles: "none"; "auto" for a file beside the video, or a text track in it; or a file. They stand in the prompt of
-                every question.
-            max_subtitle_tokens: with more, lines are left out, evenly over all.
             name: what reports call a single input; default: its path.
             cache: where encoded inputs are kept, each by itself. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.encode_view`.
@@ -197,9 +143,6 @@ class VideoQA:
             raise UsageError(
                 f"cache is {brief(cache)}, not a Cache", "give evoprune.Cache(), evoprune.Cache(folder) or None"
             )
-        sampling = SamplingOptions(
-            fps, frames, start_s, end_s, max_frames, max_visual_tokens, decoder, subtitles, max_subtitle_tokens
-        )
         names = None if name is None else [name] * len(paths)
         with closing(open_inputs(self.engine, paths, sampling, names=names, cache=cache)) as opened:
             encoded = opened.encode(progress)
@@ -211,10 +154,7 @@ class VideoQA:
         inputs: "Path | EncodedVideo | Sequence[Path | EncodedVideo]",
         question: str,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        system: str | None = None,
+        options: GenerationOptions,
         seed: int | None = None,
     ) -> Answer:
         """Asks one question about one input or several together: `encode`, then `EncodedInputs.ask`.
@@ -223,7 +163,7 @@ class VideoQA:
             inputs: in the order in which the model reads them: paths, which are encoded as `encode` does without options; or what
                 `encode` of this `VideoQA` made, which is used again.
             question: taken literally.
-            max_new_tokens, temperature, top_p, system, seed: as of `EncodedInputs.ask`.
+            seed: as of `EncodedInputs.ask`.
 
         Raises:
             As `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
@@ -233,7 +173,6 @@ class VideoQA:
             isinstance(i, str | os.PathLike | EncodedVideo) for i in given
         ):
             raise UsageError(f"the inputs are {brief(inputs)}, not paths", "give paths, or what encode made of them")
-        options = GenerationOptions(max_new_tokens, temperature, top_p, system)
         with ExitStack() as stack:
             opened = [
                 each if isinstance(each, EncodedVideo) else stack.enter_context(closing(open_video(self.engine, each)))
@@ -243,7 +182,7 @@ class VideoQA:
                 held = [each.view for each in given if isinstance(each, EncodedVideo)]
                 longest_prompt(self.engine, [each.view for each in opened], [question], options, held)
             encoded = [each if isinstance(each, EncodedVideo) else each.encode() for each in opened]
-        return together(self.engine, encoded).ask(question, **vars(options), seed=seed)
+        return together(self.engine, encoded).ask(question, options=options, seed=seed)
 
 
 def paths_of(given: Any) -> Sequence[Path]:
@@ -286,6 +225,6 @@ def load_qa(
     pruning, setting = resolve(pruning, found.options.model, lambda: found.weights_fingerprint)
     of_model(make_method(pruning), found.options.model, lambda: found.weights_fingerprint)
     loaded = load_model(found, to_answer=True, progress=progress)
-    made = kind(loaded, load_seconds=time.perf_counter() - start, **vars(pruning))
+    made = kind(loaded, load_seconds=time.perf_counter() - start, pruning=pruning)
     made.engine = replace(made.engine, tuned=setting or tuned)
     return made

@@ -211,8 +211,8 @@ def test_sampling_depends_on_the_seed_alone(model):
     clip = Clip(model, *CLIPS[0])
 
     def sample(seed):
-        settings = GenerationSettings(max_new_tokens=TOKENS, temperature=1.0, top_p=0.9, seed=seed)
-        return list(stream(model, clip.prefill(model), settings, []))
+        settings = GenerationSettings(max_new_tokens=TOKENS, temperature=1.0, top_p=0.9)
+        return list(stream(model, clip.prefill(model), settings, [], seed))
 
     assert sample(1) == sample(1)
     assert len({tuple(sample(seed)) for seed in range(4)}) == 4

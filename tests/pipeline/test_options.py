@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,13 @@ import pytest
 
 from evoprune import methods
 from evoprune.errors import UsageError
+from evoprune.keywords import from_keywords
 from evoprune.pipeline.options import (
     GenerationOptions,
     ModelOptions,
     PipelineOptions,
     PruneOptions,
     SamplingOptions,
-    from_keywords,
 )
 
 WRONG = [
@@ -83,7 +83,7 @@ def test_keywords_go_to_the_options_that_have_them():
 
 def test_no_two_options_have_the_same_name():
     kinds = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
-    names = [name for kind in kinds for name in kind.__dataclass_fields__]
+    names = [each.name for kind in kinds for each in fields(kind)]
     assert len(names) == len(set(names))
 
 

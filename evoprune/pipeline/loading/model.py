@@ -14,6 +14,7 @@ import torch
 
 from evoprune.bundled import Demo
 from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
+from evoprune.keywords import from_keywords
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime, weights_bytes
@@ -32,7 +33,7 @@ from evoprune.pipeline.loading.weights import (
     page_in_weights,
     stay_mapped,
 )
-from evoprune.pipeline.options import ModelOptions, from_keywords
+from evoprune.pipeline.options import ModelOptions
 from evoprune.report.records import ModelFacts
 from evoprune.video.info import VIDEO, VideoInfo, world_of
 from evoprune.video.plan import InputLimits

@@ -1,0 +1,179 @@
+"""Options as fields of dataclasses, and as keywords of functions. Mistyped ones are named with what would be right. No torch."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, cleandoc, signature
+from numbers import Integral, Real
+from os import PathLike
+from textwrap import wrap
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
+
+from evoprune.errors import UsageError
+
+T = TypeVar("T")
+OPTION = "option"  # of a field's metadata
+# What a declared type accepts, and what it is called.
+KINDS: dict[type, tuple[type, str]] = {
+    float: (Real, "a number"),
+    int: (Integral, "a whole number"),
+    str: (str, "a text"),
+    bool: (bool, "True or False"),
+    dict: (Mapping, "a dict"),
+    PathLike: (PathLike, "a path"),
+    Callable: (Callable, "a function"),
+    NoneType: (NoneType, "None"),
+}
+LEAST, MOST = -(2**63), 2**64 - 1  # of a whole number that torch takes, as a seed for example
+
+
+def brief(value: Any) -> str:
+    """A value for a message: its repr where that is short, else its class."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"of class {type(value).__name__}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line and the documentation say of an option.
+
+    Attributes:
+        help: of the command line, and of Python where `python` says nothing else.
+        flags: how it is typed; if there are none, by its name.
+        words: its values, for help and completion; those in capitals stand for any others: FILE, N.
+        metavar: what help shows for its value. `least`, `most`: its range.
+        env: the variable that sets it.
+        typed: the type of what is typed, of which `parse` makes the value; None for the field's.
+        unless_typed: the default of the command line; None for the field's.
+        changes_answers: whether answers depend on it, so that outputs record it.
+    """
+
+    help: str
+    flags: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    metavar: str | None = None
+    least: int | None = None
+    most: int | None = None
+    env: str | None = None
+    typed: Any = None
+    unless_typed: Any = None
+    parse: Callable[[Any], Any] | None = None
+    python: str | None = None
+    changes_answers: bool = True
+
+
+def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
+    """A field of a dataclass of options. `more`: of `Option`."""
+    return field(default=default, metadata={OPTION: Option(help, flags, **more)})
+
+
+def is_options(declared: Any) -> bool:
+    """Whether it is a dataclass whose fields are all made by `option`."""
+    return (
+        isinstance(declared, type)
+        and is_dataclass(declared)
+        and all(OPTION in each.metadata for each in fields(declared))
+    )
+
+
+def unknown_option(name: str, known: list[str]) -> TypeError:
+    """The error of a keyword that does not exist."""
+    return TypeError(f"unknown option {name!r}; known: {', '.join(known)}")
+
+
+def from_keywords(given: Mapping[str, Any], *kinds: type) -> list:
+    """One object of each of `kinds`, made of the keywords that are its fields.
+
+    Raises:
+        TypeError: a keyword that is a field of none of them. UsageError: a bad value.
+    """
+    known = [f.name for kind in kinds for f in fields(kind)]
+    if unknown := [name for name in given if name not in known]:
+        raise unknown_option(unknown[0], known)
+    return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds]
+
+
+def names_options(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorates a function that is called with options by name: the TypeError for one that does not exist names those that do.
+
+    The fields of a parameter whose type is a dataclass of options are keywords of their own: in the signature, in the
+    documentation, and in calls, which may also give the object by the parameter's name. Where the parameter can be given by
+    position, so can the first of its fields.
+    """
+    written = list(signature(function).parameters.values())
+    groups = {p.name: p.annotation for p in written if is_options(p.annotation)}
+    parameters = [each for p in written for each in (_expanded(p) if p.name in groups else [p])]
+    known = [p.name for p in parameters if p.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    options = [p.name for p in parameters if p.default is not Parameter.empty]
+    first = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    places = {p.name: i for i, p in enumerate(written) if p.name in groups and p.kind is not Parameter.KEYWORD_ONLY}
+
+    @wraps(function)
+    def checked(*args: Any, **given: Any) -> T:
+        for name in given:
+            if name not in known and name not in groups:
+                raise unknown_option(name, options)
+        if len(args) > len(first):
+            more = ", ".join(map(brief, args[len(first) :]))
+            raise TypeError(f"options are given by name: which is {more}? known: {', '.join(options)}")
+        for name, kind in groups.items():
+            own = {f.name: given.pop(f.name) for f in fields(kind) if f.name in given}
+            place = places.get(name, len(args))
+            if place < len(args):
+                args = (*args[:place], kind(**{first[place]: args[place]}, **own), *args[place + 1 :])
+            elif name not in given:
+                given[name] = kind(**own)
+        return function(*args, **given)
+
+    checked.__signature__ = Signature(parameters, return_annotation=signature(function).return_annotation)
+    checked.__doc__ = _documented(function.__doc__, groups.values())
+    return checked
+
+
+def _expanded(parameter: Parameter) -> list[Parameter]:
+    """The fields of a parameter, the first as it can be given, the others by name."""
+    made = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(parameter.annotation)
+    ]
+    return [made[0].replace(kind=parameter.kind), *made[1:]]
+
+
+def _documented(text: str | None, kinds: Iterable[type]) -> str | None:
+    """A docstring with the options of `kinds` below it."""
+    lines = []
+    for each in (f for kind in kinds for f in fields(kind)):
+        said = each.metadata[OPTION]
+        words = f" ({'|'.join(said.words)})" if said.words else ""
+        lines += wrap(f"{each.name}{words}: {said.python or said.help}", 100, subsequent_indent="    ")
+    return "\n".join([cleandoc(text or ""), "", "Options:", *(f"    {line}" for line in lines)]) if lines else text
+
+
+def check_types(options: Any) -> None:
+    """Checks that the fields of a dataclass have the types that it declares. Fields of other types than `KINDS` are left out.
+
+    Raises:
+        UsageError: it names the field, its value, and what it should be.
+    """
+    for each in fields(options):
+        check_type(each.name, getattr(options, each.name), each.type)
+
+
+def check_type(name: str, value: Any, declared: Any) -> None:
+    """Checks a value of an option, of which the declared type has kinds of `KINDS` alone. Other types are not checked.
+
+    Raises:
+        UsageError: it names the option, the value, and what it should be.
+    """
+    kinds = get_args(declared) if isinstance(declared, UnionType) else [declared]
+    wanted = [KINDS.get(get_origin(kind) or kind) for kind in kinds]
+    if None in wanted:
+        return
+    *first, last = (each for _, each in wanted)
+    right = f"{', '.join(first)} or {last}" if first else last
+    fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted)
+    if not fits:
+        raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
+    if isinstance(value, Integral) and not LEAST <= value <= MOST:
+        raise UsageError(f"{name} is {value}, which 64 bits cannot hold", "give a smaller number")
