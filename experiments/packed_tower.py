@@ -36,7 +36,7 @@ def random_tower(name: str, dtype: torch.dtype):
 
 def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:
     """Of each way: its name, its median milliseconds, and how far its tokens are from Hugging Face's, relative to these."""
-    packed, none = PackedTower(visual), methods.get("none")
+    packed, none = PackedTower(visual), methods.parse("none")
     ways = {
         "Hugging Face": lambda: visual(patches, grid_thw=grid_thw).pooler_output,
         "EvoPrune": lambda: encode_with(visual, patches, grid_thw, 1.0, none).features,

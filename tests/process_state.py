@@ -29,7 +29,7 @@ def process_state() -> dict:
         "signals": {each.name: signal.getsignal(each) for each in signal.valid_signals() if hasattr(each, "name")},
         "locale": locale.setlocale(locale.LC_ALL),
         "folder": os.getcwd(),
-        "environment": {k: v for k, v in os.environ.items() if k not in SET_BY_OTHERS},
+        "environment": {k: v for k, v in os.environ.items() if k not in SET_BY_OTHERS} | {"PATH": _path()},
         "path": list(sys.path),
         "hooks": (sys.excepthook, sys.unraisablehook, threading.excepthook),
         "start method": multiprocessing.get_start_method(),
@@ -50,6 +50,11 @@ def process_state() -> dict:
         state["affinity"] = os.sched_getaffinity(0)
         state["scheduling"] = scheduling()
     return state
+
+
+def _path() -> list[str]:
+    """PATH without the folder that decord adds when a test imports it; the product imports it in processes apart."""
+    return [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder).name != "decord"]
 
 
 def scheduling() -> set[tuple[int, int]]:

@@ -29,7 +29,7 @@ def variant(monkeypatch):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_variant_is_a_method_and_differs_from_all_others(name):
-    made = [methods.get(spec) for spec in ABLATIONS[name].specs().values()]
+    made = [methods.parse(spec) for spec in ABLATIONS[name].specs().values()]
     assert len(made) >= 2 and len({repr(method) for method in made}) == len(made)
 
 

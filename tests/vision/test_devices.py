@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.none import Nothing
+from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.random import Random
 from evoprune.methods.reuse import Reuse
 from evoprune.vision import attention, devices, encoded
@@ -237,7 +238,7 @@ def test_every_shape_is_known_on_a_device_without_values(reuse, keep, kernel, mo
     monkeypatch.setattr(devices, "static_shapes", lambda device: device == meta)
     monkeypatch.setattr(encoded.EncodedRows, "finish", lambda _: (False, 0.0))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
-    method = Reuse(then=Random()) if reuse else EvoPrunePaper(first=0.0, last=1.0)
+    method = Pipeline(encoder=Reuse(), selector=Random()) if reuse else EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))
     expected = encode_patches(patches, grid, method, keep, tiny_tower((0, 2)))
     made = encode_patches(patches, grid, method, keep, visual, chunk_units=30)
