@@ -22,7 +22,7 @@ from evoprune_cli.words import STDIN, USAGE, Words
 
 if TYPE_CHECKING:
     from evoprune.pipeline.view import View
-    from evoprune.video.info import VideoInfo
+    from evoprune.video.info import Video
 
 LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
@@ -212,7 +212,7 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
         _check_input(info, sampling.timeless if videos and info.kind != VIDEO else sampling)
 
 
-def _check_input(info: "VideoInfo", sampling: SamplingOptions) -> None:
+def _check_input(info: "Video", sampling: SamplingOptions) -> None:
     from evoprune.pipeline.subtitles import check_picture
     from evoprune.video.frames import choose_decoder
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES

@@ -18,7 +18,7 @@ import av
 import numpy as np
 
 from evoprune.video.frames import read_frames
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import Video
 from evoprune.video.probe import probe
 from evoprune.video.readers import decord, pyav
 from evoprune.video.sandbox import isolation
@@ -82,17 +82,17 @@ def medians(runs: Sequence[Callable[[], object]], repeat: int) -> list[float]:
     return [median(times[1:]) for times in spent]
 
 
-def middles(info: VideoInfo, count: int) -> list[float]:
+def middles(info: Video, count: int) -> list[float]:
     """`count` times in seconds, spread evenly over the video."""
     return [(i + 0.5) * info.duration_s / count for i in range(count)]
 
 
-def frames_at(info: VideoInfo, times_s: Sequence[float], decoder: str) -> np.ndarray:
+def frames_at(info: Video, times_s: Sequence[float], decoder: str) -> np.ndarray:
     """uint8 `[n, H, W, 3]`"""
     return np.concatenate([chunk.frames for chunk in read_frames(info, times_s, decoder=decoder)])
 
 
-def get_batch(info: VideoInfo, times_s: Sequence[float]) -> np.ndarray:
+def get_batch(info: Video, times_s: Sequence[float]) -> np.ndarray:
     """uint8 `[n, H, W, 3]`: decord's own way, which jumps and may return wrong frames."""
     reader = decord.load().VideoReader(info.path)
     return reader.get_batch([int(time_s * FPS + 0.01) for time_s in times_s]).asnumpy()
@@ -108,7 +108,7 @@ def in_this_process() -> Iterator[None]:
         isolation.POSSIBLE = usual
 
 
-def frames_here(info: VideoInfo, times_s: Sequence[float], decoder: str) -> np.ndarray:
+def frames_here(info: Video, times_s: Sequence[float], decoder: str) -> np.ndarray:
     """uint8 `[n, H, W, 3]`"""
     with in_this_process():
         return frames_at(info, times_s, decoder)
@@ -136,7 +136,7 @@ def compare_decoders(folder: Path, repeat: int) -> None:
             )
 
 
-def pass_through(info: VideoInfo, times_s: Sequence[float], here: bool) -> None:
+def pass_through(info: Video, times_s: Sequence[float], here: bool) -> None:
     """Read as the encoder does, so many frames at a time, and hold none."""
     with in_this_process() if here else nullcontext():
         for _ in read_frames(info, times_s, chunk_bytes=AT_A_TIME * info.width * info.height * 3):
@@ -163,7 +163,7 @@ def compare_processes(folder: Path, repeat: int) -> None:
             )
 
 
-def read_with(info: VideoInfo, times_s: Sequence[float], seek_ahead_s: float) -> None:
+def read_with(info: Video, times_s: Sequence[float], seek_ahead_s: float) -> None:
     """Read with PyAV, jumping wherever the next time_s is farther away than this."""
     usual, pyav.MIN_JUMP_S = pyav.MIN_JUMP_S, seek_ahead_s
     try:

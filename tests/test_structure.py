@@ -290,16 +290,16 @@ def test_a_circle_is_reported_with_the_line_of_every_import():
 
 def test_imports_are_found_wherever_they_are_written(monkeypatch):
     code = (
-        "from evoprune import methods\nfrom . import decoder\nfrom ..video.info import VideoInfo\n"
+        "from evoprune import methods\nfrom . import decoder\nfrom ..video.info import Video\n"
         "def f():\n    import evoprune.report\n    import_module('evoprune.errors')\n"
         "if TYPE_CHECKING:\n    from evoprune.pruning.matching import merge\n"
     )
     monkeypatch.setitem(globals(), "tree", lambda name: ast.parse(code))
     assert {target for target, _ in imports("evoprune.language.generate")} == {
-        "evoprune.methods", "evoprune.language.decoder", "evoprune.video.info.VideoInfo", "evoprune.report",
+        "evoprune.methods", "evoprune.language.decoder", "evoprune.video.info.Video", "evoprune.report",
         "evoprune.errors", "evoprune.pruning.matching.merge",
     }  # fmt: skip
-    assert module_of("evoprune.video.info.VideoInfo") == "evoprune.video.info" and module_of("torch.nn") is None
+    assert module_of("evoprune.video.info.Video") == "evoprune.video.info" and module_of("torch.nn") is None
 
 
 def test_a_tensor_of_the_defaults_is_found():

@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 
 from evoprune.video.frames import FrameChunk, read_frames
-from evoprune.video.probe import VideoInfo
+from evoprune.video.probe import Video
 
 
 class SharedFrames:
@@ -15,7 +15,7 @@ class SharedFrames:
     def __init__(self):
         self._held: dict[tuple, list[FrameChunk]] = {}
 
-    def read(self, info: VideoInfo, times_s: Sequence[float], **how) -> Iterator[FrameChunk]:
+    def read(self, info: Video, times_s: Sequence[float], **how) -> Iterator[FrameChunk]:
         """As `read_frames`. Frames that come in several chunks are too large to hold, and are read again each time."""
         key = (tuple(times_s), *sorted(how.items()))
         if key in self._held:
@@ -30,7 +30,7 @@ class SharedFrames:
             self._held[key] = chunks
 
 
-def grey_frames(info: VideoInfo, times_s: Sequence[float], *, decoder: str, chunk_bytes: int) -> Iterator[FrameChunk]:
+def grey_frames(info: Video, times_s: Sequence[float], *, decoder: str, chunk_bytes: int) -> Iterator[FrameChunk]:
     """As `read_frames`, but every frame is grey: the size and the length of a video without its content."""
     at_once = max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
     for first in range(0, len(times_s), at_once):

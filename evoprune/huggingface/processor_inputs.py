@@ -24,7 +24,7 @@ from evoprune.pipeline.question_check import check_not_empty
 from evoprune.pipeline.subtitles import check_one_file, check_picture, prompt_subtitles, subtitles_of
 from evoprune.pipeline.video_qa import paths_of
 from evoprune.video.frames import choose_decoder, read_frames
-from evoprune.video.info import PICTURE, VIDEO, VideoInfo
+from evoprune.video.info import PICTURE, VIDEO, Video
 from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, Plan, make_plan
 from evoprune.video.probe import probe
 
@@ -81,7 +81,7 @@ def processor_inputs(
 
 def _planned(
     paths: Sequence[str | PathLike], options: SamplingOptions, limits: dict[str, InputLimits]
-) -> list[tuple[VideoInfo, Plan]]:
+) -> list[tuple[Video, Plan]]:
     """Each input, and what is looked at of it."""
     infos, made = [probe(path) for path in paths], []
     videos = any(info.kind == VIDEO for info in infos)
@@ -102,7 +102,7 @@ def _text(ids: torch.Tensor, places: Sequence[range], kinds: Sequence[str]) -> d
 
 
 def _visual(
-    read: Sequence[tuple[VideoInfo, Plan]], limits: dict[str, InputLimits], decoder: str
+    read: Sequence[tuple[Video, Plan]], limits: dict[str, InputLimits], decoder: str
 ) -> dict[str, torch.Tensor]:
     """The pixels and grids of all inputs, by kind, in their order."""
     made = {}
@@ -119,7 +119,7 @@ def _visual(
     return made
 
 
-def _patches(info: VideoInfo, plan: Plan, limits: InputLimits, decoder: str) -> list[torch.Tensor]:
+def _patches(info: Video, plan: Plan, limits: InputLimits, decoder: str) -> list[torch.Tensor]:
     """The patches of an input, chunk by chunk."""
     source = info if info.kind == VIDEO else replace(info, width=plan.width, height=plan.height)
     with closing(read_frames(source, plan.sampling.times_s, decoder=choose_decoder(decoder, info))) as chunks:

@@ -24,7 +24,7 @@ from evoprune.pipeline.question_check import check_not_empty, question_warnings
 from evoprune.pipeline.view import View
 from evoprune.report.records import Report, TokenCounts
 from evoprune.text import counted
-from evoprune.video.info import VIDEO, VideoInfo
+from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded, select_tokens
 
@@ -227,7 +227,7 @@ class EncodedVideo(EncodedInputs):
         return self._encodings[0].view
 
     @property
-    def info(self) -> VideoInfo:
+    def info(self) -> Video:
         """Facts about the file."""
         return self.view.info
 

@@ -21,7 +21,7 @@ from evoprune.pipeline.memory_check import TEXT, encoding_bytes
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pruning.budget import PRESETS, keep_count
 from evoprune.video.plan import STILL, Plan
-from evoprune.video.probe import VideoInfo
+from evoprune.video.probe import Video
 from evoprune.vision.devices import units_at_a_time
 from evoprune.vision.tower import tower_shape
 
@@ -115,7 +115,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def video_facts(info: VideoInfo) -> dict:
+def video_facts(info: Video) -> dict:
     """Container facts."""
     return asdict(info)
 

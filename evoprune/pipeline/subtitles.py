@@ -6,7 +6,7 @@ from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, PICTURE, VIDEO, SubtitleLine, Subtitles, VideoInfo
+from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, PICTURE, VIDEO, SubtitleLine, Subtitles, Video
 from evoprune.video.probe import read_subtitles
 from evoprune.video.sampling import SamplingPlan
 
@@ -48,14 +48,14 @@ def check_one_file(choice: str, inputs: int) -> None:
         raise UsageError(f"{choice} holds the subtitles of one video, and there are {inputs} inputs", hint)
 
 
-def check_picture(info: VideoInfo, choice: str) -> None:
+def check_picture(info: Video, choice: str) -> None:
     """Raises UsageError where a file of subtitles is given for a picture."""
     if info.kind == PICTURE and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
         raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
 
 
 def prompt_subtitles(
-    tokenizer: Tokenizer, info: VideoInfo, span: SamplingPlan, choice: str, max_tokens: int
+    tokenizer: Tokenizer, info: Video, span: SamplingPlan, choice: str, max_tokens: int
 ) -> PromptSubtitles:
     """Reads the subtitles of a span of a video, and fits them into a number of tokens.
 

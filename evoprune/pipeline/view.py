@@ -8,7 +8,7 @@ from evoprune.pipeline.subtitles import PromptSubtitles, prompt_subtitles
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.encoder_plan import EncoderPlan
 from evoprune.video.frames import choose_decoder
-from evoprune.video.info import VIDEO, VideoInfo
+from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.vision.tower import tower_shape
 
@@ -29,7 +29,7 @@ class View:
         subtitles: what the prompt has of them.
     """
 
-    info: VideoInfo
+    info: Video
     name: str
     decoder: str
     full: Plan
@@ -44,7 +44,7 @@ class View:
         return self.info.kind
 
     @property
-    def source(self) -> VideoInfo:
+    def source(self) -> Video:
         """What frames are read from: videos at their own size, pictures at the one that the encoder reads."""
         return self.info if self.kind == VIDEO else replace(self.info, width=self.plan.width, height=self.plan.height)
 
@@ -68,7 +68,7 @@ class View:
         return self.plan.sampling.seconds_per_pair(temporal_patch_size)
 
 
-def make_view(engine: Engine, info: VideoInfo, sampling: SamplingOptions, name: str | None = None) -> View:
+def make_view(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> View:
     """Plans which frames of a video are looked at, or how large a picture.
 
     Raises:

@@ -17,7 +17,7 @@ from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE
 from evoprune.video.plan import InputLimits, make_plan
-from evoprune.video.probe import VideoInfo
+from evoprune.video.probe import Video
 from evoprune.video.sampling import even_times
 from evoprune.vision.preprocess import patchify, resize
 from evoprune.vision.tower import tower_shape
@@ -35,7 +35,7 @@ def synthetic_frames(kind: str, case: Case) -> Frames:
     return torch.from_numpy(made[: case.frames]), 2 / SYNTHETIC_FPS
 
 
-def video_frames(info: VideoInfo, case: Case) -> Frames:
+def video_frames(info: Video, case: Case) -> Frames:
     """Frames of a video, spread over all of it; or a picture."""
     source, most = info, max(2, case.frames)
     if info.kind == PICTURE:

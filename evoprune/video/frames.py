@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from evoprune.errors import UsageError
-from evoprune.video.info import PICTURE, VideoInfo
+from evoprune.video.info import PICTURE, Video
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 
 DECODERS = ("auto", "pyav", "decord")
@@ -34,7 +34,7 @@ class FrameChunk:
 
 
 def read_frames(
-    info: VideoInfo,
+    info: Video,
     times_s: Sequence[float],
     *,
     decoder: str = "auto",
@@ -69,7 +69,7 @@ def read_frames(
     return _chunks(info, times, decoder, per_chunk)
 
 
-def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
+def choose_decoder(decoder: str, info: Video | None = None) -> str:
     """The decoder to use, `pyav` or `decord`, and for a picture `pillow`, after a check that it can be used.
 
     `auto` is PyAV. decord finds frames by counting them, and after a jump its count is wrong wherever groups of pictures
@@ -95,7 +95,7 @@ def choose_decoder(decoder: str, info: VideoInfo | None = None) -> str:
     return "decord"
 
 
-def _chunks(info: VideoInfo, times: Sequence[float], decoder: str, per_chunk: int) -> Iterator[FrameChunk]:
+def _chunks(info: Video, times: Sequence[float], decoder: str, per_chunk: int) -> Iterator[FrameChunk]:
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
     if not sizes:

@@ -1,4 +1,4 @@
-"""What is known about a video or a picture: `VideoInfo` from its metadata, `ScanResult` from decoding all of it,
+"""What is known about a video or a picture: `Video` from its metadata, `ScanResult` from decoding all of it,
 `Subtitles` from its tracks and the files beside it."""
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 
 
 @dataclass(frozen=True)
-class VideoInfo:
+class Video:
     """Metadata of a video file, of a folder of images that is read as a video, or of a picture, which has no times.
 
     Attributes:
@@ -68,7 +68,7 @@ class VideoInfo:
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
 
 
-def world_of(info: VideoInfo) -> str | None:
+def world_of(info: Video) -> str | None:
     """The name of the world that a file is of, by its generator's tag; None for a file that no generator made."""
     comments = (text for key, text in info.tags.items() if key.lower() == "comment")
     return next((_WORLDS[text] for text in comments if text in _WORLDS), None)
@@ -83,7 +83,7 @@ class ScanResult:
         damaged: damaged packets (of a folder: images) that were skipped or patched up. Containers that hide their
             damage, such as Matroska, reveal it only by a `duration_s` below `stated_s`.
         duration_s: seconds from the first frame to the end of the last one.
-        stated_s: as in `VideoInfo`.
+        stated_s: as in `Video`.
         variable_rate: whether more frame intervals are irregular than damage explains.
         largest_gap_s: longest time in seconds from one frame to the next; 0 for a single frame.
         keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, or from the last one to the end.

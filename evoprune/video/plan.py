@@ -7,7 +7,7 @@ from typing import Annotated
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.rules import list_of, number, whole
-from evoprune.video.info import PICTURE, VideoInfo
+from evoprune.video.info import PICTURE, Video
 from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
@@ -127,7 +127,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, fact
 
 
 def make_plan(
-    info: VideoInfo,
+    info: Video,
     limits: InputLimits,
     *,
     fps: float | None = None,
@@ -186,7 +186,7 @@ def make_plan(
     return Plan(sampling, *size, grid, most_frames, max_visual_tokens, token_capped)
 
 
-def _picture_plan(info: VideoInfo, limits: InputLimits, max_tokens: int) -> Plan:
+def _picture_plan(info: Video, limits: InputLimits, max_tokens: int) -> Plan:
     """The size of a picture: one frame pair, of which it is both frames."""
     preferred, size, _ = _size(info, limits, 1, max_tokens)
     grid = (1, size[0] // limits.unit, size[1] // limits.unit)
@@ -194,7 +194,7 @@ def _picture_plan(info: VideoInfo, limits: InputLimits, max_tokens: int) -> Plan
 
 
 def _size(
-    info: VideoInfo, limits: InputLimits, pairs: int, max_tokens: int
+    info: Video, limits: InputLimits, pairs: int, max_tokens: int
 ) -> tuple[tuple[int, int], tuple[int, int], int]:
     """The frame size that the model prefers; and as of `_fit`.
 
@@ -209,7 +209,7 @@ def _size(
 
 
 def _fit(
-    info: VideoInfo, limits: InputLimits, size: tuple[int, int], pairs: int, max_tokens: int
+    info: Video, limits: InputLimits, size: tuple[int, int], pairs: int, max_tokens: int
 ) -> tuple[tuple[int, int], int]:
     """The frame size, (height, width) in pixels, and the number of frame pairs that together have at most `max_tokens` units.
 

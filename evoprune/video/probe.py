@@ -2,13 +2,13 @@
 
 import os
 
-from evoprune.video.info import FOLDER_FPS, ScanResult, Subtitles, VideoInfo
+from evoprune.video.info import FOLDER_FPS, ScanResult, Subtitles, Video
 from evoprune.video.sandbox.isolation import run_task
 
-__all__ = ["VideoInfo", "probe", "read_subtitles", "scan"]
+__all__ = ["Video", "probe", "read_subtitles", "scan"]
 
 
-def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> VideoInfo:
+def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Video:
     """Read the metadata of a video file, or of a folder of images, which then become its frames.
 
     Decodes the first frame and reads the packets of the last seconds. If the file cannot be entered near its end, all its
@@ -24,7 +24,7 @@ def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Vi
             see also `isolation.run_task`.
     """
     path = os.fspath(path)
-    return VideoInfo(**run_task("probe", path, {"path": path, "folder_fps": folder_fps}))
+    return Video(**run_task("probe", path, {"path": path, "folder_fps": folder_fps}))
 
 
 def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> ScanResult:
@@ -44,7 +44,7 @@ def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Sca
     return ScanResult(**run_task("scan", path, {"path": path, "folder_fps": folder_fps}))
 
 
-def read_subtitles(info: VideoInfo, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
+def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
     """The subtitles whose time overlaps a part of a video.
 
     Args:

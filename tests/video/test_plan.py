@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan, smart_resize
-from evoprune.video.probe import VideoInfo
+from evoprune.video.probe import Video
 
 
-def video(width=640, height=360, duration=60.0) -> VideoInfo:
-    return VideoInfo(
+def video(width=640, height=360, duration=60.0) -> Video:
+    return Video(
         path="a.mp4", duration_s=duration, width=width, height=height, rotation_deg=0, codec="h264", pix_fmt="yuv420p",
         container="mp4", fps=25.0, variable_rate=False, frames_total=None, start_s=0.0, tags={},
     )  # fmt: skip

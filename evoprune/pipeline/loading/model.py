@@ -35,7 +35,7 @@ from evoprune.pipeline.loading.weights import (
 )
 from evoprune.pipeline.options import ModelOptions
 from evoprune.report.records import ModelFacts
-from evoprune.video.info import VIDEO, VideoInfo, world_of
+from evoprune.video.info import VIDEO, Video, world_of
 from evoprune.video.plan import InputLimits
 
 
@@ -87,7 +87,7 @@ class LoadedModel:
         """Whether this is a bundled demo model with its trained weights."""
         return self.demo is not None
 
-    def knows(self, info: VideoInfo) -> bool:
+    def knows(self, info: Video) -> bool:
         """Whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
         return self.demo is None or world_of(info) == self.demo.world
 

@@ -27,7 +27,7 @@ FALLBACK_FPS = 25.0
 # Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 SEEKABLE = (MOV, "matroska,webm", "mpegts")
-# Tags with more characters are left out, because tags travel with every `VideoInfo`.
+# Tags with more characters are left out, because tags travel with every `Video`.
 TAG_CHARACTERS = 4000
 # Larger pictures are refused. 16K video, and photographs of 100 megapixels, are smaller.
 MAX_PIXELS = 2**27

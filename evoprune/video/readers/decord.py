@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import Video
 from evoprune.video.readers import pyav
 from evoprune.video.readers.container import MOV, TOLERANCE_S, Damage, ignore_damage, reading, thread_count
 from evoprune.video.readers.pixels import rotated, turned_size
@@ -40,7 +40,7 @@ def load() -> ModuleType:
     return decord
 
 
-def check(info: VideoInfo) -> None:
+def check(info: Video) -> None:
     """Refuse videos that decord cannot read, or would decode wrongly, as far as the metadata shows.
 
     Raises:
@@ -54,9 +54,7 @@ def check(info: VideoInfo) -> None:
         raise _refusal(info, "it turns mirrored videos the wrong way")
 
 
-def read(
-    info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
-) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage) -> Iterator[tuple[float, np.ndarray]]:
     """As `readers` says; `damaged` is never called.
 
     Raises:
@@ -87,12 +85,12 @@ def read(
             yield float(stamps[at]), rgb
 
 
-def _refusal(info: VideoInfo, problem: str) -> VideoError:
+def _refusal(info: Video, problem: str) -> VideoError:
     return VideoError(f"decord cannot read {info.path}: {problem}", "use decoder pyav")
 
 
 @contextmanager
-def _refusing(info: VideoInfo) -> Iterator[None]:
+def _refusing(info: Video) -> Iterator[None]:
     try:
         yield
     except (VideoError, MemoryError):
@@ -101,7 +99,7 @@ def _refusing(info: VideoInfo) -> Iterator[None]:
         raise _refusal(info, "it does not open it, or stops at damage") from error
 
 
-def _stamps(info: VideoInfo, reader) -> np.ndarray:
+def _stamps(info: Video, reader) -> np.ndarray:
     """float32 `[frames]`: the time of each frame in seconds from the first, in display order."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
@@ -113,7 +111,7 @@ def _stamps(info: VideoInfo, reader) -> np.ndarray:
     return stamps
 
 
-def _pixels(info: VideoInfo, frame) -> np.ndarray:
+def _pixels(info: Video, frame) -> np.ndarray:
     # The calling program may have set a tensor bridge.
     rows = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
     # Frames of MP4 and related containers are rotated already.
@@ -126,7 +124,7 @@ def _pixels(info: VideoInfo, frame) -> np.ndarray:
     return rotated(rgb, turn, info.mirrored)
 
 
-def _check_first(info: VideoInfo, rgb: np.ndarray) -> None:
+def _check_first(info: Video, rgb: np.ndarray) -> None:
     with closing(pyav.read(info, (0.0,))) as pictures:
         _, right = next(pictures)
     if np.abs(rgb.astype(np.int16) - right).mean() > OTHER_FRAME:

@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import FOLDER_FPS, VideoInfo
+from evoprune.video.info import FOLDER_FPS, Video
 from evoprune.video.listing import IMAGES, files
 from evoprune.video.readers.container import (
     TOLERANCE_S,
@@ -48,7 +48,7 @@ def list_images(folder: str) -> list[str]:
     return images
 
 
-def probe(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
+def probe(folder: str, fps: float = FOLDER_FPS) -> Video:
     """Metadata of a folder as a video. Opens images up to the first that can be decoded; it sets the size.
 
     Raises:
@@ -66,7 +66,7 @@ def probe(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
     codec, frame, (rotation, _) = decoded
     width, height = turned_size((frame.width, frame.height), rotation)
-    return VideoInfo(
+    return Video(
         path=folder,
         duration_s=len(images) / fps,
         width=width,
@@ -83,9 +83,7 @@ def probe(folder: str, fps: float = FOLDER_FPS) -> VideoInfo:
     )
 
 
-def read(
-    info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
-) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage) -> Iterator[tuple[float, np.ndarray]]:
     """As `readers` says. Opens only the images that are needed, one at a time.
 
     A damaged image is replaced by the one before it, at the beginning by the first that can be decoded. `damaged` gets its index.
@@ -110,7 +108,7 @@ def read(
         yield current / info.fps, rgb
 
 
-def intervals(info: VideoInfo, damaged: Damage) -> Iterator[tuple[float, float, bool]]:
+def intervals(info: Video, damaged: Damage) -> Iterator[tuple[float, float, bool]]:
     """As of `pyav`: every image is a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
@@ -119,7 +117,7 @@ def intervals(info: VideoInfo, damaged: Damage) -> Iterator[tuple[float, float, 
             yield i / info.fps, 1 / info.fps, True
 
 
-def _check_shape(image: str, frame: VideoFrame, rotation: int, info: VideoInfo) -> None:
+def _check_shape(image: str, frame: VideoFrame, rotation: int, info: Video) -> None:
     """Raises VideoError if an image has another shape than the first, to which it would be stretched."""
     width, height = turned_size((frame.width, frame.height), rotation)
     if abs(width * info.height - height * info.width) > SAME_SHAPE * width * info.height:

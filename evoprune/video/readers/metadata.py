@@ -12,7 +12,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import Video
 from evoprune.video.readers import folder
 from evoprune.video.readers.container import (
     DENSE,
@@ -37,7 +37,7 @@ RATE_JITTER_S = 0.0025
 TAGS = 200  # at most this many are kept
 
 
-def probe(path: str, folder_fps: float) -> VideoInfo:
+def probe(path: str, folder_fps: float) -> Video:
     """See `evoprune.video.probe.probe`."""
     with reading(path):
         if os.path.isdir(path):
@@ -51,7 +51,7 @@ def probe(path: str, folder_fps: float) -> VideoInfo:
             return _probe_file(path, container)
 
 
-def _probe_file(path: str, container: InputContainer) -> VideoInfo:
+def _probe_file(path: str, container: InputContainer) -> Video:
     stream = video_stream(container, path)
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
         hint = f"convert it to JPEG or PNG; {', '.join(PICTURES)} are read"
@@ -69,7 +69,7 @@ def _probe_file(path: str, container: InputContainer) -> VideoInfo:
     start = frame_time(first, stream)
     duration = _duration(path, container, stream, start, step)
     stated = _stated(container, stream, start or 0.0, step)  # after `_duration`, which makes FFmpeg find fragments
-    return VideoInfo(
+    return Video(
         path=path,
         duration_s=duration,
         width=width,
@@ -108,7 +108,7 @@ def _duration(
 
 
 def _stated(container: InputContainer, stream: VideoStream, start: float, step: float) -> float | None:
-    """See `VideoInfo.stated_s`. Containers whose duration FFmpeg estimates from their content state none."""
+    """See `Video.stated_s`. Containers whose duration FFmpeg estimates from their content state none."""
     name = container.format.name
     if name == "avi":
         return step * stream.frames or None

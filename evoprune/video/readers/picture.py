@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from evoprune.errors import VideoError
-from evoprune.video.info import PICTURE, VideoInfo
+from evoprune.video.info import PICTURE, Video
 from evoprune.video.readers import heartbeat
 from evoprune.video.readers.container import MAX_PIXELS, TAG_CHARACTERS, Damage, ignore_damage, open_video
 from evoprune.video.readers.file_kind import PICTURES, picture_format
@@ -75,7 +75,7 @@ def too_large(path: str) -> VideoError:
     )
 
 
-def probe(path: str) -> VideoInfo:
+def probe(path: str) -> Video:
     """The facts about a picture, from its header.
 
     Raises:
@@ -84,7 +84,7 @@ def probe(path: str) -> VideoInfo:
     with _opened(path) as image:
         rotation, mirrored = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG), (0, False))
         width, height = turned_size(image.size, rotation)
-        return VideoInfo(
+        return Video(
             path=path,
             duration_s=None,
             width=width,
@@ -102,9 +102,7 @@ def probe(path: str) -> VideoInfo:
         )
 
 
-def read(
-    info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
-) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage) -> Iterator[tuple[float, np.ndarray]]:
     """As `readers` says, resized to the size in `info` as Hugging Face does it. Raises what `probe` raises."""
     with _opened(info.path) as image:
         rgb = _rgb(ImageOps.exif_transpose(image), info.path)

@@ -12,7 +12,7 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import Video
 from evoprune.video.readers.container import (
     FALLBACK_FPS,
     SEEKABLE,
@@ -38,9 +38,7 @@ SEEK_BACK_S = (0.0, 4.0, 16.0)
 TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
 
-def read(
-    info: VideoInfo, times_s: Sequence[float], damaged: Damage = ignore_damage
-) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage) -> Iterator[tuple[float, np.ndarray]]:
     """As `readers` says. Holds two decoded frames at a time; `damaged` may be called more than once for the same damage."""
     reformatter, converted, rgb = VideoReformatter(), None, None
     with reading(info.path), closing(_on_screen(info, times_s, damaged)) as on_screen:
@@ -51,7 +49,7 @@ def read(
             yield time, rgb
 
 
-def intervals(info: VideoInfo, damaged: Damage) -> Iterator[tuple[float, float, bool]]:
+def intervals(info: Video, damaged: Damage) -> Iterator[tuple[float, float, bool]]:
     """The time and duration of every frame in seconds, and whether it is a keyframe."""
     step = 1 / (info.fps or FALLBACK_FPS)
     with open_video(info.path) as container:
@@ -61,7 +59,7 @@ def intervals(info: VideoInfo, damaged: Damage) -> Iterator[tuple[float, float, 
             yield time_s, float((length or 0) * stream.time_base) or step, frame.key_frame
 
 
-def _on_screen(info: VideoInfo, times: Sequence[float], damaged: Damage, *, seek: bool = True) -> Iterator[TimedFrame]:
+def _on_screen(info: Video, times: Sequence[float], damaged: Damage, *, seek: bool = True) -> Iterator[TimedFrame]:
     """The frame on screen at each time. Holds no more than that frame and the one after it."""
     end = info.duration_s if seek and info.container in SEEKABLE else None
     jump_from, keyframe_time = MIN_JUMP_S, 0.0
@@ -87,7 +85,7 @@ def _on_screen(info: VideoInfo, times: Sequence[float], damaged: Damage, *, seek
 
 
 def _jump(
-    container: InputContainer, stream: VideoStream, info: VideoInfo, wanted: float, damaged: Damage
+    container: InputContainer, stream: VideoStream, info: Video, wanted: float, damaged: Damage
 ) -> Iterator[TimedFrame] | None:
     """The frames from a keyframe at or before the wanted time on; None if none could be reached."""
     for back in SEEK_BACK_S:
@@ -108,7 +106,7 @@ def _jump(
     return None
 
 
-def decode(container: InputContainer, stream: VideoStream, info: VideoInfo, damaged: Damage) -> Iterator[TimedFrame]:
+def decode(container: InputContainer, stream: VideoStream, info: Video, damaged: Damage) -> Iterator[TimedFrame]:
     """As `decoded_frames`, with the time of each frame: where the file states none, one step after the frame before it."""
     step = 1 / (info.fps or FALLBACK_FPS)
     time = -step

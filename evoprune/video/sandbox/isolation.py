@@ -14,7 +14,7 @@ from dataclasses import asdict
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import Video
 from evoprune.video.sandbox import pool
 from evoprune.video.sandbox.memory import FrameMemory
 from evoprune.video.sandbox.process import Crash
@@ -59,9 +59,7 @@ def _run_once(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any]
         return worker.answer()
 
 
-def stream_frames(
-    info: VideoInfo, times_s: Sequence[float], decoder: str, sizes: Sequence[int]
-) -> Iterator[FilledArray]:
+def stream_frames(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
     """The frames on screen at given times, in arrays; see `frames.read_frames`.
 
     The worker fills one array while the caller uses the one before it, in memory that both processes share.
@@ -84,9 +82,7 @@ def stream_frames(
         yield from stream(info, times_s[sum(sizes[:done]) :], decoder, sizes[done:])
 
 
-def _stream_here(
-    info: VideoInfo, times_s: Sequence[float], decoder: str, sizes: Sequence[int]
-) -> Iterator[FilledArray]:
+def _stream_here(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
     """The same without a worker process."""
     import numpy as np
 
@@ -98,9 +94,7 @@ def _stream_here(
             yield frames, *reader.fill(frames)
 
 
-def _stream_once(
-    info: VideoInfo, times_s: Sequence[float], decoder: str, sizes: Sequence[int]
-) -> Iterator[FilledArray]:
+def _stream_once(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
     with pool.borrow(info.path) as worker:

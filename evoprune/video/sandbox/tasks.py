@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.video.info import PICTURE, VideoInfo
+from evoprune.video.info import PICTURE, Video
 from evoprune.video.readers import decord, folder, heartbeat, metadata, pyav, scan, subtitles
 
 
@@ -14,7 +14,7 @@ def check_decord(info: dict[str, Any] | None) -> None:
     """Raises UsageError if decord cannot be loaded, VideoError if it cannot read this video."""
     decord.load()
     if info is not None:
-        decord.check(VideoInfo(**info))
+        decord.check(Video(**info))
 
 
 # Each returns a dataclass or None.
@@ -27,7 +27,7 @@ def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     return result and asdict(result)
 
 
-def _reader(info: VideoInfo, decoder: str):
+def _reader(info: Video, decoder: str):
     """The module that reads such a file."""
     if info.kind == PICTURE:
         from evoprune.video.readers import picture  # Pillow's import would delay every video
@@ -39,7 +39,7 @@ def _reader(info: VideoInfo, decoder: str):
 class FrameReader:
     """The frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
 
-    def __init__(self, info: VideoInfo, times_s: Sequence[float], decoder: str):
+    def __init__(self, info: Video, times_s: Sequence[float], decoder: str):
         heartbeat.picture_size(info.width * info.height)
         self._damaged: set[int | None] = set()
         self._frames = _reader(info, decoder).read(info, times_s, self._damaged.add)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
-from evoprune.video.info import VideoInfo
+from evoprune.video.info import Video
 from evoprune.video.readers import heartbeat
 from evoprune.video.sandbox.channel import Channel
 from evoprune.video.sandbox.tasks import FrameReader, run
@@ -120,7 +120,7 @@ def _begin(task: str, folder: str | None, arguments: dict[str, Any]) -> tuple[Fr
         except OSError as error:
             raise VideoError(f"cannot enter {folder}: {error.strerror}", "give the whole path of the video") from error
     if task == "frames":
-        return FrameReader(VideoInfo(**arguments.pop("info")), **arguments), None
+        return FrameReader(Video(**arguments.pop("info")), **arguments), None
     return None, run(task, arguments)
 
 
