@@ -27,13 +27,7 @@ Progress = Callable[[str], None]
 class Bench:
     """Rows, models and clips, ready to be measured.
 
-    Args:
-        source: makes the frames of a case.
-        progress: called with a description of what comes next.
-        rows: from `all_rows`. Those that cannot run get an error.
-
-    Attributes:
-        notes: remarks for the results.
+    Rows that cannot run get an error. `source` makes the frames of a case; `notes` are remarks for the results.
     """
 
     def __init__(

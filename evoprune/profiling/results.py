@@ -165,15 +165,13 @@ class Figures(NamedTuple):
 
 @dataclass
 class Results:
-    """Everything a benchmark found.
+    """Everything a benchmark found, and with which settings.
 
     Attributes:
-        settings: of the benchmark, as plain data.
         machine: facts beyond `env`.
         rows: case after case: Hugging Face, budget 1.0, then for each budget the bound and the methods.
         matmul_rates: floating-point operations a second in plain matrix products, one figure a measured round.
         warmups, rounds: how many ran. `warmup_seconds`, `seconds`: how long the warm-ups took, and everything.
-        interrupted: whether it was stopped before it was done.
     """
 
     model: ModelFacts

@@ -1,28 +1,14 @@
-"""Clips made by formula, for benchmarks: the same bytes everywhere, for ever. Whole numbers only, and no random generator but this:
+"""Clips made by formula, for benchmarks: the same bytes everywhere, for ever. Whole numbers only, and one hash as random generator.
 
-    hash(n)         n ^= n >> 16; n *= 0x7FEB352D; n ^= n >> 15; n *= 0x846CA68B; n ^= n >> 16      (32 bits, wrapping)
-    mix(a, b, ...)  h = 0; for each number: h = hash(h + number)
-    byte(a, b, ...) mix(a, b, ...) >> 24
-
-f, y, x, c count frames, rows, columns and colour channels from 0; `//` rounds down, `%` is never negative. A *grid* is two frames,
-a *unit* 28x28 pixels of both. `texture(seed)` at (y, x, c) is smooth on five scales: the sum over (s, w) = (64, 3), (32, 2),
-(16, 1), (8, 1), (4, 1) of w * t, `//` 8. There t is, with i, p = divmod(y, s), j, q = divmod(x, s) and b(i, j) = byte(seed, s, i,
-j, c),
-
-    ((s - p) * ((s - q) * b(i, j) + q * b(i, j + 1)) + p * ((s - q) * b(i + 1, j) + q * b(i + 1, j + 1))) // (s * s)
+A *grid* is two frames, a *unit* 28x28 pixels of both. f, y, x, c count frames, rows, columns and colour channels from 0.
 
 `noise`     byte(1, f, y, x, c): no pixel has to do with another. The most there can be to encode.
 `static90`  Both frames of the first grid are texture(2). Every later grid is equal to it but for one unit in ten (a half counts as
-            one): those with the smallest mix(3, grid, unit), units in raster order, of equal ones the first; their pixels are
-            byte(4, f, y, x, c). So other units change from grid to grid, and go back to what they were.
+            one): those with the smallest mix(3, grid, unit), of equal ones the first; their pixels are byte(4, f, y, x, c). So
+            other units change from grid to grid, and go back to what they were.
 `motion`    Ordinary motion: texture(5), and before it three textured discs that go their way steadily, out at one side and in
             again at the other; all under sensor noise of -3 to 3. About a third of the units change visibly from grid to grid
             (of a picture that is only a few units wide, more).
-            With m the shorter side, disc k = 0, 1, 2 has the radius r = m * (6 + k) // 48. Its centre is at
-            y = m * (4 + 5 * k) // 16 + f * dy, x = width * (3 + 5 * k) // 16 + f * dx, where (dy, dx) are (0, width // 24),
-            (m // 40, -(width // 28)) and (-(m // 30), width // 32). A pixel belongs to the last disc from whose centre it is (v, u)
-            away, the short way round the edges, with v * v + u * u <= r * r; there it is (2 * texture(6 + k) at (v + r, u + r, c)
-            + byte(9, k, c)) // 3. To every pixel is added n % 4 + n // 4 % 4 - 3, n = byte(10, f, y, x, c), within 0 and 255.
 """
 
 from collections.abc import Callable
@@ -67,7 +53,7 @@ def _hash(n: np.ndarray) -> np.ndarray:
 
 
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
-    """uint32, of the shape that the numbers broadcast to."""
+    """Of each number in turn the hash of it and what was made before: uint32, of the shape that the numbers broadcast to."""
     made = np.zeros(1, np.uint32)
     for number in numbers:
         made = _hash(made + np.atleast_1d(number).astype(np.uint32))
@@ -80,12 +66,12 @@ def _byte(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """y, x and c, which broadcast to `[height, width, 3]`."""
+    """y, x and c, which broadcast."""
     return np.arange(height)[:, None, None], np.arange(width)[:, None], np.arange(3)
 
 
 def _texture(seed: int, height: int, width: int) -> np.ndarray:
-    """int64 `[height, width, 3]`, 0 to 255."""
+    """int64 `[height, width, 3]`, 0 to 255: smooth on each of `SCALES`, between bytes at every `s`-th pixel."""
     made = np.zeros((height, width, 3), np.int64)
     for s, weight in SCALES:
         b = _byte(seed, s, *_axes((height - 1) // s + 2, (width - 1) // s + 2))

@@ -78,9 +78,7 @@ def quantized_models(
     """The model with its weights packed and in each quantisation, beside the plain weights that transformers runs on.
 
     Args:
-        kinds: quantisations, by name.
         working: bytes that must stay free.
-        progress: called with a description of what comes next.
 
     Returns:
         By quantisation: the models that there is memory for, and why the others are missing. And remarks for the results.

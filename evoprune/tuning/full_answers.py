@@ -24,13 +24,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class FullAnswers:
-    """What the unpruned model says about a video.
+    """What the unpruned model says about a video, a reference a question.
 
     Attributes:
-        path: of the video.
-        references: one a question.
-        first_s: seconds of encoding and of reading the first question.
-        took_s: seconds that all of it took.
+        first_s: seconds of encoding and of reading the first question. `took_s`: that all of it took.
     """
 
     path: str
@@ -40,7 +37,6 @@ class FullAnswers:
 
     @property
     def tokens(self) -> int:
-        """Of all answers."""
         return sum(len(given.ids) for given in self.references)
 
 
@@ -121,11 +117,7 @@ class Answering:
         return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
 
     def _plan(self, video: EncodedVideo, encoding: float, videos: int) -> None:
-        """The longest answers to the most questions for which there is time, by a short answer.
-
-        Args:
-            encoding: seconds to encode a video. `videos`: that are to be answered.
-        """
+        """The longest answers to the most questions for which there is time, by a short answer; `encoding`: seconds a video."""
         question, every = self._questions[0], len(self._questions)
         for _ in range(2):  # the first time also warms up
             start = self._now()

@@ -75,10 +75,9 @@ def search(
     found: list[Step],
     go_on: Callable[[], bool] = lambda: True,
 ) -> bool:
-    """Finds the order; `found` grows step after step.
+    """Finds the order for a `Recipe`; `found` grows step after step.
 
     Args:
-        after, depth: as of a `Recipe`.
         measure: the loss with some operations removed.
         go_on: whether there is time to measure more. Once there is not, the others follow by the latest measurement.
 

@@ -33,11 +33,7 @@ class Candidate:
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """Every method at every budget, without those that prune nothing.
-
-    Args:
-        budgets: instead of `BUDGETS`.
-        more: methods beside `METHODS`.
+    """Every method, `more` than `METHODS`, at each of `budgets` or `BUDGETS`, without those that prune nothing.
 
     Raises:
         UsageError: an unknown method, or settings that it does not have.
@@ -119,16 +115,11 @@ def search(
     left: Callable[[], float],
     first_guess: Callable[[int], float],
 ) -> Iterator[tuple[Candidate, int]]:
-    """Tries candidates, video by video, while there is time.
+    """Tries candidates, video by video, while there is time; `known` grows. Yields the candidate and the video before each trial.
 
     Args:
-        known: of all candidates; it grows.
         videos: how many there are. goal: agreement that is asked for.
-        left: seconds until the end.
-        first_guess: seconds of a first trial on a video.
-
-    Yields:
-        Before each trial the candidate and the video.
+        left: seconds until the end. first_guess: seconds of a first trial on a video.
     """
     alive, all_rounds = list(known), rungs(videos)
     for number, these in enumerate(all_rounds):

@@ -23,11 +23,7 @@ Colour = tuple[int, int, int]
 
 
 class Panels:
-    """Draws the frames of one video.
-
-    Attributes:
-        width: of a panel in pixels.
-    """
+    """Draws the frames of one video, each `width` pixels wide."""
 
     def __init__(self, video: TracedVideo):
         self._video, self._fate, self._colours = video, video.fates.fate.numpy(), _owner_colours(video.fates)

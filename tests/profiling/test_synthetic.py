@@ -68,7 +68,7 @@ def test_noise_is_even_and_has_no_neighbours():
 
 
 def test_pixels_are_what_the_formula_says():
-    """The docstring once more, a pixel at a time, in Python's own whole numbers."""
+    """The formulas once more, a pixel at a time, in Python's own whole numbers."""
 
     def hash_(n):
         n = (n ^ n >> 16) * 0x7FEB352D % 2**32
