@@ -110,18 +110,18 @@ def paced(run_round: Callable[[str, int], Round], settings: Settings, limit: Tim
     Yields:
         Each round with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if it counts as the measured round.
     """
-    last, made = 0.0, None
-    for kind, wanted in ((WARM_UP, settings.warmups), (ROUND, settings.repetitions)):
-        for number in range(wanted):
-            rounds = 1 if kind == ROUND else 2  # a measured round comes after each warm-up
-            if made and limit.left < last * rounds:
-                if kind == ROUND and not number:
-                    yield COUNTED, made
-                break
+    last, made, measured = 0.0, None, False
+    titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
+    titles += [(ROUND, n, settings.repetitions) for n in range(settings.repetitions)]
+    for kind, number, wanted in titles:
+        rounds = 1 if kind == ROUND else 2  # a measured round comes after each warm-up
+        if made is None or limit.left >= last * rounds:
             begun = limit.spent
             made = run_round(f"{kind} {number + 1} of {wanted}", 0 if made else rounds)
-            last = limit.spent - begun
+            last, measured = limit.spent - begun, kind == ROUND
             yield kind, made
+    if not measured:
+        yield COUNTED, made
 
 
 def _note(turns: dict[Row, Turn | str], measured: bool) -> None:

@@ -23,9 +23,8 @@ from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned
 from evoprune.text import counted
 from evoprune.tuning.full_answers import TOKENS, Answering, FullAnswers, Progress, encode
-from evoprune.tuning.results import recommended, result_rows
+from evoprune.tuning.results import least_tokens, provable, recommended, result_rows
 from evoprune.tuning.search import Candidate, Known, Trial, candidates, search
-from evoprune.tuning.statistics import least_tokens, provable
 
 GENERAL = (
     "What happens in this video, from the beginning to the end?",

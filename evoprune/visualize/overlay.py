@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evoprune.visualize.fates import FATES, TracedVideo
 from evoprune.visualize.image_files import gif, mp4, png, shared_palette
 from evoprune.visualize.panel import Panels, cluster_colour, light, outline
-from evoprune.visualize.text import BACKGROUND, FAINT, text_picture, wrap
 
+BACKGROUND, INK, FAINT = (18, 18, 22), (235, 235, 240), (160, 160, 170)
 MAX_PANELS = 12
 MIN_WIDTH = 480  # pixels, so that text has room
 GAP = 12
@@ -141,3 +142,36 @@ def _framed(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures in a column with a margin around it; width and height are even, as H.264 needs."""
     column = _joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
+
+
+def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] = INK, rows: int = 1) -> Image.Image:
+    """RGB picture of a text that is wrapped to a width in pixels; it has room for at least so many rows.
+
+    The font comes with Pillow: it has ASCII letters, and any other character is drawn as a box.
+    """
+    lines, height = wrap(text, width, size), round(1.3 * size)
+    picture = Image.new("RGB", (width, height * max(rows, len(lines))), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for row, line in enumerate(lines):
+        draw.text((0, row * height), line, colour, _font(size))
+    return picture
+
+
+def wrap(text: str, width: int, size: int) -> list[str]:
+    """The rows of a text, none wider than so many pixels. A word that is wider than a row is broken."""
+    rows, long = [""], _font(size).getlength
+    for word in text.split():
+        while long(word) > width and len(word) > 1:
+            fits = max(n for n in range(1, len(word)) if n == 1 or long(word[:n]) <= width)
+            rows.append(word[:fits])
+            word = word[fits:]
+        if long(longer := f"{rows[-1]} {word}".lstrip()) <= width:
+            rows[-1] = longer
+        else:
+            rows.append(word)
+    return [row for row in rows if row]
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evoprune.tuning.statistics import bounds, design_effect, least_tokens, provable, smoothed
+from evoprune.tuning.results import bounds, design_effect, least_tokens, provable, smoothed
 
 
 def answers(random, shares, videos=16, tokens=60, alike=0.2):

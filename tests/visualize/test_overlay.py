@@ -16,9 +16,8 @@ from evoprune.video.plan import Plan
 from evoprune.video.sampling import SamplingPlan, even_times
 from evoprune.visualize import image_files, overlay
 from evoprune.visualize.fates import FATES, Fates, TracedVideo, trace
-from evoprune.visualize.overlay import Overlay, overlay_file
+from evoprune.visualize.overlay import Overlay, overlay_file, text_picture, wrap
 from evoprune.visualize.panel import Panels, cluster_colour, light
-from evoprune.visualize.text import text_picture, wrap
 
 CLIP = "samples/square.mp4"
 
