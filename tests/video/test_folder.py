@@ -9,10 +9,11 @@ from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import choose_decoder, read_frames
+from evoprune.video.info import FOLDER_FPS
 from evoprune.video.listing import natural
 from evoprune.video.probe import probe
 from evoprune.video.readers import folder as backend
-from evoprune.video.readers.folder import FOLDER_FPS, exif_orientation
+from evoprune.video.readers.folder import exif_orientation
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, quarters, write_image
 
 

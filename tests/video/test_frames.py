@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
-from evoprune.video.readers import pyav
-from evoprune.video.readers.container import TOLERANCE_S
+from evoprune.video.readers import ffmpeg, pyav
+from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from evoprune.video.sandbox import isolation
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, write_video
 from tests.video.kinds import KINDS, write_kind
@@ -195,7 +195,7 @@ def test_chunks_are_read_one_by_one(long_file, decoded):
 
 
 def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
-    opened, original = [], pyav.open_video
+    info, opened, original = probe(long_file), [], ffmpeg.open_video
 
     @contextmanager
     def noticing(path):
@@ -203,8 +203,8 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
             opened.append(container)
             yield container
 
-    monkeypatch.setattr(pyav, "open_video", noticing)
-    chunks = read_frames(probe(long_file), [0.05, 0.15, 0.25, 9.95], chunk_bytes=1)
+    monkeypatch.setattr(ffmpeg, "open_video", noticing)
+    chunks = read_frames(info, [0.05, 0.15, 0.25, 9.95], chunk_bytes=1)
     next(chunks)
     assert opened[0].input_was_opened
     chunks.close()

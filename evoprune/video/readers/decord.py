@@ -14,23 +14,18 @@ import numpy as np
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
-from evoprune.video.readers import pyav
-from evoprune.video.readers.container import MOV, TOLERANCE_S, Damage, ignore_damage, reading, thread_count
+from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.pixels import rotated, turned_size
 
 # In other containers it does not return to the beginning (MPEG-TS), or it does not open them at all.
-CONTAINERS = (MOV, "matroska,webm", "avi", "flv")
+CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
 # Mean difference from PyAV's first frame, in levels of 255, above which it is another frame. 10-bit video and odd sizes
 # differ by less than 2.
 OTHER_FRAME = 8
 
 
 def load() -> ModuleType:
-    """The decord package, with its log output off.
-
-    Raises:
-        UsageError: it is not installed, or does not load.
-    """
+    """The decord package, with its log output off. Raises UsageError if it is not installed, or does not load."""
     try:
         # PyAV is imported above, before decord: in the other order it would use decord's older libvpx.
         import decord
@@ -41,37 +36,30 @@ def load() -> ModuleType:
 
 
 def check(info: Video) -> None:
-    """Refuse videos that decord cannot read, or would decode wrongly, as far as the metadata shows.
-
-    Raises:
-        VideoError: decord is not to be used; the hint names PyAV.
-    """
+    """Raises VideoError for videos that decord cannot read, or would decode wrongly, as far as the metadata shows."""
     if info.codec == "av1":
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
         raise _refusal(info, f"it does not read {info.container} reliably")
-    if info.mirrored and info.container == MOV:
+    if info.mirrored and info.container == ffmpeg.MOV:
         raise _refusal(info, "it turns mirrored videos the wrong way")
 
 
-def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage) -> Iterator[tuple[float, np.ndarray]]:
-    """As `readers` says; `damaged` is never called.
-
-    Raises:
-        UsageError: decord is not installed.
-        VideoError: decord cannot open or decode the file, stops at damage, or returns other frames than PyAV.
-    """
+def read(
+    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage = ffmpeg.ignore_damage
+) -> Iterator[tuple[float, np.ndarray]]:
+    """As `readers` says; `damaged` is never called. Raises VideoError also where decord stops at damage or returns other frames."""
     check(info)
     decord = load()
-    with reading(info.path), open(info.path, "rb") as file, _refusing(info):
+    with ffmpeg.reading(info.path), open(info.path, "rb") as file, _refusing(info):
         # By number where the system can, because decord's FFmpeg takes some names for patterns; else by absolute path,
         # because it takes what precedes a colon for a protocol.
         name = f"/dev/fd/{file.fileno()}"
         name = name if os.path.exists(name) else os.path.abspath(info.path)
-        reader = decord.VideoReader(name, num_threads=thread_count())
+        reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count())
         stamps = _stamps(info, reader)
         # One float32 step more, because decord rounds its times to 32 bits.
-        begins = stamps - np.spacing(stamps) - TOLERANCE_S
+        begins = stamps - np.spacing(stamps) - ffmpeg.TOLERANCE_S
         at, rgb = -1, None
         for time in times_s:
             wanted = max(0, int(np.searchsorted(begins, time, side="right")) - 1)
@@ -106,7 +94,7 @@ def _stamps(info: Video, reader) -> np.ndarray:
         return np.zeros_like(stamps)
     # decord counts from the first displayed frame, unless it includes frames that are never displayed. Missing times, as
     # in AVI and in very short Matroska files, are huge numbers.
-    if abs(stamps[0]) > TOLERANCE_S or np.any(np.diff(stamps) < 0):
+    if abs(stamps[0]) > ffmpeg.TOLERANCE_S or np.any(np.diff(stamps) < 0):
         raise _refusal(info, "it does not know the times of the frames")
     return stamps
 
@@ -115,7 +103,7 @@ def _pixels(info: Video, frame) -> np.ndarray:
     # The calling program may have set a tensor bridge.
     rows = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
     # Frames of MP4 and related containers are rotated already.
-    turn = 0 if info.container == MOV else info.rotation_deg
+    turn = 0 if info.container == ffmpeg.MOV else info.rotation_deg
     width, height = turned_size((info.width, info.height), turn)
     if rows.shape[:2] != (height, width):
         raise _refusal(info, "the frames change their size")

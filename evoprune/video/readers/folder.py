@@ -12,17 +12,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import FOLDER_FPS, Video
+from evoprune.video.info import Video
 from evoprune.video.listing import IMAGES, files
-from evoprune.video.readers.container import (
-    TOLERANCE_S,
-    Damage,
-    decoded_frames,
-    ignore_damage,
-    open_bytes,
-    reason,
-    video_stream,
-)
+from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, orientation, to_rgb, turned_size
 
 CONTAINER = "folder"
@@ -33,28 +25,19 @@ SAME_SHAPE = 0.02  # by which the ratios of width and height of a video's images
 
 
 def list_images(folder: str) -> list[str]:
-    """Paths of the images in a folder, in display order. Hidden files are left out.
-
-    Raises:
-        VideoError: the folder cannot be read, or has no image.
-    """
+    """Paths of the images in a folder, in display order. Raises VideoError if it cannot be read, or has none."""
     try:
         images = files(folder, IMAGES)
     except (OSError, ValueError) as error:
-        raise VideoError(f"cannot read the folder {folder}: {reason(error)}", "check the path") from error
+        raise VideoError(f"cannot read the folder {folder}: {ffmpeg.reason(error)}", "check the path") from error
     if not images:
         hint = f"files that count as images: {', '.join(IMAGES)}; for a folder of videos: evoprune batch {folder}"
         raise VideoError(f"no images in the folder {folder}", hint)
     return images
 
 
-def probe(folder: str, fps: float = FOLDER_FPS) -> Video:
-    """Metadata of a folder as a video. Opens images up to the first that can be decoded; it sets the size.
-
-    Raises:
-        UsageError: `fps` is not above 0.
-        VideoError: no images, or none that can be decoded.
-    """
+def probe(folder: str, fps: float) -> Video:
+    """Metadata of a folder as a video. Opens images up to the first that can be decoded; it sets the size."""
     if not 0 < fps < math.inf:
         raise UsageError(f"{fps} images per second make no video", "give a number above 0")
     images = list_images(folder)
@@ -83,7 +66,9 @@ def probe(folder: str, fps: float = FOLDER_FPS) -> Video:
     )
 
 
-def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage) -> Iterator[tuple[float, np.ndarray]]:
+def read(
+    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage = ffmpeg.ignore_damage
+) -> Iterator[tuple[float, np.ndarray]]:
     """As `readers` says. Opens only the images that are needed, one at a time.
 
     A damaged image is replaced by the one before it, at the beginning by the first that can be decoded. `damaged` gets its index.
@@ -92,7 +77,7 @@ def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage)
     last = len(images) - 1
     done, current, rgb = -1, -1, None  # `done`: the last image that was opened; `current`: the one on screen
     for time in times_s:
-        wanted = int(min(max((time + TOLERANCE_S) * info.fps, 0), last))
+        wanted = int(min(max((time + ffmpeg.TOLERANCE_S) * info.fps, 0), last))
         candidates = [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]
         for i in candidates:
             decoded = decode_image(images[i])
@@ -108,7 +93,7 @@ def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage)
         yield current / info.fps, rgb
 
 
-def intervals(info: Video, damaged: Damage) -> Iterator[tuple[float, float, bool]]:
+def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
     """As of `pyav`: every image is a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
@@ -131,11 +116,11 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
     try:
         with open(path, "rb") as file:
             content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
-        with open_bytes(io.BytesIO(content)) as container:
-            stream = video_stream(container, path)
+        with ffmpeg.open_bytes(io.BytesIO(content)) as container:
+            stream = ffmpeg.video_stream(container, path)
             # Without it, half a JPEG decodes to a picture with a grey bottom.
             stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
-            frame = next(decoded_frames(container, stream), None)
+            frame = next(ffmpeg.decoded_frames(container, stream), None)
             if frame is None:
                 return None
             return stream.codec_context.codec.canonical_name, frame, exif_orientation(content) or orientation(frame)

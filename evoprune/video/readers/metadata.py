@@ -13,20 +13,7 @@ from av.video.stream import VideoStream
 
 from evoprune.errors import VideoError
 from evoprune.video.info import Video
-from evoprune.video.readers import folder
-from evoprune.video.readers.container import (
-    DENSE,
-    FALLBACK_FPS,
-    MOV,
-    TAG_CHARACTERS,
-    decoded_frames,
-    frame_time,
-    nothing_decoded,
-    open_video,
-    packets,
-    reading,
-    video_stream,
-)
+from evoprune.video.readers import ffmpeg, folder
 from evoprune.video.readers.file_kind import PICTURES, picture_format
 from evoprune.video.readers.pixels import orientation, turned_size
 
@@ -39,7 +26,7 @@ TAGS = 200  # at most this many are kept
 
 def probe(path: str, folder_fps: float) -> Video:
     """See `evoprune.video.probe.probe`."""
-    with reading(path):
+    with ffmpeg.reading(path):
         if os.path.isdir(path):
             return folder.probe(path, folder_fps)
         if picture_format(path):
@@ -47,26 +34,26 @@ def probe(path: str, folder_fps: float) -> Video:
 
             if picture.is_picture(path):
                 return picture.probe(path)
-        with open_video(path) as container:
+        with ffmpeg.open_video(path) as container:
             return _probe_file(path, container)
 
 
 def _probe_file(path: str, container: InputContainer) -> Video:
-    stream = video_stream(container, path)
+    stream = ffmpeg.video_stream(container, path)
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
         hint = f"convert it to JPEG or PNG; {', '.join(PICTURES)} are read"
         raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
-    first = next(decoded_frames(container, stream), None)
+    first = next(ffmpeg.decoded_frames(container, stream), None)
     if first is None:
-        raise nothing_decoded(path)
+        raise ffmpeg.nothing_decoded(path)
     rotation, mirrored = orientation(first)
     width, height = turned_size((first.width, first.height), rotation)
     rate = stream.average_rate or stream.guessed_rate
-    step = 1 / float(rate or FALLBACK_FPS)
-    tags = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
+    step = 1 / float(rate or ffmpeg.FALLBACK_FPS)
+    tags = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= ffmpeg.TAG_CHARACTERS)
     # The header's count is wrong if it has more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
-    start = frame_time(first, stream)
+    start = ffmpeg.frame_time(first, stream)
     duration = _duration(path, container, stream, start, step)
     stated = _stated(container, stream, start or 0.0, step)  # after `_duration`, which makes FFmpeg find fragments
     return Video(
@@ -112,9 +99,9 @@ def _stated(container: InputContainer, stream: VideoStream, start: float, step: 
     name = container.format.name
     if name == "avi":
         return step * stream.frames or None
-    if name == MOV and len(stream.index_entries):  # decoding times, a little earlier than display
+    if name == ffmpeg.MOV and len(stream.index_entries):  # decoding times, a little earlier than display
         return float(stream.index_entries[-1].timestamp * stream.time_base) + step - start
-    if name in DENSE and container.duration is not None and len(container.streams) == 1:
+    if name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         return container.duration / av.time_base - start
     return None
 
@@ -135,13 +122,15 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
         container.seek(math.floor((end - TAIL_S) / stream.time_base), stream=stream)
     except av.error.FFmpegError:
         return
-    yield from packets(container, stream)
+    yield from ffmpeg.packets(container, stream)
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
     """All packets of the stream that are not empty, up to where the file breaks off."""
-    with open_video(path) as container:
-        yield from (p for p in packets(container, video_stream(container, path)) if p is not None and p.size)
+    with ffmpeg.open_video(path) as container:
+        yield from (
+            p for p in ffmpeg.packets(container, ffmpeg.video_stream(container, path)) if p is not None and p.size
+        )
 
 
 def _variable_rate(stream: VideoStream) -> bool | None:

@@ -14,8 +14,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, Video
-from evoprune.video.readers import heartbeat
-from evoprune.video.readers.container import MAX_PIXELS, TAG_CHARACTERS, Damage, ignore_damage, open_video
+from evoprune.video.readers import ffmpeg, heartbeat
 from evoprune.video.readers.file_kind import PICTURES, picture_format
 from evoprune.video.readers.pixels import ORIENTATION_TAG, ORIENTATIONS, turned_size
 
@@ -38,7 +37,7 @@ def is_picture(path: str) -> bool:
                 return not getattr(image, "is_animated", False)
             if image.format != "JPEG":  # "MPO", where the others are smaller, or a map of brightness
                 return True
-        with open_video(path) as container:
+        with ffmpeg.open_video(path) as container:
             return container.format.name != "mjpeg"
     except Exception:  # damaged, and said so by the reader of videos or of pictures
         return name != "GIF"
@@ -49,7 +48,7 @@ def _header(path: str, name: str | None) -> Iterator[Image.Image]:
     """The picture in Pillow's format of that name, of which only the header is read."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=[name]) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > ffmpeg.MAX_PIXELS:
                 raise too_large(path)
             yield image
     except Image.DecompressionBombError:
@@ -68,19 +67,12 @@ def check_size(path: str) -> None:
 
 
 def too_large(path: str) -> VideoError:
-    """The error for a picture with more pixels or bytes than are read."""
-    return VideoError(
-        f"the picture {path} is too large: evoprune reads at most {MAX_PIXELS // 10**6} megapixels",
-        "make it smaller; the model sees no more than a few megapixels of it",
-    )
+    message = f"the picture {path} is too large: evoprune reads at most {ffmpeg.MAX_PIXELS // 10**6} megapixels"
+    return VideoError(message, "make it smaller; the model sees no more than a few megapixels of it")
 
 
 def probe(path: str) -> Video:
-    """The facts about a picture, from its header.
-
-    Raises:
-        VideoError: of a kind that is not read, too large, or damaged.
-    """
+    """The facts about a picture, from its header. Raises VideoError if it is too large, damaged, or of a format that is unknown."""
     with _opened(path) as image:
         rotation, mirrored = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG), (0, False))
         width, height = turned_size(image.size, rotation)
@@ -102,7 +94,9 @@ def probe(path: str) -> Video:
         )
 
 
-def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage) -> Iterator[tuple[float, np.ndarray]]:
+def read(
+    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage = ffmpeg.ignore_damage
+) -> Iterator[tuple[float, np.ndarray]]:
     """As `readers` says, resized to the size in `info` as Hugging Face does it. Raises what `probe` raises."""
     with _opened(info.path) as image:
         rgb = _rgb(ImageOps.exif_transpose(image), info.path)
@@ -156,7 +150,7 @@ def _tags(image: Image.Image) -> dict[str, str]:
         text = comment.decode() if isinstance(comment, bytes) else comment
     except UnicodeDecodeError:
         return {}
-    return {"comment": text} if 0 < len(text) <= TAG_CHARACTERS else {}
+    return {"comment": text} if 0 < len(text) <= ffmpeg.TAG_CHARACTERS else {}
 
 
 def _rgb(image: Image.Image, path: str) -> Image.Image:

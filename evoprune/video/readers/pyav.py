@@ -13,19 +13,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from evoprune.video.info import Video
-from evoprune.video.readers.container import (
-    FALLBACK_FPS,
-    SEEKABLE,
-    TOLERANCE_S,
-    Damage,
-    decoded_frames,
-    frame_time,
-    ignore_damage,
-    nothing_decoded,
-    open_video,
-    reading,
-    video_stream,
-)
+from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.pixels import to_rgb
 
 # Jump over gaps longer than this, in seconds, instead of decoding all frames in between. Keyframes are commonly 1 to 10 s
@@ -38,10 +26,12 @@ SEEK_BACK_S = (0.0, 4.0, 16.0)
 TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
 
-def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage) -> Iterator[tuple[float, np.ndarray]]:
+def read(
+    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage = ffmpeg.ignore_damage
+) -> Iterator[tuple[float, np.ndarray]]:
     """As `readers` says. Holds two decoded frames at a time; `damaged` may be called more than once for the same damage."""
     reformatter, converted, rgb = VideoReformatter(), None, None
-    with reading(info.path), closing(_on_screen(info, times_s, damaged)) as on_screen:
+    with ffmpeg.reading(info.path), closing(_on_screen(info, times_s, damaged)) as on_screen:
         for time, frame in on_screen:
             if frame is not converted:
                 converted = frame
@@ -49,26 +39,28 @@ def read(info: Video, times_s: Sequence[float], damaged: Damage = ignore_damage)
             yield time, rgb
 
 
-def intervals(info: Video, damaged: Damage) -> Iterator[tuple[float, float, bool]]:
+def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
     """The time and duration of every frame in seconds, and whether it is a keyframe."""
-    step = 1 / (info.fps or FALLBACK_FPS)
-    with open_video(info.path) as container:
-        stream = video_stream(container, info.path, threads=True)
+    step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
+    with ffmpeg.open_video(info.path) as container:
+        stream = ffmpeg.video_stream(container, info.path, threads=True)
         for time_s, frame in decode(container, stream, info, damaged):
             length = frame.duration if frame.pts is not None else 0
             yield time_s, float((length or 0) * stream.time_base) or step, frame.key_frame
 
 
-def _on_screen(info: Video, times: Sequence[float], damaged: Damage, *, seek: bool = True) -> Iterator[TimedFrame]:
+def _on_screen(
+    info: Video, times: Sequence[float], damaged: ffmpeg.Damage, *, seek: bool = True
+) -> Iterator[TimedFrame]:
     """The frame on screen at each time. Holds no more than that frame and the one after it."""
-    end = info.duration_s if seek and info.container in SEEKABLE else None
+    end = info.duration_s if seek and info.container in ffmpeg.SEEKABLE else None
     jump_from, keyframe_time = MIN_JUMP_S, 0.0
-    with open_video(info.path) as container:
-        stream = video_stream(container, info.path, threads=True)
+    with ffmpeg.open_video(info.path) as container:
+        stream = ffmpeg.video_stream(container, info.path, threads=True)
         frames = decode(container, stream, info, damaged)
         current, coming = None, next(frames, None)
         if coming is None:
-            raise nothing_decoded(info.path)
+            raise ffmpeg.nothing_decoded(info.path)
         for i, wanted in enumerate(times):
             if end is not None and coming and min(wanted, end) - coming[0] > jump_from:
                 frames = _jump(container, stream, info, min(wanted, end), damaged)
@@ -76,7 +68,7 @@ def _on_screen(info: Video, times: Sequence[float], damaged: Damage, *, seek: bo
                     yield from _on_screen(info, times[i:], damaged, seek=False)
                     return
                 current, coming = None, next(frames)
-            while coming and coming[0] <= wanted + TOLERANCE_S:
+            while coming and coming[0] <= wanted + ffmpeg.TOLERANCE_S:
                 if coming[1].key_frame:
                     keyframe_time = coming[0]
                 jump_from = max(jump_from, coming[0] - keyframe_time)
@@ -85,7 +77,7 @@ def _on_screen(info: Video, times: Sequence[float], damaged: Damage, *, seek: bo
 
 
 def _jump(
-    container: InputContainer, stream: VideoStream, info: Video, wanted: float, damaged: Damage
+    container: InputContainer, stream: VideoStream, info: Video, wanted: float, damaged: ffmpeg.Damage
 ) -> Iterator[TimedFrame] | None:
     """The frames from a keyframe at or before the wanted time on; None if none could be reached."""
     for back in SEEK_BACK_S:
@@ -97,7 +89,7 @@ def _jump(
         landed = False
         frames = decode(container, stream, info, lambda number: landed and damaged(number))  # noqa: B023
         for time, frame in frames:
-            if time > wanted + TOLERANCE_S:
+            if time > wanted + ffmpeg.TOLERANCE_S:
                 break
             # Before the first true keyframe, frames may lack the frames that they were predicted from.
             if frame.key_frame and frame.pict_type == PictureType.I:
@@ -106,11 +98,11 @@ def _jump(
     return None
 
 
-def decode(container: InputContainer, stream: VideoStream, info: Video, damaged: Damage) -> Iterator[TimedFrame]:
+def decode(container: InputContainer, stream: VideoStream, info: Video, damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
     """As `decoded_frames`, with the time of each frame: where the file states none, one step after the frame before it."""
-    step = 1 / (info.fps or FALLBACK_FPS)
+    step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
     time = -step
-    for frame in decoded_frames(container, stream, damaged):
-        stamp = frame_time(frame, stream)
+    for frame in ffmpeg.decoded_frames(container, stream, damaged):
+        stamp = ffmpeg.frame_time(frame, stream)
         time = time + step if stamp is None else stamp - info.start_s
         yield time, frame

@@ -6,8 +6,7 @@ from itertools import accumulate
 
 from evoprune.errors import VideoError
 from evoprune.video.info import PICTURE, ScanResult
-from evoprune.video.readers import folder, pyav
-from evoprune.video.readers.container import nothing_decoded, reading
+from evoprune.video.readers import ffmpeg, folder, pyav
 from evoprune.video.readers.metadata import RATE_JITTER_S, probe
 
 
@@ -20,7 +19,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     reader = folder if info.container == folder.CONTAINER else pyav
     damage, gaps, keyframes = set(), Counter(), Counter()
     frames, first_s, last_s, key_s, end_s = 0, 0.0, 0.0, 0.0, 0.0
-    with reading(path):
+    with ffmpeg.reading(path):
         for time_s, length_s, key in reader.intervals(info, damage.add):
             if not frames:
                 first_s = key_s = time_s
@@ -31,7 +30,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
                     key_s = time_s
             frames, last_s, end_s = frames + 1, time_s, max(end_s, time_s + length_s)
     if not frames:
-        raise nothing_decoded(path)
+        raise ffmpeg.nothing_decoded(path)
     keyframes[_rounded(end_s - key_s)] += 1
     median_gap = _median(gaps)
     irregular = sum(n for gap, n in gaps.items() if abs(gap - median_gap) > RATE_JITTER_S)

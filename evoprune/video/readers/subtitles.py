@@ -15,8 +15,7 @@ from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import VideoError
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles
-from evoprune.video.readers import heartbeat
-from evoprune.video.readers.container import MOV, open_bytes, open_video, packets, reason
+from evoprune.video.readers import ffmpeg, heartbeat
 
 ENDINGS = (".srt", ".vtt", ".ass", ".ssa")  # of files beside a video, the preferred one first
 LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # between a video's name and the ending: .en, .pt-BR
@@ -49,7 +48,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
         else:
             found = _from_container(path, origin_s, "")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"cannot read subtitles from {file or path}: {reason(error)}", HINT) from error
+        raise VideoError(f"cannot read subtitles from {file or path}: {ffmpeg.reason(error)}", HINT) from error
     if found.source is None:
         return Subtitles(note=why or found.note)
     lines = [line for line in found.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
@@ -102,7 +101,7 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     if name == "srt" and max(map(len, content.split(b"\n"))) > LONGEST_LINE:
         hint = "is it a file of subtitles? break the line"
         raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
-    with open_bytes(io.BytesIO(content), name) as container:
+    with ffmpeg.open_bytes(io.BytesIO(content), name) as container:
         lines = _lines(_cues(container, container.streams.subtitles[0], 0.0, warnings))
     if not lines:
         raise VideoError(f"{file} holds no subtitles", HINT)
@@ -127,14 +126,14 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
     """The default text track of a container, or its only one. `prefix` stands before the track in the source."""
-    with open_video(path) as container:
+    with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
         default = [each for each in texts if each[1].disposition & Disposition.default]
         if not default and len(texts) != 1:
             return Subtitles(note=_why_none(len(tracks), len(texts)))
         number, stream = (default or texts)[0]
-        if container.format.name == MOV:  # whose index says where the packets of one track are
+        if container.format.name == ffmpeg.MOV:  # whose index says where the packets of one track are
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
@@ -162,7 +161,7 @@ def _cues(
     """The start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read."""
     hidden, size = _codec(stream) in ("ass", "ssa"), 0
     tick, per = stream.time_base.as_integer_ratio()  # fractions would take half of the time
-    for packet in packets(container, stream, alive=True):
+    for packet in ffmpeg.packets(container, stream, alive=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue
         texts = None

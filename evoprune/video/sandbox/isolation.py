@@ -1,10 +1,7 @@
-"""The entry to the sandbox: runs a task, or streams frames, in a worker process.
+"""The entry to the sandbox: runs a task, or streams frames, in a worker process, which reads one video at a time.
 
-On Linux only. Elsewhere (`POSSIBLE` is false) everything runs in this process, and FFmpeg is trusted.
-
-A worker process reads one video at a time; two videos at once, in two threads, need two processes. If a process crashes or
-takes too much memory, the request is repeated once in a new process, because an earlier video may have caused it; the second
-time it is the video's fault. A process that hangs is ended, and the request is not repeated.
+If it crashes or takes too much memory, the request is repeated once in a new process, because an earlier video may have caused it;
+the second time it is the video's fault. A process that hangs is ended, and the request is not repeated.
 """
 
 import sys
@@ -22,7 +19,7 @@ from evoprune.video.sandbox.process import Crash
 if TYPE_CHECKING:
     import numpy as np
 
-# False in a program that was frozen into one file: its executable is no Python.
+# Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 
 # uint8 [n, H, W, 3], the time of each frame in seconds, and the number of damaged packets met on the way.
@@ -60,17 +57,10 @@ def _run_once(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any]
 
 
 def stream_frames(info: Video, times_s: Sequence[float], decoder: str, sizes: Sequence[int]) -> Iterator[FilledArray]:
-    """The frames on screen at given times, in arrays; see `frames.read_frames`.
+    """The frames on screen at given times, as `frames.read_frames`, in arrays; raises what `run_task` raises.
 
-    The worker fills one array while the caller uses the one before it, in memory that both processes share.
-
-    Args:
-        times_s: seconds from the first frame, ascending.
-        decoder: as of `frames.choose_decoder`.
-        sizes: frames of each array, at least one array; their sum is the number of times.
-
-    Raises:
-        What `run_task` raises, while iterating.
+    The worker fills one array while the caller uses the one before it, in memory that both processes share. `sizes` are the frames
+    of each array, of which there is at least one; their sum is the number of times.
     """
     stream, done = _stream_once if POSSIBLE else _stream_here, 0
     try:

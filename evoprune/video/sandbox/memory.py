@@ -27,14 +27,11 @@ class FrameMemory:
         self._free: list[int] = []
 
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
-        """An array to be filled.
+        """An array to be filled, uint8 of that shape. Raises OSError where there is no memory.
 
         Returns:
-            uint8 of that shape; the number of its piece, None if the array has memory of its own; and a file descriptor of
-            the memory, which the caller closes, None if the other process has it already.
-
-        Raises:
-            OSError: no memory.
+            The array; the number of its piece, None if it has memory of its own; and a file descriptor of the memory, which the
+            caller closes, None if the other process has it already.
         """
         import numpy as np
 
@@ -58,11 +55,7 @@ class FrameMemory:
 
 
 def shared_memory(size: int) -> tuple[mmap.mmap, int]:
-    """`size` bytes, and a file descriptor of them for another process, which cannot shrink them.
-
-    Raises:
-        OSError: no memory.
-    """
+    """`size` bytes, and a file descriptor of them for another process, which cannot shrink them."""
     import fcntl
 
     descriptor = os.memfd_create("evoprune-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

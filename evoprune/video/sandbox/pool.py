@@ -35,11 +35,7 @@ def _take() -> WorkerProcess | None:
 
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess]:
-    """A process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended.
-
-    Raises:
-        OutOfMemory: no process can be started.
-    """
+    """A process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended."""
     try:
         worker = _take() or WorkerProcess()
     except OSError as error:

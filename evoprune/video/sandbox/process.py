@@ -72,10 +72,7 @@ class WorkerProcess:
         return {"task": task, "folder": folder, "arguments": arguments}
 
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
-        """Request the next frames, with further entries of the message.
-
-        Returns:
-            uint8 `[n, H, W, 3]` from that memory, which holds the frames after `answer` has returned.
+        """Request the next frames, with `more` entries of the message: uint8 `[n, H, W, 3]`, filled when `answer` returns.
 
         Raises:
             VideoError: a limit on the size of files forbids such memory. MemoryError: there is none.
@@ -108,9 +105,7 @@ class WorkerProcess:
 
         Raises:
             Crash: the process ended, or took too much memory. VideoError: no progress for `SILENCE_S`.
-            OutOfMemory: the system ended the process, because memory ran out.
-            RuntimeError: a bug in the reader, with its traceback as a note.
-            What the task raised.
+            OutOfMemory: the system ended it, because memory ran out. RuntimeError: a bug in the reader. What the task raised.
         """
         try:
             message, _ = self._channel.receive(SILENCE_S)

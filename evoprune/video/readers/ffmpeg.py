@@ -57,8 +57,7 @@ def reason(error: Exception) -> str:
 def reading(path: str) -> Iterator[None]:
     """Turn what PyAV and the file system raise about the file into `VideoError`, which says so where it surely is no video.
 
-    If FFmpeg runs out of memory, it is the file's fault (a damaged one may ask for any amount). If numpy does, it is not, so
-    `MemoryError` is left as it is.
+    This includes FFmpeg's lack of memory, as a damaged file may ask for any amount; `MemoryError`, such as numpy's, is left alone.
     """
     try:
         yield
@@ -72,11 +71,7 @@ def reading(path: str) -> Iterator[None]:
 
 @contextmanager
 def open_video(path: str) -> Iterator[InputContainer]:
-    """Open a file for reading, and close it after use.
-
-    Raises:
-        VideoError: a URL, no such file, not a file, or an empty one. PyAV raises its own errors: see `reading`.
-    """
+    """An opened file. Raises VideoError for a URL, no such file, not a file, or an empty one; and what `reading` turns into it."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -86,12 +81,11 @@ def open_video(path: str) -> Iterator[InputContainer]:
             raise VideoError(f"{path} is a link to a file that is not there", "check where it leads") from None
         raise VideoError(f"no such file: {path or repr(path)}", "check the path") from None
     except OSError as error:
-        raise VideoError(
-            f"cannot read {path}: {error.strerror}", "check the path, and whether you may read it"
-        ) from error
+        hint = "check the path, and whether you may read it"
+        raise VideoError(f"cannot read {path}: {error.strerror}", hint) from error
     if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-        raise VideoError(f"{path} is {kind}", "give a video file; - reads one from standard input")
+        problem = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+        raise VideoError(f"{path} is {problem}", "give a video file; - reads one from standard input")
     if not found.st_size:
         raise VideoError(f"{path} is empty", "was it copied or downloaded to its end?")
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
@@ -114,10 +108,7 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
 
 
 def video_stream(container: InputContainer, path: str, *, threads: bool = False) -> VideoStream:
-    """The stream to show.
-
-    Args:
-        threads: decode with several; FFmpeg would count cores that a container's quota of CPU time does not leave.
+    """The stream to show; decoded with several `threads`, not more than a container's quota of CPU time leaves.
 
     Raises:
         VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
@@ -129,16 +120,12 @@ def video_stream(container: InputContainer, path: str, *, threads: bool = False)
     best = container.streams.best("video")
     stream = best if best in moving else moving[0]
     if stream.codec_context is None:
-        raise VideoError(
-            f"there is no decoder for the video in {path}",
-            "convert it to H.264, e.g. with ffmpeg, unless it is damaged",
-        )
+        hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged"
+        raise VideoError(f"there is no decoder for the video in {path}", hint)
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_PIXELS:
-        raise VideoError(
-            f"{path} says that its pictures have {width:,} x {height:,} pixels",
-            f"at most {MAX_PIXELS // 10**6} megapixels can be read; is it damaged?",
-        )
+        hint = f"at most {MAX_PIXELS // 10**6} megapixels can be read; is it damaged?"
+        raise VideoError(f"{path} says that its pictures have {width:,} x {height:,} pixels", hint)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may state another size
     heartbeat.picture_size(width * height)
     if threads:
@@ -153,7 +140,6 @@ def thread_count() -> int:
 
 
 def nothing_decoded(path: str) -> VideoError:
-    """The error where no frame of a file can be decoded."""
     hint = f"it is damaged, incomplete, or its pictures are larger than {MAX_PIXELS // 10**6} megapixels"
     return VideoError(f"no frame of {path} can be decoded", hint)
 
@@ -163,9 +149,8 @@ def packets(
 ) -> Iterator[Packet | None]:
     """Packets up to the end. If the file breaks off, the last one is None, which makes the decoder return what it still holds.
 
-    Args:
-        damaged: called where bytes were skipped in search of the next packet, in containers that make it visible.
-        alive: report progress also between packets that are far apart.
+    `damaged` is called where bytes were skipped in search of the next packet, in containers that make it visible. With `alive`,
+    progress is reported also between packets that are far apart.
     """
     dense = container.format.name in DENSE
     end, slack = None, 0
