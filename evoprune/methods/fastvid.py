@@ -11,7 +11,7 @@ from evoprune.methods.ranges import Cosine, Count, Share
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peaks
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import centre_weights, gathered, highest, nearest
+from evoprune.pruning.ranking import centre_weights, closest, gathered, highest
 from evoprune.pruning.score import snap
 from evoprune.pruning.segments import segments, transitions
 from evoprune.pruning.types import Selection, Tokens
@@ -73,4 +73,4 @@ class FastVid(Selector):
         rest = rest[into[rest] < 0]
         if len(centres):
             unit, peak = (F.normalize(x[some].float(), dim=1) for some in (rest, centres))
-            into[rest] = centres[nearest(unit, peak)]
+            into[rest] = centres[closest(unit, peak)[1]]

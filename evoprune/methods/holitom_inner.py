@@ -10,7 +10,7 @@ from evoprune.methods.fastv import FastV
 from evoprune.methods.ranges import Part
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.layer_tokens import LayerTokens
-from evoprune.pruning.ranking import nearest
+from evoprune.pruning.ranking import closest
 from evoprune.pruning.types import Selection
 
 LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precision
@@ -36,7 +36,7 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     count, device = len(unit), unit.device
     others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, kept, False).nonzero()[:, 0]
     owner = torch.zeros(count, dtype=torch.int64, device=device)
-    owner[kept], owner[others] = ascending(len(kept), device), nearest(unit[others], unit[kept])
+    owner[kept], owner[others] = ascending(len(kept), device), closest(unit[others], unit[kept])[1]
     joining = torch.bincount(owner[others], minlength=len(kept))
     order = owner[others].argsort(stable=True)  # group by group, each in the order of its tokens
     starts = joining.cumsum(0) - joining

@@ -10,7 +10,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.ranges import Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import centre_weights, gathered, highest, nearest
+from evoprune.pruning.ranking import centre_weights, closest, gathered, highest
 from evoprune.pruning.score import snap
 from evoprune.pruning.types import Selection, Tokens
 
@@ -36,6 +36,6 @@ class VisionZip(Selector):
             rest, count = here[into[here] < 0], share - len(best)
             if count:  # otherwise the other tokens are dropped
                 targets = rest[:: len(rest) // count][:count]
-                into[rest] = targets[nearest(keys[rest], keys[targets])]
+                into[rest] = targets[closest(keys[rest], keys[targets])[1]]
                 into[targets] = targets
         return gathered(into, centre_weights(into, 0.5))

@@ -1,7 +1,7 @@
 """How many visual tokens a budget keeps, and how they are spread over the frame pairs. No tensors, no torch."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 from evoprune.errors import UsageError
@@ -21,35 +21,28 @@ ELSEWHERE = {
 }
 
 
-def parse_budget(text: str | float) -> float:
+def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
     """The share of visual tokens to keep, from the name of a preset, a number in (0, 1] or a percentage such as `10%`.
+
+    Other `names` are returned unchanged.
 
     Raises:
         UsageError: the text is none of these.
     """
-    share = _share(text)
-    if share is None:
-        raise _refused(text, "", PRESETS)
-    return share
-
-
-def parse_budget_or_name(text: str | float) -> float | str:
-    """As `parse_budget`, but returns "auto", "auto:inflection" and "tuned" unchanged."""
-    if text in (*AUTOS, TUNED):
+    if text in names:
         return text
-    share = _share(text)
-    if share is None:
-        raise _refused(text, f", or {AUTO}, {AUTO_INFLECTION} or {TUNED}", (*PRESETS, *AUTOS, TUNED))
-    return share
-
-
-def _share(text: str | float) -> float | None:
-    """The share; None where the text is none."""
     if isinstance(text, str) and text in PRESETS:
         return PRESETS[text]
     percent = isinstance(text, str) and text.rstrip().endswith("%")
     value = _number(text.rstrip()[:-1]) / 100 if percent else _number(text)
-    return value if 0 < value <= 1 else None
+    if 0 < value <= 1:
+        return value
+    raise _refused(text, names)
+
+
+def parse_budget_or_name(text: str | float) -> float | str:
+    """As `parse_budget`, but returns "auto", "auto:inflection" and "tuned" unchanged."""
+    return parse_budget(text, (*AUTOS, TUNED))
 
 
 def _number(text: str | float) -> float:
@@ -59,16 +52,17 @@ def _number(text: str | float) -> float:
         return math.nan
 
 
-def _refused(text: str | float, also: str, names: Iterable[str]) -> UsageError:
+def _refused(text: str | float, names: Sequence[str]) -> UsageError:
     if isinstance(text, str) and text in ELSEWHERE and text not in names:
         return UsageError(
             f"budget {text!r} does not work here", f"give a share of tokens such as 0.25; {ELSEWHERE[text]}"
         )
-    percent = _number(text)
+    percent, also = _number(text), f", or {', '.join(names[:-1])} or {names[-1]}" if names else ""
     meant = f"did you mean {percent / 100:g} (or {percent:g}%)? " if 1 < percent <= 100 else ""
     hint = f"give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {', '.join(PRESETS)}{also}"
     return UsageError(
-        f"budget {text!r} is not a share of tokens to keep", (meant or did_you_mean(str(text), names)) + hint
+        f"budget {text!r} is not a share of tokens to keep",
+        (meant or did_you_mean(str(text), (*PRESETS, *names))) + hint,
     )
 
 

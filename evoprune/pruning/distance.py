@@ -25,25 +25,15 @@ STEP = 1 / 16384  # resolution of distances
 
 @dataclass(frozen=True)
 class Points:
-    """The units of a video as points with distances.
+    """The n units of a video as points with distances; E rows represent them."""
 
-    Attributes:
-        units: int64 `[n]`, ascending.
-        row: int64 `[n]`, the row that represents each unit.
-        time: float32 `[n]`, the time of each unit, from 0 to 1.
-        place: float32 `[E, d]`, the point of each row, at most about 1 long; distances are approximate if it is projected.
-        half: float32 `[E]`, half of the squared length of each point.
-        salience: float32 `[E]`, from 0 to 1; all 0 if all features are equal.
-        weight: float32 `[E]`, the weight of time: alpha / 2 * salience^2.
-    """
-
-    units: torch.Tensor
-    row: torch.Tensor
-    time: torch.Tensor
-    place: torch.Tensor
-    half: torch.Tensor
-    salience: torch.Tensor
-    weight: torch.Tensor
+    units: torch.Tensor  # int64 [n], ascending
+    row: torch.Tensor  # int64 [n], the row of each unit
+    time: torch.Tensor  # float32 [n], from 0 to 1
+    place: torch.Tensor  # float32 [E, d], at most about 1 long; distances are approximate if it is projected
+    half: torch.Tensor  # float32 [E], half of the squared length of each place
+    salience: torch.Tensor  # float32 [E], from 0 to 1; all 0 if all features are equal
+    weight: torch.Tensor  # float32 [E], of time: alpha / 2 * salience^2
 
     def __len__(self) -> int:
         return len(self.units)
@@ -65,12 +55,7 @@ class Points:
 def points_of(
     rows: torch.Tensor, owner: torch.Tensor, grid: tuple[int, int, int], seconds: Sequence[float], alpha: float
 ) -> Points:
-    """The points of one video, from `rows`, `owner` and `grid` as in `Tokens`.
-
-    Args:
-        seconds: T times, one for each frame pair.
-        alpha: weight of time.
-    """
+    """The points of one video: `rows`, `owner` and `grid` as in `Tokens`, the time of each frame pair, and the weight of time."""
     units = (owner >= 0).nonzero()[:, 0]
     time = torch.tensor(seconds, dtype=torch.float64, device="cpu")
     time = (time - time.min()) / (float(time.max() - time.min()) or 1.0)

@@ -12,39 +12,24 @@ HELD = 1 << 24  # attention weights that are held at a time
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """The visual tokens that a layer of the language model read. A *column* is one token of the prompt.
+    """The n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
 
-    Attributes:
-        after: layers that have run, this one included.
-        left: tokens to leave; where the method is not `exact`, at most so many.
-        due: whether the plan has a drop here. Where the method is not `exact`, it may drop before that, and later.
-        hidden: `[n, hidden]`, the layer's output for the visual tokens, in the model's dtype.
-        visual: int64 `[n]`, the columns of the visual tokens among the C that this layer read, ascending.
-        pair: int64 `[n]`, the number of the frame pair of each.
-        queries: `[Q, heads, head_dim]`, of the text after the last visual token, rotated.
-        keys, values: `[C, kv_heads, head_dim]`, of all columns; keys are rotated. Neighbouring heads share them.
-        bias: `[C]`, what attention adds to the logits of each column; None for nothing.
-        visual_embeds: `[N, hidden]`, all visual tokens as they reached the first layer.
-        text_embeds: `[Q, hidden]`, the text after the last visual token as it reached the first layer.
-        memory: what the method keeps from layer to layer of one prompt; empty at first.
-        following: the same with queries and keys of the next layer, which has not run yet.
-        unrotated: the same with queries and keys of this layer before rotary.
-        evened: the same as if all visual tokens had the same key before rotary, their mean.
-    """
-
-    after: int
-    left: int
-    due: bool
-    hidden: torch.Tensor
-    visual: torch.Tensor
-    pair: torch.Tensor
-    queries: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor | None
-    visual_embeds: torch.Tensor
-    text_embeds: torch.Tensor
-    memory: dict = field(default_factory=dict)
+    after: int  # layers that have run, this one included
+    left: int  # tokens to leave; where the method is not `exact`, at most so many
+    due: bool  # whether the plan has a drop here; a method that is not `exact` may drop before that, and later
+    hidden: torch.Tensor  # [n, hidden], the layer's output for the visual tokens, in the model's dtype
+    visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the C that this layer read, ascending
+    pair: torch.Tensor  # int64 [n], the number of the frame pair of each
+    queries: torch.Tensor  # [Q, heads, head_dim], of the text after the last visual token, rotated
+    keys: torch.Tensor  # [C, kv_heads, head_dim], of all columns, rotated; neighbouring heads share them
+    values: torch.Tensor  # [C, kv_heads, head_dim]
+    bias: torch.Tensor | None  # [C], what attention adds to the logits of each column
+    visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they reached the first layer
+    text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it reached the first layer
+    memory: dict = field(
+        default_factory=dict
+    )  # what the method keeps from layer to layer of one prompt; empty at first
+    # The same with queries and keys of the next layer, of this layer before rotary, or as if all visual tokens had the mean key.
     following: Callable[[], "LayerTokens"] | None = None
     unrotated: Callable[[], "LayerTokens"] | None = None
     evened: Callable[[], "LayerTokens"] | None = None

@@ -41,11 +41,6 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
-def nearest(unit: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """int64 `[n]`: the index of the most similar of `others` to each row of `unit`, as in `closest`."""
-    return closest(unit, others)[1]
-
-
 def greedy(
     unit: torch.Tensor, near: torch.Tensor, keep: int, score: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:

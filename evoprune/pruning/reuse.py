@@ -18,17 +18,13 @@ BRIGHTNESS = 1.2
 
 @dataclass(frozen=True)
 class References:
-    """The state between two pieces of a video.
+    """The state between two pieces of a video."""
 
-    Attributes:
-        means: float32 `[units, 96]`, block means of each place when it was last encoded, divided by its frame pair's brightness.
-        pair: int64 `[units]`, the frame pair that was last encoded at each place.
-        seen: number of frame pairs so far.
-    """
-
-    means: torch.Tensor
-    pair: torch.Tensor
-    seen: int
+    means: (
+        torch.Tensor
+    )  # float32 [units, 96], of each place when it was last encoded, divided by the frame pair's brightness
+    pair: torch.Tensor  # int64 [units], the frame pair that was last encoded at each place
+    seen: int  # frame pairs so far
 
 
 def scan(

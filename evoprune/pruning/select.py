@@ -25,23 +25,19 @@ def farthest_points(
     within: float = 0.0,
     least: int = 1,
     floor: float = 0.0,
-    pool: int = POOL,
 ) -> torch.Tensor:
     """Selects `keep` units of one video, or as many as it takes until every unit is near a selected one.
 
-    The first is the most salient unit; DivPrune starts with the unit whose nearest neighbour is farthest, which needs N x N
-    distances. Ties go to the lower index. Once no remaining unit differs from the selected ones (a black video, for example), the
-    others are spread evenly over time and over each frame pair.
+    The first is the most salient unit. Ties go to the lower index. Once no remaining unit differs from the selected ones (a black
+    video, for example), the others are spread evenly over time and over each frame pair.
 
     Args:
         points: all units that may be selected.
-        grid: (T, H, W) in units.
         keep: K, from 1 to the number of points.
         within: stop before K once no unit is farther than this from a selected one; 0 for exactly K.
         least: with `within`, the least number of units to select.
         floor: share of its even part of `keep` that each frame pair gets first, before units are selected among all; 0 for none, 1
             for an even spread.
-        pool: candidates in a pool (see `_farthest`).
 
     Returns:
         int64 `[keep]`, or fewer if `within` is above 0: units, ascending.
@@ -54,9 +50,9 @@ def farthest_points(
     if keep == len(points) and not within:
         return points.units
     least = min(least, keep) if within else keep
-    start = _of_each_pair(points, grid, least, floor, pool) if floor else []
+    start = _of_each_pair(points, grid, least, floor) if floor else []
     start = start or _most_salient(points)
-    selected = _filled(points, grid, _farthest(points, start, keep, pool, within, least), least)
+    selected = _filled(points, grid, _farthest(points, start, keep, within, least), least)
     return points.units[selected].sort().values
 
 
@@ -79,7 +75,7 @@ def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Ten
     return owner
 
 
-def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: float, pool: int) -> list[int]:
+def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: float) -> list[int]:
     """Indices of points that each frame pair gets first: its most different ones, `floor` times its even part of `keep`."""
     selected, pair = [], points.units // (grid[1] * grid[2])
     counts = torch.bincount(pair, minlength=grid[0]).tolist()
@@ -88,7 +84,7 @@ def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: 
         few = min(math.floor(floor * share), len(there))
         if few:
             inside = points.some(there)
-            found = _filled(inside, grid, _farthest(inside, _most_salient(inside), few, pool, 0.0, few), few)
+            found = _filled(inside, grid, _farthest(inside, _most_salient(inside), few, 0.0, few), few)
             selected += there[found].tolist()
     return selected
 
@@ -110,10 +106,10 @@ def _most_salient(points: Points) -> list[int]:
     return [int((of_each == top).to(torch.uint8).argmax())] if top > 0 else []
 
 
-def _farthest(points: Points, start: list[int], keep: int, pool: int, within: float, least: int) -> torch.Tensor:
+def _farthest(points: Points, start: list[int], keep: int, within: float, least: int) -> torch.Tensor:
     """Greedy farthest points, exactly as if every candidate were compared with each newly selected point.
 
-    The distance of a candidate to the selected points can only shrink. So the `pool` farthest candidates are compared among
+    The distance of a candidate to the selected points can only shrink. So the `POOL` farthest candidates are compared among
     themselves, and points are selected from this pool while its farthest is certain to be the farthest of all. Only then are the
     distances of all candidates updated, for all newly selected points in one matrix product.
 
@@ -132,7 +128,7 @@ def _farthest(points: Points, start: list[int], keep: int, pool: int, within: fl
         latest = torch.tensor(fresh, dtype=torch.int64, device=device)
         _update(nearest, points, latest)
         nearest[latest] = -1
-        members, bound, before = _farthest_few(nearest, pool)
+        members, bound, before = _farthest_few(nearest, POOL)
         few, back = points.row[members].unique(return_inverse=True)  # a row is often there at several times
         apart = points.in_features(few, few)[back[:, None], back]  # [selected, candidate]
         points.add_time(apart.T, members, members)

@@ -17,21 +17,14 @@ class Tokens:
     """A video as a selector sees it, after the encoder or between two of its layers.
 
     What the method did not declare in `needs` or `reads_question` raises TypeError.
-
-    Attributes:
-        rows: `[E, D]`, the encoder's rows, ordered by unit; one for each unit, unless some units were not encoded.
-        owner: int64 `[N]`, the row that represents each unit, -1 for none.
-        grid: (T, H, W) in units.
-        seconds_per_pair: from one frame pair to the next.
-        seed: for what is drawn at random.
-        given: of each row, float32 "attention" `[E]`, "keys" `[E, 4 d]` and "middle" `[E, D]`; and "question" `[Q, D]`.
     """
 
-    rows: torch.Tensor
-    owner: torch.Tensor
-    grid: tuple[int, int, int]
-    seconds_per_pair: float = 1.0
-    seed: int = 0
+    rows: torch.Tensor  # [E, D], ordered by unit; one for each unit, unless some units were not encoded
+    owner: torch.Tensor  # int64 [N], the row that represents each unit, -1 for none
+    grid: tuple[int, int, int]  # (T, H, W) in units
+    seconds_per_pair: float = 1.0  # from one frame pair to the next
+    seed: int = 0  # for what is drawn at random
+    # float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D], as far as declared
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def copied(self) -> "Tokens":
@@ -138,20 +131,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Candidates:
-    """B groups of rows (windows or frame pairs), padded to n rows each, in which a merger merges rows.
+    """B groups of rows (windows or frame pairs), padded to n rows each, in which a merger merges rows."""
 
-    Attributes:
-        features: float32 `[B, n, D]`, what the merger declared in `needs`.
-        attention: float32 `[B, n]`, attention received in this layer; None unless declared.
-        place: int64 `[B, n]`, raster index of the row in its frame pair.
-        size: int64 `[B, n]`, cluster size of the row.
-        valid: bool `[B, n]`, False at padding, which is at the end of a group.
-        width: W, units across the frame.
-    """
-
-    features: torch.Tensor
-    attention: torch.Tensor | None
-    place: torch.Tensor
-    size: torch.Tensor
-    valid: torch.Tensor
-    width: int
+    features: torch.Tensor  # float32 [B, n, D], what the merger declared in `needs`
+    attention: torch.Tensor | None  # float32 [B, n], received in this layer; None unless declared
+    place: torch.Tensor  # int64 [B, n], raster index in the frame pair
+    size: torch.Tensor  # int64 [B, n], cluster sizes
+    valid: torch.Tensor  # bool [B, n], False at padding, which is at the end of a group
+    width: int  # W, units across the frame

@@ -26,7 +26,7 @@ from evoprune.model.numerics import all_numbers, not_a_number_error
 from evoprune.model.weights import Tower
 from evoprune.pruning.encoder_plan import EncoderPlan, SetAside, Stage, WholePairs
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import nearest
+from evoprune.pruning.ranking import closest
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
 from evoprune.vision.chunks import Chunk, References, in_chunks
@@ -302,7 +302,7 @@ def _nearest_kept(seen: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor) -
         seen: `[E, D]`, rows. owner: int64 `[N]`, the row of each unit. kept: int64 `[K]`, the kept units.
     """
     rows = F.normalize(seen.float(), dim=1)
-    found = nearest(rows, rows[owner[kept]])[owner]
+    found = closest(rows, rows[owner[kept]])[1][owner]
     return torch.where(owner < 0, -1, found).index_copy_(0, kept, ascending(len(kept), kept.device))
 
 

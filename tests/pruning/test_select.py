@@ -37,6 +37,13 @@ def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
     return features.sign() if signs else features, owner
 
 
+def pooled(pool, *args, **settings):
+    """`farthest_points` with pools of another size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "POOL", pool)
+        return farthest_points(*args, **settings)
+
+
 def points(features, owner, grid, alpha=1.5, seconds=None):
     return points_of(features, owner, grid, seconds or [float(t) for t in range(grid[0])], alpha)
 
@@ -155,7 +162,7 @@ def test_the_selection_is_the_greedy_one(seed, grid, share, alpha, pool, dropped
     features, owner = video(seed, grid, share, dropped=dropped, signs=True)
     keep = max(1, int((owner >= 0).sum()) // 3)
     every = exact(features, owner, grid, alpha)
-    made = farthest_points(every, grid, keep, pool=pool).tolist()
+    made = pooled(pool, every, grid, keep).tolist()
     hand = greedy(every, grid, keep)
     assert set(hand) <= set(made) and len(made) == keep
     if len(hand) == keep:
@@ -168,7 +175,7 @@ def test_each_pair_may_have_a_share_of_its_own(seed, grid, kept, alpha, floor):
     features, owner = video(seed, grid, 1.0, signs=True)
     keep, places = max(1, round(kept * len(owner) / 2)), grid[1] * grid[2]
     every = exact(features, owner, grid, alpha)
-    made = farthest_points(every, grid, keep, floor=floor, pool=3)
+    made = pooled(3, every, grid, keep, floor=floor)
     hand = greedy(every, grid, keep, floor=floor)
     assert set(hand) <= set(made.tolist()) and len(made) == keep and (len(hand) < keep or made.tolist() == hand)
     counts = torch.bincount(made // places, minlength=grid[0]).tolist()
@@ -208,7 +215,7 @@ def test_pool_and_piece_are_a_matter_of_speed(seed, pool, piece, alpha):
     expected = farthest_points(every, grid, 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "PIECE", piece)
-        assert torch.equal(farthest_points(every, grid, 30, pool=pool), expected)
+        assert torch.equal(pooled(pool, every, grid, 30), expected)
 
 
 @settings(deadline=None, max_examples=20)
@@ -318,11 +325,11 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
 def test_it_stops_where_every_unit_is_near_a_selected_one(seed, grid, within, least, pool):
     features, owner = video(seed, grid, 0.5, signs=True)
     every = exact(features, owner, grid, 2.0)
-    made = farthest_points(every, grid, 12, pool=pool, within=within, least=least).tolist()
+    made = pooled(pool, every, grid, 12, within=within, least=least).tolist()
     hand = greedy(every, grid, 12, within, least)
     assert made == hand if len(hand) >= least else set(hand) < set(made) and len(made) == least
     # What is selected is what a budget of that many would have selected.
-    assert made == farthest_points(every, grid, len(made), pool=pool).tolist()
+    assert made == pooled(pool, every, grid, len(made)).tolist()
 
 
 def test_where_nothing_differs_it_stops_at_the_least():
