@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from math import prod
+from timeit import repeat
 
 import torch
 
@@ -121,16 +122,14 @@ def estimate(
 
 def _memory_rates(device: str, size: int = 2**26) -> tuple[float, float]:
     """Bytes a second that this machine writes into new memory, and that it reads; each the best of three."""
-    rates = []
+
+    def rate(make: Callable[[], torch.Tensor]) -> float:
+        return size / min(
+            repeat(lambda: make().view(-1)[-1].item(), number=1, repeat=3)
+        )  # reading an item synchronises
+
     new = partial(torch.ones, size // 4, dtype=torch.float32, device=device)
-    for pass_over in (new, new().sum):
-        took = []
-        for _ in range(3):
-            start = time.perf_counter()
-            pass_over().view(-1)[-1].item()  # synchronises
-            took.append(time.perf_counter() - start)
-        rates.append(size / min(took))
-    return rates[0], rates[1]
+    return rate(new), rate(new().sum)
 
 
 def choose_rows(
