@@ -1,8 +1,5 @@
 """`evoprune eval`: accuracy against budget, beside what it costs."""
 
-import json as jsonlib
-import shutil
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,9 +15,8 @@ from evoprune_cli import eval_options as own
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
-from evoprune_cli.terminal import WIDTH, check_output, note, progress
+from evoprune_cli.terminal import check_output, note, page_width, print_document, progress
 
-SCHEMA = "evoprune/eval@1"
 SOME_FAILED = 6
 
 
@@ -169,17 +165,8 @@ def _deliver(evaluation, error: dict | None, json: bool, chart: str | None) -> N
     if json:
         print_document(document)
     elif document["rows"] or error is None:
-        print_text(table(document, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)))
+        print_text(table(document, page_width()))
     if evaluation.folder:
         evaluation.folder.finish(document)
     if chart and document["rows"]:
         write_text(chart, draw_chart(document))
-
-
-def print_document(document: dict) -> None:
-    """As one line on stdout, in plain ASCII."""
-    print(
-        jsonlib.dumps({"schema": SCHEMA} | document, separators=(",", ":"), allow_nan=False),
-        flush=True,
-        file=sys.stdout,
-    )

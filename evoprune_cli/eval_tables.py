@@ -1,19 +1,14 @@
 """The results of `evoprune eval` as tables for a terminal and as a chart."""
 
-import io
-import textwrap
 from collections.abc import Callable, Sequence
 from itertools import cycle, product
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-
 from evoprune.evaluation.scores import LEAST_QUESTIONS, TYPE, is_tie, same_tokens
-from evoprune.text import budget_text
+from evoprune.text import budget_text, counted
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import PALE
-from evoprune_cli.profile_tables import one_line, plural
+from evoprune_cli.tables import fitting, folded, one_line
+from evoprune_cli.tables import table as rendered
 
 Cell = Callable[[dict], str]
 LEGEND = (
@@ -26,8 +21,7 @@ LEGEND = (
 
 def table(document: dict, width: int = 80) -> str:
     """The results: all questions, then group by group; no line longer than `width`."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    lines = [part for line in _head(document) for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    lines = folded(_head(document), width)
     rows = [row for row in document["rows"] if row["group"] == "all"]
     notes = [*LEGEND]
     if rows:
@@ -35,21 +29,20 @@ def table(document: dict, width: int = 80) -> str:
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
             notes.append("unparsed: answers that name none of the options, or several; they count as wrong")
-        lines += ["", *_fitting(rows, columns, console, width), *_few([rows[0]], width)]
-        versus, told = _versus_first(rows, console, width)
+        lines += ["", *_fitting(rows, columns, width), *_few([rows[0]], width)]
+        versus, legend = _versus_first(rows, width)
         lines += versus
-        notes[1:1] = told
-        lines += ["", *_fitting(rows, COSTS, console, width)]
+        notes[1:1] = legend
+        lines += ["", *_fitting(rows, COSTS, width)]
         names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
         for title, typed in (("group", False), ("type", True)):
             found = [row for row in rest if row["group"].startswith("type:") == typed]
-            lines += _by_group(title, found, names, console, width)
+            lines += _by_group(title, found, names, width)
     lines.append("")
     failures = [f"failed: {failure['video']}: {failure['message']}" for failure in document["failures"]]
     if document["error"]:
         notes.append(f"{document['error']['message']}: not all videos were evaluated")
-    for note in (*notes, *map(one_line, failures), *document["notes"]):
-        lines += textwrap.wrap(note, width, subsequent_indent="  ")
+    lines += folded((*notes, *map(one_line, failures), *document["notes"]), width)
     return "\n".join(lines) + "\n"
 
 
@@ -61,8 +54,8 @@ def _head(document: dict) -> list[str]:
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
     return [
         f"{one_line(model['id'])}, {model['dtype']}, {model['device']}",
-        f"{data}: {plural(document['items']['answered'], 'question')} about {videos['evaluated']} of "
-        f"{plural(videos['wanted'], 'video')}{failed}",
+        f"{data}: {counted(document['items']['answered'], 'question')} about {videos['evaluated']} of "
+        f"{counted(videos['wanted'], 'video')}{failed}",
     ]
 
 
@@ -104,17 +97,11 @@ COSTS: dict[str, Cell] = {
 LEAST = ("kept", "vs full", "of all", "prefill", "tower", "live", "unparsed")
 
 
-def _fitting(rows: list[dict], columns: dict[str, Cell], console: Console, width: int) -> list[str]:
-    """A table of as many of the columns as there is room for."""
-    for drop in (None, *LEAST):
-        columns = {title: cell for title, cell in columns.items() if title != drop}
-        made = _rich(["", *columns], [[row["name"], *(cell(row) for cell in columns.values())] for row in rows])
-        if _width(made, console) <= width:
-            break
-    return _lines(made, console)
+def _fitting(rows: list[dict], columns: dict[str, Cell], width: int) -> list[str]:
+    return fitting(rows, lambda row: row["name"], columns, LEAST, width)[0]
 
 
-def _versus_first(rows: list[dict], console: Console, width: int) -> tuple[list[str], list[str]]:
+def _versus_first(rows: list[dict], width: int) -> tuple[list[str], list[str]]:
     """The other methods against the first one, and a note on it. Nothing for one method, or where the terminal is too narrow."""
     others = [row for row in rows if row["first"]]
     if not others:
@@ -124,15 +111,15 @@ def _versus_first(rows: list[dict], console: Console, width: int) -> tuple[list[
     names = [row["name"] + " *" * (not same_tokens(row, of_name[row["first"]])) for row in others]
     title, marked = f"vs {first}", any(name.endswith(" *") for name in names)
     differences = [_difference(row, "first_difference") for row in others]
-    made = _rich(["", title], [list(pair) for pair in zip(names, differences, strict=True)])
-    if _width(made, console) > width:
+    made, fits = rendered(["", title], zip(names, differences, strict=True), width)
+    if not fits:
         return [], []
     said = f"* reads another number of tokens than {first} at this budget; how many: below" if marked else ""
-    lines = ["", *_lines(made, console), *textwrap.wrap(said, width, subsequent_indent="  ")]
+    lines = ["", *made, *folded([said], width)]
     return lines, [f"{title}: the paired difference to the first method, at the same budget"]
 
 
-def _by_group(title: str, rows: list[dict], names: list[str], console: Console, width: int) -> list[str]:
+def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> list[str]:
     """Accuracy of each group in percent, a column a row of the table above; in several tables where one is too wide."""
     groups: dict[str, dict[str, dict]] = {}
     for row in rows:
@@ -144,10 +131,10 @@ def _by_group(title: str, rows: list[dict], names: list[str], console: Console, 
                 [group.removeprefix("type:"), f"{found[names[0]]['n']:,}", *(_percent(found[n]["accuracy"]) for n in rest[:count])]
                 for group, found in groups.items()
             ]  # fmt: skip
-            made = _rich([title, "n", *rest[:count]], body)
-            if _width(made, console) <= width:
+            made, fits = rendered([title, "n", *rest[:count]], body, width)
+            if fits:
                 break
-        lines += ["", *_lines(made, console)]
+        lines += ["", *made]
         rest = rest[count:]
     lines += _few([found[names[0]] for found in groups.values()], width, title)
     return lines
@@ -161,26 +148,7 @@ def _few(rows: Sequence[dict], width: int, title: str = "") -> list[str]:
     names = ", ".join(one_line(row["group"].removeprefix(TYPE)) for row in few)
     where = f" in {f'every {title}' if len(few) == len(rows) else names}" if title else ""
     said = f"fewer than {LEAST_QUESTIONS} questions{where}: an example, not a measurement"
-    return textwrap.wrap(said, width, subsequent_indent="  ")
-
-
-def _rich(titles: list[str], rows: list[list[str]]) -> Table:
-    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-    for number, title in enumerate(titles):
-        made.add_column(title, justify="right" if number else "left")
-    for row in rows:
-        made.add_row(*row)
-    return made
-
-
-def _width(made: Table, console: Console) -> int:
-    return Measurement.get(console, console.options.update(width=10_000), made).maximum
-
-
-def _lines(made: Table, console: Console) -> list[str]:
-    with console.capture() as captured:
-        console.print(made)
-    return [line.rstrip() for line in captured.get().splitlines()]
+    return folded([said], width)
 
 
 def draw_chart(document: dict) -> str:
@@ -208,7 +176,7 @@ def draw_chart(document: dict) -> str:
     split = (
         f" ({settings['world']}, {settings['split']}, block {settings['seed']})" if settings["data"] == "demo" else ""
     )
-    facts = f"{one_line(settings['data'])}{split}, {plural(rows[0]['n'], 'question')} about {plural(rows[0]['videos'], 'video')}"
+    facts = f"{one_line(settings['data'])}{split}, {counted(rows[0]['n'], 'question')} about {counted(rows[0]['videos'], 'video')}"
     title = f"{one_line(model['id']).rpartition('/')[2]}: accuracy against tokens and against cost"
     return draw(title, f"{facts}, 95% intervals over videos", panels)
 

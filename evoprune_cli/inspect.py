@@ -1,6 +1,5 @@
 """`evoprune inspect`: this machine, a model, or a video and what a model would look at in it. It never uses the network."""
 
-import json as jsonlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.inspect_options import OVERLAYS
-from evoprune_cli.terminal import encoding, print_warning, printable, progress
+from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
 
 SCHEMA = "evoprune/inspect@1"
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
@@ -82,13 +81,13 @@ def _print(every: Iterator[dict], facts: dict[str, Any], json: bool) -> None:
             facts |= found
     except BaseException as problem:
         if json and not isinstance(problem, BrokenPipeError | SystemExit):
-            print_failure(facts, problem)
+            print_document({"schema": SCHEMA, **facts, "error": failure(problem)})
             problem.reported = True
         elif "video" not in facts:
             _print_lines(facts)
         raise
     if json:
-        _print_json(facts, None)
+        print_document({"schema": SCHEMA, **facts, "error": None})
     else:
         _print_lines(facts)
 
@@ -237,17 +236,6 @@ class _Overlay:
     @property
     def _ending(self) -> str:
         return os.path.splitext(self.file)[1].lower()
-
-
-def print_failure(facts: dict, problem: BaseException) -> None:
-    """The JSON line of an inspection that failed, with what was found before it did."""
-    _print_json(facts, failure(problem))
-
-
-def _print_json(facts: dict, error: dict | None) -> None:
-    print(
-        jsonlib.dumps({"schema": SCHEMA, **facts, "error": error}, separators=(",", ":"), allow_nan=False), flush=True
-    )
 
 
 def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:

@@ -20,13 +20,13 @@ from evoprune.errors import PluginWarning, UsageError
 from evoprune_cli import completion
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
-from evoprune_cli.eval import evaluate, print_document
+from evoprune_cli.eval import evaluate
 from evoprune_cli.failures import Terminated, debugging, failure
 from evoprune_cli.help_format import Group, showing
-from evoprune_cli.inspect import inspect, print_failure
+from evoprune_cli.inspect import inspect
+from evoprune_cli.methods import methods
 from evoprune_cli.profile import profile
-from evoprune_cli.terminal import WIDTH, ClosedOutput, print_error, print_json, print_plugin_warning
-from evoprune_cli.tune import print_document as print_tuning
+from evoprune_cli.terminal import WIDTH, ClosedOutput, print_document, print_error, print_json, print_plugin_warning
 from evoprune_cli.tune import tune
 
 # What the parser raises. Some versions of Typer contain click and others import it, so the class is found through Typer's own.
@@ -82,6 +82,9 @@ app.command(cls=showing("overlay", "scan", "clear_cache", "forget_tuned", *_MODE
 app.command(
     cls=showing("budget", "method", "frames", "size", "model", "time_limit", "form", "output", "chart", "quiet")
 )(profile)
+app.command(cls=showing("json"))(methods)
+# Of the JSON lines of these commands; the others print a report.
+SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune")}
 
 
 def _terminate(*_) -> None:
@@ -201,10 +204,8 @@ def _report(problem: Exception) -> int:
         problem = UsageError(_sentence(problem), _hint(problem))
     error = failure(problem)
     if "--json" in sys.argv[1:] and not reported:
-        if _command() == "inspect":
-            print_failure({}, problem)
-        elif _command() in ("eval", "tune"):
-            (print_document if _command() == "eval" else print_tuning)({"error": error})
+        if schema := SCHEMAS.get(_command()):
+            print_document({"schema": schema, "error": error})
         elif _command() != "profile":  # it has --format json instead
             from evoprune.report.records import Report
 

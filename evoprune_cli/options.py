@@ -20,9 +20,15 @@ Options = Callable[[], PipelineOptions]  # makes them of what was typed; raises 
 Command = Callable[..., int]
 
 
-def option(panel: str | None, *names: str, **settings: Any) -> Any:
-    """What Typer knows of an option, under the title `panel` in the full help."""
-    return typer.Option(*names, rich_help_panel=panel, **settings)
+def option(panel: str | None, kind: Any, *names_and_help: str, **settings: Any) -> Any:
+    """The annotation of an option that is no option of the pipeline, under the title `panel` in the full help."""
+    *names, text = names_and_help
+    return Annotated[kind, typer.Option(*names, help=text, rich_help_panel=panel, **settings)]
+
+
+def argument(kind: Any, metavar: str, text: str) -> Any:
+    """The annotation of what is no option."""
+    return Annotated[kind, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
 def with_options(*kinds: type, without: Iterable[str] = (), **changed: dict[str, Any]) -> Callable[[Command], Command]:
@@ -60,17 +66,17 @@ def _parameter(panel: str, field: Field, said: Option) -> Parameter:
     """An option of the pipeline, as Typer takes parameters of a command."""
     default = field.default if said.unless_typed is None else said.unless_typed
     kind = said.typed or (str if str in get_args(field.type) else field.type)
-    made = option(
+    annotation = option(
         panel,
+        kind | None if default is None else kind,
         *(said.flags or [f"--{field.name.replace('_', '-')}"]),
-        help=said.help,
+        said.help,
         envvar=said.env,
         min=said.least,
         max=said.most,
         show_default=default != "",
         **COMPLETED.get(field.name) or (completion.one_of(*said.words) if said.words else {"metavar": said.metavar}),
     )
-    annotation = Annotated[kind | None if default is None else kind, made]
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -79,90 +85,59 @@ def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
     return PipelineOptions.of(**{name: parse[name](value) if name in parse else value for name, value in typed.items()})
 
 
-SWEEP = "Sweep (lists by commas or repetition)"
-Budgets = Annotated[
+swept = partial(option, "Sweep (lists by commas or repetition)")
+Budgets = swept(
     list[str] | None,
-    option(
-        SWEEP,
-        "-b",
-        "--budget",
-        envvar="EVOPRUNE_BUDGET",
-        **completion.BUDGETS,
-        help="Shares of visual tokens kept, or presets; only in eval auto, auto:inflection, tuned; "
-        f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
-        show_default=False,
-    ),
-]
-Methods = Annotated[
+    "-b",
+    "--budget",
+    "Shares of visual tokens kept, or presets; only in eval auto, auto:inflection, tuned; "
+    f"default: {','.join(list(PRESETS)[1:])}. Full is always there.",
+    envvar="EVOPRUNE_BUDGET",
+    **completion.BUDGETS,
+)
+Methods = swept(
     list[str] | None,
-    option(
-        SWEEP,
-        "--method",
-        **completion.METHODS,
-        help=f"Of {', '.join(methods.available())}; default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; "
-        "reuse+NAME, ipcv+NAME and NAME+fastv.",
-        show_default=False,
-    ),
-]
-_OUTPUT = "Output"
-Inputs = Annotated[
+    "--method",
+    f"Names (see evoprune methods); default: {methods.DEFAULT}. NAME:SETTING=VALUE for its settings; "
+    "reuse+NAME, ipcv+NAME and NAME+fastv.",
+    **completion.METHODS,
+)
+_plain, _output = partial(option, None), partial(option, "Output")
+Inputs = argument(
     list[str],
-    typer.Argument(
-        metavar="INPUT",
-        help="Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
-        "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
-        show_default=False,
-    ),
-]
-MoreQuestions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-Q",
-        "--question",
-        metavar="TEXT",
-        help="A question; repeatable. All share one encoding.",
-        show_default=False,
-    ),
-]
-Interactive = Annotated[
+    "INPUT",
+    "Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
+    "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
+)
+MoreQuestions = _plain(
+    list[str] | None, "-Q", "--question", "A question; repeatable. All share one encoding.", metavar="TEXT"
+)
+Interactive = _plain(
     bool,
-    typer.Option(
-        "-i",
-        "--interactive",
-        help="Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
-    ),
-]
-Compare = Annotated[
+    "-i",
+    "--interactive",
+    "Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
+)
+Compare = _plain(
     bool,
-    typer.Option(
-        "--compare",
-        help="Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
-    ),
-]
+    "--compare",
+    "Also answer with nothing pruned, and print both; with --json in the field `compare` of the same line.",
+)
 
-Json = Annotated[bool, option(_OUTPUT, "--json", help="One JSON line a question on stdout, instead of text.")]
-Stats = Annotated[
+Json = _output(bool, "--json", "One JSON line a question on stdout, instead of text.")
+Stats = _output(
     bool | None,
-    option(
-        _OUTPUT,
-        "--stats/--no-stats",
-        help="Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
-        show_default=False,
-    ),
-]
-Quiet = Annotated[bool, option(_OUTPUT, "-q", "--quiet", help="No progress, notes or stats; warnings remain.")]
-Verbose = Annotated[
-    bool, option(_OUTPUT, "-v", "--verbose", help="Also print rows of every layer, settings, versions.")
-]
-Cache = Annotated[
+    "--stats/--no-stats",
+    "Stage times and token counts on stderr; default: unless --json or -q, in one line from the second question on.",
+)
+Quiet = _output(bool, "-q", "--quiet", "No progress, notes or stats; warnings remain.")
+Verbose = _output(bool, "-v", "--verbose", "Also print rows of every layer, settings, versions.")
+Cache = _output(
     bool,
-    option(
-        _OUTPUT,
-        "--cache/--no-cache",
-        help="Keep encoded videos on disk (at most 2 GiB) and reuse them.  [env var: EVOPRUNE_CACHE_DIR]",
-    ),
-]
-Debug = Annotated[bool, option(_OUTPUT, "--debug", help="Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")]
+    "--cache/--no-cache",
+    "Keep encoded videos on disk (at most 2 GiB) and reuse them.  [env var: EVOPRUNE_CACHE_DIR]",
+)
+Debug = _output(bool, "--debug", "Show the traceback of an error.  [env var: EVOPRUNE_DEBUG]")
 
 
 def _for_all(*, debug: Debug = False, help_all: HelpAll = False) -> None:

@@ -1,7 +1,6 @@
 """`evoprune profile`: latency, counts and memory, against plain Hugging Face and against the best that pruning later can do."""
 
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from evoprune_cli import options as opt
 from evoprune_cli import profile_options as own
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
 from evoprune_cli.profile_options import FORMATS
-from evoprune_cli.terminal import WIDTH, check_output
+from evoprune_cli.terminal import WIDTH, check_output, page_width
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 SIZE = (224, 336)  # pixels of a frame, height and width
@@ -234,7 +233,7 @@ def _deliver(results, form: str, output: str | None, chart: str | None) -> None:
     from evoprune_cli.profile_chart import draw_chart
     from evoprune_cli.profile_tables import render
 
-    wide = WIDTH if output else min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    wide = WIDTH if output else page_width()
     text = render(results, form, wide)
     if output is None:
         print_text(text)

@@ -6,7 +6,8 @@ from itertools import cycle
 from evoprune.profiling.results import BOUND, METHOD, Results, Row, Spread
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import PALE
-from evoprune_cli.profile_tables import device, one_line, source
+from evoprune_cli.profile_tables import device, source
+from evoprune_cli.tables import one_line
 
 
 def draw_chart(results: Results) -> str:

@@ -5,14 +5,13 @@ import io
 import json
 import textwrap
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from statistics import median
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-
 from evoprune.profiling.results import BOUND, METHOD, Case, Figures, Results, Row, Spread
-from evoprune.text import size
+from evoprune.text import counted, size
+from evoprune_cli.tables import fitting, folded, one_line
 
 Cell = Callable[[Row, Figures | None], str]
 
@@ -91,15 +90,10 @@ def source(results: Results) -> str:
     return one_line(settings.get("video") or f"synthetic {settings.get('synthetic', 'clip')}")
 
 
-def one_line(name: str) -> str:
-    """A path as one line of printable text."""
-    return "".join(c if c.isprintable() else "?" for c in name)
-
-
 def device(results: Results) -> str:
     """The device, with its threads if it is a CPU."""
     name = results.model.device
-    return f"{name} ({plural(results.env.threads, 'thread')})" if name.startswith("cpu") else name
+    return f"{name} ({counted(results.env.threads, 'thread')})" if name.startswith("cpu") else name
 
 
 def _head(results: Results) -> list[str]:
@@ -110,14 +104,10 @@ def _head(results: Results) -> list[str]:
         f"evoprune profile {env.evoprune}, torch {env.torch}, transformers {env.transformers}",  # as evoprune_cli/files.py knows it
         f"{one_line(model.id)}{weights}, {model.dtype}",
         f"{device(results)}: {env.device_name}, {median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
-        f"{source(results)}; {asked['text_tokens']} text tokens; {plural(asked['new_tokens'], 'new token')}"
+        f"{source(results)}; {asked['text_tokens']} text tokens; {counted(asked['new_tokens'], 'new token')}"
         + (f"; {one_line(args)}" if args else ""),
-        f"{plural(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
+        f"{counted(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
     ]
-
-
-def plural(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _tail(results: Results) -> list[str]:
@@ -154,34 +144,18 @@ LEAST = ("tok/s", "peak", "prefill", "pruning", "matmul", "encode ms", "tower vs
 
 
 def _table(results: Results, width: int) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    lines = [part for line in _head(results) for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    lines = folded(_head(results), width)
     for case in results.cases:
         lines += ["", *textwrap.wrap(_caption(results, case), width)]
         for columns in (TIMES, WORK):
-            table = _fitting(results, results.of(case), columns, console, width)
-            with console.capture() as captured:
-                console.print(table)
-            lines += ["", *(line.rstrip() for line in captured.get().splitlines())]
-    lines.append("")
-    for note in (*LEGEND, "±: the round that is farthest from the median", *_tail(results)):
-        lines += textwrap.wrap(note, width, subsequent_indent="  ")
+            cells = {title: partial(_cell, results, cell) for title, cell in columns.items()}
+            lines += ["", *fitting(results.of(case), attrgetter("name"), cells, LEAST, width)[0]]
+    lines += ["", *folded((*LEGEND, "±: the round that is farthest from the median", *_tail(results)), width)]
     return "\n".join(lines) + "\n"
 
 
-def _fitting(results: Results, rows: list[Row], columns: dict[str, Cell], console: Console, width: int) -> Table:
-    """A table of as many of the columns as there is room for."""
-    for drop in (None, *LEAST):
-        columns = {title: cell for title, cell in columns.items() if title != drop}
-        table = Table("", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-        for title in columns:
-            table.add_column(title, justify="right")
-        for row in rows:
-            figures = results.figures(row)
-            table.add_row(row.name, *(cell(row, figures) for cell in columns.values()))
-        if Measurement.get(console, console.options.update(width=10_000), table).maximum <= width:
-            break
-    return table
+def _cell(results: Results, cell: Cell, row: Row) -> str:
+    return cell(row, results.figures(row))
 
 
 # For a page.

@@ -1,12 +1,14 @@
 """What is printed on a terminal: errors, warnings, notes and progress on stderr, JSON on stdout. Colour only on a terminal."""
 
 import io
+import json
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
 from evoprune.language.text import harmless
@@ -29,6 +31,11 @@ def colourful() -> bool:
 def columns() -> int:
     """Columns of stderr: those of the terminal, at most 80."""
     return min(WIDTH, width_of(sys.stderr)) if sys.stderr.isatty() else WIDTH
+
+
+def page_width() -> int:
+    """Columns for tables on stdout, at most 80."""
+    return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 def width_of(terminal) -> int:
@@ -101,6 +108,15 @@ def print_json(report: Report) -> None:
     # One write, so that lines of processes that share a file stay whole: print would write the end of a long line on its own.
     sys.stdout.write(f"{text if proper else report.to_json(ascii_only=True)}\n")
     sys.stdout.flush()
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """Prints results as one line on stdout, in plain ASCII."""
+    print(json_line(document), flush=True)
+
+
+def json_line(document: dict[str, Any]) -> str:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False)
 
 
 def print_error(message: str, hint: str | None) -> None:

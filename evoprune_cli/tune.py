@@ -1,8 +1,6 @@
 """`evoprune tune`: the fastest setting that changes a model's answers little enough, found without labels."""
 
-import json as jsonlib
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -19,9 +17,8 @@ from evoprune_cli import options as opt
 from evoprune_cli import tune_options as own
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
-from evoprune_cli.terminal import WIDTH, check_output, note, progress
+from evoprune_cli.terminal import check_output, json_line, note, page_width, print_document, progress
 
-SCHEMA = "evoprune/tune@1"
 SOME_FAILED = 6
 AGREE = 0.98
 
@@ -158,23 +155,14 @@ def _deliver(
         except UsageError as unsaved:  # what was measured is printed first
             problem, document["error"] = unsaved, failure(unsaved)
     if json:
-        print_document(document)
+        print_document(rounded(document))
     else:
-        print_text(table(document, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)))
+        print_text(table(document, page_width()))
     if output:
-        write_text(output, _line(document) + "\n")
+        write_text(output, json_line(rounded(document)) + "\n")
     if chart and document["rows"]:
         write_text(chart, draw_chart(document))
     if problem:
         problem.reported = True
         raise problem
     return document
-
-
-def print_document(document: dict[str, Any]) -> None:
-    """As one line on stdout, in plain ASCII."""
-    print(_line(document), flush=True)
-
-
-def _line(document: dict[str, Any]) -> str:
-    return jsonlib.dumps(rounded({"schema": SCHEMA} | document), separators=(",", ":"), allow_nan=False)

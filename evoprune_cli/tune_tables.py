@@ -1,17 +1,13 @@
 """The results of `evoprune tune` as a table for a terminal and as a chart."""
 
-import io
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
-
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from evoprune.text import counted
 from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
-from evoprune_cli.profile_tables import one_line
+from evoprune_cli.tables import fitting, folded, one_line
 
 GREY = "#9A9A9A"
 # Columns: what they hold, and what that means.
@@ -45,7 +41,11 @@ def _heading(document: dict, width: int) -> list[str]:
         f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')} about "
         f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s",
     ]
-    return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    return folded(lines, width)
+
+
+def _failures(document: dict) -> list[str]:
+    return [f"failed: {one_line(found['video'])}: {one_line(found['message'])}" for found in document["failures"]]
 
 
 def operations_table(document: dict, width: int = 80) -> str:
@@ -60,10 +60,10 @@ def operations_table(document: dict, width: int = 80) -> str:
             "work: what is left of the work on visual tokens in the layers that leave some out; operations: left out; KL: mean of "
             "KL(unpruned, pruned) in nats a token; agree: tokens with the same first choice"
         )
-        lines += ["", *textwrap.wrap(said, width, subsequent_indent="  ")]
+        lines += ["", *folded([said], width)]
     else:
         lines.append("no recipe was found: too little time")
-    lines += [f"failed: {one_line(found['video'])}: {one_line(found['message'])}" for found in document["failures"]]
+    lines += _failures(document)
     if document["error"]:
         lines += textwrap.wrap(f"{document['error']['message']}: not everything was measured", width)
     if document["saved"]:
@@ -73,19 +73,18 @@ def operations_table(document: dict, width: int = 80) -> str:
 
 def table(document: dict, width: int = 80) -> str:
     """The results, no line longer than `width` if that is possible."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
     settings, lines = document["settings"], _heading(document, width)
     said = [_verdict(document)]
     if document["rows"]:
-        made, titles = _fitting(document, console, width)
+        cells = {title: cell for title, (cell, _) in COLUMNS.items()}
+        made, titles = fitting(document["rows"], partial(_name, document), cells, DROPPED, width)
         lines += ["", *made, ""]
         said.append("; ".join(f"{title}: {COLUMNS[title][1]}" for title in titles))
     said += document["notes"]
-    said += [f"failed: {one_line(found['video'])}: {one_line(found['message'])}" for found in document["failures"]]
+    said += _failures(document)
     if document["error"]:
         said.append(f"{document['error']['message']}: not everything was tried")
-    for note in said:
-        lines += textwrap.wrap(note, width, subsequent_indent="  ", break_on_hyphens=False)
+    lines += folded(said, width, break_on_hyphens=False)
     if document["saved"]:
         lines += ["", f"saved for this model: -b tuned uses it, with at least {100 * settings['agree']:g}% agreeing"]
     return "\n".join(lines) + "\n"
@@ -108,23 +107,8 @@ def _verdict(document: dict) -> str:
     return f"no setting is sure to agree at {goal} of the tokens, so nothing is saved; {best}"
 
 
-def _fitting(document: dict, console: Console, width: int) -> tuple[list[str], list[str]]:
-    """A table of as many columns as there is room for, and their titles."""
-    titles = list(COLUMNS)
-    for drop in (None, *DROPPED):
-        titles = [title for title in titles if title != drop]
-        made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-        made.add_column("")
-        for title in titles:
-            made.add_column(title, justify="right")
-        for row in document["rows"]:
-            marked = f"{'*' if row['name'] == document['recommended'] else ' '} {row['name']}"
-            made.add_row(marked, *(COLUMNS[title][0](row) for title in titles))
-        if Measurement.get(console, console.options.update(width=10_000), made).maximum <= width:
-            break
-    with console.capture() as captured:
-        console.print(made)
-    return [line.rstrip() for line in captured.get().splitlines()], titles
+def _name(document: dict, row: dict) -> str:
+    return f"{'*' if row['name'] == document['recommended'] else ' '} {row['name']}"
 
 
 def draw_chart(document: dict) -> str:

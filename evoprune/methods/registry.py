@@ -142,7 +142,7 @@ def _unknown(name: str) -> UsageError:
     plain, known = _plain(name), (*available(), REUSE)
     same = [each for each in known if _plain(each) == plain]
     near = f"{_KNOWN_AS[plain]}; " if plain in _KNOWN_AS else did_you_mean(name, same or known, 3)
-    return UsageError(f"no pruning method {name!r}", f"{near}evoprune inspect lists all methods")
+    return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 
 def _plain(name: str) -> str:

@@ -138,7 +138,7 @@ class PruneOptions:
     )
     method: str = option(
         methods.DEFAULT,
-        f"How tokens are pruned: {', '.join(methods.available())}. NAME:SETTING=VALUE for its settings; "
+        "How tokens are pruned, by name (see evoprune methods). NAME:SETTING=VALUE for its settings; "
         "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
         "tokens inside the language model, too.",
         python="Name of a pruning method; `evoprune.methods.available()` lists them. NAME:SETTING=VALUE for its settings.",

@@ -16,7 +16,7 @@ from evoprune.visualize.image_files import gif, mp4, png, shared_palette
 from evoprune.visualize.svg import document
 from evoprune_cli.files import check_writable, write_bytes
 from evoprune_cli.profile_tables import render
-from evoprune_cli.tune import _line
+from evoprune_cli.terminal import json_line
 
 SAMPLES = Path("samples")
 QUICK = ("-m", "demo", "-b", "0.25", "--frames", "4", "-r", "1", "-w", "0", "-q")
@@ -84,7 +84,7 @@ def written() -> dict[str, bytes]:
     )
     tables = {form: render(results, form).encode() for form in ("table", "md", "csv", "json")}
     tuned = {
-        name: (_line({"schema": f"evoprune/{name}@1", "model": {}}) + "\n").encode()
+        name: (json_line({"schema": f"evoprune/{name}@1", "model": {}}) + "\n").encode()
         for name in ("tune", "tune-operations")
     }
     overlays = {

@@ -178,6 +178,10 @@ def test_inspect(cli, tmp_path, monkeypatch, config):
     check("inspect", [video.record, *others])
 
 
+def test_methods(cli):
+    check("methods", [cli("methods", "--json").record, cli("methods", "--json", "--what").record])
+
+
 def error(**changed: Any) -> dict:
     """The page's example of an error, changed."""
     (example,) = re.findall(r"```json\n(.*?)```", section("Errors"), re.S)

@@ -74,6 +74,18 @@ def test_inspect(tiny, name, tmp_path):
         assert "question" in made.err and "hint: " in made.err
 
 
+def test_all_are_listed_with_where_they_act(cli, monkeypatch):
+    monkeypatch.setattr(methods, "plugins", lambda: {"own": "of a-package 1.0, broken", "evs": "of b-package, ignored"})
+    listed = cli("methods", "--json").record["methods"]
+    assert [each["name"] for each in listed] == [*NAMES, "own", "evs"]
+    assert {each["name"] for each in listed if each["reads_question"]} == {n for n in NAMES if reads_question(n)}
+    assert [each["acts"] for each in listed[:-2]] == [methods.get(name).acts for name in NAMES]
+    assert all(each["source"] and each["plugin"] is None for each in listed[:-2])
+    assert all(each["acts"] is None and "package" in each["plugin"] for each in listed[-2:])
+    shown = cli("methods").out
+    assert all(f"\n{name} " in shown for name in NAMES) and all(len(line) <= 80 for line in shown.splitlines())
+
+
 @pytest.mark.full
 def test_eval(tiny, tmp_path):
     data = tmp_path / "one.jsonl"

@@ -348,10 +348,14 @@ ASK = ("ask", "samples/square.mp4", "--json", "-n", "2", "-b", "0.25")
 QUESTIONS = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
 
 
-def test_the_help_names_them(package):
+def test_the_list_of_methods_names_them(package):
     code = f"import sys; sys.path.insert(0, {str(package)!r}); from evoprune_cli.main import run; run()"
-    done = subprocess.run([sys.executable, "-c", code, "ask", "--help-all"], capture_output=True, text=True)
-    assert "absent, first, wrong" in " ".join(done.stdout.split())
+    done = subprocess.run([sys.executable, "-c", code, "methods", "--json"], capture_output=True, text=True)
+    listed = {each["name"]: each for each in json.loads(done.stdout)["methods"]}
+    assert (listed["first"]["acts"], listed["first"]["plugin"]) == ("after", "of extra-methods 1.2")
+    assert [listed[name]["acts"] for name in ("absent", "wrong")] == [None, None]
+    assert listed["absent"]["plugin"].startswith("of extra-methods 1.2, broken: cannot be loaded")
+    assert listed["random"]["acts"] is None and "ignored" in listed["random"]["plugin"]
 
 
 def test_commands_know_them(package, cli):  # noqa: F811

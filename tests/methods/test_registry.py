@@ -55,7 +55,7 @@ def test_settings_are_parsed_by_their_type():
 def test_an_unknown_method_is_refused_with_where_all_are_listed(name):
     with pytest.raises(UsageError) as caught:
         methods.parse(name)
-    assert repr(name) in caught.value.message and caught.value.hint.endswith("evoprune inspect lists all methods")
+    assert repr(name) in caught.value.message and caught.value.hint.endswith("evoprune methods lists them all")
     assert sum(known in caught.value.hint.split() for known in methods.built_in()) <= 3
 
 

@@ -1,0 +1,76 @@
+"""`evoprune methods`: the pruning methods, where each acts, whether it reads the question, and its source."""
+
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+
+from evoprune import methods as registry
+from evoprune.errors import EvopruneError
+from evoprune_cli.files import print_text
+from evoprune_cli.help_format import HelpAll
+from evoprune_cli.options import Debug
+from evoprune_cli.tables import folded, one_line, table
+from evoprune_cli.terminal import page_width, print_document
+
+SCHEMA = "evoprune/methods@1"
+ACTS = {
+    "none": "nowhere",
+    "input": "on the input",
+    "inside": "in the encoder",
+    "after": "after the encoder",
+    "language": "in the language model",
+}
+COMBINED = (
+    "A method is NAME or NAME:SETTING=VALUE. Joined by +, several act one after the other: reuse+NAME encodes changed units alone; "
+    "ipcv+NAME computes a third of the rows in most layers; NAME+fastv drops tokens inside the language model, too."
+)
+
+
+def methods(
+    json: Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")] = False,
+    debug: Debug = False,
+    help_all: HelpAll = False,
+) -> int:
+    """List the pruning methods, those of installed plug-ins too.
+
+    \b
+    evoprune methods
+    evoprune methods --json
+    """
+    found = [_facts(name, None) for name in registry.built_in()]
+    found += [_facts(name, state) for name, state in registry.plugins().items()]
+    if json:
+        print_document({"schema": SCHEMA, "methods": found, "error": None})
+        return 0
+    rows = [
+        (
+            each["name"],
+            ACTS.get(each["acts"], "-"),
+            {True: "yes", False: "no", None: "-"}[each["reads_question"]],
+            _source(each),
+        )
+        for each in found
+    ]
+    lines, _ = table(["name", "acts", "question", "source"], rows, page_width(), right=False)
+    print_text("\n".join([*lines, "", *folded([COMBINED], page_width())]) + "\n")
+    return 0
+
+
+def _facts(name: str, plugin: str | None) -> dict[str, Any]:
+    """What is known of a method. `plugin`: its package, and perhaps why it cannot be used; the other facts are then unknown."""
+    method = None
+    if plugin is None or name not in registry.built_in():
+        with suppress(EvopruneError):
+            method = registry.get(name)
+    return {
+        "name": name,
+        "acts": method and method.acts,
+        "reads_question": method and (method.acts == "language" or registry.parse(name).reads_question),
+        "source": method and method.source,
+        "plugin": plugin,
+    }
+
+
+def _source(facts: dict[str, Any]) -> str:
+    return one_line("; ".join(filter(None, [facts["source"], facts["plugin"]])))

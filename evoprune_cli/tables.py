@@ -1,0 +1,57 @@
+"""Tables and folded lines of text, for a terminal."""
+
+import io
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def one_line(name: str) -> str:
+    """A path as one line of printable text."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
+    """Lines no longer than `width`; those that continue one are indented."""
+    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings)]
+
+
+def table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
+) -> tuple[list[str], bool]:
+    """The lines of a table, and whether it fits into `width` as it is. `right`: the columns after the first hold numbers."""
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
+    for number, title in enumerate(titles):
+        made.add_column(title, justify="right" if number and right else "left")
+    for row in rows:
+        made.add_row(*row)
+    wide = Measurement.get(console, console.options.update(width=10_000), made).maximum
+    with console.capture() as captured:
+        console.print(made)
+    return [line.rstrip() for line in captured.get().splitlines()], wide <= width
+
+
+def fitting(
+    rows: Sequence[T], name: Callable[[T], str], columns: dict[str, Callable[[T], str]], drop: Iterable[str], width: int
+) -> tuple[list[str], list[str]]:
+    """A table of as many columns as there is room for: its lines, and their titles.
+
+    Args:
+        name: of a row, in the first column. `columns`: title and cell of the others.
+        drop: titles to leave out, in this order.
+    """
+    for title in (None, *drop):
+        columns = {each: cell for each, cell in columns.items() if each != title}
+        lines, fits = table(
+            ["", *columns], [[name(row), *(cell(row) for cell in columns.values())] for row in rows], width
+        )
+        if fits:
+            break
+    return lines, list(columns)
