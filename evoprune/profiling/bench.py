@@ -35,10 +35,10 @@ class Bench:
     ):
         self._loaded, self._settings = loaded, settings
         self._reference, model = hugging_face_model(loaded.model), loaded.model
-        kinds = [kind for kind in settings.quantize if any(row.quantize == kind for row in rows)]
+        names = [name for name in settings.quantize if any(row.quantize == name for row in rows)]
         cases = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}
         needed = {c: working_memory(model.config, c, loaded.video, model.dtype.itemsize) for c in cases}
-        self._models, missing, self.notes = quantized_models(loaded, kinds, max(needed.values()), progress)
+        self._models, missing, self.notes = quantized_models(loaded, names, max(needed.values()), progress)
         for row in rows:
             row.error = missing.get(row.quantize)
         self._clips: dict[tuple, Clip] = {}  # of a case, and of a case, method and budget where that acts on the input
@@ -68,7 +68,7 @@ class Bench:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
             method = settings.parse(row.method) if row.kind == METHOD else methods.parse(row.method)
             method = of_model(method, loaded.id, lambda: loaded.weights_fingerprint)
-            model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.whole), clip.units)
+            model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.unpruned), clip.units)
             plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
             return run_evoprune(model, clip, plan, method, row.budget, settings.new_tokens, settings.seed)
         except (ModelError, OutOfMemory) as problem:
@@ -92,8 +92,8 @@ def all_rows(cases: Sequence[Case], settings: Settings) -> list[Row]:
         made += [Row(HUGGING_FACE, case), Row(FULL, case, method="none")]
         made += [Row(METHOD, case, method="none", quantize=q) for q in settings.quantize if full and q != "none"]
         made += [
-            Row(METHOD, case, budget, name, quantize=kind)
-            for budget, name, kind in product(settings.budgets, named, settings.quantize)
+            Row(METHOD, case, budget, name, quantize=quantize)
+            for budget, name, quantize in product(settings.budgets, named, settings.quantize)
             if named[name].acts_at(budget)
         ]
     return made

@@ -69,7 +69,7 @@ class Clip:
         grid: (T, H, W) in units. `seconds_per_pair`: from one grid to the next.
         ids: int64 `[15 + N + 15]`, any tokens for the text, and zeros for the video.
         positions: int64 `[3, 15 + N + 15]` by Qwen's rule; `following`: that of the first new token.
-        whole: units of the clip without pruning; more than N if a method made the input smaller.
+        unpruned: units of the clip without pruning; more than N if a method made the input smaller.
     """
 
     patches: torch.Tensor
@@ -78,7 +78,7 @@ class Clip:
     ids: torch.Tensor
     positions: torch.Tensor
     following: int
-    whole: int
+    unpruned: int
 
     @property
     def units(self) -> int:
@@ -94,13 +94,13 @@ def prepare(
 ) -> Clip:
     """Preprocesses a clip, made smaller if `method` acts on the input.
 
-    The text's tokens are selected at random from the whole vocabulary, always the same.
+    The text's tokens are selected at random from all of the vocabulary, always the same.
     """
     v, visual = loaded.video, loaded.model.model.visual
     count, height, width, _ = frames.shape
     grid = case_grid(Case(count, height, width), v)
-    whole = prod(grid)
-    smaller = method.plan(tower_shape(visual), grid, keep_count(budget, whole)).grid if method else grid
+    unpruned = prod(grid)
+    smaller = method.plan(tower_shape(visual), grid, keep_count(budget, unpruned)).grid if method else grid
     if smaller != grid:
         grid, fewer = smaller, min(count, smaller[0] * v.temporal_patch_size)
         picked = [int(time) for time in even_times(0, count, fewer)]
@@ -114,4 +114,4 @@ def prepare(
     span = VisualSpan(TEXT_BEFORE, grid, seconds_per_pair)
     positions = prompt_positions(len(ids), [span], visual.config.tokens_per_second)
     patches = patches.to(visual.patch_embed.proj.weight)
-    return Clip(patches, grid, seconds_per_pair, ids, positions, int(positions.max()) + 1, whole)
+    return Clip(patches, grid, seconds_per_pair, ids, positions, int(positions.max()) + 1, unpruned)

@@ -19,9 +19,9 @@ def hugging_face_config(config: Config):
         vision |= {"mlp_ratio": of_vision.intermediate_size // of_vision.hidden_size}
     rope = {"rope_type": "default"} | text.rope_parameters
     special = {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": text.eos_token_id}
-    kind = {QWEN2_5: Qwen2_5_VLConfig, QWEN2: Qwen2VLConfig}[of_vision.family]
+    made_by = {QWEN2_5: Qwen2_5_VLConfig, QWEN2: Qwen2VLConfig}[of_vision.family]
     tied = config.tie_word_embeddings
-    return kind(vision_config=vision, text_config=_plain(text) | special, tie_word_embeddings=tied)
+    return made_by(vision_config=vision, text_config=_plain(text) | special, tie_word_embeddings=tied)
 
 
 def _plain(config: VisionConfig | TextConfig) -> dict:
@@ -34,9 +34,9 @@ def hugging_face_model(model: QwenVL):
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
     family = model.config.vision_config.family
-    kind = {QWEN2_5: Qwen2_5_VLForConditionalGeneration, QWEN2: Qwen2VLForConditionalGeneration}[family]
+    made_by = {QWEN2_5: Qwen2_5_VLForConditionalGeneration, QWEN2: Qwen2VLForConditionalGeneration}[family]
     with torch.device("meta"):
-        made = kind._from_config(hugging_face_config(model.config), dtype=model.dtype, attn_implementation="sdpa")
+        made = made_by._from_config(hugging_face_config(model.config), dtype=model.dtype, attn_implementation="sdpa")
     made.load_state_dict(model.state_dict(), strict=True, assign=True)
     made.tie_weights()
     # Rotary frequencies follow from the config, and are not part of the weights.

@@ -58,12 +58,12 @@ def measure(
     notes = results.notes + bench.notes
 
     run_round = partial(_run_round, bench, rows, limit, progress, estimated)
-    for kind, (rate, turns) in paced(run_round, settings, limit):
-        _note(turns, measured=kind != WARM_UP)
-        if kind == WARM_UP:
+    for phase, (rate, turns) in paced(run_round, settings, limit):
+        _note(turns, measured=phase != WARM_UP)
+        if phase == WARM_UP:
             results = replace(results, warmups=results.warmups + 1, warmup_seconds=limit.spent)
             continue
-        if kind == COUNTED:
+        if phase == COUNTED:
             results.warmups -= 1
             notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
         results = replace(
@@ -113,13 +113,13 @@ def paced(run_round: Callable[[str, int], Round], settings: Settings, limit: Tim
     last, made, measured = 0.0, None, False
     titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
     titles += [(ROUND, n, settings.repetitions) for n in range(settings.repetitions)]
-    for kind, number, wanted in titles:
-        rounds = 1 if kind == ROUND else 2  # a measured round comes after each warm-up
+    for phase, number, wanted in titles:
+        rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
         if made is None or limit.left >= last * rounds:
             begun = limit.spent
-            made = run_round(f"{kind} {number + 1} of {wanted}", 0 if made else rounds)
-            last, measured = limit.spent - begun, kind == ROUND
-            yield kind, made
+            made = run_round(f"{phase} {number + 1} of {wanted}", 0 if made else rounds)
+            last, measured = limit.spent - begun, phase == ROUND
+            yield phase, made
     if not measured:
         yield COUNTED, made
 

@@ -115,5 +115,5 @@ def _sample(loaded: LoadedModel, clock: Clock, prune: float = 0.0, prefill_prune
 def _counts(visual, clip: Clip, layers: list[tuple[int, int]], rows: int, tokens: int) -> Counts:
     windows = tower_geometry(visual, *clip.grid[1:]).windows
     flop = tower_flop(visual.config, [*(entered for _, entered in layers), rows], clip.grid[0], windows)
-    share = sum(entered for _, entered in layers) / len(layers) / clip.whole
-    return Counts(clip.whole, rows, share, tuple(layers), tokens, len(clip.ids) - clip.units + tokens, flop)
+    share = sum(entered for _, entered in layers) / len(layers) / clip.unpruned
+    return Counts(clip.unpruned, rows, share, tuple(layers), tokens, len(clip.ids) - clip.units + tokens, flop)

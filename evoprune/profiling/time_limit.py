@@ -101,7 +101,7 @@ def estimate(
     config, limits, dtype, device = model
     tree, text = empty(config), config.text_config
     tower, parts = tower_shape(tree.model.visual), (tree, tree.model.language_model)
-    whole, language = (sum(weight.numel() for weight in part.parameters()) * dtype.itemsize for part in parts)
+    weights, language = (sum(w.numel() for w in part.parameters()) * dtype.itemsize for part in parts)
     rate, (written, read) = EFFICIENCY * matmul_rate(dtype, str(device)), _memory_rates(str(device))
 
     def turn(row: Row) -> float:
@@ -113,9 +113,9 @@ def estimate(
         flop = tower_flop(config.vision_config, layers, plan.grid[0], windows) + prefill_flop(text, prompt)
         return flop / rate + (settings.new_tokens - 1) * language / read
 
-    def preparing(kinds: Collection[str]) -> float:
-        quantized = sum(PASSES[kind] * language for kind in kinds if kind != "none")
-        return LIBRARIES_S + (PASSES["none"] * whole + quantized) / written
+    def preparing(quantizations: Collection[str]) -> float:
+        quantized = sum(PASSES[name] * language for name in quantizations if name != "none")
+        return LIBRARIES_S + (PASSES["none"] * weights + quantized) / written
 
     return {row: turn(row) for row in rows}, preparing
 
@@ -133,9 +133,12 @@ def _memory_rates(device: str, size: int = 2**26) -> tuple[float, float]:
 
 
 def choose_rows(
-    expected: Mapping[Row, float], kinds: Sequence[str], preparing: Callable[[Collection[str]], float], limit: TimeLimit
+    expected: Mapping[Row, float],
+    quantizations: Sequence[str],
+    preparing: Callable[[Collection[str]], float],
+    limit: TimeLimit,
 ) -> list[Row]:
-    """The rows that are loaded for: those of as many quantisations `kinds` as can be prepared, as far as they end in time.
+    """The rows that are loaded for: those of as many `quantizations` as can be prepared, as far as they end in time.
 
     Where even the least does not, a limit that is not firm is raised to what that takes.
 
@@ -145,9 +148,9 @@ def choose_rows(
     Raises:
         UsageError: the least that can be measured takes longer than a firm limit.
     """
-    for count in range(len(kinds), 0, -1):
-        prepared = [row for row in expected if row.quantize in ("none", *kinds[:count])]
-        left = limit.left - preparing(kinds[:count])
+    for count in range(len(quantizations), 0, -1):
+        prepared = [row for row in expected if row.quantize in ("none", *quantizations[:count])]
+        left = limit.left - preparing(quantizations[:count])
         chosen = fitting(prepared, expected.__getitem__, left)
         missing = sum(expected[row] for row in chosen) - left
         if missing <= 0:

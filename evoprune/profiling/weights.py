@@ -73,7 +73,7 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
 
 
 def quantized_models(
-    loaded: LoadedModel, kinds: Sequence[str], working: int, progress: Callable[[str], None]
+    loaded: LoadedModel, names: Sequence[str], working: int, progress: Callable[[str], None]
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
     """The model with its weights packed and in each quantisation, beside the plain weights that transformers runs on.
 
@@ -83,8 +83,8 @@ def quantized_models(
     Returns:
         By quantisation: the models that there is memory for, and why the others are missing. And remarks for the results.
     """
-    for kind in kinds:
-        check_quantize(kind, torch.device(loaded.device))
+    for name in names:
+        check_quantize(name, torch.device(loaded.device))
     ours, notes, missing = shared(loaded.model), [], {}
     parts = ours.model.visual, ours.model.language_model
     tower, language = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
@@ -100,25 +100,25 @@ def quantized_models(
             notes.append("not enough memory to pack all weights beside those of Hugging Face: ask is faster than this")
         notes.append(_ready("packed", ours, start))
     models = {"none": replace(loaded, model=ours, weights_bytes=weights_bytes(ours))}
-    for kind in kinds:
-        if kind == "none":
+    for name in names:
+        if name == "none":
             continue
-        if short := memory.shortage(language // {"int8": 2, "int4": 3}[kind] + working, loaded.device):
-            missing[kind] = f"not run: beside the other weights, {kind} {short}"
+        if short := memory.shortage(language // {"int8": 2, "int4": 3}[name] + working, loaded.device):
+            missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start, model = now(loaded.model.device), shared(loaded.model)
         model.model.visual = ours.model.visual
-        title = f"quantizing to {kind}"
-        quantize(model, kind, ours, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
-        models[kind] = replace(loaded, model=model, quantize=kind, weights_bytes=weights_bytes(model))
-        notes.append(_ready(kind, model, start))
+        title = f"quantizing to {name}"
+        quantize(model, name, ours, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
+        models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
+        notes.append(_ready(name, model, start))
     if not loaded.device.startswith("cuda"):
         notes.append("peak memory is the process's, with the weights of all rows in it")
     return models, missing, notes
 
 
-def _ready(kind: str, model: QwenVL, start: float) -> str:
-    return f"{kind} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
+def _ready(name: str, model: QwenVL, start: float) -> str:
+    return f"{name} weights: {weights_bytes(model) / 2**30:.1f} GiB, ready in {now(model.device) - start:.1f} s"
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:

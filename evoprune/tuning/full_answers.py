@@ -44,8 +44,8 @@ def encode(
     engine: Engine, path: str, sampling: SamplingOptions, frames: SharedFrames, rows: SharedRows | None = None
 ) -> tuple[EncodedVideo, float]:
     """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
-    how = {"read": frames.read} | ({"encode_rows": rows.encode_rows} if rows else {})
-    with closing(open_video(engine, Path(path), sampling, name=path, **how)) as opened:
+    readers = {"read": frames.read} | ({"encode_rows": rows.encode_rows} if rows else {})
+    with closing(open_video(engine, Path(path), sampling, name=path, **readers)) as opened:
         video = opened.encode()
     return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
 
