@@ -20,7 +20,7 @@ import numpy as np
 from evoprune.video.frames import read_frames
 from evoprune.video.info import Video
 from evoprune.video.probe import probe
-from evoprune.video.readers import decord, pyav
+from evoprune.video.readers import decord, ffmpeg, pyav
 from evoprune.video.sandbox import isolation
 
 FPS = 25
@@ -167,7 +167,7 @@ def read_with(info: Video, times_s: Sequence[float], seek_ahead_s: float) -> Non
     """Read with PyAV, jumping wherever the next time_s is farther away than this."""
     usual, pyav.MIN_JUMP_S = pyav.MIN_JUMP_S, seek_ahead_s
     try:
-        for _ in pyav.read(info, times_s):
+        for _ in pyav.read(info, times_s, ffmpeg.ignore_damage):
             pass
     finally:
         pyav.MIN_JUMP_S = usual

@@ -1,7 +1,6 @@
 """The output file of a batch: it grows by whole lines, however the program ends, and one program writes it at a time.
 
-No other file belongs to it. Every record holds its row and its settings, and the lock is on the file itself, so it ends with the
-process that holds it. No torch.
+No other file belongs to it: every record holds its row and its settings, and the lock is on the file itself.
 """
 
 import errno
@@ -22,6 +21,8 @@ from evoprune.strict_json import loads
 
 STDOUT = "-"
 HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
+OTHER_HINT = "choose another -o, or give --overwrite instead of --resume to replace the whole file"
+DAMAGED_HINT = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system without locks
 
 
@@ -38,11 +39,7 @@ class Found:
 
 
 def remaining(rows: Sequence[Row], settings: Settings, found: Sequence[Found]) -> list[Row]:
-    """The rows that have no answer yet. Rows that failed are asked again.
-
-    Raises:
-        UsageError: a record was made with other settings, or its row has changed.
-    """
+    """The rows that have no answer yet, or failed. Raises UsageError if a record has other settings, or its row has changed."""
     now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
     for record in found:
         if other := differences(record.settings, now):
@@ -63,11 +60,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 class RecordFile:
-    """Opened and locked by the constructor, changed from `begin` on. Stdout or a pipe is only written.
+    """Opened and locked by the constructor, changed from `begin` on. Stdout ("-") or a pipe is only written.
 
-    Args:
-        path: of the file, or "-" for stdout.
-        resume: keep the records of an existing file. overwrite: drop them. With neither, the file must not exist or be empty.
+    An existing file's records are kept with `resume`, dropped with `overwrite`; with neither, it must be empty.
 
     Attributes:
         found: the records of an earlier run, in order; empty unless `resume`.
@@ -125,11 +120,7 @@ class RecordFile:
         self._size = size
 
     def add(self, record: Report) -> None:
-        """Appends a record. It is on the disk when this returns, and a signal does not tear it.
-
-        Raises:
-            UsageError: it cannot be written; earlier records stay whole. BrokenPipeError: stdout was closed.
-        """
+        """Appends a record. It is on the disk when this returns. Neither a signal nor a full disk tears a line."""
         try:
             line = record.to_json().encode()
         except UnicodeEncodeError:  # a path that is not valid Unicode
@@ -213,11 +204,7 @@ class RecordFile:
                 except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, bool(found)):
                         break
-                    hint = "choose another -o, or give --overwrite instead of --resume to replace the whole file"
-                    if found:
-                        hint = (
-                            "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
-                        )
+                    hint = DAMAGED_HINT if found else OTHER_HINT
                     raise UsageError(f"{self.name}, line {number} is no record of a batch", hint) from problem
                 end += len(line)
         return found
@@ -247,10 +234,7 @@ class RecordFile:
 
 
 def _is_torn(line: bytes, follows: bool) -> bool:
-    """Whether the line, which is no record, is the beginning of one. After a power failure the rest may be zeros.
-
-    `follows`: a record stands before it. Else a line of zeros alone may be anything.
-    """
+    """Whether the line, which is no record, is the beginning of one. The rest may be zeros; all of it, if it `follows` a record."""
     begun = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (begun or follows):
         return False

@@ -53,7 +53,6 @@ def answers_on_ray(
     Args:
         address: of a cluster, such as "auto"; None for RAY_ADDRESS, or else a new cluster on this machine.
         cache: whether each node keeps encoded videos in its cache.
-        on_ready: called when the cluster is connected.
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster. RemoteError: no worker can load the model.
@@ -172,7 +171,7 @@ def _cluster(address: str | None):
     # Ray reports workers that died on stdout, also while it shuts down.
     with redirect_stdout(sys.stderr):
         try:
-            with _own_signals(), _environment("RAY_USAGE_STATS_ENABLED", "0"):
+            with _own_process():
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
             hint = "start one (ray start --head), or leave --address out"
@@ -186,27 +185,19 @@ def _cluster(address: str | None):
 
 
 @contextmanager
-def _environment(name: str, usual: str):
-    """A variable that a cluster made here gets, unless the environment has it."""
-    given = name in os.environ
-    os.environ.setdefault(name, usual)
-    try:
-        yield
-    finally:
-        if not given:
-            del os.environ[name]
-
-
-@contextmanager
-def _own_signals():
-    """Keeps this program's handler of SIGTERM, which Ray replaces."""
-    before = signal.getsignal(signal.SIGTERM)
+def _own_process():
+    """Keeps the handler of SIGTERM, which Ray replaces. A new cluster sends no statistics unless the environment says so."""
+    handler, variable = signal.getsignal(signal.SIGTERM), "RAY_USAGE_STATS_ENABLED"
+    given = variable in os.environ
+    os.environ.setdefault(variable, "0")
     try:
         yield
     except SystemExit:  # from Ray's own handler
-        if callable(before):
-            before(signal.SIGTERM, None)
+        if callable(handler):
+            handler(signal.SIGTERM, None)
         raise
     finally:
-        if signal.getsignal(signal.SIGTERM) is not before:
-            signal.signal(signal.SIGTERM, before)
+        if not given:
+            del os.environ[variable]
+        if signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)

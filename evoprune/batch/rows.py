@@ -1,7 +1,4 @@
-"""Rows: questions about videos and pictures, read from a JSONL or CSV file or made of videos and questions. No torch.
-
-`evoprune batch` and `evoprune eval` read the same files. What a file must hold beyond videos and questions is in `Rules`.
-"""
+"""Rows: questions about videos and pictures, read from a JSONL or CSV file or made of videos and questions. No torch."""
 
 import hashlib
 import json
@@ -60,8 +57,7 @@ class Row:
         if not self.options:
             return self.question
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
-        request = "Answer with the option's letter from the given choices directly."
-        return "\n".join([self.question, *lines, request])
+        return "\n".join([self.question, *lines, "Answer with the option's letter from the given choices directly."])
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -101,14 +97,6 @@ class Span:
     rows: tuple[Row, ...]
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        return self.rows[0].inputs
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return self.rows[0].paths
-
-    @property
     def sampling(self) -> dict[str, Any]:
         """The fields of `SamplingOptions` that a row gives."""
         row = self.rows[0]
@@ -130,8 +118,7 @@ def product_rows(
     """Every question about every video. A folder of videos stands for the videos in it (`batch.inputs`).
 
     Raises:
-        UsageError: a video or a question is empty or given twice, a question is not valid text, a folder holds neither videos nor
-            images, or both, or the span is empty. It names all that is wrong.
+        UsageError: a video or question is empty, no text or there twice, a folder is unclear, the span is empty; it names all.
     """
     wrong = Wrong()
     videos = list(in_folders(videos, wrong))
@@ -149,11 +136,7 @@ def product_rows(
 
 
 def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH) -> list[Row]:
-    """The rows of a file, as `read_rows`; paths of videos are relative to the file's folder.
-
-    Raises:
-        UsageError: the file cannot be read, and what `read_rows` raises.
-    """
+    """The rows of a file, as `read_rows`; paths are relative to its folder. Raises UsageError also if it cannot be read."""
     return read_rows(read_file(path, rules.file), path, os.path.dirname(path), start_s, end_s, rules)
 
 
@@ -165,11 +148,7 @@ def read_rows(
     Fields are `question` and `video`, or `inputs` (a list; in CSV separated by |), with paths relative to `folder`; and optionally
     `id`, `start` and `end` (seconds, or texts like 1:30; below 0 from the video's end), `options` (in CSV separated by |),
     `subtitles` ("none", "auto" or a file, relative to `folder`) and `answer`. Other fields are left to `rules`.
-    Null, or an empty cell, counts as missing.
-
-    Args:
-        content: UTF-8. name: of the file, for errors.
-        start_s, end_s: for rows that have none of their own.
+    Null, or an empty cell, counts as missing. `start_s` and `end_s` are for rows that have none of their own.
 
     Raises:
         UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.

@@ -1,7 +1,7 @@
 """Many questions about many videos, with one model: what `evoprune batch` runs.
 
-A record is the one that `evoprune ask --json` gives, with the row's id, and with the row and the settings under `batch`. While
-questions about a video are answered, the first chunks of the next one are read and preprocessed. No torch before a model is loaded.
+While questions about a video are answered, the first chunks of the next one are read and preprocessed. No torch before a model is
+loaded.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -46,8 +46,8 @@ def _prepared(
 
     for span in spans:
         try:
-            sampling = replace(settings.sampling, **span.sampling)
-            inputs = open_inputs(qa.engine, span.paths, sampling, names=span.inputs, cache=cache)
+            first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
+            inputs = open_inputs(qa.engine, first.paths, sampling, names=first.inputs, cache=cache)
             inputs.begin()
         except Exception as problem:
             yield span, problem

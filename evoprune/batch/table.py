@@ -39,13 +39,8 @@ def read_lines(content: bytes, name: str, required: tuple[tuple[str, ...], ...],
 
     Empty lines are skipped. Empty cells of a CSV file are left out of a line's fields.
 
-    Args:
-        content: UTF-8, with or without a byte order mark.
-        name, hint: of the file, and what it must hold, for errors.
-        required: columns without which a CSV file is refused: one of each.
-
     Raises:
-        UsageError: the content is not UTF-8, or the head of a CSV file lacks a column.
+        UsageError: the content is not UTF-8, or the head of a CSV file lacks a column: one of each tuple in `required`.
     """
     try:
         text = content.decode("utf-8-sig")

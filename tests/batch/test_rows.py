@@ -239,7 +239,7 @@ some_rows = st.lists(
 def test_rows_that_one_encoding_serves_are_together(rows):
     spans = group_by_span(rows)
     assert sorted((row for span in spans for row in span.rows), key=id) == sorted(rows, key=id)
-    keys = [(span.paths, span.sampling["start_s"]) for span in spans]
+    keys = [(span.rows[0].paths, span.sampling["start_s"]) for span in spans]
     assert len(set(keys)) == len(keys)  # one encoding each
     for span, key in zip(spans, keys, strict=True):
         assert list(span.rows) == [row for row in rows if (row.paths, row.start_s) == key]  # in their order

@@ -115,7 +115,7 @@ def test_other_frames_than_pyavs_are_refused(folder, in_process, monkeypatch):
 
 class FakePyAV:
     @staticmethod
-    def read(info, times_s):
+    def read(info, times_s, damaged):
         yield 0.0, numbered_frames(10)[9]
 
 

@@ -45,9 +45,7 @@ def check(info: Video) -> None:
         raise _refusal(info, "it turns mirrored videos the wrong way")
 
 
-def read(
-    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage = ffmpeg.ignore_damage
-) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
     """As `readers` says; `damaged` is never called. Raises VideoError also where decord stops at damage or returns other frames."""
     check(info)
     decord = load()
@@ -113,7 +111,7 @@ def _pixels(info: Video, frame) -> np.ndarray:
 
 
 def _check_first(info: Video, rgb: np.ndarray) -> None:
-    with closing(pyav.read(info, (0.0,))) as pictures:
+    with closing(pyav.read(info, (0.0,), ffmpeg.ignore_damage)) as pictures:
         _, right = next(pictures)
     if np.abs(rgb.astype(np.int16) - right).mean() > OTHER_FRAME:
         raise _refusal(info, "it does not begin with the first frame")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import BinaryIO
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition, Stream
@@ -21,6 +22,7 @@ from evoprune.video.readers.file_kind import FORMATS, not_a_video
 
 # Called with a number for each damaged packet or image: the same number for the same damage; None where the file breaks off.
 Damage = Callable[[int | None], None]
+Frames = Iterator[tuple[float, np.ndarray]]  # what readers return, see `readers`
 
 # Frame rate of a stream that states none; FFmpeg assumes the same.
 FALLBACK_FPS = 25.0
@@ -45,7 +47,7 @@ TOLERANCE_S = 0.0006
 
 
 def ignore_damage(number: int | None) -> None:
-    """A `Damage` that does nothing."""
+    """A `Damage`."""
 
 
 def reason(error: Exception) -> str:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import av
-import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
@@ -66,9 +65,7 @@ def probe(folder: str, fps: float) -> Video:
     )
 
 
-def read(
-    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage = ffmpeg.ignore_damage
-) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
     """As `readers` says. Opens only the images that are needed, one at a time.
 
     A damaged image is replaced by the one before it, at the beginning by the first that can be decoded. `damaged` gets its index.

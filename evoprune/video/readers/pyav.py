@@ -6,7 +6,6 @@ from contextlib import closing
 from itertools import chain
 
 import av
-import numpy as np
 from av.container import InputContainer
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
@@ -26,9 +25,7 @@ SEEK_BACK_S = (0.0, 4.0, 16.0)
 TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
 
-def read(
-    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage = ffmpeg.ignore_damage
-) -> Iterator[tuple[float, np.ndarray]]:
+def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
     """As `readers` says. Holds two decoded frames at a time; `damaged` may be called more than once for the same damage."""
     reformatter, converted, rgb = VideoReformatter(), None, None
     with ffmpeg.reading(info.path), closing(_on_screen(info, times_s, damaged)) as on_screen:

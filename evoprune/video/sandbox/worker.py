@@ -62,11 +62,8 @@ def _confine() -> None:
     """Forbid files to grow and core dumps, and let the system kill this process first if memory runs out."""
     for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
         resource.setrlimit(what, (0, 0))
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
-    except OSError:  # not every system has it
-        pass
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
+        file.write("1000")
 
 
 def _allow(pixels: int) -> None:
