@@ -298,7 +298,6 @@ def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Gen
     # From the largest logit down, so that a tiny temperature cannot overflow.
     logits = logits.cpu().double()
     probabilities = ((logits - logits.max()) / settings.temperature).softmax(-1)
-    probabilities = probabilities.where(probabilities >= settings.min_p * probabilities.max(), 0)
     if settings.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         # A token is kept if those before it do not reach top_p, so the first one is always kept.

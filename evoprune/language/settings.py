@@ -28,7 +28,6 @@ class GenerationSettings:
         "Nucleus sampling.",
         python="Draw only among the most probable tokens that together reach this probability, in (0, 1].",
     )
-    min_p: float = option(0.0, "Draw only tokens at least this share as probable as the most probable one.")
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
