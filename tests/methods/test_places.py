@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 from math import prod
 
 import pytest
@@ -171,10 +170,3 @@ def test_no_matrix_of_all_pairs(name):
         made = methods.get(name).select(tokens, 4096)
         made.features(tokens.features)
     assert len(made.kept) == 4096 and largest.numbers <= 16384 * 64
-
-
-def test_shares_of_frame_pairs():
-    """Each frame pair keeps its share of nuwa's tokens."""
-    made = methods.get("nuwa").select(tokens_of("random", (4, 4, 4)), 30)
-    ends = [int((made.kept < 16 * pair).sum()) for pair in range(5)]
-    assert [b - a for a, b in pairwise(ends)] == shares(30, 4)

@@ -12,6 +12,7 @@ from evoprune.pruning.encoder_plan import EncoderPlan, Stage, TowerShape, full_p
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 from tests.methods.kinds import one_of_each
+from tests.methods.tokens import AFTER
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
 
@@ -49,6 +50,7 @@ def test_the_encoder_computes_what_was_planned(name, keep):
         assert rows[0] < plan.layers[0] or not plan.reuse
     if method.exact and plan.prunes:
         assert len(made.kept) == plan.keep == keep
+    assert len(made.kept) == len(made.features) and (made.kept.diff() > 0).all() and made.features.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +60,7 @@ def test_with_the_whole_budget_every_unit_goes_through_every_layer(name):
     assert not plan.prunes and plan.exact and (plan.layers, plan.rows) == ((UNITS,) * 8, UNITS)
 
 
-@pytest.mark.parametrize("name", [name for name in methods.built_in() if methods.parse(name).acts == "after"])
+@pytest.mark.parametrize("name", AFTER)
 def test_a_selector_needs_the_whole_encoder(name):
     stages = (Stage(8, 9, methods.get(name)),)
     plan = methods.parse(name).plan(DEMO, GRID, 9)

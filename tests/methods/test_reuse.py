@@ -7,11 +7,10 @@ from evoprune import methods
 from evoprune.pruning.types import Tokens
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.tower import tower_shape
-from tests.methods.tokens import encoded
+from tests.methods.tokens import AFTER, encoded
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
 
-AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
 GRID = (5, 4, 5)
 
 

@@ -12,7 +12,7 @@ from evoprune.methods.divprune import most_diverse, nearest_cosine
 from evoprune.pruning.score import snap
 from evoprune.pruning.shapes import smaller_frame
 from evoprune.pruning.types import Selection, Tokens
-from tests.methods.tokens import KINDS, Largest, cosine, features_of, first_of, selected, tokens_of
+from tests.methods.tokens import AFTER, KINDS, Largest, cosine, features_of, first_of, selected, tokens_of
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
@@ -47,9 +47,6 @@ def test_they_do_what_their_papers_say(grid, kind, seed, data):
     assert selected("divprune", tokens, keep) == divprune_line_by_line(tokens.features, keep)
     assert selected("evs", tokens, keep) == evs_line_by_line(tokens, keep, floor=True)
     assert selected("evs-nofloor", tokens, keep) == evs_line_by_line(tokens, keep, floor=False)
-
-
-AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
 
 
 @pytest.mark.few(24)

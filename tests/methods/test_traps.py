@@ -7,7 +7,7 @@
 - Odd numbers of frames losing the last one: tests/video/test_sampling.py::test_an_exact_count_rounds_up_to_even_..., and
   ::test_times_are_the_middles_of_equal_shares.
 - A nominal ratio that is not the real one; nothing pruned because attention could not be had:
-  test_exactly_the_budget_comes_out below.
+  tests/methods/test_plan.py::test_the_encoder_computes_what_was_planned, and test_rivals.py::test_counts_and_order.
 - Positions numbered anew after pruning: tests/language/test_generate.py::test_positions_reach_the_model and
   ::test_embedding_a_pruned_prompt.
 - Positions while decoding that follow the length of the shorter cache:
@@ -18,8 +18,7 @@
 - Matrices of all pairs over a whole video: tests/methods/test_rivals.py::test_no_matrix_of_all_pairs.
 - Sets whose order depends on hashes: test_nothing_depends_on_hashes below.
 - Noise that breaks ties: test_nothing_is_drawn and test_equal_tokens_go_by_index below, and the loops of test_peers.py and
-  test_video_peers.py on equal tokens; of methods that draw at random,
-  tests/methods/test_random.py::test_the_draw_leaves_the_global_generator_alone.
+  test_video_peers.py on equal tokens.
 """
 
 import os
@@ -30,25 +29,11 @@ import pytest
 import torch
 
 from evoprune import methods
-from tests.methods.tokens import encoded, selected, tokens_of
+from tests.methods.tokens import AFTER, encoded, selected, tokens_of
 from tests.vision.clips import changes, clip
-from tests.vision.tower import random_patches
 
-AFTER = [name for name in methods.built_in() if methods.parse(name).acts == "after"]
 GRID = (5, 4, 5)
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.few(8)
-@pytest.mark.parametrize("name", AFTER)
-def test_exactly_the_budget_comes_out(name):
-    method = methods.parse(name)
-    for patches in (random_patches(GRID), torch.zeros(400, 1176)):
-        for keep in (1, 3, 33, 100):
-            made = encoded(method, patches, GRID, keep, question=QUESTION)
-            assert len(made.kept) == len(made.features) == made.kept.unique().numel()
-            assert len(made.kept) == keep or not method.exact
-            assert (made.kept.diff() > 0).all() and made.features.isfinite().all()
 
 
 @pytest.mark.few(8)
@@ -101,7 +86,7 @@ def test_equal_tokens_go_by_index(name, kind):
 @pytest.mark.full
 def test_nothing_depends_on_hashes():
     code = (
-        "from tests.methods.tokens import selected, tokens_of\n"
+        "from tests.methods.tokens import AFTER, selected, tokens_of\n"
         "from tests.methods.test_traps import AFTER\n"
         "print([selected(name, tokens_of(kind, (5, 4, 5)), 23) for name in AFTER for kind in ('duplicates', 'drift')])"
     )

@@ -15,6 +15,7 @@ from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 from tests.vision.tower import tiny_tower
 
+AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]
 KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
 
 
