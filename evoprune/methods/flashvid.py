@@ -11,7 +11,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.divprune import most_diverse
 from evoprune.methods.ranges import Cosine, Count, Share
 from evoprune.pruning.budget import apportion, spread
-from evoprune.pruning.density import few, joined_peaks
+from evoprune.pruning.density import fewer_neighbours, joined_peaks
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import closest, gathered, ranked
 from evoprune.pruning.score import snap
@@ -110,5 +110,5 @@ class FlashVid(Selector):
         counts = apportion(keep, sizes, sizes)
         for own, some, count in zip(roots.split(sizes), mean.split(sizes), counts, strict=True):
             if count:
-                to[own] = own[joined_peaks(some, count, few(self.neighbours, count))]
+                to[own] = own[joined_peaks(some, count, fewer_neighbours(self.neighbours, count))]
         return to[into]

@@ -29,7 +29,7 @@ def joined_peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
     return centres[to].index_copy(0, centres, centres)
 
 
-def few(neighbours: int, count: int) -> int:
+def fewer_neighbours(neighbours: int, count: int) -> int:
     """As many neighbours as there are peaks, if that is less; at least 2: with one, itself, every token would be as dense."""
     return min(neighbours, max(2, count))
 
@@ -49,13 +49,13 @@ def join_groups(
         features: float32 `[N, D]`.
         groups: int64 `[m, g]` each: m tokens, each the mean of g units.
         counts: tokens to keep of each group; a group that keeps none is dropped.
-        neighbours: as in `peak_scores`; fewer for fewer peaks (`few`).
+        neighbours: as in `peak_scores`; no more than there are peaks (`fewer_neighbours`).
         centre: the least weight of a peak, as in `centre_weights`; None for equal weights.
     """
     weight = torch.ones(len(into), dtype=torch.float32, device=into.device)
     for group, count in zip(groups, counts, strict=True):
         if count:
-            to = joined_peaks(features[group].mean(1), count, few(neighbours, count))
+            to = joined_peaks(features[group].mean(1), count, fewer_neighbours(neighbours, count))
             into[group] = group[to, :1].expand(group.shape)
             own = (
                 torch.ones(len(to), dtype=torch.float32, device=into.device)

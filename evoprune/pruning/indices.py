@@ -49,10 +49,10 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     Returns:
         int64 `[B, G]`, at most `sizes`; ties by index. The sum differs from `total` if `total` is out of range.
     """
-    whole, total = sizes.sum(1, keepdim=True), total[:, None]
-    counts = torch.where(sizes > 0, (total * sizes // whole.clamp(min=1)).clamp(min=1), 0)
+    size, total = sizes.sum(1, keepdim=True), total[:, None]
+    counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
     missing = total - counts.sum(1, keepdim=True)
-    excess = counts * whole - total * sizes
+    excess = counts * size - total * sizes
     # Too few: the groups that are furthest below their exact share get one row more. One each is enough, because rounding down took
     # less than one row from each group, and the groups that lost something have more rows than they keep.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)

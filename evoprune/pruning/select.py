@@ -63,11 +63,11 @@ def assign_clusters(points: Points, kept: torch.Tensor, total: int) -> torch.Ten
     """
     device = points.units.device
     selected = torch.searchsorted(points.units, kept)
-    few, back = points.row[selected].unique(return_inverse=True)  # one row is often selected at many times
+    rows, back = points.row[selected].unique(return_inverse=True)  # one row is often selected at many times
     found = torch.empty(len(points), dtype=torch.int64, device=device)
     for some in ascending(len(points), device).split(max(1, PIECE // len(kept))):
         of, place = points.row[some].unique(return_inverse=True)
-        distance = points.add_time(points.in_features(of, few)[place[:, None], back], some, selected)
+        distance = points.add_time(points.in_features(of, rows)[place[:, None], back], some, selected)
         found[some] = rounded(distance).argmin(1)
     owner = torch.full((total,), -1, dtype=torch.int64, device=device)
     owner[points.units] = found
@@ -81,10 +81,10 @@ def _of_each_pair(points: Points, grid: tuple[int, int, int], keep: int, floor: 
     counts = torch.bincount(pair, minlength=grid[0]).tolist()
     members = ascending(len(points), pair.device).split(counts)
     for there, share in zip(members, spread(keep, grid[0]), strict=True):
-        few = min(math.floor(floor * share), len(there))
-        if few:
+        count = min(math.floor(floor * share), len(there))
+        if count:
             inside = points.some(there)
-            found = _filled(inside, grid, _farthest(inside, _most_salient(inside), few, 0.0, few), few)
+            found = _filled(inside, grid, _farthest(inside, _most_salient(inside), count, 0.0, count), count)
             selected += there[found].tolist()
     return selected
 
@@ -128,9 +128,9 @@ def _farthest(points: Points, start: list[int], keep: int, within: float, least:
         latest = torch.tensor(fresh, dtype=torch.int64, device=device)
         _update(nearest, points, latest)
         nearest[latest] = -1
-        members, bound, before = _farthest_few(nearest, POOL)
-        few, back = points.row[members].unique(return_inverse=True)  # a row is often there at several times
-        apart = points.in_features(few, few)[back[:, None], back]  # [selected, candidate]
+        members, bound, before = _farthest_candidates(nearest, POOL)
+        rows, back = points.row[members].unique(return_inverse=True)  # a row is often there at several times
+        apart = points.in_features(rows, rows)[back[:, None], back]  # [selected, candidate]
         points.add_time(apart.T, members, members)
         most, fewest = keep - len(selected), least - len(selected)
         fresh = _select_in_pool(nearest[members], rounded(apart), members, bound, before, most, within, fewest)
@@ -141,16 +141,16 @@ def _farthest(points: Points, start: list[int], keep: int, within: float, least:
 def _update(nearest: torch.Tensor, points: Points, fresh: torch.Tensor) -> None:
     """Updates `nearest` (float32 `[n]`) for the newly selected points `fresh` (int64)."""
     every = ascending(len(points.place), nearest.device)
-    for few in fresh.split(max(1, PIECE // len(every))):
-        apart = points.in_features(every, points.row[few])
+    for latest in fresh.split(max(1, PIECE // len(every))):
+        apart = points.in_features(every, points.row[latest])
         # The term in time only adds to a distance. So nearly all points are nearer to an earlier one, and need no term in time.
         near = (nearest > rounded(apart.amin(1))[points.row]).nonzero()[:, 0]
-        for some in near.split(max(1, PIECE // len(few))):
-            distance = points.add_time(apart[points.row[some]], some, few)
+        for some in near.split(max(1, PIECE // len(latest))):
+            distance = points.add_time(apart[points.row[some]], some, latest)
             nearest[some] = torch.minimum(nearest[some], rounded(distance.amin(1)))
 
 
-def _farthest_few(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, float, int]:
+def _farthest_candidates(nearest: torch.Tensor, count: int) -> tuple[torch.Tensor, float, int]:
     """Indices of the `count` farthest candidates, ascending; the greatest distance of any other; and the first index of those."""
     if len(nearest) <= count:
         return ascending(len(nearest), nearest.device), -1.0, 0
