@@ -103,8 +103,7 @@ InstallCompletion = Annotated[
     ),
 ]
 ShowCompletion = Annotated[
-    bool,
-    typer.Option("--show-completion", is_eager=True, callback=_show, help="Print its script instead."),
+    bool, typer.Option("--show-completion", is_eager=True, callback=_show, help="Print its script instead.")
 ]
 
 

@@ -78,13 +78,7 @@ def evaluate(
 
 
 def _run(
-    asked: dict[str, Any],
-    videos,
-    output: str | None,
-    resume: str | None,
-    processes: int,
-    deliver,
-    quiet: bool,
+    asked: dict[str, Any], videos, output: str | None, resume: str | None, processes: int, deliver, quiet: bool
 ) -> int:
     """Runs an evaluation; returns the exit code. A run that breaks off delivers the results so far.
 

@@ -48,15 +48,18 @@ def table(document: dict, width: int = 80) -> str:
 
 def _head(document: dict) -> list[str]:
     model, settings, videos = document["model"], document["settings"], document["videos"]
-    data = one_line(settings["data"])
-    if settings["data"] == "demo":
-        data += f" ({settings['world']}, {settings['split']}, block {settings['seed']})"
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
     return [
         f"{one_line(model['id'])}, {model['dtype']}, {model['device']}",
-        f"{data}: {counted(document['items']['answered'], 'question')} about {videos['evaluated']} of "
+        f"{_data(settings)}: {counted(document['items']['answered'], 'question')} about {videos['evaluated']} of "
         f"{counted(videos['wanted'], 'video')}{failed}",
     ]
+
+
+def _data(settings: dict) -> str:
+    """The file of questions, or which of the demo's clips."""
+    clips = f" ({settings['world']}, {settings['split']}, block {settings['seed']})"
+    return one_line(settings["data"]) + clips * (settings["data"] == "demo")
 
 
 def _percent(value: float | None) -> str:
@@ -173,10 +176,7 @@ def draw_chart(document: dict) -> str:
                 series.append(Series(name, tuple(points), colour, dashed=name == "blind", hollow=hollow))
         panels.append(Panel(title, label, "accuracy, %", tuple(series), from_zero=False))
     settings, model = document["settings"], document["model"]
-    split = (
-        f" ({settings['world']}, {settings['split']}, block {settings['seed']})" if settings["data"] == "demo" else ""
-    )
-    facts = f"{one_line(settings['data'])}{split}, {counted(rows[0]['n'], 'question')} about {counted(rows[0]['videos'], 'video')}"
+    facts = f"{_data(settings)}, {counted(rows[0]['n'], 'question')} about {counted(rows[0]['videos'], 'video')}"
     title = f"{one_line(model['id']).rpartition('/')[2]}: accuracy against tokens and against cost"
     return draw(title, f"{facts}, 95% intervals over videos", panels)
 

@@ -28,8 +28,7 @@ def _print_full_help(context: typer.Context, wanted: bool) -> None:
 
 
 HelpAll = Annotated[
-    bool,
-    typer.Option("--help-all", is_eager=True, callback=_print_full_help, help="Show all options and exit."),
+    bool, typer.Option("--help-all", is_eager=True, callback=_print_full_help, help="Show all options and exit.")
 ]
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from textwrap import wrap
 from typing import Any
 
@@ -145,7 +145,7 @@ def _forget_tuned(text: str) -> list[dict]:
 
 
 def _about_video(
-    video: str, typed: opt.Options, drawn: str | None, scan: bool, clear_cache: bool, forget_tuned: str | None
+    video: str, typed: opt.Options, overlay: str | None, scan: bool, clear_cache: bool, forget_tuned: str | None
 ) -> Iterator[dict]:
     """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
     if clear_cache:
@@ -158,9 +158,8 @@ def _about_video(
 
     options = typed()
     options = replace(options, model=replace(options.model, model=options.model.model or "demo"))
-    overlay = None if drawn is None else _Overlay(drawn)
-    if overlay:
-        overlay.check(video)
+    if overlay is not None:
+        _check_overlay(overlay, video)
     with local_file(video) as path:
         info = replace(probe(path), path=video)
         yield {"video": video_facts(info)}
@@ -169,8 +168,8 @@ def _about_video(
 
             yield {"scan": asdict(scan_video(path))}
         yield from _plan(info, options)
-        if overlay:
-            yield {"overlay": overlay.draw(path, video, options)}
+        if overlay is not None:
+            yield {"overlay": _draw_overlay(overlay, path, video, options)}
 
 
 def _plan(info, options: PipelineOptions) -> Iterator[dict]:
@@ -189,53 +188,40 @@ def _plan(info, options: PipelineOptions) -> Iterator[dict]:
     yield {"memory": memory_facts(model, plan, options.pruning)}
 
 
-@dataclass(frozen=True)
-class _Overlay:
-    """A picture or film of what a model makes of a video, in `file`."""
+def _check_overlay(file: str, video: str) -> None:
+    """Raises UsageError where such a picture or film cannot be drawn or must not be written."""
+    if (ending := _ending(file)) not in OVERLAYS:
+        hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
+        raise UsageError(f"--overlay {file} has {repr(ending) if ending else 'no ending'}, which cannot be drawn", hint)
+    check_writable(file, inputs=[video])
 
-    file: str
 
-    def check(self, video: str) -> None:
-        """Raises UsageError where such a file cannot be drawn or must not be written."""
-        if self._ending not in OVERLAYS:
-            ending = repr(self._ending) if self._ending else "no ending"
-            hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
-            raise UsageError(f"--overlay {self.file} has {ending}, which cannot be drawn", hint)
-        check_writable(self.file, inputs=[video])
+def _ending(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
 
-    def draw(self, path: str, video: str, options: PipelineOptions) -> dict:
-        """Draws it; the facts to report."""
-        with progress(True) as show:
-            check_libraries()
-            from evoprune.pipeline.opening import open_video
-            from evoprune.pipeline.video_qa import VideoQA
-            from evoprune.visualize.fates import trace
-            from evoprune.visualize.overlay import overlay_file
 
-            show("loading model")
-            engine = VideoQA.load(loading=options.model, pruning=options.pruning).engine
-            with closing(open_video(engine, path, options.sampling, name=video)) as opened:
-                show("reading video")
-                traced = trace(opened, encoding(show))
-            show("drawing")
-            name, budget = engine.options.method, engine.reported_budget
-            how = f"{name} -b {budget_text(budget)}"
-            title = f"{os.path.basename(os.path.abspath(video))}, {how}. {traced.summary}"
-            write_bytes(self.file, overlay_file(traced, title, self._ending))
-        for warning in traced.warnings:
-            print_warning(warning, VideoFacts(path=video, damaged=traced.damaged))
-        return {
-            "file": self.file,
-            "method": name,
-            "args": engine.method.args,
-            "budget": budget,
-            **traced.fates.counts(),
-            "warnings": traced.warnings,
-        }
+def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
+    """Draws what a model makes of a video; the facts to report."""
+    with progress(True) as show:
+        check_libraries()
+        from evoprune.pipeline.opening import open_video
+        from evoprune.pipeline.video_qa import VideoQA
+        from evoprune.visualize.fates import trace
+        from evoprune.visualize.overlay import overlay_file
 
-    @property
-    def _ending(self) -> str:
-        return os.path.splitext(self.file)[1].lower()
+        show("loading model")
+        engine = VideoQA.load(loading=options.model, pruning=options.pruning).engine
+        with closing(open_video(engine, path, options.sampling, name=video)) as opened:
+            show("reading video")
+            traced = trace(opened, encoding(show))
+        show("drawing")
+        name, budget = engine.options.method, engine.reported_budget
+        title = f"{os.path.basename(os.path.abspath(video))}, {name} -b {budget_text(budget)}. {traced.summary}"
+        write_bytes(file, overlay_file(traced, title, _ending(file)))
+    for warning in traced.warnings:
+        print_warning(warning, VideoFacts(path=video, damaged=traced.damaged))
+    facts = {"file": file, "method": name, "args": engine.method.args, "budget": budget}
+    return facts | traced.fates.counts() | {"warnings": traced.warnings}
 
 
 def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
@@ -243,13 +229,8 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
     made = []
     for key, value in facts.items():
         name = "" if literal else key  # which decides how a value is shown
-        title = " " * indent + (
-            key
-            if literal
-            else TITLES[key]
-            if key in TITLES
-            else key.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
-        )
+        plain = key.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
+        title = " " * indent + (key if literal else TITLES.get(key, plain))
         if name in ("args", "warnings") or (name in OFTEN_NOTHING and not value):
             continue  # for programs; warnings are on stderr, as sentences
         if name == "overlay":
@@ -269,16 +250,11 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
                 value = {key: fact for key, fact in value.items() if fact is not None}  # a picture has no times
             made += [title, *lines(value, indent + 2, name in NAMES)]
         else:
-            text = _value(name, value)
-            # Only lists are folded: paths and tags stay in one piece.
-            pieces = (
-                wrap(text, WIDTH - TITLE, break_long_words=False, break_on_hyphens=False)
-                if isinstance(value, list)
-                else [text]
-            )
-            made += [
-                f"{title + ' ' if number == 0 else '':<{TITLE}}{piece}" for number, piece in enumerate(pieces or [""])
-            ]
+            pieces = [_value(name, value)]
+            if isinstance(value, list):  # only lists are folded: paths and tags stay in one piece
+                pieces = wrap(pieces[0], WIDTH - TITLE, break_long_words=False, break_on_hyphens=False) or [""]
+            made.append(f"{title + ' ':<{TITLE}}{pieces[0]}")
+            made += [f"{'':<{TITLE}}{piece}" for piece in pieces[1:]]
     return made
 
 
@@ -308,7 +284,7 @@ def _value(name: str, value) -> str:
         return " x ".join(map(str, value)) + " units"
     if name == "resized_hw":
         return f"{value[1]}x{value[0]}"
-    if name in ("timestamps_s",):
+    if name == "timestamps_s":
         times = [f"{t:g}" for t in (value if len(value) <= 8 else [*value[:4], *value[-2:]])]
         return ", ".join(times if len(value) <= 8 else [*times[:4], "...", *times[4:]]) + " s"
     if name in ONE_LINE:

@@ -68,16 +68,16 @@ def main(
 
 
 _MODEL, _FRAMES, _OUTPUT = ("model", "budget"), ("fps", "frames", "start_s", "end_s"), ("json", "quiet")
-app.command(
-    cls=showing("more", "interactive", "compare", *_MODEL, *_FRAMES, "max_new_tokens", *_OUTPUT, "verbose"),
-)(ask)
+app.command(cls=showing("more", "interactive", "compare", *_MODEL, *_FRAMES, "max_new_tokens", *_OUTPUT, "verbose"))(
+    ask
+)
 app.command(cls=showing("questions", "source", "output", "resume", "overwrite", *_MODEL, "fps", "quiet"))(batch)
 app.command(
     "eval", cls=showing("data", "limit", "budget", "method", "blind", "model", "output", "resume", "chart", *_OUTPUT)
 )(evaluate)
-app.command(
-    cls=showing("questions", "agree", "time_limit", "budget", "method", "model", "output", "chart", *_OUTPUT),
-)(tune)
+app.command(cls=showing("questions", "agree", "time_limit", "budget", "method", "model", "output", "chart", *_OUTPUT))(
+    tune
+)
 app.command(cls=showing("overlay", "scan", "clear_cache", "forget_tuned", *_MODEL, *_FRAMES, "json"))(inspect)
 app.command(
     cls=showing("budget", "method", "frames", "size", "model", "time_limit", "form", "output", "chart", "quiet")

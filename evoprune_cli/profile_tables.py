@@ -160,21 +160,15 @@ def _cell(results: Results, cell: Cell, row: Row) -> str:
 
 # For a page.
 
+_ALL = TIMES | WORK
 MARKDOWN: dict[str, Cell] = {
     "encode ms": _of(_range, "encode"),
     "prefill ms": _of(_range, "prefill"),
     "first token ms": _of(_range, "first_token"),
-    "vs HF": _of(_times, "vs_hf"),
-    "vs bound": _of(_times, "vs_bound"),
-    "tower vs HF": _of(_times, "encode_vs_hf"),
-    "tok/s": _of(_rate, "generate_tok_s"),
-    "tokens": _count("{:,}".format, "tokens"),
+    **{title: _ALL[title] for title in ("vs HF", "vs bound", "tower vs HF", "tok/s", "tokens")},
     "prompt": _count("{:,}".format, "prompt"),
     "rows": _count("{:,}".format, "encoder_rows"),
-    "live": _count("{:.2f}".format, "live_share"),
-    "pruning": _pruning,
-    "matmul": _of(_share, "matmul_share"),
-    "peak": _peak,
+    **{title: _ALL[title] for title in ("live", "pruning", "matmul", "peak")},
 }
 
 

@@ -27,13 +27,7 @@ from evoprune.pipeline.engine import make_engine, make_method, unpruned
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import open_inputs, open_video
-from evoprune.pipeline.options import (
-    HELD,
-    GenerationOptions,
-    ModelOptions,
-    PruneOptions,
-    SamplingOptions,
-)
+from evoprune.pipeline.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pipeline.question_check import longest_prompt
 from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned, resolve
@@ -60,13 +54,7 @@ class VideoQA:
     """
 
     @names_options
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        *,
-        load_seconds: float | None = None,
-        pruning: PruneOptions,
-    ):
+    def __init__(self, loaded: LoadedModel, *, load_seconds: float | None = None, pruning: PruneOptions):
         if not isinstance(loaded, LoadedModel):
             if hasattr(loaded, "forward"):
                 raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {HELD}")
@@ -80,11 +68,7 @@ class VideoQA:
     @classmethod
     @names_options
     def load(
-        cls,
-        loading: ModelOptions,
-        *,
-        pruning: PruneOptions,
-        progress: Callable[[int, int], None] | None = None,
+        cls, loading: ModelOptions, *, pruning: PruneOptions, progress: Callable[[int, int], None] | None = None
     ) -> "VideoQA":
         """Loads a model. Options are checked before any weights are read.
 
