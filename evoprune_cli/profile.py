@@ -148,11 +148,8 @@ def _clips(
 ) -> Iterator[tuple[list, dict, Callable]]:
     """The cases to measure, what to note about their frames, and a function that makes the frames of a case."""
     if video is None:
-        yield (
-            _cases(counts, sizes or [SIZE]),
-            {"video": None, "synthetic": synthetic},
-            partial(_synthetic_frames, synthetic),
-        )
+        cases, about = _cases(counts, sizes or [SIZE]), {"video": None, "synthetic": synthetic}
+        yield cases, about, partial(_frames_of, synthetic)
         return
     from evoprune.video.info import PICTURE
     from evoprune.video.plan import InputLimits, make_plan
@@ -168,7 +165,7 @@ def _clips(
         for count in counts:
             make_plan(info, InputLimits(), frames=count)  # refuses a count that the video does not allow
         cases = _cases(counts, sizes or [_natural_size(info)])
-        yield cases, {"video": video, "synthetic": None}, partial(_video_frames, info)
+        yield cases, {"video": video, "synthetic": None}, partial(_frames_of, info)
 
 
 def _cases(counts: list[int], sizes: list[tuple[int, int]]) -> list:
@@ -177,16 +174,11 @@ def _cases(counts: list[int], sizes: list[tuple[int, int]]) -> list:
     return [Case(count, *size) for count in counts for size in sizes]
 
 
-def _synthetic_frames(kind: str, case):
+def _frames_of(source, case):
+    """The frames of a case, of a kind of synthetic clip or of a video."""
     from evoprune.profiling import clips
 
-    return clips.synthetic_frames(kind, case)
-
-
-def _video_frames(info, case):
-    from evoprune.profiling import clips
-
-    return clips.video_frames(info, case)
+    return clips.synthetic_frames(source, case) if isinstance(source, str) else clips.video_frames(source, case)
 
 
 def _frames(texts: list[str]) -> list[int]:
