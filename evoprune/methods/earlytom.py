@@ -6,13 +6,13 @@ docs/methods.md says what is adapted and left out.
 from collections import deque
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape, WholePairs
 from evoprune.pruning.indices import ascending
@@ -112,31 +112,19 @@ class FrameTokens(Runs, Selector):
 
 @dataclass(frozen=True)
 class EarlyTom(EncoderMethod):
-    """Fields:
-
-    threshold: a run of frame pairs ends where the running similarity to its first one is below this.
-    window: a run has fewer frame pairs than this.
-    momentum: weight of the new similarity in the running mean.
-    first, second, third: share of the tower's layers before frame pairs merge.
-    """
+    """Whole frame pairs merge after three layers. O(window N D) for each merging."""
 
     name: ClassVar[str] = "earlytom"
     source: ClassVar[str] = "arXiv 2605.30010"
 
-    threshold: float = 0.6
-    window: int = 8
-    momentum: float = 0.9
-    first: float = 7 / 26
-    second: float = 22 / 26
-    third: float = 24 / 26
-
-    def __post_init__(self):
-        shares = dict.fromkeys(("momentum", "first", "second", "third"), "[0, 1]")
-        check_ranges(self, threshold="(-inf, inf)", window="[2, inf)", **shares)
-
-    @property
-    def _depths(self) -> tuple[float, ...]:
-        return self.first, self.second, self.third
+    threshold: Annotated[float, "(-inf, inf)"] = (
+        0.6  # a run ends where the running similarity to its first frame pair is below
+    )
+    window: Annotated[int, "[2, inf)"] = 8  # a run has fewer frame pairs than this
+    momentum: Share = 0.9  # weight of the new similarity in the running mean
+    first: Share = 7 / 26  # share of the tower's layers before frame pairs merge, for the first time
+    second: Share = 22 / 26
+    third: Share = 24 / 26
 
     @property
     def tokens(self) -> FrameTokens:
@@ -144,7 +132,9 @@ class EarlyTom(EncoderMethod):
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         latest = max(tower.full_layers, default=tower.depth - 1)
-        after = {min(max(1, round(share * tower.depth)), latest) for share in self._depths} - {0}
+        after = {min(max(1, round(share * tower.depth)), latest) for share in (self.first, self.second, self.third)} - {
+            0
+        }
         merge = WholePairs(MergedFrames(self.threshold, self.window, self.momentum))
         return [Stage(layer, prod(grid), merge, exact=False) for layer in sorted(after)]
 

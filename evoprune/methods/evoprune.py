@@ -17,12 +17,12 @@ results/ablations.md which settings were tried and brought nothing.
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Share
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.distance import ALPHA, points_of
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
@@ -74,35 +74,28 @@ class FarthestPoints(Selector):
 
 @dataclass(frozen=True)
 class EvoPrune(EncoderMethod):
-    """Fields:
-
-    reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
-    depth: share of the tower's layers before the first selection; 1 selects after the tower alone.
-    alpha: weight of time in the selection's distance.
-    rows: how many rows go on after the first selection: all units times budget ** rows. 0 is all of them; 1 is as many as tokens,
-        which become means at once, without a second selection.
-    floor: share of its even part of the budget that each frame pair gets at least; 0 for none, 1 for an even spread.
-    average: whether a token becomes the mean of its cluster, or stays as it is.
-    count: the language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
-        proportional attention (arXiv 2210.09461, section 3).
-    within: the last selection ends once every unit is within this distance of a selected one, but not below a twentieth of all
-        units; 0 selects as many as the budget says.
-    """
+    """Two selections, and reuse before them; see above."""
 
     name: ClassVar[str] = "evoprune"
     source: ClassVar[str] = "this project; its aim is that of arXiv 2603.03681"
-    reuse: float = THRESHOLD
-    depth: float = 0.125
-    alpha: float = ALPHA
-    rows: float = 0.5
-    floor: float = 0.0
-    average: bool = True
-    count: float = 0.5
-    within: float = 0.0
 
-    def __post_init__(self):
-        finite = dict.fromkeys(("alpha", "within", "count"), "[0, inf)")
-        check_ranges(self, reuse="[0, inf]", **finite, rows="[0, 1]", floor="[0, 1]", depth="(0, 1]")
+    # A unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
+    reuse: Annotated[float, "[0, inf]"] = THRESHOLD
+    depth: Annotated[float, "(0, 1]"] = (
+        0.125  # share of the tower's layers before the first selection; 1 selects after the tower alone
+    )
+    alpha: Annotated[float, "[0, inf)"] = ALPHA  # weight of time in the selection's distance
+    # How many rows go on after the first selection: all units times budget ** rows. 0 is all of them; 1 is as many as tokens, which
+    # become means at once, without a second selection.
+    rows: Share = 0.5
+    floor: Share = 0.0  # share of its even part of the budget that each frame pair gets at least
+    average: bool = True  # whether a token becomes the mean of its cluster, or stays as it is
+    # The language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
+    # proportional attention (arXiv 2210.09461, section 3).
+    count: Annotated[float, "[0, inf)"] = 0.5
+    # The last selection ends once every unit is within this distance of a selected one, but not below a twentieth of all units; 0
+    # selects as many as the budget says.
+    within: Annotated[float, "[0, inf)"] = 0.0
 
     @property
     def exact(self) -> bool:

@@ -4,12 +4,12 @@ docs/methods.md says what is the paper's and what is adapted.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from evoprune.methods.base import Merger
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Count, Share
 from evoprune.pruning.encoder_plan import TowerShape
 from evoprune.pruning.matching import alternate, best_partners, match
 from evoprune.pruning.schedule import layer_weights, rows_after_layers
@@ -21,36 +21,29 @@ FEATURES = ("keys", "keys_rotary", "hidden")
 
 @dataclass(frozen=True)
 class EvoPruneMerge(Merger):
-    """Fields:
-
-    allocation, first, last: which layers merge and how much; `first` and `last` in relative depth (pruning/schedule.py).
-    diversity, attention: weights of the score's two penalties (pruning/score.py).
-    critical: share of each group, its most attended rows, that merges only when no other row is left.
-    neighbours: how many nearest rows the density is computed from.
-    features: what similarity compares: `keys` of the layer, `keys_rotary` (after rotary), or `hidden` states.
-    size_bias: whether attention weighs a merged row by its cluster size.
-    """
+    """O(n^2 D) for a group of n rows."""
 
     name: ClassVar[str] = "evoprune-merge"
     source: ClassVar[str] = "arXiv 2603.03681, with other settings"
     absorbed: ClassVar[int] = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
 
-    allocation: str = "decreasing"
+    allocation: str = (
+        "decreasing"  # which layers merge and how much, from `first` to `last` in relative depth (pruning/schedule.py)
+    )
     first: float = 0.2
     last: float = 0.5
-    diversity: float = 0.1
-    attention: float = 0.0
-    critical: float = 0.0
-    neighbours: int = 4
-    features: str = "keys"
-    size_bias: bool = True
+    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (pruning/score.py)
+    attention: Annotated[float, "(-inf, inf)"] = 0.0
+    critical: Share = 0.0  # share of each group, its most attended rows, that merges only when no other row is left
+    neighbours: Count = 4  # how many nearest rows the density is computed from
+    features: str = "keys"  # what similarity compares: keys of the layer, keys_rotary (after rotary), or hidden states
+    size_bias: bool = True  # whether attention weighs a merged row by its cluster size
 
     def __post_init__(self):
         layer_weights(8, self.allocation, self.first, self.last)
         if self.features not in FEATURES:
             raise ValueError(f"features is one of {', '.join(FEATURES)}, not {self.features!r}")
-        weights = dict.fromkeys(("diversity", "attention"), "(-inf, inf)")
-        check_ranges(self, critical="[0, 1]", neighbours="[1, inf)", **weights)
+        super().__post_init__()
 
     @property
     def needs(self) -> frozenset[str]:

@@ -1,9 +1,10 @@
 """EvoPrune after its paper (arXiv 2603.03681): `skip` allocation, attention in the score, a critical share."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from evoprune.methods.evoprune_merge import EvoPruneMerge
+from evoprune.methods.ranges import Share
 
 
 @dataclass(frozen=True)
@@ -14,5 +15,5 @@ class EvoPrunePaper(EvoPruneMerge):
     source: ClassVar[str] = "arXiv 2603.03681"
 
     allocation: str = "skip"
-    attention: float = 0.1
-    critical: float = 0.1
+    attention: Annotated[float, "(-inf, inf)"] = 0.1
+    critical: Share = 0.1

@@ -5,36 +5,27 @@ vision/followers.py runs it. docs/methods.md says what is adapted.
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from evoprune.methods.base import EncoderMethod
 from evoprune.methods.dart import Dart
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.ranges import Count, Share
 from evoprune.pruning.encoder_plan import Grid, SetAside, Stage, TowerShape
 
 
 @dataclass(frozen=True)
 class Ipcv(EncoderMethod):
-    """Fields:
-
-    keep: share of the rows that stay.
-    first: share of the tower's layers before rows are dropped.
-    follow: share of the layers in which dropped rows follow and are keys and values.
-    neighbours: how many rows a dropped row follows.
-    """
+    """O(N n D) to find the nearest of n rows. Users may name another selector of tokens: `ipcv+NAME`."""
 
     name: ClassVar[str] = "ipcv"
     source: ClassVar[str] = "arXiv 2512.18747"
     combines: ClassVar[bool] = True
     tokens: ClassVar[Dart] = Dart()
 
-    keep: float = 0.35
-    first: float = 3 / 32
-    follow: float = 7 / 32
-    neighbours: int = 10
-
-    def __post_init__(self):
-        check_ranges(self, keep="(0, 1]", first="[0, 1]", follow="[0, 1]", neighbours="[1, inf)")
+    keep: Annotated[float, "(0, 1]"] = 0.35  # share of the rows that stay
+    first: Share = 3 / 32  # share of the tower's layers before rows are set aside
+    follow: Share = 7 / 32  # share of the layers in which these rows follow and are keys and values
+    neighbours: Count = 10  # how many rows each of them follows
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         units = prod(grid[1:])

@@ -6,26 +6,24 @@ represents it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from evoprune.methods.base import EncoderMethod
-from evoprune.methods.ranges import check_ranges
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
 from evoprune.pruning.reuse import THRESHOLD
 
 
 @dataclass(frozen=True)
 class Reuse(EncoderMethod):
-    """Field: threshold: a unit is encoded again if it changes by at least this many levels of 255; above 0."""
+    """Reuse in front of a selector that users name."""
 
     name: ClassVar[str] = "reuse"
     source: ClassVar[str] = "this project"
     combines: ClassVar[bool] = True
 
-    threshold: float = THRESHOLD
-
-    def __post_init__(self):
-        check_ranges(self, threshold="(0, inf]")
+    threshold: Annotated[float, "(0, inf]"] = (
+        THRESHOLD  # a unit is encoded again if it changes by so many levels of 255
+    )
 
     @property
     def reuse(self) -> float:

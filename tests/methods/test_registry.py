@@ -87,7 +87,7 @@ def test_a_setting_without_a_value_is_refused_with_those_of_that_method(text, hi
         ("evoprune:alpha=inf:count=-1", "alpha=inf is not a finite number; count=-1 is not at least 0"),
         (
             "evoprune-paper:diversity=nan:neighbours=0",
-            "neighbours=0 is not at least 1; diversity=nan is not a finite number",
+            "diversity=nan is not a finite number; neighbours=0 is not at least 1",
         ),
         ("fastv:depth=1", "depth=1 is not above 0 and below 1"),
     ],
