@@ -21,8 +21,8 @@ from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, 
 from evoprune_cli.words import STDIN, USAGE, Words
 
 if TYPE_CHECKING:
-    from evoprune.pipeline.view import View
     from evoprune.video.info import Video
+    from evoprune.video.plan import Plan
 
 LONGEST_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
@@ -137,23 +137,23 @@ def _encode(
 ):
     """The inputs, encoded; first says on stderr which limits apply, and how long it will take if that is long."""
     from evoprune.pipeline.cache import Cache, default_folder
-    from evoprune.pipeline.estimate import QUESTION
     from evoprune.pipeline.opening import open_inputs
-    from evoprune.pipeline.question_check import longest_prompt
+    from evoprune.pipeline.planning import QUESTION
+    from evoprune.pipeline.prompting import longest_prompt
 
     show("reading")
     sampling, cache = options.sampling, Cache(default_folder()) if request.cache else None
     with closing(open_inputs(engine, paths, sampling, names=request.inputs, cache=cache)) as opened:
-        views = opened.views
-        said = sum(view.subtitles.tokens for view in views)
-        text = longest_prompt(engine, views, questions, options.generation) if questions else QUESTION + said
+        plans = opened.plans
+        said = sum(plan.subtitles.tokens for plan in plans)
+        text = longest_prompt(engine, plans, questions, options.generation) if questions else QUESTION + said
         if not request.quiet:
             if not full:
-                for view in views:
-                    _note_limits(view, sampling)
-                    note_subtitles(view.subtitles)
+                for plan in plans:
+                    _note_limits(plan.full, sampling)
+                    note_subtitles(plan.subtitles)
             if not opened.in_cache:
-                _note_wait(engine, views, text, "with nothing pruned " if full else "")
+                _note_wait(engine, plans, text, "with nothing pruned " if full else "")
         return opened.encode(encoding(show))
 
 
@@ -208,39 +208,35 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
     videos = [info for info in found if info.kind == VIDEO]
     if not quiet and not videos and (sampling.fps or sampling.frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
-    for info in found:
-        _check_input(info, sampling.timeless if videos and info.kind != VIDEO else sampling)
+    for info, wanted in zip(found, sampling.of_each(found), strict=True):
+        _check_input(info, wanted)
 
 
 def _check_input(info: "Video", sampling: SamplingOptions) -> None:
     from evoprune.pipeline.subtitles import check_picture
     from evoprune.video.frames import choose_decoder
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
-    from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan
+    from evoprune.video.plan import InputLimits, make_plan
     from evoprune.video.probe import read_subtitles
 
     check_picture(info, sampling.subtitles)
     choose_decoder(sampling.decoder, info)
-    numbers = sampling.numbers
-    if numbers["max_visual_tokens"] is None:
-        numbers["max_visual_tokens"] = MAX_VISUAL_TOKENS
-    make_plan(info, InputLimits(), **numbers)
+    make_plan(info, InputLimits(), **sampling.numbers)
     if sampling.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
         read_subtitles(info, sampling.subtitles)
 
 
-def _note_wait(engine, views: list["View"], text: int, how: str) -> None:
+def _note_wait(engine, plans: list["Plan"], text: int, how: str) -> None:
     """How long it will take, if it is long. `text`: tokens of the prompt around the inputs."""
-    from evoprune.pipeline.estimate import estimate_first_token
+    from evoprune.pipeline.planning import estimate_first_token
 
-    each = [estimate_first_token(engine, view, 0 if number else text) for number, view in enumerate(views)]
+    each = [estimate_first_token(engine, plan, 0 if number else text) for number, plan in enumerate(plans)]
     if None not in each and (wait := sum(each)) > LONG_WAIT_S:
         note(f"estimated first token {how}{roughly(wait)}")
 
 
-def _note_limits(view: "View", sampling: SamplingOptions) -> None:
+def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
     """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
-    plan = view.full
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         asked = sampling.frames is not None or sampling.fps is not None
         wanted = f"the {plan.sampling.wanted:,} asked for" if asked else f"the model's {plan.sampling.wanted:,}"
@@ -251,6 +247,6 @@ def _note_limits(view: "View", sampling: SamplingOptions) -> None:
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 
         where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
-        frames = f"{plan.sampling.frames} frames" if view.kind == VIDEO else "a picture"
+        frames = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
         seen = f"{frames} of {plan.width}x{plan.height}"
         note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen}")

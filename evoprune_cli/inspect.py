@@ -204,14 +204,14 @@ def _draw_overlay(file: str, path: str, video: str, options: PipelineOptions) ->
     """Draws what a model makes of a video; the facts to report."""
     with progress(True) as show:
         check_libraries()
-        from evoprune.pipeline.opening import open_video
+        from evoprune.pipeline.opening import open_inputs
         from evoprune.pipeline.video_qa import VideoQA
         from evoprune.visualize.fates import trace
         from evoprune.visualize.overlay import overlay_file
 
         show("loading model")
         engine = VideoQA.load(loading=options.model, pruning=options.pruning).engine
-        with closing(open_video(engine, path, options.sampling, name=video)) as opened:
+        with closing(open_inputs(engine, [path], options.sampling, names=[video])) as opened:
             show("reading video")
             traced = trace(opened, encoding(show))
         show("drawing")

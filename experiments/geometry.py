@@ -21,7 +21,7 @@ from evoprune.evaluation.demo_clips import clips_asked, demo_video
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import ModelOptions, PruneOptions
 from evoprune.pruning.types import Selection, Tokens
 from experiments.distances import DISTANCES, using
@@ -60,7 +60,7 @@ def tokens_of(loaded: LoadedModel, budget: float, block: int, clips: int, world:
             engine = Engine(loaded, PruneOptions(budget, "evoprune"), method)
             with (
                 demo_video(clip.split, clip.seed, Path(folder), world=clip.world) as video,
-                closing(open_video(engine, video.path)) as opened,
+                closing(open_inputs(engine, [video.path])) as opened,
             ):
                 opened.encode()
             found += method.recorder.seen[:1]  # a second selection follows the tower where few rows are alive

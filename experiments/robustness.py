@@ -24,7 +24,7 @@ from evoprune.evaluation.grading import grade
 from evoprune.evaluation.questions import Video
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import LoadedModel, load_model
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import PruneOptions
 from evoprune.video.frames import FrameChunk, read_frames
 from experiments.paired import in_points, paired_difference
@@ -62,7 +62,7 @@ def in_changing_light(light: float) -> Callable[..., Iterator[FrameChunk]]:
 def answers(loaded: LoadedModel, video: Video, noise: Noise, method: str, budget: float) -> list[dict]:
     """A sample for each question: whether the answer is right, the live share, and the share of units that were encoded at all."""
     engine = make_engine(loaded, PruneOptions(budget, method))
-    with closing(open_video(engine, video.path, name=video.name, read=in_changing_light(noise.light))) as opened:
+    with closing(open_inputs(engine, [video.path], names=[video.name], read=in_changing_light(noise.light))) as opened:
         encoded = opened.encode()
     pruning = encoded.report.pruning
     share = pruning.layers[0][1] / pruning.visual_tokens_in

@@ -24,7 +24,7 @@ from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.pipeline.agreement import agreement, reference
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import ModelOptions, PruneOptions
 from evoprune.tuning.search import Candidate, candidates
 
@@ -49,7 +49,7 @@ def lines_of(loaded, folder: Path, clip: ClipName) -> list[dict]:
         frames, rows, references, made = SharedFrames(), SharedRows(), [], []
         for setting in (FULL, *settings()):
             engine = make_engine(loaded, PruneOptions(setting.budget, setting.method, seed=clip.seed))
-            with closing(open_video(engine, video.path, read=frames.read, encode_rows=rows.encode_rows)) as opened:
+            with closing(open_inputs(engine, [video.path], read=frames.read, encode_rows=rows.encode_rows)) as opened:
                 encoded = opened.encode()
             cost, answers = Cost(loaded, encoded), []
             for number, row in enumerate(video.rows):

@@ -35,7 +35,7 @@ from evoprune.model.threads import threads_of_each
 from evoprune.pipeline.engine import make_engine, make_method
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
 from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import resolve
@@ -271,7 +271,7 @@ class Evaluation:
         engine = make_engine(self.loaded, options)
         how = {"read": grey_frames} if variant.kind == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
         sampling = replace(settings.sampling, **span.sampling)
-        with closing(open_video(engine, video.path, sampling, name=video.name, **how)) as opened:
+        with closing(open_inputs(engine, [video.path], sampling, names=[video.name], **how)) as opened:
             encoded = opened.encode()
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:

@@ -6,7 +6,6 @@ pixels.
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from os import PathLike
 
 import torch
@@ -20,12 +19,12 @@ from evoprune.pipeline.loading.folder import input_limits
 from evoprune.pipeline.loading.found import find_model
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.pipeline.patches import patches_of
-from evoprune.pipeline.question_check import check_not_empty
+from evoprune.pipeline.prompting import check_not_empty
 from evoprune.pipeline.subtitles import check_one_file, check_picture, prompt_subtitles, subtitles_of
 from evoprune.pipeline.video_qa import paths_of
 from evoprune.video.frames import choose_decoder, read_frames
-from evoprune.video.info import PICTURE, VIDEO, Video
-from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, Plan, make_plan
+from evoprune.video.info import PICTURE, VIDEO
+from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.video.probe import probe
 
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
@@ -69,8 +68,8 @@ def processor_inputs(
     tokenizer, limits = load_tokenizer(found.folder), input_limits(found.folder, found.config.vision_config)
     read = _planned(paths, options, limits)
     lines = options.subtitles, options.max_subtitle_tokens
-    said = [(info.kind, prompt_subtitles(tokenizer, info, plan.sampling, *lines)) for info, plan in read]
-    counts = [(info.kind, plan.visual_tokens) for info, plan in read]
+    said = [(plan.kind, prompt_subtitles(tokenizer, plan.info, plan.sampling, *lines)) for plan in read]
+    counts = [(plan.kind, plan.visual_tokens) for plan in read]
     prompt = build_prompt(tokenizer, question, counts, system=system, subtitles=subtitles_of(said))
     made = _text(prompt.input_ids, prompt.places, [kind for kind, _ in counts])
     made |= _visual(read, limits, options.decoder)
@@ -79,18 +78,12 @@ def processor_inputs(
     return BatchFeature(made)
 
 
-def _planned(
-    paths: Sequence[str | PathLike], options: SamplingOptions, limits: dict[str, InputLimits]
-) -> list[tuple[Video, Plan]]:
-    """Each input, and what is looked at of it."""
+def _planned(paths: Sequence[str | PathLike], options: SamplingOptions, limits: dict[str, InputLimits]) -> list[Plan]:
+    """What is looked at of each input."""
     infos, made = [probe(path) for path in paths], []
-    videos = any(info.kind == VIDEO for info in infos)
-    for info in infos:
+    for info, wanted in zip(infos, options.of_each(infos), strict=True):
         check_picture(info, options.subtitles)
-        numbers = (options.timeless if videos and info.kind == PICTURE else options).numbers
-        if numbers["max_visual_tokens"] is None:
-            numbers["max_visual_tokens"] = MAX_VISUAL_TOKENS
-        made.append((info, make_plan(info, limits[info.kind], **numbers)))
+        made.append(make_plan(info, limits[info.kind], **wanted.numbers))
     return made
 
 
@@ -101,26 +94,24 @@ def _text(ids: torch.Tensor, places: Sequence[range], kinds: Sequence[str]) -> d
     return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": types[None]}
 
 
-def _visual(
-    read: Sequence[tuple[Video, Plan]], limits: dict[str, InputLimits], decoder: str
-) -> dict[str, torch.Tensor]:
+def _visual(read: Sequence[Plan], limits: dict[str, InputLimits], decoder: str) -> dict[str, torch.Tensor]:
     """The pixels and grids of all inputs, by kind, in their order."""
     made = {}
     for kind, (pixels, grids) in NAMES.items():
-        mine, merge = [(info, plan) for info, plan in read if info.kind == kind], limits[kind].merge_size
+        mine, merge = [plan for plan in read if plan.kind == kind], limits[kind].merge_size
         if mine:
-            made[pixels] = torch.cat([patches for each in mine for patches in _patches(*each, limits[kind], decoder)])
-            shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for _, plan in mine]
+            made[pixels] = torch.cat([patches for each in mine for patches in _patches(each, limits[kind], decoder)])
+            shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in mine]
             made[grids] = torch.tensor(shapes, dtype=torch.int64, device="cpu")
             if kind == VIDEO:
                 pair = limits[kind].temporal_patch_size
-                seconds = [plan.sampling.seconds_per_pair(pair) for _, plan in mine]
+                seconds = [plan.sampling.seconds_per_pair(pair) for plan in mine]
                 made["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
     return made
 
 
-def _patches(info: Video, plan: Plan, limits: InputLimits, decoder: str) -> list[torch.Tensor]:
+def _patches(plan: Plan, limits: InputLimits, decoder: str) -> list[torch.Tensor]:
     """The patches of an input, chunk by chunk."""
-    source = info if info.kind == VIDEO else replace(info, width=plan.width, height=plan.height)
-    with closing(read_frames(source, plan.sampling.times_s, decoder=choose_decoder(decoder, info))) as chunks:
+    decoder = choose_decoder(decoder, plan.info)
+    with closing(read_frames(plan.source, plan.sampling.times_s, decoder=decoder)) as chunks:
         return [patches_of(chunk.frames, plan, limits) for chunk in chunks]

@@ -19,14 +19,12 @@ from evoprune.pipeline.encoding import Encoding, total_seconds
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
 from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.prompting import PromptReader
-from evoprune.pipeline.question_check import check_not_empty, question_warnings
-from evoprune.pipeline.view import View
+from evoprune.pipeline.prompting import PromptReader, check_not_empty, question_warnings
 from evoprune.report.records import Report, TokenCounts
 from evoprune.text import counted
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
-from evoprune.vision.encoded import Encoded, select_tokens
+from evoprune.vision.encoded import Encoded
 
 __all__ = ["Answer", "EncodedInputs", "EncodedVideo", "together"]
 
@@ -48,15 +46,14 @@ class EncodedInputs:
     def __init__(self, engine: Engine, encodings: Sequence[Encoding]):
         self._engine = engine
         self._encodings = [encoding.own() for encoding in encodings]
-        self._read_of = [encoding.tokens for encoding in self._encodings]
-        self._prompts = PromptReader(engine, [encoding.view for encoding in encodings])
+        self._prompts = PromptReader(engine, [encoding.plan for encoding in encodings])
         self._turn, self._paid, self._lock = 0, False, threading.RLock()
-        self._blank = inputs_report(engine, self._encodings, self._read_of)
+        self._blank = inputs_report(engine, self._encodings)
         self.report = deepcopy(self._blank)
         fill_times(self.report, *total_seconds(self._encodings), engine.loaded.device)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {', '.join(map(_described, self._encodings, self._read_of))}>"
+        return f"<{type(self).__name__} of {', '.join(map(_described, self._encodings))}>"
 
     @names_options
     def ask(
@@ -172,28 +169,26 @@ class EncodedInputs:
         loaded, before = self._engine.loaded, self._prune_seconds if self._paid else 0.0
         self._prompts.forget()
         words = embed_question(loaded.model, loaded.tokenizer, question)
-        self._read_of = [
-            select_tokens(encoding.result, words) if encoding.selects else read
-            for encoding, read in zip(self._encodings, self._read_of, strict=True)
-        ]
-        fill_kept(report, self._encodings, self._read_of)
+        self._encodings = [encoding.selected(words) for encoding in self._encodings]
+        fill_kept(report, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
 
     @property
     def _prune_seconds(self) -> float:
-        return sum(read.prune_seconds for read in self._read_of)
+        return sum(encoding.tokens.prune_seconds for encoding in self._encodings)
 
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
         """The state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
         with clock.stage("prefill"):
             prompt = self._prompts.build(question, options, sum(encoding.kept for encoding in self._encodings))
-        if any(encoding.selects for encoding in self._encodings):
+        if any(encoding.rows for encoding in self._encodings):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            visual, text = sum(len(read.kept) for read in self._read_of), prompt.text_tokens
+            read = [encoding.tokens for encoding in self._encodings]
+            visual, text = sum(len(each.kept) for each in read), prompt.text_tokens
             report.tokens = TokenCounts(text, visual, text + visual, 0)
-            state = self._prompts.read(self._read_of, prompt, options.system)
+            state = self._prompts.read(read, prompt, options.system)
         fill_dropped(report, state.dropping)
         return state
 
@@ -206,43 +201,39 @@ class EncodedVideo(EncodedInputs):
     Attributes:
         report: describes the encoding; it never changes. Each answer has a report of its own.
         encoded: the tokens that the language model reads. From the cache, `encoded.rows` have a shape but hold no data.
-        view: what was looked at.
+        info: facts about the file.
+        plan: which frames were looked at, and how large.
+        units: visual tokens with nothing pruned; more than were looked at, if the method made the input smaller.
     """
-
-    def __init__(self, engine: Engine, encoding: Encoding):
-        super().__init__(engine, [encoding])
 
     def with_engine(self, engine: Engine) -> "EncodedVideo":
         """The same tokens, read by an engine that differs in what happens inside the language model alone."""
-        return EncodedVideo(engine, self._encodings[0])
+        return EncodedVideo(engine, self._encodings)
 
     @property
     def encoded(self) -> Encoded:
         """The tokens that the language model reads."""
-        return self._read_of[0]
-
-    @property
-    def view(self) -> View:
-        """What was looked at."""
-        return self._encodings[0].view
-
-    @property
-    def info(self) -> Video:
-        """Facts about the file."""
-        return self.view.info
+        return self._encodings[0].tokens
 
     @property
     def plan(self) -> Plan:
-        """Which frames were looked at, and how large."""
-        return self.view.plan
+        return self._encodings[0].plan
+
+    @property
+    def info(self) -> Video:
+        return self.plan.info
 
     @property
     def units(self) -> int:
-        """Visual tokens with nothing pruned; more than were looked at, if the method made the input smaller."""
-        return self.view.units
+        return self.plan.units
 
     def __repr__(self) -> str:
-        return f"<EncodedVideo {_described(self._encodings[0], self.encoded)}>"
+        return f"<EncodedVideo {_described(self._encodings[0])}>"
+
+
+def encoded_inputs(engine: Engine, encodings: Sequence[Encoding]) -> EncodedInputs:
+    """Of a single one, an `EncodedVideo`."""
+    return (EncodedVideo if len(encodings) == 1 else EncodedInputs)(engine, encodings)
 
 
 def together(engine: Engine, inputs: Sequence[EncodedVideo]) -> EncodedInputs:
@@ -258,10 +249,10 @@ def together(engine: Engine, inputs: Sequence[EncodedVideo]) -> EncodedInputs:
     return inputs[0] if len(inputs) == 1 else EncodedInputs(engine, [each._encodings[0] for each in inputs])
 
 
-def _described(encoding: Encoding, read: Encoded) -> str:
+def _described(encoding: Encoding) -> str:
     """An input in a few words."""
-    view = encoding.view
-    count, height, width = view.plan.grid
-    pairs = f"{view.plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
-    size = pairs if view.kind == VIDEO else f"a picture of {height}x{width} units"
-    return f"{view.name!r}: {size}, {len(read.kept):,} of {view.units:,} visual tokens kept"
+    plan = encoding.plan
+    count, height, width = plan.grid
+    pairs = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
+    size = pairs if plan.kind == VIDEO else f"a picture of {height}x{width} units"
+    return f"{plan.name!r}: {size}, {len(encoding.tokens.kept):,} of {plan.units:,} visual tokens kept"

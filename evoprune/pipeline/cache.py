@@ -21,8 +21,8 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.view import View
 from evoprune.strict_json import loads
+from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
 LIMIT_BYTES = 2 * 2**30
@@ -155,26 +155,26 @@ class Cache:
                     path.unlink()
 
 
-def entry_key(engine: Engine, view: View) -> str | None:
+def entry_key(engine: Engine, plan: Plan) -> str | None:
     """The entry's key: equal keys mean equal encodings. None without a fingerprint of the model or a readable file.
 
     All of the file, or of a folder of frames, is read: sizes and times of files do not say what is in them.
     """
-    loaded, plan = engine.loaded, view.plan
+    loaded = engine.loaded
     if loaded.fingerprint is None:
         return None
     try:
-        content = content_hash(view.info.path)
+        content = content_hash(plan.info.path)
     except OSError:
         return None
-    limits = loaded.limits[view.kind]
+    limits = loaded.limits[plan.kind]
     facts = {
         "video": content,
-        "decoder": view.decoder,
+        "decoder": plan.decoder,
         "times": plan.sampling.times_s,
-        "seconds_per_pair": view.seconds_per_pair(limits.temporal_patch_size),
+        "seconds_per_pair": plan.sampling.seconds_per_pair(limits.temporal_patch_size),
         "size": [plan.height, plan.width],
-        "encoder": asdict(view.encoder),
+        "encoder": asdict(plan.encoder),
         "pixels": [
             limits.image_mean,
             limits.image_std,
@@ -185,7 +185,7 @@ def entry_key(engine: Engine, view: View) -> str | None:
         "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
         "method": [repr(engine.method.before), engine.seed],  # the repr names the classes and all settings
         "code": [evoprune.__version__, torch.__version__, _own_code(), methods.plugin_code(engine.options.method)],
-        "reader": version(READERS[view.decoder]),
+        "reader": version(READERS[plan.decoder]),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

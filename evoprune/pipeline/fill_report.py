@@ -6,63 +6,57 @@ from evoprune.language.dropping import Dropping
 from evoprune.model.machine import environment, memory_in_use, peak_memory
 from evoprune.pipeline.encoding import Encoding
 from evoprune.pipeline.engine import Engine
-from evoprune.pipeline.view import View
 from evoprune.report.records import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
-from evoprune.video.plan import STILL
-from evoprune.vision.encoded import Encoded
+from evoprune.video.plan import STILL, Plan
 
 FLAT = "equal_scores"
 
 
-def inputs_report(engine: Engine, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> Report:
-    """The report of inputs that were encoded, without the times of their stages.
-
-    Args:
-        read: what the language model reads of each.
-    """
+def inputs_report(engine: Engine, encodings: Sequence[Encoding]) -> Report:
+    """The report of inputs that were encoded, without the times of their stages."""
     loaded = engine.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(
         memory=Memory(weights_bytes=loaded.weights_bytes),
         model=loaded.facts(),
         env=environment(loaded.device),
-        inputs=[_input_facts(engine, *each) for each in zip(encodings, read, strict=True)],
+        inputs=[_input_facts(engine, encoding) for encoding in encodings],
         cache=next(state for state in ("miss", "off", "hit") if state in states),  # "hit" if all are from the disk
     )
     if len(report.inputs) == 1:
         only = report.inputs[0]
         report.video, report.sampling, report.subtitles = only.video, only.sampling, only.subtitles
-    report.pruning = _pruning(engine, encodings, read)
-    fill_kept(report, encodings, read)
+    report.pruning = _pruning(engine, encodings)
+    fill_kept(report, encodings)
     report.time_ms.load = None if engine.load_seconds is None else engine.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
-    report.time_ms.encode_prune = sum(each.prune_seconds for each in read) * 1000
+    report.time_ms.encode_prune = sum(encoding.tokens.prune_seconds for encoding in encodings) * 1000
     report.warnings = list(dict.fromkeys(name for each in report.inputs for name in each.warnings if name != FLAT))
-    if not all(loaded.knows(encoding.view.info) for encoding in encodings):
+    if not all(loaded.knows(encoding.plan.info) for encoding in encodings):
         report.warnings.append("demo_model")
     elif loaded.demo and (len(encodings) > loaded.demo.inputs or any(each.subtitles for each in report.inputs)):
         report.warnings.append("demo_inputs")
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")
-    if all(each.flat for each in read):
+    if all(encoding.tokens.flat for encoding in encodings):
         report.warnings.append(FLAT)
     return report
 
 
-def _input_facts(engine: Engine, encoding: Encoding, read: Encoded) -> InputFacts:
-    view = encoding.view
+def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
+    plan, tokens = encoding.plan, encoding.tokens
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
     return InputFacts(
-        path=view.name,
-        kind=view.kind,
+        path=plan.name,
+        kind=plan.kind,
         video=_video_facts(encoding),
-        sampling=_sampling(engine, view),
-        pruning=_pruning(engine, [encoding], [read]),
-        time_ms=InputTimes(**times, encode_prune=read.prune_seconds * 1000),
+        sampling=_sampling(engine, plan),
+        pruning=_pruning(engine, [encoding]),
+        time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
         cache=encoding.cache,
-        subtitles=view.subtitles.record(),
-        warnings=[*encoding.warnings, *view.subtitles.warnings, *([FLAT] if read.flat else [])],
+        subtitles=plan.subtitles.record(),
+        warnings=[*encoding.warnings, *plan.subtitles.warnings, *([FLAT] if tokens.flat else [])],
     )
 
 
@@ -85,17 +79,17 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
 
 
-def fill_kept(report: Report, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> None:
+def fill_kept(report: Report, encodings: Sequence[Encoding]) -> None:
     """Writes into a report what the language model reads of the inputs."""
-    _fill_kept(report.pruning, encodings, read)
-    for facts, encoding, each in zip(report.inputs, encodings, read, strict=True):
-        _fill_kept(facts.pruning, [encoding], [each])
+    _fill_kept(report.pruning, encodings)
+    for facts, encoding in zip(report.inputs, encodings, strict=True):
+        _fill_kept(facts.pruning, [encoding])
 
 
-def _fill_kept(pruning: Pruning, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> None:
-    pruning.visual_tokens_kept = sum(len(each.kept) for each in read)
-    pruning.kept_ratio = pruning.visual_tokens_kept / sum(each.view.units for each in encodings)
-    pruning.kept_per_pair = [count for each in read for count in each.kept_per_pair]
+def _fill_kept(pruning: Pruning, encodings: Sequence[Encoding]) -> None:
+    pruning.visual_tokens_kept = sum(len(each.tokens.kept) for each in encodings)
+    pruning.kept_ratio = pruning.visual_tokens_kept / sum(each.plan.units for each in encodings)
+    pruning.kept_per_pair = [count for each in encodings for count in each.tokens.kept_per_pair]
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
@@ -109,9 +103,9 @@ def fill_dropped(report: Report, dropping: Dropping | None) -> None:
 
 
 def _video_facts(encoding: Encoding) -> VideoFacts:
-    view, info = encoding.view, encoding.view.info
+    plan, info = encoding.plan, encoding.plan.info
     return VideoFacts(
-        path=view.name,
+        path=plan.name,
         duration_s=info.duration_s,
         width=info.width,
         height=info.height,
@@ -120,14 +114,14 @@ def _video_facts(encoding: Encoding) -> VideoFacts:
         fps=info.fps,
         variable_rate=info.variable_rate,
         frames_total=info.frames_total,
-        decoder=view.decoder,
+        decoder=plan.decoder,
         stated_s=info.stated_s,
         damaged=encoding.damaged,
     )
 
 
-def _sampling(engine: Engine, view: View) -> Sampling:
-    plan, video = view.plan, engine.loaded.video
+def _sampling(engine: Engine, plan: Plan) -> Sampling:
+    video = engine.loaded.video
     t, h, w = plan.grid
     found = Sampling(
         frames=plan.sampling.frames,
@@ -137,13 +131,13 @@ def _sampling(engine: Engine, view: View) -> Sampling:
     if plan.sampling is not STILL:
         found.start_s, found.end_s = plan.sampling.start_s, plan.sampling.end_s
         found.timestamps_s = list(plan.sampling.times_s)
-        found.seconds_per_pair = view.seconds_per_pair(video.temporal_patch_size)
+        found.seconds_per_pair = plan.sampling.seconds_per_pair(video.temporal_patch_size)
     return found
 
 
-def _pruning(engine: Engine, encodings: Sequence[Encoding], read: Sequence[Encoded]) -> Pruning:
+def _pruning(engine: Engine, encodings: Sequence[Encoding]) -> Pruning:
     """The pruning of some inputs together; `fill_kept` adds what is kept."""
-    units = sum(encoding.view.units for encoding in encodings)
+    units, read = sum(encoding.plan.units for encoding in encodings), [encoding.tokens for encoding in encodings]
     layers = zip(*(each.layers for each in read), strict=True)
     return Pruning(
         method=engine.options.method,

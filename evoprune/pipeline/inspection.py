@@ -17,8 +17,8 @@ from evoprune.pipeline import recipes, tuned
 from evoprune.pipeline.engine import make_method
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.on_disk import KnownModel
-from evoprune.pipeline.memory_check import TEXT, encoding_bytes
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.planning import TEXT, encoding_bytes
 from evoprune.pruning.budget import PRESETS, keep_count
 from evoprune.video.plan import STILL, Plan
 from evoprune.video.probe import Video

@@ -4,7 +4,7 @@ Values are checked when an object is made, as far as that needs neither a model 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -24,7 +24,7 @@ from evoprune.model.precision import (
     short_dtype,
 )
 from evoprune.pruning.budget import AUTO_MOST, AUTOS, DEFAULT, PRESETS, TUNED, parse_budget_or_name
-from evoprune.video.info import NO_SUBTITLES
+from evoprune.video.info import NO_SUBTITLES, PICTURE, VIDEO, Video
 from evoprune.video.sampling import check_sampling, parse_time
 
 MAX_SUBTITLE_TOKENS = 2048
@@ -249,8 +249,13 @@ class SamplingOptions:
 
     @property
     def timeless(self) -> "SamplingOptions":
-        """The same without a part of the time: for pictures beside videos."""
+        """The same without a part of the time."""
         return replace(self, start_s=0.0, end_s=None)
+
+    def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
+        """What they say of each of several inputs: a part of the time is about videos, if there are any."""
+        videos = any(info.kind == VIDEO for info in inputs)
+        return [self.timeless if videos and info.kind == PICTURE else self for info in inputs]
 
     @property
     def numbers(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 
 from evoprune.model.clock import Clock
 from evoprune.pipeline.prefetch import prefetched
-from evoprune.pipeline.view import View
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.preprocess import patchify, resize
@@ -28,7 +27,7 @@ class PatchReader:
     """The patches of a video. `chunks` can be called again, which begins anew. To be closed.
 
     Args:
-        view: what is looked at.
+        plan: what is looked at.
         limits: of the model.
         clock: adds up the seconds of "read" and "preprocess".
         chunk_bytes: of decoded frames, held at a time.
@@ -36,13 +35,13 @@ class PatchReader:
         threaded: whether a thread prepares the next chunks while one is used.
 
     Attributes:
-        clock: the one it was given.
+        plan, clock: those it was given.
         damaged: packets that could not be decoded, since `chunks` was last called.
     """
 
     def __init__(
         self,
-        view: View,
+        plan: Plan,
         limits: InputLimits,
         clock: Clock,
         chunk_bytes: int,
@@ -50,7 +49,7 @@ class PatchReader:
         threaded: bool = True,
     ):
         self.clock, self.damaged = clock, 0
-        self._view, self._limits, self._chunk_bytes = view, limits, chunk_bytes
+        self.plan, self._limits, self._chunk_bytes = plan, limits, chunk_bytes
         self._read, self._threaded = read, threaded
         self._begun: Iterator[tuple[int, torch.Tensor]] | None = None
         self._open = ExitStack()
@@ -80,8 +79,8 @@ class PatchReader:
         return self._open.enter_context(closing(prefetched(made) if self._threaded else made))
 
     def _make(self) -> Generator[tuple[int, torch.Tensor], None, None]:
-        view, plan, limits = self._view, self._view.plan, self._limits
-        read = self._read(view.source, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=self._chunk_bytes)
+        plan, limits = self.plan, self._limits
+        read = self._read(plan.source, plan.sampling.times_s, decoder=plan.decoder, chunk_bytes=self._chunk_bytes)
         with closing(read) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.damaged += chunk.damaged

@@ -1,17 +1,26 @@
-"""The fourth stage: the language model reads a question about videos and pictures (prefill)."""
+"""The fourth stage: the language model reads a question about videos and pictures (prefill); before, whether it can be read."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from evoprune.errors import names_plugins
+from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
+from evoprune.keywords import brief
 from evoprune.language.decoder import KVCache
+from evoprune.language.demo_words import unknown_words
 from evoprune.language.generate import PrefillState, Visual, column_sizes, dropping_for, embed_prompt, prefill
 from evoprune.language.positions import VisualSpan, prompt_positions
-from evoprune.language.prompt import Prompt
+from evoprune.language.prompt import Prompt, build_prompt
+from evoprune.language.tokenizer import Tokenizer
+from evoprune.model.memory import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.question_check import check_context, check_memory, check_question, prompt_about
-from evoprune.pipeline.view import View
+from evoprune.pipeline.planning import TEXT, units_at_once
+from evoprune.pipeline.subtitles import subtitles_of
+from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
+
+BEGINNING = 8  # characters for each token of the context
 
 
 class PromptReader:
@@ -22,8 +31,8 @@ class PromptReader:
     the language model, they leave by the question, and each prompt is read as a whole.
     """
 
-    def __init__(self, engine: Engine, views: Sequence[View]):
-        self._engine, self._loaded, self._views = engine, engine.loaded, views
+    def __init__(self, engine: Engine, plans: Sequence[Plan]):
+        self._engine, self._loaded, self._plans = engine, engine.loaded, plans
         # The system prompt, the cache, and how many of its columns no question changes.
         self._prefix: tuple[str | None, KVCache, int] | None = None
 
@@ -38,7 +47,7 @@ class PromptReader:
             UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
         """
         check_question(self._loaded, question)
-        prompt = prompt_about(self._loaded.tokenizer, self._views, question, options.system)
+        prompt = prompt_about(self._loaded.tokenizer, self._plans, question, options.system)
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
         check_memory(self._engine, prompt.text_tokens, kept)
         return prompt
@@ -60,7 +69,7 @@ class PromptReader:
         embeds, columns = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
         sizes = column_sizes(visuals, columns)
-        grids = [view.plan.grid for view in self._views]
+        grids = [plan.grid for plan in self._plans]
         if dropping := dropping_for(model, self._engine.method, self._engine.budget, visuals, grids, embeds, columns):
             return prefill(model, embeds, positions, following, sizes=sizes, dropping=dropping)
         shared = prompt.prefix_length - prompt.visual_tokens + sum(len(e.kept) for e in encoded)
@@ -74,8 +83,8 @@ class PromptReader:
         """Where in the prompt each input stands, and its grid."""
         pair = self._loaded.video.temporal_patch_size
         return [
-            VisualSpan(place.start, view.plan.grid, view.seconds_per_pair(pair))
-            for place, view in zip(prompt.places, self._views, strict=True)
+            VisualSpan(place.start, plan.grid, plan.sampling.seconds_per_pair(pair))
+            for place, plan in zip(prompt.places, self._plans, strict=True)
         ]
 
     def _take_prefix(self, system: str | None, shared: int) -> tuple[KVCache | None, int]:
@@ -92,3 +101,112 @@ class PromptReader:
         cache.crop(known)
         self._prefix = system, cache, known  # a prompt that breaks off leaves this much
         return cache, known
+
+
+def prompt_about(tokenizer: Tokenizer, plans: Sequence[Plan], question: str, system: str | None) -> Prompt:
+    """The prompt of a question about some inputs.
+
+    Raises:
+        As `language.prompt.build_prompt`.
+    """
+    inputs = [(plan.kind, plan.encoder.units) for plan in plans]
+    subtitles = subtitles_of([(plan.kind, plan.subtitles) for plan in plans])
+    return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles)
+
+
+def longest_prompt(
+    engine: Engine,
+    plans: Sequence[Plan],
+    questions: Sequence[str],
+    options: GenerationOptions,
+    encoded: Collection[Plan] = (),
+) -> int:
+    """Tokens of text in the longest prompt of some questions about some inputs.
+
+    Args:
+        encoded: those of `plans` that are encoded already.
+
+    Raises:
+        UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
+            with the prompt. ModelError: an unusable chat template.
+    """
+    tokenizer = engine.loaded.tokenizer
+    for question in questions:
+        check_question(engine.loaded, question)
+    longest = max(prompt_about(tokenizer, plans, each, options.system).text_tokens for each in questions)
+    kept = sum(plan.encoder.keep for plan in plans)
+    check_context(engine.loaded, longest, kept, options.max_new_tokens)
+    for plan in plans:
+        around = max(TEXT, longest) + kept - plan.encoder.keep
+        if around > TEXT and not any(plan is each for each in encoded):
+            units_at_once(engine, plan, around)
+    return longest
+
+
+def check_question(loaded: LoadedModel, question: str) -> None:
+    """Refuses a question that is far too long after a look at its beginning: all of it might take minutes to encode.
+
+    Raises:
+        UsageError: the beginning alone does not fit into the model's context.
+    """
+    context = loaded.model.config.text_config.max_position_embeddings
+    beginning = question[: BEGINNING * context] if context else question
+    # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
+    if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
+        raise UsageError(
+            f"a question of {len(question):,} characters does not fit into the {context:,} tokens of this model's context",
+            "ask a shorter question",
+        )
+
+
+def check_not_empty(question: Any) -> None:
+    """Raises UsageError if a question is no text, or empty."""
+    if not isinstance(question, str):
+        raise UsageError(f"the question is {brief(question)}, not a text", 'for example "What happens?"')
+    if not question.strip():
+        raise UsageError("the question is empty", 'for example "What happens?"')
+
+
+def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:
+    """Checks that a prompt and its answer fit into the model's context.
+
+    Args:
+        text, visual: tokens of the prompt, of its text and of the inputs after pruning.
+        new: tokens of the answer, at most.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    context = loaded.model.config.text_config.max_position_embeddings
+    if context is not None and text + visual + new > context:
+        raise UsageError(
+            f"{text:,} tokens of text, {visual:,} visual tokens and an answer of up to {new:,} tokens do not fit into the "
+            f"{context:,} tokens of this model's context",
+            "ask a shorter question, or for a shorter answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "
+            "subtitles (--max-subtitle-tokens, max_subtitle_tokens), or look at fewer frames (--max-frames, max_frames)",
+        )
+
+
+def check_memory(engine: Engine, text: int, visual: int) -> None:
+    """Checks that there is memory to read a prompt whose text is longer than the encoder's check of memory assumed.
+
+    Args: `text`, `visual` as of `check_context`.
+
+    Raises:
+        OutOfMemory: there is too little.
+    """
+    if text <= TEXT:
+        return
+    model = engine.loaded.model
+    needed = language_bytes(model.config, engine.prompt_columns(visual, text), model.dtype.itemsize)
+    if short := shortage(needed, engine.loaded.device):
+        raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", LESS, stage="prefill")
+
+
+def question_warnings(loaded: LoadedModel, question: str, known: Sequence[str]) -> list[str]:
+    """Warnings about a question, by name, beside those that are `known` already.
+
+    A demo model answers whatever it is asked. On a video of another kind no answer means anything, which is known then.
+    """
+    strange = loaded.demo and "demo_model" not in known and unknown_words(question, loaded.demo.world)
+    return ["demo_question"] if strange else []

@@ -1,44 +1,25 @@
 """Subtitles of the part of a video that is looked at, as text that stands in the prompt between the video and the question."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, PICTURE, VIDEO, SubtitleLine, Subtitles, Video
+from evoprune.video.info import (
+    AUTO_SUBTITLES,
+    NO_SUBTITLES,
+    NOTHING_SAID,
+    PICTURE,
+    VIDEO,
+    PromptSubtitles,
+    SubtitleLine,
+    Subtitles,
+    Video,
+)
 from evoprune.video.probe import read_subtitles
 from evoprune.video.sampling import SamplingPlan
 
 TITLE = "Subtitles:"
 TOKEN_CHARACTERS = 16  # texts with more characters for each token are not encoded to be counted: it might take minutes
-
-
-@dataclass(frozen=True)
-class PromptSubtitles:
-    """What the prompt has of a video's subtitles.
-
-    Attributes:
-        text: in front of the question; empty without subtitles.
-        source: what they were read from; None if there are none.
-        lines, lines_in_prompt: those of the part that is looked at, and those in `text`.
-        tokens: of `text`.
-        warnings: about them, for reports.
-        note: why there are none, if they were asked for.
-    """
-
-    text: str = ""
-    source: str | None = None
-    lines: int = 0
-    lines_in_prompt: int = 0
-    tokens: int = 0
-    warnings: tuple[str, ...] = ()
-    note: str | None = None
-
-    def record(self) -> dict[str, Any] | None:
-        """As reports have it."""
-        names = ("source", "lines", "lines_in_prompt", "tokens")
-        return {name: getattr(self, name) for name in names} if self.source is not None else None
 
 
 def check_one_file(choice: str, inputs: int) -> None:
@@ -67,7 +48,7 @@ def prompt_subtitles(
         VideoError: as `video.probe.read_subtitles`. UsageError: a file of subtitles for a picture.
     """
     if choice == NO_SUBTITLES:
-        return PromptSubtitles()
+        return NOTHING_SAID
     if info.kind == PICTURE:
         check_picture(info, choice)
         return PromptSubtitles(note=f"{info.path} is a picture")

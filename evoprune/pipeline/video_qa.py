@@ -26,9 +26,9 @@ from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, make_method, unpruned
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
-from evoprune.pipeline.opening import open_inputs, open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
-from evoprune.pipeline.question_check import longest_prompt
+from evoprune.pipeline.prompting import longest_prompt
 from evoprune.pipeline.recipes import of_model
 from evoprune.pipeline.tuned import Tuned, resolve
 
@@ -46,7 +46,7 @@ class VideoQA:
         pruning: see `VideoQA.load`.
 
     Attributes:
-        engine: the model and how it prunes, as `opening.open_video` takes it.
+        engine: the model and how it prunes, as `opening.open_inputs` takes it.
 
     Raises:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
@@ -111,7 +111,7 @@ class VideoQA:
             path: the file, or a folder of frames; or a list of such, in the order in which the model reads them.
             name: what reports call a single input; default: its path.
             cache: where encoded inputs are kept, each by itself. Not used for a method that reads the question.
-            progress: called with a stage, steps done and steps in all; see `encoding.encode_view`.
+            progress: called with a stage, steps done and steps in all; see `encoding.encode_input`.
 
         Returns:
             An `EncodedVideo`, of a picture too; or `EncodedInputs` of a list.
@@ -159,12 +159,15 @@ class VideoQA:
             raise UsageError(f"the inputs are {brief(inputs)}, not paths", "give paths, or what encode made of them")
         with ExitStack() as stack:
             opened = [
-                each if isinstance(each, EncodedVideo) else stack.enter_context(closing(open_video(self.engine, each)))
+                each
+                if isinstance(each, EncodedVideo)
+                else stack.enter_context(closing(open_inputs(self.engine, [each])))
                 for each in given
             ]
             if isinstance(question, str) and opened:
-                held = [each.view for each in given if isinstance(each, EncodedVideo)]
-                longest_prompt(self.engine, [each.view for each in opened], [question], options, held)
+                held = [each.plan for each in given if isinstance(each, EncodedVideo)]
+                plans = [each.plan if isinstance(each, EncodedVideo) else each.plans[0] for each in opened]
+                longest_prompt(self.engine, plans, [question], options, held)
             encoded = [each if isinstance(each, EncodedVideo) else each.encode() for each in opened]
         return together(self.engine, encoded).ask(question, options=options, seed=seed)
 

@@ -13,7 +13,7 @@ from evoprune.pipeline.agreement import Reference, reference
 from evoprune.pipeline.answer import Answer
 from evoprune.pipeline.answering import EncodedVideo
 from evoprune.pipeline.engine import Engine, unpruned
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
 
 TOKENS = (64, 32, 16, 8)  # of an answer, at most; fewer where time is short
@@ -45,7 +45,7 @@ def encode(
 ) -> tuple[EncodedVideo, float]:
     """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
     readers = {"read": frames.read} | ({"encode_rows": rows.encode_rows} if rows else {})
-    with closing(open_video(engine, Path(path), sampling, name=path, **readers)) as opened:
+    with closing(open_inputs(engine, [Path(path)], sampling, names=[path], **readers)) as opened:
         video = opened.encode()
     return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
 

@@ -2,6 +2,7 @@
 `Subtitles` from its tracks and the files beside it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 # What an input is to the model.
 VIDEO, PICTURE = "video", "picture"
@@ -116,3 +117,33 @@ class Subtitles:
     lines: list[SubtitleLine] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     note: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSubtitles:
+    """What the prompt has of a video's subtitles.
+
+    Attributes:
+        text: in front of the question; empty without subtitles.
+        source: what they were read from; None if there are none.
+        lines, lines_in_prompt: those of the part that is looked at, and those in `text`.
+        tokens: of `text`.
+        warnings: about them, for reports.
+        note: why there are none, if they were asked for.
+    """
+
+    text: str = ""
+    source: str | None = None
+    lines: int = 0
+    lines_in_prompt: int = 0
+    tokens: int = 0
+    warnings: tuple[str, ...] = ()
+    note: str | None = None
+
+    def record(self) -> dict[str, Any] | None:
+        """As reports have it."""
+        names = ("source", "lines", "lines_in_prompt", "tokens")
+        return {name: getattr(self, name) for name in names} if self.source is not None else None
+
+
+NOTHING_SAID = PromptSubtitles()

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.rules import list_of, number, whole
-from evoprune.video.info import PICTURE, Video
+from evoprune.pruning.encoder_plan import EncoderPlan, Grid
+from evoprune.video.info import NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
 from evoprune.video.sampling import SamplingPlan, check_sampling, plan_sampling
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
@@ -67,24 +68,66 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which frames of a video the model sees, and how large.
+    """What will be read of a video or a picture, which is one frame, and computed.
+
+    `make_plan` sets what is looked at. `encoder` and what follows it are None, empty or False until a model has planned, too.
 
     Attributes:
+        info: facts about the file.
         sampling: the times of the frames.
         height, width: of the frames after resizing, in pixels.
         grid: (T, H, W): frame pairs, and rows and columns of units.
         frame_limit: the largest number of frames, by the model or the caller; `sampling.wanted` may be larger.
         token_limit: the largest number of visual tokens before pruning.
         token_capped: whether the token limit made frames smaller or fewer than the model's own limits require.
+        encoder: what the encoder does with it.
+        unshrunk: the plan with nothing pruned; None for this one. A method may make the input smaller.
+        name: what reports call it.
+        decoder: "pyav" or "decord"; for a picture "pillow".
+        limited: whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
+            them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
+        subtitles: what the prompt has of them.
     """
 
+    info: Video
     sampling: SamplingPlan
     height: int
     width: int
-    grid: tuple[int, int, int]
+    grid: Grid
     frame_limit: int
     token_limit: int
     token_capped: bool
+    encoder: EncoderPlan | None = None
+    unshrunk: "Plan | None" = None
+    name: str = ""
+    decoder: str = ""
+    limited: bool = False
+    subtitles: PromptSubtitles = NOTHING_SAID
+
+    @property
+    def kind(self) -> str:
+        """ "video" or "picture"."""
+        return self.info.kind
+
+    @property
+    def source(self) -> Video:
+        """What frames are read from: videos at their own size, pictures at the one that the encoder reads."""
+        return self.info if self.kind == VIDEO else replace(self.info, width=self.width, height=self.height)
+
+    @property
+    def full(self) -> "Plan":
+        """The plan with nothing pruned."""
+        return self.unshrunk or self
+
+    @property
+    def units(self) -> int:
+        """Visual tokens with nothing pruned."""
+        return self.full.visual_tokens
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether what is looked at ends where the file breaks off."""
+        return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
     def capped(self) -> bool:
@@ -93,11 +136,10 @@ class Plan:
 
     @property
     def visual_tokens(self) -> int:
-        """Number of units: visual tokens before pruning."""
-        t, h, w = self.grid
-        return t * h * w
+        """Number of units of what is looked at."""
+        return math.prod(self.grid)
 
-    def shrunk(self, grid: tuple[int, int, int], limits: InputLimits) -> "Plan":
+    def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
         """The same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
         pairs, height, width = grid
         same = pairs == self.grid[0]
@@ -135,7 +177,7 @@ def make_plan(
     start_s: float = 0.0,
     end_s: float | None = None,
     max_frames: int | None = None,
-    max_visual_tokens: int = MAX_VISUAL_TOKENS,
+    max_visual_tokens: int | None = None,
 ) -> Plan:
     """Sampling times and frame size for a video, or a picture's size, within the model's limits and the token limit.
 
@@ -148,7 +190,7 @@ def make_plan(
         fps, frames: frames per second, or in all; default: the model's rate. A picture has one.
         start_s, end_s: the span to sample, in seconds; below 0 from the video's end.
         max_frames: replaces the model's limit.
-        max_visual_tokens: limit before pruning, at least 1.
+        max_visual_tokens: limit before pruning, at least 1; default: the model's, 24,576.
 
     Raises:
         VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range, or a
@@ -157,6 +199,8 @@ def make_plan(
     check_sampling(
         fps=fps, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames, max_visual_tokens=max_visual_tokens
     )
+    if max_visual_tokens is None:
+        max_visual_tokens = MAX_VISUAL_TOKENS
     if info.kind == PICTURE:
         if start_s != 0 or end_s is not None:
             raise UsageError(f"{info.path} is a picture, which has no start and no end", "leave out start and end")
@@ -183,14 +227,14 @@ def make_plan(
     grid = (sampling.frames // pair, size[0] // limits.unit, size[1] // limits.unit)
     wanted = min(free.wanted, most_frames - most_frames % pair)
     token_capped = size != preferred or sampling.frames < wanted
-    return Plan(sampling, *size, grid, most_frames, max_visual_tokens, token_capped)
+    return Plan(info, sampling, *size, grid, most_frames, max_visual_tokens, token_capped)
 
 
 def _picture_plan(info: Video, limits: InputLimits, max_tokens: int) -> Plan:
     """The size of a picture: one frame pair, of which it is both frames."""
     preferred, size, _ = _size(info, limits, 1, max_tokens)
     grid = (1, size[0] // limits.unit, size[1] // limits.unit)
-    return Plan(STILL, *size, grid, STILL.frames, max_tokens, size != preferred)
+    return Plan(info, STILL, *size, grid, STILL.frames, max_tokens, size != preferred)
 
 
 def _size(

@@ -3,22 +3,23 @@
 `trace` encodes a video and keeps its frames; `overlay` draws them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.model.memory import memory_guard
-from evoprune.pipeline.memory_check import CHUNK_BYTES
-from evoprune.pipeline.opening import OpenVideo
+from evoprune.model.clock import Clock
+from evoprune.pipeline.encoding import Progress, encode_input
+from evoprune.pipeline.opening import OpenInputs
+from evoprune.pipeline.patches import PatchReader
+from evoprune.pipeline.planning import chunk_bytes
 from evoprune.pruning.indices import ascending
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import EncodedRows, selected
-from evoprune.vision.encoder import encode_rows
-from evoprune.vision.preprocess import patchify, resize
+from evoprune.vision.preprocess import resize
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
 
@@ -110,11 +111,11 @@ class TracedVideo:
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
 
-def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = None) -> TracedVideo:
+def trace(opened: OpenInputs, progress: Progress | None = None) -> TracedVideo:
     """Encodes a video chunk by chunk, and keeps its frames and the fates of its units.
 
     Args:
-        opened: from `pipeline.opening.open_video`; nothing has been read from it yet.
+        opened: a single input, from `pipeline.opening.open_inputs`; nothing has been read from it yet.
         progress: as of `VideoQA.encode`.
 
     Raises:
@@ -122,7 +123,7 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
         VideoError: the video cannot be read.
         OutOfMemory: memory does not suffice.
     """
-    engine, view, plan = opened.engine, opened.view, opened.view.plan
+    engine, (plan,) = opened.engine, opened.plans
     if engine.method.reads_question:
         what, instead = engine.method.reading
         raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
@@ -131,37 +132,23 @@ def trace(opened: OpenVideo, progress: Callable[[str, int, int], None] | None = 
             "use a method that acts before the language model; in a combination, the overlay shows what that one does"
         )
         raise UsageError(f"method {engine.options.method} drops tokens by the question, and an overlay has none", hint)
-    limits, frames, damaged = engine.loaded.limits[view.kind], [], 0
+    frames = []
 
-    def patches() -> Iterator[torch.Tensor]:
-        nonlocal damaged
-        read = read_frames(view.source, plan.sampling.times_s, decoder=view.decoder, chunk_bytes=CHUNK_BYTES)
-        with closing(read) as chunks:
+    def read(*args, **how) -> Iterator[FrameChunk]:
+        frames.clear()  # where memory was short, the encoder begins anew
+        with closing(read_frames(*args, **how)) as chunks:
             for chunk in chunks:
-                damaged += chunk.damaged
                 frames.append(resize(torch.from_numpy(chunk.frames), plan.height, plan.width))
-                yield patchify(
-                    frames[-1], limits.image_mean, limits.image_std, limits.patch_size, limits.temporal_patch_size,
-                    limits.merge_size,
-                )  # fmt: skip
-                if progress:
-                    progress("encode", chunk.first + len(chunk.frames), plan.sampling.frames)
+                yield chunk
 
-    with memory_guard("encode"):
-        video = encode_rows(
-            engine.loaded.model.model.visual,
-            patches(),
-            view.encoder,
-            seconds_per_pair=plan.sampling.seconds_per_pair(limits.temporal_patch_size),
-            seed=engine.seed,
-            normal=limits.normal,
-            on_layer=lambda done, total: progress("layers", done, total) if progress else None,
-        )
-        found = fates(video)
+    limits = engine.loaded.limits[plan.kind]
+    reader = PatchReader(plan, limits, Clock(torch.device("cpu")), chunk_bytes(engine, plan), read)
+    rows, _ = encode_input(engine, plan, reader, progress, select=False)
     warnings = {
-        "cut_short": view.cut_short,
-        "damaged_video": damaged > 0,
-        "equal_scores": video.finish()[0],
-        "demo_overlay": not engine.loaded.knows(view.info),
+        "cut_short": plan.cut_short,
+        "damaged_video": reader.damaged > 0,
+        "equal_scores": rows.finish()[0],
+        "demo_overlay": not engine.loaded.knows(plan.info),
     }
-    return TracedVideo(plan, torch.cat(frames), found, [name for name, applies in warnings.items() if applies], damaged)
+    found = [name for name, applies in warnings.items() if applies]
+    return TracedVideo(plan, torch.cat(frames), fates(rows), found, reader.damaged)

@@ -16,7 +16,6 @@ from evoprune.batch.run import answers
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.pipeline import opening
-from evoprune.pipeline.opening import OpenVideo
 from evoprune.report.records import Report
 from evoprune.video.frames import read_frames
 
@@ -100,10 +99,13 @@ def test_each_record_is_what_asking_alone_gives(qa):
 
 
 def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
-    encoded, real = [], OpenVideo.encoding
-    monkeypatch.setattr(
-        OpenVideo, "encoding", lambda self, *how: encoded.append(self.view.info.path) or real(self, *how)
-    )
+    encoded, real = [], opening.encode_input
+
+    def encode(engine, plan, *how):
+        encoded.append(plan.info.path)
+        return real(engine, plan, *how)
+
+    monkeypatch.setattr(opening, "encode_input", encode)
     rows = [replace(row, id=f"{row.id} {start}", start_s=start) for start in (0.0, 2.0) for row in ROWS]
     made = list(answers(qa, group_by_span(rows), changed(max_new_tokens=1)))
     assert encoded == [clip for clip in CLIPS for _ in range(2)] and len({report.id for report in made}) == 12
@@ -145,8 +147,8 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
             second.set()
         return read_frames(info, times, **how)
 
-    real = opening.open_video
-    monkeypatch.setattr(opening, "open_video", lambda *args, **how: real(*args, read=read, **how))
+    real = opening.open_inputs
+    monkeypatch.setattr(opening, "open_inputs", lambda *args, **how: real(*args, read=read, **how))
     with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)

@@ -45,7 +45,7 @@ def choices(tmp_path):
 
 def breaking(monkeypatch, at: int, problem: BaseException):
     """Makes the `at`-th encoding fail."""
-    shown, real = [], evaluation_run.open_video
+    shown, real = [], evaluation_run.open_inputs
 
     def opened(*args, **more):
         shown.append(args)
@@ -53,7 +53,7 @@ def breaking(monkeypatch, at: int, problem: BaseException):
             raise problem
         return real(*args, **more)
 
-    monkeypatch.setattr(evaluation_run, "open_video", opened)
+    monkeypatch.setattr(evaluation_run, "open_inputs", opened)
 
 
 def table_rows(text: str, title: str = "accuracy") -> list[str]:

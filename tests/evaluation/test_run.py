@@ -72,13 +72,13 @@ def test_full_comes_first_and_nothing_twice():
 
 
 def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
-    encoded, real = [], evaluation_run.open_video
+    encoded, real = [], evaluation_run.open_inputs
 
-    def opened(engine, path, sampling, **more):
-        encoded.append((Path(path).name, engine.options.method, engine.budget, more["read"] is grey_frames))
-        return real(engine, path, sampling, **more)
+    def opened(engine, paths, sampling, **more):
+        encoded.append((Path(paths[0]).name, engine.options.method, engine.budget, more["read"] is grey_frames))
+        return real(engine, paths, sampling, **more)
 
-    monkeypatch.setattr(evaluation_run, "open_video", opened)
+    monkeypatch.setattr(evaluation_run, "open_inputs", opened)
     run = begun(loaded, replace(SETTINGS, blind=True, limit=2))
     run.run()
     expected = [("none", 1.0, False), ("none", 1.0, True), ("random", 0.5, False), ("random", 0.25, False)]
@@ -88,13 +88,13 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
 
 def test_a_row_is_about_its_own_part_of_the_video(loaded, monkeypatch):
     """Each part is encoded once for all variants, its answers are those of `VideoQA`, and the video stays one in results."""
-    opened, real = [], evaluation_run.open_video
+    opened, real = [], evaluation_run.open_inputs
 
-    def counted(engine, path, sampling, **more):
+    def counted(engine, paths, sampling, **more):
         opened.append((sampling.start_s, sampling.end_s))
-        return real(engine, path, sampling, **more)
+        return real(engine, paths, sampling, **more)
 
-    monkeypatch.setattr(evaluation_run, "open_video", counted)
+    monkeypatch.setattr(evaluation_run, "open_inputs", counted)
     parts = (0.0, None), (1.0, 3.0), (-2.0, None), (1.0, 3.0)
     run = begun(loaded, replace(SETTINGS, budgets=(0.25,), methods=("divprune",)), [spans("square.mp4", *parts)])
     run.run()
@@ -198,14 +198,14 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     assert run.failed and document["videos"] == {"wanted": 3, "evaluated": 2, "failed": 1}
     assert document["items"] == {"answered": 4, "failed": 2} and document["rows"][0]["n"] == 4
     assert document["failures"] == [{"video": "gone.mp4", "message": "no such file: samples/gone.mp4"}]
-    real = evaluation_run.open_video
+    real = evaluation_run.open_inputs
 
-    def opened(engine, path, *args, **more):
-        if engine.options.method == "random" and Path(path).name == "three.mp4":
+    def opened(engine, paths, *args, **more):
+        if engine.options.method == "random" and Path(paths[0]).name == "three.mp4":
             raise OutOfMemory("out of memory in encode", stage="encode")
-        return real(engine, path, *args, **more)
+        return real(engine, paths, *args, **more)
 
-    monkeypatch.setattr(evaluation_run, "open_video", opened)
+    monkeypatch.setattr(evaluation_run, "open_inputs", opened)
     run = begun(loaded, clips=videos(CLIPS[:2]))
     run.run()
     assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # in full either, or no pairs
@@ -310,7 +310,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     whole = begun(loaded, folder=tmp_path / "whole")
     whole.run()
     whole.folder.finish(whole.document())
-    shown, real = [], evaluation_run.open_video
+    shown, real = [], evaluation_run.open_inputs
 
     def opened(*args, **more):
         shown.append(args)
@@ -318,7 +318,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
             raise KeyboardInterrupt
         return real(*args, **more)
 
-    monkeypatch.setattr(evaluation_run, "open_video", opened)
+    monkeypatch.setattr(evaluation_run, "open_inputs", opened)
     torn = begun(loaded, folder=tmp_path / "torn")
     with pytest.raises(KeyboardInterrupt):
         torn.run()

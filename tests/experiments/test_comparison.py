@@ -235,7 +235,7 @@ def asked(saved, tmp_path, monkeypatch):
 
 def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monkeypatch):
     names, args, table, picture = asked
-    seen, real = [], evaluation_run.open_video
+    seen, real = [], evaluation_run.open_inputs
 
     def opened(engine, *args, **more):
         seen.append(engine.options.method)
@@ -243,7 +243,7 @@ def test_the_command_writes_its_files_and_resumes_an_interrupted_run(asked, monk
             raise KeyboardInterrupt
         return real(engine, *args, **more)
 
-    monkeypatch.setattr(evaluation_run, "open_video", opened)
+    monkeypatch.setattr(evaluation_run, "open_inputs", opened)
     with pytest.raises(KeyboardInterrupt):  # in the second clip
         main(args)
     assert not table.exists() and not picture.exists()

@@ -15,11 +15,11 @@ from evoprune.model.memory import language_bytes, memory_guard, working_memory
 from evoprune.model.quantize import saved_bytes
 from evoprune.model.sizes import kv_bytes
 from evoprune.model.weights import empty
-from evoprune.pipeline import encoding, memory_check
+from evoprune.pipeline import encoding, planning
 from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.loading.weights import needed_bytes
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.encoder_plan import TowerShape
@@ -102,8 +102,8 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
     tower, grid = TowerShape(32, (7, 15, 23, 31)), (64, 16, 16)
 
     def foretold(name: str, at_once: int = 2048) -> int:
-        return memory_check.encoding_bytes(
-            config, methods.parse(name).plan(tower, grid, 1638), at_once, 2, 1638 + memory_check.TEXT
+        return planning.encoding_bytes(
+            config, methods.parse(name).plan(tower, grid, 1638), at_once, 2, 1638 + planning.TEXT
         )
 
     held = 16_384 * 4 * 1280 * 4
@@ -171,7 +171,7 @@ def test_what_is_foretold_of_quantised_weights(kind):
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 2**26)
     read = []
-    video = open_video(VideoQA(loaded, budget=0.5).engine, CLIP, read=lambda *_, **__: read.append(1))
+    video = open_inputs(VideoQA(loaded, budget=0.5).engine, [CLIP], read=lambda *_, **__: read.append(1))
     with pytest.raises(
         OutOfMemory, match=r"square.mp4 needs about \d+ MiB of memory, and 64 MiB .*12 frames"
     ) as caught:
@@ -190,10 +190,10 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
         return real(*args, chunk_units=chunk_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(memory_check, "units_at_a_time", lambda device: 4 * per_pair)
+    monkeypatch.setattr(planning, "units_at_a_time", lambda device: 4 * per_pair)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
-    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.view.encoder.keep + memory_check.TEXT, 4)
+    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.plan.encoder.keep + planning.TEXT, 4)
     monkeypatch.setattr(memory, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
@@ -206,7 +206,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
 def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, tried):
     """A tower that has room for a single frame pair, and one that has not."""
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
-    whole = "".join(open_video(qa.engine, CLIP, threaded=threaded).encode().ask("What happens?", max_new_tokens=4))
+    whole = "".join(open_inputs(qa.engine, [CLIP], threaded=threaded).encode().ask("What happens?", max_new_tokens=4))
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
@@ -216,12 +216,12 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, threaded, room, t
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(memory_check, "units_at_a_time", lambda device: 96)
+    monkeypatch.setattr(planning, "units_at_a_time", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=r"(?m)^out of memory in encode$"):
-            open_video(qa.engine, CLIP, threaded=threaded).encode()
+            open_inputs(qa.engine, [CLIP], threaded=threaded).encode()
     else:
-        video = open_video(qa.engine, CLIP, threaded=threaded).encode()
+        video = open_inputs(qa.engine, [CLIP], threaded=threaded).encode()
         answer = video.ask("What happens?", max_new_tokens=4)
         assert "".join(answer) == whole
         times = answer.report.time_ms
@@ -233,6 +233,6 @@ def test_a_thousand_million_frames_to_look_at(loaded):
     """What is asked for is counted, and no list of it made."""
     tracked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sampling = SamplingOptions(frames=10**9, max_frames=10**9)
-    plan = open_video(VideoQA(loaded).engine, CLIP, sampling).view.full
+    plan = open_inputs(VideoQA(loaded).engine, [CLIP], sampling).plans[0].full
     assert plan.capped and plan.visual_tokens <= plan.token_limit and plan.sampling.wanted == 10**9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - tracked < 2**16  # KiB

@@ -97,7 +97,7 @@ def test_the_stage_is_named(loaded, where, stage, bad, temperature):
 
 
 def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
-    calls, real = [], opening.open_video
+    calls, real = [], opening.open_inputs
 
     def opened(*args, **how):
         calls.append(1)
@@ -106,8 +106,8 @@ def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
     def spoilt(*_, **__):
         raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
 
-    monkeypatch.setattr(opening, "open_video", opened)
-    monkeypatch.setattr("evoprune.evaluation.run.open_video", opened)
+    monkeypatch.setattr(opening, "open_inputs", opened)
+    monkeypatch.setattr("evoprune.evaluation.run.open_inputs", opened)
     rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
     made = list(answers(VideoQA(loaded), group_by_span(rows), Settings.of(model="x", max_new_tokens=1)))
     assert [r.error and (r.error["code"], r.error["stage"]) for r in made] == [(4, "encode"), None]

@@ -15,7 +15,7 @@ from evoprune.methods.evs import Evs
 from evoprune.pipeline import cache as cache_module
 from evoprune.pipeline.cache import Cache, content_hash, default_folder
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.frames import read_frames
 from evoprune.vision.encoded import Encoded
@@ -89,7 +89,7 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(loaded, cache, c
     plain = qa.encode(clip)
     first = qa.encode(clip, cache=cache)
     monkeypatch.setattr("evoprune.pipeline.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
-    with closing(open_video(qa.engine, clip, cache=cache)) as opened:
+    with closing(open_inputs(qa.engine, [clip], cache=cache)) as opened:
         assert opened.in_cache
         second = opened.encode()
     assert [video.report.cache for video in (plain, first, second)] == ["off", "miss", "hit"]
@@ -161,7 +161,7 @@ def test_the_same_name_size_and_time_but_other_bytes(loaded, cache, clip):
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_not_stored(loaded, cache, clip):
-    with closing(open_video(VideoQA(loaded, budget=0.25).engine, clip, cache=cache)) as opened:
+    with closing(open_inputs(VideoQA(loaded, budget=0.25).engine, [clip], cache=cache)) as opened:
         assert not opened.in_cache
         os.replace(shutil.copy("samples/pan.mp4", f"{clip}.new"), clip)
         opened.encode()
@@ -196,7 +196,7 @@ def test_changed_code_and_weights_make_other_entries(loaded, cache, clip, folder
 
 def test_who_leaves_the_cache_alone(loaded, cache, clip, monkeypatch):
     qa = VideoQA(loaded, budget=0.25, method="evs")
-    with closing(open_video(qa.engine, clip, cache=cache, read=lambda *a, **k: read_frames(*a, **k))) as opened:
+    with closing(open_inputs(qa.engine, [clip], cache=cache, read=lambda *a, **k: read_frames(*a, **k))) as opened:
         assert not opened.in_cache and opened.encode().report.cache == "off"
     assert VideoQA(replace(loaded, fingerprint=None)).encode(clip, cache=cache).report.cache == "off"
     monkeypatch.setattr(Evs, "reads_question", True)

@@ -15,8 +15,8 @@ from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.methods.registry import INNER
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.memory_check import TEXT
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
+from evoprune.pipeline.planning import TEXT
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.pruning.budget import keep_count
@@ -43,17 +43,17 @@ def save(path, width, height, seed=0):
     return str(path)
 
 
-def pixels_of(loaded, view):
+def pixels_of(loaded, plan):
     """What Hugging Face's processors make of an input: its patches, and its grid in patches."""
-    if view.kind == "picture":
+    if plan.kind == "picture":
         limits = loaded.limits["picture"]
         processor = Qwen2VLImageProcessorPil(min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
-        made = processor(images=Image.open(view.info.path), return_tensors="pt")
+        made = processor(images=Image.open(plan.info.path), return_tensors="pt")
         return made["pixel_values"], made["image_grid_thw"]
-    chunks = read_frames(view.info, view.plan.sampling.times_s)
+    chunks = read_frames(plan.info, plan.sampling.times_s)
     frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
-    t, h, w = view.plan.grid
-    return patchify(resize(frames, view.plan.height, view.plan.width)), torch.tensor([[t, 2 * h, 2 * w]])
+    t, h, w = plan.grid
+    return patchify(resize(frames, plan.height, plan.width)), torch.tensor([[t, 2 * h, 2 * w]])
 
 
 def hugging_face(loaded, inputs, question, tokens):
@@ -61,23 +61,23 @@ def hugging_face(loaded, inputs, question, tokens):
     model, specials = hugging_face_model(loaded.model), loaded.tokenizer.specials()
     pads = {"video": specials["<|video_pad|>"], "picture": specials["<|image_pad|>"]}
     model.config.video_token_id, model.config.image_token_id = pads["video"], pads["picture"]
-    content = [{"type": {"video": "video", "picture": "image"}[each.view.kind]} for each in inputs]
+    content = [{"type": {"video": "video", "picture": "image"}[each.plan.kind]} for each in inputs]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     spans, given, end = [], {}, 0
     loaded.tokenizer.backend.encode_special_tokens = False
     ids = loaded.tokenizer.backend.encode(loaded.tokenizer.render(messages)).ids
     loaded.tokenizer.backend.encode_special_tokens = True
     for each in inputs:
-        pixels, grid = pixels_of(loaded, each.view)
+        pixels, grid = pixels_of(loaded, each.plan)
         t, h, w = grid[0].tolist()
         at = next(i for i, token in enumerate(ids) if token in pads.values() and i >= end)
-        assert ids[at] == pads[each.view.kind]
+        assert ids[at] == pads[each.plan.kind]
         ids[at : at + 1] = [ids[at]] * (t * h * w // 4)
         end = at + t * h * w // 4
-        spans.append(VisualSpan(at, (t, h // 2, w // 2), each.view.plan.sampling.seconds_per_pair()))
+        spans.append(VisualSpan(at, (t, h // 2, w // 2), each.plan.sampling.seconds_per_pair()))
         for name, value in (("", pixels), ("_grid_thw", grid)):
             key = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
-            given.setdefault(key[each.view.kind][name != ""], []).append(value)
+            given.setdefault(key[each.plan.kind][name != ""], []).append(value)
     rope = prompt_positions(len(ids), spans, getattr(model.config.vision_config, "tokens_per_second", None))
     made = model.generate(
         torch.tensor([ids]),
@@ -121,11 +121,11 @@ def test_patches_are_those_of_the_image_processor(loaded, size, tmp_path):
         return encode_rows(visual, found, *plan, **how)
 
     path = save(tmp_path / "a.png", *size)
-    with closing(open_video(VideoQA(loaded, budget=1.0).engine, path, encode_rows=kept)) as opened:
-        theirs, grid = pixels_of(loaded, opened.view)
+    with closing(open_inputs(VideoQA(loaded, budget=1.0).engine, [path], encode_rows=kept)) as opened:
+        theirs, grid = pixels_of(loaded, opened.plans[0])
         opened.encode()
     torch.testing.assert_close(torch.cat(found), theirs, atol=1e-5, rtol=0)
-    assert grid[0].tolist() == [1, *(2 * side for side in opened.view.plan.grid[1:])]
+    assert grid[0].tolist() == [1, *(2 * side for side in opened.plans[0].grid[1:])]
 
 
 @pytest.mark.parametrize("size", [(3, 4000), (4000, 3)], ids=str)
@@ -207,7 +207,7 @@ def test_each_input_is_cached_by_itself(tmp_path):
 def test_all_inputs_must_fit_into_the_context_before_any_frame_is_read(loaded, monkeypatch):
     text = replace(loaded.model.config.text_config, max_position_embeddings=300)
     monkeypatch.setattr(loaded.model, "config", replace(loaded.model.config, text_config=text))
-    monkeypatch.setattr("evoprune.pipeline.opening.encode_view", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("evoprune.pipeline.opening.encode_input", lambda *_: pytest.fail("encoded"))
     qa = VideoQA(loaded, budget=1.0)
     with pytest.raises(UsageError, match=r"288 visual tokens and .* do not fit into the 300 tokens"):
         qa.ask([CLIP, CLIP], QUESTION)
@@ -216,7 +216,7 @@ def test_all_inputs_must_fit_into_the_context_before_any_frame_is_read(loaded, m
 def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, monkeypatch):
     qa, asked = VideoQA(loaded, budget=0.5), []
     tokens = [len(qa.encode(path).encoded.kept) for path in (OTHER, CLIP)]
-    monkeypatch.setattr("evoprune.pipeline.opening.encode_view", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("evoprune.pipeline.opening.encode_input", lambda *_: pytest.fail("encoded"))
     monkeypatch.setattr("evoprune.pipeline.opening.units_at_once", lambda _, __, around: asked.append(around))
     with pytest.raises(pytest.fail.Exception):
         qa.encode([CLIP, OTHER])
@@ -228,8 +228,8 @@ def test_asking_checks_the_memory_of_all_that_is_to_be_encoded(loaded, monkeypat
     qa, asked = VideoQA(loaded, budget=budget), []
     held = qa.encode(OTHER)
     tokens = [len(held.encoded.kept), len(qa.encode(CLIP).encoded.kept)]
-    monkeypatch.setattr("evoprune.pipeline.opening.encode_view", lambda *_: pytest.fail("encoded"))
-    monkeypatch.setattr("evoprune.pipeline.question_check.units_at_once", lambda _, __, around: asked.append(around))
+    monkeypatch.setattr("evoprune.pipeline.opening.encode_input", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("evoprune.pipeline.prompting.units_at_once", lambda _, __, around: asked.append(around))
     for inputs, others in (([CLIP, OTHER], tokens), ([CLIP, held], tokens[:1])):
         asked.clear()
         with pytest.raises(pytest.fail.Exception):

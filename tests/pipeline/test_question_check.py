@@ -3,12 +3,12 @@ from dataclasses import replace
 import pytest
 
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.pipeline import memory_check, question_check
-from evoprune.pipeline.estimate import estimate_first_token
+from evoprune.pipeline import planning, prompting
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.question_check import longest_prompt
+from evoprune.pipeline.planning import estimate_first_token
+from evoprune.pipeline.prompting import longest_prompt
 from evoprune.pipeline.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 
@@ -21,8 +21,8 @@ def qa(saved):
 
 
 @pytest.fixture(scope="module")
-def view(qa):
-    return open_video(qa.engine, CLIP).view
+def plan(qa):
+    return open_inputs(qa.engine, [CLIP]).plans[0]
 
 
 @pytest.fixture
@@ -37,17 +37,17 @@ def context(qa, monkeypatch):
     return set_to
 
 
-def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, view, context):
+def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, plan, context):
     video = qa.encode(CLIP)
     report = video.ask("What?", max_new_tokens=3)
     report.text  # noqa: B018 (generates it)
     tokens = report.report.tokens
     context(tokens.prompt + 3)
-    assert longest_prompt(qa.engine, [view], ["Hm?", "What?"], GenerationOptions(3)) == tokens.text
+    assert longest_prompt(qa.engine, [plan], ["Hm?", "What?"], GenerationOptions(3)) == tokens.text
     assert video.ask("What?", max_new_tokens=3).text == report.text
     for question, options in (("What?", {"max_new_tokens": 4}), ("What is it? Why?", {"max_new_tokens": 3})):
         with pytest.raises(UsageError, match="do not fit into the") as early:
-            longest_prompt(qa.engine, [view], ["Hm?", question], GenerationOptions(**options))
+            longest_prompt(qa.engine, [plan], ["Hm?", question], GenerationOptions(**options))
         with pytest.raises(UsageError) as late:
             next(video.ask(question, **options))
         assert early.value.message == late.value.message and early.value.hint
@@ -58,19 +58,19 @@ def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, view, context)
 def test_a_method_that_reads_the_question_checks_it_first(saved, context, qa, monkeypatch):
     video = VideoQA(qa.loaded, budget=0.5, method="cdpruner").encode(CLIP)
     context(150)
-    monkeypatch.setattr("evoprune.pipeline.answering.select_tokens", lambda *_: pytest.fail("selected"))
+    monkeypatch.setattr("evoprune.pipeline.encoding.select_tokens", lambda *_: pytest.fail("selected"))
     with pytest.raises(UsageError, match="not fit into"):
         next(video.ask(LONG))
 
 
-def test_a_long_question_takes_time(qa, view, monkeypatch):
+def test_a_long_question_takes_time(qa, plan, monkeypatch):
     monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e9)
-    text = longest_prompt(qa.engine, [view], [LONG], GenerationOptions(1))
+    text = longest_prompt(qa.engine, [plan], [LONG], GenerationOptions(1))
     assert text > 500
-    assert estimate_first_token(qa.engine, view, text) > 1.2 * estimate_first_token(qa.engine, view)
+    assert estimate_first_token(qa.engine, plan, text) > 1.2 * estimate_first_token(qa.engine, plan)
 
 
-def test_a_long_question_takes_memory(qa, view, monkeypatch):
+def test_a_long_question_takes_memory(qa, plan, monkeypatch):
     video = qa.encode(CLIP)
     asked = []
 
@@ -78,11 +78,11 @@ def test_a_long_question_takes_memory(qa, view, monkeypatch):
         asked.append(needed)
         return "needs about 9.9 GiB of memory, and 1.0 GiB are available" if len(asked) > 1 else None
 
-    for module in (memory_check, question_check):
+    for module in (planning, prompting):
         monkeypatch.setattr(module, "shortage", shortage)
-    longest_prompt(qa.engine, [view], ["What?"], GenerationOptions(1))
+    longest_prompt(qa.engine, [plan], ["What?"], GenerationOptions(1))
     assert not asked  # what the encoder's own check assumes
-    longest_prompt(qa.engine, [view], [LONG], GenerationOptions(1))
+    longest_prompt(qa.engine, [plan], [LONG], GenerationOptions(1))
     assert asked
     with pytest.raises(OutOfMemory, match="needs about 9"):
         next(video.ask(LONG, max_new_tokens=1))

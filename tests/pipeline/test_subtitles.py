@@ -8,9 +8,9 @@ import torch
 from evoprune.pipeline import prompting
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions
-from evoprune.pipeline.question_check import longest_prompt
+from evoprune.pipeline.prompting import longest_prompt
 from evoprune.pipeline.subtitles import PromptSubtitles, as_text, fit
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.info import Subtitles
@@ -98,7 +98,7 @@ def test_answers_do_not_depend_on_earlier_questions(qa, said, budget):
 def about_said_wh(qa):
     """A video with subtitles with which a question may merge."""
     video = qa.encode(CLIP)
-    video._prompts._views = [replace(video.view, subtitles=PromptSubtitles("said: Wh"))]
+    video._prompts._plans = [replace(video.plan, subtitles=PromptSubtitles("said: Wh"))]
     return video
 
 
@@ -143,7 +143,7 @@ def test_every_question_counts_them_before_the_video_is_encoded(qa, said):
     with_them, without = (
         longest_prompt(
             qa.engine,
-            [open_video(qa.engine, CLIP, SamplingOptions(subtitles=choice)).view],
+            [open_inputs(qa.engine, [CLIP], SamplingOptions(subtitles=choice)).plans[0]],
             ["Why?"],
             GenerationOptions(2),
         )

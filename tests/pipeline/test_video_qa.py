@@ -18,11 +18,11 @@ from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.model.weights import shared
 from evoprune.pipeline.answering import Answer
-from evoprune.pipeline.estimate import estimate_first_token
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.loading.weights import make_ready
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
+from evoprune.pipeline.planning import estimate_first_token
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.report.records import Report
@@ -59,7 +59,7 @@ def answer(video, question="What happens?", n=24, **settings):
 
 def encode(qa, path, *, progress=None, sampling=None, **how):
     """What only the pipeline's own parts can do: other frames, another encoder, no thread."""
-    with closing(open_video(qa.engine, path, SamplingOptions(**(sampling or {})), **how)) as opened:
+    with closing(open_inputs(qa.engine, [path], SamplingOptions(**(sampling or {})), **how)) as opened:
         return opened.encode(progress)
 
 
@@ -104,7 +104,7 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
     for model in (loaded, replace(loaded, limits=other)):
         qa = VideoQA(model, budget=0.25, method="reuse+divprune")
         live.add(asked(qa.encode(LONG), n=1).report.pruning.encoder_live_share)
-        with closing(open_video(qa.engine, LONG)) as opened:
+        with closing(open_inputs(qa.engine, [LONG])) as opened:
             unchanged.append(trace(opened).fates.source)
     assert len(live) == 1 and torch.equal(*unchanged)
 
@@ -276,7 +276,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 8)
+    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
@@ -306,7 +306,7 @@ def slow(work, seconds):
 
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
-    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
     monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
@@ -330,7 +330,7 @@ def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     apart = encode(qa, LONG, threaded=False)
@@ -346,7 +346,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.parametrize("threaded", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded):
     """Three chunks are ready before it is encoded, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
@@ -356,7 +356,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
     monkeypatch.setattr("evoprune.pipeline.patches.patchify", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
-    with closing(open_video(qa.engine, LONG, threaded=threaded)) as video:
+    with closing(open_inputs(qa.engine, [LONG], threaded=threaded)) as video:
         assert made == []
         video.begin()
         ready, until = 3 if threaded else 1, time.monotonic() + 10
@@ -371,7 +371,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
 
 def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
     monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 1.0))
-    with closing(open_video(VideoQA(loaded).engine, CLIP)) as video:
+    with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
         video.begin()
         times = video.encode().report.time_ms
     assert times.preprocess >= 1000 > times.total
@@ -386,7 +386,7 @@ def test_a_video_that_was_begun_and_is_not_wanted(loaded):
         finally:
             closed.append(1)
 
-    video = open_video(VideoQA(loaded).engine, CLIP, read=read)
+    video = open_inputs(VideoQA(loaded).engine, [CLIP], read=read)
     video.begin()
     video.close()
     video.close()
@@ -417,7 +417,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.memory_check.units_at_a_time", lambda device: 24)
+    monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
     if stage == "preprocess":
         monkeypatch.setattr("evoprune.pipeline.patches.patchify", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj
@@ -457,7 +457,7 @@ def test_the_estimate_goes_by_the_budget(loaded, monkeypatch):
 
     def seconds(budget):
         engine = VideoQA(loaded, budget=budget).engine
-        return estimate_first_token(engine, open_video(engine, CLIP).view)
+        return estimate_first_token(engine, open_inputs(engine, [CLIP]).plans[0])
 
     assert seconds(0.1) < seconds(0.5) < seconds(1.0)
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.plan import Plan
+from evoprune.video.probe import probe
 from evoprune.video.sampling import SamplingPlan, even_times
 from evoprune.visualize import image_files, overlay
 from evoprune.visualize.fates import FATES, Fates, TracedVideo, trace
@@ -28,7 +29,7 @@ def loaded():
 
 
 def traced(loaded, path=CLIP, **settings) -> TracedVideo:
-    return trace(open_video(VideoQA(loaded, **settings).engine, path))
+    return trace(open_inputs(VideoQA(loaded, **settings).engine, [path]))
 
 
 def test_reused_units_are_those_whose_pixels_are_older(loaded):
@@ -90,7 +91,7 @@ def test_the_owner_of_merged_units_has_a_dot(loaded, method):
 def test_what_is_drawn_is_what_the_language_model_reads(loaded):
     qa = VideoQA(loaded, budget=0.1)
     kept = qa.encode(CLIP).encoded.kept
-    assert torch.equal(trace(open_video(qa.engine, CLIP)).fates.chosen.nonzero().flatten(), kept)
+    assert torch.equal(trace(open_inputs(qa.engine, [CLIP])).fates.chosen.nonzero().flatten(), kept)
 
 
 def test_methods_after_the_encoder(loaded):
@@ -117,7 +118,7 @@ def painted() -> TracedVideo:
     chosen = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.bool)
     source, owner = torch.tensor([0, 1, 2, 0, 4, 2]), torch.tensor([0, 4, 2, 0, 4, 2])
     sampling = SamplingPlan(0.0, 2.0, even_times(0.0, 2.0, 4), 4)
-    plan = Plan(sampling, 28, 84, (2, 1, 3), 768, 100, False)
+    plan = Plan(probe(CLIP), sampling, 28, 84, (2, 1, 3), 768, 100, False)
     frames = torch.full((4, 28, 84, 3), 100, dtype=torch.uint8)
     return TracedVideo(plan, frames, Fates((2, 1, 3), chosen, source, owner, 4), [], 0)
 
@@ -185,7 +186,7 @@ def test_sheets_hold_at_most_twelve_frame_pairs(pairs):
     seen = painted()
     sampling = SamplingPlan(0.0, 2.0, even_times(0.0, 2.0, 2 * pairs), 2 * pairs)
     fates = Fates((pairs, 1, 3), torch.ones(3 * pairs, dtype=torch.bool), *[torch.arange(3 * pairs)] * 2, 3 * pairs)
-    plan = Plan(sampling, 28, 84, (pairs, 1, 3), 768, 1000, False)
+    plan = Plan(probe(CLIP), sampling, 28, 84, (pairs, 1, 3), 768, 1000, False)
     video = TracedVideo(plan, seen.frames[:1].expand(2 * pairs, -1, -1, -1), fates, [], 0)
     bright = (np.asarray(Overlay(video, "title").sheet()) == 152).all(
         2

@@ -9,7 +9,7 @@ import numpy as np
 import evoprune
 from evoprune.integrations.vllm import PREFIX
 from evoprune.pipeline.answering import EncodedVideo
-from evoprune.pipeline.opening import open_video
+from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.frames import read_frames
@@ -74,9 +74,9 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
             held.append(chunk.frames.copy())
             yield chunk
 
-    with closing(open_video(qa.engine, path, SamplingOptions(fps=fps), read=read)) as video:
+    with closing(open_inputs(qa.engine, [path], SamplingOptions(fps=fps), read=read)) as video:
         encoded = video.encode()
-        return encoded, Clip(np.concatenate(held), video.view.seconds_per_pair(2))
+        return encoded, Clip(np.concatenate(held), video.plans[0].sampling.seconds_per_pair(2))
 
 
 def samples(fps: float = 2.0, names=tuple(QUESTIONS), model=str(DEMO), dtype="fp32", **pruning) -> list[Asked]:

@@ -1,0 +1,119 @@
+"""What of a video or a picture will be read and computed, decided before any frame is read; and the memory and time that takes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from evoprune.errors import LESS, OutOfMemory
+from evoprune.model.config import Config
+from evoprune.model.cost import estimate_first_token as estimate_seconds
+from evoprune.model.memory import shortage, working_memory
+from evoprune.model.sizes import PATCHES
+from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.options import SamplingOptions
+from evoprune.pipeline.subtitles import prompt_subtitles
+from evoprune.pruning.budget import keep_count
+from evoprune.pruning.encoder_plan import EncoderPlan, WholePairs
+from evoprune.text import counted
+from evoprune.video.frames import choose_decoder
+from evoprune.video.info import Video
+from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
+from evoprune.vision.devices import units_at_a_time
+from evoprune.vision.tower import tower_shape
+
+CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
+TEXT = 64  # tokens of a prompt around the video, roughly
+QUESTION = 40  # the same for an estimate of time
+
+
+def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:
+    """Plans which frames of a video are looked at, or how large a picture, and what the encoder does with them.
+
+    Raises:
+        VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
+    """
+    decoder = choose_decoder(sampling.decoder, info)
+    loaded, numbers = engine.loaded, sampling.numbers
+    if numbers["max_visual_tokens"] is None:
+        on_cpu = loaded.device == "cpu"
+        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
+    limits = loaded.limits[info.kind]
+    full = make_plan(info, limits, **numbers)
+    tower = tower_shape(loaded.model.model.visual)
+    encoder = engine.method.plan(tower, full.grid, keep_count(engine.budget, full.visual_tokens))
+    asked = sampling.fps is not None or sampling.frames is not None
+    return replace(
+        full.shrunk(encoder.grid, limits),
+        encoder=encoder,
+        unshrunk=full,
+        name=name or info.path,
+        decoder=decoder,
+        limited=asked and (full.token_capped or (full.capped and sampling.max_frames is None)),
+        subtitles=prompt_subtitles(
+            loaded.tokenizer, info, full.sampling, sampling.subtitles, sampling.max_subtitle_tokens
+        ),
+    )
+
+
+def chunk_bytes(engine: Engine, plan: Plan) -> int:
+    """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
+    limits, (_, height, width) = engine.loaded.video, plan.grid
+    pairs = -(-units_at_a_time(engine.loaded.model.device) // (height * width))
+    return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
+
+
+def encoding_bytes(
+    config: Config, encoder: EncoderPlan, at_once: int, bytes_each: int, prompt: int | Sequence[int]
+) -> int:
+    """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
+
+    Args:
+        at_once: units that go through the tower together, at most.
+        bytes_each: of a weight.
+        prompt: tokens that the language model reads, in each layer or in all.
+    """
+    selections = encoder.selections
+    selected, means = selections[0].rows if selections else 0, 0
+    if any(
+        isinstance(stage.reduce, WholePairs) for stage in selections
+    ):  # their rows go on in chunks; the means of all of them are made in float32
+        selected, means = min(at_once, encoder.units), encoder.units * PATCHES * config.vision_config.hidden_size * 4
+    return working_memory(config, encoder.units, at_once, prompt, bytes_each, selected) + means
+
+
+def units_at_once(engine: Engine, plan: Plan, text: int = TEXT) -> int:
+    """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
+
+    Args:
+        text: tokens of the prompt around the video.
+
+    Raises:
+        OutOfMemory: there is not enough even for a frame pair, or for the prompt.
+    """
+    model, encoder = engine.loaded.model, plan.encoder
+    at_once, least = units_at_a_time(model.device), encoder.grid[1] * encoder.grid[2]
+    prompt = engine.prompt_columns(encoder.keep, text)
+    while short := shortage(
+        encoding_bytes(model.config, encoder, max(least, at_once), model.dtype.itemsize, prompt), str(model.device)
+    ):
+        if at_once <= least:
+            frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
+            size = f"{frames}, {encoder.keep:,} visual tokens kept"
+            size += f", {text:,} tokens of text" if text > TEXT else ""
+            raise OutOfMemory(f"{plan.name} {short}: {size}", LESS, stage="encode")
+        at_once = max(least, at_once // 2)
+    return at_once
+
+
+def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> float | None:
+    """Seconds until the first token, roughly; None on CUDA and for a demo model, where it is short.
+
+    Args:
+        text: tokens of the prompt around the video.
+    """
+    if engine.loaded.device != "cpu" or engine.loaded.is_demo:
+        return None
+    model, encoder = engine.loaded.model, plan.encoder
+    count, height, width = encoder.grid
+    windows = tower_shape(model.model.visual).windows(height, width)
+    work = engine.prompt_work(encoder.keep, text)
+    return estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
