@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.errors import UsageError
 from evoprune.language.text import harmless
 from evoprune.report.records import Report, VideoFacts
-from evoprune.report.stats import WIDTH, stats_block, summary
-from evoprune.report.warning_texts import WARNINGS, warned, warning_text
+from evoprune.report.stats import WARNINGS, WIDTH, stats_block, summary, warned, warning_text
 from evoprune.text import counted
 
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text

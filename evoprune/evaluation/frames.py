@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 
 from evoprune.video.frames import FrameChunk, read_frames
-from evoprune.video.probe import Video
+from evoprune.video.info import Video
 
 
 class SharedFrames:

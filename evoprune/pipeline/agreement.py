@@ -1,8 +1,5 @@
-"""How far a pruned model would have gone another way: its choices along the answer of the unpruned model. No labels are needed.
-
-The unpruned model answers. The pruned one reads the same answer, and at each token its distribution is compared with the unpruned
-model's at the same place. llama.cpp judges quantisation this way.
-"""
+"""How far a pruned model would have gone another way, without labels: it reads the answer of the unpruned model, and at each token
+the two distributions are compared. llama.cpp judges quantisation this way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +46,6 @@ class Agreement:
     seconds: float
 
     def record(self) -> dict[str, float]:
-        """As reports have it."""
         found = {"tokens": len(self.agrees), "agree": int(self.agrees.sum())}
         return found | {"kl": float(self.kl.mean()), "kl_p95": float(self.kl.quantile(0.95))}
 
@@ -57,17 +53,12 @@ class Agreement:
 def reference(
     video: EncodedVideo, question: str, ids: Sequence[int], ended: bool, system: str | None = None
 ) -> Reference:
-    """The unpruned model's distributions along its own answer.
+    """The unpruned model's distributions along its own answer, the tokens `ids`. Errors: as of `EncodedVideo.read_along`.
 
     Args:
         video: with nothing pruned.
-        question, system: what was asked.
-        ids: tokens of the answer.
         ended: whether the model ended it by itself. Then the end counts as one more token: an answer that would have run on is
             another one.
-
-    Raises:
-        As `EncodedVideo.read_along`.
     """
     ids = (*ids, 0) if ended or not ids else tuple(ids)
     logits, seconds = video.read_along(question, ids, system)
@@ -77,11 +68,7 @@ def reference(
 
 
 def agreement(given: Reference, video: EncodedVideo) -> Agreement:
-    """How a pruned video's choices compare.
-
-    Raises:
-        As `EncodedVideo.read_along`.
-    """
+    """How a pruned video's choices compare. Errors: as of `EncodedVideo.read_along`."""
     logits, seconds = video.read_along(given.question, given.ids, given.system)
     logs = logits.log_softmax(-1).gather(1, given.tokens)
     logs = torch.cat([logs, _rest(logs)], 1)

@@ -19,7 +19,6 @@ class Answer(Iterator[str]):
     Attributes:
         report: of this answer; up to date after each piece, complete after the last. `report.answer` is what there is so far.
         ids: its tokens so far, without the one that ends it.
-        text: the whole answer; reading it generates what is left.
 
     Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
         UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
@@ -62,7 +61,7 @@ class Answer(Iterator[str]):
 
     @property
     def text(self) -> str:
-        """The whole answer: generates what is left of it. What there is so far is `report.answer`."""
+        """The whole answer: generates what is left of it."""
         with self._lock:
             for _ in self:
                 pass

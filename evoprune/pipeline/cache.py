@@ -122,11 +122,7 @@ class Cache:
         return len(sizes), sum(sizes)
 
     def clear(self) -> int:
-        """Deletes all entries, and nothing else that may be in the folder; how many.
-
-        Raises:
-            OSError: one cannot be deleted.
-        """
+        """Deletes all entries, and nothing else in the folder; how many. Raises OSError if one cannot be deleted."""
         entries, _ = self.size()
         for path, _ in self._files():
             path.unlink(missing_ok=True)
@@ -175,13 +171,7 @@ def entry_key(engine: Engine, plan: Plan) -> str | None:
         "seconds_per_pair": plan.sampling.seconds_per_pair(limits.temporal_patch_size),
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
-        "pixels": [
-            limits.image_mean,
-            limits.image_std,
-            limits.patch_size,
-            limits.temporal_patch_size,
-            limits.merge_size,
-        ],
+        "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
         "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
         "method": [repr(engine.method.before), engine.seed],  # the repr names the classes and all settings
         "code": [evoprune.__version__, torch.__version__, _own_code(), methods.plugin_code(engine.options.method)],
@@ -191,11 +181,7 @@ def entry_key(engine: Engine, plan: Plan) -> str | None:
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """A hash of a file's bytes; of a folder, of its files and their names.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """A hash of a file's bytes; of a folder, of its files and their names. Raises OSError if it cannot be read."""
     path = Path(path)
     if not path.is_dir():
         with open(path, "rb") as file:

@@ -18,9 +18,7 @@ class Engine:
     """Made by `make_engine`.
 
     Attributes:
-        loaded: the model.
         options: how visual tokens are pruned; never "tuned", but what that means for this model.
-        method: the method that `options` name.
         load_seconds: how long loading took, for reports; None where that is unknown.
         tuned: the tuned setting that `options` come from; None if they were given.
     """

@@ -20,8 +20,8 @@ from evoprune.pipeline.loading.on_disk import KnownModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
 from evoprune.pruning.budget import PRESETS, keep_count
+from evoprune.video.info import Video
 from evoprune.video.plan import STILL, Plan
-from evoprune.video.probe import Video
 from evoprune.vision.devices import units_at_a_time
 from evoprune.vision.tower import tower_shape
 

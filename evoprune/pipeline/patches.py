@@ -27,15 +27,12 @@ class PatchReader:
     """The patches of a video. `chunks` can be called again, which begins anew. To be closed.
 
     Args:
-        plan: what is looked at.
-        limits: of the model.
         clock: adds up the seconds of "read" and "preprocess".
         chunk_bytes: of decoded frames, held at a time.
         read: gives the frames, as `video.frames.read_frames`.
         threaded: whether a thread prepares the next chunks while one is used.
 
     Attributes:
-        plan, clock: those it was given.
         damaged: packets that could not be decoded, since `chunks` was last called.
     """
 
@@ -55,16 +52,16 @@ class PatchReader:
         self._open = ExitStack()
 
     def begin(self) -> None:
-        """Has the first chunk ready when it returns; a thread goes on to the next two.
-
-        Raises:
-            VideoError: unreadable. OutOfMemory.
-        """
+        """Has the first chunk ready when it returns; a thread goes on to the next two. Errors: as of `chunks`."""
         chunks = self._start()
         self._begun = chain(list(islice(chunks, 1)), chunks)
 
     def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """For every chunk, how many frames there were up to its end, and its patches `[rows, 1176]`, float32."""
+        """For every chunk, how many frames there were up to its end, and its patches `[rows, 1176]`, float32.
+
+        Raises:
+            VideoError: unreadable. OutOfMemory.
+        """
         begun, self._begun = self._begun, None
         return begun or self._start()
 

@@ -9,23 +9,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DEPTH = 2
-# How long closing waits for the item that is being made, in seconds.
-PATIENCE_S = 3.0
+PATIENCE_S = 3.0  # how long closing waits for the item that is being made
 
 
 def prefetched(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
     """Yields items in order while a thread makes the next ones, at most `depth` of them.
 
-    The thread starts with the first item that is asked for. When this iterator is exhausted, is closed or raises, the thread
-    finishes the item it is making, closes `items` and ends. Where that takes longer than `PATIENCE_S`, as a read that hangs does,
-    the thread is left to end by itself.
-
-    Args:
-        items: run and closed in the thread.
-        depth: at least 1.
-
-    Raises:
-        Whatever making an item raises, also KeyboardInterrupt and the like, after all items before it.
+    The thread, which also closes `items`, starts with the first item that is asked for. When this iterator is exhausted, is closed
+    or raises, the thread finishes the item it is making and ends. Where that takes longer than `PATIENCE_S`, as a read that hangs
+    does, it is left to end by itself. Whatever making an item raises comes after all items before it.
     """
     made: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
     room, stopped = threading.Semaphore(depth), threading.Event()

@@ -54,12 +54,7 @@ class PromptReader:
 
     @names_plugins()
     def read(self, encoded: Sequence[Encoded], prompt: Prompt, system: str | None) -> PrefillState:
-        """The state that decoding starts from.
-
-        Args:
-            encoded: the tokens of each input.
-            prompt: from `build`. `system`: the prompt's.
-        """
+        """The state that decoding of a prompt from `build` starts from; `encoded`: the tokens of each input."""
         model = self._loaded.model
         positions = prompt_positions(
             len(prompt.input_ids), self._spans(prompt), model.config.vision_config.tokens_per_second
@@ -88,11 +83,7 @@ class PromptReader:
         ]
 
     def _take_prefix(self, system: str | None, shared: int) -> tuple[KVCache | None, int]:
-        """The cache up to the question, and its columns; nothing where there is none for this system prompt.
-
-        Args:
-            shared: columns of the new prompt that its question does not change.
-        """
+        """The cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
         taken, self._prefix = self._prefix, None
         if taken is None or taken[0] != system:
             return None, 0
@@ -104,11 +95,7 @@ class PromptReader:
 
 
 def prompt_about(tokenizer: Tokenizer, plans: Sequence[Plan], question: str, system: str | None) -> Prompt:
-    """The prompt of a question about some inputs.
-
-    Raises:
-        As `language.prompt.build_prompt`.
-    """
+    """The prompt of a question about some inputs. Errors: as of `language.prompt.build_prompt`."""
     inputs = [(plan.kind, plan.encoder.units) for plan in plans]
     subtitles = subtitles_of([(plan.kind, plan.subtitles) for plan in plans])
     return build_prompt(tokenizer, question, inputs, system=system, subtitles=subtitles)
@@ -144,11 +131,7 @@ def longest_prompt(
 
 
 def check_question(loaded: LoadedModel, question: str) -> None:
-    """Refuses a question that is far too long after a look at its beginning: all of it might take minutes to encode.
-
-    Raises:
-        UsageError: the beginning alone does not fit into the model's context.
-    """
+    """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to encode."""
     context = loaded.model.config.text_config.max_position_embeddings
     beginning = question[: BEGINNING * context] if context else question
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
@@ -168,15 +151,7 @@ def check_not_empty(question: Any) -> None:
 
 
 def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:
-    """Checks that a prompt and its answer fit into the model's context.
-
-    Args:
-        text, visual: tokens of the prompt, of its text and of the inputs after pruning.
-        new: tokens of the answer, at most.
-
-    Raises:
-        UsageError: they do not fit.
-    """
+    """Raises UsageError where a prompt, of `text` and `visual` tokens, and an answer of up to `new` do not fit into the context."""
     context = loaded.model.config.text_config.max_position_embeddings
     if context is not None and text + visual + new > context:
         raise UsageError(
@@ -188,13 +163,7 @@ def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None
 
 
 def check_memory(engine: Engine, text: int, visual: int) -> None:
-    """Checks that there is memory to read a prompt whose text is longer than the encoder's check of memory assumed.
-
-    Args: `text`, `visual` as of `check_context`.
-
-    Raises:
-        OutOfMemory: there is too little.
-    """
+    """Raises OutOfMemory where there is too little to read a prompt whose text is longer than the encoder's check assumed."""
     if text <= TEXT:
         return
     model = engine.loaded.model

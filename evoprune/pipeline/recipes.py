@@ -52,11 +52,7 @@ class KeptRecipe:
                 raise ValueError("kl and agree must hold a number of at least 0, or null, for each step")
 
     def made(self) -> Recipe:
-        """The recipe itself.
-
-        Raises:
-            ValueError: it cannot be one.
-        """
+        """The recipe itself. Raises ValueError if it cannot be one."""
         try:
             steps = tuple(tuple(tuple(each) for each in step) for step in self.recipe["steps"])
             return Recipe(**self.recipe | {"weights": tuple(self.recipe["weights"]), "steps": steps})

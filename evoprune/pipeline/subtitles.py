@@ -41,11 +41,8 @@ def prompt_subtitles(
     """Reads the subtitles of a span of a video, and fits them into a number of tokens.
 
     Args:
-        choice: "none", or as of `video.probe.read_subtitles`.
+        choice: "none", or as of `video.probe.read_subtitles`, whose errors this raises.
         max_tokens: with more, lines are left out, evenly over all.
-
-    Raises:
-        VideoError: as `video.probe.read_subtitles`. UsageError: a file of subtitles for a picture.
     """
     if choice == NO_SUBTITLES:
         return NOTHING_SAID
@@ -56,11 +53,7 @@ def prompt_subtitles(
 
 
 def subtitles_of(inputs: Sequence[tuple[str, PromptSubtitles]]) -> str:
-    """What the prompt has of the subtitles of all inputs: where there are several, each under a line that says which video it is.
-
-    Args:
-        inputs: of each, "video" or "picture", and its subtitles.
-    """
+    """What the prompt has of the subtitles of inputs, each "video" or "picture": of several, under a line that says which it is."""
     if len(inputs) == 1:
         return inputs[0][1].text
     videos = [subtitles.text for kind, subtitles in inputs if kind == VIDEO]

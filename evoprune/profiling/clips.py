@@ -15,9 +15,8 @@ from evoprune.profiling import synthetic
 from evoprune.profiling.results import Case
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
-from evoprune.video.info import PICTURE
+from evoprune.video.info import PICTURE, Video
 from evoprune.video.plan import InputLimits, make_plan
-from evoprune.video.probe import Video
 from evoprune.video.sampling import even_times
 from evoprune.vision.preprocess import patchify, resize
 from evoprune.vision.tower import tower_shape

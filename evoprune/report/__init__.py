@@ -1,1 +1,1 @@
-"""What a question measured: `records` are the plain dataclasses, `stats` their lines of text, `warning_texts` what warnings say."""
+"""What a question measured: `records` are the plain dataclasses, `stats` their lines of text, and what the warnings say."""

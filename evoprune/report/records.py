@@ -1,6 +1,6 @@
 """What one question measured: plain dataclasses, to JSON and back (schema `evoprune/answer@1`).
 
-Unknown values are None. Fields are only ever added. Times are milliseconds, sizes bytes.
+docs/json.md says what each field is. Unknown values are None. Fields are only ever added. Times are milliseconds, sizes bytes.
 """
 
 import json
@@ -21,14 +21,13 @@ EMPTY = {
     "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
 }
-# Control characters that JSON allows in texts, and marks of direction and of lines.
+# Control characters that JSON allows in texts, and marks of direction and of lines: with these, a file's name or an answer could
+# make a terminal show another text than there is.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @dataclass
 class VideoFacts:
-    """`stated_s`: the length by the file's own word. `damaged`: packets (images of a folder) that were skipped, or patched up."""
-
     path: str | None = None
     duration_s: float | None = None
     width: int | None = None
@@ -56,16 +55,6 @@ class Sampling:
 
 @dataclass
 class Pruning:
-    """`layers`: for every layer of the tower, its number and the rows it computed; `encoder_rows`: what the last one left.
-
-    `language_layers`: for every layer of the language model, its number and the visual tokens it read, where a method drops some
-    inside it; None where every layer reads `visual_tokens_kept`. `language_work`: for every layer, its number and the visual tokens
-    whose keys and values, queries and output, and MLP it computed, where these differ; None where they do not.
-
-    `tuned`: of the tuned setting that method and budget come from, when it was found (`created_utc`), the agreement that was asked
-    (`agree`), the lower end of what was measured (`low`), and on how many `videos` and `questions`; None if they were given.
-    """
-
     method: str | None = None
     args: dict[str, Any] | None = None
     budget: float | str | None = None  # "auto" or "auto:inflection" if the content decides
@@ -84,7 +73,7 @@ class Pruning:
 
 @dataclass
 class InputTimes:
-    """Milliseconds of one input; as in `Times`."""
+    """Of one input; as in `Times`."""
 
     read: float | None = None
     preprocess: float | None = None
@@ -94,11 +83,7 @@ class InputTimes:
 
 @dataclass
 class InputFacts:
-    """One input of a question: a video or a picture (`kind`), what was looked at, and what was kept.
-
-    `time_ms`: what its encoding took, whichever question paid for it. `pruning` repeats method, settings and budget. `warnings`:
-    about this input.
-    """
+    """One input of a question. `time_ms`: what its encoding took, whichever question paid for it. `warnings`: about this input."""
 
     path: str | None = None
     kind: str | None = None
@@ -121,14 +106,6 @@ class TokenCounts:
 
 @dataclass
 class Times:
-    """Milliseconds. `ttft_model` is encode + prefill; `ttft_wall` from the start of reading to the first token, load apart.
-
-    `load_tokenizer`, `load_weights` and `load_prepare` (quantising, packing the tower) are parts of `load`. `pack` is how long
-    layers of the language model rearranged their weights, which they do when they are first called with few rows: part of prefill
-    and mostly generate, whose rate leaves it out. `prefill_prune`: how long a method took to choose tokens inside the language
-    model, part of prefill.
-    """
-
     load: float | None = None
     load_tokenizer: float | None = None
     load_weights: float | None = None
@@ -153,9 +130,7 @@ class Rate:
 
 @dataclass
 class Memory:
-    """On a CPU `peak_bytes` counts pages of files that are mapped into memory, weights among them: they are shared, and the
-    system drops them when memory is short. `own_bytes` and `mapped_bytes` say what is in use now without them, and what they are.
-    """
+    """`peak_bytes` counts mapped pages of files, which the system can drop; `own_bytes` says what is in use without them."""
 
     weights_bytes: int | None = None
     peak_bytes: int | None = None
@@ -186,15 +161,8 @@ class Environment:
 class Report:
     """One record: a question, its answer (or error), and everything that was measured on the way.
 
-    `cache` says where the encoded video came from: "hit" (from disk), "miss" (made, then stored) or "off".
-    `compare` is the record of the same question with nothing pruned, where that was asked for. `agreement` says how far the pruned
-    model goes along with that answer: its `tokens`; at how many of them the first choice is the same, `agree`; and KL(full ||
-    pruned) in nats a token, `kl` and its 95th percentile `kl_p95`.
-    `subtitles`: what the prompt has of them: their `source`, the `lines` of the part that is looked at, `lines_in_prompt`, and the
-    `tokens` of these; None if there are none.
     `inputs`: each input by itself. Of one input `video`, `sampling`, `pruning` and `subtitles` are the same. Of several `pruning`
     is that of all together, and the others are empty.
-    `batch`: as one of many, the `row` that was asked and the `settings` it was asked with.
     """
 
     schema: str = SCHEMA
@@ -245,11 +213,7 @@ class Report:
         return ": ".join(["empty", *(EMPTY[name] for name in self.warnings if name in EMPTY)])
 
     def to_json(self, ascii_only: bool = False) -> str:
-        """One compact line; `ascii_only` spells everything else as JSON escapes.
-
-        Control characters and those that change the direction of text are always escapes: a file's name, or an answer, must not
-        make a terminal show another text than there is.
-        """
+        """One compact line; `ascii_only` spells everything else as JSON escapes, as invisible characters always are."""
         text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
         return INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 

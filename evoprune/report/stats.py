@@ -1,19 +1,41 @@
-"""The stats of an answer as lines of text: a row for each stage, with its time, a bar, what goes in and what comes out.
+"""An answer's stats and warnings as lines of text: a row for each stage, with its time, a bar, what goes in and what comes out.
 
 What is not known is left out, so that records of errors and of a Hugging Face model have lines, too.
 """
 
 import os
 import textwrap
+from dataclasses import replace
 from math import ceil, floor
 
 from evoprune.bundled import DEMOS
-from evoprune.report.warning_texts import warned, warning_text
-from evoprune.text import budget_text, clock, counted, shorten, size
+from evoprune.text import budget_text, clock, counted, listed, shorten, size
 
 STAGES = ("read", "preprocess", "encode", "prefill", "generate")
 WIDTH, BAR = 80, 12
 INDENT = " " * 11
+KNOWN = "the demo models know only generated clips (demo: coloured shapes and digits; demo-scenes: crowded scenes with signs)"
+WARNINGS = {
+    "whole_picture": "{video} stays whole: the method prunes frames of videos, and a picture has one",
+    "pictures_whole": "the pictures stay whole without pictures=True; counts of pruning are those of the videos alone",
+    "equal_scores": "{video} is one even colour throughout, so pruning had nothing to go by",
+    "random_weights": "the weights are random, so the answer means nothing; times and counts are those of the true dimensions",
+    "cache_not_written": "the encoded video could not be stored; `evoprune inspect` names the folder: is it full, or read-only?",
+    "damaged_subtitles": "some of the subtitles cannot be decoded and are left out; is their text UTF-8?",
+    "subtitles_encoding": "the file of subtitles is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",
+    "damaged_video": "{video} is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
+    "replaced by the one before it",
+    "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
+    "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
+    "set the limits",
+    "demo_model": f"{KNOWN}; {{answers}} nothing. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_inputs": "the demo models were trained without subtitles, and on few inputs at a time (demo: one video; demo-scenes: "
+    "up to two videos or pictures); answers about others mean little",
+    "demo_question": "a demo model knows only the words of its training, and a question has others; its answer means little. "
+    "samples/questions.jsonl has questions that demo knows, and docs/demo-model.md some for demo-scenes",
+    "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
+    "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+}
 
 
 def stats_block(report, width: int = WIDTH, verbose: bool = False) -> list[str]:
@@ -38,6 +60,28 @@ def warning_lines(report, width: int = WIDTH) -> list[str]:
     return [piece for text in texts for piece in _folded(f"{'warning':<11}{text}", width)]
 
 
+def warned(report) -> list[tuple]:
+    """The warnings of a `Report`: names, and the `VideoFacts` that each is about. Those of inputs, then those about the model."""
+    own = [(name, each.video) for each in report.inputs for name in each.warnings]
+    names = [os.path.basename(os.path.abspath(each.path)) for each in report.inputs]
+    about = replace(report.video, path=listed(names)) if len(names) > 1 else report.video
+    return [*own, *((name, about) for name in report.warnings if name not in {known for known, _ in own})]
+
+
+def warning_text(name: str, video, path: str | None = None, answers: str | None = None) -> str:
+    """What a warning says.
+
+    Args:
+        video: the `VideoFacts` that it is about.
+        path: what the video is called; None for the name of its file.
+        answers: which answers mean nothing; None for the one about this video.
+    """
+    path = path or os.path.basename(os.path.abspath(video.path or "the video"))
+    path = "standard input" if video.path == "-" else path
+    facts = {"damaged": video.damaged or 0, "ends": clock(video.duration_s), "stated": clock(video.stated_s)}
+    return WARNINGS.get(name, name).format(**facts, video=path, answers=answers or f"its answer about {path} means")
+
+
 def summary(report) -> str:
     """One line: tokens, first token and total."""
     tokens, times = report.tokens, report.time_ms
@@ -47,7 +91,6 @@ def summary(report) -> str:
 
 
 def _heading(report, width: int) -> list[str]:
-    """The model, the video and the pruning."""
     model, pruning, lines = report.model, report.pruning, []
     if model.id or model.device:
         on_cpu = (model.device or "").startswith("cpu")
@@ -95,7 +138,6 @@ def _span(report) -> str:
 
 
 def _stages(report, width: int) -> list[str]:
-    """A row for each stage: its milliseconds, a bar, and what goes through it."""
     times, flow = report.time_ms, _flow(report)
     longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
     room = width - 21 - max(map(len, flow.values()))  # columns left for the bars
@@ -106,10 +148,8 @@ def _stages(report, width: int) -> list[str]:
             continue  # a later question, whose video was timed with the first; or a stage that was not reached
         marks = "#" * (round(bar * spent / longest) if longest else 0)
         lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}".rstrip())
-        if stage == "encode" and times.encode_prune:
-            lines.append(f"{'  pruning':<11}{times.encode_prune:>8,.0f}")
-        if stage == "prefill" and times.prefill_prune:
-            lines.append(f"{'  pruning':<11}{times.prefill_prune:>8,.0f}")
+        if pruning := getattr(times, f"{stage}_prune", None):
+            lines.append(f"{'  pruning':<11}{pruning:>8,.0f}")
         if stage == "generate" and (times.pack or 0) >= 1:
             lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, the first time only")
     lines = [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
@@ -142,7 +182,6 @@ def _frames_read(report) -> str:
 
 
 def _flow(report) -> dict[str, str]:
-    """What goes into each stage and what comes out."""
     pruning, sampling, count = report.pruning, report.sampling, report.tokens
     flow = dict.fromkeys(STAGES, "")
     if len(report.inputs) > 1:
@@ -172,7 +211,6 @@ def _flow(report) -> dict[str, str]:
 
 
 def _totals(report) -> list[str]:
-    """The time to the first token, and the time in all."""
     times, lines = report.time_ms, []
     if times.ttft_wall is not None:
         model = f"  (encode + prefill: {times.ttft_model:,.0f})" if times.ttft_model is not None else ""
@@ -243,7 +281,6 @@ def _verbose(report) -> list[str]:
 
 
 def _subtitles(said: dict) -> str:
-    """Where they are from, and how much of them is in the prompt."""
     name = "".join(c if c.isprintable() else "?" for c in said["source"])
     count = f"{said['lines_in_prompt']:,} of {counted(said['lines'], 'line')}, {counted(said['tokens'], 'token')}"
     return f"{'subtitles':<11}{shorten(name, WIDTH - 13 - len(count))}: {count}"

@@ -23,16 +23,13 @@ class Video:
     """Metadata of a video file, of a folder of images that is read as a video, or of a picture, which has no times.
 
     Attributes:
-        path: as the caller gave it.
         duration_s: seconds from the first frame to the end of the last one; None if unknown.
         width, height: pixels as displayed, after rotation. Non-square pixels are not corrected.
         rotation_deg: clockwise rotation that turns stored frames into displayed ones: 0, 90, 180 or 270.
-        codec: such as `h264`; for a folder the codec of its first image, such as `png`.
-        pix_fmt: such as `yuv420p`.
+        codec: such as `h264`; for a folder that of its first image, such as `png`. `pix_fmt`: such as `yuv420p`.
         container: FFmpeg's name of the format, such as `matroska,webm`; `folder` for a folder, `picture` for a picture.
         fps: average frames per second; None if unknown.
-        variable_rate: whether frame intervals differ; None if only a scan of the whole file could tell.
-        frames_total: None if only a scan of the whole file could tell.
+        variable_rate, frames_total: whether frame intervals differ, and how many frames there are; None if only a scan can tell.
         start_s: the file's own timestamp of the first frame. All other times in this package count from there.
         tags: metadata tags of the container; of a picture its comment, if it has one.
         mirrored: stored frames are flipped left to right before they are rotated.
@@ -80,15 +77,14 @@ class ScanResult:
     """What decoding a video from beginning to end found.
 
     Attributes:
-        frames: how many frames can be decoded.
+        frames: that can be decoded.
         damaged: damaged packets (of a folder: images) that were skipped or patched up. Containers that hide their
             damage, such as Matroska, reveal it only by a `duration_s` below `stated_s`.
-        duration_s: seconds from the first frame to the end of the last one.
-        stated_s: as in `Video`.
+        duration_s, stated_s: as in `Video`.
         variable_rate: whether more frame intervals are irregular than damage explains.
         largest_gap_s: longest time in seconds from one frame to the next; 0 for a single frame.
         keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, or from the last one to the end.
-        seconds: how long the scan took.
+        seconds: that the scan took.
     """
 
     frames: int

@@ -57,7 +57,6 @@ class InputLimits:
 
     @property
     def normal(self) -> tuple[Means, Deviations]:
-        """Mean and std."""
         return self.image_mean, self.image_std
 
     @property
@@ -185,7 +184,6 @@ def make_plan(
     one frame pair is still too much, smaller than the model's smallest.
 
     Args:
-        info: the video or picture.
         limits: the model's, for this kind of input.
         fps, frames: frames per second, or in all; default: the model's rate. A picture has one.
         start_s, end_s: the span to sample, in seconds; below 0 from the video's end.
@@ -207,16 +205,8 @@ def make_plan(
         return _picture_plan(info, limits, max_visual_tokens)
     if info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
-    rate = limits.fps if fps is None else fps
-    sample = partial(
-        plan_sampling,
-        info.duration_s,
-        fps=rate,
-        frames=frames,
-        start_s=start_s,
-        end_s=end_s,
-        min_frames=limits.min_frames,
-    )
+    span = {"fps": limits.fps if fps is None else fps, "frames": frames, "start_s": start_s, "end_s": end_s}
+    sample = partial(plan_sampling, info.duration_s, min_frames=limits.min_frames, **span)
     pair = limits.temporal_patch_size
     most_frames = limits.max_frames if max_frames is None else max_frames
     # No more pairs than tokens are allowed, so that `times_s` stays short where `most_frames` is huge.
@@ -258,8 +248,6 @@ def _fit(
     """The frame size, (height, width) in pixels, and the number of frame pairs that together have at most `max_tokens` units.
 
     Args:
-        info: the video.
-        limits: the model's.
         size, pairs: without a limit on tokens.
         max_tokens: first the size is reduced, down to the model's smallest; then the pairs, down to one; then the size again.
 
@@ -282,10 +270,7 @@ def _units(size: tuple[int, int], unit: int) -> int:
 
 
 def _cut(height: int, width: int, unit: int, most: int) -> tuple[int, int]:
-    """Shortens the longer side of a very long picture until it has at most `most` units. In pixels."""
+    """Cuts the longer side of a very long picture until it has at most `most` units. In pixels."""
     rows, cols = height // unit, width // unit
-    if rows <= cols:
-        cols = min(cols, most // rows)
-    else:
-        rows = min(rows, most // cols)
+    rows, cols = (rows, min(cols, most // rows)) if rows <= cols else (min(rows, most // cols), cols)
     return rows * unit, cols * unit

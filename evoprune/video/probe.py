@@ -5,8 +5,6 @@ import os
 from evoprune.video.info import FOLDER_FPS, ScanResult, Subtitles, Video
 from evoprune.video.sandbox.isolation import run_task
 
-__all__ = ["Video", "probe", "read_subtitles", "scan"]
-
 
 def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Video:
     """Read the metadata of a video file, or of a folder of images, which then become its frames.
@@ -32,13 +30,7 @@ def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Sca
 
     Memory does not grow with the video: a few frames at a time, and a count of each frame interval.
 
-    Args:
-        path: a file, or a folder of images.
-        folder_fps: images of a folder per second of video.
-
-    Raises:
-        UsageError: `folder_fps` is not above 0.
-        VideoError: not a video, or no frame can be decoded; see also `isolation.run_task`.
+    Arguments and errors: as of `probe`.
     """
     path = os.fspath(path)
     return ScanResult(**run_task("scan", path, {"path": path, "folder_fps": folder_fps}))

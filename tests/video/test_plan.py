@@ -5,8 +5,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.video.info import Video
 from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan, smart_resize
-from evoprune.video.probe import Video
 
 
 def video(width=640, height=360, duration=60.0) -> Video:
