@@ -54,7 +54,7 @@ def in_folders(videos: Iterable[str], wrong: Wrong) -> Iterator[str]:
     """The videos, with those in a folder of videos instead of the folder, in natural order of names.
 
     A folder of images is one video. Among more videos than images, the images are left out, as thumbnails are. Folders inside a
-    folder are not searched. `wrong` collects folders that hold both, or neither, or that cannot be read.
+    folder are not searched. `wrong` collects folders that are unclear, or cannot be read.
     """
     for video in videos:
         if not os.path.isdir(video):

@@ -63,9 +63,9 @@ class Row:
     def asked(self) -> dict[str, Any]:
         """The fields that the model's answer depends on, as plain data."""
         about = {"inputs": list(self.inputs)} if len(self.inputs) > 1 else {"video": self.video}
-        facts = about | {name: getattr(self, name) for name in ("question", "start_s", "end_s")}
+        facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
         own = {} if self.subtitles is None else {"subtitles": self.subtitles}  # else as before there were any
-        return facts | {"options": list(self.options)} | own
+        return about | facts | own
 
 
 @dataclass(frozen=True)
