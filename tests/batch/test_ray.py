@@ -69,10 +69,12 @@ def cluster():
     pytest.importorskip("ray", reason=REASON)
     from ray.cluster_utils import Cluster
 
+    handler = signal.getsignal(signal.SIGTERM)  # which a node that is made here replaces
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
     yield made
     made.shutdown()
+    signal.signal(signal.SIGTERM, handler)
 
 
 def workers(cluster) -> list[int]:
