@@ -28,12 +28,10 @@ FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first 
 class Fates:
     """What became of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
 
-    A unit has one fate: it is *read*, if the language model reads a token at its place; else *reused*, if it was not encoded
-    because it has not changed since an earlier frame pair; else *merged*, if its row became part of the row at another unit's
-    place; else *dropped*.
+    A unit is *read*, if the language model reads a token at its place; else *reused*, if it was not encoded because it has not
+    changed since an earlier frame pair; else *merged*, if its row became part of the row at another unit's place; else *dropped*.
 
     Attributes:
-        grid: (T, H, W): frame pairs, and the height and width of one in units.
         chosen: bool `[N]`, whether the language model reads a token at the unit's place.
         source: int64 `[N]`, the unit whose pixels represent it: itself, or the same place in an earlier frame pair.
         owner: int64 `[N]`, the unit at whose place the row or token that represents it ends: itself where it did not merge, -1
@@ -60,11 +58,9 @@ class Fates:
         return applies.int().argmax(0)
 
     def all_of(self, name: str) -> torch.Tensor:
-        """bool `[N]`: the units of one fate."""
         return self.fate == FATES.index(name)
 
     def counts(self) -> dict[str, int]:
-        """How many units there are, how many have each fate, how many are encoded, and the rows that the encoder returns."""
         sums = {name: int(self.all_of(name).sum()) for name in FATES}
         return {"units": len(self.owner), **sums, "encoded": int(self.encoded.sum()), "rows": self.rows}
 
@@ -90,9 +86,7 @@ class TracedVideo:
     """A video's frames and what the encoder did with them.
 
     Attributes:
-        plan: which frames were read, and at what size.
         frames: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair.
-        fates: of the units.
         warnings: as in a report, and `demo_overlay` where a demo model read a video that it was not trained for.
         damaged: how many packets could not be decoded.
     """
@@ -105,23 +99,16 @@ class TracedVideo:
 
     @property
     def summary(self) -> str:
-        """One line of counts."""
         n, (count, height, width) = self.fates.counts(), self.plan.grid
         pairs = f"{count} frame pair{'' if count == 1 else 's'} of {height}x{width} units"
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
 
 def trace(opened: OpenInputs, progress: Progress | None = None) -> TracedVideo:
-    """Encodes a video chunk by chunk, and keeps its frames and the fates of its units.
-
-    Args:
-        opened: a single input, from `pipeline.opening.open_inputs`; nothing has been read from it yet.
-        progress: as of `VideoQA.encode`.
+    """Encodes a single input of which nothing was read yet, and keeps its frames and the fates of its units.
 
     Raises:
-        UsageError: the method reads the question, or acts inside the language model alone.
-        VideoError: the video cannot be read.
-        OutOfMemory: memory does not suffice.
+        UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
     """
     engine, (plan,) = opened.engine, opened.plans
     if engine.method.reads_question:
