@@ -23,7 +23,7 @@ from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
 from evoprune.model.sizes import PATCHES
 from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading.folder import describe_model
-from evoprune.pipeline.loading.random_weights import random_model
+from evoprune.pipeline.loading.weights import random_model
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.vision import families
 from evoprune.vision.attention import grouped_attention

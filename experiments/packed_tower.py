@@ -19,7 +19,7 @@ from evoprune.huggingface.packed_tower import PackedTower
 from evoprune.model.machine import environment
 from evoprune.pipeline.loading.device import DTYPES
 from evoprune.pipeline.loading.folder import describe_model
-from evoprune.pipeline.loading.random_weights import random_model
+from evoprune.pipeline.loading.weights import random_model
 from evoprune.profiling.clips import synthetic_frames
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import Case

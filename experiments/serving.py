@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     from safetensors.torch import save_file
 
     from evoprune.model.config import parse_config
-    from evoprune.pipeline.loading.random_weights import random_model
+    from evoprune.pipeline.loading.weights import random_model
 
     large, config = (
         json.loads(path.read_text("utf-8")) for path in (BUNDLED_CONFIGS[MODEL], DEMO_FOLDER / "config.json")

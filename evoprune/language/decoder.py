@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from evoprune.language.dropping import Dropping, LayerState, Rows
 from evoprune.language.norm_rotary import norm, rotate, rotation
-from evoprune.model.autocast import without_autocast
 from evoprune.model.linear import linear
+from evoprune.model.numerics import without_autocast
 from evoprune.pruning.indices import ascending
 
 STRIP = 1024  # query columns that share one mask

@@ -7,7 +7,7 @@ import torch
 from evoprune.errors import PLUGINS, PluginError
 from evoprune.methods.base import Selector
 from evoprune.methods.language_method import LanguageMethod
-from evoprune.model.autocast import without_autocast
+from evoprune.model.numerics import without_autocast
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.types import Selection, Tokens

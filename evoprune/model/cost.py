@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from evoprune.model.autocast import without_autocast
 from evoprune.model.clock import now
+from evoprune.model.numerics import without_autocast
 from evoprune.model.sizes import PATCHES
 
 # The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.

@@ -1,4 +1,11 @@
-"""Checks for NaN and infinity. A stage that finds one raises an error instead of answering with it."""
+"""In which dtype products are computed, and checks for NaN and infinity: a stage that finds one raises an error.
+
+Torch's autocast would compute float32 products in 16 bits. The layers of a transformers model that a user holds obey it, as
+without pruning. Methods, scores and this package's own models do not: methods compare in float32, and users choose the dtype.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -20,3 +27,14 @@ def all_numbers(x: torch.Tensor) -> torch.Tensor:
 def not_a_number_error(stage: str) -> ModelError:
     """The error to raise where the output of `stage` holds NaN or infinity."""
     return ModelError(f"NaN or infinity among the numbers of {stage}", HINT, stage=stage)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """A context, and a decorator, in which products are computed in the dtype of their factors."""
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as stack:
+        for kind in {"cpu"} if accelerator is None else {"cpu", accelerator.type}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from evoprune.model.autocast import without_autocast
+from evoprune.model.numerics import without_autocast
 from evoprune.model.sizes import PATCHES
 from evoprune.vision import devices
 from evoprune.vision.buckets import Bucket, Packed, key_bias

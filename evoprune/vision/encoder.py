@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.selecting import select
-from evoprune.model.autocast import without_autocast
-from evoprune.model.numerics import all_numbers, not_a_number_error
+from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
 from evoprune.pruning.encoder_plan import EncoderPlan, SetAside, Stage, WholePairs
 from evoprune.pruning.indices import ascending

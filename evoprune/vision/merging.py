@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.methods.base import Merger
-from evoprune.model.autocast import without_autocast
+from evoprune.model.numerics import without_autocast
 from evoprune.pruning.indices import ascending, runs, share_rows, tally, true_indices
 from evoprune.pruning.matching import merge_rows
 from evoprune.pruning.score import unit_features

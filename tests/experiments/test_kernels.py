@@ -9,7 +9,7 @@ import torch
 
 from evoprune.model.config import parse_config
 from evoprune.model.quantize import check
-from evoprune.pipeline.loading.random_weights import random_model
+from evoprune.pipeline.loading.weights import random_model
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.vision.encoder import encode
 from experiments import kernels

@@ -25,12 +25,12 @@ from evoprune.model.weights import QwenVL
 from evoprune.pipeline.loading.device import DTYPES, pick_dtype
 from evoprune.pipeline.loading.folder import eos_ids, fingerprint, input_limits
 from evoprune.pipeline.loading.found import FoundModel, find_model
-from evoprune.pipeline.loading.random_weights import random_model
 from evoprune.pipeline.loading.weights import (
     load_weights,
     make_ready,
     needed_bytes,
     page_in_weights,
+    random_model,
     stay_mapped,
 )
 from evoprune.pipeline.options import ModelOptions

@@ -1,4 +1,4 @@
-"""Random weights: the same numbers in every program."""
+"""Weights: random ones are the same numbers in every program."""
 
 import torch
 
