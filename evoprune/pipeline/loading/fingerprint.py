@@ -16,6 +16,7 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.model.weights import QwenVL, name_in_memory
+from evoprune.pipeline.loading.weights import stored_tensors
 
 LEFT_OUT = "lm_head.weight"
 LEAST = 2.0**-14  # smaller values lose digits in fp16
@@ -31,17 +32,13 @@ def of_files(files: Iterable[Path], tree: QwenVL) -> str:
     Args:
         tree: of the model, perhaps without memory. Tensors of the files that have no place in it are left out.
     """
-    from safetensors import safe_open
-
     shapes = {name: list(weight.shape) for name, weight in tree.named_parameters()}
     rows: list[Row] = []
-    for file in files:
-        with torch.device("cpu"), safe_open(file, framework="pt") as content:  # whatever the host program's default
-            for stored in content.keys():  # noqa: SIM118 (not a dict)
-                name = name_in_memory(stored)
-                tensor = content.get_slice(stored)
-                if name != LEFT_OUT and (shape := tensor.get_shape()) == shapes.get(name):
-                    rows.append((name, shape, tensor[:1] if len(shape) > 1 else tensor[:]))
+    with torch.device("cpu"):  # whatever the host program's default
+        for _, content, stored in stored_tensors(files):
+            name, tensor = name_in_memory(stored), content.get_slice(stored)
+            if name != LEFT_OUT and (shape := tensor.get_shape()) == shapes.get(name):
+                rows.append((name, shape, tensor[:1] if len(shape) > 1 else tensor[:]))
     return _fingerprint(rows)
 
 

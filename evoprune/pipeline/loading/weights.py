@@ -1,7 +1,8 @@
 """A model's weights: read from safetensors files or made at random, and brought into the form in which they are fastest here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +16,19 @@ from evoprune.model.quantize import quantize as quantize_layers
 from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory, shared
 
+BELONG = "config.json and the weights must belong together; get the model again"
 RESERVE = 2**29  # bytes that packed weights leave for the work itself
 IN_FILE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors call them
+
+
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
+    """Of each tensor in safetensors files: its file, that file opened by safetensors, and its name there."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for stored in content.keys():  # noqa: SIM118 (not a dict)
+                yield file, content, stored
 
 
 def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> QwenVL:
@@ -25,27 +37,21 @@ def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: 
     Raises:
         ModelError: tensors are missing or have another shape than the config says.
     """
-    from safetensors import safe_open
-
     model = empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     found = {}
-    for file in files:
-        with safe_open(file, framework="pt") as content:
-            for stored in content.keys():  # noqa: SIM118 (not a dict)
-                name = name_in_memory(stored)
-                if name not in wanted:
-                    continue
-                weight = content.get_tensor(stored)
-                if weight.shape != wanted[name] or not weight.is_floating_point():
-                    what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
-                    hint = "config.json and the weights must belong together; get the model again"
-                    raise ModelError(
-                        f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", ""), hint
-                    )
-                found[name] = weight.to(device, dtype)
+    for file, content, stored in stored_tensors(files):
+        name = name_in_memory(stored)
+        if name not in wanted:
+            continue
+        weight = content.get_tensor(stored)
+        if weight.shape != wanted[name] or not weight.is_floating_point():
+            what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
+            problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
+            raise ModelError(problem, BELONG)
+        found[name] = weight.to(device, dtype)
     if missing := sorted(wanted.keys() - found.keys()):
         raise ModelError(
             f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
@@ -79,12 +85,7 @@ def check_layers(config: Config, files: list[Path]) -> None:
     Raises:
         ModelError: the last layer of the tower or of the language model is not there.
     """
-    from safetensors import safe_open
-
-    names = set()
-    for file in files:
-        with safe_open(file, framework="pt") as content:
-            names.update(map(name_in_memory, content.keys()))
+    names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
     last = {
         "model.visual.blocks": config.vision_config.depth,
         "model.language_model.layers": config.text_config.num_hidden_layers,
@@ -93,7 +94,7 @@ def check_layers(config: Config, files: list[Path]) -> None:
         if files and not any(name.startswith(f"{layers}.{count - 1}.") for name in names):
             raise ModelError(
                 f"the weights in {files[0].parent} lack {layers}.{count - 1}, the last layer that config.json counts",
-                "config.json and the weights must belong together; get the model again",
+                BELONG,
             )
 
 
@@ -110,12 +111,9 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights are used as they are in their files."""
-    from safetensors import safe_open
-
     if not files or device.type != "cpu":
         return False
-    with safe_open(files[0], framework="pt") as content:
-        stored = {content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118 (not a dict)
+    stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
     return stored == {IN_FILE[dtype]}
 
 
