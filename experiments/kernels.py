@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from evoprune.errors import UsageError, first_line
-from evoprune.model.config import Config
+from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import matmul_rate
 from evoprune.model.linear import PackedLinear, can_pack, linear, pack
 from evoprune.model.machine import environment
 from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
-from evoprune.model.sizes import PATCHES
 from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading.folder import describe_model
 from evoprune.pipeline.loading.weights import random_model

@@ -16,8 +16,8 @@ from evoprune.language.dropping import Dropping
 from evoprune.language.settings import GenerationSettings
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.methods.pipeline import Pipeline
+from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
-from evoprune.model.sizes import ANSWER_COLUMNS
 from evoprune.pruning.indices import ascending
 
 

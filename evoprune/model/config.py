@@ -4,6 +4,7 @@ Published checkpoints keep the language model's numbers at the top level, newer 
 that this program could not run faithfully is refused here, before any weights are read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,6 +21,8 @@ ROPE_THETA, MROPE_SECTION = number(1e-6, 1e15), list_of(whole(0, 2**16), 3)
 
 QWEN2_5, QWEN2 = "qwen2_5_vl", "qwen2_vl"
 MODEL_TYPES = (QWEN2_5, QWEN2)
+PATCHES = 4  # of a unit: 2x2
+ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the usual length needs no second cache
 ACTIVATIONS = {QWEN2_5: "silu", QWEN2: "quick_gelu"}  # of the tower
 
 
@@ -198,3 +201,16 @@ def check_vision(v: VisionConfig) -> None:
 def _check(holds: bool, problem: str) -> None:
     if not holds:
         raise ValueError(problem)
+
+
+def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
+    """Bytes of the language model's keys and values for a prompt.
+
+    Args:
+        tokens: of the prompt, in each layer or in all.
+        bytes_each: of a number; 2 for bf16.
+    """
+    text = config.text_config
+    head = text.hidden_size // text.num_attention_heads
+    every = text.num_hidden_layers * tokens if isinstance(tokens, int) else sum(tokens)
+    return 2 * text.num_key_value_heads * head * every * bytes_each

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 
 from evoprune.model.clock import now
+from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
-from evoprune.model.sizes import PATCHES
 
 # The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
 EFFICIENCY = 0.5

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from evoprune.errors import LESS, OutOfMemory, is_out_of_memory
-from evoprune.model.config import Config
+from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, kv_bytes
 from evoprune.model.machine import available_memory
-from evoprune.model.sizes import ANSWER_COLUMNS, PATCHES, kv_bytes
 
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 

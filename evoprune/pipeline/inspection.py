@@ -11,8 +11,8 @@ from typing import Any
 import evoprune
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, UsageError
+from evoprune.model.config import kv_bytes
 from evoprune.model.machine import available_memory
-from evoprune.model.sizes import kv_bytes
 from evoprune.pipeline import recipes, tuned
 from evoprune.pipeline.engine import make_method
 from evoprune.pipeline.loading.device import DTYPES

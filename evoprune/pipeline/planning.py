@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from evoprune.errors import LESS, OutOfMemory
-from evoprune.model.config import Config
+from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import estimate_first_token as estimate_seconds
 from evoprune.model.memory import shortage, working_memory
-from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.subtitles import prompt_subtitles

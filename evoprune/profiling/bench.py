@@ -5,9 +5,9 @@ from itertools import product
 
 from evoprune import methods
 from evoprune.errors import ModelError, OutOfMemory
+from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate
 from evoprune.model.memory import memory_guard, shortage
-from evoprune.model.sizes import PATCHES
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.recipes import of_model
 from evoprune.profiling.clips import Clip, Frames, prepare

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
-from evoprune.model.sizes import PATCHES
 from evoprune.vision import devices
 from evoprune.vision.buckets import Bucket, Packed, key_bias
 from evoprune.vision.devices import Timer

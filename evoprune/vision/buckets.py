@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from evoprune.model.sizes import PATCHES
+from evoprune.model.config import PATCHES
 from evoprune.pruning.indices import ascending, runs
 from evoprune.vision.layout import Groups
 

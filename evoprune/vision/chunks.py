@@ -11,7 +11,7 @@ from itertools import chain, islice
 
 import torch
 
-from evoprune.model.sizes import PATCHES
+from evoprune.model.config import PATCHES
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.reuse import scan
 from evoprune.vision import devices

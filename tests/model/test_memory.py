@@ -9,11 +9,11 @@ import torch
 from evoprune import methods
 from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory
 from evoprune.model import memory
+from evoprune.model.config import kv_bytes
 from evoprune.model.cost import prefill_flop
 from evoprune.model.machine import available_memory
 from evoprune.model.memory import language_bytes, memory_guard, working_memory
 from evoprune.model.quantize import saved_bytes
-from evoprune.model.sizes import kv_bytes
 from evoprune.model.weights import empty
 from evoprune.pipeline import encoding, planning
 from evoprune.pipeline.loading.folder import describe_model
