@@ -58,8 +58,8 @@ def _head(document: dict) -> list[str]:
 
 def _data(settings: dict) -> str:
     """The file of questions, or which of the demo's clips."""
-    clips = f" ({settings['world']}, {settings['split']}, block {settings['seed']})"
-    return one_line(settings["data"]) + clips * (settings["data"] == "demo")
+    data = one_line(settings["data"])
+    return f"{data} ({settings['world']}, {settings['split']}, block {settings['seed']})" if data == "demo" else data
 
 
 def _percent(value: float | None) -> str:
