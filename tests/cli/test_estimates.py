@@ -65,6 +65,7 @@ def test_no_estimate_with_quiet_or_for_the_demo(notes, monkeypatch):
     assert notes(CLIP, model="demo") == []  # nobody has to wait for that
 
 
+@pytest.mark.full
 def test_the_token_limit_of_a_cpu_is_noted(notes, long_clip):
     flags = ("--max-frames", "300", "-b", "fast")
     assert MAX_VISUAL_TOKENS_CPU == 4096

@@ -146,6 +146,7 @@ def test_a_narrow_terminal(run, choices, monkeypatch, columns):
     assert sum(line.count("-b 0.5") for line in groups) == 3 and len(groups) == {100: 1, 80: 1, 60: 2, 40: 3}[columns]
 
 
+@pytest.mark.full
 def test_methods_are_compared_with_the_first_one(run):
     """And with full. All rows of a random model are equally wrong; two videos are too few for intervals and ties."""
     result = run("-b", "0.25", "--method", "pool")

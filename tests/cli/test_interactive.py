@@ -35,6 +35,7 @@ def test_questions_of_the_command_line_come_first(cli):
     assert result.err.count("; first token ") == 3 and result.err.count("> ") >= 2
 
 
+@pytest.mark.full
 def test_a_line_of_stats_an_answer_and_all_of_them_on_request(cli):
     brief, full = (cli(*ASK, *flags, stdin=f"{QUESTION}\n{MORE}\n", terminal=True).err for flags in ((), ("-v",)))
     assert brief.count("; first token ") == 2 and "prefill" not in brief

@@ -120,6 +120,7 @@ def rows(tmp_path):
     return path
 
 
+@pytest.mark.full
 def test_ask_and_batch(cli, tiny_folder, rows, tmp_path, config):
     tune(tiny_folder)
     model = ("-m", str(tiny_folder), "-n", "2", *SHORT, "-b", "tuned")
@@ -159,6 +160,7 @@ def test_tune(cli, tiny_folder, monkeypatch, tmp_path):
     check("Recipes of operations", [cli("tune", SQUARE, "gone.mp4", "--operations", *asked).record], errors=False)
 
 
+@pytest.mark.full
 def test_profile(cli, tiny_folder, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 1e11)
     quick = ("-r", "1", "--size", "112x168", "-b", "0.5", "--format", "json", "--method", "fastv,operations", *SHORT)

@@ -34,6 +34,7 @@ def tiny(cli, tiny_folder):
     return call
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", one_of_each([*NAMES, *PAIRS]))
 def test_ask(tiny, name):
     made = tiny("ask", CLIP, "What happens?", "-n", 2, "--frames", 8, "-b", 0.25, "--method", name, "--json").record
@@ -53,6 +54,7 @@ def test_ask(tiny, name):
         assert kept == 24 or (name not in EXACT and 12 <= kept < 24)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "name", one_of_each(["evoprune", *(name for name in NAMES if methods.parse(name).reads_question), *PAIRS])
 )
@@ -64,6 +66,7 @@ def test_batch(tiny, name, tmp_path):
     assert [record["pruning"]["method"] for record in made] == [name, name]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", one_of_each([*DRAWN, *(name for name in (*NAMES, *PAIRS) if reads_question(name))]))
 def test_inspect(tiny, name, tmp_path):
     out = tmp_path / "out.png"

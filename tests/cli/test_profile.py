@@ -159,6 +159,7 @@ def test_a_chart_of_a_sweep(profile, tmp_path, sweep, label):
     assert words.count(label) == 2 and {"Encode", "First token (encode + prefill)", *ROWS} <= set(words)
 
 
+@pytest.mark.full
 def test_a_chart_can_be_drawn_again_from_json(profile, tmp_path):
     document, drawn, again = tmp_path / "a.json", tmp_path / "a.svg", tmp_path / "b.svg"
     profile("--frames", "2,4", "-r", "2", "--format", "json", "-o", document, "--chart", drawn)
@@ -190,6 +191,7 @@ def test_ascii(profile):
     assert out.isascii() and " +-" in out
 
 
+@pytest.mark.full
 def test_progress_on_a_terminal_only(profile):
     result = profile(columns=50)
     assert "round 1 of 1: evoprune -b 0.5, 4 frames of 112x168" in result.err

@@ -94,7 +94,7 @@ def test_videos_that_cannot_be_read(tune, tmp_path):
     assert refused.code == 3 and refused.record["error"]["code"] == 3 and len(tuned.every()) == 1
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("problem", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
 def test_an_interruption_leaves_what_is_known(tune, monkeypatch, problem, code):
     tried, real = [], Tuning._try

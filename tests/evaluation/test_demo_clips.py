@@ -12,6 +12,7 @@ from evoprune.video.info import PICTURE, world_of
 from evoprune.video.probe import probe
 
 
+@pytest.mark.full
 def test_each_file_lives_as_long_as_it_is_looked_at(tmp_path):
     for seed in seeds(0, 3):
         with demo_video("validation", seed, tmp_path) as video:

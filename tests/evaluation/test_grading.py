@@ -278,6 +278,7 @@ def seconds(said):
     return time.process_time() - start
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("piece", PIECES)
 def test_the_time_to_read_an_answer_grows_with_its_length_only(piece):
     assert seconds(piece * (20_000 // len(piece))) < 3

@@ -174,6 +174,7 @@ def test_the_blind_row_sees_nothing_but_size_and_length(loaded):
     assert blind[:2] == blind[2:]  # two videos of one size and length are the same to it
 
 
+@pytest.mark.full
 def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run(loaded):
     def kept(seed):
         seen = []
@@ -237,6 +238,7 @@ def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded,
     assert [len(chunks) for chunks in in_two] == [2, 2]
 
 
+@pytest.mark.full
 def test_several_processes_give_the_same_samples_in_the_same_order(loaded, saved):
     settings = replace(SETTINGS, budgets=(0.5,), model=ModelOptions(str(saved), dtype="fp32"))
     runs = []
@@ -289,6 +291,7 @@ def test_a_process_gives_the_same_samples(loaded, saved, monkeypatch, asked, cli
     assert [getattr(job, "name", None) or str(job) for job in sent] == jobs
 
 
+@pytest.mark.full
 def test_a_failure_in_one_process_ends_them_all(saved, tmp_path):
     settings = replace(SETTINGS, model=ModelOptions(str(tmp_path / "gone")))
     run = Evaluation(replace(settings, model=ModelOptions(str(saved))), videos())
@@ -408,6 +411,7 @@ def test_names_that_are_no_text(loaded, tmp_path):
     assert {s["video"] for s in again.samples} == {name} and results(tmp_path / "run")["settings"]["data"] == name
 
 
+@pytest.mark.full
 def test_the_demo_model_on_the_sample_questions():
     """They were chosen so: right with nothing pruned and by default, while a tenth of the tokens loses one of them."""
     run = Evaluation(Settings("samples/questions.jsonl", (0.25, 0.1)), load_questions(SAMPLES / "questions.jsonl"))

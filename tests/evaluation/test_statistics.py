@@ -20,6 +20,7 @@ def clustered(random, clusters, each, mean, alike):
     return random.binomial(each, share), np.full(clusters, each)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("alike", [0, 0.2, 0.6])
 @pytest.mark.parametrize("mean", [0.5, 0.9])
 @pytest.mark.parametrize("clusters", [30, 150])

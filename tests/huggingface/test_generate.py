@@ -114,7 +114,7 @@ def test_prefill_in_chunks_is_refused_where_transformers_would_drop_the_video(mo
             pruned(model, inputs, 0.2, **settings)
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     (*CASES, "how"),
     [(*case, ONCE) for case in [*every_prompt(*FAMILIES), *every_setting("one video")]]

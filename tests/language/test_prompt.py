@@ -53,6 +53,7 @@ def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, syste
     assert prompt.input_ids.tolist() == whole(question, 7, system)
 
 
+@pytest.mark.full
 @settings(deadline=None)
 @given(question=st.text(max_size=30), system=st.none() | st.text(max_size=10))
 def test_any_text_without_special_tokens_gives_the_ids_of_the_whole(question, system):

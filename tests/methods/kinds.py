@@ -4,11 +4,10 @@ from collections.abc import Iterable
 
 import pytest
 
-# Nothing; between two layers, merging, in other papers' ways; the input; after the encoder, without and with the question; in the
-# language model, and behind another method.
+# Nothing; between two layers, merging, set aside; the input; after the encoder with the question; in the language model; behind
+# another method.
 ONE_OF_EACH = (
-    "none", "evoprune", "evoprune-paper", "tome", "ipcv", "downscale", "divprune", "cdpruner", "fastv", "evoprune+fastv",
-    "reuse+visionzip",
+    "none", "evoprune", "tome", "ipcv", "downscale", "cdpruner", "fastv", "reuse+visionzip",
 )  # fmt: skip
 
 

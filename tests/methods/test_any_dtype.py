@@ -171,6 +171,7 @@ def test_the_attention_received_is_summed_in_float32_under_autocast(monkeypatch)
         torch.testing.assert_close(mean, torch.ones_like(mean), rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_at_full_budget_the_tower_under_autocast_is_hugging_faces(family, half):

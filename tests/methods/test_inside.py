@@ -136,6 +136,7 @@ def test_tome_inside_the_encoder(grid, keep, proportional, scene):
     torch.testing.assert_close(made.features.double(), tokens, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("keep", "scene"),
     [(1, "noise"), (3, "duplicates"), (7, "one colour"), (24, "duplicates"), (99, "one colour"), (100, "noise")],

@@ -348,6 +348,7 @@ ASK = ("ask", "samples/square.mp4", "--json", "-n", "2", "-b", "0.25")
 QUESTIONS = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
 
 
+@pytest.mark.full
 def test_the_list_of_methods_names_them(package):
     code = f"import sys; sys.path.insert(0, {str(package)!r}); from evoprune_cli.main import run; run()"
     done = subprocess.run([sys.executable, "-c", code, "methods", "--json"], capture_output=True, text=True)

@@ -28,6 +28,7 @@ def tokens_of(case: dict):
     return public_tokens(case["kind"], case["seed"], tuple(case["grid"]))
 
 
+@pytest.mark.few(50)
 @pytest.mark.parametrize("case", [case for case in CASES if "kept" in case.values[0]])
 def test_keeps_what_the_public_code_keeps(case, monkeypatch):
     tokens, theirs = tokens_of(case), set(case["kept"])

@@ -85,7 +85,7 @@ def test_half_precision_is_compared_in_full():
     assert torch.equal(most_diverse(x.bfloat16(), 9), most_diverse(x.bfloat16().float(), 9))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["random", "constant"])
 def test_no_matrix_of_all_pairs(kind):
     """Random tokens have nothing in common, equal ones stand still in time."""

@@ -204,7 +204,7 @@ def empty_checkpoint(folder: Path) -> None:
         file.truncate(8 + len(text) + end)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("limit", "found", "hint"),
     [(5 * GIB, r"loading .* needs about 7\.0 GiB of memory, and 4\.\d GiB are available", "quantize"),

@@ -66,6 +66,7 @@ def spoil(loaded, where: str, bad: float) -> None:
                 language.layers[0].mlp.down_proj.register_forward_pre_hook(second_pass)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", one_of_each(methods.built_in()))
 def test_a_tower_that_computes_nonsense_is_not_answered_over(loaded, method):
     qa = VideoQA(loaded, budget=0.25, method=method)

@@ -152,6 +152,7 @@ def test_several_inputs_at_full_budget_are_hugging_faces_generate(loaded, kinds,
 EXACT = [name for name in methods.built_in() if methods.parse(name).exact]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", one_of_each(EXACT))
 def test_exactly_k_tokens_are_kept_of_each_input(loaded, method, tmp_path):
     qa = VideoQA(loaded, budget=0.25, method=method)
@@ -178,7 +179,7 @@ def test_a_picture_that_a_method_cannot_prune_stays_whole_and_says_so(loaded, me
     assert (len(picture.encoded.kept) == picture.units) == (whole or method == "none")
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
 def test_an_answer_about_several_does_not_depend_on_what_was_asked_before(loaded, method, tmp_path):
     qa = VideoQA(loaded, budget=0.25, method=method)

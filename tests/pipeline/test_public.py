@@ -157,6 +157,7 @@ def test_importing_it_costs_nothing():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.full
 def test_an_answer_imports_neither_transformers_nor_the_compiler_of_torch():
     """Each takes longer to import than a short answer takes."""
     code = (

@@ -99,7 +99,7 @@ def test_a_recipe_of_another_depth_is_refused(config):
         load("operations").encode(CLIP, frames=4)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_a_question_is_answered_the_same_whatever_was_asked_before(demo, name):
     qa, fresh = load(name), {}

@@ -206,6 +206,7 @@ def test_every_unit_belongs_to_the_nearest(seed, grid, share, alpha, piece, drop
         assert cluster == far.index(min(far))
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 9999), st.sampled_from([1, 2, 5, 40]), st.sampled_from([8, 100, 1 << 20]), st.floats(0, 6))
 def test_pool_and_piece_are_a_matter_of_speed(seed, pool, piece, alpha):
@@ -314,6 +315,7 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
     assert torch.equal(points(features, owner, grid).place, made.place)
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=8)
 @given(
     CASES["seed"],

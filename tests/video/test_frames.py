@@ -76,6 +76,7 @@ def test_frames_come_in_the_order_they_were_written(info):
     assert numbers(info, times) == list(range(40))
 
 
+@pytest.mark.full
 @given(st.lists(st.floats(-1, 30), min_size=1, max_size=6).map(sorted), st.sampled_from([0.0, 0.5, 4.0, 1e9]))
 @settings(max_examples=60, deadline=None)
 def test_any_times_with_or_without_jumps(long_file, times, jump_from):
@@ -105,7 +106,7 @@ LONG_FILES = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", LONG_FILES)
 def test_jumps_change_nothing(name, folder, in_process, monkeypatch):
     info = probe(write_video(folder / f"jump_{name}", numbered_frames(256), **LONG_FILES[name]))

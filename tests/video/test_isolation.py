@@ -139,6 +139,7 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
     assert len(started) == 1 and gone(started[0])
 
 
+@pytest.mark.full
 def test_taking_long_is_none(named, good, started, monkeypatch):
     probe(good)
     monkeypatch.setattr(process, "SILENCE_S", 2.5)

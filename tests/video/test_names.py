@@ -45,7 +45,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")

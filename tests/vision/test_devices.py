@@ -180,6 +180,7 @@ def test_the_result_is_the_cpus_where_nothing_is_merged(method, monkeypatch):
     assert_same_on_a_gpu(monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 16, True)
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     grid=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
@@ -194,6 +195,7 @@ def test_merging_is_the_cpus_on_any_clip(monkeypatch, grid, share, method, full_
     assert_same_on_a_gpu(monkeypatch, random_patches(grid), grid, method, keep, kernel, full_layers, chunk_units)
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     grid=st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 6)),

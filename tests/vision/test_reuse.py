@@ -40,7 +40,7 @@ def points(encoded, grid, seconds_per_pair=1.0, alpha=EvoPrune.alpha):
 # --- against the slow encoder ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), ()])
 def test_reused_rows_against_loops(share, full_layers):

@@ -39,7 +39,7 @@ class Several(EncoderMethod):
 # --- against the slow encoder ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("keep", [40, 10, 1])
 @pytest.mark.parametrize("full_layers", [(1, 3), ()])
@@ -62,6 +62,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
 # --- properties --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=25)
 @given(
     grid=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 6)),
