@@ -277,8 +277,7 @@ CASES = {
         ("inspect", CLIP, "--scan"), 130, "", breaks=("evoprune.video.probe.scan", KeyboardInterrupt())
     ),
 }
-# Every case in one of its ways; in all of them with -m full.
-# Two of three cases run by default, each in one of its ways.
+# Two of three cases run by default, each in one of its ways; all in all of them with -m full.
 WAYS = [
     pytest.param(
         case, way, id=f"{name}-{way}", marks=[pytest.mark.full] * (number % 3 == 2 or turn != number % len(case.ways))
