@@ -16,8 +16,8 @@ from evoprune.batch import unfinished
 from evoprune.batch.rows import Row
 from evoprune.batch.settings import Settings
 from evoprune.errors import UsageError
+from evoprune.model.strict_json import loads
 from evoprune.report.records import SCHEMA, Report, rounded
-from evoprune.strict_json import loads
 
 STDOUT = "-"
 HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins

@@ -20,8 +20,8 @@ import torch
 
 import evoprune
 from evoprune import methods
+from evoprune.model.strict_json import loads
 from evoprune.pipeline.engine import Engine
-from evoprune.strict_json import loads
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from evoprune.errors import EvopruneError, UsageError, first_line
-from evoprune.strict_json import read_object
+from evoprune.model.strict_json import read_object
 
 T = TypeVar("T")
 

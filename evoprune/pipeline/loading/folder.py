@@ -13,9 +13,9 @@ from evoprune.errors import ModelError, UsageError, first_line
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import END_IDS, MODEL_TYPES, Config, VisionConfig, parse_config
 from evoprune.model.rules import Rule, checked, section
+from evoprune.model.strict_json import read_object
 from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.hub import MODEL_HINT
-from evoprune.strict_json import read_object
 from evoprune.text import did_you_mean
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits

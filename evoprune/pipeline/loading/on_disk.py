@@ -10,6 +10,7 @@ from evoprune.bundled import demo_in
 from evoprune.errors import ModelError, UsageError
 from evoprune.model.config import Config
 from evoprune.model.quantize import check as check_quantize
+from evoprune.model.strict_json import read_object
 from evoprune.model.weights import QwenVL, empty
 from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
@@ -23,7 +24,6 @@ from evoprune.pipeline.loading.folder import (
 )
 from evoprune.pipeline.loading.weights import needed_bytes, stay_mapped
 from evoprune.pipeline.options import ModelOptions
-from evoprune.strict_json import read_object
 from evoprune.video.plan import InputLimits
 
 
