@@ -14,7 +14,7 @@ from evoprune.methods.ranges import check_ranges
 from evoprune.pruning import distance
 from evoprune.pruning.distance import points_of
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape
-from evoprune.pruning.select import POOL, _farthest, _filled, assign_clusters
+from evoprune.pruning.select import _farthest, _filled, assign_clusters
 from evoprune.pruning.types import Selection, Tokens
 from experiments.distances import DISTANCES, TODAY, Distance, using
 
@@ -54,7 +54,7 @@ class VariantPoints(FarthestPoints):
         seconds = [tokens.seconds_per_pair * pair for pair in range(tokens.grid[0])]
         points = points_of(tokens.rows, tokens.owner, tokens.grid, seconds, self.alpha)
         start = (points.units < tokens.grid[1] * tokens.grid[2]).nonzero()[:, 0].tolist()
-        selected = _filled(points, tokens.grid, _farthest(points, start, keep, POOL, 0.0, keep), keep)
+        selected = _filled(points, tokens.grid, _farthest(points, start, keep, 0.0, keep), keep)
         kept = points.units[selected].sort().values
         owner = assign_clusters(points, kept, len(tokens.owner))
         return Selection(kept, owner, None, self._sizes(owner, len(kept)))
