@@ -98,6 +98,7 @@ def test_each_record_is_what_asking_alone_gives(qa):
     assert all(report.time_ms.ttft_wall <= report.time_ms.total for report in made)
 
 
+@pytest.mark.full
 def test_one_encoding_serves_all_questions_with_the_same_part(qa, monkeypatch):
     encoded, real = [], opening.encode_input
 
@@ -252,6 +253,7 @@ def test_stopping_ends_all_threads(qa):
     assert set(threading.enumerate()) == before
 
 
+@pytest.mark.full
 def test_encoded_videos_come_from_the_cache(qa, tmp_path):
     from evoprune.pipeline.cache import Cache
 

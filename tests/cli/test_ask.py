@@ -143,6 +143,7 @@ def test_methods(cli, method, kept, rows):
     assert (pruning["visual_tokens_kept"], pruning["encoder_rows"], pruning["method"]) == (kept, rows, method)
 
 
+@pytest.mark.full
 def test_the_live_share_is_the_mean_of_the_layers(cli):
     for budget, share in (("high", 0.5), ("fast", 0.1)):
         pruning = cli("ask", CLIP, QUESTION, "--json", "-b", budget).record["pruning"]
@@ -176,6 +177,7 @@ def test_random_weights_are_told(cli, tiny_folder):
     assert record["model"]["load_format"] == "dummy" and record["warnings"] == ["random_weights"]
 
 
+@pytest.mark.full
 def test_model_and_budget_from_the_environment(cli, tiny_folder, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_MODEL", str(tiny_folder))
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
@@ -184,12 +186,14 @@ def test_model_and_budget_from_the_environment(cli, tiny_folder, monkeypatch):
     assert cli("ask", CLIP, QUESTION, "-m", "demo", "-b", "1", "--json").record["pruning"]["budget"] == 1.0
 
 
+@pytest.mark.full
 def test_records_hold_the_warning_about_foreign_clips(cli, tmp_path):
     path = tmp_path / "foreign.mp4"
     write_video(path, np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8), fps=6)
     assert cli("ask", path, QUESTION, "--json").record["warnings"] == ["demo_model"]
 
 
+@pytest.mark.full
 def test_the_demo_warns_of_questions_in_other_words(cli):
     result = cli("ask", CLIP, "Does the man smile?", "-Q", QUESTION, "-Q", "Who smiles?", "--json")
     given = [json.loads(line)["warnings"] for line in result.out.splitlines()]
@@ -209,7 +213,7 @@ def scenes_of_tiny(tiny_folder, monkeypatch):
     monkeypatch.setitem(DEMOS, "demo-scenes", replace(DEMOS["demo-scenes"], folder=tiny_folder))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("inputs", "asked", "warnings"),
     [
@@ -231,6 +235,7 @@ def test_the_model_for_scenes_warns_of_what_it_does_not_know(cli, tmp_path, scen
     assert (record["model"]["id"], record["model"]["dtype"], record["warnings"]) == ("demo-scenes", "fp32", warnings)
 
 
+@pytest.mark.full
 def test_each_demo_model_knows_clips_of_its_own_world_alone(cli, tmp_path):
     result = cli("ask", SCENE, QUESTION, "--frames", "4", "-n", "1", "--json")
     assert result.record["warnings"] == ["demo_model"] and "demo-scenes: crowded scenes with signs" in result.err

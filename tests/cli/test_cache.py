@@ -27,11 +27,13 @@ def test_the_second_time_it_comes_from_the_cache(cli):
     assert result.out == "green\n" and "36 visual tokens from the cache" in result.err and "\nencode" not in result.err
 
 
+@pytest.mark.full
 def test_both_sides_of_a_comparison(cli):
     records = [cli(*ASK, "--cache", "--compare", "--json").record for _ in range(2)]
     assert [(r["cache"], r["compare"]["cache"]) for r in records] == [("miss", "miss"), ("hit", "hit")]
 
 
+@pytest.mark.full
 def test_a_method_that_reads_the_question_is_not_cached_but_encodes_once(cli, folder):
     questions = ("-Q", QUESTION, "-Q", "Does anything move?")
     for _ in range(2):
@@ -42,6 +44,7 @@ def test_a_method_that_reads_the_question_is_not_cached_but_encodes_once(cli, fo
         assert second["time_ms"]["read"] == 0 < second["time_ms"]["encode"]
 
 
+@pytest.mark.full
 def test_from_stdin(cli):
     with open(CLIP, "rb") as file:
         content = file.read()
@@ -49,6 +52,7 @@ def test_from_stdin(cli):
     assert states == ["miss", "hit"]
 
 
+@pytest.mark.full
 def test_a_folder_that_cannot_be_written(cli, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", "LICENSE/cache")
     result = cli(*ASK, "--cache", "-q")

@@ -46,14 +46,14 @@ def test_one_json_line_a_question(cli):
     assert cli("ask", CLIP, QUESTION, "--json").record["compare"] is None
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["downscale", "subsample"])
 def test_nothing_is_taken_away_on_the_full_side_by_methods_that_shrink_the_input(cli, method):
     full = cli(*ASK, "-b", "0.25", "--method", method, "--json").record["compare"]
     assert full["sampling"]["grid_thw"] == [6, 8, 12] and full["pruning"]["visual_tokens_kept"] == 144
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("when", ["encode", "prefill"])
 @pytest.mark.parametrize("problem", [MemoryError(), KeyboardInterrupt()])
 def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, problem, when):

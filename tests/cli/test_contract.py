@@ -301,6 +301,7 @@ def clips(tmp_path_factory):
     return folder
 
 
+@pytest.mark.few(44)
 @pytest.mark.parametrize(("case", "way"), WAYS)
 def test_contract(cli, clips, monkeypatch, case, way):
     for name, value in case.env.items():
@@ -455,6 +456,7 @@ def _at_the_keyboard(terminal: bool) -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # or Ctrl-C is a mere letter
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=name, marks=marks_of(case)) for name, case in PROCESSES.items()]
 )

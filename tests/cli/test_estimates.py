@@ -80,7 +80,7 @@ def test_a_token_limit_that_was_set_is_noted(notes):
     ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("flags", "asked"),
     [

@@ -98,6 +98,7 @@ def test_tables_of_few_questions_say_that_they_are_no_measurement(groups, where)
     assert [line for line in made if "measurement" in line] == said
 
 
+@pytest.mark.full
 def test_the_content_may_decide_the_budget(cli, tiny_folder):
     how = ("-m", str(tiny_folder), "--method", "mmr", "-b", "auto:inflection", "-n", "2", "--frames", "4", "--json")
     full, decided = cli("eval", "--data", DATA, "--limit", "1", *how).record["rows"]
@@ -217,7 +218,7 @@ def test_a_chart_tells_twelve_methods_apart(run, tmp_path):
     assert len({(mark.get("fill"), mark.get("stroke")) for mark in marks}) == 1 + 12  # and full
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), Terminated()])
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_an_interruption_prints_what_there_is_and_can_go_on(run, tmp_path, monkeypatch, problem, form):

@@ -19,6 +19,7 @@ def photo(tmp_path):
     return str(tmp_path / "photo.jpg")
 
 
+@pytest.mark.full
 def test_each_input_has_its_counts_and_times(cli, photo):
     result = cli("ask", CLIP, photo, OTHER, QUESTION, "--json", *QUICK)
     record = result.record
@@ -145,6 +146,7 @@ def test_inspecting_a_picture(cli, photo, tmp_path):
     assert result.code == 3 and "nothing to scan" in result.err
 
 
+@pytest.mark.full
 def test_a_conversation_about_several_inputs(cli, photo):
     once = cli("ask", CLIP, photo, QUESTION, "-q", *QUICK).out
     result = cli("ask", CLIP, photo, "--interactive", *QUICK, stdin=f"{QUESTION}\n{QUESTION}\n", terminal=True)

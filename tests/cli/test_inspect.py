@@ -249,6 +249,7 @@ def test_a_warning_of_an_overlay_is_a_sentence(cli, tmp_path):
     assert "demo_overlay" not in result.out and "the demo models know only generated clips" in result.err
 
 
+@pytest.mark.full
 def test_what_was_asked_for_stands_first(cli, tmp_path):
     first, second, *rest = cli("inspect", CLIP, "--overlay", tmp_path / "a.png").out.splitlines()
     assert first.split() == ["overlay", str(tmp_path / "a.png")]

@@ -78,6 +78,7 @@ def test_warnings_come_once(cli, tiny_folder):
     assert result.err.count("warning:") == 1 and result.out.count("\n") >= 2
 
 
+@pytest.mark.full
 def test_a_question_that_cannot_be_asked_does_not_end_it(cli):
     result = cli(*ASK, "-q", stdin=f"caf\udce9\n{QUESTION}\n", terminal=True)
     assert (result.code, result.out) == (0, "green\n") and "error: the question or the system prompt" in result.err
@@ -167,6 +168,7 @@ def stop_an_answer(screen, process) -> None:
     screen.press(b"\x03")
 
 
+@pytest.mark.full
 def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
     screen, process = keyboard(*ASK, "-m", endless, "-n", "30000", "-t", "1", "--seed", "5", "-q")
     for turn in (1, 2):

@@ -131,6 +131,7 @@ def test_a_video(cli, tiny_folder):
     assert {row["counts"]["units"] for row in document["rows"]} == {8}
 
 
+@pytest.mark.full
 def test_output_goes_to_a_file(profile, tmp_path):
     result = profile("--format", "csv", "-o", tmp_path / "out.csv", "--chart", tmp_path / "chart.svg")
     assert (result.code, result.out, result.err) == (0, "", "")
@@ -168,6 +169,7 @@ def test_a_chart_can_be_drawn_again_from_json(profile, tmp_path):
     assert for_eyes[0] == for_eyes[1] and len(for_eyes[0]) > 50
 
 
+@pytest.mark.full
 def test_what_was_measured_is_not_lost_with_the_disk(profile, tmp_path, monkeypatch):
     path = tmp_path / "out.txt"
     monkeypatch.setattr("evoprune_cli.profile.check_writable", lambda path, **_: None)
@@ -176,7 +178,7 @@ def test_what_was_measured_is_not_lost_with_the_disk(profile, tmp_path, monkeypa
     assert result.code == 2 and "cannot write" in result.err and table_rows(result.out)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("option", ["-o", "--chart"])
 def test_a_full_disk(profile, option):
     result = profile(option, "/dev/full")
@@ -236,6 +238,7 @@ def test_wrong_flags(profile, monkeypatch, args, says):
     assert error.startswith("error: ") and hint.startswith("hint: ") and says in result.err
 
 
+@pytest.mark.full
 def test_other_failures(cli, profile, monkeypatch):
     assert profile("no/such.mp4").code == 3
     assert cli("profile", "-m", "samples", *QUICK).code == 4

@@ -26,6 +26,7 @@ def test_a_file_beside_the_video(cli, clip, tmp_path):
     assert cli("ask", clip, QUESTION, "--json").record["subtitles"] is None
 
 
+@pytest.mark.full
 def test_auto_without_any_is_no_error(cli, clip):
     result = cli("ask", clip, QUESTION, "--subtitles", "auto")
     assert result.code == 0 and "note: no subtitles: no file beside the video, and no text track in it\n" in result.err
@@ -33,6 +34,7 @@ def test_auto_without_any_is_no_error(cli, clip):
     assert (quiet.code, quiet.out, quiet.err) == (0, result.out, "")
 
 
+@pytest.mark.full
 def test_too_many_lines(cli, clip, tmp_path):
     (tmp_path / "many.srt").write_text(srt([(n / 100, n / 100 + 1, f"line {n}") for n in range(500)]))
     result = cli("ask", clip, QUESTION, "--subtitles", tmp_path / "many.srt", "--max-subtitle-tokens", "100", "--json")
@@ -72,12 +74,14 @@ def test_options_that_make_no_sense(cli, clip, option):
     assert cli("ask", clip, QUESTION, *option).code == 2
 
 
+@pytest.mark.full
 def test_they_must_fit_into_the_context(cli, clip, tmp_path):
     (tmp_path / "clip.srt").write_text(srt([(n / 1000, n / 1000 + 1, f"line {n}") for n in range(5000)]))
     result = cli("ask", clip, QUESTION, "--subtitles", "auto", "--max-subtitle-tokens", "5000")
     assert result.code == 2 and "--max-subtitle-tokens" in result.err
 
 
+@pytest.mark.full
 def test_compare_reads_them_twice_and_says_so_once(cli, clip, tmp_path):
     (tmp_path / "clip.srt").write_text(SRT)
     result = cli("ask", clip, QUESTION, "--subtitles", "auto", "--compare", "--json")
@@ -95,7 +99,7 @@ def batch(cli, tiny_folder, tmp_path):
     return call
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_rows_of_a_batch(batch, clip, tmp_path, form):
     write_subtitled(tmp_path / "track.mkv", [ASS])

@@ -81,6 +81,7 @@ def test_eval_has_a_row_for_it(cli, tmp_path):
     assert cli(*run[:-1], "tuned", "--method", "divprune").code == 2
 
 
+@pytest.mark.full
 def test_inspect_counts_with_the_tuned_budget(cli):
     assert "error: no tuned setting for demo\n" in cli("inspect", CLIP, "-b", "tuned").err
     hub_id = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -148,6 +149,7 @@ def test_a_real_model_is_said_once_to_be_untuned(cli, tiny_folder, tmp_path, com
     assert "never tuned" not in cli(*run).err
 
 
+@pytest.mark.full
 def test_nothing_of_the_kind_is_said_of_others(cli, tiny_folder):
     assert "never tuned" not in cli("ask", CLIP, QUESTION).err
     tune(tiny_folder)

@@ -57,6 +57,7 @@ def test_the_generator_is_frozen(split, first):
     assert (digest, mean) == (FROZEN[split, first][0], pytest.approx(FROZEN[split, first][1], abs=0.02))
 
 
+@pytest.mark.full
 def test_some_pictures_are_pages_of_signs_and_most_clips_have_a_few():
     counts = [len(make_clip("train", seed).signs) for seed in range(120)]
     assert np.mean(np.array(counts[::2]) >= 5) > 0.25 and np.mean(counts[1::2]) > 1.5
@@ -81,6 +82,7 @@ def test_even_seeds_are_pictures_in_which_nothing_happens():
             assert not any(t.after for t in clip.things)
 
 
+@pytest.mark.full
 def test_clips_are_crowded_and_no_two_things_look_the_same():
     counts, brief = [], 0
     for clip in clips(60, pairs=8):
@@ -169,6 +171,7 @@ def test_what_changes_is_drawn_anew():
     assert (before[30:50, 70:110] != after[30:50, 70:110]).any()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("seed", "name"), [(1, "clip.mp4"), (0, "still.jpg")])
 def test_a_written_file_says_which_world_it_is_of_and_is_as_large_as_the_clip(tmp_path, seed, name):
     clip = make_clip("validation", seed)

@@ -86,6 +86,7 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     assert len(run.samples) == 2 * 4 * 2 and run.document()["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
 
 
+@pytest.mark.full
 def test_a_row_is_about_its_own_part_of_the_video(loaded, monkeypatch):
     """Each part is encoded once for all variants, its answers are those of `VideoQA`, and the video stays one in results."""
     opened, real = [], evaluation_run.open_inputs
@@ -122,6 +123,7 @@ def test_a_part_that_an_input_does_not_have_fails_its_video_alone(loaded, tmp_pa
     ]
 
 
+@pytest.mark.full
 def test_samples_say_what_ask_says(loaded):
     """The same answers, counts and shares as the pipeline gives by itself, to each question alone."""
     run = begun(loaded, replace(SETTINGS, methods=("evoprune", "downscale", "cdpruner")))
@@ -191,6 +193,7 @@ def test_methods_that_draw_lots_do_so_anew_for_each_video_but_alike_in_every_run
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.full
 def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     missing = Video("gone.mp4", SAMPLES / "gone.mp4", videos()[0].rows)
     run = begun(loaded, clips=[videos()[0], missing, videos()[1]])
@@ -258,7 +261,7 @@ def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
     assert "--processes" in caught.value.hint
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("asked", "clips", "count", "jobs"),
     [
@@ -350,6 +353,7 @@ def test_a_torn_file_is_mended(loaded, tmp_path, cut):
     assert file.read_bytes() == content
 
 
+@pytest.mark.full
 def test_what_failed_is_tried_again(loaded, tmp_path):
     moved = tmp_path / "square.mp4"
     clips = [Video("square.mp4", moved, videos()[0].rows), videos()[1]]

@@ -58,7 +58,7 @@ def test_an_interval_holds_its_accuracy(pairs):
         assert low <= right.sum() / asked.sum() <= high and high - low > 0.01
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("gap", [0.0, 0.1])
 def test_the_paired_differences_interval_covers_the_truth(gap):
     random, covered = np.random.default_rng(2), []
@@ -88,6 +88,7 @@ def test_draws_are_of_whole_clusters_and_the_same_again():
     assert len(np.unique(resampled(sums, draws=4000)[:, 0])) > 50
 
 
+@pytest.mark.full
 def test_many_clusters_are_drawn_in_parts():
     drawn = resampled(np.ones((50_000, 1)), draws=200)
     assert drawn.shape == (200, 1) and (drawn == 50_000).all()

@@ -147,6 +147,7 @@ def test_pruned_columns_are_not_computed(model):
     assert run.columns.index.shape == (3, 38)
 
 
+@pytest.mark.full
 def test_a_prompt_in_a_padded_batch_gives_the_same_as_alone(model):
     rows = PROMPTS["batch"]
     for budget in (1.0, 0.2):
@@ -171,7 +172,7 @@ def test_a_prompt_in_a_padded_batch_gives_the_same_as_alone(model):
             first += videos
 
 
-@pytest.mark.few(4)
+@pytest.mark.full
 @pytest.mark.parametrize("left_out", ["mm_token_type_ids", "second_per_grid_ts", "attention_mask"])
 @pytest.mark.parametrize("prompt", ["one video", "batch"])
 def test_inputs_without_types_seconds_or_mask_are_accepted(model, prompt, left_out):
@@ -182,6 +183,7 @@ def test_inputs_without_types_seconds_or_mask_are_accepted(model, prompt, left_o
     assert pruned(model, inputs, 0.2)[0].shape == generated(model, inputs).shape
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 def test_min_length_counts_the_whole_prompt(model, budget):
     """A model that wants to end at once, as soon as it may."""
@@ -195,6 +197,7 @@ def test_min_length_counts_the_whole_prompt(model, budget):
         assert out.shape[1] == max(length, least) + 1
 
 
+@pytest.mark.full
 def test_padding_that_is_an_end_token_is_not_masked(model):
     inputs = processed(model, *PROMPTS["batch"])
     del inputs["attention_mask"]
@@ -228,6 +231,7 @@ def test_positions_that_are_given_are_taken(model, rows):
     assert torch.equal(out, generated(model, expected)) and run.report.pruning.positions == "given"
 
 
+@pytest.mark.full
 def test_scores_and_logits_of_generate_are_the_same(model):
     inputs = processed(model, *PROMPTS["batch"])
     wish = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "num_beams": 2}
@@ -288,7 +292,7 @@ def test_a_streamer_gets_the_whole_prompt_and_then_tokens(model):
     assert torch.equal(short.ids[0], inputs["input_ids"])
 
 
-@pytest.mark.few(3)
+@pytest.mark.full
 @pytest.mark.parametrize("prompt", ["one video", "batch", "long video"])
 def test_qwens_positions_are_those_counted_by_hand(model, prompt):
     """The same on the whole prompt, at positions counted by hand."""
@@ -511,6 +515,7 @@ def test_a_call_returns_logits_and_loss_of_the_columns_left(model, prompt, budge
     assert out.loss.item() == pytest.approx(total / tokens, rel=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_language_model_can_be_trained(checkpointing):
     model = tiny_model().train()
@@ -548,6 +553,7 @@ def test_a_tower_in_training_is_refused():
             model(**inputs | {"pixel_values_videos": inputs["pixel_values_videos"].requires_grad_()})
 
 
+@pytest.mark.full
 def test_attention_that_takes_no_mask_of_numbers_weighs_every_token_as_one(model, monkeypatch):
     inputs = processed(model, *PROMPTS["batch"])
     by_size, once = pruned(model, inputs, 0.2, how=BY_SIZE)[0], pruned(model, inputs, 0.2)[0]

@@ -28,7 +28,7 @@ def generated(model, inputs, **settings):
     return model.generate(**inputs, **{"max_new_tokens": 8, "do_sample": False} | settings)
 
 
-@pytest.mark.few(2)
+@pytest.mark.full
 @pytest.mark.parametrize("pruned", ["model", "assistant", "both", "both in one model"])
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 def test_an_assistant_may_be_pruned_too(model, pruned, budget):
@@ -48,6 +48,7 @@ def test_an_assistant_may_be_pruned_too(model, pruned, budget):
         handle.remove()
 
 
+@pytest.mark.full
 def test_a_callback_may_call_the_model_for_other_prompts(model):
     """As guidance by a second prompt does. Those calls are pruned for themselves, and know nothing of the sizes of this one."""
     inputs, other = processed(model, ONE), processed(model, (3, ("video", 2, 8, 8), 2), seed=1)

@@ -93,7 +93,7 @@ def same(made, expected, tolerance):
         assert (made[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", MODELS)
@@ -126,7 +126,7 @@ def test_the_reference_is_the_stock_model_with_dropped_columns_masked():
     same((loss.detach(), {name: w.grad for name, w in model.named_parameters() if w.requires_grad}), expected, 1e-4)
 
 
-@pytest.mark.few(2)
+@pytest.mark.full
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -171,6 +171,7 @@ def test_gradients_of_threads_are_their_own(attention, budget):
         same(one, theirs, 1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_qwen2_vl_has_the_same_gradients(attention):
     model, called = trained(attention, "reentrant checkpointing", family="qwen2_vl")
@@ -212,6 +213,7 @@ def test_without_pruning_the_tower_is_trained_as_ever(mode):
         assert run.report.pruning.kept_ratio == 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_gradients_of_a_tower_in_eval_mode_are_refused(checkpointing):
     """Its weights ask for gradients by default, so a forward pass alone says nothing about training."""

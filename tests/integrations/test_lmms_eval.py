@@ -133,6 +133,7 @@ def test_what_is_no_video_is_refused(model_class, visuals):
         model.generate_until([request(model, "What happens?", visuals)])
 
 
+@pytest.mark.full
 def test_pictures_and_several_inputs(model_class, tmp_path):
     picture = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50)
     picture.save(tmp_path / "a.png")
@@ -153,6 +154,7 @@ def test_pictures_and_several_inputs(model_class, tmp_path):
             model.generate_until([request(model, "What?", wrong)])
 
 
+@pytest.mark.full
 def test_questions_about_the_same_pictures_share_their_encoding(model_class, monkeypatch):
     encoded, encode = [], VideoQA.encode
     monkeypatch.setattr(VideoQA, "encode", lambda qa, paths, **how: encoded.append(1) or encode(qa, paths, **how))

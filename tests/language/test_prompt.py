@@ -130,6 +130,7 @@ def test_the_prefix_does_not_depend_on_the_question(tokenizer):
     assert tiny_tokenizer().decode(one.input_ids[one.prefix_length :]).startswith("\nWhy?<|im_end|>")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "template",
     [

@@ -104,6 +104,7 @@ def test_the_encoding_is_the_same_whatever_the_default(name, family):
                 assert_equal_encodings(encode(name, budget, family), expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", one_of_each(ALONE))
 def test_the_logits_of_a_pruned_hugging_face_model_are_the_same_whatever_the_default(name):
     for budget in BUDGETS:
@@ -114,6 +115,7 @@ def test_the_logits_of_a_pruned_hugging_face_model_are_the_same_whatever_the_def
             assert torch.equal(left, columns) and torch.equal(made, expected), (budget, default)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", one_of_each(["evoprune", "reuse+visionzip", "tome", *OTHERS])
 )  # the encodings of all are compared above
@@ -134,6 +136,7 @@ def test_video_qa_answers_the_same_whatever_the_default_and_under_autocast(name,
     assert_equal_encodings(encoded, expected)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", one_of_each(CHOOSING))
 def test_a_method_chooses_from_the_same_rows_as_without_autocast(name, half, monkeypatch):

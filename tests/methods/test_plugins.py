@@ -241,6 +241,7 @@ def test_a_language_method_may_write_too(documented, monkeypatch, more):
     assert torch.equal(run_method(*prompt)[0], expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("skip", [-1, 40])
 @pytest.mark.parametrize("way", ["VideoQA", "encode", "EvoPrune"])
 def test_every_way_of_running_one_names_it(package, way, skip):
@@ -425,6 +426,7 @@ def test_the_code_of_a_method_is_all_that_its_package_brings(package, tmp_path):
     assert qa.encode("samples/square.mp4", cache=cache).report.cache == "miss"
 
 
+@pytest.mark.full
 def test_a_run_is_not_gone_on_with_other_code_of_a_method(package, cli, tmp_path):  # noqa: F811
     data, run = "samples/questions.jsonl", tmp_path / "run"
     asked = ("eval", "--data", data, "--limit", "1", "-b", "0.5", "--method", "reuse+first", "--json")

@@ -178,6 +178,7 @@ def test_hash_of_a_folder_of_frames(tmp_path):
     assert len({first, second, content_hash(tmp_path)}) == 3
 
 
+@pytest.mark.full
 def test_changed_code_and_weights_make_other_entries(loaded, cache, clip, folder, monkeypatch):
     qa = VideoQA(loaded, budget=0.25)
     assert qa.encode(clip, cache=cache).report.cache == "miss"

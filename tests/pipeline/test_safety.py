@@ -160,7 +160,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_nothing_but_a_name(cli, tmp_path, monkeypatch, name):  # noqa: F811
     place = tmp_path / name

@@ -122,7 +122,7 @@ def test_a_qwen2_vl_is_pruned_too(qwen2, method):
     assert answer(qa.encode(LONG)) == made.text
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, budget):
     qa = VideoQA(loaded, budget=budget)
@@ -304,6 +304,7 @@ def slow(work, seconds):
     return slowed
 
 
+@pytest.mark.full
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
     monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
@@ -369,6 +370,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
     assert answer(early) == answer(at_once) and early.report.sampling == at_once.report.sampling
 
 
+@pytest.mark.full
 def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
     monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 1.0))
     with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
@@ -393,7 +395,7 @@ def test_a_video_that_was_begun_and_is_not_wanted(loaded):
     assert closed == [1] and set(threading.enumerate()) == threads
 
 
-@pytest.mark.few(3)
+@pytest.mark.full
 @pytest.mark.parametrize("problem", [VideoError("gone"), KeyboardInterrupt(), ZeroDivisionError()])
 @pytest.mark.parametrize("stage", ["read", "preprocess", "encode"])
 def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage, problem):

@@ -223,6 +223,7 @@ def test_the_warm_up_counts_where_there_is_no_time_for_another_round(loaded):
     assert any(note.startswith("without a warm-up") for note in results.notes)
 
 
+@pytest.mark.full
 def test_rows_that_would_end_too_late_are_left_out_and_named(loaded):
     ticks = Ticks()
     results = last(loaded, [CASE, OTHER], MOTION, SETTINGS, progress=ticks.append, limit=ticks.limit(150))
@@ -233,6 +234,7 @@ def test_rows_that_would_end_too_late_are_left_out_and_named(loaded):
     assert f"all rows of {OTHER}" in note and f"random -b 0.1, {CASE}" in note
 
 
+@pytest.mark.full
 def test_the_least_is_refused_before_anything_is_loaded(saved):
     rows = bench.all_rows([CASE, OTHER], SETTINGS)
     expected, preparing = estimate(rows, SETTINGS, weights.outline(ModelOptions(str(saved), dtype="fp32")))
@@ -305,6 +307,7 @@ def test_no_bound_without_budget_one(loaded, monkeypatch):
     assert results.figures(results.rows[-1]).vs_bound is None and results.figures(results.rows[-1]).vs_hf > 0
 
 
+@pytest.mark.full
 def test_an_interruption_leaves_the_finished_rounds(loaded):
     said, found = [], []
 

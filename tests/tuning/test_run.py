@@ -47,6 +47,7 @@ def test_a_run(saved):
     )
 
 
+@pytest.mark.full
 def test_questions_that_prove_too_little_are_named_at_once(saved):
     document, said = tuned(saved, agree=0.999, videos=CLIPS[:1])
     assert document["recommended"] is None and said == document["notes"]

@@ -108,6 +108,7 @@ def test_a_crash_while_frames_are_read(name, named, good, started):
     assert numbers(probe(good), TIMES) == list(range(20))
 
 
+@pytest.mark.full
 def test_a_process_that_an_earlier_video_has_spoilt_is_replaced(named, started):
     info = probe(named("once_crash"))
     assert info.frames_total == 20 and len(started) == 2
@@ -203,6 +204,7 @@ def test_one_is_started_before_the_first_video(good, started):
     assert probe(good).frames_total == 20 and len(started) == 1
 
 
+@pytest.mark.full
 def test_two_videos_at_once(good, started):
     info = probe(good)
     chunks = [read_frames(info, TIMES, chunk_bytes=SMALL) for _ in range(3)]
@@ -214,6 +216,7 @@ def test_two_videos_at_once(good, started):
     assert sum(map(lives, started)) == pool.MAX_IDLE
 
 
+@pytest.mark.full
 def test_threads(good, started):
     right, got = list(range(20)), []
 
@@ -279,6 +282,7 @@ def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pie
     assert len(of_video._pieces) <= 3  # the caller's, the one before it, and the one that is being filled
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "hold", [lambda frames: frames, lambda frames: frames[1:, ::2], lambda frames: frames.reshape(-1)]
 )
@@ -292,6 +296,7 @@ def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
     assert len(pieces[0]._pieces) == memory.PIECES
 
 
+@pytest.mark.full
 def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
     """Memory that is shared stays shared after a fork, but who holds what is then known to each alone."""
     children = []
@@ -319,12 +324,14 @@ def test_memory_for_frames_cannot_be_taken_away():
     assert shared[99] == 0
 
 
+@pytest.mark.full
 def test_what_torch_holds_is_not_written_over(good, started):
     torch = pytest.importorskip("torch")
     kept = [torch.from_numpy(chunk.frames)[:1] for chunk in read_frames(probe(good), TIMES, chunk_bytes=SMALL // 2)]
     assert list(map(number_of, torch.cat(kept).numpy())) == list(range(0, 20, 2))
 
 
+@pytest.mark.full
 def test_the_process_holds_no_memory_for_frames_afterwards(good, started, tmp_path):
     list(read_frames(probe(good), TIMES, chunk_bytes=SMALL))
     info = probe(good)
@@ -338,6 +345,7 @@ def test_the_process_holds_no_memory_for_frames_afterwards(good, started, tmp_pa
     assert "evoprune-frames" not in Path(f"/proc/{pid}/maps").read_text()
 
 
+@pytest.mark.full
 def test_a_fork_starts_its_own(good, started):
     probe(good)
     pid = os.fork()
@@ -368,7 +376,7 @@ def shielded():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, -1)]
 )

@@ -27,7 +27,7 @@ def test_both_decoders_show_the_same_frames(name, folder):
     assert difference.max() <= 2 or (name == "odd.webm" or ("_10" in name and difference.mean() < 2))
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(10)
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):

@@ -69,7 +69,7 @@ HUGE = {
 }  # fmt: skip
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", HUGE)
 def test_a_thousand_million_frames(name, lying, peak):
     path = lying(*HUGE[name])
@@ -82,6 +82,7 @@ def test_a_thousand_million_frames(name, lying, peak):
     assert peak() < 2**28
 
 
+@pytest.mark.full
 def test_an_index_that_goes_round_in_circles(lying):
     """Ten million frames, all of them the same bytes."""
     counts = (b"stts", 12, ">I", [10**7], b"stsc", 16, ">I", [10**7])
@@ -91,7 +92,7 @@ def test_an_index_that_goes_round_in_circles(lying):
 HUGE_SIZES = [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (12_000, 12_000), (65_535, 2)]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", HUGE_SIZES)
 @pytest.mark.parametrize("name", ["vp9.webm", "ffv1.mkv", "h264.mkv"])
 def test_huge_pictures_in_matroska(name, size, folder, tmp_path, peak):
@@ -128,13 +129,14 @@ def element(content, at):
     return begin, int.from_bytes(content[begin : begin + length], "big") & ((1 << 7 * length) - 1), begin + length
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [(65_535, 65_535), (16_000, 16_000)])
 def test_huge_gifs(size, lying, peak):
     refused(lying("picture.gif", b"GIF8", 6, "<HH", size), "megapixels")
     assert peak() < 2**28
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 1), (16_000, 16_000), (2**31 - 1, 2**31 - 1)])
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_huge_images(size, in_folder, tmp_path, peak):
