@@ -16,32 +16,23 @@ if TYPE_CHECKING:
     from evoprune.huggingface.context import PruningContext as EvoPrune
     from evoprune.huggingface.encoding import encode
     from evoprune.huggingface.processor_inputs import processor_inputs
-    from evoprune.pipeline.answering import Answer, EncodedInputs, EncodedVideo
+    from evoprune.pipeline.answering import Answer, EncodedInputs
     from evoprune.pipeline.cache import Cache
     from evoprune.pipeline.video_qa import VideoQA
     from evoprune.report.records import Report
     from evoprune.vision.encoded import Encoded
 
 _SOURCES = {
-    "Answer": "evoprune.pipeline.answering:Answer",
-    "Cache": "evoprune.pipeline.cache:Cache",
-    "Columns": "evoprune.huggingface.columns:Columns",
-    "EvoPrune": "evoprune.huggingface.context:PruningContext",
-    "Encoded": "evoprune.vision.encoded:Encoded",
-    "EncodedInputs": "evoprune.pipeline.answering:EncodedInputs",
-    "EncodedVideo": "evoprune.pipeline.answering:EncodedVideo",
-    "EvopruneError": "evoprune.errors:EvopruneError",
-    "ModelError": "evoprune.errors:ModelError",
-    "OutOfMemory": "evoprune.errors:OutOfMemory",
-    "PrunedModel": "evoprune.huggingface.context:PrunedModel",
-    "Report": "evoprune.report.records:Report",
-    "UsageError": "evoprune.errors:UsageError",
-    "VideoError": "evoprune.errors:VideoError",
-    "VideoQA": "evoprune.pipeline.video_qa:VideoQA",
-    "apply": "evoprune.huggingface.context:apply",
-    "encode": "evoprune.huggingface.encoding:encode",
-    "processor_inputs": "evoprune.huggingface.processor_inputs:processor_inputs",
-    "remove": "evoprune.huggingface.context:remove",
+    "errors": ("EvopruneError", "ModelError", "OutOfMemory", "UsageError", "VideoError"),
+    "huggingface.columns": ("Columns",),
+    "huggingface.context": ("EvoPrune", "PrunedModel", "apply", "remove"),
+    "huggingface.encoding": ("encode",),
+    "huggingface.processor_inputs": ("processor_inputs",),
+    "pipeline.answering": ("Answer", "EncodedInputs"),
+    "pipeline.cache": ("Cache",),
+    "pipeline.video_qa": ("VideoQA",),
+    "report.records": ("Report",),
+    "vision.encoded": ("Encoded",),
 }
 __all__ = [
     "Answer",
@@ -49,7 +40,6 @@ __all__ = [
     "Columns",
     "Encoded",
     "EncodedInputs",
-    "EncodedVideo",
     "EvoPrune",
     "EvopruneError",
     "ModelError",
@@ -70,9 +60,9 @@ __all__ = [
 def __getattr__(name: str):
     if name == "methods":
         return import_module("evoprune.methods")
-    if name in _SOURCES:
-        module, _, attribute = _SOURCES[name].partition(":")
-        return getattr(import_module(module), attribute)
+    for module, names in _SOURCES.items():
+        if name in names:
+            return getattr(import_module(f"evoprune.{module}"), {"EvoPrune": "PruningContext"}.get(name, name))
     raise AttributeError(f"module 'evoprune' has no attribute {name!r}")
 
 

@@ -10,9 +10,8 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
 from evoprune.text import SOME, some
-from evoprune_cli import batch_options as own
+from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli.batch_options import ENGINES
 from evoprune_cli.failures import debugging
 from evoprune_cli.tally import Tally
 from evoprune_cli.terminal import note_tuning, progress, tell
@@ -21,19 +20,60 @@ SOME_FAILED = 6
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
 
+ENGINES = ("local", "ray")
+_row, _output, _engine = (partial(opt.option, panel) for panel in ("Rows", "Output", "Engine"))
+
+Videos = opt.argument(
+    list[str] | None, "VIDEO", "Video files, folders of videos, or folders of images, each of which is one video."
+)
+Questions = _row(list[str] | None, "-Q", "--question", "Asked of every video; repeatable.", metavar="TEXT")
+Source = _row(
+    str | None,
+    "--from",
+    "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
+    "id, start, end, options (in CSV a|b|c), subtitles, "
+    "answer. Files are relative to the file; - is stdin, which is read to its end first.",
+    metavar="FILE|-",
+)
+Output = _output(
+    str | None,
+    "-o",
+    "--output",
+    "Where the records go, each as soon as it is finished; - is stdout. Records of a video stand together.",
+    metavar="FILE|-",
+)
+Resume = _output(
+    bool,
+    "--resume",
+    "Go on with FILE if it exists: rows that have an answer are skipped, rows that failed are asked again.",
+)
+Overwrite = _output(bool, "--overwrite", "Replace what is in FILE.")
+Engine = _engine(
+    str,
+    "--engine",
+    "ray: on a Ray cluster, one model for each GPU, or for each node without GPUs. Needs evoprune[ray].",
+    **completion.one_of(*ENGINES),
+)
+Address = _engine(
+    str | None,
+    "--address",
+    "Of the Ray cluster; default: RAY_ADDRESS, else a cluster on this machine.",
+    **completion.one_of("auto", "HOST:PORT"),
+)
+
 
 @opt.with_options(*PipelineOptions.KINDS, model={"unless_typed": ""})
 def batch(
     *,
-    videos: own.Videos = None,
-    questions: own.Questions = None,
-    source: own.Source = None,
-    output: own.Output = None,
-    resume: own.Resume = False,
-    overwrite: own.Overwrite = False,
+    videos: Videos = None,
+    questions: Questions = None,
+    source: Source = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     options: opt.Options,
-    engine: own.Engine = ENGINES[0],
-    address: own.Address = None,
+    engine: Engine = ENGINES[0],
+    address: Address = None,
     quiet: opt.Quiet = False,
     cache: opt.Cache = False,
 ) -> int:

@@ -11,13 +11,71 @@ from evoprune.errors import UsageError
 from evoprune.evaluation.splits import BOTH, SPLITS, WORLDS
 from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions
-from evoprune_cli import eval_options as own
+from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, print_text, write_text
 from evoprune_cli.terminal import check_output, note, page_width, print_document, progress
 
 SOME_FAILED = 6
+
+_data, _output = partial(opt.option, "Data"), partial(opt.option, "Output")
+
+Data = _data(
+    str,
+    "--data",
+    "Questions: JSONL or CSV rows with video, question, answer and perhaps id, options, type, groups. Or demo: clips "
+    "of the demo models' generators.",
+    **completion.one_of("FILE", "demo"),
+)
+Limit = _data(
+    int | None, "--limit", "At most so many videos; default: all of a file, or 100 demo clips.", metavar="N", min=1
+)
+World = _data(
+    str,
+    "--world",
+    "The demo's clips: coloured shapes and digits, or crowded scenes with signs.",
+    **completion.one_of(*WORLDS, BOTH),
+)
+Groups = _data(
+    list[str] | None,
+    "--group",
+    "Only questions of these groups; of scenes picture (one frame pair) or video, for example.",
+    metavar="LIST",
+)
+Split = _data(
+    str,
+    "--split",
+    "The demo's clips: to report on, to tune on, or upright ones with a panning camera, to report on.",
+    **completion.one_of(*SPLITS),
+)
+Seed = _data(
+    int,
+    "--seed",
+    "Block of the demo's clips; blocks share no clip. Also the seed of methods that draw at random.",
+    metavar="<int>",
+    min=0,
+    max=2**31 - 1,
+)
+Blind = opt.swept(bool, "--blind", "Also ask without the video: a grey one of the same size and length.")
+Processes = _output(
+    int,
+    "--processes",
+    "Videos at a time, each in a process with its own copy of the model.",
+    metavar="N",
+    min=1,
+    max=256,
+)
+Output = _output(
+    str | None,
+    "-o",
+    "--output",
+    "Write settings, samples and results there; if it exists, to DIR-2 and so on.",
+    metavar="DIR",
+)
+Resume = _output(str | None, "--resume", "Continue the interrupted run in DIR. Needs the same options.", metavar="DIR")
+Chart = _output(str | None, "--chart", "Draw accuracy against tokens and against cost.", metavar="FILE.svg")
+Json = _output(bool, "--json", "The results as one JSON line instead of a table.")
 
 
 @opt.with_options(
@@ -34,21 +92,21 @@ SOME_FAILED = 6
 )  # fmt: skip
 def evaluate(
     *,
-    data: own.Data,
-    limit: own.Limit = None,
-    world: own.World = WORLDS[0],
-    group: own.Groups = None,
-    split: own.Split = SPLITS[0],
-    seed: own.Seed = 0,
+    data: Data,
+    limit: Limit = None,
+    world: World = WORLDS[0],
+    group: Groups = None,
+    split: Split = SPLITS[0],
+    seed: Seed = 0,
     budget: opt.Budgets = None,
     method: opt.Methods = None,
-    blind: own.Blind = False,
+    blind: Blind = False,
     options: opt.Options,
-    processes: own.Processes = 1,
-    output: own.Output = None,
-    resume: own.Resume = None,
-    chart: own.Chart = None,
-    json: own.Json = False,
+    processes: Processes = 1,
+    output: Output = None,
+    resume: Resume = None,
+    chart: Chart = None,
+    json: Json = False,
     quiet: opt.Quiet = False,
 ) -> int:
     """Measure accuracy against budget, on questions with known answers.

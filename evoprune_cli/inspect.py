@@ -14,11 +14,10 @@ from evoprune.pipeline.options import ModelOptions, PipelineOptions, PruneOption
 from evoprune.report.records import VideoFacts
 from evoprune.text import budget_text, clock, counted, size
 from evoprune.video.info import PICTURE
-from evoprune_cli import inspect_options as own
+from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_writable, write_bytes
-from evoprune_cli.inspect_options import OVERLAYS
 from evoprune_cli.terminal import encoding, print_document, print_warning, printable, progress
 
 SCHEMA = "evoprune/inspect@1"
@@ -33,6 +32,32 @@ TITLES = {  # of facts whose names do not explain them, or are too long
 FIRST = ("overlay", "model")  # what was asked for stands first; about a video, the model comes after it
 WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 
+OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --overlay` draws
+
+Video = opt.argument(
+    str | None, "VIDEO", "A video file, a folder of frames, or - for stdin; without it, a report on this machine."
+)
+Overlay = opt.option(
+    None,
+    str | None,
+    "--overlay",
+    f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). "
+    "Loads the model; pruning options are for this.",
+    metavar="FILE",
+)
+Scan = opt.option(None, bool, "--scan", "Decode the whole video and report damage, true length and variable rate.")
+ClearCache = opt.option(
+    None, bool, "--clear-cache", "Delete the encoded videos that `ask --cache` keeps on disk, then report."
+)
+ForgetTuned = opt.option(
+    None,
+    str | None,
+    "--forget-tuned",
+    "Delete the tuned setting and the recipe of a model (by name or beginning of its fingerprint) or all, then report.",
+    **completion.one_of("NAME", "FINGERPRINT", "all"),
+)
+Json = opt.option(None, bool, "--json", "JSON on stdout instead of text.")
+
 
 @opt.with_options(
     ModelOptions,
@@ -46,13 +71,13 @@ WIDTH, TITLE = 80, 22  # columns of a line, and of what stands before its value
 )
 def inspect(
     *,
-    video: own.Video = None,
-    overlay: own.Overlay = None,
+    video: Video = None,
+    overlay: Overlay = None,
     options: opt.Options,
-    scan: own.Scan = False,
-    clear_cache: own.ClearCache = False,
-    forget_tuned: own.ForgetTuned = None,
-    json: own.Json = False,
+    scan: Scan = False,
+    clear_cache: ClearCache = False,
+    forget_tuned: ForgetTuned = None,
+    json: Json = False,
 ) -> int:
     """Show this machine, what a model needs, or what is in a video.
 
@@ -114,7 +139,7 @@ def _about_machine(
 
     yield environment_facts()
     if (model := options().model).model:
-        from evoprune.pipeline.loading.on_disk import look_up
+        from evoprune.pipeline.loading.found import look_up
 
         yield {"model": model_facts(look_up(model))}
 
@@ -132,10 +157,10 @@ def _clear_cache() -> None:
 
 def _forget_tuned(text: str) -> list[dict]:
     """Deletes the tuned settings and recipes that a text names; their facts."""
-    from evoprune.pipeline import recipes, tuned
     from evoprune.pipeline.inspection import recipe_facts, tuned_facts
+    from evoprune.pipeline.kept import matching, recipes, tuned
 
-    named, forgotten = {fingerprint for fingerprint, _ in tuned.matching(text, recipes.every())}, []
+    named, forgotten = {fingerprint for fingerprint, _ in matching(text, recipes.every())}, []
     for shelf, facts in ((tuned, tuned_facts), (recipes, recipe_facts)):
         found = [(fingerprint, kept) for fingerprint, kept in shelf.every() if fingerprint in named]
         for fingerprint, _ in found:
@@ -175,14 +200,14 @@ def _about_video(
 def _plan(info, options: PipelineOptions) -> Iterator[dict]:
     """The model, what it would look at, and the memory that this takes."""
     from evoprune.pipeline.inspection import memory_facts, model_facts, plan_facts
-    from evoprune.pipeline.loading.on_disk import look_up
+    from evoprune.pipeline.loading.found import look_up
     from evoprune.video.plan import default_max_visual_tokens, make_plan
 
     model, numbers = look_up(options.model), options.sampling.numbers
     yield {"model": model_facts(model)}
     if numbers["max_visual_tokens"] is None:
         on_cpu = model.device.type == "cpu"
-        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.is_demo)
+        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
     plan = make_plan(info, model.limits[info.kind], **numbers)
     yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
     yield {"memory": memory_facts(model, plan, options.pruning)}

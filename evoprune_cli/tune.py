@@ -13,14 +13,54 @@ from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pruning.budget import parse_budget
 from evoprune.report.records import rounded
+from evoprune_cli import completion
 from evoprune_cli import options as opt
-from evoprune_cli import tune_options as own
 from evoprune_cli.failures import failure
 from evoprune_cli.files import check_chart, check_writable, print_text, write_text
 from evoprune_cli.terminal import check_output, json_line, note, page_width, print_document, progress
 
 SOME_FAILED = 6
 AGREE = 0.98
+
+_asked, _output = partial(opt.option, "What is asked"), partial(opt.option, "Output")
+
+Videos = opt.argument(list[str], "VIDEO", "Video files like those that will be asked about.")
+Questions = _asked(
+    list[str] | None,
+    "-Q",
+    "--question",
+    "Asked of every video; repeatable. Default: three general ones.",
+    metavar="TEXT",
+)
+QuestionFile = _asked(str | None, "--questions", "A text file with a question on each line.", metavar="FILE")
+Agree = _asked(
+    float,
+    "--agree",
+    "Share of the full answers' tokens at which the pruned model must make the same first choice, at the lower end of "
+    "the 95% interval.",
+    metavar="SHARE",
+)
+Budgets = opt.swept(
+    list[str] | None,
+    "-b",
+    "--budget",
+    "Shares of visual tokens to try, or presets.  [default: 0.5,0.35,0.25,0.15,0.1]",
+    **completion.BUDGETS,
+)
+Methods = opt.swept(
+    list[str] | None, "--method", "Further methods to try, beside those that are always tried.", **completion.METHODS
+)
+Operations = opt.swept(bool, "--operations", "Find the recipe of the method operations for this model instead.")
+TimeLimit = opt.swept(
+    float,
+    "--time-limit",
+    "Of the whole run, loading included. The most promising settings are tried on all videos, the others on fewer.",
+    metavar="SECONDS",
+)
+NoSave = _output(bool, "--no-save", "Do not save the recommendation, which -b tuned uses.")
+Output = _output(str | None, "-o", "--output", "Also write the results there, as JSON.", metavar="FILE.json")
+Chart = _output(str | None, "--chart", "Draw agreement against the time to the first token.", metavar="FILE.svg")
+Json = _output(bool, "--json", "The results as one JSON line instead of a table.")
 
 
 @opt.with_options(
@@ -31,19 +71,19 @@ AGREE = 0.98
 )
 def tune(
     *,
-    videos: own.Videos,
-    questions: own.Questions = None,
-    question_file: own.QuestionFile = None,
-    agree: own.Agree = AGREE,
-    time_limit: own.TimeLimit = 600,
-    budget: own.Budgets = None,
-    method: own.Methods = None,
-    operations: own.Operations = False,
+    videos: Videos,
+    questions: Questions = None,
+    question_file: QuestionFile = None,
+    agree: Agree = AGREE,
+    time_limit: TimeLimit = 600,
+    budget: Budgets = None,
+    method: Methods = None,
+    operations: Operations = False,
     options: opt.Options,
-    no_save: own.NoSave = False,
-    output: own.Output = None,
-    chart: own.Chart = None,
-    json: own.Json = False,
+    no_save: NoSave = False,
+    output: Output = None,
+    chart: Chart = None,
+    json: Json = False,
     quiet: opt.Quiet = False,
 ) -> int:
     """Find the fastest setting that keeps this model's answers.

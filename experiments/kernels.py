@@ -21,8 +21,9 @@ from evoprune.model.linear import PackedLinear, can_pack, linear, pack
 from evoprune.model.machine import environment
 from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
 from evoprune.model.weights import QwenVL, Tree, shared
-from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.weights import random_model
+from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.vision import families
 from evoprune.vision.attention import grouped_attention
@@ -309,7 +310,7 @@ def main() -> None:
     env, rate = environment("cpu"), matmul_rate(DTYPE) / 1e9
     print(f"{env.device_name}, {env.threads} threads, {rate:.0f} GFLOP/s in bf16 products; torch {env.torch}")
     print(f"Medians of {args.repeat} rounds after one of warm-up, all rows of a table in turn")
-    measure(Sizes(describe_model(MODEL)[0]), args.repeat)
+    measure(Sizes(describe_model(ModelOptions(MODEL)).config), args.repeat)
 
 
 if __name__ == "__main__":

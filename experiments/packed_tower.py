@@ -17,9 +17,9 @@ from evoprune import methods
 from evoprune.huggingface.encoding import encode_with
 from evoprune.huggingface.packed_tower import PackedTower
 from evoprune.model.machine import environment
-from evoprune.pipeline.loading.device import DTYPES
-from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.found import DTYPES, describe_model
 from evoprune.pipeline.loading.weights import random_model
+from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling.clips import synthetic_frames
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import Case
@@ -29,7 +29,7 @@ from experiments.decoders import medians
 
 def random_tower(name: str, dtype: torch.dtype):
     """transformers' tower at the dimensions of the model `name`, under sdpa, with random weights."""
-    config, _ = describe_model(name)
+    config = describe_model(ModelOptions(name)).config
     config = replace(config, text_config=replace(config.text_config, num_hidden_layers=1))
     return hugging_face_model(random_model(config, dtype, torch.device("cpu"))).model.visual
 

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-from evoprune.pipeline import tuned
+from evoprune.pipeline.kept import Tuned, never_tuned, tuned
 from evoprune.pipeline.loading.folder import fingerprint
 from evoprune.pipeline.loading.found import find_model
 from evoprune.pipeline.options import ModelOptions
-from evoprune.pipeline.tuned import Tuned
 
 SETTING = Tuned(
     method="evoprune:depth=0.25",
@@ -27,7 +26,7 @@ ORIGIN = {"created_utc": "2026-03-01T12:00:00+00:00", "agree": 0.95, "low": 0.95
 def mark_as_seen(folder):
     """Makes the commands not say that a model was never tuned."""
     found = find_model(ModelOptions(folder))
-    tuned.never_tuned(fingerprint(str(folder), None, folder, found.files), lambda: found.weights_fingerprint)
+    never_tuned(fingerprint(str(folder), None, folder, found.files), lambda: found.weights_fingerprint)
 
 
 def tune(model="demo", **changes) -> str:

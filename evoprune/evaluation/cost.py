@@ -7,9 +7,10 @@ depth again. Scoring and merging, a few percent of the tower, are left out.
 """
 
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
-from evoprune.pipeline.answering import EncodedVideo
-from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.answering import EncodedInputs
+from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.model import LoadedModel
+from evoprune.pipeline.options import ModelOptions
 from evoprune.report.records import Report
 from evoprune.vision.tower import tower_geometry
 
@@ -23,8 +24,8 @@ NOTE = (
 class Cost:
     """The rows, tokens and operations of an encoded video and of the questions about it."""
 
-    def __init__(self, loaded: LoadedModel, encoded: EncodedVideo):
-        config, _ = describe_model(COST_MODEL)
+    def __init__(self, loaded: LoadedModel, encoded: EncodedInputs):
+        config = describe_model(ModelOptions(COST_MODEL)).config
         vision, (grids, height, width) = config.vision_config, encoded.plan.grid
         windows = tower_geometry(loaded.model.model.visual, height, width).windows
         entered = [rows for _, rows in encoded.report.pruning.layers]

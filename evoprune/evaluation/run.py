@@ -32,13 +32,12 @@ from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.machine import environment
 from evoprune.model.memory import shortage
 from evoprune.model.threads import threads_of_each
-from evoprune.pipeline.engine import make_engine, make_method
+from evoprune.pipeline.engine import make_engine, make_method, with_recipe
+from evoprune.pipeline.kept import resolve
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
-from evoprune.pipeline.recipes import of_model
-from evoprune.pipeline.tuned import resolve
 from evoprune.pruning.budget import TUNED
 
 DEMO, DEMO_CLIPS = "demo", 100
@@ -167,7 +166,7 @@ class Evaluation:
         """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
         self.loaded = loaded = load_model(self._found or self.settings.model, progress=progress)
         for name in {variant.method for variant in self.variants}:
-            of_model(methods.parse(name), loaded.id, lambda: loaded.weights_fingerprint)
+            with_recipe(methods.parse(name), loaded.id, lambda: loaded.weights_fingerprint)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on. With `resume` it is the folder of an earlier run, whose samples are kept.

@@ -9,7 +9,7 @@ from evoprune.huggingface.visuals import Visuals
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.linear import weights_bytes
 from evoprune.model.machine import environment, memory_in_use, peak_memory
-from evoprune.pipeline.loading.device import DTYPES
+from evoprune.pipeline.loading.found import DTYPES
 from evoprune.report.records import Memory, ModelFacts, Pruning, Report, Sampling, TokenCounts
 from evoprune.vision.encoded import Encoded
 

@@ -11,7 +11,7 @@ size is.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -32,9 +32,9 @@ from evoprune.huggingface.visuals import find_visuals
 from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.keywords import check_types, names_options
 from evoprune.model.clock import Clock
-from evoprune.pipeline.loading.fingerprint import of_model
+from evoprune.pipeline.kept import Tuned, resolve
+from evoprune.pipeline.loading.weights import model_fingerprint
 from evoprune.pipeline.options import PruneOptions, check_tuned
-from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
 from evoprune.report.records import Report
 
@@ -97,10 +97,10 @@ class PruningContext:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_) -> None:
-        """Never reached; without it the with-block would not ask for `__enter__`."""
+        """Without it the with-block would not ask for `__enter__`."""
 
     def __repr__(self) -> str:
-        return f"EvoPrune({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        return f"EvoPrune({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in fields(self))})"
 
 
 PruningContext.__init__ = settings_alone(names_options(PruningContext.__init__))  # written by `dataclass`
@@ -175,15 +175,16 @@ class PrunedModel:
         interface.accept_features(model)
         self._tuned: Tuned | None = None
         if settings.budget == TUNED:
-            pruning, self._tuned = resolve(PruneOptions(TUNED), model.name_or_path or None, partial(of_model, model))
+            pruning, self._tuned = resolve(
+                PruneOptions(TUNED), model.name_or_path or None, partial(model_fingerprint, model)
+            )
             settings = replace(settings, budget=pruning.budget, method=pruning.method)
-        self.model, self.settings = model, settings
+        self.model, self.settings, self._packed = model, settings, None
         self._method = patch_method(settings.method, settings.method_args)
         self._share = parse_budget(settings.budget)
         self._latest = LatestCalls()
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
         self._patches = Patches(model, runs, inner=INNER, end=self.remove)
-        self._packed = None
 
     def __repr__(self) -> str:
         state = "active" if self._patches.active else "not active"
@@ -318,10 +319,10 @@ class PrunedModel:
         visuals = find_visuals(self.model, call, settings.pictures)
         interface.warn_of_hooks(visual)
         clock = Clock(visual.patch_embed.proj.weight.device)
-        how = {"seconds_per_pair": visuals.seconds, "seed": settings.seed}
         with clock.stage("encode"):
             tower = visual if packed is None else packed.current()
-            encoded = encode_with(tower, visuals.pixels, visuals.grids, self._share, self._method, **how)
+            given = visuals.pixels, visuals.grids, self._share, self._method
+            encoded = encode_with(tower, *given, seconds_per_pair=visuals.seconds, seed=settings.seed)
         whose = settings.pictures and interface.has_picture(call)
         pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating, whose)
         named = (settings.method, self._method, self._share, settings.positions)

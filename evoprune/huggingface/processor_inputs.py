@@ -15,10 +15,10 @@ from evoprune.keywords import from_keywords
 from evoprune.language.prompt import build_prompt
 from evoprune.language.tokenizer import load_tokenizer
 from evoprune.model.config import QWEN2
+from evoprune.pipeline.encoding import patches_of
 from evoprune.pipeline.loading.folder import input_limits
 from evoprune.pipeline.loading.found import find_model
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
-from evoprune.pipeline.patches import patches_of
 from evoprune.pipeline.prompting import check_not_empty
 from evoprune.pipeline.subtitles import check_one_file, check_picture, prompt_subtitles, subtitles_of
 from evoprune.pipeline.video_qa import paths_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.answering import EncodedInputs
 
 KEPT = 1024  # tokens whose probabilities are kept for every token of an answer, instead of 150,000
 
@@ -51,14 +51,11 @@ class Agreement:
 
 
 def reference(
-    video: EncodedVideo, question: str, ids: Sequence[int], ended: bool, system: str | None = None
+    video: EncodedInputs, question: str, ids: Sequence[int], ended: bool, system: str | None = None
 ) -> Reference:
-    """The unpruned model's distributions along its own answer, the tokens `ids`. Errors: as of `EncodedVideo.read_along`.
+    """The unpruned model's distributions along its own answer, the tokens `ids`. Errors: as of `EncodedInputs.read_along`.
 
-    Args:
-        video: with nothing pruned.
-        ended: whether the model ended it by itself. Then the end counts as one more token: an answer that would have run on is
-            another one.
+    Where the model `ended` it by itself, the end counts as one more token: an answer that would have run on is another one.
     """
     ids = (*ids, 0) if ended or not ids else tuple(ids)
     logits, seconds = video.read_along(question, ids, system)
@@ -67,8 +64,8 @@ def reference(
     return Reference(question, system, ids, tokens, torch.cat([best, _rest(best)], 1), seconds)
 
 
-def agreement(given: Reference, video: EncodedVideo) -> Agreement:
-    """How a pruned video's choices compare. Errors: as of `EncodedVideo.read_along`."""
+def agreement(given: Reference, video: EncodedInputs) -> Agreement:
+    """How a pruned video's choices compare. Errors: as of `EncodedInputs.read_along`."""
     logits, seconds = video.read_along(given.question, given.ids, given.system)
     logs = logits.log_softmax(-1).gather(1, given.tokens)
     logs = torch.cat([logs, _rest(logs)], 1)

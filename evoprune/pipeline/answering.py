@@ -6,15 +6,15 @@ Answers about the same inputs share the keys and values of their prompt. So a lo
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 
 import torch
 
-from evoprune.errors import UsageError, names_plugins
+from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, names_options
 from evoprune.language.generate import PrefillState, along, embed_question, stream, stream_text
 from evoprune.model.clock import Clock
-from evoprune.pipeline.answer import Answer
 from evoprune.pipeline.encoding import Encoding, total_seconds
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, inputs_report
@@ -26,14 +26,99 @@ from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
-__all__ = ["Answer", "EncodedInputs", "EncodedVideo", "together"]
+
+class Answer(Iterator[str]):
+    """An answer, in pieces as they are generated. Generation begins with the first piece.
+
+    An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
+    `text in answer` are those of `answer.text`, and generate what is left of it. Sets and dicts take `answer.text` alone.
+
+    Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
+    ends with an error if another answer began between two of its pieces, in this thread or another.
+
+    Attributes:
+        report: of this answer; up to date after each piece, complete after the last. `report.answer` is what there is so far.
+        ids: its tokens so far, without the one that ends it.
+
+    Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
+        UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
+        OutOfMemory. ModelError: numbers that are NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        pieces: Iterator[str],
+        lock: AbstractContextManager | None = None,
+        ids: list[int] | None = None,
+    ):
+        self.report, self.ids = report, [] if ids is None else ids
+        self._pieces, self._lock = pieces, lock or nullcontext()
+        self._problem: Exception | None = None
+        self._made: list[str] = []
+        self._complete = False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made) if self._complete else self
+
+    def __next__(self) -> str:
+        with self._lock:
+            if self._problem is not None:  # the generator has ended, as if the answer were complete
+                raise _once_more(self._problem)
+            try:
+                self._made.append(next(self._pieces))
+                return self._made[-1]
+            except StopIteration:
+                self._complete = self.report.finish_reason != "interrupt"
+                raise
+            except Exception as problem:
+                self._problem = _once_more(problem)
+                self.report.finish_reason, self.report.error = "error", error_record(problem)
+                raise
+            except BaseException:
+                self.report.finish_reason = self.report.finish_reason or "interrupt"
+                raise
+
+    @property
+    def text(self) -> str:
+        """The whole answer: generates what is left of it."""
+        with self._lock:
+            for _ in self:
+                pass
+        return self.report.answer or ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and text in self.text
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (self.text == str(other) if isinstance(other, str | Answer) else False)
+
+    __hash__ = None  # in a set or as a key it would not be found by the text that it equals
+
+    def close(self) -> None:
+        """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
+        with self._lock:
+            self._pieces.close()
+            self.report.finish_reason = self.report.finish_reason or "interrupt"
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
+
+
+def _once_more(problem: Exception) -> Exception:
+    """The same exception without its traceback, whose frames hold the memory of what failed."""
+    again = type(problem).__new__(type(problem), *problem.args)
+    vars(again).update(vars(problem))
+    return again
 
 
 class EncodedInputs:
     """Inputs that were encoded once and can be asked about together, one question at a time.
 
-    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew, among the rows of
-    each encoding.
+    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew.
 
     Args:
         engine: what encoded them.
@@ -41,28 +126,51 @@ class EncodedInputs:
 
     Attributes:
         report: describes the encodings; it never changes. Each answer has a report of its own.
+        plans: of each input, what was looked at, and how large.
     """
 
     def __init__(self, engine: Engine, encodings: Sequence[Encoding]):
         self._engine = engine
         self._encodings = [encoding.own() for encoding in encodings]
-        self._prompts = PromptReader(engine, [encoding.plan for encoding in encodings])
+        self.plans = [encoding.plan for encoding in encodings]
+        self._prompts = PromptReader(engine, self.plans)
         self._turn, self._paid, self._lock = 0, False, threading.RLock()
         self._blank = inputs_report(engine, self._encodings)
         self.report = deepcopy(self._blank)
         fill_times(self.report, *total_seconds(self._encodings), engine.loaded.device)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {', '.join(map(_described, self._encodings))}>"
+        return f"<EncodedInputs {', '.join(map(_described, self._encodings))}>"
+
+    def with_engine(self, engine: Engine) -> "EncodedInputs":
+        """The same tokens, read by an engine that differs in what happens inside the language model alone."""
+        return EncodedInputs(engine, self._encodings)
+
+    @property
+    def encoded(self) -> Encoded:
+        """The tokens of the first input, mostly the only one; none before the question, where the method reads it.
+
+        From the cache, `encoded.rows` have a shape but hold no data.
+        """
+        return self._encodings[0].tokens
+
+    @property
+    def plan(self) -> Plan:
+        """Of the first input."""
+        return self.plans[0]
+
+    @property
+    def info(self) -> Video:
+        """Facts about the file of the first input."""
+        return self.plan.info
+
+    @property
+    def units(self) -> int:
+        """Visual tokens of the first input with nothing pruned; more than were looked at, if the method made it smaller."""
+        return self.plan.units
 
     @names_options
-    def ask(
-        self,
-        question: str,
-        *,
-        options: GenerationOptions,
-        seed: int | None = None,
-    ) -> Answer:
+    def ask(self, question: str, *, options: GenerationOptions, seed: int | None = None) -> Answer:
         """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
 
         Args:
@@ -80,20 +188,11 @@ class EncodedInputs:
         return Answer(report, self._pieces(question, options, seed, report, ids), self._lock, ids)
 
     def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
-        """Reads a question and a given answer to it: what the model would have said at each token (teacher forcing).
-
-        Args:
-            question: taken literally.
-            ids: the answer's tokens, at least one.
-            system: a system prompt; None for the model's own.
+        """Reads a question and a given answer, the tokens `ids`, at least one: teacher forcing. Errors: as of `Answer`.
 
         Returns:
             The logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the seconds
             from the question to the first of them.
-
-        Raises:
-            UsageError: question and answer do not fit into the model's context. OutOfMemory. ModelError: numbers that are NaN or
-            infinite.
         """
         options = GenerationOptions(max_new_tokens=len(ids), system=system)
         with self._lock:
@@ -112,12 +211,7 @@ class EncodedInputs:
         return report
 
     def _pieces(
-        self,
-        question: str,
-        options: GenerationOptions,
-        seed: int,
-        report: Report,
-        ids: list[int],
+        self, question: str, options: GenerationOptions, seed: int, report: Report, ids: list[int]
     ) -> Iterator[str]:
         """Generates an answer and keeps its report and its `ids` up to date."""
         self._turn += 1
@@ -193,51 +287,8 @@ class EncodedInputs:
         return state
 
 
-class EncodedVideo(EncodedInputs):
-    """A video that was encoded once and can be asked about, one question at a time; see `EncodedInputs`.
-
-    Where the method reads the question, `encoded` has no tokens before the first one.
-
-    Attributes:
-        report: describes the encoding; it never changes. Each answer has a report of its own.
-        encoded: the tokens that the language model reads. From the cache, `encoded.rows` have a shape but hold no data.
-        info: facts about the file.
-        plan: which frames were looked at, and how large.
-        units: visual tokens with nothing pruned; more than were looked at, if the method made the input smaller.
-    """
-
-    def with_engine(self, engine: Engine) -> "EncodedVideo":
-        """The same tokens, read by an engine that differs in what happens inside the language model alone."""
-        return EncodedVideo(engine, self._encodings)
-
-    @property
-    def encoded(self) -> Encoded:
-        """The tokens that the language model reads."""
-        return self._encodings[0].tokens
-
-    @property
-    def plan(self) -> Plan:
-        return self._encodings[0].plan
-
-    @property
-    def info(self) -> Video:
-        return self.plan.info
-
-    @property
-    def units(self) -> int:
-        return self.plan.units
-
-    def __repr__(self) -> str:
-        return f"<EncodedVideo {_described(self._encodings[0])}>"
-
-
-def encoded_inputs(engine: Engine, encodings: Sequence[Encoding]) -> EncodedInputs:
-    """Of a single one, an `EncodedVideo`."""
-    return (EncodedVideo if len(encodings) == 1 else EncodedInputs)(engine, encodings)
-
-
-def together(engine: Engine, inputs: Sequence[EncodedVideo]) -> EncodedInputs:
-    """Inputs that were encoded one by one, to be asked about together; a single one is itself.
+def together(engine: Engine, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
+    """Inputs that were encoded apart, to be asked about together; what was encoded in one call is itself.
 
     Raises:
         UsageError: there are none, or one was encoded by another model or pruning.
@@ -246,7 +297,9 @@ def together(engine: Engine, inputs: Sequence[EncodedVideo]) -> EncodedInputs:
         raise UsageError("there is no input", "give at least one path, or what encode made of it")
     if any(each._engine is not engine for each in inputs):
         raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
-    return inputs[0] if len(inputs) == 1 else EncodedInputs(engine, [each._encodings[0] for each in inputs])
+    if len(inputs) == 1:
+        return inputs[0]
+    return EncodedInputs(engine, [encoding for each in inputs for encoding in each._encodings])
 
 
 def _described(encoding: Encoding) -> str:

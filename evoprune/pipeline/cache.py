@@ -54,10 +54,7 @@ class Cache:
         object.__setattr__(self, "folder", Path(self.folder))
 
     def load(self, key: str, device: torch.device) -> Encoded | None:
-        """An entry, or None if there is none or it is damaged.
-
-        Its `rows` have a shape but no data (they lie on the device `meta`): no answer needs them, and they are most of the bytes.
-        """
+        """An entry, or None if there is none or it is damaged. Its `rows` are on the device `meta`: no answer needs them."""
         from safetensors import SafetensorError, safe_open
 
         path = self._path(key)
@@ -152,10 +149,7 @@ class Cache:
 
 
 def entry_key(engine: Engine, plan: Plan) -> str | None:
-    """The entry's key: equal keys mean equal encodings. None without a fingerprint of the model or a readable file.
-
-    All of the file, or of a folder of frames, is read: sizes and times of files do not say what is in them.
-    """
+    """The entry's key: equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
     loaded = engine.loaded
     if loaded.fingerprint is None:
         return None

@@ -1,15 +1,16 @@
 """A loaded model with its pruning method, shared by opening, encoding and answering."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from evoprune import methods
+from evoprune.errors import UsageError
 from evoprune.methods.pipeline import Pipeline
+from evoprune.pipeline.kept import Tuned, recipes, resolve
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
-from evoprune.pipeline.recipes import of_model
-from evoprune.pipeline.tuned import Tuned, resolve
 from evoprune.pruning.budget import AUTO, AUTO_INFLECTION
 
 
@@ -46,15 +47,14 @@ class Engine:
         """The budget as reports have it: 1.0 for a method that prunes nothing, or "auto" or "auto:inflection"."""
         return self.method.reported_budget(self.options.budget)
 
-    def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
-        """Columns of a prompt of `tokens` visual tokens and `text`, in each layer of the language model or in all."""
-        depth = self.loaded.model.config.text_config.num_hidden_layers
-        return self.method.prompt_columns(depth, tokens, text, self.budget)
+    @property
+    def depth(self) -> int:
+        """Layers of the language model."""
+        return self.loaded.model.config.text_config.num_hidden_layers
 
-    def prompt_work(self, tokens: int, text: int) -> int | list[tuple[int, ...]]:
-        """The same for the cost, as `Pipeline.prompt_work`."""
-        depth = self.loaded.model.config.text_config.num_hidden_layers
-        return self.method.prompt_work(depth, tokens, text, self.budget)
+    def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
+        """Positions in a prompt of `tokens` visual tokens and `text`, in each layer of the language model or in all."""
+        return self.method.prompt_columns(self.depth, tokens, text, self.budget)
 
     @property
     def seed(self) -> int:
@@ -79,14 +79,25 @@ def make_method(options: PruneOptions) -> Pipeline:
     return method.automatic() if options.budget == AUTO else method
 
 
+def with_recipe(method: Pipeline, name: str | None, weights: Callable[[], str]) -> Pipeline:
+    """A method with the recipe of a model, where it follows one; others unchanged. Arguments and errors as of `kept.resolve`."""
+    inner = method.language
+    if getattr(inner, "recipe", inner) is not None or inner is None:  # it follows none, or has it already
+        return method
+    if (kept := recipes.find(weights())) is None:
+        hint = f"evoprune tune VIDEO... --operations -m {name or 'MODEL'} finds one"
+        raise UsageError(f"method {inner.name} follows a recipe, and there is none for {name or 'this model'}", hint)
+    return replace(method, language=replace(inner, recipe=kept.made()))
+
+
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
     """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
     Raises:
-        UsageError: as `make_method` and `recipes.of_model`; the model was never tuned, or its setting is damaged.
+        UsageError: as `make_method` and `with_recipe`; the model was never tuned, or its setting is damaged.
     """
     options, tuned = resolve(options, loaded.id, lambda: loaded.weights_fingerprint)
-    method = of_model(make_method(options), loaded.id, lambda: loaded.weights_fingerprint)
+    method = with_recipe(make_method(options), loaded.id, lambda: loaded.weights_fingerprint)
     return Engine(loaded, options, method, load_seconds, tuned)
 
 

@@ -61,11 +61,7 @@ def _input_facts(engine: Engine, encoding: Encoding) -> InputFacts:
 
 
 def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
-    """Writes the busy seconds of each stage and the seconds in all into a report, and what follows from them.
-
-    Args:
-        late_packing: seconds of "generate" in which weights were packed, which the rate leaves out.
-    """
+    """Writes the busy seconds of each stage and in all, and what follows from them; the rate leaves out `late_packing`."""
     times = report.time_ms
     for stage, spent in seconds.items():
         setattr(times, stage, spent * 1000)
@@ -93,7 +89,7 @@ def _fill_kept(pruning: Pruning, encodings: Sequence[Encoding]) -> None:
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
-    """Writes into a report what left inside the language model, if anything could; waits for a GPU."""
+    """Writes into a report what left inside the language model, if anything could; synchronises."""
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]
         report.pruning.language_work = dropping.work and [

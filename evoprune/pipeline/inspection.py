@@ -13,10 +13,9 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.model.config import kv_bytes
 from evoprune.model.machine import available_memory
-from evoprune.pipeline import recipes, tuned
-from evoprune.pipeline.engine import make_method
-from evoprune.pipeline.loading.device import DTYPES
-from evoprune.pipeline.loading.on_disk import KnownModel
+from evoprune.pipeline.engine import make_method, with_recipe
+from evoprune.pipeline.kept import KeptRecipe, Tuned, folder, recipes, resolve, tuned
+from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
 from evoprune.pruning.budget import PRESETS, keep_count
@@ -37,8 +36,8 @@ def environment_facts() -> dict:
     from evoprune.model.limits import available_cores, available_memory
     from evoprune.model.machine import cpu_name
     from evoprune.pipeline.cache import Cache, default_folder
-    from evoprune.pipeline.loading.device import cpu_has_bf16
     from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
+    from evoprune.pipeline.loading.found import cpu_has_bf16
     from evoprune.video.frames import choose_decoder
 
     decoders = {"pyav": "works"}
@@ -73,20 +72,20 @@ def environment_facts() -> dict:
         },
         "tuned": tuned_facts(tuned.every()),
         "recipes": recipe_facts(recipes.every()),
-        "config_folder": str(tuned.folder()),
+        "config_folder": str(folder()),
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": sys.stdout.encoding,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},
     }
 
 
-def tuned_facts(settings: Sequence[tuple[str, tuned.Tuned | UsageError]]) -> list[dict]:
+def tuned_facts(settings: Sequence[tuple[str, Tuned | UsageError]]) -> list[dict]:
     """Tuned settings with their fingerprints, and with the error of each that is `damaged`, whose other values are None."""
-    unknown = dict.fromkeys(field.name for field in fields(tuned.Tuned))
+    unknown = dict.fromkeys(field.name for field in fields(Tuned))
     return [_kept_facts(fingerprint, setting, unknown) for fingerprint, setting in settings]
 
 
-def recipe_facts(kept: Sequence[tuple[str, recipes.KeptRecipe | UsageError]]) -> list[dict]:
+def recipe_facts(kept: Sequence[tuple[str, KeptRecipe | UsageError]]) -> list[dict]:
     """The same of recipes of operations, without the recipes themselves."""
     unknown = dict.fromkeys(("model", "created_utc", "videos", "questions", "tokens", "version"))
     return [_kept_facts(fingerprint, recipe, unknown) for fingerprint, recipe in kept]
@@ -120,12 +119,12 @@ def video_facts(info: Video) -> dict:
     return asdict(info)
 
 
-def model_facts(model: KnownModel) -> dict:
+def model_facts(model: FoundModel) -> dict:
     """A model that has not been loaded: whether it is on disk, its layers, and the memory of its weights."""
     vision, text = model.config.vision_config, model.config.text_config
     return {
         "id": model.id,
-        "on_disk": bool(model.files),
+        "on_disk": bool(model.files_here),
         "folder": None if model.folder is None else str(model.folder),
         "download_bytes": model.download_bytes,
         "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
@@ -138,7 +137,7 @@ def model_facts(model: KnownModel) -> dict:
     }
 
 
-def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
+def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     """The memory that one question about a video takes at a budget, as it is checked before a run.
 
     Where memory is short, it is that of fewer units at a time.
@@ -147,11 +146,11 @@ def memory_facts(model: KnownModel, plan: Plan, pruning: PruneOptions) -> dict:
         plan: of the whole video, from `plan.make_plan`.
 
     Raises:
-        UsageError: as `make_method` and `recipes.of_model`; a budget of "tuned" for weights that were never tuned, or are not on
+        UsageError: as `make_method` and `kept.with_recipe`; a budget of "tuned" for weights that were never tuned, or are not on
             this machine.
     """
-    pruning, _ = tuned.resolve(pruning, model.id, lambda: model.weights_fingerprint)
-    method = recipes.of_model(make_method(pruning), model.id, lambda: model.weights_fingerprint)
+    pruning, _ = resolve(pruning, model.id, lambda: model.weights_fingerprint)
+    method = with_recipe(make_method(pruning), model.id, lambda: model.weights_fingerprint)
     budget = pruning.most
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
     prompt = method.prompt_columns(model.config.text_config.num_hidden_layers, encoder.keep, TEXT, budget)

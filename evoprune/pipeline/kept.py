@@ -1,20 +1,32 @@
-"""What is kept for a model, for each user: files named by the fingerprint of its weights (`loading.fingerprint`).
+"""What was found for a model and is kept for each user: its tuned setting, for a budget of "tuned", and its recipe of operations.
 
-So a file belongs to those weights wherever they lie. No torch.
+Files are named by the fingerprint of the weights (`loading.weights.files_fingerprint`), so that they belong to those weights
+wherever they lie. No torch.
 """
 
 import json
 import os
 import re
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError, first_line
+from evoprune.keywords import check_types
 from evoprune.model.strict_json import read_object
+from evoprune.pipeline.options import PruneOptions
+from evoprune.pruning.budget import TUNED, parse_budget
 
+if TYPE_CHECKING:
+    from evoprune.pruning.operations import Recipe
+
+ALL = "all"
 T = TypeVar("T")
 
 
@@ -44,11 +56,7 @@ class Shelf(Generic[T]):
     again: str
 
     def find(self, fingerprint: str) -> T | None:
-        """What is kept for these weights; None for nothing.
-
-        Raises:
-            UsageError: its file is damaged or cannot be read.
-        """
+        """What is kept for these weights; None for nothing. Raises UsageError if its file is damaged or cannot be read."""
         path = self.path(fingerprint)
         try:
             content = read_object(path)
@@ -68,36 +76,26 @@ class Shelf(Generic[T]):
 
     def every(self) -> list[tuple[str, T | UsageError]]:
         """All fingerprints with a file, and what it holds; of a damaged one the error. The newest come first."""
-        folder = self.path("").parent
-        names = [path.stem for path in folder.glob("*.json") if re.fullmatch("[0-9a-f]{64}", path.stem)]
         found: list[tuple[str, T | UsageError]] = []
-        for name in sorted(names):
+        for name in sorted(path.stem for path in self.path("").parent.glob("*.json")):
             try:
-                if kept := self.find(name):
+                if re.fullmatch("[0-9a-f]{64}", name) and (kept := self.find(name)):
                     found.append((name, kept))
             except UsageError as problem:
                 found.append((name, problem))
         return sorted(found, key=lambda pair: getattr(pair[1], "created_utc", ""), reverse=True)
 
     def save(self, fingerprint: str, kept: T) -> Path:
-        """Writes a file completely or not at all, in the place of an earlier one for the same weights; returns its path.
-
-        Raises:
-            UsageError: it cannot be written.
-        """
+        """Writes a file in the place of an earlier one; returns its path. Raises UsageError if it cannot be written."""
         path = self.path(fingerprint)
         try:
-            write(path, json.dumps({"schema": self.schema} | asdict(kept), indent=1) + "\n")
+            _write(path, json.dumps({"schema": self.schema} | asdict(kept), indent=1) + "\n")
         except OSError as problem:
             raise _cannot("write", path, problem) from problem
         return path
 
     def remove(self, fingerprint: str) -> None:
-        """Deletes a file.
-
-        Raises:
-            UsageError: there is none, or it cannot be deleted.
-        """
+        """Deletes a file. Raises UsageError if there is none, or it cannot be deleted."""
         path = self.path(fingerprint)
         try:
             path.unlink()
@@ -109,12 +107,8 @@ class Shelf(Generic[T]):
         return folder() / self.name / f"{fingerprint}.json"
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file atomically, in a folder that only this user may read.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def _write(path: Path, text: str) -> None:
+    """Writes a file completely or not at all, in a folder that only this user may read. Raises OSError."""
     folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
@@ -131,3 +125,168 @@ def write(path: Path, text: str) -> None:
 def _cannot(do: str, path: Path, problem: OSError) -> UsageError:
     hint = "make room or give rights there, or name another folder in EVOPRUNE_CONFIG_DIR"
     return UsageError(f"cannot {do} {path}: {problem.strerror}", hint)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned setting, and what was measured when it was found.
+
+    Attributes:
+        method: with its settings, as `--method` takes it. `budget`: share of visual tokens kept.
+        model: the model's name at that time, for people.
+        created_utc: ISO date and time.
+        agree: the agreement that was asked for. `agreement`: what was measured; `low`: the lower end of its 95% interval.
+        first_token: time to the first token as a share of that with nothing pruned.
+        videos, questions: how many were measured.
+        version: of evoprune.
+
+    Raises:
+        UsageError: a value that cannot be.
+    """
+
+    method: str
+    budget: float
+    model: str
+    created_utc: str
+    agree: float
+    agreement: float
+    low: float
+    first_token: float
+    videos: int
+    questions: int
+    version: str
+
+    def __post_init__(self):
+        check_types(self)
+        methods.parse(self.method)
+        parse_budget(self.budget)
+        try:
+            datetime.fromisoformat(self.created_utc)
+        except ValueError as problem:
+            raise UsageError(
+                f"created_utc {self.created_utc!r} is no date and time", "give it in ISO format"
+            ) from problem
+        for name in ("agree", "agreement", "low"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, not a share", "give a number from 0 to 1")
+        if not self.first_token > 0 or min(self.videos, self.questions) < 1:
+            raise UsageError("first_token, videos and questions must be above 0", "give what was measured")
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What reports say of where a method and budget come from: `pruning.tuned`."""
+        return {name: getattr(self, name) for name in ("created_utc", "agree", "low", "videos", "questions")}
+
+
+@dataclass(frozen=True)
+class KeptRecipe:
+    """A recipe of operation pruning, and what was measured when it was found.
+
+    Attributes:
+        recipe: the fields of a `Recipe`, as plain data.
+        kl: after each step, the mean of KL(unpruned || pruned) in nats a token; None for a step that was not measured.
+        agree: after each step, the share of tokens at which the first choice is the unpruned model's; None as with `kl`.
+        model, created_utc, version: as of `Tuned`.
+        videos, questions, tokens: how many were measured; tokens of all full answers.
+
+    Raises:
+        UsageError, ValueError: a value that cannot be.
+    """
+
+    recipe: dict
+    kl: list
+    agree: list
+    model: str
+    created_utc: str
+    videos: int
+    questions: int
+    tokens: int
+    version: str
+
+    def __post_init__(self):
+        check_types(self)
+        datetime.fromisoformat(self.created_utc)
+        if min(self.videos, self.questions, self.tokens) < 1:
+            raise ValueError("videos, questions and tokens must be above 0")
+        steps = len(self.made().steps)
+        for values in (self.kl, self.agree):
+            if not isinstance(values, list) or len(values) != steps or not all(map(_measured, values)):
+                raise ValueError("kl and agree must hold a number of at least 0, or null, for each step")
+
+    def made(self) -> "Recipe":
+        """The recipe itself. Raises ValueError if it cannot be one."""
+        from evoprune.pruning.operations import Recipe
+
+        try:
+            steps = tuple(tuple(tuple(each) for each in step) for step in self.recipe["steps"])
+            return Recipe(**self.recipe | {"weights": tuple(self.recipe["weights"]), "steps": steps})
+        except (KeyError, TypeError) as problem:
+            raise ValueError(f"it holds no recipe: {problem}") from problem
+
+
+def _measured(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and value >= 0)
+
+
+tuned = Shelf(TUNED, "evoprune/tuned@1", Tuned, "tuned setting", "evoprune tune")
+recipes = Shelf(
+    "operations",
+    "evoprune/operations@1",
+    KeptRecipe,
+    "recipe of operations",
+    "evoprune tune VIDEO... --operations",
+)
+
+
+def resolve(options: PruneOptions, name: str | None, weights: Callable[[], str]) -> tuple[PruneOptions, Tuned | None]:
+    """Options with the model's own method and budget in the place of "tuned", and the setting; other options unchanged, and None.
+
+    Args:
+        name: of the model, for errors; None where that is unknown.
+        weights: gives the fingerprint of its weights; called for a budget of "tuned" only.
+
+    Raises:
+        UsageError: the model was never tuned, or its setting is damaged. Whatever `weights` raises.
+    """
+    if options.budget != TUNED:
+        return options, None
+    if (setting := tuned.find(weights())) is None:
+        hint = f"evoprune tune VIDEO... -m {name or 'MODEL'} finds one; or give a budget"
+        raise UsageError(f"no tuned setting for {name or 'this model'}", hint)
+    return replace(options, budget=setting.budget, method=setting.method), setting
+
+
+def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str, Any]]:
+    """The settings that a text names: "all", the name of a model, or the beginning of a fingerprint.
+
+    Args:
+        more: what else is kept for models, of which those without a setting are named the same way.
+
+    Raises:
+        UsageError: it names none, or more than one without being "all".
+    """
+    settings = [*(dict(more) | dict(tuned.every())).items()]
+    if text == ALL:
+        return settings
+    found = [(f, s) for f, s in settings if text and (getattr(s, "model", None) == text or f.startswith(text))]
+    if not found:
+        raise UsageError(f"no tuned setting is named {text!r}", "evoprune inspect lists them")
+    if len(found) > 1:
+        several = ", ".join(fingerprint[:12] for fingerprint, _ in found)
+        raise UsageError(f"{text!r} names {len(found)} tuned settings: {several}", f"name one of these, or {ALL}")
+    return found
+
+
+def never_tuned(model: str, weights: Callable[[], str]) -> bool:
+    """Whether weights have no setting; at most once for a model, because the next call finds a mark and says no.
+
+    Args:
+        model: a fingerprint of the model that costs nothing (`LoadedModel.fingerprint`), by which the mark is named.
+        weights: gives the fingerprint of its weights; called where there is no mark.
+    """
+    mark = folder() / "seen" / sha256(model.encode()).hexdigest()
+    if os.path.exists(mark):  # unlike a path's own method, it raises nothing
+        return False
+    with suppress(OSError):  # without a mark, the next run asks again
+        _write(mark, "")
+    return not os.path.exists(tuned.path(weights()))

@@ -2,23 +2,21 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from evoprune.model.clock import Clock
-from evoprune.pipeline.answering import EncodedInputs, encoded_inputs
+from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.cache import Cache, entry_key
-from evoprune.pipeline.encoding import EncodeRows, Encoding, Progress, encode_input
+from evoprune.pipeline.encoding import EncodeRows, Encoding, PatchReader, Progress, ReadFrames, encode_input
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
-from evoprune.pipeline.patches import PatchReader, ReadFrames
 from evoprune.pipeline.planning import TEXT, chunk_bytes, plan_input, units_at_once
 from evoprune.pipeline.subtitles import check_one_file
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE
-from evoprune.video.plan import Plan
 from evoprune.video.probe import probe
 from evoprune.vision.encoded import Encoded
 
@@ -37,13 +35,13 @@ def open_inputs(
     """Probes videos and pictures, and plans what is looked at; reads no frame.
 
     Args:
-        paths: at least one file or folder of frames, in the order in which the model reads them. Each may be repeated.
+        paths: at least one file or folder of frames, in the order in which the model reads them.
         sampling: applies to each of them; what it says of time, to the videos among them.
         names: what reports call them; default: their paths.
         cache: where encoded inputs are kept. Not used for a method that reads the question, nor with another `read`.
-        read: gives the frames; another function than `read_frames` shows something else than the video.
+        read: gives the frames, instead of `video.frames.read_frames`.
         encode_rows: instead of `vision.encoder.encode_rows`.
-        threaded: whether a thread reads and preprocesses while the encoder runs; the result is the same.
+        threaded: whether a thread reads and preprocesses while the encoder runs.
 
     Raises:
         VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where there are
@@ -65,14 +63,6 @@ def open_inputs(
     return OpenInputs(engine, readers, cache if usable else None, encode_rows)
 
 
-@dataclass
-class _Entry:
-    """What the cache has of an input: its key, None without one, and what it holds for it."""
-
-    key: str | None = None
-    encoded: Encoded | None = None
-
-
 class OpenInputs:
     """Made by `open_inputs`. To be encoded once, and closed.
 
@@ -85,14 +75,12 @@ class OpenInputs:
         self, engine: Engine, readers: Sequence[PatchReader], cache: Cache | None, encode_rows: EncodeRows | None
     ):
         self.engine, self.plans = engine, [reader.plan for reader in readers]
-        self._readers, self._cache, self._encode_rows = readers, cache, encode_rows
-        self._entries: list[_Entry | None] = [None] * len(readers)
-        self._begun = False
+        self._inputs = [_OpenInput(engine, reader, cache, encode_rows) for reader in readers]
 
     @property
     def in_cache(self) -> bool:
         """Whether nothing has to be read or encoded. Reads whole files once, if there is a cache."""
-        return all([self._entry(number).encoded is not None for number in range(len(self.plans))])
+        return all([each.stored is not None for each in self._inputs])
 
     def begin(self) -> None:
         """Begins to read the first one: its first chunk is ready when it returns, and a thread goes on to the next two.
@@ -102,12 +90,10 @@ class OpenInputs:
         Raises:
             VideoError: unreadable. OutOfMemory.
         """
-        self._begun = True
-        if self._entry(0).encoded is None:
-            self._readers[0].begin()
+        self._inputs[0].begin()
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
-        """Reads, preprocesses and encodes one after the other; of a single input, an `EncodedVideo`.
+        """Reads, preprocesses and encodes one after the other.
 
         Args:
             progress: as of `encoding.encode_input`. Of several inputs also called with "input", which one begins, and how many.
@@ -115,57 +101,67 @@ class OpenInputs:
         Raises:
             As `encoding.encode_input`. OutOfMemory before anything is read, if all inputs together need too much.
         """
-        several = len(self.plans) > 1
-        kept, encodings = sum(plan.encoder.keep for plan in self.plans), []
+        count, kept = len(self.plans), sum(plan.encoder.keep for plan in self.plans)
         around = [TEXT + kept - plan.encoder.keep for plan in self.plans]
-        for plan, more in zip(self.plans, around, strict=True) if several else ():
-            units_at_once(self.engine, plan, more)
-        for number, more in enumerate(around):
-            if progress and several:
-                progress("input", number + 1, len(self.plans))
-            encodings.append(self._encoding(number, progress, more))
-        return encoded_inputs(self.engine, encodings)
-
-    def _encoding(self, number: int, progress: Progress | None, around: int) -> Encoding:
-        """Encodes one input, or takes it from the cache; `around`: as of `planning.units_at_once`."""
-        plan, reader, clock = self.plans[number], self._readers[number], Clock(self.engine.device)
-        start = clock.now()
-        earlier = 0.0 if self._begun and number == 0 else reader.clock.seconds["read"]
-        entry = self._entry(number)
-        warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
-        if entry.encoded:
-            result, seconds = entry.encoded, {"preprocess": 0.0, "encode": 0.0} | reader.clock.seconds
-        else:
-            result, seconds = encode_input(self.engine, plan, reader, progress, self._encode_rows, around)
-            if reader.damaged:  # not stored, or the next run would not warn
-                warnings.append("damaged_video")
-            # Another file may have been put in its place while it was read.
-            elif entry.key and entry_key(self.engine, plan) == entry.key and not self._cache.store(entry.key, result):
-                warnings.append("cache_not_written")
-        wall = earlier + clock.now() - start
-        rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
-        if rows is None and self._stays_whole(plan, tokens):
-            warnings.append("whole_picture")
-        cache = "hit" if entry.encoded else "miss" if entry.key else "off"
-        return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), reader.damaged)
-
-    def _stays_whole(self, plan: Plan, tokens: Encoded) -> bool:
-        """Whether a picture was to be pruned, by a method that keeps at least one whole frame pair."""
-        engine, units = self.engine, plan.units
-        wanted = engine.method.acts_at(engine.budget) and keep_count(engine.budget, units) < units
-        return plan.kind == PICTURE and wanted and len(tokens.kept) == units
+        for plan, text in zip(self.plans, around, strict=True) if count > 1 else ():
+            units_at_once(self.engine, plan, text)
+        encodings = []
+        for number, (each, text) in enumerate(zip(self._inputs, around, strict=True), 1):
+            if progress and count > 1:
+                progress("input", number, count)
+            encodings.append(each.encode(progress, text))
+        return EncodedInputs(self.engine, encodings)
 
     def close(self) -> None:
         """Reads no further."""
-        for reader in self._readers:
-            reader.close()
+        for each in self._inputs:
+            each.reader.close()
 
-    def _entry(self, number: int) -> _Entry:
-        """What the cache has of an input; looks it up once."""
-        if self._entries[number] is None:
-            self._entries[number] = entry = _Entry()
-            if self._cache:
-                with self._readers[number].clock.stage("read"):
-                    entry.key = entry_key(self.engine, self.plans[number])
-                    entry.encoded = self._cache.load(entry.key, self.engine.device) if entry.key else None
-        return self._entries[number]
+
+class _OpenInput:
+    """One of `OpenInputs`."""
+
+    def __init__(self, engine: Engine, reader: PatchReader, cache: Cache | None, encode_rows: EncodeRows | None):
+        self.engine, self.reader, self.cache, self.encode_rows = engine, reader, cache, encode_rows
+        self.begun = False
+
+    @cached_property
+    def key(self) -> str | None:
+        """Of its entry in the cache; None without one."""
+        with self.reader.clock.stage("read"):
+            return entry_key(self.engine, self.reader.plan) if self.cache else None
+
+    @cached_property
+    def stored(self) -> Encoded | None:
+        """What the cache has."""
+        if not self.key:
+            return None
+        with self.reader.clock.stage("read"):
+            return self.cache.load(self.key, self.engine.device)
+
+    def begin(self) -> None:
+        self.begun = True
+        if self.stored is None:
+            self.reader.begin()
+
+    def encode(self, progress: Progress | None, around: int) -> Encoding:
+        """Encodes it, or takes it from the cache; `around`: as of `planning.units_at_once`."""
+        engine, reader, plan, clock = self.engine, self.reader, self.reader.plan, Clock(self.engine.device)
+        start, earlier = clock.now(), reader.clock.seconds["read"] if not self.begun else 0.0
+        warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
+        if self.stored:
+            result, seconds = self.stored, {"preprocess": 0.0, "encode": 0.0} | reader.clock.seconds
+        else:
+            result, seconds = encode_input(engine, plan, reader, progress, self.encode_rows, around)
+            if reader.damaged:  # not stored, or the next run would not warn
+                warnings.append("damaged_video")
+            # Another file may have been put in its place while it was read.
+            elif self.key and entry_key(engine, plan) == self.key and not self.cache.store(self.key, result):
+                warnings.append("cache_not_written")
+        wall = earlier + clock.now() - start
+        rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
+        wanted = engine.method.acts_at(engine.budget) and keep_count(engine.budget, plan.units) < plan.units
+        if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
+            warnings.append("whole_picture")  # the method keeps at least one whole frame pair
+        cache = "hit" if self.stored else "miss" if self.key else "off"
+        return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), reader.damaged)

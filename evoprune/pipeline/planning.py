@@ -72,9 +72,8 @@ def encoding_bytes(
     """
     selections = encoder.selections
     selected, means = selections[0].rows if selections else 0, 0
-    if any(
-        isinstance(stage.reduce, WholePairs) for stage in selections
-    ):  # their rows go on in chunks; the means of all of them are made in float32
+    if any(isinstance(stage.reduce, WholePairs) for stage in selections):
+        # Their rows go on in chunks; the means of all of them are made in float32.
         selected, means = min(at_once, encoder.units), encoder.units * PATCHES * config.vision_config.hidden_size * 4
     return working_memory(config, encoder.units, at_once, prompt, bytes_each, selected) + means
 
@@ -82,11 +81,8 @@ def encoding_bytes(
 def units_at_once(engine: Engine, plan: Plan, text: int = TEXT) -> int:
     """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
 
-    Args:
-        text: tokens of the prompt around the video.
-
     Raises:
-        OutOfMemory: there is not enough even for a frame pair, or for the prompt.
+        OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `text` tokens around the video.
     """
     model, encoder = engine.loaded.model, plan.encoder
     at_once, least = units_at_a_time(model.device), encoder.grid[1] * encoder.grid[2]
@@ -104,15 +100,11 @@ def units_at_once(engine: Engine, plan: Plan, text: int = TEXT) -> int:
 
 
 def estimate_first_token(engine: Engine, plan: Plan, text: int = QUESTION) -> float | None:
-    """Seconds until the first token, roughly; None on CUDA and for a demo model, where it is short.
-
-    Args:
-        text: tokens of the prompt around the video.
-    """
+    """Seconds until the first token, roughly, with `text` tokens around the video; None on CUDA and for a demo model."""
     if engine.loaded.device != "cpu" or engine.loaded.is_demo:
         return None
     model, encoder = engine.loaded.model, plan.encoder
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
-    work = engine.prompt_work(encoder.keep, text)
+    work = engine.method.prompt_work(engine.depth, encoder.keep, text, engine.budget)
     return estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)

@@ -26,9 +26,8 @@ BEGINNING = 8  # characters for each token of the context
 class PromptReader:
     """Reads prompts about the same inputs, one at a time.
 
-    Attention is causal: keys and values of what precedes the question do not depend on it. So a later question under the same
-    system prompt uses them again, and only what follows the inputs, and mostly their subtitles, is read. Where tokens leave inside
-    the language model, they leave by the question, and each prompt is read as a whole.
+    Attention is causal: keys and values before the question do not depend on it. So a later question under the same system prompt
+    uses them again. Where tokens leave inside the language model, they leave by the question, and each prompt is read as a whole.
     """
 
     def __init__(self, engine: Engine, plans: Sequence[Plan]):
@@ -108,10 +107,7 @@ def longest_prompt(
     options: GenerationOptions,
     encoded: Collection[Plan] = (),
 ) -> int:
-    """Tokens of text in the longest prompt of some questions about some inputs.
-
-    Args:
-        encoded: those of `plans` that are encoded already.
+    """Tokens of text in the longest prompt of some questions about inputs, of which `encoded` are encoded already.
 
     Raises:
         UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
@@ -131,7 +127,7 @@ def longest_prompt(
 
 
 def check_question(loaded: LoadedModel, question: str) -> None:
-    """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to encode."""
+    """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to split."""
     context = loaded.model.config.text_config.max_position_embeddings
     beginning = question[: BEGINNING * context] if context else question
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
@@ -173,9 +169,6 @@ def check_memory(engine: Engine, text: int, visual: int) -> None:
 
 
 def question_warnings(loaded: LoadedModel, question: str, known: Sequence[str]) -> list[str]:
-    """Warnings about a question, by name, beside those that are `known` already.
-
-    A demo model answers whatever it is asked. On a video of another kind no answer means anything, which is known then.
-    """
+    """Warnings about a question, by name; a demo model answers whatever it is asked. `known`: those about the inputs."""
     strange = loaded.demo and "demo_model" not in known and unknown_words(question, loaded.demo.world)
     return ["demo_question"] if strange else []

@@ -20,17 +20,16 @@ from typing import Any
 
 from evoprune.errors import UsageError, names_plugins
 from evoprune.keywords import brief, check_type, names_options
-from evoprune.pipeline.answering import Answer, EncodedInputs, EncodedVideo, together
+from evoprune.pipeline.answering import Answer, EncodedInputs, together
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
-from evoprune.pipeline.engine import make_engine, make_method, unpruned
+from evoprune.pipeline.engine import make_engine, make_method, unpruned, with_recipe
+from evoprune.pipeline.kept import Tuned, resolve
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
-from evoprune.pipeline.opening import open_inputs
+from evoprune.pipeline.opening import OpenInputs, open_inputs
 from evoprune.pipeline.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pipeline.prompting import longest_prompt
-from evoprune.pipeline.recipes import of_model
-from evoprune.pipeline.tuned import Tuned, resolve
 
 Path = str | os.PathLike[str]
 
@@ -38,12 +37,8 @@ Path = str | os.PathLike[str]
 class VideoQA:
     """A loaded model with a pruning method and a budget, ready for videos.
 
-    It computes in the dtype that the model was loaded with, also inside torch's autocast.
-
-    Args:
-        loaded: from `loading.load_model`.
-        load_seconds: how long loading took, for reports.
-        pruning: see `VideoQA.load`.
+    It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
+    `load_seconds` is how long that took, for reports.
 
     Attributes:
         engine: the model and how it prunes, as `opening.open_inputs` takes it.
@@ -76,14 +71,13 @@ class VideoQA:
             progress: called with layers quantised and layers in all.
 
         Raises:
-            UsageError, ModelError, OutOfMemory: as `loading.load_model` and the constructor. TypeError: an unknown option.
+            As `loading.load_model` and the constructor.
         """
         check_type("progress", progress, Callable | None)
         return load_qa(loading, pruning, progress=progress, kind=cls)
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model."""
         return self.engine.loaded
 
     def __repr__(self) -> str:
@@ -108,13 +102,10 @@ class VideoQA:
         """Reads, preprocesses and encodes a video or a picture, or several of them that are asked about together.
 
         Args:
-            path: the file, or a folder of frames; or a list of such, in the order in which the model reads them.
+            path: a file or a folder of frames; or several, in the order in which the model reads them.
             name: what reports call a single input; default: its path.
-            cache: where encoded inputs are kept, each by itself. Not used for a method that reads the question.
+            cache: where encoded inputs are kept. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.encode_input`.
-
-        Returns:
-            An `EncodedVideo`, of a picture too; or `EncodedInputs` of a list.
 
         Raises:
             VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
@@ -135,7 +126,7 @@ class VideoQA:
     @names_options
     def ask(
         self,
-        inputs: "Path | EncodedVideo | Sequence[Path | EncodedVideo]",
+        inputs: "Path | EncodedInputs | Sequence[Path | EncodedInputs]",
         question: str,
         *,
         options: GenerationOptions,
@@ -152,38 +143,33 @@ class VideoQA:
         Raises:
             As `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
         """
-        given = [inputs] if isinstance(inputs, str | os.PathLike | EncodedVideo) else inputs
-        if not isinstance(given, list | tuple) or not all(
-            isinstance(i, str | os.PathLike | EncodedVideo) for i in given
-        ):
+        one = str | os.PathLike | EncodedInputs
+        given = [inputs] if isinstance(inputs, one) else inputs
+        if not isinstance(given, list | tuple) or not all(isinstance(each, one) for each in given):
             raise UsageError(f"the inputs are {brief(inputs)}, not paths", "give paths, or what encode made of them")
         with ExitStack() as stack:
-            opened = [
+            opened: list[EncodedInputs | OpenInputs] = [
                 each
-                if isinstance(each, EncodedVideo)
+                if isinstance(each, EncodedInputs)
                 else stack.enter_context(closing(open_inputs(self.engine, [each])))
                 for each in given
             ]
             if isinstance(question, str) and opened:
-                held = [each.plan for each in given if isinstance(each, EncodedVideo)]
-                plans = [each.plan if isinstance(each, EncodedVideo) else each.plans[0] for each in opened]
+                held = [plan for each in opened if isinstance(each, EncodedInputs) for plan in each.plans]
+                plans = [plan for each in opened for plan in each.plans]
                 longest_prompt(self.engine, plans, [question], options, held)
-            encoded = [each if isinstance(each, EncodedVideo) else each.encode() for each in opened]
+            encoded = [each if isinstance(each, EncodedInputs) else each.encode() for each in opened]
         return together(self.engine, encoded).ask(question, options=options, seed=seed)
 
 
 def paths_of(given: Any) -> Sequence[Path]:
-    """What was given as one path, or as several.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """The paths of one or of several inputs. Raises UsageError if there are none, or what was given are no paths."""
     paths = [given] if isinstance(given, str | os.PathLike) else given
     if not isinstance(paths, list | tuple) or not paths:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
     for each in paths:
         if not isinstance(each, str | os.PathLike):
-            known = isinstance(each, EncodedVideo)
+            known = isinstance(each, EncodedInputs)
             hint = "ask takes it as it is: ask([encoded, ...], question)" if known else "give paths of files or folders"
             raise UsageError(f"an input is {brief(each)}, not a path", hint)
     return paths
@@ -197,20 +183,18 @@ def load_qa(
     progress: Callable[[int, int], None] | None = None,
     kind: type[VideoQA] = VideoQA,
 ) -> VideoQA:
-    """Loads a model, as `VideoQA.load`, with options that are checked.
+    """Loads a model, as `VideoQA.load`. A budget of "tuned" is resolved before the weights are read.
 
     Args:
         model: the options, or what `find_model` found with them.
-        pruning: the options. A budget of "tuned" is resolved before the weights are read.
-        tuned: the tuned setting of which `pruning` is made already, for reports.
-        progress: see `VideoQA.load`.
+        tuned: the tuned setting that `pruning` was made from, for reports.
         kind: the class of the result.
     """
     start = time.perf_counter()
     make_method(pruning)
     found = find_model(model) if isinstance(model, ModelOptions) else model
     pruning, setting = resolve(pruning, found.options.model, lambda: found.weights_fingerprint)
-    of_model(make_method(pruning), found.options.model, lambda: found.weights_fingerprint)
+    with_recipe(make_method(pruning), found.options.model, lambda: found.weights_fingerprint)
     loaded = load_model(found, to_answer=True, progress=progress)
     made = kind(loaded, load_seconds=time.perf_counter() - start, pruning=pruning)
     made.engine = replace(made.engine, tuned=setting or tuned)

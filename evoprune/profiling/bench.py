@@ -8,8 +8,8 @@ from evoprune.errors import ModelError, OutOfMemory
 from evoprune.model.config import PATCHES
 from evoprune.model.cost import matmul_rate
 from evoprune.model.memory import memory_guard, shortage
+from evoprune.pipeline.engine import with_recipe
 from evoprune.pipeline.loading.model import LoadedModel
-from evoprune.pipeline.recipes import of_model
 from evoprune.profiling.clips import Clip, Frames, prepare
 from evoprune.profiling.hugging_face import hugging_face_model
 from evoprune.profiling.results import FULL, HUGGING_FACE, METHOD, Case, Row
@@ -67,7 +67,7 @@ class Bench:
             if row.kind == HUGGING_FACE:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
             method = settings.parse(row.method) if row.kind == METHOD else methods.parse(row.method)
-            method = of_model(method, loaded.id, lambda: loaded.weights_fingerprint)
+            method = with_recipe(method, loaded.id, lambda: loaded.weights_fingerprint)
             model, keep = self._models[row.quantize], min(keep_count(row.budget, clip.unpruned), clip.units)
             plan = method.plan(tower_shape(model.model.model.visual), clip.grid, keep)
             return run_evoprune(model, clip, plan, method, row.budget, settings.new_tokens, settings.seed)

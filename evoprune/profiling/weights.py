@@ -17,8 +17,8 @@ from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.quantize import quantize
 from evoprune.model.weights import QwenVL, empty, shared
-from evoprune.pipeline.loading.device import DTYPES, pick_device, pick_dtype
-from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, describe_model
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
+from evoprune.pipeline.loading.found import DTYPES, describe_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, case_grid
@@ -52,9 +52,8 @@ def outline(options: ModelOptions) -> ModelOutline | None:
     name, random = options.model, options.load_format == "dummy"
     if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
         return None
-    config, limits = describe_model(name, revision=None if random else options.revision, offline=options.offline)
-    place = pick_device(options.device)
-    return ModelOutline(config, limits[VIDEO], DTYPES[pick_dtype(options.dtype, place, is_demo=name in DEMOS)], place)
+    found = describe_model(replace(options, revision=None) if random else options)
+    return ModelOutline(found.config, found.limits[VIDEO], DTYPES[found.dtype], found.device)
 
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:

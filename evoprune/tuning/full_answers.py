@@ -10,8 +10,7 @@ from evoprune.errors import EvopruneError, ModelError, OutOfMemory, VideoError
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.pipeline.agreement import Reference, reference
-from evoprune.pipeline.answer import Answer
-from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.answering import Answer, EncodedInputs
 from evoprune.pipeline.engine import Engine, unpruned
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
@@ -42,7 +41,7 @@ class FullAnswers:
 
 def encode(
     engine: Engine, path: str, sampling: SamplingOptions, frames: SharedFrames, rows: SharedRows | None = None
-) -> tuple[EncodedVideo, float]:
+) -> tuple[EncodedInputs, float]:
     """A video, encoded, and the seconds of encoding: also those that shared rows have saved."""
     readers = {"read": frames.read} | ({"encode_rows": rows.encode_rows} if rows else {})
     with closing(open_inputs(engine, [Path(path)], sampling, names=[path], **readers)) as opened:
@@ -116,7 +115,7 @@ class Answering:
             made.append(reference(video, question, answer.ids, answer.report.finish_reason == "stop"))
         return FullAnswers(path, tuple(made), seconds + made[0].seconds, self._now() - start)
 
-    def _plan(self, video: EncodedVideo, encoding: float, videos: int) -> None:
+    def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
         """The longest answers to the most questions for which there is time, by a short answer; `encoding`: seconds a video."""
         question, every = self._questions[0], len(self._questions)
         for _ in range(2):  # the first time also warms up

@@ -14,13 +14,11 @@ from evoprune.errors import UsageError, error_record
 from evoprune.evaluation.frames import SharedFrames
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.machine import environment
-from evoprune.pipeline import tuned
 from evoprune.pipeline.agreement import agreement
-from evoprune.pipeline.engine import make_engine
+from evoprune.pipeline.engine import make_engine, with_recipe
+from evoprune.pipeline.kept import Tuned, tuned
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.pipeline.recipes import of_model
-from evoprune.pipeline.tuned import Tuned
 from evoprune.text import counted
 from evoprune.tuning.full_answers import TOKENS, Answering, FullAnswers, Progress, encode
 from evoprune.tuning.results import least_tokens, provable, recommended, result_rows
@@ -152,7 +150,7 @@ class Tuning(Run):
         """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
         super().load(progress)
         for candidate in self.known:
-            of_model(methods.parse(candidate.method), self.loaded.id, lambda: self.loaded.weights_fingerprint)
+            with_recipe(methods.parse(candidate.method), self.loaded.id, lambda: self.loaded.weights_fingerprint)
 
     @property
     def has_results(self) -> bool:

@@ -11,9 +11,8 @@ import torch
 
 from evoprune.errors import UsageError
 from evoprune.model.clock import Clock
-from evoprune.pipeline.encoding import Progress, encode_input
+from evoprune.pipeline.encoding import PatchReader, Progress, encode_input
 from evoprune.pipeline.opening import OpenInputs
-from evoprune.pipeline.patches import PatchReader
 from evoprune.pipeline.planning import chunk_bytes
 from evoprune.pruning.indices import ascending
 from evoprune.video.frames import FrameChunk, read_frames

@@ -20,7 +20,7 @@ from evoprune import VideoQA
 from evoprune.demo.clips import COLOURS, SHAPES, Clip
 from evoprune.demo.drawing import write_video
 from evoprune.demo.questions import MAKERS
-from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.answering import EncodedInputs
 from experiments.demo.samples import CLIPS, drawn
 
 BUDGETS, DRAWS, SHOWN = (1.0, 0.25), 40, 10
@@ -54,7 +54,7 @@ def wordings(clip: Clip, kind: str) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def lead(qa: VideoQA, video: EncodedVideo, question: str, answer: str) -> float:
+def lead(qa: VideoQA, video: EncodedInputs, question: str, answer: str) -> float:
     """By how much the logits of the answer's tokens lead those of the best others, at least; below 0 if the model says another."""
     loaded = qa.loaded
     ids = [*loaded.tokenizer.encode(answer), min(loaded.eos_ids)]

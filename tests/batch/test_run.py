@@ -168,7 +168,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     ("where", "problem", "kind", "stage", "failing"),
     [
         ("evoprune.pipeline.opening.probe", VideoError("gone"), "video", "read", 2),
-        ("evoprune.pipeline.patches.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
+        ("evoprune.pipeline.encoding.patchify", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.pipeline.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
         ("evoprune.pipeline.prompting.prefill", FULL, "out_of_memory", "prefill", 1),
         ("evoprune.language.generate.choose", FULL, "out_of_memory", "generate", 1),

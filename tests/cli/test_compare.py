@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evoprune.pipeline import encoding, prompting
-from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.answering import EncodedInputs
 from evoprune.report.records import Report
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
@@ -92,8 +92,8 @@ def test_an_interruption_of_the_second_question_is_not_taken_for_the_first(cli, 
             raise KeyboardInterrupt
         return real(self, question, **settings)
 
-    calls, real = [], EncodedVideo.ask
-    monkeypatch.setattr(EncodedVideo, "ask", broken)
+    calls, real = [], EncodedInputs.ask
+    monkeypatch.setattr(EncodedInputs, "ask", broken)
     result = cli("ask", CLIP, QUESTION, "-Q", QUESTION, "--json")
     first, second = map(json.loads, result.out.splitlines())
     assert result.code == 130 and first["answer"] == "green" and second["answer"] is None

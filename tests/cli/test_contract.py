@@ -250,7 +250,7 @@ CASES = {
         "load", "evoprune.pipeline.loading.model.load_weights", CPU_FULL, says="the weights of demo"
     ),
     "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.memory.mmap.mmap", OSError(12, "no memory")),
-    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.patches.patchify", CPU_FULL),
+    "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.patchify", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encoding.encode_rows", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prompting.prefill", CUDA_FULL),
     "nothing fits": fails(5, "memory", *ASK, breaks=("evoprune_cli.ask._check_inputs", MemoryError())),

@@ -21,7 +21,7 @@ from evoprune.evaluation.questions import Video, load_questions
 from evoprune.evaluation.run import Evaluation, Settings, variants
 from evoprune.model import memory
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
-from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.probe import probe
@@ -143,7 +143,7 @@ def test_operations_at_3b(loaded):
     """Full: every layer of the 3B sees all units of two grids of 4x6, which make two windows each."""
     run = begun(loaded, clips=videos(CLIPS[:1]))
     run.run()
-    config, _ = describe_model(COST_MODEL)
+    config = describe_model(ModelOptions(COST_MODEL)).config
     full, half = run.samples[0], run.samples[2]
     assert full["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, [48] * 33, 2, 2) / 1e12)
     assert full["tflop_3b_prefill"] == pytest.approx(prefill_flop(config.text_config, full["prompt"]) / 1e12)

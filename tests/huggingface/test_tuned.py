@@ -7,8 +7,8 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.pipeline import tuned
-from evoprune.pipeline.loading.fingerprint import of_model
+from evoprune.pipeline.kept import tuned
+from evoprune.pipeline.loading.weights import model_fingerprint
 from tests.prompts import processed
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_model
@@ -44,6 +44,6 @@ def test_refused(model, config):
         ("evoprune+fastv", "inside the language"),
     )
     for method, message in refused:
-        tuned.save(of_model(model), replace(SETTING, method=method))
+        tuned.save(model_fingerprint(model), replace(SETTING, method=method))
         with pytest.raises(UsageError, match=message):
             context(model)

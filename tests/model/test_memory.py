@@ -16,11 +16,11 @@ from evoprune.model.memory import language_bytes, memory_guard, working_memory
 from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import empty
 from evoprune.pipeline import encoding, planning
-from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.loading.weights import needed_bytes
 from evoprune.pipeline.opening import open_inputs
-from evoprune.pipeline.options import SamplingOptions
+from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.encoder_plan import TowerShape
 from tests.quantized import KINDS
@@ -86,7 +86,7 @@ def test_other_problems_are_what_they_are(problem):
 
 def test_what_is_foretold_of_a_real_model():
     """At 3B: a block in the tower is small, a whole video in it is not, and a long prompt costs on its own."""
-    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
     few = working_memory(config, 4096, 512, 1024, 2)
     assert 2**28 < few < GIB
     assert working_memory(config, 4096, 4096, 1024, 2) > few + GIB
@@ -98,7 +98,7 @@ def test_what_is_foretold_of_a_real_model():
 
 def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
     """At 3B, 16,384 units: merged frame pairs go on in chunks, and their means are made in float32."""
-    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
     tower, grid = TowerShape(32, (7, 15, 23, 31)), (64, 16, 16)
 
     def foretold(name: str, at_once: int = 2048) -> int:
@@ -112,7 +112,7 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
 
 
 def test_layers_that_read_fewer_tokens_hold_and_cost_less():
-    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
     text, lengths = config.text_config, [1000] * 2 + [250] * 34
     assert kv_bytes(config, [1000] * 36) == kv_bytes(config, 1000)
     saved = 2 * 34 * 750 * text.num_key_value_heads * 128 * 2  # keys and values in bf16
@@ -147,7 +147,7 @@ def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
 
 @pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
 def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
-    config, _ = describe_model(str(saved))
+    config = describe_model(ModelOptions(str(saved))).config
     kind = KINDS[0]
     wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
     assert small < wide
@@ -162,7 +162,7 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_what_is_foretold_of_quantised_weights(kind):
     """At 3B, from a checkpoint in bf16: the tower, the input embedding and the quantised layers."""
-    config, _ = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
     whole = empty(config).to(torch.bfloat16)
     left = sum(weight.nbytes for weight in whole.parameters()) - saved_bytes(whole, kind)
     assert {"int8": 4.6, "int4": 3.5}[kind] * GIB < left < {"int8": 4.8, "int4": 3.7}[kind] * GIB

@@ -6,7 +6,7 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.model import threads
 from evoprune.model.threads import thread_count, threads_of_each
-from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import ModelOptions
 
@@ -45,7 +45,7 @@ def test_a_model_that_is_loaded_takes_the_threads_it_is_given(saved, monkeypatch
 
 
 def test_a_real_model_takes_all_cores_that_this_process_may_use():
-    threads.use_threads("auto", describe_model(REAL)[0])
+    threads.use_threads("auto", describe_model(ModelOptions(REAL)).config)
     assert torch.get_num_threads() == 8
 
 

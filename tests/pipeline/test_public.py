@@ -44,7 +44,7 @@ def options_of(*kinds: type) -> dict[str, object]:
         (evoprune.VideoQA.load, (ModelOptions, PruneOptions)),
         (evoprune.VideoQA, (PruneOptions,)),
         (evoprune.VideoQA.encode, (SamplingOptions,)),
-        (evoprune.EncodedVideo.ask, (GenerationOptions,)),
+        (evoprune.EncodedInputs.ask, (GenerationOptions,)),
         (evoprune.VideoQA.ask, (GenerationOptions,)),
         (evoprune.apply, (evoprune.EvoPrune,)),
         (evoprune.EvoPrune, (evoprune.EvoPrune,)),

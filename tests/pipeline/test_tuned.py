@@ -11,7 +11,7 @@ import pytest
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.pipeline import tuned
+from evoprune.pipeline.kept import folder, matching, never_tuned, tuned
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.video_qa import VideoQA
@@ -50,7 +50,7 @@ def test_where_they_are(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"HOME": "/home/u"} | variables).items():
         monkeypatch.setenv(name, value)
-    assert str(tuned.folder()) == expected
+    assert str(folder()) == expected
 
 
 WRONG = [
@@ -102,13 +102,13 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="cannot write") as caught:
         tuned.save(A, SETTING)
     assert "EVOPRUNE_CONFIG_DIR" in caught.value.hint
-    assert [tuned.never_tuned("model", lambda: A) for _ in range(2)] == [True, True]
+    assert [never_tuned("model", lambda: A) for _ in range(2)] == [True, True]
 
 
 def test_which_settings_a_text_names(config):
     for fingerprint, name in ((A, "x"), (B, "x"), (C, "y")):
         tuned.save(fingerprint, replace(SETTING, model=name))
-    assert {text: [f for f, _ in tuned.matching(text)] for text in ("y", "aaa", "ab", "all")} == {
+    assert {text: [f for f, _ in matching(text)] for text in ("y", "aaa", "ab", "all")} == {
         "y": [C], "aaa": [A], "ab": [B], "all": [A, B, C],
     }  # fmt: skip
     for text, message in (
@@ -117,18 +117,18 @@ def test_which_settings_a_text_names(config):
         ("", "no"),
     ):
         with pytest.raises(UsageError, match=message):
-            tuned.matching(text)
+            matching(text)
 
 
 def test_a_model_is_said_to_be_untuned_once_and_then_costs_nothing(config):
-    assert tuned.never_tuned("model", lambda: A)
-    assert not tuned.never_tuned("model", lambda: pytest.fail("the weights were read"))
+    assert never_tuned("model", lambda: A)
+    assert not never_tuned("model", lambda: pytest.fail("the weights were read"))
     tuned.save(B, SETTING)
-    assert not tuned.never_tuned("another", lambda: B)
+    assert not never_tuned("another", lambda: B)
 
 
 def test_it_imports_no_torch():
-    code = "import sys, evoprune.pipeline.tuned; sys.exit('torch' in sys.modules)"
+    code = "import sys, evoprune.pipeline.kept; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

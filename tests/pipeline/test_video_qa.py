@@ -308,7 +308,7 @@ def slow(work, seconds):
 def test_stages_that_overlap_are_timed_by_their_own_work(loaded, monkeypatch):
     """Ten chunks, each 20 ms to preprocess and 30 ms to encode: 300 ms and a little, but 200 and 300 by stage."""
     monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
-    monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 0.02))
+    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 0.02))
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 
@@ -354,7 +354,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
         made.append(1)
         return patchify(*args)
 
-    monkeypatch.setattr("evoprune.pipeline.patches.patchify", counted)
+    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", counted)
     at_once = qa.encode(LONG)
     chunks, made[:] = len(made), []
     with closing(open_inputs(qa.engine, [LONG], threaded=threaded)) as video:
@@ -372,7 +372,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
 
 @pytest.mark.full
 def test_what_was_done_early_costs_no_time_on_the_wall(loaded, monkeypatch):
-    monkeypatch.setattr("evoprune.pipeline.patches.patchify", slow(patchify, 1.0))
+    monkeypatch.setattr("evoprune.pipeline.encoding.patchify", slow(patchify, 1.0))
     with closing(open_inputs(VideoQA(loaded).engine, [CLIP])) as video:
         video.begin()
         times = video.encode().report.time_ms
@@ -421,7 +421,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
 
     monkeypatch.setattr("evoprune.pipeline.planning.units_at_a_time", lambda device: 24)
     if stage == "preprocess":
-        monkeypatch.setattr("evoprune.pipeline.patches.patchify", preprocess)
+        monkeypatch.setattr("evoprune.pipeline.encoding.patchify", preprocess)
     layer = loaded.model.model.visual.blocks[0].attn.proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     with pytest.raises(type(problem)) as caught:
@@ -539,7 +539,9 @@ def test_they_say_in_a_line_what_they_are(loaded):
     qa = VideoQA(loaded, budget="fast", seed=3)
     assert repr(qa) == f"<VideoQA {loaded.id!r} in fp32 on cpu: method 'evoprune', budget 0.1, seed 3>"
     video = qa.encode(CLIP, name="clip")
-    assert repr(video) == ("<EncodedVideo 'clip': 12 frames, 6 frame pairs of 4x6 units, 14 of 144 visual tokens kept>")
+    assert repr(video) == (
+        "<EncodedInputs 'clip': 12 frames, 6 frame pairs of 4x6 units, 14 of 144 visual tokens kept>"
+    )
     assert "2 frames, 1 frame pair of 4x6 units" in repr(qa.encode(CLIP, frames=2))
     assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
     made = asked(video, n=1)

@@ -12,7 +12,7 @@ from evoprune import methods
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.model import memory
 from evoprune.model.machine import peak_memory, reset_peak_memory
-from evoprune.pipeline.loading.folder import describe_model
+from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.profiling import bench, clips, runners, weights
 from evoprune.profiling.hugging_face import hugging_face_model
@@ -349,8 +349,8 @@ def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
 
 
 def test_working_memory_grows_with_the_clip():
-    config, limits = describe_model("Qwen/Qwen2.5-VL-3B-Instruct")
-    few, many = (weights.working_memory(config, Case(n, 224, 336), limits[VIDEO], 2) for n in (8, 80))
+    found = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct"))
+    few, many = (weights.working_memory(found.config, Case(n, 224, 336), found.limits[VIDEO], 2) for n in (8, 80))
     assert 2**29 > few > 2**27 and 4 * few < many < 10 * few
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.pipeline import recipes
 from evoprune.pipeline.agreement import agreement, reference
+from evoprune.pipeline.kept import recipes
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.language_plan import KINDS

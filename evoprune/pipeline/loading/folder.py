@@ -1,4 +1,4 @@
-"""What a model's folder says: where it is, its config, its limits for videos and pictures, ends of answers, files of weights."""
+"""What a model's folder says: its config, its limits for videos and pictures, ends of answers, files of weights."""
 
 import hashlib
 import os
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
+import torch
+
 from evoprune.bundled import DEMOS
-from evoprune.errors import ModelError, UsageError, first_line
+from evoprune.errors import ModelError, first_line
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import END_IDS, MODEL_TYPES, Config, VisionConfig, parse_config
 from evoprune.model.rules import Rule, checked, section
 from evoprune.model.strict_json import read_object
-from evoprune.pipeline.loading import hub
 from evoprune.pipeline.loading.hub import MODEL_HINT
-from evoprune.text import did_you_mean
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import InputLimits
 
@@ -34,53 +34,6 @@ INSIDE = Rule(
     "the name of a file in the same folder",
     lambda v: isinstance(v, str) and v != "" and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
 )
-
-
-def describe_model(
-    name: str = "demo", *, revision: str | None = None, offline: bool = False
-) -> tuple[Config, dict[str, InputLimits]]:
-    """A model's config and its limits for videos and pictures, without its weights. A bundled config needs no hub.
-
-    Raises:
-        ModelError: as `load_model`.
-    """
-    if name in BUNDLED_CONFIGS and revision is None and not Path(name).is_dir():
-        config = read_config(BUNDLED_CONFIGS[name])
-        return config, input_limits(None, config.vision_config)
-    folder, _ = locate(name, revision, offline, files=hub.SETTINGS)
-    config = read_config(folder / "config.json")
-    return config, input_limits(folder, config.vision_config)
-
-
-def locate(name: str, revision: str | None, offline: bool, *, files: list[str] | None) -> tuple[Path, str | None]:
-    """The folder of a model, and its commit if it is a hub id.
-
-    Args:
-        files: patterns of what to download from the hub; None if nothing may be downloaded.
-    """
-    if not name.strip():
-        raise ModelError("the name of the model is empty", MODEL_HINT)
-    folder = DEMOS[name].folder if name in DEMOS else Path(os.path.expanduser(name))
-    if name in DEMOS and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"the bundled {name} model is missing: {folder}", "install evoprune again, or name another model"
-        )
-    if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
-        if revision is not None:
-            raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
-        return folder, None
-    if os.path.exists(folder):
-        raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
-    if not hub.is_id(name):
-        near = [known for known in BUNDLED_CONFIGS if name.lower() in known.lower()]
-        meant = f"did you mean {near[0]}? " if near else did_you_mean(name, DEMOS)
-        hint = f"{meant}a hub id is org/name; {MODEL_HINT}"
-        raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
-    if files is None:
-        known = " and ".join(BUNDLED_CONFIGS)
-        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {known}"
-        raise ModelError(f"no bundled config for {name}", hint)
-    return hub.download(name, revision, offline, files, check=read_config)
 
 
 def read_config(path: Path) -> Config:
@@ -116,6 +69,13 @@ def _json(path: Path) -> dict:
         return {}
     with _valid(f"{path} cannot be read"):
         return read_object(path)
+
+
+def stored_dtype(path: Path) -> torch.dtype | None:
+    """The dtype of the published weights, if a config.json that has been checked says so."""
+    content = _json(path)
+    name = content.get("dtype", content.get("torch_dtype"))
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
 
 
 def weight_files(folder: Path) -> list[Path]:

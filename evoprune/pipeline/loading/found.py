@@ -1,26 +1,31 @@
-"""A model that was found, before its weights are read: where it is, its config, and what identifies its weights."""
+"""A model that was found, before its weights are read: where it is, what its folder says, and where and how it would be loaded."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from evoprune.bundled import Demo, demo_in
-from evoprune.errors import UsageError
+from evoprune.bundled import DEMOS, Demo, demo_in
+from evoprune.errors import ModelError, UsageError, first_line
 from evoprune.model.config import Config
+from evoprune.model.precision import check_dtype
 from evoprune.model.quantize import check as check_quantize
-from evoprune.model.weights import empty
-from evoprune.pipeline.loading import fingerprint, hub
-from evoprune.pipeline.loading.device import pick_device
-from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, locate, read_config, weight_files
-from evoprune.pipeline.loading.weights import check_layers
+from evoprune.model.weights import QwenVL, empty
+from evoprune.pipeline.loading import hub
+from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, input_limits, read_config, stored_dtype, weight_files
+from evoprune.pipeline.loading.weights import check_layers, files_fingerprint, needed_bytes, stay_mapped
 from evoprune.pipeline.options import ModelOptions
+from evoprune.text import did_you_mean
+from evoprune.video.plan import InputLimits
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """Made by `find_model`.
+    """Made by `find_model`, `look_up` and `describe_model`.
 
     Attributes:
         options: which model, and how it is to be loaded.
@@ -36,6 +41,11 @@ class FoundModel:
     config: Config
 
     @property
+    def id(self) -> str:
+        """Its name as given."""
+        return self.options.model
+
+    @property
     def random(self) -> bool:
         """Whether its weights are made, not read."""
         return self.options.load_format == "dummy"
@@ -44,6 +54,21 @@ class FoundModel:
     def demo(self) -> Demo | None:
         """Which bundled demo model this is the folder of; None for any other model."""
         return demo_in(self.folder)
+
+    @property
+    def dtype(self) -> str:
+        """The short name of the dtype that it is loaded in."""
+        return pick_dtype(self.options.dtype, self.device, is_demo=self.demo is not None)
+
+    @cached_property
+    def limits(self) -> dict[str, InputLimits]:
+        """Of videos and of pictures, by kind."""
+        return input_limits(self.folder, self.config.vision_config)
+
+    @cached_property
+    def tree(self) -> QwenVL:
+        """The names and shapes of its weights, without memory."""
+        return empty(self.config)
 
     @cached_property
     def files(self) -> list[Path]:
@@ -57,17 +82,51 @@ class FoundModel:
         return files
 
     @cached_property
+    def files_here(self) -> list[Path]:
+        """The files of its weights on this machine; none if they are missing or incomplete."""
+        try:
+            return weight_files(self.folder) if self.folder else []
+        except ModelError:
+            return []
+
+    @cached_property
     def weights_fingerprint(self) -> str:
-        """What identifies the weights (`loading.fingerprint`); at 3B a tenth of a second.
+        """What identifies the weights (`weights.files_fingerprint`); at 3B a tenth of a second.
 
         Raises:
-            UsageError: they are random. ModelError: they are missing or damaged.
+            UsageError: they are random, or not on this machine. ModelError: they are damaged.
         """
         if self.random:
             hint = "take the weights (load format auto), or give a budget as a number"
-            raise UsageError(f"the weights of {self.options.model} are random, so nothing was tuned on them", hint)
+            raise UsageError(f"the weights of {self.id} are random, so nothing was tuned on them", hint)
+        if self.folder is None or (hub.is_id(self.id) and not self.files_here):
+            hint = "give a budget as a number, or download them first"
+            raise UsageError(f"the weights of {self.id} are not on this machine, so nothing was tuned on them", hint)
         files = self.files  # which checks the number of layers, before a tree of that many is built
-        return fingerprint.of_files(files, empty(self.config))
+        return files_fingerprint(files, self.tree)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights; shared ones count once."""
+        return sum(weight.numel() for weight in self.tree.parameters())
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """Of memory that the loaded weights take."""
+        dtype, files = DTYPES[self.dtype], self.files_here
+        mapped = stay_mapped(files, dtype, self.device) if files else self._stored == dtype  # as a download would be
+        return needed_bytes(self.config, dtype, self.options.quantize, mapped)
+
+    @property
+    def download_bytes(self) -> int | None:
+        """Of weights that have to be downloaded, roughly; 0 if they are here, None where that is unknown."""
+        if self.files_here:
+            return 0
+        return self.parameters * self._stored.itemsize if self._stored and hub.is_id(self.id) else None
+
+    @cached_property
+    def _stored(self) -> torch.dtype | None:
+        return stored_dtype(BUNDLED_CONFIGS[self.id] if self.folder is None else self.folder / "config.json")
 
 
 def find_model(options: ModelOptions) -> FoundModel:
@@ -76,12 +135,132 @@ def find_model(options: ModelOptions) -> FoundModel:
     Raises:
         UsageError, ModelError: as `loading.load_model`.
     """
+    device, name, random = usable_device(options), options.model, options.load_format == "dummy"
+    if random and _is_bundled(name):
+        if options.revision is not None:
+            problem = f"the bundled config of {name} has no revision {options.revision!r}"
+            raise UsageError(problem, "leave the revision out")
+        return _found(options, device)
+    return _found(options, device, *locate(options, files=None if random else hub.FILES))
+
+
+def describe_model(options: ModelOptions) -> FoundModel:
+    """Finds a model's settings, and downloads them alone if they are not here yet. A bundled config needs no hub."""
+    device = usable_device(options)
+    if _is_bundled(options.model) and options.revision is None:
+        return _found(options, device)
+    return _found(options, device, *locate(options, files=hub.SETTINGS))
+
+
+def look_up(options: ModelOptions) -> FoundModel:
+    """Finds what this machine alone has of a model; no hub is asked.
+
+    Raises:
+        ModelError: neither its folder nor its config is on this machine, or they are damaged. UsageError: as `find_model`.
+    """
+    device, name, revision = usable_device(options), options.model, options.revision
+    if hub.is_id(name) and not Path(name).is_dir():
+        if (folder := hub.cached_folder(name, revision)) or (name in BUNDLED_CONFIGS and revision is None):
+            return _found(options, device, folder)
+        if not Path(name).exists():
+            at = "" if revision is None else f" --revision {revision}"
+            files = f"config.json preprocessor_config.json{at}"
+            hint = f"{hub.kind_hint(name)}its settings are small, and suffice: hf download {name} {files}"
+            raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
+    return _found(options, device, *locate(options, files=None))
+
+
+def _is_bundled(name: str) -> bool:
+    return name in BUNDLED_CONFIGS and not Path(name).is_dir()
+
+
+def _found(
+    options: ModelOptions, device: torch.device, folder: Path | None = None, commit: str | None = None
+) -> FoundModel:
+    path = BUNDLED_CONFIGS[options.model] if folder is None else folder / "config.json"
+    return FoundModel(options, device, folder, commit, read_config(path))
+
+
+def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str | None]:
+    """The folder of a model, and its commit if it is a hub id.
+
+    Args:
+        files: patterns of what to download from the hub; None if nothing may be downloaded.
+    """
+    name, revision = options.model, options.revision
+    if not name.strip():
+        raise ModelError("the name of the model is empty", hub.MODEL_HINT)
+    folder = DEMOS[name].folder if name in DEMOS else Path(os.path.expanduser(name))
+    if name in DEMOS and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"the bundled {name} model is missing: {folder}", "install evoprune again, or name another model"
+        )
+    if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
+        if revision is not None:
+            raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
+        return folder, None
+    if os.path.exists(folder):
+        raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
+    if not hub.is_id(name):
+        near = [known for known in BUNDLED_CONFIGS if name.lower() in known.lower()]
+        meant = f"did you mean {near[0]}? " if near else did_you_mean(name, DEMOS)
+        hint = f"{meant}a hub id is org/name; {hub.MODEL_HINT}"
+        raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
+    if files is None:
+        known = " and ".join(BUNDLED_CONFIGS)
+        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {known}"
+        raise ModelError(f"no bundled config for {name}", hint)
+    return hub.download(name, revision, options.offline, files, check=read_config)
+
+
+def usable_device(options: ModelOptions) -> torch.device:
+    """The device of options. Raises UsageError if it cannot be used, or weights cannot be quantised on it."""
     device = pick_device(options.device)
     check_quantize(options.quantize, device)
-    name, revision, random = options.model, options.revision, options.load_format == "dummy"
-    if random and name in BUNDLED_CONFIGS and not Path(name).is_dir():
-        if revision is not None:
-            raise UsageError(f"the bundled config of {name} has no revision {revision!r}", "leave the revision out")
-        return FoundModel(options, device, None, None, read_config(BUNDLED_CONFIGS[name]))
-    folder, commit = locate(name, revision, options.offline, files=None if random else hub.FILES)
-    return FoundModel(options, device, folder, commit, read_config(folder / "config.json"))
+    return device
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is CUDA if there is any, else the CPU.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if has_cuda() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float32, device=device)
+    except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
+        reason = first_line(problem)
+        raise UsageError(
+            f"device {name!r} cannot be used here: {reason}", "cpu always works, auto finds a GPU"
+        ) from problem
+    return device
+
+
+def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
+    """The short name of a dtype; "auto" depends on the device, see `ModelOptions`.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    check_dtype(name)
+    if name == "auto":
+        bf16 = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
+        return "bf16" if bf16 and not is_demo else "fp32"
+    return name
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than fp32."""
+    if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
+        found = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return bool(found & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})

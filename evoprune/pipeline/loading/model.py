@@ -8,23 +8,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-
-import torch
 
 from evoprune.bundled import Demo
 from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
 from evoprune.keywords import from_keywords
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime, weights_bytes
 from evoprune.model.memory import shortage
 from evoprune.model.quantize import kinds
 from evoprune.model.threads import use_threads
 from evoprune.model.weights import QwenVL
-from evoprune.pipeline.loading.device import DTYPES, pick_dtype
-from evoprune.pipeline.loading.folder import eos_ids, fingerprint, input_limits
-from evoprune.pipeline.loading.found import FoundModel, find_model
+from evoprune.pipeline.loading.folder import eos_ids, fingerprint
+from evoprune.pipeline.loading.found import DTYPES, FoundModel, find_model
 from evoprune.pipeline.loading.weights import (
     load_weights,
     make_ready,
@@ -149,22 +144,21 @@ def load_model(
     found = model if isinstance(model, FoundModel) else find_model(model)
     model, device, folder, config = found.options, found.device, found.folder, found.config
     use_threads(model.threads, config)
-    dtype = pick_dtype(model.dtype, device, is_demo=found.demo is not None)
     tokenizer, start = None, time.perf_counter()
     if folder is not None and (has_tokenizer(folder) or not found.random):
         tokenizer = load_tokenizer(folder)
     if to_answer and tokenizer is None:
         raise no_tokenizer(model.model)
     files, seconds = found.files, {"tokenizer": time.perf_counter() - start}
-    weights, packing = _weights(model, config, files, dtype, device, pack, progress, seconds)
+    weights, packing = _weights(found, pack, progress, seconds)
     return LoadedModel(
         model=weights,
         tokenizer=tokenizer,
-        limits=input_limits(folder, config.vision_config),
+        limits=found.limits,
         eos_ids=eos_ids(folder, config, tokenizer),
         id=model.model,
         revision=found.commit,
-        dtype=dtype,
+        dtype=found.dtype,
         device=str(device),
         demo=None if found.random else found.demo,
         load_format=model.load_format,
@@ -178,35 +172,29 @@ def load_model(
 
 
 def _weights(
-    model: ModelOptions,
-    config: Config,
-    files: list[Path],
-    dtype: str,
-    device: torch.device,
-    pack: bool,
-    progress: Callable[[int, int], None] | None,
-    seconds: dict[str, float],
+    found: FoundModel, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[QwenVL, PackingTime]:
     """The weights, ready to be used; random ones where there are no files. Writes the times of the parts into `seconds`.
 
     Raises:
         OutOfMemory: they do not fit.
     """
-    name, how = model.model, (DTYPES[dtype], device)
-    hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if dtype == "fp32" else "")
+    name, device, files, quantize = found.id, found.device, found.files, found.options.quantize
+    form = DTYPES[found.dtype], device
+    hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if found.dtype == "fp32" else "")
     start = time.perf_counter()
-    mapped = stay_mapped(files, *how)
-    needed = partial(needed_bytes, config, how[0], mapped=mapped)
-    if short := shortage(needed(model.quantize), str(device)):
+    mapped = stay_mapped(files, *form)
+    needed = partial(needed_bytes, found.config, form[0], mapped=mapped)
+    if short := shortage(needed(quantize), str(device)):
         fit = [kind for kind in kinds(device) if not shortage(needed(kind), str(device))]
         less = f", or fewer bits (quantize {fit[0]})" if fit else ""
         raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
-        weights = load_weights(config, files, *how) if files else random_model(config, *how)
+        weights = load_weights(found.config, files, *form) if files else random_model(found.config, *form)
         if mapped:
             page_in_weights(weights)
         read = time.perf_counter()
-        packing = make_ready(weights, model.quantize, pack=pack, progress=progress)
+        packing = make_ready(weights, quantize, pack=pack, progress=progress)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise

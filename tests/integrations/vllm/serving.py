@@ -8,7 +8,7 @@ import numpy as np
 
 import evoprune
 from evoprune.integrations.vllm import PREFIX
-from evoprune.pipeline.answering import EncodedVideo
+from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import SamplingOptions
 from evoprune.pipeline.video_qa import VideoQA
@@ -53,7 +53,7 @@ class Asked:
     media: tuple
     question: str
     answer: str = ""
-    encoded: EncodedVideo | None = None
+    encoded: EncodedInputs | None = None
 
     def request(self, budget=None):
         """The request of vLLM, with a budget of its own."""

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from evoprune.errors import UsageError
 from evoprune.model.weights import name_in_memory
-from evoprune.pipeline.loading.fingerprint import of_model
 from evoprune.pipeline.loading.found import find_model
+from evoprune.pipeline.loading.weights import model_fingerprint
 from evoprune.pipeline.options import ModelOptions
 from tests.loading import load_model
 from tests.tiny import save_tiny, tiny_model
@@ -48,11 +48,13 @@ def checkpoint(request, tmp_path_factory):
 def test_files_and_a_transformers_model_in_any_dtype_agree(checkpoint, dtype):
     from transformers import AutoModelForImageTextToText
 
-    assert of_model(AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype)) == of_folder(checkpoint)
+    assert model_fingerprint(AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype)) == of_folder(
+        checkpoint
+    )
 
 
 def test_a_checkpoint_in_fp32_agrees_in_bf16(saved):
-    assert of_model(tiny_model()) == of_model(tiny_model().bfloat16()) == of_folder(saved)
+    assert model_fingerprint(tiny_model()) == model_fingerprint(tiny_model().bfloat16()) == of_folder(saved)
 
 
 def test_place_time_names_and_shards_do_not_matter(saved, tmp_path):
@@ -75,7 +77,7 @@ def test_place_time_names_and_shards_do_not_matter(saved, tmp_path):
 def test_it_needs_no_weights_in_memory_and_is_the_loaded_models(saved, monkeypatch):
     loaded, before = load_model(str(saved)), of_folder(saved)
     assert loaded.weights_fingerprint == before
-    monkeypatch.setattr("evoprune.pipeline.loading.fingerprint.of_files", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("evoprune.pipeline.loading.found.files_fingerprint", lambda *_: pytest.fail("read again"))
     assert loaded.weights_fingerprint == before
 
 
@@ -121,7 +123,7 @@ def test_weights_that_cannot_be_read_have_none(spoil, reason):
     model = tiny_model()
     spoil(model)
     with pytest.raises(UsageError, match=reason) as caught:
-        of_model(model)
+        model_fingerprint(model)
     assert caught.value.hint
 
 
@@ -130,8 +132,8 @@ def test_an_adapter_of_peft(saved):
     model = tiny_model()
     around = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     with pytest.raises(UsageError, match="an adapter changes"):
-        of_model(around.get_base_model())
-    assert of_model(around.merge_and_unload()) != of_folder(saved)
+        model_fingerprint(around.get_base_model())
+    assert model_fingerprint(around.merge_and_unload()) != of_folder(saved)
 
 
 def test_the_default_device_of_the_host_program_does_not_matter(saved):

@@ -19,11 +19,10 @@ from evoprune.language.positions import VisualSpan, prompt_positions
 from evoprune.language.prompt import VIDEO, build_prompt
 from evoprune.model import linear
 from evoprune.model.linear import PackedLinear
-from evoprune.pipeline.loading import device, model, weights
-from evoprune.pipeline.loading.device import DTYPES
+from evoprune.pipeline.loading import found, model, weights
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
+from evoprune.pipeline.loading.found import DTYPES, look_up
 from evoprune.pipeline.loading.model import InputLimits
-from evoprune.pipeline.loading.on_disk import look_up
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling.hugging_face import hugging_face_model
@@ -56,14 +55,14 @@ def test_weights_come_in_the_dtype_asked_for(saved, dtype):
 @pytest.mark.parametrize("name", DEMOS)
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypatch, has_bf16, expected, name):
-    monkeypatch.setattr(device, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(found, "cpu_has_bf16", lambda: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=saved))
     demo = load_model(name, device="cpu")
     assert (demo.dtype, demo.is_demo, demo.demo.world, demo.id) == ("fp32", True, DEMOS[name].world, name)
     assert load_model(name, device="cpu", dtype="bf16").dtype == "bf16"
     known = look_up(ModelOptions(name, device="cpu"))
-    assert (known.dtype, known.is_demo) == ("fp32", True)
+    assert (known.dtype, known.demo.world) == ("fp32", DEMOS[name].world)
 
 
 def test_a_loaded_model_answers(saved):
