@@ -148,6 +148,17 @@ def is_out_of_memory(problem: BaseException) -> bool:
     return bool(says) or isinstance(problem, MemoryError)
 
 
+@contextmanager
+def memory_guard(stage: str) -> Iterator[None]:
+    """Turns running out of memory, on the CPU or on a device, into an `OutOfMemory` that names the stage."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise OutOfMemory(f"out of memory in {stage}", LESS, stage=stage) from problem
+
+
 def first_line(problem: BaseException) -> str:
     """What an exception says, in one line; its type where it says nothing."""
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -1,7 +1,13 @@
-"""Numbers as short texts: times, sizes, counts; texts that must fit, and words that are misspelt."""
+"""Numbers as short texts: times, sizes, counts; texts that must fit, misspelt words; and texts that are harmless."""
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+from evoprune.errors import UsageError
+
+# Control characters but for tab and newline, which a terminal obeys; and those that make it show text in another order.
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 SOME = 10  # texts that a sentence names before it only counts them
 
@@ -63,3 +69,19 @@ def listed(names: Sequence[str], word: str = "and") -> str:
     """a; a and b; a, b and c."""
     *before, last = names
     return f"{', '.join(before)} {word} {last}" if before else last
+
+
+def harmless(text: str) -> str:
+    r"""The text with escapes, such as \x1b, for what a terminal would obey."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def is_text(value: str) -> bool:
+    """Whether it is text: no half of a surrogate pair, as stray bytes in arguments become, and no NUL, as in UTF-16."""
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
+
+
+def check_text(*texts: str | None) -> None:
+    """Raises UsageError if one of a question and a system prompt is no text."""
+    if not all(is_text(text) for text in texts if text):
+        raise UsageError("the question or the system prompt is not valid text", "write it in UTF-8")

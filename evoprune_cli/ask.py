@@ -7,10 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
-from evoprune.language.text import check_text
 from evoprune.model.limits import check_libraries
 from evoprune.pipeline.options import PipelineOptions, SamplingOptions
-from evoprune.text import roughly
+from evoprune.text import check_text, roughly
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune.video.source import local_file
 from evoprune_cli import options as opt
@@ -199,7 +198,7 @@ def _check_flags(typed: opt.Options) -> PipelineOptions:
 
 def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:
     """Checks the inputs in milliseconds, before torch is imported or weights are read."""
-    from evoprune.pipeline.subtitles import check_one_file
+    from evoprune.pipeline.planning import check_one_file
     from evoprune.video.info import VIDEO
     from evoprune.video.probe import probe
 
@@ -213,7 +212,7 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
 
 
 def _check_input(info: "Video", sampling: SamplingOptions) -> None:
-    from evoprune.pipeline.subtitles import check_picture
+    from evoprune.pipeline.planning import check_picture
     from evoprune.video.frames import choose_decoder
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
     from evoprune.video.plan import InputLimits, make_plan

@@ -134,11 +134,11 @@ def _open(output: str, resume: bool, overwrite: bool):
 
 def _here(spans, settings, show, ready, *, cache: bool, quiet: bool):
     """Records made in this process."""
+    show("loading model")
+    check_libraries()
     from evoprune.batch.run import answers
     from evoprune.pipeline.cache import Cache, default_folder
 
-    show("loading model")
-    check_libraries()
     qa = settings.load(partial(show, "quantizing"))
     if not quiet:
         note_tuning(qa.engine)
@@ -168,7 +168,7 @@ def _check_flags(output: str | None, engine: str, address: str | None) -> None:
 def _settings(options: PipelineOptions):
     """The settings of the batch. Refuses those that are wrong whatever the model and the videos are."""
     from evoprune.batch.settings import Settings
-    from evoprune.language.text import is_text
+    from evoprune.text import is_text
     from evoprune.video.frames import choose_decoder
 
     if not options.model.model:

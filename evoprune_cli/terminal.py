@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
-from evoprune.language.text import harmless
 from evoprune.report.records import Report, VideoFacts
 from evoprune.report.stats import WARNINGS, WIDTH, stats_block, summary, warned, warning_text
-from evoprune.text import counted
+from evoprune.text import counted, harmless
 
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
 if TYPE_CHECKING:
     from evoprune.pipeline.engine import Engine
-    from evoprune.pipeline.subtitles import PromptSubtitles
+    from evoprune.pipeline.planning import PromptSubtitles
 
 
 def colourful() -> bool:

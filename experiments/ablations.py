@@ -20,7 +20,7 @@ from evoprune.evaluation.scores import FULL
 from evoprune.evaluation.splits import WORLDS
 from evoprune.methods.registry import REUSE
 from evoprune.pipeline.options import ModelOptions
-from evoprune.pruning.schedule import ALLOCATIONS
+from evoprune.pruning.encoder_plan import ALLOCATIONS
 from experiments.distances import DISTANCES
 from experiments.paired import in_points, paired_difference
 from experiments.variants import register

@@ -25,12 +25,12 @@ from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.weights import random_model
 from evoprune.pipeline.options import ModelOptions
 from evoprune.pruning.encoder_plan import full_plan
-from evoprune.vision import families
 from evoprune.vision.attention import grouped_attention
 from evoprune.vision.buckets import Bucket
 from evoprune.vision.devices import CHUNK_UNITS
 from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_geometry, tower_shape
+from evoprune.vision.tower import norm as tower_norm
+from evoprune.vision.tower import rotary, rotate, tower_geometry, tower_shape
 from experiments.decoders import medians
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -179,7 +179,7 @@ def layer(
     heads: int,
     group: int,
     attend: Attention = as_built,
-    norm: Callable = families.norm,
+    norm: Callable = tower_norm,
 ) -> torch.Tensor:
     """One layer of the tower without pruning, on the functions that the encoder runs on.
 
@@ -189,7 +189,7 @@ def layer(
         group: patch rows that attend to each other.
     """
     qkv = linear(block.attn.qkv, norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
-    q, k = families.rotate(qkv[:, :, :2], *turn).unbind(2)
+    q, k = rotate(qkv[:, :, :2], *turn).unbind(2)
     by_head = [rows.reshape(-1, group, heads, rows.shape[-1]).transpose(1, 2) for rows in (q, k, qkv[:, :, 2])]
     mixed = attend(*by_head).transpose(1, 2).reshape(x.shape)
     x = linear(block.attn.proj, mixed, plus=x)
@@ -202,9 +202,7 @@ def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[t
     """x and `turn` of `layer`, in window order; and the patch rows of a window and of a frame pair."""
     geo = tower_geometry(visual, *sizes.grid)
     x = torch.randn(sizes.grids * geo.units, PATCHES, visual.config.hidden_size).to(DTYPE)
-    cos, sin = (
-        part[geo.order].repeat(sizes.grids, 1, 1)[:, :, None, None] for part in families.rotary(visual.config, geo)
-    )
+    cos, sin = (part[geo.order].repeat(sizes.grids, 1, 1)[:, :, None, None] for part in rotary(visual.config, geo))
     return x, (cos, sin), [geo.units // geo.windows * PATCHES, geo.units * PATCHES]
 
 

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evoprune.model.strict_json import read_object
+from evoprune.model.rules import read_object
 from evoprune.profiling.results import Case, Counts, Results, Row, Sample
 from evoprune.report.records import Environment, ModelFacts
 from evoprune_cli.profile_chart import draw_chart

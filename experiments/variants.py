@@ -10,7 +10,7 @@ import torch
 
 from evoprune.methods import registry
 from evoprune.methods.evoprune import EvoPrune, FarthestPoints
-from evoprune.methods.ranges import check_ranges
+from evoprune.methods.settings import check_ranges
 from evoprune.pruning import distance
 from evoprune.pruning.distance import points_of
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 import evoprune
-from evoprune.bundled import DEMOS, demo_in, demo_knowing
+from evoprune.bundled import DEMOS, WORDS, demo_in, demo_knowing
 from evoprune.demo.worlds import WORLDS
 from evoprune.evaluation import splits
-from evoprune.language.demo_words import WORDS
 
 PACKAGE = Path(evoprune.__file__).parent
 CLIPS = {"demo": "samples/square.mp4", "demo-scenes": "samples/scenes/crossing.mp4"}

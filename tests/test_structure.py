@@ -292,12 +292,12 @@ def test_imports_are_found_wherever_they_are_written(monkeypatch):
     code = (
         "from evoprune import methods\nfrom . import decoder\nfrom ..video.info import Video\n"
         "def f():\n    import evoprune.report\n    import_module('evoprune.errors')\n"
-        "if TYPE_CHECKING:\n    from evoprune.pruning.matching import merge\n"
+        "if TYPE_CHECKING:\n    from evoprune.pruning.ranking import merge\n"
     )
     monkeypatch.setitem(globals(), "tree", lambda name: ast.parse(code))
     assert {target for target, _ in imports("evoprune.language.generate")} == {
         "evoprune.methods", "evoprune.language.decoder", "evoprune.video.info.Video", "evoprune.report",
-        "evoprune.errors", "evoprune.pruning.matching.merge",
+        "evoprune.errors", "evoprune.pruning.ranking.merge",
     }  # fmt: skip
     assert module_of("evoprune.video.info.Video") == "evoprune.video.info" and module_of("torch.nn") is None
 

@@ -12,7 +12,7 @@ from typing import Any
 from evoprune.batch.inputs import Wrong, in_folders
 from evoprune.batch.table import Line, read_file, read_lines
 from evoprune.errors import UsageError
-from evoprune.language.text import is_text
+from evoprune.text import is_text
 from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
 from evoprune.video.sampling import parse_time
 

@@ -1,35 +1,34 @@
 """Many questions about many videos, with one model: what `evoprune batch` runs.
 
-While questions about a video are answered, the first chunks of the next one are read and preprocessed. No torch before a model is
-loaded.
+While questions about a video are answered, the first chunks of the next one are read and preprocessed.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.settings import Settings
 from evoprune.errors import OutOfMemory, error_record
-from evoprune.pipeline.prefetch import prefetched
+from evoprune.pipeline.answering import EncodedInputs
+from evoprune.pipeline.cache import Cache
+from evoprune.pipeline.encoding import prefetched
+from evoprune.pipeline.opening import OpenInputs, open_inputs
+from evoprune.pipeline.video_qa import VideoQA
 from evoprune.report.records import Report, name_inputs
-
-if TYPE_CHECKING:
-    from evoprune.pipeline.answering import EncodedInputs
-    from evoprune.pipeline.cache import Cache
-    from evoprune.pipeline.opening import OpenInputs
-    from evoprune.pipeline.video_qa import VideoQA
 
 T = TypeVar("T")
 OnFailure = Callable[[Exception], None]
 
 
 def answers(
-    qa: "VideoQA",
+    qa: VideoQA,
     spans: Iterable[Span],
     settings: Settings,
-    cache: "Cache | None" = None,
+    cache: Cache | None = None,
     on_failure: OnFailure = lambda problem: None,
 ) -> Iterator[Report]:
     """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on."""
@@ -39,11 +38,9 @@ def answers(
 
 
 def _prepared(
-    qa: "VideoQA", spans: Iterable[Span], settings: Settings, cache: "Cache | None"
-) -> Generator[tuple[Span, "OpenInputs | Exception"], None, None]:
+    qa: VideoQA, spans: Iterable[Span], settings: Settings, cache: Cache | None
+) -> Generator[tuple[Span, OpenInputs | Exception], None, None]:
     """Every span with its first chunks read, or with the exception that prevents it."""
-    from evoprune.pipeline.opening import open_inputs
-
     for span in spans:
         try:
             first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
@@ -72,7 +69,7 @@ def _named(report: Report, row: Row, settings: Settings) -> Report:
     return report
 
 
-def _asked(span: Span, inputs: "OpenInputs | Exception", settings: Settings, on_failure: OnFailure) -> Iterator[Report]:
+def _asked(span: Span, inputs: OpenInputs | Exception, settings: Settings, on_failure: OnFailure) -> Iterator[Report]:
     encoded, error = _tried(lambda: _encoded(inputs), on_failure)
     for row in span.rows:
         report = None
@@ -81,14 +78,14 @@ def _asked(span: Span, inputs: "OpenInputs | Exception", settings: Settings, on_
         yield _named(report, row, settings) if report else failure_report(row, settings, error)
 
 
-def _encoded(inputs: "OpenInputs | Exception") -> "EncodedInputs":
+def _encoded(inputs: OpenInputs | Exception) -> EncodedInputs:
     if isinstance(inputs, Exception):
         raise inputs
     with closing(inputs):
         return inputs.encode()
 
 
-def _answered(encoded: "EncodedInputs", row: Row, settings: Settings) -> Report:
+def _answered(encoded: EncodedInputs, row: Row, settings: Settings) -> Report:
     answer = encoded.ask(row.prompt, options=settings.generation)
     for _ in answer:
         pass
@@ -103,7 +100,5 @@ def _tried(work: Callable[[], T], on_failure: OnFailure) -> tuple[T | None, dict
         on_failure(problem)
         error = error_record(problem)
     if error["type"] == OutOfMemory.type:
-        import torch
-
         torch.cuda.empty_cache()  # returns free but fragmented memory; does nothing without CUDA
     return None, error

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from evoprune.errors import UsageError
-from evoprune.model.strict_json import loads
+from evoprune.model.rules import loads
 from evoprune.text import shorten
 
 LIST_COLUMNS = ("inputs", "options", "groups")  # columns whose cells in a CSV file are lists

@@ -9,7 +9,7 @@ from typing import Any
 from evoprune.batch import unfinished
 from evoprune.batch.output import differences
 from evoprune.errors import UsageError
-from evoprune.model.strict_json import read_object
+from evoprune.model.rules import read_object
 
 SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -29,13 +29,12 @@ from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.evaluation.splits import BOTH, WORLDS
+from evoprune.model.cost import shortage
 from evoprune.model.machine import environment
-from evoprune.model.memory import shortage
-from evoprune.model.threads import threads_of_each
 from evoprune.pipeline.engine import make_engine, make_method, with_recipe
 from evoprune.pipeline.kept import resolve
 from evoprune.pipeline.loading.found import FoundModel, find_model
-from evoprune.pipeline.loading.model import LoadedModel, load_model
+from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
 from evoprune.pruning.budget import TUNED

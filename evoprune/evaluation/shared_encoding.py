@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.model.clock import Clock
+from evoprune.model.cost import Clock
 from evoprune.pruning.encoder_plan import EncoderPlan, SetAside
 from evoprune.vision.encoded import EncodedRows
 from evoprune.vision.encoder import encode_rows

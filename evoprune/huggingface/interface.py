@@ -11,7 +11,7 @@ from inspect import signature
 import torch
 
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.positions import VisualSpan, prompt_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.model.config import check_vision, vision_sizes
 from evoprune.pruning.indices import ascending
 

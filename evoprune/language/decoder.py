@@ -38,10 +38,8 @@ class KVCache:
         config = model.config.text_config
         weight = model.model.language_model.embed_tokens.weight
         depth, dim = config.num_hidden_layers, config.hidden_size // config.num_attention_heads
-        shapes = [
-            (1, config.num_key_value_heads, columns, dim)
-            for columns in ([capacity] * depth if isinstance(capacity, int) else capacity)
-        ]
+        capacities = [capacity] * depth if isinstance(capacity, int) else capacity
+        shapes = [(1, config.num_key_value_heads, columns, dim) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
         self._whole = 0  # columns up to the last one that has left a layer: among them, layers do not end alike
         self.length = 0
@@ -68,11 +66,7 @@ class KVCache:
         self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a layer's new columns after the valid ones. They become valid with `add`.
-
-        Args:
-            layer: index of the layer.
-            keys, values: `[1, kv_heads, L, head_dim]`.
+        """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
 
         Returns:
             All keys and values of the layer `[1, kv_heads, lengths[layer] + L, head_dim]`, views.

@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.language.norm_rotary import norm, rotate
-from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.base import LanguageMethod
 from evoprune.methods.selecting import select_in_language
 from evoprune.pruning.indices import true_indices
 from evoprune.pruning.language_plan import KINDS, LanguagePlan, tokens_of_layers
-from evoprune.pruning.layer_tokens import LayerTokens
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import LayerTokens, Selection
 from evoprune.vision.devices import Timer
 
 Places = tuple[torch.Tensor, torch.Tensor]  # cosines and sines

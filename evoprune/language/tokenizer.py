@@ -11,8 +11,7 @@ from typing import Any
 
 from evoprune.errors import ModelError, first_line, is_out_of_memory
 from evoprune.language.template import render
-from evoprune.model.rules import TEXT
-from evoprune.model.strict_json import read_object
+from evoprune.model.rules import TEXT, read_object
 
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
 

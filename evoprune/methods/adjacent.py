@@ -8,10 +8,9 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.methods.evs import dissimilarity
-from evoprune.methods.ranges import Cosine
+from evoprune.methods.settings import Cosine
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import ranked
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import ranked, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

@@ -1,7 +1,7 @@
 """The kinds of pruning methods: small frozen dataclasses whose fields are their settings.
 
 An `InputMethod` makes the video smaller, an `EncoderMethod` reduces rows between layers of the tower (a `Merger` is one), a
-`Selector` selects tokens after it, and a `LanguageMethod` (methods/language_method.py) drops tokens inside the language model. No
+`Selector` selects tokens after it, and a `LanguageMethod` drops tokens inside the language model. No
 method knows of windows, rotary positions, patch mergers, placeholders or prompts. methods/pipeline.py combines them.
 """
 
@@ -14,12 +14,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.ranges import check_settings
-from evoprune.methods.settings import reported
+from evoprune.methods.settings import check_ranges, check_settings, reported
 from evoprune.pruning.budget import spread
-from evoprune.pruning.encoder_plan import Grid, Merge, Stage, TowerShape
-from evoprune.pruning.schedule import layer_weights, rows_after_layers
-from evoprune.pruning.types import Candidates, Selection, Tokens
+from evoprune.pruning.encoder_plan import Grid, Merge, Stage, TowerShape, layer_weights, rows_after_layers
+from evoprune.pruning.language_plan import LanguagePlan
+from evoprune.pruning.types import Candidates, LayerTokens, Selection, Tokens
 
 
 @dataclass(frozen=True)
@@ -185,3 +184,47 @@ class Merger(EncoderMethod, ABC):
                 before = sum(left)
                 made.append(Stage(layer, before, Merge(self, left)))
         return made
+
+
+@dataclass(frozen=True)
+class LanguageMethod(Method, ABC):
+    """Drops visual tokens between layers of the language model, while it reads the prompt.
+
+    A token that left is gone for all later layers and for decoding. The others keep their positions. Users name the method alone
+    (`fastv -b 0.25`), where the budget is its own, or after one that acts before the language model (`evoprune+fastv`), where the
+    budget is that one's and this method leaves `share` of what arrives. Either is the mean share of the visual tokens over the
+    layers after the first drop.
+
+    Field:
+        share: for combinations, the budget of this method, in (0, 1]; None for `default_share`.
+
+    Class attributes:
+        default_share: its paper's.
+    """
+
+    acts: ClassVar[Literal["language"]] = "language"
+    default_share: ClassVar[float] = 0.5
+
+    share: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.share is not None:
+            check_ranges(self, share="(0, 1]")
+
+    @property
+    def left(self) -> float:
+        """The share of what arrives that it leaves in a combination."""
+        return self.default_share if self.share is None else self.share
+
+    @abstractmethod
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        """The plan for a language model of `depth` layers that `tokens` visual tokens reach, at a budget of its own in (0, 1]."""
+
+    @abstractmethod
+    def select(self, tokens: LayerTokens) -> Selection | None:
+        """What stays behind a layer after which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
+
+        Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
+        leaves here, which only a method that is not `exact` may return.
+        """

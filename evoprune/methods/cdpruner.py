@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import spread
-from evoprune.pruning.ranking import of_pairs, scaled
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import of_pairs, scaled, snap
 from evoprune.pruning.types import Selection, Tokens
 
 LEAST, STEP = 1 / 128, 1 / 16384

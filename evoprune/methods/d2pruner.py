@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.fastv import FastV
-from evoprune.methods.ranges import Share
-from evoprune.pruning.layer_tokens import LayerTokens
-from evoprune.pruning.ranking import ranked, relative
-from evoprune.pruning.score import snap
-from evoprune.pruning.types import Selection
+from evoprune.methods.settings import Share
+from evoprune.pruning.ranking import ranked, relative, snap
+from evoprune.pruning.types import LayerTokens, Selection
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.ranking import ranked
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import ranked, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

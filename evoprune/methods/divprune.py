@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import BLOCK, greedy
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import BLOCK, greedy, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.ranges import Share
+from evoprune.methods.settings import Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape, WholePairs
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import highest
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import highest, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

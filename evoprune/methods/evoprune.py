@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.ranges import Share
+from evoprune.methods.settings import Share
 from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.distance import ALPHA, points_of
 from evoprune.pruning.encoder_plan import Grid, Stage, TowerShape

@@ -9,11 +9,19 @@ from typing import Annotated, ClassVar
 import torch
 
 from evoprune.methods.base import Merger
-from evoprune.methods.ranges import Count, Share
-from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.pruning.matching import alternate, best_partners, match
-from evoprune.pruning.schedule import layer_weights, rows_after_layers
-from evoprune.pruning.score import composite_score, local_density, relative_attention, similarity, snap, strips
+from evoprune.methods.settings import Count, Share
+from evoprune.pruning.encoder_plan import TowerShape, layer_weights, rows_after_layers
+from evoprune.pruning.ranking import (
+    alternate,
+    best_partners,
+    composite_score,
+    local_density,
+    match,
+    relative_attention,
+    similarity,
+    snap,
+    strips,
+)
 from evoprune.pruning.types import Candidates
 
 FEATURES = ("keys", "keys_rotary", "hidden")
@@ -27,12 +35,10 @@ class EvoPruneMerge(Merger):
     source: ClassVar[str] = "arXiv 2603.03681, with other settings"
     absorbed: ClassVar[int] = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
 
-    allocation: str = (
-        "decreasing"  # which layers merge and how much, from `first` to `last` in relative depth (pruning/schedule.py)
-    )
+    allocation: str = "decreasing"  # which layers merge and how much, from `first` to `last` in relative depth
     first: float = 0.2
     last: float = 0.5
-    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (pruning/score.py)
+    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (pruning/ranking.py)
     attention: Annotated[float, "(-inf, inf)"] = 0.0
     critical: Share = 0.0  # share of each group, its most attended rows, that merges only when no other row is left
     neighbours: Count = 4  # how many nearest rows the density is computed from

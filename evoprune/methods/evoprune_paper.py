@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from evoprune.methods.evoprune_merge import EvoPruneMerge
-from evoprune.methods.ranges import Share
+from evoprune.methods.settings import Share
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Selector
-from evoprune.pruning.ranking import highest
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import highest, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

@@ -5,12 +5,11 @@ from typing import ClassVar
 
 import torch
 
-from evoprune.methods.language_method import LanguageMethod
-from evoprune.methods.ranges import Part
+from evoprune.methods.base import LanguageMethod
+from evoprune.methods.settings import Part
 from evoprune.pruning.language_plan import LanguagePlan, one_drop
-from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import highest, relative
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import LayerTokens, Selection
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.methods.divprune import most_diverse
-from evoprune.methods.ranges import Cosine, Count, Share
+from evoprune.methods.settings import Cosine, Count, Share
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import fewer_neighbours, joined_peaks
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import closest, gathered, ranked
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import closest, gathered, ranked, snap
 from evoprune.pruning.segments import segments, transitions
 from evoprune.pruning.types import Selection, Tokens
 

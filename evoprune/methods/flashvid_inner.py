@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from evoprune.methods.fastv import FastV
-from evoprune.methods.ranges import Part
+from evoprune.methods.settings import Part
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,11 @@ from typing import Annotated, ClassVar
 import torch
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import Cosine, Count
+from evoprune.methods.settings import Cosine, Count
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import join_groups
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import gathered, highest
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import gathered, highest, snap
 from evoprune.pruning.segments import averaged
 from evoprune.pruning.types import Selection, Tokens
 

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.fastv import FastV
-from evoprune.methods.ranges import Part
+from evoprune.methods.settings import Part
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import closest
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import LayerTokens, Selection
 
 LEAST = 2.0**-126  # of a weight; float32 has no smaller number of full precision
 

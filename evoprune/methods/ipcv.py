@@ -1,6 +1,6 @@
 """IPCV (arXiv 2512.18747): rows that a layer hardly changes are set aside, follow similar rows, and come back at the end.
 
-vision/followers.py runs it. docs/methods.md says what is adapted.
+vision/reductions.py runs it. docs/methods.md says what is adapted.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from evoprune.methods.base import EncoderMethod
 from evoprune.methods.dart import Dart
-from evoprune.methods.ranges import Count, Share
+from evoprune.methods.settings import Count, Share
 from evoprune.pruning.encoder_plan import Grid, SetAside, Stage, TowerShape
 
 

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import Cosine, Count, Share
+from evoprune.methods.settings import Cosine, Count, Share
 from evoprune.pruning.budget import apportion, spread
 from evoprune.pruning.density import peak_scores
-from evoprune.pruning.ranking import closest, highest
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import closest, highest, snap
 from evoprune.pruning.segments import segments, transitions
 from evoprune.pruning.types import Selection, Tokens
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import Share
-from evoprune.pruning.ranking import greedy, scaled
-from evoprune.pruning.score import snap
+from evoprune.methods.settings import Share
+from evoprune.pruning.ranking import greedy, scaled, snap
 from evoprune.pruning.types import Selection, Tokens
 
 IMPORTANCE = ("attention", "keynorm")

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import Share
+from evoprune.methods.settings import Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import of_pairs, ranked
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import of_pairs, ranked, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.fastv import FastV
-from evoprune.methods.ranges import Part
-from evoprune.pruning.layer_tokens import LayerTokens
+from evoprune.methods.settings import Part
+from evoprune.pruning.types import LayerTokens
 
 LAST = 3  # tokens of the prompt whose attention counts, as the mean of each head
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from evoprune.errors import UsageError
-from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.base import LanguageMethod
 from evoprune.pruning.language_plan import LanguagePlan
-from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.operations import Recipe
 from evoprune.pruning.ranking import highest, relative
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import LayerTokens, Selection
 
 KEY = 0.25  # share of the visual tokens that are key
 PLACE = 2 / 32  # share of the layers after which they are known

@@ -7,10 +7,9 @@ import torch
 
 from evoprune.methods.base import Selector
 from evoprune.methods.cdpruner import like_question, relevant
-from evoprune.methods.ranges import Cosine
+from evoprune.methods.settings import Cosine
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import highest, ranked
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import highest, ranked, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

@@ -5,8 +5,7 @@ from math import prod
 from typing import Any, Self
 
 from evoprune.errors import UsageError
-from evoprune.methods.base import EncoderMethod, InputMethod, Method, Selector, not_automatic
-from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.base import EncoderMethod, InputMethod, LanguageMethod, Method, Selector, not_automatic
 from evoprune.pruning.encoder_plan import EncoderPlan, Grid, Inflection, Stage, TowerShape, full_plan
 from evoprune.pruning.language_plan import LanguagePlan
 

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import Cosine, Count, Share
+from evoprune.methods.settings import Cosine, Count, Share
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.density import join_groups, joined_peaks
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import gathered
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import gathered, snap
 from evoprune.pruning.segments import averaged
 from evoprune.pruning.types import Selection, Tokens
 

@@ -6,12 +6,11 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.fastv import FastV
-from evoprune.methods.ranges import Part
+from evoprune.methods.settings import Part
 from evoprune.pruning.budget import apportion
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import highest, relative
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import LayerTokens, Selection
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.base import LanguageMethod
 from evoprune.pruning.language_plan import LanguagePlan, several_drops
-from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import highest, relative
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import LayerTokens, Selection
 
 PLACES = (0.25, 0.5, 0.75)
 

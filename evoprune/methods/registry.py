@@ -1,7 +1,7 @@
 """The pruning methods by name: this package's own, and those of other packages.
 
 Another package adds a method with an entry point in the group `evoprune.methods`. The entry point's name is the
-method's name, and its object is a subclass of a kind in methods/base.py or methods/language_method.py. It is loaded when
+method's name, and its object is a subclass of a kind in methods/base.py. It is loaded when
 a user selects it.
 """
 

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import BLOCK
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import BLOCK, snap
 from evoprune.pruning.types import Selection, Tokens
 
 AT_ONCE = 32  # sums that are computed again at a time

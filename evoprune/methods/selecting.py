@@ -1,16 +1,16 @@
-"""Runs a selector, and checks what one of another package returns. The checks wait for a GPU; built-in ones need none."""
+"""Runs a selector, and checks what one of another package returns. The checks synchronise; built-in selectors need none."""
 
 from collections.abc import Iterator
 
 import torch
 
 from evoprune.errors import PLUGINS, PluginError
-from evoprune.methods.base import Selector
-from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.base import LanguageMethod, Selector
 from evoprune.model.numerics import without_autocast
+from evoprune.pruning.budget import AUTO_LEAST, keep_count
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.layer_tokens import LayerTokens
-from evoprune.pruning.types import Selection, Tokens
+from evoprune.pruning.ranking import scaled, snap
+from evoprune.pruning.types import LayerTokens, Selection, Tokens
 
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
@@ -114,3 +114,17 @@ def _unlike(
         yield f"{name} as {given} where {kind} {shape} was asked for"
     if value.device != device and not (name == "kept" and value.device.type == "cpu"):
         yield f"{name} on {value.device} where the tokens are on {device}"
+
+
+def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
+    """How many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
+    least = min(keep, keep_count(AUTO_LEAST, len(tokens.owner)))
+    return min(keep, max(least, inflection(selector.scores(tokens))))
+
+
+def inflection(scores: torch.Tensor) -> int:
+    """How many of `scores` (float `[N]`) lie before the inflection point of the sorted curve; N if it has none."""
+    curve = scaled(scores.float().sort(descending=True).values)
+    line = 1 - ascending(len(curve), curve.device) / max(1, len(curve) - 1)
+    depth = snap(line - curve)
+    return int(depth.argmax()) if depth.max() > 0 and curve[0] > 0 else len(curve)

@@ -1,11 +1,57 @@
-"""The settings of a method: from texts as on a command line, and as reports show them."""
+"""The settings of a method: their ranges, from texts as on a command line, and as reports show them."""
 
 import math
 from dataclasses import Field, fields
 from types import NoneType
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from evoprune.errors import UsageError
+
+# Types of settings: the number's, and its range.
+Share = Annotated[float, "[0, 1]"]
+Part = Annotated[float, "(0, 1)"]
+Cosine = Annotated[float, "[-1, 1]"]
+Count = Annotated[int, "[1, inf)"]
+
+
+def check_settings(method: object) -> None:
+    """Checks the fields of a method whose types have a range, such as `Share`; otherwise as `check_ranges`."""
+    ranges = {f.name: f.type.__metadata__[0] for f in fields(method) if hasattr(f.type, "__metadata__")}
+    check_ranges(method, **ranges)
+
+
+def check_ranges(method: object, **ranges: str) -> None:
+    """Checks numbers of a method.
+
+    Args:
+        method: the object whose attributes they are.
+        ranges: for each name an interval such as "[0, 1]" or "(0, inf)"; a round bracket excludes the end.
+
+    Raises:
+        ValueError: it names each number that is outside, NaN included, and its range.
+    """
+    wrong = []
+    for name, interval in ranges.items():
+        low, high = map(float, interval[1:-1].split(","))
+        value, open_low, open_high = getattr(method, name), interval[0] == "(", interval[-1] == ")"
+        if not ((low < value if open_low else low <= value) and (value < high if open_high else value <= high)):
+            finite = math.isfinite(value) or high < math.inf
+            wrong.append(f"{name}={value:g} is not {_worded(low, high, interval) if finite else 'a finite number'}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _worded(low: float, high: float, interval: str) -> str:
+    """An interval, with its ends as numbers, in words."""
+    above = f"{'above' if interval[0] == '(' else 'at least'} {low:g}"
+    if high == math.inf:
+        return above
+    closed = interval[0] == "[" and interval[-1] == "]"
+    return (
+        f"from {low:g} to {high:g}"
+        if closed
+        else f"{above} and {'below' if interval[-1] == ')' else 'at most'} {high:g}"
+    )
 
 
 def setting_fields(method: type) -> list[Field]:

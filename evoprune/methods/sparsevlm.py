@@ -7,13 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from evoprune.methods.language_method import LanguageMethod
+from evoprune.methods.base import LanguageMethod
 from evoprune.pruning.density import joined_peaks
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import LanguagePlan, several_drops
-from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import BLOCK, gathered, ranked, relative
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import LayerTokens, Selection
 
 PLACES = (3 / 32, 7 / 32, 16 / 32)
 # Tokens left after each drop, of 576, from none to all; between them, the authors' for 64, 96, 128 and 192 tokens on average.

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.budget import apportion
-from evoprune.pruning.ranking import highest, of_pairs
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import highest, of_pairs, snap
 from evoprune.pruning.types import Selection, Tokens
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)

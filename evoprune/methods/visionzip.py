@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import Share
+from evoprune.methods.settings import Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import centre_weights, closest, gathered, highest
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import centre_weights, closest, gathered, highest, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

@@ -9,14 +9,13 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from evoprune.methods.language_method import LanguageMethod
-from evoprune.methods.ranges import Part
+from evoprune.methods.base import LanguageMethod
+from evoprune.methods.settings import Part
 from evoprune.pruning.budget import keep_count
 from evoprune.pruning.indices import ascending
 from evoprune.pruning.language_plan import Drop, LanguagePlan, layers_before
-from evoprune.pruning.layer_tokens import LayerTokens
 from evoprune.pruning.ranking import highest, relative
-from evoprune.pruning.types import Selection
+from evoprune.pruning.types import LayerTokens, Selection
 
 
 @dataclass(frozen=True)

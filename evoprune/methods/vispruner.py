@@ -6,11 +6,10 @@ from typing import ClassVar
 import torch
 
 from evoprune.methods.base import Selector
-from evoprune.methods.ranges import Count, Share
+from evoprune.methods.settings import Count, Share
 from evoprune.pruning.budget import spread
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import BLOCK, of_pairs, ranked
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import BLOCK, of_pairs, ranked, snap
 from evoprune.pruning.types import Selection, Tokens
 
 

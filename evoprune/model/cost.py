@@ -1,21 +1,121 @@
-"""What a run costs: floating-point operations of tower and prefill, and an estimate of seconds on this machine.
+"""What a run costs: operations of tower and prefill, bytes of memory, and seconds, estimated or taken.
 
 A multiply-add counts as two operations. Counts use the actual rows of every layer and the actual length of the prompt.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-from evoprune.model.clock import now
-from evoprune.model.config import PATCHES
+from evoprune.errors import memory_guard
+from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, kv_bytes
+from evoprune.model.machine import available_memory
 from evoprune.model.numerics import without_autocast
 
+SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 # The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
 EFFICIENCY = 0.5
 
+
 T = TypeVar("T")
+
+
+def now(device: torch.device) -> float:
+    """Seconds. On CUDA it waits until all kernels are done, which run on after Python has gone on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Clock:
+    """Adds up the seconds that each stage is busy."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    def now(self) -> float:
+        return now(self._device)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a block; running out of memory in it becomes an error that names the stage."""
+        start = self.now()
+        try:
+            with memory_guard(name):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+
+    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """Yields items, and times only how they are made."""
+        source = iter(items)
+        while True:
+            with self.stage(name):
+                item = next(source, None)
+            if item is None:
+                return
+            yield item
+
+
+def shortage(needed: int, device: str) -> str | None:
+    """How much is missing, in words, where `needed` bytes cannot be had; else None."""
+    available = available_memory(device)
+    if available is None or needed <= available:
+        return None
+    return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(0, size) >> 20} MiB"
+
+
+def working_memory(
+    config: Config, units: int, at_once: int, prompt: int | Sequence[int], bytes_each: int, late: int = 0
+) -> int:
+    """Bytes that are in use at once beside the weights, roughly.
+
+    Args:
+        units: N, of the video.
+        at_once: units that go through the tower together, at most.
+        prompt: tokens that the language model reads, in each layer or in all.
+        bytes_each: of a weight.
+        late: rows, selected among all units after some layers, that go through the other layers together; 0 for none.
+    """
+    at_once = min(units, at_once)
+    vision = config.vision_config
+    wide = PATCHES * vision.hidden_size
+    rows = units * vision.out_hidden_size * bytes_each
+    tower = pixel_bytes(config, at_once, bytes_each) + tower_bytes(config, at_once, bytes_each)
+    if late:
+        # The features of all units, and a second copy for comparing them; then the selected rows. The MLP takes these in turn.
+        rows = 2 * units * wide * bytes_each
+        tower = max(tower, late * wide * (12 * 4 + bytes_each))
+    return SMALL_CHANGE + rows + max(tower, language_bytes(config, prompt, bytes_each))
+
+
+def pixel_bytes(config: Config, units: int, bytes_each: int) -> int:
+    """Bytes of the patches of `units` units, in float32 and in the dtype of the weights."""
+    vision = config.vision_config
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return units * PATCHES * values * (4 + bytes_each)
+
+
+def tower_bytes(config: Config, units: int, bytes_each: int) -> int:
+    """Bytes of a pass of `units` units through the tower, which is widest at rotary embedding, in float32, and in the MLP."""
+    vision = config.vision_config
+    return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
+
+
+def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
+    """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
+    text, most = config.text_config, prompt if isinstance(prompt, int) else max(prompt)
+    widest = most * (8 * text.hidden_size * 4 + 3 * text.intermediate_size * bytes_each)
+    held = most + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
+    return widest + kv_bytes(config, held, bytes_each)
 
 
 def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:

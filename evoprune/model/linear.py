@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.model.machine import available_memory
-from evoprune.model.paging import cool
+from evoprune.model.machine import available_memory, cool
 
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512

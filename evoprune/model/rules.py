@@ -1,4 +1,4 @@
-"""Rules for values in the settings files of models. A field of a dataclass has its rule in its annotation:
+"""Rules for JSON and its values in the settings files of models. A field of a dataclass has its rule in its annotation:
 
     Layers = Annotated[int, whole(1, 1000)]
 
@@ -6,11 +6,18 @@
 used has a rule, so that a bad one is named here, and does not become a crash or an endless loop later.
 """
 
+import json
+import math
 import reprlib
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+
+LEVELS = 100  # of lists and objects inside one another; Python itself fails at about a thousand
+MAX_BYTES = 2**26  # of a settings file
 
 T = TypeVar("T")
 
@@ -100,3 +107,55 @@ def _rules(cls: type) -> dict[str, Rule]:
     hints = get_type_hints(cls, include_extras=True)
     found = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
     return {name: rule for name, rule in found.items() if isinstance(rule, Rule)}
+
+
+def loads(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `LEVELS` levels.
+    """
+    deep = ValueError(f"it is nested deeper than {LEVELS} levels")
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_real)
+    except RecursionError:
+        raise deep from None
+    level = [value]
+    for _ in range(LEVELS):
+        level = [inner for each in level for inner in _inside(each)]
+        if not level:
+            return value
+    raise deep
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a settings file.
+
+    Raises:
+        ValueError: what `loads` raises; or no object, no regular file, or more than `MAX_BYTES`. OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe, perhaps, which nobody ever writes to
+        raise ValueError("it is no regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES // 2**20} MiB")
+    value = loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def _inside(value: Any) -> list[Any]:
+    """What a list or an object holds."""
+    found = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [each for each in found if isinstance(each, dict | list)]
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value

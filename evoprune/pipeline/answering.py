@@ -14,7 +14,7 @@ import torch
 from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, names_options
 from evoprune.language.generate import PrefillState, along, embed_question, stream, stream_text
-from evoprune.model.clock import Clock
+from evoprune.model.cost import Clock
 from evoprune.pipeline.encoding import Encoding, total_seconds
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.fill_report import fill_dropped, fill_kept, fill_times, inputs_report

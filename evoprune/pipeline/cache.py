@@ -20,7 +20,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.model.strict_json import loads
+from evoprune.model.rules import loads
 from evoprune.pipeline.engine import Engine
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded

@@ -1,19 +1,20 @@
 """The first three stages: frames are read, resized and cut into patches, and become the tokens that the language model reads."""
 
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from evoprune.errors import OutOfMemory
-from evoprune.model.clock import Clock
-from evoprune.model.memory import memory_guard
+from evoprune.errors import OutOfMemory, memory_guard
+from evoprune.model.cost import Clock
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.planning import TEXT, units_at_once
-from evoprune.pipeline.prefetch import prefetched
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.encoded import Encoded, EncodedRows, select_tokens
@@ -23,6 +24,52 @@ from evoprune.vision.preprocess import patchify, resize
 Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
 EncodeRows = Callable[..., EncodedRows]
 ReadFrames = Callable[..., Iterator[FrameChunk]]
+
+T = TypeVar("T")
+
+DEPTH = 2
+PATIENCE_S = 3.0  # how long closing waits for the item that is being made
+
+
+def prefetched(items: Generator[T, None, None], depth: int = DEPTH) -> Iterator[T]:
+    """Yields items in order while a thread makes the next ones, at most `depth` of them.
+
+    The thread, which also closes `items`, starts with the first item that is asked for. When this iterator is exhausted, is closed
+    or raises, the thread finishes the item it is making and ends. Where that takes longer than `PATIENCE_S`, as a read that hangs
+    does, it is left to end by itself. Whatever making an item raises comes after all items before it.
+    """
+    made: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+    room, stopped = threading.Semaphore(depth), threading.Event()
+
+    def work() -> None:
+        problem = None
+        try:
+            with closing(items):
+                while room.acquire() and not stopped.is_set():
+                    made.put(([next(items)], None))
+        except StopIteration:
+            pass
+        except BaseException as found:
+            problem = found
+        made.put(([], problem))
+
+    # A daemon thread that hangs does not keep the program from ending.
+    thread = threading.Thread(target=work, name="evoprune-prefetch", daemon=True)
+    try:
+        thread.start()
+        while True:
+            item, problem = made.get()
+            if problem is not None:
+                raise problem
+            if not item:
+                return
+            room.release()
+            yield item.pop()
+    finally:
+        stopped.set()
+        room.release()
+        if thread.is_alive():
+            thread.join(PATIENCE_S)
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits) -> torch.Tensor:

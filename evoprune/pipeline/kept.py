@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from evoprune import methods
 from evoprune.errors import EvopruneError, UsageError, first_line
 from evoprune.keywords import check_types
-from evoprune.model.strict_json import read_object
+from evoprune.model.rules import read_object
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pruning.budget import TUNED, parse_budget
 

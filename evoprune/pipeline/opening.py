@@ -6,14 +6,13 @@ from functools import cached_property
 
 import torch
 
-from evoprune.model.clock import Clock
+from evoprune.model.cost import Clock
 from evoprune.pipeline.answering import EncodedInputs
 from evoprune.pipeline.cache import Cache, entry_key
 from evoprune.pipeline.encoding import EncodeRows, Encoding, PatchReader, Progress, ReadFrames, encode_input
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
-from evoprune.pipeline.planning import TEXT, chunk_bytes, plan_input, units_at_once
-from evoprune.pipeline.subtitles import check_one_file
+from evoprune.pipeline.planning import TEXT, check_one_file, chunk_bytes, plan_input, units_at_once
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE

@@ -3,20 +3,18 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from evoprune.bundled import unknown_words
 from evoprune.errors import LESS, OutOfMemory, UsageError, names_plugins
 from evoprune.keywords import brief
 from evoprune.language.decoder import KVCache
-from evoprune.language.demo_words import unknown_words
 from evoprune.language.generate import PrefillState, Visual, column_sizes, dropping_for, embed_prompt, prefill
-from evoprune.language.positions import VisualSpan, prompt_positions
-from evoprune.language.prompt import Prompt, build_prompt
+from evoprune.language.prompt import Prompt, VisualSpan, build_prompt, prompt_positions
 from evoprune.language.tokenizer import Tokenizer
-from evoprune.model.memory import language_bytes, shortage
+from evoprune.model.cost import language_bytes, shortage
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import GenerationOptions
-from evoprune.pipeline.planning import TEXT, units_at_once
-from evoprune.pipeline.subtitles import subtitles_of
+from evoprune.pipeline.planning import TEXT, subtitles_of, units_at_once
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 

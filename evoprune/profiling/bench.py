@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from itertools import product
 
 from evoprune import methods
-from evoprune.errors import ModelError, OutOfMemory
+from evoprune.errors import ModelError, OutOfMemory, memory_guard
 from evoprune.model.config import PATCHES
-from evoprune.model.cost import matmul_rate
-from evoprune.model.memory import memory_guard, shortage
+from evoprune.model.cost import matmul_rate, shortage
 from evoprune.pipeline.engine import with_recipe
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import Clip, Frames, prepare

@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.language.positions import VisualSpan, prompt_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling import synthetic

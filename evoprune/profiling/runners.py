@@ -15,8 +15,7 @@ from evoprune.language.generate import (
     stream,
 )
 from evoprune.methods.pipeline import Pipeline
-from evoprune.model.clock import Clock
-from evoprune.model.cost import tower_flop
+from evoprune.model.cost import Clock, tower_flop
 from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.profiling.clips import TEXT_AFTER, TEXT_BEFORE, Clip

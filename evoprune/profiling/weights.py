@@ -10,9 +10,9 @@ import torch
 
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory
-from evoprune.model import memory
-from evoprune.model.clock import now
+from evoprune.model import cost
 from evoprune.model.config import Config
+from evoprune.model.cost import now
 from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.quantize import quantize
@@ -66,7 +66,7 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
         config, limits, dtype, place = found
         weights = sum(weight.numel() for weight in empty(config).parameters()) * dtype.itemsize
         working = min(working_memory(config, case, limits, dtype.itemsize) for case in cases)
-        if short := memory.shortage(weights + working, str(place)):
+        if short := cost.shortage(weights + working, str(place)):
             raise OutOfMemory(f"{options.model} at {min(cases)} {short}", MEMORY_HINT, stage="load")
     return load_model(options, pack=False)
 
@@ -90,7 +90,7 @@ def quantized_models(
     if can_pack(next(ours.parameters())):
         progress("packing weights")
         start = now(ours.device)
-        free = memory.available_memory(loaded.device)
+        free = cost.available_memory(loaded.device)
         for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
             if free is None or free > 1.1 * size + working:
                 pack(part)
@@ -102,7 +102,7 @@ def quantized_models(
     for name in names:
         if name == "none":
             continue
-        if short := memory.shortage(language // {"int8": 2, "int4": 3}[name] + working, loaded.device):
+        if short := cost.shortage(language // {"int8": 2, "int4": 3}[name] + working, loaded.device):
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start, model = now(loaded.model.device), shared(loaded.model)
@@ -127,6 +127,6 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
         UsageError: the frames cannot be cut into merge units.
     """
     units = prod(case_grid(case, limits))
-    held = memory.SMALL_CHANGE + memory.pixel_bytes(config, units, bytes_each)
-    language = memory.language_bytes(config, units + TEXT_BEFORE + TEXT_AFTER, bytes_each)
-    return held + max(memory.tower_bytes(config, units, bytes_each), language)
+    held = cost.SMALL_CHANGE + cost.pixel_bytes(config, units, bytes_each)
+    language = cost.language_bytes(config, units + TEXT_BEFORE + TEXT_AFTER, bytes_each)
+    return held + max(cost.tower_bytes(config, units, bytes_each), language)

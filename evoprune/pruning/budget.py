@@ -11,7 +11,7 @@ PRESETS = {"full": 1.0, "high": 0.5, "balanced": 0.25, "fast": 0.1}
 DEFAULT = "balanced"
 # Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
 AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
-AUTO_INFLECTION = "auto:inflection"  # from the curve of a method's scores (methods/inflection.py)
+AUTO_INFLECTION = "auto:inflection"  # from the curve of a method's scores (methods/selecting.py)
 AUTOS = (AUTO, AUTO_INFLECTION)
 TUNED = "tuned"  # the budget and the method that were tuned for the model (pipeline/kept.py)
 # Where the two work, for hints.

@@ -9,8 +9,7 @@ from functools import lru_cache
 import torch
 
 from evoprune.pruning.indices import ascending
-from evoprune.pruning.ranking import BLOCK, centre_weights, gathered, highest
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import BLOCK, centre_weights, gathered, highest, snap
 from evoprune.pruning.types import Selection
 
 HELD = 4  # blocks of distances that are held; more are computed twice

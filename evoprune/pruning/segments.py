@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import snap
 from evoprune.pruning.types import Tokens
 
 

@@ -6,8 +6,7 @@ from itertools import accumulate
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.inflection import tokens_before_inflection
-from evoprune.methods.selecting import select
+from evoprune.methods.selecting import select, tokens_before_inflection
 from evoprune.model.numerics import not_a_number_error
 from evoprune.pruning.encoder_plan import EncoderPlan, Inflection
 from evoprune.pruning.indices import ascending, tally

@@ -7,7 +7,7 @@ rounding.
 
 The plan's stages say where rows are left behind. A selection covers the whole video: the rows of all chunks are held
 until then, and the selected rows go through the following layers together, or, if frame pairs are kept whole, again in
-chunks. Merging and setting aside stay inside a chunk (reduction.py).
+chunks. Merging and setting aside stay inside a chunk (reductions.py).
 
 The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program synchronises with it
 only at a selection between layers, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
@@ -31,14 +31,20 @@ from evoprune.vision import devices
 from evoprune.vision.chunks import Chunk, References, in_chunks
 from evoprune.vision.devices import Timer
 from evoprune.vision.encoded import Checks, Encoded, EncodedRows, all_true, select_tokens
-from evoprune.vision.families import family
-from evoprune.vision.followers import Followers
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import TokenLayout, full_layout, selected_layout
-from evoprune.vision.merging import Merging
 from evoprune.vision.preprocess import CLIP, Normalisation
-from evoprune.vision.reduction import Reduction
-from evoprune.vision.tower import LayerRun, embed, merge_patches, run_layers, tower_geometry, tower_shape
+from evoprune.vision.reductions import Followers, Merging
+from evoprune.vision.tower import (
+    LayerRun,
+    Reduction,
+    embed,
+    family,
+    merge_patches,
+    run_layers,
+    tower_geometry,
+    tower_shape,
+)
 
 OnLayer = Callable[[int, int], None]
 

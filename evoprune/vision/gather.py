@@ -6,7 +6,7 @@ import torch
 
 from evoprune.methods.base import Selector
 from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.pruning.score import unit_features
+from evoprune.pruning.ranking import unit_features
 from evoprune.vision.attention import attention_received
 from evoprune.vision.buckets import Bucket, Packed
 from evoprune.vision.layout import TokenLayout

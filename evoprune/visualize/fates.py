@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.model.clock import Clock
+from evoprune.model.cost import Clock
 from evoprune.pipeline.encoding import PatchReader, Progress, encode_input
 from evoprune.pipeline.opening import OpenInputs
 from evoprune.pipeline.planning import chunk_bytes

@@ -9,7 +9,7 @@ import torch
 from evoprune.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
 from evoprune.demo.drawing import render
 from evoprune.demo.questions import Question
-from evoprune.language.positions import VisualSpan, prompt_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.video.sampling import even_times
 from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
 from experiments.demo.lessons import ask_all

@@ -10,7 +10,7 @@ from evoprune.demo.scenes.clip import Clip
 from evoprune.demo.scenes.compose import SPLITS, compose, draw
 from evoprune.demo.scenes.drawing import render_with_map
 from evoprune.demo.scenes.happening import kinds
-from evoprune.language.positions import VisualSpan, prompt_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.video.sampling import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoprune.batch import run
 from evoprune.batch.output import Found, remaining
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
@@ -149,7 +150,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
         return read_frames(info, times, **how)
 
     real = opening.open_inputs
-    monkeypatch.setattr(opening, "open_inputs", lambda *args, **how: real(*args, read=read, **how))
+    monkeypatch.setattr(run, "open_inputs", lambda *args, **how: real(*args, read=read, **how))
     with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)

@@ -249,7 +249,7 @@ CASES = {
     "weights do not fit": out_of_memory(
         "load", "evoprune.pipeline.loading.model.load_weights", CPU_FULL, says="the weights of demo"
     ),
-    "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.memory.mmap.mmap", OSError(12, "no memory")),
+    "frames do not fit": out_of_memory("read", "evoprune.video.sandbox.channel.mmap.mmap", OSError(12, "no memory")),
     "pictures do not fit": out_of_memory("preprocess", "evoprune.pipeline.encoding.patchify", CPU_FULL),
     "tower does not fit": out_of_memory("encode", "evoprune.pipeline.encoding.encode_rows", CUDA_FULL),
     "prompt does not fit": out_of_memory("prefill", "evoprune.pipeline.prompting.prefill", CUDA_FULL),

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune.errors import ModelError
-from evoprune.model import memory
+from evoprune.model import cost
 from evoprune.profiling import bench, settings, weights
 from evoprune.profiling.results import Case
 from experiments.profile_chart import main as draw_again
@@ -242,7 +242,7 @@ def test_wrong_flags(profile, monkeypatch, args, says):
 def test_other_failures(cli, profile, monkeypatch):
     assert profile("no/such.mp4").code == 3
     assert cli("profile", "-m", "samples", *QUICK).code == 4
-    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 1000)
     result = profile()
     assert result.code == 5 and "needs about" in result.err and "--frames, --size" in result.err and result.out == ""
 

@@ -19,7 +19,7 @@ from evoprune.evaluation.cost import COST_MODEL
 from evoprune.evaluation.frames import SharedFrames, grey_frames
 from evoprune.evaluation.questions import Video, load_questions
 from evoprune.evaluation.run import Evaluation, Settings, variants
-from evoprune.model import memory
+from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, SamplingOptions
@@ -254,7 +254,7 @@ def test_several_processes_give_the_same_samples_in_the_same_order(loaded, saved
 
 def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
     run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
-    monkeypatch.setattr(memory, "available_memory", lambda device: 3 * loaded.weights_bytes)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 3 * loaded.weights_bytes)
     monkeypatch.setattr(evaluation_run, "map_in_processes", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(OutOfMemory, match=r"^4 copies of .*: needs about") as caught:
         run.run(processes=4)

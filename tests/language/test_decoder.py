@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
-from evoprune.language.positions import VisualSpan, prompt_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
 from tests.tiny import tiny_config, tiny_model

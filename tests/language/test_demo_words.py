@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from evoprune.batch.rows import Row
+from evoprune.bundled import SIGN, WORDS, unknown_words
 from evoprune.demo.clips import make_clip
 from evoprune.demo.questions import ask
 from evoprune.demo.scenes import compose
 from evoprune.demo.scenes.asking import OPTIONS
 from evoprune.demo.scenes.happening import kinds
-from evoprune.language.demo_words import SIGN, WORDS, unknown_words
 from experiments.demo import scenes_lessons
 
 

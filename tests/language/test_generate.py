@@ -17,8 +17,7 @@ from evoprune.language.generate import (
     stream,
     stream_text,
 )
-from evoprune.language.positions import VisualSpan, prompt_positions
-from evoprune.language.prompt import VIDEO, build_prompt
+from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.language.tokenizer import Tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
 

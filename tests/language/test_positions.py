@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.language.positions import VisualSpan, prompt_positions, video_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions, video_positions
 
 
 def by_hand(length, videos, tokens_per_second):

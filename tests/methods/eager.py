@@ -12,8 +12,8 @@ import torch
 
 from evoprune.language.decoder import KVCache, logits
 from evoprune.language.dropping import Dropping
-from evoprune.language.positions import VisualSpan, prompt_positions
-from evoprune.methods.language_method import LanguageMethod
+from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.methods.base import LanguageMethod
 from evoprune.methods.registry import INNER
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL

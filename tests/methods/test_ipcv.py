@@ -15,8 +15,8 @@ from evoprune.methods.random import Random
 from evoprune.pruning.encoder_plan import SetAside, Stage, TowerShape, full_plan
 from evoprune.pruning.types import Tokens
 from evoprune.vision.encoder import encode_rows
-from evoprune.vision.followers import Followers
 from evoprune.vision.layout import full_layout, geometry
+from evoprune.vision.reductions import Followers
 from evoprune.vision.tower import tower_shape
 from tests.methods.public_tokens import public_tokens
 from tests.methods.tokens import Largest, encoded, features_of

@@ -8,7 +8,7 @@ import torch
 
 from evoprune import methods
 from evoprune.methods import sparsevlm as sparsevlm_module
-from evoprune.pruning import layer_tokens
+from evoprune.pruning import types
 from tests.methods.eager import BEFORE, DROPPING, VISUAL, EagerLayer, a_prompt, deep_model, pairs, run_method
 from tests.methods.eager import Eager as EagerModel
 from tests.methods.public_layers import public_layer
@@ -284,7 +284,7 @@ def test_no_matrix_of_all_pairs_of_columns(monkeypatch):
 def test_attention_in_strips(monkeypatch):
     tokens, rows = public_layer("random", 0, GRID, 12), torch.tensor([1, 4, 5, 11])
     whole = [tokens.attention(rows, most=most, causal=causal) for most in (False, True) for causal in (False, True)]
-    monkeypatch.setattr(layer_tokens, "HELD", 1)
+    monkeypatch.setattr(types, "HELD", 1)
     strips = [tokens.attention(rows, most=most, causal=causal) for most in (False, True) for causal in (False, True)]
     for one, other in zip(whole, strips, strict=True):
         torch.testing.assert_close(one, other)

@@ -289,7 +289,7 @@ def test_reports_show_the_whole_budget_where_nothing_is_pruned():
 
 def test_listing_methods_and_counting_tokens_needs_no_torch():
     code = (
-        "import sys, evoprune.methods, evoprune.pruning.budget, evoprune.pruning.schedule\n"
+        "import sys, evoprune.methods, evoprune.pruning.budget, evoprune.pruning.encoder_plan\n"
         "evoprune.methods.built_in()\n"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )

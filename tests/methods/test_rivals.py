@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.methods.divprune import most_diverse, nearest_cosine
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import snap
 from evoprune.pruning.shapes import smaller_frame
 from evoprune.pruning.types import Selection, Tokens
 from tests.methods.tokens import AFTER, KINDS, Largest, cosine, features_of, first_of, selected, tokens_of

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from evoprune.methods.evoprune_merge import EvoPruneMerge
 from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.pruning import score
-from evoprune.pruning.score import strips
+from evoprune.pruning import ranking
+from evoprune.pruning.ranking import strips
 from evoprune.pruning.types import Candidates
 from tests.methods.tokens import Largest
 
@@ -34,7 +34,7 @@ def candidates(lengths, seed=0, dimensions=6):
 @given(st.integers(0, 40), st.integers(0, 60), st.integers(1, 500))
 def test_strips_are_all_rows_in_order_and_few_enough(groups, rows, held):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "HELD", held)
+        patch.setattr(ranking, "HELD", held)
         made = strips(groups, rows)
     assert [row for part in made for row in range(rows)[part]] == list(range(rows))
     for part in made:
@@ -54,7 +54,7 @@ def test_matches_do_not_depend_on_the_strips(lengths, seed, held, method, share)
     groups, remove = candidates(lengths, seed), torch.tensor([round(n * share / 2) for n in lengths])
     whole = method.match(groups, remove)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "HELD", held)
+        patch.setattr(ranking, "HELD", held)
         assert torch.equal(method.match(groups, remove), whole)
 
 
@@ -65,7 +65,7 @@ def test_matches_do_not_depend_on_the_strips(lengths, seed, held, method, share)
     ids=["plain", "density and attention", "three times as many"],
 )
 def test_memory_for_scores_is_bounded(method, rows, monkeypatch):
-    monkeypatch.setattr(score, "HELD", 1 << 14)
+    monkeypatch.setattr(ranking, "HELD", 1 << 14)
     groups = candidates([rows])
     if "attention" not in method.needs:
         groups = replace(groups, attention=None)

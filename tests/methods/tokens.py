@@ -9,7 +9,7 @@ from evoprune import methods
 from evoprune.methods.base import Method
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pruning.encoder_plan import EncoderPlan, TowerShape
-from evoprune.pruning.score import snap
+from evoprune.pruning.ranking import snap
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape

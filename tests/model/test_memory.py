@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory
-from evoprune.model import memory
+from evoprune.errors import LESS, NO_MEMORY, OutOfMemory, error_record, is_out_of_memory, memory_guard
+from evoprune.model import cost
 from evoprune.model.config import kv_bytes
-from evoprune.model.cost import prefill_flop
+from evoprune.model.cost import language_bytes, prefill_flop, working_memory
 from evoprune.model.machine import available_memory
-from evoprune.model.memory import language_bytes, memory_guard, working_memory
 from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import empty
 from evoprune.pipeline import encoding, planning
@@ -137,7 +136,7 @@ def test_memory_that_this_process_may_not_have_is_not_available():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])  # in the file they are fp32, and stay there, mapped into memory
 def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 10**5)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 10**5)
     monkeypatch.setattr("evoprune.pipeline.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(OutOfMemory, match=r"^loading .* needs about \d MiB of memory, and 0 MiB are ava") as caught:
         load_model(str(saved), dtype=dtype)
@@ -151,7 +150,7 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     kind = KINDS[0]
     wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
     assert small < wide
-    monkeypatch.setattr(memory, "available_memory", lambda device: small)
+    monkeypatch.setattr(cost, "available_memory", lambda device: small)
     monkeypatch.setattr("evoprune.pipeline.loading.weights.available_memory", lambda device: small)
     with pytest.raises(OutOfMemory) as caught:
         load_model(str(saved), dtype="fp32")
@@ -169,7 +168,7 @@ def test_what_is_foretold_of_quantised_weights(kind):
 
 
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 2**26)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 2**26)
     read = []
     video = open_inputs(VideoQA(loaded, budget=0.5).engine, [CLIP], read=lambda *_, **__: read.append(1))
     with pytest.raises(
@@ -183,7 +182,7 @@ def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
 
 def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
-    per_pair, needed = 24, memory.working_memory
+    per_pair, needed = 24, cost.working_memory
 
     def encode(*args, chunk_units, **how):
         used.append(chunk_units)
@@ -194,7 +193,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
     free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.plan.encoder.keep + planning.TEXT, 4)
-    monkeypatch.setattr(memory, "available_memory", lambda device: free)
+    monkeypatch.setattr(cost, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
     torch.testing.assert_close(again.encoded.features, video.encoded.features)

@@ -107,7 +107,7 @@ def test_in_a_batch_and_in_an_evaluation_the_next_one_runs(loaded, monkeypatch):
     def spoilt(*_, **__):
         raise ModelError("NaN or infinity among the numbers of encode", stage="encode")
 
-    monkeypatch.setattr(opening, "open_inputs", opened)
+    monkeypatch.setattr("evoprune.batch.run.open_inputs", opened)
     monkeypatch.setattr("evoprune.evaluation.run.open_inputs", opened)
     rows = product_rows([CLIP, "samples/three.mp4"], ["What?"])
     made = list(answers(VideoQA(loaded), group_by_span(rows), Settings.of(model="x", max_new_tokens=1)))

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from evoprune.model.strict_json import LEVELS, MAX_BYTES, loads, read_object
+from evoprune.model.rules import LEVELS, MAX_BYTES, loads, read_object
 
 
 @pytest.mark.parametrize(

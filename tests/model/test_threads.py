@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.model import threads
-from evoprune.model.threads import thread_count, threads_of_each
+from evoprune.pipeline.loading import model
 from evoprune.pipeline.loading.found import describe_model
-from evoprune.pipeline.loading.model import load_model
+from evoprune.pipeline.loading.model import load_model, thread_count, threads_of_each
 from evoprune.pipeline.options import ModelOptions
 
 REAL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -16,7 +15,7 @@ REAL = "Qwen/Qwen2.5-VL-3B-Instruct"
 @pytest.fixture(autouse=True)
 def three_threads(monkeypatch):
     """A host program with three, on a machine with eight cores."""
-    monkeypatch.setattr(threads, "available_cores", lambda: 8)
+    monkeypatch.setattr(model, "available_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -45,7 +44,7 @@ def test_a_model_that_is_loaded_takes_the_threads_it_is_given(saved, monkeypatch
 
 
 def test_a_real_model_takes_all_cores_that_this_process_may_use():
-    threads.use_threads("auto", describe_model(ModelOptions(REAL)).config)
+    model.use_threads("auto", describe_model(ModelOptions(REAL)).config)
     assert torch.get_num_threads() == 8
 
 

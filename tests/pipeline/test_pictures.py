@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.language.positions import VisualSpan, prompt_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.methods.registry import INNER
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model

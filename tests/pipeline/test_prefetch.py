@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from evoprune.pipeline import prefetch as module
-from evoprune.pipeline.prefetch import prefetched
+from evoprune.pipeline import encoding as module
+from evoprune.pipeline.encoding import prefetched
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, SamplingOptions
+from evoprune.pipeline.planning import PromptSubtitles, as_text, fit
 from evoprune.pipeline.prompting import longest_prompt
-from evoprune.pipeline.subtitles import PromptSubtitles, as_text, fit
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.video.info import Subtitles
 from tests.threads import one_thread  # noqa: F401

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
-from evoprune.language.positions import VisualSpan, prompt_positions
-from evoprune.language.prompt import VIDEO, build_prompt
+from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model.weights import shared
 from evoprune.pipeline.answering import Answer
 from evoprune.pipeline.loading.model import load_model

@@ -10,7 +10,7 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import ModelError, OutOfMemory, UsageError
-from evoprune.model import memory
+from evoprune.model import cost
 from evoprune.model.machine import peak_memory, reset_peak_memory
 from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.options import ModelOptions
@@ -325,7 +325,7 @@ def test_an_interruption_leaves_the_finished_rounds(loaded):
 
 def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("weights were read"))
-    monkeypatch.setattr(memory, "available_memory", lambda device: 10**6)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 10**6)
     with pytest.raises(OutOfMemory, match=r"needs about 7.* GiB of memory, and 0 MiB are available") as problem:
         weights.load(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", dtype="bf16", load_format="dummy"), [CASE])
     assert problem.value.exit_code == 5 and "--frames, --size" in problem.value.hint and "-m" in problem.value.hint
@@ -336,7 +336,7 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
     large = Case(64, 560, 560)
     enough = weights.working_memory(loaded.model.config, CASE, loaded.video, 4)
-    monkeypatch.setattr(memory, "available_memory", lambda device: enough)
+    monkeypatch.setattr(cost, "available_memory", lambda device: enough)
 
     def source(case):
         assert case != large

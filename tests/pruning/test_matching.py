@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.pruning.matching import alternate, best_partners, match, merge_rows
+from evoprune.pruning.ranking import alternate, best_partners, match, merge_rows
 
 
 def padded(lengths):

@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.methods.evoprune_merge import EvoPruneMerge
-from evoprune.pruning.encoder_plan import TowerShape
-from evoprune.pruning.schedule import ALLOCATIONS, layer_weights, rows_after_layers
+from evoprune.pruning.encoder_plan import ALLOCATIONS, TowerShape, layer_weights, rows_after_layers
 
 DEMO, LARGE = TowerShape(8, (1, 3, 5, 7)), TowerShape(32, (7, 15, 23, 31))
 towers = st.integers(1, 32).flatmap(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from evoprune.pruning.score import composite_score, local_density, relative_attention, similarity, unit_features
+from evoprune.pruning.ranking import composite_score, local_density, relative_attention, similarity, unit_features
 
 
 def groups(lengths, width=6, seed=0):

@@ -25,7 +25,7 @@ from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.frames import choose_decoder, read_frames
 from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video.probe import probe
-from evoprune.video.sandbox import pool
+from evoprune.video.sandbox import isolation
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 
@@ -243,14 +243,14 @@ def timed(path: Path, decoder: str) -> tuple[int, str, float, int | None]:
 
 
 def forget_peaks() -> None:
-    for worker in pool._idle:
+    for worker in isolation._idle:
         Path(f"/proc/{worker.pid}/clear_refs").write_text("5")
 
 
 def peak() -> int | None:
     """The most bytes that a process that reads videos has had since then; None if none is left."""
     found = []
-    for worker in pool._idle:
+    for worker in isolation._idle:
         status = Path(f"/proc/{worker.pid}/status").read_text()
         found += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
     return max(found, default=None)

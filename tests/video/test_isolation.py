@@ -14,7 +14,7 @@ import pytest
 from evoprune.errors import OutOfMemory, VideoError
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe
-from evoprune.video.sandbox import isolation, memory, pool, process
+from evoprune.video.sandbox import channel, isolation
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
 from tests.video.unruly import PROGRAM
 
@@ -33,17 +33,17 @@ def good(folder):
 @pytest.fixture
 def started(monkeypatch):
     """Process ids of the unruly workers that are started."""
-    ids, start = [], process.WorkerProcess.__init__
+    ids, start = [], isolation.WorkerProcess.__init__
 
     def noting(self):
         start(self)
         ids.append(self.pid)
 
-    pool.end_all()
-    monkeypatch.setattr(process.WorkerProcess, "__init__", noting)
-    monkeypatch.setattr(process, "PROGRAM", PROGRAM)
+    isolation.end_all()
+    monkeypatch.setattr(isolation.WorkerProcess, "__init__", noting)
+    monkeypatch.setattr(isolation, "PROGRAM", PROGRAM)
     yield ids
-    pool.end_all()
+    isolation.end_all()
     assert not any(map(lives, ids))
 
 
@@ -118,20 +118,20 @@ def test_a_process_that_an_earlier_video_has_spoilt_is_replaced(named, started):
 
 @pytest.mark.parametrize("for_memory", [False, True])
 def test_those_that_died_while_idle_are_replaced(good, started, monkeypatch, for_memory):
-    with pool.borrow("a"), pool.borrow("b"):
+    with isolation.borrow("a"), isolation.borrow("b"):
         pass
     for pid in started:
         os.kill(pid, signal.SIGKILL)
     assert all(map(gone, started)) and len(started) == 2
     if for_memory:  # as the system's counter says
-        monkeypatch.setattr(process, "oom_kills", lambda: 1e9)
+        monkeypatch.setattr(isolation, "oom_kills", lambda: 1e9)
     assert probe(good).frames_total == 20 and len(started) == 3
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["", "later_"])
 def test_silence_is_an_error(when, named, started, monkeypatch):
-    monkeypatch.setattr(process, "SILENCE_S", 0.6)
+    monkeypatch.setattr(isolation, "SILENCE_S", 0.6)
     path = named(f"{when}hang")
     begin = time.monotonic()
     with pytest.raises(VideoError, match="standstill") as caught:
@@ -143,7 +143,7 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
 @pytest.mark.full
 def test_taking_long_is_none(named, good, started, monkeypatch):
     probe(good)
-    monkeypatch.setattr(process, "SILENCE_S", 2.5)
+    monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
     assert probe(named("slow")).frames_total == 20  # which takes three seconds
 
 
@@ -183,7 +183,7 @@ def test_neither_side_has_what_it_does_not_need(named, started):
 
 
 def test_a_process_that_cannot_start(named, started, monkeypatch):
-    monkeypatch.setattr(process, "PROGRAM", "{paths}; import nonexistent{socket}")
+    monkeypatch.setattr(isolation, "PROGRAM", "{paths}; import nonexistent{socket}")
     with pytest.raises(VideoError, match="exit code 1") as caught:
         probe(named("fine"))
     assert "No module named 'nonexistent" in caught.value.__notes__[-1]
@@ -213,7 +213,7 @@ def test_two_videos_at_once(good, started):
             assert [number_of(rgb) for rgb in next(reading).frames] == list(range(first, first + 4))
     assert len(started) == 3
     assert [next(reading, None) for reading in chunks] == [None] * 3
-    assert sum(map(lives, started)) == pool.MAX_IDLE
+    assert sum(map(lives, started)) == isolation.MAX_IDLE
 
 
 @pytest.mark.full
@@ -229,7 +229,7 @@ def test_threads(good, started):
         thread.start()
     for thread in threads:
         thread.join()
-    assert got == [right] * 20 and sum(map(lives, started)) <= pool.MAX_IDLE
+    assert got == [right] * 20 and sum(map(lives, started)) <= isolation.MAX_IDLE
 
 
 def test_it_outlives_the_thread_that_started_it(good, started):
@@ -252,7 +252,7 @@ def test_who_stops_early_leaves_nothing_behind(named, started):
 def test_frames_belong_to_whoever_got_them(good, started):
     info = probe(good)
     chunks = list(read_frames(info, TIMES, chunk_bytes=SMALL))
-    pool.end_all()
+    isolation.end_all()
     for chunk in chunks:
         assert chunk.frames.flags.writeable and chunk.frames.flags.c_contiguous
         chunk.frames[:, :2] = 0
@@ -263,13 +263,13 @@ def test_frames_belong_to_whoever_got_them(good, started):
 @pytest.fixture
 def pieces(monkeypatch):
     """Of each video that is read, the memory it takes."""
-    made, start = [], memory.FrameMemory.__init__
+    made, start = [], channel.FrameMemory.__init__
 
     def noting(self, size):
         start(self, size)
         made.append(self)
 
-    monkeypatch.setattr(memory.FrameMemory, "__init__", noting)
+    monkeypatch.setattr(channel.FrameMemory, "__init__", noting)
     return made
 
 
@@ -293,7 +293,7 @@ def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
     whole = pixels(list(read_frames(info, TIMES)))
     for first, held in zip(range(0, 20, 2), kept, strict=True):
         assert np.array_equal(held, hold(whole[first : first + 2]))
-    assert len(pieces[0]._pieces) == memory.PIECES
+    assert len(pieces[0]._pieces) == channel.PIECES
 
 
 @pytest.mark.full
@@ -317,7 +317,7 @@ def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
 
 def test_memory_for_frames_cannot_be_taken_away():
     """A process that shrank it would end this one."""
-    shared, descriptor = memory.shared_memory(100)
+    shared, descriptor = channel.shared_memory(100)
     with pytest.raises(OSError):
         os.ftruncate(descriptor, 10)
     os.close(descriptor)
@@ -357,12 +357,12 @@ def test_a_fork_starts_its_own(good, started):
 
 PARENT = """
 import sys
-from evoprune.video.sandbox import pool, process
+from evoprune.video.sandbox import isolation
 from evoprune.video.probe import probe
 from tests.video.unruly import PROGRAM
-process.PROGRAM = PROGRAM
+isolation.PROGRAM = PROGRAM
 probe(sys.argv[1])
-print(pool._idle[0].pid, flush=True)
+print(isolation._idle[0].pid, flush=True)
 sys.argv[:2] = ["evoprune", "ask"]
 from evoprune_cli.main import run
 run()

@@ -10,7 +10,7 @@ import pytest
 from evoprune.errors import VideoError
 from evoprune.video.frames import read_frames
 from evoprune.video.probe import probe, scan
-from evoprune.video.sandbox import pool
+from evoprune.video.sandbox import isolation
 from tests.video.files import add_beside, numbered_frames, numbers, quarters, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 
@@ -39,14 +39,14 @@ def lying(folder, tmp_path):
 @pytest.fixture
 def peak():
     """Bytes that the process that reads videos has had at most, since this test began."""
-    pool.end_all()
+    isolation.end_all()
 
     def call():
-        with open(f"/proc/{pool._idle[0].pid}/status") as file:
+        with open(f"/proc/{isolation._idle[0].pid}/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
     yield call
-    pool.end_all()
+    isolation.end_all()
 
 
 def refused(path, *words):

@@ -16,7 +16,7 @@ from evoprune.methods.none import Nothing
 from evoprune.methods.random import Random
 from evoprune.model.linear import pack
 from evoprune.pruning.budget import keep_count
-from evoprune.pruning.schedule import ALLOCATIONS
+from evoprune.pruning.encoder_plan import ALLOCATIONS
 from evoprune.vision.encoder import encode
 from evoprune.vision.preprocess import patchify
 from evoprune.vision.tower import tower_shape

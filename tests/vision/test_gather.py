@@ -14,7 +14,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.pipeline import Pipeline
 from evoprune.methods.reuse import Reuse
-from evoprune.pruning.score import unit_features
+from evoprune.pruning.ranking import unit_features
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import encoder
 from evoprune.vision.encoded import select_tokens

@@ -8,7 +8,7 @@ import torch
 
 from evoprune.errors import PluginError, UsageError, names_plugins
 from evoprune.integrations.vllm.positions import as_columns
-from evoprune.language.positions import video_positions
+from evoprune.language.prompt import video_positions
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.config import vision_sizes
 from evoprune.pruning.encoder_plan import Grid

@@ -35,7 +35,7 @@ from evoprune.integrations.vllm.positions import (
     with_videos,
 )
 from evoprune.integrations.vllm.settings import method_of, served_budget
-from evoprune.language.positions import VisualSpan
+from evoprune.language.prompt import VisualSpan
 from evoprune.model.config import VisionConfig, check_vision, vision_sizes
 from evoprune.model.linear import pack
 from evoprune.model.weights import Tower

@@ -20,7 +20,7 @@ from math import prod
 
 import torch
 
-from evoprune.language.positions import VisualSpan, video_positions
+from evoprune.language.prompt import VisualSpan, video_positions
 from evoprune.pruning.indices import ascending
 
 BASE = 256

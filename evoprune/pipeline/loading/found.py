@@ -13,8 +13,20 @@ from evoprune.model.config import Config
 from evoprune.model.precision import check_dtype
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.weights import QwenVL, empty
-from evoprune.pipeline.loading import hub
-from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, input_limits, read_config, stored_dtype, weight_files
+from evoprune.pipeline.loading.folder import (
+    BUNDLED_CONFIGS,
+    FILES,
+    MODEL_HINT,
+    SETTINGS,
+    cached_folder,
+    download,
+    input_limits,
+    is_id,
+    kind_hint,
+    read_config,
+    stored_dtype,
+    weight_files,
+)
 from evoprune.pipeline.loading.weights import check_layers, files_fingerprint, needed_bytes, stay_mapped
 from evoprune.pipeline.options import ModelOptions
 from evoprune.text import did_you_mean
@@ -99,7 +111,7 @@ class FoundModel:
         if self.random:
             hint = "take the weights (load format auto), or give a budget as a number"
             raise UsageError(f"the weights of {self.id} are random, so nothing was tuned on them", hint)
-        if self.folder is None or (hub.is_id(self.id) and not self.files_here):
+        if self.folder is None or (is_id(self.id) and not self.files_here):
             hint = "give a budget as a number, or download them first"
             raise UsageError(f"the weights of {self.id} are not on this machine, so nothing was tuned on them", hint)
         files = self.files  # which checks the number of layers, before a tree of that many is built
@@ -122,7 +134,7 @@ class FoundModel:
         """Of weights that have to be downloaded, roughly; 0 if they are here, None where that is unknown."""
         if self.files_here:
             return 0
-        return self.parameters * self._stored.itemsize if self._stored and hub.is_id(self.id) else None
+        return self.parameters * self._stored.itemsize if self._stored and is_id(self.id) else None
 
     @cached_property
     def _stored(self) -> torch.dtype | None:
@@ -141,7 +153,7 @@ def find_model(options: ModelOptions) -> FoundModel:
             problem = f"the bundled config of {name} has no revision {options.revision!r}"
             raise UsageError(problem, "leave the revision out")
         return _found(options, device)
-    return _found(options, device, *locate(options, files=None if random else hub.FILES))
+    return _found(options, device, *locate(options, files=None if random else FILES))
 
 
 def describe_model(options: ModelOptions) -> FoundModel:
@@ -149,7 +161,7 @@ def describe_model(options: ModelOptions) -> FoundModel:
     device = usable_device(options)
     if _is_bundled(options.model) and options.revision is None:
         return _found(options, device)
-    return _found(options, device, *locate(options, files=hub.SETTINGS))
+    return _found(options, device, *locate(options, files=SETTINGS))
 
 
 def look_up(options: ModelOptions) -> FoundModel:
@@ -159,13 +171,13 @@ def look_up(options: ModelOptions) -> FoundModel:
         ModelError: neither its folder nor its config is on this machine, or they are damaged. UsageError: as `find_model`.
     """
     device, name, revision = usable_device(options), options.model, options.revision
-    if hub.is_id(name) and not Path(name).is_dir():
-        if (folder := hub.cached_folder(name, revision)) or (name in BUNDLED_CONFIGS and revision is None):
+    if is_id(name) and not Path(name).is_dir():
+        if (folder := cached_folder(name, revision)) or (name in BUNDLED_CONFIGS and revision is None):
             return _found(options, device, folder)
         if not Path(name).exists():
             at = "" if revision is None else f" --revision {revision}"
             files = f"config.json preprocessor_config.json{at}"
-            hint = f"{hub.kind_hint(name)}its settings are small, and suffice: hf download {name} {files}"
+            hint = f"{kind_hint(name)}its settings are small, and suffice: hf download {name} {files}"
             raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
     return _found(options, device, *locate(options, files=None))
 
@@ -189,7 +201,7 @@ def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str
     """
     name, revision = options.model, options.revision
     if not name.strip():
-        raise ModelError("the name of the model is empty", hub.MODEL_HINT)
+        raise ModelError("the name of the model is empty", MODEL_HINT)
     folder = DEMOS[name].folder if name in DEMOS else Path(os.path.expanduser(name))
     if name in DEMOS and not (folder / "config.json").is_file():
         raise ModelError(
@@ -201,16 +213,16 @@ def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str
         return folder, None
     if os.path.exists(folder):
         raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
-    if not hub.is_id(name):
+    if not is_id(name):
         near = [known for known in BUNDLED_CONFIGS if name.lower() in known.lower()]
         meant = f"did you mean {near[0]}? " if near else did_you_mean(name, DEMOS)
-        hint = f"{meant}a hub id is org/name; {hub.MODEL_HINT}"
+        hint = f"{meant}a hub id is org/name; {MODEL_HINT}"
         raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
     if files is None:
         known = " and ".join(BUNDLED_CONFIGS)
         hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {known}"
         raise ModelError(f"no bundled config for {name}", hint)
-    return hub.download(name, revision, options.offline, files, check=read_config)
+    return download(name, revision, options.offline, files, check=read_config)
 
 
 def usable_device(options: ModelOptions) -> torch.device:

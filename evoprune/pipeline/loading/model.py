@@ -4,20 +4,25 @@ Whatever can be checked is checked before the weights are read. Only safetensors
 ever run.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from evoprune.bundled import Demo
 from evoprune.errors import ModelError, OutOfMemory, UsageError, is_out_of_memory
 from evoprune.keywords import from_keywords
 from evoprune.language.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from evoprune.model.config import Config
+from evoprune.model.cost import shortage
+from evoprune.model.limits import available_cores
 from evoprune.model.linear import PackingTime, weights_bytes
-from evoprune.model.memory import shortage
+from evoprune.model.precision import AUTO_THREADS
 from evoprune.model.quantize import kinds
-from evoprune.model.threads import use_threads
-from evoprune.model.weights import QwenVL
+from evoprune.model.weights import QwenVL, empty
 from evoprune.pipeline.loading.folder import eos_ids, fingerprint
 from evoprune.pipeline.loading.found import DTYPES, FoundModel, find_model
 from evoprune.pipeline.loading.weights import (
@@ -32,6 +37,9 @@ from evoprune.pipeline.options import ModelOptions
 from evoprune.report.records import ModelFacts
 from evoprune.video.info import VIDEO, Video, world_of
 from evoprune.video.plan import InputLimits
+
+# Weights of a model for each of its threads. The demo model has 4 million, the smallest Qwen 2 billion.
+WEIGHTS_PER_THREAD = 32_000_000
 
 
 @dataclass
@@ -207,3 +215,33 @@ def no_tokenizer(name: str) -> ModelError:
     """The error for a model that has dimensions but no tokenizer, and is to answer."""
     hint = "name a folder that holds config.json and a tokenizer; to measure speed without one: evoprune profile"
     return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)
+
+
+def thread_count(weights: int, cores: int) -> int:
+    """How many threads pay for a model of so many weights on so many idle cores, at least 1."""
+    return max(1, min(cores, weights // WEIGHTS_PER_THREAD))
+
+
+def use_threads(wanted: int | str | None, config: Config) -> None:
+    """Sets the number of threads of this process, as `torch.set_num_threads` does.
+
+    Args:
+        wanted: the number; "auto" for one by the size of the model and the cores that this process may use, unless OMP_NUM_THREADS
+            is set; None to leave the number as it is.
+        config: of the model.
+    """
+    if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
+        weights = sum(weight.numel() for weight in empty(config).parameters())
+        torch.set_num_threads(thread_count(weights, available_cores()))
+    elif isinstance(wanted, int):
+        torch.set_num_threads(wanted)
+
+
+def threads_of_each(wanted: int | str | None, processes: int) -> int:
+    """How many threads each of several processes gets, that compute what this one would: `wanted`, if it is a number.
+
+    Otherwise as many as this process has, but together no more than there are cores.
+    """
+    if isinstance(wanted, int):
+        return wanted
+    return max(1, min(torch.get_num_threads(), available_cores() // processes))

@@ -11,8 +11,7 @@ from evoprune.errors import ModelError, UsageError
 from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime
 from evoprune.model.linear import pack as pack_layers
-from evoprune.model.machine import available_memory
-from evoprune.model.paging import page_in
+from evoprune.model.machine import available_memory, page_in
 from evoprune.model.quantize import quantize as quantize_layers
 from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory, shared

@@ -13,7 +13,7 @@ from evoprune.errors import PluginError, UsageError
 from evoprune.integrations.vllm.encoding import Item, Normalised, encoded, try_out, with_columns
 from evoprune.integrations.vllm.positions import COLUMNS, from_columns, split_bias
 from evoprune.integrations.vllm.settings import served_method
-from evoprune.language.positions import video_positions
+from evoprune.language.prompt import video_positions
 from evoprune.methods.base import Selector
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pruning.types import Selection

@@ -13,7 +13,7 @@ from evoprune.integrations.vllm.positions import (
     split_bias,
     with_videos,
 )
-from evoprune.language.positions import VisualSpan, prompt_positions, video_positions
+from evoprune.language.prompt import VisualSpan, prompt_positions, video_positions
 
 TEXT, PICTURE, VIDEO = 0, 1, 2
 # Items of a prompt, with a piece of text in front of each and one at the end.

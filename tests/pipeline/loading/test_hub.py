@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from evoprune.pipeline.loading import hub as hub_module
+from evoprune.pipeline.loading import folder as hub_module
 from tests.loading import edit, error_of, load_model, no_network
 from tests.tiny import tiny_model
 

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, Visual, embed_prompt, prefill, stream, stream_text
-from evoprune.language.positions import VisualSpan, prompt_positions
-from evoprune.language.prompt import VIDEO, build_prompt
+from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model import linear
 from evoprune.model.linear import PackedLinear
 from evoprune.pipeline.loading import found, model, weights
