@@ -85,8 +85,7 @@ def unknown_option(name: str, known: list[str]) -> TypeError:
 def from_keywords(given: Mapping[str, Any], *kinds: type) -> list:
     """One object of each of `kinds`, made of the keywords that are its fields.
 
-    Raises:
-        TypeError: a keyword that is a field of none of them. UsageError: a bad value.
+    Raises TypeError: a keyword that is a field of none of them. UsageError: a bad value.
     """
     known = [f.name for kind in kinds for f in fields(kind)]
     if unknown := [name for name in given if name not in known]:
@@ -153,8 +152,7 @@ def _documented(text: str | None, kinds: Iterable[type]) -> str | None:
 def check_types(options: Any) -> None:
     """Checks that the fields of a dataclass have the types that it declares. Fields of other types than `KINDS` are left out.
 
-    Raises:
-        UsageError: it names the field, its value, and what it should be.
+    Raises UsageError: it names the field, its value, and what it should be.
     """
     for each in fields(options):
         check_type(each.name, getattr(options, each.name), each.type)
@@ -163,8 +161,7 @@ def check_types(options: Any) -> None:
 def check_type(name: str, value: Any, declared: Any) -> None:
     """Checks a value of an option, of which the declared type has kinds of `KINDS` alone. Other types are not checked.
 
-    Raises:
-        UsageError: it names the option, the value, and what it should be.
+    Raises UsageError: it names the option, the value, and what it should be.
     """
     kinds = get_args(declared) if isinstance(declared, UnionType) else [declared]
     wanted = [KINDS.get(get_origin(kind) or kind) for kind in kinds]

@@ -102,8 +102,7 @@ def batch(
 def _run(rows, resolved, ask, open_output, tally: Tally) -> int:
     """Asks what has no answer yet; returns the exit code.
 
-    Args:
-        resolved: gives the settings. ask: makes records. open_output: opens the output file.
+    `resolved`: gives the settings. ask: makes records. open_output: opens the output file.
     """
     from evoprune.batch.output import remaining
     from evoprune.batch.rows import group_by_span
@@ -218,8 +217,7 @@ def _rows(videos: list[str], questions: list[str], source: str | None, sampling:
 def _check_videos(rows, in_rows: bool, quiet: bool) -> list[str]:
     """Names missing videos at once, though their rows only fail later. If all are missing, the command is wrong.
 
-    Returns:
-        The videos that it named.
+    Returns the videos that it named.
     """
     from evoprune.batch.inputs import missing_hint
 

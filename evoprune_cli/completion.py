@@ -27,8 +27,7 @@ BY_HAND = f"{VARIABLE}=source_bash {PROGRAM} prints the script of bash; others: 
 def prepare() -> None:
     """Makes ready what Typer needs to answer a script; without a request it does nothing.
 
-    Raises:
-        UsageError: no shell or no request that Typer knows.
+    Raises UsageError: no shell or no request that Typer knows.
     """
     if not is_requested():
         return

@@ -30,8 +30,7 @@ def converse(talk: Conversation, questions: list[str], inputs: Sequence[str]) ->
 
     Ctrl-C ends an answer. Pressed twice at the prompt, it ends the conversation.
 
-    Args:
-        inputs: their names, for a greeting; empty for none.
+    `inputs`: their names, for a greeting; empty for none.
     """
     for question in list(questions):
         _answer(talk, question)
@@ -57,8 +56,7 @@ def _answer(talk: Conversation, question: str, typed: bool = False) -> None:
 def typed() -> Iterator[str]:
     """Questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
 
-    Raises:
-        KeyboardInterrupt: on the second Ctrl-C in a row at the prompt: the first may have been meant for an answer.
+    Raises KeyboardInterrupt: on the second Ctrl-C in a row at the prompt: the first may have been meant for an answer.
     """
     with contextlib.suppress(ImportError):  # without it lines cannot be edited
         import readline  # noqa: F401 (editing and history for `input`)

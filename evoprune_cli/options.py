@@ -156,8 +156,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, st
         args: settings of the methods.
         named: whether budgets of "auto", "auto:inflection" and "tuned" are allowed; "tuned", alone, holds the method too.
 
-    Raises:
-        UsageError: a bad budget, no such method, or settings beside a budget of "tuned" alone.
+    Raises UsageError: a bad budget, no such method, or settings beside a budget of "tuned" alone.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     for name in wanted:

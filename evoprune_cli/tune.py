@@ -151,11 +151,7 @@ def _check_alone(more: Any) -> None:
 
 
 def _there(videos: list[str]) -> tuple[str, ...]:
-    """The videos, each once.
-
-    Raises:
-        VideoError: none of them exists.
-    """
+    """The videos, each once. Raises VideoError: none of them exists."""
     found = tuple(dict.fromkeys(videos))
     if not any(map(os.path.exists, found)):
         raise VideoError(f"no such file: {found[0]}", "evoprune tune VIDEO... -m MODEL")

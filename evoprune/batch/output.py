@@ -69,8 +69,7 @@ class RecordFile:
         written: how many records this run has added.
         regular: whether it is a regular file.
 
-    Raises:
-        UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
+    Raises UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
     """
 
     def __init__(self, path: str, *, resume: bool = False, overwrite: bool = False):

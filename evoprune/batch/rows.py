@@ -117,8 +117,7 @@ def product_rows(
 ) -> list[Row]:
     """Every question about every video. A folder of videos stands for the videos in it (`batch.inputs`).
 
-    Raises:
-        UsageError: a video or question is empty, no text or there twice, a folder is unclear, the span is empty; it names all.
+    Raises UsageError: a video or question is empty, no text or there twice, a folder is unclear, the span is empty; it names all.
     """
     wrong = Wrong()
     videos = list(in_folders(videos, wrong))
@@ -150,8 +149,7 @@ def read_rows(
     `subtitles` ("none", "auto" or a file, relative to `folder`) and `answer`. Other fields are left to `rules`.
     Null, or an empty cell, counts as missing. `start_s` and `end_s` are for rows that have none of their own.
 
-    Raises:
-        UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
+    Raises UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """
     rows = _rows(read_lines(content, name, REQUIRED, rules.fields), name, folder, (start_s, end_s), rules)
     if not rows:

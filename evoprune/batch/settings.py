@@ -36,8 +36,7 @@ class Settings(PipelineOptions):
     def resolved(self) -> "Settings":
         """With plain values in the place of a budget of "tuned", for which the model is found; other settings unchanged.
 
-        Raises:
-            UsageError: the model was never tuned, or its setting is damaged. ModelError: it cannot be found.
+        Raises UsageError: the model was never tuned, or its setting is damaged. ModelError: it cannot be found.
         """
         if self.pruning.budget != TUNED:
             return self

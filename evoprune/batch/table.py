@@ -39,8 +39,7 @@ def read_lines(content: bytes, name: str, required: tuple[tuple[str, ...], ...],
 
     Empty lines are skipped. Empty cells of a CSV file are left out of a line's fields.
 
-    Raises:
-        UsageError: the content is not UTF-8, or the head of a CSV file lacks a column: one of each tuple in `required`.
+    Raises UsageError: the content is not UTF-8, or the head of a CSV file lacks a column: one of each tuple in `required`.
     """
     try:
         text = content.decode("utf-8-sig")

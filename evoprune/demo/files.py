@@ -24,8 +24,7 @@ def write_frames(
         size: height and width, even.
         crf: the codec's constant rate factor.
 
-    Raises:
-        OSError: the file cannot be written.
+    Raises OSError: the file cannot be written.
     """
     import av
 

@@ -41,8 +41,7 @@ def clips_asked(
 ) -> list[ClipName]:
     """The first clips of a block, up to `limit` of each world, that can have a question of one of the groups.
 
-    Raises:
-        UsageError: a world without this split, or without so many clips in a block.
+    Raises UsageError: a world without this split, or without so many clips in a block.
     """
     made = []
     for name in worlds:
@@ -69,8 +68,7 @@ def demo_video(
         crf: x264's constant rate factor; default: by the seed, from what the world has.
         groups: only the questions of these groups; default: all.
 
-    Raises:
-        UsageError: the file cannot be written.
+    Raises UsageError: the file cannot be written.
     """
     made, name = WORLDS[world], clip_name(split, seed, world)
     clip = made.make(split, seed)

@@ -25,8 +25,7 @@ class RunFolder:
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
         """A new folder at `path`; if `path` exists, at `path`-2, `path`-3 and so on.
 
-        Raises:
-            UsageError: the folder cannot be made.
+        Raises UsageError: the folder cannot be made.
         """
         place, number = path, 1
         while True:
@@ -46,8 +45,7 @@ class RunFolder:
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
         """The folder of a run that was cut short. Samples of unfinished and of failed videos are removed.
 
-        Raises:
-            UsageError: `path` is no such folder, or its run had other settings.
+        Raises UsageError: `path` is no such folder, or its run had other settings.
         """
         try:
             before = read_object(path / SETTINGS)
@@ -72,8 +70,7 @@ class RunFolder:
     def add(self, samples: list[dict]) -> None:
         """Appends all samples of a video, or none of them. They are on the disk when this returns.
 
-        Raises:
-            UsageError: they cannot be written.
+        Raises UsageError: they cannot be written.
         """
         samples[-1]["last"] = True
         path, rest = self.path / SAMPLES, memoryview("".join(_line(sample) for sample in samples).encode())

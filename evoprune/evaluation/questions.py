@@ -23,8 +23,7 @@ def load_questions(path: Path) -> list[Video]:
     Beside the fields that `batch.rows.read_rows` reads, a row must have `answer` (with `options`: a letter or an option's text),
     and may have `type` and `groups` (in CSV separated by |). Ids default to the line's number.
 
-    Raises:
-        UsageError: the file cannot be read, rows are wrong or repeat an id, or there are none.
+    Raises UsageError: the file cannot be read, rows are wrong or repeat an id, or there are none.
     """
     videos: dict[str, list[Row]] = {}
     for row in load_rows(str(path), rules=GRADED):

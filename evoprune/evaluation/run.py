@@ -88,8 +88,7 @@ class Settings:
     def resolved(self, found: FoundModel) -> "Settings":
         """With the method and budget that were tuned for a model in the place of a budget of "tuned".
 
-        Raises:
-            UsageError: it was never tuned, or its setting is damaged.
+        Raises UsageError: it was never tuned, or its setting is damaged.
         """
         plain, _ = resolve(PruneOptions(TUNED), self.model.model, lambda: found.weights_fingerprint)
         return replace(self, budgets=tuple(b for b in self.budgets if b != TUNED), tuned=(plain.method, plain.budget))
@@ -125,9 +124,8 @@ def variants(settings: Settings) -> list[Variant]:
     """The full budget first, then the blind row, the tuned row, then method after method. A method that prunes nothing is the full
     budget.
 
-    Raises:
-        UsageError: an unknown method, settings that it does not have, or a method that cannot let the content decide where the
-            budget asks for that.
+    Raises UsageError: an unknown method, settings that it does not have, or a method that cannot let the content decide where
+    the budget asks for that.
     """
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
@@ -170,8 +168,7 @@ class Evaluation:
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on. With `resume` it is the folder of an earlier run, whose samples are kept.
 
-        Raises:
-            UsageError: the folder cannot be made, or holds no run with the same settings.
+        Raises UsageError: the folder cannot be made, or holds no run with the same settings.
         """
         self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self.settings.record())
         self.samples = list(self.folder.samples)
@@ -190,8 +187,7 @@ class Evaluation:
             progress: called with a description of what comes next.
             processes: how many videos at a time, each in a process with a model of its own; samples and their order are the same.
 
-        Raises:
-            OutOfMemory: there is too little memory for so many models.
+        Raises OutOfMemory: there is too little memory for so many models.
         """
         done = {sample["video"] for sample in self.samples}
         missing = [job for job in self._jobs if (job.name if isinstance(job, Video) else str(job)) not in done]

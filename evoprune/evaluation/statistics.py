@@ -15,13 +15,11 @@ _AT_ONCE = 2**22  # weights held at a time
 def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
     """The 95% interval of a share of right answers: Wilson's (1927), with the effective number of questions.
 
-    Args:
-        right, asked: `[C]`, right answers and questions of each cluster; clusters with no questions do not count.
+    `right`, `asked`: `[C]`, right answers and questions of each cluster; clusters with no questions do not count.
 
-    Returns:
-        Low and high. The effective number is the number of independent questions that would be as uncertain as these clusters
-        are, at most the number of questions. Where all answers are right, or all wrong, their correlation is unknown, and it is
-        the number of clusters.
+    Returns low and high. The effective number is the number of independent questions that would be as uncertain as these
+    clusters are, at most the number of questions. Where all answers are right, or all wrong, their correlation is unknown, and
+    it is the number of clusters.
     """
     right, asked = right[asked > 0].astype(float), asked[asked > 0].astype(float)
     clusters, total = len(asked), float(asked.sum())
@@ -46,8 +44,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
         sums: `[C, k]`, one row a cluster.
         seed: the same draws for the same number of clusters.
 
-    Returns:
-        float64 `[draws, k]`.
+    Returns float64 `[draws, k]`.
     """
     clusters, made = len(sums), []
     random = np.random.default_rng(seed)

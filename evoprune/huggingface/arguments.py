@@ -32,8 +32,7 @@ def settings_alone(init: Callable) -> Callable:
 def check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
     """Checks that patches and grids are a processor's, and fit one another and the tower `visual`.
 
-    Raises:
-        UsageError: it says what is wrong.
+    Raises UsageError: it says what is wrong.
     """
     width, merge = visual.patch_embed.proj.weight[0].numel(), visual.config.spatial_merge_size
     good = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
@@ -52,11 +51,7 @@ def check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
 
 
 def seconds_of(seconds: float | Sequence[float], videos: int) -> list[float]:
-    """Seconds per pair of each video.
-
-    Raises:
-        UsageError: neither a number nor one for each video, or one that is no time.
-    """
+    """Seconds per pair of each video. Raises UsageError: neither a number nor one for each video, or one that is no time."""
     if hasattr(seconds, "tolist"):  # a tensor or array
         seconds = seconds.tolist()
     each = list(seconds) if isinstance(seconds, list | tuple) else [seconds] * videos

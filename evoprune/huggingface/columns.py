@@ -70,8 +70,7 @@ class Columns:
     def first(self, places: int) -> "Columns":
         """The columns of the batch cut before place `places`; dropped columns just before it stay part of the batch.
 
-        Raises:
-            UsageError: the cut is at different columns in different rows.
+        Raises UsageError: the cut is at different columns in different rows.
         """
         ends = self.index[:, places].unique()
         if len(ends) > 1:
@@ -93,8 +92,7 @@ def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> t
         places: number of columns of the pruned prompt, with which `ids` begin.
         ids: int64 `[B * n, places + new]`, n neighbouring rows for each prompt.
 
-    Returns:
-        `[B * n, L + new]`.
+    Returns `[B * n, L + new]`.
     """
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)

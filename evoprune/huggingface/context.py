@@ -88,8 +88,7 @@ class PruningContext:
     def __call__(self, model) -> "PrunedModel":
         """The context for a with-block; pruning starts when the block is entered.
 
-        Raises:
-            ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
+        Raises ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
         """
         return PrunedModel(model, self)
 
@@ -140,8 +139,7 @@ def remove(model) -> None:
     Args:
         model: the Hugging Face model, or what `apply` returned.
 
-    Raises:
-        ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
+    Raises ModelError: not a `Qwen2_5_VL-` or `Qwen2VLForConditionalGeneration`.
     """
     model = model.model if isinstance(model, PrunedModel) else model
     interface.check_class(model)

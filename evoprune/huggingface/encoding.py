@@ -48,8 +48,7 @@ def encode(
         seconds_per_pair: time between frame pairs in seconds, one number or one per video (the processor's `second_per_grid_ts`).
         seed: for methods that draw at random.
 
-    Returns:
-        `Encoded`. Its `kept` and `owner` number the units over all videos, in the order of the video's placeholder tokens.
+    Returns `Encoded`. Its `kept` and `owner` number the units over all videos, in the order of the video's placeholder tokens.
 
     Raises:
         UsageError: a bad budget or method, a method that resizes frames, a method that reads the question if there is none, or
@@ -92,8 +91,7 @@ def encode_with(
 def patch_method(name: str, args: dict[str, str] | None, has_question: bool = False) -> Pipeline:
     """The method `name`, which must be able to work on a processor's patches.
 
-    Raises:
-        UsageError: there is no such method or setting, it resizes frames, or it reads the question and there is none.
+    Raises UsageError: there is no such method or setting, it resizes frames, or it reads the question and there is none.
     """
     found = methods.parse(name, args)
     if found.acts == "input":

@@ -128,8 +128,7 @@ def without_pruned(
     Returns:
         The new call, and the `Past` of its cache.
 
-    Raises:
-        UsageError: prefill in chunks with a transformers that would leave the videos out (`interface.encoded_inputs`).
+    Raises UsageError: prefill in chunks with a transformers that would leave the videos out (`interface.encoded_inputs`).
     """
     ids, mask, visual = call["input_ids"], call.get("attention_mask"), visuals.columns
     if mask is None and generating:
@@ -164,8 +163,7 @@ def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
 
     A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it.
 
-    Args:
-        used: `[B, L]`, 0 at padding, which predicts nothing: how much padding a row has depends on what the others lose.
+    `used`: `[B, L]`, 0 at padding, which predicts nothing: how much padding a row has depends on what the others lose.
     """
     first = columns.take(used).cumsum(1)[:, :-1] == 0
     targets = {}
@@ -214,8 +212,7 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
         length: number of columns in the cache.
         generating: whether this is a call of `generate`, whose ids and mask include the columns in the cache.
 
-    Raises:
-        UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
+    Raises UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
     """
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     if call.get("pixel_values") is not None or (generating and call.get("inputs_embeds") is not None):

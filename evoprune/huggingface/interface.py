@@ -46,9 +46,8 @@ def check_class(model) -> None:
 def tower_of(model):
     """The vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
-    Raises:
-        ModelError: the model has no tower of Qwen2.5-VL or Qwen2-VL, the tower has another structure, its weights are offloaded, or
-            an adapter changes a module that is not called.
+    Raises ModelError: the model has no tower of Qwen2.5-VL or Qwen2-VL, the tower has another structure, its weights are
+    offloaded, or an adapter changes a module that is not called.
     """
     from evoprune.model.weights import Tower
 
@@ -102,8 +101,7 @@ def encoded_inputs(
         videos: the features of each video, `[tokens, hidden]`.
         pictures: those of each picture; None where the model is to encode them.
 
-    Raises:
-        UsageError: prefill in chunks, out of which transformers before 5.18 leaves videos; or encoded pictures there.
+    Raises UsageError: prefill in chunks, out of which transformers before 5.18 leaves videos; or encoded pictures there.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -168,9 +166,8 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
         call: the arguments of `forward`. `attention_mask` may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of
             those. The model takes such a dict in its place.
 
-    Returns:
-        For each type of layer, `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest where
-        it is not. Then the shape (B, L) of the call's columns, and the dtype of their embeddings.
+    Returns for each type of layer, `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest
+    where it is not. Then the shape (B, L) of the call's columns, and the dtype of their embeddings.
     """
     from transformers import masking_utils
 

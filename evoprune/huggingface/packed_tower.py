@@ -18,8 +18,7 @@ class PackedTower:
     Args:
         visual: transformers' tower of Qwen2.5-VL or Qwen2-VL.
 
-    Raises:
-        UsageError: packing does not work, or saves no time, where the weights are.
+    Raises UsageError: packing does not work, or saves no time, where the weights are.
     """
 
     def __init__(self, visual: nn.Module):

@@ -49,8 +49,7 @@ class Patches:
     def install(self) -> None:
         """Replaces the methods; does nothing if they are replaced already.
 
-        Raises:
-            UsageError: other `Patches` are installed in the model.
+        Raises UsageError: other `Patches` are installed in the model.
         """
         with LOCK:
             if not self._installed:

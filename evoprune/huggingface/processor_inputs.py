@@ -51,10 +51,9 @@ def processor_inputs(
         sampling: options of `VideoQA.encode`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens` (default:
             24,576), `decoder`, `subtitles`, `max_subtitle_tokens`.
 
-    Returns:
-        One prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and "mm_token_type_ids"; of
-        videos float32 `[patches, 1176]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and for Qwen2.5-VL float32
-        `[videos]` "second_per_grid_ts"; of pictures "pixel_values" and "image_grid_thw" in the same way.
+    Returns one prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and
+    "mm_token_type_ids"; of videos float32 `[patches, 1176]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and
+    for Qwen2.5-VL float32 `[videos]` "second_per_grid_ts"; of pictures "pixel_values" and "image_grid_thw" in the same way.
 
     Raises:
         VideoError: an input is missing, unreadable or empty. ModelError: the model is missing, of another kind, or its chat

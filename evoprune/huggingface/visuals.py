@@ -34,11 +34,7 @@ class Visuals:
 
 
 def find_visuals(model, call: dict, pictures: bool) -> Visuals:
-    """The videos of a new prompt, and its pictures if those are pruned.
-
-    Raises:
-        UsageError: they do not fit the prompt.
-    """
+    """The videos of a new prompt, and its pictures if those are pruned. Raises UsageError: they do not fit the prompt."""
     kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
     columns = torch.zeros_like(call["input_ids"], dtype=torch.bool)
     for video in kinds:

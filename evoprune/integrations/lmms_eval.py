@@ -132,11 +132,7 @@ class EvoPruneQwen25VL(lmms):
 
 
 def _only_video(visuals: list) -> str:
-    """The path of the one video that a question is about.
-
-    Raises:
-        UsageError: pictures, several videos, or none.
-    """
+    """The path of the one video that a question is about. Raises UsageError: pictures, several videos, or none."""
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
         raise UsageError(f"this task shows {kinds}, and not one video file", f"{HINT}; pictures=true allows pictures")
@@ -147,8 +143,7 @@ def _files(visuals: list, folder: str) -> list[str]:
     """The files of a question's videos and pictures. Pictures that a task holds in memory are written into `folder`, without loss,
     under names that are equal for equal pictures.
 
-    Raises:
-        UsageError: something else, or nothing.
+    Raises UsageError: something else, or nothing.
     """
     paths = []
     for visual in visuals:

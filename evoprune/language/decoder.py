@@ -54,8 +54,7 @@ class KVCache:
     def crop(self, length: int) -> None:
         """Drops all but the first `length` columns.
 
-        Raises:
-            ValueError: the cache holds fewer, or some columns left only some layers and `length` is less than where that was.
+        Raises ValueError: the cache holds fewer, or some columns left only some layers and `length` is less than where that was.
         """
         if not (0 <= length <= self.length and (length >= self._whole or not length)):
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
@@ -68,8 +67,7 @@ class KVCache:
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new columns, `[1, kv_heads, L, head_dim]`, after the valid ones. They become valid with `add`.
 
-        Returns:
-            All keys and values of the layer `[1, kv_heads, lengths[layer] + L, head_dim]`, views.
+        Returns all keys and values of the layer `[1, kv_heads, lengths[layer] + L, head_dim]`, views.
         """
         before, columns = self.lengths[layer], keys.shape[2]
         end = before + columns
@@ -131,8 +129,7 @@ def forward(
         last: how many columns to return, from 1 to L.
         dropping: which visual tokens leave, in a cache that is empty; None for none.
 
-    Returns:
-        The last columns after the final norm, `[last, hidden]`.
+    Returns the last columns after the final norm, `[last, hidden]`.
 
     Raises:
         ValueError: no columns, not one position for each column, fewer columns than are to be returned, or `dropping` after others.
@@ -247,8 +244,7 @@ def _attend(
             equal keys (arXiv 2210.09461, section 3). None for no bias.
         sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
 
-    Returns:
-        `[L, heads * head_dim]`.
+    Returns `[L, heads * head_dim]`.
     """
     _, columns, heads, dim = queries.shape
     kv_heads = keys.shape[1]

@@ -134,8 +134,7 @@ class Dropping:
     def drop(self, state: LayerState) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Asks the method.
 
-        Returns:
-            The columns for the next layer, of the C that there are; and int64 which these are, None for all.
+        Returns the columns for the next layer, of the C that there are; and int64 which these are, None for all.
         """
         after, x = state.after, state.x
         with self.timer:

@@ -45,11 +45,7 @@ def embed_question(model, tokenizer: Tokenizer, question: str) -> torch.Tensor:
 
 
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
-    """The embeddings `[n, hidden]` of token ids, int64 `[n]`.
-
-    Raises:
-        ModelError: the model has no embedding for one of them.
-    """
+    """The embeddings `[n, hidden]` of token ids, int64 `[n]`. Raises ModelError: the model has no embedding for one of them."""
     embed = model.model.language_model.embed_tokens
     if len(ids) and ids.max() >= len(embed.weight):
         problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
@@ -67,8 +63,7 @@ class Visual:
         kept: int64 `[K]`, indices of the kept tokens among the placeholders, ascending.
         size: float32 `[K]`, the cluster sizes of the kept tokens; None for 1 each.
 
-    Raises:
-        ValueError: `kept` and `features` differ in length, or `kept` is not ascending within the place.
+    Raises ValueError: `kept` and `features` differ in length, or `kept` is not ascending within the place.
     """
 
     place: range
@@ -101,8 +96,7 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
         Embeddings `[C, hidden]` in the model's dtype, where C is L less the tokens that are not kept; and their columns in the
         unpruned prompt, int64 `[C]` on the CPU. `positions[:, columns]` are their positions, which are not renumbered.
 
-    Raises:
-        ModelError: an id that the model does not know.
+    Raises ModelError: an id that the model does not know.
     """
     every, pieces, columns, at = ascending(len(input_ids), "cpu"), [], [], 0
     with torch.inference_mode():
@@ -121,8 +115,7 @@ def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tens
         visuals: of its inputs.
         columns: from `embed_prompt`.
 
-    Returns:
-        float32 `[C]`, or None where all are 1.
+    Returns float32 `[C]`, or None where all are 1.
     """
     sizes = {i: visual.size for i, visual in enumerate(visuals) if visual.size is not None}
     if not sizes:
@@ -187,8 +180,7 @@ def prefill(
     Returns:
         The state after the last column.
 
-    Raises:
-        ValueError: no columns, not one position for each column, or columns before a prompt that tokens leave.
+    Raises ValueError: no columns, not one position for each column, or columns before a prompt that tokens leave.
     """
     if cache is None:
         columns = len(inputs_embeds) if dropping is None else dropping.columns
@@ -210,8 +202,7 @@ def along(model, state: PrefillState, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 `[n, vocabulary]`.
 
-    Raises:
-        ModelError: a logit is NaN or infinite.
+    Raises ModelError: a logit is NaN or infinite.
     """
     each = state.logits[None]
     if len(ids) > 1:
@@ -230,8 +221,7 @@ class TokenStream(Iterator[int]):
         finish_reason: None until the end, then "stop" (the model ended its turn) or "length".
         ids: the tokens yielded.
 
-    Raises:
-        ModelError: while iterating, if a logit is NaN or infinite.
+    Raises ModelError: while iterating, if a logit is NaN or infinite.
     """
 
     def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int], seed: int):
@@ -279,8 +269,7 @@ def stream(
         eos_ids: token ids that end the answer.
         seed: of the draws; the same seed gives the same answer.
 
-    Returns:
-        An iterator of token ids, with `finish_reason` set at its end.
+    Returns an iterator of token ids, with `finish_reason` set at its end.
     """
     return TokenStream(model, state, settings, eos_ids, seed)
 

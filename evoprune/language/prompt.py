@@ -51,8 +51,7 @@ def video_positions(
         seconds_per_pair: time from one frame pair to the next.
         tokens_per_second: time positions per second (`config.VisionConfig`); None for one per frame pair.
 
-    Returns:
-        int64 `[3, T*H*W]`: time, height, width; frame pair after frame pair, units in raster order.
+    Returns int64 `[3, T*H*W]`: time, height, width; frame pair after frame pair, units in raster order.
     """
     t, h, w = grid
     # In float64, and rounded down once at the end: multiples of a rounded step would drift.
@@ -75,8 +74,7 @@ def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_secon
     Returns:
         int64 `[3, length]`. The first generated token has the position `positions.max() + 1`.
 
-    Raises:
-        ValueError: a video overlaps another or does not fit into the prompt.
+    Raises ValueError: a video overlaps another or does not fit into the prompt.
     """
     pieces, at, following = [], 0, 0
     for video in videos:
@@ -140,8 +138,7 @@ def build_prompt(
         system: a system prompt, taken literally; None leaves it to the template.
         subtitles: what is said in the videos, taken literally; the question follows without a space.
 
-    Returns:
-        The same ids as tokenising the rendered conversation at once, if the user's text holds no special token.
+    Returns the same ids as tokenising the rendered conversation at once, if the user's text holds no special token.
 
     Raises:
         ModelError: the chat template is broken, or does not write the inputs in their order and then the question.

@@ -9,11 +9,7 @@ from evoprune.keywords import option
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How an answer is decoded.
-
-    Raises:
-        UsageError: a value out of range.
-    """
+    """How an answer is decoded. Raises UsageError: a value out of range."""
 
     max_new_tokens: int = option(256, "Longest answer, in tokens.", "-n", "--max-new-tokens")
     temperature: float = option(

@@ -47,8 +47,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Special tokens in it are encoded as ordinary words.
 
-        Raises:
-            ModelError: the tokenizer breaks down, for example over a pattern that takes too many steps.
+        Raises ModelError: the tokenizer breaks down, for example over a pattern that takes too many steps.
         """
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
@@ -65,8 +64,7 @@ class Tokenizer:
     def render(self, messages: list[dict]) -> str:
         """A conversation in the model's own format, up to where its answer begins.
 
-        Raises:
-            ValueError: the template is broken, refuses the messages, or takes too much. OSError: no process can be started.
+        Raises ValueError: the template is broken, refuses the messages, or takes too much. OSError: no process can be started.
         """
         context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
         return render(self.chat_template, context | self.named)
@@ -80,11 +78,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        ModelError: missing, damaged, or without a chat template.
-    """
+    """The tokenizer in a model's folder. Raises ModelError: missing, damaged, or without a chat template."""
     if not has_tokenizer(folder):
         raise ModelError(
             f"{folder} holds no tokenizer", "copy tokenizer.json and tokenizer_config.json from the original model"

@@ -44,8 +44,7 @@ class Method:
     def automatic(self) -> Self:
         """The same method with a count that depends on the content, and is at most the budget's.
 
-        Raises:
-            UsageError: the method cannot do this.
+        Raises UsageError: the method cannot do this.
         """
         raise not_automatic(self.name)
 
@@ -154,8 +153,7 @@ class Merger(EncoderMethod, ABC):
             candidates: B groups of up to n rows.
             remove: int64 `[B]`, how many rows each group must still lose. A round removes at least one of them, and never more.
 
-        Returns:
-            int64 `[B, n]`, indices inside the group; its own index for a row that stays.
+        Returns int64 `[B, n]`, indices inside the group; its own index for a row that stays.
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:

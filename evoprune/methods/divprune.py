@@ -29,8 +29,7 @@ def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None 
         keep: K, from 0 to N.
         weight: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
 
-    Returns:
-        int64 `[K]`, indices of rows, ascending.
+    Returns int64 `[K]`, indices of rows, ascending.
     """
     unit = F.normalize(features.float(), dim=1)
 

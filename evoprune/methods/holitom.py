@@ -52,8 +52,7 @@ def most_saving(same: torch.Tensor) -> list[range]:
 
     A segment of L frame pairs saves L - 1 tokens for each place that does not change in it.
 
-    Args:
-        same: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
+    `same`: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
     """
     back, backs = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device), []
     for each in same:  # counts for how many frame pairs each place has not changed

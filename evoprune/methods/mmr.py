@@ -47,8 +47,7 @@ def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, l
         keep: K, from 1 to N.
         lam: weight of importance, from 0 to 1.
 
-    Returns:
-        int64 `[K]`, indices of rows, ascending.
+    Returns int64 `[K]`, indices of rows, ascending.
     """
     important = lam * snap(scaled(importance.float()))
     unit = F.normalize(features.float(), dim=1)

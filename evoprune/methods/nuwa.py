@@ -52,8 +52,7 @@ class Nuwa(Selector):
             kept: int64 `[k]`, places of the kept tokens.
             middle: `[H W, d]`, states of all places in the middle of the tower.
 
-        Returns:
-            int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`, weights.
+        Returns int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`, weights.
         """
         height, width = score.shape
         attention, own = score.flatten()[kept], ascending(len(kept), kept.device)

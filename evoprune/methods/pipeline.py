@@ -95,8 +95,7 @@ class Pipeline:
     def automatic(self) -> Self:
         """The same with a count of tokens that depends on the content, and is at most the budget's.
 
-        Raises:
-            UsageError: the first part cannot do this.
+        Raises UsageError: the first part cannot do this.
         """
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
@@ -106,8 +105,7 @@ class Pipeline:
     def by_inflection(self) -> Self:
         """The same with the count of tokens from the inflection of the selector's scores, and at most the budget's.
 
-        Raises:
-            UsageError: there is no selector after the encoder, or one without scores.
+        Raises UsageError: there is no selector after the encoder, or one without scores.
         """
         if self.tokens is None or self.tokens.scores is None:
             name = self.tokens.name if self.selector or (self.encoder and self.encoder.combines) else self.first.name

@@ -100,8 +100,7 @@ def available() -> list[str]:
 def check(text: str) -> None:
     """Whether every method that `text` names exists, in an order that is possible; settings are not checked. Imports no torch.
 
-    Raises:
-        UsageError: it says which name or order is wrong.
+    Raises UsageError: it says which name or order is wrong.
     """
     names = _names(text)
     if _is_list(text):
@@ -168,8 +167,7 @@ def _impossible(text: str) -> UsageError:
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
     """The one method that `text` names: `NAME` or `NAME:SETTING=VALUE:...`.
 
-    Args:
-        args: further settings as texts; settings in `text` override them.
+    `args`: further settings as texts; settings in `text` override them.
 
     Raises:
         UsageError: no such method or setting, a combination, or another package's method is broken.
@@ -254,11 +252,7 @@ def _class(where: str) -> "type[Method]":
 
 
 def plugin_code(text: str) -> dict[str, str]:
-    """A hash of the code of each method of another package that `text` names, by name.
-
-    Raises:
-        UsageError: it cannot be loaded.
-    """
+    """A hash of the code of each method of another package that `text` names, by name. Raises UsageError: it cannot be loaded."""
     found = {}
     for name in _names(text):
         if name not in _REGISTRY and (entry := _plugins().get(name)):

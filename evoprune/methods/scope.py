@@ -36,8 +36,7 @@ def best_covering(features: torch.Tensor, weight: torch.Tensor | None, keep: int
 
     What a row adds only shrinks while others are selected. So earlier sums are upper bounds; only the highest are computed anew.
 
-    Args:
-        weight: float64 `[N]`, at least 0, multiplies what a row adds; None for equal weights.
+    `weight`: float64 `[N]`, at least 0, multiplies what a row adds; None for equal weights.
     """
     unit = F.normalize(features.float(), dim=1)
     every = ascending(len(unit), unit.device)

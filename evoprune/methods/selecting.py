@@ -16,8 +16,7 @@ from evoprune.pruning.types import LayerTokens, Selection, Tokens
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     """What `selector` selects: its arguments and result are those of `Selector.select`.
 
-    Raises:
-        PluginError: a selector of another package returned something that its base class does not allow.
+    Raises PluginError: a selector of another package returned something that its base class does not allow.
     """
     name, units = PLUGINS.get(type(selector)), len(tokens.owner)
     with without_autocast():
@@ -33,8 +32,7 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
 def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
     """What stays behind a layer of the language model: arguments and result are those of `LanguageMethod.select`.
 
-    Raises:
-        PluginError: a method of another package returned something that its base class does not allow.
+    Raises PluginError: a method of another package returned something that its base class does not allow.
     """
     name, count = PLUGINS.get(type(method)), len(tokens.visual)
     # Keys and values are those of the cache, and a stranger's code may write into what it gets.
@@ -54,8 +52,7 @@ def _check(name: str, found: Selection, enough: bool, keep: int, units: int, dev
 def _faults(found: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
     """What is wrong with a selection, the first thing first: later ones are not meaningful.
 
-    Args:
-        enough: whether its number of units is one that the method may return where `keep` of `units` were asked for.
+    `enough`: whether its number of units is one that the method may return where `keep` of `units` were asked for.
     """
     if not isinstance(found, Selection):
         yield f"an object of class {type(found).__name__} where a Selection was asked for"

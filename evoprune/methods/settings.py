@@ -27,8 +27,7 @@ def check_ranges(method: object, **ranges: str) -> None:
         method: the object whose attributes they are.
         ranges: for each name an interval such as "[0, 1]" or "(0, inf)"; a round bracket excludes the end.
 
-    Raises:
-        ValueError: it names each number that is outside, NaN included, and its range.
+    Raises ValueError: it names each number that is outside, NaN included, and its range.
     """
     wrong = []
     for name, interval in ranges.items():
@@ -71,8 +70,7 @@ def _json_number(value: Any) -> Any:
 def from_args(kind: type, args: dict[str, Any]) -> Any:
     """A method of class `kind` with settings as texts, as on a command line; other values count as their texts.
 
-    Raises:
-        UsageError: the method has no such setting, or a value has the wrong type or is out of range.
+    Raises UsageError: the method has no such setting, or a value has the wrong type or is out of range.
     """
     known = {f.name: f for f in setting_fields(kind)}
     values = {}

@@ -113,8 +113,7 @@ class Config:
 def parse_config(content: dict) -> Config:
     """Reads the content of a `config.json`.
 
-    Raises:
-        ValueError: a number is missing or out of range, or this program cannot run the model.
+    Raises ValueError: a number is missing or out of range, or this program cannot run the model.
     """
     text, vision = section(content, "text_config") or content, section(content, "vision_config")
     rope = dict(section(text, "rope_parameters") or section(text, "rope_scaling"))
@@ -154,8 +153,7 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
         content: as in the file.
         family: one of `MODEL_TYPES`; in Qwen2-VL's files names differ, and some numbers are constants.
 
-    Raises:
-        ValueError: a number is missing, or is not one.
+    Raises ValueError: a number is missing, or is not one.
     """
     content = {"in_channels": content.get("in_chans", 3)} | content
     if family != QWEN2:

@@ -56,8 +56,7 @@ def available_memory(root: Path = ROOT) -> int | None:
 def check_libraries(root: Path = ROOT) -> None:
     """Refuse to load torch where the system would end this process for it, without a message.
 
-    Raises:
-        OutOfMemory: there is not even memory for the libraries.
+    Raises OutOfMemory: there is not even memory for the libraries.
     """
     available = available_memory(root)
     if available is not None and available < LIBRARIES:

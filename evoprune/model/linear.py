@@ -134,8 +134,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 def pack(model: nn.Module, spent: PackingTime | None = None) -> None:
     """Replaces the linear layers inside `model` by packed ones, one at a time. The plain weights are freed.
 
-    Args:
-        spent: None packs now; else all but small layers pack when they are called with few rows, and add up the seconds here.
+    `spent`: None packs now; else all but small layers pack when they are called with few rows, and add up the seconds here.
     """
     for parent in model.modules():
         for name, child in parent.named_children():

@@ -17,8 +17,7 @@ HINT = "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are
 def all_numbers(x: torch.Tensor) -> torch.Tensor:
     """Whether `x`, which is not empty, holds neither NaN nor infinity.
 
-    Returns:
-        bool, no dimension, on the device of `x`. One pass over `x`, no copy, no synchronisation.
+    Returns bool, no dimension, on the device of `x`. One pass over `x`, no copy, no synchronisation.
     """
     low, high = x.aminmax()
     return low.isfinite() & high.isfinite()

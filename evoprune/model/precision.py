@@ -34,11 +34,7 @@ def check_quantize(kind: str) -> None:
 
 
 def parse_threads(given: int | str | None) -> int | str | None:
-    """A number of threads, "auto", or None.
-
-    Raises:
-        UsageError: neither, or out of range.
-    """
+    """A number of threads, "auto", or None. Raises UsageError: neither, or out of range."""
     if given is None or given == AUTO_THREADS:
         return given
     text = str(given)

@@ -29,9 +29,8 @@ class Bytes:
     def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Converts rows `[R, K]`.
 
-        Returns:
-            uint8 `[2R, K]`, all low bytes and then all high bytes, with 32,768 for zero; and the step of each row, float32
-            `[R, 1]`.
+        Returns uint8 `[2R, K]`, all low bytes and then all high bytes, with 32,768 for zero; and the step of each row, float32
+        `[R, 1]`.
         """
         known, made = self._last  # read once: another thread may run the same model
         if rows is known:
@@ -138,8 +137,7 @@ class Int4Linear(nn.Module):
 def check(kind: str, device: torch.device) -> None:
     """Check that a kind of quantisation works here.
 
-    Raises:
-        UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
+    Raises UsageError: no such kind, or not on this device, with this PyTorch or this CPU.
     """
     check_quantize(kind)
     if kind == "none":

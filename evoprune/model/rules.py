@@ -78,8 +78,7 @@ def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The entries of `content` that are fields of a dataclass with rules. Null counts as missing.
 
-    Raises:
-        ValueError: a value is not what its rule says; it names the entry as `where`.NAME.
+    Raises ValueError: a value is not what its rule says; it names the entry as `where`.NAME.
     """
     return {
         name: rule.check(content[name], f"{where}.{name}" if where else name)
@@ -91,8 +90,7 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
 def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
     """A dataclass of the entries of `content` with the names of its fields.
 
-    Raises:
-        ValueError: an entry is missing that has no default, or is not what its rule says.
+    Raises ValueError: an entry is missing that has no default, or is not what its rule says.
     """
     found = checked(cls, content, where)
     for field in fields(cls):
@@ -112,8 +110,7 @@ def _rules(cls: type) -> dict[str, Rule]:
 def loads(text: str) -> Any:
     """The value of a JSON text.
 
-    Raises:
-        ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `LEVELS` levels.
+    Raises ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `LEVELS` levels.
     """
     deep = ValueError(f"it is nested deeper than {LEVELS} levels")
     try:
@@ -131,8 +128,7 @@ def loads(text: str) -> Any:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a settings file.
 
-    Raises:
-        ValueError: what `loads` raises; or no object, no regular file, or more than `MAX_BYTES`. OSError: it cannot be read.
+    Raises ValueError: what `loads` raises; or no object, no regular file, or more than `MAX_BYTES`. OSError: it cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe, perhaps, which nobody ever writes to
         raise ValueError("it is no regular file")

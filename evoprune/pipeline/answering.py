@@ -190,9 +190,8 @@ class EncodedInputs:
     def read_along(self, question: str, ids: Sequence[int], system: str | None = None) -> tuple[torch.Tensor, float]:
         """Reads a question and a given answer, the tokens `ids`, at least one: teacher forcing. Errors: as of `Answer`.
 
-        Returns:
-            The logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the seconds
-            from the question to the first of them.
+        Returns the logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the
+        seconds from the question to the first of them.
         """
         options = GenerationOptions(max_new_tokens=len(ids), system=system)
         with self._lock:
@@ -290,8 +289,7 @@ class EncodedInputs:
 def together(engine: Engine, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
     """Inputs that were encoded apart, to be asked about together; what was encoded in one call is itself.
 
-    Raises:
-        UsageError: there are none, or one was encoded by another model or pruning.
+    Raises UsageError: there are none, or one was encoded by another model or pruning.
     """
     if not inputs:
         raise UsageError("there is no input", "give at least one path, or what encode made of it")

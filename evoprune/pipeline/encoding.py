@@ -115,8 +115,7 @@ class PatchReader:
     def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """For every chunk, how many frames there were up to its end, and its patches `[rows, 1176]`, float32.
 
-        Raises:
-            VideoError: unreadable. OutOfMemory.
+        Raises VideoError: unreadable. OutOfMemory.
         """
         begun, self._begun = self._begun, None
         return begun or self._start()

@@ -69,9 +69,8 @@ class Engine:
 def make_method(options: PruneOptions) -> Pipeline:
     """The method that options name, other than those of a budget of "tuned".
 
-    Raises:
-        UsageError: settings that it does not have, or a budget of "auto" or "auto:inflection" where it cannot let the content
-            decide.
+    Raises UsageError: settings that it does not have, or a budget of "auto" or "auto:inflection" where it cannot let the
+    content decide.
     """
     method = methods.parse(options.method, options.method_args)
     if options.budget == AUTO_INFLECTION:
@@ -93,8 +92,7 @@ def with_recipe(method: Pipeline, name: str | None, weights: Callable[[], str]) 
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
     """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
-    Raises:
-        UsageError: as `make_method` and `with_recipe`; the model was never tuned, or its setting is damaged.
+    Raises UsageError: as `make_method` and `with_recipe`; the model was never tuned, or its setting is damaged.
     """
     options, tuned = resolve(options, loaded.id, lambda: loaded.weights_fingerprint)
     method = with_recipe(make_method(options), loaded.id, lambda: loaded.weights_fingerprint)

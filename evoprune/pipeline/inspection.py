@@ -145,9 +145,8 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     Args:
         plan: of the whole video, from `plan.make_plan`.
 
-    Raises:
-        UsageError: as `make_method` and `kept.with_recipe`; a budget of "tuned" for weights that were never tuned, or are not on
-            this machine.
+    Raises UsageError: as `make_method` and `kept.with_recipe`; a budget of "tuned" for weights that were never tuned, or are
+    not on this machine.
     """
     pruning, _ = resolve(pruning, model.id, lambda: model.weights_fingerprint)
     method = with_recipe(make_method(pruning), model.id, lambda: model.weights_fingerprint)

@@ -140,8 +140,7 @@ class Tuned:
         videos, questions: how many were measured.
         version: of evoprune.
 
-    Raises:
-        UsageError: a value that cannot be.
+    Raises UsageError: a value that cannot be.
     """
 
     method: str
@@ -245,8 +244,7 @@ def resolve(options: PruneOptions, name: str | None, weights: Callable[[], str])
         name: of the model, for errors; None where that is unknown.
         weights: gives the fingerprint of its weights; called for a budget of "tuned" only.
 
-    Raises:
-        UsageError: the model was never tuned, or its setting is damaged. Whatever `weights` raises.
+    Raises UsageError: the model was never tuned, or its setting is damaged. Whatever `weights` raises.
     """
     if options.budget != TUNED:
         return options, None
@@ -262,8 +260,7 @@ def matching(text: str, more: Sequence[tuple[str, Any]] = ()) -> list[tuple[str,
     Args:
         more: what else is kept for models, of which those without a setting are named the same way.
 
-    Raises:
-        UsageError: it names none, or more than one without being "all".
+    Raises UsageError: it names none, or more than one without being "all".
     """
     settings = [*(dict(more) | dict(tuned.every())).items()]
     if text == ALL:

@@ -94,8 +94,7 @@ class OpenInputs:
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Reads, preprocesses and encodes one after the other.
 
-        Args:
-            progress: as of `encoding.encode_input`. Of several inputs also called with "input", which one begins, and how many.
+        `progress`: as of `encoding.encode_input`. Of several inputs also called with "input", which one begins, and how many.
 
         Raises:
             As `encoding.encode_input`. OutOfMemory before anything is read, if all inputs together need too much.

@@ -36,8 +36,7 @@ HELD = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 class ModelOptions:
     """Which model is loaded, and how. A dtype of torch, a device and a path become their names.
 
-    Raises:
-        UsageError: an unknown dtype, quantisation or load format, or no number of threads.
+    Raises UsageError: an unknown dtype, quantisation or load format, or no number of threads.
     """
 
     PANEL: ClassVar[str] = "Model"
@@ -102,11 +101,7 @@ class ModelOptions:
 
 
 def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
-    """A method's settings, of NAME=VALUE texts.
-
-    Raises:
-        UsageError: a text without an equals sign or a name.
-    """
+    """A method's settings, of NAME=VALUE texts. Raises UsageError: a text without an equals sign or a name."""
     made = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
@@ -120,8 +115,7 @@ def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
 class PruneOptions:
     """How visual tokens are pruned. A preset becomes its share, and the values of `method_args` become texts.
 
-    Raises:
-        UsageError: a bad budget, no such method, or "tuned" together with a method or its settings.
+    Raises UsageError: a bad budget, no such method, or "tuned" together with a method or its settings.
     """
 
     PANEL: ClassVar[str] = "Pruning"
@@ -187,11 +181,7 @@ def check_tuned(budget: float | str, method: str, method_args: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What of a video is looked at.
-
-    Raises:
-        UsageError: a number that makes no sense, or fps and frames together.
-    """
+    """What of a video is looked at. Raises UsageError: a number that makes no sense, or fps and frames together."""
 
     PANEL: ClassVar[str] = "Sampling"
 
@@ -292,11 +282,7 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Made of the fields of all four.
-
-        Raises:
-            UsageError: a bad value. TypeError: an unknown option.
-        """
+        """Made of the fields of all four. Raises UsageError: a bad value. TypeError: an unknown option."""
         return cls(*from_keywords(options, *cls.KINDS))
 
 

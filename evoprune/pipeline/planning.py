@@ -115,8 +115,7 @@ def _evenly(lines: Sequence[SubtitleLine], count: int) -> list[SubtitleLine]:
 def plan_input(engine: Engine, info: Video, sampling: SamplingOptions, name: str | None = None) -> Plan:
     """Plans which frames of a video are looked at, or how large a picture, and what the encoder does with them.
 
-    Raises:
-        VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
+    Raises VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
     """
     decoder = choose_decoder(sampling.decoder, info)
     loaded, numbers = engine.loaded, sampling.numbers
@@ -169,8 +168,7 @@ def encoding_bytes(
 def units_at_once(engine: Engine, plan: Plan, text: int = TEXT) -> int:
     """How many units to encode at a time: fewer than is usual where memory is short, but at least a frame pair.
 
-    Raises:
-        OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `text` tokens around the video.
+    Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `text` tokens around the video.
     """
     model, encoder = engine.loaded.model, plan.encoder
     at_once, least = units_at_a_time(model.device), encoder.grid[1] * encoder.grid[2]

@@ -40,8 +40,7 @@ class PromptReader:
     def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
         """The prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
 
-        Raises:
-            UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
+        Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
         """
         check_question(self._loaded, question)
         prompt = prompt_about(self._loaded.tokenizer, self._plans, question, options.system)

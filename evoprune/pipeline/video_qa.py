@@ -67,8 +67,7 @@ class VideoQA:
     ) -> "VideoQA":
         """Loads a model. Options are checked before any weights are read.
 
-        Args:
-            progress: called with layers quantised and layers in all.
+        `progress`: called with layers quantised and layers in all.
 
         Raises:
             As `loading.load_model` and the constructor.

@@ -46,11 +46,7 @@ def video_frames(info: Video, case: Case) -> Frames:
 
 
 def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
-    """(T, H, W) of a case in units.
-
-    Raises:
-        UsageError: the frames cannot be cut into merge units.
-    """
+    """(T, H, W) of a case in units. Raises UsageError: the frames cannot be cut into merge units."""
     if case.height % limits.unit or case.width % limits.unit:
         raise UsageError(
             f"frames of {case.height}x{case.width} pixels are no whole number of merge units",

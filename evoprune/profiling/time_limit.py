@@ -145,8 +145,7 @@ def choose_rows(
     Args:
         expected, preparing: from `estimate`.
 
-    Raises:
-        UsageError: the least that can be measured takes longer than a firm limit.
+    Raises UsageError: the least that can be measured takes longer than a firm limit.
     """
     for count in range(len(quantizations), 0, -1):
         prepared = [row for row in expected if row.quantize in ("none", *quantizations[:count])]

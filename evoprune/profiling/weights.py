@@ -59,8 +59,7 @@ def outline(options: ModelOptions) -> ModelOutline | None:
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
     """Loads a model, after a check that there is memory for it and for the smallest case.
 
-    Raises:
-        UsageError: a case cannot be cut into merge units. OutOfMemory: there is too little memory. What `load_model` raises.
+    Raises UsageError: a case cannot be cut into merge units. OutOfMemory: there is too little memory. What `load_model` raises.
     """
     if found := outline(options):
         config, limits, dtype, place = found
@@ -76,11 +75,9 @@ def quantized_models(
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
     """The model with its weights packed and in each quantisation, beside the plain weights that transformers runs on.
 
-    Args:
-        working: bytes that must stay free.
+    `working`: bytes that must stay free.
 
-    Returns:
-        By quantisation: the models that there is memory for, and why the others are missing. And remarks for the results.
+    Returns by quantisation: the models that there is memory for, and why the others are missing. And remarks for the results.
     """
     for name in names:
         check_quantize(name, torch.device(loaded.device))
@@ -123,8 +120,7 @@ def _ready(name: str, model: QwenVL, start: float) -> str:
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
     """The most bytes in use beside weights of `bytes_each`. Transformers takes the most, with all units at a time.
 
-    Raises:
-        UsageError: the frames cannot be cut into merge units.
+    Raises UsageError: the frames cannot be cut into merge units.
     """
     units = prod(case_grid(case, limits))
     held = cost.SMALL_CHANGE + cost.pixel_bytes(config, units, bytes_each)

@@ -26,8 +26,7 @@ def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
 
     Other `names` are returned unchanged.
 
-    Raises:
-        UsageError: the text is none of these.
+    Raises UsageError: the text is none of these.
     """
     if text in names:
         return text
@@ -88,8 +87,7 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
         weights: at least 0 each.
         most: the limit of each share.
 
-    Returns:
-        The shares. They sum to `total`, or to the sum of `most` if that is less.
+    Returns the shares. They sum to `total`, or to the sum of `most` if that is less.
     """
     counts, quotas = [0] * len(most), {}
     open_ = [i for i, limit in enumerate(most) if limit > 0]

@@ -112,8 +112,7 @@ class EncoderPlan:
         reuse: a unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
         stages: in the order of their layers. The last may select tokens, after the last layer.
 
-    Raises:
-        ValueError: stages that are out of order, or that reduce chunks after the video as a whole was reduced.
+    Raises ValueError: stages that are out of order, or that reduce chunks after the video as a whole was reduced.
     """
 
     grid: Grid
@@ -189,8 +188,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
 
     `first` and `last`: the range in relative depth, of at least one layer; layer l ends at (l + 1) / depth.
 
-    Raises:
-        ValueError: an unknown allocation or an empty range.
+    Raises ValueError: an unknown allocation or an empty range.
     """
     if allocation not in ALLOCATIONS or not 0 <= first <= last <= 1:
         raise ValueError(

@@ -30,8 +30,7 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
         longest: an upper bound of the lengths.
         rows: the number of rows; all indices are below it.
 
-    Returns:
-        int64 `[B, longest]`, rows; and bool `[B, longest]`, which of them are valid. Padding repeats the last row of a run.
+    Returns int64 `[B, longest]`, rows; and bool `[B, longest]`, which of them are valid. Padding repeats the last row of a run.
     """
     step = ascending(longest, start.device)
     last = (length - 1).clamp(min=0)[:, None]
@@ -46,8 +45,7 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
         total: int64 `[B]`, between the number of groups with rows and the sum of sizes.
         longest: an upper bound of the sizes.
 
-    Returns:
-        int64 `[B, G]`, at most `sizes`; ties by index. The sum differs from `total` if `total` is out of range.
+    Returns int64 `[B, G]`, at most `sizes`; ties by index. The sum differs from `total` if `total` is out of range.
     """
     size, total = sizes.sum(1, keepdim=True), total[:, None]
     counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)

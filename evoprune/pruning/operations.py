@@ -25,8 +25,7 @@ class Recipe:
         weights: share of a layer's work on a token that each of `KINDS` is.
         steps: what is left out at each step; together all that can be.
 
-    Raises:
-        ValueError: a value that cannot be.
+    Raises ValueError: a value that cannot be.
     """
 
     depth: int

@@ -176,8 +176,7 @@ def best_partners(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`).
 
-    Returns:
-        `[B, m]`, -inf for other rows; and int64 `[B, m]`, the index of that destination. Ties go to the lower index.
+    Returns `[B, m]`, -inf for other rows; and int64 `[B, m]`, the index of that destination. Ties go to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
@@ -217,8 +216,7 @@ def merge_rows(
             padding without meaning.
         moves: upper bound of the rows that merge; default `R - rows`.
 
-    Returns:
-        `[rows, ...]`, in the dtype of `x`; a row that no other merges into is unchanged.
+    Returns `[rows, ...]`, in the dtype of `x`; a row that no other merges into is unchanged.
     """
     goes = into != ascending(len(into), into.device)
     stays = ~goes

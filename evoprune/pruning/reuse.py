@@ -37,9 +37,8 @@ def scan(
         references: from the scan of the piece before; None at the start of a video.
         threshold: in levels of 255; a unit is encoded if a block differs by at least this much. 0 encodes all units.
 
-    Returns:
-        int64 `[T, units]`: the frame pair whose row represents each unit, counted from the start of the video (its own where it
-        is encoded); and the references for the next scan.
+    Returns int64 `[T, units]`: the frame pair whose row represents each unit, counted from the start of the video (its own
+    where it is encoded); and the references for the next scan.
     """
     seen = references.seen if references else 0
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)

@@ -35,8 +35,7 @@ def averaged(
         still: for each segment, `[n]`, how still each place stands; ties go by index.
         limit: only places that are stiller than this are averaged.
 
-    Returns:
-        int64 `[T, n]`: the unit that each unit joins, itself if it stays. None: more than `keep` are left.
+    Returns int64 `[T, n]`: the unit that each unit joins, itself if it stays. None: more than `keep` are left.
     """
     into, n, saved = index.clone(), index.shape[1], index.numel() - keep
     if sum(int((each > limit).sum()) * (len(span) - 1) for span, each in zip(spans, still, strict=True)) < saved:

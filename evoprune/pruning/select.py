@@ -42,8 +42,7 @@ def farthest_points(
     Returns:
         int64 `[keep]`, or fewer if `within` is above 0: units, ascending.
 
-    Raises:
-        ValueError: `keep` is out of range.
+    Raises ValueError: `keep` is out of range.
     """
     if not 1 <= keep <= len(points):
         raise ValueError(f"cannot select {keep} of {len(points)} units")
@@ -113,12 +112,10 @@ def _farthest(points: Points, start: list[int], keep: int, within: float, least:
     themselves, and points are selected from this pool while its farthest is certain to be the farthest of all. Only then are the
     distances of all candidates updated, for all newly selected points in one matrix product.
 
-    Args:
-        start: indices of points that are selected already.
+    `start`: indices of points that are selected already.
 
-    Returns:
-        int64 `[keep or fewer]`, indices in the order of selection. There are fewer if all other points are at distance 0 of a
-        selected one; or if at least `least` are selected and all other points are at distance `within` or less.
+    Returns int64 `[keep or fewer]`, indices in the order of selection. There are fewer if all other points are at distance 0 of
+    a selected one; or if at least `least` are selected and all other points are at distance `within` or less.
     """
     device = points.row.device
     selected, fresh = list(start), list(start)

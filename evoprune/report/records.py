@@ -221,8 +221,7 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         """The report that `to_json` wrote; fields of later versions are ignored.
 
-        Raises:
-            ValueError: not JSON, or not a record of this schema.
+        Raises ValueError: not JSON, or not a record of this schema.
         """
         return cls._from_record(json.loads(text))
 

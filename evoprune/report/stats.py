@@ -41,8 +41,7 @@ WARNINGS = {
 def stats_block(report, width: int = WIDTH, verbose: bool = False) -> list[str]:
     """The lines of a `Report`, each at most `width` columns wide.
 
-    Args:
-        verbose: also the rows of every layer, settings and versions.
+    `verbose`: also the rows of every layer, settings and versions.
     """
     lines = [*_heading(report, width), *_stages(report, width), *_totals(report), *_memory(report.memory)]
     if report.compare:

@@ -81,8 +81,7 @@ def search(
         measure: the loss with some operations removed.
         go_on: whether there is time to measure more. Once there is not, the others follow by the latest measurement.
 
-    Returns:
-        Whether the order is complete: not where the time was over before everything had been measured once.
+    Returns whether the order is complete: not where the time was over before everything had been measured once.
     """
     known: dict[Removed, Loss] = {}
 

@@ -100,8 +100,7 @@ class OperationTuning(Run):
     def save(self) -> Path:
         """Saves the recipe for this model's weights, where the method `operations` finds it; returns its path.
 
-        Raises:
-            UsageError: it cannot be written, or the weights cannot be identified.
+        Raises UsageError: it cannot be written, or the weights cannot be identified.
         """
         made = self.answering.made
         kept = KeptRecipe(

@@ -102,8 +102,7 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
     """The share of agreeing tokens of each of S candidates, as estimated from all of them: it does not rise with KL.
 
-    Args:
-        agree, tokens, kl: `[S]`, agreeing tokens, all tokens, and the mean KL.
+    `agree`, `tokens`, `kl`: `[S]`, agreeing tokens, all tokens, and the mean KL.
     """
     blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, tokens, and the candidates that share them
     for candidate in np.argsort(kl, kind="stable"):
@@ -121,8 +120,7 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
 def design_effect(candidates: Sequence[Counts]) -> float | None:
     """How many tokens prove as much as one independent token; at least 1, None where no candidate shows it.
 
-    Args:
-        candidates: of each, `[V]` agreeing tokens and `[V]` tokens of its videos.
+    `candidates`: of each, `[V]` agreeing tokens and `[V]` tokens of its videos.
     """
     over_videos = independent = 0.0
     for agree, tokens in candidates:

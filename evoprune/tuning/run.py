@@ -42,8 +42,7 @@ class Settings:
         time_limit_s: of the whole run, loading included.
         budgets, methods: see `search.candidates`. `seed`: for methods that select at random.
 
-    Raises:
-        UsageError: no video or question, or an agreement or a time limit out of range.
+    Raises UsageError: no video or question, or an agreement or a time limit out of range.
     """
 
     videos: tuple[str, ...]
@@ -134,8 +133,7 @@ class Run:
 class Tuning(Run):
     """Finds the fastest setting; `known` is what is known of every candidate.
 
-    Raises:
-        UsageError: an unknown method, settings that it does not have, or nothing to try.
+    Raises UsageError: an unknown method, settings that it does not have, or nothing to try.
     """
 
     schema = "evoprune/tune@1"
@@ -190,8 +188,7 @@ class Tuning(Run):
     def save(self) -> Path:
         """Saves the recommended setting for this model's weights, where `-b tuned` finds it; returns its path.
 
-        Raises:
-            UsageError: it cannot be written, or the weights cannot be identified.
+        Raises UsageError: it cannot be written, or the weights cannot be identified.
         """
         row = recommended(result_rows(self.known, self.settings.agree))
         measured = {name: row[name] for name in ("method", "budget", "agreement", "low", "first_token", "videos")}

@@ -35,8 +35,7 @@ class Candidate:
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
     """Every method, `more` than `METHODS`, at each of `budgets` or `BUDGETS`, without those that prune nothing.
 
-    Raises:
-        UsageError: an unknown method, or settings that it does not have.
+    Raises UsageError: an unknown method, or settings that it does not have.
     """
     named = {name: methods.parse(name) for name in dict.fromkeys((*METHODS, *more)) if name != "none"}
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))

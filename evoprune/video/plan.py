@@ -151,8 +151,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, fact
 
     Where both cannot be had, the area is kept and the ratio is not (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
 
-    Raises:
-        ValueError: a side is not positive, or one is more than 200 times the other.
+    Raises ValueError: a side is not positive, or one is more than 200 times the other.
     """
     if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
         raise ValueError(f"cannot resize {width}x{height}: width and height must be positive and within a ratio of 200")
@@ -230,11 +229,7 @@ def _picture_plan(info: Video, limits: InputLimits, max_tokens: int) -> Plan:
 def _size(
     info: Video, limits: InputLimits, pairs: int, max_tokens: int
 ) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """The frame size that the model prefers; and as of `_fit`.
-
-    Raises:
-        VideoError: a shape that cannot be resized.
-    """
+    """The frame size that the model prefers; and as of `_fit`. Raises VideoError: a shape that cannot be resized."""
     try:
         preferred = smart_resize(info.height, info.width, limits.min_pixels, limits.max_pixels, limits.unit)
         return preferred, *_fit(info, limits, preferred, pairs, max_tokens)
@@ -251,8 +246,7 @@ def _fit(
         size, pairs: without a limit on tokens.
         max_tokens: first the size is reduced, down to the model's smallest; then the pairs, down to one; then the size again.
 
-    Raises:
-        ValueError: a shape that cannot be resized.
+    Raises ValueError: a shape that cannot be resized.
     """
     unit = limits.unit
     if pairs * _units(size, unit) > max_tokens:

@@ -45,9 +45,8 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
             the video's default text track or its only one, else none.
         start_s, end_s: the part, in seconds from the first frame.
 
-    Raises:
-        VideoError: no such file; or no subtitles in it, pictures of text only, or text of an unknown encoding; see also
-            `isolation.run_task`.
+    Raises VideoError: no such file; or no subtitles in it, pictures of text only, or text of an unknown encoding; see also
+    `isolation.run_task`.
     """
     arguments = {"path": info.path, "origin_s": info.start_s, "choice": choice, "start_s": start_s, "end_s": end_s}
     found = run_task("subtitles", info.path, arguments)

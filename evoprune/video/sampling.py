@@ -127,8 +127,7 @@ def check_sampling(
 ) -> None:
     """Checks what can be checked without a video; arguments as of `plan.make_plan`, None for the default.
 
-    Raises:
-        UsageError: a number that makes no sense, or fps and frames together.
+    Raises UsageError: a number that makes no sense, or fps and frames together.
     """
     if max_visual_tokens is not None and max_visual_tokens < 1:
         raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
@@ -144,8 +143,7 @@ def check_sampling(
 def parse_time(text: str) -> float:
     """Seconds from `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`; below 0 with a minus sign in front.
 
-    Raises:
-        UsageError: the text is none of these.
+    Raises UsageError: the text is none of these.
     """
     sign, digits = (-1.0, text.strip()[1:]) if text.strip().startswith("-") else (1.0, text.strip())
     if digits and (match := CLOCK.fullmatch(digits) or UNITS.fullmatch(digits)):

@@ -107,8 +107,7 @@ def attend_by_products(
         weight: float32 `[B, Q]`, the weight of each query in the attention received; None if that is not needed.
         timer: measures the time for the attention received.
 
-    Returns:
-        `[B, heads, Q, d]`; and the attention received, float32 `[B, K]`, or None.
+    Returns `[B, heads, Q, d]`; and the attention received, float32 `[B, K]`, or None.
     """
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]

@@ -43,9 +43,8 @@ class Chunk:
     def layout(self, geo: Geometry) -> tuple[TokenLayout, torch.Tensor | None]:
         """The layout of the chunk's rows, on the device of `geo`; with reuse it is computed on the CPU.
 
-        Returns:
-            The layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the
-            reference does not change. None without reuse.
+        Returns the layout; and int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the
+        reference does not change. None without reuse.
         """
         if self.source is None:
             return full_layout(geo, self.pairs), None
@@ -120,8 +119,7 @@ def in_chunks(
         even: a list that gets, for each piece, whether each of its frame pairs has one colour, up to the first that has more; or
             None.
 
-    Raises:
-        ValueError: the number of patches does not fit `pairs` frame pairs.
+    Raises ValueError: the number of patches does not fit `pairs` frame pairs.
     """
     pair, done, references, held = geo.units * PATCHES, 0, None, []
     for piece, here in _read(patches, pair, -(-rows // geo.units), threshold > 0, timer):
@@ -177,9 +175,8 @@ class References:
     def begin(self, latest: torch.Tensor | None) -> None:
         """Starts a chunk.
 
-        Args:
-            latest: int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference does not
-                change; None if no later chunk follows.
+        `latest`: int64 `[P]`, the unit of this chunk that becomes the reference of each place, -1 where the reference does not
+        change; None if no later chunk follows.
         """
         self._latest = latest
 

@@ -134,8 +134,7 @@ class EncodedRows:
     def finish(self) -> tuple[bool, float]:
         """Whether each frame pair has one colour, and the seconds spent on pruning; reads all checks, which synchronises.
 
-        Raises:
-            ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
+        Raises ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
         """
         if not all_true(self.checks.numbers):
             raise not_a_number_error("encode")

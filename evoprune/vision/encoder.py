@@ -98,9 +98,8 @@ def encode_rows(
 ) -> EncodedRows:
     """The part of `encode` before a question is needed. Arguments and errors as in `encode`.
 
-    Args:
-        on_layer: called with the number of finished layers and of all layers, after each layer that follows a selection
-            inside the tower.
+    `on_layer`: called with the number of finished layers and of all layers, after each layer that follows a selection inside
+    the tower.
     """
     run = _Run(visual, plan, chunk_units, on_layer)
     with without_autocast() if isinstance(visual, Tower) else nullcontext():
@@ -303,8 +302,7 @@ class _Run:
 def _nearest_kept(seen: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """int64 `[N]`, for a selector that names no owners: the kept row that is most similar to each unit's row, by cosine.
 
-    Args:
-        seen: `[E, D]`, rows. owner: int64 `[N]`, the row of each unit. kept: int64 `[K]`, the kept units.
+    `seen`: `[E, D]`, rows. owner: int64 `[N]`, the row of each unit. kept: int64 `[K]`, the kept units.
     """
     rows = F.normalize(seen.float(), dim=1)
     found = closest(rows, rows[owner[kept]])[1][owner]

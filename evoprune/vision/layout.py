@@ -140,9 +140,8 @@ def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
 def referring_layout(geo: Geometry, source: torch.Tensor) -> TokenLayout:
     """The layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame pair.
 
-    Args:
-        source: int64 `[T, H*W]` on the CPU: the frame pair whose row represents each unit, counted from the first of these; a
-            negative number is a frame pair of an earlier chunk.
+    `source`: int64 `[T, H*W]` on the CPU: the frame pair whose row represents each unit, counted from the first of these; a
+    negative number is a frame pair of an earlier chunk.
     """
     pairs = len(source)
     alive = source == ascending(pairs, source.device)[:, None]
@@ -165,8 +164,7 @@ def selected_layout(
         kept: int64 `[K]`, ascending: the units that are rows.
         owner: int64 `[T * H*W]`, indices into `kept`, -1 for a unit that is dropped.
 
-    Returns:
-        The layout; and int64 `[K]`, the index in `kept` of each of its rows.
+    Returns the layout; and int64 `[K]`, the index in `kept` of each of its rows.
     """
     place = geo.order.argsort()  # the rank of each place in window order
     order = (kept // geo.units * geo.units + place[kept % geo.units]).argsort()

@@ -39,8 +39,7 @@ def patchify(
         temporal: frames of a frame pair.
         merge: height and width of a unit in patches.
 
-    Returns:
-        float32 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
+    Returns float32 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
     """
     frames = frames.expand(temporal, -1, -1, -1) if len(frames) == 1 else frames
     f, h, w, c = frames.shape
@@ -63,8 +62,7 @@ def patch_means(
         units: of a frame pair.
         mean, std: as in `patchify`.
 
-    Returns:
-        float32 `[T, units, 96]`, in levels of 255.
+    Returns float32 `[T, units, 96]`, in levels of 255.
     """
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, 7, 2, 7).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel

@@ -85,8 +85,7 @@ def reduce_rows(
         features: float32 `[R, D]`, compared by the merger. A merged row has the size-weighted mean.
         attention: float32 `[R]` or None, compared by the merger. A merged row has the sum.
 
-    Raises:
-        RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
+    Raises RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
     """
     target, static = merging.left[layer + 1], devices.static_shapes(x.device)
     total, longest = layout.group_count(scope), layout.longest(scope)

@@ -200,8 +200,7 @@ class _LayerRows:
 def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
     """Runs neighbouring layers of the tower on rows `[R, 4, hidden]` in window order.
 
-    Returns:
-        The rows after the layers, in window order, and their layout, which differs if there are fewer rows.
+    Returns the rows after the layers, in window order, and their layout, which differs if there are fewer rows.
     """
     if not layout.rows:  # all units are reused
         return x, layout

@@ -106,8 +106,7 @@ class TracedVideo:
 def trace(opened: OpenInputs, progress: Progress | None = None) -> TracedVideo:
     """Encodes a single input of which nothing was read yet, and keeps its frames and the fates of its units.
 
-    Raises:
-        UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
+    Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
     """
     engine, (plan,) = opened.engine, opened.plans
     if engine.method.reads_question:

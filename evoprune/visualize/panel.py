@@ -64,8 +64,7 @@ def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
         picture: uint8 `[H, W, 3]`.
         fate: int `[H, W]`, indices in `FATES`.
 
-    Returns:
-        uint8 `[H, W, 3]`.
+    Returns uint8 `[H, W, 3]`.
     """
     levels = picture.astype(np.float32)
     tint = np.array([UNREAD.get(name, (0, 0, 0)) for name in FATES], np.float32)[fate]

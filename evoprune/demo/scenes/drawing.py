@@ -27,8 +27,7 @@ def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> Non
     Args:
         crf: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest.
 
-    Raises:
-        OSError: the file cannot be written.
+    Raises OSError: the file cannot be written.
     """
     if clip.is_still:
         still = Image.fromarray(render(clip, [clip.seconds / 2])[0])

@@ -34,8 +34,7 @@ def outline_mask(outline: str, radius: int) -> np.ndarray:
 def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
     """How far each pixel of a `size` square is from the first colour to the second: float32 in [0, 1].
 
-    Args:
-        period: pixels until the texture repeats itself. turn: eighths of a half circle by which it is rotated.
+    `period`: pixels until the texture repeats itself. turn: eighths of a half circle by which it is rotated.
     """
     axis = np.arange(size) - (size - 1) / 2
     cos, sin = np.cos(turn * np.pi / 8), np.sin(turn * np.pi / 8)

@@ -86,8 +86,7 @@ class BiasedAttention(Attention):
 def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
     """Lets the layers of a Qwen2 language model take a bias with the positions. Call it before weights are loaded.
 
-    Raises:
-        UsageError: the attention backend has no kernel for wider heads, or was not tested.
+    Raises UsageError: the attention backend has no kernel for wider heads, or was not tested.
     """
     for layer in layers:
         if hasattr(layer, "self_attn"):  # a pipeline has layers elsewhere

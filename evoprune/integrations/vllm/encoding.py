@@ -100,8 +100,7 @@ def with_columns(found: Encoded, item: Item, tokens_per_second: float | None) ->
 def try_out(visual, method: Pipeline) -> None:
     """Encodes a small clip of noise, so that a method that cannot work fails at start and not at the first request.
 
-    Raises:
-        UsageError: the method weighs tokens and does not declare it. Others as `encoded`.
+    Raises UsageError: the method weighs tokens and does not declare it. Others as `encoded`.
     """
     grid, keep = TRIAL
     sizes, weight = vision_sizes(visual.config), visual.patch_embed.proj.weight

@@ -59,9 +59,8 @@ def known_positions(
         items: the videos and pictures, in order.
         tokens_per_second: see `language.positions.video_positions`.
 
-    Returns:
-        int64 `[3, length]`, negative at placeholders of pruned videos; and the number that vLLM adds to the index of a generated
-        token to get its position.
+    Returns int64 `[3, length]`, negative at placeholders of pruned videos; and the number that vLLM adds to the index of a
+    generated token to get its position.
     """
     pieces, at, following = [], 0, 0
     for item in items:
@@ -91,8 +90,7 @@ def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) 
         bias: float32 `[K]`.
         dtype: of the features.
 
-    Returns:
-        `[K, COLUMNS]`, whole numbers below 256.
+    Returns `[K, COLUMNS]`, whole numbers below 256.
     """
     bits = bias.float().view(torch.int32).long()
     numbers = [(row, POSITION_DIGITS) for row in positions] + [(bits, BIAS_DIGITS)]

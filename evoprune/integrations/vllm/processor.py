@@ -102,8 +102,7 @@ class Processor:
     def _seconds(self, inputs: Mapping[str, Any], grids: list[tuple[int, int, int]]) -> Iterator[float]:
         """Seconds per pair of each video; 1 for a model without a clock, or a video without a frame rate.
 
-        Raises:
-            ValueError: a video lasts longer than the model has positions.
+        Raises ValueError: a video lasts longer than the model has positions.
         """
         sizes, text = vision_sizes(self.info.get_hf_config().vision_config), self.info.get_hf_config().get_text_config()
         most = min(LIMIT, 4 * text.max_position_embeddings)  # as many rotary positions as vLLM computes

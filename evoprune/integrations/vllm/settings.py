@@ -25,8 +25,7 @@ def method_of(additional: Any) -> Pipeline:
     Args:
         additional: vLLM's `additional_config`.
 
-    Raises:
-        UsageError: no such method or setting, a method that cannot work here, or another key than "method".
+    Raises UsageError: no such method or setting, a method that cannot work here, or another key than "method".
     """
     section = additional.get(SECTION, {}) if isinstance(additional, Mapping) else {}
     unknown = sorted(set(section) - {METHOD}) if isinstance(section, Mapping) else [str(section)]
@@ -39,9 +38,8 @@ def method_of(additional: Any) -> Pipeline:
 def served_method(name: str) -> Pipeline:
     """The method `name`, perhaps with settings (`NAME:SETTING=VALUE`).
 
-    Raises:
-        UsageError: there is no such method or setting; or it resizes frames, reads the question, keeps every token, or keeps a
-            number of tokens that is not known before the video is encoded.
+    Raises UsageError: there is no such method or setting; or it resizes frames, reads the question, keeps every token, or keeps
+    a number of tokens that is not known before the video is encoded.
     """
     if not isinstance(name, str):
         raise UsageError(f"method {name!r} is not a name", f"for example {EXAMPLE}")
@@ -71,8 +69,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
         options: the request's `mm_processor_kwargs`.
         rate: `--video-pruning-rate`.
 
-    Raises:
-        UsageError: it is no share, the server prunes nothing, or there is no such option.
+    Raises UsageError: it is no share, the server prunes nothing, or there is no such option.
     """
     unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
     if unknown:

@@ -68,8 +68,7 @@ def download(
         files: patterns of the files to download.
         check: called with the config's path before anything large is downloaded; raises if the model cannot run.
 
-    Raises:
-        ModelError: no such model or revision, no access, or the hub is out of reach and the cache does not hold it.
+    Raises ModelError: no such model or revision, no access, or the hub is out of reach and the cache does not hold it.
     """
     import huggingface_hub as hub
     from huggingface_hub import errors

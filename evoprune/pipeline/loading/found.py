@@ -86,8 +86,7 @@ class FoundModel:
     def files(self) -> list[Path]:
         """The files of its weights; none of random ones.
 
-        Raises:
-            ModelError: they are missing, damaged, or have another number of layers than the config.
+        Raises ModelError: they are missing, damaged, or have another number of layers than the config.
         """
         files = [] if self.random else weight_files(self.folder)
         check_layers(self.config, files)
@@ -105,8 +104,7 @@ class FoundModel:
     def weights_fingerprint(self) -> str:
         """What identifies the weights (`weights.files_fingerprint`); at 3B a tenth of a second.
 
-        Raises:
-            UsageError: they are random, or not on this machine. ModelError: they are damaged.
+        Raises UsageError: they are random, or not on this machine. ModelError: they are damaged.
         """
         if self.random:
             hint = "take the weights (load format auto), or give a budget as a number"
@@ -167,8 +165,7 @@ def describe_model(options: ModelOptions) -> FoundModel:
 def look_up(options: ModelOptions) -> FoundModel:
     """Finds what this machine alone has of a model; no hub is asked.
 
-    Raises:
-        ModelError: neither its folder nor its config is on this machine, or they are damaged. UsageError: as `find_model`.
+    Raises ModelError: neither its folder nor its config is on this machine, or they are damaged. UsageError: as `find_model`.
     """
     device, name, revision = usable_device(options), options.model, options.revision
     if is_id(name) and not Path(name).is_dir():
@@ -196,8 +193,7 @@ def _found(
 def locate(options: ModelOptions, *, files: list[str] | None) -> tuple[Path, str | None]:
     """The folder of a model, and its commit if it is a hub id.
 
-    Args:
-        files: patterns of what to download from the hub; None if nothing may be downloaded.
+    `files`: patterns of what to download from the hub; None if nothing may be downloaded.
     """
     name, revision = options.model, options.revision
     if not name.strip():
@@ -237,11 +233,7 @@ def has_cuda() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA if there is any, else the CPU.
-
-    Raises:
-        UsageError: it cannot be used.
-    """
+    """The device of a name; "auto" is CUDA if there is any, else the CPU. Raises UsageError: it cannot be used."""
     if name == "auto":
         name = "cuda" if has_cuda() else "cpu"
     try:
@@ -256,11 +248,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, is_demo: bool) -> str:
-    """The short name of a dtype; "auto" depends on the device, see `ModelOptions`.
-
-    Raises:
-        UsageError: an unknown name.
-    """
+    """The short name of a dtype; "auto" depends on the device, see `ModelOptions`. Raises UsageError: an unknown name."""
     check_dtype(name)
     if name == "auto":
         bf16 = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())

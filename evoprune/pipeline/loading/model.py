@@ -103,8 +103,7 @@ class LoadedModel:
     def weights_fingerprint(self) -> str:
         """What identifies the weights, whatever their place, time and dtype (`loading.fingerprint`). Reads their files once.
 
-        Raises:
-            UsageError: they are random, not from files, or their files have changed.
+        Raises UsageError: they are random, not from files, or their files have changed.
         """
         found = self.found
         if found is None:
@@ -184,8 +183,7 @@ def _weights(
 ) -> tuple[QwenVL, PackingTime]:
     """The weights, ready to be used; random ones where there are no files. Writes the times of the parts into `seconds`.
 
-    Raises:
-        OutOfMemory: they do not fit.
+    Raises OutOfMemory: they do not fit.
     """
     name, device, files, quantize = found.id, found.device, found.files, found.options.quantize
     form = DTYPES[found.dtype], device

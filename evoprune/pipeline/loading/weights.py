@@ -39,8 +39,7 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
 def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> QwenVL:
     """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
 
-    Raises:
-        ModelError: tensors are missing or have another shape than the config says.
+    Raises ModelError: tensors are missing or have another shape than the config says.
     """
     model = empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
@@ -87,8 +86,7 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
 def check_layers(config: Config, files: list[Path]) -> None:
     """Compares the numbers of layers with the names in the weights, if there are any, before a tree of that many is built.
 
-    Raises:
-        ModelError: the last layer of the tower or of the language model is not there.
+    Raises ModelError: the last layer of the tower or of the language model is not there.
     """
     names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
     last = {
@@ -142,8 +140,7 @@ def make_ready(
     Where memory is short, layers are not packed, and a quantised model reads prompts through its quantised layers, which is
     slower. Arguments as `load_model`.
 
-    Returns:
-        How long layers have packed; it grows when they do.
+    Returns how long layers have packed; it grows when they do.
     """
     spent = PackingTime()
     if model.device.type != "cpu":
@@ -169,8 +166,7 @@ def files_fingerprint(files: Iterable[Path], tree: QwenVL) -> str:
     It is a hash of every 1-D tensor and of the first row of every other one: milliseconds for gigabytes, and a fine-tune changes
     it. Values are compared in bf16: a checkpoint in fp32 that was loaded in fp16 has been rounded twice, and differs.
 
-    Args:
-        tree: of the model, perhaps without memory. Tensors of the files that have no place in it are left out.
+    `tree`: of the model, perhaps without memory. Tensors of the files that have no place in it are left out.
     """
     shapes = {name: list(weight.shape) for name, weight in tree.named_parameters()}
     rows: list[Row] = []
@@ -185,9 +181,8 @@ def files_fingerprint(files: Iterable[Path], tree: QwenVL) -> str:
 def model_fingerprint(model: torch.nn.Module) -> str:
     """The same of a transformers model in memory, on any device.
 
-    Raises:
-        UsageError: its weights cannot be read as those of its checkpoint: they are quantised, offloaded, or an adapter adds to
-            them.
+    Raises UsageError: its weights cannot be read as those of its checkpoint: they are quantised, offloaded, or an adapter adds
+    to them.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise _quantised("this model")

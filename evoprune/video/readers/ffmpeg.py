@@ -112,8 +112,7 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
 def video_stream(container: InputContainer, path: str, *, threads: bool = False) -> VideoStream:
     """The stream to show; decoded with several `threads`, not more than a container's quota of CPU time leaves.
 
-    Raises:
-        VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
+    Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
     """
     moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not moving:

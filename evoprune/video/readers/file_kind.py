@@ -49,8 +49,7 @@ def picture_format(path: str) -> str | None:
 def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
     """The error for a file that FFmpeg could not read, if it surely holds something else than a video.
 
-    Args:
-        unrecognised: FFmpeg recognised nothing in it, so whatever does not begin as videos do is none.
+    `unrecognised`: FFmpeg recognised nothing in it, so whatever does not begin as videos do is none.
     """
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:

@@ -26,8 +26,7 @@ _ALIVE = _LENGTH.pack(0)
 class Channel:
     """One end of a connected Unix socket. Sending and receiving may raise OSError.
 
-    Args:
-        descriptors: how many file descriptors a received message may bring, 0 or 1; the caller closes them.
+    `descriptors`: how many file descriptors a received message may bring, 0 or 1; the caller closes them.
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
@@ -54,8 +53,7 @@ class Channel:
     def receive(self, patience_s: float | None = None) -> tuple[dict, int | None]:
         """The next message, and the descriptor that came with it.
 
-        Raises:
-            EOFError: the other end is closed. TimeoutError: neither a message nor a sign of life for `patience_s`.
+        Raises EOFError: the other end is closed. TimeoutError: neither a message nor a sign of life for `patience_s`.
         """
         self._socket.settimeout(patience_s)
         while True:
@@ -101,9 +99,8 @@ class FrameMemory:
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
         """An array to be filled, uint8 of that shape. Raises OSError where there is no memory.
 
-        Returns:
-            The array; the number of its piece, None if it has memory of its own; and a file descriptor of the memory, which the
-            caller closes, None if the other process has it already.
+        Returns the array; the number of its piece, None if it has memory of its own; and a file descriptor of the memory, which
+        the caller closes, None if the other process has it already.
         """
         import numpy as np
 

@@ -46,8 +46,7 @@ class Crash(VideoError):
 class WorkerProcess:
     """A process that reads videos, one request at a time: `path` names the video in messages, `busy` says that one is unanswered.
 
-    Raises:
-        OSError: the process cannot be started.
+    Raises OSError: the process cannot be started.
     """
 
     def __init__(self):
@@ -86,8 +85,7 @@ class WorkerProcess:
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
         """Request the next frames, with `more` entries of the message: uint8 `[n, H, W, 3]`, filled when `answer` returns.
 
-        Raises:
-            VideoError: a limit on the size of files forbids such memory. MemoryError: there is none.
+        Raises VideoError: a limit on the size of files forbids such memory. MemoryError: there is none.
         """
         try:
             frames, number, descriptor = memory.take(shape)

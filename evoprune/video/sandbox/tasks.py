@@ -47,8 +47,7 @@ class FrameReader:
     def fill(self, frames: np.ndarray) -> tuple[list[float], int]:
         """Write the next frames into uint8 `[n, H, W, 3]`.
 
-        Returns:
-            The time of each frame in seconds, and how many damaged packets were found that earlier calls did not find.
+        Returns the time of each frame in seconds, and how many damaged packets were found that earlier calls did not find.
         """
         times, before = [], len(self._damaged)
         for slot in frames:
