@@ -178,7 +178,7 @@ def _measured(
     begun = time.perf_counter()
     show("loading libraries")
     check_libraries()
-    from evoprune.pipeline.engine import with_recipe
+    from evoprune.pipeline.kept import with_recipe
     from evoprune.pipeline.loading.found import find_model
     from evoprune.profiling import bench, run, settings, time_limit, weights
 

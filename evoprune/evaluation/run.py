@@ -31,8 +31,8 @@ from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.cost import shortage
 from evoprune.model.machine import environment
-from evoprune.pipeline.engine import make_engine, make_method, with_recipe
-from evoprune.pipeline.kept import resolve
+from evoprune.pipeline.engine import make_engine
+from evoprune.pipeline.kept import make_method, resolve, with_recipe
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.pipeline.opening import open_inputs

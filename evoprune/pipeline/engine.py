@@ -1,17 +1,13 @@
 """A loaded model with its pruning method, shared by opening, encoding and answering."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from evoprune import methods
-from evoprune.errors import UsageError
 from evoprune.methods.pipeline import Pipeline
-from evoprune.pipeline.kept import Tuned, recipes, resolve
+from evoprune.pipeline.kept import Tuned, for_model
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
-from evoprune.pruning.budget import AUTO, AUTO_INFLECTION
 
 
 @dataclass(frozen=True)
@@ -66,36 +62,12 @@ class Engine:
         return self.loaded.model.model.visual.patch_embed.proj.weight.device
 
 
-def make_method(options: PruneOptions) -> Pipeline:
-    """The method that options name, other than those of a budget of "tuned".
-
-    Raises UsageError: settings that it does not have, or a budget of "auto" or "auto:inflection" where it cannot let the
-    content decide.
-    """
-    method = methods.parse(options.method, options.method_args)
-    if options.budget == AUTO_INFLECTION:
-        return method.by_inflection()
-    return method.automatic() if options.budget == AUTO else method
-
-
-def with_recipe(method: Pipeline, name: str | None, weights: Callable[[], str]) -> Pipeline:
-    """A method with the recipe of a model, where it follows one; others unchanged. Arguments and errors as of `kept.resolve`."""
-    inner = method.language
-    if getattr(inner, "recipe", inner) is not None or inner is None:  # it follows none, or has it already
-        return method
-    if (kept := recipes.find(weights())) is None:
-        hint = f"evoprune tune VIDEO... --operations -m {name or 'MODEL'} finds one"
-        raise UsageError(f"method {inner.name} follows a recipe, and there is none for {name or 'this model'}", hint)
-    return replace(method, language=replace(inner, recipe=kept.made()))
-
-
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
     """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
-    Raises UsageError: as `make_method` and `with_recipe`; the model was never tuned, or its setting is damaged.
+    Raises UsageError: as `kept.for_model`; the model was never tuned, or its setting is damaged.
     """
-    options, tuned = resolve(options, loaded.id, lambda: loaded.weights_fingerprint)
-    method = with_recipe(make_method(options), loaded.id, lambda: loaded.weights_fingerprint)
+    options, method, tuned = for_model(options, loaded.id, lambda: loaded.weights_fingerprint)
     return Engine(loaded, options, method, load_seconds, tuned)
 
 

@@ -13,8 +13,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.model.config import kv_bytes
 from evoprune.model.machine import available_memory
-from evoprune.pipeline.engine import make_method, with_recipe
-from evoprune.pipeline.kept import KeptRecipe, Tuned, folder, recipes, resolve, tuned
+from evoprune.pipeline.kept import KeptRecipe, Tuned, folder, for_model, recipes, tuned
 from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
@@ -148,8 +147,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     Raises UsageError: as `make_method` and `kept.with_recipe`; a budget of "tuned" for weights that were never tuned, or are
     not on this machine.
     """
-    pruning, _ = resolve(pruning, model.id, lambda: model.weights_fingerprint)
-    method = with_recipe(make_method(pruning), model.id, lambda: model.weights_fingerprint)
+    pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)
     budget = pruning.most
     encoder = method.plan(tower_shape(model.tree.model.visual), plan.grid, keep_count(budget, plan.visual_tokens))
     prompt = method.prompt_columns(model.config.text_config.num_hidden_layers, encoder.keep, TEXT, budget)

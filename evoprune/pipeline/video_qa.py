@@ -23,8 +23,8 @@ from evoprune.keywords import brief, check_type, names_options
 from evoprune.pipeline.answering import Answer, EncodedInputs, together
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
-from evoprune.pipeline.engine import make_engine, make_method, unpruned, with_recipe
-from evoprune.pipeline.kept import Tuned, resolve
+from evoprune.pipeline.engine import make_engine, unpruned
+from evoprune.pipeline.kept import Tuned, for_model, make_method
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import OpenInputs, open_inputs
@@ -192,8 +192,7 @@ def load_qa(
     start = time.perf_counter()
     make_method(pruning)
     found = find_model(model) if isinstance(model, ModelOptions) else model
-    pruning, setting = resolve(pruning, found.options.model, lambda: found.weights_fingerprint)
-    with_recipe(make_method(pruning), found.options.model, lambda: found.weights_fingerprint)
+    pruning, _, setting = for_model(pruning, found.id, lambda: found.weights_fingerprint)
     loaded = load_model(found, to_answer=True, progress=progress)
     made = kind(loaded, load_seconds=time.perf_counter() - start, pruning=pruning)
     made.engine = replace(made.engine, tuned=setting or tuned)

@@ -15,8 +15,8 @@ from evoprune.evaluation.frames import SharedFrames
 from evoprune.evaluation.shared_encoding import SharedRows
 from evoprune.model.machine import environment
 from evoprune.pipeline.agreement import agreement
-from evoprune.pipeline.engine import make_engine, with_recipe
-from evoprune.pipeline.kept import Tuned, tuned
+from evoprune.pipeline.engine import make_engine
+from evoprune.pipeline.kept import Tuned, tuned, with_recipe
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.text import counted

@@ -11,7 +11,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.huggingface.encoding import patch_method
 from evoprune.integrations.vllm.settings import served_method
-from evoprune.pipeline.engine import make_method
+from evoprune.pipeline.kept import make_method
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pruning.types import Selection, Tokens
 

@@ -38,7 +38,9 @@ def test_every_limit_holds(width, height, duration, limit, cap, frames):
     assert (plan.height, plan.width) == (h * 28, w * 28) and plan.sampling.frames == 2 * t <= limit.max_frames
     if not plan.capped:
         assert (plan.height, plan.width) == smart_resize(height, width, limit.min_pixels, limit.max_pixels)
-    if plan.height * plan.width <= min(limit.min_pixels, limit.max_pixels) * 0.25:  # rounding takes less than half a side
+    if (
+        plan.height * plan.width <= min(limit.min_pixels, limit.max_pixels) * 0.25
+    ):  # rounding takes less than half a side
         # Frames get smaller than the model's smallest only where fewer of them would not be larger.
         alone = make_plan(video(width, height, duration), limit, frames=2, max_visual_tokens=cap)
         assert t == 1 or alone.height * alone.width <= plan.height * plan.width
