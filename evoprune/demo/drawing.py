@@ -6,21 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.demo.clips import Clip, Thing
-from evoprune.demo.files import write_frames
-
-DIGIT_FONT = (
-    "01110 10001 10011 10101 11001 10001 01110",
-    "00100 01100 00100 00100 00100 00100 01110",
-    "01110 10001 00001 00110 01000 10000 11111",
-    "11111 00010 00100 00010 00001 10001 01110",
-    "00010 00110 01010 10010 11111 00010 00010",
-    "11111 10000 11110 00001 00001 10001 01110",
-    "00110 01000 10000 11110 10001 10001 01110",
-    "11111 00001 00010 00100 01000 01000 01000",
-    "01110 10001 10001 01110 10001 10001 01110",
-    "01110 10001 10001 01111 00001 00010 01100",
-)
+from evoprune.demo.clips import Clip
+from evoprune.demo.painting import add_noise, blend, glyph_mask, outline_mask, write_frames
 
 
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
@@ -31,8 +18,6 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
     scenery = _background(rng, clip.height + int(reach[1]) + 1, clip.width + int(reach[0]) + 1)
     _litter(scenery, clip.clutter, rng)
     out = np.empty((len(times), clip.height, clip.width, 3), np.uint8)
-    bank = _noise_bank()
-    pixels = out[0].size
     for frame, t in zip(out, times, strict=True):
         left, top = (
             int(min(max(v * t + (0 if v > 0 else far), 0), far)) for v, far in zip(clip.pan, reach, strict=True)
@@ -40,11 +25,10 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
         canvas = scenery[top : top + clip.height, left : left + clip.width].copy()
         for thing in clip.things:
             if thing.visible(t):
-                _draw(canvas, thing, t)
-        offset = int(rng.integers(len(bank) - pixels)) if pixels < len(bank) else 0
-        grain = np.resize(bank[offset : offset + pixels], pixels).reshape(canvas.shape)
-        np.clip(canvas + clip.noise * grain, 0, 255, out=canvas)
-        frame[:] = canvas
+                mask, (x, y) = thing_mask(thing.kind, thing.radius), thing.centre(t)
+                corner = round(x - mask.shape[1] / 2), round(y - mask.shape[0] / 2)
+                blend(canvas, np.array(thing.rgb, np.float32), mask, *corner)
+        add_noise(rng, canvas, clip.noise, out=frame)
     return out
 
 
@@ -81,54 +65,12 @@ def _stretch(length: int, cell: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(int(at[-1]) + 2))).astype(np.float32)
 
 
-@lru_cache(maxsize=1)
-def _noise_bank() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(1 << 21).astype(np.float32)
+def thing_mask(kind: str, radius: int) -> np.ndarray:
+    """Coverage of each pixel of a shape or a digit, which is five sevenths as wide as high."""
+    return glyph_mask(kind, 2 * radius) if kind.isdigit() else outline_mask(kind, radius, bar=0.33, hole=0.55)
 
 
-def _draw(canvas: np.ndarray, thing: Thing, t: float) -> None:
-    mask = digit_mask(int(thing.kind), thing.radius) if thing.is_digit else shape_mask(thing.kind, thing.radius)
-    h, w = mask.shape
-    x, y = thing.centre(t)
-    left, top = round(x - w / 2), round(y - h / 2)
-    area = canvas[max(top, 0) : top + h, max(left, 0) : left + w]
-    cut = mask[max(-top, 0) :, max(-left, 0) :][: area.shape[0], : area.shape[1], None]
-    area += cut * (np.array(thing.rgb, np.float32) - area)
-
-
-@lru_cache(maxsize=256)
-def shape_mask(kind: str, radius: int) -> np.ndarray:
-    """Coverage in [0, 1] of each pixel of a `2 * radius` square, from 4x4 points a pixel."""
-    n = 2 * radius * 4
-    axis = (np.arange(n) + 0.5) / (n / 2) - 1
-    x, y = axis[None, :], axis[:, None]
-    far = np.hypot(x, y)
-    inside = {
-        "circle": far <= 1,
-        "square": (np.abs(x) <= 0.88) & (np.abs(y) <= 0.88),
-        "triangle": (y <= 0.9) & (np.abs(x) <= (y + 1) / 1.9),
-        "cross": ((np.abs(x) <= 0.33) & (np.abs(y) <= 1)) | ((np.abs(y) <= 0.33) & (np.abs(x) <= 1)),
-        "ring": (far <= 1) & (far >= 0.55),
-        "diamond": np.abs(x) + np.abs(y) <= 1,
-    }[kind]
-    cells = np.broadcast_to(inside, (n, n)).reshape(2 * radius, 4, 2 * radius, 4)
-    return cells.mean((1, 3)).astype(np.float32)
-
-
-@lru_cache(maxsize=64)
-def digit_mask(digit: int, radius: int = 7) -> np.ndarray:
-    """Coverage in [0, 1] of each pixel of the digit, `2 * radius` pixels high and five sevenths as wide."""
-    dots = np.array([[int(c) for c in row] for row in DIGIT_FONT[digit].split()], np.float32)
-    height, width = 2 * radius, round(10 * radius / 7)
-    rows, cols = (np.arange(n * 8) * dots.shape[axis] // (n * 8) for axis, n in ((0, height), (1, width)))
-    return dots[rows][:, cols].reshape(height, 8, width, 8).mean((1, 3))
-
-
-def write_video(
-    clip: Clip, path: str | Path, fps: int = 12, codec: str = "libx264", crf: int = 18, preset: str = "medium"
-) -> None:
-    """Encodes the clip as a video file: see `files.write_frames`."""
-    frames = round(clip.seconds * fps)
-    write_frames(
-        render(clip, [i / fps for i in range(frames)]), path, (clip.height, clip.width), fps, codec, crf, preset
-    )
+def write_video(clip: Clip, path: str | Path, fps: int = 12, **how) -> None:
+    """Encodes the clip as a video file; `how`: see `painting.write_frames`."""
+    frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
+    write_frames(frames, path, (clip.height, clip.width), fps, **how)

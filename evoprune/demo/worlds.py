@@ -8,19 +8,12 @@ from typing import Any
 import numpy as np
 
 from evoprune.demo import clips, drawing, questions
+from evoprune.demo.questions import Question
 from evoprune.demo.scenes import asking, compose
 from evoprune.demo.scenes import drawing as scenes_drawing
-from evoprune.demo.scenes.asking import Question
 from evoprune.demo.scenes.happening import kinds
 
 QUESTIONS = 6  # about a clip
-# Of shapes: what a question needs.
-GROUPS = {
-    "detail": ("digit", "digit_colour", "colour", "shape", "size"),
-    "time": ("event", "which", "order", "count_end", "motion"),
-    "space": ("relation", "place", "count"),
-    "rest": ("exists", "describe"),
-}
 # Of scenes: which groups the clips of a family have; the others are in both.
 FAMILIES = {
     "picture": ("picture", "text", "look", "place", "count"),
@@ -50,36 +43,27 @@ class World:
     may_hold: Callable[[int, Collection[str]], bool]
 
 
-def groups(clip: clips.Clip, question: questions.Question) -> tuple[str, ...]:
-    """The groups in which a question about shapes counts: what it needs, whether it is about a flash, and what the camera does."""
-    needs = tuple(name for name, types in GROUPS.items() if question.type in types)
-    return (*needs, *(("flash",) if question.flash else ()), "panning" if any(clip.pan) else "static")
-
-
-def _ask_shapes(clip: clips.Clip, seed: int) -> list[Question]:
-    asked = questions.ask(clip, np.random.default_rng(seed), QUESTIONS)
-    return [Question(q.type, q.question, q.answer, (), groups(clip, q)) for q in asked]
-
-
-def _ask_scenes(clip, seed: int) -> list[Question]:
-    return asking.ask(clip, np.random.default_rng((17, seed)), QUESTIONS, kinds(clip))
-
-
 def _scenes_may_hold(seed: int, wanted: Collection[str]) -> bool:
     other = FAMILIES["video" if compose.family(seed) == "picture" else "picture"]
     return not set(wanted) <= set(other)
 
 
 SHAPES = World(
-    "shapes", ("heldout", "validation", "portrait"), (18, 28), clips.make_clip, _ask_shapes, lambda clip: ".mp4",
-    lambda clip, path, crf: drawing.write_video(clip, path, crf=crf, preset="veryfast"), lambda seed, wanted: True,
-)  # fmt: skip
+    "shapes",
+    ("heldout", "validation", "portrait"),
+    (18, 28),
+    clips.make_clip,
+    lambda clip, seed: questions.ask(clip, np.random.default_rng(seed), QUESTIONS),
+    lambda clip: ".mp4",
+    lambda clip, path, crf: drawing.write_video(clip, path, crf=crf, preset="veryfast"),
+    lambda seed, wanted: True,
+)
 SCENES = World(
     "scenes",
     ("heldout", "validation"),
     (scenes_drawing.FINEST, 33),
     compose.make_clip,
-    _ask_scenes,
+    lambda clip, seed: asking.ask(clip, np.random.default_rng((17, seed)), QUESTIONS, kinds(clip)),
     lambda clip: ".jpg" if clip.is_still else ".mp4",
     scenes_drawing.write_file,
     _scenes_may_hold,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evoprune.demo.scenes.asking import Question, ask
+from evoprune.demo.questions import Question
+from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.clip import Clip
 from evoprune.demo.scenes.compose import SPLITS, compose, draw
 from evoprune.demo.scenes.drawing import render_with_map

@@ -4,7 +4,8 @@ Where one thing lies comes before which lies furthest to the left, when somethin
 `scenes_batches`.
 """
 
-from evoprune.demo.scenes.asking import Draft, Kind, name, pick, refer
+from evoprune.demo.questions import pick
+from evoprune.demo.scenes.asking import Draft, Kind, name, refer
 from evoprune.demo.scenes.checking import placed, times_asked, yes
 from evoprune.demo.scenes.clip import Clip
 

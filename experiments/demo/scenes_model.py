@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from evoprune.batch.rows import Row
-from evoprune.demo.scenes.asking import Question, ask
+from evoprune.demo.painting import CHARACTERS
+from evoprune.demo.questions import Question
+from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.compose import make_clip
 from evoprune.demo.scenes.happening import kinds
-from evoprune.demo.scenes.signs import CHARACTERS
 from experiments.demo.build import VOCABULARY, build_tokenizer
 
 HIDDEN = 128

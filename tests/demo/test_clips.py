@@ -17,7 +17,7 @@ from evoprune.demo.clips import (
     make_clip,
     setting,
 )
-from evoprune.demo.drawing import digit_mask, render, shape_mask, write_video
+from evoprune.demo.drawing import render, thing_mask, write_video
 from evoprune.video.info import DEMO_TAG
 from evoprune.video.sampling import even_times
 
@@ -186,7 +186,7 @@ def test_things_are_drawn_in_their_colour():
         thing = Thing(kind, "cyan", (50, 215, 225), "large", 7 if kind == "8" else 12, 50.0, 60.0, "right", 5.0)
         clip = Clip((0, 1), 112, 168, 6.0, (thing,), noise=0.0)
         frame = render(clip, [2.0])[0]
-        mask = digit_mask(8) if thing.is_digit else shape_mask(kind, 12)
+        mask = thing_mask("8", 7) if thing.is_digit else thing_mask(kind, 12)
         h, w = mask.shape
         area = frame[60 - h // 2 :, 60 - w // 2 :][:h, :w]  # it has moved ten pixels
         assert (area[mask == 1] == thing.rgb).all()
@@ -232,17 +232,17 @@ def test_a_frame_does_not_depend_on_the_frame_rate_but_for_its_noise():
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("radius", [6, 9, 13])
 def test_shape_masks_fill_their_square(kind, radius):
-    mask = shape_mask(kind, radius)
+    mask = thing_mask(kind, radius)
     assert mask.shape == (2 * radius, 2 * radius) and 0 <= mask.min() < 0.1 and mask.max() == 1
     assert np.array_equal(mask, mask[:, ::-1])  # every shape is its own mirror image
-    others = [shape_mask(other, radius) for other in SHAPES if other != kind]
+    others = [thing_mask(other, radius) for other in SHAPES if other != kind]
     assert min(abs(mask - other).mean() for other in others) > 0.05
 
 
 def test_digits_differ():
-    masks = [digit_mask(digit) for digit in range(10)]
+    masks = [thing_mask(str(digit), 7) for digit in range(10)]
     assert all(mask.shape == (14, 10) and set(mask.flatten()) == {0, 1} for mask in masks)
-    small = [digit_mask(digit, 5) for digit in range(10)]
+    small = [thing_mask(str(digit), 5) for digit in range(10)]
     assert all(mask.shape == (10, 7) and mask.min() >= 0 and mask.max() <= 1 for mask in small)
     assert all(mask.mean() == pytest.approx(whole.mean(), abs=0.02) for mask, whole in zip(small, masks, strict=True))
     assert min(abs(a - b).sum() for i, a in enumerate(masks) for b in masks[:i]) >= 8

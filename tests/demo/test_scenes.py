@@ -7,14 +7,15 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
+from evoprune.demo.painting import CHARACTERS, glyph_mask, outline_mask
 from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Camera, Clip, Thing
 from evoprune.demo.scenes.compose import SPLITS, compose, family, make_clip
 from evoprune.demo.scenes.drawing import NOTHING, render, render_with_map, write_file
 from evoprune.demo.scenes.happening import kinds
 from evoprune.demo.scenes.scenery import leaves, pink_noise
-from evoprune.demo.scenes.signs import CHARACTERS, WORDS, glyph_mask, similar_text
-from evoprune.demo.scenes.sprites import outline_mask, texture_field, thing_sprite
+from evoprune.demo.scenes.signs import WORDS, similar_text
+from evoprune.demo.scenes.sprites import texture_field, thing_sprite
 from evoprune.video.info import world_of
 from evoprune.video.probe import probe
 from evoprune.video.sampling import even_times

@@ -7,7 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from evoprune.demo.scenes.asking import Question, ask
+from evoprune.demo.questions import Question
+from evoprune.demo.scenes.asking import ask
 from evoprune.demo.scenes.checking import CHECKED, CHECKED_OVER_TIME
 from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
 from evoprune.demo.scenes.compose import make_clip
@@ -101,7 +102,7 @@ def test_all_types_can_be_asked(first, types):
     rng, found = np.random.default_rng(0), set()
     for seed in range(first, 400, 2):
         clip = clip_of(seed)
-        found |= {name for name, kind in kinds(clip).items() if name not in found and kind.make(clip, rng)}
+        found |= {name for name, kind in kinds(clip).items() if name not in found and [*kind.make(clip, rng)]}
     assert found == types
 
 

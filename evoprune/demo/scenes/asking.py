@@ -1,27 +1,17 @@
 """Questions about a clip of scenes: drawn from what can be asked, with four options or open, each with one answer."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from evoprune.demo.questions import Question, pick
 from evoprune.demo.scenes.clip import COLOURS, OUTLINES, Clip, Thing
 
 OPTIONS = 4
 CHOICE = 0.75  # share of questions that have options, of those that may be open too
 MOMENT = 0.1  # chance that a question about a video is about what flashes, if something does
-
-
-@dataclass(frozen=True)
-class Question:
-    """`options`: empty for an open question, else one of them is the answer. `groups`: the family of the clip, then finer ones."""
-
-    type: str
-    question: str
-    answer: str
-    options: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class Draft:
     open: bool = True
 
 
-Maker = Callable[[Clip, np.random.Generator], list[Draft]]
+Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
 
 
 @dataclass(frozen=True)
@@ -62,39 +52,23 @@ def ask(
 ) -> list[Question]:
     """Up to `count` different questions about the clip, drawn by weight; `choice` and `brief` as CHOICE and MOMENT."""
     pool = [(name, draft) for name, kind in kinds.items() for draft in kind.make(clip, rng)]
-    flash = np.array([_is_brief(clip, draft) for _, draft in pool])
+    flash = np.array([any(t.event(clip.seconds) == "flashes" for t in draft.about) for _, draft in pool])
     per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
     weights = np.array([kinds[n].weight / per_type[n, b] for (n, _), b in zip(pool, flash, strict=True)])
     chosen: list[Question] = []
-    for _ in range(min(count, len(pool))):
+    while len(chosen) < min(count, len(pool)) and (weights.any() or not chosen):
         wanted = flash == (rng.random() < brief)
         odds = weights * (wanted if (weights * wanted).any() else 1)
         at = int(rng.choice(len(pool), p=odds / odds.sum()))
         weights[at] = 0.0
         name, draft = pool[at]
-        chosen.append(_finished(clip, name, draft, kinds[name].group, bool(flash[at]), rng, choice))
-        if not weights.any():
-            break
+        groups = "picture" if clip.is_still else "video", kinds[name].group, *(("moment",) if flash[at] else ())
+        options: tuple[str, ...] = ()
+        if len(draft.wrong) >= OPTIONS - 1 and not (draft.open and rng.random() >= choice):
+            offered = draft.answer, *draft.wrong[: OPTIONS - 1]
+            options = tuple(offered[i] for i in rng.permutation(OPTIONS))
+        chosen.append(Question(name, draft.text, draft.answer, options, (*groups, "choice" if options else "open")))
     return chosen
-
-
-def _finished(clip: Clip, name: str, draft: Draft, group: str, brief: bool, rng, choice: float) -> Question:
-    groups = ("picture" if clip.is_still else "video", group, *(("moment",) if brief else ()))
-    enough = len(draft.wrong) >= OPTIONS - 1
-    if not enough or (draft.open and rng.random() >= choice):
-        return Question(name, draft.text, draft.answer, (), (*groups, "open"))
-    options = [draft.answer, *draft.wrong[: OPTIONS - 1]]
-    return Question(
-        name, draft.text, draft.answer, tuple(options[i] for i in rng.permutation(OPTIONS)), (*groups, "choice")
-    )
-
-
-def _is_brief(clip: Clip, draft: Draft) -> bool:
-    return any(thing.event(clip.seconds) == "flashes" for thing in draft.about)
-
-
-def pick(rng, *phrases: str) -> str:
-    return phrases[int(rng.integers(len(phrases)))]
 
 
 def shuffled(rng, texts) -> tuple[str, ...]:
@@ -110,22 +84,21 @@ def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
             return "sign"
         alone = sum(thing.colour in t.colours for t in clip.signs) == 1
         return f"{thing.colour} sign" if alone and hide != "colour" else None
-    fixed = len(thing.colours) == 1
     names = []
-    for parts in (
-        ("outline",),
-        ("colour", "outline"),
-        ("texture", "outline"),
-        ("colour",),
-        ("texture", "colour", "outline"),
-    ):
-        if hide in parts or ("colour" in parts and not fixed):
+    for parts in ("outline", "colour outline", "texture outline", "colour", "texture colour outline"):
+        parts = parts.split()
+        if hide in parts or ("colour" in parts and len(thing.colours) > 1):
             continue
-        if not any(
-            t is not thing and all(_may_be(t, part, getattr(thing, part)) for part in parts) for t in clip.shapes
-        ):
+        if not any(t is not thing and all(_may_be(t, p, getattr(thing, p)) for p in parts) for t in clip.shapes):
             names.append(" ".join([*(getattr(thing, p) for p in parts), *([] if "outline" in parts else ["thing"])]))
     return pick(rng, *names[:3]) if names else None
+
+
+def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str = "") -> Iterator[tuple[Thing, str]]:
+    """Things, by default all of the clip, with what `refer` calls them; without those that it cannot tell."""
+    for thing in clip.things if things is None else things:
+        if (called := refer(clip, thing, rng, hide)) is not None:
+            yield thing, called
 
 
 def _may_be(thing: Thing, part: str, value: str) -> bool:
@@ -143,9 +116,24 @@ def distinct(clip: Clip) -> list[Thing]:
     return [t for t in clip.shapes if len(t.colours) == 1 and counts[t.colour, t.outline] == 1]
 
 
+def unhurried(clip: Clip) -> list[Thing]:
+    """Those of `distinct` that do not just flash."""
+    return [t for t in distinct(clip) if t.event(clip.seconds) != "flashes"]
+
+
 def absent(clip: Clip, rng, count: int) -> list[str]:
     """Names of things that are nowhere in the clip, of the colours and outlines of those that are where there are enough."""
     there = {f"{colour} {t.outline}" for t in clip.shapes for colour in t.colours}
     near = {f"{a.colour} {b.outline}" for a in clip.shapes for b in clip.shapes} - there
     far = {f"{c} {o}" for c in COLOURS for o in OUTLINES} - there - near
     return [*shuffled(rng, near), *shuffled(rng, far)][:count]
+
+
+def one_of_four(clip: Clip, rng, text: str, ones: Sequence[Thing], others, fill: bool = False) -> Iterator[Draft]:
+    """The question which of four is one of `ones`, if there are three of `others`; with `fill` absent things stand in for those."""
+    if ones and len(others) >= (1 if fill else 3):
+        right = pick(rng, *ones)
+        wrong = shuffled(rng, map(name, others))[:3]
+        if fill:
+            wrong = (*wrong, *absent(clip, rng, 3))[:3]
+        yield Draft(text, name(right), wrong, (right,), open=False)

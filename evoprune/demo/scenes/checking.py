@@ -1,6 +1,7 @@
 """Questions that are answered with yes or no: whether a thing is there, where it lies, whether it moves."""
 
-from evoprune.demo.scenes.asking import Draft, Kind, absent, distinct, name, pick, refer
+from evoprune.demo.questions import pick
+from evoprune.demo.scenes.asking import Draft, Kind, absent, name, refer, referred, unhurried
 from evoprune.demo.scenes.clip import Clip, Thing
 
 # Chance that a draft with this answer is asked about, so that no answer is the best guess.
@@ -25,45 +26,35 @@ def yes(it: bool) -> str:
 
 def _any(clip, rng):
     """Whether a thing is there at all."""
-    named = [name(t) for t in distinct(clip) if t.event(clip.seconds) != "flashes"]
-    if not named or not clip.is_whole:
-        return []
-    drafts = [Draft(f"Is there any {x}?", "yes") for x in (pick(rng, *named), pick(rng, *named))]
-    return drafts + [Draft(f"Is there any {x}?", "no") for x in absent(clip, rng, 2)]
+    named = [name(t) for t in unhurried(clip)]
+    if named and clip.is_whole:
+        for there in (pick(rng, *named), pick(rng, *named)):
+            yield Draft(f"Is there any {there}?", "yes")
+        for missing in absent(clip, rng, 2):
+            yield Draft(f"Is there any {missing}?", "no")
 
 
 def _halves(clip, rng):
-    drafts = []
     for when, t in times_asked(clip).items():
         for thing, x, y in placed(clip, t):
             called = refer(clip, thing, rng)
             side, at = pick(rng, ("left", x / clip.width), ("top", y / clip.height))
             if called is not None and abs(at - 0.5) > 0.06:
-                drafts.append(Draft(f"Is the {called} in the {side} half{when}?", yes(at < 0.5), (), (thing,)))
-    return drafts
+                yield Draft(f"Is the {called} in the {side} half{when}?", yes(at < 0.5), about=(thing,))
 
 
 def _at(clip, rng):
     """Whether a thing that is there at some time is there at the start, or at the end."""
-    drafts = []
-    for thing in clip.things:
-        event, called = thing.event(clip.seconds), refer(clip, thing, rng)
-        if called is None or (event in ("stays", "blinks") and rng.random() > THERE):
-            continue
-        when, t = pick(rng, *times_asked(clip).items())
-        drafts.append(Draft(f"Is the {called} there{when}?", yes(thing.visible(t)), (), (thing,)))
-    return drafts
+    for thing, called in referred(clip, rng):
+        if thing.event(clip.seconds) not in ("stays", "blinks") or rng.random() <= THERE:
+            when, t = pick(rng, *times_asked(clip).items())
+            yield Draft(f"Is the {called} there{when}?", yes(thing.visible(t)), about=(thing,))
 
 
 def _moves(clip, rng):
-    drafts = []
-    if clip.camera.travels:
-        return drafts
-    for thing in clip.things:
-        called = refer(clip, thing, rng)
-        if called is not None and (thing.speed or rng.random() < STILL):
-            drafts.append(Draft(f"Does the {called} move?", yes(bool(thing.speed)), (), (thing,)))
-    return drafts
+    for thing, called in referred(clip, rng) if not clip.camera.travels else ():
+        if thing.speed or rng.random() < STILL:
+            yield Draft(f"Does the {called} move?", yes(bool(thing.speed)), about=(thing,))
 
 
 CHECKED = {"any": Kind(_any, "look", 2.0), "half": Kind(_halves, "place", 2.0)}

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evoprune.demo.files import write_frames
+from evoprune.demo.painting import add_noise, blend, write_frames
 from evoprune.demo.scenes.clip import Clip
-from evoprune.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, make_scenery, white_noise
-from evoprune.demo.scenes.sprites import Sprite, blend, thing_shadow, thing_sprite
+from evoprune.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, make_scenery
+from evoprune.demo.scenes.sprites import Sprite, thing_shadow, thing_sprite
 from evoprune.video.info import SCENES_TAG
 
 NOTHING = -1
@@ -47,8 +47,7 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
         canvas, seen = stage.at(t)
         for _ in range(clip.blur):
             canvas = _blurred(canvas)
-        canvas = canvas + np.float32(clip.noise) * _grain(rng, canvas.shape)
-        frames[number] = np.clip(canvas, 0, 255, out=canvas)
+        add_noise(rng, canvas, clip.noise, out=frames[number])
         maps[number] = seen
     return frames, maps
 
@@ -108,10 +107,8 @@ class _Stage:
         shadow = thing_shadow(thing.outline, h, w)
         left, top = round(x - w / 2), round(y - h / 2)
         blend(canvas, np.float32(0), shadow, left - 1, top)
-        if (inner := blend(canvas, colours, cover, left, top)) is not None:
-            y0, x0 = max(top, 0), max(left, 0)
-            part = cover[inner]
-            seen[y0 : y0 + part.shape[0], x0 : x0 + part.shape[1]][part > 0.5] = number
+        outer, inner = blend(canvas, colours, cover, left, top)
+        seen[outer][cover[inner] > 0.5] = number
 
 
 def _shake(clip: Clip, t: float) -> tuple[int, int]:
@@ -144,10 +141,3 @@ def _blurred(canvas: np.ndarray) -> np.ndarray:
     padded = np.pad(canvas, ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
     return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) * np.float32(1 / 16)
-
-
-def _grain(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Noise of the sensor: a piece of a bank, from anywhere."""
-    bank, pixels = white_noise(), int(np.prod(shape))
-    start = int(rng.integers(len(bank) - pixels)) if pixels < len(bank) else 0
-    return np.resize(bank[start : start + pixels], pixels).reshape(shape)

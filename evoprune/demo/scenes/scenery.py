@@ -8,8 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from evoprune.demo.painting import blend
 from evoprune.demo.scenes.clip import Clip
-from evoprune.demo.scenes.sprites import blend, soft_shadow, texture_field
+from evoprune.demo.scenes.sprites import soft_shadow, texture_field
 
 FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # how much each layer moves with the camera
 BANK, SMALLEST, LARGEST = 384, 4, 60
@@ -27,12 +28,6 @@ def pink_noise() -> np.ndarray:
         plane = np.fft.ifft2(np.fft.fft2(rng.standard_normal((PERIOD, PERIOD))) / f).real
         made.append(plane / plane.std())
     return np.stack([0.85 * made[0] + 0.5 * made[i] for i in (1, 2, 3)], -1).astype(np.float32)
-
-
-@lru_cache(maxsize=1)
-def white_noise() -> np.ndarray:
-    """float32 `[1 << 21]`, deviation 1."""
-    return np.random.default_rng(0).standard_normal(1 << 21).astype(np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -1,33 +1,13 @@
-"""Small pictures with a coverage: outlines, textures, things, boards of signs. All are drawn once and cached where they repeat."""
+"""Small pictures with a coverage: textures, things, boards of signs, shadows."""
 
 from functools import lru_cache
 
 import numpy as np
 
+from evoprune.demo.painting import glyph_mask, outline_mask
 from evoprune.demo.scenes.clip import COLOURS, SIGN, Thing
-from evoprune.demo.scenes.signs import glyph_mask
 
 Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage float32 [h, w] in [0, 1]
-
-
-@lru_cache(maxsize=1024)
-def outline_mask(outline: str, radius: int) -> np.ndarray:
-    """Coverage of each pixel of a `2 * radius` square, from 4x4 points a pixel: float32."""
-    n = 8 * radius
-    axis = (np.arange(n) + 0.5) / (n / 2) - 1
-    x, y = axis[None, :], axis[:, None]
-    far, angle = np.hypot(x, y), np.arctan2(x, -y)
-    inside = {
-        "circle": lambda: far <= 1,
-        "square": lambda: (np.abs(x) <= 0.88) & (np.abs(y) <= 0.88),
-        "triangle": lambda: (y <= 0.9) & (np.abs(x) <= (y + 1) / 1.9),
-        "star": lambda: far <= 0.42 + 0.58 * np.abs(1 - np.mod(angle * 5 / (2 * np.pi), 1) * 2) ** 1.6,
-        "ring": lambda: (far <= 1) & (far >= 0.5),
-        "cross": lambda: (np.minimum(np.abs(x), np.abs(y)) <= 0.34) & (np.maximum(np.abs(x), np.abs(y)) <= 1),
-        "heart": lambda: (np.hypot(np.abs(x) - 0.48, y + 0.4) <= 0.52) | ((y >= -0.3) & (np.abs(x) + 0.78 * y <= 0.74)),
-        "moon": lambda: (far <= 1) & (np.hypot(x - 0.55, y) >= 0.8),
-    }[outline]()
-    return np.broadcast_to(inside, (n, n)).reshape(2 * radius, 4, 2 * radius, 4).mean((1, 3)).astype(np.float32)
 
 
 @lru_cache(maxsize=1024)
@@ -99,17 +79,3 @@ def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:
         window = 2 * reach + 1
         shadow = (np.take(total, range(window, window + n), axis) - np.take(total, range(n), axis)) / np.float32(window)
     return shadow.astype(np.float32)
-
-
-def blend(canvas: np.ndarray, colours, cover: np.ndarray, left: int, top: int) -> tuple[slice, slice] | None:
-    """Draws a sprite whose corner lies at (left, top), where it meets the canvas; returns the area, or None."""
-    h, w = cover.shape
-    x0, y0 = max(left, 0), max(top, 0)
-    x1, y1 = min(left + w, canvas.shape[1]), min(top + h, canvas.shape[0])
-    if x0 >= x1 or y0 >= y1:
-        return None
-    inner = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
-    area = canvas[y0:y1, x0:x1]
-    part = colours[inner] if colours.ndim == 3 else colours
-    area += cover[inner][..., None] * (part - area)
-    return inner
