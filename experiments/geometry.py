@@ -59,7 +59,7 @@ def tokens_of(loaded: LoadedModel, budget: float, block: int, clips: int, world:
             method = Recorded()
             engine = Engine(loaded, PruneOptions(budget, "evoprune"), method)
             with (
-                demo_video(clip.split, clip.seed, Path(folder), world=clip.world) as video,
+                demo_video(clip, Path(folder)) as video,
                 closing(open_inputs(engine, [video.path])) as opened,
             ):
                 opened.encode()

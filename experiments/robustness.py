@@ -19,7 +19,7 @@ import numpy as np
 
 from evoprune import methods
 from evoprune.demo.clips import make_clip
-from evoprune.evaluation.demo_clips import demo_video, seeds
+from evoprune.evaluation.demo_clips import ClipName, demo_video, seeds
 from evoprune.evaluation.grading import grade
 from evoprune.evaluation.questions import Video
 from evoprune.pipeline.engine import make_engine
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number, seed in enumerate(still, 1):
             print(f"clip {number} of {len(still)}", file=sys.stderr, flush=True)
             for noise in NOISES:
-                with demo_video(asked.split, seed, Path(folder), noise.crf) as video:
+                with demo_video(ClipName(asked.split, seed), Path(folder), noise.crf) as video:
                     for method, budget in (("none", 1.0), (asked.method, asked.budget)):
                         samples.setdefault((noise, method), []).extend(answers(loaded, video, noise, method, budget))
     print(

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from evoprune.evaluation.cost import Cost
 from evoprune.evaluation.demo_clips import ClipName, clips_asked, demo_video
-from evoprune.evaluation.frames import SharedFrames
 from evoprune.evaluation.grading import grade
 from evoprune.evaluation.processes import map_in_processes
-from evoprune.evaluation.shared_encoding import SharedRows
+from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.pipeline.agreement import agreement, reference
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import load_model
@@ -45,7 +44,7 @@ def start(model: ModelOptions, folder: str):
 
 def lines_of(loaded, folder: Path, clip: ClipName) -> list[dict]:
     """A line of the full answers, then one a setting."""
-    with demo_video(clip.split, clip.seed, folder, world=clip.world) as video:
+    with demo_video(clip, folder) as video:
         frames, rows, references, made = SharedFrames(), SharedRows(), [], []
         for setting in (FULL, *settings()):
             engine = make_engine(loaded, PruneOptions(setting.budget, setting.method, seed=clip.seed))

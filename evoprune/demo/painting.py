@@ -37,8 +37,7 @@ def glyph_mask(character: str, height: int) -> np.ndarray:
 def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5) -> np.ndarray:
     """Coverage in [0, 1] of each pixel of a `2 * radius` square, from 4x4 points a pixel: float32.
 
-    Args:
-        bar: half the thickness of a cross, as a share of the radius. hole: the inner radius of a ring, likewise.
+    `bar`: half the thickness of a cross, as a share of the radius. hole: the inner radius of a ring, likewise.
     """
     n = 8 * radius
     axis = (np.arange(n) + 0.5) / (n / 2) - 1
@@ -98,8 +97,7 @@ def write_frames(
     Args:
         size: height and width, even. crf: the codec's constant rate factor.
 
-    Raises:
-        OSError: the file cannot be written.
+    Raises OSError: the file cannot be written.
     """
     import av
 

@@ -1,9 +1,7 @@
 """What answering a question costs, in operations at the dimensions of Qwen2.5-VL-3B.
 
-The run's own tower says how many rows it computed in each layer. These counts are stretched to the 3B's 32 layers by relative
-depth: layer l of 32 takes the count of layer floor(l * depth / 32) of a tower with `depth` layers. The prompt's true length is
-used as it is; where tokens leave inside the language model, or its layers compute less for them, that of each layer, by relative
-depth again. Scoring and merging, a few percent of the tower, are left out.
+The rows that each layer of the run's own tower computed are stretched to the 3B's 32 layers by relative depth (`stretched`), and
+so are the prompt's lengths where they differ from layer to layer. Scoring and merging, a few percent of the tower, are left out.
 """
 
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
@@ -22,8 +20,6 @@ NOTE = (
 
 
 class Cost:
-    """The rows, tokens and operations of an encoded video and of the questions about it."""
-
     def __init__(self, loaded: LoadedModel, encoded: EncodedInputs):
         config = describe_model(ModelOptions(COST_MODEL)).config
         vision, (grids, height, width) = config.vision_config, encoded.plan.grid

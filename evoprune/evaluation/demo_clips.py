@@ -16,24 +16,19 @@ BLOCK = 100_000  # seeds in one block; a block whose results were reported is no
 
 @dataclass(frozen=True)
 class ClipName:
-    """Which clip of which world."""
+    """Which clip of which world; as a text, its name in results."""
 
-    world: str
     split: str
     seed: int
+    world: str = SHAPES.name
 
     def __str__(self) -> str:
-        return clip_name(self.split, self.seed, self.world)
+        return f"{'' if self.world == SHAPES.name else f'{self.world}-'}{self.split}-{self.seed}"
 
 
 def seeds(block: int, limit: int) -> range:
     """The first `limit` seeds of a block."""
     return range(block * BLOCK, block * BLOCK + limit)
-
-
-def clip_name(split: str, seed: int, world: str = SHAPES.name) -> str:
-    """The name of a clip in results."""
-    return f"{split}-{seed}" if world == SHAPES.name else f"{world}-{split}-{seed}"
 
 
 def clips_asked(
@@ -43,13 +38,13 @@ def clips_asked(
 
     Raises UsageError: a world without this split, or without so many clips in a block.
     """
-    made = []
+    made: list[ClipName] = []
     for name in worlds:
         world = WORLDS[name]
         if split not in world.splits:
             raise UsageError(f"{name} has no split {split!r}", f"one of {', '.join(world.splits)}")
         fitting = (seed for seed in seeds(block, BLOCK) if not groups or world.may_hold(seed, groups))
-        found = [ClipName(name, split, seed) for seed in islice(fitting, limit)]
+        found = [ClipName(split, seed, name) for seed in islice(fitting, limit)]
         if len(found) < limit:
             hint = "lower --limit, or take several blocks (--seed)"
             raise UsageError(f"a block of the demo's clips holds {len(found):,}", hint)
@@ -58,42 +53,33 @@ def clips_asked(
 
 
 @contextmanager
-def demo_video(
-    split: str, seed: int, folder: Path, crf: int | None = None, world: str = SHAPES.name, groups: Collection[str] = ()
-) -> Iterator[Video]:
-    """Clip number `seed` of a split with its questions, as a file in `folder` that is removed at the end.
+def demo_video(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> Iterator[Video]:
+    """A clip with its questions, as a file in `folder` that is removed at the end.
 
     Args:
-        split: `validation` to tune on, `heldout` to report, `portrait` for the family of shapes that is never tuned on.
         crf: x264's constant rate factor; default: by the seed, from what the world has.
         groups: only the questions of these groups; default: all.
 
     Raises UsageError: the file cannot be written.
     """
-    made, name = WORLDS[world], clip_name(split, seed, world)
-    clip = made.make(split, seed)
-    path = folder / f"{name}{made.suffix(clip)}"
-    asked = [q for q in made.ask(clip, seed) if not groups or set(groups) & set(q.groups)]
+    world = WORLDS[name.world]
+    clip = world.make(name.split, name.seed)
+    path = folder / f"{name}{world.suffix(clip)}"
+    asked = [q for q in world.ask(clip, name.seed) if not groups or set(groups) & set(q.groups)]
     rows = tuple(
         Row(
-            f"{name}-{i}",
-            (name,),
-            (str(path),),
-            q.question,
-            options=q.options,
-            answer=q.answer,
-            type=q.type,
-            groups=q.groups,
+            f"{name}-{i}", (str(name),), (str(path),), q.question,
+            options=q.options, answer=q.answer, type=q.type, groups=q.groups,
         )
         for i, q in enumerate(asked)
-    )
-    low, high = made.crf
+    )  # fmt: skip
+    low, high = world.crf
     try:
-        made.write(clip, path, low + seed % (high - low + 1) if crf is None else crf)
+        world.write(clip, path, low + name.seed % (high - low + 1) if crf is None else crf)
     except OSError as problem:
         reason = problem.strerror or problem
         raise UsageError(f"cannot write a clip to {folder}: {reason}", "set TMPDIR to a folder with room") from problem
     try:
-        yield Video(name, path, rows)
+        yield Video(str(name), path, rows)
     finally:
         path.unlink()

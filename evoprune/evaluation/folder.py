@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,23 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """A new folder at `path`; if `path` exists, at `path`-2, `path`-3 and so on.
-
-        Raises UsageError: the folder cannot be made.
-        """
-        place, number = path, 1
-        while True:
+        """A new folder at `path`; if `path` exists, at `path`-2, `path`-3 and so on. Raises UsageError: it cannot be made."""
+        for number in count(1):
+            place = path if number == 1 else path.with_name(f"{path.name}-{number}")
             try:
                 place.mkdir(parents=True)
                 break
             except FileExistsError:
-                number += 1
-                place = path.with_name(f"{path.name}-{number}")
+                pass
             except OSError as problem:
                 raise _cannot_write(place, problem) from problem
         folder = cls(place, [])
-        folder._write(SETTINGS, settings)
+        folder._replace(SETTINGS, json.dumps(settings, indent=1) + "\n")
         return folder
 
     @classmethod
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """The folder of a run that was cut short. Samples of unfinished and of failed videos are removed.
+        """The folder of an interrupted run, without the samples of unfinished and of failed videos.
 
         Raises UsageError: `path` is no such folder, or its run had other settings.
         """
@@ -68,10 +65,7 @@ class RunFolder:
         return folder
 
     def add(self, samples: list[dict]) -> None:
-        """Appends all samples of a video, or none of them. They are on the disk when this returns.
-
-        Raises UsageError: they cannot be written.
-        """
+        """Appends all samples of a video, or none of them. They are on the disk when this returns. Raises UsageError."""
         samples[-1]["last"] = True
         path, rest = self.path / SAMPLES, memoryview("".join(_line(sample) for sample in samples).encode())
         try:
@@ -89,10 +83,7 @@ class RunFolder:
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results, complete or so far."""
-        self._write(RESULTS, results)
-
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        self._replace(name, json.dumps(content, indent=1) + "\n")
+        self._replace(RESULTS, json.dumps(results, indent=1) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
         """Writes a file completely or not at all."""

@@ -1,13 +1,65 @@
 """Grading: whether what a model said is the expected answer. No torch."""
 
 import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
 
 from evoprune.batch.rows import LETTERS, Row
-from evoprune.evaluation.answer_words import Word, read
 
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+STATES = (
+    r"(?:(?:final|correct|right|best|my) )?answer|(?:final|correct|best|my) (?:option|choice|letter|one)"
+    r"|(?:option|choice)(?= is\b|:)"
+    r"|(?:I|we)(?:'d|'ll|'m| would| will| am)? (?:choose|chose|select|selected|pick|picked|go with|going with|opt for)"
+)
+IS = "is|was|would be|should be|must be"
+DENIES = r"or|not|no|none|never|neither|nor|cannot|without|rul(?:ed?|es|ing) out|eliminat\w*|exclud\w*|\w+n't"
+DENIES_BEFORE = "wrong|incorrect|false|impossible|unlikely"
+ASIDE = (
+    "because|since|due to|given that|while|whereas|although|though|if|unlike|except|other than"
+    "|rather than|instead of|as opposed to"
+)
+# A letter names an option at the start of a clause or after one of the first words, but not directly before a word
+# ("A circle", "I think", "C major") other than the second.
+LEADS = re.compile(
+    "is|was|be|are|it's|that's|options?|choice|letter|say|think|guess|believe|with|choose|choosing|pick|select|either|only|just"
+    "|probably|definitely|clearly|certainly|surely|likely|maybe|perhaps|possibly|是|为|项",
+    re.IGNORECASE,
+)
+FOLLOWS = re.compile(
+    "is|was|would|seems|appears|looks|best|correctly|matches|describes|shows|fits|as|and|then|to", re.IGNORECASE
+)
+# Texts that are also common words: "no car", "the left one", "one of them" are not the answers "no" and "one".
+COMMON = {
+    "no": r"no(?! (?!because\b)\w)",
+    "(?:one|1)": r"(?:1|(?:(?<![\w ])|(?<=\bis )|(?<=\bonly )|(?<=\bjust )|(?<=\bexactly ))one(?! of\b))",
+}
+
+_SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean write no blanks between words
+_MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
 ENDS = ("clause", "stop", "line", "aside")
 JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # two names that are both meant
 BETWEEN = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
+
+
+@dataclass
+class Word:
+    """A word or a sign of an answer.
+
+    Attributes:
+        kind: "name" (of options), "states", "denies", "denies_before", "aside", "clause" (which begins), "stop", "line" or "plain".
+        options: the indices of the options that it names; -1 is a letter of no option. letter: whether it names by a letter.
+        marked: whether the letter is in brackets, or begins a clause and has a bracket, a full stop or a colon behind it.
+        sure: whether it names by itself. A letter that does not can only contradict another ("vitamin C", the C of "B and C").
+    """
+
+    kind: str
+    text: str
+    options: frozenset[int] = frozenset()
+    letter: bool = False
+    marked: bool = False
+    sure: bool = True
 
 
 def grade(row: Row, said: str) -> bool | None:
@@ -26,24 +78,18 @@ def normalised(text: str) -> str:
 def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
     """The index of the option that an answer names, by letter or by text; None if it names none, or more than one.
 
-    The rules, in order; the first that finds options decides:
+    The first rule that finds options decides:
 
     1. The answer is the text of an option, or its line in the prompt (`B. blue star`).
     2. The last statement that names an option: `the answer is B`, `I choose B`, `B is the correct answer`, `\\boxed{B}`,
        `<answer>B</answer>`. A letter decides, what follows explains it.
-    3. The only option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`), or that is all of a line. It must not
-       contradict the statement.
+    3. The only option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`), or that is all of a line.
     4. The only option that is named anywhere.
 
-    What names an option:
-
-    - A letter in brackets, at the start of a clause, or after words such as "is" and "option"; not directly before a word. So the
-      article of "a circle", the pronoun of "I think" and the C of "vitamin C" name nothing.
-    - A text as whole words, with or without articles, numbers up to twelve in figures or words. Of several the longest.
-    - Nothing in a clause that denies ("not A", "A is wrong") or has an "or", after "because" and the like, in a question, or in
-      `<think>`.
-
-    "A and B", and a letter beside the text of another option (`B. circle`), name two options.
+    A letter names an option in brackets, at the start of a clause, or after words such as "is" and "option"; not directly before a
+    word ("a circle", "I think"). A text does as whole words, with or without articles, numbers up to twelve in figures or words.
+    Nothing does in a clause that denies ("not A", "A is wrong") or has an "or", after "because" and the like, in a question, or in
+    `<think>`. "A and B", and a letter beside the text of another option (`B. circle`), name two options.
     """
     alone = normalised(said)
     for whole in (options, [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]):
@@ -112,3 +158,116 @@ def _anywhere(words: list[Word]) -> frozenset[int]:
     names = [word for word in words if word.kind == "name"]
     letters = any(word.letter and word.sure for word in names)
     return frozenset().union(*(word.options for word in names if word.sure or (letters and word.letter)))
+
+
+def read(said: str, options: tuple[str, ...]) -> list[Word]:
+    """The words and signs of an answer. What it denies, leaves open, asks, or says aside names nothing."""
+    scanner, names = _scanner(options)
+    words: list[Word] = []
+    for found in scanner.finditer(_plain(said)):
+        kind, text = found.lastgroup, found[0]
+        if kind == "letter":
+            letter = next(char for char in text if char.isalpha()).upper()
+            words.append(Word("name", text, names[letter], letter=True, marked=len(text) > 1))
+        else:
+            words.append(Word("name", text, names[kind]) if kind in names else Word(kind, text))
+    edge = Word("line", "")
+    for before, word, after in zip([edge, *words], words, [*words[1:], edge], strict=False):
+        if word.letter and not word.marked:
+            _weigh(word, before, after, pronoun=len(options) < 9)
+    _drop_denied([*words, edge])
+    return words
+
+
+def _plain(text: str) -> str:
+    """The text without thinking and markup, in one kind of letters. Marks of an answer, such as a box, become words."""
+    text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
+    text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # special tokens
+    text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
+    text = re.sub(r"</?[a-z]+>|\\(?:text|math)[a-z]*", " ", text)
+    text = re.sub(r"(\*\*|__|[*_`$])([A-Za-z])\1", r"(\2)", text)
+    text = re.sub(r"(?<!\w)'([A-Za-z])'", r" \1 ", text)
+    text = _SPACED.sub(r" \1 ", text.translate(_MARKUP))
+    text = "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
+    return re.sub(r" (?=[.,:;!?%)\]])", "", text).replace(":\n", ": ")
+
+
+def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
+    """Makes a letter without brackets plain if it is a word, and finds whether it names an option by itself."""
+    letter = word.text
+    word.marked = before.kind in ("stop", "line", "clause", "name") and after.text in (".", ":", ")", "]")
+    wordy = after.kind == "plain" and after.text.isascii() and not FOLLOWS.fullmatch(after.text)
+    article = letter in "Aa" and (wordy or (after.kind in ("name", "states") and not after.letter))
+    personal = letter in "Ii" and (pronoun or (after.kind not in ("clause", "stop", "line") and after.text != "is"))
+    led = before.kind in ("states", "aside", "clause", "stop", "line") or LEADS.fullmatch(before.text)
+    word.sure = bool(led) and not wordy
+    if article or personal or (letter.islower() and not word.sure):
+        word.kind = "plain"
+
+
+def _drop_denied(words: list[Word]) -> None:
+    """Makes plain the names in clauses that deny or leave open, behind words such as "because", and in questions."""
+    clause, sentence, denied = [], [], False
+    for word in words:
+        if word.kind == "name":
+            clause.append(word)
+            sentence.append(word)
+        elif word.kind in ("clause", "aside", "stop", "line"):
+            for name in sentence if word.text == "?" else clause if denied else []:
+                name.kind = "plain"
+            clause, denied = [], word.kind == "aside"
+            if word.kind in ("stop", "line"):
+                sentence = []
+        elif word.kind == "denies":
+            denied = True
+        elif word.kind == "denies_before":
+            for name in clause:
+                name.kind = "plain"
+
+
+@lru_cache(maxsize=256)
+def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
+    """A pattern whose last group is the kind of a word, and what its groups of texts, and letters, name. Long texts go first."""
+    letters = {letter: {index if index < len(options) else -1} for index, letter in enumerate(LETTERS)}
+    patterns: dict[str, set[int]] = {}
+    for index, option in enumerate(options):
+        pattern = _pattern(option, LETTERS[index])
+        if re.fullmatch("[A-Z]", pattern, re.IGNORECASE):  # the text is a letter, perhaps that of another option
+            letters[pattern.upper()] = letters[pattern.upper()] - {-1} | {index}
+        elif pattern:
+            patterns.setdefault(pattern, set()).add(index)
+    ordered = sorted(patterns, key=len, reverse=True)
+    groups = {f"text{number}": pattern for number, pattern in enumerate(ordered)}
+    names = letters | {group: patterns[pattern] for group, pattern in groups.items()}
+    whole = "|".join(f"(?P<{group}>{pattern})" for group, pattern in groups.items()) or "(?!)"
+    kinds = (
+        rf"(?<![\w+-])(?<!\d[.,:/])(?i:{whole})(?!\w|-\w|[.,:/]\d)",
+        rf"(?P<states>(?i:\b(?:{STATES})\b(?: (?:{IS})\b)?)|答 案|选(?: [择项])?)",
+        rf"(?P<aside>(?i:\b(?:{ASIDE})\b)|因 为)",
+        rf"(?P<denies>(?i:\b(?:{DENIES})\b)|[不没或])",
+        rf"(?P<denies_before>(?i:\b(?:{DENIES_BEFORE})\b)|错)",
+        r"(?P<letter>[(\[【<] ?[A-Za-z] ?[.:]?[)\]】>]|(?<![\w.&°'-])[A-Za-z](?![\w+#]|[.&'-]\w))",
+        r"(?P<line>\n)",
+        r"(?P<stop>[.!?;。])",
+        r"(?P<clause>,(?! (?i:or)\b)|[:()\[\]、–—]|(?<!\w)-(?!\w)|(?i:\b(?:but|so|therefore|thus|hence|and(?= not\b))\b))",
+        r"(?P<plain>\w+(?:'\w+)?|[/&,])",
+    )
+    return re.compile("|".join(kinds)), {name: frozenset(named) for name, named in names.items()}
+
+
+def _pattern(option: str, letter: str) -> str:
+    """The pattern of an option's text, with or without articles, in figures or words. Empty if the text is signs alone."""
+    words = re.sub(rf"^\(?{letter}[.):] (?=.)", "", _plain(option)).removesuffix(".").split()
+    if not re.search(r"\w", "".join(words)):
+        return ""
+    words[0] = words[0].lower()
+    kept = [*(word for word in words[:-1] if word not in ("a", "an", "the")), words[-1]]
+    pattern = r" (?:(?:an?|the) )?".join(_number(word) or re.escape(word) for word in kept)
+    return COMMON.get(pattern, pattern)
+
+
+def _number(word: str) -> str:
+    """The pattern of a number up to twelve, else nothing."""
+    word = word.lower()
+    number = NUMBERS.index(word) if word in NUMBERS else int(word) if re.fullmatch("[0-9]{1,2}", word) else len(NUMBERS)
+    return f"(?:{NUMBERS[number]}|{number})" if number < len(NUMBERS) else ""

@@ -25,11 +25,9 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
 
     Args:
         start: called once in each process; returns the function that does a job. It and the jobs are pickled.
-        processes: how many.
 
     Raises:
-        OutOfMemory: the system ended a process, because memory ran out.
-        EvopruneError: a process crashed, or was killed.
+        OutOfMemory: the system ended a process, because memory ran out. EvopruneError: a process crashed, or was killed.
         Whatever `start` or a job raises.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -43,20 +41,15 @@ def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: 
     except BaseException as problem:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
-        if isinstance(problem, BrokenProcessPool):
-            raise _ended(processes, oom_kills() > killed) from problem
-        raise
+        if not isinstance(problem, BrokenProcessPool):
+            raise
+        if oom_kills() > killed:
+            hint = "fewer processes (--processes), or a smaller model"
+            raise OutOfMemory(f"out of memory: the system ended one of {processes} processes", hint) from problem
+        hint = "one process (--processes 1) tells more"
+        raise EvopruneError(f"one of {processes} processes crashed, or was killed", hint) from problem
     finally:
         pool.shutdown()
-
-
-def _ended(processes: int, by_system: bool) -> EvopruneError:
-    if by_system:
-        hint = "fewer processes (--processes), or a smaller model"
-        return OutOfMemory(f"out of memory: the system ended one of {processes} processes", hint)
-    return EvopruneError(
-        f"one of {processes} processes crashed, or was killed", "one process (--processes 1) tells more"
-    )
 
 
 def _begin(start: Callable[[], Work]) -> None:

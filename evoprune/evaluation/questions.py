@@ -16,6 +16,9 @@ class Video:
     path: Path
     rows: tuple[Row, ...]
 
+    def __str__(self) -> str:
+        return self.name
+
 
 def load_questions(path: Path) -> list[Video]:
     """The questions of a file, video by video in the order of their first lines.
@@ -33,7 +36,8 @@ def load_questions(path: Path) -> list[Video]:
 
 def _complete(row: Row, fields: dict[str, Any]) -> Row:
     """The row with its answer, type and groups checked."""
-    if len({normalised(option) for option in row.options}) < len(row.options):
+    texts = [normalised(option) for option in row.options]
+    if len(set(texts)) < len(texts):
         raise ValueError(f"options are 2 to {len(LETTERS)} different texts")
     groups, kind = fields.get("groups", []), fields.get("type")
     if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
@@ -42,24 +46,17 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
         raise ValueError("an evaluation asks about one video or picture at a time")
     if row.subtitles is not None:
         raise ValueError("subtitles are not read in an evaluation")
-    answer = _answer(row)
-    return replace(row, answer=answer, type=None if kind is None else str(kind), groups=tuple(groups))
-
-
-def _answer(row: Row) -> str:
-    """The expected answer; of a question with options the text of one of them. A text goes before a letter."""
     if row.answer is None:
         raise ValueError("no answer")
     answer = str(row.answer) if isinstance(row.answer, int) else row.answer
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError("answer is not a text")
-    if not row.options:
-        return answer
-    texts = [normalised(option) for option in row.options]
-    choice = texts.index(normalised(answer)) if normalised(answer) in texts else chosen_option(answer, row.options)
-    if choice is None:
-        raise ValueError(f"the answer {answer!r} is none of the options")
-    return row.options[choice]
+    if texts:  # a text goes before a letter
+        choice = texts.index(normalised(answer)) if normalised(answer) in texts else chosen_option(answer, row.options)
+        if choice is None:
+            raise ValueError(f"the answer {answer!r} is none of the options")
+        answer = row.options[choice]
+    return replace(row, answer=answer, type=None if kind is None else str(kind), groups=tuple(groups))
 
 
 GRADED = Rules(

@@ -1,7 +1,6 @@
-"""Accuracy against budget: what `evoprune eval` runs.
+"""What `evoprune eval` runs: every video in full and once for every method and budget, each time with all its questions.
 
-Every video is encoded by the same pipeline as in `evoprune ask`: once in full, and once for every method and budget. Each time all
-its questions are asked. Every answer becomes a sample, a plain dict; `scores.py` makes the table of them.
+Every answer becomes a sample, a plain dict; `scores.py` makes the table of them.
 """
 
 import hashlib
@@ -22,12 +21,11 @@ from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, err
 from evoprune.evaluation.cost import NOTE, Cost
 from evoprune.evaluation.demo_clips import ClipName, clips_asked, demo_video
 from evoprune.evaluation.folder import RunFolder
-from evoprune.evaluation.frames import SharedFrames, grey_frames
 from evoprune.evaluation.grading import grade
 from evoprune.evaluation.processes import map_in_processes
 from evoprune.evaluation.questions import Video
 from evoprune.evaluation.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
-from evoprune.evaluation.shared_encoding import SharedRows
+from evoprune.evaluation.shared import SharedFrames, SharedRows, grey_frames
 from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.cost import shortage
 from evoprune.model.machine import environment
@@ -41,6 +39,7 @@ from evoprune.pruning.budget import TUNED
 
 DEMO, DEMO_CLIPS = "demo", 100
 Progress = Callable[[str], None]
+Job = Video | ClipName
 # Options that results hold also at their defaults.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "max_new_tokens", "model", "revision", "dtype", "quantize",
@@ -53,18 +52,15 @@ class Settings:
 
     Attributes:
         data: path of a file of questions, or "demo"; `digest`: of the file's content.
-        split, seed: which clips of the demo's generators; the seed is also that of methods that draw lots.
+        budgets, methods: each method at each budget. A budget of "tuned" is one row, with the model's own method; `resolved`
+            replaces it by `tuned`. At "auto" and "auto:inflection" the content decides.
+        method_args: settings of the methods, as texts.
+        blind: also ask without the video.
+        split, seed: which clips of the demo's generators; the seed is also that of methods that select at random.
         world: which of them, or both. groups: only questions of these groups; all if it is empty.
         limit: at most so many videos; None for all of a file, and 100 clips of the demo's, of each world.
-        budgets, methods: each method at each budget. `method_args`: settings of the methods, as texts. A budget of "tuned" is one
-            row, with the model's own method; `resolved` replaces it. At "auto" and "auto:inflection" the content decides.
-        tuned: the tuned method and budget, for one more row; None for none.
-        blind: also ask without the video.
-        model, sampling, generation: options of the pipeline; all answers are greedy unless `generation` says otherwise. Each row
-            says itself which part of its video it is about.
         timed: whether samples hold `prune_ms` too, the milliseconds of pruning for the video, or for the question if the method
             reads it. Two runs differ in these.
-        version: of this program.
     """
 
     data: str
@@ -86,10 +82,7 @@ class Settings:
     tuned: tuple[str, float] | None = None
 
     def resolved(self, found: FoundModel) -> "Settings":
-        """With the method and budget that were tuned for a model in the place of a budget of "tuned".
-
-        Raises UsageError: it was never tuned, or its setting is damaged.
-        """
+        """With the tuned method and budget. Raises UsageError: the model was never tuned, or its setting is damaged."""
         plain, _ = resolve(PruneOptions(TUNED), self.model.model, lambda: found.weights_fingerprint)
         return replace(self, budgets=tuple(b for b in self.budgets if b != TUNED), tuned=(plain.method, plain.budget))
 
@@ -103,7 +96,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: the video in full, none of it, or a method at a budget."""
+    """One row of the table."""
 
     kind: str
     method: str = "none"
@@ -116,17 +109,11 @@ class Variant:
 
 
 def digest(path: Path) -> str:
-    """A digest of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """The full budget first, then the blind row, the tuned row, then method after method. A method that prunes nothing is the full
-    budget.
-
-    Raises UsageError: an unknown method, settings that it does not have, or a method that cannot let the content decide where
-    the budget asks for that.
-    """
+    """The rows in order: full, blind, tuned, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
     pruned = [Variant(METHOD, each.method, each.budget) for each in asked if make_method(each).acts_at(each.most)]
@@ -143,8 +130,7 @@ class Evaluation:
         videos: of a file; None for the demo's clips.
 
     Raises:
-        UsageError: an unknown method, settings that it does not have, more clips than a block of the demo's holds, a split that a
-            world does not have, groups that no question is in, or a budget of "tuned" for a model that was never tuned.
+        UsageError: methods, settings, clips or groups that do not exist, or a budget of "tuned" for a model that was never tuned.
         ModelError: the model, which a budget of "tuned" needs, cannot be found.
     """
 
@@ -166,16 +152,12 @@ class Evaluation:
             with_recipe(methods.parse(name), loaded.id, lambda: loaded.weights_fingerprint)
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
-        """Writes samples into a folder from now on. With `resume` it is the folder of an earlier run, whose samples are kept.
-
-        Raises UsageError: the folder cannot be made, or holds no run with the same settings.
-        """
+        """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
         self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self.settings.record())
         self.samples = list(self.folder.samples)
 
     @property
     def failed(self) -> bool:
-        """Whether a video failed."""
         return any("error" in sample for sample in self.samples)
 
     def run(self, progress: Progress = lambda what: None, processes: int = 1) -> None:
@@ -190,7 +172,7 @@ class Evaluation:
         Raises OutOfMemory: there is too little memory for so many models.
         """
         done = {sample["video"] for sample in self.samples}
-        missing = [job for job in self._jobs if (job.name if isinstance(job, Video) else str(job)) not in done]
+        missing = [job for job in self._jobs if str(job) not in done]
         with TemporaryDirectory(prefix="evoprune-eval-") as self.files:
             if processes > 1:
                 each = map_in_processes(self._start_of_each(processes), missing, processes)
@@ -207,7 +189,7 @@ class Evaluation:
                         self.folder.add(made)
                     self.samples += made
 
-    def _start_of_each(self, processes: int) -> Callable[[], Callable[[Video | ClipName], list[dict]]]:
+    def _start_of_each(self, processes: int) -> Callable[[], Callable[[Job], list[dict]]]:
         """What each of several processes begins with. They share the cores, and need memory for a model each."""
         if self.loaded and (short := shortage(processes * self.loaded.weights_bytes, self.loaded.device)):
             hint = "fewer processes (--processes), or a smaller model"
@@ -216,29 +198,24 @@ class Evaluation:
         model = replace(model, threads=threads_of_each(model.threads, processes))
         return partial(_start, replace(self.settings, model=model), self.files)
 
-    def _all_jobs(self, videos: Sequence[Video] | None) -> list[Video] | list[ClipName]:
+    def _all_jobs(self, videos: Sequence[Video] | None) -> Sequence[Job]:
         """The videos of the file with questions of the groups, or the demo's clips."""
         s = self.settings
         if videos is None:
-            return clips_asked(
-                WORLDS if s.world == BOTH else (s.world,), s.split, s.seed, s.limit or DEMO_CLIPS, s.groups
-            )
-        if not s.groups:
-            return list(videos[: s.limit])
-        chosen = [replace(v, rows=tuple(r for r in v.rows if set(s.groups) & set(r.groups))) for v in videos]
-        if videos and not any(video.rows for video in chosen):
-            raise UsageError(f"no question is in {' or '.join(s.groups)}", "see the field groups of the file")
-        return [video for video in chosen if video.rows][: s.limit]
+            worlds = WORLDS if s.world == BOTH else (s.world,)
+            return clips_asked(worlds, s.split, s.seed, s.limit or DEMO_CLIPS, s.groups)
+        if s.groups:
+            every = [replace(v, rows=tuple(r for r in v.rows if set(s.groups) & set(r.groups))) for v in videos]
+            chosen = [video for video in every if video.rows]
+            if videos and not chosen:
+                raise UsageError(f"no question is in {' or '.join(s.groups)}", "see the field groups of the file")
+            videos = chosen
+        return list(videos[: s.limit])
 
-    def evaluate(self, job: Video | ClipName, progress: Progress = lambda what: None) -> list[dict]:
-        """The samples of a video, or of a clip of the demo's, variant after variant.
-
-        If the video fails, there is one sample a question, with an `error`.
-        """
+    def evaluate(self, job: Job, progress: Progress = lambda what: None) -> list[dict]:
+        """The samples of a video, variant after variant; if it fails, one with an `error` for each question."""
         if isinstance(job, ClipName):
-            with demo_video(
-                job.split, job.seed, Path(self.files), world=job.world, groups=self.settings.groups
-            ) as video:
+            with demo_video(job, Path(self.files), groups=self.settings.groups) as video:
                 return self.evaluate(video, progress) if video.rows else []
         made: list[dict] = []
         try:
@@ -255,13 +232,10 @@ class Evaluation:
     def _asked(
         self, variant: Variant, video: Video, span: Span, frames: SharedFrames, rows: SharedRows
     ) -> Iterator[dict]:
-        settings, given = self.settings, variant.kind == METHOD and not variant.tuned
-        options = PruneOptions(
-            budget=variant.budget,
-            method=variant.method,
-            method_args=settings.method_args if given else {},
-            seed=((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63,
-        )
+        settings, prunes = self.settings, variant.kind == METHOD and not variant.tuned
+        seed = ((settings.seed << 32) + crc32(video.name.encode("utf-8", "surrogateescape"))) % 2**63
+        args = settings.method_args if prunes else {}
+        options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
         engine = make_engine(self.loaded, options)
         how = {"read": grey_frames} if variant.kind == BLIND else {"read": frames.read, "encode_rows": rows.encode_rows}
         sampling = replace(settings.sampling, **span.sampling)
@@ -272,11 +246,7 @@ class Evaluation:
             answer = encoded.ask(row.prompt, options=settings.generation)
             said = "".join(answer)
             right = grade(row, said)
-            # A method that does not read the question did all its work before the first one.
-            prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
-            prune_ms += answer.report.time_ms.prefill_prune or 0.0
-            times = {"prune_ms": prune_ms} if settings.timed else {}
-            yield _about(video, row) | {
+            made = {
                 "row": variant.kind,
                 "method": variant.method,
                 "budget": variant.budget,
@@ -288,8 +258,12 @@ class Evaluation:
                 "unparseable": right is None,
                 "warnings": answer.report.warnings,
                 **cost.of(answer.report),
-                **times,
             }
+            if settings.timed:
+                # A method that does not read the question did all its work before the first one.
+                prune_ms = answer.report.time_ms.encode_prune if engine.method.reads_question else pruned
+                made["prune_ms"] = prune_ms + (answer.report.time_ms.prefill_prune or 0.0)
+            yield _about(video, row) | made
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """The results so far, as plain data for JSON; `error` is what cut the run short."""
@@ -321,7 +295,7 @@ class Evaluation:
         return notes
 
 
-def _start(settings: Settings, files: str) -> Callable[[Video | ClipName], list[dict]]:
+def _start(settings: Settings, files: str) -> Callable[[Job], list[dict]]:
     """`evaluate` of an evaluation of its own, with a model loaded: what a process runs."""
     evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
     evaluation.load()

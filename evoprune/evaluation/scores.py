@@ -29,12 +29,12 @@ def row_name(kind: str, method: str, budget: float | str, tuned: bool = False) -
 def score_rows(samples: Sequence[dict]) -> list[dict]:
     """One dict a row and group, the group of all questions first, full before what is compared with it.
 
-    Accuracies are shares; `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, and `first_difference`
-    accuracy - that of the row named `first`: the first method's at the same budget. Each has a 95% interval over videos; that of
-    the last three is None where the group has fewer than `LEAST_VIDEOS` videos. Costs are means over the group's questions. None
-    where there is no number. Failed samples do not count.
+    `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, and `first_difference` accuracy - that of the
+    row named `first`: the first method's at the same budget. Each, like accuracy, has a 95% interval over videos, None where the
+    group has fewer than `LEAST_VIDEOS` videos. Costs are means over the group's questions. Failed samples do not count.
     """
-    good = sorted((s for s in samples if "error" not in s), key=lambda s: s["video"])  # stable: rows stay in order
+    # Samples of earlier versions lack `layer_tokens`: every layer read all tokens. The order is stable: rows stay in order.
+    good = [{"layer_tokens": s["tokens"]} | s for s in sorted(samples, key=lambda s: s["video"]) if "error" not in s]
     rows: dict[tuple, list[dict]] = {}
     for sample in good:
         key = sample["row"], sample["method"], sample["budget"], sample.get("tuned", False)
@@ -81,15 +81,10 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
                     **_interval("kept_", percentile_interval(ratio[:, r, g])),
                     "first": None if first is None else row_name(*list(rows)[first]),
                     **_difference("first_difference", accuracy, share[:, :, g], r, first),
-                    **{name: _round(float(np.mean([_cost(s, name) for s in mine]))) for name in COSTS},
+                    **{name: _round(np.mean([s[name] for s in mine])) for name in COSTS},
                 }
             )
     return made
-
-
-def _cost(sample: dict, name: str) -> float:
-    """One of `COSTS` of a sample. Samples of earlier versions lack `layer_tokens`: every layer read all tokens."""
-    return sample.get(name, sample["tokens"]) if name == "layer_tokens" else sample[name]
 
 
 def is_tie(row: dict, name: str) -> bool:
@@ -103,10 +98,10 @@ def same_tokens(row: dict, other: dict) -> bool:
 
 
 def precision(rows: Sequence[dict]) -> str | None:
-    """A sentence that says how precisely differences are known; None where no rows are compared. `rows`: of `score_rows`.
+    """How precisely differences between `rows` of `score_rows` are known, as a sentence; None where none are compared.
 
-    It gives the longest distance from a paired difference to an end of its interval. Where no difference varies from video to
-    video, it gives that of a difference in a share of videos that would hardly be missed by all of them.
+    It gives the longest distance from a difference to an end of its interval or, where none varies, the share of videos that would
+    hardly be missed by all of them.
     """
     compared = [row for row in rows if row["row"] == METHOD and row["group"] == ALL]
     if not compared:
@@ -123,17 +118,13 @@ def precision(rows: Sequence[dict]) -> str | None:
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
     """For each row the number of the first method's row at its budget; None for that method's own rows, full, blind and tuned."""
-    plain = {
-        n: (method, budget) for n, (kind, method, budget, tuned) in enumerate(keys) if kind == METHOD and not tuned
-    }
-    first = next((method for method, _ in plain.values()), None)
-    known = {budget: n for n, (method, budget) in plain.items() if method == first}
-    return [known.get(plain[n][1]) if n in plain and plain[n][0] != first else None for n in range(len(keys))]
+    plain = [(kind == METHOD and not tuned, method, budget) for kind, method, budget, tuned in keys]
+    first = next((method for compared, method, _ in plain if compared), None)
+    known = {budget: n for n, (compared, method, budget) in enumerate(plain) if compared and method == first}
+    return [known.get(budget) if compared and method != first else None for compared, method, budget in plain]
 
 
-def _difference(
-    name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None
-) -> dict[str, float | None]:
+def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None) -> dict:
     """The paired difference of two rows and its interval, as fields. accuracy: `[rows]`; drawn: the same, `[draws, rows]`."""
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
@@ -143,12 +134,10 @@ def _difference(
 
 def _groups(samples: Sequence[dict]) -> dict[str, np.ndarray]:
     """Which samples each group holds: bool, by its name."""
+    groups, types = {g for s in samples for g in s["groups"]} - {ALL}, {s["type"] for s in samples if s["type"]}
     made = {ALL: np.ones(len(samples), bool)}
-    for name in sorted({group for s in samples for group in s["groups"]} - {ALL}):
-        made[name] = np.array([name in s["groups"] for s in samples])
-    for name in sorted({s["type"] for s in samples if s["type"]}):
-        made[TYPE + name] = np.array([s["type"] == name for s in samples])
-    return made
+    made |= {name: np.array([name in s["groups"] for s in samples]) for name in sorted(groups)}
+    return made | {TYPE + name: np.array([s["type"] == name for s in samples]) for name in sorted(types)}
 
 
 def _interval(name: str, interval: tuple[float, float]) -> dict[str, float | None]:

@@ -1,7 +1,4 @@
-"""Intervals of accuracies whose questions are clustered by video. numpy only.
-
-Results of questions about one video depend on each other. So whole clusters are drawn, and a cluster is a video.
-"""
+"""Intervals of accuracies of questions that are clustered by video, whose results depend on each other. numpy only."""
 
 import math
 
@@ -15,11 +12,10 @@ _AT_ONCE = 2**22  # weights held at a time
 def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
     """The 95% interval of a share of right answers: Wilson's (1927), with the effective number of questions.
 
-    `right`, `asked`: `[C]`, right answers and questions of each cluster; clusters with no questions do not count.
+    That is the number of independent questions that would be as uncertain as these clusters are, at most the number of questions.
+    Where all answers are right, or all wrong, their correlation is unknown, and it is the number of clusters.
 
-    Returns low and high. The effective number is the number of independent questions that would be as uncertain as these
-    clusters are, at most the number of questions. Where all answers are right, or all wrong, their correlation is unknown, and
-    it is the number of clusters.
+    `right`, `asked`: `[C]`, right answers and questions of each cluster; clusters with no questions do not count.
     """
     right, asked = right[asked > 0].astype(float), asked[asked > 0].astype(float)
     clusters, total = len(asked), float(asked.sum())
@@ -36,15 +32,9 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
 
 
 def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
-    """Totals of `sums` over clusters drawn with replacement, as many as there are.
+    """Totals of `sums` `[C, k]`, a row a cluster, over C clusters drawn with replacement: float64 `[draws, k]`.
 
     Every column sees the same draws, so that statistics of several columns are paired.
-
-    Args:
-        sums: `[C, k]`, one row a cluster.
-        seed: the same draws for the same number of clusters.
-
-    Returns float64 `[draws, k]`.
     """
     clusters, made = len(sums), []
     random = np.random.default_rng(seed)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, VideoError
-from evoprune.evaluation.frames import SharedFrames
-from evoprune.evaluation.shared_encoding import SharedRows
+from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.pipeline.agreement import Reference, reference
 from evoprune.pipeline.answering import Answer, EncodedInputs
 from evoprune.pipeline.engine import Engine, unpruned

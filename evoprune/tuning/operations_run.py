@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evoprune.errors import UsageError
-from evoprune.evaluation.frames import SharedFrames
+from evoprune.evaluation.shared import SharedFrames
 from evoprune.methods.operations import KEY, PLACE, Operations
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.agreement import agreement

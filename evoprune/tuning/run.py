@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError, error_record
-from evoprune.evaluation.frames import SharedFrames
-from evoprune.evaluation.shared_encoding import SharedRows
+from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.model.machine import environment
 from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine

@@ -7,7 +7,7 @@ from evoprune.demo.clips import make_clip
 from evoprune.demo.questions import GROUPS, TYPES, ask
 from evoprune.demo.worlds import QUESTIONS
 from evoprune.errors import UsageError
-from evoprune.evaluation.demo_clips import BLOCK, clip_name, clips_asked, demo_video, seeds
+from evoprune.evaluation.demo_clips import BLOCK, ClipName, clips_asked, demo_video, seeds
 from evoprune.video.info import PICTURE, world_of
 from evoprune.video.probe import probe
 
@@ -15,11 +15,11 @@ from evoprune.video.probe import probe
 @pytest.mark.full
 def test_each_file_lives_as_long_as_it_is_looked_at(tmp_path):
     for seed in seeds(0, 3):
-        with demo_video("validation", seed, tmp_path) as video:
+        with demo_video(ClipName("validation", seed), tmp_path) as video:
             assert list(tmp_path.iterdir()) == [video.path] and world_of(probe(video.path)) == "shapes"
-            assert video.name == clip_name("validation", seed)
+            assert video.name == f"validation-{seed}"
         assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError), demo_video("validation", 0, tmp_path):
+    with pytest.raises(ValueError), demo_video(ClipName("validation", 0), tmp_path):
         raise ValueError
     assert list(tmp_path.iterdir()) == []
 
@@ -31,7 +31,7 @@ def test_blocks_of_seeds_do_not_meet():
 
 def test_questions_are_the_generators_own(tmp_path):
     seed = 2 * BLOCK
-    with demo_video("heldout", seed, tmp_path) as video:
+    with demo_video(ClipName("heldout", seed), tmp_path) as video:
         pass
     asked = ask(make_clip("heldout", seed), np.random.default_rng(seed), QUESTIONS)
     assert [(i.question, i.answer, i.type) for i in video.rows] == [(q.question, q.answer, q.type) for q in asked]
@@ -65,14 +65,14 @@ def test_clips_of_scenes_are_chosen_by_family(tmp_path):
         "scenes-validation-1",
         "scenes-validation-3",
     ]
-    with demo_video("validation", 2, tmp_path, world="scenes", groups=("open",)) as video:
+    with demo_video(ClipName("validation", 2, "scenes"), tmp_path, groups=("open",)) as video:
         assert all(row.groups[0] == "picture" and not row.options for row in video.rows)
 
 
 def test_a_still_of_scenes_is_a_picture_and_is_the_same_file_each_time(tmp_path):
     files = []
     for crf in (18, 18, 33):
-        with demo_video("validation", 0, tmp_path, crf, world="scenes") as video:
+        with demo_video(ClipName("validation", 0, "scenes"), tmp_path, crf) as video:
             assert probe(video.path).kind == PICTURE
             files.append(video.path.read_bytes())
     assert files[0] == files[1] and len(files[2]) < len(files[0])

@@ -13,12 +13,12 @@ from PIL import Image
 
 from evoprune.batch.rows import Row
 from evoprune.errors import ModelError, OutOfMemory, UsageError
-from evoprune.evaluation import frames as evaluation_frames
 from evoprune.evaluation import run as evaluation_run
+from evoprune.evaluation import shared as evaluation_shared
 from evoprune.evaluation.cost import COST_MODEL
-from evoprune.evaluation.frames import SharedFrames, grey_frames
 from evoprune.evaluation.questions import Video, load_questions
 from evoprune.evaluation.run import Evaluation, Settings, variants
+from evoprune.evaluation.shared import SharedFrames, grey_frames
 from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, stretched, tower_flop
 from evoprune.pipeline.loading.found import describe_model
@@ -216,13 +216,13 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
 
 
 def test_frames_are_read_once_for_all_rows_that_look_at_the_same_moments(loaded, monkeypatch):
-    read, real = [], evaluation_frames.read_frames
+    read, real = [], evaluation_shared.read_frames
 
     def counted(info, times_s, **how):
         read.append(len(times_s))
         yield from real(info, times_s, **how)
 
-    monkeypatch.setattr(evaluation_frames, "read_frames", counted)
+    monkeypatch.setattr(evaluation_shared, "read_frames", counted)
     settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
     run = begun(loaded, settings, videos(CLIPS[:2]))
     run.run()

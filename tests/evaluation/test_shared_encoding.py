@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from evoprune import methods
-from evoprune.evaluation import run, shared_encoding
+from evoprune.evaluation import run, shared
 from evoprune.evaluation.run import Evaluation
 from tests.evaluation.test_run import CLIPS, SETTINGS, begun, loaded, videos  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
@@ -23,13 +23,13 @@ def samples(loaded, settings, clips) -> list[dict]:  # noqa: F811
 @pytest.fixture
 def towers(monkeypatch) -> list[tuple]:
     """The reuse, the number of selections between layers and the tokens to keep, each time that a video went through the tower."""
-    seen, real = [], shared_encoding.encode_rows
+    seen, real = [], shared.encode_rows
 
     def encode_rows(visual, patches, plan, **how):
         seen.append((plan.reuse, len(plan.selections), plan.keep))
         return real(visual, patches, plan, **how)
 
-    monkeypatch.setattr(shared_encoding, "encode_rows", encode_rows)
+    monkeypatch.setattr(shared, "encode_rows", encode_rows)
     return seen
 
 
@@ -37,16 +37,16 @@ def towers(monkeypatch) -> list[tuple]:
 @pytest.mark.parametrize("names", [AFTER, (*REUSING, "evoprune-paper", "downscale", "reuse:threshold=5+divprune")])
 def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers):  # noqa: F811
     settings = replace(SETTINGS, methods=names)
-    shared = samples(loaded, settings, videos(CLIPS[:1]))
+    together = samples(loaded, settings, videos(CLIPS[:1]))
     few = len(towers)
 
-    class Alone(shared_encoding.SharedRows):
+    class Alone(shared.SharedRows):
         def encode_rows(self, *args, **how):
             self._held.clear()
             return super().encode_rows(*args, **how)
 
     monkeypatch.setattr(run, "SharedRows", Alone)
-    assert samples(loaded, settings, videos(CLIPS[:1])) == shared
+    assert samples(loaded, settings, videos(CLIPS[:1])) == together
     assert len(towers) - few == len(run.variants(settings)) > few
 
 
