@@ -1,7 +1,7 @@
-"""Draws the content of a clip of scenes from a seed: how large, how long, which things, what happens to them.
+"""Selects the content of a clip of scenes by a seed: how large, how long, which things, what happens to them.
 
-Even seeds are pictures, one frame pair in which nothing happens; odd seeds are videos. A video has a plot, the kind of event that
-happens in it most, so that questions that need several such events can be asked often enough.
+Even seeds are pictures, one frame pair in which nothing happens; odd seeds are videos. A video has a plot, the event that happens
+in it most, so that questions that need several such events can be asked often enough.
 """
 
 import math
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from evoprune.demo.questions import pick
 from evoprune.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTURES, Camera, Clip, Span, Thing
 from evoprune.demo.scenes.signs import draw_text, similar_text
 
@@ -63,7 +64,7 @@ def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: 
     if cut < seconds:
         camera = Camera()
     count = int(np.clip(crowd * height * width / rng.uniform(*UNITS_PER_THING), 2, MOST * crowd))
-    placer = _Placer(rng, height * 28, width * 28, seconds, seconds / pairs, camera)
+    placer = _Placer(rng, Clip(key, height * 28, width * 28, seconds, pairs, (), camera, cut))
     odds, moving = list(PLOTS.values())[int(rng.integers(len(PLOTS)))]
     if pairs < 3 or cut < seconds:
         odds, moving = (1.0, 0, 0, 0, 0, 0), moving if pairs > 1 else 0.0
@@ -76,8 +77,8 @@ def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: 
             # At least one sign in most scenes.
             sign = rng.random() < (max(0.7, signs) if number == 0 else signs)
             placer.add(sign, fate, rng.random() < moving, scene)
-    return Clip(
-        key, height * 28, width * 28, seconds, pairs, tuple(placer.things), camera, cut,
+    return replace(
+        placer.clip, things=tuple(placer.things),
         clutter=float(rng.uniform(0.1, 0.9)), poles=int(rng.integers(1, 4)) if rng.random() < 0.15 else 0,
         noise=float(rng.uniform(1, 5)), blur=int(rng.random() < 0.25),
     )  # fmt: skip
@@ -98,64 +99,54 @@ def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
 class _Placer:
     """Places things so that they can be told: each name once, all of their ways on the frame, no more than partly hidden."""
 
-    def __init__(self, rng, height: int, width: int, seconds: float, step: float, camera: Camera):
-        self.rng, self.height, self.width, self.seconds, self.step, self.camera = (
-            rng,
-            height,
-            width,
-            seconds,
-            step,
-            camera,
-        )
+    def __init__(self, rng, clip: Clip):
+        self.rng, self.clip = rng, clip
         self.things: list[Thing] = []
         self.taken: list[int] = []  # the things of this scene
         self.names: set[tuple] = set()
 
     def add(self, sign: bool, fate: str, moves: bool, scene: Span) -> None:
         """Adds one thing if there is room for it within 8 tries."""
-        rng = self.rng
         spans, turn = self._spans(fate, scene)
         for _ in range(8):
-            look = self._look(sign, turn)
-            name = (look["outline"], look["texture"], look["colour"])
+            look = self._sign(turn < math.inf) if sign else self._shape(turn < math.inf)
+            name = look.outline, look.texture, look.colour
             texts = {text for t in self.things if t.is_sign for text in (t.text, t.after) if text}
-            if name in self.names or (sign and {look["text"], look["after"]} & texts):
+            if name in self.names or (sign and {look.text, look.after} & texts):
                 continue
-            motion = list(MOTIONS)[int(rng.integers(len(MOTIONS)))] if moves else "still"
-            thing = self._somewhere(Thing(**look, x=0.0, y=0.0, motion=motion, spans=spans, turn=turn))
+            motion = pick(self.rng, *MOTIONS) if moves else "still"
+            thing = self._somewhere(replace(look, motion=motion, spans=spans, turn=turn))
             if thing is not None:
                 self.names.add(name)
                 self.taken.append(len(self.things))
                 self.things.append(thing)
                 return
 
-    def _look(self, sign: bool, turn: float) -> dict:
-        rng, turns = self.rng, turn < math.inf
-        colour = list(COLOURS)[int(rng.integers(len(COLOURS)))]
-        rgb = tuple(
-            min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], rng.integers(-14, 15, 3), strict=True)
-        )
-        if sign:
-            text = draw_text(rng)
-            # Heights from 8 to 24, small ones most often, as wide as the frame allows.
-            most = min(24.0, 0.6 * self.width / len(text) * 7 / 6)
-            glyph = round(8 * (max(most, 8) / 8) ** float(rng.random() ** 1.3))
-            after = similar_text(text, rng) if turns else ""
-            return {
-                "outline": SIGN, "texture": "plain", "colour": colour, "rgb": rgb, "radius": (glyph + 7) // 2, "text": text,
-                "after": after if after != text else "",
-            }  # fmt: skip
-        radius = int(min(8.0 * (1 - rng.random()) ** (-1 / 1.8), 26, 0.12 * (self.height + self.width)))
-        others = [c for c in COLOURS if c != colour]
-        outline, texture = OUTLINES[int(rng.integers(len(OUTLINES)))], TEXTURES[int(rng.integers(len(TEXTURES)))]
-        return {
-            "outline": outline, "texture": texture, "colour": colour, "rgb": rgb,
-            "radius": radius, "text": "", "after": others[int(rng.integers(len(others)))] if turns else "",
-        }  # fmt: skip
+    def _colour(self) -> tuple[str, tuple[int, ...]]:
+        colour = pick(self.rng, *COLOURS)
+        jitter = self.rng.integers(-14, 15, 3)
+        return colour, tuple(min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], jitter, strict=True))
+
+    def _sign(self, turns: bool) -> Thing:
+        """A sign at no place, of a height from 8 to 24, small ones most often, as wide as the frame allows."""
+        colour, text = self._colour(), draw_text(self.rng)
+        most = min(24.0, 0.6 * self.clip.width / len(text) * 7 / 6)
+        glyph = round(8 * (max(most, 8) / 8) ** float(self.rng.random() ** 1.3))
+        after = similar_text(text, self.rng) if turns else ""
+        after = after if after != text else ""
+        return Thing(SIGN, "plain", *colour, (glyph + 7) // 2, 0.0, 0.0, text=text, after=after)
+
+    def _shape(self, turns: bool) -> Thing:
+        """A shape at no place."""
+        rng, (colour, rgb) = self.rng, self._colour()
+        radius = int(min(8.0 * (1 - rng.random()) ** (-1 / 1.8), 26, 0.12 * (self.clip.height + self.clip.width)))
+        outline, texture = pick(rng, *OUTLINES), pick(rng, *TEXTURES)
+        after = pick(rng, *(c for c in COLOURS if c != colour)) if turns else ""
+        return Thing(outline, texture, colour, rgb, radius, 0.0, 0.0, after=after)
 
     def _spans(self, fate: str, scene: Span) -> tuple[tuple[Span, ...], float]:
         """When it is there, and when it changes."""
-        rng, seconds, step = self.rng, self.seconds, self.step
+        rng, seconds, step = self.rng, self.clip.seconds, self.clip.seconds / self.clip.pairs
         if fate == "appears":
             return ((float(rng.uniform(0.2, 0.8)) * seconds, math.inf),), math.inf
         if fate == "vanishes":
@@ -176,27 +167,26 @@ class _Placer:
 
     def _somewhere(self, thing: Thing) -> Thing | None:
         """The thing at a place where its whole way stays on the frame and it hides nothing for good, or None after 12 tries."""
-        rng, seconds, camera = self.rng, self.seconds, self.camera
+        clip, camera = self.clip, self.clip.camera
         dx, dy = MOTIONS.get(thing.motion, (0, 0))
-        room = (self.width - 2 * thing.half) if dx else (self.height - 2 * thing.radius)
-        far = float(rng.uniform(0.35, 0.7)) * room
-        if thing.motion != "still" and far < 24:
-            thing, far = replace(thing, motion="still"), 0.0
-            dx = dy = 0
-        speed = far / seconds if dx or dy else 0.0
+        room = (clip.width - 2 * thing.half) if dx else (clip.height - 2 * thing.radius)
+        far = float(self.rng.uniform(0.35, 0.7)) * room
+        if far < 24:
+            thing, dx, dy = replace(thing, motion="still"), 0, 0
+        speed = far / clip.seconds if dx or dy else 0.0
         # A zoom shows the middle alone, and what a pan leaves behind was at the rim.
         rim = (1 - 1 / max(camera.zoom)) / 2
         for _ in range(12):
-            span = []
+            place = []
             for way, pan, half, size in (
-                (dx * speed, camera.dx, thing.half, self.width), (dy * speed, camera.dy, thing.radius, self.height),
+                (dx * speed, camera.dx, thing.half, clip.width), (dy * speed, camera.dy, thing.radius, clip.height),
             ):  # fmt: skip
-                shift = (way - pan) * seconds
+                shift = (way - pan) * clip.seconds
                 low, high = half + 2 + rim * size - min(0, shift), size - half - 2 - rim * size - max(0, shift)
                 if low > high:
                     return None
-                span.append(float(rng.uniform(low, high)))
-            made = replace(thing, x=round(span[0], 2), y=round(span[1], 2), speed=round(speed, 3))
+                place.append(round(float(self.rng.uniform(low, high)), 2))
+            made = replace(thing, x=place[0], y=place[1], speed=round(speed, 3))
             under = self._clear(made)
             if under is not None:
                 return replace(made, under=under)
@@ -208,16 +198,14 @@ class _Placer:
         for number in self.taken:
             other, least = self.things[number], math.inf
             for share in (0, 0.25, 0.5, 0.75, 1) if thing.speed or other.speed else (0,):
-                t = share * self.seconds
+                t = share * self.clip.seconds
                 (ax, ay), (bx, by) = thing.centre(t), other.centre(t)
                 across, along = abs(ax - bx) / (thing.half + other.half), abs(ay - by) / (thing.radius + other.radius)
                 least = min(least, max(across, along))
             if least >= 1.02:
                 continue
-            still = (
-                not (thing.speed or other.speed) and thing.event(self.seconds) == other.event(self.seconds) == "stays"
-            )
-            if not still or thing.is_sign or other.is_sign or under >= 0:
+            lie = all(not t.speed and not t.is_sign and t.event(self.clip.seconds) == "stays" for t in (thing, other))
+            if not lie or under >= 0:
                 return None
             if not 0.5 < least < 0.8 or max(thing.radius, other.radius) > 2.2 * min(thing.radius, other.radius):
                 return None
