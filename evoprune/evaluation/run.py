@@ -166,7 +166,6 @@ class Evaluation:
         A video that cannot be read or computed, or does not fit into memory, is left out of all rows and counted.
 
         Args:
-            progress: called with a description of what comes next.
             processes: how many videos at a time, each in a process with a model of its own; samples and their order are the same.
 
         Raises OutOfMemory: there is too little memory for so many models.

@@ -55,7 +55,7 @@ class PruningContext:
         method, method_args: name of a pruning method, and its settings by name.
         positions: "host" gives each token the position that the model itself gives it, so that budget 1.0 is the model's own
             output; "qwen" starts the text after a video at the end of the video's time, as Qwen trained its models
-            (`language.positions`).
+            (`language.prompt`).
         seed: for methods that draw at random.
         pack: on a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode
             (`huggingface.packed_tower`). They are made when the context is entered, last as long as it does, and take as many

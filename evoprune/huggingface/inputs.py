@@ -58,7 +58,6 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
     """Why this package cannot run a new prompt with videos, although the model itself may take it; None if it can.
 
     Args:
-        model: a Hugging Face model.
         call: the arguments of a new prompt with videos.
         generating: whether this is a call of `generate`, and not of the model itself.
         optional: whether the model's own code does the same, since nothing is pruned.
@@ -117,7 +116,6 @@ def without_pruned(
     """The call without the columns of pruned tokens.
 
     Args:
-        model: a Hugging Face model.
         call: the arguments of a new prompt; not modified.
         visuals: from `find_visuals`.
         encoded: all of them.
@@ -206,7 +204,6 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     """A call that continues from a cache with a pruned prompt, without the pruned columns.
 
     Args:
-        model: a Hugging Face model.
         call: the arguments; not modified.
         past: of the cache, cut to its length (`Past.held`).
         length: number of columns in the cache.

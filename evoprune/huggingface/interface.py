@@ -273,7 +273,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 
 
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
-    """The positions of a prompt's columns by Qwen's rule (`language.positions`), int64 `[3, B, L]`."""
+    """The positions of a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
     ids = call["input_ids"]
     per_second = vision_sizes(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")

@@ -13,7 +13,6 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
     """The call of `generate` on a pruned prompt, in which lengths and callbacks refer to the whole prompt.
 
     Args:
-        model: a Hugging Face model.
         call: the arguments with the whole prompt.
         pruned_call: the arguments with the pruned prompt; not modified.
     """

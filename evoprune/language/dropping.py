@@ -57,8 +57,6 @@ class Dropping:
     """One prompt while the language model reads it.
 
     Args:
-        model: tree of weights under Hugging Face's names.
-        method, plan: the language method, and its plan for this model and as many visual tokens.
         embeds: `[C, hidden]`, the prompt.
         visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
         pair: int64 `[n]`, the number of the frame pair of each visual token.

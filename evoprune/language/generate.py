@@ -88,7 +88,6 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
     """Embeds a prompt of which only some visual tokens are kept.
 
     Args:
-        model: tree of weights under Hugging Face's names.
         input_ids: int64 `[L]`, the unpruned prompt.
         visuals: of its inputs, in the order of their places.
 
@@ -139,7 +138,6 @@ def dropping_for(
     """What leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
 
     Args:
-        model: tree of weights under Hugging Face's names.
         method, budget: as the user named them.
         visuals: of the prompt's inputs; `grids`: (T, H, W) in units of each.
         embeds, columns: from `embed_prompt`.
@@ -168,7 +166,6 @@ def prefill(
     """Reads a prompt, or continues one that is in a cache.
 
     Args:
-        model: tree of weights under Hugging Face's names.
         inputs_embeds: `[L, hidden]`.
         positions: int64 `[3, L]`, M-RoPE positions (time, height, width), on the CPU.
         next_position: position of the first generated token: by Qwen's rule the *unpruned* prompt's largest position plus

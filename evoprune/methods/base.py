@@ -123,7 +123,6 @@ class EncoderMethod(Method, ABC):
         """Where how many rows are left, in the order of layers.
 
         Args:
-            tower: the shape of the vision tower.
             grid: (T, H, W) of the video in units.
             keep: K, the number of tokens for the language model, fewer than all units.
         """
@@ -160,7 +159,6 @@ class Merger(EncoderMethod, ABC):
         """Rows of one frame pair after each layer; here every layer removes equally many.
 
         Args:
-            tower: the shape of the vision tower.
             units, windows: of the frame pair.
             keep: rows after the last layer.
         """

@@ -2,17 +2,13 @@
 
 1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
    attention (pruning/reuse.py).
-2. First selection: after the first eighth of the tower's layers, every unit of the clip has a feature, a place and a time.
-   Farthest-point sampling over features and time selects the rows for the other layers (pruning/select.py), as many as all units
-   times the root of the budget. A thing that stands still can be selected again at a later time, where it sees what has changed
-   around it.
+2. First selection: after the first eighth of the tower's layers, farthest-point sampling over features and time selects the rows
+   for the other layers (pruning/select.py), as many as all units times the root of the budget.
 3. Second selection: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
-4. Bias: the language model's attention adds half the log of the cluster size to each token's logits. Otherwise a token of
-   many units would weigh as little as a token of one.
+4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
 
-No paper describes this method. It shares its aim, pruning inside the encoder, with EvoPrune (arXiv 2603.03681), and selecting the
-units that differ most with DivPrune (arXiv 2503.02175). results/scenes-ablations.md says what each setting is worth,
-results/ablations.md which settings were tried and brought nothing.
+No paper describes this method; docs/methods.md says what it shares with which. results/scenes-ablations.md says what settings are
+worth, results/ablations.md which settings were tried and brought nothing.
 """
 
 from dataclasses import dataclass, replace

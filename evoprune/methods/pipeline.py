@@ -128,7 +128,6 @@ class Pipeline:
         """The encoder's work on one video.
 
         Args:
-            tower: the shape of the vision tower.
             grid: (T, H, W) of the video in units.
             keep: K, the number of tokens for the language model.
         """

@@ -31,7 +31,6 @@ class VisionConfig:
     """The vision tower of either family.
 
     Attributes:
-        depth: number of layers.
         hidden_size, intermediate_size: features of a patch in the tower and inside its MLPs.
         out_hidden_size: features of a unit after the merger: the language model's hidden size.
         fullatt_block_indexes: layers that attend over whole frame pairs, not windows; in Qwen2-VL all of them.

@@ -41,7 +41,6 @@ def measure(
     Args:
         source: makes the frames of a case.
         about: what else to note among the settings: `video` or `synthetic`.
-        progress: called with a description of what comes next.
         limit: of the whole run, which may have begun before; None for that of the settings, from now on.
         rows: from `bench.all_rows`, those that are measured; None for all.
         estimated: seconds of a row, or how long it takes beside the others.

@@ -19,7 +19,6 @@ class TowerShape:
     """The properties of a vision tower that plans depend on.
 
     Attributes:
-        depth: number of layers.
         full_layers: layers whose attention spans a whole frame pair; the others attend inside windows.
         window: side of a window in units.
     """

@@ -48,7 +48,6 @@ def read_frames(
     Close the iterator to stop early.
 
     Args:
-        info: the video, from `probe`.
         times_s: seconds from the video's first frame, ascending; a time may repeat.
         decoder: `auto`, `pyav` or `decord`, see `choose_decoder`.
         chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger.
@@ -72,14 +71,11 @@ def read_frames(
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
     """The decoder to use, `pyav` or `decord`, and for a picture `pillow`, after a check that it can be used.
 
-    `auto` is PyAV. decord finds frames by counting them, and after a jump its count is wrong wherever groups of pictures
-    are open (x265's default), refreshed gradually, or stored out of order in AVI: its `get_batch` then returns other
-    frames than were asked for. Read front to back, as here, it is right, but decodes and converts every frame; it has
-    no AV1, and gives up on damage. `python -m experiments.decoders` measures both.
+    `auto` is PyAV. decord counts frames, and after a jump its count is wrong wherever groups of pictures are open (x265's default),
+    refreshed gradually, or stored out of order in AVI. Read front to back, as here, it is right, but decodes every frame; it has no
+    AV1, and gives up on damage. `python -m experiments.decoders` measures both.
 
-    Args:
-        decoder: `auto`, `pyav` or `decord`.
-        info: the video to be read, if it is known already.
+    `info`: the video to be read, if it is known already.
 
     Raises:
         UsageError: no such decoder, or it is not installed.

@@ -84,7 +84,6 @@ class ScanResult:
         variable_rate: whether more frame intervals are irregular than damage explains.
         largest_gap_s: longest time in seconds from one frame to the next; 0 for a single frame.
         keyframe_median_s, keyframe_max_s: seconds from a keyframe to the next one, or from the last one to the end.
-        seconds: that the scan took.
     """
 
     frames: int

@@ -39,8 +39,6 @@ class InputLimits:
         fps: frames to take per second of video.
         min_frames, max_frames: bounds on the number of frames.
         image_mean, image_std: of the red, green and blue channel, values in 0..1.
-        patch_size: side of a patch in pixels.
-        temporal_patch_size: frames in a frame pair.
         merge_size: side of a unit in patches.
     """
 
@@ -72,8 +70,6 @@ class Plan:
     `make_plan` sets what is looked at. `encoder` and what follows it are None, empty or False until a model has planned, too.
 
     Attributes:
-        info: facts about the file.
-        sampling: the times of the frames.
         height, width: of the frames after resizing, in pixels.
         grid: (T, H, W): frame pairs, and rows and columns of units.
         frame_limit: the largest number of frames, by the model or the caller; `sampling.wanted` may be larger.
@@ -81,11 +77,9 @@ class Plan:
         token_capped: whether the token limit made frames smaller or fewer than the model's own limits require.
         encoder: what the encoder does with it.
         unshrunk: the plan with nothing pruned; None for this one. A method may make the input smaller.
-        name: what reports call it.
         decoder: "pyav" or "decord"; for a picture "pillow".
         limited: whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
             them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
-        subtitles: what the prompt has of them.
     """
 
     info: Video

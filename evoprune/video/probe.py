@@ -40,7 +40,6 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
     """The subtitles whose time overlaps a part of a video.
 
     Args:
-        info: the video.
         choice: a file of subtitles (SRT, WebVTT, ASS, SSA), or a video with a text track; or "auto": a file beside the video, else
             the video's default text track or its only one, else none.
         start_s, end_s: the part, in seconds from the first frame.

@@ -67,7 +67,6 @@ def plan_sampling(
     """Spread an even number of frames over a video, or over a span of it: t_i = start + (i + 0.5) * span / n.
 
     Args:
-        duration_s: the video's length in seconds.
         fps: frames to take per second of video; the count is rounded to the nearest even number, at least 2, and kept
             within `min_frames` and `max_frames`. Ignored when `frames` is given.
         frames: exact number of frames; an odd one is rounded up, and only `max_frames` limits it.

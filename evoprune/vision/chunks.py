@@ -109,11 +109,7 @@ def in_chunks(
 
     Args:
         patches: pieces `[n, 1176]` that make up `pairs` frame pairs.
-        geo: of a frame pair.
-        pairs: number of frame pairs of the video.
-        rows: number of rows of a chunk.
         threshold: of reuse, in levels of 255; 0 for no reuse.
-        dtype: of the chunks' patches.
         timer: measures the search for references.
         normal: mean and std of the patches' normalisation, as in `patchify`.
         even: a list that gets, for each piece, whether each of its frame pairs has one colour, up to the first that has more; or

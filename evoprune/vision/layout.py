@@ -69,7 +69,6 @@ class TokenLayout:
 
     Attributes:
         geometry: of one frame pair.
-        pairs: number of frame pairs.
         unit: int64 `[R]`, the unit whose place each row has, in window order.
         owner: int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p means a row of an earlier chunk: the
             one last encoded at place p, of which only keys and values are left.

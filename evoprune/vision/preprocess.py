@@ -35,9 +35,6 @@ def patchify(
         frames: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
             `patch * merge`.
         mean, std: of the normalisation, for red, green and blue, on a scale from 0 to 1.
-        patch: height and width of a patch in pixels.
-        temporal: frames of a frame pair.
-        merge: height and width of a unit in patches.
 
     Returns float32 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]` in Hugging Face's order.
     """
@@ -59,8 +56,6 @@ def patch_means(
 
     Args:
         patches: `[T * units * 4, 1176]`, from `patchify`.
-        units: of a frame pair.
-        mean, std: as in `patchify`.
 
     Returns float32 `[T, units, 96]`, in levels of 255.
     """

@@ -204,10 +204,6 @@ class Followers(Reduction):
     its state and the kept rows nearest to it. Until `SetAside.until` it moves as these move on average, and it stays a key and a
     value of attention, but no MLP computes it. Then the kept rows go on alone. After the last layer all dropped rows come back,
     moved in the same way (IPCV, arXiv 2512.18747). Every shape follows from the plan, so nothing synchronises.
-
-    Args:
-        stage: reduces by a `SetAside`.
-        depth: number of layers.
     """
 
     size_bias = False

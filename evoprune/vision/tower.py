@@ -162,7 +162,6 @@ class LayerRun:
     """What `run_layers` needs beside rows and layout.
 
     Attributes:
-        visual: the tower's weights.
         timer: measures pruning.
         reduction: what is done with rows between two layers.
         references: rows of earlier chunks that this chunk attends to; None without reuse.

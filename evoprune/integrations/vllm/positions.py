@@ -1,17 +1,14 @@
 """Positions (M-RoPE) of a prompt whose videos are pruned. No vLLM here.
 
-By Qwen's rule (`language.positions`) the text after a video starts where the whole video ends, whichever tokens are kept. So all
-positions of a prompt but those of pruned videos are known before anything is encoded. They are right whatever part of the prompt
-vLLM finds in its prefix cache.
+By Qwen's rule (`language.prompt`) the text after a video starts where the whole video ends, whichever tokens are kept. So all
+positions of a prompt but those of pruned videos are known before anything is encoded.
 
 A placeholder of a pruned video has a negative number until the encoder says which unit its token has: `-1 - start`, where `start`
 is the position of the video. The encoder appends the positions of each token, counted from `start`, to its features. They are
 written in digits below 256, which bfloat16 and float16 hold exactly.
 
-A prompt's chunks, and a request that was interrupted, bring some features again. A position that is written is never written again.
-
-Beside its position, a token has a bias (attention.py). Its 32 bits travel in the upper bits of the three positions of a token,
-which vLLM hands to every layer.
+A prompt's chunks, and a request that was interrupted, bring some features again: a position is written once. The 32 bits of a
+token's bias (attention.py) travel in the upper bits of its three positions, which vLLM hands to every layer.
 """
 
 from collections.abc import Sequence
@@ -57,7 +54,7 @@ def known_positions(
     Args:
         length: number of tokens of the prompt, which has `count` placeholders for each item.
         items: the videos and pictures, in order.
-        tokens_per_second: see `language.positions.video_positions`.
+        tokens_per_second: see `language.prompt.video_positions`.
 
     Returns int64 `[3, length]`, negative at placeholders of pruned videos; and the number that vLLM adds to the index of a
     generated token to get its position.
