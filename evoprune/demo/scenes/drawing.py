@@ -1,6 +1,7 @@
 """Frames of a clip of scenes at any times, with a map of what each pixel shows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -42,73 +43,47 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
     rng = np.random.default_rng((9, *clip.seed))
     frames = np.empty((len(times), clip.height, clip.width, 3), np.uint8)
     maps = np.empty(frames.shape[:3], np.int8)
-    stage = _Stage(clip)
+    scenery_of, sprite_of = cache(partial(make_scenery, clip)), cache(thing_sprite)
     for number, t in enumerate(times):
-        canvas, seen = stage.at(t)
+        canvas, maps[number] = _sharp(clip, t, scenery_of(int(t >= clip.cut)), sprite_of)
         for _ in range(clip.blur):
             canvas = _blurred(canvas)
         add_noise(rng, canvas, clip.noise, out=frames[number])
-        maps[number] = seen
     return frames, maps
 
 
-class _Stage:
-    """A clip's scenery and sprites, each made when it is first seen."""
+def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Sprite]) -> tuple[np.ndarray, np.ndarray]:
+    """The frame at time t without blur and noise, float32, and its map."""
+    camera, shake, margin = clip.camera, _shake(clip, t), scenery.margin
 
-    def __init__(self, clip: Clip):
-        self.clip = clip
-        self.sceneries: dict[int, Scenery] = {}
-        self.sprites: dict[tuple[int, bool], Sprite] = {}
-
-    def at(self, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """The frame at time t without noise, float32, and its map."""
-        clip, camera = self.clip, self.clip.camera
-        scene = int(t >= clip.cut)
-        if scene not in self.sceneries:
-            self.sceneries[scene] = make_scenery(clip, scene)
-        scenery = self.sceneries[scene]
-        shake = _shake(clip, t)
-        canvas = self._cropped(scenery, scenery.far, FAR, t, shake).copy()
-        if scenery.ground:
-            self._lay(canvas, scenery, scenery.ground, GROUND, t, shake)
-        seen = np.full(canvas.shape[:2], NOTHING, np.int8)
-        for number, thing in enumerate(clip.things):
-            if thing.visible(t):
-                x, y = thing.centre(t)
-                self._draw(canvas, seen, number, t, x - camera.dx * t - shake[0], y - camera.dy * t - shake[1])
-        if scenery.near:
-            self._lay(canvas, scenery, scenery.near, NEAR, t, shake)
-            seen[self._cropped(scenery, scenery.near[1], NEAR, t, shake)[..., 0] > 0.5] = NOTHING
-        factor = camera.factor(t, clip.seconds)
-        return (canvas, seen) if factor == 1 else _magnified(canvas, seen, factor)
-
-    def _cropped(
-        self, scenery: Scenery, layer: np.ndarray, depth: float, t: float, shake: tuple[int, int]
-    ) -> np.ndarray:
-        camera, margin = self.clip.camera, scenery.margin
+    def seen_of(layer: np.ndarray, depth: float) -> np.ndarray:
         left, top = (
             min(max(margin + round(v * depth * t) + s, 0), 2 * margin)
             for v, s in zip((camera.dx, camera.dy), shake, strict=True)
         )
-        return layer[top : top + self.clip.height, left : left + self.clip.width]
+        return layer[top : top + clip.height, left : left + clip.width]
 
-    def _lay(self, canvas, scenery: Scenery, layer, depth: float, t: float, shake) -> None:
-        colours, cover = (self._cropped(scenery, part, depth, t, shake) for part in layer)
-        canvas *= 1 - cover
-        canvas += colours * cover
+    def lay(layer: tuple[np.ndarray, np.ndarray], depth: float) -> np.ndarray:
+        colours, cover = (seen_of(part, depth) for part in layer)
+        canvas[:] = canvas * (1 - cover) + colours * cover
+        return cover[..., 0]
 
-    def _draw(self, canvas, seen, number: int, t: float, x: float, y: float) -> None:
-        thing = self.clip.things[number]
-        key = number, t >= thing.turn
-        if key not in self.sprites:
-            self.sprites[key] = thing_sprite(thing, key[1])
-        colours, cover = self.sprites[key]
-        h, w = cover.shape
-        shadow = thing_shadow(thing.outline, h, w)
-        left, top = round(x - w / 2), round(y - h / 2)
-        blend(canvas, np.float32(0), shadow, left - 1, top)
-        outer, inner = blend(canvas, colours, cover, left, top)
-        seen[outer][cover[inner] > 0.5] = number
+    canvas = seen_of(scenery.far, FAR).copy()
+    if scenery.ground:
+        lay(scenery.ground, GROUND)
+    seen = np.full(canvas.shape[:2], NOTHING, np.int8)
+    for number, thing in enumerate(clip.things):
+        if thing.visible(t):
+            colours, cover = sprite_of(thing, t >= thing.turn)
+            (h, w), (x, y) = cover.shape, thing.centre(t)
+            left, top = round(x - camera.dx * t - shake[0] - w / 2), round(y - camera.dy * t - shake[1] - h / 2)
+            blend(canvas, np.float32(0), thing_shadow(thing.outline, h, w), left - 1, top)
+            outer, inner = blend(canvas, colours, cover, left, top)
+            seen[outer][cover[inner] > 0.5] = number
+    if scenery.near:
+        seen[lay(scenery.near, NEAR) > 0.5] = NOTHING
+    factor = camera.factor(t, clip.seconds)
+    return (canvas, seen) if factor == 1 else _magnified(canvas, seen, factor)
 
 
 def _shake(clip: Clip, t: float) -> tuple[int, int]:

@@ -91,17 +91,18 @@ def make_scenery(clip: Clip, scene: int) -> Scenery:
     top, left = rng.integers(PERIOD, size=2)
     noise = pink_noise()[(np.arange(height) + top) % PERIOD][:, (np.arange(width) + left) % PERIOD]
     far = noise * np.float32(rng.uniform(8, 24)) + (hue * light).astype(np.float32)
-    # With a camera that stands still, or no parallax to see, all leaves lie in one layer.
-    layers = bool(margin) and camera.kind == "pan"
     _strew(far, None, rng, clip.clutter, hue * light)
-    ground = _layer(height, width) if layers else None
-    if ground:
+    ground = near = None
+    if margin and camera.kind == "pan":  # else all leaves lie in one layer, for there is no parallax to see
+        ground = _layer(height, width)
         _strew(*ground, rng, 0.3 * clip.clutter, hue * light)
-    near = None
     if clip.poles:
-        near = _layer(height, width)
+        near = colours, cover = _layer(height, width)
         for _ in range(clip.poles):
-            _pole(*near, rng)
+            # A dark post in the foreground, from the top to the bottom.
+            thick, left, grey = int(rng.integers(3, 8)), int(rng.integers(0, width)), rng.uniform(15, 70)
+            colours[:, left : left + thick] = np.float32(grey)
+            cover[:, left : left + thick] = 1
     return Scenery(margin, far, ground, near)
 
 
@@ -116,11 +117,8 @@ def _strew(
     bank, (height, width, _) = leaves(), canvas.shape
     # The mean area of a leaf of the bank, about, with its squeezed and cut shapes.
     count = int(density * height * width / 190)
-    which, xs, ys = (
-        rng.integers(BANK, size=count),
-        rng.integers(-20, width + 20, count),
-        rng.integers(-20, height + 20, count),
-    )
+    which = rng.integers(BANK, size=count)
+    xs, ys = rng.integers(-20, width + 20, count), rng.integers(-20, height + 20, count)
     first = np.clip(tint + rng.normal(0, 34, (count, 1)) + rng.normal(0, 20, (count, 3)), 5, 250).astype(np.float32)
     second = np.clip(first + rng.normal(0, 40, (count, 1)) + rng.normal(0, 15, (count, 3)), 5, 250).astype(np.float32)
     for i in range(count):
@@ -133,10 +131,3 @@ def _strew(
         blend(canvas, colours, mask, left, top)
         if cover is not None:
             blend(cover, np.float32(1), mask, left, top)
-
-
-def _pole(canvas: np.ndarray, cover: np.ndarray, rng: np.random.Generator) -> None:
-    """A dark post in the foreground, from the top to the bottom."""
-    thick, left, grey = int(rng.integers(3, 8)), int(rng.integers(0, canvas.shape[1])), rng.uniform(15, 70)
-    canvas[:, left : left + thick] = np.float32(grey)
-    cover[:, left : left + thick] = 1
