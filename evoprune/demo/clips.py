@@ -1,12 +1,11 @@
 """Procedural clips: coloured shapes and digits that move, appear, vanish and flash before a cluttered, perhaps moving background.
 
-A clip is a function of (split, seed, frame size, length) alone. It is described in continuous time, so it can be drawn at the two
-frames a second that a model samples or at the twelve of a video file; `drawing.py` does that.
+A clip is a function of (split, seed, frame size, length) alone, in continuous time, so it can be drawn at any frame rate.
 
-Each feature of a clip makes one weakness of a pruning method show. Things of one or two merge units on a large frame, digits of
-ten pixels and colours close to each other need detail. Flashes of two or three sampled frames and arrivals need time, counts and
-places need space. Clutter misleads methods that keep what stands out. A panning background misleads methods that keep what
-changes. Sensor and codec noise misleads methods that reuse only what stays the same to the bit.
+Each feature makes one weakness of a pruning method show. Things of one or two merge units, digits of ten pixels and colours close
+to each other need detail. Flashes of two or three sampled frames and arrivals need time, counts and places need space. Clutter
+misleads methods that keep what stands out, a panning background those that keep what changes, and the noise of sensor and codec
+those that reuse only what stays the same to the bit.
 """
 
 from dataclasses import dataclass
@@ -36,8 +35,27 @@ FRAMES = (((8, 12), 0.55), ((6, 8), 0.25), ((8, 10), 0.1), ((10, 14), 0.1))
 LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
 
 
+class Moving:
+    """A thing of either world: at (x, y) pixels at time 0, it moves `speed` pixels a second to the side that `motion` names."""
+
+    x: float
+    y: float
+    motion: str
+    speed: float
+
+    def centre(self, t: float) -> tuple[float, float]:
+        dx, dy = MOTIONS[self.motion]
+        return self.x + dx * self.speed * t, self.y + dy * self.speed * t
+
+
+def event_between(start: float, end: float, seconds: float) -> str:
+    """What happens in a clip to a thing that is there in [start, end): stays, appears, vanishes or flashes."""
+    comes, goes = start > 0, end < seconds
+    return ("flashes" if goes else "appears") if comes else ("vanishes" if goes else "stays")
+
+
 @dataclass(frozen=True)
-class Thing:
+class Thing(Moving):
     """A shape or a digit: centre (x, y) in pixels at time 0, velocity in pixels a second, on screen in [start, end)."""
 
     kind: str  # a name of SHAPES, or the digit itself
@@ -60,10 +78,6 @@ class Thing:
     def name(self) -> str:
         return f"{self.colour} {self.kind}"
 
-    def centre(self, t: float) -> tuple[float, float]:
-        dx, dy = MOTIONS[self.motion]
-        return self.x + dx * self.speed * t, self.y + dy * self.speed * t
-
     def visible(self, t: float) -> bool:
         return self.start <= t < self.end
 
@@ -74,9 +88,7 @@ class Thing:
         return min(xa, xb) - r, min(ya, yb) - r, max(xa, xb) + r, max(ya, yb) + r
 
     def event(self, seconds: float) -> str:
-        """What happens to it: stays, appears, vanishes or flashes."""
-        comes, goes = self.start > 0, self.end < seconds
-        return ("flashes" if goes else "appears") if comes else ("vanishes" if goes else "stays")
+        return event_between(self.start, self.end, seconds)
 
 
 @dataclass(frozen=True)
@@ -129,27 +141,21 @@ def make_clip(
     drawn = setting(split, seed)
     height, width, grids = height or drawn[0], width or drawn[1], grids or drawn[2]
     seconds = float(grids) if seconds is None else seconds
-    key = (SPLITS[split], seed)
+    step, key = seconds / grids, (SPLITS[split], seed)
     rng = np.random.default_rng(key)
-    step = seconds / grids
     most = 4 if height * width < 30_000 else 6
     # Some clips are full of arrivals or of departures, so that "which comes first?" can be asked often enough.
-    fates = [(0.35, 0.22, 0.22, 0.21), (0.1, 0.8, 0.05, 0.05), (0.1, 0.05, 0.8, 0.05)][
-        int(rng.choice(3, p=[0.6, 0.2, 0.2]))
-    ]
+    plots = (0.35, 0.22, 0.22, 0.21), (0.1, 0.8, 0.05, 0.05), (0.1, 0.05, 0.8, 0.05)
+    fates = plots[rng.choice(3, p=[0.6, 0.2, 0.2])]
     names, things = set(), []
     for _ in range(int(rng.integers(1, most + 1))):
         while (pair := (str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))))) in names:
             pass
         names.add(pair)
-        thing = place(rng, pair[0], pair[1], height, width, seconds, step, fates, things)
-        if thing:
-            things.append(thing)
+        place(things, rng, *pair, height, width, seconds, step, fates)
     if rng.random() < 0.6:
         kind, colour = str(rng.integers(10)), str(rng.choice(list(COLOURS)))
-        thing = place(rng, kind, colour, height, width, seconds, step, fates, things)
-        if thing:
-            things.append(thing)
+        place(things, rng, kind, colour, height, width, seconds, step, fates)
     pan = (0.0, 0.0)
     if split == "portrait" or rng.random() < 0.35:  # three to twelve pixels between two grids
         angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(3, 12) / step
@@ -158,8 +164,8 @@ def make_clip(
     return Clip(key, height, width, seconds, tuple(things), float(rng.uniform(1, 5)), pan, clutter)
 
 
-def place(rng, kind, colour, height, width, seconds, step, fates, others) -> Thing | None:
-    """A thing whose whole path stays on the frame and clear of `others`, or None after 30 tries."""
+def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, fates) -> None:
+    """Adds a thing whose path stays on the frame and clear of the others, if one is found in 30 tries."""
     digit = kind.isdigit()
     size = "small" if rng.random() < 0.5 else "large"
     radius = DIGITS[size] if digit else int(rng.integers(SIZES[size][0], SIZES[size][1] + 1))
@@ -176,7 +182,7 @@ def place(rng, kind, colour, height, width, seconds, step, fates, others) -> Thi
             start = float(rng.uniform(0.25, 0.75) * seconds)
         elif event == "vanishes":
             end = float(rng.uniform(0.25, 0.75) * seconds)
-    taken = [other.box(seconds) for other in others]
+    taken = [other.box(seconds) for other in things]
     for _ in range(30):
         motion = "still" if digit or rng.random() < 0.45 else str(rng.choice(["left", "right", "up", "down"]))
         room = (width if motion in ("left", "right") else height) - 2 * radius - 4
@@ -188,8 +194,8 @@ def place(rng, kind, colour, height, width, seconds, step, fates, others) -> Thi
         thing = Thing(kind, colour, rgb, size, radius, x, y, motion, speed, start, end)
         box = thing.box(seconds)
         if not any(_overlap(box, other) for other in taken):
-            return thing
-    return None
+            things.append(thing)
+            return
 
 
 def _overlap(a, b, gap: float = 2.0) -> bool:

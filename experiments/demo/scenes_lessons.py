@@ -6,8 +6,8 @@ Where one thing lies comes before which lies furthest to the left, when somethin
 
 from evoprune.demo.questions import pick
 from evoprune.demo.scenes.asking import Draft, Kind, name, refer
-from evoprune.demo.scenes.checking import placed, times_asked, yes
 from evoprune.demo.scenes.clip import Clip
+from evoprune.demo.scenes.looking import placed, times_asked, yes
 
 UNIT, APART = 28, 20  # pixels
 LISTED = 6

@@ -12,9 +12,7 @@ def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) ->
     things: list[Thing] = []
     for _ in range(count):
         kind = str(rng.integers(10)) if rng.random() < 0.4 else str(rng.choice(SHAPES))
-        thing = place(rng, kind, str(rng.choice(list(COLOURS))), height, width, 1.0, 1.0, (1, 0, 0, 0), things)
-        if thing:
-            things.append(thing)
+        place(things, rng, kind, str(rng.choice(list(COLOURS))), height, width, 1.0, 1.0, (1, 0, 0, 0))
     seed = tuple(int(v) for v in rng.integers(2**31, size=2))
     clutter = float(rng.uniform(50, 300)) if rng.random() < 0.5 else 0.0
     return Clip(seed, height, width, 1.0, tuple(things), float(rng.uniform(1, 5)), clutter=clutter)

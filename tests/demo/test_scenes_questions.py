@@ -9,11 +9,10 @@ import pytest
 
 from evoprune.demo.questions import Question
 from evoprune.demo.scenes.asking import ask
-from evoprune.demo.scenes.checking import CHECKED, CHECKED_OVER_TIME
 from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
 from evoprune.demo.scenes.compose import make_clip
-from evoprune.demo.scenes.happening import GIST, HAPPENING, kinds
-from evoprune.demo.scenes.looking import LOOKING
+from evoprune.demo.scenes.happening import CHECKED_OVER_TIME, GIST, HAPPENING, kinds
+from evoprune.demo.scenes.looking import CHECKED, LOOKING
 
 pytestmark = pytest.mark.full  # users never run it, and test_frozen.py and test_scenes.py hold what it makes
 

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from evoprune.demo.painting import CHARACTERS
 from evoprune.demo.questions import Question
 from evoprune.demo.scenes.asking import ask
-from evoprune.demo.scenes.checking import CHECKED, CHECKED_OVER_TIME
 from evoprune.demo.scenes.clip import Camera, Clip, Thing
 from evoprune.demo.scenes.compose import compose
 from evoprune.demo.scenes.drawing import render_with_map
-from evoprune.demo.scenes.happening import kinds
+from evoprune.demo.scenes.happening import CHECKED_OVER_TIME, kinds
+from evoprune.demo.scenes.looking import CHECKED
 from experiments.demo.batches import ROW, packed
 from experiments.demo.muon import Muon
 from experiments.demo.scenes_batches import GROUPS, IMAGE, ScenesRecipe, question_batches, vision_batches

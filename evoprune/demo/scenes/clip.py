@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from evoprune.demo import clips
+
 OUTLINES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
 TEXTURES = ("plain", "striped", "dotted", "checked")
 COLOURS = {
@@ -16,20 +18,18 @@ COLOURS = {
     "cyan": (70, 195, 205),
     "white": (235, 235, 230),
 }
-MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+MOTIONS = {way: step for way, step in clips.MOTIONS.items() if any(step)}
 SIGN = "sign"
 Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Thing:
+class Thing(clips.Moving):
     """A thing or a sign. Its place is on the ground of the scene; later things of a clip lie over earlier ones.
 
     Attributes:
-        outline: a name of OUTLINES, or `sign`.
-        texture, colour: names of TEXTURES and COLOURS; `rgb` is the colour with its jitter.
+        outline: a name of OUTLINES, or `sign`. rgb: the colour with its jitter.
         radius: half the height and, unless it is a sign, half the width, in pixels.
-        x, y: centre in pixels at time 0. `motion`: a name of MOTIONS, or `still`; `speed`: pixels a second.
         spans: when it is there, as ascending intervals [start, end) in seconds.
         text: what a sign says. `turn`: when it changes to `after`, another colour or another text; infinite if it does not.
         under: the place in the clip's list of the thing that it lies on, -1 if there is none.
@@ -74,10 +74,6 @@ class Thing:
         """Half its width in pixels."""
         return (len(self.text) * self.pitch + 6) / 2 if self.is_sign else float(self.radius)
 
-    def centre(self, t: float) -> tuple[float, float]:
-        dx, dy = MOTIONS.get(self.motion, (0, 0))
-        return self.x + dx * self.speed * t, self.y + dy * self.speed * t
-
     def visible(self, t: float) -> bool:
         return any(start <= t < end for start, end in self.spans)
 
@@ -88,11 +84,8 @@ class Thing:
         return self.after if t >= self.turn and self.is_sign else self.text
 
     def event(self, seconds: float) -> str:
-        """What happens to it: stays, appears, vanishes, flashes or blinks."""
-        if len(self.spans) > 1:
-            return "blinks"
-        comes, goes = self.spans[0][0] > 0, self.spans[0][1] < seconds
-        return ("flashes" if goes else "appears") if comes else ("vanishes" if goes else "stays")
+        """What happens to it: blinks, or as `event_between`."""
+        return "blinks" if len(self.spans) > 1 else clips.event_between(*self.spans[0], seconds)
 
 
 @dataclass(frozen=True)
@@ -159,8 +152,8 @@ class Clip:
     def signs(self) -> tuple[Thing, ...]:
         return tuple(t for t in self.things if t.is_sign)
 
-    def on_frame(self, x: float, y: float, t: float, depth: float = 1.0) -> tuple[float, float]:
+    def on_frame(self, x: float, y: float, t: float) -> tuple[float, float]:
         """The pixel that shows the ground's point (x, y) at time t, without the shake."""
-        x, y = x - self.camera.dx * depth * t, y - self.camera.dy * depth * t
+        x, y = x - self.camera.dx * t, y - self.camera.dy * t
         z = self.camera.factor(t, self.seconds)
         return self.width / 2 + z * (x - self.width / 2), self.height / 2 + z * (y - self.height / 2)

@@ -2,14 +2,14 @@
 
 from evoprune.demo.questions import pick
 from evoprune.demo.scenes.asking import Draft, Kind, distinct, one_of_four, referred, shuffled
-from evoprune.demo.scenes.checking import CHECKED, CHECKED_OVER_TIME
 from evoprune.demo.scenes.clip import COLOURS, MOTIONS, Clip
-from evoprune.demo.scenes.looking import COUNTED, LOOKING
+from evoprune.demo.scenes.looking import CHECKED, COUNTED, LOOKING, times_asked, yes
 from evoprune.demo.scenes.signs import similar_text
 
 EVENTS = ("stays", "appears", "vanishes", "flashes", "blinks")
 # Chance that a draft with this answer is asked about, so that no answer is the best guess.
 STAYS, FLASHES, STILL = 0.12, 0.15, 0.15
+THERE, STILL_ASKED = 0.3, 0.3  # likewise, of those that are answered with yes or no
 CAMERA = ("stands still", "pans left", "pans right", "pans up", "pans down", "zooms in", "zooms out")
 
 
@@ -114,6 +114,20 @@ def _scenes(clip, rng):
         yield from one_of_four(clip, rng, "Which of these is there after the cut?", after, before, fill=True)
 
 
+def _at(clip, rng):
+    """Whether a thing that is there at some time is there at the start, or at the end."""
+    for thing, called in referred(clip, rng):
+        if thing.event(clip.seconds) not in ("stays", "blinks") or rng.random() <= THERE:
+            when, t = pick(rng, *times_asked(clip).items())
+            yield Draft(f"Is the {called} there{when}?", yes(thing.visible(t)), about=(thing,))
+
+
+def _does_move(clip, rng):
+    for thing, called in referred(clip, rng) if not clip.camera.travels else ():
+        if thing.speed or rng.random() < STILL_ASKED:
+            yield Draft(f"Does the {called} move?", yes(bool(thing.speed)), about=(thing,))
+
+
 HAPPENING = {
     "event": Kind(_event, "events", 1.0),
     "order": Kind(_order, "events", 0.3),
@@ -125,6 +139,7 @@ HAPPENING = {
     "moves": Kind(_moves, "motion", 0.3),
     "camera": Kind(_camera, "motion", 0.9),
 }
+CHECKED_OVER_TIME = {"then": Kind(_at, "events", 0.8), "does_move": Kind(_does_move, "motion", 3.0)}
 # What is asked of pictures is asked of videos too, and counts as the gist of a clip: mostly what a glance tells.
 GLANCE, CLOSER = 1.8, 0.6
 GIST = {kind: Kind(found.make, "gist", CLOSER * found.weight) for kind, found in LOOKING.items()}

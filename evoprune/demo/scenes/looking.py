@@ -1,13 +1,29 @@
 """Questions that one moment answers: what signs say, how things look, where they lie, how many there are."""
 
 from evoprune.demo.questions import pick
-from evoprune.demo.scenes.asking import Draft, Kind, absent, distinct, name, referred, shuffled, unhurried
-from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES
+from evoprune.demo.scenes.asking import Draft, Kind, absent, distinct, name, refer, referred, shuffled, unhurried
+from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Clip, Thing
 from evoprune.demo.scenes.signs import similar_text
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 MOST_COUNTED = 4
 COUNTED = (0.5, 0.6, 0.7, 0.9)  # chance that a number is asked about: small ones are found most often
+
+
+def times_asked(clip: Clip) -> dict[str, float]:
+    """The middle of the first and of the last frame pair, as they are asked about; of a still the only one."""
+    half = clip.seconds / clip.pairs / 2
+    return {"": half} if clip.is_still else {" at the start": half, " at the end": clip.seconds - half}
+
+
+def placed(clip: Clip, t: float) -> list[tuple[Thing, float, float]]:
+    """What is there at a time and lies on the frame, with the pixel of its middle."""
+    found = [(thing, *clip.on_frame(*thing.centre(t), t)) for thing in clip.things if thing.visible(t)]
+    return [(thing, x, y) for thing, x, y in found if 0 <= x < clip.width and 0 <= y < clip.height]
+
+
+def yes(it: bool) -> str:
+    return "yes" if it else "no"
 
 
 def _read(clip, rng):
@@ -107,6 +123,25 @@ def _missing(clip, rng):
         yield Draft(text, absent(clip, rng, 1)[0], named[:3], open=False)
 
 
+def _any(clip, rng):
+    """Whether a thing is there at all."""
+    named = [name(t) for t in unhurried(clip)]
+    if named and clip.is_whole:
+        for there in (pick(rng, *named), pick(rng, *named)):
+            yield Draft(f"Is there any {there}?", "yes")
+        for missing in absent(clip, rng, 2):
+            yield Draft(f"Is there any {missing}?", "no")
+
+
+def _halves(clip, rng):
+    for when, t in times_asked(clip).items():
+        for thing, x, y in placed(clip, t):
+            called = refer(clip, thing, rng)
+            side, at = pick(rng, ("left", x / clip.width), ("top", y / clip.height))
+            if called is not None and abs(at - 0.5) > 0.06:
+                yield Draft(f"Is the {called} in the {side} half{when}?", yes(at < 0.5), about=(thing,))
+
+
 _colour = _attribute("colour", COLOURS, "What colour is the {}?", "Which colour does the {} have?")
 LOOKING = {
     "read": Kind(_read, "text", 2.1),
@@ -121,3 +156,5 @@ LOOKING = {
     "there": Kind(_there, "look", 0.9),
     "missing": Kind(_missing, "look", 0.3),
 }
+# Those that are answered with yes or no.
+CHECKED = {"any": Kind(_any, "look", 2.0), "half": Kind(_halves, "place", 2.0)}

@@ -30,28 +30,25 @@ def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.nda
     return np.clip(0.5 + 2.0 * field, 0, 1).astype(np.float32)
 
 
-def second_colour(rgb: tuple[int, ...]) -> np.ndarray:
-    """The other colour of a texture: darker where the first is light, lighter where it is dark."""
-    first = np.array(rgb, np.float32)
-    return first * np.float32(0.3) if first.mean() > 95 else first * np.float32(0.35) + np.float32(165)
-
-
 def thing_sprite(thing: Thing, changed: bool) -> Sprite:
     """A thing or a sign, before or after its change."""
-    rgb = COLOURS[thing.after] if changed and not thing.is_sign else thing.rgb
     if thing.is_sign:
-        return board(thing.after if changed else thing.text, rgb, thing.glyph, thing.pitch)
+        return _board(thing.after if changed else thing.text, thing)
+    first = np.array(COLOURS[thing.after] if changed else thing.rgb, np.float32)
+    # The other colour of a texture: darker where the first is light, lighter where it is dark.
+    light = first.mean() > 95
+    second = first * np.float32(0.3) if light else first * np.float32(0.35) + np.float32(165)
     r = thing.radius
-    period = max(5, round(r / 2.2))
-    field = texture_field(thing.texture, 2 * r, period, 2 if thing.texture == "striped" else 0)[..., None]
-    first = np.array(rgb, np.float32)
-    return first + field * (second_colour(rgb) - first), outline_mask(thing.outline, r)
+    turn = 2 if thing.texture == "striped" else 0
+    field = texture_field(thing.texture, 2 * r, max(5, round(r / 2.2)), turn)[..., None]
+    return first + field * (second - first), outline_mask(thing.outline, r)
 
 
-def board(text: str, rgb: tuple[int, ...], glyph: int, pitch: int) -> Sprite:
-    """A sign: its text on a board with a rim."""
+def _board(text: str, sign: Thing) -> Sprite:
+    """A text on a board with a rim."""
+    glyph, pitch = sign.glyph, sign.pitch
     height, width = glyph + 6, len(text) * pitch + 6
-    back = np.array(rgb, np.float32)
+    back = np.array(sign.rgb, np.float32)
     ink = np.float32(20) if back.mean() > 95 else np.float32(240)
     colours = np.broadcast_to(back, (height, width, 3)).copy()
     colours[[0, -1]] = colours[:, [0, -1]] = back * np.float32(0.5)
