@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evoprune.evaluation.scores import LEAST_VIDEOS
-from evoprune.evaluation.statistics import percentile_interval, resampled
+from evoprune.evaluation.scores import LEAST_VIDEOS, percentile_interval, resampled
 
 
 def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,9 @@ class RunFolder:
         """A new folder at `path`; if `path` exists, at `path`-2, `path`-3 and so on. Raises UsageError: it cannot be made."""
         for number in count(1):
             place = path if number == 1 else path.with_name(f"{path.name}-{number}")
-            try:
+            with _writing(place), suppress(FileExistsError):
                 place.mkdir(parents=True)
                 break
-            except FileExistsError:
-                pass
-            except OSError as problem:
-                raise _cannot_write(place, problem) from problem
         folder = cls(place, [])
         folder._replace(SETTINGS, json.dumps(settings, indent=1) + "\n")
         return folder
@@ -52,11 +50,9 @@ class RunFolder:
             raise UsageError(f"{path} is no folder of an evaluation", f"name one with a {SETTINGS}") from problem
         if other := differences(before, json.loads(json.dumps(settings))):
             raise UsageError(f"{path} was begun with other settings: {other}", "give the same ones, or a new -o DIR")
-        try:
+        with _writing(path):
             for name in (SETTINGS, SAMPLES, RESULTS):
                 unfinished.remove_left_overs(str(path / name))
-        except OSError as problem:
-            raise _cannot_write(path, problem) from problem
         samples = _finished(text)
         folder = cls(path, samples)
         kept = "".join(_line(sample) for sample in samples)
@@ -68,18 +64,15 @@ class RunFolder:
         """Appends all samples of a video, or none of them. They are on the disk when this returns. Raises UsageError."""
         samples[-1]["last"] = True
         path, rest = self.path / SAMPLES, memoryview("".join(_line(sample) for sample in samples).encode())
-        try:
-            with open(path, "ab", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                    os.fsync(file.fileno())
-                except BaseException:
-                    file.truncate(size)
-                    raise
-        except OSError as problem:
-            raise _cannot_write(path, problem) from problem
+        with _writing(path), open(path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results, complete or so far."""
@@ -87,10 +80,8 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         """Writes a file completely or not at all."""
-        try:
+        with _writing(self.path / name):
             unfinished.replace(str(self.path / name), text.encode("ascii"))
-        except OSError as problem:
-            raise _cannot_write(self.path / name, problem) from problem
 
 
 def _line(sample: dict) -> str:
@@ -114,6 +105,10 @@ def _finished(text: bytes) -> list[dict]:
     return samples
 
 
-def _cannot_write(path: Path, problem: OSError) -> UsageError:
-    hint = "make room there" if problem.errno in FULL else "choose another place"
-    return UsageError(f"cannot write {path}: {problem.strerror}", hint)
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        hint = "make room there" if problem.errno in FULL else "choose another place"
+        raise UsageError(f"cannot write {path}: {problem.strerror}", hint) from problem

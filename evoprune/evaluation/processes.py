@@ -23,12 +23,10 @@ _work: Work  # of this process; it raises what its beginning raised
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
     """The results of all jobs, in the order of the jobs. Closing the iterator early kills the processes.
 
-    Args:
-        start: called once in each process; returns the function that does a job. It and the jobs are pickled.
+    `start` is called once in each process, and returns the function that does a job. It and the jobs are pickled.
 
-    Raises:
-        OutOfMemory: the system ended a process, because memory ran out. EvopruneError: a process crashed, or was killed.
-        Whatever `start` or a job raises.
+    Raises OutOfMemory: the system ended a process, because memory ran out. EvopruneError: a process crashed, or was killed.
+    Whatever `start` or a job raises.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     others, killed = set(multiprocessing.active_children()), oom_kills()

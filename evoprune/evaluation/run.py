@@ -123,15 +123,10 @@ def variants(settings: Settings) -> list[Variant]:
 
 
 class Evaluation:
-    """One run: construct it, `load` a model, `run`. The results are in `document`, at any time.
+    """One run: construct it with the `videos` of a file, or None for the demo's clips, `load` a model, `run`, see `document`.
 
-    Args:
-        settings: what is asked.
-        videos: of a file; None for the demo's clips.
-
-    Raises:
-        UsageError: methods, settings, clips or groups that do not exist, or a budget of "tuned" for a model that was never tuned.
-        ModelError: the model, which a budget of "tuned" needs, cannot be found.
+    Raises UsageError: methods, settings, clips or groups that do not exist, or a budget of "tuned" for a model that was never
+    tuned. ModelError: the model, which a budget of "tuned" needs, cannot be found.
     """
 
     def __init__(self, settings: Settings, videos: Sequence[Video] | None):
@@ -161,9 +156,7 @@ class Evaluation:
         return any("error" in sample for sample in self.samples)
 
     def run(self, progress: Progress = lambda what: None, processes: int = 1) -> None:
-        """Evaluates all videos that have no samples yet.
-
-        A video that cannot be read or computed, or does not fit into memory, is left out of all rows and counted.
+        """Evaluates all videos that have no samples yet. One that cannot be read, computed or held is left out of all rows.
 
         Args:
             processes: how many videos at a time, each in a process with a model of its own; samples and their order are the same.
@@ -283,10 +276,9 @@ class Evaluation:
         }
 
     def _notes(self) -> list[str]:
-        notes = [NOTE]
-        if self.settings.method_args:
-            given = ", ".join(f"{name}={value}" for name, value in self.settings.method_args.items())
-            notes.append(f"settings of the methods: {given}")
+        notes, given = [NOTE], self.settings.method_args
+        if given:
+            notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
         if self.settings.data == DEMO:
             notes.append("small synthetic clips: how methods rank on them, not what a real Qwen2.5-VL scores")
         if any("demo_model" in s.get("warnings", ()) for s in self.samples):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.evaluation.statistics import Z95
+from evoprune.evaluation.scores import Z95
 from evoprune.tuning.search import Candidate, Known, Trial
 
 Counts = tuple[np.ndarray, np.ndarray]  # of a candidate: agreeing tokens and tokens of every video

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.evaluation.statistics import accuracy_interval, percentile_interval, resampled
+from evoprune.evaluation.scores import accuracy_interval, percentile_interval, resampled
 
 
 def clustered(random, clusters, each, mean, alike):
