@@ -1,6 +1,6 @@
 """From graded answers to a table: accuracy with intervals, beside what it cost (schema `evoprune/eval@1`). No torch.
 
-A sample is the answer of one row (`full`, `blind`, or a method at a budget) to one question, as a flat dict. Answers about one video
+A sample is the answer of one row (`full`, `blind`, or a method at a budget) to one question, as a flat dict. Answers on one video
 depend on each other, so intervals are over videos; all rows answer the same questions, and are bootstrapped with the same draws.
 """
 
