@@ -34,12 +34,8 @@ class Cost:
         pruning, tokens, depth = report.pruning, report.tokens, self._text.num_hidden_layers
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
         work = pruning.language_work or [[layer, *[count] * 3] for layer, count in pruning.language_layers or []]
-        prompt = (
-            [[tokens.text + count for count in counts] for _, *counts in stretched(work, depth)]
-            if work
-            else tokens.prompt
-        )
-        prefill = prefill_flop(self._text, prompt) / 1e12
+        lengths = [[tokens.text + count for count in counts] for _, *counts in stretched(work, depth)] if work else None
+        prefill = prefill_flop(self._text, lengths or tokens.prompt) / 1e12
         return {
             "units": pruning.visual_tokens_in,
             "tokens": pruning.visual_tokens_kept,

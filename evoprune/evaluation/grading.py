@@ -7,7 +7,11 @@ from functools import lru_cache
 
 from evoprune.batch.rows import LETTERS, Row
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+# The pattern of each number, by its name and its figures.
+NUMBERS = {
+    name: f"(?:{word}|{number})" for number, word in enumerate(_NUMBERS) for name in (word, f"{number}", f"{number:02}")
+}
 STATES = (
     r"(?:(?:final|correct|right|best|my) )?answer|(?:final|correct|best|my) (?:option|choice|letter|one)"
     r"|(?:option|choice)(?= is\b|:)"
@@ -262,12 +266,5 @@ def _pattern(option: str, letter: str) -> str:
         return ""
     words[0] = words[0].lower()
     kept = [*(word for word in words[:-1] if word not in ("a", "an", "the")), words[-1]]
-    pattern = r" (?:(?:an?|the) )?".join(_number(word) or re.escape(word) for word in kept)
+    pattern = r" (?:(?:an?|the) )?".join(NUMBERS.get(word.lower()) or re.escape(word) for word in kept)
     return COMMON.get(pattern, pattern)
-
-
-def _number(word: str) -> str:
-    """The pattern of a number up to twelve, else nothing."""
-    word = word.lower()
-    number = NUMBERS.index(word) if word in NUMBERS else int(word) if re.fullmatch("[0-9]{1,2}", word) else len(NUMBERS)
-    return f"(?:{NUMBERS[number]}|{number})" if number < len(NUMBERS) else ""

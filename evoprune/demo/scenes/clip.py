@@ -136,7 +136,6 @@ class Clip:
 
     @property
     def is_still(self) -> bool:
-        """Whether it is a picture: one frame pair in which nothing happens."""
         return self.pairs == 1
 
     @property
