@@ -14,15 +14,9 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLOURS = {
-    "red": (225, 40, 40),
-    "green": (40, 190, 60),
-    "blue": (50, 80, 235),
-    "yellow": (240, 225, 50),
-    "purple": (155, 50, 200),
-    "orange": (245, 140, 25),
-    "cyan": (50, 215, 225),
-    "white": (245, 245, 245),
-}
+    "red": (225, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 235), "yellow": (240, 225, 50),
+    "purple": (155, 50, 200), "orange": (245, 140, 25), "cyan": (50, 215, 225), "white": (245, 245, 245),
+}  # fmt: skip
 SIZES = {"small": (6, 8), "large": (10, 13)}
 DIGITS = {"small": 5, "large": 7}  # half their height
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -37,11 +31,6 @@ LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
 
 class Moving:
     """A thing of either world: at (x, y) pixels at time 0, it moves `speed` pixels a second to the side that `motion` names."""
-
-    x: float
-    y: float
-    motion: str
-    speed: float
 
     def centre(self, t: float) -> tuple[float, float]:
         dx, dy = MOTIONS[self.motion]

@@ -13,9 +13,8 @@ from evoprune.demo.scenes.clip import COLOURS, OUTLINES, TEXTURES, Camera, Clip,
 from evoprune.demo.scenes.compose import SPLITS, compose, family, make_clip
 from evoprune.demo.scenes.drawing import NOTHING, render, render_with_map, write_file
 from evoprune.demo.scenes.happening import kinds
-from evoprune.demo.scenes.scenery import leaves, pink_noise
+from evoprune.demo.scenes.scenery import leaves, pink_noise, texture_field, thing_sprite
 from evoprune.demo.scenes.signs import WORDS, similar_text
-from evoprune.demo.scenes.sprites import texture_field, thing_sprite
 from evoprune.video.info import world_of
 from evoprune.video.probe import probe
 from evoprune.video.sampling import even_times

@@ -9,15 +9,9 @@ from evoprune.demo import clips
 OUTLINES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
 TEXTURES = ("plain", "striped", "dotted", "checked")
 COLOURS = {
-    "red": (200, 50, 45),
-    "green": (60, 165, 70),
-    "blue": (60, 90, 210),
-    "yellow": (225, 205, 70),
-    "purple": (145, 65, 185),
-    "orange": (230, 135, 45),
-    "cyan": (70, 195, 205),
-    "white": (235, 235, 230),
-}
+    "red": (200, 50, 45), "green": (60, 165, 70), "blue": (60, 90, 210), "yellow": (225, 205, 70),
+    "purple": (145, 65, 185), "orange": (230, 135, 45), "cyan": (70, 195, 205), "white": (235, 235, 230),
+}  # fmt: skip
 MOTIONS = {way: step for way, step in clips.MOTIONS.items() if any(step)}
 SIGN = "sign"
 Span = tuple[float, float]

@@ -9,8 +9,7 @@ from PIL import Image
 
 from evoprune.demo.painting import add_noise, blend, write_frames
 from evoprune.demo.scenes.clip import Clip
-from evoprune.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, make_scenery
-from evoprune.demo.scenes.sprites import Sprite, thing_shadow, thing_sprite
+from evoprune.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
 from evoprune.video.info import SCENES_TAG
 
 NOTHING = -1
