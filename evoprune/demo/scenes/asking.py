@@ -16,11 +16,9 @@ MOMENT = 0.1  # chance that a question about a video is about what flashes, if s
 
 @dataclass(frozen=True)
 class Draft:
-    """A question before it is asked.
+    """A question before it is asked: `about` these things, and whether it can be answered as an `open` one, without options.
 
-    Attributes:
-        wrong: texts that are no answer; the first three become options. Fewer than three: the question is open.
-        about: the things in question. `open`: whether it can be answered without options.
+    The first three texts of `wrong` become options; with fewer than three the question is open.
     """
 
     text: str
