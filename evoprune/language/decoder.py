@@ -131,8 +131,7 @@ def forward(
 
     Returns the last columns after the final norm, `[last, hidden]`.
 
-    Raises:
-        ValueError: no columns, not one position for each column, fewer columns than are to be returned, or `dropping` after others.
+    Raises ValueError: no columns, not one position for each, fewer than are to be returned, or `dropping` after others.
     """
     columns = len(inputs_embeds)
     if not columns or positions.shape != (3, columns):
@@ -272,13 +271,7 @@ def _attend_in_strips(
 ) -> torch.Tensor:
     """Causal attention with an explicit mask, a strip of queries at a time: a whole mask grows with the square of the prompt.
 
-    Args:
-        queries: `[kv_heads, group, L, head_dim]`.
-        keys, values: `[kv_heads, group, n, head_dim]`.
-        bias, sees: as in `_attend`.
-
-    Returns:
-        As `queries`.
+    Queries and output are `[kv_heads, group, L, head_dim]`, keys and values `[kv_heads, group, n, head_dim]`.
     """
     columns, n, strips = queries.shape[2], keys.shape[2], []
     for start in range(0, columns, STRIP):
@@ -305,9 +298,8 @@ def _attend_blind(
     end: int,
 ) -> torch.Tensor:
     """As `_attend`, but columns from `end` on attend to `others` (int64) only. The cache holds nothing but these columns."""
-    before = max(
-        0, queries.shape[1] - (keys.shape[2] - end)
-    )  # queries in front of `end`; there may be the last columns only
+    # queries in front of `end`; there may be the last columns only
+    before = max(0, queries.shape[1] - (keys.shape[2] - end))
     seen = keys[:, :, others], values[:, :, others], None if bias is None else bias[others]
     made = [_attend(queries[:, before:], *seen)]
     if before:

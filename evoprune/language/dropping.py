@@ -81,9 +81,8 @@ class Dropping:
         self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
         self._memory: dict = {}
-        self._key: torch.Tensor | None = (
-            None  # bool, which visual tokens are in the key group; None before that is known
-        )
+        # bool, which visual tokens are in the key group; None before that is known
+        self._key: torch.Tensor | None = None
         self.dropped: list[tuple[int, int]] = []
         self.timer = Timer(embeds.device)
 

@@ -1,7 +1,6 @@
 """From visual features to text: prompt embeddings, prefill, decoding token by token, streamed text.
 
-The language model's forward pass is in `decoder`. Positions come from `positions`, and keep their gaps where columns were
-pruned.
+Pruned columns leave gaps among the positions (`prompt.prompt_positions`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -110,11 +109,7 @@ def embed_prompt(model, input_ids: torch.Tensor, visuals: Sequence[Visual]) -> t
 def column_sizes(visuals: Sequence[Visual], columns: torch.Tensor) -> torch.Tensor | None:
     """The cluster sizes of all columns of a pruned prompt, for `prefill`: 1 for text, `size` for visual tokens.
 
-    Args:
-        visuals: of its inputs.
-        columns: from `embed_prompt`.
-
-    Returns float32 `[C]`, or None where all are 1.
+    Returns float32 `[C]` for the columns of `embed_prompt`, or None where all are 1.
     """
     sizes = {i: visual.size for i, visual in enumerate(visuals) if visual.size is not None}
     if not sizes:
@@ -174,9 +169,6 @@ def prefill(
         sizes: float32 `[L]`, the cluster size of each column; None for 1 each.
         dropping: of this prompt, which starts a new one; None where nothing leaves.
 
-    Returns:
-        The state after the last column.
-
     Raises ValueError: no columns, not one position for each column, or columns before a prompt that tokens leave.
     """
     if cache is None:
@@ -185,6 +177,12 @@ def prefill(
         cache = KVCache(model, room)
     after = decoder.logits(model, inputs_embeds, positions, cache, sizes, dropping=dropping)[0]
     return PrefillState(cache, after, next_position, dropping)
+
+
+def _read(model, state: PrefillState, ids: torch.Tensor, before: int = 0) -> torch.Tensor:
+    """The logits after each of some tokens of an answer, which stand behind `before` others: float32 `[n, vocabulary]`."""
+    positions = (ascending(len(ids), "cpu") + state.next_position + before).expand(3, -1)
+    return decoder.logits(model, embed_ids(model, ids), positions, state.cache, last=len(ids))
 
 
 @torch.inference_mode()
@@ -196,23 +194,24 @@ def along(model, state: PrefillState, ids: torch.Tensor) -> torch.Tensor:
         state: from `prefill`. Its cache grows by the answer.
         ids: int64 `[n]`, the answer; n at least 1.
 
-    Returns:
-        float32 `[n, vocabulary]`.
-
-    Raises ModelError: a logit is NaN or infinite.
+    Returns float32 `[n, vocabulary]`. Raises ModelError: a logit is NaN or infinite.
     """
     each = state.logits[None]
     if len(ids) > 1:
-        places = state.next_position + ascending(len(ids) - 1, "cpu").expand(3, -1)
-        after = decoder.logits(model, embed_ids(model, ids[:-1]), places, state.cache, last=len(ids) - 1)
-        each = torch.cat([each, after])
+        each = torch.cat([each, _read(model, state, ids[:-1])])
     if not each.amax(1).isfinite().all():
         raise not_a_number_error("generate")
     return each
 
 
 class TokenStream(Iterator[int]):
-    """Generated token ids, one forward pass at a time. End-of-sequence tokens are not yielded.
+    """Generated token ids; each is computed when it is requested. End-of-sequence tokens are not yielded.
+
+    Args:
+        model: the model that made `state`.
+        state: from `prefill`. Its cache grows by the decoded tokens, so a state serves one answer.
+        eos_ids: token ids that end the answer.
+        seed: of the draws; the same seed gives the same answer.
 
     Attributes:
         finish_reason: None until the end, then "stop" (the model ended its turn) or "length".
@@ -221,7 +220,7 @@ class TokenStream(Iterator[int]):
     Raises ModelError: while iterating, if a logit is NaN or infinite.
     """
 
-    def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int], seed: int):
+    def __init__(self, model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int], seed: int = 0):
         self.finish_reason: str | None = None
         self.ids: list[int] = []
         self._model, self._state, self._settings = model, state, settings
@@ -236,7 +235,7 @@ class TokenStream(Iterator[int]):
         if self.finish_reason is not None:
             raise StopIteration
         # The pass after a token runs only when another token is requested.
-        logits = self._step(self.ids[-1]) if self.ids else self._state.logits
+        logits = self._following() if self.ids else self._state.logits
         if not logits.max().isfinite():  # the largest is NaN where any is
             raise not_a_number_error("generate" if self.ids else "prefill")
         token = choose(logits, self._settings, self._random)
@@ -246,29 +245,9 @@ class TokenStream(Iterator[int]):
         self.ids.append(token)
         return token
 
-    def _step(self, token: int) -> torch.Tensor:
-        embed = self._model.model.language_model.embed_tokens
-        position = self._state.next_position + len(self.ids) - 1
-        column = embed(torch.tensor([token], dtype=torch.int64, device=embed.weight.device))
-        positions = torch.full((3, 1), position, dtype=torch.int64, device="cpu")
-        return decoder.logits(self._model, column, positions, self._state.cache)[0]
-
-
-def stream(
-    model, state: PrefillState, settings: GenerationSettings, eos_ids: Iterable[int], seed: int = 0
-) -> TokenStream:
-    """Decodes from `state`, lazily: each token is computed when it is requested.
-
-    Args:
-        model: the model that made `state`.
-        state: from `prefill`. Its cache grows by the decoded tokens, so a state serves one answer.
-        settings: length and sampling.
-        eos_ids: token ids that end the answer.
-        seed: of the draws; the same seed gives the same answer.
-
-    Returns an iterator of token ids, with `finish_reason` set at its end.
-    """
-    return TokenStream(model, state, settings, eos_ids, seed)
+    def _following(self) -> torch.Tensor:
+        last = torch.tensor(self.ids[-1:], dtype=torch.int64, device="cpu")
+        return _read(self._model, self._state, last, len(self.ids) - 1)[0]
 
 
 def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Generator) -> int:
@@ -276,7 +255,6 @@ def choose(logits: torch.Tensor, settings: GenerationSettings, random: torch.Gen
 
     Args:
         logits: float32 `[vocabulary]`.
-        settings: temperature and top_p.
         random: a CPU generator, advanced by a draw.
     """
     if settings.temperature == 0:

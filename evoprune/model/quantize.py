@@ -42,20 +42,37 @@ class Bytes:
         return both, step
 
 
-class Int8Linear(nn.Module):
-    """`x @ W.T + bias` with int8 weights.
+class QuantizedLinear(nn.Module):
+    """`x @ W.T + bias` with quantised weights.
 
     Args:
         layer: what to quantise, on the CPU.
-        full: the same layer unquantised, used for prompts, that is for more than one row; None to use the int8 weights for
-            them too.
-        to_bytes: shared with the layers that read the same input.
+        full: the same layer unquantised, used for prompts, that is for more than one row; None to use the quantised weights
+            for them too.
     """
 
-    def __init__(self, layer: nn.Linear, full: nn.Module | None = None, to_bytes: Bytes | None = None):
+    def __init__(self, layer: nn.Linear, full: nn.Module | None = None):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        self.full, self.to_bytes = full, to_bytes or Bytes()
+        self.full = full
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        if self.full is not None and len(rows) > 1:
+            return self.full(x)
+        return self.product(rows).reshape(*x.shape[:-1], -1)
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows `[R, in]`, with the quantised weights: `[R, out]`."""
+        raise NotImplementedError
+
+
+class Int8Linear(QuantizedLinear):
+    """Layers that read the same input share `to_bytes`."""
+
+    def __init__(self, layer: nn.Linear, full: nn.Module | None = None, to_bytes: Bytes | None = None):
+        super().__init__(layer, full)
+        self.to_bytes = to_bytes or Bytes()
         self.bias = None if layer.bias is None else layer.bias.float()
         scales, wholes, sums = [], [], []
         for rows in layer.weight.split(ROWS):
@@ -75,15 +92,12 @@ class Int8Linear(nn.Module):
         """Bytes that it holds beside parameters and other modules."""
         return self.packed.numel() + 12 * self.out_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if self.full is not None and len(rows) > 1:
-            return self.full(x)
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
         # In pieces: both bytes of many rows take much memory.
-        pieces = [self._product(piece) for piece in (rows.split(ROWS) if len(rows) > ROWS else [rows])]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:-1], -1)
+        pieces = [self._piece(piece) for piece in (rows.split(ROWS) if len(rows) > ROWS else [rows])]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+    def _piece(self, rows: torch.Tensor) -> torch.Tensor:
         both, step = self.to_bytes(rows)
         low, high = torch.ops.onednn.qlinear_pointwise(
             both, 1.0, 0, self.packed, self.scale, self.zero, self.offset, 1.0, 0, torch.float32, "none", [], ""
@@ -94,13 +108,10 @@ class Int8Linear(nn.Module):
         return y.to(rows.dtype)
 
 
-class Int4Linear(nn.Module):
-    """`x @ W.T + bias` with int4 weights; arguments as `Int8Linear`."""
-
+class Int4Linear(QuantizedLinear):
     def __init__(self, layer: nn.Linear, full: nn.Module | None = None):
-        super().__init__()
-        self.out_features, self.in_features = layer.weight.shape
-        self.full, self.bias = full, layer.bias
+        super().__init__(layer, full)
+        self.bias = layer.bias
         packed, scales = zip(*(self._pack(rows) for rows in layer.weight.split(ROWS)), strict=True)
         self.packed, self.scales = torch.cat(packed), torch.cat(scales, 1)
 
@@ -123,15 +134,10 @@ class Int4Linear(nn.Module):
         """Bytes that it holds beside parameters and other modules."""
         return self.packed.nbytes + self.scales.nbytes
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if self.full is not None and len(rows) > 1:
-            return self.full(x)
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
         y = y[:, : self.out_features]
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def check(kind: str, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.keywords import check_type, names_options
-from evoprune.language.generate import PrefillState, along, embed_question, stream, stream_text
+from evoprune.language.generate import PrefillState, TokenStream, along, embed_question, stream_text
 from evoprune.model.cost import Clock
 from evoprune.pipeline.encoding import Encoding, total_seconds
 from evoprune.pipeline.engine import Engine
@@ -219,7 +219,8 @@ class EncodedInputs:
         start, packing = clock.now(), self._engine.loaded.packing
         packed = packing.seconds
         loaded = self._engine.loaded
-        tokens = stream(loaded.model, self._read(question, options, report, clock), options, loaded.eos_ids, seed)
+        state = self._read(question, options, report, clock)
+        tokens = TokenStream(loaded.model, state, options, loaded.eos_ids, seed)
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer, before = "", packing.seconds

@@ -7,12 +7,12 @@ import torch
 
 from evoprune.language.generate import (
     GenerationSettings,
+    TokenStream,
     Visual,
     column_sizes,
     dropping_for,
     embed_prompt,
     prefill,
-    stream,
 )
 from evoprune.methods.pipeline import Pipeline
 from evoprune.model.cost import Clock, tower_flop
@@ -56,7 +56,7 @@ def run_evoprune(
         positions = clip.positions[:, columns]
         state = prefill(model, embeds, positions, clip.following, sizes=sizes, dropping=dropping)
     with clock.stage("generate"):
-        tokens = list(stream(model, state, GenerationSettings(new_tokens), eos_ids=()))
+        tokens = list(TokenStream(model, state, GenerationSettings(new_tokens), eos_ids=()))
     counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept))
     sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
     if dropping:

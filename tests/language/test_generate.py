@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from evoprune.errors import UsageError
 from evoprune.language.generate import (
     GenerationSettings,
+    TokenStream,
     Visual,
     choose,
     column_sizes,
     embed_prompt,
     prefill,
-    stream,
     stream_text,
 )
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
@@ -61,7 +61,7 @@ class Clip:
 
 
 def greedy(model, state, tokens=TOKENS):
-    return list(stream(model, state, GenerationSettings(max_new_tokens=tokens), []))
+    return list(TokenStream(model, state, GenerationSettings(max_new_tokens=tokens), []))
 
 
 @pytest.mark.few(2)
@@ -185,13 +185,13 @@ def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
     clip = Clip(model, *CLIPS[0])
     tokens = greedy(model, clip.prefill(model))
     end = tokens[9]
-    answer = stream(model, clip.prefill(model), GenerationSettings(max_new_tokens=TOKENS), [end, 10**6])
+    answer = TokenStream(model, clip.prefill(model), GenerationSettings(max_new_tokens=TOKENS), [end, 10**6])
     assert answer.finish_reason is None
     assert list(answer) == tokens[: tokens.index(end)]
     assert (answer.finish_reason, answer.ids) == ("stop", tokens[: tokens.index(end)])
     assert next(answer, None) is None
 
-    answer = stream(model, clip.prefill(model), GenerationSettings(max_new_tokens=3), [])
+    answer = TokenStream(model, clip.prefill(model), GenerationSettings(max_new_tokens=3), [])
     assert list(answer) == tokens[:3]
     assert answer.finish_reason == "length"
 
@@ -199,7 +199,7 @@ def test_an_answer_ends_at_an_end_token_or_at_its_length(model):
 def test_no_forward_pass_runs_for_a_token_nobody_asked_for(model):
     state = Clip(model, *CLIPS[3]).prefill(model)
     length = state.cache.length
-    answer = stream(model, state, GenerationSettings(max_new_tokens=4), [])
+    answer = TokenStream(model, state, GenerationSettings(max_new_tokens=4), [])
     next(answer)
     assert state.cache.length == length
     list(answer)
@@ -211,7 +211,7 @@ def test_sampling_depends_on_the_seed_alone(model):
 
     def sample(seed):
         settings = GenerationSettings(max_new_tokens=TOKENS, temperature=1.0, top_p=0.9)
-        return list(stream(model, clip.prefill(model), settings, [], seed))
+        return list(TokenStream(model, clip.prefill(model), settings, [], seed))
 
     assert sample(1) == sample(1)
     assert len({tuple(sample(seed)) for seed in range(4)}) == 4
@@ -224,7 +224,7 @@ def test_sampling_next_to_zero_is_greedy(model):
         GenerationSettings(max_new_tokens=8, temperature=1e-6),
         GenerationSettings(max_new_tokens=8, temperature=1.0, top_p=1e-6),
     ):
-        assert list(stream(model, clip.prefill(model), close, [])) == expected
+        assert list(TokenStream(model, clip.prefill(model), close, [])) == expected
 
 
 def test_draws_follow_temperature_and_nucleus():
