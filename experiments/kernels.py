@@ -19,7 +19,7 @@ from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import matmul_rate
 from evoprune.model.linear import PackedLinear, can_pack, linear, pack
 from evoprune.model.machine import environment
-from evoprune.model.quantize import Int4Linear, Int8Linear, check, quantize
+from evoprune.model.quantize import Int4Linear, Int8Linear, Unquantised, check, quantize
 from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.weights import random_model
@@ -130,6 +130,12 @@ def memory(sizes: Sizes, repeat: int) -> None:
 # Start-up: weights packed and quantised.
 
 
+def call_layers(module: nn.Module) -> None:
+    """Calls every linear layer with one row."""
+    for layer in [each for each in module.modules() if type(each) is Unquantised]:
+        layer(torch.zeros(1, layer.in_features, dtype=DTYPE))
+
+
 def conversions(model: QwenVL, sizes: Sizes) -> None:
     """Prints how long packing and quantising take for a layer, and for the whole model. `model`: with one decoder layer."""
     text, vision = sizes.config.text_config, sizes.config.vision_config
@@ -145,7 +151,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
         total = 0.0
         for name, (count, module) in pieces.items():
             start = time.perf_counter()
-            pack(module) if kind == "packed" else quantize(module, kind)
+            pack(module) if kind == "packed" else quantize(module, kind, call_layers)
             spent = time.perf_counter() - start
             total += count * spent
             rows.append((kind, name, f"{spent:.2f}", f"{count}", f"{count * spent:.1f}"))

@@ -166,7 +166,7 @@ def entry_key(engine: Engine, plan: Plan) -> str | None:
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
-        "model": [loaded.fingerprint, loaded.dtype, torch.device(loaded.device).type],
+        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, torch.device(loaded.device).type],
         "method": [repr(engine.method.before), engine.seed],  # the repr names the classes and all settings
         "code": [evoprune.__version__, torch.__version__, _own_code(), methods.plugin_code(engine.options.method)],
         "reader": version(READERS[plan.decoder]),

@@ -17,6 +17,7 @@ from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.model.quantize import check as check_quantize
 from evoprune.model.quantize import quantize
 from evoprune.model.weights import QwenVL, empty, shared
+from evoprune.pipeline.loading.calibration import calibrate
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.found import DTYPES, describe_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model
@@ -103,9 +104,8 @@ def quantized_models(
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start, model = now(loaded.model.device), shared(loaded.model)
-        model.model.visual = ours.model.visual
         title = f"quantizing to {name}"
-        quantize(model, name, ours, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
+        quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
         models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
         notes.append(_ready(name, model, start))
     if not loaded.device.startswith("cuda"):

@@ -160,11 +160,11 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_what_is_foretold_of_quantised_weights(kind):
-    """At 3B, from a checkpoint in bf16: the tower, the input embedding and the quantised layers."""
+    """At 3B, from a checkpoint in bf16: the input embedding and the quantised layers, of int4 those of int8 too."""
     config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
     whole = empty(config).to(torch.bfloat16)
     left = sum(weight.nbytes for weight in whole.parameters()) - saved_bytes(whole, kind)
-    assert {"int8": 4.6, "int4": 3.5}[kind] * GIB < left < {"int8": 4.8, "int4": 3.7}[kind] * GIB
+    assert {"int8": 4.0, "int4": 5.5}[kind] * GIB < left < {"int8": 4.2, "int4": 5.7}[kind] * GIB
 
 
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):

@@ -14,7 +14,8 @@ from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import available_memory, page_in
 from evoprune.model.quantize import quantize as quantize_layers
 from evoprune.model.quantize import saved_bytes
-from evoprune.model.weights import QwenVL, empty, name_in_memory, shared
+from evoprune.model.weights import QwenVL, empty, name_in_memory
+from evoprune.pipeline.loading.calibration import calibrate
 
 BELONG = "config.json and the weights must belong together; get the model again"
 RESERVE = 2**29  # bytes that packed weights leave for the work itself
@@ -132,29 +133,23 @@ def page_in_weights(model: QwenVL) -> None:
 def make_ready(
     model: QwenVL, quantize: str, *, pack: bool = True, progress: Callable[[int, int], None] | None = None
 ) -> PackingTime:
-    """Quantises the linear layers of a model on the CPU in place, and packs the others.
+    """Quantises the linear layers of a model on the CPU in place, or packs them. Arguments as `load_model`.
 
     Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
-    packed it encodes about a tenth faster; the language model would make the first word wait.
-
-    Where memory is short, layers are not packed, and a quantised model reads prompts through its quantised layers, which is
-    slower. Arguments as `load_model`.
+    packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, layers are not
+    packed.
 
     Returns how long layers have packed; it grows when they do.
     """
     spent = PackingTime()
     if model.device.type != "cpu":
         return spent
+    if quantize != "none":
+        quantize_layers(model, quantize, calibrate, progress)
+        return spent
     linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
     available = available_memory("cpu")
-    pack = pack and (available is None or available > linear_bytes + RESERVE)
-    if quantize != "none":
-        wide = None
-        if pack and (available is None or available > 1.7 * linear_bytes):
-            wide = shared(model)
-            pack_layers(wide.model.language_model, spent)
-        quantize_layers(model, quantize, wide, progress)
-    if pack:
+    if pack and (available is None or available > linear_bytes + RESERVE):
         pack_layers(model.model.visual)
         pack_layers(model, spent)
     return spent

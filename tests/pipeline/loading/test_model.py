@@ -18,6 +18,7 @@ from evoprune.language.generate import GenerationSettings, TokenStream, Visual, 
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model import linear
 from evoprune.model.linear import PackedLinear
+from evoprune.model.quantize import Int8Linear
 from evoprune.pipeline.loading import found, model, weights
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.found import DTYPES, look_up
@@ -141,17 +142,14 @@ def test_forms_of_the_weights(saved, quantize, monkeypatch):
         loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize
-        assert isinstance(loaded.model.model.visual.blocks[0].attn.qkv, PackedLinear) == (available is None)
+        qkv = loaded.model.model.visual.blocks[0].attn.qkv
         if quantize == "none":
-            assert isinstance(layer, PackedLinear) == (available is None)
+            assert isinstance(layer, PackedLinear) == isinstance(qkv, PackedLinear) == (available is None)
         else:
-            assert isinstance(layer.full, PackedLinear) == (available is None)
+            assert isinstance(layer.full if quantize == "int4" else layer, Int8Linear) and isinstance(qkv, Int8Linear)
         sizes[available] = loaded.weights_bytes
     plain = sum(weight.nbytes for weight in tiny_model().parameters())
-    if quantize == "none":
-        assert sizes[None] == sizes[0] == plain
-    else:
-        assert sizes[0] < plain and sizes[0] < sizes[None]
+    assert sizes[None] == sizes[0] and (sizes[0] == plain if quantize == "none" else sizes[0] < plain)
 
 
 def test_quantising_needs_a_cpu(saved):
