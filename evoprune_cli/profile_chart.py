@@ -68,7 +68,7 @@ def _live_share(results: Results) -> Panel:
     lines: dict[str, list[Point]] = {}
     for row in results.rows:
         figures = results.figures(row)
-        if figures and row.kind != BOUND and row.quantize == "none":  # the tower is never quantised
+        if figures and row.kind != BOUND and row.quantize == "none":  # a line a method
             name = row.method if row.kind == METHOD else row.name
             label = f"-b {row.budget:g}" if row.counts.live_share < 1 else ""
             lines.setdefault(name, []).append(_point(row.counts.live_share, figures.encode, factor, label))

@@ -16,6 +16,7 @@ from torch import nn
 
 from evoprune.errors import UsageError
 from evoprune.model.linear import can_pack
+from evoprune.model.machine import cool
 from evoprune.model.precision import check_quantize
 
 GROUP = 32  # int4 weights that share a scale
@@ -109,7 +110,9 @@ class Unquantised(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (layer,) = self._layer
         self._become(layer, large_channels(x))
-        return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float()).to(x.dtype)
+        y = torch.cat([F.linear(x.float(), rows.float()) for rows in layer.weight.split(ROWS)], -1)
+        cool(layer.weight)  # a file's pages may count against a container's memory
+        return (y if layer.bias is None else y + layer.bias.float()).to(x.dtype)
 
 
 def large_channels(x: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,8 @@ class ModelOptions:
     )
     quantize: str = option(
         "none",
-        "Weights of the language model while it generates, on a CPU: fewer bits are faster and less exact.",
+        "On a CPU, the bits of weights and products: fewer are faster, take less memory and are less exact. int8: tower and "
+        "language model. int4: weights of the language model while it generates, int8 for the rest.",
         words=QUANTIZE,
     )
     load_format: str = option(

@@ -15,7 +15,7 @@ from evoprune.model.config import Config
 from evoprune.model.cost import now
 from evoprune.model.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.model.quantize import check as check_quantize
-from evoprune.model.quantize import quantize
+from evoprune.model.quantize import quantize, saved_bytes
 from evoprune.model.weights import QwenVL, empty, shared
 from evoprune.pipeline.loading.calibration import calibrate
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
@@ -85,6 +85,7 @@ def quantized_models(
     ours, notes, missing = shared(loaded.model), [], {}
     parts = ours.model.visual, ours.model.language_model
     tower, language = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
+    plain = sum(weight.nbytes for weight in loaded.model.parameters())
     if can_pack(next(ours.parameters())):
         progress("packing weights")
         start = now(ours.device)
@@ -100,7 +101,7 @@ def quantized_models(
     for name in names:
         if name == "none":
             continue
-        if short := cost.shortage(language // {"int8": 2, "int4": 3}[name] + working, loaded.device):
+        if short := cost.shortage(plain - saved_bytes(loaded.model, name) + working, loaded.device):
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
         start, model = now(loaded.model.device), shared(loaded.model)

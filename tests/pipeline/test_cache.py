@@ -128,6 +128,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"qa": VideoQA(loaded, budget=0.25, method="evoprune-paper", method_args={"allocation": "mean"})},
         {"qa": VideoQA(replace(loaded, fingerprint="other"), budget=0.25)},
         {"qa": VideoQA(replace(loaded, dtype="bf16"), budget=0.25)},
+        {"qa": VideoQA(replace(loaded, quantize="int8"), budget=0.25)},
         {
             "qa": VideoQA(
                 replace(loaded, limits={"video": replace(loaded.video, image_mean=(0.1, 0.2, 0.3))}), budget=0.25
@@ -144,7 +145,6 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"frames": 12},
         {"path": shutil.copy(clip, tmp_path / "elsewhere.mp4")},
         {"name": "other"},
-        {"qa": VideoQA(replace(loaded, quantize="int8"), budget=0.25)},
     ):
         assert state(**same) == "hit", same
 

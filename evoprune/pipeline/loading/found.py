@@ -123,9 +123,11 @@ class FoundModel:
     @cached_property
     def weights_bytes(self) -> int:
         """Of memory that the loaded weights take."""
-        dtype, files = DTYPES[self.dtype], self.files_here
-        mapped = stay_mapped(files, dtype, self.device) if files else self._stored == dtype  # as a download would be
-        return needed_bytes(self.config, dtype, self.options.quantize, mapped)
+        dtype, quantize = DTYPES[self.dtype], self.options.quantize
+        mapped = quantize != "none" or self._stored == dtype  # as a download would be
+        if self.files_here:
+            mapped = stay_mapped(self.files_here, dtype, self.device, quantize)
+        return needed_bytes(self.config, dtype, quantize, mapped)
 
     @property
     def download_bytes(self) -> int | None:

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -35,6 +34,7 @@ from evoprune.pipeline.loading.weights import (
 )
 from evoprune.pipeline.options import ModelOptions
 from evoprune.report.records import ModelFacts
+from evoprune.text import size
 from evoprune.video.info import VIDEO, Video, world_of
 from evoprune.video.plan import InputLimits
 
@@ -189,15 +189,17 @@ def _weights(
     form = DTYPES[found.dtype], device
     hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if found.dtype == "fp32" else "")
     start = time.perf_counter()
-    mapped = stay_mapped(files, *form)
-    needed = partial(needed_bytes, found.config, form[0], mapped=mapped)
+
+    def needed(kind: str) -> int:
+        return needed_bytes(found.config, form[0], kind, mapped=stay_mapped(files, *form, kind))
+
     if short := shortage(needed(quantize), str(device)):
         fit = [kind for kind in kinds(device) if not shortage(needed(kind), str(device))]
-        less = f", or fewer bits (quantize {fit[0]})" if fit else ""
+        less = f", or fewer bits: quantize {fit[0]} needs about {size(needed(fit[0]))}" if fit else ""
         raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
     try:
-        weights = load_weights(found.config, files, *form) if files else random_model(found.config, *form)
-        if mapped:
+        weights = load_weights(found.config, files, *form, quantize) if files else random_model(found.config, *form)
+        if stay_mapped(files, *form, quantize):
             page_in_weights(weights)
         read = time.perf_counter()
         packing = make_ready(weights, quantize, pack=pack, progress=progress)

@@ -12,8 +12,8 @@ from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime
 from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import available_memory, page_in
+from evoprune.model.quantize import places, saved_bytes
 from evoprune.model.quantize import quantize as quantize_layers
-from evoprune.model.quantize import saved_bytes
 from evoprune.model.weights import QwenVL, empty, name_in_memory
 from evoprune.pipeline.loading.calibration import calibrate
 
@@ -37,13 +37,18 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
                 yield file, content, stored
 
 
-def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: torch.device) -> QwenVL:
+def load_weights(
+    config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
+) -> QwenVL:
     """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
+
+    Those that are to be quantised stay so in any dtype: they are read one layer at a time.
 
     Raises ModelError: tensors are missing or have another shape than the config says.
     """
     model = empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    as_stored = {f"{path}.weight" for path, _ in places(model, quantize)} if quantize != "none" else ()
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     found = {}
@@ -56,7 +61,7 @@ def load_weights(config: Config, files: list[Path], dtype: torch.dtype, device: 
             what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
             raise ModelError(problem, BELONG)
-        found[name] = weight.to(device, dtype)
+        found[name] = weight if name in as_stored else weight.to(device, dtype)
     if missing := sorted(wanted.keys() - found.keys()):
         raise ModelError(
             f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
@@ -113,10 +118,12 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
     return wide - saved_bytes(model, quantize) if quantize != "none" and mapped else wide
 
 
-def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights are used as they are in their files."""
+def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
+    """Whether weights are used, or quantised, as they are in their files."""
     if not files or device.type != "cpu":
         return False
+    if quantize != "none":
+        return True
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
     return stored == {IN_FILE[dtype]}
 
