@@ -158,7 +158,7 @@ def _clear_cache() -> None:
 def _forget_tuned(text: str) -> list[dict]:
     """Deletes the tuned settings and recipes that a text names; their facts."""
     from evoprune.pipeline.inspection import recipe_facts, tuned_facts
-    from evoprune.pipeline.kept import matching, recipes, tuned
+    from evoprune.pipeline.saved import matching, recipes, tuned
 
     named, forgotten = {fingerprint for fingerprint, _ in matching(text, recipes.every())}, []
     for shelf, facts in ((tuned, tuned_facts), (recipes, recipe_facts)):

@@ -178,8 +178,8 @@ def _measured(
     begun = time.perf_counter()
     show("loading libraries")
     check_libraries()
-    from evoprune.pipeline.kept import with_recipe
     from evoprune.pipeline.loading.found import find_model
+    from evoprune.pipeline.saved import with_recipe
     from evoprune.profiling import bench, run, settings, time_limit, weights
 
     options, how = replace(model, load_format=load_format or weights.default_load_format(model.model)), {}

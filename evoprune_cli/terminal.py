@@ -207,7 +207,7 @@ def note_tuning(engine: "Engine") -> None:
     real = loaded.fingerprint is not None and loaded.load_format != "dummy" and not loaded.is_demo
     if not real or engine.tuned or not engine.method.acts_at(engine.budget):
         return
-    from evoprune.pipeline.kept import never_tuned
+    from evoprune.pipeline.saved import never_tuned
 
     if never_tuned(loaded.fingerprint, lambda: loaded.weights_fingerprint):
         how = f"evoprune tune VIDEO... -m {loaded.id} shows what pruning changes in its answers"

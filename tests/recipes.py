@@ -2,9 +2,9 @@
 
 from dataclasses import asdict
 
-from evoprune.pipeline.kept import KeptRecipe, recipes
 from evoprune.pipeline.loading.found import find_model
 from evoprune.pipeline.options import ModelOptions
+from evoprune.pipeline.saved import KeptRecipe, recipes
 from evoprune.pruning.operations import ALL, REST, Recipe
 
 TINY = Recipe(2, 1, 0.25, (0.1, 0.2, 0.7), (((1, REST, "keys"),), ((1, ALL, "keys"),)))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from evoprune import methods
 from evoprune.errors import ModelError
 from evoprune.model.limits import check_libraries
-from evoprune.pipeline.kept import Tuned, resolve
 from evoprune.pipeline.options import PipelineOptions, record
+from evoprune.pipeline.saved import Tuned, resolve
 from evoprune.pruning.budget import TUNED
 
 if TYPE_CHECKING:

@@ -30,11 +30,11 @@ from evoprune.evaluation.splits import BOTH, WORLDS
 from evoprune.model.cost import shortage
 from evoprune.model.machine import environment
 from evoprune.pipeline.engine import make_engine
-from evoprune.pipeline.kept import make_method, resolve, with_recipe
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.pipeline.opening import open_inputs
 from evoprune.pipeline.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions, record
+from evoprune.pipeline.saved import make_method, resolve, with_recipe
 from evoprune.pruning.budget import TUNED
 
 DEMO, DEMO_CLIPS = "demo", 100

@@ -32,9 +32,9 @@ from evoprune.huggingface.visuals import find_visuals
 from evoprune.huggingface.whole_prompt import with_whole_prompts
 from evoprune.keywords import check_types, names_options
 from evoprune.model.cost import Clock
-from evoprune.pipeline.kept import Tuned, resolve
 from evoprune.pipeline.loading.weights import model_fingerprint
 from evoprune.pipeline.options import PruneOptions, check_tuned
+from evoprune.pipeline.saved import Tuned, resolve
 from evoprune.pruning.budget import DEFAULT, TUNED, parse_budget
 from evoprune.report.records import Report
 

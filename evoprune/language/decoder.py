@@ -30,8 +30,8 @@ class KVCache:
     Attributes:
         length: columns that were read. A forward pass raises it at its end, so a pass that fails leaves the cache as it was.
         lengths: columns that are valid in each layer.
-        sizes: of each layer float32 `[lengths[i]]`, the cluster size of each column: attention treats it as that many columns; None
-            for 1 each. Layers with the same columns share a tensor.
+        sizes: of each layer float32 `[lengths[i]]`, the weight of each column: attention treats it as that many columns; None for 1
+            each. Layers with the same columns share a tensor.
     """
 
     def __init__(self, model, capacity: int | Sequence[int]):

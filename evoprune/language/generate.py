@@ -60,7 +60,7 @@ class Visual:
         place: indices of its placeholders in the unpruned prompt.
         features: `[K, hidden]`, the embeddings of the kept visual tokens.
         kept: int64 `[K]`, indices of the kept tokens among the placeholders, ascending.
-        size: float32 `[K]`, the cluster sizes of the kept tokens; None for 1 each.
+        size: float32 `[K]`, the weight of each kept token in attention, of `evoprune` the root of its cluster size; None for 1.
 
     Raises ValueError: `kept` and `features` differ in length, or `kept` is not ascending within the place.
     """

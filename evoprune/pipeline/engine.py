@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.methods.pipeline import Pipeline
-from evoprune.pipeline.kept import Tuned, for_model
 from evoprune.pipeline.loading.model import LoadedModel
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.saved import Tuned, for_model
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Engine:
 def make_engine(loaded: LoadedModel, options: PruneOptions, load_seconds: float | None = None) -> Engine:
     """A loaded model with the method that options name. Here a budget of "tuned" becomes the model's method and budget.
 
-    Raises UsageError: as `kept.for_model`; the model was never tuned, or its setting is damaged.
+    Raises UsageError: as `saved.for_model`; the model was never tuned, or its setting is damaged.
     """
     options, method, tuned = for_model(options, loaded.id, lambda: loaded.weights_fingerprint)
     return Engine(loaded, options, method, load_seconds, tuned)

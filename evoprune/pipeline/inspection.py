@@ -13,10 +13,10 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.model.config import kv_bytes
 from evoprune.model.machine import available_memory
-from evoprune.pipeline.kept import KeptRecipe, Tuned, folder, for_model, recipes, tuned
 from evoprune.pipeline.loading.found import DTYPES, FoundModel
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.planning import TEXT, encoding_bytes
+from evoprune.pipeline.saved import KeptRecipe, Tuned, folder, for_model, recipes, tuned
 from evoprune.pruning.budget import PRESETS, keep_count
 from evoprune.video.info import Video
 from evoprune.video.plan import STILL, Plan
@@ -144,7 +144,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     Args:
         plan: of the whole video, from `plan.make_plan`.
 
-    Raises UsageError: as `make_method` and `kept.with_recipe`; a budget of "tuned" for weights that were never tuned, or are
+    Raises UsageError: as `make_method` and `saved.with_recipe`; a budget of "tuned" for weights that were never tuned, or are
     not on this machine.
     """
     pruning, method, _ = for_model(pruning, model.id, lambda: model.weights_fingerprint)

@@ -24,12 +24,12 @@ from evoprune.pipeline.answering import Answer, EncodedInputs, together
 from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, unpruned
-from evoprune.pipeline.kept import Tuned, for_model, make_method
 from evoprune.pipeline.loading.found import FoundModel, find_model
 from evoprune.pipeline.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.pipeline.opening import OpenInputs, open_inputs
 from evoprune.pipeline.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pipeline.prompting import longest_prompt
+from evoprune.pipeline.saved import Tuned, for_model, make_method
 
 Path = str | os.PathLike[str]
 

@@ -13,7 +13,7 @@ DEFAULT = "balanced"
 AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
 AUTO_INFLECTION = "auto:inflection"  # from the curve of a method's scores (methods/selecting.py)
 AUTOS = (AUTO, AUTO_INFLECTION)
-TUNED = "tuned"  # the budget and the method that were tuned for the model (pipeline/kept.py)
+TUNED = "tuned"  # the budget and the method that were tuned for the model (pipeline/saved.py)
 # Where the two work, for hints.
 ELSEWHERE = {
     **{name: f"{name} works with VideoQA, and with commands that ask or evaluate" for name in AUTOS},

@@ -14,8 +14,8 @@ from evoprune.methods.operations import KEY, PLACE, Operations
 from evoprune.methods.pipeline import Pipeline
 from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine
-from evoprune.pipeline.kept import KeptRecipe, recipes
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.saved import KeptRecipe, recipes
 from evoprune.pruning.language_plan import LanguagePlan, layers_before
 from evoprune.pruning.operations import Recipe, Removed
 from evoprune.text import counted

@@ -15,9 +15,9 @@ from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.model.machine import environment
 from evoprune.pipeline.agreement import agreement
 from evoprune.pipeline.engine import make_engine
-from evoprune.pipeline.kept import Tuned, tuned, with_recipe
 from evoprune.pipeline.loading.model import LoadedModel, load_model
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.pipeline.saved import Tuned, tuned, with_recipe
 from evoprune.text import counted
 from evoprune.tuning.full_answers import TOKENS, Answering, FullAnswers, Progress, encode
 from evoprune.tuning.results import least_tokens, provable, recommended, result_rows

@@ -1,13 +1,13 @@
 """The pruned vision encoder: embed, run layers, select rows, run the other layers, merge patches.
 
-The patches of a video arrive frame pair after frame pair and are encoded in chunks of whole frame pairs. A layer of the
-tower reads nothing outside a frame pair, except keys and values of reused rows, which are kept. So the memory stays
-constant, and the result does not depend on the chunk size. Without pruning the output is Hugging Face's, up to
-rounding.
+The patches of a video arrive frame pair after frame pair and are encoded in chunks of whole frame pairs. Until a selection,
+a layer reads nothing outside a frame pair but keys and values of reused rows, which are kept. So the layers' memory does not
+grow with the video, and the result does not depend on the chunk size. Without pruning the output is Hugging Face's, up to rounding.
 
-The plan's stages say where rows are left behind. A selection covers the whole video: the rows of all chunks are held
-until then, and the selected rows go through the following layers together, or, if frame pairs are kept whole, again in
-chunks. Merging and setting aside stay inside a chunk (reductions.py).
+The plan's stages say where rows are left behind. A selection covers the whole video: one row of each unit that was encoded is
+held until then, and the selected rows go through the following layers together, or, if frame pairs are kept whole, again in
+chunks. A frame pair then also reads the selected rows of other pairs that represent its units. Merging and setting aside stay
+inside a chunk (reductions.py).
 
 The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program synchronises with it
 only at a selection between layers, at the end, when it reads all checks, and with reuse for patches that are on the GPU.

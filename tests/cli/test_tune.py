@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.pipeline.kept import recipes, tuned
+from evoprune.pipeline.saved import recipes, tuned
 from evoprune.tuning.run import Tuning
 from evoprune_cli.failures import Terminated
 

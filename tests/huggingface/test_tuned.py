@@ -7,8 +7,8 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.pipeline.kept import tuned
 from evoprune.pipeline.loading.weights import model_fingerprint
+from evoprune.pipeline.saved import tuned
 from tests.prompts import processed
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_model

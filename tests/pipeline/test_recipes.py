@@ -9,7 +9,7 @@ import pytest
 from evoprune import Cache, VideoQA, methods
 from evoprune.errors import UsageError
 from evoprune.pipeline.agreement import agreement, reference
-from evoprune.pipeline.kept import recipes
+from evoprune.pipeline.saved import recipes
 from evoprune.pruning.operations import ALL, REST, Recipe
 from evoprune.report.stats import stats_block
 from tests.recipes import keep_recipe, kept

@@ -11,9 +11,9 @@ import pytest
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.pipeline.kept import folder, matching, never_tuned, tuned
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import PruneOptions
+from evoprune.pipeline.saved import folder, matching, never_tuned, tuned
 from evoprune.pipeline.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
 from tests.tuned import ORIGIN, SETTING, tune
@@ -128,7 +128,7 @@ def test_a_model_is_said_to_be_untuned_once_and_then_costs_nothing(config):
 
 
 def test_it_imports_no_torch():
-    code = "import sys, evoprune.pipeline.kept; sys.exit('torch' in sys.modules)"
+    code = "import sys, evoprune.pipeline.saved; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

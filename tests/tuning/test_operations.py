@@ -8,8 +8,8 @@ import pytest
 
 from evoprune.errors import UsageError
 from evoprune.pipeline.agreement import agreement, reference
-from evoprune.pipeline.kept import recipes
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
+from evoprune.pipeline.saved import recipes
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.pruning.language_plan import KINDS
 from evoprune.pruning.operations import ALL, REST, Recipe, closed
