@@ -16,7 +16,16 @@ from evoprune_cli import options as opt
 from evoprune_cli.conversation import Conversation, Output
 from evoprune_cli.imports import without_collections
 from evoprune_cli.interactive import check_terminal, converse
-from evoprune_cli.terminal import check_output, encoding, note, note_subtitles, note_tuning, progress, tell
+from evoprune_cli.terminal import (
+    check_output,
+    encoding,
+    note,
+    note_bits,
+    note_subtitles,
+    note_tuning,
+    progress,
+    tell,
+)
 from evoprune_cli.words import STDIN, USAGE, Words
 
 if TYPE_CHECKING:
@@ -117,6 +126,7 @@ def _encode_into(
         qa = VideoQA.load(loading=options.model, pruning=options.pruning, progress=partial(show, "quantizing"))
         if not request.quiet:
             note_tuning(qa.engine)
+            note_bits(qa.engine)
         encoded = _encode(qa.engine, paths, request, questions, options, show)
 
     def encode_full(show):

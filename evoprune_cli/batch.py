@@ -14,7 +14,7 @@ from evoprune_cli import completion
 from evoprune_cli import options as opt
 from evoprune_cli.failures import debugging
 from evoprune_cli.tally import Tally
-from evoprune_cli.terminal import note_tuning, progress, tell
+from evoprune_cli.terminal import note_bits, note_tuning, progress, tell
 
 SOME_FAILED = 6
 DASH = "-"  # stdin, or stdout
@@ -141,6 +141,7 @@ def _here(spans, settings, show, ready, *, cache: bool, quiet: bool):
     qa = settings.load(partial(show, "quantizing"))
     if not quiet:
         note_tuning(qa.engine)
+        note_bits(qa.engine)
     ready()
     yield from answers(qa, spans, settings, Cache(default_folder()) if cache else None, _print_traceback)
 

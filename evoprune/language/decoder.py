@@ -24,7 +24,7 @@ class KVCache:
     """Keys and values of every layer for the columns read so far. A layer lacks the columns that left before it.
 
     Args:
-        model: its config, and the dtype and device of its embeddings, decide the shape.
+        model: its config decides the shape; the last norm has the dtype and the device.
         capacity: columns to allocate, at least 1, in each layer or in all. A layer's cache grows by half when it is full.
 
     Attributes:
@@ -36,7 +36,7 @@ class KVCache:
 
     def __init__(self, model, capacity: int | Sequence[int]):
         config = model.config.text_config
-        weight = model.model.language_model.embed_tokens.weight
+        weight = model.model.language_model.norm.weight
         depth, dim = config.num_hidden_layers, config.hidden_size // config.num_attention_heads
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, dim) for columns in capacities]

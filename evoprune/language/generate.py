@@ -45,11 +45,11 @@ def embed_question(model, tokenizer: Tokenizer, question: str) -> torch.Tensor:
 
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
     """The embeddings `[n, hidden]` of token ids, int64 `[n]`. Raises ModelError: the model has no embedding for one of them."""
-    embed = model.model.language_model.embed_tokens
+    embed, norm = model.model.language_model.embed_tokens, model.model.language_model.norm
     if len(ids) and ids.max() >= len(embed.weight):
         problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
         raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
-    return embed(ids.to(embed.weight.device))
+    return embed(ids.to(embed.weight.device)).to(norm.weight.dtype)  # embeddings may stay as their file has them
 
 
 @dataclass(frozen=True)

@@ -66,15 +66,16 @@ class Int8Linear(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.float()
         # `[m, out]`: the weights of the large channels.
         self.wide = layer.weight[:, self.large].float().T.contiguous() if len(self.large) else None
-        scales, wholes, sums = [], [], []
-        for rows in layer.weight.split(ROWS):
+        scales, sums = [], []
+        whole = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="cpu")
+        for rows, place in zip(layer.weight.split(ROWS), whole.split(ROWS), strict=True):
             rows = rows.float().index_fill(1, self.large, 0.0)
             scales.append(rows.abs().amax(1).clamp_(min=1e-12) / 127)
             rows = (rows / scales[-1][:, None]).round_()
             sums.append(rows.sum(1))  # exact: whole numbers below 2^24
-            wholes.append(rows.to(torch.int8))
+            place.copy_(rows)
         self.scale = torch.cat(scales)
-        self.packed = torch.ops.onednn.qlinear_prepack(torch.cat(wholes), None)
+        self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
         self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
         # Bytes are offset by `levels() + 1`. This takes its contribution to the product off again.
         self.offset = (torch.cat(sums).double() * self.scale.double() * -(levels() + 1)).float()

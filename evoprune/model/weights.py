@@ -104,7 +104,7 @@ class QwenVL(Tree):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.language_model.embed_tokens.weight.dtype
+        return self.model.language_model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:

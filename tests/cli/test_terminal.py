@@ -1,12 +1,15 @@
 """What is printed, write by write and line by line."""
 
 import io
+from dataclasses import replace
 
 import pytest
 
+from evoprune import VideoQA
 from evoprune.report.records import Report, VideoFacts
-from evoprune_cli.terminal import print_json, print_warning
+from evoprune_cli.terminal import note_bits, print_json, print_warning
 from tests.cli.screen import visible
+from tests.loading import load_model
 
 
 class Writes(io.RawIOBase):
@@ -64,3 +67,21 @@ def test_hints_keep_options_whole(cli):
 def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
     print_warning(name, VideoFacts(path=path), more)
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, True),
+        ({"quantize": "int8"}, False),
+        ({"dtype": "bf16"}, False),
+        ({"device": "cuda"}, False),
+        ({"weights_bytes": 10}, False),
+    ],
+)
+def test_a_large_model_in_fp32_is_told_of_8_bits(saved, capsys, changes, said, monkeypatch):
+    monkeypatch.setattr("evoprune.model.quantize.kinds", lambda device: ["int8"])
+    loaded = replace(load_model(str(saved), dtype="fp32"), weights_bytes=2**32)
+    engine = VideoQA(loaded).engine
+    note_bits(replace(engine, loaded=replace(loaded, **changes)))
+    assert ("--quantize int8 is about twice as fast" in capsys.readouterr().err) == said

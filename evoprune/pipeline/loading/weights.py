@@ -42,13 +42,15 @@ def load_weights(
 ) -> QwenVL:
     """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
 
-    Those that are to be quantised stay so in any dtype: they are read one layer at a time.
+    Those that are to be quantised stay so in any dtype, because they are read one layer at a time, and so do the embeddings.
 
     Raises ModelError: tensors are missing or have another shape than the config says.
     """
     model = empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
-    as_stored = {f"{path}.weight" for path, _ in places(model, quantize)} if quantize != "none" else ()
+    as_stored = (
+        ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))] if quantize != "none" else []
+    )
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     found = {}
@@ -61,7 +63,7 @@ def load_weights(
             what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
             raise ModelError(problem, BELONG)
-        found[name] = weight if name in as_stored else weight.to(device, dtype)
+        found[name] = weight if name.removesuffix(".weight") in as_stored else weight.to(device, dtype)
     if missing := sorted(wanted.keys() - found.keys()):
         raise ModelError(
             f"the weights in {files[0].parent} lack {len(missing)} tensors, first {missing[0]}", "get the model again"
