@@ -14,6 +14,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 # Arrays of one video that share reused memory: the caller's, the one before it, and the one that is being filled.
+if TYPE_CHECKING:
+    import numpy as np
+
 PIECES = 3
 
 
@@ -77,10 +80,6 @@ class Channel:
 
     def close(self) -> None:
         self._socket.close()
-
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class FrameMemory:

@@ -31,6 +31,12 @@ MAX_IDLE = 2
 if TYPE_CHECKING:
     import numpy as np
 
+# Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
+POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
+
+# uint8 [n, H, W, 3], the time of each frame in seconds, and the number of damaged packets met on the way.
+FilledArray = tuple["np.ndarray", list[float], int]
+
 # A worker that reports no progress for this long counts as hung, in seconds.
 SILENCE_S = 25.0
 # What the process runs. It imports from the same paths as this one.
@@ -216,16 +222,6 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
-
-
-if TYPE_CHECKING:
-    import numpy as np
-
-# Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
-POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
-
-# uint8 [n, H, W, 3], the time of each frame in seconds, and the number of damaged packets met on the way.
-FilledArray = tuple["np.ndarray", list[float], int]
 
 
 def warm_up() -> None:
