@@ -13,13 +13,11 @@ import weakref
 from math import prod
 from typing import TYPE_CHECKING
 
-# Arrays of one video that share reused memory: the caller's, the one before it, and the one that is being filled.
 if TYPE_CHECKING:
     import numpy as np
 
+# Arrays of one video that share reused memory: the caller's, the one before it, and the one that is being filled.
 PIECES = 3
-
-
 LARGEST = 2**26  # bytes of a message
 ALIVE_EVERY_S = 1.0  # signs of life come at most this often
 _LENGTH = struct.Struct("<I")

@@ -25,11 +25,11 @@ from evoprune.model.limits import oom_kills
 from evoprune.video.info import Video
 from evoprune.video.sandbox.channel import Channel, FrameMemory
 
-# How many processes are kept for later videos.
-MAX_IDLE = 2
-
 if TYPE_CHECKING:
     import numpy as np
+
+# How many processes are kept for later videos.
+MAX_IDLE = 2
 
 # Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
