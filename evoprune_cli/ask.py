@@ -208,8 +208,7 @@ def _check_flags(typed: opt.Options) -> PipelineOptions:
 
 def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:
     """Checks the inputs in milliseconds, before torch is imported or weights are read."""
-    from evoprune.pipeline.planning import check_one_file
-    from evoprune.video.info import VIDEO
+    from evoprune.video.info import VIDEO, check_one_file
     from evoprune.video.probe import probe
 
     check_one_file(sampling.subtitles, len(paths))
@@ -222,9 +221,8 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> N
 
 
 def _check_input(info: "Video", sampling: SamplingOptions) -> None:
-    from evoprune.pipeline.planning import check_picture
     from evoprune.video.frames import choose_decoder
-    from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES
+    from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, check_picture
     from evoprune.video.plan import InputLimits, make_plan
     from evoprune.video.probe import read_subtitles
 

@@ -177,7 +177,6 @@ def _about_video(
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
     if forget_tuned is not None:
         raise UsageError("--forget-tuned is not about a video", "evoprune inspect --forget-tuned NAME")
-    from evoprune.pipeline.inspection import video_facts
     from evoprune.video.probe import probe
     from evoprune.video.source import local_file
 
@@ -187,6 +186,8 @@ def _about_video(
         _check_overlay(overlay, video)
     with local_file(video) as path:
         info = replace(probe(path), path=video)
+        from evoprune.pipeline.inspection import video_facts  # which imports torch
+
         yield {"video": video_facts(info)}
         if scan:
             from evoprune.video.probe import scan as scan_video

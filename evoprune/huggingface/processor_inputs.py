@@ -19,11 +19,11 @@ from evoprune.pipeline.encoding import patches_of
 from evoprune.pipeline.loading.folder import input_limits
 from evoprune.pipeline.loading.found import find_model
 from evoprune.pipeline.options import ModelOptions, SamplingOptions
-from evoprune.pipeline.planning import check_one_file, check_picture, prompt_subtitles, subtitles_of
+from evoprune.pipeline.planning import prompt_subtitles, subtitles_of
 from evoprune.pipeline.prompting import check_not_empty
 from evoprune.pipeline.video_qa import paths_of
 from evoprune.video.frames import choose_decoder, read_frames
-from evoprune.video.info import PICTURE, VIDEO
+from evoprune.video.info import PICTURE, VIDEO, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.video.probe import probe
 

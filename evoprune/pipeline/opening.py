@@ -12,10 +12,10 @@ from evoprune.pipeline.cache import Cache, entry_key
 from evoprune.pipeline.encoding import EncodeRows, Encoding, PatchReader, Progress, ReadFrames, encode_input
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
-from evoprune.pipeline.planning import TEXT, check_one_file, chunk_bytes, plan_input, units_at_once
+from evoprune.pipeline.planning import TEXT, chunk_bytes, plan_input, units_at_once
 from evoprune.pruning.budget import keep_count
 from evoprune.video.frames import read_frames
-from evoprune.video.info import PICTURE
+from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.probe import probe
 from evoprune.vision.encoded import Encoded
 

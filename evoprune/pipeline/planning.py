@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from evoprune.errors import LESS, OutOfMemory, UsageError
+from evoprune.errors import LESS, OutOfMemory
 from evoprune.language.tokenizer import Tokenizer
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import estimate_first_token as estimate_seconds
@@ -15,7 +15,6 @@ from evoprune.pruning.encoder_plan import EncoderPlan, WholePairs
 from evoprune.text import counted
 from evoprune.video.frames import choose_decoder
 from evoprune.video.info import (
-    AUTO_SUBTITLES,
     NO_SUBTITLES,
     NOTHING_SAID,
     PICTURE,
@@ -24,6 +23,7 @@ from evoprune.video.info import (
     SubtitleLine,
     Subtitles,
     Video,
+    check_picture,
 )
 from evoprune.video.plan import Plan, default_max_visual_tokens, make_plan
 from evoprune.video.probe import read_subtitles
@@ -37,19 +37,6 @@ QUESTION = 40  # the same for an estimate of time
 
 TITLE = "Subtitles:"
 TOKEN_CHARACTERS = 16  # texts with more characters for each token are not encoded to be counted: it might take minutes
-
-
-def check_one_file(choice: str, inputs: int) -> None:
-    """Raises UsageError where one file of subtitles is given for several inputs."""
-    if inputs > 1 and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
-        hint = "auto takes those beside each video, or in it"
-        raise UsageError(f"{choice} holds the subtitles of one video, and there are {inputs} inputs", hint)
-
-
-def check_picture(info: Video, choice: str) -> None:
-    """Raises UsageError where a file of subtitles is given for a picture."""
-    if info.kind == PICTURE and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
-        raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
 
 
 def prompt_subtitles(

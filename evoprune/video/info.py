@@ -4,6 +4,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from evoprune.errors import UsageError
+
 # What an input is to the model.
 VIDEO, PICTURE = "video", "picture"
 # Default frame rate of a folder of images: the rate at which frames for Qwen2.5-VL are usually extracted.
@@ -142,3 +144,16 @@ class PromptSubtitles:
 
 
 NOTHING_SAID = PromptSubtitles()
+
+
+def check_one_file(choice: str, inputs: int) -> None:
+    """Raises UsageError where one file of subtitles is given for several inputs."""
+    if inputs > 1 and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
+        hint = "auto takes those beside each video, or in it"
+        raise UsageError(f"{choice} holds the subtitles of one video, and there are {inputs} inputs", hint)
+
+
+def check_picture(info: Video, choice: str) -> None:
+    """Raises UsageError where a file of subtitles is given for a picture."""
+    if info.kind == PICTURE and choice not in (NO_SUBTITLES, AUTO_SUBTITLES):
+        raise UsageError(f"{info.path} is a picture, which has no subtitles", "leave them out, or give the video")
