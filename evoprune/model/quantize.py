@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from evoprune.errors import UsageError
@@ -20,7 +19,8 @@ from evoprune.model.machine import cool
 from evoprune.model.precision import check_quantize
 
 GROUP = 32  # int4 weights that share a scale
-ROWS = 1024  # rows of a weight quantised at a time: they fit into a cache, and kernels arrange rows in steps that divide it
+PIECE = 2**20  # weights quantised at a time, about: they fit into a cache
+STEP = 64  # rows, by which pieces are cut: kernels arrange rows in steps that divide it
 LARGE = 4.0  # channels are large above so many times the median of all
 MOST_LARGE = 1 / 32  # share of the channels that may be
 
@@ -42,7 +42,7 @@ class Bytes:
             return made
         rows = x.reshape(-1, x.shape[-1]).float()
         rest = rows.index_fill(1, large, 0.0) if len(large) else rows
-        step = rest.abs().amax(1, True).clamp_(min=1e-30) / levels()
+        step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
         whole = torch.mul(rest, 1 / step).add_(levels() + 1.5).to(torch.uint8)  # truncation after adding 0.5 rounds
         made = whole, step, rows[:, large]
         self._last = x, large, made
@@ -68,10 +68,11 @@ class Int8Linear(nn.Module):
         self.wide = layer.weight[:, self.large].float().T.contiguous() if len(self.large) else None
         scales, sums = [], []
         whole = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="cpu")
-        for rows, place in zip(layer.weight.split(ROWS), whole.split(ROWS), strict=True):
-            rows = rows.float().index_fill(1, self.large, 0.0)
-            scales.append(rows.abs().amax(1).clamp_(min=1e-12) / 127)
-            rows = (rows / scales[-1][:, None]).round_()
+        for rows, place in zip(_pieces(layer.weight), _pieces(whole), strict=True):
+            rows = rows.to(torch.float32, copy=True)
+            rows[:, self.large] = 0.0
+            scales.append(_largest(rows).clamp_(min=1e-12) / 127)
+            rows.div_(scales[-1][:, None]).round_()
             sums.append(rows.sum(1))  # exact: whole numbers below 2^24
             place.copy_(rows)
         self.scale = torch.cat(scales)
@@ -98,22 +99,31 @@ class Int8Linear(nn.Module):
 
 
 class Unquantised(nn.Module):
-    """A linear layer whose first input says which of its channels are large. That call is computed in float32.
+    """A linear layer whose first input says which of its channels are large.
 
-    `become` is called with the layer and these channels, and puts a quantised layer in the place of this one.
+    `become` is called with the layer and these channels. It puts a quantised layer in the place of this one, and returns the one
+    that computes this call.
     """
 
-    def __init__(self, layer: nn.Linear, become: Callable[[nn.Linear, torch.Tensor], None]):
+    def __init__(self, layer: nn.Linear, become: Callable[[nn.Linear, torch.Tensor], nn.Module]):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self._layer, self._become = [layer], become  # in a list, so that it is no part of the tree
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (layer,) = self._layer
-        self._become(layer, large_channels(x))
-        y = torch.cat([F.linear(x.float(), rows.float()) for rows in layer.weight.split(ROWS)], -1)
+        made = self._become(layer, large_channels(x))
         cool(layer.weight)  # a file's pages may count against a container's memory
-        return (y if layer.bias is None else y + layer.bias.float()).to(x.dtype)
+        return made(x)
+
+
+def _largest(rows: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value of each row, without a copy of them."""
+    return torch.maximum(rows.amax(1), -rows.amin(1))
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return weight.split(max(1, PIECE // weight.shape[1] // STEP) * STEP)
 
 
 def large_channels(x: torch.Tensor) -> torch.Tensor:
@@ -155,7 +165,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.full, self.bias = full, layer.bias
-        packed, scales = zip(*(self._pack(rows) for rows in layer.weight.split(ROWS)), strict=True)
+        packed, scales = zip(*(self._pack(rows) for rows in _pieces(layer.weight)), strict=True)
         self.packed, self.scales = torch.cat(packed), torch.cat(scales, 1)
 
     @staticmethod
@@ -251,7 +261,7 @@ def quantize(
     """
     every, to_bytes, known, done = dict(places(model, kind)), Bytes(), {}, []
 
-    def become(path: str, layer: nn.Linear, large: torch.Tensor) -> None:
+    def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
         parent, _, name = path.rpartition(".")
         # Layers of one module with the same channels have the same input: `to_bytes` knows it by the same object.
         large = known.setdefault((parent, layer.in_features, tuple(large.tolist())), large)
@@ -262,6 +272,7 @@ def quantize(
         done.append(path)
         if progress:
             progress(len(done), len(every))
+        return made
 
     for path in every:
         parent, _, name = path.rpartition(".")

@@ -197,5 +197,5 @@ def test_kinds_and_devices():
 def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
     layer, x = layer_of(out=out), torch.randn(2, 96)
     whole = make(layer)(x)
-    monkeypatch.setattr("evoprune.model.quantize.ROWS", 64)
+    monkeypatch.setattr("evoprune.model.quantize.PIECE", 64 * 96)
     assert torch.equal(make(layer)(x), whole)
