@@ -4,9 +4,9 @@
     python -m experiments.bits -o runs/second.jsonl --block 53 --clips 300 -m tests/demo/second
     python -m experiments.bits runs/shapes.jsonl runs/second.jsonl
 
-The first form adds one line a clip and budget: question by question whether either answer is right, at how many of the tokens of the
-answer in float32 the first choice is the same, and KL(float32 || 8 bits) at each. It goes on where the file ends. The second form
-prints the table.
+The first form adds one line a clip and budget: question by question whether each answer is right, at how many tokens of the answer
+in float32 the first choice is the same, and KL(float32 || 8 bits) at each. It goes on where the file ends. The second form prints
+the table.
 """
 
 import argparse
