@@ -145,13 +145,13 @@ def _encode(
     full: bool = False,
 ):
     """The inputs, encoded; first says on stderr which limits apply, and how long it will take if that is long."""
-    from evoprune.pipeline.cache import Cache, default_folder
+    from evoprune.pipeline.cache import Cache
     from evoprune.pipeline.opening import open_inputs
     from evoprune.pipeline.planning import QUESTION
     from evoprune.pipeline.prompting import longest_prompt
 
     show("reading")
-    sampling, cache = options.sampling, Cache(default_folder()) if request.cache else None
+    sampling, cache = options.sampling, Cache() if request.cache else None
     with closing(open_inputs(engine, paths, sampling, names=request.inputs, cache=cache)) as opened:
         plans = opened.plans
         said = sum(plan.subtitles.tokens for plan in plans)

@@ -136,14 +136,14 @@ def _here(spans, settings, show, ready, *, cache: bool, quiet: bool):
     show("loading model")
     check_libraries()
     from evoprune.batch.run import answers
-    from evoprune.pipeline.cache import Cache, default_folder
+    from evoprune.pipeline.cache import Cache
 
     qa = settings.load(partial(show, "quantizing"))
     if not quiet:
         note_tuning(qa.engine)
         note_bits(qa.engine)
     ready()
-    yield from answers(qa, spans, settings, Cache(default_folder()) if cache else None, _print_traceback)
+    yield from answers(qa, spans, settings, Cache() if cache else None, _print_traceback)
 
 
 def _on_ray(spans, settings, show, ready, **where):

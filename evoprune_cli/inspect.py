@@ -47,7 +47,7 @@ Overlay = opt.option(
 )
 Scan = opt.option(None, bool, "--scan", "Decode the whole video and report damage, true length and variable rate.")
 ClearCache = opt.option(
-    None, bool, "--clear-cache", "Delete the encoded videos that `ask --cache` keeps on disk, then report."
+    None, bool, "--clear-cache", "Delete what --cache and --store-quantized keep on disk, then report."
 )
 ForgetTuned = opt.option(
     None,
@@ -145,14 +145,15 @@ def _about_machine(
 
 
 def _clear_cache() -> None:
-    from evoprune.pipeline.cache import Cache, default_folder
+    from evoprune.pipeline.cache import Cache
+    from evoprune.pipeline.loading.stored import weights_folder
 
-    cache = Cache(default_folder())
-    try:
-        cache.clear()
-    except OSError as problem:
-        hint = "delete it yourself, or name another folder in EVOPRUNE_CACHE_DIR"
-        raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
+    for cache in (Cache(), weights_folder()):
+        try:
+            cache.clear()
+        except OSError as problem:
+            hint = "delete it yourself, or name another folder in EVOPRUNE_CACHE_DIR"
+            raise UsageError(f"cannot empty {cache.folder}: {problem.strerror}", hint) from problem
 
 
 def _forget_tuned(text: str) -> list[dict]:

@@ -17,9 +17,10 @@ from torch import nn
 from evoprune.errors import UsageError, first_line
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import matmul_rate
+from evoprune.model.integers import Int4Linear, Int8Linear, int4_weights, int8_weights
 from evoprune.model.linear import PackedLinear, can_pack, linear, pack
 from evoprune.model.machine import environment
-from evoprune.model.quantize import Int4Linear, Int8Linear, Unquantised, check, quantize
+from evoprune.model.quantize import Unquantised, check, quantize
 from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.pipeline.loading.found import describe_model
 from evoprune.pipeline.loading.weights import random_model
@@ -89,9 +90,9 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
     bytes_ = [layer.weight.to(torch.int8) for layer in layers]
     products = [partial(torch.ops.aten._weight_int8pack_mm, mat2=weight, scales=scale) for weight in bytes_]
     yield "int8, `_weight_int8pack_mm`", bytes_[0].nbytes + scale.nbytes, products
-    int8 = [Int8Linear(layer) for layer in layers]
+    int8 = [Int8Linear(int8_weights(layer)) for layer in layers]
     yield "int8, integer products (as built)", int8[0].nbytes, int8
-    int4 = [Int4Linear(layer) for layer in layers]
+    int4 = [Int4Linear(int4_weights(layer), (outer, inner)) for layer in layers]
     yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
     # The quantised layer knows groups of 32 only. The time does not depend on the values.
     group, numbers = 128, torch.randint(16, (outer, inner), dtype=torch.int32)

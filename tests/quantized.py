@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from evoprune.model.integers import Int4Linear, Int8Linear, int4_weights, int8_weights
 from evoprune.model.quantize import kinds
 
 KINDS = kinds(torch.device("cpu"))
@@ -15,3 +16,11 @@ def parameters(*names: str) -> list:
         pytest.param(name, marks=pytest.mark.skipif(name not in ("none", *KINDS), reason=f"no {name} on this CPU"))
         for name in names
     ]
+
+
+def int8(layer, large=None, to_bytes=None) -> Int8Linear:
+    return Int8Linear(int8_weights(layer, large), layer.bias, to_bytes)
+
+
+def int4(layer, full=None) -> Int4Linear:
+    return Int4Linear(int4_weights(layer), layer.weight.shape, layer.bias, full)

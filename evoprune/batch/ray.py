@@ -123,9 +123,9 @@ class Worker:
         except EvopruneError as problem:  # if it were raised here, Ray would try again
             self._broken = error_record(problem)
         if cache:
-            from evoprune.pipeline.cache import Cache, default_folder
+            from evoprune.pipeline.cache import Cache
 
-            self._cache = Cache(default_folder())
+            self._cache = Cache()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         if self._broken:

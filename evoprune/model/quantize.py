@@ -1,101 +1,31 @@
-"""8-bit and 4-bit linear layers for the CPU. Memory and cheap products are what CPUs without bf16 lack.
+"""A model whose linear layers are quantised. Memory and cheap products are what CPUs without bf16 lack.
 
-int8, tower and language model: one scale for each output feature of the weights, one for each row of the input. A row is rounded
-by itself, so that results do not depend on which rows are computed together. Products run in integers and are exact. The few input
-channels that are much larger than the others would take their precision: these are computed in float32 (LLM.int8(), arXiv
-2208.07339, section 3). Which they are is found once, by `Unquantised`.
-int4: a scale and a zero for every 32 weights of the language model, by PyTorch's own kernel, where it decodes; int8 for the rest.
+int8 covers tower and language model. int4 covers the language model where it decodes; int8 does the rest. Which input channels are
+large is found once, by `Unquantised`.
 """
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import nn
 
 from evoprune.errors import UsageError
-from evoprune.model.linear import can_pack
+from evoprune.model.integers import (
+    GROUP,
+    Bytes,
+    Int4Linear,
+    Int8Linear,
+    Weights,
+    exact,
+    int4_weights,
+    int8_weights,
+    large_channels,
+)
 from evoprune.model.machine import cool
 from evoprune.model.precision import check_quantize
 
-GROUP = 32  # int4 weights that share a scale
-PIECE = 2**20  # weights quantised at a time, about: they fit into a cache
-STEP = 64  # rows, by which pieces are cut: kernels arrange rows in steps that divide it
-LARGE = 4.0  # channels are large above so many times the median of all
-MOST_LARGE = 1 / 32  # share of the channels that may be
-
-
-class Bytes:
-    """Rounds rows to bytes. Layers with the same input share one, and its last result."""
-
-    def __init__(self):
-        self._last: tuple = (None, None, None)
-
-    def __call__(self, x: torch.Tensor, large: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rounds the rows of `x`, `[..., K]`, in which the channels `large` (int64) count as 0.
-
-        Returns uint8 `[R, K]`, with `levels() + 1` for zero; the step of each row, float32 `[R, 1]`; and the large
-        channels, float32 `[R, m]`.
-        """
-        known, known_large, made = self._last  # read once: another thread may run the same model
-        if x is known and large is known_large:
-            return made
-        rows = x.reshape(-1, x.shape[-1]).float()
-        rest = rows.index_fill(1, large, 0.0) if len(large) else rows
-        step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
-        whole = torch.mul(rest, 1 / step).add_(levels() + 1.5).to(torch.uint8)  # truncation after adding 0.5 rounds
-        made = whole, step, rows[:, large]
-        self._last = x, large, made
-        return made
-
-
-class Int8Linear(nn.Module):
-    """`x @ W.T + bias` in bytes.
-
-    Args:
-        layer: what to quantise, on the CPU.
-        large: int64, the input channels that are computed in float32; None for none.
-        to_bytes: shared with the layers that read the same input.
-    """
-
-    def __init__(self, layer: nn.Linear, large: torch.Tensor | None = None, to_bytes: Bytes | None = None):
-        super().__init__()
-        self.out_features, self.in_features = layer.weight.shape
-        self.large = torch.zeros(0, dtype=torch.int64, device="cpu") if large is None else large
-        self.to_bytes = to_bytes or Bytes()
-        self.bias = None if layer.bias is None else layer.bias.float()
-        # `[m, out]`: the weights of the large channels.
-        self.wide = layer.weight[:, self.large].float().T.contiguous() if len(self.large) else None
-        scales, sums = [], []
-        whole = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="cpu")
-        for rows, place in zip(_pieces(layer.weight), _pieces(whole), strict=True):
-            rows = rows.to(torch.float32, copy=True)
-            rows[:, self.large] = 0.0
-            scales.append(_largest(rows).clamp_(min=1e-12) / 127)
-            rows.div_(scales[-1][:, None]).round_()
-            sums.append(rows.sum(1))  # exact: whole numbers below 2^24
-            place.copy_(rows)
-        self.scale = torch.cat(scales)
-        self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
-        self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
-        # Bytes are offset by `levels() + 1`. This takes its contribution to the product off again.
-        self.offset = (torch.cat(sums).double() * self.scale.double() * -(levels() + 1)).float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it holds beside parameters and other modules."""
-        wide = 0 if self.wide is None else self.wide.nbytes
-        return self.packed.numel() + 12 * self.out_features + wide
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        whole, step, wide = self.to_bytes(x, self.large)
-        y = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, 0, self.packed, self.scale, self.zero, self.offset, 1.0, 0, torch.float32, "none", [], ""
-        )
-        y = y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step)
-        if self.wide is not None:
-            y.addmm_(wide, self.wide)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+Progress = Callable[[int, int], None]
 
 
 class Unquantised(nn.Module):
@@ -117,87 +47,6 @@ class Unquantised(nn.Module):
         return made(x)
 
 
-def _largest(rows: torch.Tensor) -> torch.Tensor:
-    """The largest absolute value of each row, without a copy of them."""
-    return torch.maximum(rows.amax(1), -rows.amin(1))
-
-
-def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return weight.split(max(1, PIECE // weight.shape[1] // STEP) * STEP)
-
-
-def large_channels(x: torch.Tensor) -> torch.Tensor:
-    """int64, ascending: the channels of `x` (`[..., K]`) that are more than `LARGE` times the median; the largest `MOST_LARGE`."""
-    size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
-    most = int(len(size) * MOST_LARGE)
-    found = size.topk(most).indices if most else size[:0].long()
-    return found[size[found] > LARGE * size.median()].sort().values
-
-
-@lru_cache
-def levels() -> int:
-    """Steps on either side of zero to which a row is rounded: 127, or 63 where the CPU adds pairs of products in 16 bits.
-
-    That is so without dot-product instructions (VNNI): two products of 127 and 127 still fit, two of 255 and 127 do not.
-    """
-    return 127 if _exact(255) else 63
-
-
-@lru_cache
-def _exact(largest: int) -> bool:
-    """Whether products of bytes up to `largest` with 127 exist and are exact on this CPU."""
-    scale = torch.ones(64, dtype=torch.float32, device="cpu")
-    if not can_pack(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return False
-    zero = torch.zeros(64, dtype=torch.int32, device="cpu")
-    bytes_ = torch.full((2, 64), largest, dtype=torch.uint8, device="cpu")
-    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), None)
-    found = torch.ops.onednn.qlinear_pointwise(
-        bytes_, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return bool((found == 64 * largest * 127).all())
-
-
-class Int4Linear(nn.Module):
-    """`x @ W.T + bias` with int4 weights; arguments as `Int8Linear`."""
-
-    def __init__(self, layer: nn.Linear, full: nn.Module | None = None):
-        super().__init__()
-        self.out_features, self.in_features = layer.weight.shape
-        self.full, self.bias = full, layer.bias
-        packed, scales = zip(*(self._pack(rows) for rows in _pieces(layer.weight)), strict=True)
-        self.packed, self.scales = torch.cat(packed), torch.cat(scales, 1)
-
-    @staticmethod
-    def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some rows of a weight in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
-        # The kernel works in steps of 16 rows. Rows that are added here are cut off from the output.
-        rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
-        groups = rows.view(len(rows), -1, GROUP)
-        low, high = groups.aminmax(dim=-1, keepdim=True)
-        # Rounded to the dtype in which the kernel reads them, before weights are expressed in them.
-        scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
-        middle = (low + 8 * scale).to(weight.dtype).float()  # the weight that the kernel's zero, 8, represents
-        whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
-        scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it holds beside parameters and other modules."""
-        return self.packed.nbytes + self.scales.nbytes
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if self.full is not None and len(rows) > 1:
-            return self.full(x)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
-        y = y[:, : self.out_features]
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
-
-
 def check(kind: str, device: torch.device) -> None:
     """Check that a kind of quantisation works here.
 
@@ -214,7 +63,7 @@ def check(kind: str, device: torch.device) -> None:
 
 def kinds(device: torch.device) -> list[str]:
     """The kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
-    if device.type != "cpu" or not _exact(127):
+    if device.type != "cpu" or not exact(127):
         return []
     return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
 
@@ -247,7 +96,8 @@ def quantize(
     model: nn.Module,
     kind: str,
     run: Callable[[nn.Module], None],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    store: Callable[[str, Weights], None] | None = None,
 ) -> None:
     """Quantises the linear layers of a model in place, each when its input is known.
 
@@ -256,28 +106,61 @@ def quantize(
         kind: "int8" or "int4".
         run: runs the model on some input, the same in every run; every linear layer is called.
         progress: called with the number of layers done and of all layers.
+        store: called with each layer's name and what `restore` makes it of.
 
     Raises RuntimeError: a layer was not called.
     """
-    every, to_bytes, known, done = dict(places(model, kind)), Bytes(), {}, []
+    made = _Quantised(model, kind, progress)
 
     def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
-        parent, _, name = path.rpartition(".")
-        # Layers of one module with the same channels have the same input: `to_bytes` knows it by the same object.
-        large = known.setdefault((parent, layer.in_features, tuple(large.tolist())), large)
-        made = Int8Linear(layer, large, to_bytes) if every[path] == "int8" or path != "lm_head" else None
-        if every[path] == "int4":
-            made = Int4Linear(layer, made)
-        setattr(model.get_submodule(parent), name, made)
-        done.append(path)
-        if progress:
-            progress(len(done), len(every))
-        return made
+        weights = int8_weights(layer, large) if made.reads_rows(path) else {}
+        weights |= int4_weights(layer) if made.every[path] == "int4" else {}
+        if store:
+            store(path, weights)
+        return made.put(path, layer, weights)
 
-    for path in every:
+    for path in made.every:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Unquantised(model.get_submodule(path), partial(become, path)))
     with torch.inference_mode():
         run(model)
-    if len(done) < len(every):
-        raise RuntimeError(f"{len(every) - len(done)} layers of the model were not called, so they are not quantised")
+    if missing := len(made.every) - made.done:
+        raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantised")
+
+
+def restore(model: nn.Module, kind: str, read: Callable[[str], Weights], progress: Progress | None = None) -> None:
+    """Puts quantised layers in their places, of the weights that `quantize` stored; `read` gives those of a layer."""
+    made = _Quantised(model, kind, progress)
+    for path in made.every:
+        made.put(path, model.get_submodule(path), read(path))
+
+
+class _Quantised:
+    """A model whose linear layers are quantised one after another."""
+
+    def __init__(self, model: nn.Module, kind: str, progress: Progress | None):
+        self.every, self.done = dict(places(model, kind)), 0
+        self._model, self._progress = model, progress
+        self._to_bytes, self._known = Bytes(), {}
+
+    def reads_rows(self, path: str) -> bool:
+        """Whether a layer needs int8 weights: all, but an output layer in int4, which reads one row."""
+        return self.every[path] == "int8" or path != "lm_head"
+
+    def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
+        """Makes the quantised layer of `weights`, and puts it in the place of `layer`."""
+        parent, _, name = path.rpartition(".")
+        full = None
+        if self.reads_rows(path):
+            # Layers of one module with the same channels have the same input: `to_bytes` knows it by the same object.
+            key = parent, layer.in_features, tuple(weights["large"].tolist())
+            large = self._known.setdefault(key, weights["large"])
+            full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
+        made = full
+        if self.every[path] == "int4":
+            made = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
+        setattr(self._model.get_submodule(parent), name, made)
+        self.done += 1
+        if self._progress:
+            self._progress(self.done, len(self.every))
+        return made

@@ -7,12 +7,8 @@ entry counts as missing, and an entry that cannot be written is skipped.
 import hashlib
 import json
 import os
-import tempfile
-import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,26 +16,18 @@ import torch
 
 import evoprune
 from evoprune import methods
+from evoprune.entries import Entries, default_folder, own_code
 from evoprune.model.rules import loads
 from evoprune.pipeline.engine import Engine
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 
 LIMIT_BYTES = 2 * 2**30
-SUFFIX, UNFINISHED = ".safetensors", ".tmp"
-HOUR = 3600.0
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
 
 
-def default_folder() -> Path:
-    """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
-    if named := os.environ.get("EVOPRUNE_CACHE_DIR"):
-        return Path(os.path.expanduser(named))
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "evoprune"
-
-
 @dataclass(frozen=True)
-class Cache:
+class Cache(Entries):
     """A folder of encoded videos; several processes may use it at a time.
 
     Attributes:
@@ -50,14 +38,11 @@ class Cache:
     folder: Path = field(default_factory=default_folder)
     limit_bytes: int = LIMIT_BYTES
 
-    def __post_init__(self):
-        object.__setattr__(self, "folder", Path(self.folder))
-
     def load(self, key: str, device: torch.device) -> Encoded | None:
         """An entry, or None if there is none or it is damaged. Its `rows` are on the device `meta`: no answer needs them."""
         from safetensors import SafetensorError, safe_open
 
-        path = self._path(key)
+        path = self.path(key)
         if not path.is_file():  # nor a pipe, which nobody may ever write to
             return None
         try:
@@ -95,57 +80,7 @@ class Cache:
             {"rows": len(encoded.rows), "grids": encoded.grids, "layers": encoded.layers, "flat": encoded.flat}
         )
         content = save(tensors, {"about": about, "digest": _digest(about, tensors)})
-        if len(content) > self.limit_bytes:
-            return False
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=self.folder)
-            try:
-                with open(handle, "wb") as file:
-                    file.write(content)
-                os.replace(temporary, self._path(key))
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
-        except OSError:
-            return False
-        self._make_room()
-        return True
-
-    def size(self) -> tuple[int, int]:
-        """How many entries, and their bytes."""
-        sizes = [stat.st_size for path, stat in self._files() if path.suffix == SUFFIX]
-        return len(sizes), sum(sizes)
-
-    def clear(self) -> int:
-        """Deletes all entries, and nothing else in the folder; how many. Raises OSError if one cannot be deleted."""
-        entries, _ = self.size()
-        for path, _ in self._files():
-            path.unlink(missing_ok=True)
-        return entries
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}{SUFFIX}"
-
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
-        for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
-            for path in self.folder.glob(ending):
-                with suppress(OSError):
-                    if path.is_file():
-                        yield path, path.stat()
-
-    def _make_room(self) -> None:
-        """Deletes the least recently used entries beyond the limit, and unfinished files that a killed process left."""
-        files = sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True)
-        total = 0
-        for path, stat in files:
-            total += stat.st_size
-            unfinished = path.suffix == UNFINISHED
-            if total > self.limit_bytes if not unfinished else time.time() - stat.st_mtime > HOUR:
-                with suppress(OSError):
-                    path.unlink()
+        return len(content) <= self.limit_bytes and self.write(key, lambda file: file.write(content))
 
 
 def entry_key(engine: Engine, plan: Plan) -> str | None:
@@ -168,7 +103,7 @@ def entry_key(engine: Engine, plan: Plan) -> str | None:
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
         "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, torch.device(loaded.device).type],
         "method": [repr(engine.method.before), engine.seed],  # the repr names the classes and all settings
-        "code": [evoprune.__version__, torch.__version__, _own_code(), methods.plugin_code(engine.options.method)],
+        "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(engine.options.method)],
         "reader": version(READERS[plan.decoder]),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -182,14 +117,6 @@ def content_hash(path: str | os.PathLike[str]) -> str:
             return hashlib.file_digest(file, "blake2b").hexdigest()
     inside = sorted(p for p in path.iterdir() if p.is_file())
     return hashlib.blake2b(repr([(p.name, content_hash(p)) for p in inside]).encode()).hexdigest()
-
-
-@cache
-def _own_code() -> str:
-    """A hash of this package's files, which change during development while the version does not."""
-    files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -34,9 +34,10 @@ def environment_facts() -> dict:
     from evoprune import methods
     from evoprune.model.limits import available_cores, available_memory
     from evoprune.model.machine import cpu_name
-    from evoprune.pipeline.cache import Cache, default_folder
+    from evoprune.pipeline.cache import Cache
     from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
     from evoprune.pipeline.loading.found import cpu_has_bf16
+    from evoprune.pipeline.loading.stored import weights_folder
     from evoprune.video.frames import choose_decoder
 
     decoders = {"pyav": "works"}
@@ -49,8 +50,9 @@ def environment_facts() -> dict:
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
-    cache = Cache(default_folder())
+    cache = Cache()
     videos, occupied = cache.size()
+    models, models_bytes = weights_folder().size()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -68,6 +70,8 @@ def environment_facts() -> dict:
             "videos": videos,
             "size_bytes": occupied,
             "limit_bytes": cache.limit_bytes,
+            "quantized_models": models,
+            "quantized_bytes": models_bytes,
         },
         "tuned": tuned_facts(tuned.every()),
         "recipes": recipe_facts(recipes.every()),

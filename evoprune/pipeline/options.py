@@ -68,6 +68,12 @@ class ModelOptions:
         "language model. int4: weights of the language model while it generates, int8 for the rest.",
         words=QUANTIZE,
     )
+    store_quantized: bool = option(
+        False,
+        "Keep weights that --quantize makes on disk (at most 32 GiB), so that later runs read them.",
+        python="Keep weights that `quantize` makes on disk (at most 32 GiB), so that later runs read them.",
+        changes_answers=False,
+    )
     load_format: str = option(
         "auto",
         "auto reads the weights. dummy makes random ones of the same dimensions: times and counts are right, answers mean "
@@ -99,6 +105,8 @@ class ModelOptions:
             raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
         check_dtype(self.dtype)
         check_quantize(self.quantize)
+        if self.store_quantized and self.quantize == "none":
+            raise UsageError("store_quantized needs quantize", "--quantize int8, or int4")
 
 
 def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:

@@ -69,6 +69,8 @@ def test_inspect_shows_and_empties_it(cli, folder, monkeypatch):
         "videos": 1,
         "size_bytes": entry.stat().st_size,
         "limit_bytes": 2 * 2**30,
+        "quantized_models": 0,
+        "quantized_bytes": 0,
     }
     assert "limit               2.0 GiB" in cli("inspect").out
     assert cli("inspect", "--clear-cache", "--json").record["cache"]["videos"] == 0 and list(folder.iterdir()) == []

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from evoprune.errors import UsageError
-from evoprune.model import quantize as module
-from evoprune.model.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
+from evoprune.model import integers as module
+from evoprune.model.integers import GROUP, Bytes, Int4Linear, Int8Linear, large_channels, levels
+from evoprune.model.quantize import check, quantize
 from evoprune.pipeline.loading.calibration import calibrate
 from evoprune.pruning.encoder_plan import full_plan
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
-from tests.quantized import parameters
+from tests.quantized import int4, int8, parameters
 from tests.tiny import tiny_model
 
 LARGE = torch.tensor([5, 17])
@@ -59,7 +60,7 @@ def int4_by_hand(weight):
 @pytest.mark.parametrize("bias", parameters("int8") and [True, False])
 def test_rows_are_rounded_and_large_channels_are_not(rows, bias, large):
     layer, x = layer_of(bias=bias), torch.randn(*rows, 96)
-    got, expected = Int8Linear(layer, large)(x), int8_by_hand(layer, x, large)
+    got, expected = int8(layer, large)(x), int8_by_hand(layer, x, large)
     assert got.shape == expected.shape and got.dtype == x.dtype
     # Rounding a number the other way, at a tie that falls differently, is one step of one number.
     assert (got.double() - expected).abs().max() < 0.02 * expected.abs().max()
@@ -71,7 +72,7 @@ def test_rows_are_rounded_and_large_channels_are_not(rows, bias, large):
 def test_only_the_weights_are_rounded_to_four_bits(rows, bias):
     layer, x = layer_of(bias=bias), torch.randn(*rows, 96)
     expected = F.linear(x.double(), int4_by_hand(layer.weight), layer.bias.double() if bias else None)
-    got = Int4Linear(layer)(x)
+    got = int4(layer)(x)
     assert (got.double() - expected).abs().max() < 2e-3 * expected.abs().max()
     assert (got.double() - expected).abs().median() < 2e-4 * expected.abs().max()
 
@@ -85,7 +86,7 @@ def test_large_channels_cost_the_others_no_precision():
     x[:, LARGE] *= 100
     layer.weight[:, LARGE] /= 100
     assert large_channels(x).tolist() == LARGE.tolist()
-    error = {name: relative(Int8Linear(layer, large)(x), layer(x)) for name, large in (("apart", LARGE), ("in", None))}
+    error = {name: relative(int8(layer, large)(x), layer(x)) for name, large in (("apart", LARGE), ("in", None))}
     assert error["apart"] < 0.025 < 0.1 < error["in"]
 
 
@@ -99,7 +100,7 @@ def test_few_channels_are_large():
 
 @pytest.mark.parametrize("large", [None, LARGE])
 def test_rows_do_not_depend_on_one_another_nor_on_threads(large):
-    layer, x = Int8Linear(layer_of(200, 320), large), torch.randn(300, 320) * torch.rand(300, 1) * 10
+    layer, x = int8(layer_of(200, 320), large), torch.randn(300, 320) * torch.rand(300, 1) * 10
     before, whole = torch.get_num_threads(), layer(x)
     pieces = torch.cat([layer(piece) for piece in x.split([1, 2, 7, 90, 200])])
     try:
@@ -120,14 +121,14 @@ def test_layers_with_the_same_input_round_it_once():
     assert to_bytes(x, LARGE[:1]) is not made and to_bytes(x.clone(), LARGE) is not made
 
 
-@pytest.mark.parametrize("make", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("make", [int8, int4])
 def test_half_precision(make):
     layer, x = layer_of(dtype=torch.bfloat16), torch.randn(1, 96).bfloat16()
     got, expected = make(layer)(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())
     assert got.dtype == torch.bfloat16 and (got.double() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-@pytest.mark.parametrize("make", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("make", [int8, int4])
 def test_zeros_and_constants(make):
     layer = layer_of()
     layer.weight[0], layer.weight[1] = 0, 2.5
@@ -138,9 +139,9 @@ def test_zeros_and_constants(make):
 
 def test_four_bits_decode_and_eight_read_prompts():
     layer, x = layer_of(), torch.randn(20, 96)
-    eight = Int8Linear(layer)
-    made = Int4Linear(layer, eight)
-    assert torch.equal(made(x), eight(x)) and torch.equal(made(x[:1]), Int4Linear(layer)(x[:1]))
+    eight = int8(layer)
+    made = int4(layer, eight)
+    assert torch.equal(made(x), eight(x)) and torch.equal(made(x[:1]), int4(layer)(x[:1]))
 
 
 def features_of(model):
@@ -192,10 +193,10 @@ def test_kinds_and_devices():
         check("int8", torch.device("meta"))
 
 
-@pytest.mark.parametrize("make", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("make", [int8, int4])
 @pytest.mark.parametrize("out", [100, 256, 330])
 def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
     layer, x = layer_of(out=out), torch.randn(2, 96)
     whole = make(layer)(x)
-    monkeypatch.setattr("evoprune.model.quantize.PIECE", 64 * 96)
+    monkeypatch.setattr("evoprune.model.integers.PIECE", 64 * 96)
     assert torch.equal(make(layer)(x), whole)

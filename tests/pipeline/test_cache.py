@@ -182,7 +182,7 @@ def test_hash_of_a_folder_of_frames(tmp_path):
 def test_changed_code_and_weights_make_other_entries(loaded, cache, clip, folder, monkeypatch):
     qa = VideoQA(loaded, budget=0.25)
     assert qa.encode(clip, cache=cache).report.cache == "miss"
-    monkeypatch.setattr(cache_module, "_own_code", lambda: "changed")
+    monkeypatch.setattr(cache_module, "own_code", lambda: "changed")
     assert qa.encode(clip, cache=cache).report.cache == "miss"
     monkeypatch.setattr(cache_module, "version", lambda package: f"{package} 0.1")
     assert qa.encode(clip, cache=cache).report.cache == "miss"

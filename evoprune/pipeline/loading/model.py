@@ -202,7 +202,10 @@ def _weights(
         if stay_mapped(files, *form, quantize):
             page_in_weights(weights)
         read = time.perf_counter()
-        packing = make_ready(weights, quantize, pack=pack, progress=progress)
+        store = None
+        if found.options.store_quantized and files:
+            store = f"{fingerprint(name, found.commit, found.folder, files)} {found.dtype}"
+        packing = make_ready(weights, quantize, pack=pack, progress=progress, store=store)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise

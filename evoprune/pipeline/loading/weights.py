@@ -1,7 +1,7 @@
 """A model's weights: read from safetensors files or made at random, and brought into the form in which they are fastest here."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from evoprune.model.config import Config
 from evoprune.model.linear import PackingTime
 from evoprune.model.linear import pack as pack_layers
 from evoprune.model.machine import available_memory, page_in
-from evoprune.model.quantize import places, saved_bytes
+from evoprune.model.quantize import Progress, places, saved_bytes
 from evoprune.model.quantize import quantize as quantize_layers
 from evoprune.model.weights import QwenVL, empty, name_in_memory
 from evoprune.pipeline.loading.calibration import calibrate
@@ -140,9 +140,11 @@ def page_in_weights(model: QwenVL) -> None:
 
 
 def make_ready(
-    model: QwenVL, quantize: str, *, pack: bool = True, progress: Callable[[int, int], None] | None = None
+    model: QwenVL, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
 ) -> PackingTime:
     """Quantises the linear layers of a model on the CPU in place, or packs them. Arguments as `load_model`.
+
+    `store`: the fingerprint under which quantised weights are looked for on disk, and stored; None for neither.
 
     Those of the tower are packed now, those of the language model when few rows come: the tower is a sixth of a 3B model, and
     packed it encodes about a tenth faster; the language model would make the first word wait. Where memory is short, layers are not
@@ -152,6 +154,11 @@ def make_ready(
     """
     spent = PackingTime()
     if model.device.type != "cpu":
+        return spent
+    if quantize != "none" and store:
+        from evoprune.pipeline.loading.stored import quantize_once
+
+        quantize_once(model, quantize, store, progress)
         return spent
     if quantize != "none":
         quantize_layers(model, quantize, calibrate, progress)

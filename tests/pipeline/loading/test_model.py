@@ -17,8 +17,8 @@ from evoprune.errors import ModelError, OutOfMemory, UsageError
 from evoprune.language.generate import GenerationSettings, TokenStream, Visual, embed_prompt, prefill, stream_text
 from evoprune.language.prompt import VIDEO, VisualSpan, build_prompt, prompt_positions
 from evoprune.model import linear
+from evoprune.model.integers import Int8Linear
 from evoprune.model.linear import PackedLinear
-from evoprune.model.quantize import Int8Linear
 from evoprune.pipeline.loading import found, model, weights
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS
 from evoprune.pipeline.loading.found import DTYPES, look_up

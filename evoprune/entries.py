@@ -1,0 +1,107 @@
+"""Files that are kept between runs, each named by a hash of everything that its content depends on.
+
+They never fail a run: an entry that cannot be written is skipped.
+"""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import evoprune
+
+SUFFIX, UNFINISHED = ".safetensors", ".tmp"
+HOUR = 3600.0
+
+
+def default_folder() -> Path:
+    """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
+    if named := os.environ.get("EVOPRUNE_CACHE_DIR"):
+        return Path(os.path.expanduser(named))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "evoprune"
+
+
+@cache
+def own_code() -> str:
+    """A hash of this package's files, which change during development while the version does not."""
+    files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A folder of such files; several processes may use it at a time.
+
+    Attributes:
+        folder: made when something is stored.
+        limit_bytes: of all entries together; the least recently used are deleted.
+    """
+
+    folder: Path
+    limit_bytes: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    def write(self, key: str, content: Callable[[BinaryIO], None]) -> bool:
+        """Writes an entry atomically, and deletes old ones beyond the limit; False if it cannot be written.
+
+        `content`: writes into the open file. Errors of its own are raised, those of the system are not.
+        """
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=self.folder)
+            try:
+                with open(handle, "wb") as file:
+                    content(file)
+                os.replace(temporary, self.path(key))
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        except OSError:
+            return False
+        self._make_room()
+        return True
+
+    def size(self) -> tuple[int, int]:
+        """How many entries, and their bytes."""
+        sizes = [stat.st_size for path, stat in self._files() if path.suffix == SUFFIX]
+        return len(sizes), sum(sizes)
+
+    def clear(self) -> int:
+        """Deletes all entries, and nothing else in the folder; how many. Raises OSError if one cannot be deleted."""
+        entries, _ = self.size()
+        for path, _ in self._files():
+            path.unlink(missing_ok=True)
+        return entries
+
+    def path(self, key: str) -> Path:
+        """The file of an entry, which may not be there."""
+        return self.folder / f"{key}{SUFFIX}"
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
+        for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
+            for path in self.folder.glob(ending):
+                with suppress(OSError):
+                    if path.is_file():
+                        yield path, path.stat()
+
+    def _make_room(self) -> None:
+        """Deletes the least recently used entries beyond the limit, and unfinished files that a killed process left."""
+        files = sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True)
+        total = 0
+        for path, stat in files:
+            total += stat.st_size
+            unfinished = path.suffix == UNFINISHED
+            if total > self.limit_bytes if not unfinished else time.time() - stat.st_mtime > HOUR:
+                with suppress(OSError):
+                    path.unlink()
