@@ -1,35 +1,55 @@
-"""Packed copies of the tower's linear layers, beside those of a Hugging Face model that stays as it is."""
+"""Packed or quantised copies of the tower's linear layers, beside those of a Hugging Face model that stays as it is."""
+
+from typing import Literal
 
 import torch
 from torch import nn
 
 from evoprune.errors import UsageError
-from evoprune.model.linear import PackedLinear, can_pack, packed_copy, packs
+from evoprune.keywords import brief
+from evoprune.model.integers import Int8Linear
+from evoprune.model.linear import PackedLinear, can_pack, is_plain, packed_copy, shared_copy
+from evoprune.model.quantize import check, quantize
+from evoprune.pipeline.loading.calibration import calibrate_tower
 
+INT8 = "int8"
 SAMPLES = 16  # of each weight, which are compared to notice that it was changed
 
 
-class PackedTower:
-    """The tower of a model with its linear layers packed (`model.linear`), for encoding on a CPU.
+def check_pack(pack: bool | str) -> None:
+    """Raises UsageError: neither a bool nor "int8"."""
+    if not isinstance(pack, bool) and pack != INT8:
+        raise UsageError(f"pack is {brief(pack)}, not True, False or {INT8!r}", "leave it out to change nothing")
 
-    The model keeps its own tower, in which nothing changes. Both share the other weights. The packed layers take as many bytes
-    again as the layers that they copy.
+
+def packed_tower(visual: nn.Module, pack: bool | str) -> "PackedTower | None":
+    """The tower that encodes instead of `visual`; None for `visual` itself. Raises UsageError: as `PackedTower`."""
+    return PackedTower(visual, pack) if pack else None
+
+
+class PackedTower:
+    """The tower of a model with its linear layers packed (`model.linear`) or in 8 bits (`model.integers`), to encode on a CPU.
+
+    The model keeps its own tower, in which nothing changes. Both share the other weights.
 
     Args:
         visual: transformers' tower of Qwen2.5-VL or Qwen2-VL.
+        pack: True to pack, "int8" to quantise.
 
-    Raises UsageError: packing does not work, or saves no time, where the weights are.
+    Raises UsageError: this does not work, or saves no time, where the weights are.
     """
 
-    def __init__(self, visual: nn.Module):
+    def __init__(self, visual: nn.Module, pack: Literal[True, "int8"] = True):
         weight = visual.patch_embed.proj.weight
-        if not can_pack(weight):
+        if pack is True and not can_pack(weight):
             dtype = str(weight.dtype).removeprefix("torch.")
             raise UsageError(
                 f"pack=True does not work in {dtype} on {weight.device} here",
                 "it is for CPUs, in float32 or, where the CPU multiplies it in hardware, bfloat16; leave it out",
             )
-        self._visual = visual
+        if pack == INT8:
+            check(INT8, weight.device)
+        self._visual, self._pack = visual, pack
         self._state: tuple = (None, None, None)  # read and written as one: several threads may encode
         self.current()
 
@@ -39,19 +59,26 @@ class PackedTower:
         Changes are noticed by the layers' tensors, the number of torch's changes in place, and a sample of the values, which
         reveals changes through `.data`.
         """
-        layers = {name: layer for name, layer in self._visual.named_modules() if packs(layer)}
+        layers = {name: layer for name, layer in self._visual.named_modules() if is_plain(layer)}
         known = {name: (layer, layer.weight.data_ptr(), _version(layer.weight)) for name, layer in layers.items()}
         sample = [number for layer in layers.values() for number in _sample(layer.weight)]
         packed, packed_known, packed_sample = self._state
         if packed is None or (known, sample) != (packed_known, packed_sample):
-            packed = packed_copy(self._visual)
+            packed = _quantised(self._visual) if self._pack == INT8 else packed_copy(self._visual)
             self._state = packed, known, sample
         return packed
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed layers, beside the model's own."""
-        return sum(layer.nbytes for layer in self._state[0].modules() if isinstance(layer, PackedLinear))
+        return sum(layer.nbytes for layer in self._state[0].modules() if isinstance(layer, PackedLinear | Int8Linear))
+
+
+def _quantised(visual: nn.Module) -> nn.Module:
+    """A copy of a tower whose linear layers are quantised; it shares everything else, and nothing changes in `visual`."""
+    made = shared_copy(visual, lambda layer: layer if type(layer) is nn.Linear else None)
+    quantize(made, INT8, calibrate_tower)
+    return made
 
 
 def _version(weight: torch.Tensor) -> int:

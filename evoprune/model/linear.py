@@ -7,6 +7,7 @@ torch.compile uses; where this torch has none, layers are not packed.
 """
 
 import time
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 
@@ -143,19 +144,25 @@ def pack(model: nn.Module, spent: PackingTime | None = None) -> None:
 
 
 def packed_copy(module: nn.Module) -> nn.Module:
-    """A copy of `module` in which linear layers are packed; it shares everything else, and nothing changes in `module`.
+    """A copy of `module` in which linear layers are packed; it shares everything else, and nothing changes in `module`."""
+    return shared_copy(module, lambda layer: PackedLinear(layer) if packs(layer) else None)
 
-    A layer with hooks is shared too, because whoever set them wants to see its calls.
-    """
-    if packs(module):
-        return PackedLinear(module)
+
+def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A copy of a tree of modules on the same weights. `replace`: what stands for a module in it; None for a copy."""
+    if (other := replace(module)) is not None:
+        return other
     made = copy(module)
-    made._modules = {name: child and packed_copy(child) for name, child in module.named_children()}
+    made._modules = {name: child and shared_copy(child, replace) for name, child in module.named_children()}
     return made
 
 
 def packs(module: nn.Module) -> bool:
     """Whether `packed_copy` packs this module."""
-    if type(module) is not nn.Linear or not can_pack(module.weight):
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return is_plain(module) and can_pack(module.weight)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that has no hooks: whoever sets a hook wants to see its calls."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked

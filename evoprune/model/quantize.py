@@ -22,6 +22,7 @@ from evoprune.model.integers import (
     int8_weights,
     large_channels,
 )
+from evoprune.model.linear import is_plain
 from evoprune.model.machine import cool
 from evoprune.model.precision import check_quantize
 
@@ -71,7 +72,7 @@ def kinds(device: torch.device) -> list[str]:
 def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
     """The linear layers that are quantised, by name, and what each becomes: "int8" or "int4"."""
     for path, layer in model.named_modules():
-        if type(layer) is nn.Linear:
+        if is_plain(layer):
             decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
             yield path, kind if decodes else "int8"
 

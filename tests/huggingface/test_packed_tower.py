@@ -5,8 +5,10 @@ import torch
 
 import evoprune
 from evoprune.huggingface.packed_tower import PackedTower
+from evoprune.model.integers import Int8Linear
 from evoprune.model.linear import PackedLinear, can_pack, packed_copy
 from tests.prompts import processed
+from tests.quantized import parameters
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no packed products")
@@ -61,6 +63,37 @@ def test_changed_weights_are_packed_again(change):
                 visual.blocks[0].attn.qkv = torch.nn.Linear(layer.in_features, layer.out_features)
     x = torch.randn(3, layer.in_features)
     torch.testing.assert_close(tower.current().blocks[0].attn.qkv(x), visual.blocks[0].attn.qkv(x))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("pack", parameters("int8"))
+@torch.no_grad()
+def test_a_tower_in_8_bits_is_near_the_models_own(pack, family):
+    model = tiny_model(family=family)
+    inputs, before = processed(model, PROMPT), model.state_dict()
+    logits = [model(**inputs).logits]
+    with evoprune.EvoPrune(budget=1.0, pack=pack)(model) as run:
+        logits.append(model(**inputs).logits)
+        assert run.report.memory.weights_bytes > sum(weight.nbytes for weight in model.parameters())
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < error < 0.05
+    assert all(one.data_ptr() == before[name].data_ptr() for name, one in model.state_dict().items())
+    assert type(model.model.visual.blocks[0].attn.qkv) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("pack", parameters("int8"))
+def test_a_layer_with_hooks_stays_as_it_is(pack):
+    visual, seen = tiny_model().model.visual, []
+    visual.blocks[0].attn.qkv.register_forward_hook(lambda *call: seen.append(call))
+    made = PackedTower(visual, pack).current()
+    assert type(made.blocks[0].attn.qkv) is torch.nn.Linear and type(made.blocks[1].attn.qkv) is Int8Linear and seen
+
+
+def test_what_pack_can_be():
+    with pytest.raises(evoprune.UsageError, match="works on the CPU"):
+        PackedTower(tiny_model().model.visual.to("meta"), "int8")
+    with pytest.raises(evoprune.UsageError, match="pack"):
+        evoprune.EvoPrune(pack="int3")
 
 
 def test_a_layer_with_hooks_keeps_them():

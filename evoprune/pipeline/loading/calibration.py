@@ -19,14 +19,18 @@ TOKENS = 64  # of text before the visual tokens, and behind them
 
 def calibrate(model: QwenVL) -> None:
     """Calls every linear layer of a model on the CPU; its results are not used."""
-    visual = model.model.visual
-    seen = encode(visual, [_patches(visual)], full_plan(tower_shape(visual), GRID)).features
+    seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * TOKENS, dtype=torch.float64, device="cpu").long()
     before, behind = embed(ids).to(seen.dtype).split(TOKENS)
     embeds = torch.cat([before, seen, behind])
     positions = ascending(len(embeds), "cpu").expand(3, -1)
     logits(model, embeds, positions, KVCache(model, len(embeds)))
+
+
+def calibrate_tower(visual) -> torch.Tensor:
+    """Calls every linear layer of a tower on the CPU; the features `[N, hidden]`."""
+    return encode(visual, [_patches(visual)], full_plan(tower_shape(visual), GRID)).features
 
 
 def _patches(visual) -> torch.Tensor:
