@@ -59,7 +59,7 @@ class Answering:
     Attributes:
         made: the answers, a video each.
         problems: of each video that cannot be read or computed, by its path.
-        tokens: of an answer, at most. `asked`: questions of each video.
+        tokens: of an answer, at most. `asked`: questions of each video. `engine`: what answers.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Answering:
         self.problems: dict[str, EvopruneError] = {}
         self.tokens, self.asked = TOKENS[0], len(questions)
         self._next_s = 0.0  # that the next video takes
-        self._engine, self._sampling, self._questions = unpruned(engine), sampling, questions
+        self.engine, self._sampling, self._questions = unpruned(engine), sampling, questions
         self._seconds, self._now, self._begun = seconds, now, now()
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:
@@ -102,11 +102,11 @@ class Answering:
     def _answered(self, path: str, videos: int) -> FullAnswers:
         """The answers about a video; `videos`: how many are to be answered from now on."""
         start, frames = self._now(), SharedFrames()
-        video, seconds = encode(self._engine, path, self._sampling, frames)
+        video, seconds = encode(self.engine, path, self._sampling, frames)
         spent = self._now() - start
         if not self.made:
             if spent < SLOW * self._seconds:
-                video, seconds = encode(self._engine, path, self._sampling, frames)  # the first time also warms up
+                video, seconds = encode(self.engine, path, self._sampling, frames)  # the first time also warms up
             self._plan(video, spent, videos)
         made: list[Reference] = []
         for question in self._questions[: self.asked]:

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import evoprune
 from evoprune import methods
-from evoprune.errors import UsageError, error_record
+from evoprune.errors import OutOfMemory, UsageError, error_record
 from evoprune.evaluation.shared import SharedFrames, SharedRows
 from evoprune.model.machine import environment
 from evoprune.pipeline.agreement import agreement
@@ -132,6 +133,9 @@ class Run:
 class Tuning(Run):
     """Finds the fastest setting; `known` is what is known of every candidate.
 
+    With quantised weights the full answers are those of the weights as they are, where there is memory for them, so that a
+    candidate's agreement includes what quantisation changes. Quantisation alone is one more candidate.
+
     Raises UsageError: an unknown method, settings that it does not have, or nothing to try.
     """
 
@@ -142,10 +146,18 @@ class Tuning(Run):
         self.known: Known = {made: [] for made in candidates(settings.budgets, settings.methods)}
         if not self.known:
             raise UsageError("no candidate prunes anything", "give budgets below 1 (-b 0.25,0.1)")
+        self._quantizes, self._problem = settings.model.quantize != "none", None
+        if self._quantizes:
+            self.known = {Candidate("none", 1.0): []} | self.known
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises. UsageError: a method follows a recipe that the model does not have."""
-        super().load(progress)
+        if self._quantizes:
+            with suppress(OutOfMemory):  # then the full answers are those of the quantised weights
+                exact = replace(self.settings.model, quantize="none", store_quantized=False)
+                self.loaded = load_model(exact, to_answer=True)
+        if self.loaded is None:
+            super().load(progress)
         for candidate in self.known:
             with_recipe(methods.parse(candidate.method), self.loaded.id, lambda: self.loaded.weights_fingerprint)
 
@@ -170,6 +182,12 @@ class Tuning(Run):
             What `Answering.answer` raises.
         """
         made, held = self.answer(progress), {}
+        if self._quantizes and self.loaded.quantize == "none":
+            self.loaded = self.answering.engine = None  # frees the weights
+            super().load(lambda done, of: progress(f"quantizing, {done} of {of} layers"))
+        elif self._quantizes:
+            self._problem = "full answers are those of the quantised weights, because memory for the others is missing"
+            note(self._problem)
         if warning := self._too_few():
             note(warning)
 
@@ -237,7 +255,7 @@ class Tuning(Run):
 
     def _notes(self) -> list[str]:
         answering, known = self.answering, self.known.values()
-        made, settings = [self._too_few()], self.settings
+        made, settings = [self._problem, self._too_few()], self.settings
         wanted = len(settings.videos) - len(answering.problems)
         if len(answering.made) < wanted:
             made.append(f"the time limit left out {wanted - len(answering.made)} of {counted(wanted, 'video')}")

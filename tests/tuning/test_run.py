@@ -2,12 +2,13 @@
 
 import pytest
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.loading.model import load_model
 from evoprune.pipeline.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.tuning.full_answers import Answering
 from evoprune.tuning.run import Settings, Tuning
+from tests.quantized import parameters
 
 CLIPS = ("samples/square.mp4", "samples/arrivals.webm")
 QUESTIONS = ("What happens?", "Who is there?")
@@ -18,10 +19,12 @@ def loaded(saved):
     return load_model(str(saved), dtype="fp32", pack=False)
 
 
-def tuned(saved, **changes):
+def tuned(saved, quantize="none", **changes):
     asked = {"videos": CLIPS, "questions": QUESTIONS, "budgets": (0.9, 0.2), "methods": ("random",)}
     settings = Settings(
-        **asked | changes, model=ModelOptions(str(saved), dtype="fp32"), sampling=SamplingOptions(frames=4)
+        **asked | changes,
+        model=ModelOptions(str(saved), dtype="fp32", quantize=quantize),
+        sampling=SamplingOptions(frames=4),
     )
     tuning, said = Tuning(settings), []
     tuning.load()
@@ -45,6 +48,26 @@ def test_a_run(saved):
     assert any(row["frontier"] for row in rows.values()) and rows[document["best"]]["low"] == max(
         row["low"] for row in rows.values()
     )
+
+
+@pytest.mark.parametrize("kind", parameters("int8"))
+@pytest.mark.parametrize("fits", [True, False])
+def test_quantised_weights_are_compared_with_the_exact_ones(kind, fits, saved, monkeypatch):
+    loaded = []
+
+    def load(model, **options):
+        loaded.append(model.quantize)
+        if model.quantize == "none" and not fits:
+            raise OutOfMemory("too little memory", "less", stage="load")
+        return load_model(model, **options)
+
+    monkeypatch.setattr("evoprune.tuning.run.load_model", load)
+    document, said = tuned(saved, kind, agree=0.5)
+    rows = {row["name"]: row for row in document["rows"]}
+    assert loaded == ["none", kind] and document["model"]["quantize"] == kind and len(rows) == 13
+    alone = rows["none -b 1"]
+    assert (alone["kl"] > 1e-7) == fits and alone["live_share"] == 1
+    assert said == document["notes"] and (said == []) == fits
 
 
 @pytest.mark.full
