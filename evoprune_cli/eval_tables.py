@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import cycle, product
 
 from evoprune.evaluation.scores import LEAST_QUESTIONS, TYPE, is_tie, same_tokens
+from evoprune.report.records import precision
 from evoprune.text import budget_text, counted
 from evoprune.visualize.chart import COLOURS, INK, Panel, Point, Series, draw
 from evoprune.visualize.svg import PALE
@@ -50,7 +51,7 @@ def _head(document: dict) -> list[str]:
     model, settings, videos = document["model"], document["settings"], document["videos"]
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
     return [
-        f"{one_line(model['id'])}, {model['dtype']}, {model['device']}",
+        f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}",
         f"{_data(settings)}: {counted(document['items']['answered'], 'question')} about {videos['evaluated']} of "
         f"{counted(videos['wanted'], 'video')}{failed}",
     ]

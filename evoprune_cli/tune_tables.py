@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 
+from evoprune.report.records import precision
 from evoprune.text import counted
 from evoprune.visualize.chart import COLOURS, Panel, Point, Series, draw
 from evoprune_cli.tables import fitting, folded, one_line
@@ -37,7 +38,7 @@ def _heading(document: dict, width: int) -> list[str]:
     """What was tuned, and on what."""
     model, videos = document["model"], document["videos"]
     lines = [
-        f"{one_line(model['id'])}, {model['dtype']}, {model['device']}",
+        f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}",
         f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')} about "
         f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s",
     ]

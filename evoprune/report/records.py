@@ -147,6 +147,16 @@ class ModelFacts:
     device: str | None = None
     load_format: str | None = None
 
+    @property
+    def precision(self) -> str:
+        """Dtype and bits, as tables name them."""
+        return precision(self.dtype, self.quantize)
+
+
+def precision(dtype: str | None, quantize: str | None) -> str:
+    """ "fp32", or "fp32 int8" where weights are quantised."""
+    return f"{dtype}" if quantize in (None, "none") else f"{dtype} {quantize}"
+
 
 @dataclass
 class Environment:

@@ -96,7 +96,7 @@ def _heading(report, width: int) -> list[str]:
         threads = f" ({counted(report.env.threads, 'thread')})" if on_cpu and report.env.threads else ""
         name = os.path.basename(os.path.abspath(model.id)) if os.path.isabs(model.id or "") else model.id or "?"
         name = shorten(name, max(24, width - 40))
-        lines.append(f"{'model':<11}{name}  {model.dtype}  {model.device}{threads}")
+        lines.append(f"{'model':<11}{name}  {model.precision}  {model.device}{threads}")
     lines += [_input_line(each, width) for each in report.inputs or [report] if each.video.path]
     if pruning.method:
         budget = "" if pruning.method == "none" else f" -b {budget_text(pruning.budget)}"
