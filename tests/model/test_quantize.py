@@ -200,3 +200,17 @@ def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
     whole = make(layer)(x)
     monkeypatch.setattr("evoprune.model.integers.PIECE", 64 * 96)
     assert torch.equal(make(layer)(x), whole)
+
+
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+def test_threads_change_nothing(kind):
+    model, found = copy.deepcopy(tiny_model()), []
+    quantize(model, kind, calibrate)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(features_of(model))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
