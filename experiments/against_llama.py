@@ -4,8 +4,8 @@
     python convert_hf_to_gguf.py CKPT --outtype q8_0 --outfile model.gguf              # of llama.cpp; and again with --mmproj
     python -m experiments.against_llama CKPT model.gguf mmproj.gguf --python ENV/bin/python
 
-ENV is an environment with llama-cpp-python. Its llama.cpp joins two frames to a frame pair, as Qwen2.5-VL does, so both sides have as
-many visual tokens before pruning. Reading and resizing frames do not count. The first round warms up.
+ENV is an environment with llama-cpp-python. Its llama.cpp joins two frames to a frame pair, as Qwen2.5-VL does, so both have
+as many visual tokens before pruning. Reading and resizing frames do not count. The first round warms up.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from statistics import median
 import numpy as np
 import torch
 
-from evoprune.pipeline.engine import make_engine
 from evoprune.pipeline.options import PruneOptions
 from evoprune.pipeline.video_qa import VideoQA
 from evoprune.profiling import synthetic
@@ -34,11 +33,11 @@ class Other:
 
     def __init__(self, python: str, model: str, projector: str, threads: int):
         command = [python, str(SIDE), model, projector, str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
         self.version = json.loads(self._process.stdout.readline())["version"]
 
-    def answer(self, frames: Path, new: int) -> dict:
-        request = {"frames": str(frames), "before": BEFORE, "behind": BEHIND, "new": new}
+    def answer(self, frames: Path, shape: tuple[int, ...], new: int) -> dict:
+        request = {"frames": str(frames), "shape": shape, "before": BEFORE, "behind": BEHIND, "new": new}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -86,9 +85,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_frames(clip, folder / "frames")
-        np.save(folder / "frames.npy", clip)
+        clip.tofile(folder / "frames.raw")
         for number in range(args.rounds + 1):
-            found = {f"llama.cpp {other.version} Q8_0": other.answer(folder / "frames.npy", args.new)}
+            found = {f"llama.cpp {other.version} Q8_0": other.answer(folder / "frames.raw", clip.shape, args.new)}
             for budget in map(float, args.budgets.split(",")):
                 pruned = VideoQA(qa.loaded, pruning=PruneOptions(budget))
                 found[f"evoprune -b {budget:g} int8"] = ours(pruned, folder / "frames", args.new)
@@ -97,7 +96,9 @@ def main() -> None:
                     rows.setdefault(row, []).append(values)
     other.close()
     show(rows)
-    print(f"\n{args.threads} threads, PyTorch {torch.__version__}, {args.rounds} rounds after one that warms up, medians")
+    print(
+        f"\n{args.threads} threads, PyTorch {torch.__version__}, {args.rounds} rounds after one that warms up, medians"
+    )
 
 
 def write_frames(clip: np.ndarray, folder: Path) -> None:

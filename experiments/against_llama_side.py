@@ -1,4 +1,4 @@
-"""The other side of `experiments.against_llama`: runs in an environment that has llama-cpp-python, and imports nothing of this package.
+"""The other side of `experiments.against_llama`: runs in an environment with llama-cpp-python, and imports nothing of this package.
 
 It reads requests from stdin, a line of JSON each, and answers with seconds and counts.
 """
@@ -99,7 +99,7 @@ def main() -> None:
     print(json.dumps({"version": llama_cpp.__version__}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        frames = np.load(request.pop("frames"))
+        frames = np.fromfile(request.pop("frames"), np.uint8).reshape(request.pop("shape"))
         print(json.dumps(side.answer(frames, **request)), flush=True)
 
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.language.dropping import Dropping, LayerState, Rows
-from evoprune.language.norm_rotary import norm, rotate, rotation
 from evoprune.model.linear import linear
-from evoprune.model.numerics import without_autocast
+from evoprune.model.numerics import norm, rotate, rotation, without_autocast
 from evoprune.pruning.indices import ascending
 
 STRIP = 1024  # query columns that share one mask

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.language.norm_rotary import norm, rotate
 from evoprune.methods.base import LanguageMethod
 from evoprune.methods.selecting import select_in_language
+from evoprune.model.numerics import norm, rotate
 from evoprune.pruning.indices import true_indices
 from evoprune.pruning.language_plan import KINDS, LanguagePlan, tokens_of_layers
 from evoprune.pruning.types import LayerTokens, Selection

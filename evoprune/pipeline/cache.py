@@ -38,6 +38,31 @@ class Cache(Entries):
     folder: Path = field(default_factory=default_folder)
     limit_bytes: int = LIMIT_BYTES
 
+    def key(self, engine: Engine, plan: Plan) -> str | None:
+        """The entry's key: equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
+        loaded = engine.loaded
+        if loaded.fingerprint is None:
+            return None
+        try:
+            content = content_hash(plan.info.path)
+        except OSError:
+            return None
+        limits = loaded.limits[plan.kind]
+        facts = {
+            "video": content,
+            "decoder": plan.decoder,
+            "times": plan.sampling.times_s,
+            "seconds_per_pair": plan.sampling.seconds_per_pair(limits.temporal_patch_size),
+            "size": [plan.height, plan.width],
+            "encoder": asdict(plan.encoder),
+            "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
+            "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, torch.device(loaded.device).type],
+            "method": [repr(engine.method.before), engine.seed],  # the repr names the classes and all settings
+            "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(engine.options.method)],
+            "reader": version(READERS[plan.decoder]),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
     def load(self, key: str, device: torch.device) -> Encoded | None:
         """An entry, or None if there is none or it is damaged. Its `rows` are on the device `meta`: no answer needs them."""
         from safetensors import SafetensorError, safe_open
@@ -81,32 +106,6 @@ class Cache(Entries):
         )
         content = save(tensors, {"about": about, "digest": _digest(about, tensors)})
         return len(content) <= self.limit_bytes and self.write(key, lambda file: file.write(content))
-
-
-def entry_key(engine: Engine, plan: Plan) -> str | None:
-    """The entry's key: equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
-    loaded = engine.loaded
-    if loaded.fingerprint is None:
-        return None
-    try:
-        content = content_hash(plan.info.path)
-    except OSError:
-        return None
-    limits = loaded.limits[plan.kind]
-    facts = {
-        "video": content,
-        "decoder": plan.decoder,
-        "times": plan.sampling.times_s,
-        "seconds_per_pair": plan.sampling.seconds_per_pair(limits.temporal_patch_size),
-        "size": [plan.height, plan.width],
-        "encoder": asdict(plan.encoder),
-        "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
-        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, torch.device(loaded.device).type],
-        "method": [repr(engine.method.before), engine.seed],  # the repr names the classes and all settings
-        "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(engine.options.method)],
-        "reader": version(READERS[plan.decoder]),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:

@@ -3,12 +3,12 @@
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from evoprune.model.cost import Clock
 from evoprune.pipeline.answering import EncodedInputs
-from evoprune.pipeline.cache import Cache, entry_key
 from evoprune.pipeline.encoding import EncodeRows, Encoding, PatchReader, Progress, ReadFrames, encode_input
 from evoprune.pipeline.engine import Engine
 from evoprune.pipeline.options import SamplingOptions
@@ -19,6 +19,9 @@ from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.probe import probe
 from evoprune.vision.encoded import Encoded
 
+if TYPE_CHECKING:
+    from evoprune.pipeline.cache import Cache  # imported where one is used
+
 
 def open_inputs(
     engine: Engine,
@@ -26,7 +29,7 @@ def open_inputs(
     sampling: SamplingOptions | None = None,
     *,
     names: Sequence[str] | None = None,
-    cache: Cache | None = None,
+    cache: "Cache | None" = None,
     read: ReadFrames = read_frames,
     encode_rows: EncodeRows | None = None,
     threaded: bool = True,
@@ -71,7 +74,7 @@ class OpenInputs:
     """
 
     def __init__(
-        self, engine: Engine, readers: Sequence[PatchReader], cache: Cache | None, encode_rows: EncodeRows | None
+        self, engine: Engine, readers: Sequence[PatchReader], cache: "Cache | None", encode_rows: EncodeRows | None
     ):
         self.engine, self.plans = engine, [reader.plan for reader in readers]
         self._inputs = [_OpenInput(engine, reader, cache, encode_rows) for reader in readers]
@@ -119,7 +122,7 @@ class OpenInputs:
 class _OpenInput:
     """One of `OpenInputs`."""
 
-    def __init__(self, engine: Engine, reader: PatchReader, cache: Cache | None, encode_rows: EncodeRows | None):
+    def __init__(self, engine: Engine, reader: PatchReader, cache: "Cache | None", encode_rows: EncodeRows | None):
         self.engine, self.reader, self.cache, self.encode_rows = engine, reader, cache, encode_rows
         self.begun = False
 
@@ -127,7 +130,7 @@ class _OpenInput:
     def key(self) -> str | None:
         """Of its entry in the cache; None without one."""
         with self.reader.clock.stage("read"):
-            return entry_key(self.engine, self.reader.plan) if self.cache else None
+            return self.cache.key(self.engine, self.reader.plan) if self.cache else None
 
     @cached_property
     def stored(self) -> Encoded | None:
@@ -154,7 +157,7 @@ class _OpenInput:
             if reader.damaged:  # not stored, or the next run would not warn
                 warnings.append("damaged_video")
             # Another file may have been put in its place while it was read.
-            elif self.key and entry_key(engine, plan) == self.key and not self.cache.store(self.key, result):
+            elif self.key and self.cache.key(engine, plan) == self.key and not self.cache.store(self.key, result):
                 warnings.append("cache_not_written")
         wall = earlier + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())

@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError, names_plugins
 from evoprune.keywords import brief, check_type, names_options
 from evoprune.pipeline.answering import Answer, EncodedInputs, together
-from evoprune.pipeline.cache import Cache
 from evoprune.pipeline.encoding import Progress
 from evoprune.pipeline.engine import make_engine, unpruned
 from evoprune.pipeline.loading.found import FoundModel, find_model
@@ -30,6 +29,10 @@ from evoprune.pipeline.opening import OpenInputs, open_inputs
 from evoprune.pipeline.options import HELD, GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.pipeline.prompting import longest_prompt
 from evoprune.pipeline.saved import Tuned, for_model, make_method
+
+if TYPE_CHECKING:
+    from evoprune.pipeline.cache import Cache
+
 
 Path = str | os.PathLike[str]
 
@@ -95,7 +98,7 @@ class VideoQA:
         *,
         sampling: SamplingOptions,
         name: str | None = None,
-        cache: Cache | None = None,
+        cache: "Cache | None" = None,
         progress: Progress | None = None,
     ) -> EncodedInputs:
         """Reads, preprocesses and encodes a video or a picture, or several of them that are asked about together.
@@ -113,10 +116,8 @@ class VideoQA:
         paths = paths_of(path)
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
-        if not isinstance(cache, Cache | None):
-            raise UsageError(
-                f"cache is {brief(cache)}, not a Cache", "give evoprune.Cache(), evoprune.Cache(folder) or None"
-            )
+        if cache is not None:
+            _check_cache(cache)
         names = None if name is None else [name] * len(paths)
         with closing(open_inputs(self.engine, paths, sampling, names=names, cache=cache)) as opened:
             encoded = opened.encode(progress)
@@ -197,3 +198,12 @@ def load_qa(
     made = kind(loaded, load_seconds=time.perf_counter() - start, pruning=pruning)
     made.engine = replace(made.engine, tuned=setting or tuned)
     return made
+
+
+def _check_cache(cache: Any) -> None:
+    from evoprune.pipeline.cache import Cache  # which few need
+
+    if not isinstance(cache, Cache):
+        raise UsageError(
+            f"cache is {brief(cache)}, not a Cache", "give evoprune.Cache(), evoprune.Cache(folder) or None"
+        )

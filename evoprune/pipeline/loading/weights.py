@@ -15,7 +15,6 @@ from evoprune.model.machine import available_memory, page_in
 from evoprune.model.quantize import Progress, places, saved_bytes
 from evoprune.model.quantize import quantize as quantize_layers
 from evoprune.model.weights import QwenVL, empty, name_in_memory
-from evoprune.pipeline.loading.calibration import calibrate
 
 BELONG = "config.json and the weights must belong together; get the model again"
 RESERVE = 2**29  # bytes that packed weights leave for the work itself
@@ -161,6 +160,8 @@ def make_ready(
         quantize_once(model, quantize, store, progress)
         return spent
     if quantize != "none":
+        from evoprune.pipeline.loading.calibration import calibrate
+
         quantize_layers(model, quantize, calibrate, progress)
         return spent
     linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
