@@ -16,9 +16,9 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.entries import Entries, default_folder, own_code
 from evoprune.model.rules import loads
 from evoprune.pipeline.engine import Engine
+from evoprune.pipeline.entries import Entries, default_folder, own_code
 from evoprune.video.plan import Plan
 from evoprune.vision.encoded import Encoded
 

@@ -11,10 +11,10 @@ from typing import BinaryIO
 import torch
 
 import evoprune
-from evoprune.entries import Entries, default_folder, own_code
 from evoprune.model.integers import Weights, levels
 from evoprune.model.quantize import Progress, places, quantize, restore
 from evoprune.model.weights import QwenVL
+from evoprune.pipeline.entries import Entries, default_folder, own_code
 from evoprune.pipeline.loading.calibration import calibrate
 
 LIMIT_BYTES = 32 * 2**30

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.entries import Entries
 from evoprune.errors import UsageError
 from evoprune.model.quantize import quantize
+from evoprune.pipeline.entries import Entries
 from evoprune.pipeline.loading import stored
 from evoprune.pipeline.loading.calibration import calibrate
 from tests.quantized import SOME, parameters
