@@ -54,8 +54,7 @@ def answers_on_ray(
         address: of a cluster, such as "auto"; None for RAY_ADDRESS, or else a new cluster on this machine.
         cache: whether each node keeps encoded videos in its cache.
 
-    Raises:
-        UsageError: Ray is not installed, or there is no cluster. RemoteError: no worker can load the model.
+    Raises UsageError: Ray is not installed, or there is no cluster. RemoteError: no worker can load the model.
     """
     left = {row.id for span in spans for row in span.rows}
     with _cluster(address) as ray:

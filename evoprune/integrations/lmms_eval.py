@@ -55,8 +55,7 @@ class EvoPruneQwen25VL(lmms):
         options: as of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method`, `fps`; what a task says comes first. `method`
             may bring settings: `evoprune:reuse=0`.
 
-    Raises:
-        EvopruneError: as `VideoQA.load`; a larger batch, or several processes. TypeError: an unknown option.
+    Raises EvopruneError: as `VideoQA.load`; a larger batch, or several processes. TypeError: an unknown option.
     """
 
     def __init__(

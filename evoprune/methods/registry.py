@@ -187,8 +187,7 @@ def parse(text: str, args: dict[str, str] | None = None) -> "Pipeline":
         text: as in `get`, for each of them.
         args: as in `get`. A combination accepts settings in `text` only.
 
-    Raises:
-        UsageError: as `get`, or methods that cannot be combined. PluginError: as `get`.
+    Raises UsageError: as `get`, or methods that cannot be combined. PluginError: as `get`.
     """
     from evoprune.methods.pipeline import Pipeline
 

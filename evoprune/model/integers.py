@@ -73,13 +73,7 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None) -> Weights
 
 
 class Int8Linear(nn.Module):
-    """`x @ W.T + bias` in bytes.
-
-    Args:
-        weights: of `int8_weights`.
-        bias: `[out]`, or None.
-        to_bytes: shared with the layers that read the same input.
-    """
+    """`x @ W.T + bias` in bytes, with `int8_weights`. Layers that read the same input share `to_bytes`."""
 
     def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
         super().__init__()
@@ -170,14 +164,7 @@ def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int4Linear(nn.Module):
-    """`x @ W.T + bias` with int4 weights.
-
-    Args:
-        weights: of `int4_weights`.
-        shape: features out and in.
-        bias: `[out]`, or None.
-        full: what computes several rows at a time; None for this layer itself.
-    """
+    """`x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`: computes several rows, if it is given."""
 
     def __init__(
         self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full: nn.Module | None = None

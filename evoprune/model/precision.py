@@ -18,17 +18,13 @@ def short_dtype(given: Any) -> Any:
 
 
 def check_dtype(name: str) -> None:
-    """Raises:
-    UsageError: neither "auto" nor one of `DTYPE_NAMES`.
-    """
+    """Raises UsageError: neither "auto" nor one of `DTYPE_NAMES`."""
     if name not in ("auto", *DTYPE_NAMES):
         raise UsageError(f"unknown dtype {name!r}", f"use auto, {', '.join(DTYPE_NAMES)}")
 
 
 def check_quantize(kind: str) -> None:
-    """Raises:
-    UsageError: not one of `QUANTIZE`.
-    """
+    """Raises UsageError: not one of `QUANTIZE`."""
     if kind not in QUANTIZE:
         raise UsageError(f"unknown quantisation {kind!r}", f"use {', '.join(QUANTIZE)}")
 

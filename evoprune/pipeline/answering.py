@@ -177,8 +177,7 @@ class EncodedInputs:
             question: taken literally.
             seed: of the draw of tokens; None for that of the `VideoQA`, so that the same question has the same answer.
 
-        Raises:
-            UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
+        Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
         check_not_empty(question)
         check_type("seed", seed, int | None)

@@ -207,8 +207,7 @@ def encode_input(
         around: tokens of the prompt around the video.
         select: whether tokens are selected, unless the method reads the question.
 
-    Raises:
-        VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
+    Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
     """
     clock = Clock(engine.device)
     at_once, start = units_at_once(engine, plan, around), clock.now()

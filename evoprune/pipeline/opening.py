@@ -89,8 +89,7 @@ class OpenInputs:
 
         Call it while something else is computed: wall-clock times of reports count from `encode` on.
 
-        Raises:
-            VideoError: unreadable. OutOfMemory.
+        Raises VideoError: unreadable. OutOfMemory.
         """
         self._inputs[0].begin()
 
