@@ -23,10 +23,10 @@ class Adjacent(Selector):
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         left = torch.ones(tokens.grid, dtype=torch.bool, device=tokens.rows.device)
-        return -redundancy(tokens.unit, neighbours(left))
+        return -redundancy(tokens.normalised, neighbours(left))
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        unit = tokens.unit
+        unit = tokens.normalised
         left = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
         like = 1 - dissimilarity(tokens)
         like[0] = -1  # nothing is before the first frame pair

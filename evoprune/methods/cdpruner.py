@@ -32,13 +32,13 @@ class CdPruner(Selector):
         return -like_question(tokens) if self.negative else like_question(tokens)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        unit, weight = tokens.by_pair(tokens.unit), map(relevant, tokens.by_pair(self.scores(tokens)))
+        unit, weight = tokens.by_pair(tokens.normalised), map(relevant, tokens.by_pair(self.scores(tokens)))
         return of_pairs(map(widest, unit, weight, spread(keep, len(unit))), unit.shape[1])
 
 
 def like_question(tokens: Tokens) -> torch.Tensor:
     """float32 `[N]`: the mean cosine of each token to the tokens of the question, rounded so that equal tokens are ties."""
-    return snap((tokens.unit @ F.normalize(tokens.question, dim=1).T).mean(1))
+    return snap((tokens.normalised @ F.normalize(tokens.question, dim=1).T).mean(1))
 
 
 def relevant(relevance: torch.Tensor) -> torch.Tensor:

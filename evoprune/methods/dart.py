@@ -29,7 +29,7 @@ class Dart(Selector):
         return self.text > 0
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        unit, first = tokens.unit, longest(tokens.features.float(), min(self.visual, keep))
+        unit, first = tokens.normalised, longest(tokens.features.float(), min(self.visual, keep))
         pivots = unit[first]
         if self.text:
             pivots = torch.cat([pivots, F.normalize(tokens.question[longest(tokens.question, self.text)], dim=1)])

@@ -23,7 +23,7 @@ class Par(Selector):
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         relevance = snap(relevant(like_question(tokens)))
-        return relevance / (1 + rank_inside(relevance, connected(tokens.unit.view(*tokens.grid, -1), self.link)))
+        return relevance / (1 + rank_inside(relevance, connected(tokens.normalised.view(*tokens.grid, -1), self.link)))
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         return Selection(highest(self.scores(tokens), keep))

@@ -26,7 +26,7 @@ class VisPruner(Selector):
         return tokens.attention
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        attention, unit = tokens.by_pair(snap(tokens.attention)), tokens.by_pair(tokens.unit)
+        attention, unit = tokens.by_pair(snap(tokens.attention)), tokens.by_pair(tokens.normalised)
         return of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:

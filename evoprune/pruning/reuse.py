@@ -17,7 +17,7 @@ BRIGHTNESS = 1.2
 
 
 @dataclass(frozen=True)
-class References:
+class ReferenceBlocks:
     """The state between two pieces of a video."""
 
     means: (
@@ -28,8 +28,8 @@ class References:
 
 
 def scan(
-    means: torch.Tensor, references: References | None = None, threshold: float = THRESHOLD
-) -> tuple[torch.Tensor, References]:
+    means: torch.Tensor, references: ReferenceBlocks | None = None, threshold: float = THRESHOLD
+) -> tuple[torch.Tensor, ReferenceBlocks]:
     """Scans the next frame pairs of a video, in order. The result does not depend on how the video is cut into pieces.
 
     Args:
@@ -56,7 +56,7 @@ def scan(
             held = torch.where(changed[:, None], now / gain, held)
         pair = torch.where(changed, seen + t, pair)
         source[t] = pair
-    return source, References(held.clone(), pair, seen + len(means))
+    return source, ReferenceBlocks(held.clone(), pair, seen + len(means))
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class Tokens:
         return self._of_units(self.rows)
 
     @property
-    def unit(self) -> torch.Tensor:
+    def normalised(self) -> torch.Tensor:
         """float32 `[N, D]`: the features, each divided by its length; zeros stay zeros."""
         return F.normalize(self.features.float(), dim=1)
 

@@ -160,7 +160,7 @@ def _is_even(pairs: torch.Tensor) -> torch.Tensor:
     return (pairs.amax(1) - pairs.amin(1)).max() < 1 / 255
 
 
-class References:
+class CarriedKeys:
     """The latest encoded row of each of P places: its index among all rows, and its keys and values in each layer."""
 
     def __init__(self):

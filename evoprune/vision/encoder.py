@@ -28,7 +28,7 @@ from evoprune.pruning.indices import ascending
 from evoprune.pruning.ranking import closest
 from evoprune.pruning.types import Selection, Tokens
 from evoprune.vision import devices
-from evoprune.vision.chunks import Chunk, References, in_chunks
+from evoprune.vision.chunks import CarriedKeys, Chunk, in_chunks
 from evoprune.vision.devices import Timer
 from evoprune.vision.encoded import Checks, Encoded, EncodedRows, all_true, select_tokens
 from evoprune.vision.gather import Gathering
@@ -148,7 +148,7 @@ class _Run:
         self.at_once = chunk_units or devices.units_at_a_time(self.device)
         self.on_layer = on_layer
         self.timer, self.checks = Timer(self.device), Checks()
-        self.references = References() if plan.reuse else None
+        self.references = CarriedKeys() if plan.reuse else None
         selector = plan.tokens.selector if plan.tokens else None
         self.gathering = Gathering(selector, tower, self._merge_states) if selector and selector.needs else None
         if self.gathering and not all(isinstance(stage.reduce, WholePairs) for stage in plan.selections):

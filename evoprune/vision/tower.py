@@ -17,7 +17,7 @@ from evoprune.pruning.indices import ascending
 from evoprune.vision import devices
 from evoprune.vision.attention import grouped_attention
 from evoprune.vision.buckets import Bucket, Packed, buckets
-from evoprune.vision.chunks import References
+from evoprune.vision.chunks import CarriedKeys
 from evoprune.vision.devices import Timer
 from evoprune.vision.gather import Gathering
 from evoprune.vision.layout import Geometry, Scope, TokenLayout, attention_groups, geometry
@@ -173,7 +173,7 @@ class LayerRun:
     visual: torch.nn.Module
     timer: Timer
     reduction: Reduction = field(default_factory=Reduction)
-    references: References | None = None
+    references: CarriedKeys | None = None
     gathering: Gathering | None = None
     mlp_rows: int | None = None
     on_layer: Callable[[int], None] = lambda done: None
