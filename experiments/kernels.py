@@ -50,6 +50,7 @@ class Sizes:
         grid: (H, W) of a frame pair in units, whole windows.
         grids: frame pairs that the encoder takes at a time.
         clip: frame pairs of the clip that the tower encodes in chunks, or at once.
+        rows: of products of bytes.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Sizes:
     grid: tuple[int, int] = (8, 12)
     grids: int = 5
     clip: int = 16
+    rows: tuple[int, ...] = (1, 34, 68, 126, 414, 1536)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -119,6 +121,34 @@ def single_rows(sizes: Sizes, repeat: int) -> None:
     ]
     title = "One row by {}x{} weights, {} of each in turn".format(*sizes.product, sizes.copies)
     show(title, ("kernel", "ms", "of plain bf16", "MiB", "GB/s"), rows)
+
+
+def byte_products(sizes: Sizes, repeat: int) -> None:
+    """Prints how long products of bytes take by their number of rows, beside float32: as built, and with fbgemm's kernels.
+
+    fbgemm takes float32 and rounds it itself; its scales are one a matrix. PyTorch has deprecated the tensors that it needs.
+    """
+    inner, outer = sizes.product
+    plain = nn.Linear(inner, outer, bias=False)
+    built = Int8Linear(int8_weights(plain))
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    scales, zeros = built.scale.double(), torch.zeros(outer, dtype=torch.int64)
+    weights = torch.quantize_per_channel(plain.weight.float(), scales, zeros, 0, torch.qint8)
+    held = torch.ops.quantized.linear_prepack(weights, None)
+    product, rows = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32, []
+    for count in sizes.rows:
+        x = torch.randn(count, inner)
+        whole = built.to_bytes(x, built.large)[0].float()
+        # A new view each time, because layers share the conversion of the same activations.
+        ways = [lambda x=x: plain(x), lambda x=x: built(x[:]), lambda whole=whole: product(whole, 1.0, 0, held)]
+        rows.append((f"{count:,}", *(cell for cells in times(medians(ways, repeat)) for cell in cells)))
+    torch.backends.quantized.engine = engine
+    columns = (
+        "rows",
+        *(text for name in ("float32", "int8 as built", "fbgemm") for text in (f"{name}: ms", "of float32")),
+    )
+    show(f"Products by {inner}x{outer} weights", columns, rows)
 
 
 def memory(sizes: Sizes, repeat: int) -> None:
@@ -304,18 +334,26 @@ def measure(sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=7, help="measured rounds; their median is shown (default: 7)")
+    parser.add_argument("--bytes", action="store_true", help="products of bytes alone, which need no bf16")
     args = parser.parse_args()
     try:
         check("int8", CPU)
         check("int4", CPU)
     except UsageError as problem:
         parser.exit(2, f"{problem.message}\n")
+    sizes = Sizes(describe_model(ModelOptions(MODEL)).config)
+    if args.bytes:
+        env = environment("cpu")
+        print(f"{env.device_name}, {env.threads} threads; torch {env.torch}; medians of {args.repeat} rounds in turn")
+        with torch.no_grad():
+            byte_products(sizes, args.repeat)
+        return
     if not can_pack(torch.empty(1, dtype=DTYPE)):
         parser.exit(2, "this CPU has no products in bf16\n")
     env, rate = environment("cpu"), matmul_rate(DTYPE) / 1e9
     print(f"{env.device_name}, {env.threads} threads, {rate:.0f} GFLOP/s in bf16 products; torch {env.torch}")
     print(f"Medians of {args.repeat} rounds after one of warm-up, all rows of a table in turn")
-    measure(Sizes(describe_model(ModelOptions(MODEL)).config), args.repeat)
+    measure(sizes, args.repeat)
 
 
 if __name__ == "__main__":
