@@ -48,18 +48,22 @@ class Bytes:
 Weights = dict[str, torch.Tensor]  # of a quantised layer, by name, on the CPU
 
 
-def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None) -> Weights:
+def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
     """What an `Int8Linear` is made of.
 
     Args:
         layer: what to quantise, on the CPU.
         large: int64, the input channels that are computed in float32; None for none.
+        memory: int8, where `whole` is written if it fits; the next call with it writes there again.
 
     Returns `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`; and `wide`, float32 `[m, out]`, the
     weights of the large channels.
     """
     large = torch.zeros(0, dtype=torch.int64, device="cpu") if large is None else large
-    whole = torch.empty(layer.weight.shape, dtype=torch.int8, device="cpu")
+    count = layer.weight.numel()
+    if memory is None or len(memory) < count:
+        memory = torch.empty(count, dtype=torch.int8, device="cpu")
+    whole = memory[:count].view(layer.weight.shape)
     scales, sums = [], []
     for rows, place in zip(_pieces(layer.weight), _pieces(whole), strict=True):
         rows = rows.to(torch.float32, copy=True)

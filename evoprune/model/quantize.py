@@ -27,6 +27,7 @@ from evoprune.model.machine import cool
 from evoprune.model.precision import check_quantize
 
 Progress = Callable[[int, int], None]
+SCRATCH_BYTES = 2**25  # larger blocks are given back to the system when they are freed
 
 
 class Unquantised(nn.Module):
@@ -112,9 +113,11 @@ def quantize(
     Raises RuntimeError: a layer was not called.
     """
     made = _Quantised(model, kind, progress)
+    # Memory that layer after layer allocates and frees between what stays would be left in holes: a third of the model.
+    memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
     def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
-        weights = int8_weights(layer, large) if made.reads_rows(path) else {}
+        weights = int8_weights(layer, large, memory) if made.reads_rows(path) else {}
         weights |= int4_weights(layer) if made.every[path] == "int4" else {}
         if store:
             store(path, weights)

@@ -18,9 +18,11 @@ from evoprune.errors import OutOfMemory
 from evoprune.model.limits import LIBRARIES, ROOT, _groups, available_cores, available_memory, check_libraries
 from evoprune.model.weights import empty
 from evoprune.pipeline.loading.folder import BUNDLED_CONFIGS, DEMO_FOLDER, read_config
+from tests.quantized import parameters
 from tests.video.files import write_video
 
 GIB = 2**30
+CLIP = "samples/square.mp4"
 V1_HUGE = 9_223_372_036_854_771_712  # no limit
 V2 = "23 1 0:22 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw"
 
@@ -232,6 +234,17 @@ def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
     error, advice = done.stderr.splitlines()
     assert done.returncode == 5 and hint in advice
     assert re.fullmatch(f"error: {found}.*", error)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", parameters("int8"))
+def test_a_3b_model_answers_inside_5_and_a_half_gb(limited, tmp_path, kind):
+    """Its weights in fp32 take 15 GB. The file's pages count too, but the system drops them."""
+    empty_checkpoint(tmp_path)
+    arguments = ("-m", str(tmp_path), "--dtype", "fp32", "--quantize", kind, "--frames", "2", "-n", "2", "--json")
+    done = limited("memory", memory_limit(5_500_000_000), "-m", "evoprune_cli", "ask", CLIP, "What?", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["memory"]["own_bytes"] < 4.5 * GIB
 
 
 READ = """
