@@ -39,7 +39,8 @@ class Bytes:
         rows = x.reshape(-1, x.shape[-1]).float()
         rest = rows.index_fill(1, large, 0.0) if len(large) else rows
         step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
-        whole = torch.mul(rest, 1 / step).add_(levels() + 1.5).to(torch.uint8)  # truncation after adding 0.5 rounds
+        middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # truncation after adding 0.5 rounds
+        whole = torch.addcmul(middle, rest, 1 / step, out=rest if len(large) else None).to(torch.uint8)
         made = whole, step, rows[:, large]
         self._last = x, large, made
         return made
@@ -83,7 +84,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weights["whole"].shape
         self.to_bytes = to_bytes or Bytes()
-        self.bias = None if bias is None else bias.float()
+        self.bias = None if bias is None else bias.detach().float()
         self.large, self.wide, self.scale = weights["large"], weights["wide"], weights["scale"]
         self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
         self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
@@ -100,7 +101,7 @@ class Int8Linear(nn.Module):
         y = torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, 0, self.packed, self.scale, self.zero, self.offset, 1.0, 0, torch.float32, "none", [], ""
         )
-        y = y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step)
+        y = y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step, out=y)
         if len(self.wide):
             y.addmm_(wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
